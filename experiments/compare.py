@@ -1,6 +1,6 @@
 """Compare runs: one table that ranks them and one figure, with the spread over seeds.
 
-``python -m experiments.compare RUN [RUN ...] --out DIR --metric NAME --target X --by KEY[,KEY]``
+``fedraclora compare RUN [RUN ...] --out DIR --metric NAME --target X --by KEY[,KEY]``
 
 RUN is the folder of a run or of a sweep. Runs that differ in nothing but seed and output folder
 are one group. Groups are ranked by the metric; runs that diverged, or are unfinished, are named and
@@ -21,10 +21,16 @@ from pathlib import Path
 import numpy as np
 
 from experiments.groups import Group, group_runs, values
-from experiments.interrupt import in_order
 from experiments.reports import BEGINS, ROUNDING, Run, find_runs, read_run
 from experiments.status import reported
-from experiments.study.entries import is_exact, shown_error
+from experiments.study.entries import (
+    UNTRAINED,
+    is_exact,
+    mean_of_known,
+    of_all,
+    shown_error,
+    traffic,
+)
 from experiments.study.ranking import compare_study, is_study
 from experiments.tables import Table
 from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
@@ -32,7 +38,7 @@ from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
 from fedraclora.run.folder import resume_word
-from fedraclora.run.ledger import Row, column, known_mean, number, round_seconds
+from fedraclora.run.ledger import column, known_mean, number, round_seconds
 from fedraclora.run.stopped import stop_reason
 from fedraclora.wire.fields import printable
 
@@ -70,7 +76,7 @@ def compare(
     _warn(runs, groups, notes)
     notes += _begun(groups)
     whole = [run for run in runs if run.summary and run.diverged_at is None] or runs
-    wanted = Wanted(metric, target, min(_moved(run.rows[-1]) for run in whole))
+    wanted = Wanted(metric, target, min(traffic(run.rows[-1]) for run in whole))
     ranked = _ranked(groups, wanted)
     records = tuple(record for _, record in ranked)
     measured = {key for r in records for key in r if math.isfinite(number(r, key))}
@@ -90,7 +96,7 @@ class Wanted:
     Attributes:
         metric: Key of the ledger's metrics.
         target: A value of it to be reached, or None.
-        budget: Megabytes both ways at which they are compared, too: of the run that took least.
+        budget: Bytes both ways at which they are compared, too: of the run that took least.
     """
 
     metric: str
@@ -190,7 +196,7 @@ def _record(group: Group, wanted: Wanted) -> dict[str, object]:
     # One diverged seed makes the mean undefined: leaving it out would flatter the method.
     whole = all(math.isfinite(value) for value in finals)
     found = [_figures(run, wanted) for run in group.runs]
-    means = {key: _mean([figures[key] for figures in found]) for key in found[0]}
+    means = {key: mean_of_known(figures[key] for figures in found) for key in found[0]}
     means["within_traffic"] = sum(figures["within_traffic"] for figures in found)
     record: dict[str, object] = {
         "rank": math.nan,
@@ -217,23 +223,12 @@ def _is_exact(run: Run) -> bool:
         return False
 
 
-def _mean(values: Sequence[float]) -> float:
-    """Mean of what is known; NaN if nothing is."""
-    known = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(known) if known else math.nan
-
-
-def _moved(row: Row) -> float:
-    """Megabytes that went both ways up to a round."""
-    return (number(row, "uplink_total") + number(row, "downlink_total")) / MEGABYTE
-
-
 def _figures(run: Run, wanted: Wanted) -> dict[str, float]:
     """The numbers of one run; NaN where it has none."""
     metric, target = wanted.metric, wanted.target
     # Of the weights before round 1 nobody has learnt anything yet.
     trained = [row for row in run.evaluated if number(row, "round") > 0]
-    within = [row for row in trained if _moved(row) <= wanted.budget]
+    within = [row for row in trained if traffic(row) <= wanted.budget]
     last, clients = run.rows[-1], np.nansum(column(run.rows, "cohort"))
     sent, fetched = (number(last, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
     errors = column(run.rows, "report", "aggregation_error")
@@ -257,7 +252,7 @@ def _figures(run: Run, wanted: Wanted) -> dict[str, float]:
         row = next(reached, {})
         figures["target_rounds"] = number(row, "round")
         figures["target_uplink_mb"] = number(row, "uplink_total") / MEGABYTE
-        figures["target_traffic_mb"] = _moved(row)
+        figures["target_traffic_mb"] = traffic(row) / MEGABYTE
         figures["target_virtual_seconds"] = number(row, "virtual_seconds")
         figures["target_reached"] = float(bool(row))
     return figures | {
@@ -265,14 +260,9 @@ def _figures(run: Run, wanted: Wanted) -> dict[str, float]:
         "aggregation_error_mean": known_mean(run.rows, "report", "aggregation_error"),
         **{key: known_mean(run.rows, key) for key in ROUNDING.values()},
         "virtual_seconds": number(last, "virtual_seconds"),
-        "dropped_per_round": _mean(dropped),
+        "dropped_per_round": mean_of_known(dropped),
         "round_seconds": math.fsum(round_seconds(row) for row in run.rows),
     }
-
-
-def _of(there: object, runs: int) -> str:
-    """Say how many runs have a figure, where not all have."""
-    return "" if there == runs else f" ({there} of {runs} runs)"
 
 
 def _shown(
@@ -313,7 +303,7 @@ def _shown(
     }
     if (target := wanted.target) is not None:
         there = record["target_reached"]
-        missed = _of(there, runs)
+        missed = of_all(there, runs)
         keys = {
             "rounds": "rounds",
             "MB up": "uplink_mb",
@@ -326,10 +316,8 @@ def _shown(
                 shown[f"{title} to {target:g}"] = reached
     shown["MB down per client and round"] = text("downlink_mb_per_client_round")
     within = int(number(record, "within_traffic"))
-    at_budget = (
-        text("metric_at_traffic") + _of(within, runs) if within else "before its first evaluation"
-    )
-    shown[f"{wanted.metric} at {wanted.budget:.4g} MB both ways"] = at_budget
+    at_budget = text("metric_at_traffic") + of_all(within, runs) if within else UNTRAINED
+    shown[f"{wanted.metric} at {wanted.budget / MEGABYTE:.4g} MB both ways"] = at_budget
     for over in ("last", "mean"):
         if (key := f"aggregation_error_{over}") in measured:
             error = shown_error(bool(record["exact"]), number(record, key))
@@ -344,7 +332,6 @@ def _shown(
 
 
 @reported
-@in_order()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see the module's docstring.
 
@@ -374,7 +361,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     table.print()
     print(f"written: {chosen.out}/table.md, table.csv, compare.png")  # with every column
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from experiments.app import RunRequest
 from experiments.choices import composed
-from experiments.interrupt import in_order
 from experiments.overrides import is_override, key_of, searched
 from experiments.progress import RunProgress
 from experiments.record import Record
@@ -29,7 +28,7 @@ from experiments.simulate import choose, shown
 from experiments.status import reported
 from experiments.words import NODES, key_values
 from fedraclora.config.schema import section
-from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
+from fedraclora.engines.deploy.control import PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
@@ -121,7 +120,7 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
             connection.stop(number)
             raise
     status = connection.status(number)
-    if status.word != COMPLETED or not summary:
+    if not status.completed or not summary:
         print("".join(tail), end="", file=sys.stderr)
         raise EngineError(f"run {number} ended as {status.word}: {status.details}")
     if record is not None:
@@ -224,7 +223,6 @@ def where(own: Mapping[str, object]) -> tuple[str, int | None]:
 
 
 @reported
-@in_order()
 def main(words: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; the status is that of the run."""
     words = sys.argv[1:] if words is None else list(words)
@@ -244,7 +242,3 @@ def main(words: Sequence[str] | None = None) -> int:
         ):
             run(request, connection, record)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,6 @@ from typing import cast
 
 from experiments.app import RunRequest, checkout, copy_app
 from experiments.choices import composed
-from experiments.interrupt import in_order
 from experiments.overrides import key_of, searched
 from experiments.resume import told_how_to_go_on
 from experiments.simulate import choose, shown
@@ -61,7 +60,7 @@ def run(request: RunRequest) -> None:
         ended = link.run_app(*request.write(link.home), options)
     if not ended.completed or not is_finished(request.folder):
         print(ended.log, end="", file=sys.stderr)
-        raise EngineError(f"{ended.details.removeprefix(FAILED)} ({ended.status})")
+        raise EngineError(f"{ended.details.removeprefix(FAILED)} ({ended.word})")
     request.conclude(read_summary(request.folder))
 
 
@@ -83,7 +82,6 @@ def write(request: RunRequest, path: Path) -> None:
 
 
 @reported
-@in_order()
 def main(words: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; the status is that of the run."""
     parser = argparse.ArgumentParser(
@@ -109,7 +107,3 @@ def main(words: Sequence[str] | None = None) -> int:
         with told_how_to_go_on(request.folder, "flower"):
             run(request)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

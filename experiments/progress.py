@@ -88,15 +88,14 @@ class RunProgress:
         self._doing = "closing" if last else f"in round {round_ + 1:.0f} of {self.rounds}"
         measured = metric_of(row)
         self._metric = measured or self._metric
-        up, down = number(row, "uplink_total"), number(row, "downlink_total")
+        up, down = (size(number(row, f"{way}link_total")) for way in ("up", "down"))
+        moved = f"up {up}, down {down}"
         if not self.drawn:
             loss = number(row, "train_loss")
             lost = f"training loss {loss:.4f}" if math.isfinite(loss) else ""
-            moved = f"up {size(up)}, down {size(down)}"
             parts = [part for part in (lost, measured, moved, left) if part]
             self.say(f"round {round_:.0f} of {self.rounds}: {', '.join(parts)}")
             return
-        moved = f"up {size(up)}, down {size(down)}"
         parts = [f"{round_:.0f}/{self.rounds}", left, self.label, self._metric, moved]
         text = fitted(parts, self.console.width - LEAST_BAR - 1)
         self.bar.update(self.task, completed=round_, text=text)

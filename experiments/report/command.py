@@ -10,7 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.interrupt import in_order
 from experiments.report.page import page_of, read_shown
 from experiments.status import reported
 from fedraclora.errors import ConfigError
@@ -19,7 +18,6 @@ NAME = "report.html"
 
 
 @reported
-@in_order()
 def main() -> int:
     """Write the report of the runs that are named."""
     parser = argparse.ArgumentParser(prog="fedraclora report", description=__doc__)

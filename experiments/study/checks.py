@@ -10,6 +10,7 @@ from experiments.choices import composed
 from experiments.study.file import Study
 from experiments.study.same import check_split, config_of
 from experiments.study.tuning import Done, Line
+from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
@@ -34,9 +35,11 @@ def check_rows(study: Study, rows: Sequence[str], done: Done) -> None:
     for row in rows:
         try:
             for phase in PHASES:
-                check_split(study, row, phase)
+                if (config := config_of(study, row, phase)) is None:
+                    continue
+                check_split(study, phase, config)
                 if (row, phase) not in begun:
-                    _check_start(study, row, phase)
+                    _check_start(study, phase, config)
         except FedRacLoraError as error:
             wrong[row] = str(error)
     if wrong:
@@ -47,10 +50,7 @@ def check_rows(study: Study, rows: Sequence[str], done: Done) -> None:
         )
 
 
-def _check_start(study: Study, row: str, phase: str) -> None:
-    config = config_of(study, row, phase)
-    if config is None:
-        return
+def _check_start(study: Study, phase: str, config: RunConfig) -> None:
     run = assemble(replace(config, pretrain=PretrainConfig()), None)
     run.close()
     known = {*run.built.task.metrics, "gap"} | (

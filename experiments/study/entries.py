@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from fedraclora.protocol.method import Method
 from fedraclora.run.ledger import Row, number
 from strategies import METHODS
 
+UNTRAINED = "before its first evaluation"  # in the place of a figure that only training gives
 DEVIATION = "± deviation"  # behind the title of a column: standard deviation over seeds
 
 
@@ -47,8 +48,18 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
 
 def of_runs(values: Sequence[float], runs: int, digits: int) -> str:
     """Write mean and deviation of the runs that have a value, and how many of all these are."""
-    missed = "" if len(values) == runs else f" ({len(values)} of {runs} runs)"
-    return mean_and_deviation(values, digits) + missed
+    return mean_and_deviation(values, digits) + of_all(len(values), runs)
+
+
+def of_all(there: object, all_: object, what: str = "runs") -> str:
+    """Say how many of all have a figure, where not all have."""
+    return "" if there == all_ else f" ({there} of {all_} {what})"
+
+
+def mean_of_known(values: Iterable[float]) -> float:
+    """Mean of the finite values; NaN if there is none."""
+    known = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(known) if known else math.nan
 
 
 def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | None:
@@ -168,8 +179,7 @@ class Entry:
 
     def average(self, figure: Callable[[Line], float]) -> float:
         """Mean of a figure over the seeds that have it; NaN if none has."""
-        known = [x for x in map(figure, self.lines) if math.isfinite(x)]
-        return statistics.fmean(known) if known else math.nan
+        return mean_of_known(map(figure, self.lines))
 
 
 def finals(study: Study, done: Done) -> list[Entry]:
@@ -187,12 +197,15 @@ def entries(study: Study, done: Done) -> list[Entry]:
     return sorted(stable, key=lambda entry: (entry.personal, -entry.mean))
 
 
-def left_out(study: Study, shown: Sequence[Entry], failed: Mapping[str, str]) -> list[str]:
-    """Say which rows of a study a table does not have.
+def notes_of(
+    study: Study, shown: Sequence[Entry], done: Done, failed: Mapping[str, str]
+) -> list[str]:
+    """Say which rows of a study a table does not have, and what its runs took.
 
     Args:
         study: The study.
         shown: The rows of the table.
+        done: Lines of its runs, by key.
         failed: Why rows failed just now, by row.
     """
     there = {entry.row for entry in shown}
@@ -200,4 +213,15 @@ def left_out(study: Study, shown: Sequence[Entry], failed: Mapping[str, str]) ->
     notes = [f"Failed: {why}." for why in failed.values()]
     if missing:
         notes.append(f"Not run to the end, or diverged at every value: {', '.join(missing)}.")
-    return notes
+    return [*notes, spent] if (spent := cost(done)) else notes
+
+
+def cost(done: Done) -> str:
+    """Sum the processor time of a study's runs, tuning included, where lines say it."""
+    known = [line["cpu_seconds"] for line in done.values() if "cpu_seconds" in line]
+    if not known:
+        return ""
+    rest = f"; {len(done) - len(known)} more did not count it" if len(known) < len(done) else ""
+    spent = sum(known)
+    took = f"{spent / 3600:.2f} core-hours" if spent >= 360 else f"{spent:.0f} seconds of a core"
+    return f"{len(known)} runs, tuning included, took {took}{rest}."

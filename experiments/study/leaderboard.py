@@ -18,13 +18,13 @@ from experiments.study.entries import (
     entries,
     first_reaching,
     is_unverified,
-    left_out,
+    notes_of,
+    of_all,
     shown_error,
     traffic,
     uplink,
 )
 from experiments.study.file import Study
-from experiments.study.tables import cost
 from experiments.study.tuning import Done, shown_value
 from experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
@@ -59,9 +59,7 @@ def leaderboard(study: Study, done: Done, failed: Mapping[str, str] | None = Non
     records = tuple(map(_record, ranked))
     marked = "".join(map(_marked, records))
     notes = [f"{sign} {text}" for sign, text in NOTES.items() if sign in marked]
-    notes += left_out(study, ranked, failed or {})
-    if spent := cost(done):
-        notes.append(spent)
+    notes += notes_of(study, ranked, done, failed or {})
     key = str(study.grid["key"])
     shown = [
         _shown(study, record) | {key: shown_value(study, entry.row, entry.value, done)}
@@ -129,7 +127,7 @@ def _record(entry: Entry) -> Row:
 def _shown(study: Study, record: Row) -> dict[str, str]:
     """What the table shows of a record, by title; the tuned value comes behind it."""
     there, seeds = record["seeds_at_target"], record["seeds"]
-    missed = "" if there == seeds else f" ({there} of {seeds} seeds)"
+    missed = of_all(there, seeds, "seeds")
     spread = number(record, "std")
 
     def text(key: str, unit: float = 1.0) -> str:

@@ -56,13 +56,18 @@ def check_same(study: Study) -> None:
                 )
 
 
-def check_split(study: Study, row: str, phase: str) -> None:
+def check_split(study: Study, phase: str, config: RunConfig) -> None:
     """Check that a row is tuned on the validation split, and not measured on it at the end.
 
+    Args:
+        study: The study.
+        phase: tune or final.
+        config: Of a run of the row in this phase.
+
     Raises:
-        ConfigError: If it is not, or does not compose.
+        ConfigError: If it is not so.
     """
-    if study.tune is None or (config := config_of(study, row, phase)) is None:
+    if study.tune is None:
         return
     if phase == "tune" and config.evaluate.split != "validation":
         raise ConfigError(

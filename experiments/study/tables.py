@@ -10,11 +10,12 @@ from pathlib import Path
 from experiments.reports import ROUNDING
 from experiments.study.entries import (
     DEVIATION,
+    UNTRAINED,
     Entry,
     finals,
     first_reaching,
-    left_out,
     mean_and_deviation,
+    notes_of,
     of_runs,
     traffic,
     uplink,
@@ -32,8 +33,7 @@ DRAWN = 12  # curves that can be told apart
 def write_results(study: Study, done: Done, out: Path, failed: Mapping[str, str]) -> None:
     """Write table, budgets and figure of the rows whose final runs are all there."""
     if records := results(study, done):
-        notes = left_out(study, finals(study, done), failed)
-        table = Table.of(records, [*notes, cost(done)] if cost(done) else notes)
+        table = Table.of(records, notes_of(study, finals(study, done), done, failed))
         table.write(out, "table")
         table.print()
     if equal := budgets(study, done):
@@ -86,17 +86,6 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
 def _mean(lines: Sequence[Row], key: str) -> float:
     """Average a column over runs: seeds with other data on clients send other numbers of bytes."""
     return statistics.fmean(number(line, key) for line in lines)
-
-
-def cost(done: Done) -> str:
-    """Sum the processor time of a study's runs, tuning included, where lines say it."""
-    known = [line["cpu_seconds"] for line in done.values() if "cpu_seconds" in line]
-    if not known:
-        return ""
-    rest = f"; {len(done) - len(known)} more did not count it" if len(known) < len(done) else ""
-    spent = sum(known)
-    took = f"{spent / 3600:.2f} core-hours" if spent >= 360 else f"{spent:.0f} seconds of a core"
-    return f"{len(known)} runs, tuning included, took {took}{rest}."
 
 
 def budgets(study: Study, done: Done) -> Table | None:
@@ -152,7 +141,7 @@ def _within(entry: Entry, budget: float, way: Callable[[Row], float]) -> str:
     trained = [[p for p in curve if p["round"]] for curve in entry.curves]
     points = [[p for p in curve if way(p) <= budget] for curve in trained]
     found = [score(curve[-1], entry.study.metric) for curve in points if curve]
-    return of_runs(found, len(points), 4) if found else "before its first evaluation"
+    return of_runs(found, len(points), 4) if found else UNTRAINED
 
 
 def _difference(entry: Entry, other: Entry) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.study.file import Study
-from experiments.study.same import check_split
+from experiments.study.same import check_split, config_of
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 
@@ -100,7 +100,8 @@ def tuned_by(study: Study, folder: Path) -> Study:
     if missing:
         raise ConfigError(f"the study in {folder} has not tuned {', '.join(missing)}")
     for row in study.rows:
-        check_split(other, row, "tune")
+        if (config := config_of(other, row, "tune")) is not None:
+            check_split(other, "tune", config)
     fixed = {row: tuned_value(other, row, done) for row in study.rows}
     text = f"{study.text}# tuned by {folder}\n"
     return replace(study, tune=None, fixed=fixed, text=text)

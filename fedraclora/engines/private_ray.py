@@ -46,6 +46,11 @@ KILLED = (
 PATIENCE = 3.0  # seconds in which processes must end that were told to
 
 
+def cpus() -> int:
+    """Count the CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class LastWord:
     """Says why this process ended where Ray ends it, which it does at once and without a word.
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from experiments.study.command import main
+from experiments.study.entries import cost
 from experiments.study.file import Study
 from experiments.study.run import refuse_failed, run_job, run_jobs, run_study
-from experiments.study.tables import budgets, cost, results, write_results
+from experiments.study.tables import budgets, results, write_results
 from experiments.study.tuning import Line, is_tuned, read_lines, score, tuned_by, tuned_value
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 

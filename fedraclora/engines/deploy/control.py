@@ -34,6 +34,11 @@ class Status:
         """Return whether it has come to an end, whatever that is."""
         return self.word.startswith("finished")
 
+    @property
+    def completed(self) -> bool:
+        """Return whether it came to its own end."""
+        return self.word == COMPLETED
+
 
 class Connection:
     """A named connection of Flower's configuration.

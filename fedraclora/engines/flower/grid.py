@@ -13,6 +13,7 @@ from fedraclora.config.settings import FlowerConfig
 from fedraclora.engines.flower.nodes import NodePerClient
 from fedraclora.engines.flower.runtime import Backend, Runtime
 from fedraclora.engines.flower.superlink import Options
+from fedraclora.engines.private_ray import cpus
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.run.client_state import ClientStore
 from fedraclora.weights.job import JobFolder
@@ -24,9 +25,8 @@ def backend(settings: FlowerConfig, device: str) -> Backend:
     Raises:
         ConfigError: If this machine cannot give it.
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     served = min(32, (os.cpu_count() or 1) + 4)  # threads of the executor that Flower makes
-    workers = min(cpus, served) if settings.workers is None else settings.workers
+    workers = min(cpus(), served) if settings.workers is None else settings.workers
     if workers > served:
         raise ConfigError(
             f"engine.workers is {workers}, but Flower serves at most {served} processes at a time "

@@ -14,35 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedraclora.engines import programs
+from fedraclora.engines.deploy.control import Status
 from fedraclora.engines.private_ray import RayFolder
 from fedraclora.errors import EngineError
 from fedraclora.temporary import PrivateFolder
 
 NAME = "local"  # of the connection, in Flower's own configuration
-COMPLETED = "finished:completed"
-
-
 Options = Mapping[str, str | int | float | bool]
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a run ended, as the SuperLink tells it: ``flwr run`` exits with 0 whatever happened.
+class Ended(Status):
+    """How a run ended.
 
     Attributes:
-        status: Flower's word for it.
-        details: Of a run that failed, why.
         log: What was written meanwhile, if it was not shown.
     """
 
-    status: str
-    details: str
     log: str
-
-    @property
-    def completed(self) -> bool:
-        """Return whether it came to its end."""
-        return self.status == COMPLETED
 
 
 def environment(home: Path, ray: RayFolder) -> dict[str, str]:

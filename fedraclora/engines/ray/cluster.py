@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from fedraclora.config.settings import RayConfig
-from fedraclora.engines.private_ray import ENVIRONMENT, LastWord
+from fedraclora.engines.private_ray import ENVIRONMENT, LastWord, cpus
 from fedraclora.engines.ray.session import RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
 
@@ -67,7 +67,7 @@ class Cluster:
             ray.init(
                 # Not from RAY_ADDRESS: which cluster is used stands in the config alone.
                 address="local" if settings.address is None else settings.address,
-                num_cpus=(settings.workers or _cpus()) if alone else None,
+                num_cpus=(settings.workers or cpus()) if alone else None,
                 include_dashboard=False if alone else None,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
@@ -145,7 +145,3 @@ def worker_environment(threads: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
         **{k: os.environ[k] for k in ("HF_HUB_OFFLINE", *ENVIRONMENT) if k in os.environ},
     }
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
