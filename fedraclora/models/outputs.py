@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import random  # noqa: TID251  (it is looked at, and put back)
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ CLASS_AXIS = {"cross_entropy": 0, "next_token": -1, "token_classes": -1, "pixel_
 CLOSE = 1e-3  # relative: rounding differs by batch, statistics of a batch differ by far more
 MOVED = 0.01  # of the weights
 DRAWS = 16  # passes of a model that draws numbers in training mode
-Traced = dict[str, torch.Tensor | None]
+DIRECTIONS = 4  # by which a gradient is told from another
+OUTPUT = "the output of the model"
+T = TypeVar("T")
 
 
 def probe(
@@ -51,9 +54,7 @@ def probe(
     if own_model:
         refuse_functions(model, samples.inputs)
         refuse_outputs(model, samples, classes, loss)
-        refuse_own_ways(model, samples.inputs)
-        refuse_interaction(model, samples.inputs)
-        refuse_modes(model, samples.inputs)
+        refuse_ways(model, samples.inputs)
     refuse_mixing_loss(model, samples, loss)
 
 
@@ -73,73 +74,19 @@ def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
         raise ModelError(f"the model cannot be used with these data: {raised}") from error
 
 
-def refuse_own_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Reject a model that writes into its inputs, or gives something else when it is called again.
-
-    Args:
-        model: Not modified.
-        inputs: Of samples; nothing is checked with fewer than two.
-
-    Raises:
-        ModelError: Saying which of them it does.
-    """
-    if not (some := few(inputs)):
-        return
-    given = {name: values.clone() for name, values in some.items()}
-    with nothing_drawn(), torch.no_grad():
-        copied = moved(model).eval()
-        first = output_of(copied, given)
-        again = output_of(copied, {name: values.clone() for name, values in some.items()})
-    if odd := [name for name, values in given.items() if not torch.equal(values, some[name])]:
-        raise ModelError(
-            f"the model writes into its input {odd[0]}, and so into the samples: compute it anew "
-            "(x * 2 in the place of x.mul_(2))"
-        )
-    if not close(first, again):
-        raise ModelError(
-            "the model gives something else each time that it is called with the same inputs in "
-            "evaluation mode: it draws numbers, which no seed of the run fixes, or keeps something "
-            "from call to call. Draw none but by torch.nn.Dropout, and keep nothing"
-        )
-
-
-def refuse_interaction(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Reject a model whose output for a sample depends on the other samples of its batch.
-
-    Args:
-        model: Not modified.
-        inputs: Of samples; nothing is checked with fewer than two.
-
-    Raises:
-        ModelError: Saying what to use instead.
-    """
-    some = few(inputs)
-    if not some:
-        return
-    with nothing_drawn(), torch.no_grad():
-        copied = moved(model).eval()
-        beside = output_of(copied, some)
-        alone = output_of(copied, {name: values[:1] for name, values in some.items()})
-    if beside.shape[:1] != next(iter(some.values())).shape[:1] or not close(beside[:1], alone):
-        raise ModelError(
-            "the output of the model for a sample depends on the other samples of its batch "
-            "(statistics over the batch, for example), so that clients cannot be trained as one "
-            "batch; normalise over features (LayerNorm, GroupNorm) instead"
-        )
-
-
-def refuse_modes(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Reject a model that gives other outputs or gradients in training mode, but by its dropout.
+def refuse_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Reject a model that batches, modes or calls change, but by dropout: one copy answers it all.
 
     Args:
         model: In training mode but for what is frozen. Not modified.
         inputs: Of samples; nothing is checked with fewer than two.
 
     Raises:
-        ModelError: Naming the first module that differs.
+        ModelError: If it writes into its inputs, gives something else when it is called again or
+            beside other samples, or in training mode gives other outputs or gradients; the first
+            module that does is named.
     """
-    some = few(inputs)
-    if not some:
+    if not (some := few(inputs)):
         return
     with nothing_drawn():
         copied = moved(model)
@@ -151,16 +98,39 @@ def refuse_modes(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
             elif is_batch_norm(module):
                 module.eval()
         flags = {module: module.training for module in copied.modules()}
-        wanted, _ = traced(copied.eval(), some)
+        copied.eval()
+        with torch.no_grad():
+            given = {name: values.clone() for name, values in some.items()}
+            first = output_of(copied, given)
+            if odd := next((n for n, values in given.items() if not values.equal(some[n])), ""):
+                raise ModelError(
+                    f"the model writes into its input {odd}, and so into the samples: compute it "
+                    "anew (x * 2 in the place of x.mul_(2))"
+                )
+            alone = output_of(copied, {name: values[:1] for name, values in some.items()})
+        wanted = traced(copied, some, lambda _, value: value)
+        if not same(first, wanted[OUTPUT]):
+            raise ModelError(
+                "the model gives something else each time that it is called with the same inputs "
+                "in evaluation mode: it draws numbers, which no seed of the run fixes, or keeps "
+                "something from call to call. Draw none but by torch.nn.Dropout, and keep nothing"
+            )
+        if first.shape[:1] != (2,) or not close(first[:1], alone):
+            raise ModelError(
+                "the output of the model for a sample depends on the other samples of its batch "
+                "(statistics over the batch, for example), so that clients cannot be trained as "
+                "one batch; normalise over features (LayerNorm, GroupNorm) instead"
+            )
         for module, flag in flags.items():
             module.training = flag
-        odd = ""
+        fits: dict[str, bool] = {}
         for draw in range(DRAWS):
             torch.default_generator.manual_seed(draw)
-            found, drew = traced(copied, some)
-            if (odd := differing(found, wanted)) or not drew:
+            before = generators()
+            fits = traced(copied, some, lambda name, value: same(value, wanted.get(name)))
+            if not all(fits.values()) or generators() == before:
                 break
-    if odd:
+    if odd := next((name for name, fit in fits.items() if not fit), ""):
         raise ModelError(
             f"{odd} is another in training mode than in evaluation mode (a branch on "
             "self.training, for example). Local training runs the model in evaluation mode, with "
@@ -202,9 +172,9 @@ def refuse_mixing_loss(model: nn.Module, samples: Samples, loss: str) -> None:
 
 
 def few(inputs: Mapping[str, torch.Tensor]) -> Tree:
-    """Take the first, a middle and the last sample; nothing where there are fewer than two."""
+    """Take the first and the last sample; nothing where there are fewer than two."""
     count = min(map(len, inputs.values()), default=0)
-    rows = torch.tensor([0, count // 2, count - 1])
+    rows = torch.tensor([0, count - 1])
     return {name: values[rows] for name, values in inputs.items()} if count > 1 else {}
 
 
@@ -225,63 +195,76 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Check whether two tensors are equal but for rounding."""
     if found.shape != wanted.shape:
         return False
+    wide = torch.promote_types(found.dtype, torch.float32)
+    found, wanted = found.to(wide), wanted.to(wide)
+    if torch.equal(found, wanted):  # the rest takes several times their memory
+        return True
     finite = wanted[torch.isfinite(wanted)].abs()
     size = float(finite.max()) if len(finite) else 0.0
-    wide = torch.promote_types(found.dtype, torch.float32)
-    return torch.allclose(found.to(wide), wanted.to(wide), CLOSE, CLOSE * size, equal_nan=True)
+    return torch.allclose(found, wanted, CLOSE, CLOSE * size, equal_nan=True)
 
 
-def differing(found: Traced, wanted: Traced) -> str:
-    """Name the first part in which two passes differ; empty where there is none."""
-    for name, value in found.items():
-        other = wanted.get(name)
-        if value is None or other is None:
-            if value is not other:
-                return name
-        elif not close(value, other):
-            return name
-    return ""
+def same(found: torch.Tensor | None, wanted: torch.Tensor | None) -> bool:
+    """Check whether two tensors are `close`, or both are missing."""
+    if found is None or wanted is None:
+        return found is wanted
+    return close(found, wanted)
 
 
-def traced(model: nn.Module, inputs: Tree) -> tuple[Traced, bool]:
-    """Pass samples through a model, forward and back.
+def traced(
+    model: nn.Module, inputs: Tree, look: Callable[[str, torch.Tensor | None], T]
+) -> dict[str, T]:
+    """Pass samples through a model, forward and back, and look at what comes, one by one.
 
     Returns:
-        By name what its modules gave, in order, then its output and the gradients of the weights,
-        where it has some; a module that is called often gives its last. And whether numbers were
-        drawn.
+        By name what ``look`` makes of the outputs of the modules, in order, then of that of the
+        model and of the gradients of the weights, None where there is none; of a module that is
+        called often it is the last.
     """
-    before = generators()
-    found: Traced = {}
+    found: dict[str, T] = {}
 
-    def noting(name: str) -> Callable[..., None]:
-        def note(_module: nn.Module, _inputs: object, output: object) -> None:
+    def watch_module(name: str, module: nn.Module) -> Any:
+        def seen(_module: nn.Module, _inputs: object, output: object) -> None:
             if isinstance(output, torch.Tensor):
-                found[name] = output.detach().clone()
+                found[name] = look(name, output.detach().clone())
 
-        return note
+        return module.register_forward_hook(seen)
 
-    hooks = [
-        module.register_forward_hook(noting(f"layer {name!r} ({type(module).__name__})"))
+    def watch_weight(name: str, weight: nn.Parameter) -> Any:
+        def seen(weight: torch.Tensor) -> None:
+            if weight.grad is not None:
+                found[name], weight.grad = look(name, shortened(weight.grad)), None
+
+        weight.grad = None
+        return weight.register_post_accumulate_grad_hook(seen)
+
+    weights = {f"the gradient of {n}": p for n, p in model.named_parameters() if p.requires_grad}
+    handles = [
+        watch_module(f"layer {name!r} ({type(module).__name__})", module)
         for name, module in model.named_modules()
         if name and not isinstance(module, torch.jit.ScriptModule)  # which take none
     ]
+    handles += [watch_weight(name, weight) for name, weight in weights.items()]
     try:
         with torch.enable_grad():
             output = output_of(model, inputs)
-            found["the output of the model"] = output.detach()
-            weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            gradients: Sequence[torch.Tensor | None] = [None] * len(weights)
+            found[OUTPUT] = look(OUTPUT, output.detach())
+            found |= {name: look(name, None) for name in weights}
             if output.requires_grad:
                 slopes = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-                loss = (output * slopes.to(output)).sum()
-                gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
-            named = zip(weights, gradients, strict=True)
-            found |= {f"the gradient of {name}": gradient for name, gradient in named}
+                (output * slopes.to(output)).sum().backward()
     finally:
-        for hook in hooks:
-            hook.remove()
-    return found, generators() != before
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def shortened(gradient: torch.Tensor) -> torch.Tensor:
+    """Multiply its rows by a few random vectors: whole, all gradients take as much as the model."""
+    if gradient.dim() < 2:
+        return gradient
+    rows, drawn = gradient.flatten(1), torch.Generator().manual_seed(0)
+    return rows @ torch.randn(rows.shape[1], DIRECTIONS, generator=drawn).to(rows)
 
 
 def generators() -> tuple[object, ...]:

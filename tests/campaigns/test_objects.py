@@ -73,7 +73,7 @@ PLANTED: dict[str, tuple[str, Any, dict[str, str], str]] = {
         "silent",
     ),
     "modes are not looked at": (
-        "fedraclora.models.outputs.refuse_modes",
+        "fedraclora.models.outputs.refuse_ways",
         lambda *_: None,
         {"model": "doubled in training"},
         "silent",

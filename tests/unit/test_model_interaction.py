@@ -11,7 +11,7 @@ from torch import nn
 from fedraclora.config.build import fix_bits
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, ModelError
-from fedraclora.models.outputs import probe, refuse_interaction, refuse_modes
+from fedraclora.models.outputs import probe, refuse_ways
 
 X = torch.arange(20.0).reshape(4, 5).sin()
 
@@ -31,10 +31,10 @@ class Centred(nn.Module):
 def test_statistics_of_a_batch_are_refused() -> None:
     x = X
     with pytest.raises(ModelError, match="depends on the other samples of its batch"):
-        refuse_interaction(Centred(0), {"x": x})
-    refuse_interaction(Centred(1), {"x": x})
-    refuse_interaction(Centred(0), {"x": x[:1]})  # with one sample nothing is seen
-    refuse_interaction(nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)).train(), {"x": x})
+        refuse_ways(Centred(0), {"x": x})
+    refuse_ways(Centred(1), {"x": x})
+    refuse_ways(Centred(0), {"x": x[:1]})  # with one sample nothing is seen
+    refuse_ways(nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)).train(), {"x": x})
 
 
 def test_what_a_layer_of_zeros_hides_is_seen() -> None:
@@ -42,7 +42,7 @@ def test_what_a_layer_of_zeros_hides_is_seen() -> None:
     head = nn.Linear(3, 2)
     nn.init.zeros_(head.weight)
     with pytest.raises(ModelError, match="depends on the other samples"):
-        refuse_interaction(nn.Sequential(Centred(0), head), {"x": X})
+        refuse_ways(nn.Sequential(Centred(0), head), {"x": X})
 
 
 class Moded(nn.Module):
@@ -83,7 +83,7 @@ def test_a_branch_on_training_that_would_never_run_is_refused(kind: str) -> None
     model.layer = nn.Sequential(nn.Linear(5, 5), Moded(kind))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
     with pytest.raises(ModelError, match=MODES[kind]):
-        refuse_modes(model.train(), {"x": X})
+        refuse_ways(model.train(), {"x": X})
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
 
@@ -104,8 +104,8 @@ def test_dropout_of_torch_and_frozen_statistics_are_alike_in_both_modes() -> Non
     layers = (nn.Linear(5, 4), norm.eval(), nn.Dropout(0.5), Shaped(block), nn.Linear(4, 2))
     model = nn.Sequential(*layers).train()
     norm.eval()
-    refuse_modes(model, {"x": X})
-    refuse_modes(Moded("nothing").train(), {"x": X})
+    refuse_ways(model, {"x": X})
+    refuse_ways(Moded("nothing").train(), {"x": X})
 
 
 class Shaped(nn.Module):
