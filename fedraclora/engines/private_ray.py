@@ -16,6 +16,7 @@ import secrets
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,6 +50,13 @@ PATIENCE = 3.0  # seconds in which processes must end that were told to
 def cpus() -> int:
     """Count the CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def put_back(environ: Mapping[str, str]) -> None:
+    """Make the environment of this process what it was."""
+    for name in os.environ.keys() - environ.keys():
+        del os.environ[name]
+    os.environ.update(environ)
 
 
 class LastWord:

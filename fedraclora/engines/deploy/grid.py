@@ -94,10 +94,6 @@ class DeployGrid(ForwardingGrid):
                 replies.append(failed(message, Error(NODE_UNAVAILABLE, "it is not connected")))
         return replies + self._receive(waiting, time.monotonic() + seconds)
 
-    @override
-    def close(self) -> None:
-        """The runtime is Flower's to end."""
-
     def _receive(self, waiting: dict[str, Message], end: float) -> list[Message]:
         """Wait for replies; whoever asks for every weight gets them, once."""
         replies, again = [], set[str]()

@@ -114,9 +114,11 @@ class FlowerGrid(NodePerClient):
 
     @override
     def get_node_ids(self) -> Iterable[int]:
+        from fedraclora.engines.ray.session import refuse_open_ray
+
         if not self._nodes:
             super().get_node_ids()
-            self.runtime.check()
+            refuse_open_ray()  # once processes have answered
         return self._nodes
 
     @override

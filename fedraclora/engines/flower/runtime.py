@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedraclora.engines.private_ray import LastWord
+from fedraclora.engines.private_ray import LastWord, put_back
 from fedraclora.errors import EngineError
 
 if TYPE_CHECKING:
@@ -95,20 +96,12 @@ class Runtime:
                 self._last_word.close()
             self._thread = self._session = self._last_word = None
 
-    def check(self) -> None:
-        """Reject a Ray that other machines can reach, once processes have answered.
-
-        Raises:
-            EngineError: If it does not listen at this machine's own address alone.
-        """
-        from fedraclora.engines.ray.session import refuse_open_ray
-
-        refuse_open_ray()
-
     def keep_sigterm(self) -> None:
         """Let SIGTERM do what it did before Ray, which starts in a thread at some time, took it."""
+        from fedraclora.engines.ray.session import set_sigterm
+
         if self._session is not None:
-            self._session.keep_sigterm()
+            set_sigterm(signal.getsignal(signal.SIGTERM))
 
     def _run(self) -> None:
         from flwr.simulation import run_simulation
@@ -147,9 +140,7 @@ def own_environment() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
+        put_back(before)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import ray
 from ray._private import ray_constants, utils
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-from fedraclora.engines.private_ray import RayFolder
+from fedraclora.engines.private_ray import RayFolder, put_back
 from fedraclora.errors import EngineError
 
 Handler = Callable[[int, FrameType | None], object] | int | None
@@ -46,16 +46,9 @@ class RaySession:
         finally:
             self._restore()
 
-    @staticmethod
-    def keep_sigterm() -> None:
-        """Put Python's handler of SIGTERM back where Ray, in another thread, has put its own."""
-        set_sigterm(signal.getsignal(signal.SIGTERM))
-
     def _restore(self) -> None:
         self._folder.close()
-        for name in os.environ.keys() - self._environ.keys():
-            del os.environ[name]
-        os.environ.update(self._environ)
+        put_back(self._environ)
         self._read_environment(clusters=self._clusters)
 
     def _read_environment(self, *, clusters: bool) -> None:
