@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from experiments.assemble import assemble
-from experiments.choices import composed
 from experiments.study.file import Study
 from experiments.study.same import check_split, config_of
 from experiments.study.tuning import Done, Line
@@ -70,15 +69,12 @@ def check_data(study: Study, done: Mapping[str, Line], path: object) -> None:
     Raises:
         DataError: If a file has changed, or is another one.
     """
-    now: dict[str, Mapping[str, Mapping[str, str]]] = {}  # by row: a study may be about its data
+    known = {line["row"] for line in done.values() if "data_files" in line}.intersection(study.rows)
+    configs = {row: config_of(study, row, "final") for row in known}  # it may be about data
+    now = {row: data_files(section(c.plain, "data")) for row, c in configs.items() if c is not None}
     for line in done.values():
-        row = line["row"]
-        if "data_files" not in line or row not in study.rows:
-            continue
-        if row not in now:
-            job = study.jobs("final", row, study.values(row)[:1])[0]
-            now[row] = data_files(section(composed(job.overrides), "data"))
-        if line["data_files"] != (found := now[row]):
+        found = now.get(line["row"])
+        if found is not None and line.get("data_files", found) != found:
             raise DataError(
                 f"{path}: {line['key']} ran on other data: {', '.join(_changed(line, found))} "
                 "changed since. Restore the files, or take another folder (out)"

@@ -298,17 +298,15 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
         >>> trained_of(sent, {"fc.weight": (6, 4), "fc.bias": (6,)})
         'rank 2 of fc; in full fc.bias: 26 numbers a client, the model has 30'
     """
-    ranks, layers = set(), []
-    for weight, adapter in sent.adapters.items():
-        factors = [f for f in adapter.factors.values() if isinstance(f, Trained)]
-        if factors:
-            layers.append(weight.removesuffix(".weight"))
-            ranks |= {min(factor.shape) for factor in factors}
+    ranks = {
+        weight.removesuffix(".weight"): {min(factor.shape) for factor in trained}
+        for weight, adapter in sent.adapters.items()
+        if (trained := [f for f in adapter.factors.values() if isinstance(f, Trained)])
+    }
     parts = []
-    if layers:
-        least, most = min(ranks), max(ranks)
-        rank = f"{most}" if least == most else f"{least} to {most}"
-        parts.append(f"rank {rank} of {some_of(layers)}")
+    if ranks:
+        ends = dict.fromkeys([min(map(min, ranks.values())), max(map(max, ranks.values()))])
+        parts.append(f"rank {' to '.join(map(str, ends))} of {some_of([*ranks])}")
     if sent.dense:
         every = len(sent.dense) == len(shapes)
         parts.append(f"in full {'all of it' if every else some_of([*sent.dense])}")
