@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedraclora.data.locate import checked_source, from_pretrained
 from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import Attention, Built, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
 from fedraclora.models.hf import cut_layers, set_dropout
 from fedraclora.models.narrow import Base, narrowed
-from fedraclora.models.pretrained import Source, layers_of, load_pretrained
+from fedraclora.models.pretrained import load_pretrained
 
 
 @limited("model")
@@ -68,10 +68,13 @@ def build_causal_lm(
             "weights (a folder, a GGUF file, package:NAME/path or hub:NAME); a config, such as "
             "{model_type: llama, hidden_size: 64}, draws them"
         )
+    prepare = partial(_prepare, layers=layers, dropout=dropout)
     if path is not None:
-        model = _loaded(path, layers, dropout, attention, sha256)
+        from transformers import AutoModelForCausalLM as Kind
+
+        model, _ = load_pretrained(Kind, path, sha256, prepare, attention=attention, new_head=False)
     else:
-        model = _drawn(config or {}, classes, seed, layers, dropout, attention)
+        model = _drawn(config or {}, classes, seed, prepare, attention)
     refuse_idle_rate(model, dropout)
     if checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -85,33 +88,11 @@ def build_causal_lm(
     return narrowed(Built(network, (_head(model),), _targets(network)), base)
 
 
-def _loaded(
-    path: str, layers: int | None, dropout: float, attention: str, sha256: str | None
-) -> Any:
-    """Load weights in float32; those of a GGUF file come as a model like any other."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    source, local = checked_source(path, sha256)
-    given = from_pretrained(AutoConfig, source, local, "model.path")
-    stored = layers_of(given)
-    _prepare(given, layers, dropout)
-    model, _ = load_pretrained(
-        AutoModelForCausalLM,
-        Source(path, source, local),
-        given,
-        attention=attention,
-        layers=stored,
-        new_head=False,
-    )
-    return model
-
-
 def _drawn(
     config: Mapping[str, object],
     classes: int,
     seed: int,
-    layers: int | None,
-    dropout: float,
+    prepare: Callable[[Any], None],
     attention: str,
 ) -> Any:
     """Draw the weights of a model of some configuration."""
@@ -125,7 +106,7 @@ def _drawn(
     free = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     try:
         given = CONFIG_MAPPING[kind](**{"vocab_size": classes, **free, **rest})
-        _prepare(given, layers, dropout)
+        prepare(given)
         with seeded(seed, "model"):
             return AutoModelForCausalLM.from_config(
                 given, dtype=torch.float32, attn_implementation=attention

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from fedraclora.data.locate import checked_source, from_pretrained
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import (
@@ -26,7 +25,7 @@ from fedraclora.models.built import (
 )
 from fedraclora.models.dropout import refuse_idle_rate
 from fedraclora.models.narrow import Base, narrowed
-from fedraclora.models.pretrained import Source, layers_of, load_pretrained, quiet
+from fedraclora.models.pretrained import load_pretrained
 
 # How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
 # dropout_rate, ...
@@ -69,29 +68,21 @@ def build_hf(
         ConfigError: If a key is wrong, naming it, or the model takes no dropout.
         DataError: If the model is missing, damaged or not whole, or its weights are another file.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification as Kind
 
     require_input("hf", shape, classes, text=True)
-    source, local = checked_source(path, sha256)
-    with quiet():
-        key = f"model.path={path}"
-        config = from_pretrained(AutoConfig, source, local, key, num_labels=classes)
-    stored = layers_of(config)
-    config.problem_type = None  # of what it learnt before
-    set_dropout(config, dropout)
-    cut_layers(config, layers)
-    if config.pad_token_id is None:
-        ends = config.eos_token_id  # Llama 3 has several
-        config.pad_token_id = next(iter(ends), None) if isinstance(ends, list) else ends
+
+    def prepare(config: Any) -> None:
+        config.problem_type = None  # of what it learnt before
+        set_dropout(config, dropout)
+        cut_layers(config, layers)
+        if config.pad_token_id is None:
+            ends = config.eos_token_id  # Llama 3 has several
+            config.pad_token_id = next(iter(ends), None) if isinstance(ends, list) else ends
+
+    given: dict[str, Any] = {"attention": attention, "new_head": True, "num_labels": classes}
     with seeded(seed, "model"):
-        model, drawn = load_pretrained(
-            AutoModelForSequenceClassification,
-            Source(path, source, local),
-            config,
-            attention=attention,
-            layers=stored,
-            new_head=True,
-        )
+        model, drawn = load_pretrained(Kind, path, sha256, prepare, **given)
     refuse_idle_rate(model, dropout)
     return narrowed(replace(_built(model), drawn=drawn), base)
 

@@ -8,7 +8,7 @@ model is built of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fedraclora.data.gguf_header import Header, Stored, read_gguf_header
-from fedraclora.data.locate import GGUF, from_pretrained
+from fedraclora.data.locate import GGUF, checked_source, from_pretrained
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.lowrank.layers import is_head
 from fedraclora.models.built import found_head
@@ -56,25 +56,42 @@ class Source:
 
 
 def load_pretrained(
-    kind: Any, source: Source, config: Any, *, attention: str, layers: int, new_head: bool
+    kind: Any,
+    path: str,
+    sha256: str | None,
+    prepare: Callable[[Any], None],
+    *,
+    attention: str,
+    new_head: bool,
+    **asked: object,
 ) -> tuple[Any, tuple[str, ...]]:
     """Load stored weights in float32 into a model that they fill.
 
     Args:
         kind: An Auto class of transformers.
-        source: Where they are.
-        config: Of the model, as it is to be; it may have fewer layers than are stored.
+        path: ``model.path``.
+        sha256: Of the weights' file, or None.
+        prepare: Changes the stored configuration to that of the model, which may have fewer layers.
         attention: As transformers names it.
-        layers: How many are stored.
         new_head: Whether a head is drawn where none, or one of other outputs, is stored.
+        **asked: Further keys of the configuration.
 
     Returns:
         The model, and the names of the parameters that were drawn.
 
     Raises:
         ConfigError: If the weights are quantised, and not in a GGUF file.
-        DataError: If the weights are damaged, not finite, or not all that the model has.
+        DataError: If the weights are missing, another file, damaged, not finite, or not all that
+            the model has.
     """
+    from transformers import AutoConfig
+
+    source = Source(path, *checked_source(path, sha256))
+    with quiet():
+        said = f"model.path={path}"
+        config = from_pretrained(AutoConfig, source.place, source.local, said, **asked)
+    layers = layers_of(config)
+    prepare(config)
     header = source.gguf
     stored = _stored(source, header)
     _check_config(kind, source, stored, config)
@@ -83,7 +100,7 @@ def load_pretrained(
             kind,
             source.place,
             source.local,
-            f"model.path={source.path}",
+            said,
             config=config,
             dtype=torch.float32,
             attn_implementation=attention,
