@@ -122,13 +122,24 @@ def read_file(path: Path) -> dict[str, Array]:
             "data=table"
         )
     arrays = read_arrays(path)
+    names = [*arrays]
+    found = taken(arrays, path)
+    _require_pairs(found, path, names)
+    return found
+
+
+def taken(arrays: dict[str, Array], path: Path) -> dict[str, Array]:
+    """Take the arrays of a usual spelling out of those of a file; give them their own names.
+
+    Raises:
+        DataError: If two could have one name.
+    """
     found: dict[str, Array] = {}
     for name, spellings in SPELLINGS.items():
         there = [spelling for spelling in spellings if spelling in arrays]
         if len(there) > 1:
             raise DataError(f"{path}: the arrays {there} could each be {name}; keep one of them")
-        found |= {name: arrays[there[0]]} if there else {}
-    _require_pairs(found, path, [*arrays])
+        found |= {name: arrays.pop(there[0])} if there else {}
     return found
 
 

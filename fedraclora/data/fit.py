@@ -7,7 +7,7 @@ what to write instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -255,7 +255,7 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
             "shape: pad texts, resize images"
         ) from error
     if isinstance(samples, dict):
-        name = target or next((name for name in TARGETS if name in samples), None)
+        name = found_target(samples, target)
         if name not in samples:
             raise DataError(
                 f"{where}: its samples have {[*samples]}; name the target with target=..."
@@ -263,6 +263,11 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
         rest = {n: t for n, t in samples.items() if n != name}
         samples = (rest if len(rest) > 1 else next(iter(rest.values())), samples[name])
     return gathered(samples, where)
+
+
+def found_target(names: Collection[str], said: str | None) -> str | None:
+    """Find the column to predict: what the caller said, else one of the usual names."""
+    return said or next((name for name in TARGETS if name in names), None)
 
 
 def as_tensor(value: Any, where: str) -> torch.Tensor:

@@ -19,9 +19,9 @@ import torch
 from fedraclora.data.dataset import SHARE, DataSet, Rows, keep_rows, split_rows, take
 from fedraclora.data.fit import (
     METRICS,
-    TARGETS,
     Form,
     found_shape,
+    found_target,
     gathered,
     of_dataset,
     scale_of_bytes,
@@ -29,7 +29,7 @@ from fedraclora.data.fit import (
 from fedraclora.data.frames import named_table
 from fedraclora.data.objective import TOKENS, check_names, objective_of
 from fedraclora.data.samples import Samples
-from fedraclora.data.tabular import of_frames
+from fedraclora.data.tabular import TableForm, of_frames
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import failure_of
 from fedraclora.objects import lend, lent
@@ -64,7 +64,7 @@ def lend_data(
             (`fedraclora.data.objective`).
         metrics: Names of metrics, the headline first; None: those usual for the loss.
         classes: Number of outputs; None: as the targets have.
-        frame: How rows of a frame are read: keyword arguments of `of_frames`.
+        frame: How rows of a frame are read: fields of `TableForm`.
 
     Returns:
         The ``digest`` of the numbers, the ``loss`` and the ``metrics``.
@@ -199,11 +199,6 @@ def is_frame(found: object) -> bool:
     return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "columns")
 
 
-def found_target(frame: Any) -> str | None:
-    """Find the column to predict by its usual names."""
-    return next((name for name in TARGETS if name in frame.columns), None)
-
-
 def of_frame(
     data: Any,
     test: Any,
@@ -226,7 +221,7 @@ def of_frame(
         )
     rows = named_table(data, "data")
     held_out = None if test is None else named_table(test, "test")
-    name = target or found_target(rows[0])
+    name = found_target(rows[0].columns, target)
     numbers = name in rows[0].columns and rows[0][name].dtype.kind == "f"
     if numbers and loss is None and bool((rows[0][name].dropna() % 1 == 0).all()):
         raise DataError(
@@ -237,9 +232,8 @@ def of_frame(
     task = (
         "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"
     )
-    found = of_frames(
-        rows, held_out, label=name, client=client, task=task, metrics=metrics, **options
-    )
+    how = TableForm(name, client, task=task, metrics=metrics, **options)
+    found = of_frames(rows, held_out, how)
     kind = "numbers" if numbers else "classes"
     source = "said" if loss else f"guessed from the column {name!r}: {kind}"
     return replace(found, info=found.info | {"loss_from": source})
@@ -253,7 +247,7 @@ def is_columns(found: object) -> bool:
 def of_columns(found: Any, where: str, target: str | None) -> Samples:
     """Read a ``Dataset`` of Hugging Face: the target, and inputs by name or as one ``x``."""
     names = list(found.column_names)
-    target_name = target or next((name for name in TARGETS if name in names), None)
+    target_name = found_target(names, target)
     if target_name is None or target_name not in names:
         raise DataError(
             f"{where}: the columns are {names}; name the one to predict with target=..."
@@ -308,7 +302,7 @@ def named_classes(data: Any, target: str | None) -> dict[str, object]:
     first = tables[0]
     if not is_columns(first):
         return {}
-    name = target or next((name for name in TARGETS if name in first.column_names), None)
+    name = found_target(first.column_names, target)
     names = getattr((first.features or {}).get(name), "names", None)
     return {"classes": [str(known) for known in names]} if names else {}
 

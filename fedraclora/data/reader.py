@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedraclora.data.arrays import SPELLINGS, channels_first
+from fedraclora.data.arrays import channels_first, taken
 from fedraclora.data.dataset import Read
 from fedraclora.data.fit import TARGETS, Form, as_scaled, as_tensor
 from fedraclora.data.labels import target_of
@@ -97,20 +97,17 @@ def _from_file(path: Path, *, target: bool) -> Any:
         raise DataError(
             f"{path}: a .npz file is wanted, with x (or the inputs of the model by name) and target"
         )
-    arrays = read_arrays(path)
-    if both := [n for k in ("test_x", "test_target") for n in SPELLINGS[k] if n in arrays]:
+    rest = read_arrays(path)
+    names = [*rest]
+    found = taken(rest, path)
+    if both := [name for name in ("test_x", "test_target") if name in found]:
         raise DataError(f"{path} holds {both[0]} beside other samples: write one set into a file")
-    places = {k: [n for n in SPELLINGS[k] if n in arrays] for k in ("x", "target")}
-    if any(len(there) > 1 for there in places.values()):
-        raise DataError(f"{path} holds {[*arrays]}: keep one array for x and one for target")
-    if target and not places["target"]:
-        raise DataError(f"{path} holds {[*arrays]}, but no target to measure by")
-    wanted = arrays.pop(places["target"][0]) if places["target"] else None
-    arrays.pop("client", None)
-    inputs = {"x": arrays[places["x"][0]]} if places["x"] else arrays
+    if target and "target" not in found:
+        raise DataError(f"{path} holds {names}, but no target to measure by")
+    inputs = {"x": found["x"]} if "x" in found else rest
     if not inputs:
         raise DataError(f"{path} holds no inputs: x, or the inputs of the model by name, is wanted")
-    return (inputs, wanted) if target else inputs
+    return (inputs, found["target"]) if target else inputs
 
 
 def _inputs_of(found: Any, where: str, column: str | None) -> Samples:

@@ -23,6 +23,22 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+@dataclass(frozen=True)
+class TableForm:
+    """How rows become a data set: see `load_table` for each key."""
+
+    label: str | int | None
+    client: str | int | None = None
+    features: str | int | Sequence[str | int] | None = None
+    test_share: float | None = None
+    split_seed: int = 0
+    task: str = "classification"
+    metrics: Sequence[str] | None = None
+    standardise: bool = True
+    missing: str = "error"
+    separator: str | None = None
+
+
 @limited("data")
 def load_table(
     *,
@@ -67,83 +83,54 @@ def load_table(
         DataError: If a file is missing, or rows cannot be used.
     """
     refuse_both(test, test_share)
-    path = resolve(str(file or ""), key="data.file", root=root)
-    frame = read_frame(path, _names(label, client), separator)
-    held, held_path = None, Path()
-    if test is not None:
-        held_path = resolve(test, key="data.test", root=root)
-        held = read_frame(held_path, _names(label, None), separator)
-    return of_frames(
-        (frame, path),
-        None if held is None else (held, held_path),
-        label=label,
-        client=client,
-        features=features,
-        test_share=test_share,
-        split_seed=split_seed,
-        task=task,
-        metrics=metrics,
-        standardise=standardise,
-        missing=missing,
-        separator=separator,
-        source=str(file),
+
+    def read(spelling: str, key: str, *columns: str | int | None) -> Table:
+        path = resolve(spelling, key=key, root=root)
+        return read_frame(path, [str(c) for c in columns if c is not None], separator), path
+
+    table = read(str(file or ""), "data.file", label, client)
+    held_out = None if test is None else read(test, "data.test", label)
+    how = TableForm(
+        *(label, client, features, test_share, split_seed),
+        *(task, metrics, standardise, missing, separator),
     )
+    return of_frames(table, held_out, how, str(file))
 
 
-def of_frames(
-    table: Table,
-    test: Table | None,
-    *,
-    label: str | int | None,
-    client: str | int | None = None,
-    features: str | int | Sequence[str | int] | None = None,
-    test_share: float | None = None,
-    split_seed: int = 0,
-    task: str = "classification",
-    metrics: Sequence[str] | None = None,
-    standardise: bool = True,
-    missing: str = "error",
-    separator: str | None = None,
-    source: str = "a frame",
-) -> DataSet:
-    """Make a data set of rows; arguments and errors as of `load_table`.
+def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a frame") -> DataSet:
+    """Make a data set of rows; errors as of `load_table`.
 
     Args:
         table: The rows.
         test: Rows to test on, or None to hold some of ``table`` out.
-        label: See `load_table`, as for the others.
-        client: The column that says whose a row is, or None.
-        features: The columns to predict from, or None.
-        test_share: The fraction that is held out.
-        split_seed: Seed of that choice.
-        task: ``classification`` or ``regression``.
-        metrics: Names of metrics, or None.
-        standardise: Whether features have mean 0 and deviation 1.
-        missing: What becomes of rows in which something is missing.
-        separator: What parts the columns of files that come later, or None.
+        how: How they are read.
         source: What the summary calls the table.
     """
     frame, path = table
-    named = _label(frame, label, path)
-    owner = None if client is None else _column(frame, "data.client", client, path)
+    if how.label is None:
+        raise ConfigError(
+            f"data.label is not set: name the column to predict; {path} has {[*frame.columns]}"
+        )
+    named = _column(frame, "data.label", how.label, path)
+    owner = None if how.client is None else _column(frame, "data.client", how.client, path)
     if owner == named:
-        raise ConfigError(f"data.client={client} is data.label, too: name another column, or none")
-    used, left_out = _features(frame, features, named, owner, path)
-    x, labels, clients, kept = _rows(frame, used, named, owner, missing, path)
+        raise ConfigError(f"data.client={owner} is data.label, too: name another column, or none")
+    used, left_out = _features(frame, how.features, named, owner, path)
+    x, labels, clients, kept = _rows(frame, used, named, owner, how.missing, path)
     dropped = len(frame) - len(kept)
-    classes = classes_of(labels, named, task, path)
-    train = Samples({"x": x}, target_of(labels, classes, task))
+    classes = classes_of(labels, named, how.task, path)
+    train = Samples({"x": x}, target_of(labels, classes, how.task))
     owners = None if clients is None else np.array(clients)
     everyone = None if owner is None else np.array(_written(frame[owner].dropna()))
     if test is None:
-        share = SHARE if test_share is None else test_share
-        strata = np.array(labels) if task == "classification" else None
-        train, held_out, rows = train_test(train, "data.test_share", share, split_seed, strata)
+        share = SHARE if how.test_share is None else how.test_share
+        strata = np.array(labels) if how.task == "classification" else None
+        train, held_out, rows = train_test(train, "data.test_share", share, how.split_seed, strata)
         owners = owners if owners is None else owners[rows]
     reading: dict[str, Any] = {"features": used} | ({"classes": classes} if classes else {})
-    if standardise:
+    if how.standardise:
         reading |= _scales(train)
-    reader = TableReader(named, task, missing, separator)
+    reader = TableReader(named, how.task, how.missing, how.separator)
     if test is None:
         held_out = _scaled(held_out, reading)
     else:
@@ -159,11 +146,11 @@ def of_frames(
         train,
         held_out,
         classes,
-        task,
-        metrics=metrics,
+        how.task,
+        metrics=how.metrics,
         owners=owners,
         clients=everyone,
-        client=str(client),
+        client=str(how.client),
         info=info,
         reading=reading,
         reader=reader,
@@ -203,18 +190,6 @@ class TableReader:
         if isinstance(found, Path):
             return read_frame(found, [self.label], self.separator), found
         return named_table(found, "data")
-
-
-def _names(*columns: str | int | None) -> list[str]:
-    return [str(column) for column in columns if column is not None]
-
-
-def _label(frame: DataFrame, label: str | int | None, path: Path) -> str:
-    if label is None:
-        raise ConfigError(
-            f"data.label is not set: name the column to predict; {path} has {[*frame.columns]}"
-        )
-    return _column(frame, "data.label", label, path)
 
 
 def _column(frame: DataFrame, key: str, column: str | int, path: Path) -> str:
