@@ -84,7 +84,7 @@ class Table:
         console = console_for_tables(UNKNOWN_WIDTH)
         told = [i for i, column in enumerate(zip(*self.cells, strict=True)) if any(column)]
         columns = [(self.header[i], [row[i] for row in self.cells]) for i in told]
-        widths = self._widths(columns, console.width)
+        widths = self._widths(columns, console.width) if columns else []
         table = RichTable()
         for index, (width, (title, _)) in enumerate(zip(widths, columns, strict=False)):
             justify: JustifyMethod = "left" if index < self.texts else "right"

@@ -18,6 +18,7 @@ from fedraclora.run.ledger import Ledger, read_ledger
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.weights.chain import CatchUp
 
+OF_A_RUN = {"weights_digest": "81ded5146e52"}
 PLAIN: Plain = {"seed": 10, "rounds": 3, "data": {"name": "digits"}, "output": {"dir": None}}
 
 
@@ -68,12 +69,13 @@ def test_a_folder_in_which_nothing_but_digests_were_written_can_be_begun(tmp_pat
 
 def test_any_digit_of_a_summary_is_seen(tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger.jsonl").append({"round": 0})
-    write_summary(tmp_path, {"metrics": {"accuracy": 0.875}, "path": tmp_path, "nan": float("nan")})
+    summary = {"metrics": {"accuracy": 0.875}, "path": tmp_path, "nan": float("nan")}
+    write_summary(tmp_path, summary | OF_A_RUN)
     assert read_summary(tmp_path)["metrics"] == {"accuracy": 0.875}
     change(tmp_path / "summary.json", "0.875", "0.876")
     with pytest.raises(CheckpointError, match=r"summary\.json is damaged"):
         read_summary(tmp_path)
-    write_summary(tmp_path, {})
+    write_summary(tmp_path, OF_A_RUN)
     Ledger(tmp_path / "ledger.jsonl").append({"round": 1})
     with pytest.raises(CheckpointError, match=r"summary\.json and ledger\.jsonl .*not of one run"):
         read_summary(tmp_path)
@@ -81,11 +83,14 @@ def test_any_digit_of_a_summary_is_seen(tmp_path: Path) -> None:
 
 def test_a_summary_without_a_digest_is_read(tmp_path: Path) -> None:
     assert opened({"rounds": 3}, tmp_path) == {"rounds": 3}
-    path = tmp_path / "summary.json"
-    path.write_text(json.dumps({"rounds": 3}))
-    assert read_summary(tmp_path) == {"rounds": 3}
+    path, summary = tmp_path / "summary.json", {"rounds": 3} | OF_A_RUN
+    path.write_text(json.dumps(summary))
+    assert read_summary(tmp_path) == summary
     path.write_text(sealed(read_sealed(path)))
-    assert read_summary(tmp_path) == {"rounds": 3}
+    assert read_summary(tmp_path) == summary
+    path.write_text(json.dumps({"rounds": 3}))
+    with pytest.raises(CheckpointError, match="no summary of a run"):
+        read_summary(tmp_path)
 
 
 def test_any_digit_of_a_ledger_is_seen_by_every_reader(tmp_path: Path) -> None:
