@@ -35,6 +35,7 @@ def test_a_small_run_holds_and_writes_everything(
     cases = {case["name"]: case for case in report["cases"]}
     assert {case["case"]["theorem"] for case in cases.values()} == {
         "gd",
+        "gd_link",
         "sgd",
         "reshuffling",
         "federated",
