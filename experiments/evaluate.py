@@ -20,7 +20,13 @@ from strategies import METHODS
 from strategies.outcome import finished
 from strategies.run import Run
 
-ROUND = "of the weights, 0 to the last; else the last"
+
+def run_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """Begin the command line of what is asked of a stored run."""
+    parser = argparse.ArgumentParser(f"fedraclora {command}", description=description)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--round", type=int, help="of the weights, 0 to the last; else the last")
+    return parser
 
 
 def stored_run(folder: Path, round_: int | None) -> Run:
@@ -57,10 +63,8 @@ def measuring_run(folder: Path, round_: int | None) -> Run:
 @reported
 def main() -> int:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser("fedraclora evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser = run_parser("evaluate", __doc__)
     parser.add_argument("--data", default="test", help="a file, or test or validation of the run")
-    parser.add_argument("--round", type=int, help=ROUND)
     parser.add_argument("--json", action="store_true", help="print JSON")
     asked = parser.parse_args()
     run = measuring_run(asked.run, asked.round)

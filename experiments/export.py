@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from rich.table import Table
 
-from experiments.evaluate import ROUND, stored_run
+from experiments.evaluate import run_parser, stored_run
 from experiments.progress import console_for_tables
 from experiments.status import reported
 from fedraclora.export import FORMATS
@@ -17,11 +16,9 @@ from fedraclora.export import FORMATS
 @reported
 def main() -> int:
     """Export what the command line asks for."""
-    parser = argparse.ArgumentParser("fedraclora export", description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser = run_parser("export", __doc__)
     parser.add_argument("--format", choices=FORMATS, default="peft")
     parser.add_argument("--rank", type=int, help="peft: the largest rank of a layer")
-    parser.add_argument("--round", type=int, help=ROUND)
     quick = "do not read back what was written: twice as fast for a large model"
     parser.add_argument("--no-check", dest="check", action="store_false", help=quick)
     parser.add_argument("--out", type=Path, help="a new folder; else RUN/export/FORMAT")

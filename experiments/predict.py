@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.evaluate import ROUND, measuring_run
+from experiments.evaluate import measuring_run, run_parser
 from experiments.status import reported
 from fedraclora.errors import ConfigError
 from fedraclora.weights.files import write_text
@@ -23,12 +22,10 @@ KINDS = (".csv", ".jsonl")
 @reported
 def main() -> int:
     """Answer what the command line asks."""
-    parser = argparse.ArgumentParser("fedraclora predict", description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser = run_parser("predict", __doc__)
     parser.add_argument("--data", required=True, help="a file, or test or validation of the run")
     parser.add_argument("--out", type=Path, help="a new .csv or .jsonl; else they are printed")
     parser.add_argument("--json", action="store_true", help="print JSON lines, not CSV")
-    parser.add_argument("--round", type=int, help=ROUND)
     asked = parser.parse_args()
     out: Path | None = None if asked.out is None else asked.out.expanduser()
     if out is not None:

@@ -147,7 +147,7 @@ def tables_of(
 ) -> tuple[list[Samples], list[Rows] | None, np.ndarray[Any, Any] | None]:
     """Read tables, and with one table the rows of each client or the owner of each row."""
     if is_clients(data):
-        parts = list(data.values()) if isinstance(data, Mapping) else data
+        parts = listed(data)
         if partitioner is not None or client is not None:
             raise ConfigError(
                 "data is a list, one entry for each client, so that nothing is left to divide: "
@@ -192,6 +192,11 @@ def table_of(found: object, where: str, target: str | None = None) -> Samples:
 def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:
     """Tell whether these are tables of several clients, and not one."""
     return isinstance(data, Mapping | list) and not is_columns(data)
+
+
+def listed(data: Mapping[Any, Any] | list[Any]) -> list[Any]:
+    """List the tables of several clients."""
+    return list(data.values()) if isinstance(data, Mapping) else data
 
 
 def is_frame(found: object) -> bool:
@@ -296,10 +301,7 @@ def divided(data: Any, partitioner: Any) -> list[Rows]:
 
 def named_classes(data: Any, target: str | None) -> dict[str, object]:
     """Take the names of the classes that a ``Dataset`` of Hugging Face has (`DataSet.reading`)."""
-    tables = [data]
-    if is_clients(data):
-        tables = list(data.values()) if isinstance(data, Mapping) else data
-    first = tables[0]
+    first = listed(data)[0] if is_clients(data) else data
     if not is_columns(first):
         return {}
     name = found_target(first.column_names, target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from fedraclora.data.fit import as_unscaled
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import forward
+from fedraclora.data.task import LOSSES, forward
 from fedraclora.evaluation.evaluate import numbered_batches, with_weights
 from fedraclora.tree import Tree
 
@@ -55,14 +55,17 @@ def _answered(
         batch = stored.to(device)
         outputs = forward(model, batch.inputs).double()
         words: Iterator[Record] = ({"output": row.tolist()} for row in outputs)
-        if loss in WORDS:
-            words = WORDS[loss](_Words(reading), outputs.cpu(), batch.to("cpu"))
+        if loss in LOSSES:
+            words = getattr(_Words(reading), loss)(outputs.cpu(), batch.to("cpu"))
         found.update(zip(rows.tolist(), words, strict=True))
     return [found[row] for row in range(len(samples))]
 
 
 class _Words:
-    """Names of classes in their order, and of tokens; where there is none, the number."""
+    """Names of classes in their order, and of tokens; where there is none, the number.
+
+    A method for each loss says what its outputs, float64, are in words.
+    """
 
     def __init__(self, reading: Mapping[str, Any]) -> None:
         self.classes, self.symbols = reading.get("classes", []), reading.get("symbols", "")
@@ -110,15 +113,3 @@ class _Words:
 
     def pixel_classes(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
         yield from ({"prediction": self.nested(row)} for row in outputs.argmax(dim=1).tolist())
-
-
-# By loss: what its outputs, float64, are in words.
-WORDS: dict[str, Callable[[_Words, torch.Tensor, Samples], Iterator[Record]]] = {
-    "cross_entropy": _Words.cross_entropy,
-    "logistic": _Words.logistic,
-    "multi_label": _Words.multi_label,
-    "squared_error": _Words.squared_error,
-    "next_token": _Words.next_token,
-    "token_classes": _Words.token_classes,
-    "pixel_classes": _Words.pixel_classes,
-}

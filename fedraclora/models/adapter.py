@@ -10,6 +10,8 @@ import re
 import types
 import typing
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fedraclora.errors import ConfigError, DataError, ModelError
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError, ModelError
 from fedraclora.imports import import_extra
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -69,35 +71,24 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
     )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of layouts, which PEFT mends
-        try:
+        with _told(folder, f"the adapter fits no layer of this {type(model).__name__}", GIVEN):
             adapted: Any = peft.get_peft_model(copy.deepcopy(model), config)
             adapters = peft.get_peft_model_state_dict
             wanted = {*adapters(adapted, save_embedding_layers=False)}
             beside = {*adapters(adapted, save_embedding_layers=True)}
-        except Exception as error:  # of an odd configuration each kind of adapter has its own
-            raise ModelError(
-                f"start={folder}: the adapter fits no layer of this {type(model).__name__}: "
-                f"{_line(error)}. {GIVEN}"
-            ) from error
         _refuse(folder, "lacks", wanted - weights.keys())
         _refuse(folder, "has, and the model has not,", weights.keys() - beside)
         _refuse(folder, "has a rank or an alpha for", _idle_patterns(adapted, config))
-        try:
+        with _told(folder, "the adapter does not fit", GIVEN):  # of shapes, with names of layers
             found = peft.set_peft_model_state_dict(adapted, weights)
-        except Exception as error:  # of shapes, with the names of the layers
-            raise ModelError(
-                f"start={folder}: the adapter does not fit: {_line(error)}. {GIVEN}"
-            ) from error
         _refuse(folder, "has, and the model has not,", set(found.unexpected_keys))
         if not hasattr(adapted, "merge_and_unload"):
             raise ConfigError(
                 f"start={folder}: a {config.peft_type} adapter cannot be merged into weights; one "
                 "of LoRA can"
             )
-        try:
+        with _told(folder, "PEFT cannot merge it"):
             merged = dict(adapted.merge_and_unload().named_parameters(remove_duplicate=False))
-        except Exception as error:
-            raise ModelError(f"start={folder}: PEFT cannot merge it: {_line(error)}") from error
     every = dict(model.named_parameters(remove_duplicate=False))
     _refuse(folder, "changes the names of", every.keys() ^ merged.keys())
     _refuse(
@@ -146,11 +137,10 @@ def _configured(peft: Any, folder: Path, largest: int) -> Any:
         DataError: Naming the key.
     """
     path = folder / CONFIG
-    try:
+    damaged = f"{CONFIG} is damaged"
+    with _told(folder, damaged, kind=DataError):
         said = json.loads(path.read_text(encoding="utf-8"))
         kind: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[said["peft_type"]]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"start={folder}: {CONFIG} is damaged: {_line(error)}") from error
     hints = typing.get_type_hints(kind)
     for key, value in said.items():
         if key == "runtime_config":
@@ -169,12 +159,9 @@ def _configured(peft: Any, folder: Path, largest: int) -> Any:
             fits = False
         if not fits or (key in FOREIGN and value):
             raise DataError(f"start={folder}: {CONFIG} says {key}={value!r}, which cannot be")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return peft.PeftConfig.from_pretrained(folder)
-    except Exception as error:  # each kind of adapter has checks, and errors, of its own
-        raise DataError(f"start={folder}: {CONFIG} is damaged: {_line(error)}") from error
+    with _told(folder, damaged, kind=DataError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftConfig.from_pretrained(folder)
 
 
 def _fits(value: object, hint: object) -> bool:
@@ -202,8 +189,16 @@ def _idle_patterns(adapted: Any, config: Any) -> set[str]:
     return {p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)}
 
 
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+@contextmanager
+def _told(
+    folder: Path, what: str, do: str = "", kind: type[FedRacLoraError] = ModelError
+) -> Iterator[None]:
+    """Tell what PEFT raises, of which each kind of adapter has its own errors, in one line."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(f"start={folder}: {what}: {type(error).__name__}: {error}".split())
+        raise kind(f"{said}. {do}" if do else said) from error
 
 
 def _refuse(folder: Path, what: str, names: set[str]) -> None:

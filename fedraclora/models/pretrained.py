@@ -243,16 +243,13 @@ def _refuse_unread(
         if not cut & set(name.split(".")) and not (headless and name.startswith("output."))
     }
     taken = sum(p.numel() for n, p in model.named_parameters() if n not in drawn)
-    taken += sum(model.get_buffer(n).numel() for n in model.state_dict() if _is_buffer(model, n))
+    buffers = dict(model.named_buffers())
+    taken += sum(buffers[n].numel() for n in model.state_dict() if n in buffers)
     if (held := sum(left.values())) != taken:
         raise source.refuse(
             f"its tensors hold {held:,} numbers, of which a {type(model).__name__} takes {taken:,} "
             f"({len(left)} tensors, the last is {[*left][-1]})"
         )
-
-
-def _is_buffer(model: nn.Module, name: str) -> bool:
-    return name in {n for n, _ in model.named_buffers()}
 
 
 def _refuse_infinite(source: Source, model: Any) -> None:

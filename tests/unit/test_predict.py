@@ -22,7 +22,7 @@ from fedraclora.data.reader import ArrayReader
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
-from fedraclora.evaluation.predict import WORDS, predict
+from fedraclora.evaluation.predict import _Words, predict
 
 QUIET = "output.progress=false"
 DRAW = np.random.default_rng(3)
@@ -271,7 +271,7 @@ def answered(outputs: Any, loss: str, **reading: Any) -> list[dict[str, object]]
 
 
 def test_outputs_are_put_into_words_by_their_loss() -> None:
-    assert {*LOSSES} <= {*WORDS}
+    assert {*LOSSES} <= {*vars(_Words)}
     names = {"classes": ["no", "yes"]}
     odds = float(np.log(3))
     for loss, outputs in {"cross_entropy": [[0, odds]] * 3, "logistic": [[odds]] * 3}.items():
