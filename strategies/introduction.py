@@ -6,7 +6,6 @@ Each line is an assumption about somebody's model and data that nothing else wou
 from __future__ import annotations
 
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.schema import section
 from fedraclora.protocol.plan import frozen_layers, some_of, thawed
 from strategies.assembly import Assembled
 
@@ -19,7 +18,7 @@ def opening_lines(run: Assembled) -> list[str]:
     config, model, lines = run.config, run.built.task.model, dict(introduction(run))
     told = run.built.task.info
     lines |= {n.replace("_", " "): str(told[n]) for n in ("weights", "new_head") if n in told}
-    if is_own(run) and (frozen := frozen_layers(model, run.plan)):
+    if config.own_model and (frozen := frozen_layers(model, run.plan)):
         lines["not trained"] = (
             f"{some_of(frozen)} (targets=all adds convolutions and embeddings, dense=[NAME] trains "
             "a layer in full)"
@@ -33,11 +32,6 @@ def opening_lines(run: Assembled) -> list[str]:
         )
     lines["chunk"] = str(run.chunk)
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
-
-
-def is_own(run: Assembled) -> bool:
-    """Check whether the model is somebody's own, about which nothing is known."""
-    return section(run.config.plain, "model").get("name") in {"object", "function"}
 
 
 def introduction(run: Assembled) -> dict[str, str]:
@@ -56,7 +50,7 @@ def notes_of(run: Assembled) -> list[str]:
     notes = [] if run.strategy.recorder.ledger.rows else list(run.strategy.state.notes)
     if more := notes[NAMED:]:
         notes = [*notes[:NAMED], f"{len(more)} more such notes are in the ledger"]
-    if is_own(run) and (names := thawed(run.built.task.model, run.plan)):
+    if run.config.own_model and (names := thawed(run.built.task.model, run.plan)):
         notes.append(
             f"requires_grad=False of {some_of(names)} is not read: these are trained or adapted, "
             "as targets, head and dense say (targets=[NAME] adapts that layer alone, head=frozen)"

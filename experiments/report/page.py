@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from fedraclora.run.ledger import headline, known_mean, number
 from fedraclora.run.stopped import stop_reason
 from fedraclora.weights.files import flatten
 
-ALONE = ("seed", "output.dir", "resume")  # keys in which runs of one table may differ unnoticed
+ALONE = ("output.dir", "resume")  # keys in which runs of one table may differ unnoticed
 SHOWN_FAILURES = 50
 DIGITS = 12  # of a digest in a table; the whole of it stands where it is checked
 
@@ -201,10 +201,14 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
 
 def side_by_side(runs: Sequence[Shown]) -> dict[str, list[str]]:
     """Give the facts of all runs, those that some run has; one alone has its cards beside them."""
-    each = [(run.cards if len(runs) > 1 else {}) | run.facts for run in runs]
-    keys = dict.fromkeys(key for facts in each for key in facts)
-    rows = {key: [facts.get(key, "") for facts in each] for key in keys}
+    rows = by_key([(run.cards if len(runs) > 1 else {}) | run.facts for run in runs])
     return {key: values for key, values in rows.items() if any(values)}
+
+
+def by_key(each: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Give the value of each run for every key that some run has; empty where it has none."""
+    keys = dict.fromkeys(key for found in each for key in found)
+    return {key: [found.get(key, "") for found in each] for key in keys}
 
 
 def labels_of(runs: Sequence[Shown]) -> list[str]:
@@ -216,29 +220,20 @@ def labels_of(runs: Sequence[Shown]) -> list[str]:
 
 def results(labels: Sequence[str], runs: Sequence[Shown]) -> list[tuple[str, Shown, str, bool]]:
     """Give label, run, headline metric and whether it is the best; one run alone is no best."""
-    names = [run.headline[0] for run in runs if run.headline is not None]
-    values = [run.headline[1] if run.headline is not None else math.nan for run in runs]
-    ended = [(run, value) for run, value in zip(runs, values, strict=True) if run.summary]
-    known = [value for _, value in ended if math.isfinite(value)]
-    alike = len(runs) > 1 and len({*names}) == 1 and known
-    best = (max if higher_is_better(names[0]) else min)(known) if alike else None
-    each = zip(labels, runs, values, strict=True)
-    return [
-        (label, run, figure(value), value == best and bool(run.summary))
-        for label, run, value in each
-    ]
+    names = {run.headline[0] for run in runs if run.headline is not None}
+    values = [math.nan if run.headline is None else run.headline[1] for run in runs]
+    each = [*zip(labels, runs, values, strict=True)]
+    known = [value for _, run, value in each if run.summary and math.isfinite(value)]
+    best = None
+    if len(runs) > 1 and len(names) == 1 and known:
+        best = (max if higher_is_better(*names) else min)(known)
+    return [(label, run, figure(v), v == best and bool(run.summary)) for label, run, v in each]
 
 
 def differences(runs: Sequence[Shown]) -> dict[str, list[str]]:
     """Give the settings in which runs differ: key -> the value of each run."""
-    flats = [flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for found in flats for key in found)
-    values = {key: [_word(found[key]) if key in found else "" for found in flats] for key in keys}
-    return {
-        key: row
-        for key, row in values.items()
-        if any(value != row[0] for value in row) and key not in ALONE[1:]
-    }
+    rows = by_key([{k: _word(v) for k, v in flatten(run.config).items()} for run in runs])
+    return {key: row for key, row in rows.items() if len({*row}) > 1 and key not in ALONE}
 
 
 def _word(value: object) -> str:

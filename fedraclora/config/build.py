@@ -203,8 +203,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     dtype = next(floats, torch.float32)  # token ids have none
     model = built.model if built.narrow else built.model.to(dtype)
     if tables:
-        theirs = config.model.get("name") in {"function", "object"}
-        probe(model, tables[0], data.classes, data.loss, own_model=theirs)
+        probe(model, tables[0], data.classes, data.loss, own_model=config.own_model)
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
@@ -246,8 +245,7 @@ def _said_of_loss(config: TaskConfig, data: DataSet, model: torch.nn.Module) -> 
     """Say what is learnt, and which key of the config says so; data sets of the project know it."""
     told = [f"data.{key}={config.data[key]}" for key in ("loss", "task") if key in config.data]
     source = data.info.get("loss_from") or [*told, f"of data={config.data['name']}"][0]
-    own = config.model.get("name") in {"function", "object"}
-    warning = refuse_contradiction(model, data.loss) if own else None
+    warning = refuse_contradiction(model, data.loss) if config.own_model else None
     found = {"loss": data.loss, "loss_from": source, "metrics": [*data.metrics]}
     return found | ({"loss_warning": warning} if warning else {})
 

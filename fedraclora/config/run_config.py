@@ -128,6 +128,11 @@ class TaskConfig(Limited):
     max_failures: Whole
     system: SystemConfig
 
+    @property
+    def own_model(self) -> bool:
+        """Whether the model is somebody's own, about which nothing is known."""
+        return self.model.get("name") in {"function", "object"}
+
 
 @dataclass(frozen=True)
 class RunConfig(TaskConfig):
