@@ -17,19 +17,20 @@ from fedraclora.engines.programs import (
     HOST,
     LINK,
     LONGEST,
+    NAME,
     NODE,
     Program,
     addresses,
     end_all,
     environment,
     flwr,
+    superlink,
 )
 from fedraclora.engines.sockets import VARIABLE
 from fedraclora.errors import EngineError
 from fedraclora.temporary import PrivateFolder
 
 SUPERNODE = Path(__file__).with_name("supernode.py")
-NAME = "local"  # of the connection
 
 
 class LocalDeployment:
@@ -64,10 +65,6 @@ class LocalDeployment:
     def __enter__(self) -> LocalDeployment:
         """Start everything, and wait until the SuperLink listens."""
         try:
-            (self.home / "config.toml").write_text(
-                f'[superlink.{NAME}]\naddress = "{HOST}:{LINK}"\n'
-                f'root-certificates = "{self.identity.certificate}"\n'
-            )
             self.start_link()
             for k in range(len(self.served)):
                 self.register(make_node_key(self.key(k)))
@@ -87,15 +84,13 @@ class LocalDeployment:
 
     def start_link(self) -> None:
         """Start the SuperLink, on its database if it has one, and wait until it listens."""
-        server = self.identity
-        words = ["--ssl-ca-certfile", str(server.certificate)]
-        words += ["--ssl-certfile", str(server.certificate)]
-        words += ["--ssl-keyfile", str(server.key), "--enable-supernode-auth"]
-        words += ["--host", HOST, "--port", str(LINK)]
+        certificate, key = str(self.identity.certificate), str(self.identity.key)
+        words = ["--ssl-ca-certfile", certificate, "--ssl-certfile", certificate]
+        words += ["--ssl-keyfile", key, "--enable-supernode-auth"]
         if self.lasting:
             words += ["--database", str(self.home / "superlink.db")]
-        log = self.home / "superlink.log"
-        self.link = Program("flower-superlink", words, self.environ, log)
+        trust = f'root-certificates = "{certificate}"'
+        self.link = superlink(self.home, words, self.environ, trust)
         self.link.await_listening(self.home / "link")
 
     def register(self, public: Path) -> None:

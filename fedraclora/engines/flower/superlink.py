@@ -19,7 +19,6 @@ from fedraclora.engines.private_ray import RayFolder
 from fedraclora.errors import EngineError
 from fedraclora.temporary import PrivateFolder
 
-NAME = "local"  # of the connection, in Flower's own configuration
 Options = Mapping[str, str | int | float | bool]
 
 
@@ -81,7 +80,7 @@ class SuperLink:
         Raises:
             EngineError: If it did not begin, or the SuperLink is gone.
         """
-        words = ["run", str(app), NAME, "--stream", "-c", str(run_config)]
+        words = ["run", str(app), programs.NAME, "--stream", "-c", str(run_config)]
         environ = environment(self.home, self._ray)
         run = programs.flwr(
             [*words, "--federation-config", words_of(options)],
@@ -89,7 +88,7 @@ class SuperLink:
             stdout=None if self.show else subprocess.PIPE,
             stderr=None if self.show else subprocess.STDOUT,
         )
-        listed = programs.flwr(["list", NAME, "--format", "json"], environ)
+        listed = programs.flwr(["list", programs.NAME, "--format", "json"], environ)
         try:
             (found,) = json.loads(listed.stdout)["runs"]
         except (ValueError, KeyError) as error:
@@ -101,14 +100,8 @@ class SuperLink:
         return Ended(str(found["status"]), str(found["status-details"]), run.stdout or "")
 
     def _start(self) -> None:
-        address = f"{programs.HOST}:{programs.LINK}"
-        connection = f'[superlink.{NAME}]\naddress = "{address}"\ninsecure = true\n'
-        (self.home / "config.toml").write_text(connection)
-        words = ["--insecure", "--simulation", "--host", programs.HOST]
-        words += ["--port", str(programs.LINK)]
-        log = self.home / "superlink.log"
-        environ = environment(self.home, self._ray)
-        self._program = programs.Program("flower-superlink", words, environ, log)
+        words, environ = ["--insecure", "--simulation"], environment(self.home, self._ray)
+        self._program = programs.superlink(self.home, words, environ, "insecure = true")
         self._program.await_listening(self.home / "link")
 
     def _end(self) -> None:
