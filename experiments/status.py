@@ -28,11 +28,9 @@ def reported(command: Callable[P, int]) -> Callable[P, int]:
     def main(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return command(*args, **kwargs)
-        except BrokenPipeError as error:
-            if is_unread():
-                raise
-            return tell(error)
         except Exception as error:  # this is where all of them end
+            if isinstance(error, BrokenPipeError) and is_unread():
+                raise
             return tell(error)
 
     return main
