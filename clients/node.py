@@ -19,6 +19,7 @@ from clients.cache import folder_of, is_own, make_room, on_disk, served
 from clients.worker import Worker
 from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config.run_config import task_from_plain
+from fedraclora.config.schema import Plain
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.engines.local import STALE
 from fedraclora.errors import ConfigError, WireError
@@ -152,9 +153,14 @@ def trainer_for(
         )
     if own is not None:
         plain["data"] |= {"samples": own, "client": client, "alone": alone}
+    return built_from(plain)
+
+
+def built_from(plain: Plain) -> tuple[CohortTrainer, Terms | None]:
+    """Build data and model of a config, and what clients insist on in secure aggregation."""
     config = task_from_plain(plain)
     fix_bits(config.engine.threads, pick_device(config.device))
-    # Pretrained weights come from the server.
+    # Pretrained weights come from the server: to train them here again would be for nothing.
     built = build_task(replace(config, pretrain=PretrainConfig()))
     trainer = trainer_of(config, built, plan_of(config, built.task))
     return trainer, terms_of(config, built)

@@ -7,7 +7,6 @@ real hosts each client has its own (`clients.node`).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,9 +15,6 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from clients import node
 from clients.ray_worker import answer
 from clients.worker import Worker
-from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
-from fedraclora.config.run_config import task_from_plain
-from fedraclora.config.settings import PretrainConfig
 from fedraclora.engines.local import STALE, error_of, failed
 from fedraclora.errors import StaleError, WireError
 from fedraclora.weights.job import read_settings
@@ -73,10 +69,5 @@ def worker_of(folder: str) -> Worker:
     Args:
         folder: Of a `fedraclora.weights.job.JobFolder`.
     """
-    config = task_from_plain(read_settings(Path(folder)))
-    fix_bits(config.engine.threads, pick_device(config.device))
-    # The base weights come from the folder: to pretrain them here again would be for nothing.
-    built = build_task(replace(config, pretrain=PretrainConfig()))
-    trainer = trainer_of(config, built, plan_of(config, built.task))
-    replica = FolderReplica(Path(folder), trainer.plan, built.device)
-    return Worker(trainer, replica, terms=terms_of(config, built))
+    trainer, terms = node.built_from(read_settings(Path(folder)))
+    return Worker(trainer, FolderReplica(Path(folder), trainer.plan, trainer.device), terms=terms)
