@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedraclora.data.frames import named_table
 from fedraclora.data.table import cells_of, open_text
 from fedraclora.errors import ConfigError, DataError, unknown
 
@@ -221,8 +222,7 @@ def rows_of(found: Any, form: Form) -> list[Mapping[str, Any]]:
         DataError: If they are something else.
     """
     if hasattr(found, "iloc"):
-        kept: list[Mapping[str, Any]] = found.rename(columns=str).to_dict("records")
-        return kept
+        return [*named_table(found, "data")[0].to_dict("records")]
     texts = isinstance(found, list) and all(isinstance(row, str) for row in found)
     columns = ["prompt"] if form.prompt is None else _PLACE.findall(form.prompt) or [form.prompt]
     if texts and not form.answered and len(set(columns)) == 1:

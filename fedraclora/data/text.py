@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import SHARE, DataSet, Read, Rows, divide
+from fedraclora.data.frames import named_table
 from fedraclora.data.labels import Kind, classes_of, supervised, target_of
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
@@ -202,7 +203,7 @@ class TextReader:
 def _columns_of(found: Any, named: Sequence[Named], texts: int) -> list[list[str]]:
     """Take columns of a frame, or texts of a list, which has no others."""
     if hasattr(found, "iloc"):
-        frame = found.rename(columns=str)
+        frame, _ = named_table(found, "data")
         for key, name in named:
             if str(name) not in frame.columns:
                 raise ConfigError(f"{key}: {unknown('column', name, [*frame.columns])}")

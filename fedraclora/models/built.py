@@ -201,3 +201,9 @@ def found_head(model: nn.Module) -> tuple[str, ...]:
     if len(adaptable) < 2:
         return ()
     return (adaptable[-1],)
+
+
+def found_targets(model: nn.Module, *patterns: str) -> str:
+    """Take the first pattern all of whose names the model has; else all linear layers."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return next((p for p in patterns if names.issuperset(p.split(","))), "all-linear")

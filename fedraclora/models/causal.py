@@ -11,11 +11,13 @@ from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.limits import Count, Fraction, limited
-from fedraclora.models.built import Attention, Built, require_input, seeded
+from fedraclora.models.built import Attention, Built, found_targets, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
 from fedraclora.models.hf import cut_layers, set_dropout
 from fedraclora.models.narrow import Base, narrowed
 from fedraclora.models.pretrained import load_pretrained
+
+TARGETS = ("q_proj,v_proj", "c_attn", "query_key_value")  # of query and value, as PEFT has them
 
 
 @limited("model")
@@ -85,7 +87,7 @@ def build_causal_lm(
         newest = getattr(model, "activation_checkpointing_enable", None)  # its name from v5.24 on
         (newest or model.gradient_checkpointing_enable)({"use_reentrant": False})
     network: nn.Module = model.train()
-    return narrowed(Built(network, (_head(model),), _targets(network)), base)
+    return narrowed(Built(network, (_head(model),), found_targets(network, *TARGETS)), base)
 
 
 def _drawn(
@@ -130,12 +132,3 @@ def _head(model: Any) -> str:
         if module is head and head is not None:
             return str(name)
     raise ModelError(f"{type(model).__name__} has no output layer over tokens")
-
-
-def _targets(model: nn.Module) -> str:
-    """Name the projections of query and value, as PEFT does; else all linear layers."""
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for targets in (("q_proj", "v_proj"), ("c_attn",), ("query_key_value",)):
-        if names.issuperset(targets):
-            return ",".join(targets)
-    return "all-linear"

@@ -19,6 +19,7 @@ from fedraclora.models.built import (
     Attention,
     Built,
     found_head,
+    found_targets,
     require_heads,
     require_input,
     seeded,
@@ -151,9 +152,7 @@ def _built(model: Any) -> Built:
     if not head:
         raise ModelError(f"{type(model).__name__} has no head beside {model.base_model_prefix}")
     network: nn.Module = model
-    names = [name.rpartition(".")[2] for name, _ in network.named_modules()]
-    targets = "query,value" if {"query", "value"} <= set(names) else "all-linear"
-    return Built(network.train(), head, targets)
+    return Built(network.train(), head, found_targets(network, "query,value"))
 
 
 def set_dropout(config: Any, dropout: float) -> None:

@@ -88,8 +88,7 @@ def load_pretrained(
 
     source = Source(path, *checked_source(path, sha256))
     with quiet():
-        said = f"model.path={path}"
-        config = from_pretrained(AutoConfig, source.place, source.local, said, **asked)
+        config = from_pretrained(AutoConfig, source.place, source.local, "model.path", **asked)
     layers = layers_of(config)
     prepare(config)
     header = source.gguf
@@ -100,7 +99,7 @@ def load_pretrained(
             kind,
             source.place,
             source.local,
-            said,
+            f"model.path={path}",
             config=config,
             dtype=torch.float32,
             attn_implementation=attention,

@@ -16,11 +16,12 @@ from torch import nn
 
 import fedraclora
 from experiments.cli import main
-from fedraclora.data import DATASETS, select_labels
+from fedraclora.data import DATASETS, conversations, select_labels
 from fedraclora.data.fit import Form, as_scaled
 from fedraclora.data.reader import ArrayReader
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
+from fedraclora.data.text import TextReader
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.evaluation.predict import _Words, predict
 
@@ -335,3 +336,11 @@ def test_padding_has_no_class_and_ends_no_text() -> None:
     }.items():
         rows = predict(Counted(), {"one": torch.ones(())}, samples, loss, {}, batch_size=2)
         assert [row["prediction"] for row in rows] == wanted
+
+
+def test_of_two_columns_of_one_name_none_is_taken_in_silence() -> None:
+    frame = pd.DataFrame([["a", "b", "c"]], columns=["prompt", "response", "prompt"])
+    reader = TextReader(("prompt",), "response", True, "classification", None, None, None, 8)
+    for read in (reader.rows, lambda found: conversations.rows_of(found, conversations.Form())):
+        with pytest.raises(DataError, match="several columns 'prompt'"):
+            read(frame)
