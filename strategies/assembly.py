@@ -40,8 +40,7 @@ from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.precision import check_base
 from fedraclora.tree import Tree, weights_of
-from strategies.server.loop import LoopConfig
-from strategies.server.loopconfig import loop_of
+from strategies.server.loop import LoopConfig, loop_of
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
 from strategies.start import begin_from

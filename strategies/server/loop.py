@@ -1,9 +1,13 @@
-"""Settings of the round loop."""
+"""Settings of the round loop, and how they come from the config of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from fedraclora.config.build import BuiltTask
+from fedraclora.config.run_config import RunConfig
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import SUM_BLOCK
 
@@ -74,3 +78,26 @@ class LoopConfig:
     def whole_blocks(self, cohort: int) -> bool:
         """Return whether every summation block of a cohort lies in one chunk."""
         return self.chunk % SUM_BLOCK == 0 or self.chunk >= cohort
+
+
+def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype) -> LoopConfig:
+    """Build the loop's settings.
+
+    Raises:
+        ConfigError: If a round needs more replies than it asks clients.
+    """
+    return LoopConfig(
+        rounds=config.rounds,
+        clients=built.clients,
+        cohort=built.cohort,
+        chunk=chunk,
+        seed=config.seed,
+        weights=config.weights,
+        dtype=str(dtype).removeprefix("torch."),
+        uplink=config.wire.uplink,
+        downlink=config.wire.downlink,
+        feedback=config.wire.feedback,
+        evaluate_every=config.evaluate.every,
+        max_failures=config.max_failures,
+        **vars(config.engine.waiting(built.cohort)),
+    )
