@@ -125,6 +125,8 @@ def simulate(
     refuse_run()
     if not isinstance(resume, bool):
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
+    if "callbacks" in keys:
+        raise ConfigError("unknown key 'callbacks'; did you mean on_round, which has functions?")
     beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
     whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
     lent = lend_all(model, data, method, partition, beside, whole=whole)

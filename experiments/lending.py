@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import Plain
-from experiments.values import plain_value
-from fedraclora.config.schema import section
+from experiments.overrides import key_of
+from experiments.values import plain_value, words_of
+from fedraclora.config.schema import coerce, section
 from fedraclora.data.objects import is_frame, lend_data
+from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError
+from fedraclora.limits import check_limits, hints
 from fedraclora.models.objects import lend_model, require_module
 from fedraclora.objects import NAME, lend
 from fedraclora.protocol.method import Method, Traits
@@ -26,6 +29,7 @@ TABLES = (".csv", ".tsv", ".parquet")
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)
 FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed")
+KINDS = hints(load_table)  # which reads a file by the same keys
 OBJECT_KEYS = ("loss", "metrics", "classes")
 KEPT = {"data": ("labels", "validation"), "model": ("head", "targets")}
 
@@ -59,6 +63,12 @@ class Lent:
             typed: The keys that the caller said.
         """
         found, groups = dict(plain), dict(self.groups)
+        told = {group: keys for group, keys in self.keys.items() if isinstance(keys, Mapping)}
+        twice = [k for k in map(key_of, words_of(told)) if typed.count(k) > 1]
+        if twice:
+            raise ConfigError(
+                f"{twice[0]} is said in a word and by an argument of simulate: leave one out"
+            )
         if self.data is not None:
             groups["data"] = self.data(**self._read(plain, typed) | self.options)
         for name, group in groups.items():
@@ -77,7 +87,9 @@ class Lent:
             ConfigError: If nothing reads a key beside samples of the program.
         """
         asked, frames = section(plain, "data"), set(OF_FRAME) <= {*self.words}
-        found: dict[str, Any] = {"frame": {key: asked[key] for key in FRAME_KEYS if key in asked}}
+        frame = {k: coerce(f"data.{k}", asked[k], KINDS[k]) for k in FRAME_KEYS if k in asked}
+        check_limits("data", load_table, frame)
+        found: dict[str, Any] = {"frame": frame}
         said = {key.partition(".")[2] for key in typed if key.startswith("data.")}
         if asked.get("name") == NAME:  # a whole config, of a run with such samples
             said = {*OBJECT_KEYS} & {*asked}

@@ -135,13 +135,14 @@ def check_limits(group: str, target: Callable[..., object], values: Mapping[str,
     Raises:
         ConfigError: Naming the first key, after its group.
     """
-    for name, hint in _hints(target).items():
+    for name, hint in hints(target).items():
         if name in values:
             _check(f"{group}.{name}" if group else name, values[name], hint)
 
 
 @functools.cache
-def _hints(target: Callable[..., object]) -> dict[str, object]:
+def hints(target: Callable[..., object]) -> dict[str, object]:
+    """Read the types of a class or a function, with their limits."""
     return typing.get_type_hints(target, include_extras=True)
 
 

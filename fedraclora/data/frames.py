@@ -25,9 +25,10 @@ def named_table(found: object, where: str) -> Table:
     import pandas as pd
 
     if not isinstance(found, pd.DataFrame):
+        path = "" if where == "test" else ", or the path of such a table,"
         raise DataError(
-            f"{where} is a {type(found).__name__}; a frame of pandas with the columns of data, or "
-            "the path of such a table, is wanted"
+            f"{where} is a {type(found).__name__}; a frame of pandas with the columns of data"
+            f"{path} is wanted (pandas.read_csv reads one)"
         )
     frame = found.rename(columns=str)
     _refuse_twins(frame.columns, where)

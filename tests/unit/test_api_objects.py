@@ -290,6 +290,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": pd.Series(X[:, 0]), "clients": 3}, DataError, "data is of type Series"),
     ({"data": pd.concat([FRAME, FRAME[["a"]]], axis=1), "clients": 3}, DataError, "columns 'a'"),
     ({"data": FRAME, "test": (X, Y), "clients": 3}, DataError, "test is a tuple; a frame"),
+    ({"data": FRAME, "test": "new.csv", "clients": 3}, DataError, "of data is wanted"),
+    ({"data": (X, Y), "clients": 3, "callbacks": [print]}, ConfigError, "did you mean on_round"),
     ({"data": FRAME[:0], "clients": 3}, DataError, "data holds no rows"),
     ({"data": CLIENTS, "model": nn.LazyLinear(2)}, ModelError, "weight has no shape yet"),
     ({"data": CLIENTS, "model": net().to("meta")}, ModelError, "on the device meta"),
@@ -418,6 +420,32 @@ def test_keys_of_tables_hold_for_frames() -> None:
         "output.progress=false", "data.missing=drop", model=net(), data=frame, clients=3, rounds=1
     )
     assert found.summary["task"]["rows_dropped"] == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["missing=mean", "standardise=maybe", "standardise=0", "split_seed=1.5", "test_share=5"],
+)
+def test_values_of_keys_are_checked_alike_for_a_frame_and_its_file(
+    word: str, tmp_path: Path
+) -> None:
+    frame = pd.DataFrame({f"f{i}": X[:, i] for i in range(5)} | {"label": Y})
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    said = []
+    for data, target in ((frame, {}), (tmp_path / "table.csv", {"target": "label"})):
+        with pytest.raises(ConfigError, match=rf"data\.{word.partition('=')[0]}") as error:
+            fedraclora.simulate(f"data.{word}", data=data, clients=3, rounds=1, **target)  # type: ignore[arg-type]
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+def test_a_key_is_said_by_a_word_or_by_an_object_and_not_by_both(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    pd.DataFrame({"a": X[:, 0], "label": Y}).to_csv(table, index=False)
+    keys: dict[str, Any] = {"target": "label", "clients": 3, "rounds": 1}
+    for word, method in (("data.label=a", "ffa_lora"), ("method.rank=2", FedRacLora(rank=4))):
+        with pytest.raises(ConfigError, match=word.partition("=")[0]):
+            fedraclora.simulate(word, data=table, method=method, **keys)
 
 
 @pytest.mark.parametrize("loss", [None, "squared_error"])
