@@ -64,7 +64,7 @@ class Lent:
         """
         found, groups = dict(plain), dict(self.groups)
         told = {group: keys for group, keys in self.keys.items() if isinstance(keys, Mapping)}
-        twice = [k for k in map(key_of, words_of(told)) if typed.count(k) > 1]
+        twice = [k for k in map(key_of, words_of(told)) if "." in k and typed.count(k) > 1]
         if twice:
             raise ConfigError(
                 f"{twice[0]} is said in a word and by an argument of simulate: leave one out"

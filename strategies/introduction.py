@@ -17,7 +17,8 @@ def opening_lines(run: Assembled) -> list[str]:
     """Say what a run begins with, beside `notes_of`."""
     config, model, lines = run.config, run.built.task.model, dict(introduction(run))
     told = run.built.task.info
-    lines |= {n.replace("_", " "): str(told[n]) for n in ("weights", "new_head") if n in told}
+    known = ("inputs", "weights", "new_head")
+    lines |= {n.replace("_", " "): str(told[n]) for n in known if n in told}
     if config.own_model and (frozen := frozen_layers(model, run.plan)):
         lines["not trained"] = (
             f"{some_of(frozen)} (targets=all adds convolutions and embeddings, dense=[NAME] trains "

@@ -223,6 +223,12 @@ class Run:
                 f"data: the inputs are {[*samples.inputs]}; {[*wanted]}, as of the run's own "
                 "samples, are wanted"
             )
+        for name, value in samples.inputs.items():
+            if value.is_floating_point() and not wanted[name].is_floating_point():
+                raise DataError(
+                    f"data: {name} holds {value.dtype} numbers; whole ones, as in the run's own "
+                    "samples, are wanted"
+                )
         check_fit(built.task.model, samples.inputs)
         if measured:
             top = 0 if samples.target.is_floating_point() else int(samples.target.max())

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
-from fedraclora.data.fit import Form, found_shape, gathered, scale_of_bytes
+from fedraclora.data.fit import Form, found_shape, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.idx import parse_idx, read_packed
 from fedraclora.data.labels import LOSSES, Kind, class_names, supervised, target_of
 from fedraclora.data.locate import resolve
@@ -96,7 +96,7 @@ def load_arrays(
         labels = train.target.numpy() if task == "classification" else None
         train, held_out, rows = train_test(train, "data.test_share", share, split_seed, labels)
         owners = owners if owners is None else owners[rows]
-    info: dict[str, object] = {"source": str(file)}
+    info = {"source": str(file)} | said_of_inputs(raw, train)
     return supervised(
         train,
         held_out,

@@ -339,6 +339,19 @@ def scale_of_bytes(samples: Samples) -> dict[str, object]:
     return {"subtract": 0.0, "divide_by": 255.0}
 
 
+def said_of_inputs(came: Samples, fitted: Samples) -> dict[str, object]:
+    """Say what became of the numbers of ``x``, where these are no float32 already."""
+    if set(came.inputs) != {"x"}:
+        return {}
+    kinds = [str(t.inputs["x"].dtype).removeprefix("torch.") for t in (came, fitted)]
+    if kinds == ["float32"] * 2:
+        return {}
+    if not fitted.inputs["x"].is_floating_point():
+        return {"inputs": f"{kinds[0]} as given"}
+    became = "scaled to 0..1" if scale_of_bytes(came) else f"converted to {kinds[1]}"
+    return {"inputs": f"{kinds[0]} {became}"}
+
+
 def scale_of(rows: torch.Tensor) -> dict[str, Any]:
     """Find means and deviations of columns, in float64; a deviation of 0 counts as 1."""
     rows = rows.double()

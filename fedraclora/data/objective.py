@@ -6,14 +6,16 @@ word.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from fedraclora.data.fit import is_binary
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import LOSSES
+from fedraclora.data.task import LOSSES, forward
 from fedraclora.errors import ConfigError, DataError
 
 TOKENS = "input_ids"
@@ -157,3 +159,38 @@ def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
             f"set model.config.problem_type to {right!r} first"
         )
     return f"the loss is {loss}, but {source}, is made for {' or '.join(told)}"
+
+
+def takes_whole(model: object, tables: Sequence[Samples]) -> bool:
+    """Find out whether a model reads whole numbers ``x`` as they are, as an embedding does.
+
+    Bytes may be images: they stay as they are only where the model does not read fractions.
+
+    Raises:
+        DataError: If some tables hold bytes, and others do not.
+    """
+    if not isinstance(model, nn.Module) or set(tables[0].inputs) != {"x"}:
+        return False
+    given = [table.inputs["x"] for table in tables if "x" in table.inputs]
+    if len({x.dtype == torch.uint8 for x in given}) > 1:
+        raise DataError(
+            "x holds bytes in one table, which are divided by 255, and other numbers in another: "
+            "give all of them in one type"
+        )
+    if any(x.is_floating_point() for x in given):
+        return False
+    first = given[0][:1]
+    fractions = first.dtype == torch.uint8 and _takes(model, first / 255.0)
+    return not fractions and _takes(model, first.long())
+
+
+def _takes(model: nn.Module, x: torch.Tensor) -> bool:
+    """Call a copy of a model; one that does not know an index has read it."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            forward(copy.deepcopy(model).cpu().eval(), {"x": x.cpu()})
+    except IndexError:
+        return True
+    except Exception:  # what is wrong with it, the probe of the model says
+        return False
+    return True

@@ -24,10 +24,11 @@ from fedraclora.data.fit import (
     found_target,
     gathered,
     of_dataset,
+    said_of_inputs,
     scale_of_bytes,
 )
 from fedraclora.data.frames import named_table
-from fedraclora.data.objective import TOKENS, check_names, objective_of
+from fedraclora.data.objective import TOKENS, check_names, objective_of, takes_whole
 from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import TableForm, of_frames
 from fedraclora.errors import ConfigError, DataError
@@ -81,26 +82,28 @@ def lend_data(
     held_out = None if test is None else table_of(test, "test", target)
     loss, source = objective_of(loss, tables, model)
     seen = [*tables, *([] if held_out is None else [held_out])]
-    form = Form(found_shape(tables[0]), loss, classes or classes_of(seen, loss))
+    whole = takes_whole(model, seen)
+    shape = () if whole else found_shape(tables[0])
+    form = Form(shape, loss, classes or classes_of(seen, loss))
     names = [f"data, client {k}" for k in range(len(tables))] if len(tables) > 1 else ["data"]
     fitted = [form.fit(table, name) for table, name in zip(tables, names, strict=True)]
-    whole = joined(fitted, names)
+    table = joined(fitted, names)
     if is_clients(data):
-        parts = np.split(np.arange(len(whole)), np.cumsum([len(t) for t in fitted])[:-1])
+        parts = np.split(np.arange(len(table)), np.cumsum([len(t) for t in fitted])[:-1])
     found = DataSet(
-        train=whole,
-        test=whole if held_out is None else form.fit(held_out, "test"),
+        train=table,
+        test=table if held_out is None else form.fit(held_out, "test"),
         classes=int(form.classes or 1),
         loss=loss,
         metrics=metrics or METRICS.get(loss, METRICS["cross_entropy"]),
         columns={} if owners is None else {"client": owners},
-        sample_shape=found_shape(whole),
+        sample_shape=() if whole else found_shape(table),
         parts=parts,
-        info={"source": "a Python program", "loss_from": source},
-        reading=scale_of_bytes(tables[0]) | named_classes(data, target),
+        info={"source": "a Python program", "loss_from": source} | said_of_inputs(tables[0], table),
+        reading=({} if whole else scale_of_bytes(tables[0])) | named_classes(data, target),
     )
     if loss == "cross_entropy":
-        found = replace(found, columns=found.columns | {"label": whole.target.numpy()})
+        found = replace(found, columns=found.columns | {"label": table.target.numpy()})
     if held_out is None:
         found = without_test(found)
     return lend_set(found)

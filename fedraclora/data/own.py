@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import SHARE, Clients, DataSet, refuse_both, split_rows, take
-from fedraclora.data.fit import METRICS, Form, found_shape, scale_of_bytes
+from fedraclora.data.fit import METRICS, Form, found_shape, said_of_inputs, scale_of_bytes
 from fedraclora.data.partition import LOOKED_AT, spread_clients
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources import counted, read_own, read_table, source_label
@@ -43,6 +43,7 @@ class Brought:
         arguments: Further ones of the function, by name.
         device, dtype: Where to, and what floating samples become; None: as they come.
         reading: What was done to the numbers of those that were looked at (`DataSet.reading`).
+        told: The same, in words.
     """
 
     source: str | None
@@ -56,6 +57,7 @@ class Brought:
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
     reading: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+    told: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
     _found: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _held_out: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
@@ -103,7 +105,9 @@ class Brought:
             said = self.arguments
             self._read[client] = read_own(self.source, client, alone=alone, arguments=said)
         self.reading.update(scale_of_bytes(self._read[client]))
-        return self.form.fit(self._read[client], source_label(self.source, client))
+        fitted = self.form.fit(self._read[client], source_label(self.source, client))
+        self.told.update(said_of_inputs(self._read[client], fitted))
+        return fitted
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]; 1 for those that are elsewhere."""
@@ -211,7 +215,8 @@ def own_samples(
         columns={"label": np.zeros(0, dtype=np.int64)} if labelled else {},
         sample_shape=form.shape if form.shape is not None else found_shape(table),
         parts=brought,
-        info={"source": "each client's own"} | ({"held_out": share} if share else {}),
+        info={"source": "each client's own", **brought.told}
+        | ({"held_out": share} if share else {}),
         reading=dict(brought.reading),
     )
 

@@ -75,7 +75,7 @@ class ArrayReader:
             turned = torch.from_numpy(np.ascontiguousarray(channels_first(value.numpy())))
             value = turned if tuple(turned.shape[1:]) == self.form.shape else value
         if "subtract" not in reading:
-            if value.dtype == torch.uint8:
+            if value.dtype == torch.uint8 and self.form.shape:
                 raise DataError(
                     f"{where}: x holds bytes, but the run's own samples did not: give them as the "
                     "numbers that the run was trained on"

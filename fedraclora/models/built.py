@@ -95,13 +95,13 @@ def check_fit(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
 
     Args:
         model: A network; one without ``config`` passes.
-        inputs: Inputs of a data set; those without ``input_ids`` [N, length] pass.
+        inputs: Inputs of a data set; those without token ids [N, length] pass.
 
     Raises:
         ConfigError: If a token id or the length is beyond the model's embeddings.
     """
-    config, ids = getattr(model, "config", None), inputs.get("input_ids")
-    if config is None or ids is None:
+    config, ids = getattr(model, "config", None), inputs.get("input_ids", inputs.get("x"))
+    if config is None or ids is None or ids.is_floating_point() or ids.dim() != 2:
         return
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and int(ids.max()) >= vocabulary:

@@ -83,6 +83,74 @@ def test_a_run_is_that_of_the_samples_in_files(tmp_path: Path) -> None:
     assert found.summary["weights_digest"] == other.summary["weights_digest"]
 
 
+class Words(nn.Module):
+    """Its ``ids`` are indices of an embedding, which takes no fractions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.e(ids).mean(1))
+        return found
+
+
+IDS = np.abs(np.rint(3 * X)).astype("int64").clip(0, 8)
+TEXTS = [(IDS[a:b], IDS[a:b, 0] % 3) for a, b in CUTS]
+
+
+def words() -> nn.Module:
+    with seeded(0, "test"):
+        return Words()
+
+
+@pytest.mark.parametrize("form", ["arrays", "named x", "TensorDataset", "Hugging Face", "bytes"])
+def test_whole_numbers_stay_so_where_a_model_takes_indices(
+    form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forms: dict[str, Any] = {
+        "arrays": TEXTS,
+        "named x": [({"x": x}, y) for x, y in TEXTS],
+        "TensorDataset": [TensorDataset(torch.tensor(x), torch.tensor(y)) for x, y in TEXTS],
+        "Hugging Face": [datasets.Dataset.from_dict({"x": x, "label": y}) for x, y in TEXTS],
+        "bytes": [(x.astype("uint8"), y) for x, y in TEXTS],
+    }
+    wanted = run(model=words(), data=[({"ids": x}, y) for x, y in TEXTS])
+    found = fedraclora.simulate(model=words(), data=forms[form], rounds=2)
+    assert ("uint8" if form == "bytes" else "int64") + " as given" in capsys.readouterr().err
+    assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
+    x = forms[form][0][0] if form in {"arrays", "bytes"} else IDS[:40]
+    assert found.predict(x).equals(wanted.predict({"ids": IDS[:40]}))
+    assert found.evaluate(TEXTS[1]) == wanted.evaluate(({"ids": TEXTS[1][0]}, TEXTS[1][1]))
+    with pytest.raises(DataError, match="whole ones"):
+        found.predict(X)
+
+
+def test_whole_numbers_become_fractions_where_a_model_wants_these_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = [(np.rint(9 * x).astype("int64"), y) for x, y in CLIENTS]
+    floats = run(data=[(x.astype("float32"), y) for x, y in whole])
+    found = fedraclora.simulate(model=net(), data=whole, rounds=2)
+    assert "int64 converted to float32" in capsys.readouterr().err
+    assert found.summary["weights_digest"] == floats.summary["weights_digest"]
+    fedraclora.simulate(model=net(), data=[(abs(x).astype("uint8"), y) for x, y in whole], rounds=0)
+    assert "uint8 scaled to 0..1" in capsys.readouterr().err
+    np.savez(tmp_path / "0.npz", x=whole[0][0], target=Y[:40])
+    fedraclora.simulate("data=own", "model=mlp", {"data": {"samples": str(tmp_path)}}, rounds=0)
+    assert "int64 converted to float32" in capsys.readouterr().err
+    with pytest.raises(DataError, match="bytes in one table"):
+        run(data=[whole[0], (abs(whole[1][0]).astype("uint8"), whole[1][1])])
+
+
+def test_a_run_on_whole_numbers_goes_on(tmp_path: Path) -> None:
+    for rounds in (1, 2):
+        keys = {"folder": tmp_path / "run", "resume": rounds == 2, "rounds": rounds}
+        found = run(model=words(), data=TEXTS, **keys)
+    whole = run(model=words(), data=TEXTS, rounds=2)
+    assert found.summary["weights_digest"] == whole.summary["weights_digest"]
+
+
 def test_a_partitioner_divides_as_it_does_alone() -> None:
     table = datasets.Dataset.from_dict({"x": X, "label": Y})
     found = run(data=table, test=(X + 1, Y), partition=DirichletPartitioner(4, "label", 0.5, 3))
@@ -321,6 +389,8 @@ def test_bad_input_is_refused_by_name(keys: Any, kind: type[Exception], words: s
 @pytest.mark.slow
 @pytest.mark.parametrize(("other", "same"), [("ray", "vectorised"), ("flower", "inline")])
 def test_objects_reach_other_processes(other: str, same: str) -> None:
+    found, wanted = (run(data=TEXTS, model=words(), engine=engine) for engine in (other, same))
+    assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
     found, wanted = (run(data=CLIENTS, engine=engine) for engine in (other, same))
     assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
 
