@@ -108,6 +108,14 @@ def test_dropout_of_torch_and_frozen_statistics_are_alike_in_both_modes() -> Non
     refuse_ways(Moded("nothing").train(), {"x": X})
 
 
+def test_a_model_that_draws_nothing_is_passed_once_in_training_mode() -> None:
+    calls: list[bool] = []
+    model = nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)).train()
+    model.register_forward_hook(lambda module, *_: calls.append(module.training))
+    refuse_ways(model, {"x": X})
+    assert calls == [False, False, False, True]
+
+
 class Shaped(nn.Module):
     """Hands vectors to a block of sequences."""
 
