@@ -21,7 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from experiments.groups import Group, group_runs, values
-from experiments.reports import BEGINS, ROUNDING, Run, find_runs, read_run
+from experiments.reports import (
+    BEGINS,
+    ROUNDING,
+    Run,
+    find_runs,
+    is_result,
+    read_run,
+    refuse_overwriting,
+)
 from experiments.status import reported
 from experiments.study.entries import (
     UNTRAINED,
@@ -68,8 +76,11 @@ def compare(
 
     Raises:
         CheckpointError: If no path has a run with rounds.
-        ConfigError: If the metric or a key of ``by`` does not exist.
+        ConfigError: If the metric or a key of ``by`` does not exist, or ``out`` holds somebody
+            else's files.
     """
+    if not is_result(out):
+        refuse_overwriting(out, ("table.md", "table.csv", "compare.png"))
     runs, notes = _read(paths)
     metric = _metric(runs, metric, notes)
     groups = group_runs(runs, by, notes)

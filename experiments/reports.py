@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fedraclora.errors import CheckpointError
+from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.digests import check_config, opened
 from fedraclora.run.ledger import digest_rows, number, read_ledger
 from fedraclora.run.stopped import divergence
@@ -129,7 +129,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
         if not below:
             without.append(path)
     if without and not found:
-        results = [path for path in without if path.is_dir() and _below(path, _is_result)]
+        results = [path for path in without if path.is_dir() and _below(path, is_result)]
         why = f"a run folder holds {', '.join(RUN_FILES)}"
         if results == without:
             why = "what was written there is the result of a comparison or a study"
@@ -144,8 +144,22 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in RUN_FILES)
 
 
-def _is_result(folder: Path) -> bool:
+def is_result(folder: Path) -> bool:
+    """Check whether a comparison, a study or `fedraclora theory` has written a folder."""
     return any(all((folder / name).is_file() for name in names) for names in RESULT_FILES)
+
+
+def refuse_overwriting(out: Path, names: Iterable[str]) -> None:
+    """Reject a folder for results that has a file of somebody else's under one of these names.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    if there := next((name for name in names if (out / name).exists()), None):
+        raise ConfigError(
+            f"{out} holds {there}, which is of no comparison and no study, and would be "
+            "overwritten; name another folder (--out)"
+        )
 
 
 def _below(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:

@@ -20,6 +20,7 @@ import torch
 
 from experiments.assemble import Assembled
 from experiments.choices import composed
+from experiments.reports import refuse_overwriting
 from experiments.status import explained
 from experiments.study.checks import check_data, check_rows
 from experiments.study.file import Job, Study
@@ -57,12 +58,14 @@ def run_study(
 
     Raises:
         ConfigError: Rows would not be compared alike, a row cannot begin, or the folder has runs of
-            another study; or there is no row of a name.
+            another study, or somebody else's files; or there is no row of a name.
     """
     for row in rows:
         if row not in study.rows:
             raise unknown("row", row, study.rows)
-    path = out / "runs.jsonl"
+    path, written = out / "runs.jsonl", out / "study.yaml"
+    if not path.exists() and not (written.is_file() and written.read_text() == study.text):
+        refuse_overwriting(out, ("study.yaml", "table.md", "table.csv"))
     done, failed = read_lines(path), dict[str, str]()
     if not table_only:
         check_same(study)
@@ -76,7 +79,8 @@ def run_study(
 
     if not table_only:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "study.yaml").write_text(study.text)
+        path.touch()  # from here on the folder is this study's
+        written.write_text(study.text)
         run("tune", study.values)
         run("tune", lambda row: tried_values(study, row, done))
         while run("final", lambda row: [tuned_value(study, row, done)]):

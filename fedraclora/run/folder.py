@@ -25,6 +25,8 @@ from fedraclora.weights.files import difference, write_text
 LEDGER = "ledger_sha256"  # of the summary: the seal of the ledger's last row
 # What a start makes; the lock comes last, so that nobody else begins meanwhile.
 MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", ".lock")
+GROUPS = ("method", "data", "local", "engine", "output")  # of every config
+SIGNS = (*MADE[:1], *MADE[2:3])  # one of them lies in every run folder, also of older releases
 # The safe loader, in C where PyYAML was built with it: ten times as fast, and tables read many.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
@@ -33,6 +35,16 @@ PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
 def is_finished(folder: Path) -> bool:
     """Check whether the run of a folder came to its end."""
     return (folder / "summary.json").is_file()
+
+
+def is_ours(folder: Path) -> bool:
+    """Check whether a run has begun to write into a folder, however far it came.
+
+    Raises:
+        CheckpointError: If its digests are no digests of a run.
+    """
+    digests, ledger = (folder / name for name in SIGNS)
+    return ledger.is_file() or (digests.is_file() and "config" in read_sealed(digests))
 
 
 def has_begun(folder: Path) -> bool:
@@ -44,6 +56,8 @@ def has_begun(folder: Path) -> bool:
         CheckpointError: If its ledger is damaged.
     """
     later = ("summary.json", "checkpoint/checkpoint.safetensors")
+    if not is_ours(folder):
+        return False
     if any((folder / name).exists() for name in later):
         return True
     ledger = folder / "ledger.jsonl"
@@ -62,15 +76,27 @@ def resume_word(folder: Path) -> str:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Reject a folder that already has a run.
+    """Reject a folder that already has a run, or something that no run has written.
+
+    Hidden files may be there: Hydra's own, those of a file manager.
 
     Raises:
         CheckpointError: If a run is there already.
+        ConfigError: If something else is.
     """
     if has_begun(folder):
         raise CheckpointError(
             f"{folder} holds a run already; choose another output.dir, "
             f"or go on with {resume_word(folder)}"
+        )
+    if not folder.is_dir() or is_ours(folder):
+        return
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if names := [name for name in names if name != "run_id"]:  # of a start that was killed
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise ConfigError(
+            f"{folder} holds {names[0]}{more}, and no run: what is there could be "
+            "overwritten; name a new or an empty folder"
         )
 
 
@@ -79,7 +105,11 @@ def withdrawn(folder: Path) -> Iterator[None]:
     """Take away what a start has made in a run folder, where it fails before the run has begun.
 
     What was there before stays, and so does a folder that holds something else.
+
+    Raises:
+        FedRacLoraError: As `refuse_existing`.
     """
+    refuse_existing(folder)
     known = {path.name for path in folder.iterdir()} if folder.is_dir() else None
     try:
         yield
@@ -108,7 +138,7 @@ def begin(folder: Path, plain: Plain) -> None:
     What a start that was killed has left makes room.
 
     Raises:
-        CheckpointError: If a run is there already.
+        FedRacLoraError: As `refuse_existing`.
     """
     refuse_existing(folder)
     if (folder / "config.yaml").exists():
@@ -136,8 +166,11 @@ def read_config(folder: Path) -> Plain:
         loaded = yaml.load(check_config(folder), LOADER)  # noqa: S506  it is a safe one
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, too
         raise CheckpointError(f"{path} is damaged: {error}; restore the config file") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} does not hold a config; restore the file from a copy")
+    if not isinstance(loaded, dict) or not all(isinstance(loaded.get(k), dict) for k in GROUPS):
+        raise CheckpointError(
+            f"{path} does not hold the config of a run; restore the file from a copy, or name "
+            "another folder"
+        )
     return loaded
 
 

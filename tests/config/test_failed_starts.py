@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 from clients.engines import engine_of
+from experiments.api import simulate
 from experiments.choices import composed
 from experiments.cli import main
 from experiments.compare import compare
 from experiments.folders import sweep_name
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.errors import EngineError
+from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.run.folder import has_begun
 from strategies import METHODS
@@ -129,15 +130,58 @@ def test_a_start_that_fails_takes_its_folder_away(
     assert (folder / "summary.json").is_file()
 
 
-def test_what_somebody_else_has_in_the_folder_stays(
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"config.yaml": "mine: 1\n", "thesis.txt": "all of it"},
+        {"thesis.txt": "all of it"},
+        {"summary.json": "{}"},
+        {"config.yaml": "method: {name: mine}\n"},
+        {"digests.json": "{}", "config.yaml": "mine: 1\n"},
+    ],
+    ids=" ".join,
+)
+def test_a_folder_of_somebody_elses_is_refused_and_stays(
+    theirs: dict[str, str], command: Run, tmp_path: Path
+) -> None:
+    for name, text in theirs.items():
+        (tmp_path / name).write_text(text)
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="and no run"):  # of a server app, which chooses no folder
+        execute(configured(tmp_path), tmp_path, engine_of)
+    for more in ([], ["resume=auto"]):
+        status, error = command(*SMALL, f"output.dir={tmp_path}", *more)
+        assert status == 1
+        assert error.startswith(f"error: {tmp_path}")
+        assert "resume=" not in error  # there is nothing to go on with
+    for resume in (False, True):
+        with pytest.raises(FedRacLoraError, match=r"no run|is not the config|not hold the config"):
+            simulate(*SMALL, folder=tmp_path, resume=resume)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".hydra", ".lock", "run_id"])
+def test_what_is_hidden_or_of_a_killed_start_is_not_in_the_way(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir() if name == ".hydra" else (tmp_path / name).write_text("a")
+    execute(configured(tmp_path), tmp_path, engine_of)
+    assert (tmp_path / "summary.json").is_file()
+
+
+def test_what_somebody_else_puts_beside_a_start_that_fails_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "chain").mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
-    monkeypatch.setattr(FedStrategy, "_measured", lambda self: 1 / 0)
+    def failing(self: FedStrategy) -> dict[str, object]:
+        (tmp_path / "notes.txt").write_text("mine")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(FedStrategy, "_measured", failing)
     with pytest.raises(ZeroDivisionError):
         execute(configured(tmp_path), tmp_path, engine_of)
-    assert {path.name for path in tmp_path.iterdir()} == {"chain", "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt"}
 
 
 def test_a_start_that_was_killed_is_not_in_the_way(
@@ -230,7 +274,9 @@ def test_an_engine_that_ends_says_how_to_go_on(
 
     monkeypatch.setattr("strategies.base.FedStrategy._close", ended)
     _, error = command(*SMALL, "method.rank=4", f"output.dir={tmp_path / 'run'}")
-    assert error.startswith("error: it is gone. The run stopped after round 0 of 1, with a ")
+    assert error.startswith(
+        "error: it is gone. The run stopped after round 0 of 1, with a "
+    )
     assert f"; go on with: fedraclora simulate resume={tmp_path / 'run'}\n" in error
 
 

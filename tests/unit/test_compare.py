@@ -590,3 +590,16 @@ def test_the_command_prints_the_table_or_the_error(
     assert "rounds to 0.4" in (tmp_path / "out" / "table.md").read_text()
     assert main([str(tmp_path / "absent")]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["table.md", "compare.png"])
+def test_files_of_somebody_elses_are_not_overwritten(name: str, make: Make, tmp_path: Path) -> None:
+    runs, out = make("a", rac()), tmp_path / "out"
+    compare([runs], out)
+    compare([runs], out)  # its own are
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    with pytest.raises(ConfigError, match=name):
+        compare([runs], tmp_path / "mine")
+    assert {p.name: p.read_text() for p in (tmp_path / "mine").iterdir()} == {name: "mine"}

@@ -268,3 +268,15 @@ def test_rounds_at_which_the_metric_was_not_measured_are_left_out_of_the_curves(
     study = Study.read(find("smollm2"))
     (found,) = Entry(study, "FFA-LoRA r=8", lines, 0.005).curves
     assert [point["round"] for point in found] == [0, 2, 3]  # a run that diverged has none
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "table.md"])
+def test_a_study_overwrites_no_file_of_somebody_elses(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine: 1\n")
+    assert main([f"experiment={tmp_path}/tiny.yaml", f"out={tmp_path}/out"]) == 1
+    assert name in capsys.readouterr().err
+    assert [p.read_text() for p in (tmp_path / "out").iterdir()] == ["mine: 1\n"]
