@@ -80,13 +80,12 @@ def carry_out(
 def introduce(progress: RunProgress, run: Assembled) -> None:
     """Say what a run begins with, and what is not as it was asked for.
 
-    The latter goes to the log where no progress is shown: it is not to be missed.
+    Where no progress is shown it goes to the log: it is not to be missed.
     """
-    notes = notes_of(run)
-    for line in (*opening_lines(run), *(f"note: {note}" for note in notes)):
-        progress.say(line)
-    for note in notes if not progress.shown else ():
-        log.warning("%s", note)
+    for line in opening_lines(run):
+        progress.say(line) if progress.shown else log.info("%s", line)
+    for note in notes_of(run):
+        progress.say(f"note: {note}") if progress.shown else log.warning("%s", note)
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:

@@ -113,10 +113,14 @@ def assemble(
         draw = Draw(config.seed)
         method = method_of(config, built.task)
         name = str(section(config.plain, "method").get("name"))
-        in_full = (*plan.dense, *plan.local)
         state, server = method.init(base, plan, draw), config.server_optimiser
         first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
         downlink = method.open_round(state, 1, first, draw)
+        if not downlink.trained():
+            raise ConfigError(
+                f"nothing is left to train with targets={config.targets}, head={config.head}, "
+                f"bias={config.bias}, dense={config.dense}: use head=adapt, or name layers in dense"
+            )
         moved = any(state.base[name] is not weight for name, weight in base.items())
         begins = moved or downlink.recipe == "gradient"
         changes = {
@@ -126,7 +130,7 @@ def assemble(
             f"server_optimiser={server.name} with space=weights steps in the weights":
                 server.name != "none" and server.space == "weights",
         }  # fmt: skip
-        check_base(base, in_full, changes)
+        check_base(base, (*plan.dense, *plan.local), changes)
         trainer = trainer_of(config, built, plan)
         stored = resolved(folder, "chunk") if resume and folder is not None else None
         if config.engine.chunk == "auto" and stored is not None:

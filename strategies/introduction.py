@@ -21,8 +21,8 @@ def opening_lines(run: Assembled) -> list[str]:
     lines |= {n.replace("_", " "): str(told[n]) for n in known if n in told}
     if config.own_model and (frozen := frozen_layers(model, run.plan)):
         lines["not trained"] = (
-            f"{some_of(frozen)} (targets=all adds convolutions and embeddings, dense=[NAME] trains "
-            "a layer in full)"
+            f"{some_of(frozen, 'layer')} (targets=all adds convolutions and embeddings, "
+            "dense=[NAME] trains a layer in full)"
         )
     if epochs := config.pretrain.epochs:
         of = config.pretrain.labels
@@ -53,8 +53,9 @@ def notes_of(run: Assembled) -> list[str]:
         notes = [*notes[:NAMED], f"{len(more)} more such notes are in the ledger"]
     if run.config.own_model and (names := thawed(run.built.task.model, run.plan)):
         notes.append(
-            f"requires_grad=False of {some_of(names)} is not read: these are trained or adapted, "
-            "as targets, head and dense say (targets=[NAME] adapts that layer alone, head=frozen)"
+            f"requires_grad=False of {some_of(names, 'parameter')} is not read: these are trained "
+            "or adapted, as targets, head and dense say (targets=[NAME] adapts that layer alone, "
+            "head=frozen)"
         )
     warning = run.built.task.info.get("loss_warning")
     return [*([str(warning)] if warning else []), *notes]

@@ -59,12 +59,18 @@ def make_plan(
         The plan.
 
     Raises:
-        ConfigError: For a local head where there is none, or a pattern that matches nothing.
+        ConfigError: For a frozen head where one layer alone could be adapted, a local head where
+            there is none, or a pattern that matches nothing.
         ModelError: If a target, or a head that is trained, is tied to another layer.
     """
     if head_policy == "local" and not head:
         raise ConfigError("head is local, but this model has no head; use head=adapt")
     modules = dict(model.named_modules())
+    if head_policy == "frozen" and not head and len([*filter(layer_kind, modules.values())]) == 1:
+        raise ConfigError(
+            "head is frozen, but one layer alone can be adapted, and would be trained: use "
+            "head=adapt, or say which layer is the head with model.head=[NAME]"
+        )
     parameters = [n for n, _ in model.named_parameters()]
     views = find_targets(model, targets, head)
     if head_policy == "adapt":
@@ -296,7 +302,7 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
         >>> adapter = Adapter({"B": Trained((6, 2)), "A": Trained((2, 4))}, 1.0)
         >>> sent = Downlink({"fc.weight": adapter}, {"fc.bias": Trained((6,))})
         >>> trained_of(sent, {"fc.weight": (6, 4), "fc.bias": (6,)})
-        'rank 2 of fc; in full fc.bias: 26 numbers a client, the model has 30'
+        'rank 2 of layer fc; in full parameter fc.bias: 26 numbers a client, the model has 30'
     """
     ranks = {
         weight.removesuffix(".weight"): {min(factor.shape) for factor in trained}
@@ -306,23 +312,35 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
     parts = []
     if ranks:
         ends = dict.fromkeys([min(map(min, ranks.values())), max(map(max, ranks.values()))])
-        parts.append(f"rank {' to '.join(map(str, ends))} of {some_of([*ranks])}")
+        parts.append(f"rank {' to '.join(map(str, ends))} of {some_of([*ranks], 'layer')}")
     if sent.dense:
         every = len(sent.dense) == len(shapes)
-        parts.append(f"in full {'all of it' if every else some_of([*sent.dense])}")
+        whole = "all of it" if every else some_of([*sent.dense], "parameter")
+        parts.append(f"in full {whole}")
     count = sum(prod(slot.shape) for slot in sent.trained().values())
-    whole = sum(map(prod, shapes.values()))
-    return f"{'; '.join(parts)}: {count:,} numbers a client, the model has {whole:,}"
+    total = sum(map(prod, shapes.values()))
+    return f"{'; '.join(parts)}: {count:,} numbers a client, the model has {total:,}"
 
 
-def some_of(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str], what: str) -> str:
     """List names; of many those that differ in numbers alone as one, and of these the first few.
 
+    Args:
+        names: One or more.
+        what: They are: a name may be a number, as in `torch.nn.Sequential`.
+
     Example:
-        >>> some_of([f"layer.{k}.{name}" for k in range(12) for name in ("query", "value")])
-        '24 in layer.*.query, layer.*.value'
+        >>> some_of(["0", "2"], "layer")
+        'layers 0, 2'
+        >>> some_of([f"block.{k}.{name}" for k in range(12) for name in ("q", "v")], "layer")
+        '24 layers in block.*.q, block.*.v'
     """
+    several = what if len(names) == 1 else f"{what}s"
     if len(names) <= SHOWN:
-        return ", ".join(names)
+        return f"{several} {', '.join(names)}"
     forms = [*dict.fromkeys(re.sub(r"\d+", "*", name) for name in names)]
-    return f"{len(names)} in " + ", ".join(forms[:FORMS]) + (", ..." if forms[FORMS:] else "")
+    return (
+        f"{len(names)} {several} in "
+        + ", ".join(forms[:FORMS])
+        + (", ..." if forms[FORMS:] else "")
+    )

@@ -244,3 +244,10 @@ def test_a_plan_does_not_touch_the_model() -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("head", ["frozen", "local"])
+def test_a_model_of_one_layer_has_no_head_that_could_be_left(head: str) -> None:
+    with pytest.raises(ConfigError, match=f"head is {head}"):
+        make_plan(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (), head_policy=head)
+    assert make_plan(nn.Linear(4, 3), (), head_policy="adapt").targets.keys() == {"weight"}

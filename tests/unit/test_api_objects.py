@@ -405,7 +405,7 @@ def test_layers_that_are_not_trained_are_named(capsys: pytest.CaptureFixture[str
         ]
     model = nn.Sequential(*layers)
     simulated = fedraclora.simulate(model=model, data=CLIENTS, rounds=1)
-    assert "not trained: 1 (targets=all" in capsys.readouterr().err
+    assert "not trained: layer 1 (targets=all" in capsys.readouterr().err
     before = dict(model.named_parameters())
     assert torch.equal(simulated.weights()["1.weight"], before["1.weight"])
     whole = fedraclora.simulate(model=model, data=CLIENTS, rounds=1, targets="all")
@@ -562,7 +562,7 @@ def test_frozen_parameters_that_are_trained_all_the_same_are_named(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = net().requires_grad_(False)
-    said = "requires_grad=False of 0.weight, 0.bias, 2.weight, 2.bias is not read"
+    said = "requires_grad=False of parameters 0.weight, 0.bias, 2.weight, 2.bias is not read"
     fedraclora.simulate(model=model, data=CLIENTS, rounds=1)
     assert said in capsys.readouterr().err
     run(data=CLIENTS, model=model)  # without progress

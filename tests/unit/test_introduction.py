@@ -12,6 +12,7 @@ from torch import nn
 import fedraclora
 from experiments.compare import compare
 from experiments.report.page import page_of, read_shown
+from fedraclora.errors import ConfigError
 from fedraclora.models.built import seeded
 from fedraclora.protocol.downlink import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import trained_of
@@ -23,8 +24,9 @@ CLIENTS = [(part, (part[:, 0] > 0).astype("int64")) for part in np.split(X, 4)]
 def run(**keys: Any) -> fedraclora.Run:
     with seeded(0, "test"):
         model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
-    chosen = {"model": model, "data": CLIENTS, "method": "ffa_lora", "rounds": 1} | keys
-    return fedraclora.simulate("method.rank=2", **chosen)
+    method = {"name": "ffa_lora", "rank": 2}
+    chosen = {"model": model, "data": CLIENTS, "method": method, "rounds": 1} | keys
+    return fedraclora.simulate(**chosen)
 
 
 def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,10 +40,26 @@ def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixtur
     for part in ("sgd", "0.25", "momentum 0.5", "3 steps", "batches of 4"):
         assert part in lines[2]
     count = found.summary["uplink_floats"]
-    assert "rank 2 of 0, 2" in lines[3]
+    assert "rank 2 of layers 0, 2; in full parameters 0.bias, 2.bias: " in lines[3]
     assert f": {count:,} numbers a client, the model has 50" in lines[3]
     begins: Any = found.summary["begins"]
     assert begins["trained"] in lines[3]
+
+
+def test_without_progress_the_first_lines_are_logged_beside_the_notes(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "experiments.simulate")
+    run(method={"name": "ffa_lora", "rank": 9}, rounds=0)
+    shown = capsys.readouterr().err.splitlines()
+    assert not caplog.messages
+    run(output={"progress": False}, method={"name": "ffa_lora", "rank": 9}, rounds=0)
+    assert not capsys.readouterr().err
+    notes = [f"note: {r.message}" for r in caplog.records if r.levelname == "WARNING"]
+    lines = [record.message for record in caplog.records if record.levelname == "INFO"]
+    assert [*lines, *notes] == shown[: len(lines) + len(notes)]
+    assert len(lines) == 5
+    assert notes
 
 
 @pytest.mark.parametrize(
@@ -65,12 +83,21 @@ def test_reports_and_comparisons_show_what_runs_learn(tmp_path: Path) -> None:
     assert "learning rate 0.3" in notes
 
 
+def test_where_nothing_is_left_to_train_it_is_said() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(6, 2))
+    data = [(x[:, None], target) for x, target in CLIENTS]
+    with pytest.raises(ConfigError, match=r"nothing is left to train.*head=frozen"):
+        run(model=model, data=data, head="frozen", **{"model.head": ["2"]})
+
+
 def test_many_layers_that_differ_in_numbers_are_told_as_one() -> None:
     names = [f"block.{k}.query.weight" for k in range(12)]
     shapes = dict.fromkeys(names, (6, 4)) | {"out.bias": (3,)}
     factors = [{"B": Trained((6, 1 + k % 3)), "A": Trained((1 + k % 3, 4))} for k in range(12)]
     adapters = {name: Adapter(dict(each), 1.0) for name, each in zip(names, factors, strict=True)}
     said = trained_of(Downlink(adapters, {"out.bias": Trained((3,))}), shapes)
-    assert said.startswith("rank 1 to 3 of 12 in block.*.query; in full out.bias: 243 numbers")
+    assert said.startswith(
+        "rank 1 to 3 of 12 layers in block.*.query; in full parameter out.bias: 243 numbers"
+    )
     full = {name: Trained(shape) for name, shape in shapes.items()}
     assert trained_of(Downlink({}, full), shapes).startswith("in full all of it: 291 numbers")
