@@ -69,6 +69,9 @@ def test_runs_stand_side_by_side(runs: dict[str, fedraclora.Run], tmp_path: Path
     for name in runs:
         assert name in text
     assert "rounding error, up" in text  # of one of them
+    # A run's own best round may have been better: what is compared is how they end.
+    assert "the best of these runs at their ends" in text
+    assert ", the best</span>" not in text
     assert "rounding error, down" not in text
 
 
