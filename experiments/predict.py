@@ -66,8 +66,10 @@ def _lines(frame: DataFrame) -> str:
 
 
 def _cell(value: object) -> object:
-    """Give a list as JSON, for CSV."""
-    return json.dumps(value) if isinstance(value, list) else value
+    """Give a list as JSON, for CSV; a whole number as text, since beside a gap it became 1.0."""
+    if isinstance(value, list):
+        return json.dumps(value)
+    return str(value) if isinstance(value, int) else value
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ class Run:
 
         Returns:
             One row for each row of the data, in their order, with the index of a frame. Of classes
-            the column ``prediction`` has the name, and ``probability.NAME`` that of each; of a
+            the column ``prediction`` has the value that the target has for it (its name, or where
+            it has none its number, an int), and ``probability.NAME`` that of each; of a
             number ``prediction`` is on its raw scale; of conversations it is the answer. A row that
             the run's own data would leave out (``data.missing=drop``, an empty text) has none.
 
@@ -175,6 +176,9 @@ class Run:
         for row, found in zip(read.rows.tolist(), words, strict=True):
             rows[row] = found
         frame = pd.json_normalize(rows, sep=".")
+        if int in {type(row.get("prediction")) for row in rows} and len(words) < len(rows):
+            answers = [row.get("prediction", np.nan) for row in rows]
+            frame["prediction"] = pd.Series(answers, dtype=object)  # beside NaN they became floats
         index = getattr(data, "index", None)
         return frame.set_axis(index) if isinstance(index, pd.Index) else frame
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
 from fedraclora.data.fit import Form, found_shape, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.idx import parse_idx, read_packed
-from fedraclora.data.labels import LOSSES, Kind, class_names, supervised, target_of
+from fedraclora.data.labels import LOSSES, Kind, as_values, class_names, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources import read_arrays
@@ -106,7 +106,8 @@ def load_arrays(
         owners=owners,
         clients=everyone,
         info=info,
-        reading=scale_of_bytes(raw),
+        reading=scale_of_bytes(raw)
+        | ({"classes": as_values(names, arrays["target"])} if names else {}),
     )
 
 

@@ -84,7 +84,8 @@ class DataSet:
         info: Facts for the summary.
         reading: How raw samples become those of the model, and its outputs answers, in plain JSON:
             ``features`` in their order; what to ``subtract`` from inputs and to ``divide_by``;
-            ``classes`` in their order; the scale of a ``target`` that is a number.
+            ``classes`` in their order, numbers where the target has numbers; the scale of a
+            ``target`` that is a number.
         reader: Reads samples that come later; None: arrays, as `fedraclora.data.reader` reads them.
         clients: Every natural client that the source names, also those of whom no row is left;
             None where none is named.
@@ -131,7 +132,7 @@ def classification(
         columns={"label": train.target.numpy()},
         sample_shape=tuple(train.inputs["x"].shape[1:]),
         info=info,
-        reading=(reading or {}) | {"classes": [str(k) for k in range(classes)]},
+        reading=(reading or {}) | {"classes": [*range(classes)]},
     )
 
 
@@ -296,8 +297,8 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
     rows, train = relabel(data.train)
     selected = keep_rows(data, rows)
     known = data.reading.get("classes")
-    names = [known[k] if isinstance(known, list) else str(k) for k in chosen]
-    named: dict[str, object] = {"classes": names} if "classes" in selected.info else {}
+    names = [known[k] if isinstance(known, list) else k for k in chosen]
+    named: dict[str, object] = {"classes": [*map(str, names)]} if "classes" in selected.info else {}
     return replace(
         selected,
         train=train,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,24 @@ def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> l
         return names
     numeric = all(name.removeprefix("-").isdigit() for name in found)
     return sorted(found, key=int) if numeric else sorted(found)
+
+
+def as_values(names: Sequence[str], values: object = None) -> list[Any]:
+    """Give classes as their column has them: whole numbers and truth values as such, else texts.
+
+    Args:
+        names: Of the classes, in their order.
+        values: Those of the column; None: of a file of texts, where whole numbers count as such.
+
+    Example:
+        >>> as_values(["3", "10"]), as_values(["3", "10"], ["10", "3"]), as_values(["03", "10"])
+        ([3, 10], ['3', '10'], ['03', '10'])
+    """
+    kind = "i" if values is None else np.asarray(values).dtype.kind
+    if kind == "b":
+        return [name == "True" for name in names]
+    whole = all(n.removeprefix("-").isdecimal() and str(int(n)) == n for n in names)
+    return [int(name) for name in names] if whole and kind in "iuf" else [*names]
 
 
 def classes_of(
@@ -146,7 +164,8 @@ def supervised(
         clients: See `DataSet`.
         client: The name of that column in the table.
         info: Facts for the summary.
-        reading: See `DataSet`; the classes are added.
+        reading: See `DataSet`; the classes are added where they are missing, as `as_values` has
+            those of a file.
         reader: See `DataSet`.
     """
     usual = METRICS[task] if train.target.dim() == 1 else ("loss",)
@@ -161,7 +180,7 @@ def supervised(
         columns=columns | ({"label": train.target.numpy()} if names else {}),
         sample_shape=found_shape(train),
         info=info | named,
-        reading=(reading or {}) | named,
+        reading=({"classes": as_values(names)} if names else {}) | (reading or {}),
         reader=reader,
         clients=clients,
     )

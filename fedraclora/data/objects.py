@@ -309,7 +309,8 @@ def named_classes(data: Any, target: str | None) -> dict[str, object]:
         return {}
     name = found_target(first.column_names, target)
     names = getattr((first.features or {}).get(name), "names", None)
-    return {"classes": [str(known) for known in names]} if names else {}
+    named = [str(known) for known in names or ()]
+    return {"classes": named} if named != [str(k) for k in range(len(named))] else {}
 
 
 def classes_of(tables: Sequence[Samples], loss: str) -> int | None:

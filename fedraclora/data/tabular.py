@@ -12,8 +12,8 @@ import torch
 
 from fedraclora.data.dataset import SHARE, SHOWN, DataSet, Read, Rows, refuse_both, train_test
 from fedraclora.data.fit import as_scaled, scale_of
-from fedraclora.data.frames import Table, named_table, read_frame
-from fedraclora.data.labels import Kind, classes_of, supervised, target_of
+from fedraclora.data.frames import SEPARATORS, Table, named_table, read_frame
+from fedraclora.data.labels import Kind, as_values, classes_of, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
@@ -127,7 +127,9 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
         strata = np.array(labels) if how.task == "classification" else None
         train, held_out, rows = train_test(train, "data.test_share", share, how.split_seed, strata)
         owners = owners if owners is None else owners[rows]
-    reading: dict[str, Any] = {"features": used} | ({"classes": classes} if classes else {})
+    texts = bool(SEPARATORS.keys() & {*path.suffixes})  # such a file has no types
+    named_as = as_values(classes, None if texts else frame[named].dropna().tolist())
+    reading: dict[str, Any] = {"features": used} | ({"classes": named_as} if classes else {})
     if how.standardise:
         reading |= _scales(train)
     reader = TableReader(named, how.task, how.missing, how.separator)
@@ -181,7 +183,7 @@ class TableReader:
         x, labels, _, kept = _rows(frame, features, label, None, self.missing, path)
         wanted = torch.zeros(len(x))
         if target:
-            wanted = target_of(labels, reading.get("classes", []), self.task)
+            wanted = target_of(labels, [*map(str, reading.get("classes", []))], self.task)
         return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(frame))
 
     def _table(self, found: Any) -> Table:

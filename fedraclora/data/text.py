@@ -168,7 +168,7 @@ class TextReader:
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
         """Read a file, a frame with its columns, or a list of texts (or of pairs of them)."""
         cleaned = self.rows(found, target=target)
-        names = reading.get("classes", []) if target else None
+        names = [*map(str, reading.get("classes", []))] if target else None
         return Read(self.samples(cleaned.table, names), cleaned.rows, cleaned.total)
 
     def rows(self, found: Any, *, owner: str | int | None = None, target: bool = True) -> Cleaned:

@@ -37,13 +37,24 @@ def predict(
         batch_size: Samples per forward pass.
 
     Returns:
-        One record a sample, in their order. ``prediction`` is the name of a class (of each label
-        that applies, of each token or each pixel, as a list), a number on the scale of the raw
-        samples, or the next token. ``probability`` beside it is by class, or that of the token. Of
-        a loss of another package, whose outputs could be anything, there are ``output`` alone.
+        One record a sample, in their order. ``prediction`` is a class (of each label that applies,
+        of each token or each pixel, as a list), a number on the scale of the raw samples, or the
+        next token. A class is as the data have it, a name or a number; else it has the name that
+        the model itself gives, or its number. ``probability`` beside it is by class, or that of the
+        token. Of a loss of another package, whose outputs could be anything, there are ``output``
+        alone.
     """
+    reading = {"classes": named_outputs(model, loss), **reading}
     call = partial(_answered, loss=loss, reading=reading, batch_size=batch_size)
     return with_weights(model, weights, call, samples)
+
+
+def named_outputs(model: nn.Module, loss: str) -> list[str]:
+    """Name the classes as a model of transformers does; none where its names are the default."""
+    labels = getattr(getattr(model, "config", None), "id2label", None) or {}
+    default = all(str(name) == f"LABEL_{k}" for k, name in labels.items())
+    one_score = loss == "logistic" and len(labels) == 1
+    return [] if default or one_score else [str(labels.get(k, k)) for k in range(len(labels))]
 
 
 def _answered(
@@ -62,7 +73,7 @@ def _answered(
 
 
 class _Words:
-    """Names of classes in their order, and of tokens; where there is none, the number.
+    """Classes in their order, and tokens; where there is none, the number.
 
     A method for each loss says what its outputs, float64, are in words.
     """
@@ -71,11 +82,11 @@ class _Words:
         self.classes, self.symbols = reading.get("classes", []), reading.get("symbols", "")
         self.scale: Mapping[str, Any] | None = reading.get("target")
 
-    def name(self, k: int) -> str:
-        return str(self.classes[k]) if k < len(self.classes) else str(k)
+    def name(self, k: int) -> Any:
+        return self.classes[k] if k < len(self.classes) else k
 
     def each(self, row: torch.Tensor) -> dict[str, float]:
-        return {self.name(k): value for k, value in enumerate(row.tolist())}
+        return {str(self.name(k)): value for k, value in enumerate(row.tolist())}
 
     def nested(self, found: Any) -> Any:
         return [*map(self.nested, found)] if isinstance(found, list) else self.name(found)

@@ -53,8 +53,8 @@ def card(trained: TrainedModel, form: str, record: Record) -> str:
     labels = f", num_labels={count}" if "Classification" in kind else ""
     classes = samples.get("classes")
     if labels and isinstance(classes, list) and len(classes) == count:
-        numbers = {name: k for k, name in enumerate(classes)}
-        labels = f", id2label={dict(enumerate(classes))}, label2id={numbers}"
+        names = dict(enumerate(map(str, classes)))
+        labels = f", id2label={names}, label2id={ {name: k for k, name in names.items()} }"
     environment = Environment(  # noqa: S701  it is Markdown
         loader=PackageLoader("fedraclora.export", "."), trim_blocks=True, keep_trailing_newline=True
     )

@@ -92,8 +92,8 @@ def name_classes(model: nn.Module, classes: object) -> None:
     """Write the names of the classes, in their order, into the config of a transformers model."""
     config: Any = getattr(model, "config", None)
     if isinstance(classes, list) and getattr(config, "num_labels", None) == len(classes):
-        config.id2label = dict(enumerate(classes))
-        config.label2id = {name: k for k, name in enumerate(classes)}
+        config.id2label = dict(enumerate(map(str, classes)))
+        config.label2id = {name: k for k, name in config.id2label.items()}
 
 
 def is_hugging_face(model: nn.Module) -> bool:

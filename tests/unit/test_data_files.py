@@ -126,7 +126,7 @@ def test_digits_say_how_raw_ones_are_scaled():
     data = DATASETS["digits"](test=0.25)
     raw = torch.from_numpy(images).sub(reading["subtract"]).div(reading["divide_by"]).float()
     assert (raw[:, None, :] == data.test.inputs["x"][:5]).all(dim=2).any(dim=0).all()
-    assert reading["classes"] == [str(k) for k in range(10)]
+    assert reading["classes"] == [*range(10)]
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, "half", 0.0])

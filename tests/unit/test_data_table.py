@@ -119,7 +119,7 @@ def test_labels_that_are_chosen_are_the_classes_that_the_data_name(tmp_path: Pat
     found = data.reader(rows, data.reading).samples
     assert found.target.tolist() == [int(name == "gone") for name in rows.outcome]
     digits = select_labels(DATASETS["digits"](), [7, 3])
-    assert digits.reading["classes"] == ["7", "3"]
+    assert digits.reading["classes"] == [7, 3]
 
 
 def test_a_column_of_clients_is_the_partition_and_else_rows_are_divided(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_images_are_the_same_from_npz_and_idx(tmp_path: Path) -> None:
     assert torch.equal(one.test.target, torch.arange(10) % 5)
     assert torch.equal(one.test.inputs["x"], two.test.inputs["x"])
     assert one.reading == two.reading
-    assert one.reading == {"subtract": 0, "divide_by": 255, "classes": ["1", "2", "3", "4", "5"]}
+    assert one.reading == {"subtract": 0, "divide_by": 255, "classes": [1, 2, 3, 4, 5]}
     wanted = torch.from_numpy(IMAGES[:40]) / 255
     torch.testing.assert_close(one.train.inputs["x"][:, 0], wanted)
 

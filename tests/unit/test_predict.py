@@ -239,7 +239,7 @@ def test_classes_are_told_by_name_where_some_were_chosen() -> None:
     raw = data.test.inputs["x"] * 16
     names = np.array([7, 3])[data.test.target]
     assert run.evaluate((raw, names)) == run.evaluate() == run.rows[-1]["metrics"]
-    assert {*run.predict(raw).prediction} <= {"7", "3"}
+    assert {*run.predict(raw).prediction} <= {7, 3}
     with pytest.raises(DataError, match="'5'"):
         run.evaluate((raw, np.full(len(raw), 5)))
 
@@ -280,7 +280,7 @@ def test_outputs_are_put_into_words_by_their_loss() -> None:
         assert len(rows) == 3
         assert rows[2]["prediction"] == "yes"
         assert rows[2]["probability"] == pytest.approx({"no": 0.25, "yes": 0.75})
-    assert answered([[1, -1], [2, 3]], "multi_label")[1]["prediction"] == ["0", "1"]
+    assert answered([[1, -1], [2, 3]], "multi_label")[1]["prediction"] == [0, 1]
     scale = {"target": {"subtract": 40.0, "divide_by": 2.0}}
     assert answered([[1.5]], "squared_error", **scale) == [{"prediction": 43.0}]
     assert answered([[1, 2]], "squared_error") == [{"prediction": [1.0, 2.0]}]
@@ -288,7 +288,7 @@ def test_outputs_are_put_into_words_by_their_loss() -> None:
     assert tokens == [{"prediction": "b", "probability": pytest.approx(0.75)}]
     assert answered([[[0, 1], [2, 0]]], "token_classes", **names) == [{"prediction": ["yes", "no"]}]
     pixels = [[[[0, 3, 0]], [[1, 1, 1]]]]  # two classes of one row of three pixels
-    assert answered(pixels, "pixel_classes") == [{"prediction": [["1", "0", "1"]]}]
+    assert answered(pixels, "pixel_classes") == [{"prediction": [[1, 0, 1]]}]
     assert answered([[1, 2]], "mine:loss") == [{"output": [1.0, 2.0]}]
 
 
@@ -322,6 +322,71 @@ def test_inputs_are_those_of_the_run() -> None:
             run.predict(data)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [[0, 1], [7, 3], ["7", "3"], [True, False], ["ill", "well"]],
+    ids=lambda values: f"{type(values[0]).__name__} {values[0]}",
+)
+def test_a_class_is_answered_as_its_column_has_it(values: list[Any]) -> None:
+    frame = FRAME[["age", "dose"]].assign(kind=np.array(values)[1 * (FRAME.kind == "ill")])
+    run = fedraclora.simulate(
+        *(QUIET, "local.lr=0.3", "local.epochs=5", "data.missing=drop"),
+        data=frame,
+        target="kind",
+        clients=3,
+        rounds=2,
+    )
+    found = run.predict(frame).prediction
+    assert found.dtype == frame.kind.dtype
+    assert (found == frame.kind).mean() == pytest.approx(run.evaluate(frame)["accuracy"])
+    assert (found == frame.kind).mean() > 0.5
+    gaps = run.predict(frame.assign(dose=[np.nan, *frame.dose[1:]])).prediction
+    assert gaps[1:].tolist() == found[1:].tolist()
+    assert {*map(type, gaps[1:])} == {type(values[0])}
+    assert np.isnan(gaps[0])
+
+
+def test_whole_numbers_of_a_file_are_numbers_also_beside_rows_without_an_answer(
+    command: Callable[..., tuple[object, str, str]], tmp_path: Path
+) -> None:
+    frame = FRAME[["age", "dose"]].assign(kind=np.where(FRAME.kind == "ill", 4, 12))
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    frame.assign(dose=[np.nan, *frame.dose[1:]]).to_csv(tmp_path / "new.csv", index=False)
+    fedraclora.simulate(
+        *(QUIET, "data=table", f"data.file={tmp_path}/train.csv", "data.label=kind"),
+        *("data.missing=drop", "model.hidden=[4]", "output.plots=false"),
+        clients=2,
+        cohort=2,
+        rounds=1,
+        folder=tmp_path / "run",
+    )
+    given = ("predict", tmp_path / "run", "--data", tmp_path / "new.csv")
+    answers = [json.loads(line)["prediction"] for line in command(*given, "--json")[1].splitlines()]
+    assert answers[0] is None
+    assert {*answers[1:]} <= {4, 12}
+    assert {*map(type, answers[1:])} == {int}
+    cells = [line.partition(",")[0] for line in command(*given)[1].splitlines()]
+    assert cells[1:] == ["", *map(str, answers[1:])]
+
+
+def test_a_model_that_names_its_classes_answers_by_them() -> None:
+    class Config:
+        id2label: dict[int, str]
+
+    def said(labels: list[str], loss: str = "cross_entropy", **reading: Any) -> object:
+        model, x = Said(), torch.tensor([[1.0, 2.0, 0.0]])
+        model.config = Config()
+        model.config.id2label = dict(enumerate(labels))
+        samples = Samples({"x": x}, torch.zeros(1))
+        (row,) = predict(model, {"one": torch.ones(())}, samples, loss, reading, 1)
+        return row["prediction"]
+
+    assert said(["PER", "ORG", "O"]) == "ORG"
+    assert said(["PER", "ORG", "O"], "multi_label") == ["PER", "ORG"]
+    assert said(["LABEL_0", "LABEL_1", "LABEL_2"]) == 1
+    assert said(["PER", "ORG", "O"], classes=["a", "b", "c"]) == "b"  # the data's own come first
+
+
 def test_padding_has_no_class_and_ends_no_text() -> None:
     class Counted(Said):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -331,7 +396,7 @@ def test_padding_has_no_class_and_ends_no_text() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])
     samples = Samples({"input_ids": ids, "attention_mask": mask}, torch.zeros(3))
     for loss, wanted in {
-        "token_classes": [["3", "1", "4", "4"], ["2"], ["1", "2", "3"]],
+        "token_classes": [[3, 1, 4, 4], [2], [1, 2, 3]],
         "next_token": [4, 2, 3],
     }.items():
         rows = predict(Counted(), {"one": torch.ones(())}, samples, loss, {}, batch_size=2)
