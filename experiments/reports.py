@@ -132,7 +132,10 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
         results = [path for path in without if path.is_dir() and _below(path, is_result)]
         why = f"a run folder holds {', '.join(RUN_FILES)}"
         if results == without:
-            why = "what was written there is the result of a comparison or a study"
+            why = (
+                "what was written there is the result of a comparison or a study, which keep the "
+                "figures of their runs, in table.md beside others, and no run folders"
+            )
         raise CheckpointError(
             f"no run in {', '.join(map(str, without))} or below: {why}; give the folder of a run "
             "or of a sweep"

@@ -33,7 +33,7 @@ from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.generate import Answering
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
-from fedraclora.models.outputs import probe
+from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.privacy.client_level import ClientLevel
@@ -207,7 +207,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
-    facts |= _said_of_weights(config) | _said_of_loss(config, data, built.model)
+    facts |= _said_of_weights(config) | _said_of_loss(config, data, model)
     if built.drawn:
         facts["new_head"] = f"{', '.join(built.drawn)}: drawn, model.path has none of these outputs"
     if config.pretrain.epochs:
@@ -245,7 +245,16 @@ def _said_of_loss(config: TaskConfig, data: DataSet, model: torch.nn.Module) -> 
     """Say what is learnt, and which key of the config says so; data sets of the project know it."""
     told = [f"data.{key}={config.data[key]}" for key in ("loss", "task") if key in config.data]
     source = data.info.get("loss_from") or [*told, f"of data={config.data['name']}"][0]
-    warning = refuse_contradiction(model, data.loss) if config.own_model else None
+    warnings = [refuse_contradiction(model, data.loss)] if config.own_model else []
+    if config.own_model and is_softmax(model, data.test, data.loss):
+        warnings.append(
+            f"the outputs of the model are probabilities, as after a softmax, but {data.loss} "
+            "takes logits, and forms them itself: leave the softmax out"
+        )
+    target = data.test.target
+    if "auc" in data.metrics and len(target) and bool((target == target[:1]).all()):
+        warnings.append("auc is nan: all test samples have the same target")
+    warning = "; ".join(filter(None, warnings))
     found = {"loss": data.loss, "loss_from": source, "metrics": [*data.metrics]}
     return found | ({"loss_warning": warning} if warning else {})
 

@@ -167,6 +167,12 @@ class Form:
             )
         if self.loss == "logistic" and is_binary(target):
             return target.long()
+        if self.loss == "logistic" and target.is_floating_point():
+            other = float(target[(target != 0) & (target != 1)][0])
+            raise DataError(
+                f"{where}: the target holds {other:g}; with the loss logistic 0 or 1 is wanted for "
+                "each sample (of -1 and 1: target > 0)"
+            )
         if target.is_floating_point():
             raise DataError(
                 f"{where}: the target holds {target.dtype} numbers, such as {float(target[0]):g}; "

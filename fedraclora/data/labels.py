@@ -94,13 +94,21 @@ def classes_of(
     return names
 
 
-def target_of(labels: Sequence[str], names: Sequence[str], task: str) -> torch.Tensor:
+def target_of(
+    labels: Sequence[str],
+    names: Sequence[str],
+    task: str,
+    where: object = "test",
+    rows: Sequence[int] | None = None,
+) -> torch.Tensor:
     """Turn labels into classes by their place in ``names``, or into scores.
 
     Args:
         labels: Of each row.
         names: Of the classes, in their order.
         task: A key of `METRICS`.
+        where: What has the labels, for messages.
+        rows: Its rows that they stand in, from 0; None: all.
 
     Returns:
         int64 [N] (classes), or float32 [N] (scores).
@@ -125,7 +133,11 @@ def target_of(labels: Sequence[str], names: Sequence[str], task: str) -> torch.T
     number = {name: index for index, name in enumerate(names)}
     strange = sorted(set(labels) - set(number))
     if strange:
-        raise DataError(f"test labels {strange} do not occur in the training rows {[*names]}")
+        place = next(row for row, name in enumerate(labels) if name in strange)
+        raise DataError(
+            f"{where}: labels {strange} do not occur in the training rows {[*names]}; the first of "
+            f"them is in row {(place if rows is None else rows[place]) + 1}"
+        )
     return torch.tensor([number[name] for name in labels], dtype=torch.int64)
 
 

@@ -55,7 +55,7 @@ def check_names(loss: object, metrics: object) -> tuple[str, ...] | None:
         what = getattr(loss, "__name__", None) or type(loss).__name__
         raise ConfigError(
             f"loss is {what!r}, of type {type(loss).__name__}; the name of a loss is wanted: "
-            f"{choices(LOSSES)}"
+            f"{choices(LOSSES)}, or 'module:function' of a function of your own (docs/data.md)"
         )
     if isinstance(metrics, str):
         return (metrics,)
@@ -123,7 +123,7 @@ def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> 
         meant += ["next_token"] * (axes == 2 and tokens) + ["multi_label"] * binary
     elif binary:
         came = f"{came}, all 0 or 1"
-        meant = ["logistic"] * flat + ["multi_label"]
+        meant = ["logistic" if flat else "multi_label"]
     elif all(bool((target == target.round()).all()) for target in targets):
         came, meant = f"{came}, all whole numbers", []
     else:

@@ -183,7 +183,8 @@ class TableReader:
         x, labels, _, kept = _rows(frame, features, label, None, self.missing, path)
         wanted = torch.zeros(len(x))
         if target:
-            wanted = target_of(labels, [*map(str, reading.get("classes", []))], self.task)
+            names = [*map(str, reading.get("classes", []))]
+            wanted = target_of(labels, names, self.task, path, kept.tolist())
         return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(frame))
 
     def _table(self, found: Any) -> Table:
@@ -230,16 +231,22 @@ def _features(
     return used, [name for name in others if name not in used]
 
 
-def _refuse_spoilt(frame: DataFrame, name: str, path: Path) -> None:
+def _refuse_spoilt(frame: DataFrame, name: str, path: Path, share: float = 0.5) -> None:
     """Reject a column of numbers with a cell that is none: it would be left out in silence.
+
+    Args:
+        frame: The rows.
+        name: A column that does not hold numbers alone.
+        path: Where it is from, for messages.
+        share: Of its cells that are numbers, above which the others are faults.
 
     Raises:
         DataError: Naming the first such cell.
     """
     import pandas as pd
 
-    cells = frame[name].dropna().astype(str)
-    if pd.to_numeric(cells, errors="coerce").notna().mean() > 0.5:
+    cells = frame[name].reset_index(drop=True).dropna().astype(str)
+    if pd.to_numeric(cells, errors="coerce").notna().mean() > share:
         row = pd.to_numeric(cells, errors="coerce").isna().idxmax()
         raise DataError(
             f"{path}: column {name} holds numbers, but {cells[row]!r} in row {int(row) + 1}: mend "
@@ -268,6 +275,9 @@ def _rows(
     try:
         x = frame[features].to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:
+        for name in features:
+            if frame[name].dtype.kind not in "biuf":
+                _refuse_spoilt(frame, name, path, share=-1.0)
         raise DataError(f"{path}: {features} do not all hold numbers: {error}") from error
     gaps = {name: ~np.isfinite(x[:, place]) for place, name in enumerate(features)}
     gaps |= {name: frame[name].isna().to_numpy() for name in (label, client) if name is not None}

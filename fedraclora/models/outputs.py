@@ -58,6 +58,16 @@ def probe(
     refuse_mixing_loss(model, samples, loss)
 
 
+def is_softmax(model: nn.Module, samples: Samples, loss: str) -> bool:
+    """Check whether what a loss takes for logits are probabilities: a model ends in a softmax."""
+    if loss not in CLASS_AXIS or not (some := few(samples.inputs)):
+        return False
+    with nothing_drawn(), torch.no_grad():
+        output = output_of(copy.deepcopy(model).eval(), some)
+    sums = output.sum(dim=CLASS_AXIS[loss] % (output.dim() - 1) + 1)
+    return bool((output >= 0).all()) and close(sums, torch.ones_like(sums))
+
+
 def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Call a model; what it raises is told with the shapes of its inputs.
 
@@ -331,4 +341,5 @@ def refuse_outputs(model: nn.Module, samples: Samples, classes: int, loss: str) 
                 f"the model gives an output of shape {tuple(given)} for a sample; with the loss "
                 f"{loss} and a target of shape {tuple(of)} it is {tuple(wanted)}, of which the "
                 f"{classes} are classes and may be more: take the loss or the model that fits"
+                + (f" (-100 in a target has no loss, where yours has {classes - 1})" if of else "")
             )

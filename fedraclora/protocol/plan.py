@@ -87,6 +87,11 @@ def make_plan(
     if dense is not None:
         full |= _matching_parameters(parameters, dense) - local
     views = {n: views[n] for n in parameters if n in views and n not in full}
+    if not (views or full or local):
+        raise ConfigError(
+            f"targets={targets} adapts no layer of the model, and no other is trained: targets=all "
+            "adapts convolutions and embeddings too, dense=[NAME] trains a layer in full"
+        )
     weights = [
         n
         for n in parameters

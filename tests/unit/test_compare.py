@@ -522,6 +522,10 @@ def test_runs_are_found_below_a_folder_once(make: Make, tmp_path: Path) -> None:
         find_runs([a / "checkpoint"])
     with pytest.raises(CheckpointError, match=r"there is no .*absent"):
         find_runs([tmp_path / "absent"])
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/study.yaml").write_text("{}")
+    with pytest.raises(CheckpointError, match="no run folders"):
+        find_runs([tmp_path / "study"])
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -141,7 +141,7 @@ def test_test_rows_may_have_a_file_of_their_own(tmp_path: Path) -> None:
     data = load(file, test=str(other), features=["dose", "age"])
     assert (len(data.train), len(data.test), data.sample_shape) == (40, 20, (2,))
     strange = written(tmp_path, ".tsv", FRAME[40:].assign(outcome="new"))
-    with pytest.raises(DataError, match=r"test labels \['new'\] do not occur"):
+    with pytest.raises(DataError, match=r"table\.tsv: labels \['new'\] do not occur"):
         load(file, test=str(strange))
 
 

@@ -285,7 +285,7 @@ def test_a_folder_without_a_tokenizer_is_named(file, tmp_path):
 def test_an_unseen_test_label_is_refused(file, tmp_path, tokenizer):
     other = tmp_path / "test.tsv"
     other.write_text("label\tsentence\n3\tgood\n")
-    with pytest.raises(DataError, match=r"test labels \['3'\]"):
+    with pytest.raises(DataError, match=r"test: labels \['3'\]"):
         load(file, tokenizer, test_file=str(other))
 
 

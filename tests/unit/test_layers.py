@@ -148,7 +148,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_layer() -> None:
 
 
 def test_the_head_is_no_target() -> None:
-    with pytest.raises(ConfigError, match="unknown target layer 'head'"):
+    with pytest.raises(ConfigError, match="head is the head"):
         find_targets(network(), "head", ("head",))
 
 

@@ -266,7 +266,7 @@ OPEN: dict[str, tuple[Any, Any, list[str]]] = {
         (IDS, YES),
         ["multi_label", "squared_error"],
     ),
-    "yes and no": (lambda: scores(1), (X, YES[:, 0]), ["logistic", "multi_label", "squared_error"]),
+    "yes and no": (lambda: scores(1), (X, YES[:, 0]), ["logistic", "squared_error"]),
     "classes as fractions": (
         lambda: scores(3),
         (X, np.arange(12.0) % 3),
@@ -330,6 +330,62 @@ def test_a_loss_against_the_problem_type_is_refused_and_against_the_class_said(
     found = run(model, [(IDS, TAGS)], loss="next_token", rounds=0)
     assert "token_classes" in found.summary["task"]["loss_warning"]  # type: ignore[index]
     assert any("token_classes" in record.message for record in caplog.records)
+
+
+def test_a_softmax_before_the_loss_and_an_area_of_one_class_are_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    x, y = np.float32(RNG.normal(size=(20, 6))), np.arange(20) % 2
+    two, one = nn.Linear(6, 2), nn.Linear(6, 1)
+    for model, said in ((two, False), (nn.Sequential(two, nn.Softmax(dim=1)), True)):
+        fedraclora.simulate(model=model, data=[(x, y)], rounds=0)
+        assert ("leave the softmax out" in capsys.readouterr().err) == said
+    for test, said in ((y, False), (y * 0 + 1, True)):
+        keys: dict[str, Any] = {"loss": "logistic", "metrics": ["accuracy", "auc"]}
+        fedraclora.simulate(model=one, data=[(x, y)], test=(x + 1, test), rounds=0, **keys)
+        assert ("auc is nan" in capsys.readouterr().err) == said
+
+
+WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "a function": (ConfigError, "module:function", {"loss": np.mean}),
+    "-1 and 1": (DataError, "logistic 0 or 1", {"loss": "logistic", "y": np.float32([-1, 1] * 5)}),
+    "yes as a fraction": (
+        DataError,
+        r"one of logistic \([^)]*\), squared_error",
+        {"y": np.float32([0, 1] * 5)},
+    ),
+    "255": (
+        DataError,
+        "-100 in a target has no loss, where yours has 255",
+        {
+            "loss": "pixel_classes",
+            "model": nn.Conv2d(3, 2, 1),
+            "x": np.zeros((10, 3, 2, 2), np.float32),
+            "y": np.full((10, 2, 2), 255),
+        },
+    ),
+    "the head": (ConfigError, "1 is the head", {"targets": ["0", "1"]}),
+    "a convolution alone": (
+        ConfigError,
+        "targets=all adapts",
+        {
+            "loss": "pixel_classes",
+            "model": nn.Conv2d(3, 2, 1),
+            "x": np.zeros((10, 3, 2, 2), np.float32),
+            "y": np.zeros((10, 2, 2), np.int64),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_with_what_to_do(case: str) -> None:
+    kind, words, keys = WRONG[case]
+    given = {"x": np.float32(RNG.normal(size=(10, 6))), "y": np.arange(10) % 2} | keys
+    data = [(given.pop("x"), given.pop("y"))]
+    model = given.pop("model", nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)))
+    with pytest.raises(kind, match=words):
+        run(model, data, **given)
 
 
 def test_targets_that_no_loss_reads_are_refused_by_client() -> None:

@@ -93,11 +93,13 @@ def test_a_row_is_answered_for_each_row_in_its_order(folder: Path) -> None:
 
 def test_rows_that_cannot_be_read_end_in_a_sentence(folder: Path, tmp_path: Path) -> None:
     run = fedraclora.read_run(folder / "run")
+    FRAME.assign(kind=[*FRAME.kind[:2], "odd", *FRAME.kind[3:]]).to_csv(folder / "odd.csv")
     for data, said in [
         (folder / "new.csv", "unknown column 'kind'"),
         (FRAME.drop(columns="dose"), "unknown column 'dose'"),
+        (folder / "odd.csv", r"odd\.csv: labels \['odd'\] .* row 3"),
         (FRAME.assign(kind="odd"), "'odd'"),
-        (FRAME.assign(age="old"), "do not all hold numbers"),
+        (FRAME.assign(age=[30, "old"] * 45), "column age holds numbers, but 'old' in row 2"),
         (FRAME.assign(age=np.nan), "values are missing"),
         ((FRAME[["age", "dose"]].to_numpy(), FRAME.kind), "data is a tuple"),
         (tmp_path / "none.csv", "there is no file"),
