@@ -38,13 +38,9 @@ def is_finished(folder: Path) -> bool:
 
 
 def is_ours(folder: Path) -> bool:
-    """Check whether a run has begun to write into a folder, however far it came.
-
-    Raises:
-        CheckpointError: If its digests are no digests of a run.
-    """
+    """Check whether a run has begun to write into a folder, however far it came."""
     digests, ledger = (folder / name for name in SIGNS)
-    return ledger.is_file() or (digests.is_file() and "config" in read_sealed(digests))
+    return ledger.is_file() or (digests.is_file() and b'"config"' in digests.read_bytes())
 
 
 def has_begun(folder: Path) -> bool:
@@ -92,7 +88,8 @@ def refuse_existing(folder: Path) -> None:
     if not folder.is_dir() or is_ours(folder):
         return
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if names := [name for name in names if name != "run_id"]:  # of a start that was killed
+    of_a_killed_start = ("run_id", *SIGNS[:1])  # the latter torn
+    if names := [name for name in names if name not in of_a_killed_start]:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         raise ConfigError(
             f"{folder} holds {names[0]}{more}, and no run: what is there could be "

@@ -278,9 +278,9 @@ def test_a_run_that_is_not_taken_leaves_what_was_there(
     refusing(tmp_path, monkeypatch)
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
+    (folder / ".notes").write_text("mine")
     assert deploy.main([*WORDS, f"output.dir={folder}"]) == 1
-    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+    assert [p.name for p in folder.iterdir()] == [".notes"]
     asked = deploy.prepare([*WORDS[:-1], f"output.dir={folder}"], None)
     with Record(folder, asked.plain, resume=False) as record:
         record.take(ROWS[0])
@@ -288,6 +288,18 @@ def test_a_run_that_is_not_taken_leaves_what_was_there(
     assert deploy.main([*SMALL[-2:], "connection=house", f"resume={folder}"]) == 1
     assert capsys.readouterr().err.count("took no run: no such host") == 2
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_folder_of_somebody_elses_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusing(tmp_path, monkeypatch)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("mine: 1")
+    assert deploy.main([*WORDS, f"output.dir={folder}"]) == 1
+    assert "and no run" in capsys.readouterr().err
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"config.yaml": "mine: 1"}
 
 
 def test_a_superlink_that_does_not_answer_is_given_up(

@@ -19,7 +19,13 @@ from fedraclora.run.recorder import RunRecorder
 from fedraclora.weights.chain import CatchUp
 
 OF_A_RUN = {"weights_digest": "81ded5146e52"}
-PLAIN: Plain = {"seed": 10, "rounds": 3, "data": {"name": "digits"}, "output": {"dir": None}}
+PLAIN: Plain = {
+    "seed": 10,
+    "rounds": 3,
+    "data": {"name": "digits"},
+    "output": {"dir": None},
+    **{group: {"name": "any"} for group in ("method", "local", "engine")},
+}
 
 
 def change(path: Path, old: str, new: str) -> None:
