@@ -49,6 +49,8 @@ def use_sockets(program: str) -> None:
         module = import_module("flwr.supernode.cli.flower_supernode")
         server, config = module.uvicorn.Server, listening(module.uvicorn.Config)
         put(module, uvicorn=SimpleNamespace(Server=server, Config=config))
+        module = import_module("flwr.supernode.start_client_internal")
+        put(module, subprocess=SimpleNamespace(Popen=popen))  # its SuperExec calls a socket, too
     elif program == "flower-superexec":
         module = import_module("flwr.supercore.superexec.executor.subprocess_executor")
         put(module, subprocess=SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))

@@ -33,6 +33,7 @@ USED = {  # of what is replaced in Flower's modules
     ("flwr.superlink.cli.flower_superlink", "uvicorn"): {"run"},
     ("flwr.superlink.cli.flower_superlink", "subprocess"): {"Popen", "TimeoutExpired"},
     ("flwr.supernode.cli.flower_supernode", "uvicorn"): {"Server", "Config"},
+    ("flwr.supernode.start_client_internal", "subprocess"): {"Popen"},
 }
 
 
@@ -131,6 +132,23 @@ def test_no_more_is_used_of_what_is_replaced(module: str, name: str) -> None:
     assert {*re.findall(rf"\b{name}\.([A-Za-z]+)", getsource(import_module(module)))} == USED[
         module, name
     ]
+
+
+@pytest.mark.parametrize("program", ["superlink", "supernode"])
+def test_what_listens_and_what_starts_others_is_replaced(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what a program starts calls a port at which nobody listens, for ever."""
+    monkeypatch.setenv(sockets.VARIABLE, json.dumps({"127.0.0.1:2": "here"}))
+    monkeypatch.setattr(client, "httpx", client.httpx)  # type: ignore[attr-defined]
+    places = [(import_module(m), name) for m, name in USED if f".{program}." in m]
+    before = [getattr(module, name) for module, name in places]
+    for (module, name), value in zip(places, before, strict=True):
+        monkeypatch.setattr(module, name, value)  # put back at the end
+    sockets.use_sockets(f"flower-{program}")
+    assert len(places) == 2
+    now = [getattr(module, name) for module, name in places]
+    assert all(new is not old for new, old in zip(now, before, strict=True))
 
 
 def test_flower_has_one_way_to_call() -> None:
