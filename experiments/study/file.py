@@ -16,6 +16,11 @@ from fedraclora.evaluation.metrics import higher_is_better
 KEYS = {"experiment", "metric", "grid", "final", "rows"}
 OPTIONAL = {"tune", "reference", "overrides", "reported"}
 OPTIONAL |= {"target", "varied", "budget", "more", "only"}
+SECTIONS = {  # by name: the keys that each must have, and those that it may have
+    "grid": ({"key", "values"}, {"refine", "scale"}),
+    "tune": ({"seeds"}, {"overrides", "by"}),
+    "final": ({"seeds"}, {"overrides", "more"}),
+}
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ class Study:
             raise ConfigError(
                 f"the study {path} lacks the keys {', '.join(sorted(KEYS - set(loaded)))}"
             )
-        loaded["rows"] = {**loaded.pop("more", {}), **(loaded["rows"] or {})}
+        _sections(path, loaded)
+        loaded["rows"] = {**loaded.pop("more", {}), **loaded["rows"]}
         _check(path, loaded)
         _keep(loaded, loaded.pop("only", None))
         return cls(**loaded, text=text)
@@ -180,6 +186,30 @@ class Study:
         return [round(best * float(str(f)), 9) for f in factors]
 
 
+def _sections(path: Path, loaded: dict[str, Any]) -> None:
+    """Check the form of a study's sections; overrides that it leaves out are none."""
+    for name, (needed, more) in SECTIONS.items():
+        if loaded.get(name) is None and name == "tune":
+            continue
+        section = loaded[name]
+        if not isinstance(section, Mapping) or needed - section.keys():
+            raise ConfigError(
+                f"{name} of {path} is {section!r:.200}; a mapping with the keys "
+                f"{', '.join(sorted(needed))} is wanted"
+            )
+        if extra := section.keys() - needed - more:
+            raise unknown(f"key of {name}", min(map(str, extra)), needed | more)
+        if "overrides" in more:
+            loaded[name] = section = {"overrides": [], **section}
+        for key in {"values", "refine", "seeds", "overrides"} & section.keys():
+            _list(section[key], f"{name}.{key} of {path}")
+    loaded["rows"] = loaded["rows"] or {}
+    if not isinstance(loaded["rows"], Mapping):
+        raise ConfigError(f"rows of {path} is {loaded['rows']!r:.200}; a mapping is wanted")
+    for row, overrides in loaded["rows"].items():
+        _list(overrides, f"row {row!r} of {path}")
+
+
 def _check(path: Path, loaded: Mapping[str, Any]) -> None:
     """Check the keys and values of a study's file."""
     if not higher_is_better(str(loaded["metric"])):
@@ -202,9 +232,7 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
     for key in ("reference", "budget"):
         if loaded.get(key) not in {None, *loaded["rows"]}:
             raise unknown(f"row as {key}", loaded[key], loaded["rows"])
-    if extra := set(loaded.get("tune") or ()) - {"seeds", "overrides", "by"}:
-        raise unknown("key of tune", min(extra), ("seeds", "overrides", "by"))
-    if "tune" not in loaded and len(loaded["grid"]["values"]) != 1:
+    if loaded.get("tune") is None and len(loaded["grid"]["values"]) != 1:
         raise ConfigError(
             f"{path} has no tune, but grid.values is {loaded['grid']['values']}; one value for "
             "all rows is wanted, or tune, which says how to choose"
@@ -224,7 +252,7 @@ def _keep(loaded: dict[str, Any], only: Sequence[str] | None) -> None:
             loaded[key] = None
 
 
-def _list(value: object) -> list[object]:
+def _list(value: object, where: str = "a key of a study") -> list[object]:
     if not isinstance(value, list):
-        raise ConfigError(f"a key of a study is {value!r}; a list is wanted")
+        raise ConfigError(f"{where} is {value!r:.200}; a list is wanted")
     return value

@@ -314,6 +314,9 @@ def test_a_run_that_diverges_is_a_result(
         (("metric: accuracy", "metrc: accuracy"), "did you mean 'metric'"),
         (("metric: accuracy\n", ""), "lacks the keys metric"),
         (("seeds: [7, 8]", "seeds: [7, 8], bye: loss"), "unknown key of tune 'bye'"),
+        (("seeds: [7, 8]", "seeds: 7"), "tune.seeds of .* a list is wanted"),
+        (("seeds: [7, 8], ", ""), "keys seeds is wanted"),
+        (("rows:", "rows: [ours]\nonly:"), "rows of .* a mapping is wanted"),
         (("metric: accuracy", "metric: loss"), "of which less is better"),
         (("experiment: null", "experiment: null\nreference: our"), "did you mean 'ours'"),
         (("seeds: [0, 1]", "seeds: [0, 1"), "is not a study"),
@@ -324,6 +327,10 @@ def test_a_study_that_is_not_whole_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         study(tmp_path, TEXT.replace(*change))
+
+
+def test_final_runs_need_no_overrides(tmp_path: Path) -> None:
+    assert study(tmp_path, UNTUNED.replace(", overrides: []", "")).jobs("final", "ours", [0.1])
 
 
 def test_a_study_that_does_not_exist_ends_in_one_line(
