@@ -116,11 +116,6 @@ def assemble(
         state, server = method.init(base, plan, draw), config.server_optimiser
         first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
         downlink = method.open_round(state, 1, first, draw)
-        if not downlink.trained():
-            raise ConfigError(
-                f"nothing is left to train with targets={config.targets}, head={config.head}, "
-                f"bias={config.bias}, dense={config.dense}: use head=adapt, or name layers in dense"
-            )
         moved = any(state.base[name] is not weight for name, weight in base.items())
         begins = moved or downlink.recipe == "gradient"
         changes = {

@@ -87,10 +87,11 @@ def make_plan(
     if dense is not None:
         full |= _matching_parameters(parameters, dense) - local
     views = {n: views[n] for n in parameters if n in views and n not in full}
-    if not (views or full or local):
+    if not (views or full):
         raise ConfigError(
-            f"targets={targets} adapts no layer of the model, and no other is trained: targets=all "
-            "adapts convolutions and embeddings too, dense=[NAME] trains a layer in full"
+            f"nothing is left to train with targets={targets}, head={head_policy}, "
+            f"bias={bias_policy}, dense={dense}: head=adapt trains the head, targets=all adapts "
+            "convolutions and embeddings too, dense=[NAME] trains a layer in full"
         )
     weights = [
         n

@@ -74,7 +74,8 @@ def resume_word(folder: Path) -> str:
 def refuse_existing(folder: Path) -> None:
     """Reject a folder that already has a run, or something that no run has written.
 
-    Hidden files may be there: Hydra's own, those of a file manager.
+    Hidden files may be there: Hydra's own, those of a file manager. So may the key of another
+    private run, put there to draw what that drew.
 
     Raises:
         CheckpointError: If a run is there already.
@@ -88,8 +89,8 @@ def refuse_existing(folder: Path) -> None:
     if not folder.is_dir() or is_ours(folder):
         return
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    of_a_killed_start = ("run_id", *SIGNS[:1])  # the latter torn
-    if names := [name for name in names if name not in of_a_killed_start]:
+    known = ("run_id", *SIGNS[:1], "private")  # digests may be torn by a kill
+    if names := [name for name in names if name not in known]:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         raise ConfigError(
             f"{folder} holds {names[0]}{more}, and no run: what is there could be "
