@@ -527,7 +527,8 @@ DATA = {
     "Series of labels": data(lambda: each(lambda x, y: (x, pd.Series(y))), same=True),
     "frames of inputs": data(lambda: each(lambda x, y: (pd.DataFrame(x), pd.Series(y))), same=True),
     "float16": data(lambda: each(lambda x, y: (x.astype("float16"), y))),
-    "bytes": data(image_bytes),
+    "bytes": data(image_bytes, test=None),
+    "bytes to train on, fractions to test on": data(image_bytes, "refused"),
     "one table": data(lambda: (X, Y), clients=4, partition="iid"),
     "one dataset": data(
         lambda: TensorDataset(torch.tensor(X), torch.tensor(Y)),
