@@ -17,7 +17,7 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from clients.cache import on_disk
+from fedraclora.clients.cache import on_disk
 from fedraclora.errors import ClientError
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.wire.records import clients_of, round_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.worker import Worker
+from fedraclora.clients.worker import Worker
 
 
 def make_client_app(worker: Worker) -> ClientApp:

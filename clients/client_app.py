@@ -11,7 +11,7 @@ import os
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.handover import hand_over
+from fedraclora.clients.handover import hand_over
 from fedraclora.engines.local import error_of, failed
 
 app = ClientApp()
@@ -39,6 +39,6 @@ def answer(message: Message, context: Context) -> Message:
             return hand_over(message, context)
         except Exception as error:
             return failed(message, error_of(error))
-    from clients.respond import respond
+    from fedraclora.clients.respond import respond
 
     return respond(message, context)

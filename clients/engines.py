@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Message
 from typing_extensions import override
 
-from clients.app import make_client_app
-from clients.ray_worker import Site, SiteParts
-from clients.worker import Worker
+from fedraclora.clients.app import make_client_app
+from fedraclora.clients.ray_worker import Site, SiteParts
+from fedraclora.clients.worker import Worker
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import DeployConfig, FlowerConfig, RayConfig
 from fedraclora.engines.base import Engine, EngineParts
@@ -94,7 +94,7 @@ class InFlower(Engine):
 
     @override
     def make_grid(self, parts: EngineParts) -> MessageGrid:
-        from clients.client_app import app
+        from fedraclora.clients.client_app import app
         from fedraclora.engines.flower import FlowerGrid
 
         return FlowerGrid(

@@ -26,12 +26,12 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-from clients.cache import cache_of, claim, on_disk, served
+from fedraclora.clients.cache import cache_of, claim, on_disk, served
 from fedraclora.errors import ClientError, ConfigError
 
 FOLDERS = "residents"  # in the cache, with a folder for each node
 NUMBER = "pid"  # file in that folder, with the number of its process
-PROGRAM = ("-m", "clients.resident")
+PROGRAM = ("-m", "fedraclora.clients.resident")
 READY = b"ready"
 GONE = (EOFError, ConnectionError)  # what a process meets whose peer has gone
 START = 300.0  # seconds for all that a resident imports

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flwr.app import RecordDict
 
-from clients.worker import Worker
+from fedraclora.clients.worker import Worker
 from fedraclora.config.build import BuiltTask, fix_bits, terms_of, trainer_of
 from fedraclora.config.run_config import TaskConfig
 from fedraclora.protocol.method import Plan

@@ -1,10 +1,10 @@
 """The process that stays on a node between messages, with torch, model, data and weights.
 
-``python -m clients.resident LISTENER NODE KEY``: started by `clients.handover` with a socket that
-listens and a handle of the process that it must not outlive, both by number. It ends with that
-process, when a message of another run comes, and when none has come for `IDLE` seconds; and while
-it has a message, with the process that brought it, to which it says every `BEAT` seconds that it
-is at work. It may be killed at any time.
+``python -m fedraclora.clients.resident LISTENER NODE KEY``: started by `clients.handover` with a
+socket that listens and a handle of the process that it must not outlive, both by number. It ends
+with that process, when a message of another run comes, and when none has come for `IDLE` seconds;
+and while it has a message, with the process that brought it, to which it says every `BEAT` seconds
+that it is at work. It may be killed at any time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 
 from flwr.app import Context, Message
 
-from clients.handover import GONE, READY, SILENCE, check_peer, limit
+from fedraclora.clients.handover import GONE, READY, SILENCE, check_peer, limit
 from fedraclora.errors import ClientError
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def answer(peer: Connection, node: int, respond: Respond) -> None:
 def main() -> None:
     """Serve what the command line names."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the whole group of the node
-    from clients.respond import respond
+    from fedraclora.clients.respond import respond
 
     listener, node, key = sys.argv[1:]
     serve(socket.socket(fileno=int(listener)), int(node), key.encode(), respond)

@@ -2,7 +2,7 @@
 
 A message may meet any process, or a fresh one. A process builds data and model once and keeps
 them. In a simulation the base weights follow those of the server by a folder of its machine; on
-real hosts each client has its own (`clients.node`).
+real hosts each client has its own (`fedraclora.clients.node`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from clients import node
-from clients.ray_worker import answer
-from clients.worker import Worker
+from fedraclora.clients import node
+from fedraclora.clients.ray_worker import answer
+from fedraclora.clients.worker import Worker
 from fedraclora.engines.local import STALE, error_of, failed
 from fedraclora.errors import StaleError, WireError
 from fedraclora.weights.job import read_settings

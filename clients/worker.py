@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from flwr.app import RecordDict
 
-from clients.client_state import keep, restore
-from clients.secure import answer_stage, masked_reply
 from fedraclora.aggregation.statistics import shortened
+from fedraclora.clients.client_state import keep, restore
+from fedraclora.clients.secure import answer_stage, masked_reply
 from fedraclora.errors import OF_THE_RUN, ConfigError, WireError
 from fedraclora.privacy.secagg import Terms
 from fedraclora.protocol.cohorts import client_weights
@@ -214,7 +214,7 @@ class Worker:
         return parts(places, self.limit)
 
     def _masked(self, job: Job, stage: Stage, terms: Terms) -> RecordDict:
-        """Hide what clients send from everyone; see `clients.secure`."""
+        """Hide what clients send from everyone; see `fedraclora.clients.secure`."""
         request, downlink, base, local = job.request, job.downlink, job.base, self.trainer.local
         places, layout = torch.tensor(job.places, dtype=torch.int64), uplink_layout(downlink)
         updates, weights = torch.zeros(0, layout.size).double(), torch.zeros(0).double()

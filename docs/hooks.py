@@ -29,7 +29,7 @@ REFERENCE = {
     "methods": ("Methods", []),  # those that docs/methods.md links to
     "lowrank": ("Low-rank algebra", ["fedraclora.lowrank"]),
     "sketch": ("Sketches", ["fedraclora.sketch"]),
-    "bounds": ("Bounds of the theory", ["experiments.theory.bounds"]),
+    "bounds": ("Bounds of the theory", ["fedraclora.experiments.theory.bounds"]),
 }
 
 
@@ -55,12 +55,12 @@ def place_of(path: str) -> str:
         >>> place_of("docs/adr/0001.md"), place_of("CONTRIBUTING.md")
         ('adr/0001.md', 'files/CONTRIBUTING.md')
         >>> place_of("strategies/fedavg.py")
-        'reference/methods.md#strategies.fedavg'
+        'reference/methods.md#fedraclora.strategies.fedavg'
     """
     if path in MOVED:
         return MOVED[path]
     if method := METHOD.fullmatch(path):
-        return f"reference/methods.md#strategies.{method[1]}"
+        return f"reference/methods.md#fedraclora.strategies.{method[1]}"
     if (ROOT / path).is_dir():
         return f"files/{path}/index.md"
     return path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
@@ -118,7 +118,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, place, inclusion=level, **what))
     methods = METHOD.findall((ROOT / "docs" / "methods.md").read_text())
     for name, (title, names) in REFERENCE.items():
-        of = names or [f"strategies.{method}" for method in dict.fromkeys(methods)]
+        of = names or [f"fedraclora.strategies.{method}" for method in dict.fromkeys(methods)]
         text = f"# {title}\n\n" + "".join(f"::: {each}\n\n" for each in of)
         files.append(File.generated(config, f"reference/{name}.md", content=text))
 

@@ -1,10 +1,11 @@
-"""Entry points: each module runs as `python -m experiments.<name>` and may import everything."""
+"""Entry points: what commands and the front door run; may import everything below."""
 
 from pathlib import Path
 
-import fedraclora  # noqa: F401 (first: it sets what Flower and Ray read when they are imported)
+from fedraclora import conf, errors
 
-CONF = Path(__file__).resolve().parents[1] / "conf"  # the files that Hydra composes
+CODE = Path(errors.__file__).resolve().parent  # the package
+CONF = Path(conf.__file__).resolve().parent  # the files that Hydra composes
 RESULTS = Path(__file__).parent / "results"  # of record, a folder each
 
 Plain = dict[str, object]  # a config as plain values, nested

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments import Plain
-from experiments.resume import is_done
-from experiments.simulate import report
 from fedraclora.config.build import BuiltTask, build_task
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError
+from fedraclora.experiments import CODE, Plain
+from fedraclora.experiments.resume import is_done
+from fedraclora.experiments.simulate import report
 from fedraclora.run.folder import write_summary
-from strategies.server_app import read_config
+from fedraclora.strategies.server_app import read_config
 
-ROOT = Path(__file__).resolve().parents[1]  # of the packages: a checkout, or where a wheel is
+ROOT = CODE.parent  # a checkout, or where a wheel is
+NOT_OF_THE_APP = ("experiments", "conf", "__pycache__", "*.typed", "*.j2")
 PROJECT = "pyproject.toml"
 
 
@@ -121,15 +121,12 @@ def checkout() -> Path | None:
 def copy_app(folder: Path) -> None:
     """Copy the files that the app's bundle is made of.
 
-    To make it Flower looks at every file that it finds; beside them lie virtual environments.
+    To make it Flower looks at every file that it finds; beside them lie virtual environments. Here
+    the folders lie inside ``fedraclora``, as in a wheel: at the top of a bundle they would hide
+    packages of those names that a node has.
 
     Raises:
-        ConfigError: If they are not all there.
+        ConfigError: If there is no pyproject.toml to say what the app is.
     """
-    project = project_file()
-    copies = {project: folder / PROJECT}
-    for pattern in tomllib.loads(project.read_text())["tool"]["flwr"]["app"]["fab-include"]:
-        copies |= {path: folder / path.relative_to(ROOT) for path in ROOT.glob(pattern)}
-    for path, copy in copies.items():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+    shutil.copytree(CODE, folder / "fedraclora", ignore=shutil.ignore_patterns(*NOT_OF_THE_APP))
+    shutil.copyfile(project_file(), folder / PROJECT)

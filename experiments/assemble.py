@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from clients.engines import engine_of
-from strategies import assembly
-from strategies.assembly import Assembled
+from fedraclora.clients.engines import engine_of
+from fedraclora.strategies import assembly
+from fedraclora.strategies.assembly import Assembled
 
 __all__ = ["Assembled", "assemble"]
 

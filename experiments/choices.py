@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from experiments import CONF
 from fedraclora.errors import unknown
+from fedraclora.experiments import CONF
 
 # A line of a file: indentation, key, value (in which "#1" is no comment), comment.
 LINE = re.compile(r"( *)(\w+):(?: .*?)??(?: +# (.*))?")
@@ -159,7 +159,7 @@ def composed(words: Sequence[str]) -> dict[str, object]:
     """
     from hydra import compose, initialize_config_dir
 
-    from experiments.overrides import in_plain_words, plain_of, searched, without_idle
+    from fedraclora.experiments.overrides import in_plain_words, plain_of, searched, without_idle
 
     words = searched(words)
 

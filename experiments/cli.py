@@ -9,11 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from string import Template
 
-from experiments import completion
-from experiments.choices import groups, keys_of, section_keys, sections
-from experiments.interrupt import at_once, in_order
-from experiments.status import printing, reported
 from fedraclora.errors import unknown
+from fedraclora.experiments import completion
+from fedraclora.experiments.choices import groups, keys_of, section_keys, sections
+from fedraclora.experiments.interrupt import at_once, in_order
+from fedraclora.experiments.status import printing, reported
 
 # What each is for stands in usage.tmpl.
 COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "evaluate")
@@ -50,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if words[0] in completion.FLAGS:
         if asked := completion.asked(words[1:], COMMANDS):
             sys.argv = ["fedraclora", *asked]
-            importlib.import_module("experiments.simulate").compose_and_run()
+            importlib.import_module("fedraclora.experiments.simulate").compose_and_run()
         return
     with in_order():
         status = run(words[0], words[1:])
@@ -79,7 +79,9 @@ def run(command: str, rest: Sequence[str]) -> int:
         raise unknown("command", command, COMMANDS)
     sys.argv = [f"fedraclora {command}", *rest]
     with at_once():
-        module = importlib.import_module(f"experiments.{command}{FOLDERS.get(command, '')}")
+        module = importlib.import_module(
+            f"fedraclora.experiments.{command}{FOLDERS.get(command, '')}"
+        )
     status = module.main()
     return status if isinstance(status, int) else 0
 

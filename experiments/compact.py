@@ -12,9 +12,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from experiments.progress import console_for_tables
-from experiments.status import reported
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.experiments.progress import console_for_tables
+from fedraclora.experiments.status import reported
 from fedraclora.run.compact import compact
 from fedraclora.run.folder import read_config
 

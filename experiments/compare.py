@@ -5,7 +5,7 @@
 RUN is the folder of a run or of a sweep. Runs that differ in nothing but seed and output folder
 are one group. Groups are ranked by the metric; runs that diverged, or are unfinished, are named and
 have no rank; broken ones are left out. With ``experiment=STUDY`` the runs are made first:
-`experiments.study.ranking`.
+`fedraclora.experiments.study.ranking`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.groups import Group, group_runs, values
-from experiments.reports import (
+from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
+from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.experiments.groups import Group, group_runs, values
+from fedraclora.experiments.reports import (
     BEGINS,
     ROUNDING,
     Run,
@@ -30,8 +32,8 @@ from experiments.reports import (
     read_run,
     refuse_overwriting,
 )
-from experiments.status import reported
-from experiments.study.entries import (
+from fedraclora.experiments.status import reported
+from fedraclora.experiments.study.entries import (
     UNTRAINED,
     is_exact,
     mean_of_known,
@@ -39,10 +41,8 @@ from experiments.study.entries import (
     shown_error,
     traffic,
 )
-from experiments.study.ranking import compare_study, is_study
-from experiments.tables import Table
-from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
-from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.experiments.study.ranking import compare_study, is_study
+from fedraclora.experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
 from fedraclora.run.folder import resume_word

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Collection, Sequence
 
-from experiments.words import NODES
+from fedraclora.experiments.words import NODES
 
 FLAGS = ("-sc", "--shell-completion")
 COMPOSED = ("simulate", "flower", "deploy")  # the commands whose words Hydra composes

@@ -18,24 +18,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments.app import RunRequest
-from experiments.choices import composed
-from experiments.overrides import is_override, key_of, searched
-from experiments.progress import RunProgress
-from experiments.record import Record
-from experiments.resume import told_how_to_go_on
-from experiments.simulate import choose, shown
-from experiments.status import reported
-from experiments.words import NODES, key_values
 from fedraclora.config.schema import section
 from fedraclora.engines.deploy.control import PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
+from fedraclora.experiments.app import RunRequest
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import is_override, key_of, searched
+from fedraclora.experiments.progress import RunProgress
+from fedraclora.experiments.record import Record
+from fedraclora.experiments.resume import told_how_to_go_on
+from fedraclora.experiments.simulate import choose, shown
+from fedraclora.experiments.status import reported
+from fedraclora.experiments.words import NODES, key_values
 from fedraclora.imports import is_function
 from fedraclora.run.folder import alone, method_label
+from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 from fedraclora.temporary import PrivateFolder
-from strategies.server_app import OPENING, ROW, SUMMARY
 
 KEPT = 40  # lines of a log that are shown where a run fails
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from experiments.progress import console_for_tables
-from experiments.status import reported
 from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
+from fedraclora.experiments.progress import console_for_tables
+from fedraclora.experiments.status import reported
 from fedraclora.run.folder import is_finished, read_config, resume_word
-from strategies import METHODS
-from strategies.outcome import finished
-from strategies.run import Run
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.outcome import finished
+from fedraclora.strategies.run import Run
 
 
 def run_parser(command: str, description: str | None) -> argparse.ArgumentParser:

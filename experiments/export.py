@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from experiments.evaluate import run_parser, stored_run
-from experiments.progress import console_for_tables
-from experiments.status import reported
+from fedraclora.experiments.evaluate import run_parser, stored_run
+from fedraclora.experiments.progress import console_for_tables
+from fedraclora.experiments.status import reported
 from fedraclora.export import FORMATS
 
 

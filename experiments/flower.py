@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from experiments.app import RunRequest, checkout, copy_app
-from experiments.choices import composed
-from experiments.overrides import key_of, searched
-from experiments.resume import told_how_to_go_on
-from experiments.simulate import choose, shown
-from experiments.status import reported
 from fedraclora.config.schema import section
 from fedraclora.config.settings import FlowerConfig
 from fedraclora.engines.flower.grid import run_options
 from fedraclora.engines.flower.superlink import Options, SuperLink, words_of
 from fedraclora.errors import ConfigError, EngineError
+from fedraclora.experiments.app import RunRequest, checkout, copy_app
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import key_of, searched
+from fedraclora.experiments.resume import told_how_to_go_on
+from fedraclora.experiments.simulate import choose, shown
+from fedraclora.experiments.status import reported
 from fedraclora.run.folder import is_finished, read_summary
 
 FAILED = "Simulation failed with exception: "  # how Flower begins

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from experiments.reports import Run
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.experiments.reports import Run
 
 _NAME = "method.name"
 _ABSENT = "absent"

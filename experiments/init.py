@@ -13,8 +13,8 @@ from string import Template
 
 import yaml
 
-from experiments.choices import groups
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.choices import groups
 
 TEMPLATES = Path(__file__).parent / "project"  # as the project will be, NAME for its name
 

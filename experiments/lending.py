@@ -11,18 +11,18 @@ from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
-from experiments import Plain
-from experiments.overrides import key_of
-from experiments.values import plain_value, words_of
 from fedraclora.config.schema import coerce, section
 from fedraclora.data.objects import is_frame, lend_data
 from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError
+from fedraclora.experiments import Plain
+from fedraclora.experiments.overrides import key_of
+from fedraclora.experiments.values import plain_value, words_of
 from fedraclora.limits import check_limits, hints
 from fedraclora.models.objects import lend_model, require_module
 from fedraclora.objects import NAME, lend
 from fedraclora.protocol.method import Method, Traits
-from strategies import METHODS
+from fedraclora.strategies import METHODS
 
 TABLES = (".csv", ".tsv", ".parquet")
 # Choices whose keys an object has, too: words for these hold.
@@ -116,7 +116,7 @@ def lend_all(
     """Lend what is an object; leave names and mappings to the config.
 
     Args:
-        model: As `experiments.api.simulate` was given it, and so are the others.
+        model: As `fedraclora.api.simulate` was given it, and so are the others.
         data: Of the clients.
         method: The algorithm.
         partition: How data are divided.
@@ -214,7 +214,7 @@ def check_own(method: Any) -> None:
     if Method not in type(method).__mro__:
         raise ConfigError(
             f"method is a {kind}, which is derived from no method: take "
-            "strategies.shared.layerwise.LayerMethod (CONTRIBUTING.md, A new method)"
+            "fedraclora.strategies.shared.layerwise.LayerMethod (CONTRIBUTING.md, A new method)"
         )
     if not isinstance(method.traits, Traits):
         raise ConfigError(

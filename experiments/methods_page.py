@@ -1,6 +1,6 @@
 """What ``docs/methods.md`` says of the methods: by their docstrings, traits, YAML and results.
 
-``python -m experiments.pages`` brings it there.
+``python -m fedraclora.experiments.pages`` brings it there.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from experiments.choices import choice, groups
-from experiments.study.entries import docstring, is_unverified
-from experiments.tables import Table, read_table
 from fedraclora.config.schema import bind
+from fedraclora.experiments.choices import choice, groups
+from fedraclora.experiments.study.entries import docstring, is_unverified
+from fedraclora.experiments.tables import Table, read_table
 from fedraclora.protocol.method import Method
-from strategies import METHODS
+from fedraclora.strategies import METHODS
 
 SERVERS = "servers/README.md"  # seconds of a server, one matrix of 4096 x 4096
 
@@ -88,7 +88,7 @@ def _overview(costs: Mapping[str, str]) -> Table:
 
 
 def _section(kind: type[Method], names: list[str]) -> str:
-    path = kind.__module__.replace(".", "/") + ".py"
+    path = kind.__module__.removeprefix("fedraclora.").replace(".", "/") + ".py"
     same = aliases()
     others = [f"`{n}`" + (f" (= `{same[n]}`)" if n in same else "") for n in names[1:]]
     also = f" Also as {', '.join(others)}." if others else ""

@@ -20,12 +20,12 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import CONF, Plain
-from experiments.completion import part_folders
 from fedraclora.config.run_config import NAMED, choices_with, from_plain, unknown_key
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
+from fedraclora.experiments import CONF, Plain
+from fedraclora.experiments.completion import part_folders
+from fedraclora.strategies import METHODS
 from fedraclora.weights.files import flatten
-from strategies import METHODS
 
 # How Hydra begins what it has to say.
 NO_SUCH_KEY = re.compile(r"Could not (?:override|delete from config\.) '([^']+)'")

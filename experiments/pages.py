@@ -1,4 +1,6 @@
-"""``python -m experiments.pages``: bring tables of results into the pages that show them.
+"""Bring tables of results into the pages that show them.
+
+    python -m fedraclora.experiments.pages
 
 A page holds ``<!-- table NAME/table.md -->`` or ``<!-- table NAME/budgets.md: COLUMN, COLUMN -->``,
 where NAME is a folder of ``experiments/results``, or, for one column of several studies side by
@@ -19,13 +21,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments import RESULTS
-from experiments.bench.table import side_by_side, tables
-from experiments.methods_page import board, methods
-from experiments.study.entries import DEVIATION
-from experiments.tables import Cells, Table, read_table
 from fedraclora.errors import ConfigError
-from strategies.steps.conflicts import CONFLICTS
+from fedraclora.experiments import RESULTS
+from fedraclora.experiments.bench.table import side_by_side, tables
+from fedraclora.experiments.methods_page import board, methods
+from fedraclora.experiments.study.entries import DEVIATION
+from fedraclora.experiments.tables import Cells, Table, read_table
+from fedraclora.strategies.steps.conflicts import CONFLICTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

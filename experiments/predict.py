@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.evaluate import measuring_run, run_parser
-from experiments.status import reported
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.evaluate import measuring_run, run_parser
+from fedraclora.experiments.status import reported
 from fedraclora.weights.files import write_text
 
 if TYPE_CHECKING:

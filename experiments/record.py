@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from experiments import Plain
 from fedraclora.config.schema import section
+from fedraclora.experiments import Plain
 from fedraclora.run.folder import alone, amend, begin, run_title
 from fedraclora.run.ledger import Ledger
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from experiments import Plain
 from fedraclora.config.build import pick_device
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError, EngineError, FedRacLoraError
+from fedraclora.experiments import Plain
 from fedraclora.run.continued import free_keys, plans_rounds
 from fedraclora.run.digests import known_data
 from fedraclora.run.folder import has_begun, is_finished, read_config, read_summary, resume_word

@@ -17,28 +17,34 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from clients.engines import engine_of
-from experiments import CONF, Plain, folders
-from experiments.interrupt import in_order
-from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
-from experiments.progress import RunProgress, console_for_tables, size
-from experiments.reports import ROUNDING
-from experiments.resume import go_on, is_done, told_how_to_go_on
-from experiments.status import composing, reported, tell
+from fedraclora.clients.engines import engine_of
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError
+from fedraclora.experiments import CONF, Plain, folders
+from fedraclora.experiments.interrupt import in_order
+from fedraclora.experiments.overrides import (
+    flags_first,
+    in_plain_words,
+    key_of,
+    plain_of,
+    without_idle,
+)
+from fedraclora.experiments.progress import RunProgress, console_for_tables, size
+from fedraclora.experiments.reports import ROUNDING
+from fedraclora.experiments.resume import go_on, is_done, told_how_to_go_on
+from fedraclora.experiments.status import composing, reported, tell
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
-from strategies import METHODS
-from strategies.assembly import Assembled
-from strategies.introduction import notes_of, opening_lines
-from strategies.outcome import execute
-from strategies.run import Run
-from strategies.server.rows import Row
-from strategies.start import settled_start
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.introduction import notes_of, opening_lines
+from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.run import Run
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.start import settled_start
 
 log = logging.getLogger(__name__)
 

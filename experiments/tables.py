@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import JustifyMethod
 from rich.table import Table as RichTable
 
-from experiments.progress import console_for_tables
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.progress import console_for_tables
 from fedraclora.wire.fields import printable
 
 Cells = list[dict[str, str]]

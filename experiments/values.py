@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments import CONF, Plain
-from experiments.choices import composed
-from experiments.overrides import key_of
-from experiments.resume import laid_over
 from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
+from fedraclora.experiments import CONF, Plain
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import key_of
+from fedraclora.experiments.resume import laid_over
 
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
 ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes

@@ -176,7 +176,7 @@ def failure_of(error: Exception, what: str) -> str:
     if isinstance(error, SyntaxError):
         return f"{what} raises SyntaxError: {error}"
     frames = traceback.extract_tb(error.__traceback__)
-    here = str(Path(__file__).parents[1])
+    here = str(Path(__file__).parent)
     own = [f for f in frames if "site-packages" not in f.filename and here not in f.filename]
     last = (own or frames)[-1]
     place = f"{Path(last.filename).name}, line {last.lineno}"

@@ -36,18 +36,18 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.run.continued import free_keys
 from fedraclora.run.initial import source_of
 from fedraclora.run.recorder import RunRecorder, resolved
+from fedraclora.strategies.server.loop import LoopConfig, loop_of
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.server.stopping import Stopping
+from fedraclora.strategies.start import begin_from
+from fedraclora.strategies.steps.order import round_steps
+from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.wiring import Wired, wire
+from fedraclora.strategies.wrappers.order import method_of
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.precision import check_base
 from fedraclora.tree import Tree, weights_of
-from strategies.server.loop import LoopConfig, loop_of
-from strategies.server.rows import Row
-from strategies.server.stopping import Stopping
-from strategies.start import begin_from
-from strategies.steps.order import round_steps
-from strategies.steps.settings import RoundSettings
-from strategies.wiring import Wired, wire
-from strategies.wrappers.order import method_of
 
 Measure = Callable[[Tree], dict[str, float]]  # of weights
 

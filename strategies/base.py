@@ -26,18 +26,18 @@ from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.guard import persistently
+from fedraclora.strategies.server.quantised import DownlinkRounding
+from fedraclora.strategies.server.round_step import Ask, RoundStep, RoundSteps, RunContext
+from fedraclora.strategies.server.rows import Cost, Row, fleet_columns, ledger_row
+from fedraclora.strategies.server.serverside import OwnLoop
+from fedraclora.strategies.server.sound import largest, overflowing
+from fedraclora.strategies.server.stopping import Stopping
 from fedraclora.training.steps import effective_step
 from fedraclora.tree import Tree, point_at
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp
-from strategies.server.exchange import Exchange
-from strategies.server.guard import persistently
-from strategies.server.quantised import DownlinkRounding
-from strategies.server.round_step import Ask, RoundStep, RoundSteps, RunContext
-from strategies.server.rows import Cost, Row, fleet_columns, ledger_row
-from strategies.server.serverside import OwnLoop
-from strategies.server.sound import largest, overflowing
-from strategies.server.stopping import Stopping
 
 
 class FedStrategy(OwnLoop):

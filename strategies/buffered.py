@@ -21,11 +21,11 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
+from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.wire.changes import uploaded_bytes
 from fedraclora.wire.downlink import payload_bytes
-from strategies.base import FedStrategy
-from strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
-from strategies.server.exchange import Exchange
 
 
 class BufferedStrategy(FedStrategy):

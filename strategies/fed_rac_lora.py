@@ -18,7 +18,7 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
   group, where groups have equal weights. With fewer clients than groups some parts stay zero.
 - ``server_lr = eta``: W <- W + eta (mean of the clients' weights - W), biases and head included.
 - ``first=gradient``: a round more, which finds the factor of the first link
-  (`strategies.shared.gradient_first`), by which the same step size goes further.
+  (`fedraclora.strategies.shared.gradient_first`), by which the same step size goes further.
 - Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n); the
   rest of a carried factor, which it downloads whole, stays as it is
   (`fedraclora.protocol.rank_budgets`). Exact.
@@ -43,13 +43,13 @@ from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.method import Cohort, Draw, Traits
 from fedraclora.rng import generator
 from fedraclora.sketch import Blocks, SketchSpec, check_sketch
+from fedraclora.strategies.shared import past
+from fedraclora.strategies.shared.asymmetric import Asymmetric
+from fedraclora.strategies.shared.common import Side
+from fedraclora.strategies.shared.gradient_first import GradientFirst, whole
+from fedraclora.strategies.shared.layer import Value
+from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
-from strategies.shared import past
-from strategies.shared.asymmetric import Asymmetric
-from strategies.shared.common import Side
-from strategies.shared.gradient_first import GradientFirst, whole
-from strategies.shared.layer import Value
-from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,15 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Plan, Traits
 from fedraclora.protocol.plan import Rank
-from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.drawn import Drawn
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerMethod,
+    LayerUpdate,
+    Replies,
+    Round,
+)
 
 
 @dataclass(frozen=True)

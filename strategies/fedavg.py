@@ -31,8 +31,8 @@ from fedraclora.protocol.method import (
     apply_link,
 )
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.shared.common import dense_floats, dense_slots
 from fedraclora.tree import Tree
-from strategies.shared.common import dense_floats, dense_slots
 
 
 @dataclass(frozen=True)

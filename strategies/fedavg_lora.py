@@ -31,8 +31,8 @@ from typing_extensions import override
 
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Traits
-from strategies.shared.factored import Factored
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies
+from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)

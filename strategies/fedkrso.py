@@ -27,8 +27,8 @@ from typing_extensions import override
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan, Traits
 from fedraclora.sketch import Sketch
-from strategies.shared.asymmetric import Asymmetric
-from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.asymmetric import Asymmetric
+from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from typing_extensions import override
 
 from fedraclora.lowrank.algebra import padded_to, truncated_product
 from fedraclora.protocol.method import Traits
-from strategies.shared.factored import Factored
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies
+from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
-from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.drawn import Drawn
+from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)

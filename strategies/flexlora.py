@@ -24,9 +24,9 @@ from typing_extensions import override
 
 from fedraclora.lowrank.algebra import balanced_factors
 from fedraclora.protocol.method import Traits
-from strategies.shared.factored import Factored
-from strategies.shared.initials import STARTS
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies
+from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.initials import STARTS
+from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
-from strategies.shared.factored import Factored
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies
+from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from typing_extensions import override
 
 from fedraclora.lowrank.algebra import minus, sum_products
 from fedraclora.protocol.method import Draw, Plan, State, Traits
+from fedraclora.strategies.shared.initials import begin
+from fedraclora.strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
 from fedraclora.tree import Tree
-from strategies.shared.initials import begin
-from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)

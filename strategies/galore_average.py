@@ -32,9 +32,9 @@ from typing_extensions import override
 from fedraclora.limits import Count, Limited, Positive
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
 from fedraclora.protocol.plan import Rank, rank_notes, resolve_rank
+from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.shared.common import turned
 from fedraclora.tree import Tree
-from strategies.fedavg import FedAvg
-from strategies.shared.common import turned
 
 
 @dataclass(frozen=True)

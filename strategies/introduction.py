@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fedraclora.config.run_config import RunConfig
 from fedraclora.protocol.plan import frozen_layers, some_of, thawed
-from strategies.assembly import Assembled
+from fedraclora.strategies.assembly import Assembled
 
 NAMED = 8  # notes of a run that begins
 TITLE = 13  # characters, so that what follows stands in one column

@@ -25,9 +25,9 @@ from typing_extensions import override
 
 from fedraclora.limits import Positive
 from fedraclora.protocol.method import Traits
-from strategies.fedex_lora import residual
-from strategies.shared.factored import Factored
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies
+from fedraclora.strategies.fedex_lora import residual
+from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)

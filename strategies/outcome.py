@@ -34,12 +34,12 @@ from fedraclora.run.folder import (
 )
 from fedraclora.run.ledger import known_mean, read_ledger, round_seconds
 from fedraclora.run.stopped import forget_stop, note_stop
+from fedraclora.strategies.assembly import Assembled, assemble
+from fedraclora.strategies.introduction import introduction
+from fedraclora.strategies.run import Run
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import digest
-from strategies.assembly import Assembled, assemble
-from strategies.introduction import introduction
-from strategies.run import Run
-from strategies.server.rows import Row
-from strategies.weights import load_weights
 
 log = logging.getLogger(__name__)
 

@@ -34,9 +34,9 @@ from fedraclora.limits import Count
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
 from fedraclora.protocol.pool import Pool, added, part_name
 from fedraclora.sketch import Blocks, SketchSpec
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.shared.layerwise import Round
 from fedraclora.tree import Tree
-from strategies.fed_rac_lora import FedRacLora
-from strategies.shared.layerwise import Round
 
 
 @dataclass(frozen=True)

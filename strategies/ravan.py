@@ -29,8 +29,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import Rank, resolve_rank
-from strategies.fed_sb import FedSb
-from strategies.shared.layerwise import Layer
+from fedraclora.strategies.fed_sb import FedSb
+from fedraclora.strategies.shared.layerwise import Layer
 
 
 @dataclass(frozen=True)

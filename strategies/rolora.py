@@ -24,8 +24,8 @@ import torch
 from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
-from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.drawn import Drawn
+from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)

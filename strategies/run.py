@@ -27,11 +27,11 @@ from fedraclora.models.built import check_fit
 from fedraclora.models.narrow import dequantise
 from fedraclora.models.outputs import refuse_outputs
 from fedraclora.run.folder import run_title
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
-from strategies import METHODS
-from strategies.server.rows import Row
-from strategies.weights import load_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -300,7 +300,7 @@ class Run:
             CheckpointError: If a file of the run is missing or damaged.
         """
         from fedraclora.export import export
-        from strategies.trained import trained_model
+        from fedraclora.strategies.trained import trained_model
 
         task, facts = self.built().task, self._facts(round)
         trained = trained_model(self.config, self.folder, task, self.effective, facts, round)

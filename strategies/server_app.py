@@ -27,14 +27,14 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Link
 from fedraclora.run.folder import run_id
 from fedraclora.run.ledger import headline, number
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.introduction import notes_of, opening_lines
+from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.server.rows import Row
 from fedraclora.tree import Tree
 from fedraclora.weights.job import JobFolder
 from fedraclora.weights.update import WeightHistory
-from strategies import METHODS
-from strategies.assembly import Assembled
-from strategies.introduction import notes_of, opening_lines
-from strategies.outcome import execute
-from strategies.server.rows import Row
 
 log = logging.getLogger("flwr")  # the log that Flower streams to its user
 

@@ -28,10 +28,16 @@ from typing_extensions import override
 from fedraclora.limits import Chance, Count
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Trained, Traits
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.shared.common import (
+    closed,
+    dense_floats,
+    dense_means,
+    dense_slots,
+    turned,
+)
+from fedraclora.strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
+from fedraclora.strategies.shared.products import principal
 from fedraclora.tree import Tree
-from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, turned
-from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
-from strategies.shared.products import principal
 
 
 @dataclass(frozen=True)

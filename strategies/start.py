@@ -14,8 +14,8 @@ from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.run.folder import is_finished, read_config, read_summary, resume_word
-from strategies import METHODS
-from strategies.weights import load_weights
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.weights import load_weights
 
 Plain = dict[str, object]
 

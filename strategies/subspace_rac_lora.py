@@ -22,7 +22,7 @@ With ``pairs`` all other even links are drawn: each pair is one randomised range
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
-  gradient's energy in its basis (`strategies.shared.past.energies`), under local SGD.
+  gradient's energy in its basis (`fedraclora.strategies.shared.past.energies`), under local SGD.
 - Under SGD set ``local.clip=1``: gradients along kept rows are long (docs/better.md).
 - Server: one mean; per link and matrix an SVD, a QR, a least-squares fit to 2 r rows, a merge.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
@@ -46,11 +46,11 @@ from fedraclora.protocol.derived import as_rows
 from fedraclora.protocol.method import Downlink, Link, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.shared import past
+from fedraclora.strategies.shared.gradient_first import GradientFirst
+from fedraclora.strategies.shared.layer import Value
+from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
-from strategies.shared import past
-from strategies.shared.gradient_first import GradientFirst
-from strategies.shared.layer import Value
-from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ from fedraclora.protocol.link import Link, Plan, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance
 from fedraclora.run.rebuild import state_at, stored_plan
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.shared.layerwise import LayerMethod
+from fedraclora.strategies.wrappers.around import Around
+from fedraclora.strategies.wrappers.dora import Dora
+from fedraclora.strategies.wrappers.order import method_of
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import read_link
 from fedraclora.weights.links import read_links
-from strategies import METHODS
-from strategies.shared.layerwise import LayerMethod
-from strategies.wrappers.around import Around
-from strategies.wrappers.dora import Dora
-from strategies.wrappers.order import method_of
 
 Known = dict[str, Product | None]  # None: a weight whose change is not known by factors
 

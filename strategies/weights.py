@@ -12,9 +12,9 @@ from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw
 from fedraclora.run.folder import read_config
 from fedraclora.run.rebuild import stored_plan, weights_at
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.wrappers.order import method_of
 from fedraclora.tree import Tree
-from strategies import METHODS
-from strategies.wrappers.order import method_of
 
 
 def load_weights(folder: Path | str, round_: int | None = None) -> Tree:

@@ -19,16 +19,16 @@ from fedraclora.evaluation.generate import Answering
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.buffered import BufferedStrategy
+from fedraclora.strategies.server.device_simulator import DeviceSimulator
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.round_step import RoundStep, RunContext, Sizes
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.server.stopping import Stopping
+from fedraclora.strategies.steps.order import round_steps
+from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.tree import Tree, weights_of
-from strategies.base import FedStrategy
-from strategies.buffered import BufferedStrategy
-from strategies.server.device_simulator import DeviceSimulator
-from strategies.server.loop import LoopConfig
-from strategies.server.round_step import RoundStep, RunContext, Sizes
-from strategies.server.rows import Row
-from strategies.server.stopping import Stopping
-from strategies.steps.order import round_steps
-from strategies.steps.settings import RoundSettings
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from fedraclora.limits import Chance, Positive
 from fedraclora.protocol.method import Plan, Traits
 from fedraclora.protocol.plan import Ranks
 from fedraclora.rng import generator
-from strategies.shared.factored import Factored
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies
+from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments import CONF
+from fedraclora.experiments import CONF
 
 Key = tuple[object, ...]
 

@@ -1,7 +1,7 @@
-"""``python -m experiments.bench``."""
+"""``python -m fedraclora.experiments.bench``."""
 
 import sys
 
-from experiments.bench.command import main
+from fedraclora.experiments.bench.command import main
 
 sys.exit(main())

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from experiments.bench.runs import opened, trainer_of
-from experiments.bench.workloads import Case
+from fedraclora.experiments.bench.runs import opened, trainer_of
+from fedraclora.experiments.bench.workloads import Case
+from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.training.memory import is_out_of_memory
-from strategies.fed_rac_lora import FedRacLora
 
 MOST = 1 << 20
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
-from experiments.bench.workloads import LR, Workload, plan_of
 from fedraclora.data.task import LOSSES, Task, forward
 from fedraclora.data.token_losses import output_layer, token_losses
+from fedraclora.experiments.bench.workloads import LR, Workload, plan_of
 from fedraclora.training.program import copied_layers
 
 

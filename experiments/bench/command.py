@@ -24,20 +24,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from experiments.bench.bounds import disagreements, judge
-from experiments.bench.capacity import largest_chunk
-from experiments.bench.config import BenchConfig, parse
-from experiments.bench.launch import interpreter, run_peer
-from experiments.bench.phases import profile
-from experiments.bench.report import Report, about
-from experiments.bench.rows import BUILDERS, hosted, peak_alone
-from experiments.bench.table import table, tables
-from experiments.bench.timing import Figures, figures, interleaved, training_loss
-from experiments.bench.usage import PROC
-from experiments.bench.workloads import PEERS, RAY, WORKLOADS, Case
-from experiments.status import reported
 from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
+from fedraclora.experiments.bench.bounds import disagreements, judge
+from fedraclora.experiments.bench.capacity import largest_chunk
+from fedraclora.experiments.bench.config import BenchConfig, parse
+from fedraclora.experiments.bench.launch import interpreter, run_peer
+from fedraclora.experiments.bench.phases import profile
+from fedraclora.experiments.bench.report import Report, about
+from fedraclora.experiments.bench.rows import BUILDERS, hosted, peak_alone
+from fedraclora.experiments.bench.table import table, tables
+from fedraclora.experiments.bench.timing import Figures, figures, interleaved, training_loss
+from fedraclora.experiments.bench.usage import PROC
+from fedraclora.experiments.bench.workloads import PEERS, RAY, WORKLOADS, Case
+from fedraclora.experiments.status import reported
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree
 
@@ -82,7 +82,7 @@ def run(config: BenchConfig) -> int:
 
 def apart(config: BenchConfig) -> int:
     """Time one workload in a process of its own, which holds no memory of another; its status."""
-    command = [sys.executable, "-m", "experiments.bench", *config.words]
+    command = [sys.executable, "-m", "fedraclora.experiments.bench", *config.words]
     return abs(subprocess.run(command, check=False).returncode)  # noqa: S603  this program
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from experiments.bench.workloads import WORKLOADS
-from experiments.words import key_values
 from fedraclora.config.schema import build
 from fedraclora.errors import unknown
+from fedraclora.experiments.bench.workloads import WORKLOADS
+from fedraclora.experiments.words import key_values
 from fedraclora.limits import Count, Limited
 
 ROWS = tuple(dict.fromkeys(row for workload in WORKLOADS.values() for row in workload.rows))

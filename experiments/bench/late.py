@@ -12,18 +12,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from clients.engines import InProcess
-from experiments.bench.report import Rows
-from experiments.bench.runs import ENDLESS, Row, opened, settle, trainer_of
-from experiments.bench.usage import Laps
-from experiments.bench.workloads import Case
+from fedraclora.clients.engines import InProcess
 from fedraclora.engines.base import EngineParts
+from fedraclora.experiments.bench.report import Rows
+from fedraclora.experiments.bench.runs import ENDLESS, Row, opened, settle, trainer_of
+from fedraclora.experiments.bench.usage import Laps
+from fedraclora.experiments.bench.workloads import Case
 from fedraclora.run.ledger import column
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.wiring import wire
 from fedraclora.training.chunking import plan_chunk
-from strategies.fed_rac_lora import FedRacLora
-from strategies.server.loop import LoopConfig
-from strategies.wiring import wire
 
 LAP = 10  # rounds that are timed as one, with the checkpoint that they have
 STANDING = (10, 100, 1000)  # rounds that are over when the counted ones begin

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.bench.workloads import LR, Workload
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
+from fedraclora.experiments import CODE
+from fedraclora.experiments.bench.workloads import LR, Workload
 
 FILES = ("data.npz", "start.npz", "final.npz", "outcome.json")  # of a peer's work
 PATIENCE = 1800.0  # seconds for one peer
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def interpreter(folder: Path, peer: str) -> Path | None:
@@ -73,7 +73,7 @@ def run_peer(
     """Run a peer to its end.
 
     Args:
-        peer: Its name, that of the module ``experiments.bench.peers.<name>_peer``.
+        peer: Its name, that of the module ``fedraclora.experiments.bench.peers.<name>_peer``.
         python: Of its environment.
         workload: The local work.
         task: The task.
@@ -94,7 +94,7 @@ def run_peer(
         log = folder / "said.txt"
         with log.open("w") as file:
             process = subprocess.Popen(  # noqa: S603
-                [str(python), "-m", f"experiments.bench.peers.{peer}_peer"],
+                [str(python), "-m", f"fedraclora.experiments.bench.peers.{peer}_peer"],
                 env=environment(work, threads),
                 cwd=folder,
                 stdout=file,
@@ -122,7 +122,7 @@ def environment(work: Path, threads: int) -> Mapping[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return {
         **inherited,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(CODE.parent),
         "PYTHONWARNINGS": "ignore",
         "BENCH_WORK": str(work),
         "FLWR_HOME": str(work.parent / "flwr"),

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from experiments.bench.runs import opened, trainer_of
-from experiments.bench.workloads import LR, Case
+from fedraclora.experiments.bench.runs import opened, trainer_of
+from fedraclora.experiments.bench.workloads import LR, Case
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.tree import Tree
-from strategies.fed_rac_lora import FedRacLora
 
 DEFAULT = "default"  # PEFT's name of the one adapter
 

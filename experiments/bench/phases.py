@@ -12,14 +12,17 @@ from types import CodeType
 import torch
 from typing_extensions import override
 
-from experiments.bench.runs import federated
-from experiments.bench.usage import Laps
-from experiments.bench.workloads import Case
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import cross_entropy, cross_entropy_slope, forward
+from fedraclora.experiments.bench.runs import federated
+from fedraclora.experiments.bench.usage import Laps
+from fedraclora.experiments.bench.workloads import Case
 from fedraclora.protocol.link import apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Ledger
+from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.materialise import materialise
@@ -27,9 +30,6 @@ from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.training.schedule import Schedule
 from fedraclora.wire.downlink import Reader
 from fedraclora.wire.reply import pack_result
-from strategies.base import FedStrategy
-from strategies.fed_rac_lora import FedRacLora
-from strategies.server.exchange import Exchange
 
 # Inclusive times; a station below another, indented, is a part of it.
 STATIONS: tuple[tuple[str, tuple[Callable[..., object], ...]], ...] = (

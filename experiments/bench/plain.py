@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from experiments.bench.workloads import LR, Workload
 from fedraclora.data.task import Task, forward
+from fedraclora.experiments.bench.workloads import LR, Workload
 
 
 class PlainLoop:

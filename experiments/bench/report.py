@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from experiments.bench.workloads import WORKLOADS
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.bench.workloads import WORKLOADS
 from fedraclora.run.folder import git_revision
 
 PACKAGES = ("torch", "flwr", "ray", "numpy")

@@ -11,16 +11,16 @@ from multiprocessing import get_context
 
 import torch
 
-from experiments.bench import late
-from experiments.bench.central import Central
-from experiments.bench.peft_loop import PeftLoop
-from experiments.bench.plain import PlainLoop
-from experiments.bench.runs import RAY_WORKERS, Row, federated, lapped, ray_settings
-from experiments.bench.usage import Laps, peak, reset_peak
-from experiments.bench.workloads import RAY, Case, Workload
+from fedraclora.experiments.bench import late
+from fedraclora.experiments.bench.central import Central
+from fedraclora.experiments.bench.peft_loop import PeftLoop
+from fedraclora.experiments.bench.plain import PlainLoop
+from fedraclora.experiments.bench.runs import RAY_WORKERS, Row, federated, lapped, ray_settings
+from fedraclora.experiments.bench.usage import Laps, peak, reset_peak
+from fedraclora.experiments.bench.workloads import RAY, Case, Workload
+from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.fedavg_lora import FedAvgLora
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
-from strategies.fedavg import FedAvg
-from strategies.fedavg_lora import FedAvgLora
 
 
 def loop(case: Case) -> Row:

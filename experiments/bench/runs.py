@@ -12,26 +12,26 @@ from pathlib import Path
 import torch
 from flwr.app import RecordDict
 
-from clients.engines import InProcess, OnRay
-from clients.worker import Worker
-from experiments.bench.usage import Laps
-from experiments.bench.workloads import LR, Case, plan_of
+from fedraclora.clients.engines import InProcess, OnRay
+from fedraclora.clients.worker import Worker
 from fedraclora.config.build import fix_bits
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.base import EngineParts
+from fedraclora.experiments.bench.usage import Laps
+from fedraclora.experiments.bench.workloads import LR, Case, plan_of
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.wiring import wire
 from fedraclora.training.chunking import plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import FLOAT32
 from fedraclora.tree import Tree, weights_of
 from fedraclora.weights.replica import Replica
-from strategies.fed_rac_lora import FedRacLora
-from strategies.fedavg import FedAvg
-from strategies.server.loop import LoopConfig
-from strategies.wiring import wire
 
 ENDLESS = 1 << 30
 RAY_WORKERS = 5  # of all Ray rows of a workload, which are there at the same time

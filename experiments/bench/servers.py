@@ -1,4 +1,6 @@
-"""``python -m experiments.bench.servers``: what a round costs the server, for each method.
+"""What a round costs the server, for each method: its CPU seconds.
+
+    python -m fedraclora.experiments.bench.servers
 
 One adapted matrix, random replies, one thread: CPU seconds of `Method.close_round` in the second
 round (the first has nothing to carry), of `Method.init`, and the numbers that travel. Full-weight
@@ -22,19 +24,19 @@ from typing import Any
 
 import torch
 
-from experiments.status import reported
-from experiments.tables import Table
-from experiments.words import key_values
 from fedraclora.config.schema import bind, row_of
+from fedraclora.experiments.status import reported
+from fedraclora.experiments.tables import Table
+from fedraclora.experiments.words import key_values
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.slora import SLora
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.downlink import uplink_layout
-from strategies import METHODS
-from strategies.fedavg import FedAvg
-from strategies.slora import SLora
 
 TIMES = 2  # of a close: the least of them counts, since machines are shared
 

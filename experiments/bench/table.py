@@ -1,7 +1,7 @@
 """Markdown tables from the JSON files of the benchmark.
 
-``fedraclora bench table=FOLDER`` prints them, ``python -m experiments.pages`` brings them into the
-pages that show them.
+``fedraclora bench table=FOLDER`` prints them, `experiments.pages` brings them into the pages
+that show them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from experiments.bench import late
-from experiments.bench.report import Report
-from experiments.bench.workloads import RAY, WORKLOADS
-from experiments.tables import Table
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.experiments.bench import late
+from fedraclora.experiments.bench.report import Report
+from fedraclora.experiments.bench.workloads import RAY, WORKLOADS
+from fedraclora.experiments.tables import Table
 
 LABELS: dict[str, str] = yaml.safe_load(
     Path(__file__).with_name("labels.yaml").read_text(encoding="utf-8")

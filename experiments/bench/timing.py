@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from experiments.bench.runs import Row
-from experiments.bench.usage import Laps, peak, reset_peak, tree_peak
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.experiments.bench.runs import Row
+from fedraclora.experiments.bench.usage import Laps, peak, reset_peak, tree_peak
 
 PATIENCE = 60.0  # seconds of counted rounds, after which a slow row stops early
 LEAST = 3  # counted rounds of a row, however slow

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.report.page import page_of, read_shown
-from experiments.status import reported
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.report.page import page_of, read_shown
+from fedraclora.experiments.status import reported
 
 NAME = "report.html"
 

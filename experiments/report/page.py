@@ -13,12 +13,12 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from experiments.progress import size
-from experiments.report.figures import curves
-from experiments.reports import ROUNDING, Run, read_run
 from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError
 from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.experiments.progress import size
+from fedraclora.experiments.report.figures import curves
+from fedraclora.experiments.reports import ROUNDING, Run, read_run
 from fedraclora.objects import NAME
 from fedraclora.run.folder import method_label, run_title
 from fedraclora.run.ledger import headline, known_mean, number
@@ -180,7 +180,7 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
     """
     labels = labels_of(runs)
     environment = Environment(
-        loader=PackageLoader("experiments.report", "."),
+        loader=PackageLoader("fedraclora.experiments.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

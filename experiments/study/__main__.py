@@ -1,7 +1,7 @@
-"""``python -m experiments.study``."""
+"""``python -m fedraclora.experiments.study``."""
 
 import sys
 
-from experiments.study.command import main
+from fedraclora.experiments.study.command import main
 
 sys.exit(main())

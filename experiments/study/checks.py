@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from experiments.assemble import assemble
-from experiments.study.file import Study
-from experiments.study.same import check_split, config_of
-from experiments.study.tuning import Done, Line
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.experiments.assemble import assemble
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.same import check_split, config_of
+from fedraclora.experiments.study.tuning import Done, Line
 from fedraclora.run.digests import data_files
 
 PHASES = ("tune", "final")

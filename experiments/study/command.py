@@ -1,4 +1,6 @@
-"""``python -m experiments.study STUDY.yaml [KEY=VALUE ...]``: tune every row alike, run its seeds.
+"""Tune every row of a study alike, and run its seeds.
+
+    python -m fedraclora.experiments.study STUDY.yaml [KEY=VALUE ...]
 
 A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
 split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value, and
@@ -14,19 +16,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments import RESULTS
-from experiments.interrupt import in_order
-from experiments.status import reported
-from experiments.study.file import Study
-from experiments.study.run import refuse_failed, run_study
-from experiments.study.tuning import tuned_by
+from fedraclora.experiments import RESULTS
+from fedraclora.experiments.interrupt import in_order
+from fedraclora.experiments.status import reported
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.run import refuse_failed, run_study
+from fedraclora.experiments.study.tuning import tuned_by
 
 
 @reported
 @in_order()
 def main() -> int:
     """Run a study to its end."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fedraclora.experiments.study", description=__doc__
+    )
     parser.add_argument("study", type=Path)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
     parser.add_argument("--metric", help="in place of the study's own")

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from experiments.study.file import Study
-from experiments.study.tuning import Done, Line, final_lines, score, tuned_value
 from fedraclora.config.schema import Plain, bind, section
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.tuning import Done, Line, final_lines, score, tuned_value
 from fedraclora.protocol.method import Method
 from fedraclora.run.ledger import Row, number
-from strategies import METHODS
+from fedraclora.strategies import METHODS
 
 UNTRAINED = "before its first evaluation"  # in the place of a figure that only training gives
 DEVIATION = "± deviation"  # behind the title of a column: standard deviation over seeds

@@ -59,7 +59,7 @@ class Study:
         budget: The row at whose uplink and traffic others are compared; None: at those of the row
             that used least.
         varied: Config keys that rows differ in although all rows of a comparison share them
-            (`experiments.study.same`).
+            (`fedraclora.experiments.study.same`).
         fixed: Values that another study has tuned, by row, in place of the grid's.
     """
 

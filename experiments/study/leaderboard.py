@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.study.entries import (
+from fedraclora.experiments.study.entries import (
     DEVIATION,
     Entry,
     entries,
@@ -24,9 +24,9 @@ from experiments.study.entries import (
     traffic,
     uplink,
 )
-from experiments.study.file import Study
-from experiments.study.tuning import Done, shown_value
-from experiments.tables import Table
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.tuning import Done, shown_value
+from fedraclora.experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.leaderboard import Entrant, leaderboard_figure
 from fedraclora.run.ledger import Row, number

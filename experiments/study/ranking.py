@@ -24,13 +24,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.choices import groups
-from experiments.study.file import Study
-from experiments.study.leaderboard import write_leaderboard
-from experiments.study.run import refuse_failed, run_study
-from experiments.study.tuning import tuned_by
-from experiments.words import key_values, part
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.experiments.choices import groups
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.leaderboard import write_leaderboard
+from fedraclora.experiments.study.run import refuse_failed, run_study
+from fedraclora.experiments.study.tuning import tuned_by
+from fedraclora.experiments.words import key_values, part
 
 STUDIES = Path(__file__).parents[1] / "studies"
 KEYS = ("experiment", "methods", "preset", "metric", "target", "tuned_by", "jobs", "out", "table")

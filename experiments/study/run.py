@@ -18,17 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.assemble import Assembled
-from experiments.choices import composed
-from experiments.reports import refuse_overwriting
-from experiments.status import explained
-from experiments.study.checks import check_data, check_rows
-from experiments.study.file import Job, Study
-from experiments.study.same import check_same
-from experiments.study.tables import write_results
-from experiments.study.tuning import Line, read_lines, score, tried_values, tuned_value
 from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
+from fedraclora.experiments.assemble import Assembled
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.reports import refuse_overwriting
+from fedraclora.experiments.status import explained
+from fedraclora.experiments.study.checks import check_data, check_rows
+from fedraclora.experiments.study.file import Job, Study
+from fedraclora.experiments.study.same import check_same
+from fedraclora.experiments.study.tables import write_results
+from fedraclora.experiments.study.tuning import Line, read_lines, score, tried_values, tuned_value
 from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, known_mean, round_seconds
 from fedraclora.wire.fields import printable
@@ -105,11 +105,11 @@ def refuse_failed(failed: Mapping[str, str]) -> None:
 
 def run_job(job: Job) -> Line:
     """Run one job in memory and give its line for runs.jsonl."""
-    from experiments.assemble import assemble
     from fedraclora.config.run_config import from_plain
+    from fedraclora.experiments.assemble import assemble
     from fedraclora.run.folder import provenance
-    from strategies import METHODS
-    from strategies.outcome import summarise
+    from fedraclora.strategies import METHODS
+    from fedraclora.strategies.outcome import summarise
 
     began, used = time.perf_counter(), time.process_time()
     config = from_plain(composed(job.overrides), METHODS)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import yaml
 
-from experiments.choices import composed
-from experiments.study.file import Study
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.study.file import Study
+from fedraclora.strategies import METHODS
 from fedraclora.weights.files import flatten
-from strategies import METHODS
 
 SHARED: list[str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from experiments.reports import ROUNDING
-from experiments.study.entries import (
+from fedraclora.experiments.reports import ROUNDING
+from fedraclora.experiments.study.entries import (
     DEVIATION,
     UNTRAINED,
     Entry,
@@ -20,9 +20,9 @@ from experiments.study.entries import (
     traffic,
     uplink,
 )
-from experiments.study.file import Study
-from experiments.study.tuning import Done, diverged, score, shown_value, tried_values
-from experiments.tables import Table
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.tuning import Done, diverged, score, shown_value, tried_values
+from fedraclora.experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.run.ledger import Row, number
 from fedraclora.wire.fields import printable

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.study.file import Study
-from experiments.study.same import check_split, config_of
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.same import check_split, config_of
 
 Line = dict[str, Any]  # of runs.jsonl
 Done = Mapping[str, Line]  # by key

@@ -9,15 +9,15 @@ from typing import Any
 
 import yaml
 
-from experiments.theory.bounds.spectrum import beside_kept, of_downlink, paired
-from experiments.theory.bounds.theorems import local_step_limit, rounding
-from experiments.theory.problems import Problem, problem
-from experiments.theory.runs import first_downlink
+from fedraclora.experiments.theory.bounds.spectrum import beside_kept, of_downlink, paired
+from fedraclora.experiments.theory.bounds.theorems import local_step_limit, rounding
+from fedraclora.experiments.theory.problems import Problem, problem
+from fedraclora.experiments.theory.runs import first_downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.sketch import SKETCHES, Constants
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
 from fedraclora.training.extras.settings import LocalSettings
-from strategies.fed_rac_lora import FedRacLora
-from strategies.subspace_rac_lora import SubspaceRacLora
 
 SCALE = 1.5  # s = alpha / r of every case, so that lr and the step in weight space differ
 
@@ -29,7 +29,7 @@ class Case:
     Attributes:
         panel: Figure and panel that show it.
         label: Its line in the panel.
-        problem: A key of `experiments.theory.problems.PROBLEMS`.
+        problem: A key of `fedraclora.experiments.theory.problems.PROBLEMS`.
         theorem: ``gd``, ``gd_link``, ``sgd``, ``reshuffling``, ``federated`` or ``cover``.
         rank: r.
         rounds: T.

@@ -28,20 +28,20 @@ from typing import TypeVar
 import torch
 from rich.progress import track
 
-from experiments.progress import plain_console
-from experiments.status import reported
-from experiments.theory import counter_example as example
-from experiments.theory import noise_example as noise
-from experiments.theory import verdict
-from experiments.theory.cases import all_cases
-from experiments.theory.config import TheoryConfig
-from experiments.theory.figures import draw
-from experiments.theory.report import bounds_table, example_table, slowdown_table
-from experiments.theory.slowdown import slowdowns
-from experiments.theory.verdict import judge
-from experiments.words import key_values
 from fedraclora.config.build import fix_bits
 from fedraclora.config.schema import build
+from fedraclora.experiments.progress import plain_console
+from fedraclora.experiments.status import reported
+from fedraclora.experiments.theory import counter_example as example
+from fedraclora.experiments.theory import noise_example as noise
+from fedraclora.experiments.theory import verdict
+from fedraclora.experiments.theory.cases import all_cases
+from fedraclora.experiments.theory.config import TheoryConfig
+from fedraclora.experiments.theory.figures import draw
+from fedraclora.experiments.theory.report import bounds_table, example_table, slowdown_table
+from fedraclora.experiments.theory.slowdown import slowdowns
+from fedraclora.experiments.theory.verdict import judge
+from fedraclora.experiments.words import key_values
 from fedraclora.run.folder import provenance
 
 T = TypeVar("T")

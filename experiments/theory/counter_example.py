@@ -17,16 +17,16 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from experiments.theory.runs import federate
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
+from fedraclora.experiments.theory.runs import federate
 from fedraclora.protocol.method import Method
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.fedavg_lora import FedAvgLora
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
-from strategies.fed_rac_lora import FedRacLora
-from strategies.fedavg import FedAvg
-from strategies.fedavg_lora import FedAvgLora
 
 Array = npt.NDArray[np.float64]
 

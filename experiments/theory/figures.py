@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from experiments.theory.counter_example import CHAIN, Outcome
-from experiments.theory.slowdown import Slowdown
-from experiments.theory.verdict import ERRORS, Curve, Judged
+from fedraclora.experiments.theory.counter_example import CHAIN, Outcome
+from fedraclora.experiments.theory.slowdown import Slowdown
+from fedraclora.experiments.theory.verdict import ERRORS, Curve, Judged
 from fedraclora.plots.bounds import Measured, Panel, bounds_figure
 
 GAP = ("round", "f(W) - f*, over the first")

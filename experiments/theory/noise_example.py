@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.theory.counter_example import SIZE, Array, Trial, follow
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
+from fedraclora.experiments.theory.counter_example import SIZE, Array, Trial, follow
+from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
-from strategies.subspace_rac_lora import SubspaceRacLora
 
 SIGMA = 2.0
 SHARE = 0.5  # the step, over 1 / L

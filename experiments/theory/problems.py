@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import yaml
 
-from experiments.theory.bounds.logistic import logistic_pl
-from experiments.theory.runs import start_of
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.synthetic import least_squares, logistic_regression
 from fedraclora.data.task import SLOPES, Task
 from fedraclora.errors import unknown
+from fedraclora.experiments.theory.bounds.logistic import logistic_pl
+from fedraclora.experiments.theory.runs import start_of
 from fedraclora.models.linear import build_linear
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.tables import Table
-from experiments.theory.counter_example import Outcome
-from experiments.theory.slowdown import Slowdown
-from experiments.theory.verdict import Judged
+from fedraclora.experiments.tables import Table
+from fedraclora.experiments.theory.counter_example import Outcome
+from fedraclora.experiments.theory.slowdown import Slowdown
+from fedraclora.experiments.theory.verdict import Judged
 
 
 def bounds_table(judged: Sequence[Judged]) -> Table:

@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 import torch
 
-from clients.engines import InProcess
+from fedraclora.clients.engines import InProcess
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.quantised import FULL
+from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
-from strategies.base import FedStrategy
-from strategies.server.loop import LoopConfig
-from strategies.wiring import wire
 
 
 def federate(

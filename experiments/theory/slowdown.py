@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from experiments.theory.verdict import Judged
+from fedraclora.experiments.theory.verdict import Judged
 
 SERIES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from experiments.theory.bounds.descent import Descent, Given
-from experiments.theory.bounds.theorems import (
+from fedraclora.errors import ConfigError
+from fedraclora.experiments.theory.bounds.descent import Descent, Given
+from fedraclora.experiments.theory.bounds.theorems import (
     cover,
     federated,
     gd,
@@ -18,10 +19,9 @@ from experiments.theory.bounds.theorems import (
     rounding,
     sgd,
 )
-from experiments.theory.cases import Case
-from experiments.theory.problems import MEASURES, problem
-from experiments.theory.runs import federate, start_of
-from fedraclora.errors import ConfigError
+from fedraclora.experiments.theory.cases import Case
+from fedraclora.experiments.theory.problems import MEASURES, problem
+from fedraclora.experiments.theory.runs import federate, start_of
 from fedraclora.protocol.quantised import FULL
 from fedraclora.run.ledger import column
 

@@ -251,7 +251,7 @@ class EvaluateConfig(Limited, group="evaluate"):
 
 @dataclass(frozen=True)
 class StopConfig(Limited, group="stop"):
-    """When a run ends before its last round (`strategies.server.stopping`).
+    """When a run ends before its last round (`fedraclora.strategies.server.stopping`).
 
     ``metric``: of the validation split. ``patience``: evaluations without improvement; None: never.
     """

@@ -1,7 +1,7 @@
 """What an engine is: it owns the base weights that clients read, the grid and the end of both.
 
-The engines of one machine stand in `clients.engines`, those inside a ServerApp in
-`strategies.server_app`. Whoever wires a run knows this class alone.
+The engines of one machine stand in `fedraclora.clients.engines`, those inside a ServerApp in
+`fedraclora.strategies.server_app`. Whoever wires a run knows this class alone.
 """
 
 from __future__ import annotations

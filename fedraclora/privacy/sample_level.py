@@ -14,7 +14,7 @@ has is public.
 The noise of a client's answer is a stream of a key that belongs to this answer alone. In a
 simulation that key comes from the seed: one process holds all data, and the run shows what privacy
 costs, to the bit, but protects nobody. A real client takes a new key from the operating system for
-every answer that it computes (`clients.node`), so that no two answers can be subtracted.
+every answer that it computes (`fedraclora.clients.node`), so that no two answers can be subtracted.
 
 References:
     Abadi et al., *Deep learning with differential privacy*, arXiv 1607.00133. Departures: batches

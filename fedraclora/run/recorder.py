@@ -45,7 +45,7 @@ BESIDE = (str(KEY), "run_id")
 PRESENT = ("config.yaml", "digests.json")  # these have digests of their own
 WEIGHTS = (
     "base/ alone is the trained model only for methods that merge everything into it: "
-    "strategies.weights.load_weights(folder) gives the model of every method"
+    "fedraclora.strategies.weights.load_weights(folder) gives the model of every method"
 )
 
 

@@ -12,11 +12,11 @@ from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Downlink, Method
 from fedraclora.protocol.rank_budgets import check_ranks
+from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.chain import CatchUp
 from fedraclora.wire.changes import uploaded_bytes
 from fedraclora.wire.downlink import payload_bytes
-from strategies.server.loop import LoopConfig
 
 
 @dataclass

@@ -18,15 +18,15 @@ from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.rank_budgets import check_budgets, uploaded_numbers, widen
 from fedraclora.protocol.uplinks import Refusal, Uplinks, check_rows, sum_blocks, too_many
+from fedraclora.strategies.server.cohort_sum import CohortSum
+from fedraclora.strategies.server.guard import check_reply
+from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Tree
 from fedraclora.wire.changes import Changes, uploaded_bytes
 from fedraclora.wire.downlink import Packed, TrainRequest, uplink_layout
 from fedraclora.wire.fields import printable
 from fedraclora.wire.records import DTYPES, read_first
 from fedraclora.wire.reply import Reply, unpack_result
-from strategies.server.cohort_sum import CohortSum
-from strategies.server.guard import check_reply
-from strategies.server.loop import LoopConfig
 
 
 @dataclass

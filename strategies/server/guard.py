@@ -9,9 +9,9 @@ import torch
 
 from fedraclora.errors import ClientError, WireError
 from fedraclora.protocol.uplinks import SUM_BLOCK, finite
+from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.wire.records import DTYPES
 from fedraclora.wire.reply import Reply
-from strategies.server.loop import LoopConfig
 
 T = TypeVar("T")
 

@@ -18,12 +18,12 @@ from fedraclora.aggregation.base import AggregationContext
 from fedraclora.protocol.method import Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.strategies.server.device_simulator import DeviceSimulator
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.rows import Row
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
-from strategies.server.device_simulator import DeviceSimulator
-from strategies.server.exchange import Exchange
-from strategies.server.loop import LoopConfig
-from strategies.server.rows import Row
 
 Ask = Callable[[Iterable[Message]], Iterable[Message]]
 Sizes = Callable[[torch.Tensor], torch.Tensor]

@@ -9,9 +9,9 @@ import torch
 from fedraclora.engines.deploy import Traffic
 from fedraclora.protocol.method import State
 from fedraclora.run.recorder import Stopwatch
+from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.weights.chain import CatchUp
 from fedraclora.wire.downlink import payload_bytes
-from strategies.server.exchange import Exchange
 
 Row = dict[str, object]
 

@@ -10,8 +10,8 @@ from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import Rank
 from fedraclora.sketch import Normalise, Sketch, check_sketch
-from strategies.shared.common import drawn_rank, draws_right
-from strategies.shared.layerwise import LayerMethod
+from fedraclora.strategies.shared.common import drawn_rank, draws_right
+from fedraclora.strategies.shared.layerwise import LayerMethod
 
 
 @dataclass(frozen=True)

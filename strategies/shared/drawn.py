@@ -9,9 +9,9 @@ from typing_extensions import override
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import Rank
 from fedraclora.sketch import SketchSpec
-from strategies.shared.common import drawn_rank
-from strategies.shared.initials import check_start
-from strategies.shared.layerwise import Layer, LayerMethod, Round
+from fedraclora.strategies.shared.common import drawn_rank
+from fedraclora.strategies.shared.initials import check_start
+from fedraclora.strategies.shared.layerwise import Layer, LayerMethod, Round
 
 
 @dataclass(frozen=True)

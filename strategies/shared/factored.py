@@ -19,11 +19,11 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, Sta
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.shared import initials
+from fedraclora.strategies.shared.common import Side, closed, drawn_rank, draws_right
+from fedraclora.strategies.shared.drawn import Drawn
+from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerMethod, Round
 from fedraclora.tree import Tree
-from strategies.shared import initials
-from strategies.shared.common import Side, closed, drawn_rank, draws_right
-from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Factors, Layer, LayerMethod, Round
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Factored(Drawn):
 
     Attributes:
         initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
-            one of `strategies.shared.initials.STARTS`.
+            one of `fedraclora.strategies.shared.initials.STARTS`.
         side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
             (the larger factor is drawn).
     """

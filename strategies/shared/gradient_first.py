@@ -26,10 +26,10 @@ from fedraclora.protocol.derived import as_rows, label_of
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.shared import initials, past
+from fedraclora.strategies.shared.common import closed
+from fedraclora.strategies.shared.layerwise import Layer, LayerMethod, nobody
 from fedraclora.tree import Tree
-from strategies.shared import initials, past
-from strategies.shared.common import closed
-from strategies.shared.layerwise import Layer, LayerMethod, nobody
 
 FIRST = ("drawn", "gradient")
 

@@ -62,8 +62,8 @@ from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
+from fedraclora.strategies.shared.products import principal
 from fedraclora.tree import Tree
-from strategies.shared.products import principal
 
 STARTS = ("pissa", "orthogonal", "lora_ga")
 ORTHOGONAL_STD = 0.1

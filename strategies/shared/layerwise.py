@@ -52,11 +52,19 @@ from fedraclora.protocol.plan import (
 from fedraclora.protocol.pool import parameters
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.shared.common import closed, dense_means, dense_slots
+from fedraclora.strategies.shared.layer import (
+    LABELS,
+    Factors,
+    Layer,
+    LayerUpdate,
+    Round,
+    Value,
+    known,
+)
+from fedraclora.strategies.shared.products import RoundError
+from fedraclora.strategies.shared.replies import Replies, RoundReplies, multiplied
 from fedraclora.tree import Tree, wide, widened
-from strategies.shared.common import closed, dense_means, dense_slots
-from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value, known
-from strategies.shared.products import RoundError
-from strategies.shared.replies import Replies, RoundReplies, multiplied
 
 __all__ = [
     "Factors",

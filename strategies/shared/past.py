@@ -16,7 +16,7 @@ from fedraclora.protocol.derived import Derived, as_rows, label_of
 from fedraclora.protocol.link import Term, matrices
 from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.sketch import SketchSpec
-from strategies.shared.layer import Value
+from fedraclora.strategies.shared.layer import Value
 
 Change = tuple[Value, ...]  # B and A of a link, or what stands for them
 Kept = tuple[int, float]  # how many rows of a frozen factor come from before, and their length
@@ -190,7 +190,7 @@ def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
 
     Over the draw, whole is unbiased. Of several steps these are energies of the way that clients
     went; steps whose size does not follow the gradient's (adaptive ones, preconditioned ones) say
-    nothing of it, and the ledger then has no such figure (`strategies.steps.energy`).
+    nothing of it, and the ledger then has no such figure (`fedraclora.strategies.steps.energy`).
 
     Args:
         term: Of the link: two factors and s.

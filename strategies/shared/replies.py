@@ -14,9 +14,9 @@ from fedraclora.lowrank.algebra import Product, stack_products
 from fedraclora.protocol.method import Adapter, Downlink, Factor, State, Trained
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.shared.common import opening, server_step
+from fedraclora.strategies.shared.layer import Value, known
 from fedraclora.tree import Tree
-from strategies.shared.common import opening, server_step
-from strategies.shared.layer import Value, known
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.recorder import RunRecorder
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import CohortOf, RoundStep
-from strategies.server.rows import Row
-from strategies.steps.conflicts import TWICE, refused
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CohortOf, RoundStep
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.steps.conflicts import TWICE, refused
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from fedraclora.errors import ConfigError, unknown
-from strategies.steps.features import FEATURES, IN_ROUNDS, Feature, Setup
+from fedraclora.strategies.steps.features import FEATURES, IN_ROUNDS, Feature, Setup
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CloseRound, RoundStep
+from fedraclora.strategies.shared.past import ENERGY
 from fedraclora.training.localconfig import LocalConfig
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import CloseRound, RoundStep
-from strategies.shared.past import ENERGY
 
 
 def follows_gradient(local: LocalConfig) -> bool:

@@ -16,16 +16,16 @@ from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.method import Downlink, Method, Trained
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES, Recipe
+from fedraclora.strategies.server.round_step import RunContext
+from fedraclora.strategies.shared.initials import STARTS
+from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.wrappers.allocated import Allocated
+from fedraclora.strategies.wrappers.around import innermost
+from fedraclora.strategies.wrappers.pruned import Pruned
 from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.row_moments import row_slots
-from strategies.server.round_step import RunContext
-from strategies.shared.initials import STARTS
-from strategies.steps.settings import RoundSettings
-from strategies.wrappers.allocated import Allocated
-from strategies.wrappers.around import innermost
-from strategies.wrappers.pruned import Pruned
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ from fedraclora.protocol.derived import weight_of
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Draw, Link, Method, State, apply_link
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CloseRound, RoundStep
+from fedraclora.strategies.steps.conflicts import ADAPTIVE, refused
 from fedraclora.tree import Tree
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import CloseRound, RoundStep
-from strategies.steps.conflicts import ADAPTIVE, refused
 
 
 class OptimisedServer(RoundStep):

@@ -10,10 +10,10 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
-from strategies.server.round_step import RoundStep
-from strategies.steps.conflicts import CONFLICTS, Conflict
-from strategies.steps.features import Setup
-from strategies.steps.settings import RoundSettings
+from fedraclora.strategies.server.round_step import RoundStep
+from fedraclora.strategies.steps.conflicts import CONFLICTS, Conflict
+from fedraclora.strategies.steps.features import Setup
+from fedraclora.strategies.steps.settings import RoundSettings
 
 IN_ROUNDS = tuple(row for row in CONFLICTS if row.in_rounds)
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from fedraclora.aggregation.base import Mean
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
+from fedraclora.strategies.server.round_step import RoundStep
+from fedraclora.strategies.steps.account import SampleAccount
+from fedraclora.strategies.steps.attackers import Attackers
+from fedraclora.strategies.steps.energy import NoEnergy, follows_gradient
+from fedraclora.strategies.steps.fedopt import OptimisedServer
+from fedraclora.strategies.steps.fits import Fits
+from fedraclora.strategies.steps.private import PrivateRounds
+from fedraclora.strategies.steps.robust import RobustRule
+from fedraclora.strategies.steps.row_moments import RowMoments
+from fedraclora.strategies.steps.scaffold import ControlVariates
+from fedraclora.strategies.steps.secure import SecureSum
+from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
-from strategies.server.round_step import RoundStep
-from strategies.steps.account import SampleAccount
-from strategies.steps.attackers import Attackers
-from strategies.steps.energy import NoEnergy, follows_gradient
-from strategies.steps.fedopt import OptimisedServer
-from strategies.steps.fits import Fits
-from strategies.steps.private import PrivateRounds
-from strategies.steps.robust import RobustRule
-from strategies.steps.row_moments import RowMoments
-from strategies.steps.scaffold import ControlVariates
-from strategies.steps.secure import SecureSum
-from strategies.steps.settings import RoundSettings
 
 
 def round_steps(chosen: RoundSettings, local: LocalConfig) -> list[RoundStep]:

@@ -16,10 +16,10 @@ from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import CohortOf, RoundStep
-from strategies.server.rows import Row
-from strategies.steps.conflicts import PRIVATE, TWICE, refused
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CohortOf, RoundStep
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.steps.conflicts import PRIVATE, TWICE, refused
 
 
 @dataclass

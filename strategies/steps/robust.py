@@ -7,7 +7,7 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext, Aggregator
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
-from strategies.server.round_step import RoundStep
+from fedraclora.strategies.server.round_step import RoundStep
 
 
 class RobustRule(RoundStep):

@@ -13,10 +13,10 @@ from typing_extensions import override
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CloseRound, RoundStep
+from fedraclora.strategies.steps.conflicts import ROW_MOMENTS, TWICE, refused
 from fedraclora.training.row_moments import ROWS, row_slots
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import CloseRound, RoundStep
-from strategies.steps.conflicts import ROW_MOMENTS, TWICE, refused
 
 
 class RowMoments(RoundStep):

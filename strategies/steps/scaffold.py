@@ -18,6 +18,9 @@ from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CloseRound, RoundStep
+from fedraclora.strategies.steps.conflicts import VARIATES, refused
 from fedraclora.training.extras.variates import (
     blank_variates,
     moved_by,
@@ -28,9 +31,6 @@ from fedraclora.training.extras.variates import (
 from fedraclora.training.gradients import mean_gradients
 from fedraclora.tree import Tree
 from fedraclora.wire.downlink import uplink_layout
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import CloseRound, RoundStep
-from strategies.steps.conflicts import VARIATES, refused
 
 
 class ControlVariates(RoundStep):

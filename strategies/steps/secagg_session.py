@@ -12,6 +12,8 @@ from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.errors import ClientError, WireError
 from fedraclora.privacy.secagg import LEAST
 from fedraclora.protocol.uplinks import Refusal, too_many
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import Ask
 from fedraclora.wire.records import clients_of, read_header, read_vectors
 from fedraclora.wire.secagg import (
     Stage,
@@ -20,8 +22,6 @@ from fedraclora.wire.secagg import (
     stage_message,
     text_bytes,
 )
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import Ask
 
 Check = Callable[[int, Any, Any], None]
 Factors = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not

@@ -16,15 +16,15 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.uplinks import Refusal, Uplinks
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import Ask, CohortOf, RoundStep
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.steps.conflicts import SECURE, TWICE, refused
+from fedraclora.strategies.steps.secagg_session import SecAggSession, Texts
+from fedraclora.strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 from fedraclora.tree import Tree
 from fedraclora.weights.files import write_text
 from fedraclora.wire.secagg import LARGEST, signed
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import Ask, CohortOf, RoundStep
-from strategies.server.rows import Row
-from strategies.steps.conflicts import SECURE, TWICE, refused
-from strategies.steps.secagg_session import SecAggSession, Texts
-from strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 
 FILE = "masked.round"  # the last round that asked real clients for vectors
 SLACK = 1 + 1e-4  # of norms: updates are rounded to the wire's precision

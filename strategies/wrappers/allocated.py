@@ -43,12 +43,12 @@ from fedraclora.protocol.method import (
     Traits,
 )
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.fedavg_lora import FedAvgLora
+from fedraclora.strategies.fedex_lora import FedExLora
+from fedraclora.strategies.shared.common import dense_slots, opening
+from fedraclora.strategies.wrappers.around import Around
+from fedraclora.strategies.wrappers.pruned import Pruned
 from fedraclora.tree import Tree
-from strategies.fedavg_lora import FedAvgLora
-from strategies.fedex_lora import FedExLora
-from strategies.shared.common import dense_slots, opening
-from strategies.wrappers.around import Around
-from strategies.wrappers.pruned import Pruned
 
 Flow = Callable[[Tree, Downlink, Plan], dict[str, float]]
 

@@ -28,10 +28,10 @@ from fedraclora.lowrank.dora import magnitude_of, magnitudes, rescaled, row_leng
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.shared.common import server_step
+from fedraclora.strategies.wrappers.allocated import Allocated
+from fedraclora.strategies.wrappers.around import Around
 from fedraclora.tree import Tree
-from strategies.shared.common import server_step
-from strategies.wrappers.allocated import Allocated
-from strategies.wrappers.around import Around
 
 INSTEAD = "take fedavg_lora, ffa_lora, rolora, fedsa_lora or hetlora, or dora=false"
 

@@ -8,8 +8,8 @@ from fedraclora.allocation.synflow import flows
 from fedraclora.config.run_config import RunConfig
 from fedraclora.data.task import Task
 from fedraclora.protocol.method import Method
-from strategies.wrappers.allocated import allocated
-from strategies.wrappers.dora import Dora
+from fedraclora.strategies.wrappers.allocated import allocated
+from fedraclora.strategies.wrappers.dora import Dora
 
 
 def method_of(config: RunConfig, task: Task | None = None) -> Method:

@@ -43,11 +43,11 @@ from fedraclora.protocol.method import (
     apply_link,
 )
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.fedavg_lora import FedAvgLora
+from fedraclora.strategies.fedex_lora import FedExLora
+from fedraclora.strategies.shared.common import opening
+from fedraclora.strategies.wrappers.around import Around
 from fedraclora.tree import Tree
-from strategies.fedavg_lora import FedAvgLora
-from strategies.fedex_lora import FedExLora
-from strategies.shared.common import opening
-from strategies.wrappers.around import Around
 
 SMOOTH = {"importance/": 0, "uncertainty/": 1}
 

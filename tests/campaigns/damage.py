@@ -22,16 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.choices import composed
-from experiments.reports import read_run
-from experiments.resume import is_done
-from experiments.simulate import choose, simulate
 from fedraclora.errors import FedRacLoraError
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.reports import read_run
+from fedraclora.experiments.resume import is_done
+from fedraclora.experiments.simulate import choose, simulate
 from fedraclora.rng import generator
 from fedraclora.run.folder import read_summary
+from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import digest
 from fedraclora.weights.links import link_digest
-from strategies.weights import load_weights
 
 Plain = dict[str, object]
 CLIENTS, ROUNDS = 4, 4
@@ -137,7 +137,7 @@ def run(plain: Plain, typed: list[str], stop: int | None = None) -> None:
         if stop is not None and row["round"] == stop:
             raise Died
 
-    from experiments import simulate as command
+    from fedraclora.experiments import simulate as command
 
     before = command.RunProgress.show
     command.RunProgress.show = died  # type: ignore[method-assign,assignment]

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-import strategies.fedex_lora
-import strategies.fedsvd
-import strategies.frlora
-import strategies.shared.layerwise
-import strategies.shared.replies
+import fedraclora.strategies.fedex_lora
+import fedraclora.strategies.fedsvd
+import fedraclora.strategies.frlora
+import fedraclora.strategies.shared.layerwise
+import fedraclora.strategies.shared.replies
 from fedraclora.lowrank.algebra import (
     Product,
     balanced_factors,
@@ -30,24 +30,31 @@ from fedraclora.protocol.method import Downlink, Draw, State, Trained
 from fedraclora.protocol.plan import resolve_scale
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.run.client_state import ClientStore
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.flora_stacking import FloraStacking
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerUpdate,
+    Replies,
+    Round,
+    Value,
+)
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.materialise import start_from
 from fedraclora.tree import Tree
-from strategies.fed_rac_lora import FedRacLora
-from strategies.flora_stacking import FloraStacking
-from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round, Value
 from tests.campaigns.planting import Planting, defect, defects_of
 
 
 def merged_otherwise(planting: Planting, change: Callable[[Term], Term]) -> None:
     """Change what a round merges of each matrix on its way into the base weights."""
-    sound = strategies.shared.layerwise.closed
+    sound = fedraclora.strategies.shared.layerwise.closed
 
     def closed(state: State, link: Link, **more: Any) -> State:
         return sound(state, Link({n: change(t) for n, t in link.terms.items()}, link.dense), **more)
 
-    planting.put(strategies.shared.layerwise, "closed", closed)
+    planting.put(fedraclora.strategies.shared.layerwise, "closed", closed)
 
 
 @defect(
@@ -93,7 +100,7 @@ def weighted_products_and_unweighted_means(planting: Planting) -> None:
     def alike(left: torch.Tensor, right: torch.Tensor, p: torch.Tensor) -> Product:
         return stack_products(left, right, torch.full_like(p, 1 / (len(p) + 1)))
 
-    planting.put(strategies.fedex_lora, "stack_products", alike)
+    planting.put(fedraclora.strategies.fedex_lora, "stack_products", alike)
 
 
 @defect("flexlora", "FedLLM-Factory flexlora.py: B = U sqrt(S), A = V")
@@ -129,7 +136,7 @@ def weights_in_both_factors(planting: Planting) -> None:
     def twice(left: torch.Tensor, right: torch.Tensor, p: torch.Tensor) -> Product:
         return stack_products(left, p[:, None, None] * right, p)
 
-    planting.put(strategies.shared.replies, "stack_products", twice)
+    planting.put(fedraclora.strategies.shared.replies, "stack_products", twice)
 
 
 @defect(
@@ -240,7 +247,7 @@ def layers_share_a_sketch(planting: Planting) -> None:
 
 @defect("fedsvd", "FedSVD: B = U in place of U S")
 def svd_without_the_singular_values(planting: Planting) -> None:
-    sound = strategies.fedsvd.turned_to_singular_vectors
+    sound = fedraclora.strategies.fedsvd.turned_to_singular_vectors
 
     def turned(B: torch.Tensor, A: torch.Tensor) -> Product:
         left, right = sound(B, A)
@@ -251,7 +258,7 @@ def svd_without_the_singular_values(planting: Planting) -> None:
 
 @defect("frlora", "FRLoRA: B_0 A_0 added, not taken away")
 def residual_of_the_wrong_sign(planting: Planting) -> None:
-    planting.put(strategies.frlora, "minus", lambda product: product)
+    planting.put(fedraclora.strategies.frlora, "minus", lambda product: product)
 
 
 @defect("fed_rac_lora", "an optimiser that is not reset")

@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 
-import strategies.server.buffer
-import strategies.steps.fedopt
-import strategies.steps.scaffold
-from clients.client_state import restore
+import fedraclora.strategies.server.buffer
+import fedraclora.strategies.steps.fedopt
+import fedraclora.strategies.steps.scaffold
 from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerOptimiser, Yogi
+from fedraclora.clients.client_state import restore
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.buffered import BufferedStrategy
+from fedraclora.strategies.server.buffer import Batch, batch_of, merge
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.steps.fedopt import step_in_weights
 from fedraclora.training.extras.variates import (
     ControlVariates,
     lifts,
@@ -28,10 +32,6 @@ from fedraclora.training.extras.variates import (
 )
 from fedraclora.training.gradients import correcting, mean_gradients
 from fedraclora.tree import Tree
-from strategies.buffered import BufferedStrategy
-from strategies.server.buffer import Batch, batch_of, merge
-from strategies.server.exchange import Exchange
-from strategies.steps.fedopt import step_in_weights
 from tests.campaigns.planting import Planting, defect, defects_of
 
 OPTIMISERS = ("tests/contract/test_server_optimisers.py",)
@@ -105,7 +105,7 @@ def yogi_moves_the_wrong_way(planting: Planting) -> None:
 
 @defect(f"{IN_WEIGHTS} and momentum", "an optimiser that is made anew in each round", OPTIMISERS)
 def server_moments_begin_anew(planting: Planting) -> None:
-    planting.put(strategies.steps.fedopt, "_own", lambda state: {})
+    planting.put(fedraclora.strategies.steps.fedopt, "_own", lambda state: {})
 
 
 @dataclass(frozen=True)
@@ -194,13 +194,13 @@ def correction_counted_as_gradient(planting: Planting) -> None:
 
 @defect(SCAFFOLD, "a variate of B kept as it is while A is drawn anew", DRIFT)
 def variates_in_the_coordinates_of_the_old_sketch(planting: Planting) -> None:
-    sound = strategies.steps.scaffold.lifts
+    sound = fedraclora.strategies.steps.scaffold.lifts
 
     def never(*given: Any) -> bool:
         sound(*given)
         return False
 
-    planting.put(strategies.steps.scaffold, "lifts", never)
+    planting.put(fedraclora.strategies.steps.scaffold, "lifts", never)
 
 
 @defect(SCAFFOLD, "a gradient of B taken for one of the weight: alpha / r is forgotten", DRIFT)
@@ -217,13 +217,13 @@ def variates_lifted_without_the_scale(planting: Planting) -> None:
 
 def close_with(planting: Planting, counted: Callable[[float], float]) -> None:
     """Move the server's variates by another share than that of the cohort."""
-    sound = strategies.steps.scaffold.close_corrected
+    sound = fedraclora.strategies.steps.scaffold.close_corrected
 
     def close(*given: Any) -> Tree:
         *before, share = given
         return sound(*before, counted(share))
 
-    planting.put(strategies.steps.scaffold, "close_corrected", close)
+    planting.put(fedraclora.strategies.steps.scaffold, "close_corrected", close)
 
 
 @defect(
@@ -271,14 +271,14 @@ def close_group(
     change: Callable[[list[Batch], float, int], tuple[list[Batch], float]],
 ) -> None:
     """Change the replies that are merged together, or what their sum is divided by."""
-    sound = strategies.server.buffer._closed
+    sound = fedraclora.strategies.server.buffer._closed
 
     def closed(
         method: Any, state: State, sent: Downlink, group: list[Batch], total: float, round_: int
     ) -> State:
         return sound(method, state, sent, *change(group, total, round_), round_)
 
-    planting.put(strategies.server.buffer, "_closed", closed)
+    planting.put(fedraclora.strategies.server.buffer, "_closed", closed)
 
 
 @defect(STEP, "FedBuff: s(tau) = 1", BUFFERED)

@@ -15,20 +15,20 @@ from fedraclora.protocol.method import Downlink, Link, Plan, State, Term
 from fedraclora.protocol.pool import added
 from fedraclora.protocol.quantised import encode
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.pool_rac_lora import PoolRacLora
+from fedraclora.strategies.server import quantised
+from fedraclora.strategies.server.quantised import DownlinkRounding
+from fedraclora.strategies.shared import past
+from fedraclora.strategies.shared.layer import Layer
+from fedraclora.strategies.shared.layerwise import LayerMethod
+from fedraclora.strategies.steps import scaffold
+from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
 from fedraclora.training.extras.variates import lifts
 from fedraclora.training.galore import GaLore, Projection
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import LinkSizes
 from fedraclora.weights.update import WeightHistory, WeightUpdate
 from fedraclora.wire.feedback import LIFE, left_over, to_add
-from strategies.pool_rac_lora import PoolRacLora
-from strategies.server import quantised
-from strategies.server.quantised import DownlinkRounding
-from strategies.shared import past
-from strategies.shared.layer import Layer
-from strategies.shared.layerwise import LayerMethod
-from strategies.steps import scaffold
-from strategies.subspace_rac_lora import SubspaceRacLora
 from tests.campaigns.planting import Planting, defect, defects_of
 
 BITS = ("tests/unit/test_quantised.py",)

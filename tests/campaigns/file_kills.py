@@ -21,14 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.choices import composed
-from experiments.simulate import run_one
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.simulate import run_one
 from fedraclora.run.compact import compact
 from fedraclora.run.folder import read_summary
+from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import digest
 from fedraclora.weights import files as checkpoint
 from fedraclora.weights.links import link_digest
-from strategies.weights import load_weights
 
 Plain = dict[str, object]
 DEAD = 9  # status of a process that was killed here

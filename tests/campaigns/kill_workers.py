@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.bench.usage import descendants
-from experiments.progress import plain_console
 from fedraclora.errors import FedRacLoraError
+from fedraclora.experiments.bench.usage import descendants
+from fedraclora.experiments.progress import plain_console
 from fedraclora.rng import generator
 from fedraclora.run.ledger import read_ledger
 from tests.campaigns.kill_resume import TrialError, finish, launch

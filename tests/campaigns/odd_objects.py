@@ -39,8 +39,8 @@ from torch.utils.data import (
 from fedraclora.data.samples import Samples
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import Traits
-from strategies.fed_rac_lora import FedRacLora
-from strategies.shared.layerwise import LayerMethod, LayerUpdate
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
 from tests.unit.test_api_objects import Mine, Untold
 
 RNG = np.random.default_rng(3)

@@ -50,12 +50,12 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from experiments.choices import CONF
-from experiments.choices import choice as choice_of
-from experiments.cli import main
+from fedraclora.experiments.choices import CONF
+from fedraclora.experiments.choices import choice as choice_of
+from fedraclora.experiments.cli import main
 from fedraclora.rng import generator
+from fedraclora.strategies.base import FedStrategy
 from fedraclora.weights.files import flatten
-from strategies.base import FedStrategy
 
 T = TypeVar("T")
 SMALL = (

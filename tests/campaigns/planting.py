@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
-
 
 @dataclass
 class Planting:
@@ -43,7 +41,7 @@ class Planting:
         name = old.__name__
         if getattr(sys.modules[old.__module__], name) is not old:
             raise AttributeError(f"{old.__module__}.{name} is another function")
-        for module in [m for n, m in sys.modules.items() if n.partition(".")[0] in PACKAGES]:
+        for module in [m for n, m in sys.modules.items() if n.partition(".")[0] == "fedraclora"]:
             for known, value in list(vars(module).items()):
                 if value is old:
                     self.put(module, known, new)

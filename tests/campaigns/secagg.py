@@ -27,8 +27,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, x25519
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 
-from clients.answers import Answers
-from clients.secure import answer_stage, masked_reply
+from fedraclora.clients.answers import Answers
+from fedraclora.clients.secure import answer_stage, masked_reply
 from fedraclora.engines.local import become_a_task
 from fedraclora.errors import FedRacLoraError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg, Terms
@@ -36,6 +36,10 @@ from fedraclora.protocol.downlink import Downlink, Trained
 from fedraclora.protocol.method import Cohort
 from fedraclora.rng import generator
 from fedraclora.run.client_state import ClientStore
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.steps.secure import SecureSum
+from fedraclora.strategies.steps.unmask import CulpritError
 from fedraclora.wire.downlink import unpack_downlink
 from fedraclora.wire.secagg import (
     LARGEST,
@@ -48,10 +52,6 @@ from fedraclora.wire.secagg import (
     shared_key,
     signed,
 )
-from strategies.server.exchange import Exchange
-from strategies.server.loop import LoopConfig
-from strategies.steps.secure import SecureSum
-from strategies.steps.unmask import CulpritError
 
 STAGES = ("keys", "shares", "masked", "unmask")
 CLIP, WEIGHT, SHAPE = 2.0, 7, (3, 2)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from flwr.app import Message, RecordDict
 
-from clients.secure import answer_stage
+from fedraclora.clients.secure import answer_stage
 from fedraclora.errors import ClientError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg, Terms
 from fedraclora.run.client_state import ClientStore
+from fedraclora.strategies.steps.secure import SecureSum
+from fedraclora.strategies.steps.unmask import CulpritError
 from fedraclora.wire.secagg import LARGEST, Stage, read_stage, signed, stage_message
-from strategies.steps.secure import SecureSum
-from strategies.steps.unmask import CulpritError
 from tests.campaigns.secagg import (
     CLIP,
     FOREIGN_KEYS,

@@ -31,7 +31,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from torch import nn
 
-from clients.worker import Worker
+from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.engines.local import become_a_task
@@ -43,6 +43,12 @@ from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.ledger import Ledger, read_ledger
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.quantised import DownlinkRounding
+from fedraclora.strategies.server.rows import Cost, ledger_row
+from fedraclora.strategies.steps.scaffold import open_corrected
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.base import BaseWeights
@@ -51,12 +57,6 @@ from fedraclora.wire.changes import Changes
 from fedraclora.wire.downlink import COEFFICIENTS, Packed, Reader
 from fedraclora.wire.fields import LONGEST
 from fedraclora.wire.weight_update import HEADER, NUMBERS, add_weight_update, read_weight_update
-from strategies import METHODS
-from strategies.server.exchange import Exchange
-from strategies.server.loop import LoopConfig
-from strategies.server.quantised import DownlinkRounding
-from strategies.server.rows import Cost, ledger_row
-from strategies.steps.scaffold import open_corrected
 from tests.campaigns.mutants import (
     Change,
     Random,
@@ -564,7 +564,7 @@ def campaign(
     become_a_task()
     scenes = [scene_of(name) for name in names]
     counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as made, only_errors("clients.worker", "flwr"):
+    with tempfile.TemporaryDirectory() as made, only_errors("fedraclora.clients.worker", "flwr"):
         ledger = Ledger(Path(made) / "ledger.jsonl")
         for number in range(first, first + times):
             scene, random = scenes[number % len(scenes)], generator(SEED, "mutant", number)

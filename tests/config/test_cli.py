@@ -18,11 +18,11 @@ import pytest
 import yaml
 from rich.table import Table as RichTable
 
-from experiments.choices import choice
-from experiments.cli import COMMANDS, main
-from experiments.progress import RunProgress, console_for_tables, plain_console
-from experiments.resume import told_how_to_go_on
-from experiments.status import UNREAD
+from fedraclora.experiments.choices import choice
+from fedraclora.experiments.cli import COMMANDS, main
+from fedraclora.experiments.progress import RunProgress, console_for_tables, plain_console
+from fedraclora.experiments.resume import told_how_to_go_on
+from fedraclora.experiments.status import UNREAD
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
 from fedraclora.weights.files import flatten
@@ -605,7 +605,7 @@ def test_a_reader_that_stops_reading_ends_a_command_in_silence(words: list[str])
     """What `fedraclora --help | head` does, with a head that reads nothing."""
     read, written = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "experiments.cli", *words]
+    command = [sys.executable, "-m", "fedraclora.experiments.cli", *words]
     done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, check=False)
     os.close(written)
     assert (done.returncode, done.stderr) == (UNREAD, "")
@@ -657,8 +657,9 @@ def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     heavy = ["matplotlib", "mlflow", "ray", "scipy", "seaborn", "sklearn", "sympy"]
     heavy += ["torch._dynamo", "transformers"]
     words = ["simulate", "rounds=1", "output.plots=false", f"output.dir={tmp_path / 'run'}"]
-    code = f"import experiments.cli as c, sys\ntry: c.main({words})\nexcept SystemExit: pass\n"
-    code += f"print('found', [name for name in {heavy} if name in sys.modules])"
+    code = f"from fedraclora.experiments import cli\ntry: cli.main({words})\n"
+    code += "except SystemExit: pass\n"
+    code += f"import sys; print('found', [n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("found []\n"), done.stdout
     assert (tmp_path / "run" / "summary.json").is_file()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from composing import REPLACED
 
-from experiments.choices import composed
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.choices import composed
 
 WORDS = (
     ["seed=3"],

@@ -13,17 +13,17 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments import CONF
-from experiments.assemble import assemble
-from experiments.choices import choice, groups, lineage
-from experiments.methods_page import aliases
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import DataError
+from fedraclora.experiments import CONF
+from fedraclora.experiments.assemble import assemble
+from fedraclora.experiments.choices import choice, groups, lineage
+from fedraclora.experiments.methods_page import aliases
+from fedraclora.strategies import METHODS
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.files import flatten
-from strategies import METHODS
 
 ALL = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
 FILES = {name: path for name, path in ALL.items() if "/" in name or name == "config"}

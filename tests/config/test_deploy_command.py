@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import deploy
-from experiments.assemble import assemble
-from experiments.choices import composed
-from experiments.record import Record
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.deploy import control
 from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
+from fedraclora.experiments import deploy
+from fedraclora.experiments.assemble import assemble
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.record import Record
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
-from strategies import METHODS
-from strategies.server_app import OPENING, ROW, SUMMARY
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 
 SMALL = ["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[6]", "output=study"]
 SMALL += ["method.rank=2", "rounds=2"]

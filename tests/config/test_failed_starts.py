@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import yaml
 
-from clients.engines import engine_of
-from experiments.api import simulate
-from experiments.choices import composed
-from experiments.cli import main
-from experiments.compare import compare
-from experiments.folders import sweep_name
+from fedraclora.api import simulate
+from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.cli import main
+from fedraclora.experiments.compare import compare
+from fedraclora.experiments.folders import sweep_name
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.run.folder import has_begun
-from strategies import METHODS
-from strategies.base import FedStrategy
-from strategies.outcome import execute
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.outcome import execute
 
 SMALL = [
     *("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]"),
@@ -260,7 +260,10 @@ def test_a_full_disk_says_how_to_go_on_where_there_is_a_run(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    place = ("strategies.base.FedStrategy._close", "strategies.outcome.begin")[not begun]
+    place = (
+        "fedraclora.strategies.base.FedStrategy._close",
+        "fedraclora.strategies.outcome.begin",
+    )[not begun]
     monkeypatch.setattr(place, full)
     folder = tmp_path / "run"
     status, error = command(*SMALL, "method.rank=4", f"output.dir={folder}")
@@ -278,7 +281,7 @@ def test_an_engine_that_ends_says_how_to_go_on(
     def ended(*_: object) -> None:
         raise EngineError("it is gone")
 
-    monkeypatch.setattr("strategies.base.FedStrategy._close", ended)
+    monkeypatch.setattr("fedraclora.strategies.base.FedStrategy._close", ended)
     _, error = command(*SMALL, "method.rank=4", f"output.dir={tmp_path / 'run'}")
     assert unusual(error).startswith(
         "error: it is gone. The run stopped after round 0 of 1, with a "

@@ -19,14 +19,14 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
 from flwr.common.config import flatten_dict, fuse_dicts, parse_config_args
 
-from experiments import flower
-from experiments.app import copy_app
-from experiments.choices import composed
-from experiments.simulate import simulate
 from fedraclora.engines.flower.superlink import SuperLink
 from fedraclora.engines.programs import TETHERED
 from fedraclora.errors import ConfigError, EngineError
-from strategies.server_app import read_config
+from fedraclora.experiments import flower
+from fedraclora.experiments.app import copy_app
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.simulate import simulate
+from fedraclora.strategies.server_app import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -191,12 +191,16 @@ def names(folder: Path) -> set[str]:
 @quiet
 def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     code = [path for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py")]
-    wanted = {path.relative_to(ROOT).as_posix() for path in code}
-    wanted |= {"pyproject.toml", ".info/CONTENT", "strategies/steps/conflicts.yaml"}
+    own = {path.relative_to(ROOT).as_posix().removeprefix("fedraclora/") for path in code}
+    own |= {"strategies/steps/conflicts.yaml"}
+    rest = {"pyproject.toml", ".info/CONTENT"}
     copy_app(tmp_path / "copy")
-    assert names(tmp_path / "copy") == wanted
-    # From a checkout, where other things lie beside it.
+    assert names(tmp_path / "copy") == {f"fedraclora/{name}" for name in own} | rest
+    # From a checkout, where folders lie beside `fedraclora`, and other things beside them.
     shutil.copytree(tmp_path / "copy", tmp_path / "checkout")
+    for name in ("strategies", "clients"):
+        shutil.move(tmp_path / "checkout" / "fedraclora" / name, tmp_path / "checkout" / name)
+    beside = {name if name.startswith(PACKAGES[1:]) else f"fedraclora/{name}" for name in own}
     for name in (
         "experiments/cli.py",
         "tests/test_a.py",
@@ -205,7 +209,7 @@ def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     ):
         (tmp_path / "checkout" / name).parent.mkdir(parents=True)
         (tmp_path / "checkout" / name).write_text("{}")
-    assert names(tmp_path / "checkout") == wanted
+    assert names(tmp_path / "checkout") == beside | rest
 
 
 def test_flower_finds_the_apps_of_the_bundle(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import init
-from experiments.choices import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
-from strategies import METHODS
+from fedraclora.experiments import init
+from fedraclora.experiments.choices import composed
+from fedraclora.strategies import METHODS
 
 
 def test_nothing_of_a_template_is_left_over(tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import CONF
-from experiments.choices import composed
-from experiments.study.file import Study
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import bind
+from fedraclora.experiments import CONF
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.study.file import Study
 from fedraclora.models import MODELS
 from fedraclora.protocol.plan import make_plan
-from strategies import METHODS
+from fedraclora.strategies import METHODS
 
 STUDY = Study.read(CONF.parent / "experiments" / "studies" / "mnist_table3.yaml")
 # A: 784 + 64 + 64 numbers, B: 64 + 64 + 5.

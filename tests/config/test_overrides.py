@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.choices import composed
-from experiments.overrides import flags_first, searched
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import flags_first, searched
 from fedraclora.protocol.plan import own_rank
-from strategies import METHODS
+from fedraclora.strategies import METHODS
 
 OWN = """# @package _global_
 defaults:

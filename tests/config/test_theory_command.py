@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import main
-from experiments.theory import command
-from experiments.theory.verdict import Judged
+from fedraclora.experiments.cli import main
+from fedraclora.experiments.theory import command
+from fedraclora.experiments.theory.verdict import Judged
 
 FIGURES = {"rates", "sketches", "stochastic", "chain", "fewer_bits", "cover"}
 FIGURES |= {"links", "counter_example", "noise_example", "slowdown"}

@@ -22,5 +22,5 @@ def coefficients(request: pytest.FixtureRequest) -> Iterator[None]:
     """Send coefficients of factors whose sides are so short that they themselves would be sent."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem != "test_derived":
-            patch.setattr("strategies.shared.past.smaller", lambda *_: True)
+            patch.setattr("fedraclora.strategies.shared.past.smaller", lambda *_: True)
         yield

@@ -12,8 +12,8 @@ from typing import Any
 
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Method
-from strategies import METHODS
-from strategies.shared.initials import STARTS
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.shared.initials import STARTS
 
 Count = tuple[int, int]
 

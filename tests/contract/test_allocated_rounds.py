@@ -28,10 +28,10 @@ from fedraclora.allocation.synflow import flows
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.frlora import FrLora
+from fedraclora.strategies.wrappers.allocated import Allocated, allocated
 from fedraclora.wire.downlink import unpack_downlink
-from strategies import METHODS
-from strategies.frlora import FrLora
-from strategies.wrappers.allocated import Allocated, allocated
 
 LAYERS = {"linear": linear, "conv1d": conv1d}
 CARRYING = ("fedavg_lora", "fedex_lora", "flexlora", "ffa_lora", "rolora", "fedsvd")

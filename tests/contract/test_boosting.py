@@ -17,8 +17,8 @@ from worlds import (
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw
+from fedraclora.strategies.xgblora import XgbLora
 from fedraclora.training.cohort import PROGRAMS_KEPT
-from strategies.xgblora import XgbLora
 
 DRAW = Draw(17)
 

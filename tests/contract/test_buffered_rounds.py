@@ -36,13 +36,13 @@ from fedraclora.protocol.method import Downlink, Draw, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.buffered import BufferedStrategy
+from fedraclora.strategies.server.buffer import read_batches
+from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link, term_bytes
-from strategies.buffered import BufferedStrategy
-from strategies.server.buffer import read_batches
-from strategies.steps.settings import RoundSettings
-from strategies.wrappers.dora import Dora
 
 Variant = tuple[str, dict[str, Any]]
 SEED, COHORT = 1, 4

@@ -39,13 +39,13 @@ from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State, Trained
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.steps.scaffold import ControlVariates
+from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.extras.variates import with_variates
 from fedraclora.tree import Tree
 from fedraclora.wire.downlink import payload_bytes
-from strategies.steps.scaffold import ControlVariates
-from strategies.steps.settings import RoundSettings
 from tests.reference.client import train_one
 
 Variant = tuple[str, dict[str, Any]]

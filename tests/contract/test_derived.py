@@ -33,6 +33,11 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.server.buffer import Batch, read_batches, write_batches
+from fedraclora.strategies.server.quantised import DownlinkRounding
+from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
+from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.materialise import materialise
 from fedraclora.tree import digest
@@ -46,11 +51,6 @@ from fedraclora.wire.downlink import (
     unpack_downlink,
     uplink_layout,
 )
-from strategies.server.buffer import Batch, read_batches, write_batches
-from strategies.server.quantised import DownlinkRounding
-from strategies.steps.settings import RoundSettings
-from strategies.subspace_rac_lora import SubspaceRacLora
-from strategies.wrappers.allocated import allocated
 
 M, N, R, ALPHA = 30, 40, 3, 7.0
 METHOD = SubspaceRacLora(rank=R, alpha=ALPHA, resample_every=1, fresh=0.3)  # k = 2

@@ -40,13 +40,13 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State
+from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.wrappers.allocated import allocated
+from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.downlink import TrainRequest, pack_downlink, unpack_downlink
-from strategies.steps.settings import RoundSettings
-from strategies.wrappers.allocated import allocated
-from strategies.wrappers.dora import Dora
 
 Variant = tuple[str, dict[str, Any]]
 DRAW = Draw(17)

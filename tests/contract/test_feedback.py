@@ -24,15 +24,15 @@ from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.quantised import encode, rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.quantised import RESIDUE
+from fedraclora.strategies.server.round_step import CloseRound, RoundStep
+from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.tree import Tree, below
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.described import describe, described_downlink
 from fedraclora.wire.downlink import unpack_downlink
 from fedraclora.wire.feedback import PREFIX
-from strategies.server.exchange import Exchange
-from strategies.server.quantised import RESIDUE
-from strategies.server.round_step import CloseRound, RoundStep
-from strategies.steps.settings import RoundSettings
 
 BITS: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "feedback": True}
 

@@ -28,11 +28,11 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Draw, Trained
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.shared.initials import GAMMA, STARTS
+from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.downlink import unpack_downlink
-from strategies.shared.initials import GAMMA, STARTS
-from strategies.steps.settings import RoundSettings
-from strategies.wrappers.allocated import allocated
 
 RANK, ITEM = 2, 8
 LAYERS = {"linear": linear, "conv1d": conv1d}

@@ -50,10 +50,10 @@ from fedraclora.protocol.method import Draw, Method, Trained
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.tree import Tree
 from fedraclora.wire.downlink import uplink_layout
-from strategies import METHODS
-from strategies.shared.initials import STARTS
 from tests.reference.chain import replay
 
 Variant = tuple[str, dict[str, Any]]
@@ -534,7 +534,12 @@ def test_a_method_file_imports_neither_flower_nor_the_loop(name: str) -> None:
         elif isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
     bad = [m for m in imported if m.split(".")[0] in {"flwr", "ray", "hydra", "omegaconf"}]
-    loop = ("strategies.base", "strategies.server", "fedraclora.wire", "fedraclora.training")
+    loop = (
+        "fedraclora.strategies.base",
+        "fedraclora.strategies.server",
+        "fedraclora.wire",
+        "fedraclora.training",
+    )
     bad += [m for m in imported if m.startswith(loop)]
     assert not bad
 

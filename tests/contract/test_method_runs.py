@@ -41,10 +41,10 @@ from fedraclora.errors import CheckpointError
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.compact import compact
 from fedraclora.run.rebuild import state_at, weights_at
+from fedraclora.strategies.fed_sb import FedSb
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.weights.links import read_links
-from strategies.fed_sb import FedSb
 
 Variant = tuple[str, dict[str, Any]]
 VARIANTS = list(variants())

@@ -92,7 +92,7 @@ def test_what_fits_is_remembered_and_noted_once(
     ]
     assert notes(done) == [first, [], []]
     assert done.worker.limit == 1
-    said = [r.getMessage() for r in caplog.records if r.name == "clients.worker"]
+    said = [r.getMessage() for r in caplog.records if r.name == "fedraclora.clients.worker"]
     assert said == [f"{note} (OutOfMemoryError: {CARD})" for note in first]
 
 

@@ -38,12 +38,12 @@ from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import number
-from strategies.server.loop import LoopConfig
-from strategies.steps.account import SampleAccount
-from strategies.steps.attackers import Attackers
-from strategies.steps.private import PrivateRounds
-from strategies.steps.secure import SecureSum
-from strategies.steps.settings import RoundSettings
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.steps.account import SampleAccount
+from fedraclora.strategies.steps.attackers import Attackers
+from fedraclora.strategies.steps.private import PrivateRounds
+from fedraclora.strategies.steps.secure import SecureSum
+from fedraclora.strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]

@@ -26,9 +26,9 @@ from worlds import (
 from fedraclora.allocation.rules import AdaLora
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw, State
+from fedraclora.strategies.wrappers.allocated import allocated
+from fedraclora.strategies.wrappers.pruned import Pruned
 from fedraclora.tree import Tree
-from strategies.wrappers.allocated import allocated
-from strategies.wrappers.pruned import Pruned
 from tests.reference.chain import replay
 
 LAYERS = {"linear": linear, "conv1d": conv1d}

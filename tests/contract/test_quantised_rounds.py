@@ -41,14 +41,14 @@ from fedraclora.protocol.method import Cohort, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CloseRound, RoundStep
+from fedraclora.strategies.steps import private as private_step
+from fedraclora.strategies.steps.robust import RobustRule
+from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.changes import Changes
 from fedraclora.wire.downlink import unpack_downlink
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import CloseRound, RoundStep
-from strategies.steps import private as private_step
-from strategies.steps.robust import RobustRule
-from strategies.steps.settings import RoundSettings
 
 COHORT, ROUNDS = 3, 3
 SHORT = {"fed_rac_lora", "fedavg", "fedavg_lora", "fedsa_lora", "fedsvd", "flora_stacking", "slora"}

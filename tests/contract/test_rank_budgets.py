@@ -52,9 +52,9 @@ from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import digest_rows
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Tree
 from fedraclora.wire.downlink import unpack_downlink
-from strategies.server.loop import LoopConfig
 
 Variant = tuple[str, dict[str, Any]]
 ABLE = [v for v in variants() if make_method(v[0], **v[1]).traits.ranks]

@@ -22,9 +22,9 @@ from worlds import (
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.errors import ClientError, WireError
 from fedraclora.run.ledger import read_ledger
+from fedraclora.strategies.server import exchange
 from fedraclora.weights.files import load_checkpoint
 from fedraclora.wire.reply import Reply
-from strategies.server import exchange
 
 METHOD = make_method("fed_rac_lora")
 

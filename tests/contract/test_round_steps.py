@@ -19,14 +19,14 @@ from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CloseRound, RoundStep
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.steps.conflicts import CONFLICTS, Conflict, refused
+from fedraclora.strategies.steps.features import FEATURES
+from fedraclora.strategies.steps.order import round_steps
+from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.training.extras.settings import LocalSettings
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import CloseRound, RoundStep
-from strategies.server.rows import Row
-from strategies.steps.conflicts import CONFLICTS, Conflict, refused
-from strategies.steps.features import FEATURES
-from strategies.steps.order import round_steps
-from strategies.steps.settings import RoundSettings
 from tests.contract.worlds import World, assert_close_trees, make_method, make_world, run
 
 LOCAL = LocalSettings(lr=0.1, steps=2, batch_size=0)

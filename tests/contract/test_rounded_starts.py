@@ -41,12 +41,12 @@ from fedraclora.protocol.method import Method, Trained
 from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.shared.initials import STARTS
+from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.wire.downlink import unpack_downlink
-from strategies import METHODS
-from strategies.shared.initials import STARTS
-from strategies.steps.settings import RoundSettings
-from strategies.wrappers.dora import Dora
 from tests.reference import rounded as oracle
 from tests.reference.rounded import Asked, Close, RoundedRun
 

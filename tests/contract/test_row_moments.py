@@ -31,12 +31,12 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.downlink import Trained
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CloseRound, RoundStep
+from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.row_moments import ROWS
 from fedraclora.wire.downlink import unpack_downlink
-from strategies.server.exchange import Exchange
-from strategies.server.round_step import CloseRound, RoundStep
-from strategies.steps.settings import RoundSettings
 
 ADAMW = LocalSettings(optimiser="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9)
 ROWWISE = LocalSettings(

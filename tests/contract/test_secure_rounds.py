@@ -24,17 +24,17 @@ from worlds import (
     variants,
 )
 
-from clients.worker import Worker
 from fedraclora.aggregation.robust import Median
 from fedraclora.attacks.attack import ALittleIsEnough
+from fedraclora.clients.worker import Worker
 from fedraclora.errors import ClientError, ConfigError, WireError
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.run.ledger import number
+from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.wire.secagg import read_stage
-from strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]

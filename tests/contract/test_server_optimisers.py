@@ -39,14 +39,14 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw, Method
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.server.device_simulator import DeviceSimulator
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.round_step import RoundSteps, RunContext
+from fedraclora.strategies.steps.order import round_steps
+from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import CatchUp
-from strategies.server.device_simulator import DeviceSimulator
-from strategies.server.exchange import Exchange
-from strategies.server.loop import LoopConfig
-from strategies.server.round_step import RoundSteps, RunContext
-from strategies.steps.order import round_steps
-from strategies.steps.settings import RoundSettings
 from tests.reference.chain import replay
 
 Variant = tuple[str, dict[str, Any]]

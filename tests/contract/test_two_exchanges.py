@@ -12,8 +12,8 @@ from worlds import RAGGED, assert_equal_trees, make_method, make_world, run
 from fedraclora.errors import ClientError
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.wire.downlink import unpack_downlink
-from strategies.fed_rac_lora import FedRacLora
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,13 @@ from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import Cohort, Draw, Trained
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.outcome import mean_floats
+from fedraclora.strategies.server.device_simulator import DeviceSimulator
+from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.wrappers.allocated import allocated
+from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire.downlink import unpack_downlink
-from strategies.outcome import mean_floats
-from strategies.server.device_simulator import DeviceSimulator
-from strategies.steps.settings import RoundSettings
-from strategies.wrappers.allocated import allocated
-from strategies.wrappers.dora import Dora
 
 Variant = tuple[str, dict[str, Any]]
 every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)

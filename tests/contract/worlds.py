@@ -22,16 +22,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from clients.engines import InProcess
-from clients.worker import Worker
-from experiments.choices import choice
-from experiments.methods_page import aliases
 from fedraclora.aggregation.base import AggregationContext, Aggregator, mean
 from fedraclora.attacks.attack import Attack
+from fedraclora.clients.engines import InProcess
+from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import EngineParts
+from fedraclora.experiments.choices import choice
+from fedraclora.experiments.methods_page import aliases
 from fedraclora.privacy.secagg import SecAgg, Terms
 from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.link import Plan
@@ -51,6 +51,13 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.run.rebuild import state_at
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.round_step import RoundStep
+from fedraclora.strategies.steps.order import round_steps
+from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree, digest
@@ -60,13 +67,6 @@ from fedraclora.weights.links import read_links
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.downlink import uplink_layout
-from strategies import METHODS
-from strategies.base import FedStrategy
-from strategies.server.loop import LoopConfig
-from strategies.server.round_step import RoundStep
-from strategies.steps.order import round_steps
-from strategies.steps.settings import RoundSettings
-from strategies.wiring import wire
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.methods_page import board, method_of, methods
-from experiments.pages import RESULTS, ROOT
-from strategies import METHODS
+from fedraclora.experiments.methods_page import board, method_of, methods
+from fedraclora.experiments.pages import RESULTS, ROOT
+from fedraclora.strategies import METHODS
 
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 

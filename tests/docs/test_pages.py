@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from experiments import deploy
-from experiments.bench.config import parse
-from experiments.choices import composed
-from experiments.study.file import Study
-from experiments.study.ranking import chosen, find
-from experiments.theory.config import TheoryConfig
-from experiments.words import key_values
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import build
-from strategies import METHODS
+from fedraclora.experiments import deploy
+from fedraclora.experiments.bench.config import parse
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.ranking import chosen, find
+from fedraclora.experiments.theory.config import TheoryConfig
+from fedraclora.experiments.words import key_values
+from fedraclora.strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

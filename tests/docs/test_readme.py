@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.choices import composed
-from experiments.cli import COMMANDS
 from fedraclora.config.run_config import from_plain
-from strategies import METHODS
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.cli import COMMANDS
+from fedraclora.strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.pages import BLOCK, PAGES, ROOT, filled, read_table
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.pages import BLOCK, PAGES, ROOT, filled, read_table
 
 TABLE = """| method | lr | accuracy | std | bytes |
 | --- | ---: | ---: | ---: | ---: |
@@ -28,7 +28,7 @@ def results(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_each_page_shows_the_results_of_record(page: Path) -> None:
     text = page.read_text()
-    assert text == filled(text), "run python -m experiments.pages"
+    assert text == filled(text), "run python -m fedraclora.experiments.pages"
     assert text.count("<!-- end -->") == len(BLOCK.findall(text)), "a block without its end"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from strategies import METHODS
+from fedraclora.strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p.stem for p in (ROOT / "docs").glob("*.md") if p.name != "README.md")
@@ -68,7 +68,10 @@ def test_the_reference_says_what_docstrings_say(site: Path) -> None:
     assert "&gt;&gt;&gt;" in python  # a doctest, as code
     for name in ("lowrank", "sketch"):
         assert f'id="fedraclora.{name}"' in (site / "reference" / f"{name}.html").read_text()
-    assert 'id="experiments.theory.bounds"' in (site / "reference" / "bounds.html").read_text()
+    assert (
+        'id="fedraclora.experiments.theory.bounds"'
+        in (site / "reference" / "bounds.html").read_text()
+    )
 
 
 def test_links_lead_to_files(site: Path) -> None:

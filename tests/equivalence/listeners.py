@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench.usage import descendants
+from fedraclora.experiments.bench.usage import descendants
 
 LISTENS = "0A"  # the state of a socket in /proc/net/tcp
 # 127.0.0.1 and ::1, also where IPv4 is written as IPv6; the words are in the machine's byte order.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.assemble import Assembled, assemble
-from experiments.choices import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.choices import composed
 from fedraclora.run.ledger import NONDETERMINISTIC
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.server import exchange as exchange_module
+from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import digest
 from fedraclora.wire.reply import Reply, unpack_result
-from strategies import METHODS
-from strategies.server import exchange as exchange_module
-from strategies.server.loop import LoopConfig
 
 WORDS = [
     "data=digits",

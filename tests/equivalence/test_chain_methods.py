@@ -11,25 +11,25 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from clients.engines import InProcess
-from experiments.choices import choice
+from fedraclora.clients.engines import InProcess
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ClientError
+from fedraclora.experiments.choices import choice
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
-from strategies import METHODS
-from strategies.base import FedStrategy
-from strategies.fed_rac_lora import FedRacLora
-from strategies.server.loop import LoopConfig
-from strategies.wiring import wire
 
 SEED, RANK, ALPHA, SIZE, BATCH = 5, 2, 3.0, 11, 4
 ADAMW = LocalConfig(optimiser="adamw", lr=0.05, weight_decay=0.1, batch_size=BATCH, shuffle=False)

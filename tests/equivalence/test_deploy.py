@@ -9,18 +9,18 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
-from clients.cache import CACHE, MARKER
-from clients.engines import engine_of
-from experiments.simulate import simulate
+from fedraclora.clients.cache import CACHE, MARKER
+from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.deploy.traffic import message_bytes
+from fedraclora.experiments.simulate import simulate
 from fedraclora.run.rebuild import state_at
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.server.rows import Row
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import read_stored_replica, replica_file
-from strategies import METHODS
-from strategies.outcome import execute
-from strategies.server.rows import Row
 from tests.campaigns.faults.network import (
     Network,
     client,
@@ -200,7 +200,7 @@ def test_a_server_that_goes_on_from_a_checkpoint_takes_clients_back_with_it(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("strategies.server_app.tell_row", stop)
+        patch.setattr("fedraclora.strategies.server_app.tell_row", stop)
         with pytest.raises(KeyboardInterrupt):
             deploy(words, cut, network)
     held = read_stored_replica(file_of(network, cut, 0))

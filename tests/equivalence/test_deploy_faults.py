@@ -18,10 +18,10 @@ from fedraclora.errors import ClientError
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.weights import replica
 from fedraclora.wire.downlink import unpack_downlink, uplink_layout
 from fedraclora.wire.reply import unpack_result
-from strategies.server.exchange import Exchange
 from tests.campaigns.faults.harms import BEHAVIOURS, HARMS, Once, changed, raises, replies_twice
 from tests.campaigns.faults.network import (
     Network,

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from experiments import deploy
-from experiments.bench.usage import descendants
-from experiments.choices import composed
-from experiments.record import Record
-from experiments.simulate import simulate
 from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.keys import make_identity, make_node_key
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import Program, listens
 from fedraclora.errors import EngineError
+from fedraclora.experiments import deploy
+from fedraclora.experiments.bench.usage import descendants
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.record import Record
+from fedraclora.experiments.simulate import simulate
 from tests.campaigns.faults.real import Drill, client_processes, wait_for
 from tests.campaigns.faults.trials import absent, final_weights
 from tests.equivalence.listeners import listeners, needs_proc
@@ -168,7 +168,7 @@ def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Pa
     folder = tmp_path / "run"
     words = [*WORDS, "rounds=40", "local=2", f"output.dir={folder}", "output.checkpoint_every=1"]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "experiments.cli", "deploy", *words]
+    command = [sys.executable, "-m", "fedraclora.experiments.cli", "deploy", *words]
     process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     ledger = folder / "ledger.jsonl"
     end = time.monotonic() + 300

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.simulate import simulate
 from fedraclora.data.fit import Form, gathered
 from fedraclora.data.own import own_samples
 from fedraclora.data.sources import read_own
 from fedraclora.errors import ConfigError, DataError
+from fedraclora.experiments.simulate import simulate
 from fedraclora.imports import import_function
 from tests.campaigns.faults.network import Network, composed, rows, serve, summary
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from experiments.simulate import simulate
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.simulate import simulate
 from fedraclora.privacy.secret import FILE
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import number

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.assemble import Assembled, assemble
-from experiments.choices import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ClientError
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.choices import composed
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.server.rows import Row
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree, digest
-from strategies import METHODS
-from strategies.server.rows import Row
 
 WORDS = (
     "data=digits",

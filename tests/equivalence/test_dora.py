@@ -25,10 +25,10 @@ from fedraclora.data.samples import Partitioned
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Layout, Tree
-from strategies.wrappers.dora import Dora
 
 COHORT = Cohort(torch.arange(len(SIZES)), torch.tensor(SIZES, dtype=torch.float64))
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from clients.engines import engine_of
-from experiments import flower
-from experiments.app import copy_app
-from experiments.choices import composed
-from experiments.simulate import simulate
+from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower.superlink import Ended, SuperLink
-from strategies import METHODS
-from strategies.outcome import execute
-from strategies.server.rows import Row
+from fedraclora.experiments import flower
+from fedraclora.experiments.app import copy_app
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.simulate import simulate
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.server.rows import Row
 
 pytestmark = pytest.mark.slow
 

@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 from listeners import listeners, needs_proc, off_loopback
 
-from experiments.assemble import Assembled, assemble
-from experiments.bench.usage import descendants
-from experiments.choices import composed
-from experiments.interrupt import STATUS
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower import FlowerGrid
 from fedraclora.errors import ClientError
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.bench.usage import descendants
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.interrupt import STATUS
+from fedraclora.strategies import METHODS
 from fedraclora.tree import digest
 from fedraclora.weights.job import JobFolder
 from fedraclora.weights.update import WeightUpdate
-from strategies import METHODS
 
 WORDS = (
     "data=digits",
@@ -169,7 +169,13 @@ def test_nobody_else_reaches_it_and_nothing_is_left(command: str, how: int, tmp_
     with tempfile.TemporaryDirectory(prefix="r") as made:  # short, for Ray's sockets
         folder = Path(made) / "run"
         process = subprocess.Popen(
-            [sys.executable, "-m", f"experiments.{command}", *words, f"output.dir={folder}"],
+            [
+                sys.executable,
+                "-m",
+                f"fedraclora.experiments.{command}",
+                *words,
+                f"output.dir={folder}",
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

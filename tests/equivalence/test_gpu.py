@@ -25,19 +25,19 @@ from vectorised_agreement import base_of, method_of
 from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 from vectorised_settings import WIDELY
 
-from experiments.assemble import Assembled, assemble
-from experiments.choices import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.choices import composed
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
+from fedraclora.strategies import METHODS
 from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import LiveTensors, measure
 from fedraclora.tree import Tree, digest
-from strategies import METHODS
 
 JOB = [
     "data=digits",

@@ -13,13 +13,13 @@ import pytest
 import torch
 from pretend import NAME, Card
 
-from experiments.bench.command import run
-from experiments.bench.config import parse
-from experiments.bench.report import Report
-from experiments.bench.rows import BUILDERS
-from experiments.bench.table import tables
-from experiments.bench.usage import Laps
-from experiments.bench.workloads import WORKLOADS, Case, Workload, network, vectors
+from fedraclora.experiments.bench.command import run
+from fedraclora.experiments.bench.config import parse
+from fedraclora.experiments.bench.report import Report
+from fedraclora.experiments.bench.rows import BUILDERS
+from fedraclora.experiments.bench.table import tables
+from fedraclora.experiments.bench.usage import Laps
+from fedraclora.experiments.bench.workloads import WORKLOADS, Case, Workload, network, vectors
 from fedraclora.training.cohort import CohortTrainer
 
 ROWS = ("vectorised", "bf16", "central", "inline", "idle", "fedavg", "loop", "pfl")
@@ -95,7 +95,7 @@ def test_the_rows_do_the_work_of_the_cpu(row: str, card: Card) -> None:
 
 
 def test_peers_are_left_out_on_a_card(card: Card, tmp_path: Path) -> None:
-    from experiments.bench.command import measure
+    from fedraclora.experiments.bench.command import measure
 
     (tmp_path / "pfl" / "bin").mkdir(parents=True)
     (tmp_path / "pfl" / ".installed").touch()
@@ -106,7 +106,7 @@ def test_peers_are_left_out_on_a_card(card: Card, tmp_path: Path) -> None:
 
 
 def test_central_trains_where_its_model_lies(card: Card) -> None:
-    from experiments.bench.central import Central
+    from fedraclora.experiments.bench.central import Central
 
     case = Case(SMALL, THERE)
     limit = Central(SMALL, replace(case.task, model=copy.deepcopy(case.task.model)), 3)

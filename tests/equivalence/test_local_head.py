@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from vectorised_settings import ALSO, WIDELY
 
-from experiments.assemble import Assembled, assemble
-from experiments.choices import composed
-from experiments.methods_page import aliases
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.evaluation.personal import class_accuracies, personal_accuracy
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.methods_page import aliases
+from fedraclora.strategies import METHODS
 from fedraclora.tree import digest
-from strategies import METHODS
 
 JOB = [
     "data=digits",

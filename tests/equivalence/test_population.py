@@ -14,21 +14,21 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from experiments.assemble import Assembled, assemble
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.bootstrap import bootstrap
 from fedraclora.data.digits import load_digits
 from fedraclora.data.samples import ClientData
 from fedraclora.data.task import Task
 from fedraclora.data.virtual import virtual
+from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.models.mlp import build_mlp
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.plan import make_plan
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
-from strategies import METHODS
-from strategies.fed_rac_lora import FedRacLora
 from tests.reference.client import train_one
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -9,18 +9,18 @@ import torch
 from vectorised_agreement import LOCAL, base_of, method_of
 from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 
-from experiments.assemble import Assembled, assemble
-from experiments.choices import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.choices import composed
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies import METHODS
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
 from fedraclora.tree import Tree
-from strategies import METHODS
 from tests.reference.client import train_one
 
 BITS = 2.0**-8  # of bfloat16: one rounding loses up to half of this share

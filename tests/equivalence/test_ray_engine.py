@@ -20,22 +20,22 @@ import torch
 from flwr.app import RecordDict
 from ray import cloudpickle
 
-from experiments.assemble import Assembled, assemble
-from experiments.choices import composed
-from experiments.interrupt import STATUS
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.engines.ray import Cluster, RayGrid
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ClientError, ConfigError
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.interrupt import STATUS
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.run.client_state import ClientStore
+from fedraclora.strategies import METHODS
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory, WeightUpdate
 from fedraclora.wire.downlink import TrainRequest, pack_downlink
-from strategies import METHODS
 from tests.campaigns import kill_workers
 
 SLOW = pytest.mark.slow
@@ -272,7 +272,13 @@ def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="r") as made:  # short, for Ray's sockets
         folder = Path(made)
         process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.simulate", *words, f"output.dir={folder / 'run'}"],
+            [
+                sys.executable,
+                "-m",
+                "fedraclora.experiments.simulate",
+                *words,
+                f"output.dir={folder / 'run'}",
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -302,7 +308,7 @@ def test_a_run_whose_ray_is_killed_ends_in_words(server: str, tmp_path: Path) ->
     words += ["engine.workers=1", f"output.dir={tmp_path / 'run'}"]
     with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as made:
         process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.simulate", *words],
+            [sys.executable, "-m", "fedraclora.experiments.simulate", *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -14,16 +14,16 @@ import pytest
 import ray
 import torch
 
-from experiments.assemble import Assembled, assemble
-from experiments.bench.runs import RAY_WORKERS, ray_settings
-from experiments.bench.workloads import WORKLOADS, Case
-from experiments.choices import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.ray import Cluster
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.bench.runs import RAY_WORKERS, ray_settings
+from fedraclora.experiments.bench.workloads import WORKLOADS, Case
+from fedraclora.experiments.choices import composed
+from fedraclora.strategies import METHODS
 from fedraclora.tree import digest
-from strategies import METHODS
 
 WORDS = (
     "data=digits",
@@ -95,7 +95,7 @@ def test_the_ray_rows_of_the_benchmark_fit_on_one_card(device: str) -> None:
     assert Cluster(settings, "cuda").workers == RAY_WORKERS
     assert ray_settings(2, torch.device("cpu")).gpus is None
     if device == "cuda":
-        from experiments.bench.command import timed
+        from fedraclora.experiments.bench.command import timed
 
         case = Case(WORKLOADS["A"], torch.device("cuda"))
         found = timed(["ray idle", "ray x1", "ray x2"], case, 1, lambda _: 0.0)

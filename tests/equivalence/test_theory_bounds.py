@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.theory.cases import Case, all_cases
-from experiments.theory.verdict import Judged, judge, run
+from fedraclora.experiments.theory.cases import Case, all_cases
+from fedraclora.experiments.theory.verdict import Judged, judge, run
 
 SEEDS = range(20)
 CASES = {case.name: case for case in all_cases()}

@@ -11,20 +11,20 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from experiments.theory import runs
-from experiments.theory.runs import start_of
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task, squared_error
+from fedraclora.experiments.theory import runs
+from fedraclora.experiments.theory.runs import start_of
 from fedraclora.models.mlp import build_mlp
 from fedraclora.protocol.method import Draw, Memo, Method
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
+from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.shared.layerwise import Round
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
-from strategies.base import FedStrategy
-from strategies.fed_rac_lora import FedRacLora
-from strategies.fedavg import FedAvg
-from strategies.shared.layerwise import Round
 
 SEED = 5
 M, N, R = 5, 8, 3

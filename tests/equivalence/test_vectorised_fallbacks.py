@@ -14,9 +14,9 @@ from vectorised_cases import SEED, SIZES, Case, classes, normal, reader, scaled,
 from fedraclora.errors import ModelError
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.training.extras.settings import LocalSettings
-from strategies import METHODS
-from strategies.fedavg import FedAvg
 
 
 @pytest.mark.parametrize("local", [LOCAL, replace(LOCAL, prox=0.3, momentum=0.9, clip=0.5)])

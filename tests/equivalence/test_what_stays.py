@@ -10,7 +10,7 @@ import torch
 from flwr.app import RecordDict
 from torch import nn
 
-from clients.worker import Worker
+from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError

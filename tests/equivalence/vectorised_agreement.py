@@ -12,17 +12,17 @@ import torch
 from typing_extensions import override
 from vectorised_cases import SEED, SIZES, Case
 
-from experiments.choices import choice
 from fedraclora.config.schema import bind
 from fedraclora.data.task import Task
+from fedraclora.experiments.choices import choice
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies import METHODS
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.program import Program
 from fedraclora.tree import Layout, Tree
-from strategies import METHODS
 from tests.reference.client import train_one
 
 ATOL = 1e-10

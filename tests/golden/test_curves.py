@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.assemble import assemble
-from experiments.choices import composed
-from experiments.methods_page import aliases
 from fedraclora.config.run_config import from_plain
+from fedraclora.experiments.assemble import assemble
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.methods_page import aliases
 from fedraclora.run.ledger import column
-from strategies import METHODS
+from fedraclora.strategies import METHODS
 
 GOLDEN = Path(__file__).parent
 JOB = [

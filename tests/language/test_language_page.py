@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from chats import save_tokenizer
 
-from experiments import cli
+from fedraclora.experiments import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "language-models.md").read_text()

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from experiments.choices import choice
+from fedraclora.experiments.choices import choice
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan
 from fedraclora.protocol.uplinks import Uplinks
@@ -34,7 +34,7 @@ def block(language: str, holds: str) -> str:
 
 @pytest.fixture
 def my_method(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
-    module = ModuleType("strategies.my_method")
+    module = ModuleType("fedraclora.strategies.my_method")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look it up
     exec(compile(block("python", "class MyMethod"), "CONTRIBUTING.md", "exec"), module.__dict__)
     found: type[Method] = module.__dict__["MyMethod"]
@@ -82,13 +82,13 @@ def test_the_contract_suite_takes_the_example_as_it_is_printed(tmp_path: Path) -
     root = Path(__file__).resolve().parents[2]
     for name in ("fedraclora", "strategies", "clients", "conf", "experiments", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
-        shutil.copytree(root / name, tmp_path / name, ignore=ignored)
+        shutil.copytree(root / name, tmp_path / name, symlinks=True, ignore=ignored)
     shutil.copy(root / "pyproject.toml", tmp_path)
     (tmp_path / "strategies/my_method.py").write_text(block("python", "class MyMethod"))
     (tmp_path / "conf/method/my_method.yaml").write_text(block("yaml", "my_method"))
     table = tmp_path / "strategies/__init__.py"
     text = table.read_text().replace(
-        "METHODS: dict", "from strategies.my_method import MyMethod\n\nMETHODS: dict"
+        "METHODS: dict", "from fedraclora.strategies.my_method import MyMethod\n\nMETHODS: dict"
     )
     table.write_text(
         text.replace('"fedavg": FedAvg,', '"fedavg": FedAvg,\n    "my_method": MyMethod,')

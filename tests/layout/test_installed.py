@@ -26,7 +26,7 @@ LINES = {
 # They are typed to one process, which imports torch once.
 TYPED = """
 import sys
-from experiments.cli import main
+from fedraclora.experiments.cli import main
 
 for line in sys.argv[1:]:
     try:
@@ -96,7 +96,7 @@ def used(folder: Path, shell: Shell) -> Path:
 
 
 def test_the_code_is_that_of_the_wheel(shell: Shell) -> None:
-    where = shell("python -c 'import experiments, fedraclora; print(experiments, fedraclora)'")
+    where = shell("python -c 'from fedraclora import experiments; print(experiments)'")
     assert str(ROOT) not in where
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from strategies import METHODS
+from fedraclora.strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments", "conf")
@@ -91,17 +91,26 @@ def undocumented(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_resolve_inside_this_checkout(package: str) -> None:
-    spec = importlib.util.find_spec(package)
-    assert spec is not None, f"{package} is not importable: run `make install`"
-    assert spec.origin is not None, f"{package} has no __init__.py"
+    name = package if package == "fedraclora" else f"fedraclora.{package}"
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"{name} is not importable: run `make install`"
+    assert spec.origin is not None, f"{name} has no __init__.py"
     assert Path(spec.origin).resolve().parent == ROOT / package, (
-        f"{package} comes from {spec.origin}: another project of that name is installed"
+        f"{name} comes from {spec.origin}: another project of that name is installed"
     )
 
 
-@pytest.mark.parametrize("package", ["fedraclora", "strategies", "clients"])
-def test_packages_are_typed(package: str) -> None:
-    assert (ROOT / package / "py.typed").is_file()
+def test_code_names_packages_by_one_name() -> None:
+    """By another it would be loaded a second time, and hide what a user has of that name."""
+    bare = re.compile(
+        r"^\s*(?:from|import) (?:strategies|clients|experiments|conf)\b", re.MULTILINE
+    )
+    paths = [*modules(*PACKAGES), *(ROOT / "tests").rglob("*.py")]
+    assert [p for p in paths if bare.search(p.read_text()) and p.name != "test_one_name.py"] == []
+
+
+def test_the_package_is_typed() -> None:
+    assert (ROOT / "fedraclora" / "py.typed").is_file()
 
 
 def test_modules_are_short() -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import app, choices, init
-from experiments.study import ranking
+from fedraclora.experiments import app, choices, init
+from fedraclora.experiments.study import ranking
 from fedraclora.run import folder as runfolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
+NOT_OF_THE_APP = ("fedraclora/experiments/", "fedraclora/conf/")
 KINDS = {".j2", ".py", ".tmpl", ".toml", ".typed", ".yaml"}
 EMPTY_COMMIT = ["commit", "-q", "--allow-empty", "-m", "a"]
 MOST = 2_500_000  # bytes of all files
@@ -30,7 +31,7 @@ def wheel() -> Mapping[str, Path]:
 def test_it_holds_code_and_settings_and_no_results(wheel: Mapping[str, Path]) -> None:
     assert {Path(name).suffix for name in wheel} == KINDS
     assert not [name for name in wheel if "results" in Path(name).parts]
-    assert {Path(name).parts[0] for name in wheel} == {*PACKAGES, "conf"}
+    assert {Path(name).parts[0] for name in wheel} == {"fedraclora"}
     assert sum(path.stat().st_size for path in wheel.values()) < MOST
 
 
@@ -40,8 +41,10 @@ def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> No
     for kind in ("py.typed", "*.j2", "*.tmpl", "*.yaml"):
         found = [path for name in PACKAGES for path in (ROOT / name).rglob(kind)]
         read += [path for path in found if "results" not in path.parts]
-    assert {path for path in init.TEMPLATES.rglob("*") if path.is_file()} <= {*read}
-    assert {path.relative_to(ROOT).as_posix() for path in read} <= wheel.keys()
+    templates = {path.resolve() for path in init.TEMPLATES.rglob("*") if path.is_file()}
+    assert templates <= {*read}
+    names = {path.relative_to(ROOT).as_posix().removeprefix("fedraclora/") for path in read}
+    assert {f"fedraclora/{name}" for name in names} <= wheel.keys()
 
 
 def test_a_flower_app_is_made_of_it(
@@ -54,10 +57,12 @@ def test_a_flower_app_is_made_of_it(
         (site / name).write_bytes(path.read_bytes())
     (site / "pyproject.toml").write_text("# of another package, which should not have brought it\n")
     monkeypatch.setattr(app, "ROOT", site)
-    monkeypatch.setattr(app, "__file__", str(site / "experiments" / "app.py"))
+    monkeypatch.setattr(app, "CODE", site / "fedraclora")
+    monkeypatch.setattr(app, "__file__", str(site / "fedraclora" / "experiments" / "app.py"))
     assert app.checkout() is None
     app.copy_app(tmp_path / "app")
-    wanted = {n for n in wheel if n.startswith(PACKAGES[:3]) and n.endswith((".py", ".yaml"))}
+    code = {name for name in wheel if name.endswith((".py", ".yaml"))}
+    wanted = {name for name in code if not name.startswith(NOT_OF_THE_APP)}
     made = [path for path in (tmp_path / "app").rglob("*") if path.is_file()]
     assert {p.relative_to(tmp_path / "app").as_posix() for p in made} == {*wanted, "pyproject.toml"}
     assert (tmp_path / "app/pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()

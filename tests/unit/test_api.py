@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedraclora
-from experiments.choices import composed
-from experiments.simulate import simulate
-from experiments.values import literal, words_of
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.simulate import simulate
+from fedraclora.experiments.values import literal, words_of
 from fedraclora.run.ledger import read_ledger, round_seconds
 from fedraclora.tree import digest
 
@@ -112,7 +112,9 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(folder=tmp_path / "run", rounds=3)
-    monkeypatch.setattr("strategies.outcome.time", SimpleNamespace(perf_counter=lambda: 7.0))
+    monkeypatch.setattr(
+        "fedraclora.strategies.outcome.time", SimpleNamespace(perf_counter=lambda: 7.0)
+    )
     again = run(folder=tmp_path / "run", resume=True, rounds=4)
     earlier = sum(map(round_seconds, first.rows))
     assert again.summary["seconds"] == pytest.approx(earlier, abs=1e-3)

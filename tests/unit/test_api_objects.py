@@ -17,12 +17,12 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import fedraclora
-from experiments.lending import check_own
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError, ModelError
+from fedraclora.experiments.lending import check_own
 from fedraclora.models.built import seeded
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.tree import digest
-from strategies.fed_rac_lora import FedRacLora
-from strategies.shared.layerwise import LayerMethod
 
 datasets = pytest.importorskip("datasets")
 

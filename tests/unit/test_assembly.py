@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.assemble import Assembled, assemble
-from experiments.choices import composed
-from experiments.simulate import simulate
 from fedraclora.config import build
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.simulate import simulate
 from fedraclora.run.recorder import resolved
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import loop_of
 from fedraclora.training import chunking
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
-from strategies import METHODS
-from strategies.assembly import loop_of
 
 WORDS = (
     "data=digits",

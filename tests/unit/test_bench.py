@@ -17,19 +17,20 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bench import command, late
-from experiments.bench.bounds import BOUNDS, disagreements, judge
-from experiments.bench.capacity import largest, largest_chunk
-from experiments.bench.command import measure, run, timed
-from experiments.bench.config import BenchConfig, parse
-from experiments.bench.launch import environment, interpreter, run_peer
-from experiments.bench.phases import profile
-from experiments.bench.report import Report
-from experiments.bench.rows import BUILDERS
-from experiments.bench.table import side_by_side, table, tables
-from experiments.bench.timing import training_loss
-from experiments.bench.usage import Laps
-from experiments.bench.workloads import (
+from fedraclora.errors import ConfigError
+from fedraclora.experiments.bench import command, late
+from fedraclora.experiments.bench.bounds import BOUNDS, disagreements, judge
+from fedraclora.experiments.bench.capacity import largest, largest_chunk
+from fedraclora.experiments.bench.command import measure, run, timed
+from fedraclora.experiments.bench.config import BenchConfig, parse
+from fedraclora.experiments.bench.launch import environment, interpreter, run_peer
+from fedraclora.experiments.bench.phases import profile
+from fedraclora.experiments.bench.report import Report
+from fedraclora.experiments.bench.rows import BUILDERS
+from fedraclora.experiments.bench.table import side_by_side, table, tables
+from fedraclora.experiments.bench.timing import training_loss
+from fedraclora.experiments.bench.usage import Laps
+from fedraclora.experiments.bench.workloads import (
     PEERS,
     WORKLOADS,
     Case,
@@ -38,7 +39,6 @@ from experiments.bench.workloads import (
     texts,
     vectors,
 )
-from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
@@ -169,7 +169,9 @@ def test_language_rows_are_one_algorithm() -> None:
 @pytest.mark.slow
 def test_memory_of_a_row_is_that_of_a_process_of_its_own() -> None:
     # From a new process: in this one gradients were computed, which a fork does not survive.
-    code = "import test_bench as t; from experiments.bench.rows import peak_alone as peak"
+    code = (
+        "import test_bench as t; from fedraclora.experiments.bench.rows import peak_alone as peak"
+    )
     call = [sys.executable, "-c", f"{code}; print(peak('central', t.TEXTS))"]
     done = subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, check=True)
     assert 1e8 < int(done.stdout) < 4e9
@@ -434,8 +436,8 @@ def test_a_peer_gets_the_work_and_gives_its_weights(tmp_path: Path, peer_python:
     (tmp_path / "peer.py").write_text(
         "import sys\n"
         "sys.path.insert(0, __import__('os').environ['PYTHONPATH'])\n"
-        "from experiments.bench.peers.work import Work\n"
-        "from experiments.bench.usage import Laps\n"
+        "from fedraclora.experiments.bench.peers.work import Work\n"
+        "from fedraclora.experiments.bench.usage import Laps\n"
         "work, laps = Work(), Laps()\n"
         "assert work.x.shape == (6, 8, 7) and work.y.shape == (6, 8)\n"
         "assert (work.rounds, work.batch, work.lr) == (3, 4, 0.1)\n"

@@ -20,13 +20,13 @@ from fedraclora.errors import ConfigError, ModelError
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.uplinks import SUM_BLOCK
+from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.training import chunking
 from fedraclora.training.chunking import FREE_SHARE, PROCESS_BYTES, ChunkPlan, budget_of, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import MemoryModel, measure
 from fedraclora.tree import Tree
-from strategies.fed_rac_lora import FedRacLora
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 MODEL = MemoryModel(weights=5000, shared=300, trained=20, step=80)  # 100 bytes a client

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.compact import main
 from fedraclora.errors import CheckpointError
+from fedraclora.experiments.compact import main
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Memo, State

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import compare as comparing
-from experiments.compare import compare, main
-from experiments.reports import find_runs, read_run
-from experiments.tables import Table, read_table
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.experiments import compare as comparing
+from fedraclora.experiments.compare import compare, main
+from fedraclora.experiments.reports import find_runs, read_run
+from fedraclora.experiments.tables import Table, read_table
 from fedraclora.run.ledger import Ledger, Row
 
 ROUNDS = 20

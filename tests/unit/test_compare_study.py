@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from experiments.compare import main
-from experiments.study.entries import Entry, entries, is_unverified
-from experiments.study.file import Study
-from experiments.study.leaderboard import leaderboard
-from experiments.study.ranking import STUDIES, chosen, find
-from experiments.study.run import run_jobs
-from experiments.study.same import check_same
-from experiments.study.tuning import read_lines
 from fedraclora.errors import ConfigError
-from strategies import METHODS
+from fedraclora.experiments.compare import main
+from fedraclora.experiments.study.entries import Entry, entries, is_unverified
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.leaderboard import leaderboard
+from fedraclora.experiments.study.ranking import STUDIES, chosen, find
+from fedraclora.experiments.study.run import run_jobs
+from fedraclora.experiments.study.same import check_same
+from fedraclora.experiments.study.tuning import read_lines
+from fedraclora.strategies import METHODS
 
 TINY = """
 experiment: null

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import pytest
 import yaml
 
-from experiments.choices import CONF, choice
 from fedraclora.config.run_config import (
     RunConfig,
     TaskConfig,
@@ -31,10 +30,11 @@ from fedraclora.config.settings import (
     RayConfig,
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
+from fedraclora.experiments.choices import CONF, choice
 from fedraclora.limits import choice_of
 from fedraclora.protocol.method import Method
+from fedraclora.strategies import METHODS
 from fedraclora.training.extras.settings import LocalSettings
-from strategies import METHODS
 
 METHOD_TABLE: Mapping[str, type[Method]] = METHODS
 GROUPS = (

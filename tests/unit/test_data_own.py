@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.choices import composed
 from fedraclora.config.build import build_task, settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS, make_partition
@@ -22,7 +21,8 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.sources import read_own
 from fedraclora.data.task import loss_function
 from fedraclora.errors import ConfigError, DataError
-from strategies import METHODS
+from fedraclora.experiments.choices import composed
+from fedraclora.strategies import METHODS
 
 TINY = ["model.hidden=[3]", "method.rank=2", "rounds=1"]
 DRAW = np.random.default_rng(3)

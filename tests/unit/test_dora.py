@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from experiments.assemble import assemble
-from experiments.choices import composed
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.assemble import assemble
+from fedraclora.experiments.choices import composed
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.rng import generator, torch_normal
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from fedraclora.training.extras.magnitudes import Magnitudes
-from strategies import METHODS
-from strategies.wrappers.dora import Dora
 
 SMALL = ["data=digits", "pretrain=none", "clients=6", "cohort=3", "rounds=1", "model.hidden=[9]"]
 

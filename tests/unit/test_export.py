@@ -19,19 +19,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fedraclora
-from experiments import export as command
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.task import forward
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.experiments import export as command
 from fedraclora.export import FORMATS, gguf_file, peft_adapter
 from fedraclora.models.built import seeded
 from fedraclora.models.gpt import build_gpt
 from fedraclora.run.folder import read_config
-from strategies import METHODS
-from strategies.outcome import finished
-from strategies.weights import load_weights
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.outcome import finished
+from fedraclora.strategies.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
 QUIET = "output.progress=false"

@@ -289,7 +289,7 @@ def test_a_backend_that_does_not_start_is_an_error_and_no_hang(
     asked = backend(FlowerConfig(workers=1), "cpu")
     asked["init_args"]["no_such_argument"] = 1
     monkeypatch.setattr(flower_grid, "backend", lambda *_: asked)
-    from clients.client_app import app
+    from fedraclora.clients.client_app import app
 
     before = set(threading.enumerate())
     levels = [logging.getLogger(n).level for n in runtime.LOGGERS]

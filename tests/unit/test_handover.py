@@ -20,18 +20,18 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from clients import cache as cache_module
-from clients import handover
-from clients.cache import cache_of
-from clients.handover import check_peer, hand_over, open_alone, started
+from fedraclora.clients import cache as cache_module
+from fedraclora.clients import handover
+from fedraclora.clients.cache import cache_of
+from fedraclora.clients.handover import check_peer, hand_over, open_alone, started
 from fedraclora.engines.local import become_a_task
 from fedraclora.errors import ClientError
 
-# Stands for `clients.resident`, without what takes time to import.
+# Stands for `fedraclora.clients.resident`, without what takes time to import.
 STAND_IN = """
 import os, signal, socket, sys, time
 from flwr.app import ConfigRecord, Message, RecordDict
-from clients import resident
+from fedraclora.clients import resident
 
 def respond(message, context):
     asked = message.content["asked"]["what"]
@@ -300,7 +300,7 @@ def test_one_that_does_not_start_is_the_error_of_the_message(
 
 
 def test_the_app_of_a_message_imports_nothing_that_takes_time() -> None:
-    words = "import sys, clients.client_app; print(*sys.modules)"
+    words = "import sys, fedraclora.clients.client_app; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", words], capture_output=True, text=True, check=True, env=os.environ
     )
@@ -310,9 +310,9 @@ def test_the_app_of_a_message_imports_nothing_that_takes_time() -> None:
     ours = {m for m in loaded if m.partition(".")[0] in {"clients", "fedraclora", "strategies"}}
     assert ours == {
         "clients",
-        "clients.cache",
-        "clients.client_app",
-        "clients.handover",
+        "fedraclora.clients.cache",
+        "fedraclora.clients.client_app",
+        "fedraclora.clients.handover",
         "fedraclora",
         "fedraclora.engines",
         "fedraclora.engines.local",

@@ -16,10 +16,10 @@ import fedraclora
 from fedraclora.errors import CheckpointError
 from fedraclora.models.hf import build_transformer
 from fedraclora.run import initial
+from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_checkpoint
 from fedraclora.weights.links import read_links
-from strategies.weights import load_weights
 from tests.unit.test_export import BERT, distance, loaded, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")

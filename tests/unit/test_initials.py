@@ -18,17 +18,17 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.fed_sb import FedSb
+from fedraclora.strategies.fedavg_lora import FedAvgLora
+from fedraclora.strategies.fedex_lora import FedExLora
+from fedraclora.strategies.flexlora import FlexLora
+from fedraclora.strategies.flora_stacking import FloraStacking
+from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.initials import GAMMA, STARTS, gradient_factors, orthogonal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
-from strategies import METHODS
-from strategies.fed_sb import FedSb
-from strategies.fedavg_lora import FedAvgLora
-from strategies.fedex_lora import FedExLora
-from strategies.flexlora import FlexLora
-from strategies.flora_stacking import FloraStacking
-from strategies.shared.factored import Factored
-from strategies.shared.initials import GAMMA, STARTS, gradient_factors, orthogonal
 from tests.reference.client import train_one
 
 M, N, R, ALPHA = 8, 11, 3, 5.0

@@ -10,9 +10,9 @@ import pytest
 from torch import nn
 
 import fedraclora
-from experiments.compare import compare
-from experiments.report.page import page_of, read_shown
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.compare import compare
+from fedraclora.experiments.report.page import page_of, read_shown
 from fedraclora.models.built import seeded
 from fedraclora.protocol.downlink import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import trained_of
@@ -49,7 +49,7 @@ def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixtur
 def test_without_progress_the_first_lines_are_logged_beside_the_notes(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "experiments.simulate")
+    caplog.set_level("INFO", "fedraclora.experiments.simulate")
     run(method={"name": "ffa_lora", "rank": 9}, rounds=0)
     shown = capsys.readouterr().err.splitlines()
     assert not caplog.messages

@@ -13,8 +13,15 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Term
 from fedraclora.protocol.method import Cohort, Draw, Plan, Trained, Traits
-from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
-from strategies.shared.replies import RoundReplies, float64, multiplied
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerMethod,
+    LayerUpdate,
+    Replies,
+    Round,
+)
+from fedraclora.strategies.shared.replies import RoundReplies, float64, multiplied
 from tests.contract.worlds import distance, make_world, mean_weights, play_rounds
 
 DRAW = Draw(1)

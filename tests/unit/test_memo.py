@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedraclora.protocol.method import Memo
-from strategies.wrappers.allocated import Chosen
-from strategies.wrappers.pruned import RanksLeft
+from fedraclora.strategies.wrappers.allocated import Chosen
+from fedraclora.strategies.wrappers.pruned import RanksLeft
 
 OLDER = [
     (Memo(4, 1), {"sketch": 4, "age": 1}),

@@ -22,16 +22,17 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
 
-from experiments.assemble import Assembled, assemble
-from experiments.choices import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
+from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments.choices import composed
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_transformer
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
+from fedraclora.strategies import METHODS
 from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
@@ -39,7 +40,6 @@ from fedraclora.training.localconfig import moment_kinds
 from fedraclora.training.memory import LiveTensors, MemoryModel, longest, measure, owned
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree, digest
-from strategies import METHODS
 
 CPU = torch.device("cpu")
 KB = 1024

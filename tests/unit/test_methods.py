@@ -23,22 +23,22 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.bernoulli_lora import BernoulliLora
+from fedraclora.strategies.fed_sb import FedSb
+from fedraclora.strategies.fedex_lora import FedExLora
+from fedraclora.strategies.fedkrso import FedKrso
+from fedraclora.strategies.fedmomentum import FedMomentum
+from fedraclora.strategies.fedrot_lora import FedRotLora, rotations
+from fedraclora.strategies.fedsvd import FedSvd
+from fedraclora.strategies.flexlora import FlexLora
+from fedraclora.strategies.flora_stacking import FloraStacking
+from fedraclora.strategies.frlora import FrLora
+from fedraclora.strategies.hetlora import HetLora
+from fedraclora.strategies.lora_fair import LoraFair
+from fedraclora.strategies.ravan import Ravan
+from fedraclora.strategies.rolora import RoLora
+from fedraclora.strategies.slora import SLora
 from fedraclora.wire.downlink import uplink_layout
-from strategies.bernoulli_lora import BernoulliLora
-from strategies.fed_sb import FedSb
-from strategies.fedex_lora import FedExLora
-from strategies.fedkrso import FedKrso
-from strategies.fedmomentum import FedMomentum
-from strategies.fedrot_lora import FedRotLora, rotations
-from strategies.fedsvd import FedSvd
-from strategies.flexlora import FlexLora
-from strategies.flora_stacking import FloraStacking
-from strategies.frlora import FrLora
-from strategies.hetlora import HetLora
-from strategies.lora_fair import LoraFair
-from strategies.ravan import Ravan
-from strategies.rolora import RoLora
-from strategies.slora import SLora
 
 M, N, R, ALPHA, K = 8, 11, 3, 5.0, 4
 S = ALPHA / R

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
-from clients import cache
-from clients.cache import CACHE, MARKER, RUNS, folder_of, make_room
-from clients.node import introduce
+from fedraclora.clients import cache
+from fedraclora.clients.cache import CACHE, MARKER, RUNS, folder_of, make_room
+from fedraclora.clients.node import introduce
 from fedraclora.errors import ClientError, ConfigError, WireError
 from tests.strangers import NOBODY, needs_root
 

@@ -19,14 +19,14 @@ from fedraclora.protocol.pool import parameters
 from fedraclora.protocol.quantised import rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.pool_rac_lora import PoolRacLora
+from fedraclora.strategies.server.quantised import RESIDUE, DownlinkRounding
 from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.downlink import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
-from strategies.fed_rac_lora import FedRacLora
-from strategies.pool_rac_lora import PoolRacLora
-from strategies.server.quantised import RESIDUE, DownlinkRounding
 
 M, N, R, ALPHA = 3, 8, 2, 5.0
 NAME, DRAW, CPU = "fc.weight", Draw(7), torch.device("cpu")

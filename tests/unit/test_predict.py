@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import fedraclora
-from experiments.cli import main
 from fedraclora.data import DATASETS, conversations, select_labels
 from fedraclora.data.fit import Form, as_scaled
 from fedraclora.data.reader import ArrayReader
@@ -24,6 +23,7 @@ from fedraclora.data.task import LOSSES
 from fedraclora.data.text import TextReader
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.evaluation.predict import _Words, predict
+from fedraclora.experiments.cli import main
 
 QUIET = "output.progress=false"
 DRAW = np.random.default_rng(3)

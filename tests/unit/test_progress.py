@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console  # noqa: TID251  a terminal of the test
 
-from experiments import progress
-from experiments.progress import RunProgress, fitted
+from fedraclora.experiments import progress
+from fedraclora.experiments.progress import RunProgress, fitted
 from fedraclora.run.ledger import Row
 
 

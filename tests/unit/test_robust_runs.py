@@ -6,11 +6,11 @@ from functools import cache
 
 import pytest
 
-from experiments.assemble import assemble
-from experiments.choices import composed
 from fedraclora.config.run_config import from_plain
+from fedraclora.experiments.assemble import assemble
+from fedraclora.experiments.choices import composed
 from fedraclora.run.ledger import Row, number
-from strategies import METHODS
+from fedraclora.strategies import METHODS
 
 SMALL = [
     *("data=digits", "partition=iid", "pretrain=none", "model.hidden=[32]"),

@@ -15,11 +15,11 @@ from fedraclora.errors import ConfigError
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import State
+from fedraclora.strategies.server.device_simulator import DeviceSimulator
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.round_step import RunContext
+from fedraclora.strategies.steps.account import SampleAccount
 from fedraclora.training.extras.settings import LocalSettings
-from strategies.server.device_simulator import DeviceSimulator
-from strategies.server.loop import LoopConfig
-from strategies.server.round_step import RunContext
-from strategies.steps.account import SampleAccount
 from tests.contract.worlds import make_method
 
 VALID = torch.tensor([[True, True, True], [True, True, False]])

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.secure import _whole
+from fedraclora.clients.secure import _whole
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.secagg import SecAgg, Terms
 from fedraclora.run.client_state import ClientStore

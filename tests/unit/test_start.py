@@ -19,7 +19,7 @@ from fedraclora.errors import CheckpointError, ConfigError, DataError, ModelErro
 from fedraclora.models.adapter import merge_adapter
 from fedraclora.models.built import seeded
 from fedraclora.run.digests import write_digests
-from strategies.weights import load_weights
+from fedraclora.strategies.weights import load_weights
 from tests.unit.test_export import loaded, numbers, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")

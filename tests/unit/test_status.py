@@ -13,9 +13,9 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.interrupt import at_once, in_order
-from experiments.status import composing, explained, reported, tell
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.experiments.interrupt import at_once, in_order
+from fedraclora.experiments.status import composing, explained, reported, tell
 
 
 def of_config(**keys: object) -> OmegaConfBaseException:
@@ -95,7 +95,7 @@ def test_what_hydra_raises_by_mistake_speaks_of_the_words() -> None:
 
 INTERRUPTED = """
 import importlib, os, signal, sys
-from experiments import cli
+from fedraclora.experiments import cli
 
 cli.main(["--help"])
 assert not {"torch", "hydra", "numpy"} & set(sys.modules), "it loads what takes seconds"

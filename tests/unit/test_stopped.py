@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from experiments.record import Record
 from fedraclora.errors import ClientError, DivergenceError
+from fedraclora.experiments.record import Record
 from fedraclora.protocol.uplinks import Refusal, too_many
 from fedraclora.run.folder import run_title
 from fedraclora.run.stopped import FILE, divergence
-from strategies import outcome
-from strategies.outcome import stopping_noted
+from fedraclora.strategies import outcome
+from fedraclora.strategies.outcome import stopping_noted
 
 PLAIN = {
     "method": {"name": "fed_rac_lora", "rank": 8},

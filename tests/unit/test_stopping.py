@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.choices import composed
-from experiments.simulate import simulate
 from fedraclora.config.settings import StopConfig
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.choices import composed
+from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row, read_ledger
+from fedraclora.strategies.server.stopping import Stopping
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
-from strategies.server.stopping import Stopping
 
 JOB = [
     "data=digits",

@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 
-from experiments.study.command import main
-from experiments.study.entries import cost
-from experiments.study.file import Study
-from experiments.study.run import refuse_failed, run_job, run_jobs, run_study
-from experiments.study.tables import budgets, results, write_results
-from experiments.study.tuning import Line, is_tuned, read_lines, score, tuned_by, tuned_value
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.experiments.study.command import main
+from fedraclora.experiments.study.entries import cost
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.run import refuse_failed, run_job, run_jobs, run_study
+from fedraclora.experiments.study.tables import budgets, results, write_results
+from fedraclora.experiments.study.tuning import (
+    Line,
+    is_tuned,
+    read_lines,
+    score,
+    tuned_by,
+    tuned_value,
+)
 
 TEXT = """
 experiment: null
@@ -373,7 +380,8 @@ def test_some_rows_are_run_and_the_tables_show_all_that_have(
 ) -> None:
     plan, out = study(tmp_path, UNTUNED), tmp_path / "out"
     monkeypatch.setattr(
-        "experiments.study.run.run_job", lambda job: line(0.8) | vars(job) | {"key": job.key}
+        "fedraclora.experiments.study.run.run_job",
+        lambda job: line(0.8) | vars(job) | {"key": job.key},
     )
     run_study(plan, out, rows=["theirs"])
     assert [job["row"] for job in read_lines(out / "runs.jsonl").values()] == ["theirs"] * 2
@@ -392,7 +400,7 @@ def test_some_rows_are_run_and_the_tables_show_all_that_have(
 def test_the_figure_keeps_the_reference_and_the_table_the_rounding(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("experiments.study.tables.DRAWN", 2)
+    monkeypatch.setattr("fedraclora.experiments.study.tables.DRAWN", 2)
     rows = "{worst: [], good: [], better: [], best: []}\nreference: worst"
     plan = study(tmp_path, UNTUNED.replace("{ours: [], theirs: []}\nreported: {ours: 0.7}", rows))
     scores = {"worst": 0.1, "good": 0.5, "better": 0.6, "best": 0.7}
@@ -498,7 +506,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_table(tmp_path / "mine.csv")
-    monkeypatch.setattr("experiments.study.run.check_rows", lambda *_: None)
+    monkeypatch.setattr("fedraclora.experiments.study.run.check_rows", lambda *_: None)
     plan = study(
         tmp_path, ROWS.replace("narrow: [method=fedavg_lora", "wide: [method=pool_rac_lora")
     )

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from experiments.choices import choice, groups
 from fedraclora import rng
 from fedraclora.config.schema import build, without
 from fedraclora.devices.availability import Availability, Bernoulli, Diurnal
@@ -21,9 +20,10 @@ from fedraclora.devices.distributions import Choice, Constant, LogNormal, Unifor
 from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load
 from fedraclora.errors import ClientError, ConfigError
+from fedraclora.experiments.choices import choice, groups
 from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.training.localconfig import LocalConfig
-from strategies.server.device_simulator import DeviceSimulator
 from tests.reference.client import batches
 
 PRESETS = list(groups()["system"])

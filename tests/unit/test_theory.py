@@ -15,10 +15,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from experiments.theory.bounds.descent import Given
-from experiments.theory.bounds.logistic import logistic_pl
-from experiments.theory.bounds.spectrum import beside_kept, of_downlink, over_layers
-from experiments.theory.bounds.theorems import (
+from fedraclora.errors import ConfigError
+from fedraclora.experiments.theory.bounds.descent import Given
+from fedraclora.experiments.theory.bounds.logistic import logistic_pl
+from fedraclora.experiments.theory.bounds.spectrum import beside_kept, of_downlink, over_layers
+from fedraclora.experiments.theory.bounds.theorems import (
     cover,
     federated,
     gd,
@@ -29,7 +30,6 @@ from experiments.theory.bounds.theorems import (
     sampling,
     sgd,
 )
-from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 

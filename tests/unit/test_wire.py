@@ -13,8 +13,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.client_state import restore
 from fedraclora import tree
+from fedraclora.clients.client_state import restore
 from fedraclora.errors import WireError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from clients.engines import InFlower, InProcess, OnRay, engine_of
-from experiments.choices import composed
+from fedraclora.clients.engines import InFlower, InProcess, OnRay, engine_of
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, Waiting
 from fedraclora.data.samples import Partitioned, Samples
@@ -20,18 +19,19 @@ from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ConfigError, EngineError
+from fedraclora.experiments.choices import composed
 from fedraclora.protocol.plan import make_plan
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import assemble
+from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.buffered import BufferedStrategy
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.wiring import Wired, wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.job import JobFolder
 from fedraclora.weights.update import WeightHistory
-from strategies import METHODS
-from strategies.assembly import assemble
-from strategies.base import FedStrategy
-from strategies.buffered import BufferedStrategy
-from strategies.fed_rac_lora import FedRacLora
-from strategies.server.loop import LoopConfig
-from strategies.wiring import Wired, wire
 
 LOOP = LoopConfig(rounds=1, clients=3, cohort=2, chunk=2, seed=4)
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.peers.work import Work
-from experiments.bench.usage import Laps
+from fedraclora.experiments.bench.peers.work import Work
+from fedraclora.experiments.bench.usage import Laps
 
 
 def loss(weights, batch, _):

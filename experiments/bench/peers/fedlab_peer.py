@@ -7,8 +7,8 @@ from fedlab.contrib.algorithm.basic_client import SGDSerialClientTrainer
 from fedlab.contrib.algorithm.basic_server import SyncServerHandler
 from fedlab.core.standalone import StandalonePipeline
 
-from experiments.bench.peers.work import Work
-from experiments.bench.usage import Laps
+from fedraclora.experiments.bench.peers.work import Work
+from fedraclora.experiments.bench.usage import Laps
 
 
 class Data:

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from experiments.bench.peers.work import Work
+from fedraclora.experiments.bench.peers.work import Work
 
 client_app = ClientApp()
 

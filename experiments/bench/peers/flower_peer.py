@@ -12,9 +12,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-from experiments.bench.peers.flower_client import client_app
-from experiments.bench.peers.work import Work
-from experiments.bench.usage import Laps
+from fedraclora.experiments.bench.peers.flower_client import client_app
+from fedraclora.experiments.bench.peers.work import Work
+from fedraclora.experiments.bench.usage import Laps
 
 work, laps = Work(), Laps()
 server_app = ServerApp()

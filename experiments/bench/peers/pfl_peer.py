@@ -16,8 +16,8 @@ from pfl.hyperparam import NNTrainHyperParams
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 
-from experiments.bench.peers.work import Work
-from experiments.bench.usage import Laps
+from fedraclora.experiments.bench.peers.work import Work
+from fedraclora.experiments.bench.usage import Laps
 
 
 class Network(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""The work that every peer does, as `experiments.bench.launch` wrote it down."""
+"""The work that every peer does, as `fedraclora.experiments.bench.launch` wrote it down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.bench.usage import Laps, tree_peak
+from fedraclora.experiments.bench.usage import Laps, tree_peak
 
 if TYPE_CHECKING:
     import torch

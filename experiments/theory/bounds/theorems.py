@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import sqrt
 
-from experiments.theory.bounds.descent import ROUNDING, Descent, Given
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.theory.bounds.descent import ROUNDING, Descent, Given
 from fedraclora.protocol.quantised import BLOCK, FULL, LEVELS
 
 

@@ -17,7 +17,7 @@ from fedraclora.engines.private_ray import ENVIRONMENT, LastWord, cpus
 from fedraclora.engines.ray.session import RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
 
-# The top of this checkout: workers import the code that the driver runs.
+# What `fedraclora` lies in: workers import the code that the driver runs.
 CODE = str(Path(__file__).resolve().parents[3])
 # What opens a connection of HTTP/2, and the type of the frame by which a server answers it. Ray
 # waits for ever where something listens that does not.
@@ -137,8 +137,13 @@ def check_address(address: str) -> None:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Build the environment of a worker: threads, and where the code of this process lies."""
-    path = [CODE, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    """Build the environment of a worker: threads, and where this process finds modules.
+
+    `CODE` comes last: folders of a checkout have names that folders of a user's have, too.
+    """
+    own = (sys.prefix, sys.base_prefix)
+    path = [part or str(Path.cwd()) for part in sys.path if not part.startswith(own)]
+    path += [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), CODE]
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

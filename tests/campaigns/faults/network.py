@@ -17,13 +17,13 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from typing_extensions import override
 
-from clients import node as client_node
-from clients.respond import respond
-from experiments.choices import composed
+from fedraclora.clients import node as client_node
+from fedraclora.clients.respond import respond
 from fedraclora.engines.local import MessageGrid, become_a_task
+from fedraclora.experiments.choices import composed
+from fedraclora.strategies.server_app import app as server_app
 from fedraclora.wire.folded import folded, unfolded
 from fedraclora.wire.records import clients_of
-from strategies.server_app import app as server_app
 
 SMALL = [
     "data=digits",

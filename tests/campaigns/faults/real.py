@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import deploy
 from fedraclora.engines.deploy.control import Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import EngineError, FedRacLoraError
+from fedraclora.experiments import deploy
 from fedraclora.run.ledger import read_ledger
 from tests.campaigns.faults.network import RANK, SMALL
 from tests.campaigns.faults.trials import Outcome, absent, final_weights
@@ -129,7 +129,11 @@ def wait_for(ready: Callable[[], bool], what: str) -> None:
 def client_processes(deployment: LocalDeployment, k: int) -> list[int]:
     """The process of node ``k`` in which its client trains, if there is one."""
     node = deployment.nodes[k]
-    return [] if node is None else pgrep("-g", str(node.process.pid), "-f", "clients.resident")
+    return (
+        []
+        if node is None
+        else pgrep("-g", str(node.process.pid), "-f", "fedraclora.clients.resident")
+    )
 
 
 def bringers(deployment: LocalDeployment, k: int) -> list[int]:

@@ -10,25 +10,25 @@ from typing import Any
 
 from torch import nn
 
-from experiments import Plain
-from experiments.evaluate import measuring_run
-from experiments.lending import lend_all
-from experiments.resume import is_done
-from experiments.simulate import carry_out, choose
-from experiments.status import explained
-from experiments.values import config_of, is_whole
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.experiments import Plain
+from fedraclora.experiments.evaluate import measuring_run
+from fedraclora.experiments.lending import lend_all
+from fedraclora.experiments.resume import is_done
+from fedraclora.experiments.simulate import carry_out, choose
+from fedraclora.experiments.status import explained
+from fedraclora.experiments.values import config_of, is_whole
 from fedraclora.imports import refuse_run
 from fedraclora.run.folder import has_begun
-from strategies import METHODS
-from strategies.outcome import finished
-from strategies.run import Run
-from strategies.server.rows import Row
-from strategies.start import settled_start
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.outcome import finished
+from fedraclora.strategies.run import Run
+from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.start import settled_start
 
 __all__ = ["Run", "read_run", "simulate"]
 
