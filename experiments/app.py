@@ -18,9 +18,8 @@ from fedraclora.experiments.simulate import report
 from fedraclora.run.folder import write_summary
 from fedraclora.strategies.server_app import read_config
 
-ROOT = CODE.parent  # a checkout, or where a wheel is
 NOT_OF_THE_APP = ("experiments", "conf", "__pycache__", "*.typed", "*.j2")
-PROJECT = "pyproject.toml"
+PROJECT = Path(__file__).with_name("app.toml")  # pyproject.toml: a link to it, or in a wheel a copy
 
 
 @dataclass(frozen=True)
@@ -96,26 +95,9 @@ class RunRequest:
         report(summary, self.folder)
 
 
-def project_file() -> Path:
-    """Find the pyproject.toml that says what the app is made of.
-
-    A wheel brings it in this package: what lies beside installed packages is not theirs.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    for path in (Path(__file__).with_name(PROJECT), ROOT / PROJECT):
-        if path.is_file():
-            return path
-    raise ConfigError(
-        f"there is no {PROJECT} in {ROOT}, from which a Flower app is made: install fedraclora "
-        "from a wheel, or from a checkout"
-    )
-
-
 def checkout() -> Path | None:
     """Find the checkout that runs, which is a Flower app as it is; None for an installed wheel."""
-    return ROOT if project_file().parent == ROOT else None
+    return PROJECT.resolve().parent if PROJECT.is_symlink() else None
 
 
 def copy_app(folder: Path) -> None:
@@ -124,9 +106,6 @@ def copy_app(folder: Path) -> None:
     To make it Flower looks at every file that it finds; beside them lie virtual environments. Here
     the folders lie inside ``fedraclora``, as in a wheel: at the top of a bundle they would hide
     packages of those names that a node has.
-
-    Raises:
-        ConfigError: If there is no pyproject.toml to say what the app is.
     """
     shutil.copytree(CODE, folder / "fedraclora", ignore=shutil.ignore_patterns(*NOT_OF_THE_APP))
-    shutil.copyfile(project_file(), folder / PROJECT)
+    shutil.copyfile(PROJECT, folder / "pyproject.toml")

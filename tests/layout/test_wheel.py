@@ -56,9 +56,8 @@ def test_a_flower_app_is_made_of_it(
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / name).write_bytes(path.read_bytes())
     (site / "pyproject.toml").write_text("# of another package, which should not have brought it\n")
-    monkeypatch.setattr(app, "ROOT", site)
     monkeypatch.setattr(app, "CODE", site / "fedraclora")
-    monkeypatch.setattr(app, "__file__", str(site / "fedraclora" / "experiments" / "app.py"))
+    monkeypatch.setattr(app, "PROJECT", site / "fedraclora" / "experiments" / "app.toml")
     assert app.checkout() is None
     app.copy_app(tmp_path / "app")
     code = {name for name in wheel if name.endswith((".py", ".yaml"))}
