@@ -10,9 +10,9 @@ from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
+from fedraclora.training.extra import LocalResult
 from fedraclora.training.extras import KEEPERS
 from fedraclora.training.gradients import mean_gradients
-from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import begin_moments, blank_moments

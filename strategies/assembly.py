@@ -27,8 +27,7 @@ from fedraclora.data.samples import count_examples
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.evaluation.evaluate import evaluate_task
-from fedraclora.evaluation.personal import personal_accuracy
+from fedraclora.evaluation.evaluate import evaluate_task, personal_accuracy
 from fedraclora.protocol.method import Cohort, Draw, Plan
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK

@@ -34,7 +34,7 @@ from fedraclora.strategies.server.rows import Cost, Row, fleet_columns, ledger_r
 from fedraclora.strategies.server.serverside import OwnLoop
 from fedraclora.strategies.server.sound import largest, overflowing
 from fedraclora.strategies.server.stopping import Stopping
-from fedraclora.training.steps import effective_step
+from fedraclora.training.localconfig import effective_step
 from fedraclora.tree import Tree, point_at
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp

@@ -205,8 +205,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
 
 def draw(run: Assembled, folder: Path) -> None:
     """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
-    from fedraclora.plots.partition import label_distribution
-    from fedraclora.plots.run import curves
+    from fedraclora.plots.run import curves, label_distribution
 
     rows, plain = run.strategy.recorder.ledger.rows, run.config.plain
     curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)

@@ -11,7 +11,7 @@ import yaml
 from fedraclora.experiments.theory.counter_example import CHAIN, Outcome
 from fedraclora.experiments.theory.slowdown import Slowdown
 from fedraclora.experiments.theory.verdict import ERRORS, Curve, Judged
-from fedraclora.plots.bounds import Measured, Panel, bounds_figure
+from fedraclora.plots.comparison import Measured, Panel, bounds_figure
 
 GAP = ("round", "f(W) - f*, over the first")
 GRADIENT = ("round", "mean of ||grad f||² so far, over the first")

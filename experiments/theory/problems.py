@@ -22,7 +22,7 @@ from fedraclora.data.task import SLOPES, Task
 from fedraclora.errors import unknown
 from fedraclora.experiments.theory.bounds.logistic import logistic_pl
 from fedraclora.experiments.theory.runs import start_of
-from fedraclora.models.linear import build_linear
+from fedraclora.models.mlp import build_linear
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import override
@@ -20,7 +20,12 @@ from typing_extensions import override
 from fedraclora.data.samples import ClientData, Samples
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Limited, Share
-from fedraclora.rng import cohort_bits, generator
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Downlink
+from fedraclora.rng import cohort_bits, generator, hash_key
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.extra import LocalResult
+from fedraclora.tree import Layout, Tree
 
 
 @dataclass(frozen=True)
@@ -203,3 +208,43 @@ class Flipped:
 ATTACKS: dict[str, type[Attack]] = {
     kind.name: kind for kind in (Attack, SignFlip, ScaledNoise, LabelFlip, ALittleIsEnough)
 }
+
+
+class AttackedTrainer(CohortTrainer):
+    """A trainer whose attackers do not hand over what they trained.
+
+    Args:
+        attack: What they do.
+
+    The others are those of `CohortTrainer`.
+    """
+
+    def __init__(self, *given: Any, attack: Attack, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.attack = attack
+        self.attackers = attack.attackers(self.seed, self.data.num_clients)
+
+    @override
+    def train(
+        self,
+        base: Tree,
+        downlink: Downlink,
+        clients: torch.Tensor,
+        *,
+        round_: int,
+        **given: Any,
+    ) -> LocalResult:
+        result = super().train(base, downlink, clients, round_=round_, **given)
+        hit = torch.nonzero(torch.isin(clients.cpu(), self.attackers)).flatten()
+        if not len(hit):
+            return result
+        layout = Layout(tuple((n, s.shape) for n, s in downlink.uploaded().items()))
+        rows = layout.pack({n: result.trained[n][hit].cpu().double() for n, _ in layout.shapes}, 1)
+        start = opening_rows(downlink, base, layout, hit)
+        key = hash_key(self.seed, "attack", round_)
+        moved = self.attack.sent(rows - start, clients[hit], key)
+        trained = dict(result.trained)
+        for name, tensor in layout.unpack(start + moved).items():
+            trained[name] = trained[name].clone()
+            trained[name][hit] = tensor.to(trained[name])
+        return replace(result, trained=trained)

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from threadpoolctl import threadpool_limits
 
-from fedraclora.attacks.attack import LabelFlip
-from fedraclora.attacks.training import AttackedTrainer
+from fedraclora.attacks.attack import AttackedTrainer, LabelFlip
 from fedraclora.config.run_config import BESIDE, TaskConfig
 from fedraclora.config.schema import Plain, bind, coerce, section, without
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
+from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form
 from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.leak import refuse_shared
@@ -25,7 +25,6 @@ from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import refuse_contradiction
 from fedraclora.data.own import Brought, settled_own
 from fedraclora.data.partition import make_partition
-from fedraclora.data.reader import ArrayReader
 from fedraclora.data.samples import Partitioned, Samples, count_labels
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, FedRacLoraError
@@ -41,10 +40,9 @@ from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
 from fedraclora.protocol.cohorts import check_cohort
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
-from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.cohort import CohortTrainer, pretrain
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import keep_freed_memory
-from fedraclora.training.pretrain import pretrain
 
 PRETRAINED_KEPT = 8  # models in one process
 

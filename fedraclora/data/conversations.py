@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedraclora.data.frames import named_table
-from fedraclora.data.table import cells_of, open_text
+from fedraclora.data.frames import cells_of, named_table, open_text
 from fedraclora.errors import ConfigError, DataError, unknown
 
 Message = dict[str, str]

@@ -86,7 +86,7 @@ class DataSet:
             ``features`` in their order; what to ``subtract`` from inputs and to ``divide_by``;
             ``classes`` in their order, numbers where the target has numbers; the scale of a
             ``target`` that is a number.
-        reader: Reads samples that come later; None: arrays, as `fedraclora.data.reader` reads them.
+        reader: Reads samples that come later; None: arrays, as `fedraclora.data.arrays` reads them.
         clients: Every natural client that the source names, also those of whom no row is left;
             None where none is named.
     """

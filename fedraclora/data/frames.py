@@ -1,16 +1,23 @@
-"""Frames of rows: CSV, TSV and Parquet files, and what a program has."""
+"""Tables: frames of CSV, TSV and Parquet files and of programs, and columns of text.
+
+Texts are read as they stand: a TSV without quoting, a CSV with it, plain or packed (.gz, .bz2).
+"""
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
-from fedraclora.errors import ConfigError, DataError
+from fedraclora.errors import ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 Table = tuple["DataFrame", Path]  # rows, and where they are from, for messages
@@ -88,3 +95,90 @@ def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataF
     if len(frame.columns) == 1 and ";" in frame.columns[0]:
         raise DataError(f"{path}: the columns are parted by semicolons; set \"data.separator=';'\"")
     return frame
+
+
+Named = tuple[str, str | int]  # a key of the config, and the column that it names
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
+_DELIMITERS = {".tsv": "\t", ".csv": ","}
+
+
+def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[list[str]]:
+    """Read some columns of a table as strings.
+
+    A TSV is read with quoting off, for sentences hold lone quotes. A byte-order mark is skipped.
+
+    Args:
+        path: A file whose name ends in .tsv or .csv, with .gz or .bz2 after that or not.
+        columns: Pairs of the configuration key (for messages) and a column: its name in the
+            header, or its number from 0.
+        header: Whether the first row holds names; without it columns are numbers.
+
+    Returns:
+        One list per column, all of the same length.
+
+    Raises:
+        ConfigError: If the kind of file or a column is not known.
+        DataError: If the file cannot be read or a row is too short, with its line.
+    """
+    packed = path.suffix if path.suffix in _OPENERS else ""
+    kind = path.name.removesuffix(packed)[-4:]
+    if kind not in _DELIMITERS:
+        raise ConfigError(
+            f"{path}: a name that ends in .tsv or .csv, or in one of them and .gz or .bz2, is "
+            "wanted"
+        )
+    try:
+        with open_text(path) as file:
+            return _read(file, _DELIMITERS[kind], path, columns, header)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as a table: {error}") from error
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a text file, packed or not; a byte-order mark is skipped."""
+    opener: Any = _OPENERS.get(path.suffix, open)
+    file: TextIO = opener(path, "rt", encoding="utf-8-sig", newline="")
+    return file
+
+
+def cells_of(file: TextIO, delimiter: str) -> Any:
+    """Read rows of cells, by `csv.reader`; between tabs quotes are as any other sign."""
+    plain = delimiter == "\t"
+    return csv.reader(
+        file, delimiter=delimiter, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    )
+
+
+def _read(
+    file: TextIO, delimiter: str, path: Path, columns: Sequence[Named], header: bool
+) -> list[list[str]]:
+    reader = cells_of(file, delimiter)
+    names: list[str] = next(reader, []) if header else []
+    places = [_place(key, column, names, header) for key, column in columns]
+    found: list[list[str]] = [[] for _ in columns]
+    for row in reader:
+        if not row:  # a blank line, as at the end of a file
+            continue
+        for place, values in zip(places, found, strict=True):
+            if place >= len(row):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields, column {place} is wanted"
+                )
+            values.append(row[place])
+    return found
+
+
+def _place(key: str, column: str | int, names: list[str], header: bool) -> int:
+    """Turn a column's name or number into its number."""
+    if header and str(column) in names:
+        return names.index(str(column))
+    if isinstance(column, int) and not isinstance(column, bool) and column >= 0:
+        if header and column >= len(names):
+            raise ConfigError(
+                f"{key}={column}: there is no such column; the table has {len(names)}, counted "
+                "from 0"
+            )
+        return column
+    if not header:
+        raise ConfigError(f"{key}={column}: a table without header has columns 0, 1, 2, ...")
+    raise ConfigError(f"{key}: {unknown('column', column, names)}")

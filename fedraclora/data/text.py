@@ -13,11 +13,10 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import SHARE, DataSet, Read, Rows, divide
-from fedraclora.data.frames import named_table
+from fedraclora.data.frames import Named, named_table, read_columns
 from fedraclora.data.labels import Kind, classes_of, supervised, target_of
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
-from fedraclora.data.table import Named, read_columns
 from fedraclora.data.tokens import Encoder, make_encoder, require_tokenizer
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.limits import Count, Fraction, limited

@@ -16,8 +16,7 @@ from typing import Annotated
 import torch
 from typing_extensions import override
 
-from fedraclora.devices.availability import Availability, Diurnal
-from fedraclora.devices.distributions import Distribution, LogNormal
+from fedraclora.devices.distributions import Availability, Distribution, Diurnal, LogNormal
 from fedraclora.devices.timeline import Load, Race, Timeline
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.limits import Count, Fraction, Limited, NotNegative, Seconds, number_from

@@ -12,6 +12,7 @@ from fedraclora.data.locate import from_pretrained
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.export.trained import Order, Record, TrainedModel, is_hugging_face
 from fedraclora.models.pretrained import quiet
+from fedraclora.weights.files import save_tensors
 
 
 def write_hf(trained: TrainedModel, order: Order) -> Record:
@@ -78,3 +79,20 @@ def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
     except DataError:
         if trained.tokenizer != trained.source:  # a model's folder may be without one
             raise
+
+
+def write_state_dict(trained: TrainedModel, order: Order) -> Record:
+    """Write ``model.safetensors``: parameters and buffers, tied ones under each of their names.
+
+    Args:
+        trained: What the run trained.
+        order: Where to; without a rank: the weights are whole.
+
+    Raises:
+        ConfigError: If a rank is given.
+    """
+    no_rank(order.rank, "state_dict")
+    tensors = trained.model.state_dict()
+    digest = {"weights_digest": trained.facts.get("weights_digest")}
+    save_tensors(order.folder / "model.safetensors", tensors, digest, sync=False)
+    return {}

@@ -22,8 +22,15 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError
-from fedraclora.export.change import Factors, factors_of_difference, factors_of_product
-from fedraclora.export.trained import Order, Record, TrainedModel, is_hugging_face
+from fedraclora.export.trained import (
+    Factors,
+    Order,
+    Record,
+    TrainedModel,
+    factors_of_difference,
+    factors_of_product,
+    is_hugging_face,
+)
 from fedraclora.imports import import_extra
 from fedraclora.lowrank.algebra import padded_to
 from fedraclora.lowrank.layers import LayerView, layer_kind, layer_view

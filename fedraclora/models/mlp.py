@@ -1,4 +1,4 @@
-"""A multi-layer perceptron."""
+"""A multi-layer perceptron, and one without hidden layers: a linear model."""
 
 from __future__ import annotations
 
@@ -56,3 +56,27 @@ def build_mlp(
                 if dropout:
                     layers[f"dropout{index}"] = nn.Dropout(dropout)
     return Built(nn.Sequential(layers), head=(f"fc{len(widths) + 1}",), targets="all-linear")
+
+
+def build_linear(*, shape: tuple[int, ...], classes: int, seed: int, bias: bool = True) -> Built:
+    """Build one linear layer ``fc1`` from the flattened input to the outputs.
+
+    Args:
+        shape: Shape of one input.
+        classes: Number of outputs.
+        seed: The seed of the run.
+        bias: Whether the layer has a bias; the optimum of the synthetic data is without.
+
+    Returns:
+        The model. It has no head: its only layer is the one to adapt.
+
+    Raises:
+        ConfigError: If the data are token ids.
+    """
+    features = require_input("linear", shape, classes, text=False)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if len(shape) > 1:
+        layers["flatten"] = nn.Flatten()
+    with seeded(seed, "model"):
+        layers["fc1"] = nn.Linear(features, classes, bias=bias)
+    return Built(nn.Sequential(layers), head=(), targets="all-linear")

@@ -153,7 +153,7 @@ class Recipe:
         gradient: Makes the hook from the frozen factors, the recipe's arguments and the clients'
             rank budgets.
         steps: Whether clients take local steps; False: they send the mean of their gradients, and
-            stay where they are (`fedraclora.training.probe`).
+            stay where they are (`fedraclora.training.optimiser`).
         fixes: Whether some entries of what is trained have no gradient, ever: they stay as they
             are, unless something else than a gradient moves them.
         projects: Whether the optimiser projects the gradients of whole weights

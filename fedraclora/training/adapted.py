@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from fedraclora.training.packing import Places
+from fedraclora.models.packed_layout import Places
 
 
 class Term(NamedTuple):

@@ -11,8 +11,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import nn
 
-from fedraclora.data.samples import ClientData, count_examples
+from fedraclora.data.samples import ClientData, Samples, count_examples
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.protocol.link import Link, apply_link, matrices
@@ -20,16 +21,14 @@ from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.pool import Pool, Terms, fold_pools, parameters
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
 from fedraclora.protocol.recipes import RECIPES, keep_gradient
-from fedraclora.rng import hash_key
-from fedraclora.training.extra import Hook, Optimiser, When
+from fedraclora.rng import generator, hash_key
+from fedraclora.training.extra import Hook, LocalResult, Optimiser, When
 from fedraclora.training.galore import GaLore
 from fedraclora.training.gradients import clip_per_client, correcting, written_out_gradients
-from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import arrange, materialise
-from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.optimiser import CohortOptimiser, GradientMean
 from fedraclora.training.precision import FLOAT32, check_precision, products_in
-from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
 from fedraclora.training.row_moments import ROWS, taken_rows
 from fedraclora.training.schedule import Batch, Schedule
@@ -283,3 +282,29 @@ class CohortTrainer:
             self._programs[names] = Program.build(self.task, downlink, self.device)
         self._programs[names].load(base)
         return self._programs[names]
+
+
+def pretrain(model: nn.Module, train: Samples, loss: str, local: LocalConfig, seed: int) -> None:
+    """Train every weight of ``model`` in place, as a cohort of one.
+
+    With AdamW to the bits of `torch.optim.AdamW`, which imports torch's compiler: a second of every
+    start.
+
+    Args:
+        model: The network.
+        train: What it learns from.
+        loss: A key of `fedraclora.data.task.LOSSES`.
+        local: The optimiser, its step size, the samples of a step and the passes over ``train``.
+        seed: Of the run; orders the samples.
+    """
+    cohort = {n: p.detach()[None] for n, p in model.named_parameters()}
+    optimiser = CohortOptimiser(local, cohort, dict.fromkeys(cohort, local.lr))
+    for epoch in range(local.epochs):
+        order = torch.from_numpy(generator(seed, "pretrain", epoch).permutation(len(train)))
+        for rows in order.split(local.batch_size):
+            batch = train.take(rows).trim()
+            losses, counts = loss_function(loss)(forward(model, batch.inputs), batch.target)
+            model.zero_grad()
+            (losses.sum() / counts.sum()).backward()
+            found = {n: p.grad[None] for n, p in model.named_parameters() if p.grad is not None}
+            optimiser.step(found)

@@ -19,11 +19,10 @@ from typing_extensions import override
 
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import layer_view
-from fedraclora.models.packed_layout import Layout
+from fedraclora.models.packed_layout import Layout, Places
 from fedraclora.rng import cohort_bits, hash_key
 from fedraclora.training.adapted import Term, adapted_linear, times
 from fedraclora.training.extra import Scaling
-from fedraclora.training.packing import Places
 from fedraclora.tree import Tree
 
 
@@ -36,7 +35,7 @@ class CohortContext:
         rows: Samples in the batch, all clients together.
         tokens, padded: Tokens of a sample, and what they were before padding was trimmed, for
             dropout masks; 0 where samples have no padding.
-        places: Of the real tokens (`fedraclora.training.packing.real_tokens`), or None.
+        places: Of the real tokens (`fedraclora.models.packed_layout.real_tokens`), or None.
         layout: Of the batch inside the blocks of a transformer, where they are packed.
         dense: Tensors that clients train in full, [K, ...] by parameter name.
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
@@ -232,3 +231,89 @@ class CohortDropout(CohortLayer):
         elif whole != list(x.shape):
             keep = keep[:, : x.shape[1]]
         return x * keep.to(x.dtype) / (1 - p)
+
+
+class CohortConv2d(CohortLayer):
+    """`torch.nn.Conv2d`: full weights as a grouped convolution, low-rank terms as small ones."""
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [K * b, C, H, W] to [K * b, out, H', W']."""
+        x = self.batched(x)
+        K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
+        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
+        out = self._convolve(x, inner.weight) if weight is None else self._grouped(x, weight, K)
+        if (term := self.low_rank()) is not None:
+            factors, scale = term
+            out = out + scale * self._low_rank(x, factors, K)
+        b = x.shape[0] // K
+        if (rescale := self.rescale()) is not None:
+            out = (out * rescale.repeat_interleave(b, dim=0)[:, :, None, None]).to(out.dtype)
+        if bias is not None:
+            out = out + bias.to(out.dtype).repeat_interleave(b, dim=0)[:, :, None, None]
+        elif inner.bias is not None:
+            out = out + inner.bias[:, None, None].to(out.dtype)
+        return out
+
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, sides: int = 1) -> torch.Tensor:
+        """Convolve without bias, ``sides`` times as many channels as those of one sample."""
+        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
+        groups = sides * inner.groups
+        return F.conv2d(x, weight, None, inner.stride, inner.padding, inner.dilation, groups)
+
+    def _grouped(self, x: torch.Tensor, weight: torch.Tensor, K: int) -> torch.Tensor:
+        """Convolve each client's samples with its own kernel [K, out, in/groups, k, k]."""
+        b = x.shape[0] // K
+        side = x.reshape(K, b, *x.shape[1:]).transpose(0, 1).reshape(b, -1, *x.shape[2:])
+        out = self._convolve(side, weight.reshape(-1, *weight.shape[2:]), K)
+        out = out.reshape(b, K, -1, *out.shape[2:]).transpose(0, 1)
+        return out.reshape(x.shape[0], -1, *out.shape[3:])
+
+    def _low_rank(self, x: torch.Tensor, factors: list[torch.Tensor], K: int) -> torch.Tensor:
+        """Convolve with the last factor seen as kernels, then mix channels by the others."""
+        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
+        kernel, last = inner.weight.shape[1:], factors[-1]
+        if last.dim() == 2:
+            z = self._convolve(x, last.reshape(-1, *kernel))
+        else:
+            z = self._grouped(x, last.reshape(K, -1, *kernel), K)
+        for factor in reversed(factors[:-1]):
+            flat = z.reshape(K, -1, z.shape[1], z.shape[2] * z.shape[3])
+            mix = factor if factor.dim() == 2 else factor[:, None]
+            flat = torch.matmul(mix, flat)
+            z = flat.reshape(z.shape[0], -1, *z.shape[2:])
+        return z
+
+
+class CohortEmbedding(CohortLayer):
+    """`torch.nn.Embedding` with a table, or a low-rank term on it, per client."""
+
+    @override
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        """Look up int64 [K * b, ...] -> [K * b, ..., width]."""
+        index = self.batched(index)
+        inner: nn.Embedding = self.inner  # type: ignore[assignment]
+        K, weight = self.context.active, self.per_client("weight")
+        if weight is None:
+            out = F.embedding(index, inner.weight, inner.padding_idx)
+        else:
+            out = self._look_up(index, weight, K)
+        if (term := self.low_rank()) is not None:
+            factors, scale = term
+            rows = factors[0]
+            z = F.embedding(index, rows) if rows.dim() == 2 else self._look_up(index, rows, K)
+            for factor in factors[1:]:
+                z = times(z, factor.mT, K)
+            out = out + scale * z
+        return out
+
+    def _look_up(self, index: torch.Tensor, tables: torch.Tensor, K: int) -> torch.Tensor:
+        """Look up each client's rows in its own table [K, tokens, width]."""
+        inner: nn.Embedding = self.inner  # type: ignore[assignment]
+        shift = torch.arange(K, device=index.device) * tables.shape[1]
+        rows = index.reshape(K, -1) + shift[:, None]
+        out = F.embedding(rows, tables.reshape(-1, tables.shape[2]))
+        if inner.padding_idx is not None:  # the padding row is never trained, as in torch
+            fixed = (index.reshape(K, -1) == inner.padding_idx)[..., None]
+            out = torch.where(fixed, out.detach(), out)
+        return out.reshape(*index.shape, tables.shape[2])

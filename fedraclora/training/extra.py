@@ -1,4 +1,4 @@
-"""The seam of local training: what a setting may add to the local steps of a chunk of clients.
+"""The seam of local training: what a chunk of clients brings back, and what a setting may add.
 
 The core calls `LocalExtra` and `Keeper` and knows none of those that there are; they are in
 `fedraclora.training.extras`.
@@ -10,7 +10,7 @@ The core calls `LocalExtra` and `Keeper` and knows none of those that there are;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar, Protocol
 
@@ -18,8 +18,39 @@ import torch
 
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a chunk of clients brought back, in the order in which they were asked.
+
+    Attributes:
+        trained: Every trained tensor by name, [K, ...].
+        losses: Mean loss over the local steps of each client, float64 [K].
+        steps: Local steps taken, int64 [K].
+        samples: Training samples of each client, unpacked, int64 [K].
+        moments: Of their optimisers where these live on (`moments`), [K, ...] by name.
+    """
+
+    trained: Tree
+    losses: torch.Tensor
+    steps: torch.Tensor
+    samples: torch.Tensor
+    moments: Tree = field(default_factory=dict)
+
+
+def join(results: Sequence[LocalResult]) -> LocalResult | None:
+    """Put the trials of a chunk's parts together, in order; what stays at clients is left out."""
+    if len(results) < 2:
+        return results[0] if results else None
+    return LocalResult(
+        {name: torch.cat([t.trained[name] for t in results]) for name in results[0].trained},
+        torch.cat([t.losses for t in results]),
+        torch.cat([t.steps for t in results]),
+        torch.cat([t.samples for t in results]),
+    )
+
 
 Term = tuple[Sequence[torch.Tensor], float]  # factors and scale
 Rates = dict[str, float]  # step size of each trained tensor
@@ -139,7 +170,7 @@ class LocalExtra:
         return result
 
     def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:
-        """Compute s and c of the step that SGD takes in weight space (`training.steps`)."""
+        """Compute s and c of the step that SGD takes in weight space (`effective_step`)."""
         return scale, gram
 
     def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:

@@ -7,15 +7,209 @@ does not fit in here is left to autograd, with the same result but for rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+# A hook has arguments that an override uses.
+# ruff: noqa: ARG002
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fedraclora.data.task import SLOPES, Task
 from fedraclora.protocol.method import Downlink
-from fedraclora.training.stages import ACTIVATIONS, SHAPES, Flatten, Linear, Stage
+from fedraclora.training.adapted import times
 from fedraclora.tree import Tree
+
+THIN = 64  # outputs up to which a layer's weight and sketch are stacked into one product
+PADDING = 16  # BLAS is up to twice as fast where the width of a thin product is a multiple
+# Written out by torch itself: one pass, where comparing and multiplying takes three.
+relu_back = partial(torch.ops.aten.threshold_backward, threshold=0)
+tanh_back = torch.ops.aten.tanh_backward
+
+
+class Stage(Protocol):
+    """One layer on the way there and back."""
+
+    def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
+        """Map [K * b, ...]; ``values`` are the trained tensors of the K clients."""
+
+    def backward(
+        self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
+    ) -> torch.Tensor | None:
+        """Add the gradients of what is trained here; give that of the input, where it is wanted."""
+
+
+class Flatten:
+    """A layer of `SHAPES`: `torch.nn.Flatten` of all axes but the first, or none of them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.flat = isinstance(module, nn.Flatten)
+        self.shape: torch.Size | None = None
+
+    def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
+        """See `Stage.forward`."""
+        self.shape = x.shape
+        return x.flatten(1) if self.flat else x
+
+    def backward(
+        self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
+    ) -> torch.Tensor | None:
+        """See `Stage.backward`."""
+        return slope.reshape(self.shape) if to_input and self.shape is not None else None
+
+
+class Activation:
+    """An elementwise function whose slope is a function of its output."""
+
+    def __init__(
+        self, there: Callable[..., torch.Tensor], back: Callable[..., torch.Tensor]
+    ) -> None:
+        self.there, self.back = there, back
+        self.output: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
+        """See `Stage.forward`."""
+        self.output = self.there(x)
+        return self.output
+
+    def backward(
+        self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
+    ) -> torch.Tensor | None:
+        """See `Stage.backward`."""
+        return self.back(slope, self.output) if to_input else None
+
+
+class Linear:
+    """`torch.nn.Linear` ``x W^T + s (x A^T) B^T + c`` with any of its tensors trained per client.
+
+    Args:
+        name: Of the module.
+        downlink: What is trained.
+        base: The replica's weights.
+        frozen: Factors that are not trained.
+    """
+
+    def __init__(self, name: str, downlink: Downlink, base: Tree, frozen: Tree) -> None:
+        self.weight_name, self.bias_name = f"{name}.weight", f"{name}.bias"
+        dense = downlink.dense
+        self.weight = None if self.weight_name in dense else base[self.weight_name]
+        self.bias = None if self.bias_name in dense else base.get(self.bias_name)
+        self.base = base[self.weight_name]
+        self.outputs = self.base.shape[0]
+        adapter = downlink.adapters.get(self.weight_name)
+        self.scale = 0.0 if adapter is None else adapter.scale
+        labels = (
+            [] if adapter is None else [f"{self.weight_name}/{label}" for label in adapter.factors]
+        )
+        self.B_name, self.A_name = labels or ("", "")
+        self.frozen = {n: frozen[n] for n in labels if n in frozen}
+        self.stack = self.stacked_bias = None
+        self.room: torch.Tensor | None = None  # of a gradient
+        self.rate: float | None = None  # of steps that `backward` takes itself
+        A = self.frozen.get(self.A_name)
+        if self.weight is not None and A is not None and A.dim() == 2 and self.outputs <= THIN:
+            height = self.outputs + A.shape[0]
+            spare = A.new_zeros(-height % PADDING, A.shape[1])
+            self.stack = torch.cat([self.weight, A, spare])
+            if self.bias is not None:
+                self.stacked_bias = F.pad(self.bias, (0, len(self.stack) - self.outputs))
+
+    def factor(self, name: str, values: Tree, K: int) -> torch.Tensor:
+        """Return a factor: [K, ...] where clients have their own, 2-D where they share it."""
+        if name in values:
+            return values[name]
+        found = self.frozen[name]
+        return found[:K] if found.dim() == 3 else found
+
+    def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
+        """See `Stage.forward`."""
+        self.x, self.K, self.values = x, K, values
+        W, bias = values.get(self.weight_name), values.get(self.bias_name)
+        if self.stack is not None:
+            whole = F.linear(x, self.stack, self.stacked_bias)
+            out, wide = whole[:, : self.outputs], whole[:, self.outputs :]
+        elif W is None:
+            out, wide = F.linear(x, self.weight, self.bias), None  # type: ignore[arg-type]
+        else:
+            out, wide = times(x, W, K), None
+            out = out if self.bias is None else out.add_(self.bias)
+        if self.scale:
+            B, A = self.factor(self.B_name, values, K), self.factor(self.A_name, values, K)
+            self.z = times(x, A, K) if wide is None else wide[:, : A.shape[0]]
+            if B.dim() == 2:
+                out = torch.addmm(out, self.z, B.mT, alpha=self.scale)
+            else:
+                rows = torch.baddbmm(self.split(out), self.split(self.z), B.mT, alpha=self.scale)
+                out = rows.view(-1, self.outputs)
+        if bias is not None:
+            self.split(out).add_(bias[:, None])
+        return out
+
+    def split(self, rows: torch.Tensor) -> torch.Tensor:
+        """View [K * b, n] as [K, b, n]."""
+        return rows.view(self.K, -1, rows.shape[-1])
+
+    def backward(
+        self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
+    ) -> torch.Tensor | None:
+        """See `Stage.backward`."""
+        values, rows = self.values, self.split(slope)
+        if self.bias_name in values:
+            gradients[self.bias_name] = rows.sum(dim=1)
+        W, back = values.get(self.weight_name), None
+        if to_input:
+            back = slope @ self.weight if W is None else torch.bmm(rows, W).flatten(0, 1)  # type: ignore[operator]
+        if W is not None and self.rate is not None:
+            self._descend(rows, W, self.rate)
+        elif W is not None:
+            # In the same room at every step: fresh memory costs more than the product.
+            room = self.room = torch.empty_like(W) if self.room is None else self.room
+            x = self.split(self.x)
+            gradients[self.weight_name] = torch.bmm(rows.mT, x, out=room[: self.K])
+        return self._through_factors(slope, gradients, back) if self.scale else back
+
+    def _descend(self, rows: torch.Tensor, W: torch.Tensor, rate: float) -> None:
+        """Take the step of plain SGD: the product is added to the weight, and no gradient is there.
+
+        Weights round once, where a gradient of its own would round before its rate does.
+        """
+        # Client by client: BLAS may round several otherwise than one, of a sample each.
+        for slope, x, own in zip(
+            rows.split(1), self.split(self.x).split(1), W.split(1), strict=True
+        ):
+            own.baddbmm_(slope.mT, x, alpha=-rate)
+
+    def _through_factors(
+        self, slope: torch.Tensor, gradients: Tree, back: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Do the same for the low-rank term; ``back`` is what the weight gave."""
+        values, rows = self.values, self.split(slope)
+        if self.B_name in values:
+            # As [K, r, m]: BLAS is far quicker with the long axis last. So lie B's values, too.
+            gradients[self.B_name] = torch.bmm(self.split(self.z).mT, rows).mul_(self.scale).mT
+        if back is None and self.A_name not in values:
+            return None
+        B, A = (self.factor(n, values, self.K) for n in (self.B_name, self.A_name))
+        narrow = slope @ B if B.dim() == 2 else torch.bmm(rows, B).flatten(0, 1)
+        narrow = narrow.mul_(self.scale)
+        if self.A_name in values:
+            gradients[self.A_name] = torch.bmm(self.split(narrow).mT, self.split(self.x))
+        if back is None:
+            return None
+        if A.dim() == 2:
+            return back.addmm_(narrow, A)
+        self.split(back).baddbmm_(self.split(narrow), A)
+        return back
+
+
+SHAPES = (nn.Flatten, nn.Identity)
+ACTIVATIONS: dict[type[nn.Module], Callable[[], Activation]] = {
+    nn.ReLU: lambda: Activation(torch.relu_, relu_back),
+    nn.Tanh: lambda: Activation(torch.tanh_, tanh_back),
+}
+
 
 LARGE, ALIGNED = 1 << 20, 64  # bytes of a weight that fills a core's own cache; of a vector
 

@@ -34,7 +34,7 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
             else:
                 starts[name] = start_of(factor, like.new_zeros(factor.shape), order)
                 # A tall factor lies in memory as its transpose: so come its gradients
-                # (`fedraclora.training.stages`); those of a dense weight do not.
+                # (`fedraclora.training.feedforward`); those of a dense weight do not.
                 tall = factor.shape[0] > factor.shape[1]
                 start = starts[name].mT if tall else starts[name]
                 values[name] = per_client(start, K).mT if tall else per_client(start, K)

@@ -14,20 +14,19 @@ from fedraclora.data.task import Task
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
 from fedraclora.models.packed import Packer
-from fedraclora.models.packed_layout import Layout
+from fedraclora.models.packed_layout import Layout, packed_layout, real_tokens
 from fedraclora.protocol.method import Downlink
-from fedraclora.training.cohort_conv import CohortConv2d
-from fedraclora.training.cohort_embedding import CohortEmbedding
 from fedraclora.training.cohort_layers import (
     CohortContext,
+    CohortConv2d,
     CohortDropout,
+    CohortEmbedding,
     CohortLayer,
     CohortLayerNorm,
     CohortLinear,
 )
 from fedraclora.training.extra import Chunk
 from fedraclora.training.feedforward import FeedForward, written_out
-from fedraclora.training.packing import packed_layout, real_tokens
 from fedraclora.training.schedule import Batch, Schedule
 from fedraclora.tree import Tree, point_at
 

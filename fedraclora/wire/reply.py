@@ -14,7 +14,7 @@ from flwr.app import RecordDict
 from fedraclora.errors import WireError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.uplinks import SUM_BLOCK, Refusal, block_sums, check_rows
-from fedraclora.training.local_result import LocalResult
+from fedraclora.training.extra import LocalResult
 from fedraclora.tree import Layout, difference
 from fedraclora.wire.changes import Coded
 from fedraclora.wire.downlink import TrainRequest

@@ -41,7 +41,7 @@ from fedraclora.strategies.shared.layerwise import (
     Value,
 )
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.local_result import LocalResult
+from fedraclora.training.extra import LocalResult
 from fedraclora.training.materialise import start_from
 from fedraclora.tree import Tree
 from tests.campaigns.planting import Planting, defect, defects_of

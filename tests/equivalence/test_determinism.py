@@ -27,7 +27,7 @@ from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.local_result import LocalResult
+from fedraclora.training.extra import LocalResult
 from fedraclora.tree import Tree, digest
 from fedraclora.wire.downlink import uplink_layout
 

@@ -34,7 +34,7 @@ from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.strategies import METHODS
 from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.local_result import LocalResult
+from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import LiveTensors, measure
 from fedraclora.tree import Tree, digest

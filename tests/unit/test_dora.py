@@ -17,7 +17,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
-from fedraclora.training.extras.magnitudes import Magnitudes
+from fedraclora.training.extras.settings import Magnitudes
 
 SMALL = ["data=digits", "pretrain=none", "clients=6", "cohort=3", "rounds=1", "model.hidden=[9]"]
 

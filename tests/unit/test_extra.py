@@ -18,8 +18,7 @@ from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import Chunk, Forward, Hook, LocalExtra, Rates, When
-from fedraclora.training.local_result import LocalResult
+from fedraclora.training.extra import Chunk, Forward, Hook, LocalExtra, LocalResult, Rates, When
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree

@@ -18,11 +18,10 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training import feedforward
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.feedforward import FeedForward, written_out
+from fedraclora.training.feedforward import THIN, FeedForward, written_out
 from fedraclora.training.gradients import written_out_gradients
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.program import OpenChunk
-from fedraclora.training.stages import THIN
 from fedraclora.tree import Tree
 
 SIZES = (5, 9, 3, 7)

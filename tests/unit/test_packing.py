@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from fedraclora.data.samples import Samples
+from fedraclora.models.packed_layout import Places, real_tokens
 from fedraclora.rng import generator
 from fedraclora.training.adapted import Term, adapted_linear
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
-from fedraclora.training.packing import Places, real_tokens
 from fedraclora.training.schedule import Batch, Schedule
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])

@@ -12,11 +12,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from fedraclora.errors import ShapeError
-from fedraclora.plots import comparison, partition, run
+from fedraclora.plots import comparison, run
 from fedraclora.plots.comparison import compare_figure
 from fedraclora.plots.leaderboard import Entrant, clusters, leaderboard_figure, spanned
-from fedraclora.plots.partition import label_distribution
-from fedraclora.plots.run import curves
+from fedraclora.plots.run import curves, label_distribution
 from fedraclora.rng import generator
 from fedraclora.run.ledger import Row
 
@@ -242,7 +241,7 @@ def test_a_part_of_the_clients_is_called_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(partition, "write_png", lambda figure, _: figures.append(figure))
+    monkeypatch.setattr(run, "write_png", lambda figure, _: figures.append(figure))
     counts = np.ones((60, 4), dtype=np.int64)
     label_distribution(counts, tmp_path / "partition.png", population=10**6)
     label_distribution(counts, tmp_path / "partition.png")

@@ -16,8 +16,8 @@ from torch import nn
 
 import fedraclora
 from fedraclora.data import DATASETS, conversations, select_labels
+from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form, as_scaled
-from fedraclora.data.reader import ArrayReader
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.data.text import TextReader

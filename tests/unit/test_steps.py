@@ -8,7 +8,7 @@ import torch
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.steps import effective_step
+from fedraclora.training.localconfig import effective_step
 
 
 def sketched(scale: float, *, side: str = "right", **changes: object) -> Adapter:

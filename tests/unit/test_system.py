@@ -15,8 +15,15 @@ from typing_extensions import override
 
 from fedraclora import rng
 from fedraclora.config.schema import build, without
-from fedraclora.devices.availability import Availability, Bernoulli, Diurnal
-from fedraclora.devices.distributions import Choice, Constant, LogNormal, Uniform
+from fedraclora.devices.distributions import (
+    Availability,
+    Bernoulli,
+    Choice,
+    Constant,
+    Diurnal,
+    LogNormal,
+    Uniform,
+)
 from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load
 from fedraclora.errors import ClientError, ConfigError

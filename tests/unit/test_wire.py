@@ -21,7 +21,7 @@ from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
 from fedraclora.sketch import SketchSpec
-from fedraclora.training.local_result import LocalResult
+from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.downlink import (

@@ -13,8 +13,7 @@ from typing_extensions import override
 
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
 from fedraclora.protocol.rank_budgets import cut_gradients
-from fedraclora.training.extra import Chunk, Forward, LocalExtra
-from fedraclora.training.local_result import LocalResult
+from fedraclora.training.extra import Chunk, Forward, LocalExtra, LocalResult
 from fedraclora.tree import Tree
 
 

@@ -5,18 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from typing_extensions import override
 
 from fedraclora.limits import NotNegative, Positive, choice_of
+from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.training.extra import LocalExtra, Scaling
+from fedraclora.training.extra import LocalExtra, Scaling, Term
 from fedraclora.training.extras.gates import Gates
 from fedraclora.training.extras.lora_rite import LoraRite
-from fedraclora.training.extras.magnitudes import Magnitudes
 from fedraclora.training.extras.pairs import ADJUSTMENTS, Adjustment, Precondition
 from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
+
+
+class Magnitudes(Scaling):
+    """Rows have the lengths that are trained beside them, whatever their adapter adds."""
+
+    @override
+    def name_of(self, weight: str) -> str:
+        return magnitude_of(weight)
+
+    @override
+    def outputs(self, own: torch.Tensor, matrix: torch.Tensor, term: Term | None) -> torch.Tensor:
+        with torch.no_grad():  # they are constants in the gradient
+            lengths = row_lengths(matrix, *(term or ()))
+        return own / lengths
+
+    @override
+    def rows(self, own: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return rescaled(matrix, own)
 
 
 @dataclass(frozen=True)
