@@ -59,7 +59,7 @@ $(RUNTIME): pyproject.toml requirements-data.txt
 	@touch $@
 
 simulate: $(RUNTIME) ## Run the main job: Fed-RAC-LoRA over 200 simulated clients (ARGS="key=value ...")
-	$(BIN)/python -m fedraclora.experiments.cli simulate $(ARGS)
+	$(BIN)/fedraclora simulate $(ARGS)
 
 test: style ## Check style, imports and types, and run the tests (not the slow ones, no GPU)
 	$(MAKE) --no-print-directory --jobs 2 types tests
@@ -92,7 +92,7 @@ golden: install ## Write the golden curves anew (the commit must say why they mo
 	$(BIN)/python -m pytest tests/golden --write-golden $(ARGS)
 
 bench: install ## Time the engines, central training and the peers (ARGS="size=A check=true")
-	$(BIN)/python -m fedraclora.experiments.bench $(ARGS)
+	$(BIN)/fedraclora bench $(ARGS)
 
 bench-peers: $(PEERS:%=.venv-peers/%/.installed) ## Install the peers of bench, each in .venv-peers/<name>
 

@@ -18,9 +18,9 @@ from fedraclora.experiments.status import printing, reported
 # What each is for stands in usage.tmpl.
 COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "evaluate")
 COMMANDS += ("predict", "export")
-COMMANDS += ("compact", "report", "theory", "init", "bench")
+COMMANDS += ("compact", "report", "study", "theory", "init", "bench")
 # Commands that are a folder, and the module in it that runs them.
-FOLDERS = dict.fromkeys(("bench", "report", "theory"), ".command")
+FOLDERS = dict.fromkeys(("bench", "study", "theory"), ".command") | {"report": ".page"}
 
 
 def usage() -> str:

@@ -5,7 +5,7 @@
 RUN is the folder of a run or of a sweep. Runs that differ in nothing but seed and output folder
 are one group. Groups are ranked by the metric; runs that diverged, or are unfinished, are named and
 have no rank; broken ones are left out. With ``experiment=STUDY`` the runs are made first:
-`fedraclora.experiments.study.ranking`.
+`fedraclora.experiments.study.leaderboard`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fedraclora.experiments.study.entries import (
     shown_error,
     traffic,
 )
-from fedraclora.experiments.study.ranking import compare_study, is_study
+from fedraclora.experiments.study.leaderboard import compare_study, is_study
 from fedraclora.experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from typing_extensions import override
 
-from fedraclora.experiments.bench.report import Rows
+from fedraclora.experiments.bench.timing import Rows
 
 SAME_LOSS = 1e-4  # relative: float32 sums of another order differ in the sixth digit
 

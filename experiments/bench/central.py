@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,8 +12,13 @@ from typing_extensions import override
 
 from fedraclora.data.task import LOSSES, Task, forward
 from fedraclora.data.token_losses import output_layer, token_losses
-from fedraclora.experiments.bench.workloads import LR, Workload, plan_of
+from fedraclora.experiments.bench.runs import opened, trainer_of
+from fedraclora.experiments.bench.workloads import LR, Case, Workload, plan_of
+from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.program import copied_layers
+from fedraclora.tree import Tree
 
 
 class LowRankLinear(nn.Module):
@@ -73,3 +81,107 @@ class Central:
                     losses, _ = LOSSES[self.task.loss](outputs, batch.target)
                 (losses.sum() / (len(clients) * workload.batch)).backward()
             optimiser.step()
+
+
+class PlainLoop:
+    """One module, one optimiser per client, a running sum.
+
+    Args:
+        workload: Whose local work is done.
+        task: The task of the workload.
+
+    Attributes:
+        state: The weights after the last round.
+    """
+
+    def __init__(self, workload: Workload, task: Task) -> None:
+        self.workload, self.task = workload, task
+        self.state = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+
+    def round(self) -> None:
+        """Train every client in turn and average."""
+        model, data = self.task.model.train(), self.task.train
+        sums = {n: torch.zeros_like(t) for n, t in self.state.items()}
+        device = next(model.parameters()).device
+        places = torch.arange(self.workload.samples, device=device).split(self.workload.batch)
+        for client in torch.arange(data.num_clients, device=device).split(1):
+            model.load_state_dict(self.state)
+            optimiser = torch.optim.SGD(model.parameters(), lr=LR)
+            for place in places:
+                batch = data.gather(client, place[None])
+                optimiser.zero_grad()
+                F.cross_entropy(forward(model, batch.inputs), batch.target).backward()
+                optimiser.step()
+            for name, value in model.named_parameters():
+                sums[name] += value.detach()
+        self.state = {n: t / data.num_clients for n, t in sums.items()}
+
+
+DEFAULT = "default"  # PEFT's name of the one adapter
+
+
+class PeftLoop:
+    """One model with one adapter, one client after another, a running sum, a merge.
+
+    Args:
+        case: Whose local work is done, under the sketches of the vectorised row.
+        precision: Of the matrix products.
+    """
+
+    def __init__(self, case: Case, precision: str = FLOAT32) -> None:
+        import peft
+
+        self.case, self.precision, self.done = case, precision, 0
+        method = FedRacLora(rank=case.workload.rank)
+        _, downlink = opened(method, trainer_of(case, method)(), case.workload.cohort)
+        self.sketches: dict[str, SketchSpec] = {}
+        self.scales: dict[str, float] = {}
+        for weight, adapter in downlink.adapters.items():
+            name, spec = weight.removesuffix(".weight"), adapter.factors["A"]
+            if isinstance(spec, SketchSpec):
+                self.sketches[name], self.scales[name] = spec, adapter.scale
+        config = peft.LoraConfig(
+            target_modules=[*self.sketches],
+            rank_pattern={name: spec.rank for name, spec in self.sketches.items()},
+            alpha_pattern={n: self.scales[n] * spec.rank for n, spec in self.sketches.items()},
+        )
+        inner = case.model.train()
+        self.model: Any = peft.get_peft_model(inner, config)  # it replaces layers of `inner`
+        self.layers: dict[str, Any] = {name: inner.get_submodule(name) for name in self.sketches}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+
+    def weights(self) -> Tree:
+        """Return the weights after the last round."""
+        merged = {f"{n}.weight": layer.base_layer.weight for n, layer in self.layers.items()}
+        return dict(self.case.task.model.named_parameters()) | merged
+
+    def round(self) -> None:
+        """Draw A, train B from zero at each client in turn, average, and merge."""
+        data, workload = self.case.task.train, self.case.workload
+        B = {name: layer.lora_B[DEFAULT].weight for name, layer in self.layers.items()}
+        sums = {name: torch.zeros_like(factor) for name, factor in B.items()}
+        with torch.no_grad():
+            for name, spec in self.sketches.items():
+                drawn = replace(spec, index=self.done).draw()
+                self.layers[name].lora_A[DEFAULT].weight.copy_(drawn)
+        places = torch.arange(workload.samples, device=self.case.device).split(workload.batch)
+        for client in torch.arange(workload.clients, device=self.case.device).split(1):
+            with torch.no_grad():
+                for factor in B.values():
+                    factor.zero_()
+            optimiser = torch.optim.SGD(B.values(), lr=LR)
+            for place in places:
+                batch = data.gather(client, place[None]).trim()  # to its own longest text
+                optimiser.zero_grad()
+                with products_in(self.precision, self.case.device):
+                    loss = self.model(**batch.inputs, labels=batch.target).loss
+                loss.backward()
+                optimiser.step()
+            for name, factor in B.items():
+                sums[name] += factor.detach()
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                A, mean = layer.lora_A[DEFAULT].weight, sums[name] / workload.clients
+                layer.base_layer.weight.addmm_(mean, A, alpha=self.scales[name])
+        self.done += 1

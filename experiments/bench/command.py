@@ -20,24 +20,30 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from typing_extensions import override
+
 from fedraclora.config.build import fix_bits, pick_device
-from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
+from fedraclora.config.schema import build
+from fedraclora.errors import ConfigError, EngineError, FedRacLoraError, unknown
 from fedraclora.experiments.bench.bounds import disagreements, judge
-from fedraclora.experiments.bench.capacity import largest_chunk
-from fedraclora.experiments.bench.config import BenchConfig, parse
 from fedraclora.experiments.bench.launch import interpreter, run_peer
 from fedraclora.experiments.bench.phases import profile
-from fedraclora.experiments.bench.report import Report, about
 from fedraclora.experiments.bench.rows import BUILDERS, hosted, peak_alone
-from fedraclora.experiments.bench.table import table, tables
+from fedraclora.experiments.bench.runs import opened, trainer_of
+from fedraclora.experiments.bench.table import Report, about, table, tables
 from fedraclora.experiments.bench.timing import Figures, figures, interleaved, training_loss
 from fedraclora.experiments.bench.usage import PROC
 from fedraclora.experiments.bench.workloads import PEERS, RAY, WORKLOADS, Case
 from fedraclora.experiments.status import reported
+from fedraclora.experiments.words import key_values
+from fedraclora.limits import Count, Limited
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.training.memory import is_out_of_memory
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree
 
@@ -82,7 +88,7 @@ def run(config: BenchConfig) -> int:
 
 def apart(config: BenchConfig) -> int:
     """Time one workload in a process of its own, which holds no memory of another; its status."""
-    command = [sys.executable, "-m", "fedraclora.experiments.bench", *config.words]
+    command = [sys.executable, "-m", "fedraclora.experiments.cli", "bench", *config.words]
     return abs(subprocess.run(command, check=False).returncode)  # noqa: S603  this program
 
 
@@ -151,3 +157,117 @@ def show(report: Report) -> None:
     print(table(report).markdown())
     for name, why in report.missing.items():
         print(f"missing: {name}: {why}")
+
+
+ROWS = tuple(dict.fromkeys(row for workload in WORKLOADS.values() for row in workload.rows))
+
+
+@dataclass(frozen=True)
+class BenchConfig(Limited):
+    """What to time.
+
+    Attributes:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        size: A workload, several joined by commas, or ``all``.
+        rows: Names of rows joined by commas, or ``all``.
+        rounds: Counted rounds of each row; null: as the workload says.
+        threads: Of torch, in each process.
+        out: A folder; each workload writes one JSON file there.
+        peers: The folder with one virtual environment per peer (``make bench-peers``).
+        check: Fail when a ratio leaves its bound.
+        profile: Say where the time of a round goes, instead.
+        table: Print the tables of a folder of JSON files, instead.
+    """
+
+    device: str = "auto"
+    size: str = "all"
+    rows: str = "all"
+    rounds: Count | None = None
+    threads: Count = 1
+    out: str | None = None
+    peers: str = ".venv-peers"
+    check: bool = False
+    profile: bool = False
+    table: str | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        """Reject impossible settings."""
+        super().__post_init__()
+        for size in self.sizes:
+            if size not in WORKLOADS:
+                raise unknown("size", size, [*WORKLOADS, "all"])
+        for row in () if self.rows == "all" else self.rows.split(","):
+            if row not in ROWS:
+                raise unknown("rows", row, [*ROWS, "all"])
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Names of the chosen workloads."""
+        return tuple(WORKLOADS) if self.size == "all" else tuple(self.size.split(","))
+
+    @property
+    def words(self) -> list[str]:
+        """The words that `parse` reads this from."""
+        return [f"{key}={value}" for key, value in vars(self).items() if value is not None]
+
+    def wants(self, row: str) -> bool:
+        """Return whether a row is asked for."""
+        return self.rows == "all" or row in self.rows.split(",")
+
+
+def parse(words: list[str]) -> BenchConfig:
+    """Read ``key=value`` words.
+
+    Raises:
+        ConfigError: If a word or a value is wrong, naming it.
+    """
+    return build("bench", BenchConfig, key_values(words))
+
+
+MOST = 1 << 20
+
+
+def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
+    """Find the largest number that fits, to within an eighth: doubling, then halving the gap.
+
+    Args:
+        fits: Whether a number does; one that is larger than one that does not is not tried.
+        most: The largest to try.
+
+    Returns:
+        The number; 0 if not even 1 fits.
+
+    Example:
+        >>> largest(lambda n: n <= 1000)
+        960
+    """
+    good, bad = 0, 1
+    while bad <= most and fits(bad):
+        good, bad = bad, 2 * bad
+    while bad <= most and bad - good > max(1, good // 8):
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def largest_chunk(case: Case, precision: str) -> int:
+    """Train chunks of more and more clients of a workload until memory runs out."""
+    method = FedRacLora(rank=case.workload.rank)
+    trainer = trainer_of(case, method, precision=precision)()
+    state, downlink = opened(method, trainer, case.workload.cohort)
+
+    def fits(clients: int) -> bool:
+        ids = torch.arange(clients) % case.task.train.num_clients
+        try:
+            trainer.train(state.base, downlink, ids, round_=1, rate_scale=1.0)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            if case.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return True
+
+    return largest(fits)

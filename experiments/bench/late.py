@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fedraclora.clients.engines import InProcess
 from fedraclora.engines.base import EngineParts
-from fedraclora.experiments.bench.report import Rows
 from fedraclora.experiments.bench.runs import ENDLESS, Row, opened, settle, trainer_of
+from fedraclora.experiments.bench.timing import Rows
 from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import Case
 from fedraclora.run.ledger import column

@@ -12,9 +12,7 @@ from multiprocessing import get_context
 import torch
 
 from fedraclora.experiments.bench import late
-from fedraclora.experiments.bench.central import Central
-from fedraclora.experiments.bench.peft_loop import PeftLoop
-from fedraclora.experiments.bench.plain import PlainLoop
+from fedraclora.experiments.bench.central import Central, PeftLoop, PlainLoop
 from fedraclora.experiments.bench.runs import RAY_WORKERS, Row, federated, lapped, ray_settings
 from fedraclora.experiments.bench.usage import Laps, peak, reset_peak
 from fedraclora.experiments.bench.workloads import RAY, Case, Workload

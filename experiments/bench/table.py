@@ -6,17 +6,24 @@ that show them.
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.experiments.bench import late
-from fedraclora.experiments.bench.report import Report
 from fedraclora.experiments.bench.workloads import RAY, WORKLOADS
 from fedraclora.experiments.tables import Table
+from fedraclora.run.folder import git_revision
 
 LABELS: dict[str, str] = yaml.safe_load(
     Path(__file__).with_name("labels.yaml").read_text(encoding="utf-8")
@@ -124,3 +131,68 @@ def against(row: Mapping[str, Any], other: Mapping[str, Any] | None, by: str) ->
 def label(name: str, row: Mapping[str, Any]) -> str:
     """Name a row for the reader; a peer with its versions."""
     return LABELS.get(name, name).format(**row.get("facts", {}).get("versions", {}))
+
+
+PACKAGES = ("torch", "flwr", "ray", "numpy")
+
+
+@dataclass
+class Report:
+    """What was found for one workload.
+
+    Attributes:
+        workload: Its name.
+        rows: Figures by name of the row.
+        missing: Rows that were wanted, and why they are not there.
+        about: Machine, versions, revision.
+    """
+
+    workload: str
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``<workload>.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"what": WORKLOADS[self.workload].what, **vars(self)}
+        text = json.dumps(found, indent=1, default=str)
+        (folder / f"{self.workload}.json").write_text(text + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read a file of `write` back.
+
+        Raises:
+            ConfigError: If it is no such file.
+        """
+        try:
+            found = json.loads(path.read_text())
+            return cls(found["workload"], found["rows"], found["missing"], found["about"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} holds no figures of the benchmark: {error}") from error
+
+
+def about(device: torch.device, threads: int) -> dict[str, object]:
+    """Name the machine, the versions and the revision."""
+    found: dict[str, object] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "device": device.type,
+        "threads": threads,
+        "versions": {package: version(package) for package in PACKAGES},
+        "git": git_revision(),
+    }
+    if device.type == "cuda":
+        found["card"] = torch.cuda.get_device_name()
+    return found
+
+
+def processor() -> str:
+    """Name the processor as Linux does, or as Python does elsewhere."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()

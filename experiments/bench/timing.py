@@ -19,6 +19,7 @@ from fedraclora.experiments.bench.usage import Laps, peak, reset_peak, tree_peak
 PATIENCE = 60.0  # seconds of counted rounds, after which a slow row stops early
 LEAST = 3  # counted rounds of a row, however slow
 Figures = dict[str, Any]  # of a row, by name
+Rows = Mapping[str, Mapping[str, Any]]
 BURST, SHORT = 5, 0.25  # rounds in a row, where one takes less than so many seconds
 
 

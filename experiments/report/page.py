@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +16,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from fedraclora.config.schema import section
-from fedraclora.errors import CheckpointError
+from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.progress import size
 from fedraclora.experiments.report.figures import curves
 from fedraclora.experiments.reports import ROUNDING, Run, read_run
+from fedraclora.experiments.status import reported
 from fedraclora.objects import NAME
 from fedraclora.run.folder import method_label, run_title
 from fedraclora.run.ledger import headline, known_mean, number
@@ -256,3 +259,25 @@ def figure(value: object) -> str:
     if value is None or value != value:  # noqa: PLR0124
         return "not finite"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+FILE = "report.html"
+
+
+@reported
+def main() -> int:
+    """Write the report of the runs that are named."""
+    parser = argparse.ArgumentParser(prog="fedraclora report", description="One HTML file of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--out", type=Path, help=f"default: {FILE} in the first run folder")
+    parser.add_argument("--title", help="default: the method and data of the runs")
+    arguments = parser.parse_args(sys.argv[1:])
+    folders = [folder.expanduser() for folder in arguments.runs]
+    if twice := {str(f) for f in folders if folders.count(f) > 1}:
+        raise ConfigError(f"{', '.join(sorted(twice))} is named twice; name each run once")
+    shown = [read_shown(folder) for folder in folders]
+    out = (arguments.out or folders[0] / FILE).expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page_of(shown, arguments.title), encoding="utf-8")
+    print(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return 0

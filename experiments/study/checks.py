@@ -10,8 +10,7 @@ from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.experiments.assemble import assemble
-from fedraclora.experiments.study.file import Study
-from fedraclora.experiments.study.same import check_split, config_of
+from fedraclora.experiments.study.file import Study, check_split, config_of
 from fedraclora.experiments.study.tuning import Done, Line
 from fedraclora.run.digests import data_files
 

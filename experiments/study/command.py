@@ -1,6 +1,6 @@
 """Tune every row of a study alike, and run its seeds.
 
-    python -m fedraclora.experiments.study STUDY.yaml [KEY=VALUE ...]
+    fedraclora study STUDY.yaml [KEY=VALUE ...]
 
 A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
 split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value, and
@@ -28,9 +28,7 @@ from fedraclora.experiments.study.tuning import tuned_by
 @in_order()
 def main() -> int:
     """Run a study to its end."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedraclora.experiments.study", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="fedraclora study", description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
     parser.add_argument("--metric", help="in place of the study's own")

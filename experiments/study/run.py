@@ -25,8 +25,7 @@ from fedraclora.experiments.choices import composed
 from fedraclora.experiments.reports import refuse_overwriting
 from fedraclora.experiments.status import explained
 from fedraclora.experiments.study.checks import check_data, check_rows
-from fedraclora.experiments.study.file import Job, Study
-from fedraclora.experiments.study.same import check_same
+from fedraclora.experiments.study.file import Job, Study, check_same
 from fedraclora.experiments.study.tables import write_results
 from fedraclora.experiments.study.tuning import Line, read_lines, score, tried_values, tuned_value
 from fedraclora.run.digests import data_files

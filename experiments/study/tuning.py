@@ -12,8 +12,7 @@ from typing import Any
 
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
-from fedraclora.experiments.study.file import Study
-from fedraclora.experiments.study.same import check_split, config_of
+from fedraclora.experiments.study.file import Study, check_split, config_of
 
 Line = dict[str, Any]  # of runs.jsonl
 Done = Mapping[str, Line]  # by key

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from rich.progress import track
@@ -36,12 +38,16 @@ from fedraclora.experiments.theory import counter_example as example
 from fedraclora.experiments.theory import noise_example as noise
 from fedraclora.experiments.theory import verdict
 from fedraclora.experiments.theory.cases import all_cases
-from fedraclora.experiments.theory.config import TheoryConfig
-from fedraclora.experiments.theory.figures import draw
-from fedraclora.experiments.theory.report import bounds_table, example_table, slowdown_table
-from fedraclora.experiments.theory.slowdown import slowdowns
+from fedraclora.experiments.theory.figures import (
+    bounds_table,
+    draw,
+    example_table,
+    slowdown_table,
+    slowdowns,
+)
 from fedraclora.experiments.theory.verdict import judge
 from fedraclora.experiments.words import key_values
+from fedraclora.limits import Count, Limited, choice_of, whole_from
 from fedraclora.run.folder import provenance
 
 T = TypeVar("T")
@@ -122,3 +128,20 @@ def _short(report: object) -> object:
         parse_float=lambda text: float(f"{float(text):.6g}"),
         parse_constant=lambda text: str(float(text)),
     )
+
+
+@dataclass(frozen=True)
+class TheoryConfig(Limited):
+    """What to run.
+
+    Attributes:
+        size: ``full``, or ``small``: one curve of each panel, and few rounds of it.
+        seeds: Of sketches, cohorts and shuffles.
+        jobs: Processes; the number of cores unless given.
+        out: The folder to write; null: a dated one.
+    """
+
+    size: Annotated[str, choice_of(("full", "small"))] = "full"
+    seeds: Annotated[int, whole_from(2)] = 20  # fewer have no standard error
+    jobs: Count = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    out: str | None = None

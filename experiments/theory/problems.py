@@ -20,7 +20,7 @@ from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.synthetic import least_squares, logistic_regression
 from fedraclora.data.task import SLOPES, Task
 from fedraclora.errors import unknown
-from fedraclora.experiments.theory.bounds.logistic import logistic_pl
+from fedraclora.experiments.theory.bounds.descent import logistic_pl
 from fedraclora.experiments.theory.runs import start_of
 from fedraclora.models.mlp import build_linear
 from fedraclora.rng import generator, torch_normal

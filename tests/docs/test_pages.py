@@ -11,11 +11,11 @@ import pytest
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import build
 from fedraclora.experiments import deploy
-from fedraclora.experiments.bench.config import parse
+from fedraclora.experiments.bench.command import parse
 from fedraclora.experiments.choices import composed
 from fedraclora.experiments.study.file import Study
-from fedraclora.experiments.study.ranking import chosen, find
-from fedraclora.experiments.theory.config import TheoryConfig
+from fedraclora.experiments.study.leaderboard import chosen, find
+from fedraclora.experiments.theory.command import TheoryConfig
 from fedraclora.experiments.words import key_values
 from fedraclora.strategies import METHODS
 

@@ -13,11 +13,9 @@ import pytest
 import torch
 from pretend import NAME, Card
 
-from fedraclora.experiments.bench.command import run
-from fedraclora.experiments.bench.config import parse
-from fedraclora.experiments.bench.report import Report
+from fedraclora.experiments.bench.command import parse, run
 from fedraclora.experiments.bench.rows import BUILDERS
-from fedraclora.experiments.bench.table import tables
+from fedraclora.experiments.bench.table import Report, tables
 from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import WORKLOADS, Case, Workload, network, vectors
 from fedraclora.training.cohort import CohortTrainer

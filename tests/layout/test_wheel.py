@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedraclora.experiments import app, choices, init
-from fedraclora.experiments.study import ranking
+from fedraclora.experiments.study import leaderboard
 from fedraclora.run import folder as runfolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def test_it_holds_code_and_settings_and_no_results(wheel: Mapping[str, Path]) ->
 
 def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> None:
     read = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
-    read += [*choices.CONF.rglob("*.yaml"), *ranking.STUDIES.glob("*.yaml")]
+    read += [*choices.CONF.rglob("*.yaml"), *leaderboard.STUDIES.glob("*.yaml")]
     for kind in ("py.typed", "*.j2", "*.tmpl", "*.yaml"):
         found = [path for name in PACKAGES for path in (ROOT / name).rglob(kind)]
         read += [path for path in found if "results" not in path.parts]

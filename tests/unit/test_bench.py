@@ -20,14 +20,19 @@ import torch
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench import command, late
 from fedraclora.experiments.bench.bounds import BOUNDS, disagreements, judge
-from fedraclora.experiments.bench.capacity import largest, largest_chunk
-from fedraclora.experiments.bench.command import measure, run, timed
-from fedraclora.experiments.bench.config import BenchConfig, parse
+from fedraclora.experiments.bench.command import (
+    BenchConfig,
+    largest,
+    largest_chunk,
+    measure,
+    parse,
+    run,
+    timed,
+)
 from fedraclora.experiments.bench.launch import environment, interpreter, run_peer
 from fedraclora.experiments.bench.phases import profile
-from fedraclora.experiments.bench.report import Report
 from fedraclora.experiments.bench.rows import BUILDERS
-from fedraclora.experiments.bench.table import side_by_side, table, tables
+from fedraclora.experiments.bench.table import Report, side_by_side, table, tables
 from fedraclora.experiments.bench.timing import training_loss
 from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import (

@@ -15,8 +15,7 @@ import yaml
 
 import fedraclora
 from fedraclora.errors import CheckpointError
-from fedraclora.experiments.report.command import main
-from fedraclora.experiments.report.page import differences, page_of, read_shown, results
+from fedraclora.experiments.report.page import differences, main, page_of, read_shown, results
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
 WORDS += ("output.plots=false", "clients=6", "cohort=3", "rounds=4")

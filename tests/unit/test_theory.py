@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.theory.bounds.descent import Given
-from fedraclora.experiments.theory.bounds.logistic import logistic_pl
+from fedraclora.experiments.theory.bounds.descent import Given, logistic_pl
 from fedraclora.experiments.theory.bounds.spectrum import beside_kept, of_downlink, over_layers
 from fedraclora.experiments.theory.bounds.theorems import (
     cover,

@@ -13,10 +13,10 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.theory import counter_example as example
 from fedraclora.experiments.theory import noise_example as noise
 from fedraclora.experiments.theory.cases import SCALE, Case, all_cases
-from fedraclora.experiments.theory.config import TheoryConfig
+from fedraclora.experiments.theory.command import TheoryConfig
+from fedraclora.experiments.theory.figures import slowdowns
 from fedraclora.experiments.theory.problems import MEASURES, PROBLEMS, WEIGHT, Problem, problem
 from fedraclora.experiments.theory.runs import federate, start_of
-from fedraclora.experiments.theory.slowdown import slowdowns
 from fedraclora.experiments.theory.verdict import Curve, Path, judge, run, theorem
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.rng import generator, torch_normal
