@@ -85,12 +85,15 @@ def text_of(path: str) -> str:
 def on_config(config: MkDocsConfig) -> None:
     """List the pages in the order of `docs/README.md`."""
     index = (ROOT / "docs" / "README.md").read_text()
-    parts = index.split("## Decisions")
-    pages, decisions = (re.findall(r"^\| \[.*?\]\((.*?)\)", part, re.MULTILINE) for part in parts)
+    parts = re.split(r"^## (?:Records|Decisions)$", index, flags=re.MULTILINE)
+    pages, records, decisions = (
+        [*dict.fromkeys(re.findall(r"^\| \[.*?\]\((.*?)\)", part, re.MULTILINE))] for part in parts
+    )
     reference = [{title: f"reference/{name}.md"} for name, (title, _) in REFERENCE.items()]
     config.nav = [
         {"Fed-RAC-LoRA": [{"What it is": "index.md"}, *pages, {"All pages": "contents.md"}]},
         {"Reference": reference},
+        {"Records": records},
         {"Decisions": decisions},
         {"Changing it": [place_of("CONTRIBUTING.md"), place_of("CHANGELOG.md")]},
     ]

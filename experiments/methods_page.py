@@ -1,10 +1,11 @@
-"""What ``docs/methods.md`` says of the methods: by their docstrings, traits, YAML and results.
+"""What the pages say of the methods: by their docstrings, traits, YAML and results.
 
 ``python -m fedraclora.experiments.pages`` brings it there.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,8 @@ SERVERS = "servers/README.md"  # seconds of a server, one matrix of 4096 x 4096
 def board(name: str, results: Path) -> str:
     """Render the leaderboard of a study with its figure, or say that it has not run.
 
+    It is for a page in docs/records.
+
     Args:
         name: Of the study.
         results: The folder of all results.
@@ -31,12 +34,12 @@ def board(name: str, results: Path) -> str:
     if not (folder / "leaderboard.md").is_file():
         return f"Not run yet: {command}.\n"
     text = (folder / "leaderboard.md").read_text(encoding="utf-8")
-    picture = f"![leaderboard](../experiments/results/{name}/leaderboard.png)"
+    picture = f"![leaderboard](../../experiments/results/{name}/leaderboard.png)"
     return f"{text}\nBy {command}.\n\n{picture}\n"
 
 
 def methods(results: Path) -> str:
-    """Render a table of all methods, and the docstring of each file.
+    """Render a table of all methods, and of each file its formulas, what goes up, and the source.
 
     Args:
         results: The folder of all results.
@@ -91,8 +94,15 @@ def _section(kind: type[Method], names: list[str]) -> str:
     path = kind.__module__.removeprefix("fedraclora.").replace(".", "/") + ".py"
     same = aliases()
     others = [f"`{n}`" + (f" (= `{same[n]}`)" if n in same else "") for n in names[1:]]
-    also = f" Also as {', '.join(others)}." if others else ""
-    return (
-        f"### {names[0]}\n\n[{path}](../{path}), `conf/method/{names[0]}.yaml`.{also}\n\n"
-        f"{docstring(kind).strip()}\n"
-    )
+    also = f"; also {', '.join(others)}" if others else ""
+    text = docstring(kind)
+    formulas = [part for part in text.split("\n\n") if part.startswith("    ")]
+    up, source = (_bullet(text, name) for name in ("Uplink", "Source"))
+    facts = f"[{path}](../{path}){also}. Up: {re.split(r'(?<=[.;]) ', up)[0][:-1]}. {source}"
+    return "\n\n".join((f"### {names[0]}", *formulas, facts)) + "\n"
+
+
+def _bullet(text: str, name: str) -> str:
+    """Give what a docstring says under a name, in one line."""
+    (found,) = re.findall(rf"^- {name}: (.*?)(?=\n- |\Z)", text, re.DOTALL | re.MULTILINE)
+    return " ".join(found.split())

@@ -30,7 +30,10 @@ from fedraclora.experiments.tables import Cells, Table, read_table
 from fedraclora.strategies.steps.conflicts import CONFLICTS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "records").glob("*.md")]),
+)
 BLOCK = re.compile(
     r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench|conflicts)(?P<words>.*?) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
@@ -56,8 +59,11 @@ def _made(found: re.Match[str], results: Path) -> str:
     if found["kind"] == "methods":
         return methods(results)
     if found["kind"] == "conflicts":
-        rows = tuple((c.what, c.beside, c.why, c.instead) for c in CONFLICTS)
-        return Table(("what", "does not go with", "since", "take"), rows, (), texts=4).markdown()
+        beside: dict[str, list[str]] = {}
+        for pair in CONFLICTS:
+            beside.setdefault(pair.what, []).append(pair.beside)
+        rows = tuple((what, "; ".join(others)) for what, others in beside.items())
+        return Table(("what", "does not go with"), rows, (), texts=2).markdown()
     if found["kind"] == "board":
         return board(head, results)
     if found["kind"] == "bench":

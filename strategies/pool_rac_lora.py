@@ -18,7 +18,7 @@ are blocks of one basis. Where K r = n they tile it: with E = K, ``fed_rac_lora 
 - K r is at most n: the rank is cut at n / K. A fraction is a share of n / K, so that ``rank=1.0``
   tiles every layer whose n is a multiple of K.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305, for the
-  rounds. The pool is ours; what it can reach is in ``docs/theory.md``.
+  rounds. The pool is ours; what it can reach is in ``docs/records/theory.md``.
 - Departures: those of Fed-RAC-LoRA.
 """
 

@@ -23,7 +23,7 @@ With ``pairs`` all other even links are drawn: each pair is one randomised range
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
   gradient's energy in its basis (`fedraclora.strategies.shared.past.energies`), under local SGD.
-- Under SGD set ``local.clip=1``: gradients along kept rows are long (docs/better.md).
+- Under SGD set ``local.clip=1``: gradients along kept rows are long (docs/records/better.md).
 - Server: one mean; per link and matrix an SVD, a QR, a least-squares fit to 2 r rows, a merge.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
   2019, arXiv 1905.13727 (the iteration); Halko, Martinsson and Tropp, SIAM Review 53(2), 2011,

@@ -3,8 +3,8 @@
 ``f(W) = (w_22^2 + w_33^2) / 2`` with the stochastic gradient ``grad f(W) + xi SIGMA e_1 e_1^T``,
 where xi is 1 or -1 with equal chances: L = 1, from W^0 = diag(0, 1, 1), one step of SGD a link.
 While |w_ii| < SIGMA each link turns the kept direction towards e_1, where there is noise and
-nothing to learn (docs/theory.md, section 9). After GoLore (He et al., arXiv 2410.11289), which
-shows the like for singular vectors of stochastic gradients.
+nothing to learn (docs/records/theory.md, section 9). After GoLore (He et al., arXiv 2410.11289),
+which shows the like for singular vectors of stochastic gradients.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ PAGE = (ROOT / "docs" / "methods.md").read_text()
 def test_every_method_is_there_with_its_file() -> None:
     for name, kind in METHODS.items():
         assert f"| `{name}`" in PAGE
-        assert f"(../{kind.__module__.replace('.', '/')}.py)" in PAGE
+        path = kind.__module__.removeprefix("fedraclora.").replace(".", "/")
+        assert f"(../{path}.py)" in PAGE
 
 
 def test_traits_and_marks_are_those_of_the_method() -> None:
@@ -32,7 +33,7 @@ def test_a_board_is_shown_once_it_is_there(tmp_path: Path) -> None:
     (tmp_path / "small" / "leaderboard.md").write_text("| method |\n| --- |\n| a |\n")
     shown = board("small", tmp_path)
     assert "| a |" in shown
-    assert "(../experiments/results/small/leaderboard.png)" in shown
+    assert "(../../experiments/results/small/leaderboard.png)" in shown
 
 
 def test_what_servers_cost_comes_from_the_record(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from fedraclora.experiments.words import key_values
 from fedraclora.strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+RECORDS = sorted((ROOT / "docs" / "records").glob("*.md"))
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *RECORDS]
 LINES = [
     line.partition("#")[0].strip()
     for page in PAGES
@@ -56,7 +57,7 @@ def test_each_comparison_finds_its_study_and_rows(line: str) -> None:
 
 
 def test_the_study_of_ones_own_is_one() -> None:
-    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "traffic.md").read_text(), re.DOTALL)
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "choose.md").read_text(), re.DOTALL)
     study = Study.parse(found[0], Path("cheap.yaml"), {})
     assert study.reference in study.rows
     for row in study.rows:
@@ -85,4 +86,11 @@ def test_each_link_and_test_is_there(page: Path) -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
-    assert all(f"({page.name})" in index for page in PAGES if page.name != "README.md")
+    places = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.name != "README.md"]
+    assert [place for place in places if f"({place})" not in index] == []
+
+
+@pytest.mark.parametrize("page", RECORDS, ids=lambda page: page.name)
+def test_a_record_begins_with_what_it_asks_and_does_not_show(page: Path) -> None:
+    begun = re.findall(r"^- \*\*(.*?)\.\*\* \S", page.read_text()[:3000], re.MULTILINE)
+    assert begun[:5] == ["Question", "Set-up", "Outcome", "Not shown", "Command"]

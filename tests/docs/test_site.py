@@ -16,7 +16,9 @@ import pytest
 from fedraclora.strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted(p.stem for p in (ROOT / "docs").glob("*.md") if p.name != "README.md")
+DOCS = ROOT / "docs"
+PAGES = sorted(p.stem for p in DOCS.glob("*.md") if p.name != "README.md")
+PAGES += sorted(f"records/{p.stem}" for p in (DOCS / "records").glob("*.md"))
 FETCHED = r"<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^\s>]+"
 BUILD = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir"]
 
@@ -115,7 +117,7 @@ def test_on_a_phone_no_code_of_the_first_page_scrolls_and_figures_can_be_read(si
         assert page.locator("pre > code").count() > 3
         wide = "e => [...document.querySelectorAll(e)].filter(e => e.scrollWidth > e.clientWidth)"
         assert page.evaluate(f"({wide})('.language-bash code, .language-python code').length") == 0
-        page.goto((site / "study.html").as_uri())
+        page.goto((site / "records" / "study.html").as_uri())
         figure = page.locator("p > img[src$='.png']").first
         assert figure.evaluate("e => e.getBoundingClientRect().width") >= 500
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

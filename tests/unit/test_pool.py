@@ -177,7 +177,7 @@ def test_a_pool_that_tiles_and_is_refreshed_with_each_pass_is_a_cover() -> None:
 
 
 def test_a_pool_reaches_the_span_of_its_sketches_and_no_more() -> None:
-    """Steps of 1/L on (1/2) ||W - Y||^2: a pass ends on the floor of docs/theory.md, section 5."""
+    """Steps of 1/L on (1/2) ||W - Y||^2: a pass ends on the floor of the theory, section 5."""
     method, target = PoolRacLora(rank=R, alpha=ALPHA, pool=3), normal(M, N, key=99)
     state = begun(method)
     loss = []

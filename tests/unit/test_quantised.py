@@ -77,7 +77,7 @@ def test_rounding_has_no_bias_and_a_variance_below_its_bound(kind: str) -> None:
 
 @kinds
 def test_what_rounding_adds_to_a_mean_falls_with_the_cohort(kind: str) -> None:
-    """ω / K of docs/theory.md: clients round alike only if they draw alike, and they do not."""
+    """ω / K of the theory: clients round alike only if they draw alike, and they do not."""
     K, rounds, weights = 5, 400, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).double()
     clients, p = torch.arange(K), weights / weights.sum()
     changes = Changes(kind, asked(), {"b": torch.zeros(7)}, clients)

@@ -17,7 +17,7 @@ iterate: put into (*) it gives ``e_{t+1} <= q e_t + error``. `Descent` holds (pr
 each theorem is a function that gives one.
 
 What is the paper's (Malinovsky et al., arXiv 2410.08305) and what was derived here is said by each
-function; all proofs are in docs/theory.md. None covers momentum, adaptive steps, several local
-epochs, clients of unequal weight or number of steps, or rank budgets. Where a sketch lives for
-several rounds, (*) is about its whole link.
+function; all proofs are in docs/records/theory.md. None covers momentum, adaptive steps, several
+local epochs, clients of unequal weight or number of steps, or rank budgets. Where a sketch lives
+for several rounds, (*) is about its whole link.
 """

@@ -67,7 +67,7 @@ class Descent:
             link of several rounds where the theorem takes those as one.
         error: What noise and drift add to E f, likewise.
         given: What the theorem was told.
-        source: The paper, or "derived here" with its section in docs/theory.md.
+        source: The paper, or "derived here" with its section in docs/records/theory.md.
     """
 
     progress: float
@@ -112,8 +112,8 @@ def logistic_pl(curvature: float, norm: float, gap: float) -> float:
     with a step of at most 1 / L never leaves the sublevel set of its start; SGD and local steps
     may, and then the constant is of no use.
 
-    Source: derived here (docs/theory.md, section 6) from Bach, *Self-concordant analysis for
-    logistic regression*, EJS 2010, arXiv 0910.4627.
+    Source: derived here (docs/records/theory.md, section 6) from Bach, *Self-concordant analysis
+    for logistic regression*, EJS 2010, arXiv 0910.4627.
 
     Args:
         curvature: Least eigenvalue of the Hessian at the minimiser.

@@ -44,8 +44,8 @@ def beside_kept(
 
     With orthonormal kept rows K of length c, and fresh ones uniform in their complement, a step is
     ``W - gamma D g`` with ``D = c^2 K^T K + F^T F <= I``. Progress needs the least eigenvalue of
-    E[D]; noise needs the greatest of E[D^2], and under local steps that of E[D] (docs/theory.md,
-    section 9):
+    E[D]; noise needs the greatest of E[D^2], and under local steps that of E[D]
+    (docs/records/theory.md, section 9):
 
         E[D] = c^2 K^T K + (r - k) / (d - k) (I - K^T K),    E[D^2] likewise with c^4
 
@@ -70,9 +70,9 @@ def paired(rank: int, dim: int) -> Constants:
     """Compute the constants of links in pairs: one drawn, the next on the range of the last change.
 
     The second of a pair makes no progress that is proved, and takes in all noise (lambda_max 1).
-    Together they have the progress of one and the noise of both (docs/theory.md, section 9); these
-    are the means over both. A curve above its floor of noise stays below what one bound with the
-    means says: of two rounds with progress x and none, ``1 - x <= (1 - x/2)^2``.
+    Together they have the progress of one and the noise of both (docs/records/theory.md, section
+    9); these are the means over both. A curve above its floor of noise stays below what one bound
+    with the means says: of two rounds with progress x and none, ``1 - x <= (1 - x/2)^2``.
 
     Args:
         rank: r.

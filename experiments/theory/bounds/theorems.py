@@ -12,7 +12,7 @@ from fedraclora.protocol.quantised import BLOCK, FULL, LEVELS
 def rounding(uplink: str, downlink: str) -> float:
     """Compute q: a change that is rounded on its way up and down has a mean square up to 1 + q.
 
-    Source: derived here (docs/theory.md, section 3).
+    Source: derived here (docs/records/theory.md, section 3).
 
     Args:
         uplink: How numbers go up, `fedraclora.protocol.quantised`.
@@ -31,8 +31,8 @@ def gd(given: Given, step: float, q: float = 0.0) -> Descent:
     """Bound projected gradient descent, ``W <- W - step H grad f(W)``.
 
     Source: Theorems 5.3 (non-convex) and 5.5 (PL) of arXiv 2410.08305, as secondary sources quote
-    them; the proof is written anew in docs/theory.md, section 2, and asks for step <= 1 / L.
-    For ``f = L/2 ||W||^2``, step 1 / L and an isotropic sketch, 1 - r/n is exact.
+    them; the proof is written anew in docs/records/theory.md, section 2, and asks for step <= 1 /
+    L. For ``f = L/2 ||W||^2``, step 1 / L and an isotropic sketch, 1 - r/n is exact.
 
     Args:
         given: L, gap, mu, lambda_min. The noise is ignored: there is none.
@@ -50,8 +50,8 @@ def gd(given: Given, step: float, q: float = 0.0) -> Descent:
 def sgd(given: Given, step: float, q: float = 0.0) -> Descent:
     """Bound ``W <- W - step H g`` with an unbiased g whose noise is independent of H.
 
-    Source: derived here (docs/theory.md, section 3); the paper has an SGD theorem, whose constants
-    were not available.
+    Source: derived here (docs/records/theory.md, section 3); the paper has an SGD theorem, whose
+    constants were not available.
 
     Args:
         given: L, gap, mu, sigma_sq, lambda_min, lambda_max.
@@ -71,7 +71,7 @@ def gd_link(given: Given, step: float, rounds: int) -> Descent:
     """Bound a link of several rounds of gradient descent under one sketch, taken as one round.
 
     For ``f = L/2 ||W||^2`` and an isotropic sketch it is the expectation. At step 1 / L it is `gd`:
-    then no round but the first is certain to go on. Source: derived here (docs/theory.md,
+    then no round but the first is certain to go on. Source: derived here (docs/records/theory.md,
     section 10).
 
     Args:
@@ -95,8 +95,9 @@ def gd_link(given: Given, step: float, rounds: int) -> Descent:
 def noisy_link(one: Descent, rounds: int) -> Descent:
     """Bound a link of several rounds under one sketch, taken as one round, where there is noise.
 
-    Source: derived here (docs/theory.md, section 10). Only the first round counts as progress, and
-    the noise of the others is not independent of the sketch, so that they have lambda_max 1.
+    Source: derived here (docs/records/theory.md, section 10). Only the first round counts as
+    progress, and the noise of the others is not independent of the sketch, so that they have
+    lambda_max 1.
 
     Args:
         one: Of a round: `sgd`, `reshuffling` or `federated`.
@@ -126,7 +127,7 @@ def local_step_limit(
 
 
 def _spread(clients: int, cohort: int, server_step: float) -> float:
-    """Compute the c of docs/theory.md, section 4: 1 + omega for plain averaging."""
+    """Compute the c of docs/records/theory.md, section 4: 1 + omega for plain averaging."""
     return 1 + min(server_step, 2.0) * sampling(clients, cohort)
 
 
@@ -140,8 +141,8 @@ def sampling(clients: int, cohort: int) -> float:
 def reshuffling(given: Given, step: float, local_steps: int) -> Descent:
     """Bound random reshuffling: one sketch for each epoch of ``local_steps`` batches.
 
-    `federated` with one client. Source: derived here (docs/theory.md, section 4); the paper's own
-    theorem was not available.
+    `federated` with one client. Source: derived here (docs/records/theory.md, section 4); the
+    paper's own theorem was not available.
 
     Args:
         given: As for `federated`; zeta_sq is 0.
@@ -167,8 +168,8 @@ def federated(
     """Bound Fed-RAC-LoRA: local random reshuffling under a shared sketch, and averaging.
 
     Each client of a uniformly drawn cohort takes one local epoch of N batches; all clients have
-    equally many samples and weigh the same. Source: derived here (docs/theory.md, section 4); the
-    federated theorem of arXiv 2410.08305 was not available.
+    equally many samples and weigh the same. Source: derived here (docs/records/theory.md, section
+    4); the federated theorem of arXiv 2410.08305 was not available.
 
     With ``sketches = G`` and ``server_lr = G eta``, of a kind with orthonormal rows, the same holds
     with lambda_min and lambda_max of the whole drawing of G r rows, a cohort of K / G, and
@@ -202,7 +203,8 @@ def cover(given: Given, step: float, blocks: int) -> Descent:
     Given the blocks before it a block has lambda_min = 0, so the other theorems are silent. This
     one holds for every basis, so for every draw and not only in the mean. It is a bound on cyclic
     block descent in the manner of Beck and Tetruashvili, *On the convergence of block coordinate
-    descent type methods*, SIAM J. Optim. 2013. Source: derived here (docs/theory.md, section 5).
+    descent type methods*, SIAM J. Optim. 2013. Source: derived here (docs/records/theory.md,
+    section 5).
 
     Args:
         given: L, gap, mu, curvature; the spectrum of E[H] is not used.
