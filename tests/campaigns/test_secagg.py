@@ -145,11 +145,11 @@ def test_a_node_repeats_its_answer_and_gives_no_other(tmp_path: Path) -> None:
         assert found is not None
         other = Stage(stage, {"step": 1.0}, found.data)
         content["secure"] = other.record()
-        with pytest.raises(ClientError, match=r"another question of round 4 came: .* once"):
+        with pytest.raises(ClientError, match=r"question of round 4 .* once"):
             anew.answer(content)
     header = json.loads(str(content["config"]["header"])) | {"round": 11}
     content["config"]["header"] = json.dumps(header)
-    with pytest.raises(ClientError, match="round 11 was asked for; the run has rounds 1 to 10"):
+    with pytest.raises(ClientError, match=r"round 11 .*rounds 1 to 10"):
         anew.answer(content)
 
 

@@ -90,7 +90,7 @@ def test_clients_are_as_many_as_nodes_unless_typed(
     words: list[str], clients: int, cohort: int, tmp_path: Path
 ) -> None:
     if cohort > clients:
-        with pytest.raises(Exception, match="cohort is 20, but there are only 8 clients"):
+        with pytest.raises(Exception, match=r"cohort is 20.*8 clients"):
             deploy.prepare([*SMALL, *words], 3)
         return
     asked = deploy.prepare([*SMALL, *words, f"output.dir={tmp_path}/run"], 3)
@@ -199,7 +199,7 @@ def test_a_folder_with_a_run_is_not_written_over(asked: deploy.RunRequest) -> No
 def test_a_run_that_goes_on_is_not_started_again(asked: deploy.RunRequest) -> None:
     with (
         alone(asked.folder),
-        pytest.raises(CheckpointError, match="another process is running in"),
+        pytest.raises(CheckpointError, match="another process is running"),
         deploy.place(replace(asked, resume=True), 3, ""),
     ):
         pass
@@ -268,7 +268,7 @@ def test_a_run_that_is_not_taken_leaves_nothing(
     words = [*WORDS, f"output.dir={tmp_path}/runs/new/run"]
     for _ in range(2):  # what the first call left would be in the way of the second
         assert deploy.main(words) == 1
-        assert "took no run: no such host" in capsys.readouterr().err
+        assert "no such host" in capsys.readouterr().err
         assert [*(tmp_path / "runs").iterdir()] == []
 
 
@@ -286,7 +286,7 @@ def test_a_run_that_is_not_taken_leaves_what_was_there(
         record.take(ROWS[0])
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert deploy.main([*SMALL[-2:], "connection=house", f"resume={folder}"]) == 1
-    assert capsys.readouterr().err.count("took no run: no such host") == 2
+    assert capsys.readouterr().err.count("no such host") == 2
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -309,7 +309,7 @@ def test_a_superlink_that_does_not_answer_is_given_up(
     monkeypatch.setenv("PATH", environ["PATH"])
     monkeypatch.setattr(control, "LOST", 0.0)
     link = Connection("house", environ)
-    with pytest.raises(EngineError, match="took no run: no such host"):
+    with pytest.raises(EngineError, match="no such host"):
         link.submit(tmp_path, tmp_path / "run.toml")
     with pytest.raises(EngineError, match=r"has not answered for 0 s .*no such host"):
         link.status(12)

@@ -148,7 +148,7 @@ def test_relative_folders_are_those_of_the_caller(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{}", r"cfg-json, .* is empty: write it with `fedraclora flower --write"),
+        ("{}", r"cfg-json, .* is empty.*fedraclora flower --write"),
         ("", "cfg-json is no JSON"),
         ("{'a': 1}", "cfg-json is no JSON"),
         ("[1]", "cfg-json, .* is empty"),
@@ -230,7 +230,7 @@ def test_a_superlink_that_does_not_start_says_why(
     program.write_text("import sys; sys.exit('no such port')\n")
     monkeypatch.setattr(shutil, "which", lambda name, path: str(program))
     link = SuperLink()
-    with pytest.raises(EngineError, match="SuperLink did not start: no such port"), link:
+    with pytest.raises(EngineError, match=r"SuperLink did not start.*no such port"), link:
         pass
     assert not link.home.exists()
 

@@ -97,9 +97,9 @@ def test_own_configs_are_found(configs: Path, how: str) -> None:
     plain = composed([*first, "experiment=mine", "seed=4"])
     assert (plain["rounds"], plain["seed"]) == (3, 4)
     assert from_plain(plain, METHODS).local.lr == 0.3
-    with pytest.raises(ConfigError, match="unknown experiment 'min'; did you mean 'mine'"):
+    with pytest.raises(ConfigError, match=r"experiment 'min'.*'mine'"):
         composed([*first, "experiment=min"])
-    with pytest.raises(ConfigError, match="unknown key 'round'; did you mean 'rounds'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'round'.*'rounds'"):
         composed([*first, "experiment=mine", "round=3"])
 
 
@@ -155,7 +155,7 @@ def test_a_key_that_no_choice_has_is_no_word_of_use(word: str) -> None:
 
 
 def test_a_key_of_two_parts_is_explained_by_the_choice_that_has_it() -> None:
-    with pytest.raises(ConfigError, match=r"local=sgd has no key dp\.clip; these have it: dp_sgd"):
+    with pytest.raises(ConfigError, match=r"local=sgd .*dp\.clip.*dp_sgd"):
         composed(["local.dp.clip=0.5"])
     with pytest.raises(ConfigError, match="unknown key") as found:
         composed(["local=dp_sgd", "local.dp.target_epsilon=2"])

@@ -195,19 +195,19 @@ def test_what_stands_beside_a_derived_factor_is_known() -> None:
 def test_a_replica_without_the_last_link_says_so() -> None:
     _, sent = played(2)[1]
     got, _ = unpack_downlink(pack_downlink(sent, REQUEST, "float32"))
-    with pytest.raises(WireError, match="computed from what the last link trained"):
+    with pytest.raises(WireError, match="the last link trained"):
         computed(got.beside({"w": torch.zeros(M, N)})).draw()
-    with pytest.raises(WireError, match="3 rows of 30 numbers that the last link trained"):
+    with pytest.raises(WireError, match="3 rows of 30 numbers"):
         computed(got.beside({"w/past": torch.zeros(R, N)})).draw()
 
 
 @pytest.mark.parametrize(
     ("shapes", "told"),
     [
-        ([], r"the coefficients of w/B are missing"),
-        ([["w/B", [R, R]]], r"the coefficients of a message are \(18,\)"),
-        ([["w/B", [R * R * 2]]], r"the coefficients of w/B are missing, or are no matrix"),
-        ([["w/B", [R * R, 2]]], r"more columns than the 3 of its drawing"),
+        ([], "coefficients of w/B"),
+        ([["w/B", [R, R]]], r"coefficients .* \(18,\)"),
+        ([["w/B", [R * R * 2]]], r"coefficients of w/B .*no matrix"),
+        ([["w/B", [R * R, 2]]], "columns than the 3"),
     ],
 )
 def test_damaged_coefficients_are_refused(shapes: object, told: str) -> None:
@@ -269,7 +269,7 @@ def opened(done: Run) -> dict[str, Any]:
 def test_an_allocation_that_leaves_layers_out_for_a_while_is_refused() -> None:
     method = allocated(replace(METHOD, rank=2), HeteroLora(share=0.67, every=1))
     local = LocalSettings(lr=0.01, steps=2, batch_size=2)
-    with pytest.raises(ConfigError, match="or takes from the last link, of layers"):
+    with pytest.raises(ConfigError, match="from the last link"):
         run(make_world(width=3), method, local, rounds=6, cohort=2)
 
 

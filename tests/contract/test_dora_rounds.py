@@ -295,7 +295,7 @@ def test_a_start_from_gradients_is_refused(world: World) -> None:
 
 
 def test_a_pull_to_the_start_is_refused(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"local\.prox=0\.5.: a weight is no sum.*dora=false"):
+    with pytest.raises(ConfigError, match=r"local\.prox=0\.5.*dora=false"):
         run(world, dora("fedavg_lora"), LocalSettings(lr=0.1, prox=0.5), rounds=1)
 
 
@@ -308,7 +308,7 @@ def test_an_allocation_is_refused() -> None:
 def test_a_row_of_zeros_is_refused(world: World) -> None:
     base = {n: t.clone() for n, t in world.base.items()}
     base["fc2.weight"][4] = 0
-    with pytest.raises(ConfigError, match=r"row 4 of fc2\.weight is zero"):
+    with pytest.raises(ConfigError, match=r"row 4 of fc2\.weight"):
         dora("ffa_lora").init(base, world.plan, DRAW)
 
 

@@ -290,35 +290,35 @@ def test_without_it_nothing_is_kept() -> None:
 @pytest.mark.parametrize(
     ("name", "method", "reason"),
     [
-        ("fed_rac_lora", {}, "a method whose links last one round: a factor of the next link"),
-        ("flexlora", {}, "a method whose links last one round"),
-        ("subspace_rac_lora", {}, "a method that trains other tensors from round to round"),
-        ("fed_rac_lora", {"sketches": 2, "resample_every": 2}, "other things to train at each"),
+        ("fed_rac_lora", {}, r"links last one round.*next link"),
+        ("flexlora", {}, "links last one round"),
+        ("subspace_rac_lora", {}, "trains other tensors"),
+        ("fed_rac_lora", {"sketches": 2, "resample_every": 2}, "things to train"),
     ],
 )
 def test_what_it_is_of_no_use_to_is_refused(
     name: str, method: dict[str, object], reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"wire.feedback=true does not go with {reason}"):
+    with pytest.raises(ConfigError, match=f"wire.feedback=true .*{reason}"):
         finished(name, method)
 
 
 def test_a_private_run_refuses_it() -> None:
     level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
     private = RoundSettings(privacy=level, secret=Secret(bytes(range(32))))
-    with pytest.raises(ConfigError, match=r"wire.feedback=true does not go with privacy="):
+    with pytest.raises(ConfigError, match=r"wire\.feedback=true .* privacy="):
         finished("ffa_lora", treatment=private, weights="uniform")
 
 
 def test_control_variates_refuse_it() -> None:
     chosen = RoundSettings(control_variates=True)
-    with pytest.raises(ConfigError, match=r"wire.feedback=true does not go with control_var"):
+    with pytest.raises(ConfigError, match=r"wire\.feedback=true .* control_var"):
         finished("ffa_lora", treatment=chosen, local=replace(RAGGED, steps=2, momentum=0.0))
 
 
 def test_a_step_in_whole_weights_refuses_it_where_links_end() -> None:
     chosen: dict[str, Any] = {"treatment": RoundSettings(server_optimiser=Momentum()), "rounds": 2}
-    with pytest.raises(ConfigError, match=r"wire.feedback=true does not go with .* links that end"):
+    with pytest.raises(ConfigError, match=r"wire\.feedback=true .* links that end"):
         finished("fed_rac_lora", {"resample_every": 2}, **chosen)
     for name in ("ffa_lora", "fedex_lora", "pool_rac_lora"):
         finished(name, **chosen)

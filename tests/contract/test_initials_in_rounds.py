@@ -190,9 +190,9 @@ def test_a_first_link_is_as_long_as_a_drawn_one_and_stays(name: str, more: dict[
 
 
 def test_a_first_factor_that_would_do_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a pool recur by their seeds"):
+    with pytest.raises(ConfigError, match="recur by their seeds"):
         make_method("pool_rac_lora", first="gradient")
-    with pytest.raises(ConfigError, match=r"with method.fresh=1 all rows are drawn"):
+    with pytest.raises(ConfigError, match=r"method\.fresh=1 .*rows"):
         make_method("subspace_rac_lora", first="gradient", fresh=1.0)
     with pytest.raises(ConfigError, match=r"method\.first"):
         make_method("fed_rac_lora", first="gradients")

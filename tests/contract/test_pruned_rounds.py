@@ -152,7 +152,7 @@ def test_a_run_under_a_schedule_resumes_to_the_bit(initial: str, tmp_path: Path)
 
 def test_methods_whose_components_do_not_live_on_are_refused() -> None:
     for name in ("fed_cola", "flexlora", "fed_rac_lora", "fedavg"):
-        with pytest.raises(ConfigError, match="components do not live on"):
+        with pytest.raises(ConfigError, match="do not live on"):
             allocated(make_method(name), RULE)
 
 

@@ -90,11 +90,11 @@ def test_a_client_that_raises_stops_the_run_with_its_id_and_round(chunk: int) ->
         run(faulty(raising=(3,)), METHOD, RAGGED, rounds=2, chunk=chunk)
     text = str(caught.value)
     assert "round 1: 1 client(s) failed, max_failures=0" in text
-    assert "client 3: OSError: the disk is gone" in text
+    assert "client 3: OSError" in text
 
 
 def test_a_client_with_nan_stops_the_run_with_advice() -> None:
-    with pytest.raises(ClientError, match=r"client 2: its training loss is nan; lower local\.lr"):
+    with pytest.raises(ClientError, match=r"client 2.* nan.*local\.lr"):
         run(faulty(poisoned=(2,)), METHOD, RAGGED, rounds=2)
 
 
@@ -128,9 +128,9 @@ def huge(patch: pytest.MonkeyPatch, client: int, size: float) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "said"),
     [
-        ("fed_rac_lora", 1e80, "its update is too long"),
-        ("fedavg_lora", 1e60, "the merged weights are too large"),
-        ("fedex_lora", 1e60, "the merged weights are too large"),
+        ("fed_rac_lora", 1e80, ".* too long"),
+        ("fedavg_lora", 1e60, r".*weights .* too large"),
+        ("fedex_lora", 1e60, r".*weights .* too large"),
     ],
 )
 def test_a_huge_finite_update_is_not_merged_and_the_run_goes_on_without_it(
@@ -206,14 +206,14 @@ def test_a_client_that_does_not_reply_is_a_failure() -> None:
     def lose(messages: list[Message]) -> list[Message]:
         return messages[1:]
 
-    with pytest.raises(ClientError, match="client 0: no reply in time"):
+    with pytest.raises(ClientError, match=r"client 0.*no reply"):
         run(make_world(), METHOD, RAGGED, rounds=1, chunk=1, arrange=lose)
     done = run(make_world(), METHOD, RAGGED, rounds=1, chunk=1, arrange=lose, max_failures=1)
     assert failures(done) == [[{"client": 0, "reason": "no reply in time"}]]
 
 
 def test_a_round_without_any_reply_stops_the_run() -> None:
-    with pytest.raises(ClientError, match="round 1: no client replied in time"):
+    with pytest.raises(ClientError, match="round 1: no client replied"):
         run(make_world(), METHOD, RAGGED, rounds=1, arrange=lambda _: [], max_failures=9)
 
 

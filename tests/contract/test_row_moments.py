@@ -156,14 +156,14 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
         (
             "fed_rac_lora",
             {"system": SystemConfig(rank_budget=Choice([0.34, 1.0]))},
-            "other things to train at each client",
+            "things to train",
         ),
-        ("fedavg", {}, "a method that trains neither factor A nor B"),
-        ("fed_sb", {}, "a method that trains neither factor A nor B"),
+        ("fedavg", {}, "trains neither factor"),
+        ("fed_sb", {}, "trains neither factor"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused_by_name(
     name: str, more: dict[str, Any], beside: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"local.moments=rows does not go with {beside}"):
+    with pytest.raises(ConfigError, match=f"local.moments=rows .*{beside}"):
         finished((name, {}), rounds=1, **more)

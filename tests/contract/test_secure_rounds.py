@@ -204,7 +204,7 @@ def test_no_unmasked_update_is_given(world: World) -> None:
         (found.worker, plain.worker.asked[0]),
         (plain.worker, found.worker.asked[0]),
     ):
-        with pytest.raises(WireError, match="a message asks for the opposite"):
+        with pytest.raises(WireError, match="asks for the opposite"):
             worker.train(content)
 
 
@@ -286,7 +286,7 @@ def test_no_client_says_two_things_about_one_neighbour(world: World) -> None:
 
 
 def test_what_a_client_checks_itself(world: World) -> None:
-    with pytest.raises(ClientError, match=r"its weight is 9; a whole number up to secure\.max_w"):
+    with pytest.raises(ClientError, match=r"weight is 9.*secure\.max_w"):
         secure(world, weights="examples", settings={"max_weight": 8})
     found = secure(world, weights="examples", settings={"max_weight": 8}, max_failures=1)
     assert [f["client"] for f in found.rows[0]["failures"]] == [1]
@@ -309,7 +309,7 @@ def test_a_sum_that_cannot_be_is_refused(world: World, monkeypatch: pytest.Monke
         return reply
 
     monkeypatch.setattr(Worker, "train", train)
-    with pytest.raises(ClientError, match="some client sent what it may not"):
+    with pytest.raises(ClientError, match="what it may not"):
         secure(world, settings={"clip": 1.0})
 
 
@@ -333,7 +333,7 @@ def test_a_client_that_raises_is_named_with_what_it_said(
 
 def test_too_few_clients_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     leaving(monkeypatch, {"keys": {0, 1, 2}})
-    with pytest.raises(ClientError, match=r"2 client\(s\) are left for the stage shares"):
+    with pytest.raises(ClientError, match=r"2 client\(s\) .*stage shares"):
         secure(world, max_failures=5)
     monkeypatch.undo()
     leaving(monkeypatch, {"unmask": {0, 1, 2, 3}})
@@ -376,20 +376,20 @@ def test_noise_goes_on_the_secure_sum(world: World, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_looks_at_clients_is_refused_beside_it(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"looks at single updates .aggregator=median"):
+    with pytest.raises(ConfigError, match=r"single updates .aggregator=median"):
         secure(world, beside={"aggregator": Median()})
     with pytest.raises(ConfigError, match=r"whose clients collude .attack=a_little_is_enough"):
         secure(world, beside={"attack": ALittleIsEnough(0.4)})
     privacy = ClientLevel(quantile=0.5, noise_multiplier=2.0, delta=1e-3, count_noise=2.0)
-    with pytest.raises(ConfigError, match=r"privacy\.quantile does not go with secure=secagg"):
+    with pytest.raises(ConfigError, match=r"privacy\.quantile .* secure=secagg"):
         secure(world, beside={"privacy": privacy})
-    with pytest.raises(ConfigError, match=r"for secure\.max_weight the most samples"):
+    with pytest.raises(ConfigError, match=r"secure\.max_weight .*samples"):
         secure(world, weights="examples", settings={"max_weight": 1})
     for variant in variants():
         method = make_method(variant[0], **variant[1])
         if not method.traits.linear:
-            with pytest.raises(ConfigError, match="a method that needs each client's own"):
+            with pytest.raises(ConfigError, match="needs each client's own"):
                 secure(world, method)
         elif variant not in SAME:
-            with pytest.raises(ConfigError, match="other things to train at each client"):
+            with pytest.raises(ConfigError, match="things to train"):
                 secure(world, method)

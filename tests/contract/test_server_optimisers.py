@@ -258,9 +258,9 @@ def test_no_momentum_and_a_step_of_one_is_the_method_itself(space: str, world: W
 @pytest.mark.parametrize(
     ("variant", "rule", "told"),
     [
-        (("fedsa_lora", {}), Momentum(), "each client has weights of its own"),
+        (("fedsa_lora", {}), Momentum(), "weights of its own"),
         (("flora_stacking", {}), Momentum(space="factors"), "each client's own update"),
-        (("frlora", {}), Momentum(space="factors"), "begin anew with each link"),
+        (("frlora", {}), Momentum(space="factors"), "anew with each link"),
         (("fed_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
         (("rolora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
         (("pool_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),

@@ -79,9 +79,7 @@ VARYING = [
 @pytest.mark.parametrize("variant", VARYING, ids=label)
 def test_moments_of_other_tensors_are_not_handed_on(variant: Variant, world: World) -> None:
     name, changes = variant
-    with pytest.raises(
-        ConfigError, match=r"other tensors from round to round .*local.moments is run"
-    ):
+    with pytest.raises(ConfigError, match=r"other tensors .*local\.moments is run"):
         run(world, make_method(name, **changes), LINKS, rounds=2)
     some = replace(LINKS, moments="link", moments_kept=0.5)
     with pytest.raises(ConfigError, match=r"local.moments_kept is 0.5"):

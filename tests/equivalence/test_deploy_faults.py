@@ -168,9 +168,7 @@ def test_an_error_that_nobody_foresaw_leaves_a_checkpoint(
         return read(exchange)
 
     monkeypatch.setattr(Exchange, "_used", broken)
-    with pytest.raises(
-        ClientError, match=r"round 2: its replies cannot be used \(TypeError: 'int'"
-    ):
+    with pytest.raises(ClientError, match=r"round 2: .*TypeError: 'int'"):
         deploy(["output.checkpoint_every=9"], tmp_path / "run", network)
     monkeypatch.undo()
     deploy(["output.checkpoint_every=9"], tmp_path / "run", network, resume=True)
@@ -250,5 +248,5 @@ def test_a_run_whose_clients_never_come_stops(tmp_path: Path) -> None:
 
 def test_the_same_faults_end_a_simulation(tmp_path: Path) -> None:
     """There is nobody else to blame: max_failures=0, and nonsense is an error of the program."""
-    with pytest.raises(Exception, match="max_failures is 1, but with engine=deploy"):
+    with pytest.raises(Exception, match=r"max_failures is 1.*engine=deploy"):
         deploy(["max_failures=1"], tmp_path / "run", Network(tmp_path / "cache", nodes_for(3)))

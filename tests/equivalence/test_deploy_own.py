@@ -89,7 +89,7 @@ def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
     [
         ("clinic.data:nothing", ConfigError, "cannot be imported here"),
         ("nowhere.data:owner", ConfigError, "No module named 'nowhere'"),
-        ("clinic.data:CLINICS", ConfigError, "which is of type int; a function is wanted"),
+        ("clinic.data:CLINICS", ConfigError, "type int; a function"),
         ("no/such/folder", DataError, "neither no/such/folder/1.npz nor no/such/folder/train.npz"),
     ],
 )
@@ -101,11 +101,11 @@ def test_sources_that_are_none_are_named(source: str, error: type[Exception], sa
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (torch.zeros(3, 4), r"returns a Tensor; \(inputs, target\) is wanted"),
-        ((torch.zeros(3, 4), torch.zeros(2)), "2 targets, but inputs of {'x': 3} samples"),
-        ((torch.zeros(0, 4), torch.zeros(0)), "0 targets, but inputs of {'x': 0} samples"),
-        ((torch.zeros(3, 5), torch.zeros(3)), r"one input has \(5,\); x of shape \(4,\) is wanted"),
-        (({"ids": torch.zeros(3, 4)}, torch.zeros(3)), r"one input has \['ids'\]; x of shape"),
+        (torch.zeros(3, 4), r"returns a Tensor; \(inputs, target\)"),
+        ((torch.zeros(3, 4), torch.zeros(2)), r"2 targets, .*{'x': 3}"),
+        ((torch.zeros(0, 4), torch.zeros(0)), r"0 targets, .*{'x': 0}"),
+        ((torch.zeros(3, 5), torch.zeros(3)), r"input has \(5,\).*\(4,\) is wanted"),
+        (({"ids": torch.zeros(3, 4)}, torch.zeros(3)), r"input has \['ids'\]"),
     ],
 )
 def test_samples_that_do_not_fit_are_named(found: object, said: str) -> None:
@@ -125,7 +125,7 @@ def test_files_without_a_target_or_with_pickles_are_refused(tmp_path: Path) -> N
 
 def test_what_is_with_its_owners_is_not_simulated() -> None:
     data = own_samples(clients=3, classes=10, shape=[64], test="clinic.data:held_out")
-    with pytest.raises(ConfigError, match="the samples are with their owners"):
+    with pytest.raises(ConfigError, match="with their owners"):
         data.parts.gather(torch.tensor([0]), torch.tensor([[0]]))  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"data\.test is not set"):
         own_samples(clients=3, classes=10, shape=[64])

@@ -171,6 +171,6 @@ def test_a_run_that_goes_on_asks_whom_it_would_have_asked(at: int, tmp_path: Pat
 
 def test_a_round_in_which_nobody_answers_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     slow = {"speed": {"name": "constant", "value": 0.001}, "deadline": 1.0}
-    with pytest.raises(ClientError, match=r"round 1: no client answered; 0 of 8.*deadline is 1 s"):
+    with pytest.raises(ClientError, match=r"round 1: .*0 of 8.*deadline is 1 s"):
         played(job(slow, folder=tmp_path))
     assert (tmp_path / "checkpoint" / "checkpoint.safetensors").is_file()

@@ -88,7 +88,7 @@ def test_a_finished_run_is_extended_to_the_bits_of_a_longer_one(
     assert read_config(folder)["rounds"] == 4
     incidents = [row.get("incidents") for row in read_ledger(folder / "ledger.jsonl")]
     assert incidents == [None, None, None, ["goes on with rounds: 2 -> 4"], None]
-    with pytest.raises(CheckpointError, match=r"rounds: 4 -> 3 \(it stands at round 4\)"):
+    with pytest.raises(CheckpointError, match=r"rounds: 4 -> 3 .*round 4"):
         resume(folder, "rounds=3")
 
 
@@ -125,7 +125,7 @@ def test_metrics_may_be_measured_at_other_rounds(whole: dict[str, object], tmp_p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["output.dir=elsewhere"], r"output\.dir: .*run -> elsewhere \(a run goes on in its own"),
+        (["output.dir=elsewhere"], r"output\.dir: .*run -> elsewhere"),
         (["engine=ray", "engine.chunk=2"], r"engine\.chunk: 1 -> 2 \(it decides bits\)"),
         (["engine.threads=2"], r"engine\.threads: 1 -> 2"),
         (["seed=1"], "seed: 0 -> 1"),
@@ -144,10 +144,10 @@ def test_other_keys_are_refused_by_name(words: list[str], said: str, tmp_path: P
 @pytest.mark.parametrize(
     ("setting", "word", "said"),
     [
-        ("local.schedule=cosine", "rounds=4", r"local\.schedule=cosine is planned over all rounds"),
+        ("local.schedule=cosine", "rounds=4", r"local\.schedule=cosine .*all rounds"),
         ("privacy.target_epsilon=50", "rounds=4", r"privacy\.target_epsilon is planned"),
         ("stop.patience=9", "evaluate.every=2", r"evaluate\.every: 1 -> 2"),
-        ("output.chain=false", "output.chain=true", r"the links of its first rounds"),
+        ("output.chain=false", "output.chain=true", "of its first rounds"),
     ],
 )
 def test_what_was_planned_over_the_whole_run_stays(
@@ -194,10 +194,10 @@ def test_samples_may_move_and_may_not_change(tmp_path: Path) -> None:
     now = ["data=own", f"data.samples={moved}", f"data.test={moved / 'held.npz'}", "rounds=4"]
     shutil.copy(moved / "1.npz", tmp_path / "kept.npz")
     shutil.copy(moved / "0.npz", moved / "1.npz")
-    with pytest.raises(DataError, match=r"moved: 1\.npz, the samples of client 1, has changed"):
+    with pytest.raises(DataError, match=r"moved: 1\.npz.*client 1, has changed"):
         resume(folder, *now)
     (moved / "1.npz").unlink()
-    with pytest.raises(DataError, match=r"1\.npz, the samples of client 1, is missing"):
+    with pytest.raises(DataError, match=r"1\.npz.*client 1, is missing"):
         resume(folder, *now)
     assert read_summary(folder)["rounds"] == 2  # nothing is lost
     shutil.copy(tmp_path / "kept.npz", moved / "1.npz")

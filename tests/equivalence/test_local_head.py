@@ -118,7 +118,7 @@ def test_inline_and_vectorised_agree() -> None:
 
 
 def test_a_task_without_classes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the data have no classes"):
+    with pytest.raises(ConfigError, match="data have no classes"):
         job("data=least_squares", "partition=given", "clients=null")
 
 

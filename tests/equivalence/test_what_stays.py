@@ -90,5 +90,5 @@ def test_an_impossible_setting_is_nobodys_failure() -> None:
     factors = dict(bench.downlink.adapters["weight"].factors)
     core = {"B": factors["B"], "R": torch.eye(2, dtype=torch.float64), "A": factors["A"]}
     three = replace(bench, downlink=Downlink({"weight": Adapter(core, 1.0)}))
-    with pytest.raises(ConfigError, match=r"local\.prox is defined for adapters B A"):
+    with pytest.raises(ConfigError, match=r"local\.prox .*adapters B A"):
         three.round(1)

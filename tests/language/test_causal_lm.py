@@ -66,14 +66,14 @@ def test_a_folder_gives_what_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"config": None}, "model.path is None and model.config is None: set one of them"),
-        ({"path": "x"}, "model.path is x and model.config is .*: set one of them"),
+        ({"config": None}, r"model\.path is None .*model\.config is None"),
+        ({"path": "x"}, r"model\.path is x .*model\.config is .*set one"),
         ({"config": {"model_type": "lama"}}, "model.config.model_type.*'lama'.*llama"),
         ({"config": {}}, "model.config.model_type"),
         ({"config": {**LLAMA, "num_attention_heads": 3}}, "makes no model"),
         ({"base": "int3"}, "model.base.*'int3'"),
-        ({"dropout": 0.1}, "model.dropout is 0.1, but LlamaForCausalLM has no torch.nn.Dropout"),
-        ({"layers": 3}, "model.layers=3: the model has 2 layers"),
+        ({"dropout": 0.1}, r"model\.dropout is 0\.1.*LlamaForCausalLM"),
+        ({"layers": 3}, r"model\.layers=3: .*2 layers"),
         ({"shape": (4,)}, "model=causal_lm reads token ids"),
         ({"attention": "flash"}, "model.attention .flash"),
     ],
@@ -86,7 +86,7 @@ def test_a_wrong_key_is_named(change: dict[str, Any], said: str) -> None:
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model.path=.*/nowhere: there is no"):
         build(config=None, path=str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match=r"model.path: AutoConfig finds nothing in"):
+    with pytest.raises(DataError, match=r"model\.path: AutoConfig"):
         build(config=None, path=str(tmp_path))
 
 
@@ -165,7 +165,7 @@ def test_new_conversations_are_measured_and_answered_as_the_runs_own(
     ]:
         with pytest.raises((ConfigError, DataError), match=said):
             found.evaluate(given)
-    with pytest.raises(DataError, match="data, row 2: the prompt fills"):
+    with pytest.raises(DataError, match="row 2: the prompt fills"):
         found.predict([*prompts[:1], "the " * 600])
 
 
@@ -258,10 +258,10 @@ def test_a_narrow_base_stays_as_it_is(method: str, questions: Path, tokenizer: s
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["method=fed_rac_lora"], "method=fed_rac_lora merges each update into the weights"),
+        (["method=fed_rac_lora"], "method=fed_rac_lora merges"),
         (["method=pool_rac_lora", "method.refresh=4"], "method=pool_rac_lora merges each update"),
-        (["method=fed_relora"], "model.base is bfloat16, but method=fed_relora merges"),
-        (["method=ffa_lora", "head=average"], "lm_head.weight is trained in full"),
+        (["method=fed_relora"], r"model\.base is bfloat16.*method=fed_relora merges"),
+        (["method=ffa_lora", "head=average"], r"lm_head\.weight is trained"),
         (["method=fedavg_lora", "dora=true"], "dora=true rescales the weights"),
         (["method=ffa_lora", "precision=float32"], "set precision=bf16-mixed"),
     ],
@@ -279,7 +279,7 @@ def test_a_narrow_base_is_never_merged_into(
         (["targets=[query]"], "targets=.*unknown target layer 'query'"),
         (["method.rank=17", "method.cap=false"], "method.rank is 17, but .* has only 16"),
         (["head=average", "+model.config.tie_word_embeddings=true"], "lm_head.weight is tied to"),
-        (["+model.config.vocab_size=9"], "the data have token id .*, but the model knows 9 tokens"),
+        (["+model.config.vocab_size=9"], r"token id .*9 tokens"),
         (["partition=iid", "clients=90", "cohort=2"], "partition=iid"),
         (["data.tokenizer=null"], "data.tokenizer is not set"),
     ],

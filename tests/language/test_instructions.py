@@ -81,7 +81,7 @@ def test_columns_may_be_put_into_a_question(tmp_path: Path, tokenizer: str) -> N
                 answers={0: "square", 1: "round"}, client=0)  # fmt: skip
     both = [words(t.target[0]) for t in (data.train, data.test)]
     assert sorted(both) == ["round </s>", "square </s>"]
-    with pytest.raises(DataError, match=r"row 2: data.answers has no text for it.*'0'"):
+    with pytest.raises(DataError, match=r"row 2: data\.answers .*'0'"):
         load(tmp_path / "rows.tsv", tokenizer, prompt="2", response="1", header=False,
              answers={1: "round"})  # fmt: skip
 
@@ -152,7 +152,7 @@ def test_packed_conversations_do_not_see_each_other(questions: Path, tokenizer: 
 
 def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path, bare_tokenizer: str) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [PAIR] * 2)
-    with pytest.raises(ConfigError, match=r"has no chat template: set data.template"):
+    with pytest.raises(ConfigError, match="no chat template"):
         load(file, bare_tokenizer)
     given = "{% for m in messages %}{{ m['content'] }} {{ eos_token }} {% endfor %}"
     data = load(file, bare_tokenizer, template=given)
@@ -162,7 +162,7 @@ def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path, bare_tokenizer
     assert torch.equal(same.train.target, data.train.target)
     with pytest.raises(ConfigError, match=r"neither a Jinja template"):
         load(file, bare_tokenizer, template="missing.jinja")
-    with pytest.raises(DataError, match="row 1: the chat template fails: no tools here"):
+    with pytest.raises(DataError, match=r"row 1: .*no tools here"):
         load(file, bare_tokenizer, template="{{ raise_exception('no tools here') }}")
 
 
@@ -170,21 +170,21 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(tokenizer: str) -> No
     last = "{{ messages[-1]['content'] }}"  # forgets all but the last message
     chat = Chat(tokenizer, root=None, template=last)
     pair = tuple({"role": r, "content": c} for r, c in [("user", "red"), ("assistant", "blue")])
-    with pytest.raises(DataError, match="there, row 5: the chat template does not write an answer"):
+    with pytest.raises(DataError, match=r"row 5: the chat template .*answer"):
         chat.encode([Conversation(pair, "there, row 5")])
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({**PAIR, "response": " "}, r"rows.jsonl, row 2: the response is empty"),
-        ({**PAIR, "response": None}, r"rows.jsonl, row 2: the response is empty"),
-        ({"messages": [CHAT["messages"][0]]}, "row 2: the conversation does not end with a resp"),
-        ({"messages": CHAT["messages"][1:]}, "row 2: the conversation does not begin with a prom"),
-        ({"messages": []}, "row 2: the conversation does not begin with a prompt"),
+        ({**PAIR, "response": " "}, r"row 2: .*response is empty"),
+        ({**PAIR, "response": None}, r"row 2: .*response is empty"),
+        ({"messages": [CHAT["messages"][0]]}, r"row 2: .*not end with"),
+        ({"messages": CHAT["messages"][1:]}, r"row 2: .*not begin with"),
+        ({"messages": []}, r"row 2: .*not begin with"),
         ({"messages": [{"role": "judge", "content": "red"}]}, "row 2: a message is .*judge"),
-        ({"messages": 3}, "row 2: messages is '3'; a list of messages"),
-        ({"text": "red"}, "row 2 has the columns text; messages, or prompt and response"),
+        ({"messages": 3}, "row 2: messages is '3'"),
+        ({"text": "red"}, r"row 2 .*columns text; messages"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(
@@ -197,7 +197,7 @@ def test_a_row_that_cannot_be_used_is_named(
 
 def test_a_row_without_a_client_is_named(tmp_path: Path, tokenizer: str) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{**PAIR, "who": "a"}, {**PAIR, "who": None}])
-    with pytest.raises(DataError, match=r"row 2: the column who \(data.client\) is empty"):
+    with pytest.raises(DataError, match=r"row 2: .*who \(data\.client\) is empty"):
         load(file, tokenizer, client="who")
     with pytest.raises(ConfigError, match=r"data.client.*unknown column 'whom'"):
         load(file, tokenizer, client="whom")

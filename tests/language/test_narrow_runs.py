@@ -138,14 +138,14 @@ def test_a_classifier_has_a_narrow_base_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["method=fed_rac_lora"], "is int8, but method=fed_rac_lora merges each update"),
-        (["method=fedavg_lora", "dora=true"], "is int8, but dora=true rescales the weights"),
+        (["method=fed_rac_lora"], r"is int8.*method=fed_rac_lora merges"),
+        (["method=fedavg_lora", "dora=true"], r"is int8.*dora=true"),
         (["method=fedavg_lora", "server_optimiser=adam"], "server_optimiser=adam with space=wei"),
-        (["method=fedavg_lora", "method.initial=lora_ga"], "takes its first factors out of the"),
-        (["method=fedavg_lora", "method.initial=pissa"], "nothing can be merged into it"),
+        (["method=fedavg_lora", "method.initial=lora_ga"], "takes its first factors"),
+        (["method=fedavg_lora", "method.initial=pissa"], "can be merged into"),
         (["method=fedavg_lora", "allocation=adalora"], "merges each update"),
-        (["method=ffa_lora", "dense=[o_proj]"], "o_proj.weight is trained in full"),
-        (["method=ffa_lora", "pretrain=table3"], "whose weights are frozen, but pretrain trains"),
+        (["method=ffa_lora", "dense=[o_proj]"], r"o_proj\.weight is trained"),
+        (["method=ffa_lora", "pretrain=table3"], "are frozen, but pretrain"),
     ],
 )
 def test_what_would_change_it_is_refused(
@@ -165,7 +165,7 @@ def test_a_start_is_not_merged_into_it(given: tuple[str, ...], tmp_path: Path) -
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     no_layers = {**LLAMA, "num_hidden_layers": 0}
-    with pytest.raises(ConfigError, match=r"int8.*LlamaForCausalLM has none beside its head"):
+    with pytest.raises(ConfigError, match=r"int8.*LlamaForCausalLM has none"):
         build(config=no_layers, base="int8")
     with pytest.raises(ConfigError, match=r"in groups of 32.*q_proj\.weight have 16"):
         build(base="int4")

@@ -97,8 +97,8 @@ def test_what_is_trained_in_full_is_not_adapted() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dense": "cnov"}, "dense=cnov: unknown layer 'cnov'; did you mean 'conv'"),
-        ({"targets": "fc3"}, "targets=fc3: unknown target layer 'fc3'; did you mean 'fc"),
+        ({"dense": "cnov"}, "unknown layer 'cnov'"),
+        ({"targets": "fc3"}, "unknown target layer 'fc3'"),
     ],
 )
 def test_a_name_that_does_not_exist_is_refused(changes: dict[str, str], words: str) -> None:
@@ -156,11 +156,8 @@ def test_a_rank_that_several_parts_share_a_dimension_for_says_so() -> None:
     assert found.note.startswith(said)
     assert resolve_rank(3, 24, "fc1", cap=False, **shared) == Rank(3)
     assert resolve_rank(1.0, 24, "fc1", cap=False, **shared) == Rank(3)
-    words = (
-        "only 3 on the drawn side: its 24 dimensions are shared by 8 sketches "
-        r"\(method.pool\); lower the rank, take fewer of them, or set method.cap"
-    )
-    with pytest.raises(ConfigError, match=words):
+    wanted = r"only 3 .*24 dimensions .*8 sketches \(method\.pool\); .*method\.cap"
+    with pytest.raises(ConfigError, match=wanted):
         resolve_rank(16, 24, "fc1", cap=False, **shared)
 
 
@@ -174,16 +171,16 @@ def test_a_share_gives_at_least_one_and_at_most_all(dim: int, share: float) -> N
 @pytest.mark.parametrize(
     ("rank", "words"),
     [
-        (0, "method.rank is 0; a positive integer or a fraction is wanted"),
+        (0, "method.rank is 0"),
         (-3, "method.rank is -3"),
         (0.0, "method.rank is 0.0"),
         (float("nan"), "method.rank is nan"),
         (float("inf"), "method.rank is inf"),
         (True, "method.rank is True"),
-        (1.5, "a fraction lies in (0, 1], a rank is written without a dot"),
+        (1.5, "(0, 1]"),
         (
             8,
-            "method.rank is 8, but fc1 has only 7 on the drawn side; lower the rank or set method",
+            "method.rank is 8",
         ),
     ],
 )
@@ -204,11 +201,11 @@ def test_a_rank_may_be_given_by_layer() -> None:
 
 
 def test_ranks_by_layer_that_fit_nothing_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no pattern that fits the layer fc2; there are fc1"):
+    with pytest.raises(ConfigError, match=r"pattern .* layer fc2.* fc1"):
         resolve_rank({"fc1": 3}, 10, "fc2.weight", cap=True)
     check_patterns({"fc1": 3, "fc*": 2}, ["fc1.weight", "fc2.weight"])
     check_patterns(5, ["fc1.weight"])
-    with pytest.raises(ConfigError, match=r"unknown adapted layer 'fc3'; did you mean"):
+    with pytest.raises(ConfigError, match="adapted layer 'fc3'"):
         check_patterns({"fc1": 3, "fc3": 2}, ["fc1.weight", "fc2.weight"])
 
 
@@ -227,7 +224,7 @@ def test_the_scale_is_alpha_over_rank(alpha: float | str, rank: int, wanted: flo
 
 def test_rslora_divides_by_the_root_of_the_rank() -> None:
     assert resolve_scale(6.0, 4, rslora=True) == 3.0
-    with pytest.raises(ConfigError, match=r"method\.rslora is true, but method\.alpha is auto"):
+    with pytest.raises(ConfigError, match=r"method\.rslora is true.*method\.alpha is auto"):
         resolve_scale("auto", 4, rslora=True)
 
 

@@ -144,13 +144,13 @@ def test_the_mean_of_a_sum_is_the_mean_of_the_clients() -> None:
     assert all(torch.equal(summed.mean()[n], t) for n, t in got.mean().items())
     assert Total()(summed, setting) is summed
     assert Mean()(got, setting) is got
-    with pytest.raises(ShapeError, match="needs each client's own update, but only their sum came"):
+    with pytest.raises(ShapeError, match=r"each client's own update.* sum"):
         summed.stack()
 
 
 def test_uplinks_without_numbers_are_refused() -> None:
     empty = Uplinks(torch.arange(2), torch.ones(2), LAYOUT)
-    with pytest.raises(ShapeError, match="neither the clients' rows nor their sum"):
+    with pytest.raises(ShapeError, match=r"neither .*rows nor .*sum"):
         empty.mean()
 
 

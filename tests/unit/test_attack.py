@@ -71,7 +71,7 @@ def test_flipped_labels_of_attackers_only() -> None:
     assert torch.equal(found.inputs["x"], clean.inputs["x"])
     hit = torch.isin(clients, torch.tensor(bad)).repeat_interleave(2)
     assert torch.equal(found.target, torch.where(hit, 4 - clean.target, clean.target))
-    with pytest.raises(DataError, match="label_flip needs samples with classes"):
+    with pytest.raises(DataError, match=r"label_flip .*classes"):
         attack.poisoned(data, 0, 0)
 
 

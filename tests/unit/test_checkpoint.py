@@ -189,7 +189,7 @@ def test_cut_links_removes_later_rounds_only(tmp_path: Path) -> None:
 def test_a_damaged_or_renamed_link_is_named(tmp_path: Path) -> None:
     chain(tmp_path, [1, 2])
     (tmp_path / "000002.safetensors").rename(tmp_path / "000005.safetensors")
-    with pytest.raises(CheckpointError, match=r"000005\.safetensors has the link of round 2"):
+    with pytest.raises(CheckpointError, match=r"000005\.safetensors .*link of round 2"):
         list(read_links(tmp_path))
     data = bytearray((tmp_path / "000001.safetensors").read_bytes())
     data[-1] ^= 4

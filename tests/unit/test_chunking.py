@@ -264,8 +264,6 @@ def test_a_model_that_does_not_take_the_samples_says_where(
     trainer: CohortTrainer, monkeypatch: pytest.MonkeyPatch, chunk: int | str
 ) -> None:
     starve(monkeypatch, RuntimeError("shapes cannot be multiplied"), 1)
-    said = (
-        r"training step .* RuntimeError: shapes cannot be multiplied \(test_chunking\.py, line \d+"
-    )
+    said = r"training step .* RuntimeError: shapes .*\(test_chunking\.py, line \d+"
     with pytest.raises(ModelError, match=said):
         plan(trainer, chunk, 10)

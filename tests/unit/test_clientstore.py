@@ -91,7 +91,7 @@ def test_numbers_of_other_tensors_are_not_handed_out() -> None:
         {"tail.weight": torch.zeros(2, 3), "head.bias": torch.ones(2)},
         {"head.weight": torch.zeros(3, 2), "head.bias": torch.ones(2)},
     ):
-        with pytest.raises(ShapeError, match=r"client 2 holds other tensors from round 1 than"):
+        with pytest.raises(ShapeError, match=r"client 2 .*from round 1"):
             store.read(torch.tensor([2]), 2, default)
         assert torch.equal(store.read(torch.tensor([3]), 2, default)["head.bias"], torch.ones(1, 2))
 
@@ -115,7 +115,7 @@ def test_moments_of_another_link_are_dropped_where_their_tensors_are_others() ->
         with pytest.raises(ShapeError, match=r"first/w/B \(5, 2\), wanted is .*first/w/A \(2, 5\)"):
             store.read(client, 2, default, link=link)
     other = {"head.bias": torch.ones(3)} | blank
-    with pytest.raises(ShapeError, match=r"head.bias \(2,\), wanted is head.bias \(3,\) \(1 of 1"):
+    with pytest.raises(ShapeError, match=r"head\.bias \(2,\), .*head\.bias \(3,\)"):
         store.read(client, 2, other, link=4)
 
 

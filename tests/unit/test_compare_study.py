@@ -152,9 +152,7 @@ def test_methods_choose_rows_and_add_what_has_none(tmp_path: Path) -> None:
 def test_a_row_of_another_task_is_refused_unless_the_study_is_about_it(tmp_path: Path) -> None:
     text = TINY + "  wider: [method=fedkrso, cohort=4]\n"
     study = Study.read(tiny(tmp_path, text))
-    with pytest.raises(
-        ConfigError, match=r"row 'wider' has cohort=4, row 'fedavg_lora' has cohort"
-    ):
+    with pytest.raises(ConfigError, match=r"'wider' has cohort=4, .*'fedavg_lora' has cohort"):
         check_same(study)
     check_same(Study.read(tiny(tmp_path, text + "varied: [cohort]\n")))
     for word in ("local.batch_size=2", "head=average", "data.labels=[1]"):
@@ -169,8 +167,8 @@ def test_a_row_of_another_task_is_refused_unless_the_study_is_about_it(tmp_path:
         (["experiment=leaderboard_mnst"], "did you mean 'leaderboard_mnist'"),
         (["experiment=fedslop_mnist", "jobs=0"], "jobs is 0"),
         (["experiment=fedslop_mnist", "target=high"], "target is 'high'"),
-        (["experiment=fedslop_mnist", "fedavg"], "not of the form key=value"),
-        (["experiment=fedslop_mnist", "table=true", "out={here}"], "no method whose final runs"),
+        (["experiment=fedslop_mnist", "fedavg"], "form key=value"),
+        (["experiment=fedslop_mnist", "table=true", "out={here}"], "whose final runs"),
         (["experiment=fedslop_mnist", "metod=fedavg", "out={here}"], "metod"),
     ],
 )

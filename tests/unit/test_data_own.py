@@ -78,7 +78,7 @@ def test_images_of_bytes_go_from_0_to_1_and_other_numbers_are_kept() -> None:
 def test_numbers_to_predict_may_be_of_any_type() -> None:
     x, y = arrays()
     assert fit(x, y, "squared_error", 1).target.dtype == torch.float32
-    with pytest.raises(DataError, match=r"here: the target has 2 numbers.*data\.classes=2"):
+    with pytest.raises(DataError, match=r"here: .*2 numbers.*data\.classes=2"):
         fit(x, np.stack([y, y], axis=1), "squared_error", 1)
 
 
@@ -111,7 +111,7 @@ def test_the_client_and_its_file_are_named(folder: Path) -> None:
     ):
         own_samples(clients=3, samples=str(folder))
     (folder / "t.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"data\.test=.*t\.csv: t\.csv is no \.npz file.*data=tabl"):
+    with pytest.raises(DataError, match=r"data\.test=.*t\.csv .*\.npz file.*data=tabl"):
         own_samples(clients=3, samples=str(folder), test=str(folder / "t.csv"))
 
 
@@ -150,10 +150,10 @@ def test_one_file_is_one_clients(tmp_path: Path) -> None:
     np.savez(tmp_path / "train.npz", x=x, target=y)
     assert len(read_own(str(tmp_path), 2, alone=True)) == len(y)
     assert own_samples(clients=None, samples=str(tmp_path)).parts.num_clients == 1  # type: ignore[union-attr]
-    with pytest.raises(DataError, match=r"client 0.*train\.npz is one client's alone"):
+    with pytest.raises(DataError, match=r"client 0.*train\.npz is one client's"):
         own_samples(clients=3, samples=str(tmp_path))
     np.savez(tmp_path / "0.npz", x=x, target=y)
-    with pytest.raises(DataError, match=r"client 2.*train\.npz is one client's alone"):
+    with pytest.raises(DataError, match=r"client 2.*train\.npz is one client's"):
         read_own(str(tmp_path), 2, alone=True)
 
 
@@ -163,7 +163,7 @@ def test_files_are_counted_without_a_gap(folder: Path) -> None:
     assert found["clients"] == 3
     assert found["data"] == {**config["data"], "clients": 3, "classes": 3, "shape": [4]}  # type: ignore[dict-item]
     (folder / "1.npz").unlink()
-    with pytest.raises(DataError, match=r"there is 2\.npz but no 1\.npz"):
+    with pytest.raises(DataError, match=r"2\.npz but no 1\.npz"):
         settled(config)
 
 
@@ -210,9 +210,9 @@ def test_the_default_partition_fits_the_data(folder: Path) -> None:
     ("words", "said"),
     [
         (["pretrain=aside"], "sets none aside"),
-        (["pretrain=digits_0_4"], "has nothing to pretrain on"),
-        (["data.validation=0.2"], "none of them is at the server"),
-        (["data.test=x.npz", "data.test_share=0.2"], "leave one of them out"),
+        (["pretrain=digits_0_4"], "nothing to pretrain"),
+        (["data.validation=0.2"], "is at the server"),
+        (["data.test=x.npz", "data.test_share=0.2"], "leave one of"),
         (["clients=null", "data.samples=mine:samples"], "clients is not set"),
     ],
 )
@@ -230,14 +230,14 @@ def table(x: np.ndarray, y: np.ndarray) -> Samples:
 def test_a_test_table_of_training_samples_is_refused() -> None:
     x, y = arrays(40)
     whole = table(x, y)
-    with pytest.raises(DataError, match="are the training samples themselves"):
+    with pytest.raises(DataError, match="training samples themselves"):
         refuse_shared([whole], whole)
-    with pytest.raises(DataError, match="are the training samples themselves"):
+    with pytest.raises(DataError, match="training samples themselves"):
         refuse_shared([whole], Samples({"x": whole.inputs["x"][5:20]}, whole.target[5:20]))
     order = torch.from_numpy(DRAW.permutation(40))
-    with pytest.raises(DataError, match="the same rows as the 40"):
+    with pytest.raises(DataError, match=r"same rows as .*40"):
         refuse_shared([whole.take(order[:20]), whole.take(order[20:])], whole)
-    with pytest.raises(DataError, match="the 8 test samples are all of them among the 40"):
+    with pytest.raises(DataError, match=r"8 test samples .*among the 40"):
         refuse_shared([whole], whole.take(order[:8]))
 
 
@@ -264,14 +264,14 @@ def test_test_samples_that_clients_have_are_refused_where_the_task_is_built(fold
     np.savez(folder / "all_of_it.npz", x=x, target=y)
     words = ["data=own", f"data.samples={folder}", f"data.test={folder / 'all_of_it.npz'}"]
     config = from_plain(settled(composed([*words, *TINY])), METHODS)
-    with pytest.raises(DataError, match="the same rows as the 33 training samples"):
+    with pytest.raises(DataError, match=r"same rows as .*33"):
         build_task(config)
 
 
 def test_labels_with_a_gap_ask_how_many_classes_there_are(tmp_path: Path) -> None:
     for client in range(3):
         np.savez(tmp_path / f"{client}.npz", x=np.zeros((3, 4)), target=np.array([0, 1, 7]))
-    with pytest.raises(DataError, match=r"the labels are \[0, 1, 7\], and most between 0 and 7"):
+    with pytest.raises(DataError, match=r"labels are \[0, 1, 7\].*between 0 and 7"):
         own_samples(clients=3, samples=str(tmp_path))
     assert own_samples(clients=3, samples=str(tmp_path), classes=8).classes == 8
 
@@ -335,5 +335,5 @@ def test_functions_get_the_parameters_of_the_config(
             built(f"data.arguments={more}")
     x, y = arrays()
     np.savez(tmp_path / "0.npz", x=x, target=y)
-    with pytest.raises(ConfigError, match="no function is named that would get them"):
+    with pytest.raises(ConfigError, match="no function is named"):
         own_samples(clients=1, samples=str(tmp_path), arguments={"rows": 7})

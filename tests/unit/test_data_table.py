@@ -132,7 +132,7 @@ def test_a_column_of_clients_is_the_partition_and_else_rows_are_divided(tmp_path
     parts, info = make_partition(load(file), name="auto", clients=7, seed=1)
     assert (info["partition"], info["clients"], info["samples_max"]) == ("iid", 7, 7)
     assert make_partition(data, name="dirichlet", clients=3, seed=1, alpha=1.0)[1]["clients"] == 3
-    with pytest.raises(ConfigError, match=r"clients is not set, and no column.*data\.client"):
+    with pytest.raises(ConfigError, match=r"clients is not set.*column.*data\.client"):
         make_partition(load(file), name="auto", clients=None, seed=1)
 
 
@@ -141,7 +141,7 @@ def test_test_rows_may_have_a_file_of_their_own(tmp_path: Path) -> None:
     data = load(file, test=str(other), features=["dose", "age"])
     assert (len(data.train), len(data.test), data.sample_shape) == (40, 20, (2,))
     strange = written(tmp_path, ".tsv", FRAME[40:].assign(outcome="new"))
-    with pytest.raises(DataError, match=r"table\.tsv: labels \['new'\] do not occur"):
+    with pytest.raises(DataError, match=r"table\.tsv: labels \['new'\]"):
         load(file, test=str(strange))
 
 
@@ -160,7 +160,7 @@ def test_rows_that_miss_a_value_are_refused_or_dropped_and_counted(tmp_path: Pat
     frame.loc[[7, 9], "dose"] = np.nan
     frame.loc[11, "outcome"] = None
     file = written(tmp_path, ".csv", frame)
-    with pytest.raises(DataError, match=r"dose in 2 rows, outcome in 1 rows.*row 8\. Set data\.mi"):
+    with pytest.raises(DataError, match=r"dose in 2 rows.*outcome in 1 .*row 8\. .*data\.mi"):
         load(file)
     data = load(file, missing="drop")
     assert data.info["rows_dropped"] == 3
@@ -195,8 +195,8 @@ def test_a_wrong_key_is_named(tmp_path: Path, words: dict[str, Any], said: str) 
         ("t.csv", "a;outcome\n1;2\n", r"data\.separator=';'"),
         ("t.csv", "a,outcome\n", "holds no rows"),
         ("t.csv", "a, a ,outcome\n1,2,ill\n3,4,well\n", "several columns 'a'"),
-        ("t.csv", "", "cannot be read as a table"),
-        ("t.parquet", "a", "cannot be read as a table"),
+        ("t.csv", "", "read as a table"),
+        ("t.parquet", "a", "read as a table"),
         ("t.xlsx", "a", r"ends in \.csv, \.tsv .* or \.parquet"),
     ],
 )
@@ -255,7 +255,7 @@ def test_colours_go_first_and_clients_are_kept_with_their_samples(tmp_path: Path
     ("arrays", "said"),
     [
         ({"x": IMAGES}, "nothing for target"),
-        ({"x": IMAGES, "target": LABELS, "y": LABELS}, r"\['target', 'y'\] could each be target"),
+        ({"x": IMAGES, "target": LABELS, "y": LABELS}, r"\['target', 'y'\] could each"),
         ({"x": IMAGES, "target": LABELS, "x_test": IMAGES}, "nothing for test_target"),
         ({"x": IMAGES, "target": LABELS[:9]}, "9 targets, but inputs of {'x': 50}"),
         ({"x": IMAGES, "target": np.eye(50)}, r"target\.argmax\(1\)"),
@@ -271,7 +271,7 @@ def test_arrays_that_do_not_fit_are_named(tmp_path: Path, arrays: Any, said: str
 
 @pytest.mark.parametrize("data", [b"", b"PK\3\4", idx(LABELS)[:-1], b"\0\0\7\1\0\0\0\0"])
 def test_a_damaged_idx_file_is_named(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"it is (no IDX file|not whole)"):
+    with pytest.raises(DataError, match=r"(no IDX file|not whole)"):
         parse_idx(data, "it")
 
 

@@ -278,7 +278,7 @@ def test_bad_input_names_the_key(file, tokenizer, change, words):
 
 
 def test_a_folder_without_a_tokenizer_is_named(file, tmp_path):
-    with pytest.raises(DataError, match=r"data.tokenizer: AutoTokenizer finds nothing in"):
+    with pytest.raises(DataError, match=r"data\.tokenizer: AutoTokenizer"):
         load(file, str(tmp_path))
 
 
@@ -294,7 +294,7 @@ def test_a_short_row_and_a_strange_file_are_named(tmp_path):
     path.write_text("a\tb\n1\t2\n\n3\n")
     with pytest.raises(DataError, match=r"line 4: 1 fields, column 1"):
         read_columns(path, [("k", "b")], header=True)
-    with pytest.raises(ConfigError, match=r"ends in \.tsv or \.csv"):
+    with pytest.raises(ConfigError, match=r"\.tsv or \.csv"):
         read_columns(tmp_path / "t.json", [("k", "b")], header=True)
     (tmp_path / "bad.tsv.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"cannot be read"):

@@ -261,7 +261,7 @@ def test_the_clients_are_given() -> None:
     assert parts is data.parts
     assert (info["clients"], info["clients_asked"], info["clients_dropped"]) == (MANY, MANY, 0)
     assert info["samples_median"] == pytest.approx(50, abs=4)
-    with pytest.raises(ConfigError, match="clients=7, but the data set has 1000000 clients"):
+    with pytest.raises(ConfigError, match=r"clients=7, .*1000000 clients"):
         make_partition(data, name="given", clients=7, seed=0)
 
 
@@ -274,7 +274,7 @@ def test_validation_samples_are_taken_from_the_table_alone() -> None:
 
 
 def test_labels_of_clients_on_demand_cannot_be_selected() -> None:
-    with pytest.raises(ConfigError, match=r"made on demand; set data.labels=null"):
+    with pytest.raises(ConfigError, match=r"on demand; .*data\.labels=null"):
         select_labels(virtual(clients=3), [0, 1])
 
 

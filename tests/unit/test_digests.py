@@ -38,7 +38,7 @@ def test_a_digit_in_the_config_is_seen(tmp_path: Path) -> None:
     begin(tmp_path, PLAIN)
     assert read_config(tmp_path) == PLAIN
     change(tmp_path / "config.yaml", "seed: 10", "seed: 11")
-    with pytest.raises(CheckpointError, match=r"config\.yaml is not the config.*command line"):
+    with pytest.raises(CheckpointError, match=r"config\.yaml .*command line"):
         read_config(tmp_path)
     (tmp_path / FILE).unlink()  # as in a folder of an older release
     assert read_config(tmp_path)["seed"] == 11
@@ -114,7 +114,7 @@ def test_any_digit_of_a_ledger_is_seen_by_every_reader(tmp_path: Path) -> None:
                 read_ledger(path)
     lines = whole.splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[2]]))
-    with pytest.raises(CheckpointError, match="a row before it is gone"):
+    with pytest.raises(CheckpointError, match="row before it"):
         read_ledger(path)
 
 
@@ -157,7 +157,7 @@ def test_what_a_checkpoint_rests_on_must_be_there(name: str, tmp_path: Path) -> 
 def test_a_bit_of_the_key_is_seen(tmp_path: Path) -> None:
     state = saved(tmp_path)
     (tmp_path / "private" / "noise.key").write_bytes(bytes([1, *range(1, 32)]))
-    with pytest.raises(CheckpointError, match=r"noise\.key is missing, or is not what it was"):
+    with pytest.raises(CheckpointError, match=r"noise\.key is missing"):
         RunRecorder(tmp_path).restore(state, CatchUp(state.base, 3))
 
 
@@ -168,7 +168,7 @@ def test_the_ledger_of_another_run_is_refused(tmp_path: Path) -> None:
     Ledger(other).cut(1)
     Ledger(other).append({"round": 2, "uplink_total": 8, "downlink_total": 7})
     (tmp_path / "it" / "ledger.jsonl").write_bytes(other.read_bytes())
-    with pytest.raises(CheckpointError, match=r"ledger\.jsonl is not the ledger that"):
+    with pytest.raises(CheckpointError, match=r"ledger\.jsonl is not the"):
         RunRecorder(tmp_path / "it").restore(state, CatchUp(state.base, 3))
 
 
@@ -186,5 +186,5 @@ def test_files_of_the_data_are_known_by_content(tmp_path: Path) -> None:
     begin(tmp_path / "run", {**PLAIN, "data": data})
     check_data(tmp_path / "run", data)
     (folder / "table.csv").write_bytes(b"c")
-    with pytest.raises(DataError, match=r"table\.csv has changed since the run began"):
+    with pytest.raises(DataError, match=r"table\.csv has changed"):
         check_data(tmp_path / "run", data)

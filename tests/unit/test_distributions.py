@@ -115,10 +115,10 @@ def test_extremes_stay_finite() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("constant", {"value": 0.0}, "value is 0.0; a positive finite number is wanted"),
+        ("constant", {"value": 0.0}, r"value is 0\.0; .*positive finite"),
         ("constant", {"value": math.inf}, "value is inf"),
         ("uniform", {"low": -1.0, "high": 2.0}, "low is -1.0"),
-        ("uniform", {"low": 3.0, "high": 2.0}, r"high is 2.0; low \(3.0\) or more"),
+        ("uniform", {"low": 3.0, "high": 2.0}, r"high is 2\.0; low \(3\.0\)"),
         ("lognormal", {"median": math.nan, "sigma": 1.0}, "median is nan"),
         ("lognormal", {"median": 1.0, "sigma": -0.1}, "sigma is -0.1"),
         ("lognormal", {"median": 1.0, "sigma": 11.0}, r"sigma is 11.0; a number in \[0, 10\]"),

@@ -236,7 +236,7 @@ def test_a_run_in_memory_is_exported_by_the_difference_of_its_weights(dora, tmp_
     record = run.export(tmp_path / "adapter")
     assert distance(loaded(run, tmp_path / "adapter"), run.weights()) < 1e-6
     assert dora or record["layers"]["0"]["rank"] == RANK
-    with pytest.raises(ConfigError, match="a run in memory has its last weights alone"):
+    with pytest.raises(ConfigError, match="run in memory"):
         run.export(tmp_path / "first", round=1)
 
 
@@ -563,7 +563,7 @@ def test_layers_that_peft_cannot_adapt_are_named(tmp_path):
     run = fedraclora.simulate(
         QUIET, "targets=all", model=Grouped(), method={"name": "fedavg_lora", "rank": 1}, **keys
     )
-    with pytest.raises(ModelError, match="layer 'conv' is a convolution in groups"):
+    with pytest.raises(ModelError, match=r"'conv' is .*in groups"):
         run.export(tmp_path / "grouped")
 
 

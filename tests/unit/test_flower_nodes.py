@@ -209,16 +209,14 @@ def test_other_partitions_than_the_clients_are_refused(
     partitions: dict[int, int], job: JobFolder
 ) -> None:
     grid = grid_on(Runtime(partitions, keep), job)
-    with pytest.raises(
-        EngineError, match=r"each from 0 to 3 must be served once.*num-supernodes must be 4"
-    ):
+    with pytest.raises(EngineError, match=r"from 0 to 3 .*num-supernodes must be 4"):
         grid.get_node_ids()
 
 
 def test_processes_that_cannot_run_the_project_are_said_to(job: JobFolder) -> None:
     runtime = Runtime(PARTITIONS, keep)
     runtime.which = lambda m: Message(Error(1, "No module named 'clients'"), reply_to=m)  # type: ignore[method-assign]
-    with pytest.raises(EngineError, match="cannot run this project: No module named 'clients'"):
+    with pytest.raises(EngineError, match="No module named 'clients'"):
         grid_on(runtime, job).get_node_ids()
 
 
@@ -310,7 +308,7 @@ def test_a_backend_that_does_not_start_is_an_error_and_no_hang(
 def test_a_ray_that_runs_already_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     started = runtime.Runtime(ClientApp(), 3, {})
-    with pytest.raises(EngineError, match="Ray runs in this process already"):
+    with pytest.raises(EngineError, match=r"Ray runs .*already"):
         started.grid()
     started.close()
 

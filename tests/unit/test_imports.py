@@ -62,5 +62,5 @@ def test_no_run_starts_where_a_client_process_takes_over_objects(tmp_path: Path)
 
 
 def test_main_is_another_program_in_each_process() -> None:
-    with pytest.raises(ConfigError, match="no elsewhere: __main__ is another program"):
+    with pytest.raises(ConfigError, match="elsewhere: __main__ is another"):
         import_function("data.loss", "__main__:elsewhere")

@@ -131,7 +131,7 @@ def test_a_package_that_has_changed_or_gone_is_named(package, large, tmp_path):
     initial._built.cache_clear()
     shutil.rmtree(package / "small_bert")
     importlib.invalidate_caches()
-    with pytest.raises(CheckpointError, match="the package small_bert is not installed"):
+    with pytest.raises(CheckpointError, match="small_bert is not installed"):
         load_weights(light.folder)
 
 

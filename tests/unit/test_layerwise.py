@@ -143,7 +143,7 @@ def test_a_method_that_makes_nothing_of_a_round_is_told_so() -> None:
     class Unfinished(ByTurns):
         update = LayerMethod.update
 
-    with pytest.raises(ConfigError, match=r"Unfinished has no method update"):
+    with pytest.raises(ConfigError, match=r"Unfinished .*method update"):
         play_rounds(Unfinished(rank=3), make_world(), 1, DRAW)
 
 
@@ -154,9 +154,7 @@ def test_a_frozen_factor_has_no_mean() -> None:
         def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
             return LayerUpdate(merged=(replies.mean("B"), replies.mean("A")))
 
-    with pytest.raises(
-        ConfigError, match=r"A was frozen and did not come back: it is replies\['A'\]"
-    ):
+    with pytest.raises(ConfigError, match=r"A was frozen .*replies\['A'\]"):
         play_rounds(Means(rank=3), make_world(), 1, DRAW)
 
 

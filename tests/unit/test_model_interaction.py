@@ -30,7 +30,7 @@ class Centred(nn.Module):
 
 def test_statistics_of_a_batch_are_refused() -> None:
     x = X
-    with pytest.raises(ModelError, match="depends on the other samples of its batch"):
+    with pytest.raises(ModelError, match="samples of its batch"):
         refuse_ways(Centred(0), {"x": x})
     refuse_ways(Centred(1), {"x": x})
     refuse_ways(Centred(0), {"x": x[:1]})  # with one sample nothing is seen
@@ -41,7 +41,7 @@ def test_what_a_layer_of_zeros_hides_is_seen() -> None:
     """A head of zeros gives the same for every batch, until it is trained."""
     head = nn.Linear(3, 2)
     nn.init.zeros_(head.weight)
-    with pytest.raises(ModelError, match="depends on the other samples"):
+    with pytest.raises(ModelError, match="the other samples"):
         refuse_ways(nn.Sequential(Centred(0), head), {"x": X})
 
 
@@ -70,10 +70,10 @@ class Moded(nn.Module):
 
 
 MODES = {
-    "doubled": "in training mode than in evaluation mode",
-    "rarely": "in training mode than in evaluation mode",
-    "numpy": "in training mode than in evaluation mode",
-    "no gradient": "the gradient of layer.0.weight is another in training mode",
+    "doubled": "than in evaluation mode",
+    "rarely": "than in evaluation mode",
+    "numpy": "than in evaluation mode",
+    "no gradient": "gradient of layer.0.weight",
 }
 
 
@@ -146,7 +146,7 @@ def alone(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize("name", ["balanced", "centred"])
 def test_a_loss_whose_samples_interact_is_refused_as_a_model_is(name: str) -> None:
     samples = Samples({"x": X}, torch.tensor([0, 1, 2, 0]))
-    with pytest.raises(ConfigError, match=f"{name}: the loss of a sample depends on the other"):
+    with pytest.raises(ConfigError, match=f"{name}: .*depends on the other"):
         probe(nn.Linear(5, 3), samples, 3, f"{__name__}:{name}")
     probe(nn.Linear(5, 3), samples, 3, f"{__name__}:alone")
     probe(nn.Linear(5, 3), samples, 3, "cross_entropy")

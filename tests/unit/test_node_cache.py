@@ -65,7 +65,7 @@ def test_a_folder_of_that_name_that_somebody_else_has_filled_is_an_error(
     (foreign / "3").mkdir(parents=True)
     (foreign / "3" / "weights.safetensors").write_text("no tensors")
     before = snapshot(foreign)
-    with pytest.raises(ConfigError, match=r"was not made by fedraclora .* is left as it is"):
+    with pytest.raises(ConfigError, match=r"not made by fedraclora .*left as"):
         run_once(tmp_path, "mine")
     introduce(node(tmp_path), "mine")  # which removes weights of its own that are damaged
     assert snapshot(foreign) == before
@@ -147,7 +147,7 @@ def test_a_cache_that_cannot_be_made_says_what_to_do(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "touch", full)
-    with pytest.raises(ClientError, match=r"No space left on device.* make room"):
+    with pytest.raises(ClientError, match=r"No space left .* make room"):
         run_once(tmp_path, "first")
 
 

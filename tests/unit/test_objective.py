@@ -400,7 +400,7 @@ def test_targets_that_no_loss_reads_are_refused_by_client() -> None:
         model=tagger,
         data=[good, (IDS, TAGS - 1 + 98 * (TAGS == -100))],
     )
-    said(DataError, r"one class for each token", model=tagger, data=[(IDS, TAGS[:, 0])])
+    said(DataError, "class for each token", model=tagger, data=[(IDS, TAGS[:, 0])])
     said(DataError, "output of shape", model=tagger, data=[(IDS, TAGS[:, :4])])
     said(DataError, "output of shape", model=tagger, data=[(IDS, np.where(TAGS == 2, 7, TAGS))])
     said(DataError, "holds no number", data=[(X, TAGS[:, :0])])

@@ -190,13 +190,13 @@ CORE: dict[str, Factor] = {
 @pytest.mark.parametrize(
     ("factors", "recipe", "words"),
     [
-        ({}, "plain", "local.x=y works on the factors of adapters, but this method trains whole"),
+        ({}, "plain", "local.x=y works on the"),
         (
             CORE,
             "plain",
-            "local.x=y is defined for adapters B A, but that of w is a product of B, R, A",
+            "product of B, R, A",
         ),
-        (BOTH, "in_turn", "limits which of them a step may move (its recipe is in_turn)"),
+        (BOTH, "in_turn", "recipe is in_turn"),
     ],
 )
 def test_what_it_does_not_fit_is_refused(
@@ -218,34 +218,34 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
     kept = preconditioner([Pair("w", S, {"w/A": A})], None)({"w/B": VALUES["w/B"]})["w/B"]
     torch.testing.assert_close(kept @ (A @ A.mT), VALUES["w/B"], **TIGHT)
     pairs = pairs_of(downlink_of(BOTH), {}, None, "local.precondition=true")
-    with pytest.raises(ConfigError, match=r"both of w are trained: take local\.adjust=riemannian"):
+    with pytest.raises(ConfigError, match=r"both of w .*local\.adjust=riemannian"):
         preconditioner(pairs, None)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"adjust": "lora-pro"}, "unknown local.adjust 'lora-pro'; did you mean 'lora_pro'"),
-        ({"damping": 0.0}, "local.damping is 0.0; a positive finite number is wanted"),
+        ({"adjust": "lora-pro"}, "local.adjust 'lora-pro'"),
+        ({"damping": 0.0}, "local.damping is 0.0"),
         (
             {"adjust": "riemannian", "precondition": True},
-            "local.adjust=riemannian and local.precondition=true each say how",
+            "local.adjust=riemannian and local.precondition=true",
         ),
         (
             {"adjust": "lora_pro", "optimiser": "lora_rite"},
-            "local.adjust=lora_pro and local.optimiser=lora_rite each say how",
+            "local.adjust=lora_pro and local.optimiser=lora_rite",
         ),
         (
             {"adjust": "lora_pro", "gate_penalty": 0.5},
-            "local.adjust=lora_pro and local.gate_penalty=0.5 each say how",
+            "local.adjust=lora_pro and local.gate_penalty=0.5",
         ),
         (
             {"gate_penalty": 0.0},
-            "local.gate_penalty is 0.0; a positive finite number, or null, is wanted",
+            "local.gate_penalty is 0.0",
         ),
         (
             {"optimiser": "lora_rite", "moments": "link"},
-            "local.moments is link, but under local.optimiser=lora_rite moments mean nothing",
+            "under local.optimiser=lora_rite",
         ),
     ],
 )

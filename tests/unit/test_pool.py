@@ -252,10 +252,10 @@ def test_a_run_is_one_adapter_of_rank_k_r_exactly(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         ({"pool": 0}, "method.pool is 0; 1 or more"),
-        ({"resample_every": None}, "a pool goes from sketch to sketch"),
-        ({"refresh": 3}, "method.refresh is 3; null, or a multiple of"),
+        ({"resample_every": None}, "from sketch to sketch"),
+        ({"refresh": 3}, r"method\.refresh is 3; .*multiple"),
         ({"resample_every": 2, "refresh": 9}, r"method.resample_every \(2\) from 8 on"),
-        ({"sketch": "gaussian"}, "blocks: cover cuts orthonormal bases"),
+        ({"sketch": "gaussian"}, "cover cuts orthonormal bases"),
     ],
 )
 def test_a_pool_that_cannot_be_is_refused(keys: dict[str, object], message: str) -> None:

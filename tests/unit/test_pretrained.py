@@ -137,7 +137,7 @@ def test_a_pooler_that_is_not_there_is_drawn_and_named_and_half_of_one_is_refuse
 ) -> None:
     folder = stored_bert(tmp_path)
     changed(folder, lambda t: t.pop("pooler.dense.bias"))
-    with pytest.raises(DataError, match=r"bert\.pooler\.dense is not stored whole"):
+    with pytest.raises(DataError, match=r"bert\.pooler\.dense .*whole"):
         build(folder, build_hf)
     changed(folder, lambda t: t.pop("pooler.dense.weight"))
     assert set(build(folder, build_hf).drawn) == {

@@ -53,7 +53,7 @@ def test_a_target_is_spent_and_not_overspent() -> None:
     assert 2.99 < library(mechanism.noise, 0.1, 10) <= 3.0 + 1e-3
     assert mechanism.update_noise == mechanism.noise == noise_for(3.0, 0.1, 10, DELTA)
     assert mechanism.epsilon(5) < 3.0
-    with pytest.raises(ConfigError, match=r"no noise makes 1000 rounds cost epsilon 1e-06"):
+    with pytest.raises(ConfigError, match=r"1000 rounds .*epsilon 1e-06"):
         noise_for(1e-6, 1.0, 1000, 1e-9)
 
 
@@ -68,7 +68,7 @@ def test_adaptive_clipping_pays_for_its_count() -> None:
     accountant.compose(dp_event.ComposedDpEvent(both), 9)
     one = ClientLevel(noise_multiplier=1.0).settle(100, 100, 9)
     assert one.epsilon(9) == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-9)
-    with pytest.raises(ConfigError, match=r"privacy.count_noise is 0.5, which alone costs"):
+    with pytest.raises(ConfigError, match=r"privacy\.count_noise is 0\.5"):
         ClientLevel(noise_multiplier=1.0, quantile=0.5, count_noise=0.5).settle(100, 20, 9)
 
 
@@ -150,7 +150,7 @@ def test_the_key_is_its_owners_and_stays(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds 5 bytes"):
         Secret.of_folder(tmp_path, resume=True)
     path.unlink()
-    with pytest.raises(CheckpointError, match="without its key a private run cannot go on"):
+    with pytest.raises(CheckpointError, match="without its key"):
         Secret.of_folder(tmp_path, resume=True)
 
 
@@ -164,9 +164,9 @@ def test_the_key_is_its_owners_and_stays(tmp_path: Path) -> None:
         ({"noise_multiplier": -1.0}, "privacy.noise_multiplier is -1.0"),
         ({"delta": 1.0}, "privacy.delta is 1.0"),
         ({"quantile": 0.0}, "privacy.quantile is 0.0"),
-        ({"clip_rate": 0.3}, "privacy.clip_rate is 0.3, but without privacy.quantile"),
-        ({"count_noise": 2.0}, "privacy.count_noise is 2.0, but without privacy.quantile"),
-        ({"noise_multiplier": None}, "noise_multiplier or privacy.target_epsilon is wanted"),
+        ({"clip_rate": 0.3}, r"privacy\.clip_rate is 0\.3.*privacy\.quantile"),
+        ({"count_noise": 2.0}, r"privacy\.count_noise is 2\.0.*privacy\.quantile"),
+        ({"noise_multiplier": None}, r"noise_multiplier or privacy\.target_epsilon"),
         ({"target_epsilon": 1.0}, "and not both"),
     ],
 )
@@ -176,5 +176,5 @@ def test_impossible_settings_are_refused(changes: dict[str, float | None], words
 
 
 def test_a_delta_that_gives_a_client_away_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"with 200 clients less than 0\.005 is wanted"):
+    with pytest.raises(ConfigError, match=r"200 clients less than 0\.005"):
         ClientLevel(noise_multiplier=1.0, delta=0.005).settle(200, 20, 5)

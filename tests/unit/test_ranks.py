@@ -157,9 +157,7 @@ def test_rows_are_widened_by_what_was_not_trained(start: str) -> None:
     whole = torch.zeros(4, M, R) if begin is None else begin.expand(4, M, R)
     assert torch.equal(B[0, :, 1:], whole[0, :, 1:])
     assert torch.equal(B[1, :, 2:], whole[2, :, 2:])
-    with pytest.raises(
-        WireError, match=r"2 clients sent numbers of shape \(18,\); \(19,\) is wanted"
-    ):
+    with pytest.raises(WireError, match=r"2 clients .*\(18,\); \(19,\) is wanted"):
         widen(sent[1:], downlink, places)
 
 
@@ -167,9 +165,9 @@ def test_an_exchange_asks_every_client_for_its_own_budget() -> None:
     clients, weights = torch.arange(4), torch.ones(4, dtype=torch.float64)
     check_budgets(right(), Cohort(clients, weights))
     check_budgets(right(ranks=RANKS), Cohort(clients, weights, RANKS))
-    with pytest.raises(ConfigError, match="did not hand them on"):
+    with pytest.raises(ConfigError, match="not hand them on"):
         check_budgets(right(), Cohort(clients, weights, RANKS))
-    with pytest.raises(ShapeError, match=r"to 3 clients has rank budgets of shape \(4,\)"):
+    with pytest.raises(ShapeError, match=r"3 clients .*rank budgets of .*\(4,\)"):
         check_budgets(right(ranks=RANKS), Cohort(clients[1:], weights[1:], RANKS[1:]))
 
 

@@ -110,7 +110,7 @@ def test_a_job_that_kills_every_worker_ends_the_run(tmp_path: Path, cluster: Clu
 
 def test_a_worker_that_raises_ends_the_run_with_its_words(tmp_path: Path, cluster: Cluster) -> None:
     pool = pool_of(tmp_path, cluster)
-    with pytest.raises(EngineError, match=r"worker \d raised at raise 7: ValueError: no$"):
+    with pytest.raises(EngineError, match=r"worker \d .*raise 7: ValueError: no$"):
         done(pool, ["raise 7"])
     assert pool.incidents == []
     pool.close()
@@ -177,7 +177,7 @@ def test_a_worker_that_cannot_start_is_named(cluster: Cluster) -> None:
 
 
 def test_more_than_there_is_is_refused(cluster: Cluster) -> None:
-    with pytest.raises(ConfigError, match=r"engine.workers is 3.*2 CPUs and 0 GPUs, enough for 2"):
+    with pytest.raises(ConfigError, match=r"engine\.workers is 3.*2 CPUs and 0 GPUs.* 2"):
         Cluster(RayConfig(workers=3), "cpu")
     with pytest.raises(ConfigError, match=r"1 GPU each.*0 GPUs, enough for 0"):
         Cluster(RayConfig(), "cuda")
@@ -191,7 +191,7 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 
 
 def test_an_address_where_nobody_listens_is_named() -> None:
-    with pytest.raises(EngineError, match=r"there is no Ray cluster at 127.0.0.1:1 "):
+    with pytest.raises(EngineError, match=r"no Ray cluster at 127\.0\.0\.1:1 "):
         check_address("127.0.0.1:1")
 
 
@@ -211,7 +211,7 @@ def test_what_listens_and_is_no_cluster_is_named(
         thread = Thread(target=answer)
         thread.start()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(EngineError, match=f"there is no Ray cluster at {address}"):
+        with pytest.raises(EngineError, match=f"no Ray cluster at {address}"):
             check_address(address)
         thread.join()
 

@@ -200,7 +200,7 @@ def test_weights_that_came_damaged_are_refused() -> None:
     server = told("terms", 1)
     update = server.since(None)
     harmed = {n: t + 1 for n, t in update.dense.items()}
-    with pytest.raises(WireError, match="version 1 of the base weights was damaged"):
+    with pytest.raises(WireError, match=r"version 1 .*was damaged"):
         Replica(PLAN, CPU).follow(WeightUpdate(1, update.mark, None, dense=harmed))
 
 
@@ -290,7 +290,7 @@ def test_a_process_that_drifted_finds_the_weights_once_they_are_whole(job: JobFo
     held.at(0, 1)
     held.base = {**held.base, "w": held.base["w"] + 1e-6}
     base = history("terms", 2, 0, job)
-    with pytest.raises(StaleError, match=r"round 3: the links to version 1 .* write them whole"):
+    with pytest.raises(StaleError, match=r"round 3: .*version 1 .*them whole"):
         held.at(2, 3)
     job.write_whole()
     assert digest(held.at(2, 3)) == digest(base)

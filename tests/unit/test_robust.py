@@ -221,9 +221,9 @@ def test_distances_of_factors_are_those_of_weights_under_an_orthonormal_sketch()
 @pytest.mark.parametrize(
     ("rule", "cohort", "words"),
     [
-        (Krum(2), 6, "Krum withstands 2 attackers among 7 clients or more, but 6 answered"),
-        (MultiKrum(0.4), 9, "Krum withstands 4 attackers among 11 clients"),
-        (TrimmedMean(3), 6, "leaves out 3 clients at each end.*only 6 answered"),
+        (Krum(2), 6, r"2 attackers .*7 clients .*6 answered"),
+        (MultiKrum(0.4), 9, "4 attackers among 11 clients"),
+        (TrimmedMean(3), 6, r"out 3 clients .*6 answered"),
     ],
 )
 def test_too_small_a_cohort_is_refused(rule: Aggregator, cohort: int, words: str) -> None:

@@ -108,7 +108,7 @@ def test_any_threshold_of_shares_brings_a_secret_back() -> None:
 
 @pytest.mark.parametrize("shares", [[], ["ab"], ["zz"], [5], [None], ["ab" * 52, "cd" * 68]])
 def test_what_are_no_shares_is_said_to_be_none(shares: list[object]) -> None:
-    with pytest.raises(WireError, match="a secret from its shares cannot be read"):
+    with pytest.raises(WireError, match="secret from its shares"):
         combine(shares)  # type: ignore[arg-type]
 
 
@@ -123,9 +123,9 @@ def test_shares_open_for_their_receiver_only() -> None:
     (a, A), (b, B), (c, _) = new_pair(), new_pair(), new_pair()
     text = seal(shared_key(a, B), 3, 8, ["seed", "key"])
     assert unseal(shared_key(b, A), 3, 8, text) == ["seed", "key"]
-    with pytest.raises(WireError, match="shares of client 3 cannot be read"):
+    with pytest.raises(WireError, match="shares of client 3 cannot"):
         unseal(shared_key(c, A), 3, 8, text)
-    with pytest.raises(WireError, match="shares of client 3 for client 8 came to another client"):
+    with pytest.raises(WireError, match=r"client 3 for client 8 .*another"):
         unseal(shared_key(b, A), 4, 8, text)
 
 
@@ -179,7 +179,7 @@ def test_secrets_travel_with_a_client_and_are_in_no_checkpoint() -> None:
     [
         ({"clip": 0.0}, r"secure\.clip is 0\.0"),
         ({"threshold": 0.4}, r"secure\.threshold is 0\.4"),
-        ({"neighbours": 3}, r"secure\.neighbours is 3; an even number"),
+        ({"neighbours": 3}, r"secure\.neighbours is 3; .*even"),
         ({"max_weight": 0}, r"secure\.max_weight is 0"),
     ],
 )
@@ -189,5 +189,5 @@ def test_impossible_settings_are_refused(changes: dict[str, float], words: str) 
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"weight up to secure\.max_weight=100000000 do not fit"):
+    with pytest.raises(ConfigError, match=r"secure\.max_weight=100000000 do not fit"):
         SecAgg(max_weight=10**8).step(20, 1.0, LARGEST)

@@ -77,7 +77,7 @@ def test_a_tensor_that_is_not_there_in_a_round_keeps_its_moments() -> None:
             {"beta": 1.0},
             r"server_optimiser.beta is 1.0; a number in \[0, 1\)",
         ),
-        ("momentum", {"lr": 0.0}, "server_optimiser.lr is 0.0; a positive finite number is wanted"),
+        ("momentum", {"lr": 0.0}, r"server_optimiser\.lr is 0\.0"),
         ("adam", {"beta2": -0.1}, "server_optimiser.beta2 is -0.1"),
         ("yogi", {"tau": math.inf}, "server_optimiser.tau is inf"),
         ("adagrad", {"space": "weight"}, "did you mean 'weights'"),

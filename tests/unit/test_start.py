@@ -84,7 +84,7 @@ def test_a_beginning_that_has_changed_since_is_refused(tmp_path):
     config = plain_run(None, tmp_path / "first").config
     shutil.rmtree(tmp_path / "first")
     plain_run(tmp_path / "first", seed=1)
-    with pytest.raises(CheckpointError, match="is not what it was"):
+    with pytest.raises(CheckpointError, match="is not what"):
         fedraclora.simulate(config)
 
 
@@ -139,13 +139,13 @@ def test_a_corrupt_adapter_is_refused_by_name(adapter):
         run(adapter)
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name] * torch.nan}, path)
-    with pytest.raises(DataError, match="values that are not finite"):
+    with pytest.raises(DataError, match="are not finite"):
         run(adapter)
     save_file({n: t for n, t in tensors.items() if n != name}, path)
     with pytest.raises(ModelError, match=f"the adapter lacks {name}"):
         run(adapter)
     save_file(tensors | {"base_model.model.7.lora_A.weight": tensors[name].clone()}, path)
-    with pytest.raises(ModelError, match=r"the model has not, base_model\.model\.7"):
+    with pytest.raises(ModelError, match=r"model has not, base_model\.model\.7"):
         run(adapter)
     path.unlink()
     with pytest.raises(DataError, match=r"there is no adapter_model\.safetensors"):
@@ -159,7 +159,7 @@ def test_a_corrupt_adapter_is_refused_by_name(adapter):
 def test_an_adapter_of_another_model_rank_or_kind_is_refused_by_name(adapter, tmp_path):
     with pytest.raises(ModelError, match=r"size mismatch for .*0\.lora_"):
         run(adapter, model=net(wide=20))
-    with pytest.raises(ModelError, match="fits no layer of this ModuleDict"):
+    with pytest.raises(ModelError, match=r"no layer of .*ModuleDict"):
         merge_adapter(nn.ModuleDict({"a": nn.Linear(12, 16)}), adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))

@@ -80,14 +80,14 @@ def test_without_patience_nothing_is_measured_and_nothing_stops() -> None:
 
 
 def test_what_cannot_stop_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"stop.patience is 0; 1 or more, or null"):
+    with pytest.raises(ConfigError, match=r"stop\.patience is 0; 1"):
         StopConfig(patience=0)
-    with pytest.raises(ConfigError, match=r"stop.metric 'accurcy'; did you mean 'accuracy'"):
+    with pytest.raises(ConfigError, match=r"stop\.metric 'accurcy'.*'accuracy'"):
         StopConfig("accurcy", 1)
     stop = Stopping(StopConfig("f1", 1), lambda weights: {"accuracy": 0.5})
     with pytest.raises(ConfigError, match=r"stop.metric 'f1'. There are: accuracy"):
         stop.columns({})
-    with pytest.raises(ConfigError, match=r"data.validation is 0; set it above 0"):
+    with pytest.raises(ConfigError, match=r"data\.validation is 0.*above 0"):
         simulate(composed([*JOB, "data.validation=0.0"]), tmp_path / "run")
 
 

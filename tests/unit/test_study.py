@@ -91,7 +91,7 @@ def test_words_for_tuning_join_the_tuning_runs_alone_and_the_text(tmp_path: Path
         assert "rounds=9" not in read.jobs("final", "ours", [0.1])[0].overrides
     untuned = TEXT.replace("tune:", "target: 1 #").replace("values: [0.1, 0.4]", "values: [0.1]")
     (tmp_path / "c.yaml").write_text(untuned)
-    with pytest.raises(ConfigError, match="tunes nothing, but has rounds=9"):
+    with pytest.raises(ConfigError, match=r"tunes nothing.*rounds=9"):
         Study.read(tmp_path / "c.yaml", tuning=["rounds=9"])
 
 
@@ -170,7 +170,7 @@ def test_clients_own_models_have_a_score_too_and_what_was_not_measured_is_named(
     own = {"metrics": {"personal_accuracy": 0.6}}
     assert score(own, "accuracy") == 0.6
     assert score({"metrics": {}}, "accuracy") == float("-inf")
-    with pytest.raises(ConfigError, match="no metric loss; its metrics are personal_accuracy"):
+    with pytest.raises(ConfigError, match=r"metric loss; .*personal_accuracy"):
         score(own, "loss")
 
 
@@ -320,11 +320,11 @@ def test_a_run_that_diverges_is_a_result(
     [
         (("metric: accuracy", "metrc: accuracy"), "did you mean 'metric'"),
         (("metric: accuracy\n", ""), "lacks the keys metric"),
-        (("seeds: [7, 8]", "seeds: [7, 8], bye: loss"), "unknown key of tune 'bye'"),
+        (("seeds: [7, 8]", "seeds: [7, 8], bye: loss"), "key of tune 'bye'"),
         (("seeds: [7, 8]", "seeds: 7"), "tune.seeds of .* a list is wanted"),
         (("seeds: [7, 8], ", ""), "keys seeds is wanted"),
         (("rows:", "rows: [ours]\nonly:"), "rows of .* a mapping is wanted"),
-        (("metric: accuracy", "metric: loss"), "of which less is better"),
+        (("metric: accuracy", "metric: loss"), "which less is better"),
         (("experiment: null", "experiment: null\nreference: our"), "did you mean 'ours'"),
         (("seeds: [0, 1]", "seeds: [0, 1"), "is not a study"),
     ],
@@ -345,7 +345,7 @@ def test_a_study_that_does_not_exist_ends_in_one_line(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "none.yaml")])
     assert main() == 1
-    assert capsys.readouterr().err.startswith("error: there is no study")
+    assert "there is no study" in capsys.readouterr().err
 
 
 UNTUNED = """
@@ -369,7 +369,7 @@ def test_a_study_without_tuning_gives_all_rows_one_value(tmp_path: Path) -> None
     assert (row["reported"], row["difference"]) == (0.7, "+0.1000")
     assert row["aggregation error"] == "0.25"
     assert (row["at the best round"], row["best round"], row["rounds"]) == (0.9, 3.0, 5.0)
-    with pytest.raises(ConfigError, match=r"no tune, but grid.values is"):
+    with pytest.raises(ConfigError, match=r"no tune.*grid\.values"):
         study(tmp_path, UNTUNED.replace("[0.1]", "[0.1, 0.2]"))
     with pytest.raises(ConfigError, match=r"row of reported 'us'"):
         study(tmp_path, UNTUNED.replace("{ours: 0.7}", "{us: 0.7}"))
@@ -445,7 +445,7 @@ def test_a_study_does_not_go_on_with_other_data(
     plan = study(tmp_path, TABLE)
     run_study(plan, tmp_path / "out", rows=["ours"])
     write_table(tmp_path / "mine.csv", shift=1)
-    with pytest.raises(DataError, match=r"final\|ours\|0.1\|0 ran on other data: data.file"):
+    with pytest.raises(DataError, match=r"final\|ours\|0.1\|0 .*data\.file"):
         run_study(plan, tmp_path / "out")
     write_table(tmp_path / "mine.csv")
     run_study(plan, tmp_path / "out")
@@ -458,7 +458,7 @@ def test_a_metric_that_is_not_measured_is_said_before_the_first_run(
     monkeypatch.chdir(tmp_path)
     write_table(tmp_path / "mine.csv")
     plan = study(tmp_path, TABLE.replace("metric: accuracy", "metric: pearson"))
-    with pytest.raises(ConfigError, match="its metrics are accuracy, loss: name one of them"):
+    with pytest.raises(ConfigError, match="metrics are accuracy, loss"):
         run_study(plan, tmp_path / "out")
     assert not (tmp_path / "out" / "runs.jsonl").exists()
 
@@ -481,7 +481,7 @@ rows:
     ("change", "words"),
     [
         (("evaluate.split=validation", "evaluate.every=1"), "tuned on: add evaluate.split=valid"),
-        (("rounds=1", "evaluate.split=validation, rounds=1"), "final runs are measured on eval"),
+        (("rounds=1", "evaluate.split=validation, rounds=1"), "measured on eval"),
         (("seeds: [7]", "seeds: [7], by: exact_match"), "exact_match is not measured"),
         (("narrow: [method=fedavg_lora", "narrow: [method=pool_rac_lora"), "fc1.weight has only 2"),
         (
@@ -517,7 +517,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_written(
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| small |" in text
     assert "Failed: tune|wide|0.1|7: " in text
-    with pytest.raises(FedRacLoraError, match="1 rows failed and stand in no table"):
+    with pytest.raises(FedRacLoraError, match="1 rows failed"):
         refuse_failed(failed)
     refuse_failed({})
 

@@ -161,8 +161,8 @@ def test_a_search_that_finds_too_few_takes_a_smaller_cohort() -> None:
 
 def test_nobody_there_says_where_and_when() -> None:
     devices = SystemConfig(availability=Bernoulli(1e-9))
-    words = r"round 4: none of the 10 clients looked at is available at 7,200 virtual seconds"
-    with pytest.raises(ClientError, match=rf"{words} \(Bernoulli\(chance=1e-09\)\); raise"):
+    wanted = r"round 4: none .*10 clients .*7,200 .*Bernoulli\(chance=1e-09\)\); raise"
+    with pytest.raises(ClientError, match=wanted):
         devices.ask(0, 4, 10, 2, 7200.0)
 
 

@@ -97,17 +97,13 @@ def test_fewer_clients_than_wanted_are_noted() -> None:
 
 
 def test_nobody_in_time_names_round_deadline_and_the_fastest() -> None:
-    words = r"round 7: no client answered; 1 of 3 dropped out, the fastest of the others takes 61.5"
-    with pytest.raises(
-        ClientError, match=rf"{words} s and the deadline is 60 s; raise system.dead"
-    ):
+    wanted = r"round 7: .*1 of 3 dropped out.* 61\.5 s.* 60 s; raise system\.dead"
+    with pytest.raises(ClientError, match=wanted):
         race([90.0, 61.5, 70.0], [5.0, INF, INF], deadline=60.0).run()
 
 
 def test_everybody_gone_is_told_as_that() -> None:
-    with pytest.raises(
-        ClientError, match=r"round 7: no client answered; 2 of 2 dropped out; lower"
-    ):
+    with pytest.raises(ClientError, match=r"round 7: .*2 of 2 dropped"):
         race([9.0, 1.0], [5.0, 0.5]).run()
 
 

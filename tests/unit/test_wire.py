@@ -103,16 +103,14 @@ def test_an_extra_travels_beside_what_is_trained() -> None:
     assert_same(got, sent)
     assert got.extras.keys() == {"own", "more"}
     assert torch.equal(got.extras["own"]["w/B"], normal(M, R))
-    with pytest.raises(
-        WireError, match=r"extras \['more', 'own'\], which this client does not know"
-    ):
+    with pytest.raises(WireError, match=r"extras \['more', 'own'\]"):
         restore(ClientStore(), got, ORDER, {"w": normal(M, N)}, LocalConfig())
 
 
 @pytest.mark.parametrize("tree", [{"nothing": normal(M, R)}, {"w/B": normal(R, M)}])
 def test_an_extra_beside_nothing_that_is_trained_is_refused(tree: Tree) -> None:
     content = pack_downlink(replace(everything(), extras={"own": tree}), ORDER, "float64")
-    with pytest.raises(WireError, match=f"the extra own of a message names {next(iter(tree))}"):
+    with pytest.raises(WireError, match=f"extra own .*names {next(iter(tree))}"):
         unpack_downlink(content)
 
 
@@ -233,7 +231,7 @@ def edited(content: RecordDict, edit: dict[str, object]) -> RecordDict:
 
 def test_a_message_without_its_records_is_refused() -> None:
     wrong = RecordDict({"config": ArrayRecord({"x": Array(np.zeros(1))}), "arrays": ConfigRecord()})
-    with pytest.raises(WireError, match="config, arrays and chunk are wanted"):
+    with pytest.raises(WireError, match="config, arrays and chunk"):
         unpack_downlink(wrong)
 
 
@@ -241,14 +239,14 @@ def test_a_message_without_its_records_is_refused() -> None:
 def test_a_message_that_lacks_a_record_is_refused(gone: str) -> None:
     content = pack_downlink(everything(), ORDER, "float64")
     del content[gone]
-    with pytest.raises(WireError, match=rf"config, arrays and chunk are wanted|{gone} is wanted"):
+    with pytest.raises(WireError, match=rf"config, arrays and chunk|{gone} is wanted"):
         unpack_downlink(content)
 
 
 def test_a_frozen_factor_without_its_numbers_is_refused() -> None:
     adapters = {"w": {"scale": 1.0, "factors": {"A": {"role": "frozen"}}}}
     content = pack_downlink(Downlink(), ORDER, "float64")
-    with pytest.raises(WireError, match="a frozen factor came without its numbers"):
+    with pytest.raises(WireError, match=r"frozen factor .*its numbers"):
         unpack_downlink(edited(content, {"adapters": adapters}))
 
 
@@ -349,7 +347,7 @@ def test_what_is_beyond_a_budget_does_not_travel() -> None:
 
 def test_whole_rows_where_cut_ones_are_wanted_are_refused() -> None:
     content = reply_of(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
-    with pytest.raises(WireError, match=r"round 9: a reply has rows of shape \(2, 13\)"):
+    with pytest.raises(WireError, match=r"round 9: .*shape \(2, 13\)"):
         unpack_result(content, LAYOUT, BUDGETS.ranks)
 
 

@@ -142,7 +142,7 @@ def test_settings_say_how_the_loop_waits() -> None:
     assert FlowerConfig(timeout=7.0).waiting(5) == Waiting(timeout=7.0)
     real = DeployConfig(min_clients=3, timeout=7.0, retries=4, max_samples=9)
     assert real.waiting(5) == Waiting(7.0, True, 3, 9, 4)
-    with pytest.raises(ConfigError, match=r"min_clients is 3, but a round asks 2 clients"):
+    with pytest.raises(ConfigError, match=r"min_clients is 3.*2 clients"):
         real.waiting(2)
     assert [real.fewest(n, 1) for n in (2, 5)] == [2, 3]
     assert EngineConfig().fewest(5, 1) == 4
