@@ -1,4 +1,4 @@
-"""The engines of one machine: in this process, on Ray's workers, in Flower's simulation."""
+"""The engines of `simulate`: in this process, and on Ray's workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
 from fedraclora.weights.base import BaseWeights
-from fedraclora.weights.job import JobFolder
 from fedraclora.weights.update import WeightHistory
 
 if TYPE_CHECKING:  # Ray is imported where it is started
@@ -80,38 +79,11 @@ class OnRay(Engine):
         )
 
 
-class InFlower(Engine):
-    """Flower's simulation runtime, one node per client; processes follow weights by a folder.
-
-    Args:
-        settings: How many processes.
-        config: Of the run; the processes read it from the folder.
-    """
-
-    def __init__(self, settings: FlowerConfig, config: RunConfig) -> None:
-        self.settings, self.job = settings, JobFolder(config.plain)
-        super().__init__(self.job)
-
-    @override
-    def make_grid(self, parts: EngineParts) -> MessageGrid:
-        from fedraclora.clients.client_app import app
-        from fedraclora.engines.flower import FlowerGrid
-
-        return FlowerGrid(
-            app,
-            self.job,
-            clients=parts.built.clients,
-            store=parts.store,
-            settings=self.settings,
-            device=parts.built.device.type,
-        )
-
-
 def engine_of(config: RunConfig) -> Engine:
     """Make the engine that a config names.
 
     Raises:
-        ConfigError: If its clients are on hosts that are not this process's to start.
+        ConfigError: If its clients are not this process's to start.
     """
     match config.engine:
         case DeployConfig():
@@ -121,7 +93,10 @@ def engine_of(config: RunConfig) -> Engine:
             )
         case RayConfig() as settings:
             return OnRay(settings, Site, lambda parts: SiteParts(config, parts.built, parts.plan))
-        case FlowerConfig() as settings:
-            return InFlower(settings, config)
+        case FlowerConfig():
+            raise ConfigError(
+                "engine=flower is for Flower's own simulation: run `fedraclora flower` with the "
+                "same words, or take engine=ray (many processes) or inline (this one; same bits)"
+            )
         case _:
             return InProcess()

@@ -16,8 +16,7 @@ from typing import cast
 
 from fedraclora.config.schema import section
 from fedraclora.config.settings import FlowerConfig
-from fedraclora.engines.flower.grid import run_options
-from fedraclora.engines.flower.superlink import Options, SuperLink, words_of
+from fedraclora.engines.flower.superlink import Options, SuperLink, run_options, words_of
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.experiments.app import RunRequest, checkout, copy_app
 from fedraclora.experiments.choices import composed

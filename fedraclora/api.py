@@ -55,7 +55,7 @@ def simulate(
 
     What is not said is as in ``conf/config.yaml``, so that the same words give the same bits as
     ``fedraclora simulate``. The engine is one of the config, too: ``engine=vectorised`` (many
-    clients as one batch), ``inline``, ``ray`` or ``flower``. Model, data and method may be objects
+    clients as one batch), ``inline`` or ``ray``. Model, data and method may be objects
     of the program.
 
     Args:

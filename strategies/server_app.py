@@ -21,7 +21,7 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, FlowerConfig
 from fedraclora.engines.base import Engine, EngineParts
 from fedraclora.engines.deploy import DeployGrid, look_again_soon
-from fedraclora.engines.flower import NodePerClient
+from fedraclora.engines.flower.nodes import NodePerClient
 from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Link
@@ -129,7 +129,7 @@ class InServerApp(Engine):
     @override
     def make_grid(self, parts: EngineParts) -> MessageGrid:
         return NodePerClient(
-            lambda: self.flower,
+            self.flower,
             parts.built.clients,
             self.job,
             store=parts.store,

@@ -149,8 +149,7 @@ class FlowerConfig(InlineConfig):
     Attributes:
         workers: Client processes at a time; None = one per CPU.
         gpus: Share of a GPU for each process; None = 1 where the device is cuda, else 0.
-        retries: Times that the work of a process that died is done again before it counts as a
-            failure of its client.
+        retries: Without effect; runs of older releases have it.
         timeout: Seconds to wait for the replies of a round.
     """
 

@@ -1,4 +1,4 @@
-"""Grids that stand before Flower's own, inside a ServerApp or beside a simulation."""
+"""Grids that stand before Flower's own, inside a ServerApp."""
 
 from __future__ import annotations
 
@@ -17,24 +17,14 @@ class ForwardingGrid(MessageGrid):
     """A grid whose run is that of Flower's own; subclasses say who is asked, and how.
 
     Args:
-        start: Gives Flower's own grid; called when it is needed first.
+        grid: Flower's own.
         ended: Tells whether the runtime has ended: nobody will reply.
         pause: Seconds between looks for replies.
     """
 
-    def __init__(
-        self, start: Callable[[], Grid], *, ended: Callable[[], bool], pause: float
-    ) -> None:
+    def __init__(self, grid: Grid, *, ended: Callable[[], bool], pause: float) -> None:
         super().__init__()
-        self.start, self.ended, self.pause = start, ended, pause
-        self._grid: Grid | None = None
-
-    @property
-    def grid(self) -> Grid:
-        """Flower's own grid."""
-        if self._grid is None:
-            self._grid = self.start()
-        return self._grid
+        self.grid, self.ended, self.pause = grid, ended, pause
 
     @override
     def set_run(self, run: Run) -> None:

@@ -19,6 +19,9 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
 from flwr.common.config import flatten_dict, fuse_dicts, parse_config_args
 
+import fedraclora
+from fedraclora.clients.engines import InProcess
+from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower.superlink import SuperLink
 from fedraclora.engines.programs import TETHERED
 from fedraclora.errors import ConfigError, EngineError
@@ -26,6 +29,10 @@ from fedraclora.experiments import flower
 from fedraclora.experiments.app import copy_app
 from fedraclora.experiments.choices import composed
 from fedraclora.experiments.simulate import simulate
+from fedraclora.run.ledger import read_ledger
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.server_app import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,6 +196,28 @@ def names(folder: Path) -> set[str]:
 
 
 @quiet
+def test_a_run_of_the_engine_that_simulate_had_goes_on_with_another(tmp_path: Path) -> None:
+    """As a release wrote it in which `simulate` had Flower's runtime among its engines."""
+    old, whole = tmp_path / "old", tmp_path / "whole"
+    words = [*SMALL, "output.checkpoint_every=1"]
+
+    def stop(row: Row) -> None:
+        if row["round"] == 1:
+            raise KeyboardInterrupt
+
+    config = from_plain(composed([*words, "engine=flower"]), METHODS)
+    with pytest.raises(KeyboardInterrupt):
+        execute(config, old, lambda _: InProcess(), on_round=[stop])
+    assert [row["round"] for row in read_ledger(old / "ledger.jsonl")] == [0, 1]
+    with pytest.raises(ConfigError, match=r"engine=flower .* engine=ray .* inline"):
+        fedraclora.simulate(*words, "engine=flower", folder=old, resume=True)
+    fedraclora.simulate(*words, "engine=inline", folder=old, resume=True)
+    fedraclora.simulate(*words, "engine=inline", folder=whole)
+    found, wanted = (json.loads((f / "summary.json").read_text()) for f in (old, whole))
+    assert found["weights_digest"] == wanted["weights_digest"]
+    assert found["ledger_digest"] == wanted["ledger_digest"]
+
+
 def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     code = [path for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py")]
     own = {path.relative_to(ROOT).as_posix().removeprefix("fedraclora/") for path in code}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +20,12 @@ from fedraclora.engines.flower.superlink import Ended, SuperLink
 from fedraclora.experiments import flower
 from fedraclora.experiments.app import copy_app
 from fedraclora.experiments.choices import composed
+from fedraclora.experiments.interrupt import STATUS
 from fedraclora.experiments.simulate import simulate
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.rows import Row
+from tests.equivalence.listeners import listeners, needs_proc, off_loopback
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +68,23 @@ def test_a_run_that_began_in_process_goes_on_as_an_app(tmp_path: Path) -> None:
     assert [found[name] for name in DIGESTS] == [wanted[name] for name in DIGESTS]
     assert found["git"] == wanted["git"]
     assert {p.name for p in cut.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method=pool_rac_lora", "method.pool=2", "method.refresh=3", "local.moments=link"),
+        ("secure=secagg", "weights=uniform", "head=frozen"),
+        ("method=ffa_lora", "wire.uplink=int4", "wire.downlink=int8", "wire.feedback=true"),
+    ],
+    ids=["pool", "secure", "fewer bits"],
+)
+def test_nodes_are_one_process(words: tuple[str, ...], tmp_path: Path) -> None:
+    app, here = tmp_path / "app", tmp_path / "here"
+    more = [*WORDS, "local=momentum", *words]
+    assert flower.main([*more, "engine.workers=2", f"output.dir={app}"]) == 0
+    simulate(composed([*more, "engine=inline"]), here)
+    assert [summary(app)[name] for name in DIGESTS] == [summary(here)[name] for name in DIGESTS]
 
 
 def test_a_run_that_fails_has_its_words_and_its_status(
@@ -120,3 +142,62 @@ def test_a_process_that_dies_under_flwr_run_ends_the_run(tmp_path: Path) -> None
     assert "the process that trained client" in ended.details
     assert "go on with resume" in ended.details
     assert (folder / "checkpoint" / "checkpoint.safetensors").is_file()
+
+
+def left_running(mark: str) -> list[str]:
+    """Processes that inherited a word of the environment, but those that are dead already."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if mark.encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_bytes().decode(errors="replace"))
+            except OSError:
+                continue
+    return found
+
+
+@needs_proc
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nobody_else_reaches_it_and_nothing_is_left(how: int, tmp_path: Path) -> None:
+    words = [*WORDS, "rounds=100000", "engine.workers=1"]
+    with tempfile.TemporaryDirectory(prefix="r") as made:  # short, for Ray's sockets
+        folder = Path(made) / "run"
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "fedraclora.experiments.flower",
+                *words,
+                f"output.dir={folder}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "MARK_OF_THIS_TEST": made,
+                "OMP_NUM_THREADS": "1",
+                "TMPDIR": made,
+                "RAY_TMPDIR": made,
+            },
+        )
+        deadline = time.monotonic() + 300
+        ledger = folder / "ledger.jsonl"
+        while not (ledger.is_file() and ledger.read_bytes().count(b"\n") > 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        found = listeners(process.pid)
+        assert any("gcs_server" in who for who in found.values())
+        assert off_loopback(found) == {}
+        process.send_signal(how)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == (-how if how == signal.SIGKILL else STATUS)
+        assert ("interrupted" in said) == (how != signal.SIGKILL)
+        while left_running(made) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert left_running(made) == []
+        if how != signal.SIGKILL:
+            assert [*Path(made).glob("fedraclora-*")] == []

@@ -71,10 +71,9 @@ def test_the_engine_is_a_choice(engine: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("other", "same"), [("ray", "vectorised"), ("flower", "inline")])
-def test_engines_of_many_processes_have_the_bits_of_one(other: str, same: str) -> None:
-    found = run(engine={"name": other, "workers": 2})
-    assert digest(found.weights()) == digest(run(engine=same).weights())
+def test_engines_of_many_processes_have_the_bits_of_one() -> None:
+    found = run(engine={"name": "ray", "workers": 2})
+    assert digest(found.weights()) == digest(run(engine="vectorised").weights())
 
 
 def test_a_run_says_what_it_is_in_a_line() -> None:

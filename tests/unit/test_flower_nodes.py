@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from typing_extensions import override
 
 from fedraclora.config.settings import FlowerConfig
-from fedraclora.engines.flower import grid as flower_grid
-from fedraclora.engines.flower import nodes, runtime
-from fedraclora.engines.flower.grid import FlowerGrid, backend, run_options
+from fedraclora.engines.flower import nodes
 from fedraclora.engines.flower.nodes import PROCESS_DIED, NodePerClient
+from fedraclora.engines.flower.superlink import run_options
 from fedraclora.engines.local import STALE, MessageGrid, become_a_task
 from fedraclora.errors import ClientError, ConfigError, EngineError
 from fedraclora.protocol.link import Link
@@ -128,7 +124,7 @@ def grid_on(
     runtime: Runtime, job: JobFolder, clients: int = 4, timeout: float = 5.0, **more: object
 ) -> NodePerClient:
     return NodePerClient(
-        lambda: runtime,
+        runtime,
         clients,
         job,
         store=ClientStore(),
@@ -227,13 +223,6 @@ def test_a_dead_process_that_is_not_replaced_ends_the_run(job: JobFolder) -> Non
         grid.send_and_receive([message_for(2, round_=7)])
 
 
-def test_a_dead_process_that_is_replaced_is_its_clients_failure(job: JobFolder) -> None:
-    # It was tried again already: the client kills whatever trains it.
-    grid = grid_on(Runtime(PARTITIONS, dead), job, mends=True)
-    (reply,) = grid.send_and_receive([message_for(2)])
-    assert reply.error.reason == "the process that trained it died: ActorDiedError"
-
-
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_client_that_asks_for_the_weights_whole_is_asked_once_more(
     times: int, job: JobFolder
@@ -278,53 +267,13 @@ def test_a_runtime_that_has_ended_is_not_waited_for(what: str, job: JobFolder) -
         list(grid.send_and_receive([message_for(2)]))
 
 
-# ---- The runtime of this process ----------------------------------------------------------------
-
-
-def test_a_backend_that_does_not_start_is_an_error_and_no_hang(
-    job: JobFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = backend(FlowerConfig(workers=1), "cpu")
-    asked["init_args"]["no_such_argument"] = 1
-    monkeypatch.setattr(flower_grid, "backend", lambda *_: asked)
-    from fedraclora.clients.client_app import app
-
-    before = set(threading.enumerate())
-    levels = [logging.getLogger(n).level for n in runtime.LOGGERS]
-    grid = FlowerGrid(
-        app, job, clients=3, store=ClientStore(), settings=FlowerConfig(), device="cpu"
-    )
-    with pytest.raises(EngineError, match=r"runtime failed: .*no_such_argument"):
-        grid.get_node_ids()
-    grid.close()
-    assert not job.folder.exists()
-    end = time.monotonic() + 30
-    while set(threading.enumerate()) - before and time.monotonic() < end:
-        time.sleep(0.05)
-    assert {t.name for t in set(threading.enumerate()) - before} == set()
-    assert [logging.getLogger(n).level for n in runtime.LOGGERS] == levels
-
-
-def test_a_ray_that_runs_already_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
-    started = runtime.Runtime(ClientApp(), 3, {})
-    with pytest.raises(EngineError, match=r"Ray runs .*already"):
-        started.grid()
-    started.close()
-
-
 def test_more_than_the_machine_has_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"engine.workers is 1000, .* at most \d+ processes"):
-        backend(FlowerConfig(workers=1000), "cpu")
+        run_options(FlowerConfig(workers=1000), "cpu", 3)
     with pytest.raises(ConfigError, match=r"engine.gpus is 99 .* has \d+ GPU"):
-        backend(FlowerConfig(gpus=99), "cpu")
+        run_options(FlowerConfig(gpus=99), "cpu", 3)
 
 
-def test_processes_that_die_are_replaced_and_flwr_run_has_no_word_for_that() -> None:
-    settings = FlowerConfig(workers=1, retries=5)
-    resources = backend(settings, "cpu")["client_resources"]
-    assert (resources["max_restarts"], resources["max_task_retries"]) == (-1, 5)
-    options = run_options(settings, "cpu", 12)
-    assert options["num-supernodes"] == 12
-    assert options["init-args-num-cpus"] == 1
-    assert not [key for key in options if "retries" in key or "restarts" in key]
+def test_flwr_run_is_told_of_nodes_and_processes() -> None:
+    options = run_options(FlowerConfig(workers=1), "cpu", 12)
+    assert (options["num-supernodes"], options["init-args-num-cpus"]) == (12, 1)

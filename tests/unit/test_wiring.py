@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.clients.engines import InFlower, InProcess, OnRay, engine_of
+from fedraclora.clients.engines import InProcess, OnRay, engine_of
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, Waiting
 from fedraclora.data.samples import Partitioned, Samples
@@ -30,7 +28,6 @@ from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.wiring import Wired, wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.weights.job import JobFolder
 from fedraclora.weights.update import WeightHistory
 
 LOOP = LoopConfig(rounds=1, clients=3, cohort=2, chunk=2, seed=4)
@@ -108,18 +105,10 @@ def test_an_engine_of_a_run_that_is_refused_is_ended() -> None:
     assert engine.ended == 1
 
 
-def test_flower_leaves_no_folder_where_its_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Path] = []
-    begin = JobFolder.__init__
-
-    def noted(self: JobFolder, plain: dict[str, object]) -> None:
-        begin(self, plain)
-        made.append(self.folder)
-
-    monkeypatch.setattr(JobFolder, "__init__", noted)
-    with pytest.raises(ConfigError):
-        assemble(config("engine=flower", "targets=[zzz]"), None, engine_of=engine_of)
-    assert [folder.exists() for folder in made] == [False]
+@pytest.mark.parametrize(("name", "command"), [("flower", "flower"), ("deploy", "deploy")])
+def test_what_is_not_of_this_process_is_refused_with_its_command(name: str, command: str) -> None:
+    with pytest.raises(ConfigError, match=rf"engine={name} .*fedraclora {command}"):
+        engine_of(config(f"engine={name}"))
 
 
 def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
@@ -127,11 +116,6 @@ def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
     assert isinstance(found, OnRay)
     assert isinstance(found.replica, WeightHistory)
     assert (found.spread, found.share) == (True, 0.5)
-    flower = engine_of(config("engine=flower"))
-    assert isinstance(flower, InFlower)
-    assert flower.replica is flower.job
-    flower.close()
-    flower.close()  # a second call does nothing
     here = engine_of(config("engine=inline"))
     assert isinstance(here, InProcess)
     assert (here.spread, here.share) == (False, None)

@@ -59,7 +59,7 @@ class DeployGrid(ForwardingGrid):
         ended: Callable[[], bool] = lambda: False,
         pause: float = PAUSE,
     ) -> None:
-        super().__init__(lambda: grid, ended=ended, pause=pause)
+        super().__init__(grid, ended=ended, pause=pause)
         self.history, self.run_id, self.settings = history, run_id, settings
         self.first = 0 if known else None  # what a client holds that holds nothing
         self.incidents: list[str] = []

@@ -1,8 +1,1 @@
-"""Flower's own runtimes, one node per client."""
-
-from __future__ import annotations
-
-from fedraclora.engines.flower.grid import FlowerGrid
-from fedraclora.engines.flower.nodes import NodePerClient
-
-__all__ = ["FlowerGrid", "NodePerClient"]
+"""The Flower app inside Flower's simulation runtime, and a SuperLink that runs it."""

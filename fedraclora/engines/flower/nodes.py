@@ -35,31 +35,28 @@ class NodePerClient(ForwardingGrid):
     """A grid whose node ``k`` is the node of client ``k``.
 
     Args:
-        start: Gives Flower's own grid; called when the nodes are asked for first.
+        grid: Flower's own.
         clients: Size of the population, and number of nodes.
         job: Where the client processes of this machine find settings and base weights.
         store: What clients keep between rounds; it travels with their messages, for any process
             may train any client.
         timeout: Seconds to wait for the nodes, and for replies unless a call says otherwise.
         ended: Tells whether the runtime has ended: nobody will reply.
-        mends: Whether the runtime replaces a process that died. Where it does not, Flower hands
-            nearly all later messages to the dead process, so the run must end.
     """
 
     def __init__(
         self,
-        start: Callable[[], Grid],
+        grid: Grid,
         clients: int,
         job: JobFolder,
         *,
         store: ClientStore,
         timeout: float,
         ended: Callable[[], bool] = lambda: False,
-        mends: bool = False,
     ) -> None:
-        super().__init__(start, ended=ended, pause=PAUSE)
+        super().__init__(grid, ended=ended, pause=PAUSE)
         self.clients, self.job, self.store = clients, job, store
-        self.timeout, self.mends = timeout, mends
+        self.timeout = timeout
         self._nodes: list[int] = []
 
     @override
@@ -147,15 +144,15 @@ class NodePerClient(ForwardingGrid):
         reason = str(reply.error.reason)
         kind = reason.partition("ray.exceptions.")[2].partition("'")[0]  # no ids: those of Ray vary
         reason = kind or reason.partition("\n")[0][:200]
-        if self.mends or "chunk" not in sent.content:
+        if "chunk" not in sent.content:
             reply.error = Error(PROCESS_DIED, f"the process that trained it died: {reason}")
             return reply
         (client,) = clients_of(sent.content)
+        # Flower hands nearly all later messages to the dead process.
         raise ClientError(
             f"round {sent.metadata.group_id}: the process that trained client {client} died "
             f"({reason}); Flower's runtime does not replace it, so the run stops here: mend what "
-            "killed it (memory?) and go on with resume, or use `fedraclora simulate`, which "
-            "replaces processes"
+            "killed it (memory?) and go on with resume, or use engine=ray, which replaces processes"
         )
 
     def _find_nodes(self) -> list[int]:

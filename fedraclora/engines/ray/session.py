@@ -113,22 +113,6 @@ def own_sigterm() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
-@contextmanager
-def deaf_children() -> Iterator[None]:
-    """Let processes that this thread starts inside not hear SIGTERM and SIGHUP, nor their own.
-
-    Where one goes to the whole group (a batch system, systemd, a terminal that closes), Ray's
-    server would be gone before this process has ended what uses it: calls hang, and after ten
-    seconds Ray aborts this process.
-    The price is that Ray waits a second for each of its four programs before it kills it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def set_sigterm(handler: Handler) -> None:
     """Set the handler of SIGTERM, where this thread may: Ray sets none in Python in others."""
     if threading.current_thread() is threading.main_thread() and handler is not None:
