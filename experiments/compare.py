@@ -22,15 +22,17 @@ import numpy as np
 
 from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
-from fedraclora.experiments.groups import Group, group_runs, values
-from fedraclora.experiments.reports import (
+from fedraclora.experiments.run_files import (
     BEGINS,
     ROUNDING,
-    Run,
+    Group,
+    RunFiles,
     find_runs,
+    group_runs,
     is_result,
-    read_run,
+    read_files,
     refuse_overwriting,
+    values,
 )
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.study.entries import (
@@ -115,7 +117,7 @@ class Wanted:
     budget: float
 
 
-def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+def _read(paths: Sequence[Path]) -> tuple[list[RunFiles], list[str]]:
     runs, notes = [], []
     folders, without = find_runs(paths)
     if without:  # no note: a table says the same, whether its own folder was named or not
@@ -123,7 +125,7 @@ def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         print(f"passed over, as there is no run in it: {named}")
     for folder in folders:
         try:
-            runs.append(read_run(folder))
+            runs.append(read_files(folder))
         except CheckpointError as error:
             notes.append(f"left out: {error}")
     if not runs:
@@ -131,7 +133,7 @@ def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     return runs, notes
 
 
-def _metric(runs: Sequence[Run], asked: str | None, notes: list[str]) -> str:
+def _metric(runs: Sequence[RunFiles], asked: str | None, notes: list[str]) -> str:
     """Choose the metric, and say which runs do not have it or have lost it."""
     known = list(dict.fromkeys(name for run in runs for name in run.metrics))
     if not known:
@@ -172,7 +174,7 @@ def _ranked(groups: Sequence[Group], wanted: Wanted) -> list[Ranked]:
     return found
 
 
-def _warn(runs: Sequence[Run], groups: Sequence[Group], notes: list[str]) -> None:
+def _warn(runs: Sequence[RunFiles], groups: Sequence[Group], notes: list[str]) -> None:
     """Add what makes a comparison unfair."""
     keys = dict.fromkeys(key for run in runs for key in run.keys)
     task = [k for k in keys if k.startswith(_TASK) and len(values(runs, k)) > 1]
@@ -226,7 +228,7 @@ def _record(group: Group, wanted: Wanted) -> dict[str, object]:
     return record
 
 
-def _is_exact(run: Run) -> bool:
+def _is_exact(run: RunFiles) -> bool:
     """Check whether aggregates were means; False where the method is none of this version's."""
     try:
         return is_exact(run.config)
@@ -234,7 +236,7 @@ def _is_exact(run: Run) -> bool:
         return False
 
 
-def _figures(run: Run, wanted: Wanted) -> dict[str, float]:
+def _figures(run: RunFiles, wanted: Wanted) -> dict[str, float]:
     """The numbers of one run; NaN where it has none."""
     metric, target = wanted.metric, wanted.target
     # Of the weights before round 1 nobody has learnt anything yet.

@@ -33,8 +33,8 @@ from fedraclora.experiments.overrides import (
     without_idle,
 )
 from fedraclora.experiments.progress import RunProgress, console_for_tables, size
-from fedraclora.experiments.reports import ROUNDING
 from fedraclora.experiments.resume import go_on, is_done, told_how_to_go_on
+from fedraclora.experiments.run_files import ROUNDING
 from fedraclora.experiments.status import composing, reported, tell
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number

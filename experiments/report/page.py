@@ -20,7 +20,7 @@ from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.progress import size
 from fedraclora.experiments.report.figures import curves
-from fedraclora.experiments.reports import ROUNDING, Run, read_run
+from fedraclora.experiments.run_files import ROUNDING, RunFiles, read_files
 from fedraclora.experiments.status import reported
 from fedraclora.objects import NAME
 from fedraclora.run.folder import method_label, run_title
@@ -34,7 +34,7 @@ DIGITS = 12  # of a digest in a table; the whole of it stands where it is checke
 
 
 @dataclass(frozen=True)
-class Shown(Run):
+class Shown(RunFiles):
     """A run as a report shows it.
 
     Attributes:
@@ -171,7 +171,7 @@ def read_shown(folder: Path) -> Shown:
         raise CheckpointError(
             f"{folder} holds no run: a folder with config.yaml and ledger.jsonl is wanted"
         )
-    return Shown(**vars(read_run(folder)), stopped=stop_reason(folder))
+    return Shown(**vars(read_files(folder)), stopped=stop_reason(folder))
 
 
 def page_of(runs: Sequence[Shown], title: str | None = None) -> str:

@@ -22,7 +22,7 @@ from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.experiments.assemble import Assembled
 from fedraclora.experiments.choices import composed
-from fedraclora.experiments.reports import refuse_overwriting
+from fedraclora.experiments.run_files import refuse_overwriting
 from fedraclora.experiments.status import explained
 from fedraclora.experiments.study.checks import check_data, check_rows
 from fedraclora.experiments.study.file import Job, Study, check_same

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedraclora.experiments.reports import ROUNDING
+from fedraclora.experiments.run_files import ROUNDING
 from fedraclora.experiments.study.entries import (
     DEVIATION,
     UNTRAINED,

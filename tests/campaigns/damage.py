@@ -24,8 +24,8 @@ import numpy as np
 
 from fedraclora.errors import FedRacLoraError
 from fedraclora.experiments.choices import composed
-from fedraclora.experiments.reports import read_run
 from fedraclora.experiments.resume import is_done
+from fedraclora.experiments.run_files import read_files
 from fedraclora.experiments.simulate import choose, simulate
 from fedraclora.rng import generator
 from fedraclora.run.folder import read_summary
@@ -190,7 +190,7 @@ def finish(folder: Path) -> tuple[object, ...]:
         _PLAIN.append(composed([]))
     run({**_PLAIN[0], "resume": str(folder)}, ["resume"])
     summary = read_summary(folder)
-    read_run(folder)
+    read_files(folder)
     return summary["weights_digest"], summary["ledger_digest"], link_digest(folder / "chain")
 
 

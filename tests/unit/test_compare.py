@@ -13,7 +13,7 @@ import yaml
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.experiments import compare as comparing
 from fedraclora.experiments.compare import compare, main
-from fedraclora.experiments.reports import find_runs, read_run
+from fedraclora.experiments.run_files import find_runs, read_files
 from fedraclora.experiments.tables import Table, read_table
 from fedraclora.run.ledger import Ledger, Row
 
@@ -501,7 +501,7 @@ def test_bad_runs_are_named_and_left_out(make: Make, tmp_path: Path, case: str) 
     bad = make("bad", rac(), 1)
     spoil(bad)
     with pytest.raises(CheckpointError, match=words):
-        read_run(bad)
+        read_files(bad)
     table = compare([tmp_path / "sweep"], tmp_path / "out")
     assert [r["seeds"] for r in table.records] == [1]
     (note,) = table.notes
