@@ -10,11 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedraclora.errors import CheckpointError, ConfigError, unknown
-from fedraclora.run.digests import check_config, opened
-from fedraclora.run.ledger import digest_rows, number, read_ledger
+from fedraclora.run.folder import is_finished, read_config, read_summary
+from fedraclora.run.ledger import number, read_ledger
 from fedraclora.run.stopped import divergence
 from fedraclora.weights.files import flatten
 
@@ -179,39 +177,19 @@ def read_files(folder: Path) -> RunFiles:
     Raises:
         CheckpointError: Naming the folder, if a file is damaged or no round has been written.
     """
-    config = _read_mapping(folder / "config.yaml")
-    check_config(folder)
     rows = read_ledger(folder / "ledger.jsonl")
     if not rows:
         raise CheckpointError(f"{folder} has no rounds yet: its ledger has no rows; run it again")
-    if not (folder / "summary.json").is_file():
+    config = dict(read_config(folder))
+    if not is_finished(folder):
         return RunFiles(folder, config, rows, {}, divergence(folder))
-    summary = opened(_read_mapping(folder / "summary.json"), folder / "summary.json")
-    last = number(rows[-1], "round")
+    summary, last = read_summary(folder), number(rows[-1], "round")
     if number(summary, "rounds") != last:
         raise CheckpointError(
             f"{folder}: the ledger ends at round {last:g}, the summary at round "
             f"{summary.get('rounds')}; restore the file that is not of this run from a copy"
         )
-    if summary.get("ledger_digest", digest_rows(rows)) != digest_rows(rows):
-        raise CheckpointError(
-            f"{folder} is broken: ledger.jsonl was changed after the run (its digest is not the "
-            "summary's); restore it from a copy or run it again"
-        )
     return RunFiles(folder, config, rows, summary)
-
-
-def _read_mapping(path: Path) -> dict[str, object]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{path.parent} is broken: cannot read {path.name}: {error}"
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path.parent} is broken: {path.name} is not a mapping")
-    return found
 
 
 _NAME = "method.name"

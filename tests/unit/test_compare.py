@@ -87,6 +87,7 @@ def make(tmp_path: Path) -> Make:
             "method": method,
             "data": {"name": "mnist", "root": f"/mnt/{name}/data", "labels": [5, 6]},
             "model": {"name": "mlp"},
+            "engine": {"name": "vectorised"},
             "local": {"name": "sgd", "lr": 0.1},
             "clients": 50,
             "cohort": COHORT,
@@ -475,10 +476,10 @@ def stopped(folder: Path, found: object) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.yaml").unlink(), r"cannot read config\.yaml"),
-    "bad yaml": (lambda f: (f / "config.yaml").write_text("a: [1"), r"cannot read config\.yaml"),
-    "no mapping": (lambda f: (f / "config.yaml").write_text("7"), r"config\.yaml is not a mapping"),
-    "bad json": (lambda f: (f / "summary.json").write_text("{"), r"cannot read summary\.json"),
+    "no config": (lambda f: (f / "config.yaml").unlink(), r"no config\.yaml"),
+    "bad yaml": (lambda f: (f / "config.yaml").write_text("a: [1"), r"config\.yaml is damaged"),
+    "no mapping": (lambda f: (f / "config.yaml").write_text("7"), r"config\.yaml does not hold"),
+    "bad json": (lambda f: (f / "summary.json").write_text("{"), r"summary\.json is damaged"),
     "no ledger": (lambda f: (f / "ledger.jsonl").unlink(), r"no ledger .*ledger\.jsonl"),
     "empty ledger": (lambda f: (f / "ledger.jsonl").write_text(""), "has no rows"),
     "bad ledger": (lambda f: (f / "ledger.jsonl").write_text("x\n{}\n"), "line 1 is damaged"),
@@ -566,7 +567,7 @@ def test_a_run_that_was_never_evaluated_has_nothing_to_compare(make: Make, tmp_p
     (folder / "ledger.jsonl").unlink()
     ledger = Ledger(folder / "ledger.jsonl")
     ledger.append({"round": 1, "metrics": {}})
-    (folder / "summary.json").write_text('{"rounds": 1}')
+    (folder / "summary.json").write_text('{"rounds": 1, "weights_digest": "w"}')
     with pytest.raises(CheckpointError, match=r"none .*runs was evaluated"):
         compare([folder], tmp_path / "out")
 
