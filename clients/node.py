@@ -23,7 +23,7 @@ from fedraclora.config.schema import Plain
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.engines.local import STALE
 from fedraclora.errors import ConfigError, WireError
-from fedraclora.privacy.secagg import Terms
+from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.privacy.secret import KEY_BYTES
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
@@ -131,7 +131,7 @@ def replica_of(folder: Path, trainer: CohortTrainer) -> StoredReplica:
 @lru_cache(maxsize=KEPT)
 def trainer_for(
     settings: str, own: str | None, client: int, *, alone: bool
-) -> tuple[CohortTrainer, Terms | None]:
+) -> tuple[CohortTrainer, SecAggTerms | None]:
     """Build data and model of a run, and what its clients insist on in secure aggregation.
 
     Args:
@@ -156,7 +156,7 @@ def trainer_for(
     return built_from(plain)
 
 
-def built_from(plain: Plain) -> tuple[CohortTrainer, Terms | None]:
+def built_from(plain: Plain) -> tuple[CohortTrainer, SecAggTerms | None]:
     """Build data and model of a config, and what clients insist on in secure aggregation."""
     config = task_from_plain(plain)
     fix_bits(config.engine.threads, pick_device(config.device))

@@ -17,7 +17,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedraclora.errors import ClientError, FedRacLoraError
-from fedraclora.privacy.secagg import Terms
+from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
 from fedraclora.wire.downlink import TrainRequest
@@ -45,7 +45,9 @@ BEFORE = {"shares": "keys", "masked": "shares", "unmask": "masked"}
 DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
-def answer_stage(content: RecordDict, stage: Stage, store: ClientStore, terms: Terms) -> RecordDict:
+def answer_stage(
+    content: RecordDict, stage: Stage, store: ClientStore, terms: SecAggTerms
+) -> RecordDict:
     """Answer a stage in which nobody trains.
 
     Args:
@@ -107,7 +109,7 @@ def _remember(store: ClientStore, client: int, memory: Memory, stage: str) -> No
     store.secrets[client] = json.dumps(memory).encode()
 
 
-def _keys(_client: int, memory: Memory, _data: Any, _terms: Terms) -> Any:
+def _keys(_client: int, memory: Memory, _data: Any, _terms: SecAggTerms) -> Any:
     """Make the keys of a round: for masks, and to seal shares."""
     memory["mask"], mask = new_pair()
     memory["box"], box = new_pair()
@@ -115,7 +117,7 @@ def _keys(_client: int, memory: Memory, _data: Any, _terms: Terms) -> Any:
     return {"mask": mask, "box": box, "seed": mark(memory["seed"])}
 
 
-def _shares(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
+def _shares(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
     """Split key and seed among the neighbours."""
     keys = {int(c): {name: str(k[name]) for name in ("mask", "box")} for c, k in data.items()}
     if client in keys or len(keys) < terms.neighbours:
@@ -138,7 +140,7 @@ def _shares(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
     }
 
 
-def _unmask(client: int, memory: Memory, data: Any, _terms: Terms) -> Any:
+def _unmask(client: int, memory: Memory, data: Any, _terms: SecAggTerms) -> Any:
     """Collect seeds' shares of clients in the sum, and keys' shares of those who are not."""
     alive, gone = ([int(c) for c in data[key]] for key in ("alive", "gone"))
     near, shares = {*memory["near"]}, memory["held"]
@@ -163,7 +165,7 @@ def masked_reply(
     request: TrainRequest,
     stage: Stage,
     store: ClientStore,
-    terms: Terms,
+    terms: SecAggTerms,
     trained: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     failures: dict[int, str],
     notes: list[str],
@@ -245,7 +247,7 @@ def _whole(
     weight: float,
     clip: float | None,
     settings: Mapping[str, Any],
-    terms: Terms,
+    terms: SecAggTerms,
 ) -> Words:
     """Write a weighted update, and its weight behind it, as whole steps modulo 2^32.
 

@@ -15,7 +15,7 @@ from fedraclora.aggregation.statistics import shortened
 from fedraclora.clients.client_state import keep, restore
 from fedraclora.clients.secure import answer_stage, masked_reply
 from fedraclora.errors import OF_THE_RUN, ConfigError, WireError
-from fedraclora.privacy.secagg import Terms
+from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
@@ -23,7 +23,7 @@ from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult, join
+from fedraclora.training.extra import LocalResult, join_results
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.base import BaseWeights
@@ -94,7 +94,7 @@ class Worker:
     trainer: CohortTrainer
     replica: BaseWeights
     store: ClientStore = field(default_factory=ClientStore)
-    terms: Terms | None = None
+    terms: SecAggTerms | None = None
     limit: int | None = field(default=None, init=False)
     _reader: Reader = field(default_factory=Reader, init=False)
 
@@ -213,12 +213,12 @@ class Worker:
         job.note(text)
         return parts(places, self.limit)
 
-    def _masked(self, job: Job, stage: Stage, terms: Terms) -> RecordDict:
+    def _masked(self, job: Job, stage: Stage, terms: SecAggTerms) -> RecordDict:
         """Hide what clients send from everyone; see `fedraclora.clients.secure`."""
         request, downlink, base, local = job.request, job.downlink, job.base, self.trainer.local
         places, layout = torch.tensor(job.places, dtype=torch.int64), uplink_layout(downlink)
         updates, weights = torch.zeros(0, layout.size).double(), torch.zeros(0).double()
-        if (result := join(job.results)) is not None:
+        if (result := join_results(job.results)) is not None:
             rows = sent_rows(result, layout)
             updates = rows - opening_rows(downlink, base, layout, places)
             weights = client_weights(terms.weights, result.samples)
@@ -240,7 +240,7 @@ class Worker:
         places = torch.tensor(job.places, dtype=torch.int64)
         whole = len(places) == len(request.clients)  # parts are tried in order
         return pack_result(
-            join(job.results),
+            join_results(job.results),
             request,
             request.clients if whole else request.clients[places],
             uplink_layout(downlink),

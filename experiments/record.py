@@ -72,8 +72,8 @@ class Record:
     def draw(self) -> None:
         """Draw the curves, where the run asks for pictures."""
         if section(self.plain, "output").get("plots"):
-            from fedraclora.plots.run import curves
+            from fedraclora.plots.run import run_curves
 
             picture = self.folder / "curves.png"
             rounds = int(str(self.plain["rounds"]))
-            curves(self.ledger.rows, picture, run_title(self.plain), planned=rounds)
+            run_curves(self.ledger.rows, picture, run_title(self.plain), planned=rounds)

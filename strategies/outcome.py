@@ -205,10 +205,10 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
 
 def draw(run: Assembled, folder: Path) -> None:
     """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
-    from fedraclora.plots.run import curves, label_distribution
+    from fedraclora.plots.run import label_distribution, run_curves
 
     rows, plain = run.strategy.recorder.ledger.rows, run.config.plain
-    curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
+    run_curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
         label_distribution(counts, folder / "partition.png", population=run.built.clients)

@@ -22,7 +22,7 @@ from fedraclora.data.dataset import Read
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.evaluation.evaluate import evaluate_task
-from fedraclora.evaluation.predict import Record, predict
+from fedraclora.evaluation.predict import Prediction, predict
 from fedraclora.models.built import check_fit
 from fedraclora.models.narrow import dequantise
 from fedraclora.models.outputs import refuse_outputs
@@ -168,11 +168,11 @@ class Run:
             every = replace(asked, generate=1, answers=len(read.samples))
             answering = answering_of(every, task, read.samples)
             texts = [] if answering is None else answering.texts(weights)
-            words: list[Record] = [{"prediction": text} for text in texts]
+            words: list[Prediction] = [{"prediction": text} for text in texts]
         else:
             given = read.samples, task.loss, task.reading, asked.batch_size
             words = predict(task.model, weights, *given)
-        rows: list[Record] = [{} for _ in range(read.total)]
+        rows: list[Prediction] = [{} for _ in range(read.total)]
         for row, found in zip(read.rows.tolist(), words, strict=True):
             rows[row] = found
         frame = pd.json_normalize(rows, sep=".")

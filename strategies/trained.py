@@ -17,7 +17,7 @@ from fedraclora.config.schema import section
 from fedraclora.data.locate import model_source
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.export.trained import TrainedModel, name_classes, put
+from fedraclora.export.trained import TrainedModel, name_classes, put_weights
 from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
 from fedraclora.models.narrow import dequantise
@@ -92,7 +92,7 @@ def trained_model(
             magnitudes = {name: state.carried[magnitude_of(name)] for name in plan.targets}
     start, weights = dense(start), dense(weights)
     model.to(next(iter(weights.values())).dtype)  # a narrow base widens with what is added to it
-    put(model, weights)
+    put_weights(model, weights)
     name_classes(model, task.reading.get("classes"))
     source, tokenizer = _sources(plain)
     return TrainedModel(

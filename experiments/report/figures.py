@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 import plotly.graph_objects as go
 
-from fedraclora.plots.axes import COLOURS, MEGABYTE, Vector
+from fedraclora.plots.axes import COLOURS, MEGABYTE, Values
 from fedraclora.run.ledger import Row, column, headline, round_seconds
 
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
@@ -51,12 +51,12 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
     return found
 
 
-def traffic(rows: Sequence[Row]) -> Vector:
+def traffic(rows: Sequence[Row]) -> Values:
     """Megabytes both ways up to each round."""
     return (column(rows, "uplink_total") + column(rows, "downlink_total")) / MEGABYTE
 
 
-def seconds(rows: Sequence[Row]) -> Vector:
+def seconds(rows: Sequence[Row]) -> Values:
     """Wall-clock seconds of each round, all phases together; NaN where none are told."""
     return np.array([round_seconds(row) if "seconds" in row else np.nan for row in rows])
 

@@ -32,7 +32,7 @@ from fedraclora.experiments.study.tuning import Done, shown_value, tuned_by
 from fedraclora.experiments.tables import Table
 from fedraclora.experiments.words import key_values, part
 from fedraclora.plots.axes import MEGABYTE
-from fedraclora.plots.leaderboard import Entrant, leaderboard_figure
+from fedraclora.plots.comparison import Entrant, leaderboard_figure
 from fedraclora.run.ledger import Row, number
 from fedraclora.wire.fields import printable
 

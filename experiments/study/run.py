@@ -148,7 +148,7 @@ def client_bytes(run: Assembled) -> int | None:
     measured.
     """
     from fedraclora.protocol.method import Cohort
-    from fedraclora.training.memory import LOOKED_AT, measure
+    from fedraclora.training.memory import LOOKED_AT, measure_memory
 
     if run.built.cohort < 2:
         return None
@@ -157,7 +157,7 @@ def client_bytes(run: Assembled) -> int | None:
         strategy, two = run.strategy, Cohort(torch.arange(2), torch.ones(2))
         sent = strategy.method.open_round(strategy.state, 1, two, strategy.draw)
         population = torch.arange(min(run.built.clients, LOOKED_AT))
-        memory = measure(run.trainer, strategy.state.base, sent, population)
+        memory = measure_memory(run.trainer, strategy.state.base, sent, population)
     return memory.weights + memory.training(1)
 
 

@@ -36,7 +36,7 @@ from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.privacy.client_level import ClientLevel
-from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
+from fedraclora.privacy.secagg import LEAST_CLIENTS, SecAgg, SecAggTerms
 from fedraclora.protocol.cohorts import check_cohort
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
@@ -107,15 +107,15 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
     )
 
 
-def terms_of(config: TaskConfig, built: BuiltTask) -> Terms | None:
+def terms_of(config: TaskConfig, built: BuiltTask) -> SecAggTerms | None:
     """Build the terms that clients insist on in secure aggregation; None without it."""
     if not isinstance(config.secure, SecAgg):
         return None
     if config.system.enabled or isinstance(config.privacy, ClientLevel):
-        fewest = LEAST  # how many are asked is a matter of devices, or of coins
+        fewest = LEAST_CLIENTS  # how many are asked is a matter of devices, or of coins
     else:
         fewest = config.engine.fewest(built.cohort, config.max_failures)
-    return Terms(config.secure, config.weights, max(LEAST, fewest))
+    return SecAggTerms(config.secure, config.weights, max(LEAST_CLIENTS, fewest))
 
 
 def pick_device(name: str) -> torch.device:

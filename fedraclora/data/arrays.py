@@ -5,18 +5,20 @@ Arrays that come after a run are read as its own were: one rule for every data s
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import SHARE, DataSet, Read, refuse_both, train_test
+from fedraclora.data.dataset import DataSet, Read, refuse_both, train_test
 from fedraclora.data.fit import (
-    TARGETS,
+    TARGET_NAMES,
     Form,
     as_scaled,
     as_tensor,
@@ -25,16 +27,22 @@ from fedraclora.data.fit import (
     said_of_inputs,
     scale_of_bytes,
 )
-from fedraclora.data.labels import LOSSES, Kind, as_values, class_names, supervised, target_of
+from fedraclora.data.labels import (
+    OBJECTIVES,
+    TaskName,
+    as_values,
+    class_names,
+    supervised,
+    target_of,
+)
 from fedraclora.data.locate import resolve
 from fedraclora.data.mnist import parse_idx, read_packed
 from fedraclora.data.objects import is_columns, table_of
 from fedraclora.data.samples import Samples
-from fedraclora.data.sources import read_arrays
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Fraction, limited
 
-Array = npt.NDArray[Any]
+AnyArray = npt.NDArray[Any]
 
 SPELLINGS = {
     "x": ("x", "X", "images", "x_train", "train_images"),
@@ -59,7 +67,7 @@ def load_arrays(
     test: str | None = None,
     test_share: Fraction | None = None,
     split_seed: int = 0,
-    task: Kind = "classification",
+    task: TaskName = "classification",
     metrics: Sequence[str] | None = None,
 ) -> DataSet:
     """Load arrays of inputs and targets.
@@ -95,7 +103,7 @@ def load_arrays(
         other = read_file(resolve(test, key="data.test", root=root))
         arrays |= {"test_x": other["x"], "test_target": other["target"]}
     names = _classes(arrays["target"], task, source)
-    form = Form(None, LOSSES[task])
+    form = Form(None, OBJECTIVES[task][0])
     raw = _samples(arrays["x"], arrays["target"], names, task, source)
     train = form.fit(raw, source)
     everyone = owners = _owners(arrays, len(train), source)
@@ -106,9 +114,8 @@ def load_arrays(
             _samples(arrays["test_x"], arrays["test_target"], names, task, where), where
         )
     else:
-        share = SHARE if test_share is None else test_share
         labels = train.target.numpy() if task == "classification" else None
-        train, held_out, rows = train_test(train, "data.test_share", share, split_seed, labels)
+        train, held_out, rows = train_test(train, "data.test_share", test_share, split_seed, labels)
         owners = owners if owners is None else owners[rows]
     info = {"source": str(file)} | said_of_inputs(raw, train)
     return supervised(
@@ -125,31 +132,69 @@ def load_arrays(
     )
 
 
-def read_file(path: Path) -> dict[str, Array]:
+def read_file(path: Path) -> dict[str, AnyArray]:
     """Read a ``.npz`` file; its arrays get the names ``x``, ``target``, ``test_x``, ...
 
     Raises:
         DataError: If it has no inputs or targets, or two arrays for one of them.
     """
-    if path.suffix.lower() != ".npz":
-        raise DataError(
-            f"{path}: a .npz file or a folder of IDX files is wanted; for CSV and Parquet there is "
-            "data=table"
-        )
-    arrays = read_arrays(path)
+    do = "one, or a folder of IDX files, is wanted; for CSV and Parquet there is data=table"
+    arrays = read_arrays(path, do)
     names = [*arrays]
     found = taken(arrays, path)
     _require_pairs(found, path, names)
     return found
 
 
-def taken(arrays: dict[str, Array], path: Path) -> dict[str, Array]:
+# What numpy and zipfile raise where a file is damaged.
+BROKEN_FILE = (OSError, ValueError, TypeError, EOFError, AttributeError, BadZipFile, zlib.error)
+
+
+def read_arrays(path: Path, do: str, where: object = "data") -> dict[str, AnyArray]:
+    """Read every array of a ``.npz`` file; of another ``do`` says what to do instead.
+
+    Raises:
+        DataError: If it is not there, no such file, or cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{where}: there is no file {path}")
+    if path.suffix.lower() != ".npz":
+        raise DataError(f"{where}: {path.name} is no .npz file; {do}")
+    try:
+        # Pickles could run code; numpy does not close a damaged file that it has opened itself.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except BROKEN_FILE as error:
+        raise DataError(f"{path} cannot be read: {error}; is the file whole?") from error
+
+
+def read_npz(path: Path, where: str) -> Samples:
+    """Read the arrays of a ``.npz`` file: the target, and the inputs by their names.
+
+    Raises:
+        DataError: If it cannot be read, or has no target or no inputs.
+    """
+    do = (
+        "write one with numpy.savez(path, x=..., target=...), or name a function that reads it. "
+        "Tables (CSV, Parquet) that are to be divided among clients are for data=table"
+    )
+    arrays = read_arrays(path, do, where)
+    if "target" not in arrays or len(arrays) < 2:
+        raise DataError(
+            f"{where}: {path} holds {[*arrays]}; target is wanted, and x (or the inputs of the "
+            "model by name)"
+        )
+    target = arrays.pop("target")
+    return gathered((arrays, target), where)
+
+
+def taken(arrays: dict[str, AnyArray], path: Path) -> dict[str, AnyArray]:
     """Take the arrays of a usual spelling out of those of a file; give them their own names.
 
     Raises:
         DataError: If two could have one name.
     """
-    found: dict[str, Array] = {}
+    found: dict[str, AnyArray] = {}
     for name, spellings in SPELLINGS.items():
         there = [spelling for spelling in spellings if spelling in arrays]
         if len(there) > 1:
@@ -158,13 +203,13 @@ def taken(arrays: dict[str, Array], path: Path) -> dict[str, Array]:
     return found
 
 
-def read_folder(folder: Path) -> dict[str, Array]:
+def read_folder(folder: Path) -> dict[str, AnyArray]:
     """Read the IDX files of a folder, by what their names begin with.
 
     Raises:
         DataError: If there are none, two for one purpose, or one is damaged.
     """
-    found: dict[str, Array] = {}
+    found: dict[str, AnyArray] = {}
     names = sorted(file.name for file in folder.iterdir() if "-ubyte" in file.name)
     for name, words in IDX.items():
         # Raw beside packed is the same file twice.
@@ -177,7 +222,7 @@ def read_folder(folder: Path) -> dict[str, Array]:
     return found
 
 
-def _require_pairs(found: dict[str, Array], path: Path, names: list[str]) -> None:
+def _require_pairs(found: dict[str, AnyArray], path: Path, names: list[str]) -> None:
     required = ["x", "target"] + ["test_x", "test_target"] * any("test" in name for name in found)
     if missing := [name for name in required if name not in found]:
         raise DataError(
@@ -187,7 +232,7 @@ def _require_pairs(found: dict[str, Array], path: Path, names: list[str]) -> Non
         )
 
 
-def _classes(target: Array, task: str, source: str) -> list[str]:
+def _classes(target: AnyArray, task: str, source: str) -> list[str]:
     """Name the classes; [] for a regression."""
     if task != "classification":
         return []
@@ -202,7 +247,7 @@ def _classes(target: Array, task: str, source: str) -> list[str]:
     return names
 
 
-def _samples(x: Array, target: Array, names: list[str], task: str, source: str) -> Samples:
+def _samples(x: AnyArray, target: AnyArray, names: list[str], task: str, source: str) -> Samples:
     """Put channels first, and number the labels."""
     if names and target.ndim == 2 and target.shape[1] == 1:
         target = target[:, 0]
@@ -212,7 +257,7 @@ def _samples(x: Array, target: Array, names: list[str], task: str, source: str) 
     return gathered((channels_first(x), target), source)
 
 
-def channels_first(x: Array) -> Array:
+def channels_first(x: AnyArray) -> AnyArray:
     """Images [N, H, W] become [N, 1, H, W], and [N, H, W, C] becomes [N, C, H, W]."""
     if x.ndim == 3 and x.dtype == np.uint8:
         return x[:, None]
@@ -222,7 +267,7 @@ def channels_first(x: Array) -> Array:
     return x
 
 
-def _owners(arrays: dict[str, Array], samples: int, source: str) -> Array | None:
+def _owners(arrays: dict[str, AnyArray], samples: int, source: str) -> AnyArray | None:
     owners = arrays.get("client")
     if owners is not None and owners.shape != (samples,):
         raise DataError(
@@ -234,7 +279,7 @@ def _owners(arrays: dict[str, Array], samples: int, source: str) -> Array | None
 
 @dataclass(frozen=True)
 class ArrayReader:
-    """Reads arrays as a run's own samples; see `fedraclora.data.dataset.Reader`.
+    """Reads arrays as a run's own samples; see `fedraclora.data.dataset.SampleReader`.
 
     Attributes:
         form: Of the run's samples.
@@ -305,11 +350,7 @@ class ArrayReader:
 
 def _from_file(path: Path, *, target: bool) -> Any:
     """Take inputs, and the target where one is wanted, from a ``.npz`` file."""
-    if path.suffix.lower() != ".npz":
-        raise DataError(
-            f"{path}: a .npz file is wanted, with x (or the inputs of the model by name) and target"
-        )
-    rest = read_arrays(path)
+    rest = read_arrays(path, "one with x (or the inputs of the model by name) and target is wanted")
     names = [*rest]
     found = taken(rest, path)
     if both := [name for name in ("test_x", "test_target") if name in found]:
@@ -325,10 +366,10 @@ def _from_file(path: Path, *, target: bool) -> Any:
 def _inputs_of(found: Any, where: str, column: str | None) -> Samples:
     """Take inputs alone: arrays, the first of a pair, or a data set, whose target is left aside."""
     if is_columns(found):
-        present = [n for n in (column, *TARGETS) if n in found.column_names]
+        present = [n for n in (column, *TARGET_NAMES) if n in found.column_names]
         if present:
             return table_of(found, where, present[0])
-        return table_of(found.add_column(TARGETS[0], [0] * len(found)), where)
+        return table_of(found.add_column(TARGET_NAMES[0], [0] * len(found)), where)
     if isinstance(found, torch.utils.data.Dataset):
         return table_of(found, where, column)
     if isinstance(found, tuple) and len(found) == 2:

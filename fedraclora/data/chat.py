@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from fedraclora.data.conversations import Conversation
-from fedraclora.data.locate import from_pretrained, model_source, user_path
+from fedraclora.data.locate import load_tokenizer, user_path
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError, DataError
@@ -44,10 +43,7 @@ class Chat:
     """
 
     def __init__(self, tokenizer: str, *, root: str | None, template: str | None) -> None:
-        from transformers import AutoTokenizer
-
-        source, local = model_source(tokenizer, key="data.tokenizer", root=root)
-        self.tokenizer: Any = from_pretrained(AutoTokenizer, source, local, "data.tokenizer")
+        self.tokenizer = load_tokenizer(tokenizer, root)
         self.template = self.tokenizer.chat_template if template is None else _template(template)
         if not self.template:
             raise ConfigError(
@@ -129,7 +125,7 @@ def _template(template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def fitted(
+def cut_to_length(
     encoded: Sequence[Encoded],
     wheres: Sequence[str],
     max_length: int,

@@ -54,7 +54,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Form:
+class RowForm:
     """How a row is read.
 
     Attributes:
@@ -97,7 +97,7 @@ class Form:
 
     def _messages(self, row: Mapping[str, Any], where: str) -> list[Message]:
         if self.prompt is not None and self.response is not None:
-            prompt = filled(self.prompt, row, "data.prompt", where)
+            prompt = filled_in(self.prompt, row, "data.prompt", where)
             return _pair(prompt, self._answer(row, where) if self.answered else None)
         if "messages" in row:
             return read_messages(row["messages"], where, answered=self.answered)
@@ -115,7 +115,7 @@ class Form:
         )
 
     def _answer(self, row: Mapping[str, Any], where: str) -> str:
-        found = filled(str(self.response), row, "data.response", where)
+        found = filled_in(str(self.response), row, "data.response", where)
         if self.answers is None:
             return found
         if found not in self.answers:
@@ -129,7 +129,7 @@ def _pair(prompt: str, response: str | None) -> list[Message]:
     return [{"role": "user", "content": prompt}, *answer]
 
 
-def filled(text: str, row: Mapping[str, Any], key: str, where: str) -> str:
+def filled_in(text: str, row: Mapping[str, Any], key: str, where: str) -> str:
     """Fill columns into a text with braces; a text without any is the name of a column.
 
     Example:
@@ -184,7 +184,7 @@ def read_messages(value: Any, where: str, *, answered: bool = True) -> list[Mess
     return found[: answers[-1] + 1] if answers else found
 
 
-def read_conversations(path: Path, form: Form, *, header: bool = True) -> list[Conversation]:
+def read_conversations(path: Path, form: RowForm, *, header: bool = True) -> list[Conversation]:
     """Read every conversation of a file.
 
     Args:
@@ -198,14 +198,14 @@ def read_conversations(path: Path, form: Form, *, header: bool = True) -> list[C
         DataError: If the file cannot be read, or a row cannot be used, which is named.
     """
     try:
-        found = conversations_of(rows(path, header), form, str(path))
+        found = conversations_of(file_rows(path, header), form, str(path))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     return found
 
 
 def conversations_of(
-    rows: Iterable[Mapping[str, Any]], form: Form, where: str
+    rows: Iterable[Mapping[str, Any]], form: RowForm, where: str
 ) -> list[Conversation]:
     """Read rows by column, which ``where`` they are from; errors as of `read_conversations`."""
     found = [form.read(row, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
@@ -214,7 +214,7 @@ def conversations_of(
     return found
 
 
-def rows_of(found: Any, form: Form) -> list[Mapping[str, Any]]:
+def program_rows(found: Any, form: RowForm) -> list[Mapping[str, Any]]:
     """Take rows that a program has: a frame, a list of dicts, or prompts that are to be answered.
 
     Raises:
@@ -234,7 +234,7 @@ def rows_of(found: Any, form: Form) -> list[Mapping[str, Any]]:
     )
 
 
-def rows(path: Path, header: bool) -> Iterator[Mapping[str, Any]]:
+def file_rows(path: Path, header: bool) -> Iterator[Mapping[str, Any]]:
     """Give the rows of a file, by column."""
     name = path.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):

@@ -15,14 +15,14 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import Fraction, Limit, choice_of, limited
 from fedraclora.rng import generator
 
-Rows = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.int64]
 Column = npt.NDArray[Any]
-SHOWN = 50  # columns or clients that the summary names
-SHARE = 0.2  # of the samples, held out where there are no test samples
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-Dtype = Annotated[str, choice_of(DTYPES)]
+MOST_NAMED = 50  # columns or clients that the summary names
+TEST_SHARE = 0.2  # of the samples, held out where there are no test samples
+FLOAT_TYPES = {"float32": torch.float32, "float64": torch.float64}
+Dtype = Annotated[str, choice_of(FLOAT_TYPES)]
 Clients = Annotated[int, Limit("1 or more", lambda value: value >= 1, key="clients")]
-Division = list[Rows] | ClientData  # rows of each client, or clients made on demand
+Division = list[RowNumbers] | ClientData  # rows of each client, or clients made on demand
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Read:
     """
 
     samples: Samples
-    rows: Rows
+    rows: RowNumbers
     total: int
 
 
-class Reader(Protocol):
+class SampleReader(Protocol):
     """Reads raw samples as a data set reads its own: a test file, and whatever comes later."""
 
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
@@ -106,7 +106,7 @@ class DataSet:
     tokenizer: Any = None
     info: dict[str, object] = field(default_factory=dict)
     reading: dict[str, object] = field(default_factory=dict)
-    reader: Reader | None = None
+    reader: SampleReader | None = None
     clients: Column | None = None
 
     @property
@@ -138,7 +138,7 @@ def classification(
 
 def split_rows(
     rows: int, fraction: float, rng: np.random.Generator, labels: Column | None = None
-) -> tuple[Rows, Rows]:
+) -> tuple[RowNumbers, RowNumbers]:
     """Choose rows to hold out, the same fraction of every label where there are labels.
 
     Args:
@@ -164,7 +164,9 @@ def split_rows(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def split_owners(owners: Column, fraction: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
+def split_owners(
+    owners: Column, fraction: float, rng: np.random.Generator
+) -> tuple[RowNumbers, RowNumbers]:
     """Choose owners whose rows are held out, in random order, until they fill the fraction.
 
     Args:
@@ -195,7 +197,7 @@ def divide(
     *,
     labels: Column | None = None,
     owners: Column | None = None,
-) -> tuple[Rows, Rows]:
+) -> tuple[RowNumbers, RowNumbers]:
     """Hold rows out by `split_owners` where there are owners, else by `split_rows`.
 
     Raises:
@@ -228,14 +230,14 @@ def refuse_both(test: str | None, test_share: float | None) -> None:
 
 
 def train_test(
-    samples: Samples, key: str, fraction: float, split_seed: int, labels: Column | None
-) -> tuple[Samples, Samples, Rows]:
+    samples: Samples, key: str, fraction: float | None, split_seed: int, labels: Column | None
+) -> tuple[Samples, Samples, RowNumbers]:
     """Split samples into train and test, stratified by label where there are labels.
 
     Args:
         samples: All samples.
         key: Of the config, for messages.
-        fraction: Fraction to hold out.
+        fraction: Fraction to hold out; None: `TEST_SHARE`.
         split_seed: Seed of the choice.
         labels: Of each sample, or None.
 
@@ -245,12 +247,15 @@ def train_test(
     Raises:
         ConfigError: If the fraction leaves one side empty.
     """
-    rng = generator(split_seed, "split", "test")
-    training, held_out = divide(key, fraction, len(samples), rng, labels=labels)
+    rng, share = (
+        generator(split_seed, "split", "test"),
+        TEST_SHARE if fraction is None else fraction,
+    )
+    training, held_out = divide(key, share, len(samples), rng, labels=labels)
     return take(samples, training), take(samples, held_out), training
 
 
-def take(samples: Samples, rows: Rows) -> Samples:
+def take(samples: Samples, rows: RowNumbers) -> Samples:
     """Select rows by a numpy index."""
     return samples.take(torch.from_numpy(rows))
 
@@ -289,7 +294,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
     renumber = np.full(max(chosen) + 1, -1, dtype=np.int64)
     renumber[chosen] = np.arange(len(chosen))
 
-    def relabel(samples: Samples) -> tuple[Rows, Samples]:
+    def relabel(samples: Samples) -> tuple[RowNumbers, Samples]:
         rows = np.flatnonzero(np.isin(samples.target.numpy(), chosen))
         selected = take(samples, rows)
         return rows, Samples(selected.inputs, torch.from_numpy(renumber)[selected.target])
@@ -342,7 +347,7 @@ def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, S
     return keep_rows(data, training), take(data.train, held_out)
 
 
-def keep_rows(data: DataSet, rows: Rows) -> DataSet:
+def keep_rows(data: DataSet, rows: RowNumbers) -> DataSet:
     """Keep some training rows (ascending), and what clients have of them."""
     place = np.full(len(data.train), -1, dtype=np.int64)
     place[rows] = np.arange(len(rows))

@@ -13,7 +13,7 @@ from fedraclora.data.dataset import DataSet, classification, train_test
 from fedraclora.data.samples import Samples
 from fedraclora.limits import Fraction, limited
 
-FILE = ("datasets", "data", "digits.csv.gz")
+DIGITS_FILE = ("datasets", "data", "digits.csv.gz")
 
 
 @limited("data")
@@ -51,7 +51,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
     package = find_spec("sklearn")
     places = [] if package is None else package.submodule_search_locations or []
     for place in places:
-        if (file := Path(place, *FILE)).is_file():
+        if (file := Path(place, *DIGITS_FILE)).is_file():
             table = np.loadtxt(file, delimiter=",")
             return table[:, :-1], table[:, -1]
     from sklearn import datasets

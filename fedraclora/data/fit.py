@@ -22,9 +22,9 @@ from fedraclora.imports import failure_of
 
 # What torch has little of.
 WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64", "float16": "float32"}
-LARGEST = 2**63 - 1
-TARGETS = ("label", "labels", "target")  # where the caller names no column
-METRICS = {
+LARGEST_INTEGER = 2**63 - 1
+TARGET_NAMES = ("label", "labels", "target")  # where the caller names no column
+USUAL_METRICS = {
     "cross_entropy": ("accuracy", "loss"),
     "squared_error": ("loss",),
     "logistic": ("accuracy", "loss"),
@@ -216,13 +216,12 @@ def gathered(found: object, where: str) -> Samples:
         samples = Samples(tensors, as_tensor(found[1], f"{where}: the target"))
     else:
         raise DataError(f"{where} returns a {type(found).__name__}; (inputs, target) is wanted")
-    scalars = [n for n, t in [*samples.inputs.items(), ("target", samples.target)] if not t.dim()]
-    if scalars:
-        raise DataError(f"{where}: {scalars[0]} is one number; an array of samples is wanted")
-    named = {**samples.inputs, "the target": samples.target}
-    if void := next((n for n, t in named.items() if len(t) and not t.numel()), None):
-        shape = tuple(named[void].shape)
-        raise DataError(f"{where}: {void} of shape {shape} holds no number for a sample")
+    for name, tensor in samples.tensors.items():
+        if not tensor.dim():
+            raise DataError(f"{where}: {name} is one number; an array of samples is wanted")
+        if len(tensor) and not tensor.numel():
+            shape = tuple(tensor.shape)
+            raise DataError(f"{where}: {name} of shape {shape} holds no number for a sample")
     sizes = {name: len(tensor) for name, tensor in samples.inputs.items()}
     if not len(samples) or {*sizes.values()} != {len(samples)}:
         raise DataError(
@@ -273,7 +272,7 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
 
 def found_target(names: Collection[str], said: str | None) -> str | None:
     """Find the column to predict: what the caller said, else one of the usual names."""
-    return said or next((name for name in TARGETS if name in names), None)
+    return said or next((name for name in TARGET_NAMES if name in names), None)
 
 
 def as_tensor(value: Any, where: str) -> torch.Tensor:
@@ -300,7 +299,7 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
         )
     if array.dtype.itemsize > 8:
         raise DataError(f"{where} holds {array.dtype} numbers; float64 is the widest that is read")
-    if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST:
+    if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST_INTEGER:
         raise DataError(f"{where} holds {int(array.max())}, which no int64 holds: use smaller ids")
     native = array.astype(WIDER.get(array.dtype.name, array.dtype.newbyteorder("=")))
     return torch.from_numpy(native)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-Table = tuple["DataFrame", Path]  # rows, and where they are from, for messages
+NamedFrame = tuple["DataFrame", Path]  # rows, and where they are from, for messages
 
 
-def named_table(found: object, where: str) -> Table:
+def named_table(found: object, where: str) -> NamedFrame:
     """Take a frame of a program as a table, its columns by text.
 
     Raises:

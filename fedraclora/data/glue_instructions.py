@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedraclora.data.conversations import Conversation, Form, read_conversations
+from fedraclora.data.chat import Chat
+from fedraclora.data.conversations import Conversation, RowForm, read_conversations
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.instructions import (
-    METRICS,
-    Length,
-    Settings,
+    ANSWER_METRICS,
+    InstructionReader,
+    SampleLength,
     instruction_set,
 )
-from fedraclora.data.locate import check_file, resolve
-from fedraclora.data.tokens import require_tokenizer
+from fedraclora.data.locate import check_file, require_tokenizer, resolve
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import Count, limited
 from fedraclora.rng import generator
@@ -35,7 +35,7 @@ class GlueTask:
 
     folder: str
     header: bool
-    form: Form
+    form: RowForm
     sha256: tuple[str, str]
 
 
@@ -43,7 +43,7 @@ TASKS = {
     "sst2": GlueTask(
         "SST-2",
         True,
-        Form(
+        RowForm(
             "Is this film review positive or negative? Answer with one word.\n{sentence}",
             "label",
             {"0": "negative", "1": "positive"},
@@ -56,7 +56,7 @@ TASKS = {
     "cola": GlueTask(
         "CoLA",
         False,
-        Form(
+        RowForm(
             "Is this sentence grammatical? Answer with yes or no.\n{3}",
             "1",
             {"0": "no", "1": "yes"},
@@ -81,9 +81,9 @@ def load_glue_instructions(
     test_rows: Count = 100,
     split_seed: int = 0,
     template: str | None = None,
-    max_length: Length = 128,
+    max_length: SampleLength = 128,
     packing: bool = False,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = ANSWER_METRICS,
 ) -> DataSet:
     """Load SST-2 and CoLA from their TSV files as conversations.
 
@@ -113,9 +113,8 @@ def load_glue_instructions(
     References:
         Wang et al., *GLUE*, ICLR 2019, arXiv 1804.07461.
     """
-    settings = Settings(
-        require_tokenizer(tokenizer), root, template, max_length, packing, "error", metrics
-    )
+    chat = Chat(require_tokenizer(tokenizer), root=root, template=template)
+    reader = InstructionReader(RowForm(), header=True, chat=chat, max_length=max_length, drop=False)
     train: list[Conversation] = []
     test: list[Conversation] = []
     for name in tasks:
@@ -125,7 +124,8 @@ def load_glue_instructions(
         train += _dealt(name, whole, clients_per_task, rows, split_seed)
         drawn = generator(split_seed, "split", "test", name).permutation(len(held))[:test_rows]
         test += [replace(held[row], client=None) for row in np.sort(drawn)]
-    return instruction_set(train, test, settings, {"source": "glue", "tasks": [*tasks]})
+    info: dict[str, object] = {"source": "glue", "tasks": [*tasks]}
+    return instruction_set(train, test, reader, metrics, info, packing=packing)
 
 
 def _read(task: GlueTask, place: int, root: str | None) -> list[Conversation]:

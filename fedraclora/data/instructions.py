@@ -10,40 +10,26 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from fedraclora.data.chat import Chat, Encoded, fitted, packed, padded
+from fedraclora.data.chat import Chat, Encoded, cut_to_length, packed, padded
 from fedraclora.data.conversations import (
     Conversation,
-    Form,
+    RowForm,
     conversations_of,
+    program_rows,
     read_conversations,
-    rows_of,
 )
 from fedraclora.data.dataset import DataSet, Read, divide
-from fedraclora.data.locate import check_file, resolve
+from fedraclora.data.locate import check_file, require_tokenizer, resolve
 from fedraclora.data.samples import Samples
-from fedraclora.data.tokens import require_tokenizer
 from fedraclora.limits import Count, Fraction, choice_of, limited, whole_from
 from fedraclora.rng import generator
 
 log = logging.getLogger(__name__)
 
-METRICS = ("perplexity", "token_accuracy", "loss")
+ANSWER_METRICS = ("perplexity", "token_accuracy", "loss")
 
 
-Length = Annotated[int, whole_from(2)]  # a token to read and one to predict
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How conversations become samples; see `load_instructions` for each key."""
-
-    tokenizer: str
-    root: str | None = None
-    template: str | None = None
-    max_length: int = 512
-    packing: bool = False
-    cut_away: str = "error"
-    metrics: Sequence[str] | None = None
+SampleLength = Annotated[int, whole_from(2)]  # a token to read and one to predict
 
 
 @limited("data")
@@ -59,7 +45,7 @@ def load_instructions(
     header: bool = True,
     client: str | int | None = None,
     template: str | None = None,
-    max_length: Length = 512,
+    max_length: SampleLength = 512,
     packing: bool = False,
     cut_away: Annotated[str, choice_of(("error", "drop"))] = "error",
     metrics: Sequence[str] | None = None,
@@ -104,13 +90,12 @@ def load_instructions(
         ConfigError: If a key is wrong, naming it, or there is no chat template.
         DataError: If a file or a tokenizer is missing, or a row cannot be used, which is named.
     """
-    settings = Settings(
-        require_tokenizer(tokenizer), root, template, max_length, packing, cut_away, metrics
-    )
+    chat = Chat(require_tokenizer(tokenizer), root=root, template=template)
     texts = None if answers is None else {str(k): str(v) for k, v in answers.items()}
-    form = Form(prompt, response, texts, None if client is None else str(client))
+    form = RowForm(prompt, response, texts, None if client is None else str(client))
+    reader = InstructionReader(form, header, chat, max_length, cut_away == "drop")
 
-    def read(spelling: str, key: str, pin: str | None, form: Form) -> list[Conversation]:
+    def read(spelling: str, key: str, pin: str | None, form: RowForm) -> list[Conversation]:
         path = check_file(resolve(spelling, key=key, root=root), pin)
         return read_conversations(path, form, header=header)
 
@@ -119,12 +104,15 @@ def load_instructions(
     if test_file is not None:
         held = read(test_file, "data.test_file", test_sha256, replace(form, client=None))
     else:
-        whole, held = _split(whole, test, split_seed)
+        # The same fraction of each client.
+        owners = None if client is None else everyone
+        rng = generator(split_seed, "split", "test")
+        kept, out = divide("data.test", test, len(whole), rng, labels=owners)
+        whole, held = [whole[row] for row in kept], [whole[row] for row in out]
     if subsample is not None:
         drawn = generator(split_seed, "split", "subsample").permutation(len(whole))[:subsample]
         whole = [whole[row] for row in np.sort(drawn)]
-    info: dict[str, object] = {"source": str(file)}
-    data = instruction_set(whole, held, settings, info, form, header=header)
+    data = instruction_set(whole, held, reader, metrics, {"source": str(file)}, packing=packing)
     if client is None:
         return data
     columns = {str(client): data.columns["client"], **data.columns}
@@ -134,48 +122,46 @@ def load_instructions(
 def instruction_set(
     train: Sequence[Conversation],
     test: Sequence[Conversation],
-    settings: Settings,
+    reader: InstructionReader,
+    metrics: Sequence[str] | None,
     info: dict[str, object],
-    form: Form = Form(),  # noqa: B008  it is frozen
     *,
-    header: bool = True,
+    packing: bool,
 ) -> DataSet:
     """Tokenise conversations into a data set; see `load_instructions`.
 
     Args:
         train: Conversations to train on; either all have a client or none has.
         test: Conversations to measure on; they are never packed.
-        settings: How.
+        reader: How, for those that come later, too.
+        metrics: Names of metrics, the headline first; None: the usual ones.
         info: Facts for the summary, to which what was cut and left out is added.
-        form: How rows that come later are read.
-        header: Whether their files name the columns.
+        packing: Whether training samples hold several conversations.
     """
-    chat = Chat(settings.tokenizer, root=settings.root, template=settings.template)
-    reader = InstructionReader(form, header, chat, settings.max_length, settings.cut_away == "drop")
-    pad = reader.pad
+    pad, tokenizer = reader.pad, reader.chat.tokenizer
     (rows, places, cut), (held, held_places, held_cut) = reader.fit(train), reader.fit(test)
     owners: list[str | None] = [train[place].client for place in places]
     lost = len(train) + len(test) - len(places) - len(held_places)
-    if settings.packing:
-        table, owners = packed(rows, owners, settings.max_length, pad)
+    if packing:
+        table, owners = packed(rows, owners, reader.max_length, pad)
     else:
         table = padded(rows, pad)
     measured: Samples = padded(held, pad)
     labels = int((table.target >= 0).sum())
     info = {**info, "conversations": len(rows), "response_tokens": labels}
     info |= {"truncated": cut + held_cut, "cut_away": lost}
-    _say_cut(settings.max_length, cut + held_cut, len(train) + len(test), lost)
-    if settings.packing:
+    _say_cut(reader.max_length, cut + held_cut, len(train) + len(test), lost)
+    if packing:
         info["packed"] = f"{len(rows)} conversations in {len(table)} samples"
     return DataSet(
         train=table,
         test=measured,
-        classes=len(chat.tokenizer),
+        classes=len(tokenizer),
         loss="next_token",
-        metrics=tuple(settings.metrics or METRICS),
+        metrics=tuple(metrics or ANSWER_METRICS),
         columns={} if owners[0] is None else {"client": np.array(owners)},
         sample_shape=(),
-        tokenizer=chat.tokenizer,
+        tokenizer=tokenizer,
         info=info,
         reader=reader,
     )
@@ -183,7 +169,7 @@ def instruction_set(
 
 @dataclass(frozen=True)
 class InstructionReader:
-    """Reads conversations as a run reads its own; see `fedraclora.data.dataset.Reader`.
+    """Reads conversations as a run reads its own; see `fedraclora.data.dataset.SampleReader`.
 
     Attributes:
         form: How a row is read.
@@ -193,7 +179,7 @@ class InstructionReader:
         drop: Whether conversations are left out of which no answer is left; else they are refused.
     """
 
-    form: Form
+    form: RowForm
     header: bool
     chat: Chat
     max_length: int
@@ -206,7 +192,7 @@ class InstructionReader:
         if isinstance(found, Path):
             conversations = read_conversations(found, form, header=self.header)
         else:
-            conversations = conversations_of(rows_of(found, form), form, "data")
+            conversations = conversations_of(program_rows(found, form), form, "data")
         rows, places, cut = self.fit(conversations)
         _say_cut(self.max_length, cut, len(conversations), len(conversations) - len(rows))
         return Read(padded(rows, self.pad), np.array(places), len(conversations))
@@ -218,11 +204,11 @@ class InstructionReader:
         return int((end or 0) if pad is None else pad)
 
     def fit(self, conversations: Sequence[Conversation]) -> tuple[list[Encoded], list[int], int]:
-        """Tokenise and cut conversations, as `fedraclora.data.chat.fitted` does."""
+        """Tokenise and cut conversations, as `fedraclora.data.chat.cut_to_length` does."""
         wheres = [conversation.where for conversation in conversations]
         encoded = self.chat.encode(conversations)
         answered = conversations[0].answered
-        return fitted(encoded, wheres, self.max_length, drop=self.drop, answered=answered)
+        return cut_to_length(encoded, wheres, self.max_length, drop=self.drop, answered=answered)
 
 
 def _say_cut(max_length: int, cut: int, total: int, lost: int) -> None:
@@ -233,13 +219,3 @@ def _say_cut(max_length: int, cut: int, total: int, lost: int) -> None:
             "response nothing would have been left",
             *(max_length, cut, total, lost),
         )
-
-
-def _split(
-    whole: list[Conversation], test: float, split_seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Hold rows out, the same fraction of each client."""
-    owners = None if whole[0].client is None else np.array([one.client for one in whole])
-    rng = generator(split_seed, "split", "test")
-    kept, held = divide("data.test", test, len(whole), rng, labels=owners)
-    return [whole[row] for row in kept], [whole[row] for row in held]

@@ -9,15 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import Column, DataSet, Reader
+from fedraclora.data.dataset import Column, DataSet, SampleReader
 from fedraclora.data.fit import found_shape
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import choice_of
 
-METRICS = {"classification": ("accuracy", "loss"), "regression": ("pearson", "spearman", "loss")}
-LOSSES = {"classification": "cross_entropy", "regression": "squared_error"}
-Kind = Annotated[str, choice_of([*METRICS])]  # of a task
+OBJECTIVES = {  # the loss of each, and its metrics
+    "classification": ("cross_entropy", ("accuracy", "loss")),
+    "regression": ("squared_error", ("pearson", "spearman", "loss")),
+}
+TaskName = Annotated[str, choice_of(OBJECTIVES)]
 
 
 def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> list[str]:
@@ -62,7 +64,7 @@ def as_values(names: Sequence[str], values: object = None) -> list[Any]:
     return [int(name) for name in names] if whole and kind in "iuf" else [*names]
 
 
-def classes_of(
+def found_classes(
     labels: Sequence[str],
     label: str,
     task: str,
@@ -74,7 +76,7 @@ def classes_of(
     Args:
         labels: Of each row.
         label: The column, for messages.
-        task: A key of `METRICS`.
+        task: A key of `OBJECTIVES`.
         source: The file, for messages.
         values: See `class_names`.
 
@@ -106,7 +108,7 @@ def target_of(
     Args:
         labels: Of each row.
         names: Of the classes, in their order.
-        task: A key of `METRICS`.
+        task: A key of `OBJECTIVES`.
         where: What has the labels, for messages.
         rows: Its rows that they stand in, from 0; None: all.
 
@@ -162,7 +164,7 @@ def supervised(
     client: str = "client",
     info: dict[str, object],
     reading: dict[str, object] | None = None,
-    reader: Reader | None = None,
+    reader: SampleReader | None = None,
 ) -> DataSet:
     """Build a data set of samples with classes or with numbers to predict.
 
@@ -170,7 +172,7 @@ def supervised(
         train: Training samples.
         test: Held-out samples.
         names: Of the classes, in their order; none for numbers.
-        task: A key of `METRICS`.
+        task: A key of `OBJECTIVES`.
         metrics: Names of metrics, the headline first; None for those usual for the task.
         owners: The client of each training row, or None.
         clients: See `DataSet`.
@@ -180,14 +182,15 @@ def supervised(
             those of a file.
         reader: See `DataSet`.
     """
-    usual = METRICS[task] if train.target.dim() == 1 else ("loss",)
+    loss, usual = OBJECTIVES[task]
+    usual = usual if train.target.dim() == 1 else ("loss",)
     named: dict[str, object] = {"classes": [*names]} if names else {}
     columns = {} if owners is None else dict.fromkeys((client, "client"), owners)
     return DataSet(
         train=train,
         test=test,
         classes=len(names) or max(1, train.target[0].numel()),
-        loss=LOSSES[task],
+        loss=loss,
         metrics=tuple(metrics or usual),
         columns=columns | ({"label": train.target.numpy()} if names else {}),
         sample_shape=found_shape(train),

@@ -21,7 +21,7 @@ Keys = npt.NDArray[np.int64]
 
 GLANCE = 16  # numbers of a row that are compared first
 FEW = 8  # so few test rows may all be twins by chance
-AT_ONCE = 4096  # rows
+ROWS_AT_ONCE = 4096  # rows
 
 REMEDY = (
     "a model that is measured on what it was trained on looks better than it is. Name test samples "
@@ -44,7 +44,7 @@ def refuse_shared(train: Sequence[Samples], test: Samples) -> None:
         return
     if any(_shares_memory(table, test) for table in tables):
         raise DataError(f"the test samples are the training samples themselves: {REMEDY}")
-    if {*map(_form, tables)} != {_form(test)}:
+    if any(_form(table) != _form(test) for table in tables):
         return
     # Most tables differ at a glance; then nothing is read whole.
     glances = np.concatenate([row_keys(table, GLANCE) for table in tables])
@@ -72,25 +72,24 @@ def row_keys(samples: Samples, numbers: int | None = None) -> Keys:
         numbers: How many numbers of each tensor to look at, evenly spread; None for all.
     """
     keys = torch.zeros(len(samples), dtype=torch.int64)
-    for name, tensor in [*sorted(samples.inputs.items()), ("target", samples.target)]:
+    for name, tensor in samples.tensors.items():
         flat = tensor.reshape(len(tensor), -1)
         if numbers is not None:
             flat = flat[:, :: max(1, flat.shape[1] // numbers)]
         draw = generator(0, "row keys", name).integers(1 << 62, size=flat.shape[1]) * 2 + 1
         weights = torch.from_numpy(draw)
-        for start in range(0, len(flat), AT_ONCE):
-            part = flat[start : start + AT_ONCE].cpu().contiguous()
+        for start in range(0, len(flat), ROWS_AT_ONCE):
+            part = flat[start : start + ROWS_AT_ONCE].cpu().contiguous()
             if part.is_floating_point():
                 part = part.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[part.itemsize])
             # A sum that wraps around: linear in the row, by random odd weights.
-            keys[start : start + AT_ONCE] += (part.to(torch.int64) * weights).sum(dim=1)
+            keys[start : start + ROWS_AT_ONCE] += (part.to(torch.int64) * weights).sum(dim=1)
     found: Keys = keys.numpy()
     return found
 
 
-def _form(samples: Samples) -> tuple[object, ...]:
-    tensors = [*sorted(samples.inputs.items()), ("target", samples.target)]
-    return tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in tensors)
+def _form(samples: Samples) -> dict[str, tuple[object, ...]]:
+    return {name: (tensor.shape[1:], tensor.dtype) for name, tensor in samples.tensors.items()}
 
 
 def _shares_memory(one: Samples, two: Samples) -> bool:

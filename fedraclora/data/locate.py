@@ -207,6 +207,32 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
         ) from error
 
 
+def require_tokenizer(tokenizer: str | None) -> str:
+    """Give the name of a tokenizer.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if tokenizer is None:
+        raise ConfigError(
+            "data.tokenizer is not set: name the folder of a tokenizer; it is that of model.path "
+            "where that is set"
+        )
+    return tokenizer
+
+
+def load_tokenizer(tokenizer: str, root: str | None) -> Any:
+    """Load a tokenizer of transformers, by a spelling as for `model_source`.
+
+    Raises:
+        DataError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    source, local = model_source(tokenizer, key="data.tokenizer", root=root)
+    return from_pretrained(AutoTokenizer, source, local, "data.tokenizer")
+
+
 def file_digest(path: Path) -> str:
     """Compute the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:

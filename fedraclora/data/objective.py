@@ -18,7 +18,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, forward
 from fedraclora.errors import ConfigError, DataError
 
-TOKENS = "input_ids"
+INPUT_IDS = "input_ids"
 OF_SAMPLES = ("cross_entropy", "squared_error", "multi_label", "logistic")
 # How classes of transformers are called, and the losses that their own `forward` takes labels for.
 CLASSES = {
@@ -28,12 +28,12 @@ CLASSES = {
     r"For(Sequence|Image|Video|Audio)Classification": OF_SAMPLES,
     r"ForMultipleChoice|ForNextSentencePrediction": ("cross_entropy",),
 }
-PROBLEMS = {  # `problem_type` of their configurations
+PROBLEM_LOSSES = {  # `problem_type` of their configurations
     "single_label_classification": ("cross_entropy",),
     "multi_label_classification": ("multi_label", "logistic"),
     "regression": ("squared_error",),
 }
-NAMED = {"causal_lm": ("next_token",), "gpt": ("next_token",)}  # choices of model=
+OF_CHOICES = {"causal_lm": ("next_token",), "gpt": ("next_token",)}  # choices of model=
 MEANINGS = {
     "cross_entropy": "one class a sample",
     "squared_error": "numbers to predict",
@@ -80,14 +80,14 @@ def told_by(model: object) -> tuple[tuple[str, ...], str]:
         model: A module, or the name of a choice of ``model=``.
     """
     if not isinstance(model, nn.Module):
-        return NAMED.get(str(model), ()), f"model={model}"
+        return OF_CHOICES.get(str(model), ()), f"model={model}"
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
     for kind in type(model).__mro__:
         for pattern, losses in CLASSES.items():
             if config is not None and re.search(pattern, kind.__name__):
-                if losses is OF_SAMPLES and problem in PROBLEMS:
-                    return PROBLEMS[problem], f"problem_type={problem} of the model's config"
+                if losses is OF_SAMPLES and problem in PROBLEM_LOSSES:
+                    return PROBLEM_LOSSES[problem], f"problem_type={problem} of the model's config"
                 return losses, f"the model's class, {kind.__name__}"
     return (), ""
 
@@ -118,7 +118,7 @@ def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> 
     if not any(target.is_floating_point() for target in targets):
         if flat:
             return "cross_entropy", "guessed from the targets: a whole number for each sample"
-        axes, tokens = first.dim(), TOKENS in tables[0].inputs
+        axes, tokens = first.dim(), INPUT_IDS in tables[0].inputs
         meant = ["token_classes"] * (axes == 2) + ["pixel_classes"] * (axes == 3)
         meant += ["next_token"] * (axes == 2 and tokens) + ["multi_label"] * binary
     elif binary:
@@ -153,7 +153,7 @@ def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
     if not told or ":" in loss or loss in told:
         return None
     if source.startswith("problem_type"):
-        right = next((name for name, losses in PROBLEMS.items() if loss in losses), None)
+        right = next((name for name, losses in PROBLEM_LOSSES.items() if loss in losses), None)
         raise ConfigError(
             f"the loss is {loss}, but {source} stands for {' or '.join(told)}: take that loss, or "
             f"set model.config.problem_type to {right!r} first"

@@ -16,9 +16,9 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import SHARE, DataSet, Rows, keep_rows, split_rows, take
+from fedraclora.data.dataset import TEST_SHARE, DataSet, RowNumbers, keep_rows, split_rows, take
 from fedraclora.data.fit import (
-    METRICS,
+    USUAL_METRICS,
     Form,
     found_shape,
     found_target,
@@ -28,7 +28,7 @@ from fedraclora.data.fit import (
     scale_of_bytes,
 )
 from fedraclora.data.frames import named_table
-from fedraclora.data.objective import TOKENS, check_names, objective_of, takes_whole
+from fedraclora.data.objective import INPUT_IDS, check_names, objective_of, takes_whole
 from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import TableForm, of_frames
 from fedraclora.errors import ConfigError, DataError
@@ -84,10 +84,10 @@ def lend_data(
     seen = [*tables, *([] if held_out is None else [held_out])]
     whole = takes_whole(model, seen)
     shape = () if whole else found_shape(tables[0])
-    form = Form(shape, loss, classes or classes_of(seen, loss))
+    form = Form(shape, loss, classes or outputs_for(seen, loss))
     names = [f"data, client {k}" for k in range(len(tables))] if len(tables) > 1 else ["data"]
     fitted = [form.fit(table, name) for table, name in zip(tables, names, strict=True)]
-    table = joined(fitted, names)
+    table = stacked(fitted, names)
     if is_clients(data):
         parts = np.split(np.arange(len(table)), np.cumsum([len(t) for t in fitted])[:-1])
     found = DataSet(
@@ -95,7 +95,7 @@ def lend_data(
         test=table if held_out is None else form.fit(held_out, "test"),
         classes=int(form.classes or 1),
         loss=loss,
-        metrics=metrics or METRICS.get(loss, METRICS["cross_entropy"]),
+        metrics=metrics or USUAL_METRICS.get(loss, USUAL_METRICS["cross_entropy"]),
         columns={} if owners is None else {"client": owners},
         sample_shape=() if whole else found_shape(table),
         parts=parts,
@@ -111,7 +111,7 @@ def lend_data(
 
 def lend_set(found: DataSet) -> dict[str, object]:
     """Lend a data set; give the group of the config for it."""
-    digest = lend(found, digest_of(found))
+    digest = lend(found, data_digest(found))
     return {"digest": digest, "loss": found.loss, "metrics": [*found.metrics]}
 
 
@@ -147,10 +147,10 @@ def lent_data(
 
 def tables_of(
     data: object, partitioner: Any, client: str | None, target: str | None
-) -> tuple[list[Samples], list[Rows] | None, np.ndarray[Any, Any] | None]:
+) -> tuple[list[Samples], list[RowNumbers] | None, np.ndarray[Any, Any] | None]:
     """Read tables, and with one table the rows of each client or the owner of each row."""
     if is_clients(data):
-        parts = listed(data)
+        parts = listed_tables(data)
         if partitioner is not None or client is not None:
             raise ConfigError(
                 "data is a list, one entry for each client, so that nothing is left to divide: "
@@ -161,7 +161,7 @@ def tables_of(
         names = [f"data, client {k}" for k in range(len(parts))]
         return [table_of(p, n, target) for p, n in zip(parts, names, strict=True)], None, None
     if partitioner is not None:
-        return [table_of(data, "data", target)], divided(data, partitioner), None
+        return [table_of(data, "data", target)], divided_by(data, partitioner), None
     if client is None:
         return [table_of(data, "data", target)], None, None
     if not is_columns(data):
@@ -169,7 +169,7 @@ def tables_of(
             f"client={client!r} names a column, but data is a {type(data).__name__}: give a "
             "table with columns, or a list with the samples of each client"
         )
-    owners = np.asarray(column(data, client, "client"))
+    owners = np.asarray(column_of(data, client, "client"))
     rest = data.remove_columns([client])  # type: ignore[attr-defined]
     return [table_of(rest, "data", target)], None, owners
 
@@ -197,7 +197,7 @@ def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:
     return isinstance(data, Mapping | list) and not is_columns(data)
 
 
-def listed(data: Mapping[Any, Any] | list[Any]) -> list[Any]:
+def listed_tables(data: Mapping[Any, Any] | list[Any]) -> list[Any]:
     """List the tables of several clients."""
     return list(data.values()) if isinstance(data, Mapping) else data
 
@@ -261,8 +261,8 @@ def of_columns(found: Any, where: str, target: str | None) -> Samples:
             f"{where}: the columns are {names}; name the one to predict with target=..."
         )
     inputs = [name for name in names if name != target_name]
-    if TOKENS not in inputs and len(inputs) > 1:
-        rows = [np.asarray(column(found, name, where)) for name in inputs]
+    if INPUT_IDS not in inputs and len(inputs) > 1:
+        rows = [np.asarray(column_of(found, name, where)) for name in inputs]
         flat = [name for name, row in zip(inputs, rows, strict=True) if row.ndim != 1]
         if flat or any(row.dtype.kind not in "biuf" for row in rows):
             words = [n for n, r in zip(inputs, rows, strict=True) if r.dtype.kind not in "biuf"]
@@ -271,19 +271,19 @@ def of_columns(found: Any, where: str, target: str | None) -> Samples:
                 "inputs, columns of numbers alone, or input_ids and attention_mask of a tokenizer"
             )
         return gathered((np.stack(rows, axis=1).astype(np.float32), found[target_name][:]), where)
-    arrays = {name: column(found, name, where) for name in inputs}
-    given = arrays if TOKENS in arrays else next(iter(arrays.values()))
-    return gathered((given, column(found, target_name, where)), where)
+    arrays = {name: column_of(found, name, where) for name in inputs}
+    given = arrays if INPUT_IDS in arrays else next(iter(arrays.values()))
+    return gathered((given, column_of(found, target_name, where)), where)
 
 
-def column(found: Any, name: str, where: str) -> Any:
+def column_of(found: Any, name: str, where: str) -> Any:
     """Read a column of a ``Dataset`` of Hugging Face as an array."""
     if name not in found.column_names:
         raise DataError(f"{where}: there is no column {name!r} among {list(found.column_names)}")
     return found.with_format("numpy")[name][:]
 
 
-def divided(data: Any, partitioner: Any) -> list[Rows]:
+def divided_by(data: Any, partitioner: Any) -> list[RowNumbers]:
     """Divide a ``Dataset`` by a partitioner of flwr-datasets; return the rows of each client."""
     if not is_columns(data):
         raise ConfigError(
@@ -304,7 +304,7 @@ def divided(data: Any, partitioner: Any) -> list[Rows]:
 
 def named_classes(data: Any, target: str | None) -> dict[str, object]:
     """Take the names of the classes that a ``Dataset`` of Hugging Face has (`DataSet.reading`)."""
-    first = listed(data)[0] if is_clients(data) else data
+    first = listed_tables(data)[0] if is_clients(data) else data
     if not is_columns(first):
         return {}
     name = found_target(first.column_names, target)
@@ -313,7 +313,7 @@ def named_classes(data: Any, target: str | None) -> dict[str, object]:
     return {"classes": named} if named != [str(k) for k in range(len(named))] else {}
 
 
-def classes_of(tables: Sequence[Samples], loss: str) -> int | None:
+def outputs_for(tables: Sequence[Samples], loss: str) -> int | None:
     """Count the outputs that the targets need; None where they do not tell."""
     if loss in {"squared_error", "logistic", "multi_label"}:
         return max(1, tables[0].target[0].numel())
@@ -322,14 +322,13 @@ def classes_of(tables: Sequence[Samples], loss: str) -> int | None:
     return max(2, 1 + max(int(t.target.max()) for t in tables))
 
 
-def joined(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
+def stacked(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
     """Put tables under one another.
 
     Raises:
         DataError: If they have other inputs, or inputs or targets of other shapes.
     """
-    whole = [table.inputs | {"target": table.target} for table in tables]
-    forms = [{n: tuple(t.shape[1:]) for n, t in table.items()} for table in whole]
+    forms = [{n: tuple(t.shape[1:]) for n, t in table.tensors.items()} for table in tables]
     for form, name in zip(forms, names, strict=True):
         if form != forms[0]:
             raise DataError(
@@ -344,7 +343,7 @@ def without_test(data: DataSet) -> DataSet:
     parts = data.parts if isinstance(data.parts, list) else [rows]
     held_out = []
     for part in parts:
-        stay, out = split_rows(len(part), SHARE, rng)
+        stay, out = split_rows(len(part), TEST_SHARE, rng)
         held_out.append(part[out] if len(stay) else part[:0])
     out = np.sort(np.concatenate(held_out))
     if not len(out):
@@ -353,14 +352,14 @@ def without_test(data: DataSet) -> DataSet:
             "measure on: say test=..."
         )
     kept = keep_rows(data, np.setdiff1d(np.concatenate(parts), out))
-    return replace(kept, test=take(data.train, out), info=data.info | {"held_out": SHARE})
+    return replace(kept, test=take(data.train, out), info=data.info | {"held_out": TEST_SHARE})
 
 
-def digest_of(data: DataSet) -> str:
+def data_digest(data: DataSet) -> str:
     """Hash the samples and their division."""
     h = hashlib.sha256()
     for samples in (data.train, data.test):
-        h.update(digest(samples.inputs | {"target": samples.target}).encode())
+        h.update(digest(samples.tensors).encode())
     for part in data.parts if isinstance(data.parts, list) else ():
         h.update(part.tobytes() + b"|")
     for name, values in data.columns.items():

@@ -8,21 +8,108 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import SHARE, Clients, DataSet, refuse_both, split_rows, take
-from fedraclora.data.fit import METRICS, Form, found_shape, said_of_inputs, scale_of_bytes
-from fedraclora.data.partition import LOOKED_AT, spread_clients
+from fedraclora.data.arrays import read_npz
+from fedraclora.data.dataset import TEST_SHARE, Clients, DataSet, refuse_both, split_rows, take
+from fedraclora.data.fit import (
+    USUAL_METRICS,
+    Form,
+    found_shape,
+    gathered,
+    said_of_inputs,
+    scale_of_bytes,
+)
+from fedraclora.data.locate import user_path
+from fedraclora.data.partition import SIZES_SEEN, spread_clients
 from fedraclora.data.samples import Samples
-from fedraclora.data.sources import counted, read_own, read_table, source_label
 from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.imports import is_function
+from fedraclora.imports import call_function, is_function
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
+
+ONLY_FILE = "train.npz"  # the file of a folder that is one client's
+
+
+def counted(samples: str | None, clients: int | None) -> int:
+    """Return the number of clients, which the files of a folder may determine.
+
+    Raises:
+        ConfigError: If nothing tells it.
+        DataError: If the numbers of the files leave one out.
+    """
+    if clients is not None:
+        return clients
+    if samples is None or is_function(samples):
+        raise ConfigError(
+            "clients is not set: say for how many clients there are samples, for example clients=3"
+        )
+    numbers = _numbers(folder := _folder(samples))
+    if not numbers:
+        if (folder / ONLY_FILE).is_file():
+            return 1
+        raise DataError(
+            f"data.samples={samples}: there is no file 0.npz, 1.npz, ... in this folder"
+        )
+    missing = sorted({*range(max(numbers) + 1)} - numbers)
+    if missing:
+        raise DataError(
+            f"data.samples={samples}: there is {max(numbers)}.npz but no {missing[0]}.npz; clients "
+            "are numbered from 0 without a gap"
+        )
+    return len(numbers)
+
+
+def _folder(samples: str) -> Path:
+    folder = user_path("data.samples", samples)
+    if folder.is_file():
+        raise DataError(
+            f"data.samples={samples} is a file; a folder with 0.npz, 1.npz, ... or module:function "
+            "is wanted. A file that is to be divided among clients is for data=table (CSV, "
+            "Parquet) or data=arrays (.npz)"
+        )
+    return folder
+
+
+def _numbers(folder: Path) -> set[int]:
+    return {int(file.stem) for file in folder.glob("*.npz") if file.stem.isdecimal()}
+
+
+def read_own(
+    source: str, client: int, *, alone: bool = False, arguments: Mapping[str, object] | None = None
+) -> Samples:
+    """Read the samples of one client.
+
+    Args:
+        source: ``package.module:function``, which is called with the client's id; or a folder with
+            ``<id>.npz``, or ``train.npz`` where it has one client's alone.
+        client: The id.
+        alone: Whether no other client can mean the same folder.
+        arguments: Further ones of the function, by name.
+
+    Raises:
+        DataError: If they are missing.
+    """
+    where = f"client {client} (data.samples={source})"
+    if is_function(source):
+        return gathered(call_function("data.samples", source, client, **(arguments or {})), where)
+    folder = _folder(source)
+    named, only = folder / f"{client}.npz", folder / ONLY_FILE
+    if named.is_file():
+        return read_npz(named, where)
+    if not only.is_file():
+        raise DataError(f"{where} has no samples: neither {named} nor {only} is there")
+    if not alone or _numbers(folder):
+        raise DataError(
+            f"{where} has no samples: {named} is not there, and {only} is one client's alone; with "
+            "several clients each has its own file, 0.npz, 1.npz, ..."
+        )
+    return read_npz(only, where)
+
 
 # Of the group of the config: what is no argument of `own_samples`, or set by a node.
 _NOT_ASKED = ("name", "labels", "validation", "client", "alone")
@@ -101,11 +188,11 @@ class Brought:
                 "data.samples to a folder or a function that has those of every client"
             )
         if client not in self._read:
-            alone = self.alone or self.num_clients == 1
-            said = self.arguments
+            alone, said = self.alone or self.num_clients == 1, self.arguments
             self._read[client] = read_own(self.source, client, alone=alone, arguments=said)
         self.reading.update(scale_of_bytes(self._read[client]))
-        fitted = self.form.fit(self._read[client], source_label(self.source, client))
+        where = f"client {client} (data.samples={self.source})"
+        fitted = self.form.fit(self._read[client], where)
         self.told.update(said_of_inputs(self._read[client], fitted))
         return fitted
 
@@ -194,26 +281,24 @@ def own_samples(
             f"data.arguments is {dict(said)}, and no function is named that would get them: name "
             "one as data.samples or data.test, or leave them out"
         )
-    bring = partial(Brought, only=client, alone=alone, share=share, split_seed=split_seed)
-    brought = bring(samples, counted(samples, clients), form, arguments=said)
-    if client is not None:
-        if classes is None:
-            raise ConfigError("data.classes is not set, and a node cannot know it")
-        table = brought.client(client)
-        test_table = _none_of(table)
-    else:
-        brought, test_table = _measured(brought, test)
+    count = counted(samples, clients)
+    brought = Brought(samples, count, form, client, alone, share, split_seed, said)
+    if client is None:
+        brought, measured = _measured(brought, test)
         form = brought.form
-        table = test_table
+    elif classes is None:
+        raise ConfigError("data.classes is not set, and a node cannot know it")
+    else:
+        measured = _none_of(brought.client(client))
     labelled = loss == "cross_entropy" and samples is not None and client is None
     return DataSet(
-        train=_none_of(table),
-        test=test_table,
+        train=_none_of(measured),
+        test=measured,
         classes=int(form.classes or 0),
         loss=loss,
-        metrics=tuple(metrics or METRICS.get(loss, METRICS["cross_entropy"])),
+        metrics=tuple(metrics or USUAL_METRICS.get(loss, USUAL_METRICS["cross_entropy"])),
         columns={"label": np.zeros(0, dtype=np.int64)} if labelled else {},
-        sample_shape=form.shape if form.shape is not None else found_shape(table),
+        sample_shape=form.shape if form.shape is not None else found_shape(measured),
         parts=brought,
         info={"source": "each client's own", **brought.told}
         | ({"held_out": share} if share else {}),
@@ -258,22 +343,26 @@ def _share(test: str | None, share: float | None, samples: str | None) -> float:
             "data.test is not set: the server measures on samples of its own; give a .npz file or "
             "package.module:function"
         )
-    return SHARE if share is None else share
+    return TEST_SHARE if share is None else share
 
 
 def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
     """Find what is measured on, and with it what samples look like."""
-    named = None if test is None else read_table(test, brought.arguments)
+    named, where = None, f"data.test={test}"
+    if test is not None and is_function(test):
+        named = gathered(call_function("data.test", test, **brought.arguments), where)
+    elif test is not None:
+        named = read_npz(user_path("data.test", test), where)
     if named is not None:
         brought.reading.update(scale_of_bytes(named))
     if brought.form.classes is None or brought.form.shape is None:
-        tables = [] if named is None else [brought.form.fit(named, source_label(test))]
+        tables = [] if named is None else [brought.form.fit(named, where)]
         if brought.source is not None:
-            some = spread_clients(brought.num_clients, LOOKED_AT).tolist()
+            some = spread_clients(brought.num_clients, SIZES_SEEN).tolist()
             tables += [brought.whole(client) for client in some]
         brought = replace(brought, form=_completed(brought.form, tables))
     if named is not None:
-        return brought, brought.form.fit(named, source_label(test))
+        return brought, brought.form.fit(named, where)
     table = brought.held_out()
     if not len(table):
         raise ConfigError(

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import SHOWN, Clients, DataSet, Division, Rows
+from fedraclora.data.dataset import MOST_NAMED, Clients, DataSet, Division, RowNumbers
 from fedraclora.data.partitioners import bootstrap, dirichlet, fedslop, iid, pathological, shards
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import Count, choice_of, limited
@@ -19,7 +19,7 @@ from fedraclora.limits import Count, choice_of, limited
 @limited("partition")
 def natural(
     data: DataSet, *, clients: int | None, seed: int, column: str = "client", least: Count = 1
-) -> list[Rows]:
+) -> list[RowNumbers]:
     """Make one client of each value of a column (a film, a source), in sorted order.
 
     Args:
@@ -122,7 +122,7 @@ PARTITIONS: dict[str, Callable[..., Division]] = {
     "bootstrap": bootstrap,
     "auto": auto,
 }
-LOOKED_AT = 1000  # clients made on demand whose sizes the summary tells
+SIZES_SEEN = 1000  # clients made on demand whose sizes the summary tells
 
 
 @limited("partition")
@@ -175,7 +175,7 @@ def make_partition(
         ) from error
     name = fitting(data) if name == "auto" else name
     if not isinstance(parts, list):
-        sizes = parts.sizes(spread_clients(parts.num_clients, LOOKED_AT)).numpy()
+        sizes = parts.sizes(spread_clients(parts.num_clients, SIZES_SEEN)).numpy()
         return parts, _facts(name, parts.num_clients, 0, sizes)
     empties = [client for client, part in enumerate(parts) if not len(part)]
     if empties and (empty == "error" or len(empties) == len(parts)):
@@ -206,10 +206,10 @@ def _without_rows(data: DataSet, column: str = "client", **_: object) -> dict[st
         "%d of the clients that the data name have no training row left (all were cut away, left "
         "out or held out) and take no part: %s%s",
         len(gone),
-        ", ".join(map(str, gone[:SHOWN])),
-        ", ..." if len(gone) > SHOWN else "",
+        ", ".join(map(str, gone[:MOST_NAMED])),
+        ", ..." if len(gone) > MOST_NAMED else "",
     )
-    return {"clients_without_rows": len(gone), "without_rows": gone[:SHOWN]}
+    return {"clients_without_rows": len(gone), "without_rows": gone[:MOST_NAMED]}
 
 
 def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from fedraclora.data.dataset import Clients, Column, DataSet, Rows
+from fedraclora.data.dataset import Clients, Column, DataSet, RowNumbers
 from fedraclora.data.samples import TableRows
 from fedraclora.data.virtual import (
     ClientLaw,
     OfLaw,
-    Sizes,
+    SizeLaw,
     class_mixes,
     pick,
     size_quantiles,
@@ -36,7 +36,7 @@ from fedraclora.limits import Count, NotNegative, Positive, Whole, limited
 from fedraclora.rng import generator, hash_key
 
 
-def iid(data: DataSet, *, clients: int, seed: int) -> list[Rows]:
+def iid(data: DataSet, *, clients: int, seed: int) -> list[RowNumbers]:
     """Divide rows evenly at random; sizes differ by one at most."""
     return _divide(data, _library().IidPartitioner(clients), None, seed)
 
@@ -44,7 +44,7 @@ def iid(data: DataSet, *, clients: int, seed: int) -> list[Rows]:
 @limited("partition")
 def dirichlet(
     data: DataSet, *, clients: int, seed: int, alpha: Positive, min_size: Whole = 1
-) -> list[Rows]:
+) -> list[RowNumbers]:
     """Divide each class by proportions drawn from a Dirichlet distribution.
 
     Args:
@@ -67,7 +67,7 @@ def dirichlet(
 @limited("partition")
 def pathological(
     data: DataSet, *, clients: int, seed: int, classes_per_client: Count
-) -> list[Rows]:
+) -> list[RowNumbers]:
     """Assign each client samples of a few classes only.
 
     Client k has class k (modulo the number of classes) and others drawn at random, so that no
@@ -97,7 +97,7 @@ def shards(
     seed: int,
     shards_per_client: Count | None = None,
     shard_size: Count | None = None,
-) -> list[Rows]:
+) -> list[RowNumbers]:
     """Sort rows by class, cut them into shards and deal the shards out.
 
     Args:
@@ -122,7 +122,7 @@ def shards(
 
 
 @limited("partition")
-def fedslop(data: DataSet, *, clients: int, seed: int, alpha: Positive) -> list[Rows]:
+def fedslop(data: DataSet, *, clients: int, seed: int, alpha: Positive) -> list[RowNumbers]:
     """Cut each class at ``int(cumsum(p) * count)`` with p from a Dirichlet distribution.
 
     There is no least size, so clients may be empty: use it with ``partition.empty=drop``.
@@ -197,14 +197,14 @@ def _library() -> Any:
 
 def _by_label(
     data: DataSet, clients: int, seed: int, kind: str, *given: object, **named: object
-) -> list[Rows]:
+) -> list[RowNumbers]:
     """Divide by the classes, with a seeded partitioner of flwr-datasets."""
     make, drawn = vars(_library())[f"{kind}Partitioner"], hash_key(seed, "partition")
     partitioner = make(clients, "label", *given, seed=drawn, **named)
     return _divide(data, partitioner, class_labels(data), seed)
 
 
-def _divide(data: DataSet, partitioner: Any, labels: Column | None, seed: int) -> list[Rows]:
+def _divide(data: DataSet, partitioner: Any, labels: Column | None, seed: int) -> list[RowNumbers]:
     """Run a partitioner of flwr-datasets over shuffled rows; give the rows of each client."""
     from datasets import Dataset
 
@@ -272,7 +272,7 @@ def bootstrap(
     seed: int,
     samples: Count,
     alpha: Positive | None = None,
-    sizes: Sizes = "constant",
+    sizes: SizeLaw = "constant",
     spread: NotNegative = 0.5,
 ) -> Resampled:
     """Draw each client's rows with replacement, so that there can be any number of clients.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -38,6 +38,15 @@ class Samples:
         names = parts[0].inputs
         inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in names}
         return cls(inputs, torch.cat([part.target for part in parts]))
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Inputs by name, and the target as ``"target"``."""
+        return self.inputs | {"target": self.target}
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Samples:
+        """Change every tensor alike."""
+        return Samples({n: change(t) for n, t in self.inputs.items()}, change(self.target))
 
     def take(self, rows: torch.Tensor) -> Samples:
         """Select rows (int64 [n]) into a new table."""
@@ -99,15 +108,11 @@ class Samples:
         numpy's is not, and matrix products round by alignment: a metric could differ in its last
         digit from one process to the next.
         """
-        return Samples({k: v.clone() for k, v in self.inputs.items()}, self.target.clone())
+        return self.mapped(torch.clone)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Samples:
         """Move to a device; floating tensors take ``dtype`` when it is given."""
-
-        def move(t: torch.Tensor) -> torch.Tensor:
-            return t.to(device, dtype if t.is_floating_point() else None)
-
-        return Samples({k: move(v) for k, v in self.inputs.items()}, move(self.target))
+        return self.mapped(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
 
 class ClientData(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import DTYPES, Clients, DataSet, Dtype
+from fedraclora.data.dataset import FLOAT_TYPES, Clients, DataSet, Dtype
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Limit, NotNegative, limited, number_from
@@ -217,7 +217,7 @@ def _weights(clients: int, outputs: int, features: int, heterogeneity: float, se
 
 def _table(x: Matrix, target: Matrix | npt.NDArray[np.int64], dtype: str) -> Samples:
     samples = Samples({"x": torch.from_numpy(np.ascontiguousarray(x))}, torch.from_numpy(target))
-    return samples.to("cpu", DTYPES[dtype])
+    return samples.to("cpu", FLOAT_TYPES[dtype])
 
 
 def _wide(tensor: torch.Tensor) -> Matrix:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import SHARE, SHOWN, DataSet, Read, Rows, refuse_both, train_test
+from fedraclora.data.dataset import MOST_NAMED, DataSet, Read, RowNumbers, refuse_both, train_test
 from fedraclora.data.fit import as_scaled, scale_of
-from fedraclora.data.frames import SEPARATORS, Table, named_table, read_frame
-from fedraclora.data.labels import Kind, as_values, classes_of, supervised, target_of
+from fedraclora.data.frames import SEPARATORS, NamedFrame, named_table, read_frame
+from fedraclora.data.labels import TaskName, as_values, found_classes, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
@@ -50,7 +50,7 @@ def load_table(
     test: str | None = None,
     test_share: Fraction | None = None,
     split_seed: int = 0,
-    task: Kind = "classification",
+    task: TaskName = "classification",
     metrics: Sequence[str] | None = None,
     standardise: bool = True,
     missing: Annotated[str, choice_of(("error", "drop"))] = "error",
@@ -84,7 +84,7 @@ def load_table(
     """
     refuse_both(test, test_share)
 
-    def read(spelling: str, key: str, *columns: str | int | None) -> Table:
+    def read(spelling: str, key: str, *columns: str | int | None) -> NamedFrame:
         path = resolve(spelling, key=key, root=root)
         return read_frame(path, [str(c) for c in columns if c is not None], separator), path
 
@@ -97,7 +97,9 @@ def load_table(
     return of_frames(table, held_out, how, str(file))
 
 
-def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a frame") -> DataSet:
+def of_frames(
+    table: NamedFrame, test: NamedFrame | None, how: TableForm, source: str = "a frame"
+) -> DataSet:
     """Make a data set of rows; errors as of `load_table`.
 
     Args:
@@ -118,14 +120,14 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
     used, left_out = _features(frame, how.features, named, owner, path)
     x, labels, clients, kept = _rows(frame, used, named, owner, how.missing, path)
     dropped = len(frame) - len(kept)
-    classes = classes_of(labels, named, how.task, path)
+    classes = found_classes(labels, named, how.task, path)
     train = Samples({"x": x}, target_of(labels, classes, how.task))
     owners = None if clients is None else np.array(clients)
     everyone = None if owner is None else np.array(_written(frame[owner].dropna()))
     if test is None:
-        share = SHARE if how.test_share is None else how.test_share
         strata = np.array(labels) if how.task == "classification" else None
-        train, held_out, rows = train_test(train, "data.test_share", share, how.split_seed, strata)
+        split = ("data.test_share", how.test_share, how.split_seed, strata)
+        train, held_out, rows = train_test(train, *split)
         owners = owners if owners is None else owners[rows]
     texts = bool(SEPARATORS.keys() & {*path.suffixes})  # such a file has no types
     named_as = as_values(classes, None if texts else frame[named].dropna().tolist())
@@ -140,10 +142,12 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
         held_out, dropped = read.samples, dropped + read.total - len(read.rows)
     train = _scaled(train, reading)
     info: dict[str, object] = {"source": source, "rows_dropped": dropped} | _told(reading)
-    info["features"] = used if len(used) <= SHOWN else len(used)
+    info["features"] = used if len(used) <= MOST_NAMED else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
     if owners is not None:
-        info["clients"] = np.unique(owners).tolist()[:SHOWN]  # by number: client 0 is the first
+        info["clients"] = np.unique(owners).tolist()[
+            :MOST_NAMED
+        ]  # by number: client 0 is the first
     return supervised(
         train,
         held_out,
@@ -161,7 +165,7 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
 
 @dataclass(frozen=True)
 class TableReader:
-    """Reads rows as those of a run's own table; see `fedraclora.data.dataset.Reader`.
+    """Reads rows as those of a run's own table; see `fedraclora.data.dataset.SampleReader`.
 
     Attributes:
         label: The column to predict.
@@ -187,7 +191,7 @@ class TableReader:
             wanted = target_of(labels, names, self.task, path, kept.tolist())
         return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(frame))
 
-    def _table(self, found: Any) -> Table:
+    def _table(self, found: Any) -> NamedFrame:
         if isinstance(found, tuple) and isinstance(found[-1], Path):
             return found  # a frame that was read
         if isinstance(found, Path):
@@ -266,7 +270,7 @@ def _rows(
     client: str | None,
     missing: str,
     path: Path,
-) -> tuple[torch.Tensor, list[str], list[str] | None, Rows]:
+) -> tuple[torch.Tensor, list[str], list[str] | None, RowNumbers]:
     """Take the columns that are used, and refuse or drop rows that miss something.
 
     Returns:
@@ -324,7 +328,7 @@ def _scaled(samples: Samples, reading: Mapping[str, Any]) -> Samples:
 def _told(scale: Mapping[str, Any]) -> dict[str, object]:
     """Say in the summary what the scale is."""
     info: dict[str, object] = {}
-    if len(scale.get("subtract", range(SHOWN + 1))) <= SHOWN:
+    if len(scale.get("subtract", range(MOST_NAMED + 1))) <= MOST_NAMED:
         info |= {"feature_means": scale["subtract"], "feature_deviations": scale["divide_by"]}
     if label := scale.get("target"):
         info |= {"label_mean": label["subtract"], "label_deviation": label["divide_by"]}

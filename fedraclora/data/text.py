@@ -12,18 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import SHARE, DataSet, Read, Rows, divide
+from fedraclora.data.dataset import TEST_SHARE, DataSet, Read, RowNumbers, divide
 from fedraclora.data.frames import Named, named_table, read_columns
-from fedraclora.data.labels import Kind, classes_of, supervised, target_of
-from fedraclora.data.locate import check_file, resolve
+from fedraclora.data.labels import TaskName, found_classes, supervised, target_of
+from fedraclora.data.locate import check_file, load_tokenizer, require_tokenizer, resolve
 from fedraclora.data.samples import Samples
-from fedraclora.data.tokens import Encoder, make_encoder, require_tokenizer
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
 
 # Rows of a table: one column or two of text, the label and, where it is asked for, the client.
-Table = npt.NDArray[Any]
+TextRows = npt.NDArray[Any]
 
 
 class Cleaned(NamedTuple):
@@ -37,8 +36,8 @@ class Cleaned(NamedTuple):
         last: The last column of all of these.
     """
 
-    table: Table
-    rows: Rows
+    table: TextRows
+    rows: RowNumbers
     dropped: int
     total: int
     last: list[str]
@@ -55,11 +54,11 @@ def load_text(
     test_file: str | None = None,
     client: str | int | None = None,
     header: bool = True,
-    task: Kind = "classification",
+    task: TaskName = "classification",
     values: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
     max_length: Count = 128,
-    test: Fraction = SHARE,
+    test: Fraction = TEST_SHARE,
     test_by_client: bool = False,
     split_seed: int = 0,
     subsample: Count | None = None,
@@ -129,7 +128,7 @@ def load_text(
             )
         drawn = generator(split_seed, "split", "subsample").permutation(len(table))[:subsample]
         table = table[np.sort(drawn)]
-    names = classes_of(table[:, count].tolist(), str(label), task, file, values)
+    names = found_classes(table[:, count].tolist(), str(label), task, file, values)
     train, tested = (reader.samples(part, names) for part in (table, held_out))
     data = supervised(
         train,
@@ -149,7 +148,7 @@ def load_text(
 
 @dataclass(frozen=True)
 class TextReader:
-    """Reads texts as those of a run's own file; see `fedraclora.data.dataset.Reader`.
+    """Reads texts as those of a run's own file; see `fedraclora.data.dataset.SampleReader`.
 
     Attributes:
         text, label, header, task, values, tokenizer, root, max_length: As of `load_text`.
@@ -185,18 +184,31 @@ class TextReader:
         _refuse_gaps(cleaned.table, count, gaps, found if isinstance(found, Path) else "data")
         return cleaned
 
-    def samples(self, table: Table, names: Sequence[str] | None) -> Samples:
+    def samples(self, table: TextRows, names: Sequence[str] | None) -> Samples:
         """Tokenise rows; ``names`` are those of the classes, and None where nothing is wanted."""
         count = len(self.text)
         wanted = torch.zeros(len(table))
         if names is not None:
             wanted = target_of(table[:, count].tolist(), names, self.task)
-        return Samples(self._encode(table[:, :count].T.tolist()), wanted)
+        batch = self._tokenizer(
+            *table[:, :count].T.tolist(),
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return Samples({name: batch[name].to(torch.int64) for name in batch}, wanted)
 
     @cached_property
-    def _encode(self) -> Encoder:
-        name = require_tokenizer(self.tokenizer)
-        return make_encoder(name, root=self.root, max_length=self.max_length)
+    def _tokenizer(self) -> Any:
+        loaded = load_tokenizer(require_tokenizer(self.tokenizer), self.root)
+        if loaded.pad_token is None:
+            if loaded.eos_token is None:
+                raise DataError(
+                    f"data.tokenizer={self.tokenizer} has no padding token: choose another"
+                )
+            loaded.pad_token = loaded.eos_token
+        return loaded
 
 
 def _columns_of(found: Any, named: Sequence[Named], texts: int) -> list[list[str]]:
@@ -221,7 +233,7 @@ def _is_rows(found: Any) -> bool:
     return isinstance(found, list) and all(isinstance(row, str | tuple | list) for row in found)
 
 
-def _refuse_gaps(table: Table, texts: int, names: Sequence[str | int], path: object) -> None:
+def _refuse_gaps(table: TextRows, texts: int, names: Sequence[str | int], path: object) -> None:
     """Refuse labels and owners that are empty: each would be a class, or a client, of its own."""
     for column, name in zip(table[:, texts:].T, names, strict=True):
         if empty := sum(not value.strip() for value in column):

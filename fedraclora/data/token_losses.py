@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import IGNORED_TOKEN, forward
 
-LARGE = 1024  # outputs from which on it pays
+MANY_OUTPUTS = 1024  # outputs from which on it pays
 PIECE = 32 << 20  # bytes of outputs that are formed at a time
 PLAIN: WeakSet[nn.Module] = WeakSet()  # models known to leave the outputs of their last layer alone
 
@@ -39,7 +39,7 @@ def output_layer(model: nn.Module, loss: str) -> nn.Linear | None:
     """
     found = getattr(model, "get_output_embeddings", None)
     layer = found() if loss == "next_token" and callable(found) else None
-    return layer if type(layer) is nn.Linear and layer.out_features >= LARGE else None
+    return layer if type(layer) is nn.Linear and layer.out_features >= MANY_OUTPUTS else None
 
 
 @dataclass(frozen=True)

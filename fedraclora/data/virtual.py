@@ -26,12 +26,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import DTYPES, Clients, DataSet, Dtype, classification
+from fedraclora.data.dataset import FLOAT_TYPES, Clients, DataSet, Dtype, classification
 from fedraclora.data.samples import Samples
 from fedraclora.limits import Count, NotNegative, Positive, choice_of, limited, whole_from
 from fedraclora.rng import generator, hash_key, position_bits
 
-Sizes = Annotated[str, choice_of(("constant", "lognormal", "pareto"))]
+SizeLaw = Annotated[str, choice_of(("constant", "lognormal", "pareto"))]
 OWN = (1 << 32) - 1  # the position whose random words are of the client, not of a sample
 QUANTILES = 1024
 MIX_NUMBERS = 1 << 20  # in the table of mixes, over all classes
@@ -203,7 +203,7 @@ def virtual(
     *,
     clients: Clients,
     samples: Count = 50,
-    sizes: Sizes = "lognormal",
+    sizes: SizeLaw = "lognormal",
     spread: NotNegative = 0.5,
     features: Count = 32,
     classes: Annotated[int, whole_from(2)] = 10,
@@ -261,7 +261,7 @@ def virtual(
         torch.from_numpy(pool / (norm * math.sqrt(2))),
         noise,
         shift,
-    ).to("cpu", DTYPES[dtype])
+    ).to("cpu", FLOAT_TYPES[dtype])
     others = replace(population, law=replace(law, key=hash_key(seed, "virtual", "held out")))
     ids = torch.arange(2 * held_out)
     table = others.gather(ids, torch.zeros_like(ids)[:, None])

@@ -105,7 +105,7 @@ class Constant(Distribution):
 
 
 @dataclass(frozen=True)
-class Uniform(Distribution):
+class UniformSpread(Distribution):
     """Uniform between ``low`` and ``high``."""
 
     low: Positive
@@ -184,5 +184,5 @@ class Choice(Distribution):
 
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
-    kind.__name__.lower(): kind for kind in (Constant, Uniform, LogNormal, Pareto, Choice)
+    kind.__name__.lower(): kind for kind in (Constant, UniformSpread, LogNormal, Pareto, Choice)
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
 from fedraclora.engines.local import MessageGrid
-from fedraclora.privacy.secagg import Terms
+from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.link import Link, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
@@ -35,7 +35,7 @@ class EngineParts:
     built: BuiltTask
     trainer: CohortTrainer
     store: ClientStore = field(default_factory=ClientStore)
-    terms: Terms | None = None
+    terms: SecAggTerms | None = None
 
     @classmethod
     def of(cls, trainer: CohortTrainer, cohort: int) -> EngineParts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -166,9 +167,7 @@ def numbered_batches(samples: Samples, size: int) -> Iterator[tuple[torch.Tensor
     lengths = samples.lengths
     if lengths is None:
         for start in range(0, len(samples), size):
-            rows = slice(start, start + size)
-            inputs = {name: value[rows] for name, value in samples.inputs.items()}
-            batch = Samples(inputs, samples.target[rows])
+            batch = samples.mapped(itemgetter(slice(start, start + size)))
             yield torch.arange(start, start + len(batch)), batch
         return
     order = torch.argsort(lengths, stable=True)

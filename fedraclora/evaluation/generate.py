@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """A prompt with the answer that stands in the data, and the one that was generated."""
 
     prompt: str
@@ -34,7 +34,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Prompt:
     """A prompt, the answer in the data, and how many of its tokens are compared; None: all."""
 
     prompt: torch.Tensor
@@ -89,7 +89,7 @@ class Answering:
             )
 
     @cached_property
-    def asked(self) -> list[Asked]:
+    def asked(self) -> list[Prompt]:
         """The prompts, spread evenly over the samples."""
         chosen = min(self.count, len(self.samples))
         rows = torch.arange(chosen) * len(self.samples) // chosen
@@ -102,7 +102,7 @@ class Answering:
             prompt, wanted = cut(row[:end], own[:end])
             spoken = len(wanted) - int(wanted[-1:].tolist() == [self.tokenizer.eos_token_id])
             whole = not len(wanted) or (spoken < len(wanted) and spoken <= self.new_tokens)
-            found.append(Asked(prompt, wanted, None if whole else min(spoken, self.new_tokens)))
+            found.append(Prompt(prompt, wanted, None if whole else min(spoken, self.new_tokens)))
         return found
 
     def due(self, round_: int, last: int) -> bool:
@@ -115,11 +115,11 @@ class Answering:
         match = sum(answer.right for answer in found) / len(found)
         return {"exact_match": match}, [vars(answer) for answer in found[: self.shown]]
 
-    def answers(self, weights: Tree) -> list[Answer]:
+    def answers(self, weights: Tree) -> list[Generated]:
         """Generate at the given weights, and put each answer beside that of the data."""
         decode, given = self.tokenizer.decode, self.written(weights)
         return [
-            Answer(
+            Generated(
                 decode(one.prompt),
                 *(
                     decode(tokens[: one.compared], skip_special_tokens=True)

@@ -15,7 +15,7 @@ from fedraclora.data.task import LOSSES, forward
 from fedraclora.evaluation.evaluate import numbered_batches, with_weights
 from fedraclora.tree import Tree
 
-Record = dict[str, object]
+Prediction = dict[str, object]
 
 
 def predict(
@@ -25,7 +25,7 @@ def predict(
     loss: str,
     reading: Mapping[str, Any],
     batch_size: int,
-) -> list[Record]:
+) -> list[Prediction]:
     """Answer every sample, in evaluation mode and without gradients.
 
     Args:
@@ -59,13 +59,13 @@ def named_outputs(model: nn.Module, loss: str) -> list[str]:
 
 def _answered(
     model: nn.Module, samples: Samples, *, loss: str, reading: Mapping[str, Any], batch_size: int
-) -> list[Record]:
+) -> list[Prediction]:
     device = next(model.parameters(), samples.target).device
-    found: dict[int, Record] = {}
+    found: dict[int, Prediction] = {}
     for rows, stored in numbered_batches(samples, batch_size):
         batch = stored.to(device)
         outputs = forward(model, batch.inputs).double()
-        words: Iterator[Record] = ({"output": row.tolist()} for row in outputs)
+        words: Iterator[Prediction] = ({"output": row.tolist()} for row in outputs)
         if loss in LOSSES:
             words = getattr(_Words(reading), loss)(outputs.cpu(), batch.to("cpu"))
         found.update(zip(rows.tolist(), words, strict=True))
@@ -91,25 +91,25 @@ class _Words:
     def nested(self, found: Any) -> Any:
         return [*map(self.nested, found)] if isinstance(found, list) else self.name(found)
 
-    def cross_entropy(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+    def cross_entropy(self, outputs: torch.Tensor, _: Samples) -> Iterator[Prediction]:
         for row in outputs.softmax(dim=-1):
             yield {"prediction": self.name(int(row.argmax())), "probability": self.each(row)}
 
-    def logistic(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+    def logistic(self, outputs: torch.Tensor, _: Samples) -> Iterator[Prediction]:
         for score in outputs.flatten():
             both = torch.stack([-score, score]).sigmoid()
             yield {"prediction": self.name(int(score > 0)), "probability": self.each(both)}
 
-    def multi_label(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+    def multi_label(self, outputs: torch.Tensor, _: Samples) -> Iterator[Prediction]:
         for row in outputs.reshape(len(outputs), -1):
             said = [self.name(k) for k in (row > 0).nonzero().flatten().tolist()]
             yield {"prediction": said, "probability": self.each(row.sigmoid())}
 
-    def squared_error(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+    def squared_error(self, outputs: torch.Tensor, _: Samples) -> Iterator[Prediction]:
         for row in outputs if self.scale is None else as_unscaled(outputs, self.scale):
             yield {"prediction": float(row) if row.numel() == 1 else row.tolist()}
 
-    def next_token(self, outputs: torch.Tensor, batch: Samples) -> Iterator[Record]:
+    def next_token(self, outputs: torch.Tensor, batch: Samples) -> Iterator[Prediction]:
         lengths = batch.lengths
         last = torch.full((len(outputs),), outputs.shape[1]) if lengths is None else lengths
         for row in outputs[torch.arange(len(outputs)), last - 1].softmax(dim=-1):
@@ -117,10 +117,10 @@ class _Words:
             token = self.symbols[k] if k < len(self.symbols) else k
             yield {"prediction": token, "probability": float(row.max())}
 
-    def token_classes(self, outputs: torch.Tensor, batch: Samples) -> Iterator[Record]:
+    def token_classes(self, outputs: torch.Tensor, batch: Samples) -> Iterator[Prediction]:
         mask = batch.inputs.get("attention_mask", torch.ones(outputs.shape[:2])) != 0
         for row, real in zip(outputs.argmax(dim=-1), mask, strict=True):
             yield {"prediction": self.nested(row[real].tolist())}
 
-    def pixel_classes(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+    def pixel_classes(self, outputs: torch.Tensor, _: Samples) -> Iterator[Prediction]:
         yield from ({"prediction": self.nested(row)} for row in outputs.argmax(dim=1).tolist())

@@ -17,7 +17,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.export.gguf_file import write_gguf
 from fedraclora.export.hf_folder import write_hf, write_state_dict
 from fedraclora.export.peft_adapter import write_peft
-from fedraclora.export.trained import Order, Record, TrainedModel, is_hugging_face
+from fedraclora.export.trained import ExportRecord, Order, TrainedModel, is_hugging_face
 from fedraclora.run.folder import versions_of
 
 FACTS = "export.json"
@@ -25,7 +25,7 @@ OURS = ("linear", "mlp", "cnn")  # models that shape, outputs and their keys mak
 LIBRARIES = ("transformers", "peft", "safetensors", "gguf")
 
 
-def write_card(trained: TrainedModel, folder: Path, form: str, record: Record) -> None:
+def write_card(trained: TrainedModel, folder: Path, form: str, record: ExportRecord) -> None:
     """Write ``README.md``, ``config.yaml`` of the run as ``run.yaml``, and ``export.json``.
 
     Args:
@@ -41,7 +41,7 @@ def write_card(trained: TrainedModel, folder: Path, form: str, record: Record) -
     (folder / "README.md").write_text(card(trained, form, record))
 
 
-def card(trained: TrainedModel, form: str, record: Record) -> str:
+def card(trained: TrainedModel, form: str, record: ExportRecord) -> str:
     """Write a model card, with the front matter that the Hugging Face hub reads."""
     facts, model, kind = trained.facts, trained.model, type(trained.model).__name__
     method, data = (_mapping(facts.get(key)).get("name", "unknown") for key in ("method", "data"))

@@ -17,17 +17,17 @@ import torch
 
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.export.hf_folder import no_rank
-from fedraclora.export.trained import Order, Record, TrainedModel
+from fedraclora.export.trained import ExportRecord, Order, TrainedModel
 from fedraclora.imports import import_extra
 
-FILE = "model.gguf"
-INSTEAD = (
+GGUF_FILE = "model.gguf"
+CONVERTER = (
     "export --format hf, and convert that folder with llama.cpp: "
     "python convert_hf_to_gguf.py FOLDER --outfile model.gguf"
 )
 
 
-def write_gguf(trained: TrainedModel, order: Order) -> Record:
+def write_gguf(trained: TrainedModel, order: Order) -> ExportRecord:
     """Write ``model.gguf``.
 
     Args:
@@ -42,14 +42,14 @@ def write_gguf(trained: TrainedModel, order: Order) -> Record:
     no_rank(order.rank, "gguf")
     gguf = import_extra("gguf", "--format gguf")
     config = _config(trained)
-    writer: Any = gguf.GGUFWriter(order.folder / FILE, "llama")
+    writer: Any = gguf.GGUFWriter(order.folder / GGUF_FILE, "llama")
     _describe(writer, config)
     _add_tokenizer(writer, gguf, trained.tokenizer)
     names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in trained.weights.items():
         found = names.get_name(name, try_suffixes=(".weight",))
         if found is None:
-            raise ConfigError(f"GGUF has no name for {name} in a model of Llama form; {INSTEAD}")
+            raise ConfigError(f"GGUF has no name for {name} in a model of Llama form; {CONVERTER}")
         writer.add_tensor(found, _rows(name, weight.float(), config).contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -57,7 +57,7 @@ def write_gguf(trained: TrainedModel, order: Order) -> Record:
     writer.close()
     if order.check:
         _hold(trained, order.folder)
-    return {"file": FILE, "dtype": "float32"}
+    return {"file": GGUF_FILE, "dtype": "float32"}
 
 
 def _config(trained: TrainedModel) -> Any:
@@ -69,10 +69,10 @@ def _config(trained: TrainedModel) -> Any:
     config: Any = getattr(trained.model, "config", None)
     kind = type(trained.model).__name__
     if kind != "LlamaForCausalLM":
-        raise ConfigError(f"a {kind} is not written as GGUF here, LlamaForCausalLM is; {INSTEAD}")
+        raise ConfigError(f"a {kind} is not written as GGUF here, LlamaForCausalLM is; {CONVERTER}")
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type", "default") != "default" or config.attention_bias or config.mlp_bias:
-        raise ConfigError(f"this Llama has scaled rotary embeddings or biases; {INSTEAD}")
+        raise ConfigError(f"this Llama has scaled rotary embeddings or biases; {CONVERTER}")
     return config
 
 
@@ -110,7 +110,7 @@ def _add_tokenizer(writer: Any, gguf: Any, source: str | None) -> None:
     if not source.endswith(".gguf"):
         raise ConfigError(
             f"the tokenizer of {source} cannot be written as GGUF here, where the name of its way "
-            f"to split text is not known; {INSTEAD}"
+            f"to split text is not known; {CONVERTER}"
         )
     for key, entry in gguf.GGUFReader(source).fields.items():
         if key.startswith("tokenizer."):
@@ -132,8 +132,10 @@ def _hold(trained: TrainedModel, folder: Path) -> None:
     """Read the file back through transformers, and compare."""
     from transformers import LlamaForCausalLM
 
-    again: Any = LlamaForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    again: Any = LlamaForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
     found = dict(again.named_parameters())
     for name, weight in trained.weights.items():
         if name not in found or not torch.equal(found[name], weight.float()):
-            raise ModelError(f"transformers does not give {name} back from {FILE}; {INSTEAD}")
+            raise ModelError(
+                f"transformers does not give {name} back from {GGUF_FILE}; {CONVERTER}"
+            )

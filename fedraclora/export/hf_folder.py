@@ -10,12 +10,12 @@ from torch import nn
 
 from fedraclora.data.locate import from_pretrained
 from fedraclora.errors import ConfigError, DataError, ModelError
-from fedraclora.export.trained import Order, Record, TrainedModel, is_hugging_face
+from fedraclora.export.trained import ExportRecord, Order, TrainedModel, is_hugging_face
 from fedraclora.models.pretrained import quiet
 from fedraclora.weights.files import save_tensors
 
 
-def write_hf(trained: TrainedModel, order: Order) -> Record:
+def write_hf(trained: TrainedModel, order: Order) -> ExportRecord:
     """Write the merged model with ``save_pretrained``, and its tokenizer where it has one.
 
     Args:
@@ -81,7 +81,7 @@ def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
             raise
 
 
-def write_state_dict(trained: TrainedModel, order: Order) -> Record:
+def write_state_dict(trained: TrainedModel, order: Order) -> ExportRecord:
     """Write ``model.safetensors``: parameters and buffers, tied ones under each of their names.
 
     Args:

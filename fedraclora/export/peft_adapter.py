@@ -23,9 +23,9 @@ from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.export.trained import (
-    Factors,
+    ChangeFactors,
+    ExportRecord,
     Order,
-    Record,
     TrainedModel,
     factors_of_difference,
     factors_of_product,
@@ -38,7 +38,7 @@ from fedraclora.models.pretrained import quiet
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
 
-PREFIX = "base_model.model."  # PEFT puts it before the names of modules
+PEFT_PREFIX = "base_model.model."  # PEFT puts it before the names of modules
 BASE = "./base"  # what is loaded first, where it lies beside the adapter
 NEAR = 1e-5  # of the largest number of a tensor: where two ways to one sum may round apart
 
@@ -53,12 +53,12 @@ class Parts:
         biases: Whether biases of adapted modules are saved.
     """
 
-    factors: dict[str, Factors]
+    factors: dict[str, ChangeFactors]
     modules: list[str]
     biases: bool
 
 
-def write_peft(trained: TrainedModel, order: Order) -> Record:
+def write_peft(trained: TrainedModel, order: Order) -> ExportRecord:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Where the run did not begin from a model that others can load by name, that beginning is written
@@ -160,7 +160,7 @@ def _parted(trained: TrainedModel, start: Tree, rank: int | None) -> Parts:
     views = dict(trained.targets)
     if rank is not None:  # what was trained in full is truncated, too, but for the head
         views |= _further(trained, modules)
-    factors: dict[str, Factors] = {}
+    factors: dict[str, ChangeFactors] = {}
     rest = [n for n in weights if not torch.equal(weights[n], start[n])]
     for name in list(views):
         module = name.rpartition(".")[0]
@@ -211,7 +211,7 @@ def _adaptable(name: str, modules: dict[str, nn.Module]) -> str:
     return name
 
 
-def _factored(trained: TrainedModel, name: str, view: LayerView, rank: int | None) -> Factors:
+def _factored(trained: TrainedModel, name: str, view: LayerView, rank: int | None) -> ChangeFactors:
     if name in trained.magnitudes and name not in trained.changes:
         matrix = view.matrix(trained.start[name])
         empty = matrix.new_zeros(matrix.shape[0], 1), matrix.new_zeros(1, matrix.shape[1])
@@ -248,7 +248,7 @@ def _adapted(trained: TrainedModel, start: Tree, parts: Parts) -> Any:
     with torch.random.fork_rng(devices=[]):
         adapted: Any = get_peft_model(model, config)
     for name, layer in adapted.named_modules():
-        if (module := name.removeprefix(PREFIX)) in parts.factors and hasattr(layer, "lora_A"):
+        if (module := name.removeprefix(PEFT_PREFIX)) in parts.factors and hasattr(layer, "lora_A"):
             _fill(layer, parts.factors[module], ranks[module])
             if f"{module}.weight" in trained.magnitudes:
                 own = layer.lora_magnitude_vector["default"].weight
@@ -256,7 +256,7 @@ def _adapted(trained: TrainedModel, start: Tree, parts: Parts) -> Any:
     return adapted
 
 
-def _fill(layer: Any, factors: Factors, rank: int) -> None:
+def _fill(layer: Any, factors: ChangeFactors, rank: int) -> None:
     """Copy factors into a layer of PEFT; a rank of 0 stays a product of zero."""
     left, right = padded_to(factors.left, factors.right, rank)
     with torch.no_grad():
@@ -330,10 +330,12 @@ def _hold(trained: TrainedModel, start: Tree, parts: Parts, merged: Tree) -> Non
             )
 
 
-def _record(trained: TrainedModel, name: str, factors: Factors, merged: Tree | None) -> Record:
+def _record(
+    trained: TrainedModel, name: str, factors: ChangeFactors, merged: Tree | None
+) -> ExportRecord:
     """Say how near an adapter comes to W_T: by what was left out, and by what PEFT merges."""
     weight = f"{name}.weight"
-    found: Record = {
+    found: ExportRecord = {
         "rank": factors.kept,
         "rank_of_change": factors.rank,
         "relative_error": factors.error,

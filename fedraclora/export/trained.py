@@ -15,7 +15,7 @@ from fedraclora.lowrank.algebra import Product, fix_signs, truncated_product
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.tree import Tree
 
-Record = dict[str, object]  # what an export says of itself, in plain JSON
+ExportRecord = dict[str, object]  # what an export says of itself, in plain JSON
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TrainedModel:
     def at(self, weights: Mapping[str, torch.Tensor]) -> nn.Module:
         """Copy the model, with other weights where some are given."""
         model = copy.deepcopy(self.model)
-        put(model, weights)
+        put_weights(model, weights)
         return model
 
 
@@ -80,7 +80,7 @@ class Order:
     check: bool
 
 
-def put(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy weights into the parameters of their names."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -102,7 +102,7 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Factors:
+class ChangeFactors:
     """The change of one matrix as the product of two factors.
 
     Attributes:
@@ -123,7 +123,7 @@ class Factors:
         return self.left.shape[1]
 
 
-def factors_of_product(change: Product, rank: int | None) -> Factors:
+def factors_of_product(change: Product, rank: int | None) -> ChangeFactors:
     """Compress a product of factors by two QRs and a small SVD; the m x n product is not formed.
 
     Args:
@@ -139,7 +139,7 @@ def factors_of_product(change: Product, rank: int | None) -> Factors:
     return _kept(u, s, vt, floor, rank)
 
 
-def factors_of_difference(new: torch.Tensor, old: torch.Tensor, rank: int | None) -> Factors:
+def factors_of_difference(new: torch.Tensor, old: torch.Tensor, rank: int | None) -> ChangeFactors:
     """Factor the difference of two matrices [m, n], of which no factors are known, by an SVD.
 
     Singular values below what rounding ``new`` to its precision makes are left out.
@@ -151,10 +151,12 @@ def factors_of_difference(new: torch.Tensor, old: torch.Tensor, rank: int | None
 
 def _kept(
     u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, floor: float, rank: int | None
-) -> Factors:
+) -> ChangeFactors:
     whole = int((s > floor).sum())
     k = whole if rank is None else min(rank, whole)
     left, right = fix_signs(u[:, :k], vt[:k])
     root = s[:k].sqrt()
     left_out, size = (float(torch.linalg.vector_norm(part)) for part in (s[k:], s))
-    return Factors(left * root, root[:, None] * right, whole, left_out / size if size else 0.0)
+    return ChangeFactors(
+        left * root, root[:, None] * right, whole, left_out / size if size else 0.0
+    )

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedraclora.models.built import Built, check_fit
-from fedraclora.models.causal import build_causal_lm
+from fedraclora.models.causal import build_causal_lm, build_gpt
 from fedraclora.models.cnn import build_cnn
-from fedraclora.models.gpt import build_gpt
 from fedraclora.models.hf import build_hf, build_transformer
 from fedraclora.models.mlp import build_linear, build_mlp
 from fedraclora.models.objects import build_function, build_object

@@ -26,7 +26,7 @@ from fedraclora.imports import import_extra
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FOREIGN = ("layer_replication", "megatron_config")  # of models that are built anew, or elsewhere
-GIVEN = "Give the adapter of this model, or leave start out"
+OF_THIS_MODEL = "Give the adapter of this model, or leave start out"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -71,7 +71,9 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
     )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of layouts, which PEFT mends
-        with _told(folder, f"the adapter fits no layer of this {type(model).__name__}", GIVEN):
+        with _told(
+            folder, f"the adapter fits no layer of this {type(model).__name__}", OF_THIS_MODEL
+        ):
             adapted: Any = peft.get_peft_model(copy.deepcopy(model), config)
             adapters = peft.get_peft_model_state_dict
             wanted = {*adapters(adapted, save_embedding_layers=False)}
@@ -79,7 +81,9 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
         _refuse(folder, "lacks", wanted - weights.keys())
         _refuse(folder, "has, and the model has not,", weights.keys() - beside)
         _refuse(folder, "has a rank or an alpha for", _idle_patterns(adapted, config))
-        with _told(folder, "the adapter does not fit", GIVEN):  # of shapes, with names of layers
+        with _told(
+            folder, "the adapter does not fit", OF_THIS_MODEL
+        ):  # of shapes, with names of layers
             found = peft.set_peft_model_state_dict(adapted, weights)
         _refuse(folder, "has, and the model has not,", set(found.unexpected_keys))
         if not hasattr(adapted, "merge_and_unload"):
@@ -204,4 +208,4 @@ def _told(
 def _refuse(folder: Path, what: str, names: set[str]) -> None:
     if names:
         shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-        raise ModelError(f"start={folder}: the adapter {what} {shown}. {GIVEN}")
+        raise ModelError(f"start={folder}: the adapter {what} {shown}. {OF_THIS_MODEL}")

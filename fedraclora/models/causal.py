@@ -11,13 +11,20 @@ from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.limits import Count, Fraction, limited
-from fedraclora.models.built import Attention, Built, found_targets, require_input, seeded
+from fedraclora.models.built import (
+    Attention,
+    Built,
+    found_targets,
+    require_heads,
+    require_input,
+    seeded,
+)
 from fedraclora.models.dropout import refuse_idle_rate
 from fedraclora.models.hf import cut_layers, set_dropout
-from fedraclora.models.narrow import Base, narrowed
+from fedraclora.models.narrow import Base, held_in
 from fedraclora.models.pretrained import load_pretrained
 
-TARGETS = ("q_proj,v_proj", "c_attn", "query_key_value")  # of query and value, as PEFT has them
+QUERY_VALUE = ("q_proj,v_proj", "c_attn", "query_key_value")  # of query and value, as PEFT has them
 
 
 @limited("model")
@@ -49,7 +56,7 @@ def build_causal_lm(
         dropout: Dropout of hidden states.
         attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
         base: Precision of the weights: ``float32``; or, for methods that never merge,
-            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.narrow.narrowed`).
+            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.narrow.held_in`).
         checkpointing: Keep only the inputs of each block for the backward pass, and compute the
             rest again: less memory, about a third more time.
         sha256: SHA-256 of the GGUF file, or of ``model.safetensors`` in the folder, or None.
@@ -87,7 +94,7 @@ def build_causal_lm(
         newest = getattr(model, "activation_checkpointing_enable", None)  # its name from v5.24 on
         (newest or model.gradient_checkpointing_enable)({"use_reentrant": False})
     network: nn.Module = model.train()
-    return narrowed(Built(network, (_head(model),), found_targets(network, *TARGETS)), base)
+    return held_in(Built(network, (_head(model),), found_targets(network, *QUERY_VALUE)), base)
 
 
 def _drawn(
@@ -132,3 +139,65 @@ def _head(model: Any) -> str:
         if module is head and head is not None:
             return str(name)
     raise ModelError(f"{type(model).__name__} has no output layer over tokens")
+
+
+@limited("model")
+def build_gpt(
+    *,
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    hidden: Count = 64,
+    layers: Count = 2,
+    heads: Count = 4,
+    max_length: Count = 128,
+    dropout: Fraction = 0.0,
+    attention: Attention = "sdpa",
+) -> Built:
+    """Build a GPT-2 that predicts the next token.
+
+    Its output layer has weights of its own: tied to the table of tokens, as in the original, it
+    could not be trained apart from it.
+
+    Args:
+        shape: Must be empty: the data are token ids.
+        classes: Number of different tokens.
+        seed: The seed of the run.
+        hidden: Width, a multiple of ``heads``.
+        layers: Number of layers.
+        heads: Attention heads.
+        max_length: Longest input.
+        dropout: Dropout of embeddings and of what each block adds.
+        attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
+
+    Returns:
+        The model; head ``lm_head``, targets all linear layers.
+
+    Raises:
+        ConfigError: If a key is wrong, naming it.
+
+    References:
+        Radford et al., *Language Models are Unsupervised Multitask Learners*, 2019.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    require_input("gpt", shape, classes, text=True)
+    require_heads(hidden, heads)
+    config = GPT2Config(
+        vocab_size=classes,
+        n_positions=max_length,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=0.0,  # applied as a function, where no mask can be keyed by client and step
+        bos_token_id=None,
+        eos_token_id=None,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, as one kernel in place of eight
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation=attention,
+    )
+    with seeded(seed, "model"):
+        return Built(GPT2LMHeadModel(config).train(), ("lm_head",), "all-linear")

@@ -25,7 +25,7 @@ from fedraclora.models.built import (
     seeded,
 )
 from fedraclora.models.dropout import refuse_idle_rate
-from fedraclora.models.narrow import Base, narrowed
+from fedraclora.models.narrow import Base, held_in
 from fedraclora.models.pretrained import load_pretrained
 
 # How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
@@ -58,7 +58,7 @@ def build_hf(
         dropout: Dropout of hidden states.
         attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
         base: Precision of the weights: ``float32``; or, for methods that never merge,
-            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.narrow.narrowed`).
+            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.narrow.held_in`).
         sha256: SHA-256 of ``model.safetensors`` in the folder, or None.
 
     Returns:
@@ -85,7 +85,7 @@ def build_hf(
     with seeded(seed, "model"):
         model, drawn = load_pretrained(Kind, path, sha256, prepare, **given)
     refuse_idle_rate(model, dropout)
-    return narrowed(replace(_built(model), drawn=drawn), base)
+    return held_in(replace(_built(model), drawn=drawn), base)
 
 
 @limited("model")

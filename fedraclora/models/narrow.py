@@ -18,7 +18,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Base = Annotated[str, choice_of((*FLOATS, *BITS))]  # what is narrow is never merged into
 
 
-def narrowed(built: Built, base: str) -> Built:
+def held_in(built: Built, base: str) -> Built:
     """Bring the weights of a model to a precision, in place.
 
     Args:

@@ -24,10 +24,10 @@ def lend_model(model: nn.Module) -> str:
         ModelError: If it has weights that are no numbers, or does not tell what it is.
     """
     require_numbers(model, "model")
-    return lend(model, digest_of(model))
+    return lend(model, model_digest(model))
 
 
-def digest_of(model: nn.Module) -> str:
+def model_digest(model: nn.Module) -> str:
     """Hash the weights and the structure of a module.
 
     Raises:
@@ -48,7 +48,7 @@ def copy_of(model: nn.Module, wanted: str | None) -> nn.Module:
         ConfigError: If it has been changed since.
         ModelError: If it cannot be copied.
     """
-    if digest_of(model) != wanted:
+    if model_digest(model) != wanted:
         raise ConfigError(
             "the model is no longer what it was when this run was given it (its digest was "
             f"{wanted}): its weights or layers were changed in place; give the run a copy, "

@@ -243,7 +243,7 @@ def traced(
     def watch_weight(name: str, weight: nn.Parameter) -> Any:
         def seen(weight: torch.Tensor) -> None:
             if weight.grad is not None:
-                found[name], weight.grad = look(name, shortened(weight.grad)), None
+                found[name], weight.grad = look(name, projected_gradient(weight.grad)), None
 
         weight.grad = None
         return weight.register_post_accumulate_grad_hook(seen)
@@ -269,7 +269,7 @@ def traced(
     return found
 
 
-def shortened(gradient: torch.Tensor) -> torch.Tensor:
+def projected_gradient(gradient: torch.Tensor) -> torch.Tensor:
     """Multiply its rows by a few random vectors: whole, all gradients take as much as the model."""
     if gradient.dim() < 2:
         return gradient

@@ -24,9 +24,9 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.data.task import forward
-from fedraclora.models.packed_layout import Bucket, Layout, rows
+from fedraclora.models.packed_layout import Bucket, PackedLayout, take_rows
 
-NAME = "fedraclora_packed"  # of our attention in the table of transformers
+ATTENTION_NAME = "fedraclora_packed"  # of our attention in the table of transformers
 # What some models ask of their attention beyond the usual, by its name there.
 UNUSUAL = ("sliding_window", "softcap", "s_aux", "position_bias")
 PROBE = (5, 9, 3, 7)  # tokens of the samples with which a model is tried
@@ -82,7 +82,7 @@ class Packer:
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
-        self.layout: Layout | None = None
+        self.layout: PackedLayout | None = None
         owners = [model, *blocks.modules()]
         configs = {id(c): c for m in owners if (c := getattr(m, "config", None)) is not None}
         self.plain = [(config, config._attn_implementation) for config in configs.values()]  # noqa: SLF001
@@ -115,13 +115,13 @@ class Packer:
             return None
         return tried(model, found[0])
 
-    def use(self, layout: Layout | None) -> None:
+    def use(self, layout: PackedLayout | None) -> None:
         """Pack the batches from here on, and what the backward pass computes again."""
         if layout is None and self.layout is None:
             return
         self.layout = layout
         for config, plain in self.plain:
-            config._attn_implementation = plain if layout is None else NAME  # noqa: SLF001
+            config._attn_implementation = plain if layout is None else ATTENTION_NAME  # noqa: SLF001
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -190,21 +190,21 @@ def attend(
     parts = []
     for x in (query, key, value.to(query.dtype)):
         heads = x.shape[1]
-        taken = rows(x.transpose(1, 2).reshape(-1, x.shape[-1]), *layout.of_heads(heads))
+        taken = take_rows(x.transpose(1, 2).reshape(-1, x.shape[-1]), *layout.of_heads(heads))
         parts.append(taken.split([*(size * heads for size in sizes), 1]))
     found = []
     for i, bucket in enumerate(layout.buckets):
         q, k, v = (p[i].view(bucket.count, -1, bucket.tokens, p[i].shape[-1]) for p in parts)
-        found.append(within(q, k, v, bucket, scale, causal=causal, fused=packer.fused))
+        found.append(attend_within(q, k, v, bucket, scale, causal=causal, fused=packer.fused))
     width, heads = found[0].shape[-1], query.shape[1]
     there, back = layout.of_heads(heads)
     together = [out.reshape(-1, width) for out in found]
     together.append(found[0].new_zeros(1, width))
-    out = rows(torch.cat(together), back, there)
+    out = take_rows(torch.cat(together), back, there)
     return out.view(layout.clients, layout.length, heads, width), None
 
 
-def within(
+def attend_within(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -232,7 +232,7 @@ def tried(model: nn.Module, blocks: nn.ModuleList) -> Packer | None:
     """Prepare a model whose outputs are the same for a packed batch, else leave it as it is."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
     packer = Packer(model, blocks)
     weight = next(model.parameters())
     tokens, device = max(PROBE), weight.device
@@ -241,7 +241,7 @@ def tried(model: nn.Module, blocks: nn.ModuleList) -> Packer | None:
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or len(PROBE) * tokens
     mask = (torch.arange(tokens, device=device) < lengths[:, None]).long()
     inputs = {"input_ids": ids * mask % vocabulary, "attention_mask": mask}
-    layout = Layout.of(lengths, clients=2, tokens=tokens, longest=14, tops=(9, 5))
+    layout = PackedLayout.of(lengths, clients=2, tokens=tokens, longest=14, tops=(9, 5))
     try:
         with torch.no_grad():
             padded = forward(model, inputs)

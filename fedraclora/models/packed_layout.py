@@ -4,7 +4,7 @@ What a layer gives at a padded token reaches no loss: attention gives padding a 
 zero (see `fedraclora.data.samples.Samples.trim`). Sentences of a batch differ in length, so that
 half of a trimmed batch may still be padding. A product over the real tokens alone, whose rows are
 then put back in their places (`Places`), is the same where it counts, and zero elsewhere. Inside
-the blocks of a transformer the rows stay together (`Layout`, `fedraclora.models.packed`).
+the blocks of a transformer the rows stay together (`PackedLayout`, `fedraclora.models.packed`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing_extensions import override
 from fedraclora.data.samples import Samples
 
 
-class Rows(torch.autograd.Function):
+class TakeRows(torch.autograd.Function):
     """Take rows, where each row but those of zero slope is taken once: so back, rows are taken."""
 
     @override
@@ -35,10 +35,10 @@ class Rows(torch.autograd.Function):
         return slope.index_select(0, ctx.back), None, None
 
 
-def rows(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+def take_rows(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     """Take the rows ``there`` of x; ``back`` holds, for each row of x, where it came to."""
     # Some releases of torch type `apply` and some do not: with our own type both check alike.
-    apply: Callable[..., torch.Tensor] = Rows.apply
+    apply: Callable[..., torch.Tensor] = TakeRows.apply
     return apply(x, there, back)
 
 
@@ -62,7 +62,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """Where the real tokens of a batch are.
 
     Attributes:
@@ -99,7 +99,7 @@ class Layout:
         tokens: int,
         longest: int,
         tops: tuple[int, ...],
-    ) -> Layout:
+    ) -> PackedLayout:
         """Lay out a batch.
 
         Args:
@@ -164,14 +164,14 @@ class Layout:
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """Turn [N, T, ...], or [1, T, ...] for all samples, into [clients, length, ...]."""
         if x.shape[0] * self.tokens == len(self.back):
-            packed = rows(x.flatten(0, 1), self.there, self.back)
+            packed = take_rows(x.flatten(0, 1), self.there, self.back)
         else:
             packed = x[0].index_select(0, self.there % self.tokens)
         return packed.view(self.clients, self.length, *x.shape[2:])
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Turn [clients, length, ...] into [N, T, ...]; padding gets what no loss may see."""
-        return rows(x.flatten(0, 1), self.back, self.there).view(-1, self.tokens, *x.shape[2:])
+        return take_rows(x.flatten(0, 1), self.back, self.there).view(-1, self.tokens, *x.shape[2:])
 
     def of_heads(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Find rows [tokens, heads] of the packed batch in buckets [count, heads, tokens].
@@ -244,8 +244,8 @@ def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> Places | No
     Args:
         samples: [N, T] tokens each, padded.
         valid: Which of the samples count, N in all; the others have no real token.
-        real: How many there are, known before (`fedraclora.training.schedule.Batch`), so that no
-            device is waited for; 0: all tokens are to be computed.
+        real: How many there are, known before (`fedraclora.training.schedule.StepBatch`), so that
+            no device is waited for; 0: all tokens are to be computed.
 
     Returns:
         The places; None where all are to be computed.
@@ -261,14 +261,14 @@ def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> Places | No
 
 def packed_layout(
     samples: Samples, valid: torch.Tensor, longest: int, tops: tuple[int, ...]
-) -> Layout | None:
+) -> PackedLayout | None:
     """Lay out the real tokens of a batch, where there is enough padding to save.
 
     Args:
         samples: [N, T] tokens each, padded.
         valid: Which of the samples count, [K, N / K]; the others have no real token.
-        longest: Real tokens of the client that has most (`fedraclora.training.schedule.Batch`); 0:
-            all tokens are to be computed.
+        longest: Real tokens of the client that has most (`fedraclora.training.schedule.StepBatch`);
+            0: all tokens are to be computed.
         tops: Of the same batch.
     """
     tokens, lengths, clients = samples.padded, samples.lengths, len(valid)
@@ -276,4 +276,4 @@ def packed_layout(
     if lengths is None or not longest or not worth:
         return None
     counted = lengths * valid.reshape(-1)
-    return Layout.of(counted, clients=clients, tokens=tokens, longest=longest, tops=tops)
+    return PackedLayout.of(counted, clients=clients, tokens=tokens, longest=longest, tops=tops)

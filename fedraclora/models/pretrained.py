@@ -24,7 +24,7 @@ from fedraclora.errors import ConfigError, DataError
 from fedraclora.lowrank.layers import is_head
 from fedraclora.models.built import found_head
 
-SHOWN = 3  # names in a message
+NAMES_SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,9 @@ def layers_of(config: Any) -> int:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN))
+    return ", ".join(names[:NAMES_SHOWN]) + (
+        f" and {len(names) - NAMES_SHOWN} more" * (len(names) > NAMES_SHOWN)
+    )
 
 
 def assumed(header: Header) -> list[str]:

@@ -20,7 +20,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from typing_extensions import override
 
-Vector = npt.NDArray[np.float64]
+Values = npt.NDArray[np.float64]
 
 MEGABYTE = 1e6
 # Okabe and Ito's colours, told apart by all kinds of colour vision; yellow is too pale for a line.
@@ -28,7 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DASHES = ("-", "--", ":", "-.")
 
 
-class Shown(Figure):
+class NotebookFigure(Figure):
     """A figure that a notebook shows as it is: its own hook is set by pyplot, which is not used.
 
     A dollar in a name begins no formula.
@@ -47,7 +47,7 @@ class Shown(Figure):
 
 
 def draw_lines(
-    panel: Axes, labels: tuple[str, str], x: Vector, series: Mapping[str, Vector], log: str = ""
+    panel: Axes, labels: tuple[str, str], x: Values, series: Mapping[str, Values], log: str = ""
 ) -> None:
     """Plot named curves, with a legend above the panel where there are several."""
     for index, (name, y) in enumerate(series.items()):
@@ -64,7 +64,7 @@ def draw_lines(
         panel.set(xticks=[], yticks=[])
 
 
-def marker(x: Vector) -> str:
+def marker(x: Values) -> str:
     """Mark points as long as there are few."""
     return "o" if x.size <= 30 else ""
 
@@ -96,7 +96,7 @@ def label_axes(panel: Axes, x_label: str, y_label: str, *, legend: bool = False)
 def new_figure(width: float, height: float) -> Figure:
     """Make an empty figure; inches."""
     spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    return Shown(figsize=(width, height), dpi=120, layout=spaced)
+    return NotebookFigure(figsize=(width, height), dpi=120, layout=spaced)
 
 
 def new_panels(

@@ -18,7 +18,7 @@ from fedraclora.errors import ShapeError
 from fedraclora.plots.axes import (
     COLOURS,
     MEGABYTE,
-    Vector,
+    Values,
     draw_lines,
     label_axes,
     new_figure,
@@ -34,7 +34,7 @@ _FIGURES = {
 _STEPS = ("lr", "gamma_min", "gamma_max")
 
 
-def curves(rows: Sequence[Row], path: Path, title: str, *, planned: int | None = None) -> None:
+def run_curves(rows: Sequence[Row], path: Path, title: str, *, planned: int | None = None) -> None:
     """Write `figure_of` a run as a PNG; its folder is made where it is missing."""
     write_png(figure_of(rows, title, planned=planned), path)
 
@@ -106,7 +106,7 @@ def outcome(rows: Sequence[Row], planned: int | None = None) -> str:
     return f"{', '.join(words)}, {where}"
 
 
-def _seconds(rows: Sequence[Row]) -> dict[str, Vector]:
+def _seconds(rows: Sequence[Row]) -> dict[str, Values]:
     """Seconds of each station of a round."""
     laps = [lap for row in rows if isinstance(lap := row.get("seconds"), Mapping)]
     names = dict.fromkeys(str(name) for lap in laps for name in lap if name != "total")
@@ -115,7 +115,7 @@ def _seconds(rows: Sequence[Row]) -> dict[str, Vector]:
     return parts | {"other": np.maximum(total - sum(parts.values()), 0.0)} if laps else {}
 
 
-def _dropped(rows: Sequence[Row]) -> dict[str, Vector]:
+def _dropped(rows: Sequence[Row]) -> dict[str, Values]:
     """Dropped clients of each round, by how their reason begins."""
     counts = np.zeros((len(REASONS), len(rows)))
     for place, row in enumerate(rows):
@@ -125,7 +125,7 @@ def _dropped(rows: Sequence[Row]) -> dict[str, Vector]:
     return dict(zip(REASONS, counts, strict=True))
 
 
-def _stack(panel: Axes, label: str, rounds: Vector, parts: Mapping[str, Vector]) -> None:
+def _stack(panel: Axes, label: str, rounds: Values, parts: Mapping[str, Values]) -> None:
     """Stack what a round is made of; plain lines where there is nothing of it in any round."""
     shown = {name: values for name, values in parts.items() if np.any(values > 1e-6)}
     if not shown:

@@ -27,7 +27,7 @@ from fedraclora.privacy.accountant import epsilon, noise_for
 from fedraclora.privacy.secret import Secret
 
 # Rounding to the precision of the wire moves the norm of a shortened update by a few last bits.
-WITHIN = 1 - 1e-5
+NORM_SLACK = 1 - 1e-5
 
 
 @dataclass(frozen=True)

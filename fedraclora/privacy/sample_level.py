@@ -37,7 +37,7 @@ from fedraclora.privacy.secret import normals_of, stream
 from fedraclora.rng import hash_key
 from fedraclora.tree import Tree
 
-LARGEST = 3e38  # of float32
+LARGEST_FLOAT = 3e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class SampleNoise(Limited):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.noise_multiplier * self.clip < LARGEST:
+        if not self.noise_multiplier * self.clip < LARGEST_FLOAT:
             raise ConfigError(
                 f"noise_multiplier is {self.noise_multiplier} and clip is {self.clip}; their "
-                f"product, the noise on a gradient, must stay below {LARGEST:.2g}"
+                f"product, the noise on a gradient, must stay below {LARGEST_FLOAT:.2g}"
             )
 
     @classmethod

@@ -11,7 +11,7 @@ from fedraclora.rng import generator
 
 _EVEN = Limit("an even number from 2 on", lambda value: value >= 2 and value % 2 == 0)
 _MAJORITY = Limit("a share in [0.5, 1)", lambda value: 0.5 <= value < 1)
-LEAST = 3  # clients of a sum: of two, each knows the other's part
+LEAST_CLIENTS = 3  # clients of a sum: of two, each knows the other's part
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SecAgg(Open):
 
     def least(self, clients: int) -> int:
         """Compute the fewest neighbours that a client has where ``clients`` or more are asked."""
-        others = max(LEAST, clients) - 1
+        others = max(LEAST_CLIENTS, clients) - 1
         return others if self.neighbours is None else min(self.neighbours, others)
 
     def shares(self, neighbours: int) -> int:
@@ -99,7 +99,7 @@ class SecAgg(Open):
 
 
 @dataclass(frozen=True)
-class Terms:
+class SecAggTerms:
     """What a client of secure aggregation insists on, whatever the server says.
 
     Attributes:
@@ -110,7 +110,7 @@ class Terms:
 
     config: SecAgg
     weights: str
-    fewest: int = LEAST
+    fewest: int = LEAST_CLIENTS
 
     @property
     def neighbours(self) -> int:

@@ -20,7 +20,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.tree import to_numpy
 
 KEY_BYTES = 32
-FILE = Path("private") / "noise.key"
+KEY_FILE = Path("private") / "noise.key"
 
 
 def stream(key: bytes, count: int) -> bytes:
@@ -61,7 +61,7 @@ class Secret:
         Raises:
             CheckpointError: If it is not, or is not a key.
         """
-        path = folder / FILE
+        path = folder / KEY_FILE
         if not path.exists():
             if resume:
                 raise CheckpointError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fedraclora.errors import CheckpointError
-from fedraclora.privacy.secret import FILE as KEY
+from fedraclora.privacy.secret import KEY_FILE as KEY
 from fedraclora.protocol.method import Link, State
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import ModelSource, checkpoint_base, is_small

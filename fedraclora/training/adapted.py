@@ -18,7 +18,7 @@ from typing_extensions import override
 from fedraclora.models.packed_layout import Places
 
 
-class Term(NamedTuple):
+class BatchTerm(NamedTuple):
     """How the low-rank term enters.
 
     Attributes:
@@ -65,7 +65,7 @@ def adapted_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    term: Term,
+    term: BatchTerm,
     factors: list[torch.Tensor],
 ) -> torch.Tensor:
     """Apply the layer; padding, where it is known, has the low-rank term alone.
@@ -93,7 +93,7 @@ class _Adapted(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        term: Term,
+        term: BatchTerm,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         K, scale, places = term

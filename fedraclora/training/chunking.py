@@ -19,16 +19,22 @@ from fedraclora.imports import failure_of
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure, try_step
+from fedraclora.training.memory import (
+    LOOKED_AT,
+    MemoryModel,
+    is_out_of_memory,
+    measure_memory,
+    try_step,
+)
 from fedraclora.tree import Tree
 
-LARGEST = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are large by then
+LARGEST_CHUNK = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are large by then
 SPREAD = 8  # chunks that a large cohort gives at least, where several processes train
 HOST_BYTES = 256 << 20  # on a CPU: for all of a chunk; workers share the machine
 CACHE_BYTES = 12 << 20  # on a CPU: for what is trained, which every step reads and writes
 # On a CPU: tokens of a chunk. A product is as fast as it gets with fewer, and what lies between
 # products leaves the cache with more.
-TOKENS = 512
+TOKENS_OF_CHUNK = 512
 FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for fragments and the workspaces of kernels
 PROCESS_BYTES = 512 << 20  # of a GPU: for CUDA itself, in each process
 
@@ -132,18 +138,18 @@ def plan_chunk(
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     advice = "set engine.chunk=1, or lower local.batch_size"
     with _explained("two clients in a batch", advice):
-        memory = measure(trainer, base, downlink, population)
+        memory = measure_memory(trainer, base, downlink, population)
     device = trainer.device.type
     budget = budget_of(trainer.device, share)
     bounds = {
         "the cohort": cohort,
-        f"more bring nothing on a {device}": LARGEST[device],
+        f"more bring nothing on a {device}": LARGEST_CHUNK[device],
         "memory": max(1, memory.fitting(budget)),
     }
     if device == "cpu":
         bounds["the cache"] = max(1, CACHE_BYTES // max(1, memory.trained))
         if memory.tokens:
-            bounds["tokens that fill a product"] = max(1, TOKENS // memory.tokens)
+            bounds["tokens that fill a product"] = max(1, TOKENS_OF_CHUNK // memory.tokens)
     if spread:
         bounds["the workers"] = -(-cohort // (SPREAD * SUM_BLOCK)) * SUM_BLOCK
     reason = min(bounds, key=lambda name: bounds[name])

@@ -29,9 +29,9 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import arrange, materialise
 from fedraclora.training.optimiser import CohortOptimiser, GradientMean
 from fedraclora.training.precision import FLOAT32, check_precision, products_in
-from fedraclora.training.program import OpenChunk, Program, refuse_mixing
-from fedraclora.training.row_moments import ROWS, taken_rows
-from fedraclora.training.schedule import Batch, Schedule
+from fedraclora.training.program import CohortProgram, OpenChunk, refuse_mixing
+from fedraclora.training.row_moments import ROW_SLOT, taken_rows
+from fedraclora.training.schedule import Schedule, StepBatch
 from fedraclora.training.vmapped import vmapped_forward
 from fedraclora.tree import Tree, wide, widened
 
@@ -73,7 +73,7 @@ class CohortTrainer:
         self.dtype = wide(next(task.model.parameters()).dtype)
         self.answer_key: bytes | None = None  # a real client puts one of its own here
         self.former = next((e for e in local.extras if e.forms_gradients), None)
-        self._programs: dict[tuple[str, ...], Program] = {}
+        self._programs: dict[tuple[str, ...], CohortProgram] = {}
         self._pools: tuple[Tree, dict[str, Pool], tuple[Tree, Terms]] | None = None
 
     def train(
@@ -126,7 +126,7 @@ class CohortTrainer:
         if isinstance(optimiser, GradientMean):
             values = optimiser.means(schedule.steps)
         moments = optimiser.moments(schedule.steps)
-        values = values | {ROWS + n: row for n, row in plain.rows(schedule.steps).items()}
+        values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
         return LocalResult(
             trained={name: chunk.as_asked(value) for name, value in values.items()},
             losses=chunk.as_asked(losses / schedule.steps.clamp(min=1)).cpu(),
@@ -201,7 +201,7 @@ class CohortTrainer:
         return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
 
     def _step(
-        self, chunk: OpenChunk, step: int, batch: Batch, optimiser: Optimiser, hooks: list[Hook]
+        self, chunk: OpenChunk, step: int, batch: StepBatch, optimiser: Optimiser, hooks: list[Hook]
     ) -> torch.Tensor:
         """Take one local step of the clients that still train; give their losses, [active]."""
         network = chunk.network
@@ -222,7 +222,7 @@ class CohortTrainer:
             hold(chunk.values, chunk.starts, chunk.masks, batch.active)
         return loss.detach()
 
-    def losses(self, chunk: OpenChunk, leaves: Tree, step: int, batch: Batch) -> torch.Tensor:
+    def losses(self, chunk: OpenChunk, leaves: Tree, step: int, batch: StepBatch) -> torch.Tensor:
         """Compute the mean loss of each active client on its batch, [active].
 
         Args:
@@ -236,7 +236,7 @@ class CohortTrainer:
         return (losses * mask).sum(dim=1) / (counts * mask).sum(dim=1).clamp(min=1)
 
     def _forward(
-        self, chunk: OpenChunk, step: int, batch: Batch, leaves: Tree, frozen: Tree
+        self, chunk: OpenChunk, step: int, batch: StepBatch, leaves: Tree, frozen: Tree
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the loss and count of each sample, and whether it is one, [active, width]."""
         program, downlink = chunk.program, chunk.downlink
@@ -272,14 +272,14 @@ class CohortTrainer:
             self._pools = known = (base, pools, fold_pools(base, pools, self.plan))
         return known[2]
 
-    def _program(self, downlink: Downlink, base: Tree) -> Program:
+    def _program(self, downlink: Downlink, base: Tree) -> CohortProgram:
         """Return the rewritten model for what is trained, holding these base weights."""
         adapted = (f"{w}/{label}" for w, a in downlink.adapters.items() for label in a.factors)
         names = (*adapted, "|", *downlink.dense)
         if names not in self._programs:
             if len(self._programs) == PROGRAMS_KEPT:
                 del self._programs[next(iter(self._programs))]
-            self._programs[names] = Program.build(self.task, downlink, self.device)
+            self._programs[names] = CohortProgram.build(self.task, downlink, self.device)
         self._programs[names].load(base)
         return self._programs[names]
 

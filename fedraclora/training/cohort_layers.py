@@ -19,9 +19,9 @@ from typing_extensions import override
 
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import layer_view
-from fedraclora.models.packed_layout import Layout, Places
+from fedraclora.models.packed_layout import PackedLayout, Places
 from fedraclora.rng import cohort_bits, hash_key
-from fedraclora.training.adapted import Term, adapted_linear, times
+from fedraclora.training.adapted import BatchTerm, adapted_linear, times
 from fedraclora.training.extra import Scaling
 from fedraclora.tree import Tree
 
@@ -53,7 +53,7 @@ class CohortContext:
     tokens: int = 0
     padded: int = 0
     places: Places | None = None
-    layout: Layout | None = None
+    layout: PackedLayout | None = None
     dense: Tree = field(default_factory=dict)
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     pools: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class CohortContext:
         return self.places if whole else None
 
 
-def joined(factor: torch.Tensor, shared: torch.Tensor, dim: int) -> torch.Tensor:
+def with_pool(factor: torch.Tensor, shared: torch.Tensor, dim: int) -> torch.Tensor:
     """Append the components of a shared factor, 2-D, to one that may have a client axis."""
     return torch.cat([factor, shared.expand(*factor.shape[:-2], *shared.shape)], dim=dim)
 
@@ -122,7 +122,10 @@ class CohortLayer(nn.Module):
         if factors is None:
             return None
         if (pool := self.context.pools.get(name)) is not None:
-            factors = [joined(factors[0], pool[0], dim=-1), joined(factors[1], pool[1], dim=-2)]
+            factors = [
+                with_pool(factors[0], pool[0], dim=-1),
+                with_pool(factors[1], pool[1], dim=-2),
+            ]
         return factors, self.context.scales[name]
 
     def rescale(self) -> torch.Tensor | None:
@@ -156,7 +159,7 @@ class CohortLinear(CohortLayer):
         if weight is None or K == 1:
             factors, scale = self.low_rank() or ([], 1.0)
             shared = self.shared(weight)
-            term = Term(K, scale, self.context.places_in(x))
+            term = BatchTerm(K, scale, self.context.places_in(x))
             out = adapted_linear(x, shared.mT if transposed else shared, frozen_bias, term, factors)
         else:
             out = times(x, weight.mT if transposed else weight, K)

@@ -40,7 +40,7 @@ class LocalResult:
     moments: Tree = field(default_factory=dict)
 
 
-def join(results: Sequence[LocalResult]) -> LocalResult | None:
+def join_results(results: Sequence[LocalResult]) -> LocalResult | None:
     """Put the trials of a chunk's parts together, in order; what stays at clients is left out."""
     if len(results) < 2:
         return results[0] if results else None
@@ -52,7 +52,7 @@ def join(results: Sequence[LocalResult]) -> LocalResult | None:
     )
 
 
-Term = tuple[Sequence[torch.Tensor], float]  # factors and scale
+FactorTerm = tuple[Sequence[torch.Tensor], float]  # factors and scale
 Rates = dict[str, float]  # step size of each trained tensor
 # From gradients and values, [active, ...] by name, to new gradients.
 Hook = Callable[[Tree, Tree], Tree]
@@ -81,7 +81,7 @@ class Optimiser(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class ClientChunk:
     """What a chunk of clients trains. Those that finish first stand last.
 
     Attributes:
@@ -132,7 +132,7 @@ class LocalExtra:
         return self.form.format(**vars(self))
 
     def gradients(
-        self, chunk: Chunk, forward: Forward, active: int, width: int, step: int
+        self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
     ) -> tuple[torch.Tensor, Tree]:
         """Compute mean losses, [active], and gradients, [active, ...] by name, of a local step.
 
@@ -145,7 +145,7 @@ class LocalExtra:
         """
         raise NotImplementedError
 
-    def hooks(self, chunk: Chunk) -> Mapping[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> Mapping[When, Hook]:
         """Return the hooks on the gradients of every step.
 
         Raises:
@@ -153,7 +153,7 @@ class LocalExtra:
         """
         return {}
 
-    def optimiser(self, chunk: Chunk, rates: Rates) -> Optimiser | None:
+    def optimiser(self, chunk: ClientChunk, rates: Rates) -> Optimiser | None:
         """Return the optimiser in the place of the core's; None: it has none.
 
         Args:
@@ -187,7 +187,9 @@ class Scaling(Protocol):
     def name_of(self, weight: str) -> str:
         """Name that tensor among what is trained in full: no parameter has the name."""
 
-    def outputs(self, own: torch.Tensor, matrix: torch.Tensor, term: Term | None) -> torch.Tensor:
+    def outputs(
+        self, own: torch.Tensor, matrix: torch.Tensor, term: FactorTerm | None
+    ) -> torch.Tensor:
         """Compute what the outputs of K clients are multiplied by, [K, out], before the bias.
 
         Args:

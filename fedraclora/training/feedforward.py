@@ -29,7 +29,7 @@ relu_back = partial(torch.ops.aten.threshold_backward, threshold=0)
 tanh_back = torch.ops.aten.tanh_backward
 
 
-class Stage(Protocol):
+class NetworkStage(Protocol):
     """One layer on the way there and back."""
 
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
@@ -42,21 +42,21 @@ class Stage(Protocol):
 
 
 class Flatten:
-    """A layer of `SHAPES`: `torch.nn.Flatten` of all axes but the first, or none of them."""
+    """A layer of `SHAPE_LAYERS`: `torch.nn.Flatten` of all axes but the first, or none of them."""
 
     def __init__(self, module: nn.Module) -> None:
         self.flat = isinstance(module, nn.Flatten)
         self.shape: torch.Size | None = None
 
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
-        """See `Stage.forward`."""
+        """See `NetworkStage.forward`."""
         self.shape = x.shape
         return x.flatten(1) if self.flat else x
 
     def backward(
         self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
     ) -> torch.Tensor | None:
-        """See `Stage.backward`."""
+        """See `NetworkStage.backward`."""
         return slope.reshape(self.shape) if to_input and self.shape is not None else None
 
 
@@ -70,14 +70,14 @@ class Activation:
         self.output: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
-        """See `Stage.forward`."""
+        """See `NetworkStage.forward`."""
         self.output = self.there(x)
         return self.output
 
     def backward(
         self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
     ) -> torch.Tensor | None:
-        """See `Stage.backward`."""
+        """See `NetworkStage.backward`."""
         return self.back(slope, self.output) if to_input else None
 
 
@@ -124,7 +124,7 @@ class Linear:
         return found[:K] if found.dim() == 3 else found
 
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
-        """See `Stage.forward`."""
+        """See `NetworkStage.forward`."""
         self.x, self.K, self.values = x, K, values
         W, bias = values.get(self.weight_name), values.get(self.bias_name)
         if self.stack is not None:
@@ -154,7 +154,7 @@ class Linear:
     def backward(
         self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
     ) -> torch.Tensor | None:
-        """See `Stage.backward`."""
+        """See `NetworkStage.backward`."""
         values, rows = self.values, self.split(slope)
         if self.bias_name in values:
             gradients[self.bias_name] = rows.sum(dim=1)
@@ -204,7 +204,7 @@ class Linear:
         return back
 
 
-SHAPES = (nn.Flatten, nn.Identity)
+SHAPE_LAYERS = (nn.Flatten, nn.Identity)
 ACTIVATIONS: dict[type[nn.Module], Callable[[], Activation]] = {
     nn.ReLU: lambda: Activation(torch.relu_, relu_back),
     nn.Tanh: lambda: Activation(torch.tanh_, tanh_back),
@@ -220,7 +220,11 @@ def written_out(task: Task, downlink: Downlink) -> bool:
     if type(model) is not nn.Sequential or task.loss not in SLOPES or set(inputs) != {"x"}:
         return False
     kinds = {name: type(module) for name, module in model.named_children()}
-    if len(kinds) < len(model) or not set(kinds.values()) <= {nn.Linear, *SHAPES, *ACTIVATIONS}:
+    if len(kinds) < len(model) or not set(kinds.values()) <= {
+        nn.Linear,
+        *SHAPE_LAYERS,
+        *ACTIVATIONS,
+    }:
         return False  # a layer that occurs twice, or one that is not known here
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if len(every) > len(list(model.parameters())):
@@ -246,7 +250,7 @@ class FeedForward:
     """
 
     def __init__(self, model: nn.Module, downlink: Downlink, base: Tree, frozen: Tree) -> None:
-        self.stages: list[Stage] = []
+        self.stages: list[NetworkStage] = []
         self.at_once = 0  # bytes of a client's gradients that are never there all together
         for name, module in model.named_children():
             if isinstance(module, nn.Linear):

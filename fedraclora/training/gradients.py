@@ -9,12 +9,12 @@ from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.recipes import GradientHook
 from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.program import OpenChunk
-from fedraclora.training.schedule import Batch
+from fedraclora.training.schedule import StepBatch
 from fedraclora.tree import Tree
 
 
 def written_out_gradients(
-    network: FeedForward, task: Task, chunk: OpenChunk, leaves: Tree, step: int, batch: Batch
+    network: FeedForward, task: Task, chunk: OpenChunk, leaves: Tree, step: int, batch: StepBatch
 ) -> tuple[torch.Tensor, Tree]:
     """Compute mean losses, [active], and gradients, [active, ...] by name, without autograd.
 

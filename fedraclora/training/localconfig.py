@@ -27,8 +27,10 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.training.extra import LocalExtra, Scaling
 
 Extra = TypeVar("Extra", bound=LocalExtra)
-MOST = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
-Laid = Annotated[int, whole_from(0), Limit(f"{MOST} or fewer", lambda value: value <= MOST)]
+MOST_STEPS = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
+Laid = Annotated[
+    int, whole_from(0), Limit(f"{MOST_STEPS} or fewer", lambda value: value <= MOST_STEPS)
+]
 BatchSize = Annotated[int, Limit("0 (all) or more", lambda value: value >= 0)]
 
 

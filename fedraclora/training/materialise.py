@@ -32,7 +32,7 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
                 # A copy: views into a message lie anywhere, and products round by alignment.
                 frozen[name] = value[order] if value.dim() == 3 else value.clone()
             else:
-                starts[name] = start_of(factor, like.new_zeros(factor.shape), order)
+                starts[name] = opening_of(factor, like.new_zeros(factor.shape), order)
                 # A tall factor lies in memory as its transpose: so come its gradients
                 # (`fedraclora.training.feedforward`); those of a dense weight do not.
                 tall = factor.shape[0] > factor.shape[1]
@@ -42,7 +42,7 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
     for name, slot in downlink.dense.items():
         # A magnitude is no parameter of the base.
         default = base[name] if name in base else torch.zeros(slot.shape).to(like)
-        starts[name] = start_of(slot, default, order)
+        starts[name] = opening_of(slot, default, order)
         values[name] = per_client(starts[name], K)
     return values, starts, frozen
 
@@ -52,7 +52,7 @@ def per_client(start: torch.Tensor, K: int) -> torch.Tensor:
     return start.expand(K, *start.shape[1:]).clone(memory_format=torch.contiguous_format)
 
 
-def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def opening_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Return the start of a trained tensor as [1, ...] if shared, [K, ...] if per client."""
     opening = slot.opening()
     if opening is None:

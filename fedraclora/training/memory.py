@@ -30,7 +30,7 @@ from fedraclora.training.extra import Hook, Optimiser
 from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import moment_shapes
 from fedraclora.training.program import OpenChunk
-from fedraclora.training.schedule import Batch
+from fedraclora.training.schedule import StepBatch
 from fedraclora.tree import Tree
 
 LOOKED_AT = 10_000  # clients among whom the largest is looked for
@@ -167,7 +167,7 @@ class MemoryModel:
         return max(0, budget - self.shared) // max(1, self.client)
 
 
-def measure(
+def measure_memory(
     trainer: CohortTrainer, base: Tree, downlink: Downlink, clients: torch.Tensor
 ) -> MemoryModel:
     """Run the first steps of one client and of two, and count; three and four are laid out only.
@@ -219,7 +219,7 @@ def measure(
 def try_step(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
     """Take the first step of one client, so that what cannot train is refused before a run begins.
 
-    Arguments as for `measure`, which does it as well.
+    Arguments as for `measure_memory`, which does it as well.
     """
     client = torch.zeros(1, dtype=torch.int64, device=trainer.device)
     with suppress(Enough):
@@ -255,7 +255,7 @@ class Probe(CohortTrainer):
 
     @override
     def _step(
-        self, chunk: OpenChunk, step: int, batch: Batch, optimiser: Optimiser, hooks: list[Hook]
+        self, chunk: OpenChunk, step: int, batch: StepBatch, optimiser: Optimiser, hooks: list[Hook]
     ) -> torch.Tensor:
         def formed(gradients: Tree, _: Tree) -> Tree:
             self.formed = self._lap(self.formed)
@@ -265,7 +265,7 @@ class Probe(CohortTrainer):
         self.at_once = 0 if chunk.network is None else chunk.network.at_once
         for _ in range(min(2, int(chunk.schedule.steps.max())) if self.steps else 0):
             # The same batch twice: none is wider.
-            full = Batch(batch.active, batch.width, self.length or batch.length)
+            full = StepBatch(batch.active, batch.width, self.length or batch.length)
             super()._step(chunk, step, full, optimiser, [formed, *hooks])
             self.stepped = self._lap(self.stepped)
             if self.live.now == self.resident:

@@ -101,12 +101,12 @@ def begin_moments(stored: Tree, local: LocalConfig, link: int) -> Tree:
             left = value if local.moments_kept else torch.zeros_like(value)
         else:
             first = stored[name.replace("moments/second/", "moments/first/")]
-            left = value.where(largest(first, local.moments_kept), 0)
+            left = value.where(mark_largest(first, local.moments_kept), 0)
         out[name] = torch.where(ended.reshape(-1, *[1] * (value.dim() - 1)), left, value)
     return out
 
 
-def largest(values: torch.Tensor, share: float) -> torch.Tensor:
+def mark_largest(values: torch.Tensor, share: float) -> torch.Tensor:
     """Mark the entries of largest magnitude of each client.
 
     Args:

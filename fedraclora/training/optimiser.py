@@ -13,7 +13,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.row_moments import entries, of_rows
+from fedraclora.training.row_moments import of_rows, row_entries
 from fedraclora.tree import Tree
 
 
@@ -45,7 +45,7 @@ class CohortOptimiser:
         self.second = self._of_kind("second")
         self.unseen: dict[str, float] = {}  # 1 - w of second moments that do not begin at zero
         for name, row in (rows or {}).items():
-            self.second[name], self.unseen[name] = entries(name, row, values[name])
+            self.second[name], self.unseen[name] = row_entries(name, row, values[name])
         if self.stored:
             steps = self.stored["moments/steps"].to(torch.float64)
             alike = bool((steps == steps[0]).all())

@@ -14,7 +14,7 @@ from fedraclora.data.task import Task
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
 from fedraclora.models.packed import Packer
-from fedraclora.models.packed_layout import Layout, packed_layout, real_tokens
+from fedraclora.models.packed_layout import PackedLayout, packed_layout, real_tokens
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort_layers import (
     CohortContext,
@@ -25,9 +25,9 @@ from fedraclora.training.cohort_layers import (
     CohortLayerNorm,
     CohortLinear,
 )
-from fedraclora.training.extra import Chunk
+from fedraclora.training.extra import ClientChunk
 from fedraclora.training.feedforward import FeedForward, written_out
-from fedraclora.training.schedule import Batch, Schedule
+from fedraclora.training.schedule import Schedule, StepBatch
 from fedraclora.tree import Tree, point_at
 
 COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
@@ -51,7 +51,7 @@ def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
 
 
 @dataclass
-class Program:
+class CohortProgram:
     """How a model serves many clients.
 
     Attributes:
@@ -75,7 +75,7 @@ class Program:
     in_turn: bool = False
 
     @classmethod
-    def build(cls, task: Task, downlink: Downlink, device: torch.device) -> Program:
+    def build(cls, task: Task, downlink: Downlink, device: torch.device) -> CohortProgram:
         """Rewrite a copy of the task's model for what ``downlink`` trains.
 
         Raises:
@@ -128,7 +128,7 @@ class Program:
             return None
         return FeedForward(self.plain, downlink, self.base, frozen)
 
-    def pack(self, layout: Layout | None) -> None:
+    def pack(self, layout: PackedLayout | None) -> None:
         """Pack the blocks' batches from here on, where there is a layout."""
         if self.packer is not None:
             self.packer.use(layout)
@@ -141,7 +141,7 @@ class Program:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenChunk(Chunk):
+class OpenChunk(ClientChunk):
     """A chunk of clients, ready to train.
 
     Attributes:
@@ -153,7 +153,7 @@ class OpenChunk(Chunk):
         network: The network with its gradients written out, where it is plain enough.
     """
 
-    program: Program
+    program: CohortProgram
     schedule: Schedule
     sizes: torch.Tensor
     order: torch.Tensor
@@ -174,7 +174,9 @@ class OpenChunk(Chunk):
         """Bring [K, ...] into the order in which the clients were asked."""
         return tensor if self.back is None else tensor[self.back]
 
-    def samples(self, data: ClientData, step: int, batch: Batch) -> tuple[Samples, torch.Tensor]:
+    def samples(
+        self, data: ClientData, step: int, batch: StepBatch
+    ) -> tuple[Samples, torch.Tensor]:
         """Select the samples of a step, client after client, and which of them count.
 
         Args:
@@ -199,7 +201,7 @@ class OpenChunk(Chunk):
 
 
 def copied_layers(model: nn.Module) -> nn.Module:
-    """Copy a model, but not the memory of its weights: `Program.load` gives it others."""
+    """Copy a model, but not the memory of its weights: `CohortProgram.load` gives it others."""
     plain = (p for p in model.parameters() if type(p) is nn.Parameter)
     shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in plain}
     return copy.deepcopy(model, shared)

@@ -34,7 +34,7 @@ import torch
 from fedraclora.protocol.downlink import Downlink, Trained
 from fedraclora.tree import Tree
 
-ROWS = "rows/"  # of the names of slots and moments; the rest is the name of the factor
+ROW_SLOT = "rows/"  # of the names of slots and moments; the rest is the name of the factor
 
 
 def row_slots(sent: Downlink, kept: Tree) -> dict[str, Trained]:
@@ -48,7 +48,7 @@ def row_slots(sent: Downlink, kept: Tree) -> dict[str, Trained]:
     for name, slot in sent.factors().items():
         if isinstance(slot, Trained) and slot.upload and name.endswith(("/A", "/B")):
             rows = slot.shape[_axis(name) ^ 1]
-            found[ROWS + name] = Trained((rows + 1,), kept.get(ROWS + name), main=False)
+            found[ROW_SLOT + name] = Trained((rows + 1,), kept.get(ROW_SLOT + name), main=False)
     return found
 
 
@@ -58,18 +58,18 @@ def taken_rows(sent: Downlink) -> tuple[Downlink, Tree]:
     Returns:
         The rest, and moments by the names of factors.
     """
-    slots = {n: slot for n, slot in sent.dense.items() if n.startswith(ROWS)}
+    slots = {n: slot for n, slot in sent.dense.items() if n.startswith(ROW_SLOT)}
     if not slots:
         return sent, {}
     dense = {n: slot for n, slot in sent.dense.items() if n not in slots}
     rows = {}
     for name, slot in slots.items():
         start = slot.opening()
-        rows[name.removeprefix(ROWS)] = torch.zeros(slot.shape) if start is None else start
+        rows[name.removeprefix(ROW_SLOT)] = torch.zeros(slot.shape) if start is None else start
     return replace(sent, dense=dense), rows
 
 
-def entries(name: str, rows: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, float]:
+def row_entries(name: str, rows: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Compute the second moments with which clients begin, [K, ...] as ``like``, and 1 - w."""
     v = rows[:-1].to(like).unsqueeze(_axis(name))
     return v.expand_as(like).clone(), 1 - float(rows[-1])

@@ -13,7 +13,7 @@ from fedraclora.rng import cohort_permutations
 from fedraclora.training.localconfig import LocalConfig
 
 
-class Batch(NamedTuple):
+class StepBatch(NamedTuple):
     """How much a local step of a chunk computes, known on the host before the round.
 
     Attributes:
@@ -46,7 +46,7 @@ class Schedule:
         """Take the clients at these places, int64, in their order."""
         return Schedule(self.positions[order], self.valid[order], self.steps[order])
 
-    def plan(self, lengths: torch.Tensor | None) -> list[Batch]:
+    def plan(self, lengths: torch.Tensor | None) -> list[StepBatch]:
         """Compute for every step how much of the batch takes part.
 
         Read off the device once a round: a look at it in every step would stall a GPU.
@@ -58,7 +58,7 @@ class Schedule:
         alive = (widths > 0).sum(dim=0)
         columns = [alive, widths.amax(dim=0)]
         if lengths is None:
-            return [Batch(*row) for row in torch.stack(columns, dim=1).tolist()]
+            return [StepBatch(*row) for row in torch.stack(columns, dim=1).tolist()]
         counted = lengths * self.valid
         own = counted.sum(dim=2)
         columns += [counted.amax(dim=(0, 2)), own.sum(dim=0), own.amax(dim=0)]
@@ -67,7 +67,7 @@ class Schedule:
         batches = []
         for alive_, widest, length, real, longest, *tokens in whole:
             tops = bucket_tops(tokens[: alive_ * widest])
-            batches.append(Batch(alive_, widest, length, real, longest, tops))
+            batches.append(StepBatch(alive_, widest, length, real, longest, tops))
         return batches
 
     @classmethod

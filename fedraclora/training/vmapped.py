@@ -21,7 +21,7 @@ from torch.func import functional_call, vmap
 from fedraclora.data.samples import Samples
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.training.extra import Scaling
-from fedraclora.training.program import Program
+from fedraclora.training.program import CohortProgram
 from fedraclora.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def adapted_weights(base: Tree, downlink: Downlink, plan: Plan, values: Tree, fr
 
 
 def vmapped_forward(
-    program: Program,
+    program: CohortProgram,
     downlink: Downlink,
     plan: Plan,
     leaves: Tree,

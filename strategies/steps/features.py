@@ -11,7 +11,7 @@ from fedraclora.aggregation.base import Mean
 from fedraclora.config.unread import keeps_rows
 from fedraclora.lowrank.dora import magnitudes
 from fedraclora.privacy.client_level import ClientLevel
-from fedraclora.privacy.secagg import LEAST, SecAgg
+from fedraclora.privacy.secagg import LEAST_CLIENTS, SecAgg
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.method import Downlink, Method, Trained
 from fedraclora.protocol.quantised import FULL
@@ -170,7 +170,7 @@ SETTINGS = {
     "weights=uniform": Feature(lambda s: s.run.loop.weights == "uniform", "weights=examples"),
     "weights=examples": Feature(lambda s: s.run.loop.weights == "examples", "weights=uniform"),
     "a cohort of two or less": Feature(
-        lambda s: s.run.loop.cohort < LEAST and f"cohort is {s.run.loop.cohort}",
+        lambda s: s.run.loop.cohort < LEAST_CLIENTS and f"cohort is {s.run.loop.cohort}",
         "a cohort of 3 or more"),
     "control_variates=true": Feature(lambda s: s.chosen.control_variates, "control_variates=false"),
     "server_optimiser.space=weights": Feature(

@@ -10,7 +10,7 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext, rows_of, starts
 from fedraclora.aggregation.statistics import shortened
 from fedraclora.errors import CheckpointError
-from fedraclora.privacy.client_level import WITHIN, ClientLevel, Mechanism
+from fedraclora.privacy.client_level import NORM_SLACK, ClientLevel, Mechanism
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
@@ -104,7 +104,7 @@ class PrivateRounds(RoundStep):
             total = weighted_sum(shortened(rows, start, clip) - start, ones, got.places)
         noisy = self.mechanism.noisy_sum(total, clip, self.key, context.round_)
         if self.mechanism.count_noise is not None:
-            short = int((norms < clip * WITHIN).sum())
+            short = int((norms < clip * NORM_SLACK).sum())
             count = self.mechanism.noisy_count(short, K, self.key, context.round_)
             self.clip = self.config.next_clip(clip, count, self.mechanism.cohort)
         self.note(context.round_, clip)

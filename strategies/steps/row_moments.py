@@ -16,7 +16,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.steps.conflicts import ROW_MOMENTS, TWICE, refused
-from fedraclora.training.row_moments import ROWS, row_slots
+from fedraclora.training.row_moments import ROW_SLOT, row_slots
 
 
 class RowMoments(RoundStep):
@@ -31,7 +31,7 @@ class RowMoments(RoundStep):
     @override
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
         after, sent = close(got), exchange.downlink
-        names = [name for name in sent.dense if name.startswith(ROWS)]
+        names = [name for name in sent.dense if name.startswith(ROW_SLOT)]
         if not names and RECIPES[sent.recipe].steps:
             raise refused(ROW_MOMENTS, TWICE)
         if not names or not len(got.clients):

@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 
 from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.errors import ClientError, WireError
-from fedraclora.privacy.secagg import LEAST
+from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.uplinks import Refusal, too_many
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import Ask
@@ -188,10 +188,10 @@ class SecAggSession:
         """Reject a sum of too few clients.
 
         Raises:
-            ClientError: If fewer than `LEAST` clients are left.
+            ClientError: If fewer than `LEAST_CLIENTS` clients are left.
         """
-        if len(clients) < LEAST:
+        if len(clients) < LEAST_CLIENTS:
             raise ClientError(
                 f"round {self.exchange.round_}: {len(clients)} client(s) are left for the stage "
-                f"{stage} of secure aggregation; {LEAST} or more are wanted"
+                f"{stage} of secure aggregation; {LEAST_CLIENTS} or more are wanted"
             )

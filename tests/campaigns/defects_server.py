@@ -24,8 +24,8 @@ from fedraclora.strategies.server.buffer import Batch, batch_of, merge
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.steps.fedopt import step_in_weights
 from fedraclora.training.extras.variates import (
-    ControlVariates,
-    lifts,
+    VariateKeeper,
+    is_lifted,
     moved_by,
     variates_of,
     with_variates,
@@ -158,7 +158,7 @@ def opposed(sent: Downlink) -> Downlink:
 
 def changed(sent: Downlink, change: Callable[[torch.Tensor], torch.Tensor]) -> Downlink:
     variates = {n: change(t) for n, t in variates_of(sent).items()}
-    return with_variates(sent, variates, lifted=lifts(sent))
+    return with_variates(sent, variates, lifted=is_lifted(sent))
 
 
 @defect(SCAFFOLD, "SCAFFOLD: g + c_k - c", DRIFT)
@@ -184,12 +184,12 @@ def correction_taken_away(planting: Planting) -> None:
 
 @defect(SCAFFOLD, "option II: c_k <- (x - y) / (K eta), without c_k - c", DRIFT)
 def correction_counted_as_gradient(planting: Planting) -> None:
-    sound = ControlVariates.end
+    sound = VariateKeeper.end
 
-    def end(self: ControlVariates, kept: Tree, sent: Downlink, *given: Any) -> Tree:
+    def end(self: VariateKeeper, kept: Tree, sent: Downlink, *given: Any) -> Tree:
         return sound(self, kept, changed(sent, torch.zeros_like), *given)
 
-    planting.put(ControlVariates, "end", end)
+    planting.put(VariateKeeper, "end", end)
 
 
 @defect(SCAFFOLD, "a variate of B kept as it is while A is drawn anew", DRIFT)

@@ -23,7 +23,7 @@ from fedraclora.strategies.shared.layer import Layer
 from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.steps import scaffold
 from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
-from fedraclora.training.extras.variates import lifts
+from fedraclora.training.extras.variates import is_lifted
 from fedraclora.training.galore import GaLore, Projection
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import LinkSizes
@@ -118,7 +118,7 @@ def variates_moved_from_what_was_not_sent(planting: Planting) -> None:
     sound = scaffold.close_corrected
 
     def close(state: State, sent: Downlink, *rest: Any) -> Tree:
-        held = scaffold.open_corrected(sent, state, lifted=lifts(sent))
+        held = scaffold.open_corrected(sent, state, lifted=is_lifted(sent))
         return sound(state, held, *rest)
 
     planting.put(scaffold, "close_corrected", close)

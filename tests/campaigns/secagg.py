@@ -31,7 +31,7 @@ from fedraclora.clients.answers import Answers
 from fedraclora.clients.secure import answer_stage, masked_reply
 from fedraclora.engines.local import become_a_task
 from fedraclora.errors import FedRacLoraError, RoundLostError
-from fedraclora.privacy.secagg import SecAgg, Terms
+from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.downlink import Downlink, Trained
 from fedraclora.protocol.method import Cohort
 from fedraclora.rng import generator
@@ -125,7 +125,7 @@ class Client:
         self.update = update / update.norm() * longest
         self.store, self.terms = (
             ClientStore(),
-            Terms(SecAgg(CLIP, max_weight=WEIGHT), "examples", fewest),
+            SecAggTerms(SecAgg(CLIP, max_weight=WEIGHT), "examples", fewest),
         )
         self.answers = None if folder is None else Answers(folder, 10)
 

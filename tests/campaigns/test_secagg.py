@@ -14,7 +14,7 @@ from flwr.app import Message, RecordDict
 
 from fedraclora.clients.secure import answer_stage
 from fedraclora.errors import ClientError, RoundLostError
-from fedraclora.privacy.secagg import SecAgg, Terms
+from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.run.client_state import ClientStore
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.strategies.steps.unmask import CulpritError
@@ -158,7 +158,7 @@ def test_a_node_repeats_its_answer_and_gives_no_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("told", "fewest"), [(1, 3), (4, 6), (0, 3)])
 def test_a_client_wants_its_own_number_of_neighbours(told: int, fewest: int) -> None:
-    terms = Terms(SecAgg(CLIP), "uniform", fewest)
+    terms = SecAggTerms(SecAgg(CLIP), "uniform", fewest)
     store, keys = ClientStore(), {}
     for client in range(6):
         stage = Stage("keys", {}, {client: None})

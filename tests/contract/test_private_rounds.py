@@ -33,7 +33,7 @@ from fedraclora.privacy.accountant import epsilon
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
-from fedraclora.privacy.secret import FILE, Secret
+from fedraclora.privacy.secret import KEY_FILE, Secret
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
@@ -185,11 +185,11 @@ def test_a_private_run_goes_on_bit_for_bit(
         )
 
     go(3)
-    key = (tmp_path / FILE).read_bytes()
+    key = (tmp_path / KEY_FILE).read_bytes()
     went_on = go(6, resume=True)
     rows = list(went_on.strategy.recorder.ledger.rows)
     for path in tmp_path.rglob("*"):
-        if path.is_file() and path.name != FILE.name:
+        if path.is_file() and path.name != KEY_FILE.name:
             assert key not in path.read_bytes(), path
     whole = run(
         world,

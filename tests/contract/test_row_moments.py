@@ -35,7 +35,7 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.row_moments import ROWS
+from fedraclora.training.row_moments import ROW_SLOT
 from fedraclora.wire.downlink import unpack_downlink
 
 ADAMW = LocalSettings(optimiser="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9)
@@ -94,10 +94,10 @@ def test_a_row_costs_a_number_and_moments_are_their_mean(variant: Any) -> None:
     answered = sum(map(array_bytes, done.worker.answered))
     assert sum(row["uplink_bytes"] for row in done.rows) == answered
     for played, row, beside in zip(watched.played, done.rows, plain.rows, strict=True):
-        slots = {n: s for n, s in played.sent.dense.items() if n.startswith(ROWS)}
+        slots = {n: s for n, s in played.sent.dense.items() if n.startswith(ROW_SLOT)}
         trained = {n: f for n, f in played.sent.factors().items() if isinstance(f, Trained)}
         assert {n: s.shape for n, s in slots.items()} == {
-            ROWS + n: (f.shape[n.endswith("/A")] + 1,) for n, f in trained.items()
+            ROW_SLOT + n: (f.shape[n.endswith("/A")] + 1,) for n, f in trained.items()
         }
         more = [s.shape[0] * 8 * COHORT for s in slots.values()]  # numbers of float64
         assert row["uplink_bytes"] == beside["uplink_bytes"] + sum(more)
@@ -134,7 +134,7 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
     rows, plain = (finished(VARIANTS[0], rounds=2, local=local) for local in (ROWWISE, ADAMW))
     assert any(not torch.equal(t, plain.weights[n]) for n, t in rows.weights.items())
     second = [unpack_downlink(content)[0] for content in rows.worker.asked][-1]
-    assert all(s.start is not None for n, s in second.dense.items() if n.startswith(ROWS))
+    assert all(s.start is not None for n, s in second.dense.items() if n.startswith(ROW_SLOT))
 
 
 @pytest.mark.parametrize(

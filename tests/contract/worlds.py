@@ -32,7 +32,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import EngineParts
 from fedraclora.experiments.choices import choice
 from fedraclora.experiments.methods_page import aliases
-from fedraclora.privacy.secagg import SecAgg, Terms
+from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import (
@@ -457,7 +457,11 @@ class RecordingWorker(Worker):
     """Keeps every message that it is sent and every reply that it gives."""
 
     def __init__(
-        self, trainer: CohortTrainer, replica: BaseWeights, store: ClientStore, terms: Terms | None
+        self,
+        trainer: CohortTrainer,
+        replica: BaseWeights,
+        store: ClientStore,
+        terms: SecAggTerms | None,
     ) -> None:
         super().__init__(trainer, replica, store, terms)
         self.asked: list[RecordDict] = []
@@ -577,7 +581,7 @@ def run(
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
     treatment = treatment or RoundSettings(aggregator, attack or Attack())
     security = treatment.secure
-    terms = Terms(security, weights) if isinstance(security, SecAgg) else None
+    terms = SecAggTerms(security, weights) if isinstance(security, SecAgg) else None
     parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
     wired = wire(
         method,

@@ -9,7 +9,7 @@ from vectorised_cases import SEED, SIZES, Case, task_of
 
 from fedraclora.data.task import IGNORED_TOKEN, Task
 from fedraclora.models.causal import build_causal_lm
-from fedraclora.models.narrow import narrowed
+from fedraclora.models.narrow import held_in
 from fedraclora.rng import generator
 
 TOKENS, WIDTH = 23, 9
@@ -49,7 +49,7 @@ def causal_task(kind: str, base: str = "float32", **more: object) -> Task:
     inputs = {"input_ids": ids * mask, "attention_mask": mask.long()}
     task = task_of(built.model, inputs, labels, head=built.head, loss="next_token")
     if base != "float32":  # once the weights are large enough
-        narrowed(replace(built, model=task.model), base)
+        held_in(replace(built, model=task.model), base)
     return task
 
 

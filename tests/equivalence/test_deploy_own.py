@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fedraclora.data.fit import Form, gathered
-from fedraclora.data.own import own_samples
-from fedraclora.data.sources import read_own
+from fedraclora.data.own import own_samples, read_own
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.experiments.simulate import simulate
 from fedraclora.imports import import_function

@@ -14,7 +14,7 @@ from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.simulate import simulate
-from fedraclora.privacy.secret import FILE
+from fedraclora.privacy.secret import KEY_FILE
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import number
 from fedraclora.weights.files import load_tensors
@@ -135,11 +135,11 @@ def test_the_same_key_gives_the_same_private_deployment(tmp_path: Path) -> None:
     words += ["output.checkpoint_every=1"]
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy([*words, "rounds=4"], tmp_path / "run", network)
-    key = (tmp_path / "run" / FILE).read_bytes()
+    key = (tmp_path / "run" / KEY_FILE).read_bytes()
     whole = summary(tmp_path / "run")
     again = Network(tmp_path / "again", nodes_for(3))
-    (tmp_path / "cut" / FILE.parent).mkdir(parents=True)
-    (tmp_path / "cut" / FILE).write_bytes(key)
+    (tmp_path / "cut" / KEY_FILE.parent).mkdir(parents=True)
+    (tmp_path / "cut" / KEY_FILE).write_bytes(key)
     deploy([*words, "rounds=4"], tmp_path / "cut", again)
     assert summary(tmp_path / "cut")["weights_digest"] == whole["weights_digest"]
 

@@ -36,7 +36,7 @@ from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.memory import LiveTensors, measure
+from fedraclora.training.memory import LiveTensors, measure_memory
 from fedraclora.tree import Tree, digest
 
 JOB = [
@@ -266,7 +266,7 @@ def test_the_model_is_what_a_card_takes(case: str, card: Card) -> None:
     cohort = Cohort(torch.arange(64), torch.ones(64))
     sent = method.open_round(method.init(base, plan, draw), 1, cohort, draw)
     trainer = CohortTrainer(there.task, plan, LOCAL, seed=SEED, device=device)
-    model = measure(trainer, base, sent, CLIENTS)
+    model = measure_memory(trainer, base, sent, CLIENTS)
     ids = torch.full((64,), 2)  # the largest client
     live = LiveTensors(device)
     if card.pretended:

@@ -15,7 +15,7 @@ from fedraclora.errors import ModelError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.program import Program
+from fedraclora.training.program import CohortProgram
 
 ADAMW = LocalSettings(optimiser="adamw", lr=0.05, batch_size=3, epochs=2)
 METHODS = ("fed_rac_lora", "ffa_lora", "fedavg_lora", "fedsa_lora", "fed_sb")
@@ -24,7 +24,7 @@ METHODS = ("fed_rac_lora", "ffa_lora", "fedavg_lora", "fedsa_lora", "fed_sb")
 @pytest.fixture
 def labels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs at labelled tokens alone, of which three pieces at least are formed."""
-    monkeypatch.setattr(token_losses, "LARGE", 1)
+    monkeypatch.setattr(token_losses, "MANY_OUTPUTS", 1)
     monkeypatch.setattr(token_losses, "PIECE", 10 * 8 * 23)
 
 
@@ -62,7 +62,7 @@ def test_a_checkpointed_model_keeps_its_blocks_inputs_alone() -> None:
             Cohort(torch.arange(1), torch.ones(1)),
             Draw(1),
         )
-        program = Program.build(case.task, sent, torch.device("cpu"))
+        program = CohortProgram.build(case.task, sent, torch.device("cpu"))
         assert program.folded
         sizes: list[int] = []
         inputs = case.task.test.inputs
@@ -134,7 +134,7 @@ def test_metrics_at_labels_are_those_of_all_outputs(monkeypatch: pytest.MonkeyPa
     given = (task.model, base_of(task), task.test, "next_token")
     names = ("perplexity", "token_accuracy", "loss")
     wanted = evaluate(*given, names, batch_size=7)
-    monkeypatch.setattr(token_losses, "LARGE", 1)
+    monkeypatch.setattr(token_losses, "MANY_OUTPUTS", 1)
     monkeypatch.setattr(token_losses, "PIECE", 10 * 8 * 23)
     assert evaluate(*given, names, batch_size=7) == pytest.approx(wanted, rel=1e-12)
     output = task.model(**task.test.inputs).logits[:, :-1].detach()

@@ -21,7 +21,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies import METHODS
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.program import Program
+from fedraclora.training.program import CohortProgram
 from fedraclora.tree import Layout, Tree
 from tests.reference.client import train_one
 
@@ -162,4 +162,4 @@ def run(
 
 
 def foldable(case: Case, downlink: Downlink) -> bool:
-    return Program.build(case.task, downlink, torch.device("cpu")).folded
+    return CohortProgram.build(case.task, downlink, torch.device("cpu")).folded

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import IGNORED_TOKEN, Task
+from fedraclora.models.causal import build_gpt
 from fedraclora.models.cnn import build_cnn
-from fedraclora.models.gpt import build_gpt
 from fedraclora.models.hf import build_transformer
 from fedraclora.models.mlp import build_mlp
 from fedraclora.protocol.method import Plan

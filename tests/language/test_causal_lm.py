@@ -229,8 +229,8 @@ def test_outputs_are_formed_at_labels_alone(
 ) -> None:
     """The memory of a step counts them at 2 labels of the 9 tokens of a question, and is less."""
     steps = {}
-    for large in (token_losses.LARGE, 10**9):
-        monkeypatch.setattr(token_losses, "LARGE", large)
+    for large in (token_losses.MANY_OUTPUTS, 10**9):
+        monkeypatch.setattr(token_losses, "MANY_OUTPUTS", large)
         words = ("+model.config.vocab_size=6000", "evaluate.generate=null", "local.batch_size=16")
         found = run(questions, tokenizer, *words, rounds=1)
         steps[large] = found.summary["chunk_plan"]["step"], found.summary["metrics"]["loss"]

@@ -14,7 +14,7 @@ from chats import WORDS, write_rows
 
 from fedraclora.data import make_partition
 from fedraclora.data.chat import Chat
-from fedraclora.data.conversations import Conversation, Form, read_conversations
+from fedraclora.data.conversations import Conversation, RowForm, read_conversations
 from fedraclora.data.glue_instructions import TASKS, load_glue_instructions
 from fedraclora.data.instructions import load_instructions
 from fedraclora.errors import ConfigError, DataError
@@ -219,9 +219,9 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     ]:
         (tmp_path / name).write_text(text)
         with pytest.raises((DataError, ConfigError), match=said):
-            read_conversations(tmp_path / name, Form())
+            read_conversations(tmp_path / name, RowForm())
     with pytest.raises(ConfigError, match="set both, or none"):
-        Form(prompt="prompt")
+        RowForm(prompt="prompt")
 
 
 def test_glue_as_questions(data_root: Path, tokenizer: str) -> None:

@@ -25,7 +25,7 @@ from fedraclora.training import chunking
 from fedraclora.training.chunking import FREE_SHARE, PROCESS_BYTES, ChunkPlan, budget_of, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.memory import MemoryModel, measure
+from fedraclora.training.memory import MemoryModel, measure_memory
 from fedraclora.tree import Tree
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
@@ -59,7 +59,7 @@ Planner = Callable[..., ChunkPlan]
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Planner:
     """Plan ``auto`` for a device that has so many bytes and clients that take `MODEL`."""
-    monkeypatch.setattr(chunking, "measure", lambda *_: MODEL)
+    monkeypatch.setattr(chunking, "measure_memory", lambda *_: MODEL)
 
     def make(
         budget: int, cohort: int, device: torch.device = CARD, *, spread: bool = False
@@ -93,7 +93,7 @@ def test_what_needs_no_measuring_is_not_measured(
     wanted: int,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(chunking, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(chunking, "measure_memory", lambda *_: pytest.fail("measured"))
     found = plan(trainer, chunk, cohort)
     assert found == ChunkPlan(wanted, reason)
     assert str(found) == f"{wanted} clients ({reason})"
@@ -104,7 +104,7 @@ def test_what_needs_no_measuring_is_not_measured(
     ("budget", "cohort", "wanted", "reason"),
     [
         (10**9, 20, 20, "the cohort"),
-        (10**9, 10**6, chunking.LARGEST["cuda"], "more bring nothing on a cuda"),
+        (10**9, 10**6, chunking.LARGEST_CHUNK["cuda"], "more bring nothing on a cuda"),
         (300 + 20 * 100, 21, 20, "memory"),  # below a block: as many as fit
         (300 + 31 * 100 + 99, 1000, 31, "memory"),
         (300 + 32 * 100, 1000, 32, "memory"),
@@ -126,7 +126,7 @@ def test_a_gpu_holds_as_many_as_its_memory(
 
 def test_a_cpu_has_a_cache(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunking, "CACHE_BYTES", 70 * MODEL.trained)
-    monkeypatch.setattr(chunking, "LARGEST", {"cpu": 1000, "cuda": 1000})
+    monkeypatch.setattr(chunking, "LARGEST_CHUNK", {"cpu": 1000, "cuda": 1000})
     found = planned(10**9, 10**4, CPU)
     assert (found.chunk, found.reason) == (64, "the cache")
     assert planned(300 + 40 * 100, 10**4, CPU).reason == "memory"
@@ -140,7 +140,7 @@ def test_on_a_cpu_a_chunk_holds_the_tokens_that_fill_a_product(
     planned: Planner, monkeypatch: pytest.MonkeyPatch, tokens: int, wanted: int
 ) -> None:
     texts = replace(MODEL, tokens=tokens)
-    monkeypatch.setattr(chunking, "measure", lambda *_: texts)
+    monkeypatch.setattr(chunking, "measure_memory", lambda *_: texts)
     found = planned(10**9, 40, CPU)
     assert (found.chunk, found.memory) == (wanted, texts)
     assert planned(10**9, 40).chunk == 40  # a GPU wants more
@@ -167,7 +167,7 @@ def test_a_large_cohort_is_left_in_chunks_for_several_workers(
 def test_the_plan_is_of_the_run_itself(
     trainer: CohortTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = measure(trainer, *start_of(trainer), torch.arange(2))
+    model = measure_memory(trainer, *start_of(trainer), torch.arange(2))
     monkeypatch.setattr(chunking, "CACHE_BYTES", 10**9)
     monkeypatch.setattr(chunking, "HOST_BYTES", model.training(17) + 1)
     found = plan(trainer, "auto", 1000)

@@ -16,9 +16,8 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.fit import Form, gathered
 from fedraclora.data.leak import refuse_shared
-from fedraclora.data.own import own_samples
+from fedraclora.data.own import own_samples, read_own
 from fedraclora.data.samples import Samples
-from fedraclora.data.sources import read_own
 from fedraclora.data.task import loss_function
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.experiments.choices import composed

@@ -18,7 +18,7 @@ from fedraclora.devices.distributions import (
     Distribution,
     LogNormal,
     Pareto,
-    Uniform,
+    UniformSpread,
 )
 from fedraclora.errors import ConfigError
 from fedraclora.rng import cohort_uniforms, hash_key
@@ -26,7 +26,7 @@ from fedraclora.rng import cohort_uniforms, hash_key
 DRAWS = 40_000
 ROWS: dict[str, Distribution] = {
     "constant": Constant(3.0),
-    "uniform": Uniform(2.0, 5.0),
+    "uniform": UniformSpread(2.0, 5.0),
     "lognormal": LogNormal(4.0, 0.5),
     "pareto": Pareto(2.0, 3.5),
     "choice": Choice([1.0, 8.0, 2.0], [0.2, 0.3, 0.5]),

@@ -27,7 +27,7 @@ from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.experiments import export as command
 from fedraclora.export import FORMATS, gguf_file, peft_adapter
 from fedraclora.models.built import seeded
-from fedraclora.models.gpt import build_gpt
+from fedraclora.models.causal import build_gpt
 from fedraclora.run.folder import read_config
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import finished

@@ -18,7 +18,15 @@ from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import Chunk, Forward, Hook, LocalExtra, LocalResult, Rates, When
+from fedraclora.training.extra import (
+    ClientChunk,
+    Forward,
+    Hook,
+    LocalExtra,
+    LocalResult,
+    Rates,
+    When,
+)
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
@@ -64,7 +72,7 @@ class Signs(LocalExtra):
     """The sign of a gradient in its place."""
 
     @override
-    def hooks(self, chunk: Chunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
         return {When.CLIP: lambda gradients, _: {n: g.sign() for n, g in gradients.items()}}
 
 
@@ -84,7 +92,7 @@ class Listens(LocalExtra):
         self.heard: dict[When, torch.Tensor] = {}
 
     @override
-    def hooks(self, chunk: Chunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
         def at(when: When) -> Hook:
             def hear(gradients: Tree, values: Tree) -> Tree:
                 assert list(gradients) == list(values)
@@ -111,7 +119,7 @@ class Backwards(LocalExtra):
     """An optimiser that climbs."""
 
     @override
-    def optimiser(self, chunk: Chunk, rates: Rates) -> CohortOptimiser:
+    def optimiser(self, chunk: ClientChunk, rates: Rates) -> CohortOptimiser:
         return CohortOptimiser(LocalConfig(), chunk.values, {n: -r for n, r in rates.items()})
 
 
@@ -127,7 +135,7 @@ class Halved(LocalExtra):
 
     @override
     def gradients(
-        self, chunk: Chunk, forward: Forward, active: int, width: int, step: int
+        self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
     ) -> tuple[torch.Tensor, Tree]:
         leaves = {n: v[:active].detach().requires_grad_() for n, v in chunk.values.items()}
         losses, counts, _ = forward(leaves, chunk.frozen)

@@ -37,7 +37,7 @@ from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.localconfig import moment_kinds
-from fedraclora.training.memory import LiveTensors, MemoryModel, longest, measure, owned
+from fedraclora.training.memory import LiveTensors, MemoryModel, longest, measure_memory, owned
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree, digest
 
@@ -137,7 +137,7 @@ class World:
     sent: Downlink
 
     def model(self) -> MemoryModel:
-        return measure(self.trainer, self.base, self.sent, torch.arange(len(SIZES)))
+        return measure_memory(self.trainer, self.base, self.sent, torch.arange(len(SIZES)))
 
     def train(self, clients: torch.Tensor) -> Tree:
         part = owned(self.sent, len(clients))

@@ -14,7 +14,7 @@ from fedraclora.protocol.downlink import Adapter, Downlink, Trained
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.moments import begin_moments, blank_moments, largest
+from fedraclora.training.moments import begin_moments, blank_moments, mark_largest
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
 
@@ -93,7 +93,7 @@ def test_what_is_kept_moves_nothing_far_while_its_gradient_is_zero() -> None:
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.04, 0), (0.1, 1), (0.5, 5), (1.0, 10)])
 def test_a_share_is_rounded_to_a_number_of_entries(share: float, count: int) -> None:
     values = torch_normal(generator(2, "share"), 3, 5, 2)
-    assert largest(values, share).sum(dim=(1, 2)).tolist() == [count] * 3
+    assert mark_largest(values, share).sum(dim=(1, 2)).tolist() == [count] * 3
 
 
 CASES: list[dict[str, Any]] = [

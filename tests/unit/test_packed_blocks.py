@@ -10,7 +10,7 @@ import torch
 from fedraclora.data.task import forward
 from fedraclora.models.built import seeded
 from fedraclora.models.packed import Packer
-from fedraclora.models.packed_layout import Layout, bucket_tops
+from fedraclora.models.packed_layout import PackedLayout, bucket_tops
 from fedraclora.rng import generator
 
 LENGTHS = torch.tensor([2, 5, 1, 3, 4, 1])  # of two clients' samples
@@ -49,7 +49,7 @@ def inputs() -> dict[str, torch.Tensor]:
 def test_rows_of_clients_and_of_buckets_are_there_and_back() -> None:
     lengths = LENGTHS * torch.tensor([1, 1, 1, 1, 1, 0])  # the last one does not count
     mask = torch.arange(TOKENS) < lengths[:, None]
-    layout = Layout.of(lengths, **LAYOUT)
+    layout = PackedLayout.of(lengths, **LAYOUT)
     tokens = torch.arange(len(LENGTHS) * TOKENS).reshape(len(LENGTHS), TOKENS) + 1
     packed = layout.pack(tokens[..., None])[..., 0]
     wanted = [tokens[:3][mask[:3]].tolist(), tokens[3:][mask[3:]].tolist()]
@@ -81,7 +81,7 @@ def test_packed_outputs_and_gradients_are_those_of_padded_ones(kind: str, attent
     assert packer is not None
     found = []
     names, leaves = zip(*model.named_parameters(), strict=True)
-    for layout in (None, Layout.of(LENGTHS, **LAYOUT)):
+    for layout in (None, PackedLayout.of(LENGTHS, **LAYOUT)):
         packer.use(layout)
         output = forward(model, inputs())
         seen = output if kind == "bert" else output[MASK]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from fedraclora.data.samples import Samples
 from fedraclora.models.packed_layout import Places, real_tokens
 from fedraclora.rng import generator
-from fedraclora.training.adapted import Term, adapted_linear
+from fedraclora.training.adapted import BatchTerm, adapted_linear
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
-from fedraclora.training.schedule import Batch, Schedule
+from fedraclora.training.schedule import Schedule, StepBatch
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
 REAL = torch.tensor([0, 1, 2, 3, 4, 8, 9])
@@ -61,8 +61,8 @@ def test_the_plan_counts_the_tokens_of_samples_that_count() -> None:
     plan = Schedule(
         torch.zeros(2, 1, 2, dtype=torch.int64), valid, torch.ones(2, dtype=torch.int64)
     )
-    assert plan.plan(torch.tensor([[[3, 1]], [[2, 9]]])) == [Batch(2, 2, 3, 6, 4, (3,))]
-    assert plan.plan(None) == [Batch(2, 2)]
+    assert plan.plan(torch.tensor([[[3, 1]], [[2, 9]]])) == [StepBatch(2, 2, 3, 6, 4, (3,))]
+    assert plan.plan(None) == [StepBatch(2, 2)]
 
 
 # Factors of a low-rank term [6, 5] for 3 clients, those of "K" one for each.
@@ -93,7 +93,7 @@ def test_layer_and_gradients_are_those_of_autograd_at_real_tokens(
         for factor in factors:
             product = product @ factor
         plain = plain + 0.7 * (x @ product.mT)
-    found = adapted_linear(x, weight, shift, Term(3, 0.7, PLACES if packed else None), factors)
+    found = adapted_linear(x, weight, shift, BatchTerm(3, 0.7, PLACES if packed else None), factors)
     real = MASK.bool()
     assert torch.allclose(plain[real], found[real], rtol=0, atol=1e-13)
     assert factors or not packed or not found[~real].any()

@@ -13,7 +13,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.recipes import projected
 from fedraclora.rng import generator, torch_normal
-from fedraclora.training.extra import Chunk, When
+from fedraclora.training.extra import ClientChunk, When
 from fedraclora.training.extras.pairs import (
     Adjustment,
     Pair,
@@ -145,7 +145,7 @@ def test_a_budget_is_a_smaller_pair(rule: Rule) -> None:
 
 
 def test_what_belongs_to_no_adapter_keeps_its_gradient() -> None:
-    chunk = Chunk(
+    chunk = ClientChunk(
         downlink=downlink_of(BOTH),
         clients=torch.arange(K),
         seed=0,

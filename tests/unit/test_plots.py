@@ -13,9 +13,14 @@ from matplotlib.figure import Figure
 
 from fedraclora.errors import ShapeError
 from fedraclora.plots import comparison, run
-from fedraclora.plots.comparison import compare_figure
-from fedraclora.plots.leaderboard import Entrant, clusters, leaderboard_figure, spanned
-from fedraclora.plots.run import curves, label_distribution
+from fedraclora.plots.comparison import (
+    Entrant,
+    clusters,
+    compare_figure,
+    leaderboard_figure,
+    spanned,
+)
+from fedraclora.plots.run import label_distribution, run_curves
 from fedraclora.rng import generator
 from fedraclora.run.ledger import Row
 
@@ -77,14 +82,16 @@ def assert_picture(path: Path, least: int = 200) -> None:
     ],
 )
 def test_curves_draw_any_run(tmp_path: Path, found: list[Row]) -> None:
-    curves(found, tmp_path / "new" / "curves.png", title="fed_rac_lora rank=4, seed 0")
+    run_curves(found, tmp_path / "new" / "curves.png", title="fed_rac_lora rank=4, seed 0")
     assert_picture(tmp_path / "new" / "curves.png")
 
 
 def test_the_title_says_what_a_run_came_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(run, "write_png", lambda figure, _: figures.append(figure))
-    curves(rows(12, 5), tmp_path / "curves.png", "fedavg on mnist, sgd lr=0.1, seed 3", planned=150)
+    run_curves(
+        rows(12, 5), tmp_path / "curves.png", "fedavg on mnist, sgd lr=0.1, seed 3", planned=150
+    )
     assert figures[0].get_suptitle().splitlines() == [
         "fedavg on mnist, sgd lr=0.1, seed 3",
         "accuracy 0.6708, loss 0.2000, round 12 of 150",
@@ -199,7 +206,7 @@ def test_metrics_are_drawn_against_virtual_time_where_there_is_one(
     for module in (run, comparison):
         monkeypatch.setattr(module, "write_png", lambda figure, path: figures.append(figure))
     found = on_devices(rows(6, 2)) if devices else rows(6, 2)
-    curves(found, tmp_path / "curves.png", "one")
+    run_curves(found, tmp_path / "curves.png", "one")
     compare_figure({"a": [found], "b": [rows(6)]}, "accuracy", tmp_path / "compare.png")
     for figure in figures:
         panels = {str(panel.get_xlabel()): panel for panel in figure.axes}
@@ -259,7 +266,7 @@ def test_counts_must_be_a_matrix(tmp_path: Path, shape: tuple[int, ...]) -> None
 
 
 def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
-    curves(
+    run_curves(
         [{"round": 1, "metrics": {"$\\foo$": 0.5}, "train_loss": 2.0}],
         tmp_path / "c.png",
         "$\\bar$",
@@ -270,8 +277,8 @@ def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
 def test_no_figure_goes_through_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
-        "from fedraclora.plots.run import curves\n"
-        "curves([{'round': 1, 'train_loss': 2.0}], pathlib.Path(sys.argv[1]), 'run')\n"
+        "from fedraclora.plots.run import run_curves\n"
+        "run_curves([{'round': 1, 'train_loss': 2.0}], pathlib.Path(sys.argv[1]), 'run')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "curves.png")]

@@ -408,6 +408,7 @@ def test_padding_has_no_class_and_ends_no_text() -> None:
 def test_of_two_columns_of_one_name_none_is_taken_in_silence() -> None:
     frame = pd.DataFrame([["a", "b", "c"]], columns=["prompt", "response", "prompt"])
     reader = TextReader(("prompt",), "response", True, "classification", None, None, None, 8)
-    for read in (reader.rows, lambda found: conversations.rows_of(found, conversations.Form())):
+    form = conversations.RowForm()
+    for read in (reader.rows, lambda found: conversations.program_rows(found, form)):
         with pytest.raises(DataError, match="several columns 'prompt'"):
             read(frame)

@@ -14,7 +14,7 @@ from dp_accounting.rdp import RdpAccountant
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.privacy.accountant import epsilon, noise_for
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
-from fedraclora.privacy.secret import FILE, Secret, stream
+from fedraclora.privacy.secret import KEY_FILE, Secret, stream
 
 KEY = bytes(range(32))
 DELTA = 1e-5
@@ -139,7 +139,7 @@ def test_the_stream_is_chacha20() -> None:
 
 def test_the_key_is_its_owners_and_stays(tmp_path: Path) -> None:
     first = Secret.of_folder(tmp_path, resume=False)
-    path = tmp_path / FILE
+    path = tmp_path / KEY_FILE
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     again = Secret.of_folder(tmp_path, resume=True)

@@ -11,7 +11,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
-from fedraclora.training.row_moments import ROWS, row_slots, taken_rows
+from fedraclora.training.row_moments import ROW_SLOT, row_slots, taken_rows
 from fedraclora.tree import Tree
 
 M, N, R, SCALE = 5, 7, 2, 1.5
@@ -86,8 +86,8 @@ def test_the_correction_is_right_however_many_steps_clients_take() -> None:
                 if round_ == 1 and t == 0:
                     torch.testing.assert_close(values["w/B"], -0.1 * gradient.sign()[None])
             came.append(optimiser.rows(torch.tensor([taken]))["w/B"][0])
-        kept = {f"{ROWS}w/B": sum(p * c for p, c in zip(shares, came, strict=True))}  # type: ignore[dict-item]
-        v, w = kept[f"{ROWS}w/B"][:-1], kept[f"{ROWS}w/B"][-1]
+        kept = {f"{ROW_SLOT}w/B": sum(p * c for p, c in zip(shares, came, strict=True))}  # type: ignore[dict-item]
+        v, w = kept[f"{ROW_SLOT}w/B"][:-1], kept[f"{ROW_SLOT}w/B"][-1]
         assert 0 < w < 1
         torch.testing.assert_close(v / w, gradient[:, 0].square())
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedraclora.clients.secure import _whole
 from fedraclora.errors import ConfigError, WireError
-from fedraclora.privacy.secagg import SecAgg, Terms
+from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.run.client_state import ClientStore
 from fedraclora.wire.secagg import (
     LARGEST,
@@ -61,7 +61,7 @@ def test_what_float32_adds_to_the_clip_does_not_run_over(
     K: int, weight: int, clip: float, start: float, sign: float
 ) -> None:
     """All clients at the clip in one coordinate, from a start whose rounding is as long again."""
-    terms = Terms(SecAgg(clip, max_weight=weight), "examples")
+    terms = SecAggTerms(SecAgg(clip, max_weight=weight), "examples")
     step = terms.config.step(K, clip, LARGEST)
     begin = torch.tensor([start, start, 0.0], dtype=torch.float64)
     reached = (begin + torch.tensor([sign * clip, 0.0, 0.0])).float()

@@ -22,7 +22,7 @@ from fedraclora.devices.distributions import (
     Constant,
     Diurnal,
     LogNormal,
-    Uniform,
+    UniformSpread,
 )
 from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load
@@ -37,7 +37,7 @@ PRESETS = list(groups()["system"])
 FLEET = SystemConfig(
     speed=LogNormal(50.0, 0.7),
     downlink=LogNormal(4.0, 1.0),
-    uplink=Uniform(0.1, 2.0),
+    uplink=UniformSpread(0.1, 2.0),
     rank_budget=Choice([0.25, 1.0]),
     availability=Bernoulli(0.5),
     drop_out=0.2,
@@ -370,7 +370,7 @@ def test_what_cannot_run_is_refused(group: dict[str, Any], words: str) -> None:
 
 def test_nested_groups_become_their_rows() -> None:
     found = read(preset("phones") | {"speed": {"name": "uniform", "low": 1, "high": 2}})
-    assert found.speed == Uniform(1.0, 2.0)
+    assert found.speed == UniformSpread(1.0, 2.0)
     assert found.availability == Diurnal(0.4, 0.5)
 
 

@@ -6,7 +6,7 @@ Those that a config names are given by `fedraclora.training.extras.settings.Loca
 from __future__ import annotations
 
 from fedraclora.training.extra import Keeper
-from fedraclora.training.extras.variates import ControlVariates
+from fedraclora.training.extras.variates import VariateKeeper
 
 # What clients keep for an exchange that asks for it, whatever their local settings are.
-KEEPERS: tuple[Keeper, ...] = (ControlVariates(),)
+KEEPERS: tuple[Keeper, ...] = (VariateKeeper(),)

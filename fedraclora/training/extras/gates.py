@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extra import Chunk, Rates
+from fedraclora.training.extra import ClientChunk, Rates
 from fedraclora.training.extras.pairs import FactorStep, Pair
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
@@ -55,7 +55,7 @@ class Gates(FactorStep):
     ends_moments: ClassVar[bool] = True
 
     @override
-    def optimiser(self, chunk: Chunk, rates: Rates) -> CohortOptimiser:
+    def optimiser(self, chunk: ClientChunk, rates: Rates) -> CohortOptimiser:
         return CohortGates(self.local, chunk.values, rates, self.pairs(chunk), self.penalty)
 
     @override

@@ -42,7 +42,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.training.extra import Chunk, Rates
+from fedraclora.training.extra import ClientChunk, Rates
 from fedraclora.training.extras.pairs import FactorStep, Pair, gram
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
@@ -64,7 +64,7 @@ class LoraRite(FactorStep):
     ends_moments: ClassVar[bool] = True
 
     @override
-    def optimiser(self, chunk: Chunk, rates: Rates) -> CohortOptimiser:
+    def optimiser(self, chunk: ClientChunk, rates: Rates) -> CohortOptimiser:
         return CohortRite(self.local, chunk.values, rates, self.pairs(chunk))
 
 

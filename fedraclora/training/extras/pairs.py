@@ -44,7 +44,7 @@ from fedraclora.lowrank.algebra import sylvester
 from fedraclora.protocol.method import Downlink, Trained
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.recipes import RECIPES, GradientHook, projected
-from fedraclora.training.extra import Chunk, Hook, LocalExtra, When
+from fedraclora.training.extra import ClientChunk, Hook, LocalExtra, When
 from fedraclora.tree import Tree
 
 
@@ -208,7 +208,7 @@ class FactorStep(LocalExtra):
 
     takes_factor_step: ClassVar[bool] = True
 
-    def pairs(self, chunk: Chunk) -> list[Pair]:
+    def pairs(self, chunk: ClientChunk) -> list[Pair]:
         """List the adapters of a chunk, see `pairs_of`."""
         return pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
 
@@ -220,7 +220,7 @@ class Precondition(FactorStep):
     form: ClassVar[str] = "local.precondition=true"
 
     @override
-    def hooks(self, chunk: Chunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
         hook = preconditioner(self.pairs(chunk), chunk.ranks)
         return {When.RECIPE: lambda gradients, _: hook(gradients)}
 
@@ -243,7 +243,7 @@ class Adjustment(FactorStep):
     form: ClassVar[str] = "local.adjust={rule}"
 
     @override
-    def hooks(self, chunk: Chunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
         pairs, rule = self.pairs(chunk), ADJUSTMENTS[self.rule]
 
         def adjust(gradients: Tree, values: Tree) -> Tree:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink
-from fedraclora.training.extra import Chunk, Hook, LocalExtra, When
+from fedraclora.training.extra import ClientChunk, Hook, LocalExtra, When
 from fedraclora.tree import Tree
 
 
@@ -30,7 +30,7 @@ class Prox(LocalExtra):
     form: ClassVar[str] = "local.prox={mu}"
 
     @override
-    def hooks(self, chunk: Chunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
         starts, frozen, downlink = chunk.starts, chunk.frozen, chunk.downlink
         pull = partial(with_prox, starts=starts, frozen=frozen, downlink=downlink, mu=self.mu)
         return {When.LOSS: pull}

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
 from fedraclora.protocol.rank_budgets import cut_gradients
-from fedraclora.training.extra import Chunk, Forward, LocalExtra, LocalResult
+from fedraclora.training.extra import ClientChunk, Forward, LocalExtra, LocalResult
 from fedraclora.tree import Tree
 
 
@@ -32,7 +32,7 @@ class SampleLevel(LocalExtra):
 
     @override
     def gradients(
-        self, chunk: Chunk, forward: Forward, active: int, width: int, step: int
+        self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
     ) -> tuple[torch.Tensor, Tree]:
         """See `LocalExtra.gradients`.
 

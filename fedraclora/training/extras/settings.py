@@ -11,7 +11,7 @@ from typing_extensions import override
 from fedraclora.limits import NotNegative, Positive, choice_of
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.training.extra import LocalExtra, Scaling, Term
+from fedraclora.training.extra import FactorTerm, LocalExtra, Scaling
 from fedraclora.training.extras.gates import Gates
 from fedraclora.training.extras.lora_rite import LoraRite
 from fedraclora.training.extras.pairs import ADJUSTMENTS, Adjustment, Precondition
@@ -28,7 +28,9 @@ class Magnitudes(Scaling):
         return magnitude_of(weight)
 
     @override
-    def outputs(self, own: torch.Tensor, matrix: torch.Tensor, term: Term | None) -> torch.Tensor:
+    def outputs(
+        self, own: torch.Tensor, matrix: torch.Tensor, term: FactorTerm | None
+    ) -> torch.Tensor:
         with torch.no_grad():  # they are constants in the gradient
             lengths = row_lengths(matrix, *(term or ()))
         return own / lengths

@@ -42,14 +42,14 @@ EXTRAS = PLAIN, LIFTED = "variates", "lifted_variates"
 """Names in `Downlink.extras`: in the coordinates of what is trained, or kept as dense estimates."""
 
 
-def lifts(sent: Downlink) -> bool:
+def is_lifted(sent: Downlink) -> bool:
     """Check whether variates are kept as dense matrices of the weights."""
     return LIFTED in sent.extras
 
 
 def variates_of(sent: Downlink) -> Tree:
     """Return what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
-    return sent.extras.get(LIFTED if lifts(sent) else PLAIN, {})
+    return sent.extras.get(LIFTED if is_lifted(sent) else PLAIN, {})
 
 
 def with_variates(sent: Downlink, variates: Tree, *, lifted: bool) -> Downlink:
@@ -116,7 +116,7 @@ def moved_by(stored: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tre
     return out
 
 
-class ControlVariates(Keeper):
+class VariateKeeper(Keeper):
     """What clients keep where a round sends variates."""
 
     extras = EXTRAS
@@ -129,7 +129,7 @@ class ControlVariates(Keeper):
     def begin(self, stored: Tree, sent: Downlink) -> Downlink:
         own = seen(stored, sent)
         corrections = {n: c.cpu() - own[n] for n, c in variates_of(sent).items()}
-        return with_variates(sent, corrections, lifted=lifts(sent))
+        return with_variates(sent, corrections, lifted=is_lifted(sent))
 
     @override
     def end(self, stored: Tree, sent: Downlink, directions: Tree) -> Tree:
@@ -141,7 +141,7 @@ def _variates(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
     """Yield what is sent back, the name of its variate, and the adapter where that is dense."""
     for name in sent.uploaded():
         weight = name.rpartition("/")[0]
-        dense = sent.adapters.get(weight) if lifts(sent) else None
+        dense = sent.adapters.get(weight) if is_lifted(sent) else None
         yield name, f"variates/{name if dense is None else weight}", dense
 
 
