@@ -184,5 +184,9 @@ class Choice(Distribution):
 
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
-    kind.__name__.lower(): kind for kind in (Constant, UniformSpread, LogNormal, Pareto, Choice)
+    "constant": Constant,
+    "uniform": UniformSpread,
+    "lognormal": LogNormal,
+    "pareto": Pareto,
+    "choice": Choice,
 }
