@@ -2,7 +2,8 @@
 
 Each defect replaces a function or two of the project in a process of its own, in which the contract
 suite runs (for the methods that are concerned, or the test of the law). It must fail in an
-assertion; without the defect it passes. Keys:
+assertion, and say which law of `tests/contract/laws.py` is broken; without the defect it passes.
+Keys:
 
   only=   names of defects, with commas
   out=    a file to write the record to, in Markdown
@@ -34,6 +35,7 @@ from tests.campaigns.defects_methods import METHOD_DEFECTS
 from tests.campaigns.defects_server import SERVER_DEFECTS
 from tests.campaigns.defects_wire import WIRE_DEFECTS
 from tests.campaigns.planting import Defect
+from tests.contract.laws import BY_TEST, Law
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFECTS = {defect.name: defect for defect in (*METHOD_DEFECTS, *SERVER_DEFECTS, *WIRE_DEFECTS)}
@@ -114,7 +116,14 @@ def found_by(defect: Defect, methods: str | None = None) -> str:
         raise RuntimeError(
             f"{defect.name}: no assertion failed, and yet not all went well:\n{tail}"
         )
+    if found and (law := law_of(found[1])) and str(law) not in done.stdout:
+        raise RuntimeError(f"{defect.name}: {found[1]} does not say its law")
     return found[1] if found else ""
+
+
+def law_of(test: str) -> Law | None:
+    """Give the law that a test of all methods holds, by its name with or without parameters."""
+    return BY_TEST.get(test.partition("[")[0])
 
 
 @reported
@@ -127,7 +136,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in wanted:
         if name not in DEFECTS:
             raise unknown("defect", name, DEFECTS)
-    rows = ["| defect | found by | seen |", "|---|---|---|"]
+    rows = ["| defect | found by | law | seen |", "|---|---|---|---|"]
     missed = []
     for name in wanted:
         try:
@@ -138,7 +147,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{name}: {found or 'NOT FOUND'}", flush=True)
         if not found:
             missed.append(name)
-        rows.append(f"| {name} | `{found or 'nothing'}` | {DEFECTS[name].seen} |")
+        law = getattr(law_of(found), "says", "its own")
+        rows.append(f"| {name} | `{found or 'nothing'}` | {law} | {DEFECTS[name].seen} |")
     if "out" in keys:
         Path(str(keys["out"])).write_text("\n".join(rows) + "\n")
     if missed:

@@ -261,6 +261,29 @@ def residual_of_the_wrong_sign(planting: Planting) -> None:
     planting.put(fedraclora.strategies.frlora, "minus", lambda product: product)
 
 
+@defect(
+    "flexlora and sent_next",
+    "the server's factors are factored anew, and clients begin at the ones of the start",
+)
+def carried_and_never_sent(planting: Planting) -> None:
+    sound = Layer.trained
+
+    def trained(self: Layer, *given: Any, **more: Any) -> Trained:
+        return sound(replace(self, carried={}), *given, **more)
+
+    planting.put(Layer, "trained", trained)
+
+
+@defect("fed_rac_lora and counts_by", "the mean over clients divided by their number")
+def clients_counted_in_a_mean_of_weights(planting: Planting) -> None:
+    def counted(
+        stacked: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return weighted_sum(stacked, weights * len(weights) / 4, places)
+
+    planting.function(weighted_sum, counted)
+
+
 @defect("fed_rac_lora", "an optimiser that is not reset")
 def moments_outlive_the_round(planting: Planting) -> None:
     sound = CohortTrainer._step

@@ -1,14 +1,28 @@
-"""Makes `worlds` importable: test folders are no packages, and their files share this one."""
+"""Makes `worlds` importable, and has a failing test say which law it holds, and what to set."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from laws import BY_TEST
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Function,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Put the law beside the assertion that it broke."""
+    report = yield
+    law = BY_TEST.get(getattr(item, "originalname", ""))
+    if law is not None and report.failed:
+        report.sections.append((f"law of {item.originalname}", str(law)))
+    return report
 
 
 @pytest.fixture(autouse=True)

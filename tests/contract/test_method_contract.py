@@ -217,21 +217,22 @@ def test_linear_methods_need_only_the_weighted_sum(variant: Variant, world: Worl
 def test_every_client_counts_by_its_weight(variant: Variant, plain_world: World) -> None:
     """Two clients of weight w are one client of weight 2w: no count of clients hides anywhere."""
     method = method_of(variant)
-    state = method.init(plain_world.base, plain_world.plan, DRAW)
-    sent = method.open_round(state, 1, some_cohort(), DRAW)
-    two = random_replies(sent, some_cohort((1.0, 3.0)), torch.float64)
-    assert two.stacked is not None
-    split = Uplinks(
-        torch.arange(3),
-        torch.tensor([1.0, 1.5, 1.5], dtype=torch.float64),
-        two.layout,
-        two.stacked[[0, 1, 1]],
-        versions=torch.zeros(3, dtype=torch.int64),
-    )
-    assert_close_trees(
-        method.weights(method.close_round(state, sent, split), DRAW),
-        method.weights(method.close_round(state, sent, two), DRAW),
-    )
+    for round_, played in enumerate(play_rounds(method, plain_world, 4, DRAW), start=1):
+        state = played.before
+        sent = method.open_round(state, round_, some_cohort(), DRAW)
+        two = random_replies(sent, some_cohort((1.0, 3.0)), torch.float64)
+        assert two.stacked is not None
+        split = Uplinks(
+            torch.arange(3),
+            torch.tensor([1.0, 1.5, 1.5], dtype=torch.float64),
+            two.layout,
+            two.stacked[[0, 1, 1]],
+            versions=torch.zeros(3, dtype=torch.int64),
+        )
+        assert_close_trees(
+            method.weights(method.close_round(state, sent, split), DRAW),
+            method.weights(method.close_round(state, sent, two), DRAW),
+        )
 
 
 # --- state ---------------------------------------------------------------------------------------
@@ -242,6 +243,17 @@ def test_a_run_starts_from_the_base_weights(variant: Variant, world: World) -> N
     method = method_of(variant)
     state = method.init(world.base, world.plan, DRAW)
     assert_close_trees(method.weights(state, DRAW), world.base)
+
+
+@every_variant
+def test_what_is_carried_and_trained_is_what_is_sent_next(variant: Variant, world: World) -> None:
+    """Whether a link goes on or a new one begins: nothing that was learnt is dropped on the way."""
+    for played in play_rounds(method_of(variant), world, 6, DRAW):
+        trained = played.sent.trained()
+        for name in played.before.carried.keys() & trained.keys():
+            start = trained[name].start
+            assert isinstance(start, torch.Tensor), f"{name} is carried, but does not start there"
+            assert torch.equal(start, played.before.carried[name]), name
 
 
 @every_variant
