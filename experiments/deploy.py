@@ -104,7 +104,7 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
             for line in lines_of(connection, number):
                 if line.startswith(ROW):
                     row = json.loads(line.removeprefix(ROW))
-                    progress.show(row)
+                    progress.row(row)
                     if record is not None:
                         record.take(row)
                 elif line.startswith(SUMMARY):

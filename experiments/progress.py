@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import statistics
@@ -12,15 +13,19 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console  # noqa: TID251  here it is made plain
 from rich.progress import BarColumn, Progress, TextColumn
+from typing_extensions import override
 
+from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import headline, number, round_seconds
+
+log = logging.getLogger(__name__)
 
 AVERAGED = 20  # rounds, for the time that is left
 LEAST_BAR = 4  # characters
 QUIET = 30.0  # seconds without news, after which a line says so; then after twice as many each time
 
 
-class RunProgress:
+class RunProgress(Callback):
     """Round, headline metric, bytes so far and time left, on standard error.
 
     Args:
@@ -58,6 +63,17 @@ class RunProgress:
         self._ended.set()
         self.bar.stop()
 
+    @override
+    def begin(self, run: Begin) -> None:
+        """Say what a run begins with, and what is not as it was asked for.
+
+        Where no progress is shown it goes to the log: it is not to be missed.
+        """
+        for line in run.lines:
+            self.say(line) if self.shown else log.info("%s", line)
+        for note in run.notes:
+            self.say(f"note: {note}") if self.shown else log.warning("%s", note)
+
     def say(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
         self._news = time.monotonic()
@@ -78,8 +94,8 @@ class RunProgress:
                 self._write(f"still {self._doing}, {duration(quiet)} without news")
                 due *= 2
 
-    def show(self, row: Mapping[str, object]) -> None:
-        """Show a new ledger row."""
+    @override
+    def row(self, row: Mapping[str, object]) -> None:
         if seconds := round_seconds(row):
             self._recent.append(seconds)
         round_, left = number(row, "round"), self._left(row)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -36,17 +34,13 @@ from fedraclora.experiments.progress import RunProgress, console_for_tables, siz
 from fedraclora.experiments.resume import go_on, is_done, told_how_to_go_on
 from fedraclora.experiments.run_files import ROUNDING
 from fedraclora.experiments.status import composing, reported, tell
+from fedraclora.run.callback import Callback
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
 from fedraclora.strategies import METHODS
-from fedraclora.strategies.assembly import Assembled
-from fedraclora.strategies.introduction import notes_of, opening_lines
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.run import Run
-from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.start import settled_start
-
-log = logging.getLogger(__name__)
 
 FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
@@ -57,7 +51,7 @@ def carry_out(
     folder: Path | None,
     *,
     resume: bool = False,
-    on_round: Sequence[Callable[[Row], None]] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Run to the end in this process with a progress bar; see `strategies.outcome.execute`.
 
@@ -65,7 +59,7 @@ def carry_out(
         plain: The resolved config.
         folder: The run folder; None: the run leaves nothing behind.
         resume: Go on with the run in the folder.
-        on_round: Functions, each of which is called with every new ledger row.
+        callbacks: What watches the rounds, or ends them early.
 
     Returns:
         The run.
@@ -73,25 +67,8 @@ def carry_out(
     config = from_plain(plain, METHODS, began=resume)
     label = method_label(plain)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
-        return execute(
-            config,
-            folder,
-            engine_of,
-            resume=resume,
-            on_round=(progress.show, *on_round),
-            on_start=partial(introduce, progress),
-        )
-
-
-def introduce(progress: RunProgress, run: Assembled) -> None:
-    """Say what a run begins with, and what is not as it was asked for.
-
-    Where no progress is shown it goes to the log: it is not to be missed.
-    """
-    for line in opening_lines(run):
-        progress.say(line) if progress.shown else log.info("%s", line)
-    for note in notes_of(run):
-        progress.say(f"note: {note}") if progress.shown else log.warning("%s", note)
+        watching = (progress, *callbacks)
+        return execute(config, folder, engine_of, resume=resume, callbacks=watching)
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:

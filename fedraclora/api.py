@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -23,14 +21,15 @@ from fedraclora.experiments.simulate import carry_out, choose
 from fedraclora.experiments.status import explained
 from fedraclora.experiments.values import config_of, is_whole
 from fedraclora.imports import refuse_run
+from fedraclora.run.callback import Callback
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.run import Run
-from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.server.callbacks import own_callbacks
 from fedraclora.strategies.start import settled_start
 
-__all__ = ["Run", "read_run", "simulate"]
+__all__ = ["Callback", "Run", "read_run", "simulate"]
 
 OF_MEMORY = ("output.dir", "output.progress")  # keys of `output` that a run in memory reads
 
@@ -48,7 +47,8 @@ def simulate(
     metrics: Sequence[str] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
-    on_round: Callable[[Row], None] | Sequence[Callable[[Row], None]] | None = None,
+    callbacks: object = (),
+    on_round: object = (),
     **keys: object,
 ) -> Run:
     """Run a federated method on a task in this process, to its end.
@@ -89,8 +89,10 @@ def simulate(
             it runs in memory and leaves nothing behind.
         resume: Go on with the run in the folder; where there is none, begin it. A run that has
             come to its end is read, and not run again.
-        on_round: Called with a copy of each new row of the history: a dict, see `Run.rows`; or
-            several such functions. What one raises stops the run, which can be resumed.
+        callbacks: What watches the run, or ends it early: a list of `fedraclora.Callback`. A
+            function among them is called with a copy of each new row of the history: a dict, see
+            `Run.rows`. What one raises stops the run, which can be resumed.
+        on_round: The same, an older word.
         keys: Further choices: a value (``rounds=5``), the name of a choice (``local="momentum"``),
             or a mapping of a group's keys (``local={"lr": 0.1}``).
 
@@ -125,14 +127,12 @@ def simulate(
     refuse_run()
     if not isinstance(resume, bool):
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
-    if "callbacks" in keys:
-        raise ConfigError("unknown key 'callbacks'; did you mean on_round, which has functions?")
     beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
     whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
     lent = lend_all(model, data, method, partition, beside, whole=whole)
     plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
     plain = lent.put_into(plain, typed)
-    seen = as_list(on_round)
+    watching = [*own_callbacks("callbacks", callbacks), *own_callbacks("on_round", on_round)]
     output = section(plain, "output")
     place = place_of(plain, output, folder)
     if place is None:
@@ -144,7 +144,7 @@ def simulate(
                 f"{', '.join(idle)}: a run in memory writes nothing; say folder=... too, or leave "
                 "it out"
             )
-        return carry_out(settled_start(settled(plain)), None, on_round=seen)
+        return carry_out(settled_start(settled(plain)), None, callbacks=watching)
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     with usable(place):
         if not resume and has_begun(place):
@@ -156,7 +156,7 @@ def simulate(
         found, place, goes_on = choose(asked, typed, None)
         if goes_on and is_done(place, found):
             return finished(from_plain(found, METHODS, began=True), place)
-        return carry_out(found, place, resume=goes_on, on_round=seen)
+        return carry_out(found, place, resume=goes_on, callbacks=watching)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -180,7 +180,7 @@ def usable(place: Path) -> Iterator[None]:
     """Turn what the system says of a file in the run folder into an error of this project.
 
     Raises:
-        ConfigError: Naming the file. Other errors, such as those of ``on_round``, are let through.
+        ConfigError: Naming the file. Other errors, such as those of callbacks, are let through.
     """
     try:
         yield
@@ -188,34 +188,6 @@ def usable(place: Path) -> Iterator[None]:
         if error.filename is None or not Path(str(error.filename)).is_relative_to(place):
             raise
         raise ConfigError(f"folder: {explained(error)}") from error
-
-
-def as_list(
-    on_round: Callable[[Row], None] | Sequence[Callable[[Row], None]] | None,
-) -> list[Callable[[Row], None]]:
-    """List what is to be called with each new row.
-
-    Raises:
-        ConfigError: If something cannot be called.
-    """
-    if on_round is None:
-        return []
-    found: list[Any] = [on_round]
-    if isinstance(on_round, Sequence | set) and not isinstance(on_round, str | bytes):
-        found = [*on_round]
-    for call in found:
-        if not callable(call):
-            raise ConfigError(
-                f"on_round is {call!r:.200}; a function, or a list of functions, is wanted"
-            )
-        try:
-            signature(call).bind({})
-        except ValueError:  # of some functions of C nobody knows
-            continue
-        except TypeError as error:
-            name = getattr(call, "__qualname__", type(call).__name__)
-            raise ConfigError(f"on_round: {name} is called with one row each: {error}") from error
-    return found
 
 
 def place_of(plain: Plain, output: Plain, folder: str | Path | None) -> Path | None:

@@ -31,13 +31,13 @@ from fedraclora.evaluation.evaluate import evaluate_task, personal_accuracy
 from fedraclora.protocol.method import Cohort, Draw, Plan
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
+from fedraclora.run.callback import Callback
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.continued import free_keys
 from fedraclora.run.initial import source_of
 from fedraclora.run.recorder import RunRecorder, resolved
+from fedraclora.strategies.server.callbacks import Answers, Evaluate, Stopping
 from fedraclora.strategies.server.loop import LoopConfig, loop_of
-from fedraclora.strategies.server.rows import Row
-from fedraclora.strategies.server.stopping import Stopping
 from fedraclora.strategies.start import begin_from
 from fedraclora.strategies.steps.order import round_steps
 from fedraclora.strategies.steps.settings import RoundSettings
@@ -78,7 +78,7 @@ def assemble(
     *,
     engine_of: MakeEngine,
     resume: bool = False,
-    on_round: Sequence[Callable[[Row], None]] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> Assembled:
     """Build every part of a run.
 
@@ -87,7 +87,7 @@ def assemble(
         folder: The run folder, which exists; None keeps the ledger in memory.
         engine_of: Makes the engine.
         resume: Go on from the folder's checkpoint.
-        on_round: Functions, each of which is called with every new ledger row.
+        callbacks: What else watches the rounds, or ends them early.
 
     Returns:
         The parts; whoever has them closes them.
@@ -149,7 +149,6 @@ def assemble(
             return method.weights(wired.strategy.state, draw, own) | dense
 
         measure = partial(measurement, config, built, plan, store, personal)
-        asked = measured_samples(built.task, config.evaluate.split)
         wired = wire(
             method,
             EngineParts(built, trainer, store, terms_of(config, built)),
@@ -158,16 +157,13 @@ def assemble(
             state=state,
             recorder=book_of(config, folder, loop, built, store, base),
             resume=resume,
-            evaluate=measure(config.evaluate.split),
             steps=round_steps(RoundSettings.of(config), config.local),
             system=config.system,
-            stop=stopping(config, built.task, measure),
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
             examples=lambda clients: count_examples(
                 built.task.train, clients.to(built.device)
             ).cpu(),
-            on_round=on_round,
-            answering=answering_of(config.evaluate, built.task, asked),
+            callbacks=[*watching(config, built.task, measure), *callbacks],
             alone=folder is not None,  # else exports of the run ask for its first weights
         )
         failed.pop_all()
@@ -206,14 +202,19 @@ def book_of(
     )
 
 
-def stopping(config: RunConfig, task: Task, measure: Callable[[str], Measure]) -> Stopping:
-    """Make what ends a run early, by the validation split."""
-    if config.stop.patience is None:
-        return Stopping()
-    metric = config.stop.metric
-    if metric.removeprefix("personal_") not in {*task.metrics, "gap"}:
-        raise unknown("stop.metric of these data", metric, task.metrics)
-    return Stopping(config.stop, measure("validation"))
+def watching(config: RunConfig, task: Task, measure: Callable[[str], Measure]) -> list[Callback]:
+    """List what measures the weights of a run, and may end it early by that."""
+    split, found = config.evaluate.split, list[Callback]()
+    found.append(Evaluate(measure(split)))
+    answering = answering_of(config.evaluate, task, measured_samples(task, split))
+    if answering is not None:
+        found.append(Answers(answering, config.rounds))
+    if config.stop.patience is not None:
+        metric = config.stop.metric
+        if metric.removeprefix("personal_") not in {*task.metrics, "gap"}:
+            raise unknown("stop.metric of these data", metric, task.metrics)
+        found.append(Stopping(config.stop, measure("validation")))
+    return found
 
 
 def measurement(

@@ -5,8 +5,7 @@ Flower's loop has no checkpoints and goes on when clients fail, so `start` is ov
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -19,13 +18,14 @@ from fedraclora.aggregation.base import AggregationContext
 from fedraclora.engines.deploy import taken_traffic, traffic_of
 from fedraclora.engines.local import taken_incidents
 from fedraclora.errors import DivergenceError, RoundLostError, WireError
-from fedraclora.evaluation.generate import Answering
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.callback import Callback
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
+from fedraclora.strategies.server.callbacks import Callbacks, in_round
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import persistently
 from fedraclora.strategies.server.quantised import DownlinkRounding
@@ -33,9 +33,8 @@ from fedraclora.strategies.server.round_step import Ask, RoundStep, RoundSteps, 
 from fedraclora.strategies.server.rows import Cost, Row, fleet_columns, ledger_row
 from fedraclora.strategies.server.serverside import OwnLoop
 from fedraclora.strategies.server.sound import largest, overflowing
-from fedraclora.strategies.server.stopping import Stopping
 from fedraclora.training.localconfig import effective_step
-from fedraclora.tree import Tree, point_at
+from fedraclora.tree import point_at
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp
 
@@ -48,12 +47,9 @@ class FedStrategy(OwnLoop):
             settings of the loop, and devices.
         state: The method's state before the next round.
         replica: Where new base weights are published.
-        evaluate: Gives the metrics of dense weights.
         recorder: Ledger, chain and checkpoints.
         steps: What happens to a round besides, in the order in which updates pass it.
-        on_round: Functions, each of which is called with every new ledger row.
-        stop: Says when to end before the last round.
-        answering: Has a language model answer prompts; None: it does not.
+        callbacks: What watches the rounds, or ends them early.
         model: Of this run alone: it holds the weights of each round, so that its first ones are let
             go. None: there is none, or others begin from it.
 
@@ -69,19 +65,15 @@ class FedStrategy(OwnLoop):
         state: State,
         *,
         replica: BaseWeights,
-        evaluate: Callable[[Tree], dict[str, float]] | None,
         recorder: RunRecorder,
         steps: Sequence[RoundStep] = (),
-        on_round: Sequence[Callable[[Row], None]] = (),
-        stop: Stopping | None = None,
-        answering: Answering | None = None,
+        callbacks: Sequence[Callback] = (),
         model: nn.Module | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = run.method, state, run.local, run.loop
         self.devices, self.sizes, self.examples = run.devices, run.sizes, run.examples
         self.draw = run.draw
-        self.replica, self.evaluate, self.recorder = replica, evaluate, recorder
-        self.on_round, self.stop, self.answering = on_round, stop or Stopping(), answering
+        self.replica, self.recorder, self.callbacks = replica, recorder, Callbacks(callbacks)
         self.devices.check(self.method)
         self.parameters = {} if model is None else dict(model.named_parameters())
         self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed, self.loop.feedback)
@@ -142,16 +134,19 @@ class FedStrategy(OwnLoop):
         metrics: dict[int, MetricRecord] = {}
         if not self.recorder.ledger.rows:
             self.recorder.begin(self.state)
-            row: Row = {"round": 0} | self._measured() | {"notes": list(self.state.notes)}
-            self._publish_row(row | {"uplink_total": 0, "downlink_total": 0} | self.devices.clock)
+            with in_round(0):
+                row: Row = {"round": 0} | self._measured() | {"notes": list(self.state.notes)}
+                row |= {"uplink_total": 0, "downlink_total": 0} | self.devices.clock
+                self._publish_row(row)
         last = self.loop.rounds if last is None else last
         for round_ in range(self.done + 1, last + 1):
-            if self.stop.due(self.recorder.ledger.rows):
-                break
             try:
-                run = partial(self._round, grid, round_, timeout or self.loop.timeout, Cost())
-                incidents = getattr(grid, "incidents", [])
-                metrics[round_] = persistently(run, self.loop.retries, incidents)
+                with in_round(round_):
+                    if self.callbacks.ends(self.recorder.ledger.rows):
+                        break
+                    run = partial(self._round, grid, round_, timeout or self.loop.timeout, Cost())
+                    incidents = getattr(grid, "incidents", [])
+                    metrics[round_] = persistently(run, self.loop.retries, incidents)
             except Exception:
                 # A checkpoint ahead of the ledger, whose row failed, could not be resumed.
                 if number(self.recorder.ledger.rows[-1], "round") == self.done:
@@ -280,19 +275,12 @@ class FedStrategy(OwnLoop):
         self.done = round_
 
     def _measured(self) -> Row:
-        if self.evaluate is None:
-            return {"metrics": {}}
-        weights = self.method.weights(self.state, self.draw)
-        metrics, row = self.evaluate(weights), Row()
-        if self.answering is not None and self.answering.due(self.done, self.loop.rounds):
-            match, row["generations"] = self.answering.columns(weights)
-            metrics |= match
-        return {"metrics": metrics} | row | self.stop.columns(weights)
+        weights = partial(self.method.weights, self.state, self.draw)
+        return self.callbacks.measure(weights, self.done)
 
     def _publish_row(self, row: Row) -> None:
-        self.recorder.append(row)
-        for call in self.on_round:  # what one does to its copy reaches neither ledger nor others
-            call(copy.deepcopy(self.recorder.ledger.rows[-1]))
+        self.recorder.append(self.callbacks.own_columns(row))
+        self.callbacks.row(self.recorder.ledger.rows[-1])
 
     @override
     def configure_train(

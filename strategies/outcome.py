@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
@@ -17,8 +17,9 @@ from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.engines.base import MakeEngine
-from fedraclora.loggers import Begin, Logging, logging_to
+from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
+from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.digests import check_data
 from fedraclora.run.folder import (
     alone,
@@ -35,9 +36,9 @@ from fedraclora.run.folder import (
 from fedraclora.run.ledger import known_mean, read_ledger, round_seconds
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.strategies.assembly import Assembled, assemble
-from fedraclora.strategies.introduction import introduction
+from fedraclora.strategies.introduction import introduction, notes_of, opening_lines
 from fedraclora.strategies.run import Run
-from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import digest
 
@@ -75,8 +76,7 @@ def execute(
     engine_of: MakeEngine,
     *,
     resume: bool = False,
-    on_round: Sequence[Callable[[Row], None]] = (),
-    on_start: Callable[[Assembled], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Run to the end and write everything that a run leaves behind.
 
@@ -86,8 +86,7 @@ def execute(
             that cannot run leaves none behind. None: the run leaves nothing behind.
         engine_of: Makes the engine.
         resume: Go on with the run in the folder.
-        on_round: Functions, each of which is called with every new ledger row.
-        on_start: Called once with all parts, before the first round.
+        callbacks: What watches the rounds, or ends them early, behind its loggers.
 
     Returns:
         The run, its engine ended.
@@ -96,7 +95,6 @@ def execute(
         FedRacLoraError: Whatever is wrong with the config, the data, the folder or the clients.
     """
     began = time.perf_counter()
-    loggers = logging_to(config.output.loggers)
     with ExitStack() as stack:
         goes_on = False
         if folder is not None:
@@ -105,8 +103,8 @@ def execute(
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
             goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        watched = (loggers.row, *on_round)
-        run = assemble(config, folder, engine_of=engine_of, resume=goes_on, on_round=watched)
+        watched = (logging_to(config.output.loggers), *callbacks)
+        run = assemble(config, folder, engine_of=engine_of, resume=goes_on, callbacks=watched)
         stack.callback(run.close)
         if folder is not None:
             if resume:
@@ -115,27 +113,26 @@ def execute(
                 stack.enter_context(alone(folder))
                 begin(folder, config.plain)
             stack.enter_context(stopping_noted(run, folder))
-        title, done = run_title(config.plain), run.strategy.done
         before = math.fsum(map(round_seconds, run.strategy.recorder.ledger.rows))
-        loggers.begin(Begin(title, config.plain, folder, done))
-        stack.push(partial(end_failed, loggers))
-        if on_start is not None:
-            on_start(run)
+        stack.push(partial(end_failed, run))
+        title, done = run_title(config.plain), run.strategy.done
+        said = opening_lines(run), notes_of(run)
+        run.strategy.callbacks.begin(Begin(title, config.plain, folder, done, *said))
         run.start()
     summary = summarise(run, before + time.perf_counter() - began)
     if folder is not None:
         if config.output.plots:
             draw(run, folder)
         write_summary(folder, summary)
-    loggers.end(summary)
+    run.strategy.callbacks.end(summary)
     rows = list(run.strategy.recorder.ledger.rows)
     return Run(summary, rows, folder, dict(config.plain), run.weights, lambda: run.built)
 
 
-def end_failed(loggers: Logging, kind: type[BaseException] | None, *_: object) -> None:
-    """Tell the loggers of a run that it stopped before its end, if it did."""
+def end_failed(run: Assembled, kind: type[BaseException] | None, *_: object) -> None:
+    """Tell what watches a run that it stopped before its end, if it did."""
     if kind is not None:
-        loggers.end({}, failed=True)
+        run.strategy.callbacks.end({}, failed=True)
 
 
 @contextmanager
@@ -174,8 +171,9 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     if dropped:
         more["dropped"] = sum(len(refusals) for refusals in dropped)
         more["asked"] = sum(int(str(row.get("asked", 0))) for row in ledger.rows)
-    if (best := strategy.stop.best(ledger.rows)) is not None:
+    if (best := Stopping(run.config.stop).best(ledger.rows)) is not None:
         more["best"] = {key: best[key] for key in ("round", "validation", "metrics")}
+    if best is not None or strategy.callbacks.ended:
         more["stopped"] = strategy.done < run.config.rounds
     # What numbers in fewer bits are off by, relative to what was rounded.
     errors = {key: known_mean(ledger.rows, key) for key in ("rounding_up", "rounding_down")}

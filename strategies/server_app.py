@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context
@@ -25,13 +26,11 @@ from fedraclora.engines.flower.nodes import NodePerClient
 from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Link
+from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.folder import run_id
-from fedraclora.run.ledger import headline, number
+from fedraclora.run.ledger import Row, headline, number
 from fedraclora.strategies import METHODS
-from fedraclora.strategies.assembly import Assembled
-from fedraclora.strategies.introduction import notes_of, opening_lines
 from fedraclora.strategies.outcome import execute
-from fedraclora.strategies.server.rows import Row
 from fedraclora.tree import Tree
 from fedraclora.weights.job import JobFolder
 from fedraclora.weights.update import WeightHistory
@@ -64,8 +63,8 @@ def main(grid: Grid, context: Context) -> None:
             return OnHosts(grid, settings, folder, known=known, ended=ended)
         return InServerApp(grid, settings, config, ended=ended)
 
-    on_round = [tell_row if deployed else tell]
-    run = execute(config, folder, engine_of, resume=resume, on_round=on_round, on_start=introduce)
+    told = [LogLines(deployed)]
+    run = execute(config, folder, engine_of, resume=resume, callbacks=told)
     if deployed:
         write_line(SUMMARY, run.summary)
 
@@ -189,28 +188,34 @@ def settings_of(config: RunConfig) -> FlowerConfig | DeployConfig:
     return config.engine
 
 
-def introduce(run: Assembled) -> None:
-    """Say what a run begins with, and what is not as it was asked for."""
-    lines, notes = opening_lines(run), notes_of(run)
-    if run.config.engine.name == DeployConfig.name:
-        write_line(OPENING, {"lines": [*lines, *(f"note: {note}" for note in notes)]})
-        return
-    for line in lines:
-        log.info("%s", line)
-    for note in notes:
-        log.warning("%s", note)
+@dataclass
+class LogLines(Callback):
+    """Tells in the log how a run begins and goes.
 
+    Attributes:
+        deployed: Whether `fedraclora deploy` reads it there: then a line holds a whole row.
+    """
 
-def tell(row: Row) -> None:
-    """Log in one line how a round went."""
-    name = headline([row])
-    figure = "" if name is None else f": {name} {number(row, 'metrics', name):.4f}"
-    log.info("round %s%s", row["round"], figure)
+    deployed: bool
 
+    @override
+    def begin(self, run: Begin) -> None:
+        if self.deployed:
+            write_line(OPENING, {"lines": [*run.lines, *(f"note: {note}" for note in run.notes)]})
+            return
+        for line in run.lines:
+            log.info("%s", line)
+        for note in run.notes:
+            log.warning("%s", note)
 
-def tell_row(row: Row) -> None:
-    """Write a whole row of the ledger into the log: `fedraclora deploy` reads it there."""
-    write_line(ROW, row)
+    @override
+    def row(self, row: Row) -> None:
+        if self.deployed:
+            write_line(ROW, row)
+            return
+        name = headline([row])
+        figure = "" if name is None else f": {name} {number(row, 'metrics', name):.4f}"
+        log.info("round %s%s", row["round"], figure)
 
 
 def write_line(mark: str, value: Mapping[str, object]) -> None:

@@ -6,7 +6,7 @@ Whatever runs rounds goes through `wire`: the command line and `fedraclora.simul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,17 +15,15 @@ import torch
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Engine, EngineParts
 from fedraclora.engines.local import MessageGrid
-from fedraclora.evaluation.generate import Answering
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw, Method, State
+from fedraclora.run.callback import Callback
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.buffered import BufferedStrategy
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.round_step import RoundStep, RunContext, Sizes
-from fedraclora.strategies.server.rows import Row
-from fedraclora.strategies.server.stopping import Stopping
 from fedraclora.strategies.steps.order import round_steps
 from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.tree import Tree, weights_of
@@ -74,15 +72,12 @@ def wire(
     state: State | None = None,
     recorder: RunRecorder | None = None,
     resume: bool = False,
-    evaluate: Callable[[Tree], dict[str, float]] | None = None,
     steps: Sequence[RoundStep] | None = None,
     system: SystemConfig | None = None,
-    stop: Stopping | None = None,
     sizes: Sizes = torch.ones_like,
     examples: Sizes = torch.ones_like,
-    on_round: Sequence[Callable[[Row], None]] = (),
+    callbacks: Sequence[Callback] = (),
     kind: type[FedStrategy] | None = None,
-    answering: Answering | None = None,
     alone: bool = False,
 ) -> Wired:
     """Build the strategy and start the engine.
@@ -95,15 +90,12 @@ def wire(
         state: The method's state before round 1; None: it begins from the weights of the model.
         recorder: Ledger, chain and checkpoints; None: rows are kept in memory alone.
         resume: Go on from the book's checkpoint.
-        evaluate: Gives the metrics of dense weights; None: there are none.
         steps: What happens to a round besides; None: nothing was chosen.
         system: The clients' devices; None: ideal ones.
-        stop: Says when to end before the last round.
         sizes: Samples of clients [K], where the server knows them before they train.
         examples: The same, unpacked: what clients are weighted by.
-        on_round: Functions, each of which is called with every new ledger row.
+        callbacks: What watches the rounds, or ends them early.
         kind: The strategy; None: the one that these devices need.
-        answering: Has a language model answer prompts; None: it does not.
         alone: Whether no other run begins from the model of the task, which is then this run's to
             change.
 
@@ -125,12 +117,9 @@ def wire(
             RunContext(method, trainer.local, loop, devices, sizes, examples),
             state,
             replica=engine.replica,
-            evaluate=evaluate,
             recorder=recorder,
             steps=round_steps(RoundSettings(), trainer.local) if steps is None else steps,
-            on_round=on_round,
-            stop=stop,
-            answering=answering,
+            callbacks=callbacks,
             model=trainer.task.model if alone else None,
         )
         if resume:

@@ -24,6 +24,7 @@ from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.wiring import wire
 from fedraclora.training.chunking import plan_chunk
@@ -173,7 +174,7 @@ def federated(
         if not recorder.ledger.rows:
             run.start(0)  # writes row 0
         # At the ledger row: the rest of `start` is done once a run, not once a round.
-        run.strategy.on_round = (end,)
+        run.strategy.callbacks.list[:] = [AfterRound(end)]
         laps.begin()
         run.start(run.strategy.done + 1)
 

@@ -51,9 +51,8 @@ def check_rows(study: Study, rows: Sequence[str], done: Done) -> None:
 def _check_start(study: Study, phase: str, config: RunConfig) -> None:
     run = assemble(replace(config, pretrain=PretrainConfig()), None)
     run.close()
-    known = {*run.built.task.metrics, "gap"} | (
-        {"exact_match"} if run.strategy.answering else set()
-    )
+    answers = {"exact_match"} if config.evaluate.generate else set()
+    known = {*run.built.task.metrics, "gap"} | answers
     wanted = study.chosen_by if phase == "tune" else study.metric
     if wanted not in known:
         raise ConfigError(

@@ -13,6 +13,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.quantised import FULL
 from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.server.callbacks import Evaluate
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
@@ -55,7 +56,8 @@ def federate(
         rounds, clients, cohort, chunk or cohort, seed, weights, "float64", kind, kind
     )
     trainer = CohortTrainer(task, plan_of(task), local, seed=seed, device=torch.device("cpu"))
-    run = wire(method, EngineParts.of(trainer, cohort), loop, InProcess(), evaluate=measure)
+    callbacks = [] if measure is None else [Evaluate(measure)]
+    run = wire(method, EngineParts.of(trainer, cohort), loop, InProcess(), callbacks=callbacks)
     run.start()
     return run.strategy
 

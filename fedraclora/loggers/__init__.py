@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.loggers.base import Begin, Logger, Logging, scalars
+from fedraclora.loggers.base import Logger, Logging, scalars
 
-__all__ = ["LOGGERS", "Begin", "Logger", "Logging", "logging_to", "scalars"]
+__all__ = ["LOGGERS", "Logger", "Logging", "logging_to", "scalars"]
 
 # By the library, whose module here is imported where a run asks for it.
 LOGGERS = {

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from typing_extensions import override
+
 from fedraclora.errors import EngineError
+from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import Row
 
 log = logging.getLogger(__name__)
@@ -19,30 +22,16 @@ FILE = "loggers.json"  # of the run folder: under which name each library knows 
 NAMES = {"metrics": "test", "validation": "validation"}  # groups of a row, as loggers name them
 
 
-@dataclass(frozen=True)
-class Begin:
-    """What a logger is told when a run begins or goes on.
-
-    Attributes:
-        title: One line: method, data, step size, seed.
-        config: The whole config, as plain nested values.
-        folder: The run folder; None where the run is in memory.
-        done: The last round that was closed before; 0 at the beginning.
-        known: What `Logger.begin` gave when the run began, where it goes on; None: it begins.
-    """
-
-    title: str
-    config: Mapping[str, object]
-    folder: Path | None
-    done: int = 0
-    known: str | None = None
-
-
 class Logger(Protocol):
     """Shows a run in a library of its own."""
 
-    def begin(self, run: Begin) -> str | None:
-        """Open the run; give the name by which it is found again, if the library has one."""
+    def begin(self, run: Begin, known: str | None) -> str | None:
+        """Open the run; give the name by which it is found again, if the library has one.
+
+        Args:
+            run: What is to be shown.
+            known: What this gave when the run began, where it goes on; None: it begins.
+        """
 
     def row(self, round_: int, values: Mapping[str, float]) -> None:
         """Show the numbers of a round (`scalars`)."""
@@ -57,7 +46,7 @@ class Logger(Protocol):
 
 
 @dataclass
-class Logging:
+class Logging(Callback):
     """Tells the loggers of a run.
 
     A logger that cannot begin stops the run before its first round. One that fails later is left
@@ -70,6 +59,7 @@ class Logging:
     loggers: dict[str, Logger]
     _going: dict[str, Logger] = field(default_factory=dict)
 
+    @override
     def begin(self, run: Begin) -> None:
         """Open the run with each logger.
 
@@ -78,9 +68,8 @@ class Logging:
         """
         known = read_names(run.folder)
         for name, logger in self.loggers.items():
-            told = Begin(run.title, run.config, run.folder, run.done, known.get(name))
             try:
-                found = logger.begin(told)
+                found = logger.begin(run, known.get(name))
             except Exception as error:
                 self.end({}, failed=True)
                 raise EngineError(
@@ -93,14 +82,14 @@ class Logging:
         if run.folder is not None and known:
             (run.folder / FILE).write_text(json.dumps(known) + "\n")
 
+    @override
     def row(self, row: Row) -> None:
-        """Show a round."""
         round_ = row["round"]
         if isinstance(round_, int):
             self._each("row", round_, scalars(row))
 
+    @override
     def end(self, summary: Mapping[str, object], *, failed: bool = False) -> None:
-        """Close the run with each logger that is left."""
         self._each("end", scalars(summary), failed=failed)
         self._going.clear()
 

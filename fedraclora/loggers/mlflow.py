@@ -9,7 +9,7 @@ import mlflow
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.utils.time import get_current_time_millis
 
-from fedraclora.loggers.base import Begin
+from fedraclora.run.callback import Begin
 from fedraclora.weights.files import flatten
 
 PROJECT = "fedraclora"
@@ -20,11 +20,11 @@ AT_ONCE = 100  # parameters of one request
 class MLflowLogger:
     """Logs to ``MLFLOW_TRACKING_URI``, in the experiment ``MLFLOW_EXPERIMENT_NAME``."""
 
-    def begin(self, run: Begin) -> str | None:
+    def begin(self, run: Begin, known: str | None) -> str | None:
         """Make a run, with every setting as a parameter, or go on with it."""
         self.client = mlflow.MlflowClient()
-        if run.known is not None:
-            self.id = run.known
+        if known is not None:
+            self.id = known
             self.client.update_run(self.id, status=RunStatus.to_string(RunStatus.RUNNING))
             return self.id
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)

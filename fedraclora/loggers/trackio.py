@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import trackio
 
-from fedraclora.loggers.base import Begin
+from fedraclora.run.callback import Begin
 from fedraclora.weights.files import flatten
 
 PROJECT = "fedraclora"
@@ -16,14 +16,14 @@ PROJECT = "fedraclora"
 class TrackioLogger:
     """Logs to the project ``TRACKIO_PROJECT`` below ``TRACKIO_DIR``; ``trackio show`` shows it."""
 
-    def begin(self, run: Begin) -> str | None:
+    def begin(self, run: Begin, known: str | None) -> str | None:
         """Make a run with the config, or go on with it."""
-        name = run.known or run.title
+        name = known or run.title
         self.run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=name,
             config={key: str(value) for key, value in flatten(run.config).items()},
-            resume="allow" if run.known else "never",
+            resume="allow" if known else "never",
             embed=False,
         )
         return str(self.run.name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import wandb
 
-from fedraclora.loggers.base import Begin
+from fedraclora.run.callback import Begin
 
 PROJECT = "fedraclora"
 
@@ -15,15 +15,15 @@ PROJECT = "fedraclora"
 class WandbLogger:
     """Logs to the project ``WANDB_PROJECT``; all else is as the library's own variables say."""
 
-    def begin(self, run: Begin) -> str | None:
+    def begin(self, run: Begin, known: str | None) -> str | None:
         """Make a run with the config, or go on with it."""
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.title,
             config=dict(run.config),
             dir=os.environ.get("WANDB_DIR") or (run.folder and str(run.folder)),
-            id=run.known,
-            resume="allow" if run.known else None,
+            id=known,
+            resume="allow" if known else None,
             reinit="create_new",
         )
         return str(self.run.id)

@@ -53,6 +53,7 @@ from fedraclora.run.recorder import RunRecorder
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.server.callbacks import Evaluate
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.steps.order import round_steps
@@ -583,13 +584,17 @@ def run(
     security = treatment.secure
     terms = SecAggTerms(security, weights) if isinstance(security, SecAgg) else None
     parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
+
+    def loss(weights: Tree) -> dict[str, float]:
+        return {"loss": world.loss(personal(wired.strategy, parts.store, weights))}
+
     wired = wire(
         method,
         parts,
         loop,
         engine,
         state=method.init(world.base, world.plan, Draw(seed)),
-        evaluate=lambda w: {"loss": world.loss(personal(wired.strategy, parts.store, w))},
+        callbacks=[Evaluate(loss)],
         recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
         steps=[*round_steps(treatment, local), *steps],

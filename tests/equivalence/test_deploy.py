@@ -17,6 +17,7 @@ from fedraclora.experiments.simulate import simulate
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.strategies.server.rows import Row
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
@@ -195,12 +196,12 @@ def test_a_server_that_goes_on_from_a_checkpoint_takes_clients_back_with_it(
     deploy(words, whole, Network(tmp_path / "cache-whole", nodes_for(3)))
     network = Network(tmp_path / "cache", nodes_for(3))
 
-    def stop(row: Row) -> None:
+    def stop(_: object, row: Row) -> None:
         if row["round"] == 6:  # before its checkpoint
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedraclora.strategies.server_app.tell_row", stop)
+        patch.setattr("fedraclora.strategies.server_app.LogLines.row", stop)
         with pytest.raises(KeyboardInterrupt):
             deploy(words, cut, network)
     held = read_stored_replica(file_of(network, cut, 0))
@@ -224,7 +225,7 @@ def test_a_run_that_began_in_process_goes_on_deployed(tmp_path: Path) -> None:
 
     config = from_plain(small(words, cut, "inline"), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        execute(config, cut, engine_of, on_round=[stop])
+        execute(config, cut, engine_of, callbacks=[AfterRound(stop)])
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy(words, cut, network, resume=True)
     assert summary(cut)["weights_digest"] == wanted["weights_digest"]

@@ -26,6 +26,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.tree import Tree, digest
@@ -241,7 +242,7 @@ def test_a_run_that_died_after_any_row_goes_on_from_its_last_checkpoint(
         if row["round"] == stop:
             raise Killed
 
-    first.strategy.on_round = (die,)
+    first.strategy.callbacks.list.append(AfterRound(die))
     with pytest.raises(Killed):
         first.strategy.start(first.grid)
     if stop < 3:

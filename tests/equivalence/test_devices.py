@@ -16,6 +16,7 @@ from fedraclora.experiments.choices import composed
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.strategies.server.rows import Row
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree, digest
@@ -163,7 +164,7 @@ def test_a_run_that_goes_on_asks_whom_it_would_have_asked(at: int, tmp_path: Pat
 
     whole = played(job(ROUGH))
     with pytest.raises(KeyboardInterrupt):
-        played(job(ROUGH, folder=tmp_path, on_round=[stop]))
+        played(job(ROUGH, folder=tmp_path, callbacks=[AfterRound(stop)]))
     again = job(ROUGH, folder=tmp_path, resume=True)
     assert again.strategy.done == at - 1
     assert bits(played(again)) == bits(whole)

@@ -24,6 +24,7 @@ from fedraclora.experiments.interrupt import STATUS
 from fedraclora.experiments.simulate import simulate
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.strategies.server.rows import Row
 from tests.equivalence.listeners import listeners, needs_proc, off_loopback
 
@@ -62,7 +63,7 @@ def test_a_run_that_began_in_process_goes_on_as_an_app(tmp_path: Path) -> None:
 
     config = from_plain(composed([*inline, f"output.dir={cut}"]), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        execute(config, cut, engine_of, on_round=[stop])
+        execute(config, cut, engine_of, callbacks=[AfterRound(stop)])
     assert flower.main([f"resume={cut}", "engine.workers=2"]) == 0
     found, wanted = summary(cut), summary(whole)
     assert [found[name] for name in DIGESTS] == [wanted[name] for name in DIGESTS]

@@ -19,7 +19,8 @@ import pytest
 
 import fedraclora
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.loggers import LOGGERS, Begin, Logging, logging_to
+from fedraclora.loggers import LOGGERS, Logging, logging_to
+from fedraclora.run.callback import Begin
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
 SIZES: dict[str, Any] = {"clients": 6, "cohort": 3, "rounds": 3}
@@ -199,7 +200,7 @@ class Broken:
     def __init__(self, at: str) -> None:
         self.at = at
 
-    def begin(self, run: Begin) -> None:
+    def begin(self, run: Begin, known: str | None) -> None:
         self.call("begin")
 
     def row(self, round_: int, values: Any) -> None:

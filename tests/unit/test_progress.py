@@ -29,10 +29,10 @@ def row(
 def test_off_a_terminal_each_round_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
     with RunProgress(100, shown=True, label="fedavg") as bar:
         bar.say("chunk: 3 clients")
-        bar.show({"round": 0, "metrics": {"accuracy": 0.1}, "uplink_total": 0, "downlink_total": 0})
-        bar.show(row(1))
-        bar.show(row(2, None, name="f1"))
-        bar.show(row(100))
+        bar.row({"round": 0, "metrics": {"accuracy": 0.1}, "uplink_total": 0, "downlink_total": 0})
+        bar.row(row(1))
+        bar.row(row(2, None, name="f1"))
+        bar.row(row(100))
     out, lines = capsys.readouterr()
     assert out == ""
     assert lines.splitlines() == [
@@ -48,7 +48,7 @@ def test_a_run_that_is_resumed_is_timed_by_its_own_rounds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with RunProgress(100, shown=True, label="fedavg") as bar:
-        bar.show(row(91, seconds=5.0))
+        bar.row(row(91, seconds=5.0))
     assert capsys.readouterr().err.endswith(", 45 s left\n")
 
 
@@ -63,10 +63,10 @@ def test_a_run_that_has_no_news_says_what_it_is_at(
     with RunProgress(3, shown=True, label="fedavg") as bar:
         while not said("still starting, "):
             pass
-        bar.show(row(1))
+        bar.row(row(1))
         while not said("still in round 2 of 3, "):
             pass
-        bar.show(row(3))
+        bar.row(row(3))
         while not said("still closing, "):
             pass
 
@@ -74,7 +74,7 @@ def test_a_run_that_has_no_news_says_what_it_is_at(
 def test_nothing_is_shown_that_is_not_to_be(capsys: pytest.CaptureFixture[str]) -> None:
     with RunProgress(100, shown=False, label="fedavg") as bar:
         bar.say("chunk: 3 clients")
-        bar.show(row(1))
+        bar.row(row(1))
     assert capsys.readouterr() == ("", "")
 
 
@@ -89,7 +89,7 @@ def test_a_bar_keeps_its_estimate_however_narrow(
 
         monkeypatch.setattr(progress, "Console", terminal)
         with RunProgress(150, shown=True, label="asymmetric_lora r=4") as bar:
-            bar.show(row(12))
+            bar.row(row(12))
             assert bar.drawn
         file.seek(0)
         drawn = file.read()

@@ -14,7 +14,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.choices import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row, read_ledger
-from fedraclora.strategies.server.stopping import Stopping
+from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
 
 JOB = [
@@ -63,20 +63,20 @@ def test_a_run_stops_after_so_many_evaluations_without_improvement(
     stop = Stopping(StopConfig(patience=2))
     found = stop.best(rows(*values))
     assert found is not None
-    assert (stop.due(rows(*values)), found["round"]) == (due, best)
+    assert (stop.ends(rows(*values)), found["round"]) == (due, best)
 
 
 def test_a_metric_may_be_one_that_should_rise() -> None:
     stop = Stopping(StopConfig("accuracy", 2))
-    assert not stop.due(rows(0.5, 0.6, 0.7, metric="accuracy"))
-    assert stop.due(rows(0.7, 0.6, 0.7, metric="accuracy"))
+    assert not stop.ends(rows(0.5, 0.6, 0.7, metric="accuracy"))
+    assert stop.ends(rows(0.7, 0.6, 0.7, metric="accuracy"))
 
 
 def test_without_patience_nothing_is_measured_and_nothing_stops() -> None:
     stop = Stopping(StopConfig(), lambda weights: {"loss": 1.0})
-    assert stop.columns({"w": torch.ones(1)}) == {}
-    assert not stop.due(rows(1.0, 2.0, 3.0))
-    assert not Stopping(StopConfig(patience=1)).due([{"round": 0}])
+    assert stop.measure({"w": torch.ones(1)}, 1) == {}
+    assert not stop.ends(rows(1.0, 2.0, 3.0))
+    assert not Stopping(StopConfig(patience=1)).ends([{"round": 0}])
 
 
 def test_what_cannot_stop_a_run_is_refused(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_what_cannot_stop_a_run_is_refused(tmp_path: Path) -> None:
         StopConfig("accurcy", 1)
     stop = Stopping(StopConfig("f1", 1), lambda weights: {"accuracy": 0.5})
     with pytest.raises(ConfigError, match=r"stop.metric 'f1'. There are: accuracy"):
-        stop.columns({})
+        stop.measure({}, 1)
     with pytest.raises(ConfigError, match=r"data\.validation is 0.*above 0"):
         simulate(composed([*JOB, "data.validation=0.0"]), tmp_path / "run")
 

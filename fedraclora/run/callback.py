@@ -1,0 +1,70 @@
+"""What watches a run, or ends it before its last round."""
+
+# ruff: noqa: ARG002
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedraclora.run.ledger import Row
+from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class Begin:
+    """What a callback is told when a run begins or goes on.
+
+    Attributes:
+        title: One line: method, data, step size, seed.
+        config: The whole config, as plain nested values.
+        folder: The run folder; None where the run is in memory.
+        done: The last round that was closed before; 0 at the beginning.
+        lines: What the run learns, and how: lines for a reader.
+        notes: What is not as it was asked for.
+    """
+
+    title: str
+    config: Mapping[str, object]
+    folder: Path | None
+    done: int = 0
+    lines: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+class Callback:
+    """Does nothing; what watches a run overrides the hooks that it needs.
+
+    Those of a program's own are given to ``fedraclora.simulate(callbacks=[...])``. They get copies,
+    so that none of them can change the run, and what one raises stops it; it can be resumed.
+    """
+
+    def begin(self, run: Begin) -> None:
+        """Get ready, before the first round or the one that a run goes on with."""
+
+    def measure(self, weights: Tree, round_: int) -> Row:
+        """Measure new weights, where these are evaluated (``evaluate.every``).
+
+        Args:
+            weights: The effective ones: name of a parameter -> tensor of its shape.
+            round_: That has made them; 0: they are those that the run begins with.
+
+        Returns:
+            Columns for the row of the round; their names must be new ones.
+        """
+        return {}
+
+    def row(self, row: Row) -> None:
+        """See the row of a round, once it is written."""
+
+    def ends(self, rows: Sequence[Row]) -> bool:
+        """Say whether the run is at its end, by its rows alone: a resumed run ends there, too."""
+        return False
+
+    def end(self, summary: Mapping[str, object], *, failed: bool) -> None:
+        """Close what `begin` has opened.
+
+        Args:
+            summary: The final figures; empty where there are none.
+            failed: Whether the run stopped before its end.
+        """

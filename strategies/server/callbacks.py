@@ -1,0 +1,329 @@
+"""What watches the rounds of a run: its evaluation, what ends it early, and a program's own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import ismethod, signature
+from typing import Any
+
+from typing_extensions import override
+
+from fedraclora.config.settings import StopConfig
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.evaluation.generate import Answering
+from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.narrow_weight import dense
+from fedraclora.run.callback import Begin, Callback
+from fedraclora.run.ledger import Row, number
+from fedraclora.tree import Tree
+
+log = logging.getLogger(__name__)
+
+
+class Callbacks:
+    """Tells them all, in their order; the hooks are those of `Callback`.
+
+    Attributes:
+        list: Who is told; more may be added.
+        ended: Whether one of them has ended the run.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.list, self.ended = list(callbacks), False
+        self._begun: list[Callback] = []
+
+    def begin(self, run: Begin) -> None:
+        """Have each get ready."""
+        for callback in self.list:
+            callback.begin(run)
+            self._begun.append(callback)
+
+    def measure(self, weights: Callable[[], Tree], round_: int) -> Row:
+        """Collect the columns of new weights, which are computed if somebody measures them."""
+        measuring = [c for c in self.list if _measures(c)]
+        row: Row = {"metrics": {}}
+        now = weights() if measuring else {}
+        for callback in measuring:
+            found = callback.measure(now, round_)
+            metrics = {**_group(row, "metrics"), **_group(found, "metrics")}
+            row |= {**found, "metrics": metrics}
+        return row
+
+    def own_columns(self, row: Row) -> Row:
+        """Lay what a program's own callbacks have measured over a row.
+
+        Raises:
+            ConfigError: If the row has such a column already.
+        """
+        for callback in self.list:
+            if isinstance(callback, Own):
+                row = joined(row, callback.measured, callback.name)
+                callback.measured = {}
+        return row
+
+    def row(self, row: Row) -> None:
+        """Show each the row of a round."""
+        for callback in self.list:
+            callback.row(row)
+
+    def ends(self, rows: Sequence[Row]) -> bool:
+        """Ask each whether the run is at its end."""
+        self.ended = any(callback.ends(rows) for callback in self.list)
+        return self.ended
+
+    def end(self, summary: Mapping[str, object], *, failed: bool = False) -> None:
+        """Have each close that has begun; after a failure nothing may hide why the run stopped."""
+        while self._begun:
+            try:
+                self._begun.pop(0).end(summary, failed=failed)
+            except Exception as error:
+                if not failed:
+                    raise
+                log.warning("a callback could not end: %r", error)
+
+
+def _measures(callback: Callback) -> bool:
+    inner = callback.inner if isinstance(callback, Own) else callback
+    return type(inner).measure is not Callback.measure
+
+
+def _group(row: Mapping[str, object], name: str) -> Mapping[str, object]:
+    found = row.get(name, {})
+    return found if isinstance(found, Mapping) else {}
+
+
+def joined(row: Row, found: Mapping[str, object], who: str) -> Row:
+    """Add columns of a program's own to a row.
+
+    Raises:
+        ConfigError: If they are no columns, or the row has such already.
+    """
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"{who} gives {found!r:.100} for the ledger; a dict of columns by name is wanted"
+        )
+    if taken := sorted(map(str, found.keys() & row.keys())):
+        raise ConfigError(f"{who} gives the column {taken[0]!r}, which each row has: rename it")
+    return row | dict(found)
+
+
+@dataclass
+class Evaluate(Callback):
+    """Measures the weights of a run on its own samples.
+
+    Attributes:
+        metrics: Gives them by name.
+    """
+
+    metrics: Callable[[Tree], dict[str, float]]
+
+    @override
+    def measure(self, weights: Tree, round_: int) -> Row:
+        return {"metrics": self.metrics(weights)}
+
+
+@dataclass
+class Answers(Callback):
+    """Has a language model answer prompts.
+
+    Attributes:
+        answering: How.
+        rounds: Of the run in all.
+    """
+
+    answering: Answering
+    rounds: int
+
+    @override
+    def measure(self, weights: Tree, round_: int) -> Row:
+        if not self.answering.due(round_, self.rounds):
+            return {}
+        match, generations = self.answering.columns(weights)
+        return {"metrics": match, "generations": generations}
+
+
+@dataclass
+class Stopping(Callback):
+    """Ends a run when a metric of the validation split has not improved for some evaluations.
+
+    It is read off the ledger, so that a run that is resumed stops where it would have stopped. The
+    run ends with the weights of its last round; the summary names the best round beside it.
+
+    Attributes:
+        config: Metric and patience; without patience nothing is measured and nothing stops.
+        validated: Gives the metrics of dense weights on the validation split.
+    """
+
+    config: StopConfig = field(default_factory=StopConfig)
+    validated: Callable[[Tree], dict[str, float]] | None = None
+
+    @override
+    def measure(self, weights: Tree, round_: int) -> Row:
+        """Compute the ledger's column ``validation``; none where it decides nothing.
+
+        Raises:
+            ConfigError: If the metric is not among those of the data set.
+        """
+        if self.config.patience is None or self.validated is None:
+            return {}
+        found = self.validated(weights)
+        if self.config.metric not in found:
+            raise unknown("stop.metric", self.config.metric, found)
+        return {"validation": found}
+
+    @override
+    def ends(self, rows: Sequence[Row]) -> bool:
+        """Check whether the last ``patience`` evaluations have not improved on one before them."""
+        if self.config.patience is None or (best := self.best(rows)) is None:
+            return False
+        after = sum("validation" in r and number(r, "round") > number(best, "round") for r in rows)
+        return after >= self.config.patience
+
+    def best(self, rows: Sequence[Row]) -> Row | None:
+        """Find the row of the best evaluation, the first of equals; None without any."""
+        measured = [row for row in rows if "validation" in row]
+        return min(measured, key=self._cost, default=None)
+
+    def _cost(self, row: Row) -> float:
+        value = number(row, "validation", self.config.metric)
+        if math.isnan(value):
+            return math.inf
+        return -value if higher_is_better(self.config.metric) else value
+
+
+@dataclass
+class AfterRound(Callback):
+    """Calls a function with each new row of the ledger."""
+
+    call: Callable[[Row], object]
+
+    @override
+    def row(self, row: Row) -> None:
+        self.call(row)
+
+
+class Told:
+    """Stands for an object of a program's own: what one of its hooks raises is told by its name.
+
+    Args:
+        inner: The object.
+        name: For a reader.
+    """
+
+    own = True
+
+    def __init__(self, inner: object, name: str) -> None:
+        vars(self).update(inner=inner, name=name)
+
+    def __getattr__(self, attribute: str) -> Any:
+        """Fetch an attribute of the object."""
+        found = getattr(self.inner, attribute)
+        if not ismethod(found):
+            return found
+
+        def call(*arguments: object, **named: object) -> object:
+            try:
+                return found(*arguments, **named)
+            except Exception as error:
+                error.add_note(f"raised in {attribute} of {self.name}")
+                raise
+
+        return call
+
+    @override
+    def __setattr__(self, attribute: str, value: object) -> None:
+        """Set an attribute of the object, which may be frozen."""
+        object.__setattr__(self.inner, attribute, value)
+
+
+@contextmanager
+def in_round(round_: int) -> Iterator[None]:
+    """Add to what an object of a program's own raises the round in which it did."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "__notes__", ()):
+            error.add_note(f"in round {round_}; the run can go on from its folder")
+        raise
+
+
+class Own(Callback):
+    """A callback of a program's own: it gets copies, and cannot change the run.
+
+    Args:
+        inner: The callback.
+        name: For a reader.
+    """
+
+    def __init__(self, inner: Callback, name: str) -> None:
+        self.inner, self.name, self.told = inner, name, Told(inner, name)
+        self.rows: list[Row] = []
+        self.measured: Mapping[str, object] = {}
+
+    @override
+    def begin(self, run: Begin) -> None:
+        self.told.begin(copy.deepcopy(run))
+
+    @override
+    def measure(self, weights: Tree, round_: int) -> Row:
+        copies = {name: t.detach().clone() for name, t in dense(weights).items()}
+        self.measured = self.told.measure(copies, round_)
+        return {}
+
+    @override
+    def row(self, row: Row) -> None:
+        self.told.row(copy.deepcopy(row))
+
+    @override
+    def ends(self, rows: Sequence[Row]) -> bool:
+        if type(self.inner).ends is Callback.ends:
+            return False
+        self.rows += copy.deepcopy(rows[len(self.rows) :])
+        return bool(self.told.ends(self.rows))
+
+    @override
+    def end(self, summary: Mapping[str, object], *, failed: bool) -> None:
+        self.told.end(copy.deepcopy(summary), failed=failed)
+
+
+def own_callbacks(key: str, given: object) -> list[Callback]:
+    """Check what a program gives to watch its run.
+
+    Args:
+        key: What it is said by, for messages.
+        given: Callbacks and functions, one or several; None: nobody.
+
+    Raises:
+        ConfigError: If something is neither.
+    """
+    several = isinstance(given, Sequence | set) and not isinstance(given, str | bytes)
+    things: list[Any] = [*given] if several else [] if given is None else [given]  # type: ignore[misc]
+    return [Own(_callback(key, thing), _name(thing)) for thing in things]
+
+
+def _callback(key: str, thing: Any) -> Callback:
+    if isinstance(thing, Callback):
+        return thing
+    if isinstance(thing, type) and issubclass(thing, Callback):
+        raise ConfigError(f"{key} has the class {thing.__name__}: make one, {thing.__name__}(...)")
+    if isinstance(thing, type) or not callable(thing):
+        raise ConfigError(
+            f"{key} has {thing!r:.200}; a fedraclora.Callback is wanted, or a function that is "
+            "called with each new row"
+        )
+    try:
+        signature(thing).bind({})
+    except ValueError:  # of some functions of C nobody knows
+        pass
+    except TypeError as error:
+        raise ConfigError(f"{key}: {_name(thing)} is called with one row each: {error}") from error
+    return AfterRound(thing)
+
+
+def _name(thing: Any) -> str:
+    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
