@@ -39,8 +39,7 @@ from fedraclora.run.recorder import RunRecorder, resolved
 from fedraclora.strategies.server.callbacks import Answers, Evaluate, Stopping
 from fedraclora.strategies.server.loop import LoopConfig, loop_of
 from fedraclora.strategies.start import begin_from
-from fedraclora.strategies.steps.order import round_steps
-from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.wiring import Wired, wire
 from fedraclora.strategies.wrappers.order import method_of
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
@@ -157,7 +156,7 @@ def assemble(
             state=state,
             recorder=book_of(config, folder, loop, built, store, base),
             resume=resume,
-            steps=round_steps(RoundSettings.of(config), config.local),
+            steps=round_steps(vars(config)),
             system=config.system,
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
             examples=lambda clients: count_examples(

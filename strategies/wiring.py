@@ -24,8 +24,7 @@ from fedraclora.strategies.buffered import BufferedStrategy
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.round_step import RoundStep, RunContext, Sizes
-from fedraclora.strategies.steps.order import round_steps
-from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.steps import round_steps
 from fedraclora.tree import Tree, weights_of
 
 
@@ -118,7 +117,7 @@ def wire(
             state,
             replica=engine.replica,
             recorder=recorder,
-            steps=round_steps(RoundSettings(), trainer.local) if steps is None else steps,
+            steps=round_steps({"local": trainer.local}) if steps is None else steps,
             callbacks=callbacks,
             model=trainer.task.model if alone else None,
         )

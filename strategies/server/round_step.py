@@ -7,9 +7,10 @@ from the wire to the next state; every hook is called in that order.
 # ruff: noqa: ARG002
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import Message
@@ -60,19 +61,43 @@ class RunContext:
 class RoundStep:
     """Does nothing to a round; a step overrides the hooks that it needs.
 
+    One of a program's own is given to ``fedraclora.simulate(steps=[...])``. It serves one run at a
+    time, which calls `begin` first.
+
     Attributes:
+        key: Of the config, that switches it; empty where a program makes it.
+        settings: What that key says; the table of what does not go together looks at it.
+        avoids: What it does not go with: names of `strategies.steps.features`, and why. Most pairs
+            of the steps of this project stand in ``conflicts.yaml``.
+        first: Of a program's own: whether it sees what came before all other steps; else it
+            stands behind them, and sees what the method gets.
         individuals: Whether it looks at the updates of single clients; if not, a sum is enough.
         repeatable: Whether `treat` may be called twice in a round, the second time without a
             client whose update turned out to be too large.
         spent: The column of the ledger whose last value is that of the whole run; None: there is
             none.
+        own: Whether it is a program's own.
         run: What it may know; `RoundSteps` says it.
     """
 
+    key: ClassVar[str] = ""
+    settings: Any = None
+    avoids: ClassVar[Mapping[str, str]] = {}
+    first: bool = False
     individuals: bool = False
     repeatable: bool = True
     spent: str | None = None
+    own: bool = False
     run: RunContext
+
+    @classmethod
+    def of(cls, chosen: Mapping[str, Any]) -> RoundStep | None:
+        """Make the step that settings ask for; None: they do not.
+
+        Args:
+            chosen: Values by key of the config. A key that is not there has its default.
+        """
+        return cls() if chosen.get(cls.key) else None
 
     def begin(self, state: State) -> None:
         """Get ready before the first round, whose state is given.
@@ -142,6 +167,11 @@ class RoundStep:
             got: What came, treated; None where the round was given up.
         """
         return {}
+
+
+def step_name(step: RoundStep) -> str:
+    """Name a step for a reader."""
+    return type(step).__qualname__
 
 
 class RoundSteps:

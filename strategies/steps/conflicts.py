@@ -7,12 +7,19 @@ what is sent may change; some are refused by the step that comes upon them when 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
+from typing_extensions import override
 
+from fedraclora.aggregation.base import AggregationContext
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.protocol.method import Cohort, Downlink, State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.server.round_step import RoundStep, step_name
 from fedraclora.strategies.steps.features import FEATURES, IN_ROUNDS, Feature, Setup
 
 
@@ -81,8 +88,56 @@ CONFLICTS = tuple(
 )
 
 
+IN_EACH_ROUND = tuple(row for row in CONFLICTS if row.in_rounds)
+
+
 def refused(what: str, beside: str, found: bool | str = True) -> ConfigError:
     """Build the error of a pair that a step has come upon; ``found`` names the value."""
     if beside not in (rows := WHY.get(what, {})):
         raise unknown(f"row of strategies/steps/conflicts.yaml beside {what!r}", beside, rows)
     return Conflict(what, beside, rows[beside]).error(found)
+
+
+class Fits(RoundStep):
+    """Refuses what does not go together, before the first round and in each.
+
+    Args:
+        steps: All others.
+    """
+
+    def __init__(self, steps: Sequence[RoundStep]) -> None:
+        self.steps = steps
+        self.sent: Downlink | None = None  # what was looked at last
+
+    @override
+    def begin(self, state: State) -> None:
+        budgets = self.run.devices.system.rank_budget is not None
+        ranks = torch.ones(2, dtype=torch.int64) if budgets else None
+        some = Cohort(torch.arange(2), torch.ones(2), ranks)
+        sent = self.run.method.open_round(state, 1, some, self.run.draw)
+        self._check(CONFLICTS, sent)
+        setup = Setup(self.steps, self.run, sent)
+        for step in self.steps:
+            for beside, why in step.avoids.items():
+                if feature(beside).found(setup):
+                    raise ConfigError(
+                        f"the step {step_name(step)} does not go with {beside}: {why}; take "
+                        f"{feature(beside).other}, or leave the step out"
+                    )
+
+    @override
+    def send(self, sent: Downlink, state: State) -> Downlink:
+        self._check(IN_EACH_ROUND, sent)
+        self.sent = sent
+        return sent
+
+    @override
+    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        if context.sent is not self.sent:  # it may be that of a later exchange
+            self._check(IN_EACH_ROUND, context.sent)
+        return got
+
+    def _check(self, rows: Iterable[Conflict], sent: Downlink) -> None:
+        setup = Setup(self.steps, self.run, sent)
+        for row in rows:
+            row.check(setup)

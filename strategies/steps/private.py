@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -40,13 +42,20 @@ class PrivateRounds(RoundStep):
     clip: float = field(init=False)
     row: Row = field(default_factory=dict)
 
+    key = "privacy"
     individuals = True
     repeatable = False  # no noise may be drawn twice
     spent = "privacy"
 
     def __post_init__(self) -> None:
         """Begin with the clip of the settings."""
-        self.clip = self.config.clip
+        self.settings, self.clip = self.config, self.config.clip
+
+    @override
+    @classmethod
+    def of(cls, chosen: Mapping[str, Any]) -> PrivateRounds | None:
+        config = chosen.get("privacy")
+        return cls(config, chosen.get("secret")) if isinstance(config, ClientLevel) else None
 
     @override
     def begin(self, state: State) -> None:
@@ -69,7 +78,7 @@ class PrivateRounds(RoundStep):
             self.secret = Secret() if folder is None else Secret.of_folder(folder, resume=begun)
 
     @property
-    def key(self) -> Secret:
+    def source(self) -> Secret:
         """The secret, once it is there."""
         if self.secret is None:
             raise CheckpointError(
@@ -80,7 +89,7 @@ class PrivateRounds(RoundStep):
 
     @override
     def cohort(self, round_: int) -> torch.Tensor:  # it may be nobody
-        return self.mechanism.drawn(self.key, round_, self.run.loop.clients)
+        return self.mechanism.drawn(self.source, round_, self.run.loop.clients)
 
     @override
     def bound(self, *, first: bool) -> float:
@@ -102,10 +111,10 @@ class PrivateRounds(RoundStep):
             norms = torch.linalg.vector_norm(rows - start, dim=1)
             ones = torch.ones(K, dtype=torch.float64)
             total = weighted_sum(shortened(rows, start, clip) - start, ones, got.places)
-        noisy = self.mechanism.noisy_sum(total, clip, self.key, context.round_)
+        noisy = self.mechanism.noisy_sum(total, clip, self.source, context.round_)
         if self.mechanism.count_noise is not None:
             short = int((norms < clip * NORM_SLACK).sum())
-            count = self.mechanism.noisy_count(short, K, self.key, context.round_)
+            count = self.mechanism.noisy_count(short, K, self.source, context.round_)
             self.clip = self.config.next_clip(clip, count, self.mechanism.cohort)
         self.note(context.round_, clip)
         mean = start + noisy / self.mechanism.cohort

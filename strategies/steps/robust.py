@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from typing_extensions import override
 
-from fedraclora.aggregation.base import AggregationContext, Aggregator
+from fedraclora.aggregation.base import AggregationContext, Aggregator, Mean
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.round_step import RoundStep
@@ -17,8 +20,17 @@ class RobustRule(RoundStep):
         aggregator: The rule.
     """
 
+    key = "aggregator"
+
     def __init__(self, aggregator: Aggregator) -> None:
-        self.aggregator, self.individuals = aggregator, aggregator.individuals
+        self.aggregator = self.settings = aggregator
+        self.individuals = aggregator.individuals
+
+    @override
+    @classmethod
+    def of(cls, chosen: Mapping[str, Any]) -> RobustRule | None:
+        rule = chosen.get("aggregator", Mean())
+        return None if isinstance(rule, Mean) else cls(rule)
 
     @override
     def begin(self, state: State) -> None:

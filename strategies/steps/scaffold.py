@@ -41,6 +41,7 @@ class ControlVariates(RoundStep):
             `begin`.
     """
 
+    key = "control_variates"
     lifted: bool
 
     @override

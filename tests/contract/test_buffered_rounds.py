@@ -38,7 +38,6 @@ from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.buffered import BufferedStrategy
 from fedraclora.strategies.server.buffer import read_batches
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree
@@ -224,7 +223,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
     rough = replace(UNEVEN, drop_out=0.3)
 
     def play(rounds: int, folder: Path | None = None, **more: Any) -> Run:
-        beside = {} if rule is None else {"treatment": RoundSettings(server_optimiser=rule)}
+        beside = {} if rule is None else {"treatment": {"server_optimiser": rule}}
         return go(world, (name, {}), rounds, folder=folder, system=rough, **beside, **more)
 
     whole = play(7)
@@ -261,7 +260,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
         (
             ("fed_rac_lora", {}),
-            {"treatment": RoundSettings(server_optimiser=Momentum(space="factors"))},
+            {"treatment": {"server_optimiser": Momentum(space="factors")}},
             "space=factors",
         ),
     ],

@@ -40,7 +40,6 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State, Tr
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.steps.scaffold import ControlVariates
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.extras.variates import with_variates
@@ -64,7 +63,7 @@ VARIANTS: list[Variant] = [
 
 def corrected(world: World, method: Method, rounds: int, **more: Any) -> Run:
     local = more.pop("local", STEPS)
-    treatment = RoundSettings(**more.pop("beside", {}), control_variates=True)
+    treatment = dict(**more.pop("beside", {}), control_variates=True)
     return run(
         world, method, local, rounds=rounds, cohort=COHORT, seed=SEED, treatment=treatment, **more
     )
@@ -237,7 +236,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure
     beside: dict[str, Any] = {}
     if secure:
         beside = {"secure": SecAgg(clip=CLIP, max_weight=1, neighbours=2, threshold=0.6)}
-    treatment = RoundSettings(**beside, control_variates=True)
+    treatment = dict(**beside, control_variates=True)
     done = run(
         world, method, STEPS, rounds=5, cohort=COHORT, weights="uniform", treatment=treatment
     )
@@ -249,7 +248,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure
     if secure:
         free = run(
             world, method, STEPS, rounds=5, cohort=COHORT, weights="uniform",
-            treatment=RoundSettings(control_variates=True),
+            treatment={"control_variates": True},
         )  # fmt: skip
         gaps = [float((found[n] - t).abs().max()) for n, t in servers(free).items()]
         assert max(gaps) > 1e-2, "the clip does nothing"
@@ -269,7 +268,7 @@ def test_in_fewer_bits_variates_are_of_what_was_sent(variant: Variant) -> None:
 def test_a_client_whose_masked_update_does_not_go_out_keeps_what_it_had() -> None:
     """The one with nine samples may not send a weight above eight: the sum is without it."""
     secure = SecAgg(clip=CLIP, max_weight=8, neighbours=4, threshold=0.6)
-    treatment = RoundSettings(secure=secure, control_variates=True)
+    treatment = {"secure": secure, "control_variates": True}
     world = make_world()
     more: dict[str, Any] = {"rounds": 3, "max_failures": 1, "treatment": treatment}
     done = run(world, make_method("fed_rac_lora"), STEPS, **more)
@@ -348,7 +347,7 @@ def test_drift_of_unlike_clients_is_taken_out(name: str) -> None:
                 replace(STEPS, steps=20),
                 rounds=60,
                 weights="uniform",
-                treatment=RoundSettings(control_variates=on),
+                treatment={"control_variates": on},
             ).weights
         )
         - optimum

@@ -35,7 +35,6 @@ from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.server.buffer import Batch, read_batches, write_batches
 from fedraclora.strategies.server.quantised import DownlinkRounding
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.training.extras.settings import LocalSettings
@@ -238,7 +237,7 @@ def test_a_server_step_on_weights_leaves_the_basis_as_long_as_its_link(
 ) -> None:
     """No term then says what stays beside a weight; it goes with the values, rounded once."""
     method = replace(METHOD, rank=2, resample_every=2)
-    rule = RoundSettings(server_optimiser=Momentum(lr=0.5))
+    rule = {"server_optimiser": Momentum(lr=0.5)}
     world, local = make_world(width=3), LocalSettings(lr=0.01, steps=2, batch_size=2)
     more: dict[str, Any] = {"cohort": 2, "downlink": wire, "treatment": rule}
     done = run(world, method, local, rounds=rounds, folder=tmp_path, **more)

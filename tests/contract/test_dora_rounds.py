@@ -40,7 +40,6 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
@@ -217,7 +216,7 @@ def test_training_goes_on_from_what_was_learnt(variant: Variant, world: World) -
 def test_sums_carry_the_magnitudes(name: str, world: World) -> None:
     whole = run(world, dora(name), RAGGED, rounds=3, weights="uniform")
     summed = run(world, dora(name), RAGGED, rounds=3, weights="uniform", aggregator=Total())
-    secure = RoundSettings(secure=SecAgg(clip=50.0, max_weight=1))
+    secure = {"secure": SecAgg(clip=50.0, max_weight=1)}
     hidden = run(world, dora(name), RAGGED, rounds=3, weights="uniform", treatment=secure)
     assert_close_trees(summed.strategy.state.carried, whole.strategy.state.carried)
     assert_close_trees(hidden.strategy.state.carried, whole.strategy.state.carried, 1e-5)
@@ -226,7 +225,7 @@ def test_sums_carry_the_magnitudes(name: str, world: World) -> None:
 def test_privacy_of_clients_bounds_the_magnitudes_with_the_rest(world: World) -> None:
     """A clip of next to nothing and hardly any noise: they stay where they were."""
     private = ClientLevel(clip=1e-6, noise_multiplier=0.5, delta=1e-3)
-    treatment = RoundSettings(privacy=private, secret=Secret(bytes(range(32))))
+    treatment = {"privacy": private, "secret": Secret(bytes(range(32)))}
     method = dora("ffa_lora")
     done = run(world, method, RAGGED, rounds=2, weights="uniform", treatment=treatment)
     start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
@@ -239,7 +238,7 @@ def test_privacy_of_clients_bounds_the_magnitudes_with_the_rest(world: World) ->
 
 def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
     """With one round of momentum, the step is the mean change."""
-    rule = RoundSettings(server_optimiser=Momentum(space="factors", lr=0.5))
+    rule = {"server_optimiser": Momentum(space="factors", lr=0.5)}
     method = dora("fedavg_lora")
     plain = run(world, method, RAGGED, rounds=1)
     halved = run(world, method, RAGGED, rounds=1, treatment=rule)
@@ -252,7 +251,7 @@ def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
 def test_control_variates_correct_the_magnitudes(world: World) -> None:
     """One full step of all clients: the server's variates are the mean gradients."""
     local, method = LocalSettings(lr=0.1, steps=1, batch_size=0), dora("fedavg_lora")
-    treatment = RoundSettings(control_variates=True)
+    treatment = {"control_variates": True}
     done = run(world, method, local, rounds=1, weights="uniform", treatment=treatment)
     start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
     for name, now in magnitudes(done.strategy.state).items():
@@ -320,6 +319,6 @@ def test_an_embedding_is_refused(world: World) -> None:
 
 
 def test_a_server_s_step_on_weights_is_refused(world: World) -> None:
-    rule = RoundSettings(server_optimiser=Momentum(space="weights"))
+    rule = {"server_optimiser": Momentum(space="weights")}
     with pytest.raises(ConfigError, match=r"dora=true: .*space=factors"):
         run(world, dora("fedavg_lora"), RAGGED, rounds=1, treatment=rule)

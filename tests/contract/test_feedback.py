@@ -27,7 +27,6 @@ from fedraclora.rng import generator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.quantised import RESIDUE
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.tree import Tree, below
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.described import describe, described_downlink
@@ -305,19 +304,19 @@ def test_what_it_is_of_no_use_to_is_refused(
 
 def test_a_private_run_refuses_it() -> None:
     level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
-    private = RoundSettings(privacy=level, secret=Secret(bytes(range(32))))
+    private = {"privacy": level, "secret": Secret(bytes(range(32)))}
     with pytest.raises(ConfigError, match=r"wire\.feedback=true .* privacy="):
         finished("ffa_lora", treatment=private, weights="uniform")
 
 
 def test_control_variates_refuse_it() -> None:
-    chosen = RoundSettings(control_variates=True)
+    chosen = {"control_variates": True}
     with pytest.raises(ConfigError, match=r"wire\.feedback=true .* control_var"):
         finished("ffa_lora", treatment=chosen, local=replace(RAGGED, steps=2, momentum=0.0))
 
 
 def test_a_step_in_whole_weights_refuses_it_where_links_end() -> None:
-    chosen: dict[str, Any] = {"treatment": RoundSettings(server_optimiser=Momentum()), "rounds": 2}
+    chosen: dict[str, Any] = {"treatment": {"server_optimiser": Momentum()}, "rounds": 2}
     with pytest.raises(ConfigError, match=r"wire\.feedback=true .* links that end"):
         finished("fed_rac_lora", {"resample_every": 2}, **chosen)
     for name in ("ffa_lora", "fedex_lora", "pool_rac_lora"):

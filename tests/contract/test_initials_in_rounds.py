@@ -29,7 +29,6 @@ from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Draw, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.shared.initials import GAMMA, STARTS
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.downlink import unpack_downlink
@@ -206,7 +205,7 @@ def test_a_server_optimiser_of_factors_is_refused_beside_a_probe(rule: Uniform) 
     method = allocated(make_method("fedavg_lora", rank=RANK, initial=initial), rule)
     optimiser = Momentum(space="factors")
     with pytest.raises(ConfigError, match="clients send gradients first"):
-        run(world, method, RAGGED, rounds=1, treatment=RoundSettings(server_optimiser=optimiser))
-    dense = RoundSettings(server_optimiser=replace(optimiser, space="weights"))
+        run(world, method, RAGGED, rounds=1, treatment={"server_optimiser": optimiser})
+    dense = {"server_optimiser": replace(optimiser, space="weights")}
     done = run(world, method, RAGGED, rounds=3, treatment=dense)
     assert done.rows[-1]["metrics"]["loss"] < world.loss(world.base)

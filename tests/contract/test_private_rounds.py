@@ -43,7 +43,6 @@ from fedraclora.strategies.steps.account import SampleAccount
 from fedraclora.strategies.steps.attackers import Attackers
 from fedraclora.strategies.steps.private import PrivateRounds
 from fedraclora.strategies.steps.secure import SecureSum
-from fedraclora.strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
@@ -62,10 +61,10 @@ def world() -> World:
     return make_world()
 
 
-def private(**changes: Any) -> RoundSettings:
+def private(**changes: Any) -> dict[str, Any]:
     """A treatment with a key of the test's own."""
     settings: dict[str, Any] = {"clip": 0.05, "noise_multiplier": 0.5, "delta": 1e-3} | changes
-    return RoundSettings(privacy=ClientLevel(**settings), secret=Secret(KEY))
+    return {"privacy": ClientLevel(**settings), "secret": Secret(KEY)}
 
 
 def silent(clip: float) -> PrivateRounds:
@@ -181,7 +180,7 @@ def test_a_private_run_goes_on_bit_for_bit(
             weights="uniform",
             folder=tmp_path,
             resume=resume,
-            treatment=RoundSettings(privacy=config),
+            treatment={"privacy": config},
         )
 
     go(3)
@@ -198,7 +197,7 @@ def test_a_private_run_goes_on_bit_for_bit(
         rounds=6,
         cohort=2,
         weights="uniform",
-        treatment=RoundSettings(privacy=config, secret=Secret(key)),
+        treatment={"privacy": config, "secret": Secret(key)},
     )
     assert_equal_trees(went_on.weights, whole.weights)
     again = whole.strategy.recorder.ledger.rows
@@ -225,7 +224,7 @@ def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
     method = make_method("fed_rac_lora")
     with pytest.raises(ConfigError, match="take weights=uniform"):
         run(world, method, RAGGED, rounds=1, treatment=private())
-    treatment = replace(private(), aggregator=Median())
+    treatment = private() | {"aggregator": Median()}
     with pytest.raises(ConfigError, match="aggregator=median"):
         run(world, method, RAGGED, rounds=1, weights="uniform", treatment=treatment)
     for step in (silent(1.0), SecureSum(SecAgg()), SampleAccount(SampleNoise())):

@@ -45,7 +45,6 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.steps import private as private_step
 from fedraclora.strategies.steps.robust import RobustRule
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.changes import Changes
 from fedraclora.wire.downlink import unpack_downlink
@@ -232,7 +231,7 @@ def test_what_rounding_lengthened_is_shortened_again_before_noise(
 
     monkeypatch.setattr(private_step, "shortened", heard)
     level = ClientLevel(clip=clip, noise_multiplier=0.5, delta=1e-3)
-    private = RoundSettings(privacy=level, secret=Secret(bytes(range(32))))
+    private = {"privacy": level, "secret": Secret(bytes(range(32)))}
     done = finished("fed_rac_lora", treatment=private, weights="uniform", uplink=up)
     assert {row.get("rounding_up") for row in done.rows} == {None}
     assert float(torch.cat(came).max()) > clip * (1 + 1e-6)
@@ -242,14 +241,14 @@ def test_what_rounding_lengthened_is_shortened_again_before_noise(
 @pytest.mark.slow
 def test_noise_is_rounded_and_its_rounding_not_told() -> None:
     level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
-    private = RoundSettings(privacy=level, secret=Secret(bytes(range(32))))
+    private = {"privacy": level, "secret": Secret(bytes(range(32)))}
     done = finished("fed_rac_lora", rounds=1, treatment=private, weights="uniform", **BITS)
     assert {row.get("rounding_up") for row in done.rows} == {None}
     assert all(row["rounding_down"] > 0 for row in done.rows)
 
 
 def test_a_secure_sum_has_steps_of_its_own() -> None:
-    secure = RoundSettings(secure=SecAgg(clip=1.0, max_weight=9))
+    secure = {"secure": SecAgg(clip=1.0, max_weight=9)}
     with pytest.raises(ConfigError, match=r"secure=secagg .* wire\.uplink"):
         finished("fed_rac_lora", treatment=secure, cohort=5, **BITS)
     done = finished("fed_rac_lora", treatment=secure, cohort=5, downlink="int8")

@@ -22,10 +22,9 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.server.rows import Row
+from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.conflicts import CONFLICTS, Conflict, refused
 from fedraclora.strategies.steps.features import FEATURES
-from fedraclora.strategies.steps.order import round_steps
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.training.extras.settings import LocalSettings
 from tests.contract.worlds import World, assert_close_trees, make_method, make_world, run
 
@@ -105,15 +104,15 @@ def test_the_first_step_closes_around_those_behind_it(world: World) -> None:
 
 
 def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
-    chosen = RoundSettings(
-        Median(),
-        ALittleIsEnough(0.2),
-        ClientLevel(),
-        secure=SecAgg(),
-        server_optimiser=Momentum(),
-        control_variates=True,
-    )
-    everything = round_steps(chosen, replace(LOCAL, dp=SampleNoise()))
+    chosen = {
+        "aggregator": Median(),
+        "attack": ALittleIsEnough(0.2),
+        "privacy": ClientLevel(),
+        "secure": SecAgg(),
+        "server_optimiser": Momentum(),
+        "control_variates": True,
+    }
+    everything = round_steps({**chosen, "local": replace(LOCAL, dp=SampleNoise())})
     assert [type(step).__name__ for step in everything] == [
         "Fits",
         "NoEnergy",
@@ -125,8 +124,8 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
         "ControlVariates",
         "OptimisedServer",
     ]
-    assert [type(step).__name__ for step in round_steps(RoundSettings(), LOCAL)] == ["Fits"]
-    some = round_steps(RoundSettings(attack=SignFlip(0.2)), LOCAL)
+    assert [type(step).__name__ for step in round_steps({"local": LOCAL})] == ["Fits"]
+    some = round_steps({"attack": SignFlip(0.2), "local": LOCAL})
     assert [type(step).__name__ for step in some] == ["Fits", "Attackers"]
 
 

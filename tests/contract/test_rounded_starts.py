@@ -43,7 +43,6 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.shared.initials import STARTS
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.wire.downlink import unpack_downlink
@@ -232,7 +231,7 @@ def test_what_learns_nothing_moves_nothing(variant: tuple[str, dict[str, Any]]) 
         return
     treatments = [None]
     if name in {"fedavg_lora", "fed_rac_lora"}:
-        treatments.append(RoundSettings(server_optimiser=Momentum()))
+        treatments.append({"server_optimiser": Momentum()})
     for treatment in treatments:
         done = run(world, method, still, rounds=4, cohort=3, treatment=treatment, **bits)
         assert_close_trees(done.weights, world.base, 1e-6)

@@ -33,7 +33,6 @@ from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.row_moments import ROW_SLOT
 from fedraclora.wire.downlink import unpack_downlink
@@ -140,17 +139,17 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
 @pytest.mark.parametrize(
     ("name", "more", "beside"),
     [
-        ("fed_rac_lora", {"treatment": RoundSettings(secure=SecAgg(clip=1.0))}, "secure=secagg"),
+        ("fed_rac_lora", {"treatment": {"secure": SecAgg(clip=1.0)}}, "secure=secagg"),
         (
             "fed_rac_lora",
-            {"treatment": RoundSettings(privacy=ClientLevel(clip=0.1)), "weights": "uniform"},
+            {"treatment": {"privacy": ClientLevel(clip=0.1)}, "weights": "uniform"},
             "privacy=client_level",
         ),
         ("fed_rac_lora", {"uplink": "int8"}, "wire.uplink in fewer bits"),
         ("fed_rac_lora", {"downlink": "bfloat16"}, "wire.downlink in fewer bits"),
         (
             "fed_rac_lora",
-            {"treatment": RoundSettings(server_optimiser=Momentum(space="factors"))},
+            {"treatment": {"server_optimiser": Momentum(space="factors")}},
             "server_optimiser.space=factors",
         ),
         (

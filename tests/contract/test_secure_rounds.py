@@ -33,7 +33,6 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.run.ledger import number
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.wire.secagg import read_stage
 
 Variant = tuple[str, dict[str, Any]]
@@ -67,7 +66,7 @@ def secure(world: World, method: Any = None, **changes: Any) -> Run:
     weights = changes.pop("weights", "uniform")
     settings = {"clip": 50.0, "max_weight": 9 if weights == "examples" else 1}
     settings |= changes.pop("settings", {})
-    treatment = RoundSettings(secure=SecAgg(**settings), **changes.pop("beside", {}))
+    treatment = dict(secure=SecAgg(**settings), **changes.pop("beside", {}))
     method = method or make_method("fed_rac_lora")
     return run(
         world, method, RAGGED, weights=weights, treatment=treatment, **{"rounds": 1} | changes

@@ -43,8 +43,7 @@ from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.round_step import RoundSteps, RunContext
-from fedraclora.strategies.steps.order import round_steps
-from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.steps import round_steps
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import CatchUp
 from tests.reference.chain import replay
@@ -82,7 +81,7 @@ def rounds(method: Method, world: World, rule: ServerOptimiser, count: int = 4) 
     """Rounds of random replies that the server closes with its optimiser."""
     state, loop = method.init(world.base, world.plan, DRAW), LoopConfig(count, 5, 5, 5, DRAW.seed)
     devices = DeviceSimulator(SystemConfig(), DRAW.seed, RAGGED)
-    chosen = round_steps(RoundSettings(server_optimiser=rule), RAGGED)
+    chosen = round_steps({"server_optimiser": rule, "local": RAGGED})
     steps = RoundSteps(chosen, RunContext(method, RAGGED, loop, devices), state)
     played = []
     for round_ in range(1, count + 1):
@@ -290,7 +289,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_moments(
             cohort=3,
             folder=folder,
             resume=resume,
-            treatment=RoundSettings(server_optimiser=rule),
+            treatment={"server_optimiser": rule},
             arrange=(lambda messages: messages[::-1]) if turned else None,
         )
 
@@ -310,7 +309,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_moments(
 @pytest.mark.parametrize("name", ["ffa_lora", "fedavg_lora", "pool_rac_lora", "xgblora"])
 def test_last_bits_do_not_decide_what_a_round_sends(name: str, beta: float) -> None:
     """Chunks add up in other orders; a step that is the mean change adds nothing to the base."""
-    rule, found = RoundSettings(server_optimiser=Momentum(beta=beta)), []
+    rule, found = {"server_optimiser": Momentum(beta=beta)}, []
     for chunk in (1, 2, 3):
         more: dict[str, Any] = {"rounds": 4, "cohort": 3, "chunk": chunk, "treatment": rule}
         rows = run(make_world(), make_method(name), RAGGED, **more).rows

@@ -35,7 +35,6 @@ from fedraclora.protocol.method import Cohort, Draw, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.outcome import mean_floats
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
-from fedraclora.strategies.steps.settings import RoundSettings
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.localconfig import LocalConfig
@@ -115,7 +114,7 @@ def test_moments_end_with_their_link_where_other_tensors_are_trained(
 
 @pytest.mark.parametrize("name", ["slora", "ravan"])
 def test_noise_on_what_must_stay_is_refused(name: str, world: World) -> None:
-    private = RoundSettings(privacy=ClientLevel(clip=0.5, delta=0.01))
+    private = {"privacy": ClientLevel(clip=0.5, delta=0.01)}
     with pytest.raises(ConfigError, match="numbers are never trained"):
         run(world, make_method(name), RAGGED, rounds=1, weights="uniform", treatment=private)
 

@@ -56,8 +56,7 @@ from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.callbacks import Evaluate
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.strategies.steps.order import round_steps
-from fedraclora.strategies.steps.settings import RoundSettings
+from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
@@ -556,7 +555,7 @@ def run(
     folder: Path | None = None,
     resume: bool = False,
     max_failures: int = 0,
-    treatment: RoundSettings | None = None,
+    treatment: dict[str, Any] | None = None,
     system: SystemConfig | None = None,
     kind: type[FedStrategy] | None = None,
     steps: Sequence[RoundStep] = (),
@@ -580,8 +579,8 @@ def run(
     engine = Recording(arrange)
     device = torch.device("cpu")
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
-    treatment = treatment or RoundSettings(aggregator, attack or Attack())
-    security = treatment.secure
+    treatment = treatment or {"aggregator": aggregator, "attack": attack or Attack()}
+    security = treatment.get("secure")
     terms = SecAggTerms(security, weights) if isinstance(security, SecAgg) else None
     parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
 
@@ -597,7 +596,7 @@ def run(
         callbacks=[Evaluate(loss)],
         recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
-        steps=[*round_steps(treatment, local), *steps],
+        steps=round_steps({**treatment, "local": local}, steps),
         system=system,
         kind=kind,
     )
