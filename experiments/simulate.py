@@ -40,6 +40,7 @@ from fedraclora.run.ledger import headline, number
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.run import Run
+from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import settled_start
 
 FAILED: list[str] = []
@@ -52,6 +53,7 @@ def carry_out(
     *,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    steps: Sequence[RoundStep] = (),
 ) -> Run:
     """Run to the end in this process with a progress bar; see `strategies.outcome.execute`.
 
@@ -60,6 +62,7 @@ def carry_out(
         folder: The run folder; None: the run leaves nothing behind.
         resume: Go on with the run in the folder.
         callbacks: What watches the rounds, or ends them early.
+        steps: Those of a program's own, which the config names.
 
     Returns:
         The run.
@@ -68,7 +71,7 @@ def carry_out(
     label = method_label(plain)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
         watching = (progress, *callbacks)
-        return execute(config, folder, engine_of, resume=resume, callbacks=watching)
+        return execute(config, folder, engine_of, resume=resume, callbacks=watching, steps=steps)
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:

@@ -51,7 +51,10 @@ def config_of(
 
 def is_whole(mapping: Mapping[str, object]) -> bool:
     """Check whether a mapping has every key of a config."""
-    return {key for key in inspect.signature(RunConfig).parameters if key != "plain"} <= {*mapping}
+    wanted = {
+        key for key in inspect.signature(RunConfig).parameters if key not in {"plain", "steps"}
+    }
+    return wanted <= {*mapping}
 
 
 def nowhere(config: Plain) -> Plain:

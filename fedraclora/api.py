@@ -27,9 +27,10 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.callbacks import own_callbacks
+from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
 from fedraclora.strategies.start import settled_start
 
-__all__ = ["Callback", "Run", "read_run", "simulate"]
+__all__ = ["Callback", "RoundStep", "Run", "read_run", "simulate"]
 
 OF_MEMORY = ("output.dir", "output.progress")  # keys of `output` that a run in memory reads
 
@@ -47,6 +48,7 @@ def simulate(
     metrics: Sequence[str] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
+    steps: object = (),
     callbacks: object = (),
     on_round: object = (),
     **keys: object,
@@ -89,6 +91,8 @@ def simulate(
             it runs in memory and leaves nothing behind.
         resume: Go on with the run in the folder; where there is none, begin it. A run that has
             come to its end is read, and not run again.
+        steps: What happens to a round besides, between clients and method: a list of
+            `fedraclora.RoundStep`. What one raises stops the run, which can be resumed.
         callbacks: What watches the run, or ends it early: a list of `fedraclora.Callback`. A
             function among them is called with a copy of each new row of the history: a dict, see
             `Run.rows`. What one raises stops the run, which can be resumed.
@@ -132,6 +136,9 @@ def simulate(
     lent = lend_all(model, data, method, partition, beside, whole=whole)
     plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
     plain = lent.put_into(plain, typed)
+    own = own_steps(steps)
+    if own:
+        plain["steps"] = list(map(described, own))
     watching = [*own_callbacks("callbacks", callbacks), *own_callbacks("on_round", on_round)]
     output = section(plain, "output")
     place = place_of(plain, output, folder)
@@ -144,7 +151,7 @@ def simulate(
                 f"{', '.join(idle)}: a run in memory writes nothing; say folder=... too, or leave "
                 "it out"
             )
-        return carry_out(settled_start(settled(plain)), None, callbacks=watching)
+        return carry_out(settled_start(settled(plain)), None, callbacks=watching, steps=own)
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     with usable(place):
         if not resume and has_begun(place):
@@ -156,7 +163,7 @@ def simulate(
         found, place, goes_on = choose(asked, typed, None)
         if goes_on and is_done(place, found):
             return finished(from_plain(found, METHODS, began=True), place)
-        return carry_out(found, place, resume=goes_on, callbacks=watching)
+        return carry_out(found, place, resume=goes_on, callbacks=watching, steps=own)
 
 
 def read_run(folder: str | Path) -> Run:

@@ -38,6 +38,7 @@ from fedraclora.run.initial import source_of
 from fedraclora.run.recorder import RunRecorder, resolved
 from fedraclora.strategies.server.callbacks import Answers, Evaluate, Stopping
 from fedraclora.strategies.server.loop import LoopConfig, loop_of
+from fedraclora.strategies.server.round_step import RoundStep, described
 from fedraclora.strategies.start import begin_from
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.wiring import Wired, wire
@@ -78,6 +79,7 @@ def assemble(
     engine_of: MakeEngine,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    steps: Sequence[RoundStep] = (),
 ) -> Assembled:
     """Build every part of a run.
 
@@ -87,6 +89,7 @@ def assemble(
         engine_of: Makes the engine.
         resume: Go on from the folder's checkpoint.
         callbacks: What else watches the rounds, or ends them early.
+        steps: Those of a program's own, which the config names.
 
     Returns:
         The parts; whoever has them closes them.
@@ -94,6 +97,11 @@ def assemble(
     Raises:
         FedRacLoraError: Whatever is wrong with the config, the data or the engine.
     """
+    if (told := [described(step) for step in steps]) != config.steps:
+        raise ConfigError(
+            f"this run has the steps {config.steps} of a Python program, and {told} are given: say "
+            "fedraclora.simulate(steps=[...]) with such objects (folder=..., resume=True to go on)"
+        )
     with ExitStack() as failed:
         engine = engine_of(config)
         failed.callback(engine.close)
@@ -156,7 +164,7 @@ def assemble(
             state=state,
             recorder=book_of(config, folder, loop, built, store, base),
             resume=resume,
-            steps=round_steps(vars(config)),
+            steps=round_steps(vars(config), steps),
             system=config.system,
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
             examples=lambda clients: count_examples(

@@ -175,6 +175,7 @@ class FedStrategy(OwnLoop):
             messages = self._messages(again, exchange.survivors(), round_, grid, exchange)
             exchange = self._current()
         after = self._sound(exchange, raw, got)
+        columns = self.steps.columns(exchange, got)
         # Only now: a round that fails must not count its clients as caught up.
         cost.fetch(self.catch_up, exchange, taken_traffic(grid))
         self._close(round_, after)
@@ -191,7 +192,7 @@ class FedStrategy(OwnLoop):
             row |= extra.columns(exchange.downlink, got)
         self.recorder.link(round_, self.state)
         watch.lap("write")
-        self._write(row | self.steps.columns(exchange, got), step, watch, grid)
+        self._write(self.steps.added(row, columns), step, watch, grid)
         return MetricRecord({"train-loss": exchange.mean_loss})
 
     def _exchanged(
@@ -212,7 +213,8 @@ class FedStrategy(OwnLoop):
         self.done = round_
         row = ledger_row(exchange, self.state, {"metrics": {}}, cost, self.recorder.totals())
         row["notes"] = [why]
-        self._write(row | self.steps.columns(exchange, None), 0.0, cost.watch, grid)
+        row = self.steps.added(row, self.steps.columns(exchange, None))
+        self._write(row, 0.0, cost.watch, grid)
         return MetricRecord({"train-loss": float("nan")})
 
     def _write(self, row: Row, step: object, watch: Stopwatch, grid: Grid) -> None:

@@ -31,6 +31,7 @@ def opening_lines(run: Assembled) -> list[str]:
             f"all weights, {epochs} epochs in one place{classes}, before the clients begin "
             "(pretrain=none leaves it out)"
         )
+    lines |= {"steps": ", ".join(config.steps)} if config.steps else {}
     lines["chunk"] = str(run.chunk)
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
 

@@ -39,6 +39,7 @@ from fedraclora.strategies.assembly import Assembled, assemble
 from fedraclora.strategies.introduction import introduction, notes_of, opening_lines
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.callbacks import Stopping
+from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import digest
 
@@ -77,6 +78,7 @@ def execute(
     *,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    steps: Sequence[RoundStep] = (),
 ) -> Run:
     """Run to the end and write everything that a run leaves behind.
 
@@ -87,6 +89,7 @@ def execute(
         engine_of: Makes the engine.
         resume: Go on with the run in the folder.
         callbacks: What watches the rounds, or ends them early, behind its loggers.
+        steps: Those of a program's own, which the config names.
 
     Returns:
         The run, its engine ended.
@@ -104,7 +107,9 @@ def execute(
             check_data(folder, config.data)
             goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
         watched = (logging_to(config.output.loggers), *callbacks)
-        run = assemble(config, folder, engine_of=engine_of, resume=goes_on, callbacks=watched)
+        run = assemble(
+            config, folder, engine_of=engine_of, resume=goes_on, callbacks=watched, steps=steps
+        )
         stack.callback(run.close)
         if folder is not None:
             if resume:

@@ -79,7 +79,7 @@ def digested(plain: Plain) -> dict[str, object]:
     if isinstance(start := kept.get("start"), Mapping):
         kept["start"] = without(start, "path")
     # Before these, runs are the same.
-    unset = {"allocation": {"name": Uniform.name}, "dora": False, "start": None}
+    unset = {"allocation": {"name": Uniform.name}, "dora": False, "start": None, "steps": []}
     unset["wire"] = vars(WireConfig())
     return {k: v for k, v in kept.items() if k not in unset or v != unset[k]}
 
@@ -151,6 +151,7 @@ class RunConfig(TaskConfig):
         start: What the run begins from, if not from the weights of its model: the folder of a
             finished run or of a PEFT adapter, or its ``path`` and its digest ``sha256``.
         wire: How numbers go up and down.
+        steps: What a Python program has put into the rounds, in words.
     """
 
     method: Method
@@ -165,6 +166,7 @@ class RunConfig(TaskConfig):
     stop: StopConfig
     start: str | dict[str, str] | None = None
     wire: WireConfig = field(default_factory=WireConfig)
+    steps: list[str] = field(default_factory=list)
 
     @property
     def digested(self) -> dict[str, object]:

@@ -314,7 +314,7 @@ def _callback(key: str, thing: Any) -> Callback:
     if isinstance(thing, type) or not callable(thing):
         raise ConfigError(
             f"{key} has {thing!r:.200}; a fedraclora.Callback is wanted, or a function that is "
-            "called with each new row"
+            "called with each new row (what changes a round is given as steps=[...])"
         )
     try:
         signature(thing).bind({})

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from inspect import signature
+from typing import Any, ClassVar, cast
 
 import torch
 from flwr.app import Message
 
 from fedraclora.aggregation.base import AggregationContext
+from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.callback import Callback
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.strategies.server.callbacks import Told, joined
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
@@ -29,6 +33,7 @@ from fedraclora.tree import Tree
 Ask = Callable[[Iterable[Message]], Iterable[Message]]
 Sizes = Callable[[torch.Tensor], torch.Tensor]
 CloseRound = Callable[[Uplinks], State]
+PLAIN = (str, int, float, tuple, type(None))  # values that have one repr everywhere
 CohortOf = Callable[[int], torch.Tensor]
 
 
@@ -169,9 +174,45 @@ class RoundStep:
         return {}
 
 
-def step_name(step: RoundStep) -> str:
+def step_name(step: object) -> str:
     """Name a step for a reader."""
-    return type(step).__qualname__
+    return type(step.inner if isinstance(step, Told) else step).__qualname__
+
+
+def described(step: object) -> str:
+    """Say what a step of a program's own is: its class, and what it was made with.
+
+    That is what it keeps under the names of its arguments. By this a run that goes on knows it.
+    """
+    inner = step.inner if isinstance(step, Told) else step
+    kept = [name for name in signature(type(inner)).parameters if name in vars(inner)]
+    values = [(name, vars(inner)[name]) for name in kept]
+    told = [
+        f"{n}={v!r}" if isinstance(v, PLAIN) else f"{n}=<{type(v).__name__}>" for n, v in values
+    ]
+    return f"{step_name(step)}({', '.join(told)})"
+
+
+def own_steps(given: object) -> list[RoundStep]:
+    """Check the steps of a program's own.
+
+    Raises:
+        ConfigError: If something is none.
+    """
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
+    things: list[Any] = [*given] if several else [] if given is None else [given]  # type: ignore[misc]
+    for thing in things:
+        if isinstance(thing, RoundStep) and sum(other is thing for other in things) == 1:
+            continue
+        why = "a fedraclora.RoundStep is wanted"
+        if isinstance(thing, RoundStep):
+            why = "each object stands there once"
+        elif isinstance(thing, type) and issubclass(thing, RoundStep):
+            why = f"make one: {thing.__name__}(...)"
+        elif isinstance(thing, Callback) or callable(thing):
+            why = "what watches a run is given as callbacks=[...]"
+        raise ConfigError(f"steps has {thing!r:.200}; {why}")
+    return [cast(RoundStep, Told(thing, f"the step {step_name(thing)}")) for thing in things]
 
 
 class RoundSteps:
@@ -248,12 +289,19 @@ class RoundSteps:
             close = partial(step.close, close, state, exchange)
         return close(got)
 
-    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
-        """Compute the columns that the steps add to the ledger."""
-        found: Row = {}
-        for step in self.steps:
-            found |= step.columns(exchange, got)
-        return found
+    def columns(self, exchange: Exchange, got: Uplinks | None) -> list[Row]:
+        """Compute the columns of each step."""
+        return [step.columns(exchange, got) for step in self.steps]
+
+    def added(self, row: Row, columns: Sequence[Row]) -> Row:
+        """Lay the columns of each step over a row.
+
+        Raises:
+            ConfigError: If a step of a program's own has a column that the row has already.
+        """
+        for step, found in zip(self.steps, columns, strict=True):
+            row = joined(row, found, f"the step {step_name(step)}") if step.own else row | found
+        return row
 
     def summary(self, row: Row) -> Row:
         """Summarise the run from the last row of the ledger."""
