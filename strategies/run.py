@@ -23,8 +23,7 @@ from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.evaluation.evaluate import evaluate_task
 from fedraclora.evaluation.predict import Prediction, predict
-from fedraclora.models.built import check_fit
-from fedraclora.models.narrow import dequantise
+from fedraclora.models.built import check_fit, dequantise
 from fedraclora.models.outputs import refuse_outputs
 from fedraclora.run.folder import run_title
 from fedraclora.strategies import METHODS

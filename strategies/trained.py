@@ -20,7 +20,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.export.trained import TrainedModel, name_classes, put_weights
 from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
-from fedraclora.models.narrow import dequantise
+from fedraclora.models.built import dequantise
 from fedraclora.narrow_weight import BITS, base_name, dense
 from fedraclora.protocol.derived import past_name, weight_of
 from fedraclora.protocol.link import Link, Plan, matrices

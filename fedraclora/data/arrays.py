@@ -27,7 +27,7 @@ from fedraclora.data.fit import (
     said_of_inputs,
     scale_of_bytes,
 )
-from fedraclora.data.labels import (
+from fedraclora.data.frames import (
     OBJECTIVES,
     TaskName,
     as_values,

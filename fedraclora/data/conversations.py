@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,12 +184,12 @@ def read_messages(value: Any, where: str, *, answered: bool = True) -> list[Mess
     return found[: answers[-1] + 1] if answers else found
 
 
-def read_conversations(path: Path, form: RowForm, *, header: bool = True) -> list[Conversation]:
-    """Read every conversation of a file.
+def read_conversations(found: Any, form: RowForm, *, header: bool = True) -> list[Conversation]:
+    """Read every conversation of a file, or of rows that a program has.
 
     Args:
-        path: A file whose name ends in .jsonl (or .jsonl.gz), .parquet, .csv or .tsv (read with
-            quoting off, for sentences hold lone quotes).
+        found: A file whose name ends in .jsonl (or .jsonl.gz), .parquet, .csv or .tsv (read with
+            quoting off, for sentences hold lone quotes); or what `program_rows` takes.
         form: How rows are read.
         header: Whether the first row of a .csv or .tsv names the columns; else they are 0, 1, ...
 
@@ -197,21 +197,16 @@ def read_conversations(path: Path, form: RowForm, *, header: bool = True) -> lis
         ConfigError: If the kind of file is not known, or a column does not exist.
         DataError: If the file cannot be read, or a row cannot be used, which is named.
     """
+    file = isinstance(found, Path)
+    where = str(found) if file else "data"
     try:
-        found = conversations_of(file_rows(path, header), form, str(path))
+        rows = file_rows(found, header) if file else program_rows(found, form)
+        conversations = [form.read(row, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    return found
-
-
-def conversations_of(
-    rows: Iterable[Mapping[str, Any]], form: RowForm, where: str
-) -> list[Conversation]:
-    """Read rows by column, which ``where`` they are from; errors as of `read_conversations`."""
-    found = [form.read(row, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
-    if not found:
+        raise DataError(f"{where} cannot be read: {error}") from error
+    if not conversations:
         raise DataError(f"{where} holds no rows")
-    return found
+    return conversations
 
 
 def program_rows(found: Any, form: RowForm) -> list[Mapping[str, Any]]:

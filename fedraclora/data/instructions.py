@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,8 +13,6 @@ from fedraclora.data.chat import Chat, Encoded, cut_to_length, packed, padded
 from fedraclora.data.conversations import (
     Conversation,
     RowForm,
-    conversations_of,
-    program_rows,
     read_conversations,
 )
 from fedraclora.data.dataset import DataSet, Read, divide
@@ -189,10 +186,7 @@ class InstructionReader:
         """Read a file, a frame, a list of dicts, or a list of prompts."""
         del reading  # tokenizer and template are those of the run
         form = replace(self.form, client=None, answered=target)
-        if isinstance(found, Path):
-            conversations = read_conversations(found, form, header=self.header)
-        else:
-            conversations = conversations_of(program_rows(found, form), form, "data")
+        conversations = read_conversations(found, form, header=self.header)
         rows, places, cut = self.fit(conversations)
         _say_cut(self.max_length, cut, len(conversations), len(conversations) - len(rows))
         return Read(padded(rows, self.pad), np.array(places), len(conversations))

@@ -12,8 +12,17 @@ import torch
 
 from fedraclora.data.dataset import MOST_NAMED, DataSet, Read, RowNumbers, refuse_both, train_test
 from fedraclora.data.fit import as_scaled, scale_of
-from fedraclora.data.frames import SEPARATORS, NamedFrame, named_table, read_frame
-from fedraclora.data.labels import TaskName, as_values, found_classes, supervised, target_of
+from fedraclora.data.frames import (
+    SEPARATORS,
+    NamedFrame,
+    TaskName,
+    as_values,
+    found_classes,
+    named_table,
+    read_frame,
+    supervised,
+    target_of,
+)
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
@@ -25,7 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TableForm:
-    """How rows become a data set: see `load_table` for each key."""
+    """How rows become a data set: see `load_table` for each key.
+
+    It reads later rows as those of a run's own table; see `fedraclora.data.dataset.SampleReader`.
+    """
 
     label: str | int | None
     client: str | int | None = None
@@ -37,6 +49,25 @@ class TableForm:
     standardise: bool = True
     missing: str = "error"
     separator: str | None = None
+
+    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+        """Read a file, a frame, or a frame with its file for messages."""
+        frame, path = self._table(found)
+        label = _column(frame, "data.label", str(self.label), path) if target else None
+        features = [_column(frame, "data", name, path) for name in reading["features"]]
+        x, labels, _, kept = _rows(frame, features, label, None, self.missing, path)
+        wanted = torch.zeros(len(x))
+        if target:
+            names = [*map(str, reading.get("classes", []))]
+            wanted = target_of(labels, names, self.task, path, kept.tolist())
+        return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(frame))
+
+    def _table(self, found: Any) -> NamedFrame:
+        if isinstance(found, tuple) and isinstance(found[-1], Path):
+            return found  # a frame that was read
+        if isinstance(found, Path):
+            return read_frame(found, [str(self.label)], self.separator), found
+        return named_table(found, "data")
 
 
 @limited("data")
@@ -134,11 +165,10 @@ def of_frames(
     reading: dict[str, Any] = {"features": used} | ({"classes": named_as} if classes else {})
     if how.standardise:
         reading |= _scales(train)
-    reader = TableReader(named, how.task, how.missing, how.separator)
     if test is None:
         held_out = _scaled(held_out, reading)
     else:
-        read = reader(test, reading)
+        read = how(test, reading)
         held_out, dropped = read.samples, dropped + read.total - len(read.rows)
     train = _scaled(train, reading)
     info: dict[str, object] = {"source": source, "rows_dropped": dropped} | _told(reading)
@@ -159,44 +189,8 @@ def of_frames(
         client=str(how.client),
         info=info,
         reading=reading,
-        reader=reader,
+        reader=how,
     )
-
-
-@dataclass(frozen=True)
-class TableReader:
-    """Reads rows as those of a run's own table; see `fedraclora.data.dataset.SampleReader`.
-
-    Attributes:
-        label: The column to predict.
-        task: ``classification`` or ``regression``.
-        missing: What becomes of rows in which something is missing: ``error`` or ``drop``.
-        separator: What parts the columns of a file, or None.
-    """
-
-    label: str
-    task: str
-    missing: str = "error"
-    separator: str | None = None
-
-    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
-        """Read a file, a frame, or a frame with its file for messages."""
-        frame, path = self._table(found)
-        label = _column(frame, "data.label", self.label, path) if target else None
-        features = [_column(frame, "data", name, path) for name in reading["features"]]
-        x, labels, _, kept = _rows(frame, features, label, None, self.missing, path)
-        wanted = torch.zeros(len(x))
-        if target:
-            names = [*map(str, reading.get("classes", []))]
-            wanted = target_of(labels, names, self.task, path, kept.tolist())
-        return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(frame))
-
-    def _table(self, found: Any) -> NamedFrame:
-        if isinstance(found, tuple) and isinstance(found[-1], Path):
-            return found  # a frame that was read
-        if isinstance(found, Path):
-            return read_frame(found, [self.label], self.separator), found
-        return named_table(found, "data")
 
 
 def _column(frame: DataFrame, key: str, column: str | int, path: Path) -> str:

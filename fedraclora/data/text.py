@@ -13,8 +13,15 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import TEST_SHARE, DataSet, Read, RowNumbers, divide
-from fedraclora.data.frames import Named, named_table, read_columns
-from fedraclora.data.labels import TaskName, found_classes, supervised, target_of
+from fedraclora.data.frames import (
+    Named,
+    TaskName,
+    found_classes,
+    named_table,
+    read_columns,
+    supervised,
+    target_of,
+)
 from fedraclora.data.locate import check_file, load_tokenizer, require_tokenizer, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown

@@ -9,6 +9,7 @@ piece at a time; the backward pass forms the outputs of a piece again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -113,18 +114,13 @@ def _states(model: nn.Module, head: nn.Linear, samples: Samples) -> torch.Tensor
     """Run a model as far as its last layer; give what that would have been given."""
     seen: list[torch.Tensor] = []
 
-    def stop(_module: nn.Module, given: tuple[Any, ...]) -> None:
-        seen.append(given[0])
+    def stop(states: torch.Tensor) -> torch.Tensor:
+        seen.append(states)
         raise _Reached
 
-    hook = head.register_forward_pre_hook(stop)
-    try:
-        forward(model, samples.inputs)
-    except _Reached:
-        return seen[0]
-    finally:
-        hook.remove()
-    raise AssertionError("a model that was run before has not come to its last layer")
+    with suppress(_Reached):
+        _run(model, head, samples, stop)
+    return seen[0]
 
 
 def _run(

@@ -13,15 +13,16 @@ from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import (
     Attention,
+    Base,
     Built,
     found_targets,
+    held_in,
     require_heads,
     require_input,
     seeded,
 )
 from fedraclora.models.dropout import refuse_idle_rate
 from fedraclora.models.hf import cut_layers, set_dropout
-from fedraclora.models.narrow import Base, held_in
 from fedraclora.models.pretrained import load_pretrained
 
 QUERY_VALUE = ("q_proj,v_proj", "c_attn", "query_key_value")  # of query and value, as PEFT has them
@@ -56,7 +57,7 @@ def build_causal_lm(
         dropout: Dropout of hidden states.
         attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
         base: Precision of the weights: ``float32``; or, for methods that never merge,
-            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.narrow.held_in`).
+            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.built.held_in`).
         checkpointing: Keep only the inputs of each block for the backward pass, and compute the
             rest again: less memory, about a third more time.
         sha256: SHA-256 of the GGUF file, or of ``model.safetensors`` in the folder, or None.

@@ -17,15 +17,16 @@ from fedraclora.errors import ConfigError, ModelError
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import (
     Attention,
+    Base,
     Built,
     found_head,
     found_targets,
+    held_in,
     require_heads,
     require_input,
     seeded,
 )
 from fedraclora.models.dropout import refuse_idle_rate
-from fedraclora.models.narrow import Base, held_in
 from fedraclora.models.pretrained import load_pretrained
 
 # How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
@@ -58,7 +59,7 @@ def build_hf(
         dropout: Dropout of hidden states.
         attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
         base: Precision of the weights: ``float32``; or, for methods that never merge,
-            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.narrow.held_in`).
+            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.built.held_in`).
         sha256: SHA-256 of ``model.safetensors`` in the folder, or None.
 
     Returns:

@@ -8,8 +8,8 @@ import torch
 from vectorised_cases import SEED, SIZES, Case, task_of
 
 from fedraclora.data.task import IGNORED_TOKEN, Task
+from fedraclora.models.built import held_in
 from fedraclora.models.causal import build_causal_lm
-from fedraclora.models.narrow import held_in
 from fedraclora.rng import generator
 
 TOKENS, WIDTH = 23, 9

@@ -11,7 +11,7 @@ from causal_cases import CONFIGS, LLAMA, causal_case
 from vectorised_agreement import LOCAL, base_of, method_of, run, trainer_of
 from vectorised_cases import SEED, Case
 
-from fedraclora.models.narrow import dequantise
+from fedraclora.models.built import dequantise
 from fedraclora.narrow_weight import QuantisedWeight, base_name
 from fedraclora.protocol.method import Cohort, Draw
 

@@ -13,7 +13,7 @@ from vectorised_agreement import ATOL, base_of, method_of, trainer_of
 from vectorised_cases import SEED, SIZES
 
 from fedraclora.data.task import IGNORED_TOKEN, Task
-from fedraclora.models.narrow import dequantise
+from fedraclora.models.built import dequantise
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks

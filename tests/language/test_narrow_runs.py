@@ -17,8 +17,8 @@ import fedraclora
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.models.built import dequantise
 from fedraclora.models.hf import build_hf
-from fedraclora.models.narrow import dequantise
 from fedraclora.narrow_weight import QuantisedWeight, base_name
 
 WORDS = ("rounds=2", "bias=frozen", "model.config.hidden_size=32")
