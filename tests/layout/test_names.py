@@ -13,12 +13,10 @@ ELSEWHERE = ROOT / "experiments" / "bench" / "peers"  # in environments of their
 
 # What stands twice today. A name that is gone from here does not come back.
 TWICE = (
-    "BESIDE BUILDERS Basis Case ControlVariates DTYPES FILE Factors Form LOOKED_AT LOSSES "
-    "Layout Length METRICS NAME Plain Pool Program ROUNDING Reader Record Row Rows Run SKETCHES "
-    "Site Sizes Table Term Terms answer assemble begin check_data check_rows config_of curves "
-    "difference entries federated has_checkpoint join judge named notes_of opened plan_of "
-    "quantised read_config read_header read_run read_table report rows_of shown split "
-    "trainer_of whole words_of "
+    "BESIDE BUILDERS Basis Case NAME Plain Pool ROUNDING Row SKETCHES Site answer assemble "
+    "begin check_data check_rows config_of difference federated has_checkpoint judge named "
+    "notes_of plan_of quantised read_config read_header report shown split trainer_of whole "
+    "words_of "
 )
 
 Tree = tuple[Path, ast.Module]
