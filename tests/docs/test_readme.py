@@ -58,7 +58,25 @@ def test_each_link_leads_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
 
 
-def test_the_first_lines_of_python_run(capsys: pytest.CaptureFixture[str]) -> None:
-    (block, *_) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def table(text: str) -> dict[int, dict[str, float]]:
+    """A printed frame: round -> column -> number."""
+    names, _, *lines = text.strip().splitlines()
+    cells = [line.split() for line in lines]
+    return {int(r): dict(zip(names.split(), map(float, row), strict=True)) for r, *row in cells}
+
+
+def test_the_first_lines_of_python_learn_and_print_what_stands_below_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (block, said), *_ = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
     exec(compile(block, "README.md", "exec"), {})
-    assert "uplink_total" in capsys.readouterr().out
+    shown, wanted = table(capsys.readouterr().out), table(said)
+    assert wanted[20]["accuracy"] > wanted[0]["accuracy"] + 0.3
+    for round_, row in wanted.items():
+        for name, value in row.items():  # another processor may round a product differently
+            near = {"abs": 0.05} if name == "accuracy" else {"rel": 0}
+            assert shown[round_][name] == pytest.approx(value, **near), (round_, name)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 900
