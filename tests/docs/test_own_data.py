@@ -110,9 +110,8 @@ def test_node_data_are_checked_before_anything_is_started(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ray", "flower"])
-def test_the_working_folder_is_importable_where_clients_run(tmp_path: Path, engine: str) -> None:
+def test_the_working_folder_is_importable_where_clients_run(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(block("python"))
     words = command("simulate data=own")
-    done = run(tmp_path, *words, f"engine={engine}", "engine.workers=1", "rounds=1")
+    done = run(tmp_path, *words, "engine=ray", "engine.workers=1", "rounds=1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -30,7 +30,9 @@ LINES = [
     for line in block.splitlines()
 ]
 LINES = [line for line in LINES if not set(line) & set("<\\|&")]  # whole commands alone
-SIMULATIONS = [line for line in LINES if line.startswith("fedraclora simulate")]
+SIMULATIONS = [
+    line for line in LINES if line.startswith("fedraclora simulate") and not line.endswith("--help")
+]
 DEPLOYMENTS = [line for line in LINES if line.startswith("fedraclora deploy")]
 THEORIES = [line for line in LINES if line.startswith("fedraclora theory")]
 COMPARED = "fedraclora compare experiment="
