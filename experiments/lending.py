@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedraclora.config.schema import coerce, section
-from fedraclora.data.objects import is_frame, lend_data
+from fedraclora.data.objects import is_columns, is_frame, lend_data
 from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError
 from fedraclora.experiments import Plain
@@ -130,6 +130,12 @@ def lend_all(
     lent = Lent()
     options = {key: value for key, value in beside.items() if value is not None}
     partitioner = partition if hasattr(partition, "load_partition") else None
+    if partitioner is not None and (not is_columns(data) or "client" in options):
+        raise ConfigError(
+            f"partition is a {type(partition).__name__}, which divides a Dataset of Hugging Face "
+            f"that no column of clients divides; data is a {type(data).__name__}, client is "
+            f"{options.get('client')!r}: leave one out, or give the name of a partition ('iid')"
+        )
     if partition is not None and partitioner is None:
         lent.keys["partition"] = partition
     if model is not None and not isinstance(model, str | Mapping):
@@ -156,10 +162,9 @@ def lend_all(
             f"{str(data)!r}, 'client': COLUMN}} (docs/language-models.md)"
         )
     elif data is None or isinstance(data, str) or is_choice(data):
-        if options or partitioner is not None:
-            what = [*options, *(["partition"] if partitioner is not None else [])]
+        if options:
             raise ConfigError(
-                f"{', '.join(what)}: these go with data of the program, and data is "
+                f"{', '.join(options)}: these go with data of the program, and data is "
                 f"{'not said' if data is None else data!r}"
             )
         if data is None and "model" in lent.groups and not whole:

@@ -78,6 +78,8 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
             "pretrain=none, or leave start out"
         )
     said = {"path": config.start} if isinstance(config.start, str) else config.start
+    if not {"path"} <= said.keys() <= {"path", "sha256"}:
+        raise ConfigError(f"start={said}: the folder of a finished run or of an adapter is wanted")
     folder = Path(said["path"]).expanduser()
     found = start_digest(folder)
     if found != said.get("sha256", found):

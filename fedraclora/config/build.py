@@ -23,7 +23,7 @@ from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.leak import refuse_shared
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import refuse_contradiction
-from fedraclora.data.own import Brought, settled_own
+from fedraclora.data.own import Brought, counted
 from fedraclora.data.partition import make_partition
 from fedraclora.data.samples import Partitioned, Samples, count_labels
 from fedraclora.data.task import Task
@@ -87,7 +87,14 @@ def settled(plain: Plain) -> dict[str, object]:
     data = section(plain, "data")
     if data.get("name") != "own":
         return dict(plain)
-    data, clients = settled_own(data, plain.get("clients"))
+    samples, clients = data.get("samples"), plain.get("clients")
+    if clients is None:
+        clients = counted(samples if isinstance(samples, str) else None, None)
+    data["clients"] = clients
+    if data.get("classes") is None or data.get("shape") is None:
+        asked = without(data, *BESIDE["data"], "client", "alone")  # these a node sets
+        known = bind("data", DATASETS, asked)()
+        data |= {"classes": known.classes, "shape": [*known.sample_shape]}
     return {**plain, "data": data, "clients": clients}
 
 

@@ -158,7 +158,7 @@ def coerce(key: str, value: object, hint: object) -> object:
                 continue
             if isinstance(value, str) and origin is not str:
                 continue  # a text is a sequence of letters, but never a list
-            if isinstance(value, list) and not _fits_elements(value, option):
+            if isinstance(value, list | Mapping) and not _fits_elements(value, option):
                 continue
             return value
     if float in options and isinstance(value, int) and not isinstance(value, bool):
@@ -215,10 +215,10 @@ def _shown(hint: object) -> str:
     return str(hint) if parts else getattr(hint, "__name__", str(hint))
 
 
-def _fits_elements(value: list[object], hint: object) -> bool:
-    """Check the elements of a list against the argument of its hint."""
-    for element in value:
-        for inner in typing.get_args(hint)[:1]:
+def _fits_elements(value: list[object] | Mapping[str, object], hint: object) -> bool:
+    """Check the elements of a list, or the values of a mapping, against those of its hint."""
+    for element in value.values() if isinstance(value, Mapping) else value:
+        for inner in typing.get_args(hint)[-1:]:
             try:
                 coerce("", element, inner)
             except ConfigError:

@@ -151,10 +151,10 @@ def tables_of(
     """Read tables, and with one table the rows of each client or the owner of each row."""
     if is_clients(data):
         parts = listed_tables(data)
-        if partitioner is not None or client is not None:
+        if client is not None:
             raise ConfigError(
                 "data is a list, one entry for each client, so that nothing is left to divide: "
-                "leave partition and client out"
+                "leave client out"
             )
         if not parts:
             raise DataError("data is an empty list; the samples of one or more clients are wanted")
@@ -285,11 +285,6 @@ def column_of(found: Any, name: str, where: str) -> Any:
 
 def divided_by(data: Any, partitioner: Any) -> list[RowNumbers]:
     """Divide a ``Dataset`` by a partitioner of flwr-datasets; return the rows of each client."""
-    if not is_columns(data):
-        raise ConfigError(
-            f"partition is a {type(partitioner).__name__}, which divides a Hugging Face Dataset, "
-            f"but data is a {type(data).__name__}"
-        )
     try:
         divider = copy.deepcopy(partitioner)  # it takes a data set once, and may be the caller's
         divider.dataset = data.add_column("__row__", list(range(len(data))))

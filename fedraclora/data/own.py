@@ -111,9 +111,6 @@ def read_own(
     return read_npz(only, where)
 
 
-# Of the group of the config: what is no argument of `own_samples`, or set by a node.
-_NOT_ASKED = ("name", "labels", "validation", "client", "alone")
-
 
 @dataclass(frozen=True)
 class Brought:
@@ -273,8 +270,6 @@ def own_samples(
     """
     form = Form(None if shape is None else tuple(shape), loss, classes)
     share, said = _share(test, test_share, samples), arguments or {}
-    if not isinstance(said, Mapping):  # settled before the config is checked
-        raise ConfigError(f"data.arguments is {said!r}; a mapping of names to values is wanted")
     functions = [name for name in (samples, test) if name is not None and is_function(name)]
     if said and samples is not None and not functions:
         raise ConfigError(
@@ -304,29 +299,6 @@ def own_samples(
         | ({"held_out": share} if share else {}),
         reading=dict(brought.reading),
     )
-
-
-def settled_own(data: Mapping[str, object], clients: object) -> tuple[dict[str, object], object]:
-    """Fill in what the samples say of themselves: how many clients, what shape, how many classes.
-
-    Processes that have one client's samples could not know it.
-
-    Args:
-        data: The group of the config.
-        clients: What the config says; None: as many as there are files.
-
-    Returns:
-        The group, and the number of clients.
-    """
-    samples = data.get("samples")
-    source = samples if isinstance(samples, str) else None
-    if clients is None:
-        clients = counted(source, None)
-    found = {**data, "clients": clients}
-    if found.get("classes") is None or found.get("shape") is None:
-        known = own_samples(**{k: v for k, v in found.items() if k not in _NOT_ASKED})  # type: ignore[arg-type]
-        found |= {"classes": known.classes, "shape": [*known.sample_shape]}
-    return found, clients
 
 
 def _share(test: str | None, share: float | None, samples: str | None) -> float:

@@ -158,15 +158,22 @@ def take_module(model: object, where: str) -> nn.Module:
 
 
 def require_numbers(model: nn.Module, where: str) -> None:
-    """Reject a module whose weights are not there yet, or are no plain finite numbers.
+    """Reject a module whose weights are fixed, not there yet, or no plain finite numbers.
 
     Args:
         model: Of somebody else's.
         where: Who gave it, for messages.
 
     Raises:
-        ModelError: Naming the weight.
+        ModelError: Naming the layer or the weight.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and [*module.parameters()]:
+            raise ModelError(
+                f"{where}: {f'layer {name!r}' if name else 'the model'} was compiled by torch.jit, "
+                "and its weights cannot be put in place for each client: give the module that "
+                "torch.jit.script or torch.jit.trace was given"
+            )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         weight = isinstance(tensor, nn.Parameter)
         if is_lazy(tensor):

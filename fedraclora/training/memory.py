@@ -11,9 +11,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -193,7 +194,7 @@ def measure_memory(
 
     def count(k: int, *, steps: bool = True) -> Probe:
         probe = Probe(trainer, length, steps=steps)
-        with suppress(Enough), probe.live:
+        with suppress(Enough), uncompiled(), probe.live:
             probe.train(base, owned(downlink, k), largest.expand(k), round_=1, rate_scale=1.0)
         return probe
 
@@ -224,6 +225,14 @@ def try_step(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
     client = torch.zeros(1, dtype=torch.int64, device=trainer.device)
     with suppress(Enough):
         Probe(trainer, None).train(base, owned(downlink, 1), client, round_=1, rate_scale=1.0)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Run what somebody has compiled as it was before: the compiler would compile the counting."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class Enough(Exception):  # noqa: N818  it is no error

@@ -106,7 +106,7 @@ def residue_outlives_its_link(planting: Planting) -> None:
     FEEDBACK,
 )
 def residue_lost_where_a_link_ends(planting: Planting) -> None:
-    planting.put(quantised, "summed", lambda name, term, moments: term)
+    planting.put(quantised, "summed", lambda name, term, moments, sent: term)
 
 
 @defect(

@@ -198,7 +198,7 @@ def faults(
         yield "numbers: weights that are not finite"
     if differs(run.evaluate(), rows[-1]["metrics"]):
         yield "numbers: evaluate() is not the last row"
-    if parts["test"] == USUAL["test"] and not kinds["data"].task:
+    if keys["test"] is TEST:
         pairs = ((told.model, rows[0]), (run.model(), rows[-1]))
         yield from (
             f"numbers: row {row['round']} has {row['metrics']}, torch {measured(model)}"

@@ -340,7 +340,9 @@ MODELS = {
     "tied": model(Tied, "either"),
     "data parallel": model(lambda: parallel(net()), "either"),
     "compiled": model(lambda: torch.compile(net(), backend="eager"), "either"),
-    "scripted": model(lambda: torch.jit.script(net()), "either"),
+    "scripted": model(lambda: torch.jit.script(net()), "refused"),
+    "scripted layer": model(lambda: net(torch.jit.script(nn.Linear(6, 6))), "refused"),
+    "scripted function": model(lambda: net(torch.jit.script(nn.Tanh()))),
     "hooked": model(hooked),
     "spectral norm": model(
         lambda: changed(lambda m: nn.utils.parametrizations.spectral_norm(m[0])), "refused"

@@ -161,6 +161,26 @@ def test_a_partitioner_divides_as_it_does_alone() -> None:
     assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
 
 
+COLUMNS = {f"f{i}": X[:, i] for i in range(5)} | {"label": Y, "site": np.arange(90) % 3}
+UNDIVIDED = {
+    "a frame": {"data": pd.DataFrame(COLUMNS), "client": "site"},
+    "a file": {"data": "rows.csv", "target": "label"},
+    "a list": {"data": CLIENTS},
+    "a choice": {"data": "digits", "model": "mlp"},
+    "a column of clients": {"data": datasets.Dataset.from_dict(COLUMNS), "client": "site"},
+}
+
+
+@pytest.mark.parametrize("kind", UNDIVIDED)
+def test_a_partitioner_of_what_it_cannot_divide_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame(COLUMNS).to_csv("rows.csv", index=False)
+    with pytest.raises(ConfigError, match="partition is a DirichletPartitioner"):
+        run(**UNDIVIDED[kind], partition=DirichletPartitioner(3, "label", 0.5))
+
+
 def test_a_column_says_whose_a_row_is() -> None:
     owners = np.repeat(["b", "a", "c"], [40, 20, 30])
     columns = {f"f{i}": X[:, i] for i in range(5)}

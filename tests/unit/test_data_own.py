@@ -326,6 +326,8 @@ def test_functions_get_the_parameters_of_the_config(
     def built(*more: str) -> Any:
         return build_task(from_plain(settled(composed([*words, *more])), METHODS)).task
 
+    with pytest.raises(ConfigError, match="unknown key 'data"):
+        built("+data.root=here")
     task = built("data.arguments={rows: 7}")
     assert task.train.sizes(torch.arange(2)).tolist() == [7, 8]
     assert len(task.test) == 7

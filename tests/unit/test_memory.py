@@ -290,6 +290,19 @@ def test_projected_moments_take_what_they_say(local: dict[str, Any]) -> None:
     assert taken[0] - taken[1] > 0.95 * saved * clients
 
 
+def test_what_somebody_has_compiled_is_counted_as_it_was_before() -> None:
+    compiled, task = list[object](), mlp()
+
+    def watched(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    plain = world(task).model()
+    task.model.act.compile(backend=watched)
+    assert world(task).model() == plain
+    assert not compiled
+
+
 def test_no_other_clients_take_more() -> None:
     chosen = world(transformer(longest_client=0))  # its longest sample lies with a small client
     model = chosen.model()

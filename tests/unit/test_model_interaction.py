@@ -11,6 +11,7 @@ from torch import nn
 from fedraclora.config.build import fix_bits
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, ModelError
+from fedraclora.models.built import take_module
 from fedraclora.models.outputs import probe, refuse_ways
 
 X = torch.arange(20.0).reshape(4, 5).sin()
@@ -106,6 +107,17 @@ def test_dropout_of_torch_and_frozen_statistics_are_alike_in_both_modes() -> Non
     norm.eval()
     refuse_ways(model, {"x": X})
     refuse_ways(Moded("nothing").train(), {"x": X})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_what_torch_has_compiled_with_weights_in_it_is_refused_by_name() -> None:
+    first, *rest = nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)
+    take_module(nn.Sequential(first, torch.jit.script(rest[0]), rest[1]), "f")
+    part = nn.Sequential(first, torch.jit.script(nn.Sequential(*rest)))
+    whole = torch.jit.script(nn.Sequential(first, *rest))
+    for model, said in ((part, "layer '1'"), (whole, "the model")):
+        with pytest.raises(ModelError, match=f"f: {said} was compiled by torch.jit"):
+            take_module(model, "f")
 
 
 def test_a_model_that_draws_nothing_is_passed_once_in_training_mode() -> None:

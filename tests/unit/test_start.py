@@ -223,6 +223,12 @@ def test_a_run_that_cannot_be_begun_from_is_refused_by_name(case, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.parametrize("start", ["{name:[0]}", "{name:a}", "{path:a,rank:three}", "{path:[a]}"])
+def test_a_beginning_that_is_no_folder_is_refused(start):
+    with pytest.raises(ConfigError, match="start"):
+        fedraclora.simulate("data=digits", "pretrain=none", "rounds=0", f"start={start}")
+
+
 def test_a_folder_from_before_there_were_beginnings_is_read(tmp_path):
     run_ = plain_run(tmp_path / "old")
     path = tmp_path / "old" / "config.yaml"
