@@ -12,7 +12,7 @@ differently elsewhere is decided in one place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -56,7 +56,7 @@ class Derived:
 
     coefficients: torch.Tensor
     drawing: SketchSpec
-    past: torch.Tensor | None = None
+    past: torch.Tensor | None = field(default=None, metadata={"written": False})
 
     @classmethod
     def of(cls, rows: torch.Tensor, past: torch.Tensor, drawing: SketchSpec) -> Derived:

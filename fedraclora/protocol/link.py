@@ -52,7 +52,9 @@ class Term:
         ConfigError: If the factor that stays is none of its matrices.
     """
 
-    factors: tuple[torch.Tensor | SketchSpec | Sketches | Derived, ...]
+    factors: tuple[torch.Tensor | SketchSpec | Sketches | Derived, ...] = field(
+        metadata={"kind": "kind"}
+    )
     scale: float
     kind: str = FULL
     keep: int | None = None
@@ -92,7 +94,7 @@ class Link:
     """
 
     terms: dict[str, Term] = field(default_factory=dict)
-    dense: Tree = field(default_factory=dict)
+    dense: Tree = field(default_factory=dict, metadata={"kind": "kind"})
     rest: tuple[Link, ...] = ()
     kind: str = FULL
 

@@ -8,22 +8,19 @@ the initial weights (a public checkpoint, or a seed).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.lowrank.layers import LayerView
+from fedraclora.codec import join, split
 from fedraclora.protocol.derived import Derived, past_name, pasts, weight_of
 from fedraclora.protocol.method import Link, Plan, Term
-from fedraclora.protocol.quantised import FULL, decode, encode, packed_bytes
-from fedraclora.sketch import Sketches, SketchSpec
+from fedraclora.protocol.quantised import FULL, packed_bytes
 from fedraclora.tree import Tree, below
 
 SEED_BYTES = 8
-VALUES = {"float32": torch.float32, "float64": torch.float64}  # what is read of fewer bits
 
 
 def term_bytes(term: Term) -> int:
@@ -196,101 +193,57 @@ class CatchUp(LinkSizes):
 
 
 def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
-    """Split a link into tensors and a description that is plain JSON, to be written to disk."""
-    tensors, values = packed_values(link.dense, dict.fromkeys(link.dense, link.kind))
-    terms: dict[str, object] = {}
-    for name, term in link.terms.items():
-        parts: list[object] = []
-        for i, factor in enumerate(term.factors):
-            if isinstance(factor, SketchSpec):
-                parts.append(vars(factor))
-            elif isinstance(factor, Sketches):
-                parts.append({"first": vars(factor.first), "count": factor.count})
-            elif isinstance(factor, Derived):
-                tensors[f"term|{name}|{i}"] = factor.coefficients
-                parts.append({"drawing": vars(factor.drawing)})
-            elif term.kind == FULL:
-                tensors[f"term|{name}|{i}"] = factor
-                parts.append(None)
-            else:
-                packed = encode(factor.reshape(-1), [factor.numel()], term.kind)
-                tensors[f"term|{name}|{i}"] = packed
-                parts.append(list(factor.shape))
-        beside = {"kind": term.kind if term.kind != FULL else None, "keep": term.keep}
-        beside = {key: value for key, value in beside.items() if value is not None}
-        terms[name] = {"scale": term.scale, "factors": parts, **beside}
-    rest = []
-    for i, part in enumerate(link.rest):
-        more, described = link_tensors(part)
-        tensors |= {f"rest{i}|{n}": t for n, t in more.items()}
-        rest.append(described)
-    others: dict[str, object] = {"values": values, "rest": rest}
-    return tensors, {"terms": terms} | {key: value for key, value in others.items() if value}
+    """Split a link into tensors and plain JSON, for a file of the chain."""
+    tensors, plain = split(link, "link")
+    return tensors, {"link": plain}
 
 
 def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Link:
     """Rebuild a link from `link_tensors`."""
-    terms: dict[str, Term] = {}
-    for name, term in meta["terms"].items():
-        kind = term.get("kind", FULL)
-        factors: list[torch.Tensor | SketchSpec | Sketches | Derived] = []
-        for i, known in enumerate(term["factors"]):
-            if isinstance(known, Mapping) and "drawing" not in known:
-                factors.append(_sketch(known))
-                continue
-            factor = tensors[f"term|{name}|{i}"]
-            if isinstance(known, Mapping):
-                factors.append(Derived(factor, SketchSpec(**known["drawing"])))
-                continue
-            shaped = known is None or kind == FULL
-            factors.append(factor if shaped else decode(factor, [prod(known)], kind).reshape(known))
-        terms[name] = Term(tuple(factors), float(term["scale"]), kind, term.get("keep"))
+    if "link" not in meta:
+        tensors, meta = _of_older(tensors, meta, "link")
+    return join(Link, tensors, meta["link"], "link")
+
+
+def _of_older(
+    tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], path: str
+) -> tuple[Tree, dict[str, Any]]:
+    """Bring a link of an older release into the form of `link_tensors`."""
     values = meta.get("values", {})
-    kind = next((value[0] for value in values.values()), FULL)
-    rest = [
-        read_link(below(tensors, f"rest{i}|"), link) for i, link in enumerate(meta.get("rest", ()))
-    ]
-    return Link(terms, read_values(tensors, values), tuple(rest), kind)
-
-
-def packed_values(values: Tree, kinds: Mapping[str, str]) -> tuple[Tree, dict[str, list[object]]]:
-    """Pack values that are numbers of a kind, and describe them in plain JSON; others stay."""
-    tensors, described = Tree(), dict[str, list[object]]()
-    for name, value in values.items():
-        kind = kinds.get(name, FULL)
-        if kind == FULL:
-            tensors[f"dense|{name}"] = value
-        else:
-            tensors[f"dense|{name}"] = encode(value.reshape(-1), [value.numel()], kind)
-            described[name] = [kind, list(value.shape), str(value.dtype).removeprefix("torch.")]
-    return tensors, described
-
-
-def read_values(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> Tree:
-    """Read the values that `packed_values` wrote."""
-    found = below(tensors, "dense|")
-    for name, (kind, shape, dtype) in described.items():
-        value = decode(found[name], [prod(shape)], kind).reshape(shape)
-        found[name] = value.to(VALUES[dtype])
-    return found
-
-
-def _sketch(described: Mapping[str, Any]) -> SketchSpec | Sketches:
-    """Read the sketch of a term, or several."""
-    if "first" in described:
-        return Sketches(SketchSpec(**described["first"]), described["count"])
-    return SketchSpec(**described)
+    found = {f"{path}/dense/{name}": t for name, t in below(tensors, "dense|").items()}
+    terms = {}
+    for name, term in meta["terms"].items():
+        kind, factors = term.get("kind", FULL), []
+        for i, known in enumerate(term["factors"]):
+            place = f"{path}/terms/{name}/factors/{i}"
+            derived = isinstance(known, Mapping) and "drawing" in known
+            if (factor := tensors.get(f"term|{name}|{i}")) is not None:
+                found[f"{place}/coefficients" if derived else place] = factor
+            if derived:
+                known = {"coefficients": [], **known}  # noqa: PLW2901
+            elif not isinstance(known, Mapping):
+                known = [] if known is None else [kind, known, "float64"]  # noqa: PLW2901
+            factors.append(known)
+        terms[name] = {**term, "factors": factors}
+    rest = []
+    for i, part in enumerate(meta.get("rest", ())):
+        more, plain = _of_older(below(tensors, f"rest{i}|"), part, f"{path}/rest/{i}")
+        found |= more
+        rest.append(plain["link"])
+    kind = next((told[0] for told in values.values()), FULL)
+    return found, {"link": {"terms": terms, "dense": values, "rest": rest, "kind": kind}}
 
 
 def plan_meta(plan: Plan) -> dict[str, object]:
     """Describe a plan in plain JSON."""
-    targets = {name: [view.kind, *view.shape] for name, view in plan.targets.items()}
-    return {**vars(plan), "targets": targets}
+    found: dict[str, object] = split(plan)[1]
+    return found
 
 
 def read_plan(meta: Mapping[str, Any]) -> Plan:
-    """Rebuild a plan from `plan_meta`."""
-    targets = {name: LayerView(kind, (m, n)) for name, (kind, m, n) in meta["targets"].items()}
-    parts = {key: tuple(meta[key]) for key in ("dense", "local", "weights")}
-    shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
-    return Plan(targets, **parts, shapes=shapes)
+    """Rebuild a plan from `plan_meta`; those of older releases have each target as a list."""
+    targets = {
+        name: {"kind": view[0], "shape": view[1:]} if isinstance(view, list) else view
+        for name, view in meta["targets"].items()
+    }
+    return join(Plan, {}, {**meta, "targets": targets})

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing_extensions import override
 
 from fedraclora import objects
+from fedraclora.codec import split
 from fedraclora.protocol.link import Link
 from fedraclora.temporary import PrivateFolder
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
-from fedraclora.weights.update import WeightHistory, update_tensors
+from fedraclora.weights.update import WeightHistory
 
 _SETTINGS = "config.json"
 
@@ -45,11 +46,11 @@ class JobFolder(WeightHistory):
         if update.start is None or self._size >= sum(t.nbytes for t in base.values()):
             self.write_whole()
         else:
-            save_tensors(self._path, *update_tensors(update), sync=False)
+            save_tensors(self._path, *split(update), sync=False)
 
     def write_whole(self) -> None:
         """Begin the folder anew with the newest weights."""
-        save_tensors(self._path, *update_tensors(self.since(None)), sync=False)
+        save_tensors(self._path, *split(self.since(None)), sync=False)
         self._size = 0
         for path in self.folder.glob("*.safetensors"):
             if path != self._path:

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from typing_extensions import override
 
+from fedraclora.codec import join
 from fedraclora.errors import CheckpointError, StaleError, WireError
 from fedraclora.protocol.link import Plan, apply_link
 from fedraclora.tree import Tree, fingerprint
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.weights.update import WeightUpdate, read_update
+from fedraclora.weights.update import WeightUpdate
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class FolderReplica(Replica):
 
     def _read(self, path: Path, round_: int) -> WeightUpdate:
         try:
-            return read_update(*load_tensors(path, "the server writes it anew with its next run"))
+            return join(WeightUpdate, *load_tensors(path, "the server writes it anew"))
         except CheckpointError as error:
             raise WireError(
                 f"round {round_}: version {int(path.stem)} of the base weights: {error}"

@@ -15,21 +15,13 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from fedraclora.narrow_weight import join, split
+from fedraclora.codec import join, split
 from fedraclora.protocol.derived import weight_of
 from fedraclora.protocol.link import Link
 from fedraclora.protocol.quantised import FULL
-from fedraclora.tree import Tree, below, fingerprint, to_numpy
+from fedraclora.tree import Tree, fingerprint, to_numpy
 from fedraclora.weights.base import BaseWeights
-from fedraclora.weights.chain import (
-    LinkSizes,
-    link_tensors,
-    packed_values,
-    read_link,
-    read_values,
-    term_bytes,
-    value_bytes,
-)
+from fedraclora.weights.chain import LinkSizes, term_bytes, value_bytes
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class WeightUpdate:
     mark: int
     start: int | None
     links: tuple[tuple[int, Link], ...] = ()
-    dense: Tree = field(default_factory=dict)
+    dense: Tree = field(default_factory=dict, metadata={"kind": "kinds"})
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -64,37 +56,13 @@ class WeightUpdate:
     @override
     def __reduce__(self) -> tuple[object, ...]:
         """Be pickled as numpy arrays, which go to other processes with one copy."""
-        tensors, meta = update_tensors(self)
-        return _from_arrays, ({name: to_numpy(t) for name, t in tensors.items()}, meta)
+        tensors, plain = split(self)
+        return _from_arrays, ({name: to_numpy(t) for name, t in tensors.items()}, plain)
 
 
-def update_tensors(update: WeightUpdate) -> tuple[Tree, dict[str, object]]:
-    """Split an update into tensors and a description that is plain JSON."""
-    tensors: Tree = {}
-    links = []
-    for version, link in update.links:
-        found, meta = link_tensors(link)
-        tensors |= {f"{version}|{name}": t for name, t in found.items()}
-        links.append([version, meta])
-    whole, values = packed_values(split(update.dense), update.kinds)
-    tensors |= whole
-    # As text: 64 bits are more than a number of JSON is sure to keep.
-    meta = {"version": update.version, "mark": str(update.mark), "held": update.start}
-    return tensors, {**meta, "links": links, "values": values}
-
-
-def read_update(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> WeightUpdate:
-    """Rebuild an update from `update_tensors`."""
-    links = tuple((v, read_link(below(tensors, f"{v}|"), link)) for v, link in meta["links"])
-    values = meta["values"]
-    dense = join(read_values(tensors, values))
-    kinds = {name: value[0] for name, value in values.items()}
-    return WeightUpdate(meta["version"], int(meta["mark"]), meta["held"], links, dense, kinds)
-
-
-def _from_arrays(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> WeightUpdate:
+def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> WeightUpdate:
     # Copied into memory of torch's own: matrix products round by alignment.
-    return read_update({name: torch.tensor(a) for name, a in arrays.items()}, meta)
+    return join(WeightUpdate, {name: torch.tensor(a) for name, a in arrays.items()}, plain)
 
 
 class WeightHistory(BaseWeights):

@@ -20,30 +20,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from fedraclora.codec import join, split
 from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError
+from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Downlink, Link, Method, State
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.method import Adapter, Downlink, Link, Method, State, Trained
+from fedraclora.protocol.pool import Pool
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
-from fedraclora.tree import Tree
-from fedraclora.wire.downlink import (
-    COEFFICIENTS,
-    TrainRequest,
-    pack_downlink,
-    unpack_downlink,
-    uplink_layout,
-)
-from fedraclora.wire.records import header_record, read_header, read_tree, tree_record
+from fedraclora.sketch import Sketches, SketchSpec
+from fedraclora.tree import Layout, Tree, below
+from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.records import DTYPES
 
 PREFIX = "buffer/"
-# Fields that older headers lack.
-NEWER = {"extras": {}, "pools": {}, "uplink": FULL, "kind": FULL, "feedback": False, "turn": None}
-NEWER |= {COEFFICIENTS: []}
-OLDER = ("variates", "lifted")  # fields of headers of older releases, which were empty here
 
 
 @dataclass(frozen=True)
@@ -92,6 +86,14 @@ def batch_of(got: Uplinks, sent: Downlink, base: Tree, started: tuple[PendingCli
     return Batch(flights[0].round_, sent, flights, rows - start.to(rows), got.weights)
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """What is on its way: batches in ascending order of round, and clients that will vanish."""
+
+    batches: tuple[Batch, ...]
+    lost: tuple[PendingClient, ...] = ()
+
+
 def write_batches(batches: list[Batch], lost: tuple[PendingClient, ...], dtype: str) -> Tree:
     """Write what is on its way as tensors; batches without clients are left out.
 
@@ -100,60 +102,87 @@ def write_batches(batches: list[Batch], lost: tuple[PendingClient, ...], dtype: 
         lost: Clients that will vanish.
         dtype: Of numbers on the wire.
     """
-    found: Tree = {}
-    for batch in batches:
-        if not batch.flights:
-            continue
-        clients = torch.tensor([f.client for f in batch.flights])
-        packed = pack_downlink(batch.sent, TrainRequest(batch.round_, 0, 1.0, clients), dtype)
-        text, arrays = json.dumps(read_header(packed)).encode(), read_tree(packed, "arrays")
-        found |= {
-            f"{PREFIX}{batch.round_}/clients": clients,
-            f"{PREFIX}{batch.round_}/lands": _lands(batch.flights),
-            f"{PREFIX}{batch.round_}/rows": batch.rows,
-            f"{PREFIX}{batch.round_}/weights": batch.weights,
-            f"{PREFIX}{batch.round_}/header": torch.tensor(list(text), dtype=torch.uint8),
-            f"{PREFIX}{batch.round_}/numbers": arrays["flat"].clone(),
-        }
-        if COEFFICIENTS in arrays:
-            found[f"{PREFIX}{batch.round_}/{COEFFICIENTS}"] = arrays[COEFFICIENTS].clone()
-    if lost:
-        found[f"{PREFIX}lost/who"] = torch.tensor([(f.client, f.round_) for f in lost])
-        found[f"{PREFIX}lost/lands"] = _lands(lost)
-    return found
-
-
-def _lands(flights: tuple[PendingClient, ...]) -> torch.Tensor:
-    return torch.tensor([f.lands for f in flights], dtype=torch.float64)
+    if not lost and not any(batch.flights for batch in batches):
+        return {}
+    sent = [replace(b.sent.to(DTYPES[dtype]), ranks=None) for b in batches]
+    pairs = zip(batches, sent, strict=True)
+    kept = tuple(replace(batch, sent=asked) for batch, asked in pairs if batch.flights)
+    tensors, plain = split(Waiting(kept, lost), PREFIX[:-1])
+    # Copied: products round by where a matrix lies, and after a resume it lies by itself.
+    tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    text = json.dumps(plain).encode()
+    return tensors | {f"{PREFIX}fields": torch.tensor([*text], dtype=torch.uint8)}
 
 
 def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
     """Read the batches of `write_batches`, in ascending order of round, and who will vanish."""
-    stored = {n.removeprefix(PREFIX): t for n, t in state.moments.items() if n.startswith(PREFIX)}
-    rounds = sorted({int(n.partition("/")[0]) for n in stored if not n.startswith("lost/")})
+    stored = below(state.moments, PREFIX)
+    if not stored:
+        return [], ()
+    if "fields" not in stored:
+        return _read_older(stored)
+    found = join(Waiting, stored, json.loads(bytes(stored["fields"].tolist())))
+    return [*found.batches], found.lost
+
+
+def _read_older(stored: Tree) -> tuple[list[Batch], tuple[PendingClient, ...]]:
+    """Read what an older release wrote: the downlink as a header and one row of numbers."""
     batches = []
-    for round_ in rounds:
-        clients, lands = stored[f"{round_}/clients"], stored[f"{round_}/lands"]
-        header = json.loads(bytes(stored[f"{round_}/header"].tolist()))
-        header = NEWER | {k: v for k, v in header.items() if k not in OLDER}
-        content = pack_downlink(Downlink(), TrainRequest(round_, 0, 1.0, clients), "float32")
-        content["config"] = header_record(header)
-        arrays = {"flat": stored[f"{round_}/numbers"]}
-        if (coefficients := stored.get(f"{round_}/{COEFFICIENTS}")) is not None:
-            arrays[COEFFICIENTS] = coefficients
-        content["arrays"] = tree_record(arrays)
-        sent, _ = unpack_downlink(content)
-        flights = tuple(
-            PendingClient(at, k, round_)
-            for k, at in zip(clients.tolist(), lands.tolist(), strict=True)
+    for round_ in sorted({int(n.partition("/")[0]) for n in stored if not n.startswith("lost/")}):
+        own = below(stored, f"{round_}/")
+        header = json.loads(bytes(own["header"].tolist()))
+        pairs = [("layout", own["numbers"]), ("coefficients", own.get("coefficients"))]
+        numbers: Tree = {}
+        for key, flat in pairs:
+            if flat is not None:
+                layout = Layout(tuple((name, tuple(shape)) for name, shape in header[key]))
+                numbers |= {name: t.clone() for name, t in layout.unpack(flat).items()}
+        flights = zip(own["lands"].tolist(), own["clients"].tolist(), strict=True)
+        batch = Batch(
+            round_,
+            _older_downlink(header, numbers),
+            tuple(PendingClient(at, k, round_) for at, k in flights),
+            own["rows"],
+            own["weights"],
         )
-        rows, weights = stored[f"{round_}/rows"], stored[f"{round_}/weights"]
-        batches.append(Batch(round_, sent, flights, rows, weights))
-    lost: tuple[PendingClient, ...] = ()
-    if "lost/who" in stored:
-        pairs = zip(stored["lost/who"].tolist(), stored["lost/lands"].tolist(), strict=True)
-        lost = tuple(PendingClient(at, k, round_, lost=True) for (k, round_), at in pairs)
-    return batches, lost
+        batches.append(batch)
+    if "lost/who" not in stored:
+        return batches, ()
+    gone = zip(stored["lost/lands"].tolist(), stored["lost/who"].tolist(), strict=True)
+    return batches, tuple(PendingClient(at, k, round_, lost=True) for at, (k, round_) in gone)
+
+
+def _older_downlink(header: dict[str, Any], numbers: Tree) -> Downlink:
+    """Read the downlink of an older release from its header and its numbers by name."""
+
+    def factor(told: dict[str, Any], name: str) -> Any:
+        spec = None if told.get("spec") is None else SketchSpec(**told["spec"])
+        if told["role"] == "trained":
+            start = numbers[name] if told["started"] else spec
+            return Trained(tuple(told["shape"]), start, told["main"], told["upload"])
+        if spec is None:
+            return numbers[name]
+        return Derived(numbers[name], spec) if told["role"] == "derived" else spec
+
+    return Downlink(
+        {
+            w: Adapter({k: factor(f, f"{w}/{k}") for k, f in a["factors"].items()}, a["scale"])
+            for w, a in header["adapters"].items()
+        },
+        {name: factor(told, name) for name, told in header["dense"].items()},
+        header["recipe"],
+        header["arguments"],
+        link=header["link"],
+        extras={
+            extra: {name: numbers[f"{extra}/{name}"] for name in names}
+            for extra, names in header.get("extras", {}).items()
+        },
+        pools={
+            w: Pool(Sketches(SketchSpec(**told["spec"]), told["count"]), told["scale"])
+            for w, told in header.get("pools", {}).items()
+        },
+        turn=tuple(header["turn"]) if header.get("turn") else None,
+    )
 
 
 def merge(method: Method, state: State, batches: list[Batch], now: Downlink, round_: int) -> State:

@@ -68,8 +68,9 @@ def test_a_weight_is_kept_by_its_links_or_whole_whichever_is_smaller(tmp_path: P
     """35 numbers; of the two links with terms among three rounds each has 24."""
     compact(written(tmp_path), 2)
     stored = {f.last: [*load_tensors(f.path, "")[0]] for f in link_files(tmp_path / "chain")}
-    assert [name for name in stored[2] if "carried" not in name] == ["dense|w"]
-    assert [name for name in stored[4] if "carried" not in name] == ["term|w|0", "term|w|1"]
+    assert [name for name in stored[2] if "carried" not in name] == ["link/dense/w"]
+    factors = [f"link/terms/w/factors/{i}" for i in range(2)]
+    assert [name for name in stored[4] if "carried" not in name] == factors
 
 
 def test_a_run_goes_on_from_a_compacted_chain(tmp_path: Path) -> None:
@@ -137,7 +138,9 @@ def test_links_in_fewer_bits_stay_in_them(tmp_path: Path) -> None:
     compact(tmp_path, 100)
     tensors, meta = load_tensors(tmp_path / "chain" / "000001-000003.safetensors", "")
     assert [tensor.nbytes for tensor in tensors.values()] == [12, 12, 12]
-    assert [part["terms"]["w"]["kind"] for part in (meta, *meta["rest"])] == ["int4"] * 3
+    assert [part["terms"]["w"]["kind"] for part in (meta["link"], *meta["link"]["rest"])] == [
+        "int4"
+    ] * 3
     assert digest(state_at(tmp_path, 3).base) == digest(state.base)
 
 

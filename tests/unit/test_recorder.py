@@ -189,7 +189,7 @@ def test_a_round_that_changed_nothing_has_an_empty_link(tmp_path: Path) -> None:
     recorder = filled(tmp_path, 1)
     recorder.link(2, replace(state(), link=None))
     *_, (round_, tensors, meta) = read_links(tmp_path / "chain")
-    assert (round_, tensors, meta["terms"]) == (2, {}, {})
+    assert (round_, tensors, meta["link"]) == (2, {}, {})
 
 
 def test_the_chain_can_be_left_out(tmp_path: Path) -> None:

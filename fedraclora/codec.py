@@ -1,0 +1,257 @@
+"""A dataclass of tensors and plain fields as named tensors and JSON, and back: one form for all.
+
+What goes to disk, into a message or to another process is split into these two; whoever writes them
+(`fedraclora.weights.files`, a message) knows no more of what is inside. The JSON follows the type
+hints, which check it when it is read:
+
+- A dataclass is an object of its fields, without those that have their defaults: what older files
+  lack has them. Where several may stand, the names of the fields tell which it is.
+- A tensor is an empty list, and one of the tensors by its path: ``terms/fc1.weight/factors/0``. Of
+  numbers in few bits the list is their kind, shape and type. A dict of tensors names these alone.
+
+A field with ``metadata={"kind": NAME}`` has numbers of the kind that the field ``NAME`` says (or by
+name, where that is a dict), and one with ``metadata={"written": False}`` is left at its default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+
+from fedraclora import narrow_weight
+from fedraclora.protocol.quantised import FULL, ROUNDED, decode, encode
+from fedraclora.tree import Tree, below
+
+T = TypeVar("T")
+PLAIN = (bool, int, float, str)
+NUMBERS = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float64)}  # of few bits, read
+KINDS = NUMBERS | {"bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS |= {k: getattr(torch, k) for k in ("int8", "int16", "int32", "int64", "uint8", "bool")}
+
+
+def split(value: object, path: str = "") -> tuple[Tree, Any]:
+    """Split a dataclass, or a list or a dict of such, into tensors and plain JSON.
+
+    Args:
+        value: What is written. Its tensors are not copied.
+        path: In front of the names of the tensors.
+
+    Returns:
+        The tensors by path, with codes and scales in the place of narrow weights, and the JSON.
+
+    Example:
+        >>> from fedraclora.protocol.link import Link, Term
+        >>> tensors, plain = split(Link({"w": Term((torch.ones(2, 1), torch.ones(1, 3)), 2.0)}))
+        >>> list(tensors), plain
+        (['terms/w/factors/0', 'terms/w/factors/1'], {'terms': {'w': {'factors': [[], []], \
+'scale': 2.0}}})
+    """
+    tensors: Tree = {}
+    plain = _split(value, path, FULL, tensors)
+    return narrow_weight.split(tensors), plain
+
+
+def join(kind: type[T], tensors: Mapping[str, torch.Tensor], plain: object, path: str = "") -> T:
+    """Build what `split` has split.
+
+    Args:
+        kind: A dataclass.
+        tensors: Those that it was split into, and perhaps others.
+        plain: The JSON; it may come from another machine.
+        path: In front of the names of the tensors.
+
+    Raises:
+        ValueError: Naming the path, what came and what was wanted. What the dataclass itself
+            refuses it says in its own way.
+    """
+    found: T = _join(kind, narrow_weight.join(tensors), plain, path)
+    return found
+
+
+def to_bytes(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[list[Any]]]:
+    """Lay tensors one after another: bytes [n], and of each its name, type and shape."""
+    raw = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors.values()]
+    table = [[name, str(t.dtype)[6:], list(t.shape)] for name, t in tensors.items()]
+    return torch.cat([torch.zeros(0, dtype=torch.uint8), *raw]), table
+
+
+def from_bytes(raw: torch.Tensor, table: object) -> Tree:
+    """Cut out the tensors that `to_bytes` has laid, into memory of torch's own.
+
+    Matrix products round by where a matrix lies.
+
+    Raises:
+        ValueError: If they do not take just these bytes, or the table is none.
+    """
+    if raw.dim() != 1 or raw.dtype != torch.uint8:
+        raise ValueError(
+            f"{tuple(raw.shape)} numbers of {raw.dtype} came; a row of bytes is wanted"
+        )
+    found: Tree = {}
+    start = 0
+    for name, kind, shape in _join(list[tuple[str, str, tuple[int, ...]]], {}, table, "tensors"):
+        if kind not in KINDS or name in found or any(size < 0 for size in shape):
+            raise ValueError(f"{name} is of the kind {kind} and the shape {shape}, or comes twice")
+        size = prod(shape) * KINDS[kind].itemsize
+        if size > len(raw) - start:
+            raise ValueError(f"{name} takes {size} bytes, but only {len(raw) - start} are left")
+        found[name] = torch.empty(shape, dtype=KINDS[kind])
+        found[name].reshape(-1).view(torch.uint8).copy_(raw[start : start + size])
+        start += size
+    if start != len(raw):
+        raise ValueError(f"there are {len(raw) - start} bytes more than the tensors take")
+    return found
+
+
+def _split(value: object, path: str, kind: Any, tensors: Tree) -> Any:
+    """Write a value: its tensors among ``tensors``, the rest as the result."""
+    if isinstance(value, torch.Tensor):
+        if path in tensors:
+            raise ValueError(f"two tensors have the path {path}")
+        if kind == FULL:
+            tensors[path] = value
+            return []
+        tensors[path] = encode(value.reshape(-1), [value.numel()], kind)
+        return [kind, list(value.shape), str(value.dtype)[6:]]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            name: _split(inner, _at(path, name), _kind_of(value, field), tensors)
+            for name, field in _fields(type(value)).items()
+            if not _is_default(field, inner := getattr(value, name))
+        }
+    if isinstance(value, Mapping):
+        kinds = kind if isinstance(kind, Mapping) else dict.fromkeys(value, kind)
+        parts = {
+            str(key): _split(inner, _at(path, key), kinds.get(key, FULL), tensors)
+            for key, inner in value.items()
+        }
+        is_tree = all(isinstance(inner, torch.Tensor) for inner in value.values())
+        return {k: v for k, v in parts.items() if v} if is_tree else parts
+    if isinstance(value, list | tuple):
+        return [_split(inner, _at(path, i), kind, tensors) for i, inner in enumerate(value)]
+    return value
+
+
+def _join(hint: Any, tensors: Mapping[str, torch.Tensor], plain: Any, path: str) -> Any:
+    """Read a value of a type."""
+    options = _options(hint)
+    if torch.Tensor in options and isinstance(plain, list):
+        return _tensor(tensors, plain, path)
+    for option in options:
+        origin, parts = typing.get_origin(option) or option, typing.get_args(option)
+        if option in {object, Any} or (option is type(None) and plain is None):
+            return plain
+        if dataclasses.is_dataclass(option) and _fits(option, plain):
+            return _dataclass(option, tensors, plain, path)
+        if origin in PLAIN and (found := _plain(origin, plain)) is not None:
+            return found
+        if origin in {list, Sequence, tuple} and isinstance(plain, list):
+            whole = origin is tuple and parts[-1] is not Ellipsis
+            if whole and len(plain) != len(parts):
+                continue
+            each = parts if whole else [parts[0]] * len(plain)
+            pairs = enumerate(zip(each, plain, strict=True))
+            listed = [_join(inner, tensors, v, _at(path, i)) for i, (inner, v) in pairs]
+            return tuple(listed) if origin is tuple else listed
+        if origin in {dict, Mapping} and isinstance(plain, dict):
+            return _dict(parts, tensors, plain, path)
+    raise ValueError(f"{path or 'it'} is {plain!s:.60}; {_shown(hint)} is wanted")
+
+
+def _dataclass(
+    kind: Any, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any], path: str
+) -> Any:
+    hints = _hints(kind)
+    trees = {n for n, hint in hints.items() if hint == Tree and n in _fields(kind)}
+    found = {
+        name: _join(hints[name], tensors, plain.get(name, {}), _at(path, name))
+        for name in _fields(kind)
+        if name in plain or name in trees
+    }
+    return kind(**found)
+
+
+def _dict(
+    parts: Sequence[Any], tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any], path: str
+) -> dict[Any, Any]:
+    key_of, inner = parts
+    if inner is torch.Tensor:  # of each only what is in few bits is told
+        plain = {**{key: [] for key in below(tensors, f"{path}/" if path else "")}, **plain}
+    keys = [int(key) if key_of is int else key for key in plain]
+    values = (_join(inner, tensors, value, _at(path, key)) for key, value in plain.items())
+    return dict(zip(keys, values, strict=True))
+
+
+def _tensor(tensors: Mapping[str, torch.Tensor], told: list[Any], path: str) -> torch.Tensor:
+    """Take a tensor, read from few bits where its kind, shape and type are told."""
+    if path not in tensors:
+        raise ValueError(f"there are no numbers of {path}")
+    if not told:
+        return tensors[path]
+    kind, shape, dtype = _join(tuple[str, tuple[int, ...], str], {}, told, path)
+    if kind not in ROUNDED or dtype not in NUMBERS or any(size < 0 for size in shape):
+        raise ValueError(f"{path} is {told!s:.60}; a kind, a shape and a type are wanted")
+    return decode(tensors[path], [prod(shape)], kind).reshape(shape).to(NUMBERS[dtype])
+
+
+def _plain(kind: type, value: object) -> Any:
+    """Take a plain value of a type, a whole number for a fraction; None for any other."""
+    if kind is float and type(value) is int:
+        return value
+    fits = type(value) is kind and (kind is not float or math.isfinite(value))  # type: ignore[arg-type]
+    return value if fits else None
+
+
+def _fits(kind: Any, plain: object) -> bool:
+    """Tell whether the names of an object are those of the fields of a dataclass."""
+    if not isinstance(plain, dict):
+        return False
+    missing = [f for name, f in _fields(kind).items() if name not in plain]
+    needed = [f for f in missing if f.default is f.default_factory is dataclasses.MISSING]
+    trees = [f for f in needed if _hints(kind)[f.name] == Tree]
+    return plain.keys() <= _fields(kind).keys() and len(needed) == len(trees)
+
+
+def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
+    """Tell whether a field has its default, and is left out."""
+    if field.default_factory is not dataclasses.MISSING:
+        return not value and value == field.default_factory()
+    return isinstance(value, (*PLAIN, tuple, type(None))) and value == field.default
+
+
+def _kind_of(value: object, field: dataclasses.Field[Any]) -> Any:
+    return getattr(value, field.metadata["kind"]) if "kind" in field.metadata else FULL
+
+
+def _at(path: str, name: object) -> str:
+    return f"{path}/{name}" if path else str(name)
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(kind) if f.metadata.get("written", True)}
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+@functools.cache
+def _options(hint: Any) -> tuple[Any, ...]:
+    """List what may stand where a hint does."""
+    if typing.get_origin(hint) in {typing.Union, types.UnionType}:
+        return tuple(option for inner in typing.get_args(hint) for option in _options(inner))
+    return (hint,)
+
+
+def _shown(hint: Any) -> str:
+    return " or ".join(getattr(option, "__name__", str(option)) for option in _options(hint))
