@@ -43,6 +43,7 @@ from fedraclora.strategies.shared.layerwise import (
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.materialise import start_from
+from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
 from tests.campaigns.planting import Planting, defect, defects_of
 
@@ -166,7 +167,8 @@ def clients_share_what_they_keep(planting: Planting) -> None:
     sound = ClientStore.read
 
     def read(self: ClientStore, clients: torch.Tensor, *given: Any, **more: Any) -> Tree:
-        return sound(self, torch.full_like(clients, min(self._entries, default=0)), *given, **more)
+        anybody = next(iter(self.latest(1)), 0)
+        return sound(self, torch.full_like(clients, anybody), *given, **more)
 
     planting.put(ClientStore, "read", read)
 
@@ -286,19 +288,18 @@ def clients_counted_in_a_mean_of_weights(planting: Planting) -> None:
 
 @defect("fed_rac_lora", "an optimiser that is not reset")
 def moments_outlive_the_round(planting: Planting) -> None:
-    sound = CohortTrainer._step
+    sound, last = CohortOptimiser.step, dict[str, torch.Tensor]()
 
-    def step(
-        self: Any, chunk: Any, number: int, batch: Any, optimiser: Any, *rest: Any
-    ) -> torch.Tensor:
-        if number == 0:
-            for name, moment in getattr(self, "_moments", {}).items():
-                if name in chunk.values and moment.shape == chunk.values[name].shape:
-                    optimiser.first[name] = moment
-            self._moments = optimiser.first
-        return sound(self, chunk, number, batch, optimiser, *rest)
+    def step(self: CohortOptimiser, gradients: Tree) -> None:
+        if self.count == 0:
+            held = {n: t for n, t in last.items() if n in self.values}
+            fits = {n: t.clone() for n, t in held.items() if t.shape == self.values[n].shape}
+            self.first.update(fits)
+        sound(self, gradients)
+        last.clear()
+        last.update(self.first)
 
-    planting.put(CohortTrainer, "_step", step)
+    planting.put(CohortOptimiser, "step", step)
 
 
 METHOD_DEFECTS = defects_of(globals())

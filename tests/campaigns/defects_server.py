@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 
-import fedraclora.strategies.server.buffer
-import fedraclora.strategies.steps.fedopt
 import fedraclora.strategies.steps.scaffold
 from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerOptimiser, Yogi
 from fedraclora.clients.client_state import restore
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.buffered import BufferedStrategy
 from fedraclora.strategies.server.buffer import Batch, batch_of, merge
-from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.steps.fedopt import step_in_weights
 from fedraclora.training.extras.variates import (
     VariateKeeper,
@@ -103,9 +99,10 @@ def yogi_moves_the_wrong_way(planting: Planting) -> None:
     planting.put(Yogi, "second", second)
 
 
-@defect(f"{IN_WEIGHTS} and momentum", "an optimiser that is made anew in each round", OPTIMISERS)
+@defect(f"{IN_WEIGHTS} and adam", "an optimiser that is made anew in each round", OPTIMISERS)
 def server_moments_begin_anew(planting: Planting) -> None:
-    planting.put(fedraclora.strategies.steps.fedopt, "_own", lambda state: {})
+    sound = Adaptive.advance
+    planting.put(Adaptive, "advance", lambda self, change, moments: sound(self, change, {}))
 
 
 @dataclass(frozen=True)
@@ -266,26 +263,20 @@ def stale_factor_beside_the_new_sketch(planting: Planting) -> None:
     planting.function(merge, beside)
 
 
-def close_group(
-    planting: Planting,
-    change: Callable[[list[Batch], float, int], tuple[list[Batch], float]],
-) -> None:
-    """Change the replies that are merged together, or what their sum is divided by."""
-    sound = fedraclora.strategies.server.buffer._closed
+def merged_otherwise(planting: Planting, change: Callable[[list[Batch], int], list[Batch]]) -> None:
+    """Change the replies that the server is about to merge."""
 
-    def closed(
-        method: Any, state: State, sent: Downlink, group: list[Batch], total: float, round_: int
+    def otherwise(
+        method: Any, state: State, batches: list[Batch], now: Downlink, round_: int
     ) -> State:
-        return sound(method, state, sent, *change(group, total, round_), round_)
+        return merge(method, state, change(batches, round_), now, round_)
 
-    planting.put(fedraclora.strategies.server.buffer, "_closed", closed)
+    planting.function(merge, otherwise)
 
 
 @defect(STEP, "FedBuff: s(tau) = 1", BUFFERED)
 def stale_replies_count_in_full(planting: Planting) -> None:
-    close_group(
-        planting, lambda group, total, now: ([replace(b, round_=now) for b in group], total)
-    )
+    merged_otherwise(planting, lambda batches, now: [replace(b, round_=now) for b in batches])
 
 
 @defect(
@@ -294,10 +285,12 @@ def stale_replies_count_in_full(planting: Planting) -> None:
     BUFFERED,
 )
 def discount_divided_out_again(planting: Planting) -> None:
-    def left(batch: Batch, now: int) -> float:
-        return float(batch.weights.sum()) / (1 + now - batch.round_) ** 0.5
+    def lengthened(batches: list[Batch], now: int) -> list[Batch]:
+        whole = [float(b.weights.sum()) for b in batches]
+        left = [w / (1 + now - b.round_) ** 0.5 for w, b in zip(whole, batches, strict=True)]
+        return [replace(b, rows=b.rows * (sum(whole) / sum(left))) for b in batches]
 
-    close_group(planting, lambda group, total, now: (group, sum(left(b, now) for b in group)))
+    merged_otherwise(planting, lengthened)
 
 
 @defect(
@@ -313,20 +306,16 @@ def stale_weights_in_the_place_of_changes(planting: Planting) -> None:
 
 
 @defect(
-    "test_a_reply_is_merged_once_and_waits_until_then",
-    "resets nothing: what was merged lies in the buffer still",
-    BUFFERED,
+    f"{STEP} and ffa_lora", "resets nothing: what was merged lies in the buffer still", BUFFERED
 )
 def buffer_never_emptied(planting: Planting) -> None:
-    sound = BufferedStrategy._next
+    merged: list[Batch] = []
 
-    def next_(self: BufferedStrategy, exchange: Exchange, got: Uplinks) -> State:
-        leg = self._leg
-        assert leg is not None
-        self._leg = replace(leg, flying=(*leg.flying, *leg.landed))
-        return sound(self, exchange, got)
+    def again(batches: list[Batch], _now: int) -> list[Batch]:
+        merged.extend(batches)
+        return [*merged]
 
-    planting.put(BufferedStrategy, "_next", next_)
+    merged_otherwise(planting, again)
 
 
 SERVER_DEFECTS = defects_of(globals())

@@ -26,9 +26,13 @@ class Planting:
     def put(self, owner: object, name: str, new: object) -> None:
         """Replace an attribute of a class, or a name as one module knows it.
 
+        A defect says what is done wrongly, not where: what is internal may be built otherwise.
+
         Raises:
-            AttributeError: If the owner has no such attribute.
+            AttributeError: If the owner has no such attribute, or has it for itself alone.
         """
+        if name.startswith("_"):
+            raise AttributeError(f"{name} is internal: plant the defect in what others call")
         self.replaced.append((owner, name, getattr(owner, name)))
         self.patch.setattr(owner, name, new)
 

@@ -17,7 +17,7 @@ every_defect = pytest.mark.parametrize("defect", DEFECTS.values(), ids=DEFECTS)
 SHORT = {
     "scale_is_alpha": "test_the_scale_is_alpha_over_the_rank and fed_rac_lora",
     "yogi_moves_the_wrong_way": "yogi and weights",
-    "buffer_never_emptied": "test_a_reply_is_merged_once_and_waits_until_then",
+    "buffer_never_emptied": "test_every_step_is_the_discounted_mean and ffa_lora",
 }
 
 
@@ -41,6 +41,8 @@ def test_what_is_not_there_is_refused() -> None:
         planting = Planting(patch)
         with pytest.raises(AttributeError):
             planting.put(defects_methods.Uplinks, "gone", None)
+        with pytest.raises(AttributeError, match="internal"):
+            planting.put(defects_methods.Uplinks, "__init__", None)
         planting.function(finite, lambda rows: None)
         with pytest.raises(AttributeError, match="is another function"):
             planting.function(finite, lambda rows: None)
