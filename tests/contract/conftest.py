@@ -10,7 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from laws import BY_TEST
+from laws import add_law
+from worlds import World, make_world
 
 
 @pytest.hookimpl(wrapper=True)
@@ -19,10 +20,14 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the law beside the assertion that it broke."""
     report = yield
-    law = BY_TEST.get(getattr(item, "originalname", ""))
-    if law is not None and report.failed:
-        report.sections.append((f"law of {item.originalname}", str(law)))
+    add_law(report, getattr(item, "originalname", ""))
     return report
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    """Five ragged clients (one has a single sample), averaged head and biases."""
+    return make_world()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 BEGIN, END = "<!-- laws: begin -->\n", "<!-- laws: end -->\n"
 
@@ -243,6 +245,12 @@ LAWS = (
 )
 
 BY_TEST = {f"test_{name}": law for law in LAWS for name in law.tests}
+
+
+def add_law(report: pytest.TestReport, test: str) -> None:
+    """Have the report of a test that failed say the law that it holds."""
+    if report.failed and test in BY_TEST:
+        report.sections.append((f"law of {test}", str(BY_TEST[test])))
 
 
 def table() -> str:

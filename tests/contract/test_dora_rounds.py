@@ -86,11 +86,6 @@ def turned(weights: Tree, lengths: Tree, plan: Plan) -> Tree:
     return out
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
-
-
 def test_methods_of_all_kinds_fit() -> None:
     names = {name for name, _ in FITTING}
     assert {"fedavg_lora", "ffa_lora", "rolora", "fedsa_lora", "hetlora", "fed_sb"} <= names

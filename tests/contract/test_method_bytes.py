@@ -44,11 +44,6 @@ def finished(variant: Variant, chunk: int = 1, width: int = 1, folder: Path | No
     return run(world, method, RAGGED, rounds=ROUNDS, cohort=COHORT, chunk=chunk, folder=folder)
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
-
-
 @pytest.fixture(scope="module", params=VARIANTS, ids=label)
 def variant(request: pytest.FixtureRequest) -> Variant:
     found: Variant = request.param

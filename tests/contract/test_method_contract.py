@@ -26,6 +26,7 @@ from worlds import (
     client_weights,
     conv1d,
     distance,
+    every_variant,
     has_field,
     is_personal,
     label,
@@ -73,7 +74,6 @@ RESAMPLED = [
 ]
 NAMED_LIKE_CLASS = [n for n, c in METHODS.items() if c.__name__.lower() == n.replace("_", "")]
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)
 every_global = pytest.mark.parametrize("variant", GLOBAL, ids=label)
 every_method = pytest.mark.parametrize("name", sorted(METHODS))
 

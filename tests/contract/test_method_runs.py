@@ -25,6 +25,7 @@ from worlds import (
     defaults_short,
     distinct,
     equal_clients,
+    every_variant,
     forms_short,
     has_field,
     label,
@@ -33,7 +34,6 @@ from worlds import (
     make_method,
     make_world,
     run,
-    variants,
 )
 
 from fedraclora.aggregation.base import Total
@@ -47,7 +47,6 @@ from fedraclora.tree import Tree
 from fedraclora.weights.links import read_links
 
 Variant = tuple[str, dict[str, Any]]
-VARIANTS = list(variants())
 # Where clients train parts of a drawing in turn, no step is one of the whole.
 SKETCHING = sorted(
     n
@@ -55,14 +54,7 @@ SKETCHING = sorted(
     if has_field(make_method(n), "sketch") and not has_field(make_method(n), "interval")
 )
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)
 every_method = pytest.mark.parametrize("name", sorted(distinct()))
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    """Five ragged clients (one has a single sample), averaged head and biases."""
-    return make_world()
 
 
 def method_of(variant: Variant) -> Method:

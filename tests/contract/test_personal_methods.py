@@ -14,7 +14,6 @@ from worlds import (
     is_personal,
     label,
     make_method,
-    make_world,
     play_rounds,
     run,
     variants,
@@ -29,11 +28,6 @@ PERSONAL = [v for v in variants() if is_personal(v)]
 ROUNDS, COHORT = 4, 3
 
 every_personal = pytest.mark.parametrize("variant", PERSONAL, ids=label)
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 def held(world: World, variant: Variant, rounds: int, chunk: int = 2) -> dict[int, Tree]:

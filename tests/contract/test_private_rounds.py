@@ -17,6 +17,7 @@ from worlds import (
     assert_close_trees,
     assert_equal_trees,
     defaults_short,
+    every_variant,
     label,
     make_method,
     make_world,
@@ -47,18 +48,12 @@ from fedraclora.strategies.steps.secure import SecureSum
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
 MASKED = ("ravan", "slora")  # refused: noise would move what they leave alone (test_what_fits)
-every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
 every_linear = pytest.mark.parametrize(
     "variant", [v for v in LINEAR if v[0] not in MASKED], ids=label
 )
 KEY = bytes(range(32))
 LOOP = LoopConfig(3, 5, 5, 2, 0, "uniform")
 SILENT = Mechanism(1.0, 5, 1.0, 0.0, 1e-5)  # no noise on the sum: what is before it shows
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 def private(**changes: Any) -> dict[str, Any]:

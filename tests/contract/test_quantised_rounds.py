@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 from typing_extensions import override
 from worlds import (
     RAGGED,
     Played,
     Run,
+    array_bytes,
     assert_equal_trees,
     assert_updates_lead_on,
     distance,
@@ -65,11 +66,6 @@ class Individuals(RoundStep):
 def finished(name: str, **more: Any) -> Run:
     more = {"rounds": ROUNDS, "cohort": COHORT} | more
     return run(make_world(), make_method(name), RAGGED, **more)
-
-
-def array_bytes(content: RecordDict) -> int:
-    records = [r for r in content.values() if isinstance(r, ArrayRecord)]
-    return sum(array.numpy().nbytes for r in records for array in r.values())
 
 
 def seeds(content: RecordDict) -> int:

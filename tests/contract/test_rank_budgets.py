@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, RecordDict
 from test_round_failures import faulty, without_client
 from typing_extensions import override
 from worlds import (
@@ -18,6 +17,7 @@ from worlds import (
     Played,
     Run,
     World,
+    array_bytes,
     assert_close_trees,
     assert_equal_trees,
     conv1d,
@@ -206,12 +206,6 @@ def known(variant: Variant, ranks: torch.Tensor | None, chunk: int) -> Run:
     if key not in RUNS:
         RUNS[key] = finished(variant, ranks, chunk)
     return RUNS[key]
-
-
-def array_bytes(content: RecordDict) -> int:
-    record = content["arrays"]
-    assert isinstance(record, ArrayRecord)
-    return int(record["flat"].numpy().nbytes)
 
 
 @able

@@ -58,11 +58,6 @@ class KeepLargest(RoundStep):
         return {"left_out": None if got is None else float(self.left.norm())}
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
-
-
 def test_a_step_of_ones_own_needs_one_class(world: World) -> None:
     """Compression at the server, with what it leaves out carried over (error feedback)."""
     method = make_method("fedavg")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, RecordDict
 from typing_extensions import override
 from worlds import (
     Played,
     Run,
+    array_bytes,
     assert_equal_trees,
     distance,
     label,
@@ -76,11 +76,6 @@ def finished(variant: tuple[str, dict[str, Any]], **more: Any) -> Run:
     local = more.pop("local", ROWWISE)
     more = {"rounds": ROUNDS, "cohort": COHORT, "chunk": COHORT} | more
     return run(make_world(), make_method(variant[0], **variant[1]), local, **more)
-
-
-def array_bytes(content: RecordDict) -> int:
-    records = [r for r in content.values() if isinstance(r, ArrayRecord)]
-    return sum(r["flat"].numpy().nbytes for r in records)
 
 
 @some_are_slow

@@ -56,11 +56,6 @@ SIZES = (4, 9, 1, 6, 3)
 TWENTY = (3, 5, 2, 4) * 5
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
-
-
 def secure(world: World, method: Any = None, **changes: Any) -> Run:
     """A run under secure aggregation."""
     weights = changes.pop("weights", "uniform")

@@ -13,11 +13,9 @@ from worlds import (
     assert_equal_trees,
     defaults_short,
     equal_clients,
-    label,
+    every_variant,
     make_method,
-    make_world,
     run,
-    variants,
 )
 
 from fedraclora.aggregation.base import Aggregator
@@ -35,14 +33,8 @@ from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.training.localconfig import LocalConfig
 
 Variant = tuple[str, dict[str, Any]]
-every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
 RULES = (Median(), TrimmedMean(1), GeometricMedian(), Krum(1), MultiKrum(1), NormBound(1e6))
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 @defaults_short

@@ -16,14 +16,13 @@ from worlds import (
     assert_close_trees,
     assert_equal_trees,
     defaults_short,
+    every_variant,
     label,
     make_method,
-    make_world,
     play,
     play_rounds,
     run,
     some_cohort,
-    variants,
 )
 
 from fedraclora.allocation.rules import HeteroLora
@@ -41,14 +40,8 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire.downlink import unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]
-every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
 DRAW = Draw(seed=17)
 LINKS = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, moments="run")
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 @defaults_short

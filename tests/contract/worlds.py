@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
@@ -156,6 +156,8 @@ def label(variant: tuple[str, dict[str, Any]]) -> str:
     """A variant's name in test ids."""
     return "-".join([variant[0], *(f"{k}={v}" for k, v in variant[1].items())])
 
+
+every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
 
 # In the short suite each method has its defaults alone where its settings meet no other code.
 defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
@@ -505,6 +507,12 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """The ledger, without row 0."""
         return list(self.strategy.recorder.ledger.rows[1:])
+
+
+def array_bytes(content: RecordDict) -> int:
+    """Bytes of the numbers in a message, without numpy's own header."""
+    records = [r for r in content.values() if isinstance(r, ArrayRecord)]
+    return sum(int(array.numpy().nbytes) for r in records for array in r.values())
 
 
 def assert_updates_lead_on(folder: Path) -> None:

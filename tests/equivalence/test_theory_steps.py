@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+import drawing
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ from fedraclora.experiments.theory import runs
 from fedraclora.experiments.theory.runs import start_of
 from fedraclora.models.mlp import build_mlp
 from fedraclora.protocol.method import Draw, Memo, Method
-from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.fed_rac_lora import FedRacLora
@@ -37,8 +38,7 @@ WHOLE = LocalSettings(lr=LR, batch_size=0)  # every local step sees all samples 
 Make = Callable[..., Task]
 
 
-def normal(*shape: int, key: str) -> torch.Tensor:
-    return torch_normal(generator(SEED, key, *shape), *shape)
+normal = partial(drawing.normal, seed=SEED)
 
 
 def task_of(model: nn.Module, samples: Samples, parts: list[int]) -> Task:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import drawing
 import numpy as np
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from fedraclora.models.hf import build_transformer
 from fedraclora.models.mlp import build_mlp
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
-from fedraclora.rng import generator, torch_normal
+from fedraclora.rng import generator
 
 SEED = 11
 
@@ -50,8 +52,7 @@ class Case:
         )
 
 
-def normal(*shape: int, key: str = "x") -> torch.Tensor:
-    return torch_normal(generator(SEED, key, *shape), *shape)
+normal = partial(drawing.normal, seed=SEED)
 
 
 def task_of(

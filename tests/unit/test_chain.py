@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term, apply_link, matrices
-from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import (
@@ -34,10 +34,6 @@ PLAN = Plan(
         "conv": LayerView("conv", (4, 8)),
     }
 )
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch_normal(generator(seed, "chain", *shape), *shape)
 
 
 def weights(dtype: torch.dtype = torch.float64) -> Tree:

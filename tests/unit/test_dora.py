@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -13,17 +14,12 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.assemble import assemble
 from fedraclora.experiments.choices import composed
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
-from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from fedraclora.training.extras.settings import Magnitudes
 
 SMALL = ["data=digits", "pretrain=none", "clients=6", "cohort=3", "rounds=1", "model.hidden=[9]"]
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch_normal(generator(3, "dora", *shape), *shape)
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 3), st.sampled_from(["B", "A", "both"]))

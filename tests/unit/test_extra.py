@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from drawing import normal
 from torch import nn
 from typing_extensions import override
 
@@ -16,7 +17,6 @@ from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import make_plan
-from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import (
     ClientChunk,
@@ -45,10 +45,6 @@ class Mine(LocalConfig):
     @override
     def extras(self) -> tuple[LocalExtra, ...]:
         return (self.mine,)
-
-
-def normal(*shape: int, key: str = "x") -> torch.Tensor:
-    return torch_normal(generator(0, "extra", key, *shape), *shape)
 
 
 def train(local: LocalConfig, ranks: torch.Tensor | None = None) -> LocalResult:

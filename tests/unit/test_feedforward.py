@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from drawing import normal
 from torch import nn
 
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, SLOPES, Task
 from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import make_plan
-from fedraclora.rng import generator, torch_normal
 from fedraclora.training import feedforward
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.feedforward import THIN, FeedForward, written_out
@@ -45,10 +45,6 @@ def layers(outputs: int = 4) -> OrderedDict[str, nn.Module]:
 
 def shape_of(name: str, outputs: int) -> tuple[int, ...]:
     return tuple(nn.Sequential(layers(outputs)).get_parameter(name).shape)
-
-
-def normal(*shape: int, key: str = "x") -> torch.Tensor:
-    return torch_normal(generator(0, "feedforward", key, *shape), *shape)
 
 
 def task(loss: str = "cross_entropy") -> Task:

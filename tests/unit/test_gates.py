@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import normal
 
 from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.gates import CohortGates, pruned
 from fedraclora.training.extras.pairs import Pair
 from fedraclora.training.localconfig import LocalConfig
@@ -16,10 +16,6 @@ from fedraclora.tree import Layout, Tree
 K, M, R, N, LR = 2, 5, 3, 7, 0.1
 RATES = {"w/B": LR, "w/A": LR, "b": LR}
 PAIR = Pair("w", 1.0, {})
-
-
-def normal(*shape: int, key: str = "x") -> torch.Tensor:
-    return torch_normal(generator(2, key, *shape), *shape)
 
 
 def values_of() -> Tree:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import normal
 
-from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.lora_rite import CohortRite, negligible, polar
 from fedraclora.training.extras.pairs import Pair
 from fedraclora.training.extras.settings import LocalSettings
@@ -14,10 +14,6 @@ from fedraclora.tree import Tree
 K, M, R, N, S = 2, 6, 3, 8, 0.7
 CONFIG = LocalSettings(optimiser="lora_rite", beta1=0.8, beta2=0.9, eps=1e-12)
 RATES = {"w/B": 0.03, "w/A": 0.03, "b": 0.03}
-
-
-def normal(*shape: int, key: str = "x") -> torch.Tensor:
-    return torch_normal(generator(1, key, *shape), *shape)
 
 
 TARGET = normal(K, M, N, key="target")

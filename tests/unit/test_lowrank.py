@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,13 +19,8 @@ from fedraclora.lowrank.algebra import (
     sylvester,
     truncated_product,
 )
-from fedraclora.rng import generator, torch_normal
 
 sizes = st.integers(1, 7)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch_normal(generator(seed, "lowrank", *shape), *shape)
 
 
 @given(sizes, sizes, sizes, sizes)

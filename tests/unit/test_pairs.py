@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,10 +29,6 @@ from fedraclora.tree import Tree
 K, M, R, N, S = 3, 5, 2, 7, 0.6
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 Rule = Callable[[Pair, Tree, Tree, float], Tree]
-
-
-def normal(*shape: int, key: str = "x") -> torch.Tensor:
-    return torch_normal(generator(0, key, *shape), *shape)
 
 
 G = normal(K, M, N, key="G")

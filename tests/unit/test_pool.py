@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawing import normal
 from torch import nn
 
 import fedraclora
@@ -18,7 +19,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
 from fedraclora.protocol.pool import parameters
 from fedraclora.protocol.quantised import rounded
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.rng import generator, torch_normal
+from fedraclora.rng import generator
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.pool_rac_lora import PoolRacLora
 from fedraclora.strategies.server.quantised import RESIDUE, DownlinkRounding
@@ -33,10 +34,6 @@ NAME, DRAW, CPU = "fc.weight", Draw(7), torch.device("cpu")
 PLAN = Plan({NAME: LayerView("linear", (M, N))}, shapes={NAME: (M, N)})
 SHARES = torch.tensor([1.0, 3.0], dtype=torch.float64)
 COHORT = Cohort(torch.tensor([0, 4]), SHARES)
-
-
-def normal(*shape: int, key: int = 0) -> torch.Tensor:
-    return torch_normal(generator(3, "pool", key), *shape)
 
 
 def begun(method: PoolRacLora | FedRacLora, dtype: torch.dtype = torch.float64) -> State:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.protocol.recipes import RECIPES, block_diagonal, in_turn, projected, sparse
-from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
 
 M, R, N = 5, 2, 7
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch_normal(generator(seed, "recipe", *shape), *shape)
 
 
 def test_the_plain_recipe_keeps_gradients() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawing import normal
 from typing_extensions import override
 
 from fedraclora.errors import CheckpointError
 from fedraclora.protocol.link import Link, Plan, Term
 from fedraclora.protocol.method import Memo, State
-from fedraclora.rng import generator, torch_normal
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.sketch import SketchSpec
@@ -30,10 +30,6 @@ def flushes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     monkeypatch.setattr("os.fsync", calls.append)
     return calls
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch_normal(generator(0, "book", *shape), *shape)
 
 
 def state() -> State:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import normal
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.downlink import Adapter, Downlink, Trained
-from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
@@ -18,10 +18,6 @@ M, N, R, SCALE = 5, 7, 2, 1.5
 A = SketchSpec("orthonormal", "right", R, N, seed=3, index=0)
 SENT = Downlink({"w": Adapter({"B": Trained((M, R)), "A": A}, SCALE)}, {"b": Trained((M,))})
 ROUND = LocalConfig(optimiser="adamw", lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9)
-
-
-def normal(*shape: int, key: int = 0) -> torch.Tensor:
-    return torch_normal(generator(1, "rows", key), *shape)
 
 
 @pytest.mark.parametrize("kind", ["orthonormal", "gaussian", "coordinate"])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawing import normal
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from fedraclora.clients.client_state import restore
 from fedraclora.errors import WireError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
-from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.extra import LocalResult
@@ -40,10 +40,6 @@ K, M, R, N = 4, 5, 2, 7
 SPEC = SketchSpec("coordinate", "right", R, N, seed=2**62 + 3, index=5, blocks="cover")
 CLIENTS = torch.tensor([2, 3, 5, 2**33])
 ORDER = TrainRequest(9, 8, 1.0 / 3.0, CLIENTS)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch_normal(generator(seed, "wire", *shape), *shape)
 
 
 def everything() -> Downlink:
