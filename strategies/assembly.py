@@ -42,7 +42,7 @@ from fedraclora.strategies.server.round_step import RoundStep, described
 from fedraclora.strategies.start import begin_from
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.wiring import Wired, wire
-from fedraclora.strategies.wrappers.order import method_of
+from fedraclora.strategies.wrappers import method_of
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.precision import check_base

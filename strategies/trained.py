@@ -29,9 +29,9 @@ from fedraclora.run.folder import provenance
 from fedraclora.run.rebuild import state_at, stored_plan
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.shared.layerwise import LayerMethod
+from fedraclora.strategies.wrappers import method_of
 from fedraclora.strategies.wrappers.around import Around
 from fedraclora.strategies.wrappers.dora import Dora
-from fedraclora.strategies.wrappers.order import method_of
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import read_link
 from fedraclora.weights.links import read_links

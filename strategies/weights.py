@@ -13,7 +13,7 @@ from fedraclora.protocol.method import Draw
 from fedraclora.run.folder import read_config
 from fedraclora.run.rebuild import stored_plan, weights_at
 from fedraclora.strategies import METHODS
-from fedraclora.strategies.wrappers.order import method_of
+from fedraclora.strategies.wrappers import method_of
 from fedraclora.tree import Tree
 
 

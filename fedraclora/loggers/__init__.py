@@ -7,13 +7,20 @@ variables and files of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
+from typing import Protocol
 
-from fedraclora.errors import ConfigError, unknown
-from fedraclora.loggers.base import Logger, Logging, scalars
+from typing_extensions import override
 
-__all__ = ["LOGGERS", "Logger", "Logging", "logging_to", "scalars"]
+from fedraclora.errors import ConfigError, EngineError, unknown
+from fedraclora.run.callback import Begin, Callback
+from fedraclora.run.ledger import Row
 
 # By the library, whose module here is imported where a run asks for it.
 LOGGERS = {
@@ -22,6 +29,130 @@ LOGGERS = {
     "wandb": "WandbLogger",
     "trackio": "TrackioLogger",
 }
+
+log = logging.getLogger(__name__)
+
+FILE = "loggers.json"  # of the run folder: under which name each library knows the run
+NAMES = {"metrics": "test", "validation": "validation"}  # groups of a row, as loggers name them
+
+
+class Logger(Protocol):
+    """Shows a run in a library of its own."""
+
+    def begin(self, run: Begin, known: str | None) -> str | None:
+        """Open the run; give the name by which it is found again, if the library has one.
+
+        Args:
+            run: What is to be shown.
+            known: What this gave when the run began, where it goes on; None: it begins.
+        """
+
+    def row(self, round_: int, values: Mapping[str, float]) -> None:
+        """Show the numbers of a round (`scalars`)."""
+
+    def end(self, summary: Mapping[str, float], *, failed: bool) -> None:
+        """Close the run.
+
+        Args:
+            summary: Its final numbers; empty where it failed.
+            failed: Whether it stopped before its end.
+        """
+
+
+@dataclass
+class Logging(Callback):
+    """Tells the loggers of a run.
+
+    A logger that cannot begin stops the run before its first round. One that fails later is left
+    out from there, with a warning: what it shows is in the ledger, too.
+
+    Attributes:
+        loggers: By their names in the config.
+    """
+
+    loggers: dict[str, Logger]
+    _going: dict[str, Logger] = field(default_factory=dict)
+
+    @override
+    def begin(self, run: Begin) -> None:
+        """Open the run with each logger.
+
+        Raises:
+            EngineError: If one cannot, naming it.
+        """
+        known = read_names(run.folder)
+        for name, logger in self.loggers.items():
+            try:
+                found = logger.begin(run, known.get(name))
+            except Exception as error:
+                self.end({}, failed=True)
+                raise EngineError(
+                    f"output.loggers: {name} cannot begin ({type(error).__name__}: {error}); check "
+                    "its settings, or leave it out"
+                ) from error
+            self._going[name] = logger
+            if found is not None:
+                known[name] = found
+        if run.folder is not None and known:
+            (run.folder / FILE).write_text(json.dumps(known) + "\n")
+
+    @override
+    def row(self, row: Row) -> None:
+        round_ = row["round"]
+        if isinstance(round_, int):
+            self._each("row", round_, scalars(row))
+
+    @override
+    def end(self, summary: Mapping[str, object], *, failed: bool = False) -> None:
+        self._each("end", scalars(summary), failed=failed)
+        self._going.clear()
+
+    def _each(self, call: str, *arguments: object, **options: object) -> None:
+        for name, logger in list(self._going.items()):
+            try:
+                getattr(logger, call)(*arguments, **options)
+            except Exception as error:  # whatever a server or a disk may do
+                del self._going[name]
+                log.warning(
+                    "%s is left out from here on (%s: %s); the ledger has all rounds",
+                    name,
+                    type(error).__name__,
+                    error,
+                )
+
+
+def read_names(folder: Path | None) -> dict[str, str]:
+    """Read under which name each library knows the run of a folder."""
+    path = None if folder is None else folder / FILE
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:  # a kill while it was written: the libraries begin anew
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def scalars(row: Mapping[str, object], before: str = "") -> dict[str, float]:
+    """Give the finite numbers of a row by paths.
+
+    Example:
+        >>> scalars({"round": 2, "metrics": {"accuracy": 0.5}, "uplink_total": 7, "notes": []})
+        {'test/accuracy': 0.5, 'uplink_total': 7.0}
+    """
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        name = NAMES.get(key, key)
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{before}{name}/")
+        elif is_number(value) and key != "round":
+            found[f"{before}{name}"] = float(value)  # type: ignore[arg-type]
+    return found
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is a finite number, and no truth value."""
+    return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def logging_to(names: Sequence[str]) -> Logging:

@@ -70,7 +70,7 @@ class RoundStep:
     time, which calls `begin` first.
 
     Attributes:
-        key: Of the config, that switches it; empty where a program makes it.
+        key: Of the config, that has chosen it; empty where a program makes it.
         settings: What that key says; the table of what does not go together looks at it.
         avoids: What it does not go with: names of `strategies.steps.features`, and why. Most pairs
             of the steps of this project stand in ``conflicts.yaml``.
@@ -85,7 +85,7 @@ class RoundStep:
         run: What it may know; `RoundSteps` says it.
     """
 
-    key: ClassVar[str] = ""
+    key: str = ""
     settings: Any = None
     avoids: ClassVar[Mapping[str, str]] = {}
     first: bool = False
@@ -94,15 +94,6 @@ class RoundStep:
     spent: str | None = None
     own: bool = False
     run: RunContext
-
-    @classmethod
-    def of(cls, chosen: Mapping[str, Any]) -> RoundStep | None:
-        """Make the step that settings ask for; None: they do not.
-
-        Args:
-            chosen: Values by key of the config. A key that is not there has its default.
-        """
-        return cls() if chosen.get(cls.key) else None
 
     def begin(self, state: State) -> None:
         """Get ready before the first round, whose state is given.

@@ -1,38 +1,43 @@
 """What may happen to a round besides its method, one step in one file.
 
-A step is a `strategies.server.round_step.RoundStep` and overrides the hooks that it needs. Its
-class says by which key of the config it is chosen; `STEPS` is the table of them all. `conflicts` is
+A step is a `strategies.server.round_step.RoundStep` and overrides the hooks that it needs. `STEPS`
+is the table of them all: their order, and by which key of the config each is chosen. `conflicts` is
 the table of what does not go together. The strategy knows the hooks and none of the steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fedraclora.aggregation.base import Mean
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.secagg import SecAgg
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.steps.account import SampleAccount
 from fedraclora.strategies.steps.attackers import Attackers
 from fedraclora.strategies.steps.conflicts import Fits
-from fedraclora.strategies.steps.energy import NoEnergy
+from fedraclora.strategies.steps.energy import NoEnergy, follows_gradient
 from fedraclora.strategies.steps.fedopt import OptimisedServer
 from fedraclora.strategies.steps.private import PrivateRounds
 from fedraclora.strategies.steps.robust import RobustRule
 from fedraclora.strategies.steps.row_moments import RowMoments
 from fedraclora.strategies.steps.scaffold import ControlVariates
 from fedraclora.strategies.steps.secure import SecureSum
+from fedraclora.training.extras.sample_level import SampleLevel
 
-# In the order in which updates pass them; columns of the ledger follow it, too.
-STEPS: tuple[type[RoundStep], ...] = (
-    NoEnergy,
-    Attackers,
-    RobustRule,
-    PrivateRounds,
-    SecureSum,
-    SampleAccount,
-    RowMoments,
-    ControlVariates,
-    OptimisedServer,
+# In the order in which updates pass them, which columns of the ledger follow, too: a key of the
+# config, and the step that its value asks for.
+STEPS: tuple[tuple[str, Callable[[Any], RoundStep | None]], ...] = (
+    ("local", lambda local: None if follows_gradient(local) else NoEnergy()),
+    ("attack", lambda it: Attackers(it) if it.share or it.colludes else None),
+    ("aggregator", lambda rule: None if isinstance(rule, Mean) else RobustRule(rule)),
+    ("privacy", lambda it: PrivateRounds(it) if isinstance(it, ClientLevel) else None),
+    ("secure", lambda it: SecureSum(it) if isinstance(it, SecAgg) else None),
+    ("local", lambda it: SampleAccount(dp.noise) if (dp := it.extra_of(SampleLevel)) else None),
+    ("local", lambda local: RowMoments() if local.moments == "rows" else None),
+    ("control_variates", lambda on: ControlVariates() if on else None),
+    ("server_optimiser", lambda rule: None if rule.name == "none" else OptimisedServer(rule)),
 )
 
 
@@ -40,9 +45,13 @@ def round_steps(chosen: Mapping[str, Any], own: Sequence[RoundStep] = ()) -> lis
     """List the steps of a run; what was not chosen is no step.
 
     Args:
-        chosen: Settings by key of the config, ``local`` among them.
+        chosen: Settings by key of the config; a key that is not there chooses nothing.
         own: Steps of a program's own.
     """
-    made = [step for kind in STEPS if (step := kind.of(chosen)) is not None]
-    steps = [*(s for s in own if s.first), *made, *(s for s in own if not s.first)]
+    steps = [step for step in own if step.first]
+    for key, make in STEPS:
+        if key in chosen and (step := make(chosen[key])) is not None:
+            step.key, step.settings = key, chosen[key]
+            steps.append(step)
+    steps += (step for step in own if not step.first)
     return [Fits(steps), *steps]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from typing_extensions import override
@@ -18,7 +17,6 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CohortOf, RoundStep
 from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.steps.conflicts import TWICE, refused
-from fedraclora.training.extras.sample_level import SampleLevel
 
 
 @dataclass
@@ -33,14 +31,7 @@ class SampleAccount(RoundStep):
     dp: SampleNoise
     passes: torch.Tensor = field(init=False)
 
-    key = "local"
     spent = "sample_privacy"
-
-    @override
-    @classmethod
-    def of(cls, chosen: Mapping[str, Any]) -> SampleAccount | None:
-        level = chosen["local"].extra_of(SampleLevel)
-        return None if level is None else cls(level.noise)
 
     @override
     def begin(self, state: State) -> None:

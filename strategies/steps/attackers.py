@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from typing_extensions import override
@@ -25,18 +23,10 @@ class Attackers(RoundStep):
         attack: What they do.
     """
 
-    key = "attack"
     attackers: torch.Tensor  # their ids, int64
 
     def __init__(self, attack: Attack) -> None:
-        self.attack = self.settings = attack
-        self.individuals = attack.colludes
-
-    @override
-    @classmethod
-    def of(cls, chosen: Mapping[str, Any]) -> Attackers | None:
-        attack: Attack = chosen.get("attack", Attack())
-        return cls(attack) if attack.share or attack.colludes else None
+        self.attack, self.individuals = attack, attack.colludes
 
     @override
     def begin(self, state: State) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from typing_extensions import override
 
@@ -28,13 +26,6 @@ def follows_gradient(local: LocalConfig) -> bool:
 
 class NoEnergy(RoundStep):
     """Leaves ``energy_seen`` out of the ledger."""
-
-    key = "local"
-
-    @override
-    @classmethod
-    def of(cls, chosen: Mapping[str, Any]) -> NoEnergy | None:
-        return None if follows_gradient(chosen["local"]) else cls()
 
     @override
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:

@@ -25,9 +25,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from typing_extensions import override
@@ -52,16 +50,8 @@ class OptimisedServer(RoundStep):
         rule: The optimiser.
     """
 
-    key = "server_optimiser"
-
     def __init__(self, rule: ServerOptimiser) -> None:
-        self.rule = self.settings = rule
-
-    @override
-    @classmethod
-    def of(cls, chosen: Mapping[str, Any]) -> OptimisedServer | None:
-        rule = chosen.get("server_optimiser", ServerOptimiser())
-        return None if rule.name == "none" else cls(rule)
+        self.rule = rule
 
     @override
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:

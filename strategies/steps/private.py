@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from typing_extensions import override
@@ -42,20 +40,13 @@ class PrivateRounds(RoundStep):
     clip: float = field(init=False)
     row: Row = field(default_factory=dict)
 
-    key = "privacy"
     individuals = True
     repeatable = False  # no noise may be drawn twice
     spent = "privacy"
 
     def __post_init__(self) -> None:
         """Begin with the clip of the settings."""
-        self.settings, self.clip = self.config, self.config.clip
-
-    @override
-    @classmethod
-    def of(cls, chosen: Mapping[str, Any]) -> PrivateRounds | None:
-        config = chosen.get("privacy")
-        return cls(config, chosen.get("secret")) if isinstance(config, ClientLevel) else None
+        self.clip = self.config.clip
 
     @override
     def begin(self, state: State) -> None:

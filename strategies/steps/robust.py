@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from typing_extensions import override
 
-from fedraclora.aggregation.base import AggregationContext, Aggregator, Mean
+from fedraclora.aggregation.base import AggregationContext, Aggregator
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.round_step import RoundStep
@@ -20,17 +17,8 @@ class RobustRule(RoundStep):
         aggregator: The rule.
     """
 
-    key = "aggregator"
-
     def __init__(self, aggregator: Aggregator) -> None:
-        self.aggregator = self.settings = aggregator
-        self.individuals = aggregator.individuals
-
-    @override
-    @classmethod
-    def of(cls, chosen: Mapping[str, Any]) -> RobustRule | None:
-        rule = chosen.get("aggregator", Mean())
-        return None if isinstance(rule, Mean) else cls(rule)
+        self.aggregator, self.individuals = aggregator, aggregator.individuals
 
     @override
     def begin(self, state: State) -> None:

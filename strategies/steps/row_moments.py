@@ -6,9 +6,7 @@ that every engine and every rule for those serves them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from typing_extensions import override
 
@@ -23,13 +21,6 @@ from fedraclora.training.row_moments import ROW_SLOT, row_slots
 
 class RowMoments(RoundStep):
     """Keeps them with the moments of the state."""
-
-    key = "local"
-
-    @override
-    @classmethod
-    def of(cls, chosen: Mapping[str, Any]) -> RowMoments | None:
-        return cls() if chosen["local"].moments == "rows" else None
 
     @override
     def send(self, sent: Downlink, state: State) -> Downlink:

@@ -41,7 +41,6 @@ class ControlVariates(RoundStep):
             `begin`.
     """
 
-    key = "control_variates"
     lifted: bool
 
     @override

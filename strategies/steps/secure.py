@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,6 @@ class SecureSum(RoundStep):
     banned: dict[int, str] = field(default_factory=dict)
     answered: int = 0
     file: Path | None = None
-
-    key = "secure"
-
-    def __post_init__(self) -> None:
-        """Show what was chosen."""
-        self.settings = self.config
-
-    @override
-    @classmethod
-    def of(cls, chosen: Mapping[str, Any]) -> SecureSum | None:
-        config = chosen.get("secure")
-        return cls(config) if isinstance(config, SecAgg) else None
 
     @override
     def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:

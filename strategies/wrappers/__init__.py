@@ -3,3 +3,30 @@
 `allocated` chooses the layers that are adapted, or puts `pruned` around, which cuts components;
 `dora` gives adapted rows trained lengths.
 """
+
+from __future__ import annotations
+
+from functools import partial
+
+from fedraclora.allocation.synflow import flows
+from fedraclora.config.run_config import RunConfig
+from fedraclora.data.task import Task
+from fedraclora.protocol.method import Method
+from fedraclora.strategies.wrappers.allocated import allocated
+from fedraclora.strategies.wrappers.dora import Dora
+
+
+def method_of(config: RunConfig, task: Task | None = None) -> Method:
+    """Build the method of a run with what is put around it.
+
+    Args:
+        config: Of the run.
+        task: Whose model scores layers by SYNFLOW; not wanted where no round is opened.
+
+    Raises:
+        ConfigError: If they do not fit.
+    """
+    fixed = config.control_variates or config.server_optimiser.space == "factors"
+    flow = None if task is None else partial(flows, task.model, task.test)
+    method = allocated(config.method, config.allocation, flow, fixed=fixed)
+    return Dora(method) if config.dora else method

@@ -19,7 +19,7 @@ from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.experiments import deploy
 from fedraclora.experiments.assemble import assemble
 from fedraclora.experiments.choices import composed
-from fedraclora.experiments.record import Record
+from fedraclora.experiments.deploy import Record
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies import METHODS

@@ -57,6 +57,7 @@ from fedraclora.strategies.server.callbacks import Evaluate
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.steps import round_steps
+from fedraclora.strategies.steps.private import PrivateRounds
 from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
@@ -591,6 +592,10 @@ def run(
     security = treatment.get("secure")
     terms = SecAggTerms(security, weights) if isinstance(security, SecAgg) else None
     parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
+    chosen = round_steps({**treatment, "local": local}, steps)
+    for step in chosen:
+        if isinstance(step, PrivateRounds):
+            step.secret = treatment.get("secret")
 
     def loss(weights: Tree) -> dict[str, float]:
         return {"loss": world.loss(personal(wired.strategy, parts.store, weights))}
@@ -604,7 +609,7 @@ def run(
         callbacks=[Evaluate(loss)],
         recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
-        steps=round_steps({**treatment, "local": local}, steps),
+        steps=chosen,
         system=system,
         kind=kind,
     )

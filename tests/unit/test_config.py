@@ -94,6 +94,7 @@ def test_what_decides_the_result_is_digested_and_no_more() -> None:
         "allocation",
         "dora",
         "start",
+        "steps",
         "wire",
     }  # where they are off, runs of before are the same
     assert set(config.plain) - set(config.digested) == {"output", "resume"} | unruled

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedraclora.errors import ClientError, DivergenceError
-from fedraclora.experiments.record import Record
+from fedraclora.experiments.deploy import Record
 from fedraclora.protocol.uplinks import Refusal, too_many
 from fedraclora.run.folder import run_title
 from fedraclora.run.stopped import FILE, divergence
