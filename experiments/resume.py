@@ -141,7 +141,7 @@ def _refused_rounds(folder: Path, stored: Mapping[str, object], rounds: int) -> 
     if done is not None and rounds < done:
         return f" (it stands at round {done})"
     if is_finished(folder) and read_summary(folder).get("stopped"):
-        return f" (it was ended by stop.patience after round {done})"
+        return f" (it was ended by stop.patience or a callback, after round {done})"
     return None
 
 

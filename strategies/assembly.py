@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,8 +37,8 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.run.continued import free_keys
 from fedraclora.run.initial import source_of
 from fedraclora.run.recorder import RunRecorder, resolved
-from fedraclora.strategies.server.callbacks import Answers, Evaluate, Stopping
-from fedraclora.strategies.server.loop import LoopConfig, loop_of
+from fedraclora.strategies.server.callbacks import Evaluate, Stopping
+from fedraclora.strategies.server.loop import loop_of
 from fedraclora.strategies.server.round_step import RoundStep, described
 from fedraclora.strategies.start import begin_from
 from fedraclora.strategies.steps import round_steps
@@ -134,21 +135,31 @@ def assemble(
         check_base(base, (*plan.dense, *plan.local), changes)
         trainer = trainer_of(config, built, plan)
         stored = resolved(folder, "chunk") if resume and folder is not None else None
-        if config.engine.chunk == "auto" and stored is not None:
-            chunk = ChunkPlan(stored, "as it began")  # whatever memory is free now
-        else:
-            chunk = plan_chunk(
-                config.engine.chunk,
-                trainer,
-                base,
-                downlink,
-                built.cohort,
-                share=engine.share,
-                spread=engine.spread,
-                elsewhere=engine.elsewhere,
-            )
+        where: dict[str, Any] = {
+            "share": engine.share,
+            "spread": engine.spread,
+            "elsewhere": engine.elsewhere,
+        }
+        chunk = (
+            ChunkPlan(stored, "as it began")  # whatever memory is free now
+            if config.engine.chunk == "auto" and stored is not None
+            else plan_chunk(config.engine.chunk, trainer, base, downlink, built.cohort, **where)
+        )
         loop = loop_of(config, built, chunk.chunk, trainer.dtype)
-        store = ClientStore()
+        came = {"chunk": loop.chunk, "device": built.device.type, "dtype": loop.dtype}
+        store, output = ClientStore(), config.output
+        recorder = RunRecorder(
+            folder,
+            fixed={**config.digested, "resolved": came | {"summation_block": SUM_BLOCK}},
+            every=output.checkpoint_every,
+            sync=output.sync,
+            chain=output.chain,
+            store=store,
+            free=("device", *free_keys(config.plain)),  # what the device came to is in `resolved`
+            source=None  # of weights that nobody else has
+            if config.pretrain.epochs or config.start is not None
+            else source_of(config.model, built.task.head, base),
+        )
 
         def personal(own: Tree) -> Tree:
             """Compute the weights of a client from its stored state."""
@@ -162,7 +173,7 @@ def assemble(
             loop,
             engine,
             state=state,
-            recorder=book_of(config, folder, loop, built, store, base),
+            recorder=recorder,
             resume=resume,
             steps=round_steps(vars(config), steps),
             system=config.system,
@@ -185,37 +196,11 @@ def assemble(
     )
 
 
-def book_of(
-    config: RunConfig,
-    folder: Path | None,
-    loop: LoopConfig,
-    built: BuiltTask,
-    store: ClientStore,
-    base: Tree,
-) -> RunRecorder:
-    """Make the files of a run; a resume under other values than these is refused."""
-    fixed = {"chunk": loop.chunk, "device": built.device.type, "dtype": loop.dtype}
-    own = config.pretrain.epochs or config.start is not None  # weights that nobody else has
-    fixed["summation_block"] = SUM_BLOCK
-    return RunRecorder(
-        folder,
-        fixed={**config.digested, "resolved": fixed},
-        every=config.output.checkpoint_every,
-        sync=config.output.sync,
-        chain=config.output.chain,
-        store=store,
-        free=("device", *free_keys(config.plain)),  # what the device came to is in `resolved`
-        source=None if own else source_of(config.model, built.task.head, base),
-    )
-
-
 def watching(config: RunConfig, task: Task, measure: Callable[[str], Measure]) -> list[Callback]:
     """List what measures the weights of a run, and may end it early by that."""
-    split, found = config.evaluate.split, list[Callback]()
-    found.append(Evaluate(measure(split)))
+    split = config.evaluate.split
     answering = answering_of(config.evaluate, task, measured_samples(task, split))
-    if answering is not None:
-        found.append(Answers(answering, config.rounds))
+    found: list[Callback] = [Evaluate(measure(split), answering, config.rounds)]
     if config.stop.patience is not None:
         metric = config.stop.metric
         if metric.removeprefix("personal_") not in {*task.metrics, "gap"}:

@@ -100,6 +100,7 @@ def execute(
         FedRacLoraError: Whatever is wrong with the config, the data, the folder or the clients.
     """
     began = time.perf_counter()
+    watched = (logging_to(config.output.loggers), *callbacks)
     with ExitStack() as stack:
         goes_on = False
         if folder is not None:
@@ -108,7 +109,6 @@ def execute(
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
             goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        watched = (logging_to(config.output.loggers), *callbacks)
         run = assemble(
             config, folder, engine_of=engine_of, resume=goes_on, callbacks=watched, steps=steps
         )
@@ -119,9 +119,8 @@ def execute(
             else:
                 stack.enter_context(alone(folder))
                 begin(folder, config.plain)
-            stack.enter_context(stopping_noted(run, folder))
         before = math.fsum(map(round_seconds, run.strategy.recorder.ledger.rows))
-        stack.push(partial(end_failed, run))
+        stack.enter_context(stopping_noted(run, folder))
         title, done = run_title(config.plain), run.strategy.done
         said = opening_lines(run), notes_of(run)
         run.strategy.callbacks.begin(Begin(title, config.plain, folder, done, *said))
@@ -136,20 +135,19 @@ def execute(
     return Run(summary, rows, folder, dict(config.plain), run.weights, lambda: run.built)
 
 
-def end_failed(run: Assembled, kind: type[BaseException] | None, *_: object) -> None:
-    """Tell what watches a run that it stopped before its end, if it did."""
-    if kind is not None:
-        run.strategy.callbacks.end({}, failed=True)
-
-
 @contextmanager
-def stopping_noted(run: Assembled, folder: Path) -> Iterator[None]:
-    """Write the reason and the curves of a run that stops before its end into the folder."""
-    forget_stop(folder)
+def stopping_noted(run: Assembled, folder: Path | None) -> Iterator[None]:
+    """Tell those who watch a run that it stopped before its end, if it does.
+
+    Its reason and its curves are written into the folder.
+    """
+    if folder is not None:
+        forget_stop(folder)
     try:
         yield
     except BaseException as error:
-        if not run.strategy.recorder.ledger.rows:
+        run.strategy.callbacks.end({}, failed=True)
+        if folder is None or not run.strategy.recorder.ledger.rows:
             raise
         try:
             note_stop(folder, run.strategy.done, error)

@@ -111,7 +111,6 @@ def read_own(
     return read_npz(only, where)
 
 
-
 @dataclass(frozen=True)
 class Brought:
     """Client data that are looked for when a client is asked.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import ismethod, signature
@@ -49,9 +49,7 @@ class Callbacks:
         row: Row = {"metrics": {}}
         now = weights() if measuring else {}
         for callback in measuring:
-            found = callback.measure(now, round_)
-            metrics = {**_group(row, "metrics"), **_group(found, "metrics")}
-            row |= {**found, "metrics": metrics}
+            row |= callback.measure(now, round_)
         return row
 
     def own_columns(self, row: Row) -> Row:
@@ -92,11 +90,6 @@ def _measures(callback: Callback) -> bool:
     return type(inner).measure is not Callback.measure
 
 
-def _group(row: Mapping[str, object], name: str) -> Mapping[str, object]:
-    found = row.get(name, {})
-    return found if isinstance(found, Mapping) else {}
-
-
 def joined(row: Row, found: Mapping[str, object], who: str) -> Row:
     """Add columns of a program's own to a row.
 
@@ -118,33 +111,21 @@ class Evaluate(Callback):
 
     Attributes:
         metrics: Gives them by name.
-    """
-
-    metrics: Callable[[Tree], dict[str, float]]
-
-    @override
-    def measure(self, weights: Tree, round_: int) -> Row:
-        return {"metrics": self.metrics(weights)}
-
-
-@dataclass
-class Answers(Callback):
-    """Has a language model answer prompts.
-
-    Attributes:
-        answering: How.
+        answering: Has a language model answer prompts; None: it does not.
         rounds: Of the run in all.
     """
 
-    answering: Answering
-    rounds: int
+    metrics: Callable[[Tree], dict[str, float]]
+    answering: Answering | None = None
+    rounds: int = 0
 
     @override
     def measure(self, weights: Tree, round_: int) -> Row:
-        if not self.answering.due(round_, self.rounds):
-            return {}
+        found = self.metrics(weights)
+        if self.answering is None or not self.answering.due(round_, self.rounds):
+            return {"metrics": found}
         match, generations = self.answering.columns(weights)
-        return {"metrics": match, "generations": generations}
+        return {"metrics": found | match, "generations": generations}
 
 
 @dataclass
@@ -248,7 +229,7 @@ def in_round(round_: int) -> Iterator[None]:
         yield
     except Exception as error:
         if getattr(error, "__notes__", ()):
-            error.add_note(f"in round {round_}; the run can go on from its folder")
+            error.add_note(f"in round {round_}")
         raise
 
 
@@ -301,9 +282,14 @@ def own_callbacks(key: str, given: object) -> list[Callback]:
     Raises:
         ConfigError: If something is neither.
     """
-    several = isinstance(given, Sequence | set) and not isinstance(given, str | bytes)
-    things: list[Any] = [*given] if several else [] if given is None else [given]  # type: ignore[misc]
-    return [Own(_callback(key, thing), _name(thing)) for thing in things]
+    return [Own(_callback(key, thing), _name(thing)) for thing in listed(given)]
+
+
+def listed(given: object) -> list[Any]:
+    """List what a program gives: nothing, one thing, or several."""
+    if isinstance(given, Sequence | Set) and not isinstance(given, str | bytes):
+        return [*given]
+    return [] if given is None else [given]
 
 
 def _callback(key: str, thing: Any) -> Callback:

@@ -20,7 +20,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.round_step import RoundStep, step_name
-from fedraclora.strategies.steps.features import FEATURES, IN_ROUNDS, Feature, Setup
+from fedraclora.strategies.steps.features import FEATURES, IN_ROUNDS, Setup
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Conflict:
     @property
     def instead(self) -> str:
         """What to take: something else than the one, or than the other."""
-        return f"{feature(self.beside).other}, or {feature(self.what).other}"
+        return f"{FEATURES[self.beside].other}, or {FEATURES[self.what].other}"
 
     def check(self, setup: Setup) -> None:
         """Reject a run that has both.
 
         Raises:
-            ConfigError: Saying why, and what to take; or that the table has a name that is none.
+            ConfigError: Saying why, and what to take.
         """
-        pair = feature(self.what), feature(self.beside)
-        if (what := pair[0].found(setup)) and (beside := pair[1].found(setup)):
+        one, other = FEATURES[self.what], FEATURES[self.beside]
+        if (what := one.found(setup)) and (beside := other.found(setup)):
             raise self.error(what, beside)
 
     def error(self, *found: bool | str) -> ConfigError:
@@ -63,17 +63,6 @@ class Conflict:
             f"{self.what} does not go with {self.beside}{met and f' ({met})'}: {self.why}; "
             f"take {self.instead}"
         )
-
-
-def feature(name: str) -> Feature:
-    """Look up a name of the table.
-
-    Raises:
-        ConfigError: If there is no such feature.
-    """
-    if name not in FEATURES:
-        raise unknown("feature in strategies/steps/conflicts.yaml", name, FEATURES)
-    return FEATURES[name]
 
 
 # Names that steps use which come upon one of them.
@@ -93,9 +82,7 @@ IN_EACH_ROUND = tuple(row for row in CONFLICTS if row.in_rounds)
 
 def refused(what: str, beside: str, found: bool | str = True) -> ConfigError:
     """Build the error of a pair that a step has come upon; ``found`` names the value."""
-    if beside not in (rows := WHY.get(what, {})):
-        raise unknown(f"row of strategies/steps/conflicts.yaml beside {what!r}", beside, rows)
-    return Conflict(what, beside, rows[beside]).error(found)
+    return Conflict(what, beside, WHY[what][beside]).error(found)
 
 
 class Fits(RoundStep):
@@ -119,10 +106,12 @@ class Fits(RoundStep):
         setup = Setup(self.steps, self.run, sent)
         for step in self.steps:
             for beside, why in step.avoids.items():
-                if feature(beside).found(setup):
+                if beside not in FEATURES:
+                    raise unknown(f"feature that {step_name(step)} avoids", beside, FEATURES)
+                if FEATURES[beside].found(setup):
                     raise ConfigError(
                         f"the step {step_name(step)} does not go with {beside}: {why}; take "
-                        f"{feature(beside).other}, or leave the step out"
+                        f"{FEATURES[beside].other}, or leave the step out"
                     )
 
     @override

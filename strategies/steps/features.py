@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from fedraclora.aggregation.base import Aggregator, Mean
+from fedraclora.aggregation.base import Mean
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
 from fedraclora.attacks.attack import Attack
 from fedraclora.config.unread import keeps_rows
 from fedraclora.lowrank.dora import magnitudes
-from fedraclora.privacy.secagg import LEAST_CLIENTS, SecAgg
+from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.method import Downlink, Method, Trained
 from fedraclora.protocol.quantised import FULL
@@ -27,6 +27,12 @@ from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.row_moments import row_slots
+
+# What keys say that have chosen no step.
+UNCHOSEN = {
+    "aggregator": Mean(), "attack": Attack(), "control_variates": False, "privacy": None,
+    "secure": None, "server_optimiser": ServerOptimiser(),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,31 +49,9 @@ class Setup:
     run: RunContext
     sent: Downlink
 
-    def step(self, key: str) -> RoundStep | None:
-        """Find the step that a key of the config has switched."""
-        return next((step for step in self.steps if step.key == key), None)
-
-    def chosen(self, key: str, default: Any) -> Any:
+    def __getitem__(self, key: str) -> Any:
         """Give what a key of the config says of its step."""
-        return default if (step := self.step(key)) is None else step.settings
-
-    @property
-    def attack(self) -> Attack:
-        """What some clients do to harm the run."""
-        found: Attack = self.chosen("attack", Attack())
-        return found
-
-    @property
-    def aggregator(self) -> Aggregator:
-        """What the method sees of the updates."""
-        found: Aggregator = self.chosen("aggregator", Mean())
-        return found
-
-    @property
-    def server(self) -> ServerOptimiser:
-        """What the server makes of the mean of a round."""
-        found: ServerOptimiser = self.chosen("server_optimiser", ServerOptimiser())
-        return found
+        return next((step.settings for step in self.steps if step.key == key), UNCHOSEN[key])
 
     @property
     def recipe(self) -> Recipe:
@@ -77,14 +61,13 @@ class Setup:
     @property
     def rule(self) -> str:
         """Name the aggregator in the place of the mean; empty: there is none."""
-        rule = self.aggregator
+        rule = self["aggregator"]
         return "" if isinstance(rule, Mean) else f"aggregator={rule.name}"
 
     @property
     def max_weight(self) -> int:
         """The greatest weight of a client in a secure sum; 0: there is none."""
-        secure: SecAgg | None = self.chosen("secure", None)
-        return 0 if secure is None else secure.max_weight
+        return getattr(self["secure"], "max_weight", 0)
 
     def own(self, trait: str) -> str:
         """Name a step of a program's own that has a trait; empty: there is none."""
@@ -168,25 +151,25 @@ ONE_SPACE = "server_optimiser=none or space=weights"
 SETTINGS = {
     "engine=deploy": Feature(lambda s: s.run.loop.guarded, "another engine"),
     "an attack": Feature(
-        lambda s: s.attack.share > 0 and f"attack={s.attack.name}", "attack=none"),
+        lambda s: s["attack"].share > 0 and f"attack={s['attack'].name}", "attack=none"),
     "an attack whose clients collude": Feature(
-        lambda s: s.attack.colludes and f"attack={s.attack.name}", "another attack"),
+        lambda s: s["attack"].colludes and f"attack={s['attack'].name}", "another attack"),
     "another aggregator than mean": Feature(lambda s: s.rule, "aggregator=mean"),
     "a rule that looks at single updates": Feature(
-        lambda s: s.aggregator.individuals and s.rule, "aggregator=mean"),
+        lambda s: s["aggregator"].individuals and s.rule, "aggregator=mean"),
     "a rule that makes one vector of a cohort": Feature(
-        lambda s: s.aggregator.estimates and s.rule,
+        lambda s: s["aggregator"].estimates and s.rule,
         "aggregator=multi_krum, krum, norm_bound or mean"),
     "a rule that compares clients": Feature(
-        lambda s: s.aggregator.compares and s.rule, "aggregator=norm_bound or mean"),
+        lambda s: s["aggregator"].compares and s.rule, "aggregator=norm_bound or mean"),
     "a step of a program's own that looks at single updates": Feature(
         lambda s: s.own("individuals"), "steps without it"),
     "a step of a program's own that stands before all others": Feature(
         lambda s: s.own("first"), "steps without it"),
     "privacy=client_level": Feature(
-        lambda s: s.step("privacy") is not None, "privacy=none"),
+        lambda s: s["privacy"] is not None, "privacy=none"),
     "privacy.quantile": Feature(
-        lambda s: getattr(s.chosen("privacy", None), "quantile", None) is not None,
+        lambda s: getattr(s["privacy"], "quantile", None) is not None,
         "privacy.quantile=null"),
     "local.dp": Feature(lambda s: s.run.local.extra_of(SampleLevel) is not None, "local.dp=null"),
     "secure=secagg": Feature(lambda s: s.max_weight > 0, "secure=none"),
@@ -211,21 +194,21 @@ SETTINGS = {
         lambda s: s.run.loop.cohort < LEAST_CLIENTS and f"cohort is {s.run.loop.cohort}",
         "a cohort of 3 or more"),
     "control_variates=true": Feature(
-        lambda s: s.step("control_variates") is not None, "control_variates=false"),
+        lambda s: s["control_variates"], "control_variates=false"),
     "server_optimiser.space=weights": Feature(
-        lambda s: s.server.name != "none"
-        and s.server.space == "weights",
+        lambda s: s["server_optimiser"].name != "none"
+        and s["server_optimiser"].space == "weights",
         "server_optimiser=none or space=factors"),
     "server_optimiser.space=factors": Feature(
-        lambda s: s.server.space == "factors", ONE_SPACE),
+        lambda s: s["server_optimiser"].space == "factors", ONE_SPACE),
     "server_optimiser.space=weights beside links that end": Feature(
-        lambda s: s.server.name != "none"
-        and s.server.space == "weights" and s.run.method.traits.merges
+        lambda s: s["server_optimiser"].name != "none"
+        and s["server_optimiser"].space == "weights" and s.run.method.traits.merges
         and getattr(innermost(s.run.method), "link_rounds", None) is not None,
         "server_optimiser=none or space=factors"),
     "an adaptive server_optimiser with space=factors": Feature(
-        lambda s: s.server.adapts
-        and s.server.space == "factors",
+        lambda s: s["server_optimiser"].adapts
+        and s["server_optimiser"].space == "factors",
         f"server_optimiser=momentum, {ONE_SPACE}"),
     "system": Feature(lambda s: s.run.devices.system.enabled, "system=none"),
     "system.buffer": Feature(

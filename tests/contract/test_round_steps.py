@@ -13,7 +13,6 @@ from fedraclora.aggregation.base import AggregationContext, starts
 from fedraclora.aggregation.robust import Median
 from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.attacks.attack import ALittleIsEnough, SignFlip
-from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
@@ -154,11 +153,3 @@ def test_the_energy_seen_is_told_where_steps_follow_the_gradient(
 ) -> None:
     done = run(make_world(), make_method("subspace_rac_lora"), local, rounds=2, cohort=3)
     assert ("energy_seen" in done.rows[-1]["report"]) == told
-
-
-def test_a_name_in_the_table_that_is_no_feature_is_said() -> None:
-    row = Conflict("a method whose parts differ", "dora=true", "there is no such thing")
-    with pytest.raises(ConfigError, match="a method whose parts differ"):
-        row.check(None)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="'dora=tru'"):
-        refused("local.prox", "dora=tru")

@@ -49,7 +49,7 @@ def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixtur
 def test_without_progress_the_first_lines_are_logged_beside_the_notes(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "fedraclora.experiments.simulate")
+    caplog.set_level("INFO", "fedraclora.experiments.progress")
     run(method={"name": "ffa_lora", "rank": 9}, rounds=0)
     shown = capsys.readouterr().err.splitlines()
     assert not caplog.messages
