@@ -57,6 +57,8 @@ IDX = {
     "test_x": ("t10k-images", "test-images"),
     "test_target": ("t10k-labels", "test-labels"),
 }
+# What numpy and zipfile raise where a file is damaged.
+BROKEN_FILE = (OSError, ValueError, TypeError, EOFError, AttributeError, BadZipFile, zlib.error)
 
 
 @limited("data")
@@ -144,10 +146,6 @@ def read_file(path: Path) -> dict[str, AnyArray]:
     found = taken(arrays, path)
     _require_pairs(found, path, names)
     return found
-
-
-# What numpy and zipfile raise where a file is damaged.
-BROKEN_FILE = (OSError, ValueError, TypeError, EOFError, AttributeError, BadZipFile, zlib.error)
 
 
 def read_arrays(path: Path, do: str, where: object = "data") -> dict[str, AnyArray]:

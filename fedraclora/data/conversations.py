@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedraclora.data.frames import cells_of, named_table, open_text
+from fedraclora.data.frames import named_table, open_text, read_cells
 from fedraclora.errors import ConfigError, DataError, unknown
 
 Message = dict[str, str]
@@ -260,14 +260,13 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _cells(path: Path, delimiter: str, header: bool) -> Iterator[Mapping[str, Any]]:
-    with open_text(path) as file:
-        reader = cells_of(file, delimiter)
-        names: Sequence[str] | None = next(reader, []) if header else None
-        for cells in filter(None, reader):
-            columns = [str(n) for n in range(len(cells))] if names is None else names
-            if len(cells) != len(columns):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(cells)} fields; {len(columns)} are "
-                    "wanted, as in the first row"
-                )
-            yield dict(zip(columns, cells, strict=True))
+    rows = read_cells(path, delimiter)
+    _, names = next(rows, (0, [])) if header else (0, None)
+    for line, cells in rows:
+        columns = [str(n) for n in range(len(cells))] if names is None else names
+        if len(cells) != len(columns):
+            raise DataError(
+                f"{path}, line {line}: {len(cells)} fields; {len(columns)} are wanted, as in the "
+                "first row"
+            )
+        yield dict(zip(columns, cells, strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 NamedFrame = tuple["DataFrame", Path]  # rows, and where they are from, for messages
+Named = tuple[str, str | int]  # a key of the config, and the column that it names
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
+OBJECTIVES = {  # the loss of each, and its metrics
+    "classification": ("cross_entropy", ("accuracy", "loss")),
+    "regression": ("squared_error", ("pearson", "spearman", "loss")),
+}
+TaskName = Annotated[str, choice_of(OBJECTIVES)]
 
 
 def named_table(found: object, where: str) -> NamedFrame:
@@ -104,11 +111,6 @@ def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataF
     return frame
 
 
-Named = tuple[str, str | int]  # a key of the config, and the column that it names
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
-_DELIMITERS = {".tsv": "\t", ".csv": ","}
-
-
 def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[list[str]]:
     """Read some columns of a table as strings.
 
@@ -129,14 +131,13 @@ def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[
     """
     packed = path.suffix if path.suffix in _OPENERS else ""
     kind = path.name.removesuffix(packed)[-4:]
-    if kind not in _DELIMITERS:
+    if kind not in SEPARATORS:
         raise ConfigError(
             f"{path}: a name that ends in .tsv or .csv, or in one of them and .gz or .bz2, is "
             "wanted"
         )
     try:
-        with open_text(path) as file:
-            return _read(file, _DELIMITERS[kind], path, columns, header)
+        return _read(read_cells(path, SEPARATORS[kind]), path, columns, header)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a table: {error}") from error
 
@@ -148,29 +149,27 @@ def open_text(path: Path) -> TextIO:
     return file
 
 
-def cells_of(file: TextIO, delimiter: str) -> Any:
-    """Read rows of cells, by `csv.reader`; between tabs quotes are as any other sign."""
+def read_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Give the cells of each row with its line; between tabs quotes are as any other sign."""
     plain = delimiter == "\t"
-    return csv.reader(
-        file, delimiter=delimiter, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    )
+    with open_text(path) as file:
+        reader = csv.reader(
+            file, delimiter=delimiter, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+        )
+        for cells in filter(None, reader):  # without blank lines, as at the end of a file
+            yield reader.line_num, cells
 
 
 def _read(
-    file: TextIO, delimiter: str, path: Path, columns: Sequence[Named], header: bool
+    rows: Iterator[tuple[int, list[str]]], path: Path, columns: Sequence[Named], header: bool
 ) -> list[list[str]]:
-    reader = cells_of(file, delimiter)
-    names: list[str] = next(reader, []) if header else []
+    _, names = next(rows, (0, [])) if header else (0, [])
     places = [_place(key, column, names, header) for key, column in columns]
     found: list[list[str]] = [[] for _ in columns]
-    for row in reader:
-        if not row:  # a blank line, as at the end of a file
-            continue
+    for line, row in rows:
         for place, values in zip(places, found, strict=True):
             if place >= len(row):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(row)} fields, column {place} is wanted"
-                )
+                raise DataError(f"{path}, line {line}: {len(row)} fields, column {place} is wanted")
             values.append(row[place])
     return found
 
@@ -189,13 +188,6 @@ def _place(key: str, column: str | int, names: list[str], header: bool) -> int:
     if not header:
         raise ConfigError(f"{key}={column}: a table without header has columns 0, 1, 2, ...")
     raise ConfigError(f"{key}: {unknown('column', column, names)}")
-
-
-OBJECTIVES = {  # the loss of each, and its metrics
-    "classification": ("cross_entropy", ("accuracy", "loss")),
-    "regression": ("squared_error", ("pearson", "spearman", "loss")),
-}
-TaskName = Annotated[str, choice_of(OBJECTIVES)]
 
 
 def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> list[str]:

@@ -33,6 +33,8 @@ from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
 
 ONLY_FILE = "train.npz"  # the file of a folder that is one client's
+# Of the group of the config: what is no argument of `own_samples`, or set by a node.
+_NOT_ASKED = ("name", "labels", "validation", "client", "alone")
 
 
 def counted(samples: str | None, clients: int | None) -> int:

@@ -15,6 +15,9 @@ from fedraclora.data.partitioners import bootstrap, dirichlet, fedslop, iid, pat
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import Count, choice_of, limited
 
+log = logging.getLogger(__name__)
+SIZES_SEEN = 1000  # clients made on demand whose sizes the summary tells
+
 
 @limited("partition")
 def natural(
@@ -81,9 +84,6 @@ def _require_number(clients: int | None, found: int, why: str) -> None:
         raise ConfigError(f"clients={clients}, but {why}: set clients=null or clients={found}")
 
 
-log = logging.getLogger(__name__)
-
-
 def fitting(data: DataSet) -> str:
     """Name the division that fits a data set: its own, by its client column, or at random."""
     if data.parts is not None:
@@ -122,7 +122,6 @@ PARTITIONS: dict[str, Callable[..., Division]] = {
     "bootstrap": bootstrap,
     "auto": auto,
 }
-SIZES_SEEN = 1000  # clients made on demand whose sizes the summary tells
 
 
 @limited("partition")

@@ -226,7 +226,8 @@ def _columns_of(found: Any, named: Sequence[Named], texts: int) -> list[list[str
             if str(name) not in frame.columns:
                 raise ConfigError(f"{key}: {unknown('column', name, [*frame.columns])}")
         return [frame[str(name)].fillna("").astype(str).tolist() for _, name in named]
-    rows = [[row] if isinstance(row, str) else [*row] for row in found] if _is_rows(found) else []
+    plain = isinstance(found, list) and all(isinstance(row, str | tuple | list) for row in found)
+    rows = [[row] if isinstance(row, str) else [*row] for row in found] if plain else []
     if not rows or len(named) > texts or any(len(row) != texts for row in rows):
         raise DataError(
             f"data is a {type(found).__name__}; a file or a frame with the columns "
@@ -234,10 +235,6 @@ def _columns_of(found: Any, named: Sequence[Named], texts: int) -> list[list[str
             + ("" if len(named) > texts else f", or a list with {texts} text(s) a row")
         )
     return [[str(row[place]) for row in rows] for place in range(texts)]
-
-
-def _is_rows(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(row, str | tuple | list) for row in found)
 
 
 def _refuse_gaps(table: TextRows, texts: int, names: Sequence[str | int], path: object) -> None:

@@ -35,6 +35,7 @@ SizeLaw = Annotated[str, choice_of(("constant", "lognormal", "pareto"))]
 OWN = (1 << 32) - 1  # the position whose random words are of the client, not of a sample
 QUANTILES = 1024
 MIX_NUMBERS = 1 << 20  # in the table of mixes, over all classes
+POOL_NUMBERS = 1 << 21  # in the table of normals, over all features
 
 
 def pick(words: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
@@ -145,9 +146,6 @@ def size_quantiles(samples: int, sizes: str, spread: float) -> torch.Tensor:
     elif sizes == "pareto":
         factor = (2 * (1 - levels)) ** -spread
     return torch.from_numpy(np.maximum(1, np.rint(samples * factor)).astype(np.int64))
-
-
-POOL_NUMBERS = 1 << 21  # in the table of normals, over all features
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fedraclora.evaluation.metrics import METRICS, Metric, Tally
 from fedraclora.tree import Tree
 
 __all__ = ["METRICS", "evaluate"]
+Counts = npt.NDArray[np.int64]
 
 
 def evaluate(
@@ -154,16 +155,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def batches(samples: Samples, size: int) -> Iterator[Samples]:
-    """Cut samples into batches: in stored order, or shortest first where they are padded.
-
-    Sorted by length, a batch needs little padding; what is left is trimmed.
-    """
-    return (batch for _, batch in numbered_batches(samples, size))
-
-
 def numbered_batches(samples: Samples, size: int) -> Iterator[tuple[torch.Tensor, Samples]]:
-    """Cut samples as `batches` does, and say which rows each batch has."""
+    """Cut samples into batches, with the rows that each has.
+
+    They are in stored order, or shortest first where they are padded: sorted by length, a batch
+    needs little padding; what is left is trimmed.
+    """
     lengths = samples.lengths
     if lengths is None:
         for start in range(0, len(samples), size):
@@ -214,7 +211,7 @@ def _count(
     kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
     confusion = torch.zeros(0, 0, dtype=torch.int64, device=device)
     classes = 0
-    for stored in batches(samples, batch_size):
+    for _, stored in numbered_batches(samples, batch_size):
         for kind, output, target in _outputs(model, loss, stored.to(device)):
             if "loss" in needs:
                 losses, parts = loss_function(kind)(output, target)
@@ -290,9 +287,6 @@ def _numbers(
             f"and the target {tuple(target.shape)}"
         )
     return output.reshape(-1).double(), target.reshape(-1).double()
-
-
-Counts = npt.NDArray[np.int64]
 
 
 def class_accuracies(

@@ -23,6 +23,12 @@ from fedraclora.run.folder import versions_of
 FACTS = "export.json"
 OURS = ("linear", "mlp", "cnn")  # models that shape, outputs and their keys make
 LIBRARIES = ("transformers", "peft", "safetensors", "gguf")
+FORMATS: dict[str, Callable[[TrainedModel, Order], dict[str, object]]] = {
+    "peft": write_peft,
+    "hf": write_hf,
+    "state_dict": write_state_dict,
+    "gguf": write_gguf,
+}
 
 
 def write_card(trained: TrainedModel, folder: Path, form: str, record: ExportRecord) -> None:
@@ -103,13 +109,6 @@ def _spelt(group: object) -> str:
 
 
 __all__ = ["FORMATS", "TrainedModel", "export"]
-
-FORMATS: dict[str, Callable[[TrainedModel, Order], dict[str, object]]] = {
-    "peft": write_peft,
-    "hf": write_hf,
-    "state_dict": write_state_dict,
-    "gguf": write_gguf,
-}
 
 
 def export(

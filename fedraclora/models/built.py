@@ -19,6 +19,8 @@ from fedraclora.narrow_weight import BITS, QuantisedWeight, quantised
 from fedraclora.rng import hash_key
 
 Attention = Annotated[str, choice_of(("sdpa", "eager"))]  # one fused kernel, or plain products
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Base = Annotated[str, choice_of((*FLOATS, *BITS))]  # what is narrow is never merged into
 
 
 @dataclass(frozen=True)
@@ -215,10 +217,6 @@ def found_targets(model: nn.Module, *patterns: str) -> str:
     """Take the first pattern all of whose names the model has; else all linear layers."""
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return next((p for p in patterns if names.issuperset(p.split(","))), "all-linear")
-
-
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Base = Annotated[str, choice_of((*FLOATS, *BITS))]  # what is narrow is never merged into
 
 
 def held_in(built: Built, base: str) -> Built:

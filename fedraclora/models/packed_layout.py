@@ -19,6 +19,8 @@ from typing_extensions import override
 
 from fedraclora.data.samples import Samples
 
+WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs what it saves
+
 
 class TakeRows(torch.autograd.Function):
     """Take rows, where each row but those of zero slope is taken once: so back, rows are taken."""
@@ -209,9 +211,6 @@ def bucket_tops(lengths: list[int], most: int = 4, least: int = 8) -> tuple[int,
     """
     size = -(-len(lengths) // max(1, min(most, len(lengths) // least)))
     return tuple(max(1, top) for top in lengths[::size])
-
-
-WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs what it saves
 
 
 class Places(NamedTuple):

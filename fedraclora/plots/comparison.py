@@ -34,6 +34,10 @@ _POSITIONS = (
     "seconds of rounds so far",
     "virtual seconds so far",
 )
+BELOW = 4.5  # height of the metric against uplink, inches
+LABEL_HEIGHT = 0.14  # of the number beside a point, inches
+WILD = 20  # times the median spread: of a method of which a seed broke down
+CARETDOWN = 7  # a marker of matplotlib
 
 
 def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, path: Path) -> None:
@@ -210,12 +214,6 @@ def _draw(place: Axes, panel: Panel) -> None:
             columnspacing=1.2,
         )
     place.set_title(panel.title, fontsize=11, pad=6 + 14 * rows)
-
-
-BELOW = 4.5  # height of the metric against uplink, inches
-LABEL_HEIGHT = 0.14  # of the number beside a point, inches
-WILD = 20  # times the median spread: of a method of which a seed broke down
-CARETDOWN = 7  # a marker of matplotlib
 
 
 @dataclass(frozen=True)

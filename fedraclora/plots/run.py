@@ -32,6 +32,8 @@ _FIGURES = {
     "energy_seen": "share of the gradient's energy seen",
 }
 _STEPS = ("lr", "gamma_min", "gamma_max")
+_MAX_BARS = 40  # clients or classes that stacked bars can show; beyond, a heat map
+_MAX_PIXELS = 2000  # rows of a heat map; more would not be seen
 
 
 def run_curves(rows: Sequence[Row], path: Path, title: str, *, planned: int | None = None) -> None:
@@ -136,10 +138,6 @@ def _stack(panel: Axes, label: str, rounds: Values, parts: Mapping[str, Values])
     bars = [np.repeat(values, 2) for values in shown.values()]
     panel.stackplot(edges, *bars, labels=list(shown), colors=COLOURS)
     label_axes(panel, "round", label, legend=True)
-
-
-_MAX_BARS = 40  # clients or classes that stacked bars can show; beyond, a heat map
-_MAX_PIXELS = 2000  # rows of a heat map; more would not be seen
 
 
 def label_distribution(

@@ -5,10 +5,11 @@ layers needs none: each layer keeps its input, and the way back is the same list
 does not fit in here is left to autograd, with the same result but for rounding.
 """
 
-from __future__ import annotations
-
 # A hook has arguments that an override uses.
 # ruff: noqa: ARG002
+
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol

@@ -84,7 +84,10 @@ class CohortGates(CohortOptimiser):
         penalty: float,
     ) -> None:
         self.penalty = penalty
-        self.products = {n: values[n] for n in (gated(pair, values) for pair in pairs)}
+        # The factor that has gates is B, or A where that alone is trained.
+        self.products = {
+            n: values[n] for n in (next(n for n in pair.names if n in values) for pair in pairs)
+        }
         raw = dict(values)
         self.gates: dict[str, str] = {}
         for name, product in self.products.items():
@@ -110,11 +113,6 @@ class CohortGates(CohortOptimiser):
             z.copy_(F.softshrink(z, self.rates[gate] * self.penalty))
             product = along_gate(name, self.values[name][:active]) * z[..., None]
             self.products[name][:active] = along_gate(name, product)
-
-
-def gated(pair: Pair, values: Tree) -> str:
-    """Name the factor of an adapter that has gates: B, or A where that alone is trained."""
-    return next(name for name in pair.names if name in values)
 
 
 def along_gate(name: str, factor: torch.Tensor) -> torch.Tensor:
