@@ -171,14 +171,14 @@ MARK = "|codes"  # behind the name of a weight; what follows says how it lies
 SCALE = "|scale"
 
 
-def split(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_parts(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Give named tensors with codes and scales in the place of quantised weights.
 
     Example:
         >>> w = QuantisedWeight(torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 1))
-        >>> list(split({"b": torch.zeros(2), "w": w}))
+        >>> list(in_parts({"b": torch.zeros(2), "w": w}))
         ['b', 'w|codes', 'w|scale']
-        >>> join(split({"w": w}))
+        >>> rejoined(in_parts({"w": w}))
         {'w': QuantisedWeight((2, 3), int8)}
     """
     found: dict[str, torch.Tensor] = {}
@@ -192,8 +192,8 @@ def split(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def join(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Put quantised weights together again; the inverse of `split`."""
+def rejoined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put quantised weights together again; the inverse of `in_parts`."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         stem = name.removesuffix(MARK)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ShapeError
-from fedraclora.narrow_weight import QuantisedWeight, split
+from fedraclora.narrow_weight import QuantisedWeight, in_parts
 
 Tree = dict[str, torch.Tensor]
 LARGE = 1 << 18  # numbers of a tensor that is not copied where it need not be
@@ -197,7 +197,7 @@ def digest(tree: Mapping[str, torch.Tensor]) -> str:
         False
     """
     h = hashlib.sha256()
-    for name, tensor in sorted(split(tree).items()):
+    for name, tensor in sorted(in_parts(tree).items()):
         h.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # any dtype
         h.update(raw.numpy().tobytes())
@@ -219,7 +219,7 @@ def fingerprint(tree: Mapping[str, torch.Tensor]) -> int:
         False
     """
     total = 0
-    for name, tensor in sorted(split(tree).items()):
+    for name, tensor in sorted(in_parts(tree).items()):
         if not tensor.numel():
             continue
         raw = tensor.detach().contiguous().reshape(-1)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedraclora.errors import CheckpointError
-from fedraclora.narrow_weight import join, split
+from fedraclora.narrow_weight import in_parts, rejoined
 from fedraclora.tree import Tree
 
 FILE = "checkpoint.safetensors"
@@ -174,7 +174,7 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
         for _ in range(2):
             header, tensors, fits = _read(path)
             if fits:
-                return join(tensors), json.loads(header["meta"])
+                return rejoined(tensors), json.loads(header["meta"])
     raise CheckpointError(f"{path} is damaged: its digest does not fit; {advice}")
 
 
@@ -215,7 +215,7 @@ def _own(tensors: Tree) -> Tree:
     """Move tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
     own: Tree = {}
     taken: set[int] = set()
-    for name, tensor in split(tensors).items():
+    for name, tensor in in_parts(tensors).items():
         host = tensor.detach().cpu().contiguous()
         storage = host.untyped_storage()
         if storage.nbytes() != host.nbytes or storage.data_ptr() in taken:

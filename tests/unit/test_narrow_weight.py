@@ -13,7 +13,7 @@ from torch import nn
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.narrow_weight import BITS, GROUP, QuantisedWeight, join, quantised, split
+from fedraclora.narrow_weight import BITS, GROUP, QuantisedWeight, in_parts, quantised, rejoined
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.tree import digest, fingerprint
 from fedraclora.weights.files import load_tensors, save_tensors
@@ -108,7 +108,7 @@ def test_files_and_messages_hold_codes(turned: bool, base: str, tmp_path: Path) 
     update = history.since(None)
     assert update.payload_bytes == 12 + held.nbytes
     for found in (
-        join(split(tree)),
+        rejoined(in_parts(tree)),
         load_tensors(tmp_path / "file.safetensors", "")[0],
         pickle.loads(pickle.dumps(update)).dense,
     ):

@@ -82,7 +82,7 @@ def test_a_step_says_itself_what_it_does_not_go_with() -> None:
         avoids = {"control_variates=true": "it has seen enough"}  # noqa: RUF012
 
     run(steps=[Picky()])
-    with pytest.raises(ConfigError, match=r"Picky .*control_variates=true: it has seen enough"):
+    with pytest.raises(ConfigError, match=r"Picky .*control_variates=true: .*seen enough"):
         run(steps=[Picky()], control_variates=True, local={"steps": 2})
     Picky.avoids = {"control_variates=on": "it is no condition"}
     with pytest.raises(ConfigError, match=r"Picky avoids 'control_variates=on'.*=true"):
