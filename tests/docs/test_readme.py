@@ -11,6 +11,7 @@ import pytest
 from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.choices import composed
 from fedraclora.experiments.cli import COMMANDS
+from fedraclora.experiments.pages import RESULTS, read_table
 from fedraclora.strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,3 +81,35 @@ def test_the_first_lines_of_python_learn_and_print_what_stands_below_them(
 
 def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 900
+
+
+# A task of the README's table of results -> its study, the row shown, and the one beside it.
+SHOWN = {
+    "MNIST": ("fedslop_mnist", "Fed-RAC-LoRA r=112", "FedAvg"),
+    "STS-B": ("stsb_links", "Fed-RAC-LoRA r=32 int8", "fedavg_lora"),
+    "Rotten Tomatoes": (
+        "rotten_tomatoes_links",
+        "coordinate r=32 links of 8 int4",
+        "FedAvg-LoRA",
+    ),
+    "CoLA": ("cola_links", "Fed-RAC-LoRA r=32 int8", "FedAvg-LoRA"),
+    "Shakespeare": ("shakespeare_links", "Fed-RAC-LoRA r=32 int8", "FedAvg-LoRA"),
+}
+
+
+@pytest.mark.parametrize("task", SHOWN)
+def test_results_are_those_of_record(task: str) -> None:
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| [{task}]")]
+    share, points = (cell.strip() for cell in line.split("|")[2:4])
+    study, name, beside = SHOWN[task]
+    rows = {row["method"]: row for row in read_table(RESULTS / study / "table.md")}
+    metric = list(rows[name])[4]
+    ways = ("uplink MB", "downlink MB with catch-up")
+    mine, other = (sum(float(rows[row][way]) for way in ways) for row in (name, beside))
+    assert share == f"{mine / other:.0%}".replace("%", " %")
+    budgets = {row["method"]: row for row in read_table(RESULTS / study / "budgets.md")}
+    if (key := f"less {beside}, ± standard error") in budgets[name]:
+        mean, error = (100 * float(number) for number in budgets[name][key].split("±"))
+        assert points == f"{mean:+.1f} ± {error:.1f}"
+    else:
+        assert points == f"{100 * (float(rows[name][metric]) - float(rows[beside][metric])):.1f}"
