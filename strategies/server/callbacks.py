@@ -282,10 +282,10 @@ def own_callbacks(key: str, given: object) -> list[Callback]:
     Raises:
         ConfigError: If something is neither.
     """
-    return [Own(_callback(key, thing), _name(thing)) for thing in listed(given)]
+    return [Own(_callback(key, thing), _name(thing)) for thing in each_of(given)]
 
 
-def listed(given: object) -> list[Any]:
+def each_of(given: object) -> list[Any]:
     """List what a program gives: nothing, one thing, or several."""
     if isinstance(given, Sequence | Set) and not isinstance(given, str | bytes):
         return [*given]

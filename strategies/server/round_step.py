@@ -22,7 +22,7 @@ from fedraclora.protocol.method import Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.callback import Callback
 from fedraclora.run.recorder import RunRecorder
-from fedraclora.strategies.server.callbacks import Told, joined, listed
+from fedraclora.strategies.server.callbacks import Told, each_of, joined
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
@@ -190,7 +190,7 @@ def own_steps(given: object) -> list[RoundStep]:
     Raises:
         ConfigError: If something is none.
     """
-    things = listed(given)
+    things = each_of(given)
     for thing in things:
         if isinstance(thing, RoundStep) and sum(other is thing for other in things) == 1:
             continue
