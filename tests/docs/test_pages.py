@@ -96,3 +96,15 @@ def test_every_page_is_in_the_index() -> None:
 def test_a_record_begins_with_what_it_asks_and_does_not_show(page: Path) -> None:
     begun = re.findall(r"^- \*\*(.*?)\.\*\* \S", page.read_text()[:3000], re.MULTILINE)
     assert begun[:5] == ["Question", "Set-up", "Outcome", "Not shown", "Command"]
+
+
+USER_PAGES = [page for page in PAGES if page not in RECORDS]
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.name)
+def test_the_first_screen_of_a_page_shows_a_command_and_what_it_printed(page: Path) -> None:
+    text = page.read_text()
+    found = re.search(r"```(?:bash|python)[^\n]*\n.*?```(.*)", text[:2500], re.DOTALL)
+    assert found, "no command"
+    assert len(text[: found.start()].split()) < 100, "the command comes late"
+    assert re.search(r"^(?:```text|\| ---)", found[1], re.MULTILINE), "no output"
