@@ -18,22 +18,23 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fedraclora.clients.cache import on_disk
+from fedraclora.engines.records import from_records
 from fedraclora.errors import ClientError
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.wire.records import clients_of, round_of
+from fedraclora.wire.records import Content, clients_of, round_of
 from fedraclora.wire.secagg import read_stage
 
 ASKS = ("config", "arrays", "own", "chunk", "secure")  # records of a message that it answers
 ONCE = ("train", "masked", "unmask")  # what is answered once in a round
 
 
-def kind_of(content: RecordDict) -> str:
+def kind_of(content: Content) -> str:
     """Name what a message asks for: ``train``, or a stage of secure aggregation."""
     stage = read_stage(content)
     return "train" if stage is None else stage.name
 
 
-def is_given(reply: RecordDict) -> bool:
+def is_given(reply: Content) -> bool:
     """Check whether a reply says more than why there is none."""
     stage = read_stage(reply)
     return bool(stage.data if stage is not None and stage.name == "unmask" else clients_of(reply))
@@ -80,7 +81,8 @@ class Answers:
             ClientError: If another message of this round or of a later one was answered, or the
                 run has no such round.
         """
-        kind, round_ = kind_of(content), round_of(content)
+        asked = from_records(content)
+        kind, round_ = kind_of(asked), round_of(asked)
         if not 1 <= round_ <= self.rounds:
             raise ClientError(
                 f"round {round_} was asked for; the run has rounds 1 to {self.rounds}"
@@ -95,7 +97,7 @@ class Answers:
             return recorddict_from_proto(ProtoRecordDict.FromString(raw))
         if answered >= round_:
             raise ClientError(
-                f"{clients_of(content)} of this node answered round {answered} before, and another "
+                f"{clients_of(asked)} of this node answered round {answered} before, and another "
                 f"question of round {round_} came: a client answers a round once, since two "
                 "answers could be subtracted"
             )
@@ -107,11 +109,12 @@ class Answers:
         Raises:
             ClientError: If it cannot be written.
         """
-        kind = kind_of(content)
-        if kind not in ONCE or not is_given(reply):
+        asked = from_records(content)
+        kind = kind_of(asked)
+        if kind not in ONCE or not is_given(from_records(reply)):
             return
         raw = recorddict_to_proto(reply).SerializeToString()
-        meta = {"round": round_of(content), "question": question(content, version)}
+        meta = {"round": round_of(asked), "question": question(content, version)}
         path = self._path(kind)
         numbers = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
         with on_disk(self.folder):

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from fedraclora.clients.handover import hand_over
-from fedraclora.engines.local import error_of, failed
+from fedraclora.engines.replies import failed
 
 app = ClientApp()
 
@@ -38,7 +38,7 @@ def answer(message: Message, context: Context) -> Message:
         try:
             return hand_over(message, context)
         except Exception as error:
-            return failed(message, error_of(error))
+            return failed(message, error)
     from fedraclora.clients.respond import respond
 
     return respond(message, context)

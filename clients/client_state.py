@@ -17,7 +17,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import begin_moments, blank_moments
 from fedraclora.tree import Tree, wide
-from fedraclora.wire.downlink import TrainRequest, uplink_layout
+from fedraclora.wire.exchange import TrainRequest, uplink_layout
 from fedraclora.wire.feedback import blank_residues
 
 

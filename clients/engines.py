@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Message
 from typing_extensions import override
 
-from fedraclora.clients.app import make_client_app
 from fedraclora.clients.ray_worker import Site, SiteParts
 from fedraclora.clients.worker import Worker
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import DeployConfig, FlowerConfig, RayConfig
-from fedraclora.engines.base import Engine, EngineParts
-from fedraclora.engines.inprocess import InProcessGrid
-from fedraclora.engines.local import MessageGrid
+from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.errors import ConfigError
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.update import WeightHistory
+from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 
 if TYPE_CHECKING:  # Ray is imported where it is started
     from fedraclora.engines.ray import Site as WorkerSite
 
 
-class InProcess(Engine):
-    """Clients in this process, one message after another; they read the server's own weights.
+Arrange = Callable[[list[tuple[Ask, Answer | NoAnswer]]], Came]
+
+
+class InProcessGrid(Grid):
+    """Asks clients of this process, one chunk after another.
 
     Args:
-        arrange: Changes the order of replies; see `InProcessGrid`.
+        worker: Trains them.
+        arrange: Changes what comes, and its order (tests do); the order is that of the asks
+            otherwise.
     """
 
-    def __init__(self, arrange: Callable[[list[Message]], list[Message]] | None = None) -> None:
+    def __init__(self, worker: Worker, arrange: Arrange | None = None) -> None:
+        super().__init__()
+        self.worker, self.arrange = worker, arrange
+
+    @override
+    def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
+        # The time is not heeded: a client that hangs in this process hangs the process.
+        came = ((ask, self._one(ask)) for ask in asks)  # each is read before the next is asked for
+        return came if self.arrange is None else self.arrange([*came])
+
+    def _one(self, ask: Ask) -> Answer | NoAnswer:
+        try:
+            return self.worker.train(ask)
+        except Exception as error:
+            return NoAnswer.of(error)
+
+
+class InProcess(Engine):
+    """Clients in this process, one chunk after another; they read the server's own weights.
+
+    Args:
+        arrange: Changes what comes; see `InProcessGrid`.
+    """
+
+    def __init__(self, arrange: Arrange | None = None) -> None:
         super().__init__(BaseWeights({}))
         self.arrange = arrange
 
     @override
-    def make_grid(self, parts: EngineParts) -> MessageGrid:
-        return InProcessGrid(make_client_app(self.make_worker(parts)), self.arrange)
+    def make_grid(self, parts: EngineParts) -> Grid:
+        return InProcessGrid(self.make_worker(parts), self.arrange)
 
     def make_worker(self, parts: EngineParts) -> Worker:
         """Make what answers the messages."""
@@ -66,7 +92,7 @@ class OnRay(Engine):
         super().__init__(self.history)
 
     @override
-    def make_grid(self, parts: EngineParts) -> MessageGrid:
+    def make_grid(self, parts: EngineParts) -> Grid:
         from fedraclora.engines.ray import Cluster, RayGrid
 
         return RayGrid(

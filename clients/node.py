@@ -21,7 +21,8 @@ from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, 
 from fedraclora.config.run_config import task_from_plain
 from fedraclora.config.schema import Plain
 from fedraclora.config.settings import PretrainConfig
-from fedraclora.engines.local import STALE
+from fedraclora.engines.records import from_records, to_records
+from fedraclora.engines.replies import STALE
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.privacy.secret import KEY_BYTES
@@ -29,7 +30,9 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import StoredReplica, read_stored_replica
+from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.records import clients_of
+from fedraclora.wire.reply import write_answer
 from fedraclora.wire.weight_update import read_weight_update
 
 KEPT = 4  # clients whose weights, and data of their own, stay in memory
@@ -53,7 +56,8 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         ClientError: If its folder cannot be written to.
         WireError: If the message is for a client that is not served here.
     """
-    (client,) = clients_of(content)
+    asked = from_records(content)
+    (client,) = clients_of(asked)
     if client not in served(context):
         raise WireError(
             f"a message is for client {client}, but this node serves the clients {served(context)}"
@@ -69,7 +73,7 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     trainer, terms = found
     holding = replica_of(folder, trainer)
     with on_disk(folder):
-        followed = holding.follow(read_weight_update(content))
+        followed = holding.follow(read_weight_update(asked))
     if not followed:
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
 
@@ -77,12 +81,12 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         # New for every answer that is computed: nothing that anybody could ask for draws it again.
         trainer.answer_key = os.urandom(KEY_BYTES)
         store = read_store(folder, generations(settings))
-        reply = Worker(trainer, holding, store, terms).train(content)
+        answer = Worker(trainer, holding, store, terms).train(AskReader().read(asked))
         if stored := store.since(0):
             with on_disk(folder):
                 save_tensors(store_file(folder), stored, {}, sync=True)
                 store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
-        return reply
+        return to_records(write_answer(answer))
 
     if not trainer.local.answers_once and terms is None:
         reply = compute()

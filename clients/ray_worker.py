@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flwr.app import RecordDict
-
 from fedraclora.clients.worker import Worker
 from fedraclora.config.build import BuiltTask, fix_bits, terms_of, trainer_of
 from fedraclora.config.run_config import TaskConfig
@@ -13,7 +11,9 @@ from fedraclora.protocol.method import Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 from fedraclora.weights.replica import Replica
-from fedraclora.wire.records import round_of
+from fedraclora.wire.downlink import AskReader
+from fedraclora.wire.records import Content
+from fedraclora.wire.reply import write_answer
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,36 @@ class Site:
         fix_bits(parts.config.engine.threads, parts.built.device)
         self.replica = Replica(parts.plan, parts.built.device)
         trainer = trainer_of(parts.config, parts.built, parts.plan)
-        self.worker = Worker(trainer, self.replica, terms=terms_of(parts.config, parts.built))
+        terms = terms_of(parts.config, parts.built)
+        self.clerk = Clerk(Worker(trainer, self.replica, terms=terms))
 
-    def train(self, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
-        """Answer a train message; see `answer`."""
-        return answer(self.worker, content, stored)
+    def train(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
+        """Answer a message; see `Clerk`."""
+        return self.clerk.answer(content, stored)
 
 
-def answer(worker: Worker, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
-    """Answer a train message of clients whose own tensors come with it.
+class Clerk:
+    """Answers the messages of clients whose own tensors come with them.
 
     Args:
         worker: Trains; what it keeps itself is not used.
-        content: The message.
-        stored: What its clients hold (`fedraclora.run.client_state.ClientStore.part`).
-
-    Returns:
-        The reply, and what was kept in this round.
     """
-    store = worker.store = ClientStore()
-    store.restore(stored)
-    reply = worker.train(content)
-    return reply, store.since(round_of(content))
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self._reader = worker, AskReader()
+
+    def answer(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
+        """Answer a message.
+
+        Args:
+            content: The message.
+            stored: What its clients hold (`fedraclora.run.client_state.ClientStore.part`).
+
+        Returns:
+            The reply, and what was kept in this round.
+        """
+        store = self.worker.store = ClientStore()
+        store.restore(stored)
+        ask = self._reader.read(content)
+        reply = write_answer(self.worker.train(ask))
+        return reply, store.since(ask.request.round_)

@@ -13,13 +13,13 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedraclora.clients import node
-from fedraclora.clients.ray_worker import answer
+from fedraclora.clients.ray_worker import Clerk
 from fedraclora.clients.worker import Worker
-from fedraclora.engines.local import STALE, error_of, failed
+from fedraclora.engines.records import folded, from_records, to_records, unfolded
+from fedraclora.engines.replies import STALE, failed
 from fedraclora.errors import StaleError, WireError
 from fedraclora.weights.job import read_settings
 from fedraclora.weights.replica import FolderReplica
-from fedraclora.wire.folded import folded, unfolded
 from fedraclora.wire.records import read_tree, tree_record
 
 
@@ -31,7 +31,7 @@ def respond(message: Message, context: Context) -> Message:
     except StaleError:
         return Message(RecordDict({STALE: ConfigRecord()}), reply_to=message)
     except Exception as error:
-        return failed(message, error_of(error))
+        return failed(message, error)
 
 
 def introduced(content: RecordDict, context: Context) -> RecordDict:
@@ -57,17 +57,18 @@ def trained(content: RecordDict, context: Context) -> RecordDict:
         )
     if "run" in job:
         return folded(node.answer(context, str(job["run"]), unfolded(content)))
-    reply, stored = answer(worker_of(str(job["folder"])), content, read_tree(content, "kept"))
-    reply["kept"] = tree_record(stored)
-    return reply
+    asked = from_records(content)
+    reply, stored = clerk_of(str(job["folder"])).answer(asked, read_tree(asked, "kept"))
+    return to_records({**reply, "kept": tree_record(stored)})
 
 
 @lru_cache(maxsize=1)
-def worker_of(folder: str) -> Worker:
+def clerk_of(folder: str) -> Clerk:
     """Build data and model of a run, once in each process.
 
     Args:
         folder: Of a `fedraclora.weights.job.JobFolder`.
     """
     trainer, terms = node.built_from(read_settings(Path(folder)))
-    return Worker(trainer, FolderReplica(Path(folder), trainer.plan, trainer.device), terms=terms)
+    replica = FolderReplica(Path(folder), trainer.plan, trainer.device)
+    return Clerk(Worker(trainer, replica, terms=terms))

@@ -9,21 +9,18 @@ takes from the config that it holds, never from a message.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import RecordDict
 
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
-from fedraclora.wire.downlink import TrainRequest
-from fedraclora.wire.records import round_of
+from fedraclora.wire.exchange import Answer, Stage, TrainRequest
 from fedraclora.wire.secagg import (
-    Stage,
     Words,
     mark,
     new_pair,
@@ -35,7 +32,6 @@ from fedraclora.wire.secagg import (
     seal,
     shared_key,
     split,
-    stage_message,
     unseal,
 )
 
@@ -46,17 +42,17 @@ DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def answer_stage(
-    content: RecordDict, stage: Stage, store: ClientStore, terms: SecAggTerms
-) -> RecordDict:
+    request: TrainRequest, stage: Stage, store: ClientStore, terms: SecAggTerms
+) -> Answer:
     """Answer a stage in which nobody trains.
 
     Args:
-        content: The message.
-        stage: Its stage.
+        request: Says in which round.
+        stage: What is asked.
         store: Where clients keep their keys from stage to stage.
         terms: What clients insist on.
     """
-    round_ = round_of(content)
+    round_ = request.round_
     steps = {"keys": _keys, "shares": _shares, "unmask": _unmask}
     answers: dict[int, Any] = {}
     failures: dict[int, str] = {}
@@ -69,7 +65,32 @@ def answer_stage(
             failures[client] = str(error)
         except DAMAGED as error:
             failures[client] = f"client {client} cannot read its message ({error!r})"
-    return stage_message(round_, Stage(stage.name, {}, answers), failures)
+    return _answer(request, Stage(stage.name, {}, answers), failures, sorted(answers))
+
+
+def _answer(
+    request: TrainRequest,
+    stage: Stage,
+    failures: dict[int, str],
+    clients: list[int],
+    words: Words | None = None,
+    notes: Sequence[str] = (),
+) -> Answer:
+    """Say something in a stage; ``words``: uint32 [k, P + 1], of these clients."""
+    empty = torch.empty(0)
+    return Answer(
+        request.round_,
+        request.version,
+        request.first,
+        torch.tensor(clients, dtype=torch.int64),
+        empty,
+        empty,
+        empty,
+        pieces=(empty if words is None else torch.from_numpy(words),),
+        failures=failures,
+        notes=[*notes],
+        stage=stage.heard,
+    )
 
 
 def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
@@ -169,7 +190,7 @@ def masked_reply(
     trained: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     failures: dict[int, str],
     notes: list[str],
-) -> RecordDict:
+) -> Answer:
     """Write the masked vectors of those who trained, were told their neighbours' shares, and may.
 
     A client that cannot open a share says whose, and sends no vector: then it is asked again, and
@@ -208,9 +229,7 @@ def masked_reply(
         except DAMAGED as error:
             failures[client] = f"client {client} cannot read its message ({error!r})"
     words = np.stack(rows) if rows else np.zeros((0, updates.shape[1] + 1), dtype=np.uint32)
-    told = {"version": request.version, "notes": notes}
-    sent = members, torch.from_numpy(words)
-    return stage_message(request.round_, Stage("masked", {}, unopened), failures, told, sent)
+    return _answer(request, Stage("masked", {}, unopened), failures, members, words, notes)
 
 
 def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:

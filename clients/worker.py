@@ -1,15 +1,16 @@
-"""Serves train messages: trains the clients that a message names, and finds who failed."""
+"""Answers what clients are asked: trains those who are named, and finds who failed."""
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
-from flwr.app import RecordDict
+import torch.nn.functional as F
 
 from fedraclora.aggregation.statistics import shortened
 from fedraclora.clients.client_state import keep, restore
@@ -21,6 +22,7 @@ from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.protocol.rank_budgets import uploaded_mask
+from fedraclora.protocol.uplinks import SUM_BLOCK, Refusal, block_sums, check_rows
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult, join_results
@@ -28,18 +30,16 @@ from fedraclora.training.memory import is_out_of_memory
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.base import BaseWeights
 from fedraclora.wire.changes import Changes, Coded
-from fedraclora.wire.downlink import Reader, TrainRequest, uplink_layout
+from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest, uplink_layout
 from fedraclora.wire.feedback import left_over, to_add
-from fedraclora.wire.records import clients_of
-from fedraclora.wire.reply import pack_result
-from fedraclora.wire.secagg import Stage, read_stage
+from fedraclora.wire.fields import printable
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Job:
-    """A message that asks clients to train, and how far that has come.
+    """What clients are asked to train, and how far that has come.
 
     Attributes:
         downlink, request: What is asked.
@@ -96,10 +96,9 @@ class Worker:
     store: ClientStore = field(default_factory=ClientStore)
     terms: SecAggTerms | None = None
     limit: int | None = field(default=None, init=False)
-    _reader: Reader = field(default_factory=Reader, init=False)
 
-    def train(self, content: RecordDict) -> RecordDict:
-        """Answer one train message.
+    def train(self, ask: Ask) -> Answer:
+        """Answer an ask.
 
         A chunk that raises is cut in halves until the clients at fault stand alone: they are
         reported by id, the others' results are used. Where memory runs out nobody is at fault:
@@ -109,7 +108,7 @@ class Worker:
             WireError: If a run with secure aggregation is asked for more than sums, or the other
                 way round.
         """
-        stage = read_stage(content)
+        stage = ask.stage
         if (stage is None) != (self.terms is None):
             raise WireError(
                 f"by the config of this run updates are{'' if self.terms else ' not'} masked "
@@ -117,8 +116,8 @@ class Worker:
                 "the clients under one config"
             )
         if stage is not None and self.terms is not None and stage.name != "masked":
-            return answer_stage(content, stage, self.store, self.terms)
-        downlink, request = self._reader.read(content)
+            return answer_stage(ask.request, stage, self.store, self.terms)
+        downlink, request = ask.own, ask.request
         base = self.replica.at(request.version, request.round_)
         downlink = downlink.beside(base)
         held = restore(self.store, downlink, request, base, self.trainer.local)
@@ -213,7 +212,7 @@ class Worker:
         job.note(text)
         return parts(places, self.limit)
 
-    def _masked(self, job: Job, stage: Stage, terms: SecAggTerms) -> RecordDict:
+    def _masked(self, job: Job, stage: Stage, terms: SecAggTerms) -> Answer:
         """Hide what clients send from everyone; see `fedraclora.clients.secure`."""
         request, downlink, base, local = job.request, job.downlink, job.base, self.trainer.local
         places, layout = torch.tensor(job.places, dtype=torch.int64), uplink_layout(downlink)
@@ -224,7 +223,7 @@ class Worker:
             weights = client_weights(terms.weights, result.samples)
         trained = (request.clients[places], updates, weights)
         reply = masked_reply(request, stage, self.store, terms, trained, job.failures, job.notes)
-        sent, step = torch.tensor(clients_of(reply), dtype=torch.int64), stage.settings["step"]
+        sent, step = reply.clients, stage.settings["step"]
         for part_places, result in job.parts():
             index = torch.tensor(part_places)
             part, clients = downlink.select(index), request.clients[index]
@@ -235,11 +234,11 @@ class Worker:
         return reply
 
     @staticmethod
-    def _reply(job: Job) -> RecordDict:
+    def _reply(job: Job) -> Answer:
         downlink, request = job.downlink, job.request
         places = torch.tensor(job.places, dtype=torch.int64)
         whole = len(places) == len(request.clients)  # parts are tried in order
-        return pack_result(
+        return answer_of(
             join_results(job.results),
             request,
             request.clients if whole else request.clients[places],
@@ -249,6 +248,76 @@ class Worker:
             uploaded_mask(downlink, places) if request.reduce is None else None,
             job.coded,
         )
+
+
+def answer_of(
+    result: LocalResult | None,
+    request: TrainRequest,
+    clients: torch.Tensor,
+    layout: Layout,
+    failures: Mapping[int, str],
+    notes: list[str],
+    mask: torch.Tensor | None = None,
+    coded: Coded | None = None,
+) -> Answer:
+    """Answer with what a chunk brought back.
+
+    Args:
+        result: Of the clients that trained, or None if none did.
+        request: What was asked. With ``reduce``, rows are checked and summed here, so that what
+            goes back does not grow with the chunk.
+        clients: Who trained, int64 [k], a part of ``request.clients``.
+        layout: What each client sends.
+        failures: Why a client trained nothing, by id.
+        notes: Sentences for the ledger.
+        mask: Which numbers of its row each client sends, bool [k, P]; None: all.
+        coded: The rows in fewer bits, where ``result`` has them as they will be read; None: they
+            are sent as they are.
+    """
+    if result is None:  # every client of the chunk failed
+        none = torch.zeros(0, dtype=torch.int64)
+        result = LocalResult(
+            {n: torch.empty(0, *s) for n, s in layout.shapes}, none.double(), none, none
+        )
+    trained = {n: result.trained[n] for n, _ in layout.shapes}
+    refused: list[Refusal] = []
+    vectors: dict[str, Any] = {"clients": clients, "losses": result.losses}
+    vectors |= {"samples": result.samples, "steps": result.steps}
+    if coded is not None:
+        vectors["rounding"] = torch.tensor(coded.errors, dtype=torch.float64)
+    pieces: tuple[torch.Tensor, ...]
+    if request.reduce is not None:
+        numbers = layout.pack(trained, lead=1)
+        weights = client_weights(request.reduce, result.samples)
+        refused = check_rows(clients, weights, result.losses, [numbers])
+        if refused:
+            kept = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
+            numbers, weights = numbers[kept.to(numbers.device)], weights[kept]
+            vectors = {name: vector[kept] for name, vector in vectors.items()}
+        whole = len(numbers) == len(request.clients)
+        places = None if whole else torch.searchsorted(request.clients, vectors["clients"])
+        sums = block_sums(numbers, weights, places)
+        missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
+        pieces = (F.pad(sums, (0, 0, 0, missing)) if missing else sums,)
+    elif coded is not None:
+        pieces = (torch.cat([torch.zeros(0, dtype=torch.uint8), *coded.codes]),)
+    elif mask is not None:
+        numbers = layout.pack(trained, lead=1)
+        pieces = (numbers[mask.to(numbers.device)],)
+    else:
+        pieces = layout.pieces(trained)
+    return Answer(
+        request.round_,
+        request.version,
+        request.first,
+        **vectors,
+        pieces=tuple(piece.detach().cpu() for piece in pieces),
+        reduced=request.reduce is not None,
+        failures={client: printable(reason) for client, reason in failures.items()},
+        refused=refused,
+        notes=[printable(note) for note in notes],
+        layout=layout,
+    )
 
 
 def sent_rows(result: LocalResult, layout: Layout) -> torch.Tensor:

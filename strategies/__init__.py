@@ -1,4 +1,4 @@
-"""Server side: one file per method, the table of them, and the one Flower strategy (`base`)."""
+"""Server side: one file per method, the table of them, and the one round loop (`base`)."""
 
 from __future__ import annotations
 

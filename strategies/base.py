@@ -1,24 +1,16 @@
-"""The one Flower `Strategy`: it drives any method over any grid.
-
-Flower's loop has no checkpoints and goes on when clients fail, so `start` is overridden once.
-"""
+"""The one round loop: it drives any method over any grid."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
 from torch import nn
-from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext
-from fedraclora.engines.deploy import taken_traffic, traffic_of
-from fedraclora.engines.local import taken_incidents
-from fedraclora.errors import DivergenceError, RoundLostError, WireError
-from fedraclora.narrow_weight import dense
+from fedraclora.engines.base import Grid, Traffic
+from fedraclora.errors import DivergenceError, RoundLostError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
@@ -29,9 +21,8 @@ from fedraclora.strategies.server.callbacks import Callbacks, in_round
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import persistently
 from fedraclora.strategies.server.quantised import DownlinkRounding
-from fedraclora.strategies.server.round_step import Ask, RoundStep, RoundSteps, RunContext
+from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
 from fedraclora.strategies.server.rows import Cost, Row, fleet_columns, ledger_row
-from fedraclora.strategies.server.serverside import OwnLoop
 from fedraclora.strategies.server.sound import largest, overflowing
 from fedraclora.training.localconfig import effective_step
 from fedraclora.tree import point_at
@@ -39,7 +30,7 @@ from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp
 
 
-class FedStrategy(OwnLoop):
+class FedStrategy:
     """Runs a method round by round.
 
     Args:
@@ -79,7 +70,6 @@ class FedStrategy(OwnLoop):
         self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed, self.loop.feedback)
         self.steps = RoundSteps(steps, run, state)
         self.catch_up, self.done = CatchUp(state.base, self.loop.clients), 0
-        self._exchange: Exchange | None = None
 
     def resume(self, state: State, done: int) -> None:
         """Go on after round ``done`` from a restored state (`catch_up` is restored in place)."""
@@ -87,98 +77,84 @@ class FedStrategy(OwnLoop):
         if self.devices.system.timed:
             self.devices.now = number(self.recorder.ledger.rows[-1], "virtual_seconds")
 
-    @override
-    def start(  # type: ignore[override]
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord | None = None,
-        num_rounds: int | None = None,
-        timeout: float | None = None,
-        **_: object,
-    ) -> Result:
-        """Run the rounds that are left, as `run` does, for whoever has a Flower strategy.
-
-        Args:
-            grid: Where clients run.
-            initial_arrays: Ignored.
-            num_rounds: Last round, instead of ``loop.rounds``.
-            timeout: Seconds per exchange, instead of ``loop.timeout``.
-
-        Returns:
-            Flower's result, with the effective weights.
-        """
-        metrics = self.run(grid, num_rounds, timeout)
-        weights = dense(self.method.weights(self.state, self.draw))
-        arrays = ArrayRecord({name: Array(t.cpu().numpy()) for name, t in weights.items()})
-        return Result(arrays, metrics)
-
-    def run(
-        self, grid: Grid, last: int | None = None, timeout: float | None = None
-    ) -> dict[int, MetricRecord]:
+    def run(self, grid: Grid, last: int | None = None) -> None:
         """Run the rounds that are left; the weights are not written out.
 
         Args:
             grid: Where clients run.
             last: The last round, instead of ``loop.rounds``.
-            timeout: Seconds per exchange, instead of ``loop.timeout``.
-
-        Returns:
-            The training loss of each round.
 
         Raises:
             ClientError: If more clients failed than allowed, after a checkpoint.
         """
+        self.begin()
+        last = self.loop.rounds if last is None else last
+        for round_ in range(self.done + 1, last + 1):
+            with self.saving(), in_round(round_):
+                if self.callbacks.ends(self.recorder.ledger.rows):
+                    break
+                run = partial(self._attempt, grid, round_, Cost())
+                persistently(run, self.loop.retries, grid.incidents)
+        self.recorder.save(self.state, self.done, self.catch_up)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save a checkpoint where a round that is run inside fails."""
+        try:
+            yield
+        except Exception:
+            # A checkpoint ahead of the ledger, whose row failed, could not be resumed.
+            if number(self.recorder.ledger.rows[-1], "round") == self.done:
+                self.recorder.save(self.state, self.done, self.catch_up)
+            raise
+
+    def begin(self) -> None:
+        """Publish the weights that the next round begins from; write row 0 where there is none."""
         self.steps.open(self.recorder, self.done)
         self.replica.publish(self.state.base, self.catch_up.version)
         point_at(self.parameters, self.state.base)
-        metrics: dict[int, MetricRecord] = {}
         if not self.recorder.ledger.rows:
             self.recorder.begin(self.state)
             with in_round(0):
                 row: Row = {"round": 0} | self._measured() | {"notes": list(self.state.notes)}
                 row |= {"uplink_total": 0, "downlink_total": 0} | self.devices.clock
                 self._publish_row(row)
-        last = self.loop.rounds if last is None else last
-        for round_ in range(self.done + 1, last + 1):
-            try:
-                with in_round(round_):
-                    if self.callbacks.ends(self.recorder.ledger.rows):
-                        break
-                    run = partial(self._round, grid, round_, timeout or self.loop.timeout, Cost())
-                    incidents = getattr(grid, "incidents", [])
-                    metrics[round_] = persistently(run, self.loop.retries, incidents)
-            except Exception:
-                # A checkpoint ahead of the ledger, whose row failed, could not be resumed.
-                if number(self.recorder.ledger.rows[-1], "round") == self.done:
-                    self.recorder.save(self.state, self.done, self.catch_up)
-                raise
-        self.recorder.save(self.state, self.done, self.catch_up)
-        return metrics
 
-    def _round(self, grid: Grid, round_: int, timeout: float | None, cost: Cost) -> MetricRecord:
-        """Run one round: exchanges until the method closes it, then evaluate and write."""
-        watch = cost.watch
-        messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
-        exchange = self._current()
-        watch.lap("open")
+    def _attempt(self, grid: Grid, round_: int, cost: Cost) -> None:
+        """Run one round."""
+        exchange = self.open(round_)
+        cost.watch.lap("open")
+        self.close(exchange, partial(grid.ask, timeout=self.loop.timeout), grid, cost)
+
+    def close(self, exchange: Exchange, send: Send, grid: Grid, cost: Cost) -> None:
+        """Run a round that has been opened to its end.
+
+        Exchanges follow until the method closes it; then it is measured and written.
+
+        Args:
+            exchange: Its first.
+            send: Asks clients, and gives what comes.
+            grid: What knows of traffic and incidents.
+            cost: Counts what the round takes, all its attempts together.
+        """
+        watch, round_ = cost.watch, exchange.round_
         while True:
-            ask = partial(grid.send_and_receive, timeout=timeout)
             try:
-                raw, got = self._exchanged(ask, exchange, messages, cost, grid)
+                raw, got = self._exchanged(send, exchange, cost, grid.traffic)
             except RoundLostError as lost:
                 if not self.loop.guarded:
                     raise
-                return self._give_up(exchange, grid, str(lost), cost)
+                self._give_up(exchange, grid, str(lost), cost)
+                return
             again = self.method.next_exchange(self.state, exchange.downlink, got)
             if again is None:
                 break
-            messages = self._messages(again, exchange.survivors(), round_, grid, exchange)
-            exchange = self._current()
+            exchange = self._exchange_of(again, exchange.survivors(), round_, exchange)
         after = self._sound(exchange, raw, got)
         columns = self.steps.columns(exchange, got)
         # Only now: a round that fails must not count its clients as caught up.
         cost.fetch(self.catch_up, exchange, taken_traffic(grid))
-        self._close(round_, after)
+        self._close(exchange, after)
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
         measured = self._measured() if due else {"metrics": {}}
@@ -193,20 +169,19 @@ class FedStrategy(OwnLoop):
         self.recorder.link(round_, self.state)
         watch.lap("write")
         self._write(self.steps.added(row, columns), step, watch, grid)
-        return MetricRecord({"train-loss": exchange.mean_loss})
 
     def _exchanged(
-        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], cost: Cost, grid: Grid
+        self, send: Send, exchange: Exchange, cost: Cost, traffic: Traffic | None
     ) -> tuple[Uplinks, Uplinks]:
-        """Send messages; give what came, and the same treated; count it, whatever becomes of it."""
+        """Ask clients; give what came, and the same treated; count it, whatever becomes of it."""
         try:
-            raw = self.steps.receive(ask, exchange, messages, self.state.base)
-            return raw, self._treated(raw)
+            raw = self.steps.receive(send, exchange, self.state.base)
+            return raw, self._treated(raw, exchange)
         finally:
             cost.watch.lap("train")
-            cost.count(exchange, traffic_of(grid))
+            cost.count(exchange, traffic)
 
-    def _give_up(self, exchange: Exchange, grid: Grid, why: str, cost: Cost) -> MetricRecord:
+    def _give_up(self, exchange: Exchange, grid: Grid, why: str, cost: Cost) -> None:
         """Go on after a round that real clients will not answer again: nothing changes in it."""
         round_ = exchange.round_
         cost.fetch(self.catch_up, exchange, taken_traffic(grid))
@@ -215,26 +190,21 @@ class FedStrategy(OwnLoop):
         row["notes"] = [why]
         row = self.steps.added(row, self.steps.columns(exchange, None))
         self._write(row, 0.0, cost.watch, grid)
-        return MetricRecord({"train-loss": float("nan")})
 
     def _write(self, row: Row, step: object, watch: Stopwatch, grid: Grid) -> None:
         """Publish the row of a round, and save a checkpoint where one is due."""
-        self._publish_row(row | {"effective_step": step} | watch.columns | taken_incidents(grid))
+        incidents = {"incidents": [*grid.incidents]} if grid.incidents else {}
+        grid.incidents.clear()
+        self._publish_row(row | {"effective_step": step} | watch.columns | incidents)
         # After the row: a checkpoint that is ahead of the ledger could not be resumed.
         if self.recorder.due(self.done):
             self.recorder.save(self.state, self.done, self.catch_up)
 
-    def _current(self) -> Exchange:
-        if self._exchange is None:
-            raise WireError("replies came before a round was opened")
-        return self._exchange
-
-    def _setting(self) -> AggregationContext:
-        exchange = self._current()
+    def _setting(self, exchange: Exchange) -> AggregationContext:
         return AggregationContext(exchange.downlink, exchange.round_, self.draw, self.state.base)
 
-    def _treated(self, got: Uplinks) -> Uplinks:
-        return self.steps.treat(got, self._setting())
+    def _treated(self, got: Uplinks, exchange: Exchange) -> Uplinks:
+        return self.steps.treat(got, self._setting(exchange))
 
     def _next(self, exchange: Exchange, got: Uplinks) -> State:
         """Compute the method's next state; nothing is stored yet."""
@@ -256,7 +226,9 @@ class FedStrategy(OwnLoop):
         after = self._next(exchange, got)
         while names := overflowing(after, self.state):
             what = f"the merged weights are too large ({', '.join(names[:3])})"
-            found = largest(raw, self._setting()) if raw.has_individuals else exchange.longest
+            found = (
+                largest(raw, self._setting(exchange)) if raw.has_individuals else exchange.longest
+            )
             if found is None or not (self.divisible and self.steps.repeatable):
                 raise DivergenceError(
                     f"round {exchange.round_}: {what}, after updates of clients "
@@ -265,16 +237,16 @@ class FedStrategy(OwnLoop):
             client, norm = found
             reason = f"{what}, and its update is the largest, of norm {norm:.3g}"
             raw = exchange.without(raw, client, reason)
-            after = self._next(exchange, self._treated(raw))
+            after = self._next(exchange, self._treated(raw, exchange))
         return after
 
-    def _close(self, round_: int, after: State) -> None:
+    def _close(self, exchange: Exchange, after: State) -> None:
         """Keep the next state, and publish its weights."""
-        self.state = self.rounding.closed(self.state, after, self._current().downlink, round_)
+        self.state = self.rounding.closed(self.state, after, exchange.downlink, exchange.round_)
         self.catch_up.add(self.state.link)
         self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
         point_at(self.parameters, self.state.base)
-        self.done = round_
+        self.done = exchange.round_
 
     def _measured(self) -> Row:
         weights = partial(self.method.weights, self.state, self.draw)
@@ -284,28 +256,24 @@ class FedStrategy(OwnLoop):
         self.recorder.append(self.callbacks.own_columns(row))
         self.callbacks.row(self.recorder.ledger.rows[-1])
 
-    @override
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Draw the cohort, open the round, and write one message per chunk."""
+    def open(self, round_: int) -> Exchange:
+        """Draw the cohort and open a round: its first exchange, with what is asked."""
         loop = self.loop
-        clients = self.steps.cohort(server_round)
+        clients = self.steps.cohort(round_)
         weights = client_weights(loop.weights, self.examples(clients))
         cohort = Cohort(clients, weights, self.devices.ranks(clients, self.method))
-        downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
-        sent = self.steps.send(downlink, self.state)
-        return self._messages(sent, cohort, server_round, grid, None)
+        downlink = self.method.open_round(self.state, round_, cohort, self.draw)
+        return self._exchange_of(self.steps.send(downlink, self.state), cohort, round_, None)
 
-    def _messages(
-        self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid, before: Exchange | None
-    ) -> list[Message]:
-        """Open an exchange: one message per chunk of the clients whose replies will count."""
+    def _exchange_of(
+        self, downlink: Downlink, cohort: Cohort, round_: int, before: Exchange | None
+    ) -> Exchange:
+        """Open an exchange with the clients whose replies will count."""
         downlink = self.rounding.sent(downlink, round_)
         in_time, downlink, timeline = self.devices.race(
             round_, cohort, downlink, self.sizes, None if before else self.catch_up, self.loop
         )
-        self._exchange = Exchange(
+        exchange = Exchange(
             downlink,
             round_,
             self.catch_up.version,
@@ -319,4 +287,12 @@ class FedStrategy(OwnLoop):
             timeline=timeline,
             base=self.state.base,
         )
-        return self._exchange.messages(list(grid.get_node_ids()))
+        exchange.ask()
+        return exchange
+
+
+def taken_traffic(grid: Grid) -> Traffic | None:
+    """Take what a grid has counted since it was last taken; None where nothing is sent."""
+    found = grid.traffic
+    grid.traffic = None if found is None else Traffic()
+    return found

@@ -7,12 +7,9 @@ until the clock has come to them. Bytes are counted where a client starts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 from typing_extensions import override
 
 from fedraclora.devices.asynchronous import AsyncClock, AsyncStep
@@ -25,7 +22,7 @@ from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.wire.changes import uploaded_bytes
-from fedraclora.wire.downlink import payload_bytes
+from fedraclora.wire.exchange import payload_bytes
 
 
 class BufferedStrategy(FedStrategy):
@@ -35,33 +32,32 @@ class BufferedStrategy(FedStrategy):
     _leg: AsyncStep | None = None
 
     @override
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def open(self, round_: int) -> Exchange:
         """Advance the clock by the round, and ask those who start in it."""
         loop, draw = self.loop, self.draw
         any_ = Cohort(torch.arange(1), torch.ones(1, dtype=torch.float64))
-        sent = self.method.open_round(self.state, server_round, any_, draw)
-        sent = self.rounding.sent(self.steps.send(sent, self.state), server_round)
-        self._leg = leg = self._passed(server_round, sent)
+        sent = self.method.open_round(self.state, round_, any_, draw)
+        sent = self.rounding.sent(self.steps.send(sent, self.state), round_)
+        self._leg = leg = self._passed(round_, sent)
         started = sorted(leg.started, key=lambda flight: flight.client)
         clients = torch.tensor([f.client for f in started], dtype=torch.int64)
         asked = Cohort(clients, client_weights(loop.weights, self.examples(clients)))
         answers = torch.tensor([not f.lost for f in started], dtype=torch.bool)
         took = torch.tensor([f.lands for f in started], dtype=torch.float64) - self.devices.now
         kept = torch.nonzero(answers).flatten()
-        self._exchange = Exchange(
+        exchange = Exchange(
             sent,
-            server_round,
+            round_,
             self.catch_up.version,
             asked.select(answers),
             asked,
             loop,
-            rate_scale=self.local.rate_scale(server_round, loop.rounds),
+            rate_scale=self.local.rate_scale(round_, loop.rounds),
             base=self.state.base,
             timeline=Timeline(kept, list(leg.dropped), leg.end - self.devices.now, took, []),
         )
-        return self._exchange.messages(list(grid.get_node_ids()))
+        exchange.ask()
+        return exchange
 
     def _passed(self, round_: int, sent: Downlink) -> AsyncStep:
         """Find who starts in a round, and who answers."""
@@ -103,7 +99,7 @@ class BufferedStrategy(FedStrategy):
         return replace(after, moments=kept | write_batches(waiting, lost, self.loop.dtype))
 
     @override
-    def _close(self, round_: int, after: State) -> None:
-        super()._close(round_, after)
+    def _close(self, exchange: Exchange, after: State) -> None:
+        super()._close(exchange, after)
         if self._leg is not None:
             self.devices.now = self._leg.end

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid as FlowerGrid
+from flwr.serverapp import ServerApp
 from typing_extensions import override
 
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, FlowerConfig
-from fedraclora.engines.base import Engine, EngineParts
-from fedraclora.engines.deploy import DeployGrid, look_again_soon
+from fedraclora.engines.base import Engine, EngineParts, Grid
+from fedraclora.engines.deploy.grid import DeployGrid, look_again_soon
 from fedraclora.engines.flower.nodes import NodePerClient
-from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Link
 from fedraclora.run.callback import Begin, Callback
@@ -44,7 +44,7 @@ app = ServerApp()
 
 
 @app.main()
-def main(grid: Grid, context: Context) -> None:
+def main(grid: FlowerGrid, context: Context) -> None:
     """Run the federated experiment of ``cfg-json``.
 
     Raises:
@@ -84,7 +84,7 @@ class OnHosts(Engine):
 
     def __init__(
         self,
-        grid: Grid,
+        grid: FlowerGrid,
         settings: DeployConfig,
         folder: Path,
         *,
@@ -100,7 +100,7 @@ class OnHosts(Engine):
         self.history.recall(base, links, version)
 
     @override
-    def make_grid(self, parts: EngineParts) -> MessageGrid:
+    def make_grid(self, parts: EngineParts) -> Grid:
         look_again_soon()
         name, known = run_id(self.folder), self.known
         return DeployGrid(
@@ -119,14 +119,19 @@ class InServerApp(Engine):
     """
 
     def __init__(
-        self, grid: Grid, settings: FlowerConfig, config: RunConfig, *, ended: Callable[[], bool]
+        self,
+        grid: FlowerGrid,
+        settings: FlowerConfig,
+        config: RunConfig,
+        *,
+        ended: Callable[[], bool],
     ) -> None:
         self.flower, self.settings, self.ended = grid, settings, ended
         self.job = JobFolder(config.plain)
         super().__init__(self.job)
 
     @override
-    def make_grid(self, parts: EngineParts) -> MessageGrid:
+    def make_grid(self, parts: EngineParts) -> Grid:
         return NodePerClient(
             self.flower,
             parts.built.clients,

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engines.base import Engine, EngineParts
-from fedraclora.engines.local import MessageGrid
+from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.callback import Callback
@@ -40,7 +39,7 @@ class Wired:
 
     strategy: FedStrategy
     engine: Engine
-    grid: MessageGrid
+    grid: Grid
 
     def start(self, last: int | None = None) -> None:
         """Run the rounds that are left.

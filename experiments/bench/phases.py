@@ -12,6 +12,7 @@ from types import CodeType
 import torch
 from typing_extensions import override
 
+from fedraclora.clients.worker import answer_of
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import cross_entropy, cross_entropy_slope, forward
 from fedraclora.experiments.bench.runs import federated
@@ -28,15 +29,12 @@ from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.materialise import materialise
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.training.schedule import Schedule
-from fedraclora.wire.downlink import Reader
-from fedraclora.wire.reply import pack_result
 
 # Inclusive times; a station below another, indented, is a part of it.
 STATIONS: tuple[tuple[str, tuple[Callable[..., object], ...]], ...] = (
-    ("round", (FedStrategy._round,)),  # noqa: SLF001
+    ("round", (FedStrategy._attempt,)),  # noqa: SLF001
     ("  open", (FedRacLora.open_round,)),
-    ("  pack", (Exchange.messages,)),
-    ("  unpack", (Reader.read,)),
+    ("  ask", (Exchange.ask,)),
     ("  train", (CohortTrainer.train,)),
     ("    schedule", (Schedule.of,)),
     ("    sketch, start values", (materialise,)),
@@ -44,7 +42,7 @@ STATIONS: tuple[tuple[str, tuple[Callable[..., object], ...]], ...] = (
     ("    forward", (FeedForward.forward, cross_entropy_slope, forward, cross_entropy)),
     ("    backward", (FeedForward.backward, torch.autograd.grad)),
     ("    optimiser", (CohortOptimiser.step,)),
-    ("  pack reply", (pack_result,)),
+    ("  answer", (answer_of,)),
     ("  collect", (Exchange.collect,)),
     ("  aggregate, merge", (FedRacLora.close_round,)),
     ("    mean", (Uplinks.mean,)),

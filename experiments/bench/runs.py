@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from flwr.app import RecordDict
 
 from fedraclora.clients.engines import InProcess, OnRay
+from fedraclora.clients.ray_worker import Clerk
 from fedraclora.clients.worker import Worker
 from fedraclora.config.build import fix_bits
 from fedraclora.config.settings import RayConfig
@@ -33,6 +33,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import FLOAT32
 from fedraclora.tree import Tree, weights_of
 from fedraclora.weights.replica import Replica
+from fedraclora.wire.records import Content
 
 ENDLESS = 1 << 30
 RAY_WORKERS = 5  # of all Ray rows of a workload, which are there at the same time
@@ -94,12 +95,12 @@ class BenchSite:
         fix_bits(1, device)
         trainer = make_trainer()
         self.replica = Replica(trainer.plan, device)
-        self.worker = Worker(trainer, self.replica)
+        self.clerk = Clerk(Worker(trainer, self.replica))
         (crew / f"{os.getpid()}.pid").touch()
 
-    def train(self, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
-        """Answer a train message; these clients keep nothing."""
-        return self.worker.train(content), stored
+    def train(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
+        """Answer a message; these clients keep nothing."""
+        return self.clerk.answer(content, stored)
 
 
 def trainer_of(

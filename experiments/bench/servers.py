@@ -36,7 +36,7 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.strategies.slora import SLora
 from fedraclora.weights.chain import SEED_BYTES
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.exchange import uplink_layout
 
 TIMES = 2  # of a close: the least of them counts, since machines are shared
 

@@ -1,1 +1,1 @@
-"""Engines: where the clients of a cohort run. Each is a Flower `Grid`."""
+"""Engines: where the clients of a cohort run. Each has a `Grid`, which is asked and answers."""

@@ -1,5 +1,7 @@
 """What an engine is: it owns the base weights that clients read, the grid and the end of both.
 
+A grid is asked, and gives what came; how it gets to the clients is its own business.
+
 The engines of one machine stand in `fedraclora.clients.engines`, those inside a ServerApp in
 `fedraclora.strategies.server_app`. Whoever wires a run knows this class alone.
 """
@@ -7,18 +9,68 @@ The engines of one machine stand in `fedraclora.clients.engines`, those inside a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
-from fedraclora.engines.local import MessageGrid
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.link import Link, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 from fedraclora.weights.base import BaseWeights
+from fedraclora.wire.exchange import Ask, Came
+
+
+@dataclass
+class Traffic:
+    """What went over the wire since the strategy last looked.
+
+    Attributes:
+        fetched: Payload bytes by which clients caught up on base weights, what was sent again
+            included.
+        serialised: Bytes of messages in both directions, as they are written.
+        sent: Each ask that went to a client: twice where it was sent twice, and not where its
+            client was not there.
+    """
+
+    fetched: int = 0
+    serialised: int = 0
+    sent: list[Ask] = field(default_factory=list)
+
+
+class Grid(ABC):
+    """Where the clients of one run are asked.
+
+    Attributes:
+        incidents: What went wrong and was mended since the strategy last looked: sentences for
+            the ledger.
+        traffic: What went over the wire since then; None where nothing is sent.
+    """
+
+    def __init__(self) -> None:
+        self.incidents: list[str] = []
+        self.traffic: Traffic | None = None
+
+    @abstractmethod
+    def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
+        """Ask clients, and give what comes.
+
+        Args:
+            asks: Each of some clients of one round.
+            timeout: Seconds for all of them; None: the grid knows when to give up.
+
+        Returns:
+            What came, each with the very ask that it answers, in any order; nothing of who is
+            late.
+
+        Raises:
+            FedRacLoraError: If nobody can be asked.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """End what the grid has started."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +124,9 @@ class Engine(ABC):
 
     def __init__(self, replica: BaseWeights) -> None:
         self.replica = replica
-        self._grid: MessageGrid | None = None
+        self._grid: Grid | None = None
 
-    def start(self, parts: EngineParts) -> MessageGrid:
+    def start(self, parts: EngineParts) -> Grid:
         """Start what runs clients.
 
         Raises:
@@ -95,7 +147,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def make_grid(self, parts: EngineParts) -> MessageGrid:
+    def make_grid(self, parts: EngineParts) -> Grid:
         """Make the grid that `start` gives."""
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from fedraclora.protocol.rank_budgets import uploaded_mask, uploaded_numbers
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.exchange import uplink_layout
 
 Part = tuple[slice | torch.Tensor, list[int]]  # which numbers of its row a client sends, by tensor
 

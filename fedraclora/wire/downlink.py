@@ -1,27 +1,23 @@
-"""What goes to clients: a downlink, packed once for the whole cohort, and who is asked."""
+"""What goes to clients as a message: a downlink, and who is asked what."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import RecordDict
 
 from fedraclora.errors import WireError
-from fedraclora.protocol.derived import Derived
-from fedraclora.protocol.downlink import differs
-from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.quantised import FULL, ROUNDED, packed_bytes
-from fedraclora.sketch import SketchSpec
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.tree import Layout, Tree
-from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.described import ASKED, describe, described_downlink
+from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest, coefficients, sent_tensors
 from fedraclora.wire.fields import exactly, flag, reading, real, shown, whole
 from fedraclora.wire.records import (
-    DTYPES,
+    Content,
+    Fields,
     array_record,
     header_record,
     packed_numbers,
@@ -31,114 +27,54 @@ from fedraclora.wire.records import (
     read_layout,
     read_numbers,
     read_vectors,
+    round_of,
     tree_record,
     vector_record,
 )
-from fedraclora.wire.unwritten import Records, held_by, unwritten, written
+from fedraclora.wire.secagg import read_stage
 
 WEIGHTS = (None, "examples", "uniform")
 COEFFICIENTS = "coefficients"  # of factors that are computed from the last link, in float64
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
 HEADER |= {"uplink", "kind", "feedback", COEFFICIENTS}
+APART = ("clients", "first")  # of a request: not the same for all of an exchange
 
 
-def uplink_layout(downlink: Downlink) -> Layout:
-    """Names and shapes of what each client sends back."""
-    return downlink.layout
+class AskWriter:
+    """Writes asks as messages; what those of an exchange share is written once."""
 
+    def __init__(self) -> None:
+        self._of: tuple[Downlink, object] | None = None
+        self._shared: Content = {}
+        self._own: tuple[Tree, Layout] = ({}, Layout(()))
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """What a train message says beside the downlink.
+    def write(self, ask: Ask) -> Content:
+        """Write an ask."""
+        request, sent = ask.request, ask.downlink
+        if sent is None:
+            found: Content = {
+                "config": header_record({"round": request.round_, "failures": {}}),
+                "arrays": array_record(torch.empty(0)),
+                "chunk": vector_record({"clients": request.clients}),
+            }
+        else:
+            asked = ask.kind, {n: v for n, v in vars(request).items() if n not in APART}
+            if self._of is None or self._of[0] is not sent or self._of[1] != asked:
+                self._share(ask, sent)
+                self._of = sent, asked
+            found = {**self._shared, **self._apart(ask, sent)}
+        if ask.stage is not None:
+            found["secure"] = Fields(ask.stage.texts)
+        return found
 
-    Attributes:
-        round_: From 1.
-        version: Version of the base weights that the clients must hold.
-        rate_scale: Of the step sizes in this round.
-        clients: Ids, int64 [k].
-        first: Place of the first of them in the cohort.
-        reduce: None for one row per client; ``examples`` or ``uniform`` for weighted sums of
-            blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
-        clip: The greatest norm of the update that a client may send; None: any.
-        uplink: How the clients' numbers travel (`fedraclora.protocol.quantised`).
-        feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
-    """
-
-    round_: int
-    version: int
-    rate_scale: float
-    clients: torch.Tensor
-    first: int = 0
-    reduce: str | None = None
-    clip: float | None = None
-    uplink: str = FULL
-    feedback: bool = False
-
-
-def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
-    """Count the payload of a downlink to one client of a cohort.
-
-    Args:
-        downlink: What is sent.
-        cohort: To how many.
-        kind: Of its numbers: a key of `WIDTHS`, or one of `ROUNDED`.
-
-    Returns:
-        The bytes of its numbers, and 8 per seed; of what is computed from the last link those of
-        the coefficients and of a seed.
-    """
-    sent = _sent(downlink).values()
-    shared = [t.numel() for t, own in sent if not own]
-    own = [t.numel() // cohort for t, own in sent if own]
-    starts = [slot.start for slot in downlink.trained().values()]
-    seeds = [isinstance(f, SketchSpec | Derived) for f in [*downlink.factors().values(), *starts]]
-    coefficients = sum(t.nbytes for t in _coefficients(downlink).values())
-    return int(packed_bytes(shared + own, kind)) + SEED_BYTES * sum(seeds) + coefficients
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a train message says before it is written; ``apart``: not the same to all clients."""
-
-    downlink: Downlink
-    request: TrainRequest
-    apart: bool
-
-    def read(self) -> tuple[Downlink, TrainRequest]:
-        """Return what a client reads."""
-        if not self.apart:
-            return self.downlink, self.request
-        first = self.request.first
-        places = torch.arange(first, first + len(self.request.clients))
-        return self.downlink.select(places), self.request
-
-
-class Packed:
-    """A downlink for messages; what the cohort shares is written once, where one is written.
-
-    Args:
-        downlink: What to train.
-        request: Round, version and step sizes.
-        dtype: Of the numbers: float32 or float64; coefficients are float64.
-        kind: How they travel; they have been rounded to it.
-    """
-
-    def __init__(
-        self, downlink: Downlink, request: TrainRequest, dtype: str, kind: str = FULL
-    ) -> None:
-        self.downlink, self.request = downlink.to(DTYPES[dtype]), request
-        self.sent, self.kind = _sent(self.downlink), kind
-        self.own = {n: t for n, (t, own) in self.sent.items() if own}
-        self.own_layout = Layout.of(self.own, skip=1)
-
-    @cached_property
-    def shared(self) -> Records:
-        """The records of what the cohort shares."""
-        downlink, request = self.downlink, self.request
-        shared = {n: t for n, (t, own) in self.sent.items() if not own}
-        layout = Layout.of(shared)
-        coefficients = _coefficients(downlink)
-        beside = Layout.of(coefficients)
+    def _share(self, ask: Ask, downlink: Downlink) -> None:
+        """Write what the cohort shares."""
+        request, sent = ask.request, sent_tensors(downlink)
+        shared = {n: t for n, (t, own) in sent.items() if not own}
+        own = {n: t for n, (t, own) in sent.items() if own}
+        layout, own_layout = Layout.of(shared), Layout.of(own, skip=1)
+        numbers = coefficients(downlink)
+        beside = Layout.of(numbers)
         header = {
             "round": request.round_,
             "version": request.version,
@@ -147,47 +83,42 @@ class Packed:
             "clip": request.clip,
             "uplink": request.uplink,
             "feedback": request.feedback,
-            "kind": self.kind,
+            "kind": ask.kind,
             **describe(downlink),
             "layout": layout.shapes,
-            "own": self.own_layout.shapes,
+            "own": own_layout.shapes,
             COEFFICIENTS: beside.shapes,
         }
-        numbers = packed_numbers(layout.pack(shared), layout, self.kind)
-        arrays = {"flat": numbers} | (
-            {COEFFICIENTS: beside.pack(coefficients)} if beside.size else {}
-        )
-        return {"config": header_record(header), "arrays": tree_record(arrays)}
+        arrays = {"flat": packed_numbers(layout.pack(shared), layout, ask.kind)}
+        if beside.size:
+            arrays[COEFFICIENTS] = beside.pack(numbers)
+        self._own = own, own_layout
+        self._shared = {"config": header_record(header), "arrays": tree_record(arrays)}
 
-    def message(self, clients: torch.Tensor, first: int) -> RecordDict:
-        """Make the content of a message to clients at the places ``first, first + 1, ...``."""
-        request = replace(self.request, clients=clients, first=first)
-        apart = bool(self.own) or self.downlink.ranks is not None
-        asked = Asked(self.downlink, request, apart)
-        return unwritten(asked, partial(self._records, clients, first))
-
-    def _records(self, clients: torch.Tensor, first: int) -> Records:
-        """Write such a message."""
-        places = slice(first, first + len(clients))
-        vectors = {"clients": clients}
-        if self.downlink.ranks is not None:
-            vectors["ranks"] = self.downlink.ranks[places]
+    def _apart(self, ask: Ask, downlink: Downlink) -> Content:
+        """Write what is these clients' own."""
+        request, (own, layout) = ask.request, self._own
+        first, count = request.first, len(request.clients)
+        places = slice(first, first + count) if ask.apart else slice(count)
+        vectors = {"clients": request.clients}
+        if downlink.ranks is not None:
+            vectors["ranks"] = downlink.ranks[places]
         chunk = vector_record(vectors)
         chunk["first"] = first
-        records = {**self.shared, "chunk": chunk}
-        if self.own:
-            rows = self.own_layout.pack({n: t[places] for n, t in self.own.items()}, lead=1)
-            records["own"] = array_record(packed_numbers(rows, self.own_layout, self.kind))
-        return records
+        found: Content = {"chunk": chunk}
+        if own:
+            rows = layout.pack({n: t[places] for n, t in own.items()}, lead=1)
+            found["own"] = array_record(packed_numbers(rows, layout, ask.kind))
+        return found
 
 
-def pack_downlink(downlink: Downlink, request: TrainRequest, dtype: str) -> RecordDict:
-    """Write a downlink for the clients of one order; see `Packed`."""
-    return written(Packed(downlink, request, dtype).message(request.clients, request.first))
+def pack_downlink(downlink: Downlink, request: TrainRequest, dtype: str) -> Content:
+    """Write a downlink for the clients of one request; see `AskWriter`."""
+    return AskWriter().write(Ask(request, downlink.to(DTYPES[dtype]), apart=True))
 
 
-class Reader:
-    """Reads train messages back; what they share is read once."""
+class AskReader:
+    """Reads asks back from messages; what these share is read once."""
 
     def __init__(self) -> None:
         self._arrays: object = None
@@ -195,15 +126,17 @@ class Reader:
         self._tensors: Tree = {}
         self._downlink = Downlink()
 
-    def read(self, content: RecordDict) -> tuple[Downlink, TrainRequest]:
-        """Read a train message.
+    def read(self, content: Content) -> Ask:
+        """Read an ask.
 
         Raises:
             WireError: If a record, a field or a tensor is missing, or is not what it should be.
         """
-        if isinstance(asked := held_by(content), Asked):
-            return asked.read()
+        stage = read_stage(content)
         with reading("a train message"):
+            if stage is not None and stage.name != "masked":
+                clients = torch.tensor(sorted(stage.data), dtype=torch.int64)
+                return Ask(TrainRequest(round_of(content), 0, 1.0, clients), stage=stage)
             if self._arrays is None or content.get("arrays") is not self._arrays:
                 self._read_shared(content)
             header, downlink = self._header, self._downlink
@@ -221,9 +154,9 @@ class Reader:
                 downlink = described_downlink(header, self._tensors | own, own.keys())
             if "ranks" in vectors:
                 downlink = replace(downlink, ranks=_ranks(vectors["ranks"], len(request.clients)))
-        return downlink, request
+        return Ask(request, downlink, header["kind"], stage=stage)
 
-    def _read_shared(self, content: RecordDict) -> None:
+    def _read_shared(self, content: Content) -> None:
         """Read what all messages of an exchange share."""
         self._arrays = None  # a message that is refused is not remembered
         self._header = header = read_header(content)
@@ -294,27 +227,7 @@ def _ranks(ranks: torch.Tensor, clients: int) -> torch.Tensor:
     return pairs
 
 
-def unpack_downlink(content: RecordDict) -> tuple[Downlink, TrainRequest]:
-    """Read one train message back; see `Reader`."""
-    return Reader().read(content)
-
-
-def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
-    """Every tensor that a downlink carries, by name, and whether it is one per client.
-
-    Coefficients, which are float64 always, are `_coefficients`.
-    """
-    factors = downlink.factors().items()
-    sent = {n: (f, differs(f)) for n, f in factors if isinstance(f, torch.Tensor)}
-    for name, slot in downlink.trained().items():
-        if isinstance(slot.start, torch.Tensor):
-            sent[name] = (slot.start, differs(slot))
-    for extra, tree in downlink.extras.items():
-        sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
-    return sent
-
-
-def _coefficients(downlink: Downlink) -> Tree:
-    """Collect the coefficients of the factors that are computed from the last link, by name."""
-    factors = downlink.factors().items()
-    return {name: f.coefficients for name, f in factors if isinstance(f, Derived)}
+def unpack_downlink(content: Content) -> tuple[Downlink, TrainRequest]:
+    """Read one train message back; see `AskReader`."""
+    ask = AskReader().read(content)
+    return ask.own, ask.request

@@ -1,27 +1,45 @@
-"""Flower records: a JSON header, vectors of numbers as bytes, and one flat array a message.
+"""A message in plain: a JSON header, vectors of numbers as bytes, and one flat array.
 
-Many small arrays are what a Flower deployment is slow at.
+Many small arrays are what a Flower deployment is slow at. What of Flower they are written as is
+known to `fedraclora.engines.records` alone.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from io import BytesIO
-from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from typing_extensions import override
 
 from fedraclora.errors import WireError
 from fedraclora.protocol.quantised import FULL, decode, encode
 from fedraclora.tree import Layout, Tree, to_numpy
+from fedraclora.wire.exchange import DTYPES
 from fedraclora.wire.fields import listed, named, parsed, reading, shown, whole
 
-R = TypeVar("R", ArrayRecord, ConfigRecord)
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+class Fields(dict[str, Any]):
+    """A record of plain values."""
+
+
+class Tensors(dict[str, torch.Tensor]):
+    """A record of tensors; it goes to another process as arrays, of which torch can pickle all."""
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, ({name: to_numpy(tensor) for name, tensor in self.items()},)
+
+
+def _unpickled(arrays: Mapping[str, Any]) -> Tensors:
+    # Copied: what lies in memory that Ray shares is not to be written to.
+    return Tensors({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+
+
+R = TypeVar("R", Fields, Tensors)
+Content = dict[str, Fields | Tensors]
 VECTORS = {
     "clients": np.int64,
     "ranks": np.int64,
@@ -33,52 +51,47 @@ VECTORS = {
 AXES, LONGEST_AXIS = 8, 2**40  # of a shape that a message names
 
 
-def header_record(header: object) -> ConfigRecord:
+def header_record(header: object) -> Fields:
     """Write a header of plain JSON values."""
-    return ConfigRecord({"header": json.dumps(header)})
+    return Fields({"header": json.dumps(header)})
 
 
-def vector_record(vectors: Mapping[str, torch.Tensor]) -> ConfigRecord:
+def vector_record(vectors: Mapping[str, torch.Tensor]) -> Fields:
     """Write short vectors (`VECTORS`) as bytes: a list would be checked number by number."""
-    return ConfigRecord({name: to_numpy(vector).tobytes() for name, vector in vectors.items()})
+    return Fields({name: to_numpy(vector).tobytes() for name, vector in vectors.items()})
 
 
-def array_record(flat: torch.Tensor) -> ArrayRecord:
+def array_record(flat: torch.Tensor) -> Tensors:
     """Write one array."""
     return tree_record({"flat": flat})
 
 
-def tree_record(tree: Mapping[str, torch.Tensor]) -> ArrayRecord:
+def tree_record(tree: Mapping[str, torch.Tensor]) -> Tensors:
     """Write named tensors, one array each."""
-    record = ArrayRecord()
-    for name, tensor in tree.items():
-        record[name] = Array(to_numpy(tensor))
-    return record
+    return Tensors({name: tensor.detach().cpu() for name, tensor in tree.items()})
 
 
-def read_tree(content: RecordDict, name: str) -> Tree:
+def read_tree(content: Content, name: str) -> Tree:
     """Read the tensors of the record ``name``; none where it is missing."""
     record = content.get(name)
-    if not isinstance(record, ArrayRecord):
-        return {}
-    return {key: torch.from_numpy(array.numpy()) for key, array in record.items()}
+    return dict(record) if isinstance(record, Tensors) else {}
 
 
-def read_header(content: RecordDict) -> dict[str, Any]:
+def read_header(content: Content) -> dict[str, Any]:
     """Read the header of a message.
 
     Raises:
         WireError: If it is not one of ours.
     """
     config = content.get("config")
-    if not isinstance(config, ConfigRecord) or "arrays" not in content or "chunk" not in content:
+    if not isinstance(config, Fields) or "arrays" not in content or "chunk" not in content:
         raise WireError(
             f"a message has the records {shown(list(content))}; config, arrays and chunk are wanted"
         )
     return read_json(content, "config")
 
 
-def record_of(content: RecordDict, name: str, kind: type[R]) -> R:
+def record_of(content: Content, name: str, kind: type[R]) -> R:
     """Return the record ``name`` of a message.
 
     Raises:
@@ -92,22 +105,22 @@ def record_of(content: RecordDict, name: str, kind: type[R]) -> R:
     return record
 
 
-def read_json(content: RecordDict, name: str) -> dict[str, Any]:
+def read_json(content: Content, name: str) -> dict[str, Any]:
     """Read the header in the record ``name``.
 
     Raises:
         WireError: If it is missing, or no JSON object.
     """
-    text = record_of(content, name, ConfigRecord).get("header")
+    text = record_of(content, name, Fields).get("header")
     return parsed(text, f"the header in the record {name}")
 
 
-def round_of(content: RecordDict) -> int:
+def round_of(content: Content) -> int:
     """Read the round of a message."""
     return whole(read_header(content).get("round"), "its round")
 
 
-def clients_of(content: RecordDict) -> list[int]:
+def clients_of(content: Content) -> list[int]:
     """Read the ids of the clients of a message.
 
     Raises:
@@ -120,7 +133,7 @@ def clients_of(content: RecordDict) -> list[int]:
     return ids
 
 
-def read_array(content: RecordDict, name: str, key: str = "flat") -> torch.Tensor:
+def read_array(content: Content, name: str, key: str = "flat") -> torch.Tensor:
     """Read an array of the record ``name``; the tensor may lie anywhere in memory.
 
     Args:
@@ -129,13 +142,11 @@ def read_array(content: RecordDict, name: str, key: str = "flat") -> torch.Tenso
         key: Of the array in it.
 
     Raises:
-        WireError: If it is missing, or its bytes are not those of the shape that it names.
+        WireError: If it is missing.
     """
-    record = record_of(content, name, ArrayRecord)
+    record = record_of(content, name, Tensors)
     with reading(f"the array of the record {name}"):
-        array = record[key]
-        _check_bytes(array.data)
-        return torch.from_numpy(array.numpy())
+        return record[key]
 
 
 def packed_numbers(numbers: torch.Tensor, layout: Layout, kind: str) -> torch.Tensor:
@@ -148,7 +159,7 @@ def packed_numbers(numbers: torch.Tensor, layout: Layout, kind: str) -> torch.Te
 
 
 def read_numbers(
-    content: RecordDict, record: str, axes: int, layout: Layout, kind: str
+    content: Content, record: str, axes: int, layout: Layout, kind: str
 ) -> torch.Tensor:
     """Read an array of the numbers that travel, [k, P] or [P]."""
     found = read_array(content, record)
@@ -164,39 +175,24 @@ def read_numbers(
     return found
 
 
-def _check_bytes(data: bytes) -> None:
-    """Reject bytes that are no array, or are not as many as it says: before memory is taken."""
-    stream = BytesIO(data)
-    formats = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shape, _, dtype = formats[np.lib.format.read_magic(stream)](stream)
-    size, came = prod(shape) * dtype.itemsize, len(data) - stream.tell()
-    if size != came:
-        raise WireError(
-            f"an array of shape {shown(shape)} and type {dtype} takes {size} bytes, but {came} came"
-        )
-
-
-def read_vectors(content: RecordDict) -> Tree:
+def read_vectors(content: Content) -> Tree:
     """Read the vectors of a message.
 
     Raises:
         WireError: If they are not whole.
     """
-    chunk = record_of(content, "chunk", ConfigRecord)
+    chunk = record_of(content, "chunk", Fields)
     with reading("a vector of the record chunk"):
         return {
-            name: torch.from_numpy(np.frombuffer(chunk[name], kind).copy())  # type: ignore[arg-type]
+            name: torch.from_numpy(np.frombuffer(chunk[name], kind).copy())
             for name, kind in VECTORS.items()
             if name in chunk
         }
 
 
-def read_first(content: RecordDict) -> int:
+def read_first(content: Content) -> int:
     """Read the place of a message's first client in the cohort."""
-    first = record_of(content, "chunk", ConfigRecord).get("first")
+    first = record_of(content, "chunk", Fields).get("first")
     return whole(first, "the place of its first client")
 
 

@@ -1,23 +1,18 @@
-"""What comes back from a chunk of clients: their rows, or float64 sums of blocks of them."""
+"""What comes back as a message, and the checks of an answer, wherever it comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from flwr.app import RecordDict
 
 from fedraclora.errors import WireError
-from fedraclora.protocol.cohorts import client_weights
-from fedraclora.protocol.uplinks import SUM_BLOCK, Refusal, block_sums, check_rows
-from fedraclora.training.extra import LocalResult
+from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.uplinks import Refusal
 from fedraclora.tree import Layout, difference
-from fedraclora.wire.changes import Coded
-from fedraclora.wire.downlink import TrainRequest
+from fedraclora.wire.exchange import Answer, Ask
 from fedraclora.wire.fields import (
     MANY,
     client_id,
@@ -25,13 +20,14 @@ from fedraclora.wire.fields import (
     flag,
     listed,
     mapping,
-    printable,
     reading,
     shown,
     whole,
     worded,
 )
 from fedraclora.wire.records import (
+    Content,
+    Fields,
     array_record,
     header_record,
     read_array,
@@ -39,185 +35,67 @@ from fedraclora.wire.records import (
     read_header,
     read_layout,
     read_vectors,
+    round_of,
     vector_record,
 )
-from fedraclora.wire.unwritten import Records, held_by, unwritten
+from fedraclora.wire.secagg import read_stage, read_words
 
 WANTED = {"clients", "losses", "samples", "steps"}
 HEADER = frozenset({"round", "version", "failures", "refused", "reduced", "notes", "layout"})
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a chunk sent back: what its clients trained, and who failed.
-
-    Attributes:
-        round_, version: Of the message that is answered.
-        first: Place of the chunk's first client in the cohort.
-        clients: Ids of the clients whose work is here, int64 [k].
-        losses, samples, steps: One value per client [k].
-        pieces: The columns of `numbers`, side by side: in this process large tensors stay where
-            they were trained.
-        reduced: Whether they are sums.
-        failures: Why a client trained nothing, by id.
-        refused: Clients that a sum leaves out, because their numbers cannot be used.
-        notes: Sentences for the ledger.
-        rounding: What rounding added to the change of each client, relative to it [k]; None where
-            numbers are sent as they are.
-    """
-
-    round_: int
-    version: int
-    first: int
-    clients: torch.Tensor
-    losses: torch.Tensor
-    samples: torch.Tensor
-    steps: torch.Tensor
-    pieces: tuple[torch.Tensor, ...]
-    reduced: bool
-    failures: dict[int, str]
-    refused: list[Refusal] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    rounding: torch.Tensor | None = None
-
-    @cached_property
-    def numbers(self) -> torch.Tensor:
-        """Their rows [k, P]; under rank budgets what is left of the rows, one after another.
-
-        Or float64 sums of the chunk's blocks [blocks, P].
-        """
-        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=-1)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of `numbers`, which are not joined for it."""
-        *lead, last = (piece.shape for piece in self.pieces)
-        return (*last[:-1], sum(piece[-1] for piece in (*lead, last))) if last else ()
-
-    @property
-    def vectors(self) -> dict[str, torch.Tensor]:
-        """What has one value per client."""
-        found = {name: getattr(self, name) for name in sorted(WANTED)}
-        return found if self.rounding is None else found | {"rounding": self.rounding}
-
-    def select(self, kept: torch.Tensor) -> Reply:
-        """Keep some of the clients, bool [k], in everything but their numbers."""
-        vectors: dict[str, Any] = {name: each[kept] for name, each in self.vectors.items()}
-        return replace(self, **vectors)
+def write_answer(answer: Answer) -> Content:
+    """Write an answer as a message."""
+    header: dict[str, object] = {
+        "round": answer.round_,
+        "version": answer.version,
+        "failures": {str(c): r for c, r in answer.failures.items()},
+        "refused": [[r.client, r.reason] for r in answer.refused],
+        "reduced": answer.reduced,
+        "notes": answer.notes,
+        "layout": answer.layout.shapes,
+    }
+    found: Content = {"arrays": array_record(answer.numbers)}
+    if answer.stage is None:
+        chunk = vector_record(answer.vectors)
+        chunk["first"] = answer.first
+        return {"config": header_record(header), **found, "chunk": chunk}
+    told = ("round", "failures", *(("version", "notes") if answer.stage.name == "masked" else ()))
+    return {
+        "config": header_record({name: header[name] for name in told}),
+        **found,
+        "chunk": vector_record({"clients": answer.clients}),
+        "secure": Fields(answer.stage.texts),
+    }
 
 
-@dataclass(frozen=True)
-class Answered:
-    """What a reply says, before it is written.
+def read_answer(content: Content, ask: Ask) -> Answer:
+    """Read an answer back: the one place where what another machine sent is looked at unchecked.
 
-    Attributes:
-        reply: Its fields.
-        layout: What each client sends.
-    """
-
-    reply: Reply
-    layout: Layout
-
-
-def pack_result(
-    result: LocalResult | None,
-    request: TrainRequest,
-    clients: torch.Tensor,
-    layout: Layout,
-    failures: Mapping[int, str],
-    notes: list[str],
-    mask: torch.Tensor | None = None,
-    coded: Coded | None = None,
-) -> RecordDict:
-    """Answer with what a chunk brought back.
+    Every field has the type and the range that it should have, or the answer is refused. Whether
+    it is the answer to the ask is for the server to say.
 
     Args:
-        result: Of the clients that trained, or None if none did.
-        request: What was asked. With ``reduce``, rows are checked and summed here, so that what
-            goes back does not grow with the chunk.
-        clients: Who trained, int64 [k], a part of ``request.clients``.
-        layout: What each client sends.
-        failures: Why a client trained nothing, by id.
-        notes: Sentences for the ledger.
-        mask: Which numbers of its row each client sends, bool [k, P]; None: all.
-        coded: The rows in fewer bits, where ``result`` has them as they will be read; None: they
-            are sent as they are.
+        content: The message.
+        ask: What it answers.
+
+    Raises:
+        WireError: Saying what came and what was wanted.
     """
-    if result is None:  # every client of the chunk failed
-        none = torch.zeros(0, dtype=torch.int64)
-        result = LocalResult(
-            {n: torch.empty(0, *s) for n, s in layout.shapes}, none.double(), none, none
-        )
-    trained = {n: result.trained[n] for n, _ in layout.shapes}
-    refused: list[Refusal] = []
-    vectors = {"clients": clients, "losses": result.losses}
-    vectors |= {"samples": result.samples, "steps": result.steps}
-    if coded is not None:
-        vectors["rounding"] = torch.tensor(coded.errors, dtype=torch.float64)
-    pieces: tuple[torch.Tensor, ...]
-    if request.reduce is not None:
-        numbers = layout.pack(trained, lead=1)
-        weights = client_weights(request.reduce, result.samples)
-        refused = check_rows(clients, weights, result.losses, [numbers])
-        if refused:
-            kept = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
-            numbers, weights = numbers[kept.to(numbers.device)], weights[kept]
-            vectors = {name: vector[kept] for name, vector in vectors.items()}
-        whole = len(numbers) == len(request.clients)
-        places = None if whole else torch.searchsorted(request.clients, vectors["clients"])
-        sums = block_sums(numbers, weights, places)
-        missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
-        pieces = (F.pad(sums, (0, 0, 0, missing)) if missing else sums,)
-    elif coded is not None:
-        pieces = (torch.cat([torch.zeros(0, dtype=torch.uint8), *coded.codes]),)
-    elif mask is not None:
-        numbers = layout.pack(trained, lead=1)
-        pieces = (numbers[mask.to(numbers.device)],)
-    else:
-        pieces = layout.pieces(trained)
-    reply = Reply(
-        request.round_,
-        request.version,
-        request.first,
-        **vectors,
-        pieces=tuple(piece.detach().cpu() for piece in pieces),
-        reduced=request.reduce is not None,
-        failures={client: printable(reason) for client, reason in failures.items()},
-        refused=refused,
-        notes=[printable(note) for note in notes],
-    )
-    return unwritten(Answered(reply, layout), partial(_records, reply, layout))
+    with reading("a reply"):
+        return _read(content, ask) if ask.stage is None else _read_stage(content, ask.stage.name)
 
 
-def _records(reply: Reply, layout: Layout) -> Records:
-    """Write a reply."""
-    header = {
-        "round": reply.round_,
-        "version": reply.version,
-        "failures": {str(c): r for c, r in reply.failures.items()},
-        "refused": [[r.client, r.reason] for r in reply.refused],
-        "reduced": reply.reduced,
-        "notes": reply.notes,
-        "layout": layout.shapes,
-    }
-    chunk = vector_record(reply.vectors)
-    chunk["first"] = reply.first
-    return {"config": header_record(header), "arrays": array_record(reply.numbers), "chunk": chunk}
-
-
-def unpack_result(
-    content: RecordDict,
+def checked(
+    answer: Answer,
     layout: Layout,
     ranks: torch.Tensor | None = None,
     read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-) -> Reply:
-    """Read a reply back: the one place where what another machine sent is looked at unchecked.
-
-    Every field has the type, the range and the length that it should have, or the reply is
-    refused. Whether it is the answer to the message is for the server to say.
+) -> Answer:
+    """Check the numbers of an answer, and read them where they came in fewer bits.
 
     Args:
-        content: The reply.
+        answer: What came.
         layout: What a client sends, budgets aside.
         ranks: The cohort's rank budgets, if it has any: then rows are cut, and their sizes are
             left to `fedraclora.protocol.rank_budgets.widen`.
@@ -227,51 +105,69 @@ def unpack_result(
     Raises:
         WireError: Saying what came and what was wanted.
     """
-    if isinstance(answered := held_by(content), Answered):
-        reply, sent = answered.reply, answered.layout
-    else:
-        with reading("a reply"):
-            reply, sent = _read(content, coded=read is not None)
-    if read is not None and not reply.reduced:
+    if read is not None and not answer.reduced:
         with reading("a reply"):
             try:
-                reply = replace(reply, pieces=(read(reply.numbers, reply.clients),))
+                answer = replace(answer, pieces=(read(answer.numbers, answer.clients),))
             except WireError as error:
-                raise WireError(f"{_who(reply)} sent what cannot be read: {error}") from error
-    if sent != layout:
+                raise WireError(f"{_who(answer)} sent what cannot be read: {error}") from error
+    if answer.layout != layout:
         raise WireError(
-            f"{_who(reply)} sent other tensors than was asked: {difference(sent, layout)}"
+            f"{_who(answer)} sent other tensors than was asked: {difference(answer.layout, layout)}"
         )
     with reading("a reply"):
-        _check_sizes(reply, layout, cut=ranks is not None and not reply.reduced)
-    return reply
+        _check_sizes(answer, layout, cut=ranks is not None and not answer.reduced)
+    return answer
 
 
-def _who(reply: Reply) -> str:
-    """Name the clients of a reply, to begin the sentence of an error."""
-    return f"round {reply.round_}: clients {reply.clients.tolist()}"
+def _who(answer: Answer) -> str:
+    """Name the clients of an answer, to begin the sentence of an error."""
+    return f"round {answer.round_}: clients {answer.clients.tolist()}"
 
 
-def _read(content: RecordDict, *, coded: bool) -> tuple[Reply, Layout]:
-    """Read the fields of a reply, and the layout of its rows."""
+def _read(content: Content, ask: Ask) -> Answer:
+    """Read the fields of an answer."""
     header = read_header(content)
     exactly(header, HEADER, "the header of a reply")
     round_ = whole(header["round"], "its round")
-    reply = Reply(
+    coded = ask.request.uplink != FULL
+    vectors: dict[str, Any] = _vectors(content, round_, WANTED | {"rounding"} if coded else WANTED)
+    return Answer(
         round_,
         whole(header["version"], "its version"),
         read_first(content),
-        **_vectors(content, round_, WANTED | {"rounding"} if coded else WANTED),
+        **vectors,
         pieces=(read_array(content, "arrays"),),
         reduced=flag(header["reduced"], "reduced"),
         failures=_failures(header["failures"]),
         refused=_refused(header["refused"]),
         notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
+        layout=read_layout(header["layout"], f"round {round_}: the layout"),
     )
-    return reply, read_layout(header["layout"], f"round {round_}: the layout")
 
 
-def _vectors(content: RecordDict, round_: int, wanted: set[str]) -> dict[str, torch.Tensor]:
+def _read_stage(content: Content, name: str) -> Answer:
+    """Read an answer of secure aggregation."""
+    stage, vectors = read_stage(content), read_vectors(content)
+    if stage is None or stage.name != name:
+        raise WireError(f"the reply is not an answer to the stage {name} of secure aggregation")
+    why = mapping(read_header(content)["failures"], "failures")
+    empty = torch.empty(0)
+    return Answer(
+        round_of(content),
+        0,
+        0,
+        vectors["clients"],
+        empty,
+        empty,
+        empty,
+        pieces=(read_words(content) if name == "masked" else empty,),
+        failures={int(client): str(reason) for client, reason in why.items()},
+        stage=stage,
+    )
+
+
+def _vectors(content: Content, round_: int, wanted: set[str]) -> dict[str, torch.Tensor]:
     """Read the vectors of a reply, all of them."""
     vectors = read_vectors(content)
     if vectors.keys() != wanted:
@@ -302,7 +198,7 @@ def _refused(value: object) -> list[Refusal]:
     return found
 
 
-def _check_sizes(reply: Reply, layout: Layout, *, cut: bool) -> None:
+def _check_sizes(reply: Answer, layout: Layout, *, cut: bool) -> None:
     """Reject a number of rows, losses or sizes that is not the number of clients."""
     shape, count = reply.shape, len(reply.clients)
     rows = shape[0] if reply.reduced and shape else count

@@ -19,15 +19,11 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from flwr.common.secure_aggregation.crypto.symmetric_encryption import (
     decrypt,
@@ -42,9 +38,9 @@ from flwr.supercore.primitives.asymmetric import (
 
 from fedraclora.errors import WireError
 from fedraclora.privacy.secret import stream
+from fedraclora.wire.exchange import Stage
 from fedraclora.wire.fields import reading
-from fedraclora.wire.records import array_record, header_record, vector_record
-from fedraclora.wire.unwritten import held_by
+from fedraclora.wire.records import Content, Fields, read_array
 
 Words = npt.NDArray[np.uint32]
 STAGES = ("keys", "shares", "masked", "unmask")
@@ -54,97 +50,34 @@ SCALAR_BYTES = 48  # of a private key on it
 PUBLIC_LENGTH, SEALED_LENGTH, SHARE_LENGTH, MARK_LENGTH = 400, 1000, 200, 64  # of texts, at most
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What a message of secure aggregation says beside the records of a train message.
-
-    Attributes:
-        name: One of `STAGES`.
-        settings: What all clients are told.
-        data: What each client is told, or says, by its id: plain JSON values.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    data: dict[int, Any]
-
-    def record(self) -> ConfigRecord:
-        """Write it as a record."""
-        record = ConfigRecord()
-        record["head"] = json.dumps({"stage": self.name, "settings": self.settings})
-        for client, data in self.data.items():
-            record[str(client)] = json.dumps(data)
-        return record
-
-
-def stage_message(
-    round_: int,
-    stage: Stage,
-    failures: Mapping[int, str] | None = None,
-    told: Mapping[str, object] | None = None,
-    sent: tuple[list[int], torch.Tensor] | None = None,
-) -> RecordDict:
-    """Write a message, or a reply, of a stage.
-
-    Args:
-        round_: Its number.
-        stage: What it says of secure aggregation.
-        failures: Why a client does not answer, by id.
-        told: What else the header has.
-        sent: Clients, and a row of numbers of each; None: those of ``stage``, and no numbers.
-    """
-    why = {str(c): reason for c, reason in (failures or {}).items()}
-    clients, rows = sent or (sorted(stage.data), torch.empty(0))
-    return RecordDict(
-        {
-            "config": header_record({"round": round_, "failures": why, **(told or {})}),
-            "arrays": array_record(rows),
-            "chunk": vector_record({"clients": torch.tensor(clients, dtype=torch.int64)}),
-            "secure": stage.record(),
-        }
-    )
-
-
-def read_stage(content: RecordDict) -> Stage | None:
+def read_stage(content: Content) -> Stage | None:
     """Read the stage of a message; None where it has none.
 
     Raises:
         WireError: If it is not one of ours.
     """
-    if held_by(content) is not None:
-        return None
     record = content.get("secure")
-    if not isinstance(record, ConfigRecord):
+    if not isinstance(record, Fields):
         return None
     with reading("a message of secure aggregation"):
-        fields: dict[str, Any] = dict(record)
-        head = json.loads(fields.pop("head"))
-        data = {int(client): json.loads(value) for client, value in fields.items()}
-        stage = Stage(head["stage"], dict(head["settings"]), data)
+        stage = Stage.of(record)
     if stage.name not in STAGES:
         raise WireError(f"secure aggregation has no stage {stage.name!r}; its stages are {STAGES}")
     return stage
 
 
-def read_words(content: RecordDict) -> Words:
+def read_words(content: Content) -> torch.Tensor:
     """Read the masked vectors of a reply, uint32 [k, P + 1].
 
     Raises:
         WireError: If there are none.
     """
-    record = content.get("arrays")
-    found = record["flat"].numpy() if isinstance(record, ArrayRecord) else None
-    if found is None or found.dtype != np.uint32 or found.ndim != 2:
+    found = read_array(content, "arrays")
+    if found.dtype != torch.uint32 or found.dim() != 2:
         raise WireError(
             "a masked reply is not an array of 32-bit words with one row for each client"
         )
     return found
-
-
-def text_bytes(content: RecordDict) -> int:
-    """Count the bytes of what a message says beside the records of a train message."""
-    record = content["secure"]
-    return sum(len(str(value)) for value in record.values())
 
 
 # --- keys ----------------------------------------------------------------------------------------

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from flwr.app import RecordDict
-
 from fedraclora.codec import from_bytes, join, split, to_bytes
 from fedraclora.weights.update import WeightUpdate
 from fedraclora.wire.fields import exactly, reading
-from fedraclora.wire.records import array_record, header_record, read_array, read_json
+from fedraclora.wire.records import Content, array_record, header_record, read_array, read_json
 
 FIELDS = frozenset({"update", "tensors"})
 HEADER, NUMBERS = "parcel", "parcel-numbers"  # records of the message
 
 
-def add_weight_update(content: RecordDict, update: WeightUpdate) -> None:
+def add_weight_update(content: Content, update: WeightUpdate) -> None:
     """Write an update into a message, in the place of one that is there."""
     tensors, plain = split(update)
     raw, table = to_bytes(tensors)
@@ -21,7 +19,7 @@ def add_weight_update(content: RecordDict, update: WeightUpdate) -> None:
     content[NUMBERS] = array_record(raw)
 
 
-def read_weight_update(content: RecordDict) -> WeightUpdate:
+def read_weight_update(content: Content) -> WeightUpdate:
     """Read the update of a message.
 
     Raises:

@@ -34,8 +34,7 @@ from fedraclora.protocol.pool import Pool
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Layout, Tree, below
-from fedraclora.wire.downlink import uplink_layout
-from fedraclora.wire.records import DTYPES
+from fedraclora.wire.exchange import DTYPES, uplink_layout
 
 PREFIX = "buffer/"
 

@@ -11,7 +11,7 @@ from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.rank_budgets import widen
 from fedraclora.protocol.uplinks import RunningSum, check_rows, norms_of
-from fedraclora.wire.reply import Reply
+from fedraclora.wire.exchange import Answer
 
 
 class CohortSum:
@@ -30,11 +30,11 @@ class CohortSum:
     def __init__(self, downlink: Downlink, cohort: Cohort, weighting: str, size: int) -> None:
         self.downlink, self.cohort, self.weighting = downlink, cohort, weighting
         self.sum = RunningSum(size)
-        self.waiting: dict[int, tuple[Sequence[int], Reply | None]] = {}
+        self.waiting: dict[int, tuple[Sequence[int], Answer | None]] = {}
         self.turn = 0
         self.longest: tuple[int, float] | None = None
 
-    def take(self, place: int, asked: Sequence[int], reply: Reply | None) -> Iterator[Reply]:
+    def take(self, place: int, asked: Sequence[int], reply: Answer | None) -> Iterator[Answer]:
         """Take what answers a message, and yield the replies whose rows have been added by it.
 
         Args:
@@ -49,14 +49,14 @@ class CohortSum:
             if reply is not None:
                 yield self._added(asked, reply)
 
-    def rest(self) -> Iterator[Reply]:
+    def rest(self) -> Iterator[Answer]:
         """Yield the replies that waited for others that never came."""
         for place in sorted(self.waiting):
             asked, reply = self.waiting.pop(place)
             if reply is not None:
                 yield self._added(asked, reply)
 
-    def _added(self, asked: Sequence[int], reply: Reply) -> Reply:
+    def _added(self, asked: Sequence[int], reply: Answer) -> Answer:
         """Check and add the rows of a reply, and give the rest of it, which holds no view of them.
 
         A reply of clients that were not asked is left as it is.

@@ -16,7 +16,7 @@ from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.chain import CatchUp
 from fedraclora.wire.changes import uploaded_bytes
-from fedraclora.wire.downlink import payload_bytes
+from fedraclora.wire.exchange import payload_bytes
 
 
 @dataclass

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import accumulate
 
 import torch
-from flwr.app import Message
 
 from fedraclora.devices.timeline import Timeline
-from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.errors import ClientError, FedRacLoraError, WireError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
@@ -23,10 +20,18 @@ from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Tree
 from fedraclora.wire.changes import Changes, uploaded_bytes
-from fedraclora.wire.downlink import Packed, TrainRequest, uplink_layout
+from fedraclora.wire.exchange import (
+    DTYPES,
+    Answer,
+    Ask,
+    Came,
+    NoAnswer,
+    TrainRequest,
+    sent_tensors,
+    uplink_layout,
+)
 from fedraclora.wire.fields import printable
-from fedraclora.wire.records import DTYPES, read_first
-from fedraclora.wire.reply import Reply, unpack_result
+from fedraclora.wire.reply import checked
 
 
 @dataclass
@@ -37,7 +42,7 @@ class Exchange:
         downlink: What is asked.
         round_: From 1.
         version: Of the base weights the clients train from.
-        cohort: The clients whose replies count: whom messages go to.
+        cohort: The clients whose replies count: who is asked.
         asked: Who was asked: those whose device was too slow or vanished included.
         loop: Settings of the round loop.
         rate_scale: Of the step sizes.
@@ -46,7 +51,7 @@ class Exchange:
         failures: Clients whose reply is not used.
         received: Bytes of the numbers that clients sent, those of refused clients included, as far
             as their replies could be read.
-        chunks: The messages that were sent, each with its clients.
+        asks: What was asked of each chunk of clients.
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used, with their
             aggregation weights.
@@ -69,10 +74,10 @@ class Exchange:
     rate_scale: float = 1.0
     reduce: bool = False
     before: Exchange | None = None
-    replies: list[Reply] = field(default_factory=list)
+    replies: list[Answer] = field(default_factory=list)
     failures: list[Refusal] = field(default_factory=list)
     received: int = 0
-    chunks: list[tuple[Message, list[int]]] = field(default_factory=list)
+    asks: list[Ask] = field(default_factory=list)
     mean_loss: float = float("nan")
     steps: int = 0
     timeline: Timeline | None = None
@@ -91,36 +96,40 @@ class Exchange:
             weighting, size = self.loop.weights, self.layout.size
             self.sum = CohortSum(self.downlink, self.cohort, weighting, size)
 
-    def messages(self, nodes: Sequence[int]) -> list[Message]:
-        """Write one message per chunk of the cohort, to the nodes in turn."""
+    def ask(self) -> list[Ask]:
+        """Say what each chunk of the cohort is asked."""
         loop, clients = self.loop, self.cohort.clients
         # Sums of blocks: only where no block lies in two chunks.
         self.reduced = self.reduce and loop.whole_blocks(len(clients))
-        reduce = loop.weights if self.reduced else None
         request = TrainRequest(
             self.round_,
             self.version,
             self.rate_scale,
             clients,
-            reduce=reduce,
+            reduce=loop.weights if self.reduced else None,
             clip=self.clip,
             uplink=loop.uplink,
             feedback=loop.feedback and loop.uplink != FULL,
         )
-        packed = Packed(self.downlink, request, loop.dtype, loop.downlink)
-        for i, first in enumerate(range(0, len(clients), loop.chunk)):
-            chunk = clients[first : first + loop.chunk]
-            content, node = packed.message(chunk, first), nodes[i % len(nodes)]
-            group, ttl = str(self.round_), loop.timeout
-            message = Message(content, node, "train.cohort", group_id=group, ttl=ttl)
-            self.chunks.append((message, chunk.tolist()))
-        return [message for message, _ in self.chunks]
+        downlink = self.downlink.to(DTYPES[loop.dtype])
+        own = any(each for _, each in sent_tensors(downlink).values())
+        apart = own or downlink.ranks is not None
+        self.asks = [
+            Ask(
+                replace(request, clients=clients[first : first + loop.chunk], first=first),
+                downlink,
+                loop.downlink,
+                apart,
+            )
+            for first in range(0, len(clients), loop.chunk)
+        ]
+        return self.asks
 
-    def collect(self, messages: Iterable[Message]) -> Uplinks:
+    def collect(self, came: Came) -> Uplinks:
         """Read, check and sort the replies.
 
         Args:
-            messages: Replies, in any order.
+            came: What came, in any order.
 
         Returns:
             The uplinks of the clients that passed, in ascending order of id.
@@ -132,7 +141,7 @@ class Exchange:
                 clients are other people's machines, that is a failure of the client.
         """
         try:
-            self._read_all(messages)
+            self._read_all(came)
             return self._used()
         except FedRacLoraError:
             raise
@@ -195,7 +204,7 @@ class Exchange:
         parts = [getattr(reply, name) for reply in self.replies]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _bytes_of(self, reply: Reply) -> int:
+    def _bytes_of(self, reply: Answer) -> int:
         """Count the bytes of the numbers in a reply, those included that a sum leaves out."""
         if self.downlink.ranks is None:  # each sends as many
             return (len(reply.clients) + len(reply.refused)) * int(self._each[0])
@@ -234,27 +243,27 @@ class Exchange:
         """How many numbers each client of the cohort sends, int64 [K]."""
         return uploaded_numbers(self.downlink, len(self.cohort))
 
-    def _read_all(self, messages: Iterable[Message]) -> None:
-        """Read each reply, and note whose message it answers."""
-        firsts = accumulate((len(clients) for _, clients in self.chunks), initial=0)
-        sent = {
-            m.metadata.message_id: (m, clients, first)
-            for (m, clients), first in zip(self.chunks, firsts, strict=False)
-        }
-        for message in messages:
-            asked = message.metadata.reply_to_message_id
-            request, clients, first = sent.get(asked, (None, [], 0))
-            if self.sum is not None and request is not None:
-                for added in self.sum.take(first, clients, self._read(message, clients)):
+    def _read_all(self, came: Came) -> None:
+        """Read each answer, and note whose ask it answers."""
+        left = {id(ask): ask for ask in self.asks}
+        for ask, answer in came:
+            clients, first = ask.clients, ask.request.first
+            asked = id(ask) in left
+            if self.sum is not None and asked:
+                for added in self.sum.take(first, clients, self._read(answer, clients)):
                     self._take(added)
             elif not self.loop.guarded:
-                self._take(self._read(message, clients))
-            elif request is not None:
-                del sent[asked]  # whatever else answers it is a replay
+                self._take(self._read(answer, clients if asked else []))
+            elif asked:
+                del left[id(ask)]  # whatever else answers it is a replay
                 try:
-                    reply = self._read(message, clients)
+                    reply = self._read(answer, clients)
                     if reply is not None:
-                        self._check(reply, request, clients)
+                        counts = self.counts[first : first + len(clients)]
+                        reduced = self.reduced
+                        check_reply(
+                            reply, clients, first, self.loop, reduced=reduced, counts=counts
+                        )
                 except Exception as error:  # whatever another machine may send
                     why = printable(f"its reply is refused: {error}")
                     self.failures += [Refusal(c, why) for c in clients]
@@ -263,26 +272,27 @@ class Exchange:
         for added in () if self.sum is None else self.sum.rest():
             self._take(added)
 
-    def _check(self, reply: Reply, request: Message, clients: Sequence[int]) -> None:
-        """Check a reply against the message that it answers."""
-        first = read_first(request.content)
-        counts = self.counts[first : first + len(clients)]
-        loop, reduced = self.loop, self.reduced
-        check_reply(reply, clients, first, loop, reduced=reduced, counts=counts)
+    def failed(self, answer: NoAnswer) -> str:
+        """Say why clients have no answer.
 
-    def _read(self, message: Message, asked: Sequence[int]) -> Reply | None:
-        """Read a reply; None where it is an error, which is noted."""
-        if message.has_error():
-            reason = str(message.error.reason)
-            if message.error.code == RUN_AT_FAULT and not self.loop.guarded:
-                raise ClientError(f"round {self.round_} cannot be run: {reason}")
-            self.failures += [Refusal(c, printable(reason)) for c in asked]
+        Raises:
+            ClientError: If they met what is no client's fault.
+        """
+        if answer.of_the_run and not self.loop.guarded:
+            raise ClientError(f"round {self.round_} cannot be run: {answer.reason}")
+        return answer.reason
+
+    def _read(self, answer: Answer | NoAnswer, asked: Sequence[int]) -> Answer | None:
+        """Check what came; None where it is a failure, which is noted."""
+        if isinstance(answer, NoAnswer):
+            why = printable(self.failed(answer))
+            self.failures += [Refusal(c, why) for c in asked]
             return None
         read = None
         if self.loop.uplink != FULL:
             changes = Changes(self.loop.uplink, self.downlink, self.base, self.cohort.clients)
             read = partial(changes.decode, dtype=DTYPES[self.loop.dtype])
-        reply = unpack_result(message.content, self.layout, self.downlink.ranks, read)
+        reply = checked(answer, self.layout, self.downlink.ranks, read)
         if (reply.round_, reply.version) != (self.round_, self.version):
             raise WireError(
                 f"clients {reply.clients.tolist()} answered for round {reply.round_} from version "
@@ -291,7 +301,7 @@ class Exchange:
             )
         return reply
 
-    def _take(self, reply: Reply | None) -> None:
+    def _take(self, reply: Answer | None) -> None:
         if reply is not None:
             self.received += self._bytes_of(reply)
             self.replies.append(reply)

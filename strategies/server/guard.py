@@ -10,14 +10,13 @@ import torch
 from fedraclora.errors import ClientError, WireError
 from fedraclora.protocol.uplinks import SUM_BLOCK, finite
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.wire.records import DTYPES
-from fedraclora.wire.reply import Reply
+from fedraclora.wire.exchange import DTYPES, Answer
 
 T = TypeVar("T")
 
 
 def check_reply(
-    reply: Reply,
+    reply: Answer,
     clients: Sequence[int],
     first: int,
     loop: LoopConfig,
@@ -79,7 +78,7 @@ def check_reply(
             )
 
 
-def _check_sums(reply: Reply, clients: Sequence[int]) -> None:
+def _check_sums(reply: Answer, clients: Sequence[int]) -> None:
     """Check sums against who is in them: clients have checked their own rows."""
     blocks = -(-len(clients) // SUM_BLOCK)
     if len(reply.numbers) != blocks:

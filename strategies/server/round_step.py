@@ -7,14 +7,13 @@ from the wire to the next state; every hook is called in that order.
 # ruff: noqa: ARG002
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any, ClassVar, cast
 
 import torch
-from flwr.app import Message
 
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.errors import ConfigError
@@ -29,8 +28,9 @@ from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.rows import Row
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
+from fedraclora.wire.exchange import Ask, Came
 
-Ask = Callable[[Iterable[Message]], Iterable[Message]]
+Send = Callable[[Sequence[Ask]], Came]
 Sizes = Callable[[torch.Tensor], torch.Tensor]
 CloseRound = Callable[[Uplinks], State]
 PLAIN = (str, int, float, tuple, type(None))  # values that have one repr everywhere
@@ -127,15 +127,12 @@ class RoundStep:
         """
         return None
 
-    def receive(
-        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], base: Tree
-    ) -> Uplinks | None:
-        """Send messages and give what came, checked; None: as every exchange does.
+    def receive(self, send: Send, exchange: Exchange, base: Tree) -> Uplinks | None:
+        """Ask clients and give what came, checked; None: as every exchange does.
 
         Args:
-            ask: Sends messages and gives the replies that come.
-            exchange: Which wrote the messages.
-            messages: To send.
+            send: Asks clients, and gives what comes.
+            exchange: With what is asked.
             base: What clients train from.
         """
         return None
@@ -258,14 +255,12 @@ class RoundSteps:
         named = [step.bound(first=first) for step in self.steps]
         return next((bound for bound in named if bound is not None), None)
 
-    def receive(
-        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], base: Tree
-    ) -> Uplinks:
-        """Send the messages of an exchange and give what came, checked."""
+    def receive(self, send: Send, exchange: Exchange, base: Tree) -> Uplinks:
+        """Ask what an exchange asks and give what came, checked."""
         for step in self.steps:
-            if (got := step.receive(ask, exchange, messages, base)) is not None:
+            if (got := step.receive(send, exchange, base)) is not None:
                 return got
-        return exchange.collect(ask(messages))
+        return exchange.collect(send(exchange.asks))
 
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
         """Pass the cohort's uplinks through all steps, to the method."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedraclora.engines.deploy import Traffic
+from fedraclora.engines.base import Traffic
 from fedraclora.protocol.method import State
 from fedraclora.run.recorder import Stopwatch
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.weights.chain import CatchUp
-from fedraclora.wire.downlink import payload_bytes
+from fedraclora.wire.exchange import payload_bytes
 
 Row = dict[str, object]
 
@@ -45,9 +45,9 @@ class Cost:
         each = payload_bytes(exchange.downlink, len(exchange.cohort), kind)
         times = len(exchange.asked)
         if traffic is not None:
-            own = {id(message) for message, _ in exchange.chunks}
-            times = sum(sent in own for sent in traffic.sent)
-            traffic.sent.clear()  # an `id` is used again once its message is gone
+            own = {id(ask.downlink) for ask in exchange.asks}
+            times = sum(id(ask.downlink) in own for ask in traffic.sent)
+            traffic.sent.clear()
         self.up += exchange.received
         self.down += each * times
 

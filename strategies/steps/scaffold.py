@@ -30,7 +30,7 @@ from fedraclora.training.extras.variates import (
 )
 from fedraclora.training.gradients import mean_gradients
 from fedraclora.tree import Tree
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.exchange import uplink_layout
 
 
 class ControlVariates(RoundStep):

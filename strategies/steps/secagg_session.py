@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from flwr.app import Message, RecordDict
+import torch
 
-from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.errors import ClientError, WireError
 from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.uplinks import Refusal, too_many
 from fedraclora.strategies.server.exchange import Exchange
-from fedraclora.strategies.server.round_step import Ask
-from fedraclora.wire.records import clients_of, read_header, read_vectors
-from fedraclora.wire.secagg import (
-    Stage,
-    read_stage,
-    read_words,
-    stage_message,
-    text_bytes,
-)
+from fedraclora.strategies.server.round_step import Send
+from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage
 
 Check = Callable[[int, Any, Any], None]
 Factors = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
@@ -42,13 +34,12 @@ class SecAggSession:
 
     Args:
         exchange: The train exchange, which notes the failures.
-        ask: Sends messages and gives the replies that come.
+        send: Asks clients, and gives what comes.
         texts: Counts what is said besides.
     """
 
-    def __init__(self, exchange: Exchange, ask: Ask, texts: Texts) -> None:
-        self.exchange, self.send, self.texts = exchange, ask, texts
-        self.nodes = [m.metadata.dst_node_id for m, _ in exchange.chunks]
+    def __init__(self, exchange: Exchange, send: Send, texts: Texts) -> None:
+        self.exchange, self.send, self.texts = exchange, send, texts
 
     def ask(self, stage: str, data: dict[int, Any], check: Check) -> dict[int, Any]:
         """Ask clients for a stage in which nobody trains; give what each said.
@@ -69,29 +60,22 @@ class SecAggSession:
     def collect(self, stage: str, data: dict[int, Any], check: Check) -> Factors:
         """Ask as `ask` does; whoever does not answer is nobody's business yet."""
 
-        def read(content: RecordDict) -> Factors:
-            answer = read_stage(content)
-            if answer is None or answer.name != stage:
-                raise WireError(
-                    f"the reply is not an answer to the stage {stage} of secure aggregation"
-                )
+        def read(said: dict[int, Any], _answer: Answer) -> Factors:
             found, bad = {}, {}
-            for client in answer.data.keys() & data.keys():
+            for client in said.keys() & data.keys():
                 try:
-                    check(client, data[client], answer.data[client])
-                    found[client] = answer.data[client]
+                    check(client, data[client], said[client])
+                    found[client] = said[client]
                 except Exception as error:  # whatever another machine may send
                     bad[client] = f"its reply is refused: {error!r}"
             return found, bad
 
-        round_, messages = self.exchange.round_, []
-        for node, (_, chunk) in zip(self.nodes, self.exchange.chunks, strict=True):
-            part = {c: data[c] for c in chunk if c in data}
-            if part:
-                content = stage_message(round_, Stage(stage, {}, part))
-                group, ttl = str(round_), self.exchange.loop.timeout
-                messages.append(Message(content, node, "train.cohort", group_id=group, ttl=ttl))
-        return self._talk(messages, read)
+        asks = []
+        for ask in self.exchange.asks:
+            if part := {c: data[c] for c in ask.clients if c in data}:
+                request = replace(ask.request, clients=torch.tensor([*part]))
+                asks.append(Ask(request, stage=Stage(stage, {}, part).heard))
+        return self._talk(asks, read)
 
     def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Factors:
         """Ask clients to train; return their masked vectors, or whose shares they could not open.
@@ -102,56 +86,55 @@ class SecAggSession:
         """
         size = self.exchange.layout.size + 1
 
-        def read(content: RecordDict) -> Factors:
-            rows, clients = read_words(content), read_vectors(content)["clients"].tolist()
+        def read(said: dict[int, Any], answer: Answer) -> Factors:
+            rows, clients = answer.numbers.numpy(), answer.clients.tolist()
             if rows.shape != (len(clients), size):
                 raise WireError(
                     f"masked vectors of shape {rows.shape} came; {(len(clients), size)} is wanted"
                 )
             self.exchange.received += rows.nbytes
-            stage = read_stage(content)
             found: dict[int, Any] = {}
-            for client, answer in (stage.data if stage is not None else {}).items():
-                closed = {int(c) for c in answer["unopened"]}
+            for client, words in said.items():
+                closed = {int(c) for c in words["unopened"]}
                 if client in pending and closed <= {int(c) for c in pending[client]["shares"]}:
                     found[client] = closed
             return found | dict(zip(clients, rows, strict=True)), {}
 
-        messages = []
-        for message, chunk in self.exchange.chunks:
-            part = {c: pending[c] for c in chunk if c in pending}
-            if part:
-                message.content["secure"] = Stage("masked", settings, part).record()
-                messages.append(message)
-        found, failures = self._talk(messages, read)
+        asks = [
+            replace(ask, stage=Stage("masked", settings, part).heard)
+            for ask in self.exchange.asks
+            if (part := {c: pending[c] for c in ask.clients if c in pending})
+        ]
+        found, failures = self._talk(asks, read)
         return {c: part for c, part in found.items() if c in pending}, failures
 
-    def _talk(self, messages: list[Message], read: Callable[[RecordDict], Factors]) -> Factors:
-        """Send messages; give what clients said, and why others did not.
+    def _talk(
+        self, asks: Sequence[Ask], read: Callable[[dict[int, Any], Answer], Factors]
+    ) -> Factors:
+        """Ask clients; give what they said, and why others did not.
 
         What cannot be read, or comes from another client than was asked, is a failure of those
-        who were asked; a second reply to a message is not looked at.
+        who were asked; a second answer to an ask is not looked at.
 
         Raises:
             ClientError: If a client met what is no client's fault.
         """
-        self.texts.down += sum(text_bytes(message.content) for message in messages)
-        replies = self.send(messages)  # only now a message has its id
-        sent = {m.metadata.message_id: clients_of(m.content) for m in messages}
+        self.texts.down += sum(ask.stage.length for ask in asks if ask.stage is not None)
+        left = {id(ask): ask.clients for ask in asks}
         answers: dict[int, Any] = {}
         failures: dict[int, str] = {}
-        for reply in replies:
-            asked = sent.pop(str(reply.metadata.reply_to_message_id), [])
-            if reply.has_error():
-                reason = str(reply.error.reason)
-                if reply.error.code == RUN_AT_FAULT and not self.exchange.loop.guarded:
-                    raise ClientError(f"round {self.exchange.round_} cannot be run: {reason}")
-                failures |= dict.fromkeys(asked, reason)
+        for ask, answer in self.send(asks):
+            asked = left.pop(id(ask), [])
+            if isinstance(answer, NoAnswer):
+                failures |= dict.fromkeys(asked, self.exchange.failed(answer))
                 continue
             try:
-                found, why = read(reply.content)
-                why |= {int(c): str(w) for c, w in read_header(reply.content)["failures"].items()}
-                self.texts.up += text_bytes(reply.content)
+                stage = answer.stage
+                if stage is None or ask.stage is None or stage.name != ask.stage.name:
+                    raise WireError("the reply is not one of secure aggregation, or of its stage")
+                found, why = read(stage.data, answer)
+                why |= answer.failures
+                self.texts.up += stage.length
             except Exception as error:  # whatever another machine may send
                 why, found = dict.fromkeys(asked, f"its reply is refused: {error!r}"), {}
             answers |= {c: part for c, part in found.items() if c in asked}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Message
 from typing_extensions import override
 
 from fedraclora.errors import CheckpointError, RoundLostError
@@ -17,7 +15,7 @@ from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.uplinks import Refusal, Uplinks
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
-from fedraclora.strategies.server.round_step import Ask, CohortOf, RoundStep
+from fedraclora.strategies.server.round_step import CohortOf, RoundStep, Send
 from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.steps.conflicts import SECURE, TWICE, refused
 from fedraclora.strategies.steps.secagg_session import SecAggSession, Texts
@@ -81,9 +79,7 @@ class SecureSum(RoundStep):
         return self.config.clip
 
     @override
-    def receive(
-        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], base: Tree
-    ) -> Uplinks | None:
+    def receive(self, send: Send, exchange: Exchange, base: Tree) -> Uplinks | None:
         """Run the stages and give the sum; None where nobody is asked.
 
         Raises:
@@ -96,7 +92,7 @@ class SecureSum(RoundStep):
         clip = self.config.clip if exchange.clip is None else exchange.clip
         if self.texts.round_ != exchange.round_:
             self.texts = Texts(exchange.round_)
-        talk, session = SecAggSession(exchange, ask, self.texts), self.session
+        talk, session = SecAggSession(exchange, send, self.texts), self.session
         if session is None or session.round_ != exchange.round_:
             session = self._agree(exchange, talk, clip)
         else:

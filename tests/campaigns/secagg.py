@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, x25519
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedraclora.clients.answers import Answers
 from fedraclora.clients.secure import answer_stage, masked_reply
-from fedraclora.engines.local import become_a_task
+from fedraclora.engines.post import PostedGrid
+from fedraclora.engines.records import from_records, to_records
 from fedraclora.errors import FedRacLoraError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.downlink import Downlink, Trained
@@ -40,10 +41,11 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.strategies.steps.unmask import CulpritError
-from fedraclora.wire.downlink import unpack_downlink
+from fedraclora.wire.downlink import AskReader, AskWriter
+from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage
+from fedraclora.wire.reply import write_answer
 from fedraclora.wire.secagg import (
     LARGEST,
-    Stage,
     Words,
     mark,
     quantised,
@@ -52,6 +54,7 @@ from fedraclora.wire.secagg import (
     shared_key,
     signed,
 )
+from tests.flower_task import become_a_task
 
 STAGES = ("keys", "shares", "masked", "unmask")
 CLIP, WEIGHT, SHAPE = 2.0, 7, (3, 2)
@@ -137,15 +140,18 @@ class Client:
 
     def compute(self, content: RecordDict) -> RecordDict:
         """Answer it anew."""
-        stage = read_stage(content)
-        if stage is None:
+        ask = AskReader().read(from_records(content))
+        if ask.stage is None:
             raise FedRacLoraError("this client masks what it sends")
+        return to_records(write_answer(self.said(ask, ask.stage)))
+
+    def said(self, ask: Ask, stage: Stage) -> Answer:
+        """What it answers."""
         if stage.name != "masked":
-            return answer_stage(content, stage, self.store, self.terms)
-        _, order = unpack_downlink(content)
+            return answer_stage(ask.request, stage, self.store, self.terms)
         weights = torch.tensor([self.weight], dtype=torch.float64)
         trained = (torch.tensor([self.number]), self.update[None], weights)
-        return masked_reply(order, stage, self.store, self.terms, trained, {}, [])
+        return masked_reply(ask.request, stage, self.store, self.terms, trained, {}, [])
 
     def whole(self, step: float) -> Words:
         """What it hides."""
@@ -177,16 +183,14 @@ class Wire:
     asked: dict[tuple[str, int], RecordDict] = field(default_factory=dict)
     ids: int = 0
 
-    def __call__(self, messages: Iterable[Message]) -> list[Message]:
-        replies = []
-        for message in messages:
+    def __call__(self, asks: Iterable[Ask]) -> list[tuple[Ask, Answer | NoAnswer]]:
+        came: list[tuple[Ask, Answer | NoAnswer]] = []
+        for ask in asks:
             self.ids += 1
+            message = Message(to_records(AskWriter().write(ask)), 2, "train.cohort")
             message.metadata.__dict__["_message_id"] = str(self.ids)
-            client = self.clients[
-                int(np.frombuffer(bytes(message.content["chunk"]["clients"]), np.int64)[0])
-            ]  # type: ignore[arg-type]
-            stage = read_stage(message.content)
-            name = "" if stage is None else stage.name
+            client = self.clients[ask.clients[0]]
+            name = "" if ask.stage is None else ask.stage.name
             self.asked[name, client.number] = copy.deepcopy(message.content)
             try:
                 found = [Message(client.answer(message.content), reply_to=message)]
@@ -194,8 +198,26 @@ class Wire:
                 found = [Message(Error(2, str(error)), reply_to=message)]
             if self.bend is not None:
                 found = self.bend(name, client, found[0])
-            replies += found
-        return replies
+            came += [(ask, heard(reply, ask)) for reply in found]
+        return came
+
+
+def heard(reply: Message, ask: Ask) -> Answer | NoAnswer:
+    """A reply as the grid of real hosts reads it."""
+    try:
+        return PostedGrid.answer(reply, ask)
+    except Exception as error:  # as the grid does
+        return NoAnswer(f"its reply is refused: {error}")
+
+
+def stage_of(content: RecordDict) -> Stage | None:
+    """The stage of a message."""
+    return read_stage(from_records(content))
+
+
+def write_stage(stage: Stage) -> ConfigRecord:
+    """It as a record."""
+    return ConfigRecord(dict(stage.texts))
 
 
 def exchange_of(clients: list[int]) -> Exchange:
@@ -205,7 +227,7 @@ def exchange_of(clients: list[int]) -> Exchange:
     cohort = Cohort(torch.tensor(clients), torch.ones(len(clients)).double())
     downlink = Downlink(dense={"w": Trained(SHAPE, start=torch.full(SHAPE, 0.25))})
     exchange = Exchange(downlink, ROUND, 0, cohort, cohort, loop, clip=CLIP)
-    exchange.messages([2])
+    exchange.ask()
     return exchange
 
 
@@ -214,7 +236,7 @@ def sum_of(secure: SecureSum, wire: Wire) -> tuple[Exchange, Any]:
     exchange = exchange_of(sorted(wire.clients))
     base = {"w": torch.zeros(SHAPE)}
     try:
-        return exchange, secure.receive(wire, exchange, [], base)
+        return exchange, secure.receive(wire, exchange, base)
     except FedRacLoraError as error:
         return exchange, error
 
@@ -318,7 +340,7 @@ class Bender:
 
     def said(self, message: Message) -> Stage:
         """What a reply says."""
-        found = read_stage(message.content)
+        found = stage_of(message.content)
         assert found is not None
         return found
 
@@ -334,7 +356,7 @@ class Bender:
                 stage.data[number] = said | bad
             else:
                 stage.data[number] = bent_data(said, self.draw)
-        record = stage.record()
+        record = write_stage(stage)
         if not self.draw.integers(8):
             record[str(client.number)] = ["no json", "[" * 5000, "NaN", 5][self.draw.integers(4)]
         message.content["secure"] = record
@@ -370,7 +392,7 @@ class Bender:
         stage = self.said(message)
         mine = next(iter(stage.data.values()), {"unopened": [1]})
         stage.data.update(dict.fromkeys(range(9), mine))
-        message.content["secure"] = stage.record()
+        message.content["secure"] = write_stage(stage)
         return [message]
 
     def records(self, client: Client, message: Message) -> list[Message]:
@@ -416,7 +438,7 @@ class Bender:
         near = [c for c in range(9) if c != client.number]
         closed = [near, near[:1], [client.number], ["a"], 5, [], {"a": 1}, [1.5]]
         stage = Stage("masked", {}, {client.number: {"unopened": closed[self.draw.integers(8)]}})
-        message.content["secure"] = stage.record()
+        message.content["secure"] = write_stage(stage)
         if self.draw.integers(2):
             record = ArrayRecord()
             record["flat"] = Array(np.zeros((0, 7), dtype=np.uint32))
@@ -490,7 +512,7 @@ class Victim:
             reply = self.client.answer(content)
         except Exception:  # a node answers with an error, whatever it is
             return "refused"
-        said = read_stage(reply)
+        said = stage_of(reply)
         assert said is not None
         if said.name == "masked":
             self.vectors |= {row.tobytes() for row in reply["arrays"]["flat"].numpy()}
@@ -508,7 +530,7 @@ class Victim:
 def bent_question(content: RecordDict, others: list[RecordDict], draw: Random) -> RecordDict:  # noqa: PLR0911
     """A message of the server's that is not what it should be."""
     found = copy.deepcopy(content)
-    stage = read_stage(found)
+    stage = stage_of(found)
     assert stage is not None
     kind = int(draw.integers(9))
     if kind == 0:
@@ -527,13 +549,13 @@ def bent_question(content: RecordDict, others: list[RecordDict], draw: Random) -
         return found
     if kind == 4:
         settings = dict(stage.settings) | {"step": float(draw.choice([1e-30, 1.0, 1e9]))}
-        found["secure"] = Stage(stage.name, settings, stage.data).record()
+        found["secure"] = write_stage(Stage(stage.name, settings, stage.data))
         return found
     if kind == 5:
-        found["secure"] = Stage(STAGES[draw.integers(4)], stage.settings, stage.data).record()
+        found["secure"] = write_stage(Stage(STAGES[draw.integers(4)], stage.settings, stage.data))
         return found
     data = {c: swapped(said, draw) for c, said in stage.data.items()}
-    found["secure"] = Stage(stage.name, stage.settings, data).record()
+    found["secure"] = write_stage(Stage(stage.name, stage.settings, data))
     return found
 
 
@@ -583,7 +605,7 @@ def hostile_server(seed: int, folder: Path) -> str:
 
     def watched(self: Client, content: RecordDict) -> RecordDict:
         reply = plain(self, content)
-        if self.number == 2 and (said := read_stage(reply)) is not None:
+        if self.number == 2 and (said := stage_of(reply)) is not None:
             if said.name == "masked":
                 victim.vectors.update(row.tobytes() for row in reply["arrays"]["flat"].numpy())
             for data in said.data.values() if said.name == "unmask" else ():

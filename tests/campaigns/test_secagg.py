@@ -18,7 +18,8 @@ from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.run.client_state import ClientStore
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.strategies.steps.unmask import CulpritError
-from fedraclora.wire.secagg import LARGEST, Stage, read_stage, signed, stage_message
+from fedraclora.wire.exchange import Stage, TrainRequest
+from fedraclora.wire.secagg import LARGEST, signed
 from tests.campaigns.secagg import (
     CLIP,
     FOREIGN_KEYS,
@@ -29,7 +30,9 @@ from tests.campaigns.secagg import (
     Wire,
     campaign,
     resealed,
+    stage_of,
     sum_of,
+    write_stage,
 )
 
 
@@ -69,10 +72,10 @@ def bend(stage: str, client: int, change: Any) -> Any:
     """Change what one client says at one stage."""
 
     def bent(name: str, who: Client, message: Message) -> list[Message]:
-        said = read_stage(message.content) if not message.has_error() else None
+        said = stage_of(message.content) if not message.has_error() else None
         if name == stage and who.number == client and said is not None:
             data = {c: change(copy.deepcopy(data)) for c, data in said.data.items()}
-            message.content["secure"] = Stage(name, {}, data).record()
+            message.content["secure"] = write_stage(Stage(name, {}, data))
         return [message]
 
     return bent
@@ -99,9 +102,8 @@ def test_an_earlier_round_is_not_answered_later() -> None:
     sum_of(secure_sum(), Wire(clients))
     for round_, answers in ((ROUND - 1, False), (ROUND, False), (ROUND + 1, True)):
         stage = Stage("keys", {}, {1: None})
-        content = stage_message(round_, stage)
-        reply = answer_stage(content, stage, clients[1].store, clients[1].terms)
-        said = read_stage(reply)
+        request = TrainRequest(round_, 0, 1.0, torch.tensor([1]))
+        said = answer_stage(request, stage, clients[1].store, clients[1].terms).stage
         assert said is not None
         assert bool(said.data) == answers
 
@@ -113,7 +115,7 @@ def test_a_round_that_failed_goes_on_and_asks_nobody_twice() -> None:
     whole = Client.compute
 
     def cut_off(self: Client, content: RecordDict) -> RecordDict:
-        stage = read_stage(content)
+        stage = stage_of(content)
         if stage is not None and stage.name == "masked" and self.number in cut:
             raise ClientError("its machine was restarted")
         return whole(self, content)
@@ -141,10 +143,10 @@ def test_a_node_repeats_its_answer_and_gives_no_other(tmp_path: Path) -> None:
         content = wire.asked[stage, 2]
         replies = [anew.answer(copy.deepcopy(content)) for _ in range(2)]
         assert replies[0] == replies[1]
-        found = read_stage(content)
+        found = stage_of(content)
         assert found is not None
         other = Stage(stage, {"step": 1.0}, found.data)
-        content["secure"] = other.record()
+        content["secure"] = write_stage(other)
         with pytest.raises(ClientError, match=r"question of round 4 .* once"):
             anew.answer(content)
     header = json.loads(str(content["config"]["header"])) | {"round": 11}
@@ -160,14 +162,14 @@ def test_a_node_repeats_its_answer_and_gives_no_other(tmp_path: Path) -> None:
 def test_a_client_wants_its_own_number_of_neighbours(told: int, fewest: int) -> None:
     terms = SecAggTerms(SecAgg(CLIP), "uniform", fewest)
     store, keys = ClientStore(), {}
+    request = TrainRequest(1, 0, 1.0, torch.arange(6))
     for client in range(6):
         stage = Stage("keys", {}, {client: None})
-        said = read_stage(answer_stage(stage_message(1, stage), stage, store, terms))
+        said = answer_stage(request, stage, store, terms).stage
         assert said is not None
         keys[client] = {name: said.data[client][name] for name in ("mask", "box")}
     stage = Stage("shares", {"threshold": 1}, {0: {str(c): keys[c] for c in range(1, 1 + told)}})
-    reply = answer_stage(stage_message(1, stage), stage, store, terms)
-    (why,) = json.loads(str(reply["config"]["header"]))["failures"].values()
+    (why,) = answer_stage(request, stage, store, terms).failures.values()
     assert f"named {told} neighbours" in why
     assert f"{fewest - 1} or more are needed" in why
 

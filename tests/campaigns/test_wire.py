@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-from fedraclora.engines.local import become_a_task
+from fedraclora.engines.records import from_records
 from fedraclora.run.ledger import Ledger
-from fedraclora.wire.reply import unpack_result
+from fedraclora.wire.reply import read_answer
 from tests.campaigns.mutants import claimed, deep, stored
 from tests.campaigns.wire import Case, campaign, collected, judged, read, scene_of
+from tests.flower_task import become_a_task
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(1500, marks=pytest.mark.slow)])
@@ -40,7 +41,7 @@ def test_a_field_that_is_something_else_is_the_failure_of_its_client(name: str) 
         header = json.loads(str(content["config"]["header"]))  # type: ignore[index]
         content["config"] = ConfigRecord({"header": json.dumps(header | {name: value})})
         answers = scene.answers()
-        answers[1] = Message(content, reply_to=scene.exchange.chunks[1][0])
+        answers[1] = Message(content, reply_to=scene.chunks[1][0])
         verdict = judged(scene, Case("by hand", 1, answers, content), Ledger(None))
         assert verdict == "refused", value
         (failure,) = [f for f in collected(scene, answers).exchange.failures if f.client == 1]
@@ -56,7 +57,7 @@ def test_too_few_numbers_under_a_budget_are_the_failure_of_their_client() -> Non
     data = claimed((len(numbers) - 1,), "<f4", numbers[1:].tobytes())
     content["arrays"] = ArrayRecord({"flat": stored(data)})
     answers = scene.answers()
-    answers[2] = Message(content, reply_to=scene.exchange.chunks[2][0])
+    answers[2] = Message(content, reply_to=scene.chunks[2][0])
     assert judged(scene, Case("by hand", 2, answers, content), Ledger(None)) == "refused"
 
 
@@ -82,7 +83,7 @@ def test_fewer_bits_that_are_not_what_they_should_be_are_the_failure_of_their_cl
     raw = content["arrays"]["flat"].numpy()  # type: ignore[index, union-attr]
     content["arrays"] = ArrayRecord({"flat": Array(damage(raw))})
     answers = scene.answers()
-    answers[1] = Message(content, reply_to=scene.exchange.chunks[1][0])
+    answers[1] = Message(content, reply_to=scene.chunks[1][0])
     assert judged(scene, Case("by hand", 1, answers, content), Ledger(None)) == "refused"
     (failure,) = [f for f in collected(scene, answers).exchange.failures if f.client == 1]
     assert why in failure.reason
@@ -94,7 +95,7 @@ def test_an_array_that_claims_to_be_large_takes_no_memory() -> None:
     content = read(scene.replies[0])
     content["arrays"] = ArrayRecord({"flat": stored(claimed((10**13,), "<f4", b"\0" * 16))})
     with pytest.raises(Exception, match=r"takes 40000000000000 bytes, but 16 came"):
-        unpack_result(content, scene.exchange.layout)
+        read_answer(from_records(content), scene.exchange.asks[0])
 
 
 def test_texts_of_clients_are_cut_and_made_printable() -> None:
@@ -105,7 +106,7 @@ def test_texts_of_clients_are_cut_and_made_printable() -> None:
     notes: list[Any] = ["a\nb\x1b[2J\ud800\u202e", "y" * 5000]
     content["config"] = ConfigRecord({"header": json.dumps(header | {"notes": notes})})
     answers = scene.answers()
-    answers[0] = Message(content, reply_to=scene.exchange.chunks[0][0])
+    answers[0] = Message(content, reply_to=scene.chunks[0][0])
     assert judged(scene, Case("by hand", 0, answers, content), Ledger(None)) == "taken"
     told = collected(scene, answers).exchange.notes
     assert told[0] == r"a\nb\x1b[2J\ud800\u202e"

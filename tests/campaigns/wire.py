@@ -34,7 +34,8 @@ from torch import nn
 from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
-from fedraclora.engines.local import become_a_task
+from fedraclora.engines.post import PostedGrid
+from fedraclora.engines.records import from_records, to_records
 from fedraclora.errors import ClientError, WireError
 from fedraclora.protocol.method import Cohort, Downlink, Draw, State
 from fedraclora.protocol.plan import make_plan
@@ -54,8 +55,10 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.changes import Changes
-from fedraclora.wire.downlink import COEFFICIENTS, Packed, Reader
+from fedraclora.wire.downlink import COEFFICIENTS, AskReader, AskWriter
+from fedraclora.wire.exchange import Answer, NoAnswer
 from fedraclora.wire.fields import LONGEST
+from fedraclora.wire.reply import write_answer
 from fedraclora.wire.weight_update import HEADER, NUMBERS, add_weight_update, read_weight_update
 from tests.campaigns.mutants import (
     Change,
@@ -68,6 +71,7 @@ from tests.campaigns.mutants import (
     records,
     vector,
 )
+from tests.flower_task import become_a_task
 
 SEED, ROUND, CLIENTS, BUSY = 7, 3, 5, 2
 MOMENTUM = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, moments="link")
@@ -91,7 +95,8 @@ class Scene:
 
     Attributes:
         name: For the record.
-        exchange: With its messages.
+        exchange: With what is asked.
+        messages: The same as it is sent.
         state: Of the method before it.
         replies: Of each message, as bytes.
         fails: Clients that fail honestly.
@@ -100,6 +105,7 @@ class Scene:
 
     name: str
     exchange: Exchange
+    messages: list[Message]
     state: State
     replies: list[bytes]
     fails: set[int]
@@ -113,6 +119,25 @@ class Scene:
             self.honest_.append(collected(self, self.answers()))
         return self.honest_[0]
 
+    @property
+    def chunks(self) -> list[tuple[Message, list[int]]]:
+        """The messages, each with its clients."""
+        asks = self.exchange.asks
+        return [(m, ask.clients) for m, ask in zip(self.messages, asks, strict=True)]
+
+    def heard(self, replies: list[Message]) -> list[tuple[Any, Answer | NoAnswer]]:
+        """Replies as the grid of real hosts reads them; what answers no message is dropped."""
+        asks = dict(zip((m.metadata.message_id for m in self.messages), self.exchange.asks))  # noqa: B905
+        found: list[tuple[Any, Answer | NoAnswer]] = []
+        for reply in replies:
+            if (ask := asks.get(reply.metadata.reply_to_message_id)) is None:
+                continue
+            try:
+                found.append((ask, PostedGrid.answer(reply, ask)))
+            except Exception as error:  # as the grid does
+                found.append((ask, NoAnswer(f"its reply is refused: {error}")))
+        return found
+
     def fresh(self) -> Exchange:
         """The exchange, before anything has come."""
         found = replace(self.exchange, replies=[], failures=[], received=0)
@@ -121,14 +146,14 @@ class Scene:
 
     def answers(self) -> list[Message]:
         """The honest replies."""
-        pairs = zip(self.exchange.chunks, self.replies, strict=True)
+        pairs = zip(self.chunks, self.replies, strict=True)
         return [Message(read(data), reply_to=message) for (message, _), data in pairs]
 
     def without(self, place: int) -> Outcome:
         """What must come of the round where the clients of one message are left out."""
         if place not in self.rest:
             answers = self.answers()
-            message = self.exchange.chunks[place][0]
+            message = self.chunks[place][0]
             answers[place] = Message(Error(2, "left out"), reply_to=message)
             self.rest[place] = collected(self, answers)
         return self.rest[place]
@@ -169,7 +194,7 @@ def collected(scene: Scene, answers: list[Message]) -> Outcome:
     """Hand replies to the exchange."""
     exchange = scene.fresh()
     try:
-        return Outcome(exchange, exchange.collect(answers))
+        return Outcome(exchange, exchange.collect(scene.heard(answers)))
     except ClientError as error:
         return Outcome(exchange, None, str(error))
 
@@ -281,12 +306,15 @@ def scene_of(name: str) -> Scene:
         exchange = Exchange(
             sent, round_, round_ - 1, cohort, cohort, loop, reduce=setting.reduce, base=state.base
         )
-        messages = exchange.messages([2])
-        for i, message in enumerate(messages):
-            message.metadata.__dict__["_message_id"] = f"{round_}/{i}"
-        replies = [raw(worker.train(read(raw(m.content)))) for m in messages]
+        messages, writer = [], AskWriter()
+        for i, ask in enumerate(exchange.ask()):
+            content = to_records(writer.write(ask))
+            messages.append(Message(content, 2, "train.cohort", group_id=str(round_)))
+            messages[-1].metadata.__dict__["_message_id"] = f"{round_}/{i}"
+        replies = [answered(worker, raw(m.content)) for m in messages]
         fails = {setting.cohort - 1} - {0}
-        scene = Scene(name, exchange, state, replies, fails, scene.replies if scene else replies)
+        old = scene.replies if scene else replies
+        scene = Scene(name, exchange, messages, state, replies, fails, old)
         outcome = collected(scene, scene.answers())
         if outcome.got is None:
             raise RuntimeError(f"{name}: honest clients fail: {outcome.error}")
@@ -295,6 +323,12 @@ def scene_of(name: str) -> Scene:
             state = rounding.closed(state, after, sent, round_)
     assert scene is not None  # there is more than one round
     return scene
+
+
+def answered(worker: Worker, data: bytes) -> bytes:
+    """What a client answers to a message, as bytes."""
+    ask = AskReader().read(from_records(read(data)))
+    return raw(to_records(write_answer(worker.train(ask))))
 
 
 # ---- Replies ------------------------------------------------------------------------------------
@@ -347,7 +381,7 @@ def attack(scene: Scene, random: Random) -> Case:
     """Let the reply to one message become something else."""
     place = int(random.integers(len(scene.replies)))
     answers = scene.answers()
-    message, _ = scene.exchange.chunks[place]
+    message, _ = scene.chunks[place]
     kind = pick(random, [*REPLY, *REPLY, *REPLY, *WHOLE])
     content = None
     if kind in REPLY:
@@ -365,21 +399,18 @@ def error_reply(random: Random, scene: Scene, place: int) -> list[Message]:
     """An error, in words of any length and kind."""
     words = ["", "x" * 10**6, "no disk\n\x1b[2J\x00", "\ud800\u202e", "{}", "%s {0}"]
     error = Error(pick(random, [0, 2, 5, 1000, 1001, -1, 2**31]), pick(random, words))
-    return [Message(error, reply_to=scene.exchange.chunks[place][0])]
+    return [Message(error, reply_to=scene.chunks[place][0])]
 
 
 def of_another(random: Random, scene: Scene, place: int) -> list[Message]:
     """The reply of another client, or its own of the round before."""
     data = pick(random, [scene.old[place], scene.replies[place - 1], scene.old[place - 1]])
-    return [Message(read(data), reply_to=scene.exchange.chunks[place][0])]
+    return [Message(read(data), reply_to=scene.chunks[place][0])]
 
 
 def twice(random: Random, scene: Scene, place: int) -> list[Message]:
     """The same reply twice, and once as if it answered nobody's message."""
-    found = [
-        Message(read(scene.replies[place]), reply_to=scene.exchange.chunks[place][0])
-        for _ in range(3)
-    ]
+    found = [Message(read(scene.replies[place]), reply_to=scene.chunks[place][0]) for _ in range(3)]
     found[2].metadata.__dict__["_reply_to_message_id"] = pick(random, ["", "9/9", "x" * 5000])
     return found
 
@@ -408,7 +439,7 @@ def judged(scene: Scene, case: Case, ledger: Ledger) -> str:
         AssertionError: Saying what is wrong; any other exception is wrong, too.
     """
     outcome = collected(scene, case.answers)
-    suspects = set(scene.exchange.chunks[case.place][1])
+    suspects = set(scene.chunks[case.place][1])
     failures = {f.client: f.reason for f in outcome.exchange.all_failures}
     must(failures.keys() <= suspects | scene.fails, f"others are blamed: {failures}")
     for text in [*failures.values(), *outcome.exchange.notes, outcome.error]:
@@ -491,32 +522,33 @@ def check_downlink(scene: Scene, random: Random) -> str:
     Returns:
         ``refused`` or ``taken``, each of a downlink.
     """
-    message, _ = scene.exchange.chunks[int(random.integers(len(scene.exchange.chunks)))]
+    message, _ = scene.chunks[int(random.integers(len(scene.chunks)))]
     content = read(raw(message.content))
     history = WeightHistory()
     history.publish(scene.state.base, 0)
     history.publish(scene.state.base, 1, scene.state.link)
-    add_weight_update(content, history.since(pick(random, [None, 0])))
+    more = from_records(content)
+    add_weight_update(more, history.since(pick(random, [None, 0])))
+    content = to_records(more)
     kind = pick(random, list(DOWN))
     content = changed([DOWN[kind]] * pick(random, [1, 1, 2]), random, content)
     try:
-        downlink, order = Reader().read(content)
+        ask = AskReader().read(from_records(content))
         if HEADER in content:
-            read_weight_update(content)
+            read_weight_update(from_records(content))
     except WireError as error:
         must(str(error).isprintable() and len(str(error)) < 12 * LONGEST, "the error's text")
         return "refused"
     loop = scene.exchange.loop
-    again = Packed(downlink, order, loop.dtype, loop.downlink).message(order.clients, 0)
-    chunk: Any = again["chunk"]
-    chunk["first"] = order.first
+    again = to_records(AskWriter().write(ask))
     for record in ("config", "chunk"):
         came, back = (dict(c[record]) for c in (content, again))  # type: ignore[arg-type]
         if record == "config":
             came, back = ({"header": json.loads(str(c["header"]))} for c in (came, back))
         must(back.items() <= came.items() or back == came, f"{record}: {came} is read as {back}")
     if loop.downlink != FULL:  # a scale may be larger than it need be
-        pairs = zip(tensors(downlink), tensors(Reader().read(again)[0]), strict=True)
+        read_again = AskReader().read(from_records(again)).own
+        pairs = zip(tensors(ask.own), tensors(read_again), strict=True)
         same = (np.array_equal(came, back, equal_nan=True) for came, back in pairs)
         must(all(same), "numbers are read as others")
         return "taken"

@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from fedraclora.engines.deploy.traffic import message_bytes
+from fedraclora.engines.records import message_bytes
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.choices import composed
 from fedraclora.experiments.status import reported

@@ -150,7 +150,7 @@ def test_what_is_here_runs_a_round(name: str) -> None:
     except DataError as error:
         pytest.skip(f"composed only: {error}")
     with closing(run.grid):
-        run.strategy.start(run.grid)
+        run.strategy.run(run.grid)
     rows = run.strategy.recorder.ledger.rows
     assert [row["round"] for row in rows] == [0, 1]
     for row in rows:

@@ -44,7 +44,7 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.extras.variates import with_variates
 from fedraclora.tree import Tree
-from fedraclora.wire.downlink import payload_bytes
+from fedraclora.wire.exchange import payload_bytes
 from tests.reference.client import train_one
 
 Variant = tuple[str, dict[str, Any]]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord
 from worlds import Run, assert_equal_trees, assert_updates_lead_on, make_world, run
 
 from fedraclora.aggregation.server_optimisers import Momentum
@@ -43,13 +42,9 @@ from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.downlink import (
-    TrainRequest,
-    pack_downlink,
-    payload_bytes,
-    unpack_downlink,
-    uplink_layout,
-)
+from fedraclora.wire.downlink import pack_downlink, unpack_downlink
+from fedraclora.wire.exchange import TrainRequest, payload_bytes, uplink_layout
+from fedraclora.wire.records import Fields
 
 M, N, R, ALPHA = 30, 40, 3, 7.0
 METHOD = SubspaceRacLora(rank=R, alpha=ALPHA, resample_every=1, fresh=0.3)  # k = 2
@@ -213,7 +208,7 @@ def test_damaged_coefficients_are_refused(shapes: object, told: str) -> None:
     _, sent = played(2)[1]
     content = pack_downlink(sent, REQUEST, "float32")
     config = content["config"]
-    assert isinstance(config, ConfigRecord)
+    assert isinstance(config, Fields)
     header = json.loads(str(config["header"])) | {"coefficients": shapes}
     config["header"] = json.dumps(header)
     with pytest.raises(WireError, match=told):

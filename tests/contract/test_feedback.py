@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import RecordDict
 from typing_extensions import override
-from worlds import RAGGED, Run, assert_equal_trees, make_method, make_world, run
+from worlds import (
+    RAGGED,
+    Run,
+    assert_equal_trees,
+    make_method,
+    make_world,
+    put_on_the_wire,
+    run,
+)
 
-from fedraclora import wire
 from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.config.settings import WireConfig
 from fedraclora.errors import ConfigError, WireError
@@ -157,8 +163,7 @@ def test_runs_that_go_on_are_cut_or_are_written_have_the_same_bits(
     finished(name, rounds=3, folder=tmp_path)
     assert_equal_trees(finished(name, folder=tmp_path, resume=True).weights, whole)
     assert_equal_trees(finished(name, chunk=3).weights, whole)
-    for module in (wire.downlink, wire.reply):
-        monkeypatch.setattr(module, "unwritten", lambda _, write: RecordDict(write()))
+    put_on_the_wire(monkeypatch)
     assert_equal_trees(finished(name).weights, whole)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from worlds import (
@@ -24,6 +24,7 @@ from worlds import (
     variants,
 )
 
+from fedraclora.engines.records import to_records
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.link import Link
@@ -31,6 +32,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES, read_link
 from fedraclora.weights.links import read_links
 from fedraclora.wire.downlink import unpack_downlink
+from fedraclora.wire.records import Content
 
 Variant = tuple[str, dict[str, Any]]
 VARIANTS = list(variants())
@@ -61,13 +63,13 @@ def done(variant: Variant, folder: Path) -> Run:
     return finished(variant, folder=folder)
 
 
-def serialised(content: RecordDict) -> RecordDict:
+def serialised(content: Content) -> RecordDict:
     """A message as it arrives elsewhere: written, serialised and read back."""
-    raw = recorddict_to_proto(content).SerializeToString()
+    raw = recorddict_to_proto(to_records(content)).SerializeToString()
     return recorddict_from_proto(ProtoRecordDict.FromString(raw))
 
 
-def array_bytes(content: RecordDict) -> int:
+def array_bytes(content: Content) -> int:
     """Bytes of the numbers in a message: flat arrays, without numpy's own header."""
     record = serialised(content)["arrays"]
     assert isinstance(record, ArrayRecord)
@@ -77,16 +79,12 @@ def array_bytes(content: RecordDict) -> int:
     return sum(int(array.nbytes) for array in arrays)
 
 
-def message_bytes(content: RecordDict) -> int:
+def message_bytes(content: Content) -> int:
     """Bytes of a message by Flower's own count."""
-    total = 0
-    for record in content.values():
-        assert isinstance(record, ArrayRecord | ConfigRecord)
-        total += record.count_bytes()
-    return total
+    return sum(record.count_bytes() for record in to_records(content).values())
 
 
-def seeds(content: RecordDict) -> int:
+def seeds(content: Content) -> int:
     downlink, _ = unpack_downlink(content)
     factors = [f for a in downlink.adapters.values() for f in a.factors.values()]
     starts = [s.start for s in downlink.trained().values()]

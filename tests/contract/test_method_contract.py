@@ -54,7 +54,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.tree import Tree
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.exchange import uplink_layout
 from tests.reference.chain import replay
 
 Variant = tuple[str, dict[str, Any]]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import RecordDict
 from typing_extensions import override
 from worlds import (
     RAGGED,
@@ -23,11 +22,11 @@ from worlds import (
     make_method,
     make_world,
     mean_weights,
+    put_on_the_wire,
     run,
     stepped,
 )
 
-from fedraclora import wire
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.aggregation.robust import Median
 from fedraclora.aggregation.statistics import shortened
@@ -49,6 +48,7 @@ from fedraclora.strategies.steps.robust import RobustRule
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.changes import Changes
 from fedraclora.wire.downlink import unpack_downlink
+from fedraclora.wire.records import Content
 
 COHORT, ROUNDS = 3, 3
 SHORT = {"fed_rac_lora", "fedavg", "fedavg_lora", "fedsa_lora", "fedsvd", "flora_stacking", "slora"}
@@ -68,7 +68,7 @@ def finished(name: str, **more: Any) -> Run:
     return run(make_world(), make_method(name), RAGGED, **more)
 
 
-def seeds(content: RecordDict) -> int:
+def seeds(content: Content) -> int:
     downlink, _ = unpack_downlink(content)
     starts = [slot.start for slot in downlink.trained().values()]
     drawn = [*downlink.factors().values(), *starts]
@@ -157,8 +157,7 @@ def test_messages_that_are_written_change_no_bit(
     name: str, bits: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = finished(name, **bits)
-    for module in (wire.downlink, wire.reply):
-        monkeypatch.setattr(module, "unwritten", lambda _, write: RecordDict(write()))
+    put_on_the_wire(monkeypatch)
     written = finished(name, **bits)
     assert_equal_trees(held.weights, written.weights)
     for column in ("train_loss", "uplink_bytes", "downlink_bytes", "rounding_up"):

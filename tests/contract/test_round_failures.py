@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message
 from worlds import (
     RAGGED,
     Run,
@@ -24,7 +23,7 @@ from fedraclora.errors import ClientError, WireError
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.server import exchange
 from fedraclora.weights.files import load_checkpoint
-from fedraclora.wire.reply import Reply
+from fedraclora.wire.exchange import Answer
 
 METHOD = make_method("fed_rac_lora")
 
@@ -114,14 +113,14 @@ def test_the_others_go_on_where_that_is_allowed(kind: str, chunk: int) -> None:
 
 def huge(patch: pytest.MonkeyPatch, client: int, size: float) -> None:
     """Let a client's numbers be of a size, whatever it has trained."""
-    unpack = exchange.unpack_result
+    check = exchange.checked
 
-    def unpacked(*given: Any) -> Reply:
-        reply = unpack(*given)
+    def checked(*given: Any) -> Answer:
+        reply = check(*given)
         rows = reply.clients == client
         return replace(reply, pieces=(reply.numbers.masked_fill(rows[:, None], size),))
 
-    patch.setattr(exchange, "unpack_result", unpacked)
+    patch.setattr(exchange, "checked", checked)
 
 
 # float64: a row of 1e80 is too long itself, one of 1e60 only where two factors are multiplied.
@@ -203,7 +202,7 @@ def test_a_chunk_that_was_cut_is_noted(bad: tuple[int, ...]) -> None:
 
 
 def test_a_client_that_does_not_reply_is_a_failure() -> None:
-    def lose(messages: list[Message]) -> list[Message]:
+    def lose(messages: list[Any]) -> list[Any]:
         return messages[1:]
 
     with pytest.raises(ClientError, match=r"client 0.*no reply"):
@@ -223,9 +222,9 @@ def test_a_client_that_answers_twice_is_refused() -> None:
 
 
 def test_a_reply_of_another_round_is_refused() -> None:
-    kept: list[Message] = []
+    kept: list[Any] = []
 
-    def late(messages: list[Message]) -> list[Message]:
+    def late(messages: list[Any]) -> list[Any]:
         kept.extend(messages)
         return kept[: len(messages)]  # in round 2 the replies of round 1 come again
 
@@ -234,11 +233,9 @@ def test_a_reply_of_another_round_is_refused() -> None:
 
 
 def test_a_reply_of_another_client_is_refused() -> None:
-    def pretend(messages: list[Message]) -> list[Message]:
-        config = messages[0].content["chunk"]
-        assert isinstance(config, ConfigRecord)
-        config["clients"] = torch.tensor([77]).numpy().tobytes()
-        return messages
+    def pretend(came: list[Any]) -> list[Any]:
+        (ask, answer), *others = came
+        return [(ask, replace(answer, clients=torch.tensor([77]))), *others]
 
     with pytest.raises(WireError, match=r"clients \[1, 2, 3, 4, 77\] answered"):
         run(make_world(), METHOD, RAGGED, rounds=1, chunk=1, arrange=pretend)
@@ -283,5 +280,5 @@ def test_a_run_that_stops_in_its_first_round_can_be_resumed(tmp_path: Path) -> N
 def test_no_rounds_means_no_rounds() -> None:
     done = run(make_world(), METHOD, RAGGED, rounds=1)
     done.strategy.loop = replace(done.strategy.loop, rounds=3)
-    done.strategy.start(None, num_rounds=0)  # type: ignore[arg-type]
+    done.strategy.run(None, last=0)  # type: ignore[arg-type]
     assert done.strategy.done == 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, RecordDict
 from worlds import (
     FORMS,
     RAGGED,
@@ -33,7 +32,8 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.run.ledger import number
-from fedraclora.wire.secagg import read_stage
+from fedraclora.wire.exchange import Answer, Ask
+from fedraclora.wire.records import Content, Tensors
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
@@ -68,25 +68,27 @@ def secure(world: World, method: Any = None, **changes: Any) -> Run:
     )
 
 
+def tensors(content: Content) -> list[Tensors]:
+    return [record for record in content.values() if isinstance(record, Tensors)]
+
+
 def leaving(monkeypatch: pytest.MonkeyPatch, when: dict[str, set[int]]) -> None:
     """Let clients vanish at a stage: whatever they would have said is lost."""
     whole = Worker.train
 
-    def train(self: Worker, content: RecordDict) -> RecordDict:
-        reply = whole(self, content)
-        stage = read_stage(reply)
+    def train(self: Worker, ask: Ask) -> Answer:
+        answer = whole(self, ask)
+        stage = answer.stage
         gone = when.get(stage.name, set()) if stage is not None else set()
         if stage is None or not gone:
-            return reply
-        for client in gone & stage.data.keys():
-            del reply["secure"][str(client)]
-        if stage.name == "masked":
-            ids = np.frombuffer(bytes(reply["chunk"]["clients"]), np.int64)
-            keep = ~np.isin(ids, list(gone))
-            words = reply["arrays"]["flat"].numpy()[keep]
-            reply["arrays"]["flat"] = type(reply["arrays"]["flat"])(words)
-            reply["chunk"]["clients"] = ids[keep].tobytes()
-        return reply
+            return answer
+        said = {c: data for c, data in stage.data.items() if c not in gone}
+        answer = replace(answer, stage=replace(stage, data=said))
+        if stage.name != "masked":
+            return answer
+        keep = ~torch.isin(answer.clients, torch.tensor([*gone]))
+        words = torch.from_numpy(answer.numbers.numpy()[keep.numpy()])
+        return replace(answer, clients=answer.clients[keep], pieces=(words,))
 
     monkeypatch.setattr(Worker, "train", train)
 
@@ -183,7 +185,7 @@ def test_uplink_bytes_are_those_of_the_words(world: World) -> None:
     sent = [
         record["flat"].numpy().nbytes
         for content in found.worker.answered
-        for record in content.array_records.values()
+        for record in tensors(content)
         if record["flat"].numpy().dtype == np.uint32
     ]
     assert len(sent) == 5
@@ -194,12 +196,12 @@ def test_uplink_bytes_are_those_of_the_words(world: World) -> None:
 def test_no_unmasked_update_is_given(world: World) -> None:
     """A server that asks plainly where the config says secure sums, or the other way round."""
     found, plain = secure(world), run(world, make_method("fed_rac_lora"), RAGGED, rounds=1)
-    for worker, content in (
-        (found.worker, plain.worker.asked[0]),
-        (plain.worker, found.worker.asked[0]),
+    for worker, (ask, _) in (
+        (found.worker, plain.worker.seen[0]),
+        (plain.worker, found.worker.seen[0]),
     ):
         with pytest.raises(WireError, match="asks for the opposite"):
-            worker.train(content)
+            worker.train(ask)
 
 
 def test_the_server_sees_no_client(world: World) -> None:
@@ -219,7 +221,7 @@ def test_the_server_sees_no_client(world: World) -> None:
         dim=1,
     )
     for content in (*found.worker.asked, *found.worker.answered):
-        for record in content.array_records.values():
+        for record in tensors(content):
             for array in record.values():
                 values = array.numpy().astype(np.float64).reshape(-1)
                 if values.size < updates.shape[1]:
@@ -246,7 +248,7 @@ def test_masked_words_are_uniform(world: World) -> None:
         [
             record["flat"].numpy().reshape(-1)
             for content in found.worker.answered
-            for record in content.array_records.values()
+            for record in tensors(content)
             if record["flat"].numpy().dtype == np.uint32
         ]
     )
@@ -257,25 +259,22 @@ def test_masked_words_are_uniform(world: World) -> None:
 
 def test_no_client_says_two_things_about_one_neighbour(world: World) -> None:
     """Asked once more, for the other kind of shares: refused, and the keys are gone."""
-    asked: list[RecordDict] = []
+    asked: list[Ask] = []
     whole = Worker.train
 
-    def train(self: Worker, content: RecordDict) -> RecordDict:
-        stage = read_stage(content)
-        if stage is not None and stage.name == "unmask":
-            asked.append(content)
-        return whole(self, content)
+    def train(self: Worker, ask: Ask) -> Answer:
+        if ask.stage is not None and ask.stage.name == "unmask":
+            asked.append(ask)
+        return whole(self, ask)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "train", train)
         found = secure(world)
-    (content, *_) = asked
-    reply = found.worker.train(content)
-    said = read_stage(reply)
-    assert said is not None
-    assert said.data == {}
-    failures = json.loads(str(reply["config"]["header"]))["failures"]
-    assert all("does not answer twice" in why for why in failures.values())
+    (ask, *_) = asked
+    answer = found.worker.train(ask)
+    assert answer.stage is not None
+    assert answer.stage.data == {}
+    assert all("does not answer twice" in why for why in answer.failures.values())
     assert set(found.worker.store.secrets.values()) == {b'{"answered": 1}'}
 
 
@@ -293,14 +292,13 @@ def test_a_sum_that_cannot_be_is_refused(world: World, monkeypatch: pytest.Monke
     """A client that adds to its masked vector what it likes moves the sum out of what can be."""
     whole = Worker.train
 
-    def train(self: Worker, content: RecordDict) -> RecordDict:
-        reply = whole(self, content)
-        stage = read_stage(reply)
-        if stage is not None and stage.name == "masked":
-            words = reply["arrays"]["flat"].numpy().copy()
+    def train(self: Worker, ask: Ask) -> Answer:
+        answer = whole(self, ask)
+        if answer.stage is not None and answer.stage.name == "masked":
+            words = answer.numbers.numpy().copy()
             words[:, :-1] += np.uint32(2**30)
-            reply["arrays"]["flat"] = type(reply["arrays"]["flat"])(words)
-        return reply
+            return replace(answer, pieces=(torch.from_numpy(words),))
+        return answer
 
     monkeypatch.setattr(Worker, "train", train)
     with pytest.raises(ClientError, match="what it may not"):
@@ -312,11 +310,10 @@ def test_a_client_that_raises_is_named_with_what_it_said(
 ) -> None:
     whole = Worker.train
 
-    def train(self: Worker, content: RecordDict) -> RecordDict:
-        stage = read_stage(content)
-        if stage is not None and stage.name == "shares" and 3 in stage.data:
+    def train(self: Worker, ask: Ask) -> Answer:
+        if ask.stage is not None and ask.stage.name == "shares" and 3 in ask.stage.data:
             raise ValueError("no more entropy")
-        return whole(self, content)
+        return whole(self, ask)
 
     monkeypatch.setattr(Worker, "train", train)
     found = secure(world, max_failures=1, chunk=1)
@@ -345,7 +342,7 @@ def test_the_bits_are_those_of_the_seed(world: World, tmp_path: Path) -> None:
     again = secure(world, rounds=4)
     assert_equal_trees(first.weights, again.weights)
 
-    def shuffled(messages: list[Message]) -> list[Message]:
+    def shuffled(messages: list[Any]) -> list[Any]:
         return messages[::-1]
 
     assert_equal_trees(secure(world, rounds=4, arrange=shuffled).weights, first.weights)

@@ -1,7 +1,7 @@
 """Small worlds in which every method of `strategies.METHODS` is held to its promises.
 
 Two ways to close a round: `play` injects random replies (algebra, no training), `run` goes the
-whole way through Flower messages and local training.
+whole way through exchanges and local training.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, Aggregator, mean
 from fedraclora.attacks.attack import Attack
-from fedraclora.clients.engines import InProcess
+from fedraclora.clients.engines import Arrange, InProcess
 from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import EngineParts
+from fedraclora.engines.records import from_records, to_records
 from fedraclora.experiments.choices import choice
 from fedraclora.experiments.methods_page import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
@@ -67,7 +67,10 @@ from fedraclora.weights.chain import CatchUp, read_link
 from fedraclora.weights.links import read_links
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.downlink import AskReader, AskWriter
+from fedraclora.wire.exchange import Answer, Ask, uplink_layout
+from fedraclora.wire.records import Content
+from fedraclora.wire.reply import read_answer, write_answer
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
@@ -457,7 +460,7 @@ def assert_close_trees(left: Tree, right: Tree, tolerance: float = 1e-12) -> Non
 
 
 class RecordingWorker(Worker):
-    """Keeps every message that it is sent and every reply that it gives."""
+    """Keeps what it is asked and what it answers."""
 
     def __init__(
         self,
@@ -467,16 +470,36 @@ class RecordingWorker(Worker):
         terms: SecAggTerms | None,
     ) -> None:
         super().__init__(trainer, replica, store, terms)
-        self.asked: list[RecordDict] = []
-        self.answered: list[RecordDict] = []
+        self.seen: list[tuple[Ask, Answer]] = []
 
     @override
-    def train(self, content: RecordDict) -> RecordDict:
-        """Answer a message, and remember both."""
-        reply = super().train(content)
-        self.asked.append(content)
-        self.answered.append(reply)
-        return reply
+    def train(self, ask: Ask) -> Answer:
+        """Answer, and remember both."""
+        answer = super().train(ask)
+        self.seen.append((ask, answer))
+        return answer
+
+    @property
+    def asked(self) -> list[Content]:
+        """What it was asked, as messages."""
+        return [AskWriter().write(ask) for ask, _ in self.seen]
+
+    @property
+    def answered(self) -> list[Content]:
+        """What it answered, as messages."""
+        return [write_answer(answer) for _, answer in self.seen]
+
+
+def put_on_the_wire(patch: pytest.MonkeyPatch) -> None:
+    """Let clients of this process get Flower's records, and answer with some."""
+    whole = Worker.train
+
+    def train(self: Worker, ask: Ask) -> Answer:
+        heard = AskReader().read(from_records(to_records(AskWriter().write(ask))))
+        answer = write_answer(whole(self, heard))
+        return read_answer(from_records(to_records(answer)), ask)
+
+    patch.setattr(Worker, "train", train)
 
 
 class Recording(InProcess):
@@ -510,9 +533,9 @@ class Run:
         return list(self.strategy.recorder.ledger.rows[1:])
 
 
-def array_bytes(content: RecordDict) -> int:
-    """Bytes of the numbers in a message, without numpy's own header."""
-    records = [r for r in content.values() if isinstance(r, ArrayRecord)]
+def array_bytes(content: Content) -> int:
+    """Bytes of the numbers in a message of Flower's, without numpy's own header."""
+    records = to_records(content).array_records.values()
     return sum(int(array.numpy().nbytes) for r in records for array in r.values())
 
 
@@ -560,7 +583,7 @@ def run(
     weights: str = "examples",
     aggregator: Aggregator = mean,
     attack: Attack | None = None,
-    arrange: Callable[[list[Message]], list[Message]] | None = None,
+    arrange: Arrange | None = None,
     folder: Path | None = None,
     resume: bool = False,
     max_failures: int = 0,

@@ -14,7 +14,8 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.server import exchange as exchange_module
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import digest
-from fedraclora.wire.reply import Reply, unpack_result
+from fedraclora.wire.exchange import Answer
+from fedraclora.wire.reply import checked
 
 WORDS = [
     "data=digits",
@@ -33,7 +34,7 @@ WHOLE = [32, 64, 80, 128]  # chunks that no block crosses
 
 def finished(*words: str) -> Assembled:
     run = assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
-    run.strategy.start(run.grid)
+    run.strategy.run(run.grid)
     return run
 
 
@@ -65,15 +66,15 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Partitioned, "gather", gather)
 
 
-def replies_of(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+def replies_of(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
     """Every reply that a strategy reads from now on."""
-    seen: list[Reply] = []
+    seen: list[Answer] = []
 
-    def read(*arguments: object) -> Reply:
-        seen.append(unpack_result(*arguments))  # type: ignore[arg-type]
+    def read(*arguments: object) -> Answer:
+        seen.append(checked(*arguments))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr(exchange_module, "unpack_result", read)
+    monkeypatch.setattr(exchange_module, "checked", read)
     return seen
 
 

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord
 from fedraclora.clients.cache import CACHE, MARKER
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import from_plain
-from fedraclora.engines.deploy.traffic import message_bytes
+from fedraclora.engines.records import message_bytes
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies import METHODS

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import Message
 
+from fedraclora.engines.records import from_records
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.wire.records import round_of
 from fedraclora.wire.secagg import read_stage
@@ -30,12 +31,16 @@ NOISY = ["local=dp_sgd", "local.lr=0.1", "local.dp.noise_multiplier=3", ONCE]
 SECURE = ["clients=5", "cohort=5", "weights=uniform", "secure=secagg", ONCE]
 
 
+def round_of_message(message: Message) -> int:
+    return round_of(from_records(message.content))
+
+
 def asked(network: Network, who: int, round_: int) -> list[Message]:
     """The messages to a client in a round, in order."""
     return [
         m
         for m in network.train_messages()
-        if not m.metadata.reply_to_message_id and client(m) == who and round_of(m.content) == round_
+        if not m.metadata.reply_to_message_id and client(m) == who and round_of_message(m) == round_
     ]
 
 
@@ -73,7 +78,7 @@ def at_stage(stage: str, clients: set[int]) -> Callable[[Message], bool]:
     """Whether a message asks one of these clients for a stage."""
 
     def guilty(message: Message) -> bool:
-        said = read_stage(message.content)
+        said = read_stage(from_records(message.content))
         return said is not None and said.name == stage and client(message) in clients
 
     return guilty
@@ -113,7 +118,7 @@ def test_noise_is_new_in_every_answer_that_is_computed(tmp_path: Path) -> None:
 def test_a_server_that_is_restored_gets_the_answers_that_were_given(tmp_path: Path) -> None:
     """One client fails in the second round, the run stops, and goes on."""
     words, folder = [*NOISY, "rounds=3", "engine.retries=1"], tmp_path / "run"
-    fault = raises(lambda m: client(m) == 2 and round_of(m.content) == 2)
+    fault = raises(lambda m: client(m) == 2 and round_of_message(m) == 2)
     network = Network(tmp_path / "cache", nodes_for(3), fault)
     with pytest.raises(ClientError, match=r"round 2: 1 client\(s\) failed"):
         deploy(words, folder, network)
@@ -140,7 +145,7 @@ def test_a_secure_round_with_too_few_goes_on_where_it_failed(tmp_path: Path) -> 
     assert row["failures"] == []
     assert "run again: round 1: 1 client(s) failed" in row["incidents"][0]  # type: ignore[index]
     stages = [
-        [read_stage(m.content).name for m in asked(network, who, 1)]  # type: ignore[union-attr]
+        [read_stage(from_records(m.content)).name for m in asked(network, who, 1)]  # type: ignore[union-attr]
         for who in (0, 3)
     ]
     first = ["keys", "shares", "masked"]
@@ -155,7 +160,7 @@ def test_a_secure_round_with_too_few_goes_on_where_it_failed(tmp_path: Path) -> 
 def test_a_secure_round_that_was_cut_short_is_given_up(tmp_path: Path) -> None:
     """Vectors were sent, and no sum came: nobody sends another, and the run goes on."""
     words, folder = [*SECURE, "rounds=3", "engine.retries=0"], tmp_path / "run"
-    fault = raises(lambda m: round_of(m.content) == 2 and at_stage("unmask", {*range(5)})(m))
+    fault = raises(lambda m: round_of_message(m) == 2 and at_stage("unmask", {*range(5)})(m))
     network = Network(tmp_path / "cache", nodes_for(5), fault)
     with pytest.raises(ClientError, match="too many clients left"):
         deploy(words, folder, network)
@@ -167,7 +172,7 @@ def test_a_secure_round_that_was_cut_short_is_given_up(tmp_path: Path) -> None:
     assert (one["secure"]["clients"], three["secure"]["clients"]) == (5, 5)  # type: ignore[index]
     assert summary(folder)["rounds"] == 3
     for who in range(5):
-        names = [read_stage(m.content).name for m in asked(network, who, 2)]  # type: ignore[union-attr]
+        names = [read_stage(from_records(m.content)).name for m in asked(network, who, 2)]  # type: ignore[union-attr]
         assert names == ["keys", "shares", "masked", "unmask"]
 
 

@@ -12,6 +12,7 @@ from flwr.app import Message
 
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.engines.records import from_records
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.simulate import simulate
 from fedraclora.privacy.secret import KEY_FILE
@@ -52,7 +53,7 @@ def test_the_server_sees_masks_and_sealed_shares_only(tmp_path: Path) -> None:
     sizes = {
         (array.numpy().dtype.name, array.numpy().size)
         for message in network.train_messages()
-        if read_stage(message.content) is not None
+        if read_stage(from_records(message.content)) is not None
         for name, record in message.content.array_records.items()
         if name == "arrays"
         for array in record.values()
@@ -67,8 +68,12 @@ def at_stage(stage: str, client: int, reply: Callable[[Message], list[Message]])
     """A fault of one client at one stage."""
 
     def fault(message: Message, answer: Callable[[], Message]) -> list[Message]:
-        said = read_stage(message.content)
-        if said is not None and said.name == stage and clients_of(message.content) == [client]:
+        said = read_stage(from_records(message.content))
+        if (
+            said is not None
+            and said.name == stage
+            and clients_of(from_records(message.content)) == [client]
+        ):
             return reply(answer())
         return [answer()]
 

@@ -30,7 +30,7 @@ from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.tree import Tree, digest
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.exchange import uplink_layout
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ROUNDS, CLIENTS, COHORT = 6, 9, 5
@@ -141,7 +141,7 @@ def prepared(plain: Plain, folder: Path | None = None, *, resume: bool = False) 
 
 def finished(plain: Plain) -> Assembled:
     run = prepared(plain)
-    run.strategy.start(run.grid)
+    run.strategy.run(run.grid)
     return run
 
 
@@ -205,7 +205,7 @@ def test_the_order_of_replies_changes_no_bit(
 
     run = prepared(configs[name])
     run.grid.arrange = shuffle
-    run.strategy.start(run.grid)
+    run.strategy.run(run.grid)
     assert_same(run, whole(name))
 
 
@@ -223,10 +223,10 @@ def test_three_rounds_and_three_more_are_six(
 ) -> None:
     plain = changed(configs[name], output__checkpoint_every=every)
     first = prepared(plain, tmp_path / "run")
-    first.strategy.start(first.grid, num_rounds=3)
+    first.strategy.run(first.grid, last=3)
     second = prepared(plain, tmp_path / "run", resume=True)
     assert second.strategy.done == 3
-    second.strategy.start(second.grid)
+    second.strategy.run(second.grid)
     assert_same(second, whole(name))
 
 
@@ -244,13 +244,13 @@ def test_a_run_that_died_after_any_row_goes_on_from_its_last_checkpoint(
 
     first.strategy.callbacks.list.append(AfterRound(die))
     with pytest.raises(Killed):
-        first.strategy.start(first.grid)
+        first.strategy.run(first.grid)
     if stop < 3:
         assert not (tmp_path / "run" / "checkpoint").exists()
         return
     second = prepared(plain, tmp_path / "run", resume=True)
     assert second.strategy.done == (stop - 1) // 2 * 2
-    second.strategy.start(second.grid)
+    second.strategy.run(second.grid)
     assert_same(second, whole(name))
 
 
@@ -306,7 +306,7 @@ def test_a_client_that_raises_is_named_with_its_round(
     break_client(monkeypatch, client, 3)
     run = prepared(configs["fed_rac_lora"])
     with pytest.raises(ClientError, match=rf"round 3: 1 client.*client {client}: .*disk is full"):
-        run.strategy.start(run.grid)
+        run.strategy.run(run.grid)
     assert run.strategy.done == 2
 
 
@@ -315,7 +315,7 @@ def test_a_nan_loss_is_named_with_its_client_and_round(configs: dict[str, Plain]
     client = someone(2, not_in=(1,))
     poison_client(run, client)
     with pytest.raises(ClientError, match=rf"round 2: 1 client.*client {client}: .*loss is nan"):
-        run.strategy.start(run.grid)
+        run.strategy.run(run.grid)
     assert run.strategy.done == 1
 
 
@@ -352,7 +352,7 @@ def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
         break_client(monkeypatch, client, 1)
     else:
         poison_client(run, client)
-    strategy.start(run.grid, num_rounds=1)
+    strategy.run(run.grid, last=1)
     for name_, value in weights_of(run).items():
         # To float32, for a chunk that was cut rounds its products in another way.
         torch.testing.assert_close(value, wanted[name_], rtol=1e-5, atol=1e-6)
@@ -373,10 +373,10 @@ def test_a_failing_run_leaves_a_checkpoint_that_resumes(
     with pytest.MonkeyPatch.context() as patch:
         break_client(patch, someone(round_), round_)
         with pytest.raises(ClientError):
-            first.strategy.start(first.grid)
+            first.strategy.run(first.grid)
     rows = read_ledger(tmp_path / "run" / "ledger.jsonl")
     assert [row["round"] for row in rows] == list(range(round_))
     second = prepared(plain, tmp_path / "run", resume=True)
     assert second.strategy.done == round_ - 1
-    second.strategy.start(second.grid)
+    second.strategy.run(second.grid)
     assert_same(second, whole(name))

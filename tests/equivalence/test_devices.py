@@ -63,7 +63,7 @@ def job(system: dict[str, Any], *words: str, folder: Path | None = None, **more:
 
 def played(done: Assembled) -> Assembled:
     with closing(done.grid):
-        done.strategy.start(done.grid)
+        done.strategy.run(done.grid)
     return done
 
 

@@ -61,7 +61,7 @@ def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assemb
 def run(*words: str) -> Assembled:
     done = job(*words)
     with closing(done.grid):
-        done.strategy.start(done.grid)
+        done.strategy.run(done.grid)
     return done
 
 
@@ -148,11 +148,11 @@ def test_training_again_gives_the_same_bits(case: str, card: Card) -> None:
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, card: Card) -> None:
     whole = job("device=cuda", folder=tmp_path / "whole")
-    whole.strategy.start(whole.grid)
+    whole.strategy.run(whole.grid)
     part = job("device=cuda", folder=tmp_path / "part")
-    part.strategy.start(part.grid, num_rounds=2)
+    part.strategy.run(part.grid, last=2)
     rest = job("device=cuda", folder=tmp_path / "part", resume=True)
-    rest.strategy.start(rest.grid)
+    rest.strategy.run(rest.grid)
     assert digest(rest.strategy.state.base) == digest(whole.strategy.state.base)
 
 
@@ -326,7 +326,7 @@ def test_a_chunk_that_is_too_large_is_halved(card: Card, caplog: pytest.LogCaptu
     assert memory is not None
     done = job(*words, "engine.chunk=64")
     with bounded(card, memory.training(40)), caplog.at_level(logging.WARNING):
-        done.strategy.start(done.grid)
+        done.strategy.run(done.grid)
     first, second = ([*row["notes"]] for row in done.strategy.recorder.ledger.rows[1:])  # type: ignore[misc]
     said = "out of memory with 64 clients a batch; 32 from here on"
     assert said in first[0]

@@ -50,7 +50,7 @@ def test_heads_stay_at_home_and_differ(method: str) -> None:
     run = job(f"method={method}")
     assert set(run.plan.local) == {"fc2.weight", "fc2.bias"}
     before = {n: run.strategy.state.base[n].clone() for n in run.plan.local}
-    run.strategy.start(run.grid)
+    run.strategy.run(run.grid)
     assert all(torch.equal(run.strategy.state.base[n], t) for n, t in before.items())
     owned = run.strategy.recorder.store.latest(12)
     heads = [own["fc2.weight"] for own in owned.values()]
@@ -64,12 +64,12 @@ def test_heads_stay_at_home_and_differ(method: str) -> None:
 
 def test_a_resumed_run_has_the_same_heads(tmp_path: Path) -> None:
     whole = job("rounds=6", folder=tmp_path / "whole")
-    whole.strategy.start(whole.grid)
+    whole.strategy.run(whole.grid)
     first = job("rounds=6", folder=tmp_path / "part")
-    first.strategy.start(first.grid, num_rounds=3)
+    first.strategy.run(first.grid, last=3)
     rest = job("rounds=6", folder=tmp_path / "part", resume=True)
     assert rest.strategy.done == 3
-    rest.strategy.start(rest.grid)
+    rest.strategy.run(rest.grid)
     assert store_digest(rest) == store_digest(whole)
     assert digest(rest.strategy.state.base) == digest(whole.strategy.state.base)
     assert rest.strategy.recorder.ledger.digest() == whole.strategy.recorder.ledger.digest()
@@ -78,21 +78,21 @@ def test_a_resumed_run_has_the_same_heads(tmp_path: Path) -> None:
 def test_a_server_that_is_behind_its_clients_rolls_them_back(tmp_path: Path) -> None:
     """The clients trained rounds 3 and 4 after the last checkpoint, of round 2; then the end."""
     whole = job(folder=tmp_path / "whole")
-    whole.strategy.start(whole.grid)
+    whole.strategy.run(whole.grid)
     run = job(folder=tmp_path / "part")
-    run.strategy.start(run.grid, num_rounds=2)
+    run.strategy.run(run.grid, last=2)
     saved = (tmp_path / "part" / "checkpoint" / "checkpoint.safetensors").read_bytes()
-    run.strategy.start(run.grid, num_rounds=3)
+    run.strategy.run(run.grid, last=3)
     (tmp_path / "part" / "checkpoint" / "checkpoint.safetensors").write_bytes(saved)
     rest = job(folder=tmp_path / "part", resume=True)
     assert rest.strategy.done == 2
-    rest.strategy.start(rest.grid)
+    rest.strategy.run(rest.grid)
     assert store_digest(rest) == store_digest(whole)
 
 
 def test_a_failed_round_does_not_move_a_head() -> None:
     run = job("rounds=3")
-    run.strategy.start(run.grid, num_rounds=2)
+    run.strategy.run(run.grid, last=2)
     store = run.strategy.recorder.store
     clients = torch.arange(12)
     default = {n: run.strategy.state.base[n] for n in run.plan.local}
@@ -103,7 +103,7 @@ def test_a_failed_round_does_not_move_a_head() -> None:
 
     run.grid.arrange = lose
     with pytest.raises(ClientError, match="no client replied"):
-        run.strategy.start(run.grid, num_rounds=3)
+        run.strategy.run(run.grid, last=3)
     after = store.read(clients, 3, default)
     assert all(torch.equal(before[n], after[n]) for n in before)
 
@@ -111,7 +111,7 @@ def test_a_failed_round_does_not_move_a_head() -> None:
 def test_inline_and_vectorised_agree() -> None:
     runs = [job(f"engine={engine}", "rounds=3") for engine in ("inline", "vectorised")]
     for run in runs:
-        run.strategy.start(run.grid)
+        run.strategy.run(run.grid)
     left, right = (run.strategy.recorder.store.state() for run in runs)
     for name, value in left.items():
         torch.testing.assert_close(value, right[name], rtol=1e-4, atol=1e-5)

@@ -119,7 +119,7 @@ def test_a_round_of_a_million_clients_looks_at_its_cohort_alone(name: str, tmp_p
     for clients in (999, 1000, MANY):  # the first one imports what is imported when it is used
         run = job(clients, *MADE[name], folder=tmp_path / str(clients))
         with heap() as peak, Largest() as seen:
-            run.strategy.start(run.grid)
+            run.strategy.run(run.grid)
             run.built.label_counts(torch.arange(20))
         assert [row["round"] for row in run.strategy.recorder.ledger.rows] == [0, 1, 2, 3]
         cost[clients] = (seen.numel, peak[0])

@@ -132,7 +132,7 @@ def test_float64_is_refused() -> None:
 def run(*words: str) -> Assembled:
     job = ["data=digits", "pretrain=none", "clients=12", "cohort=3", "output=study", *words]
     done = assemble(from_plain(composed(job), METHODS), None)
-    done.strategy.start(done.grid)
+    done.strategy.run(done.grid)
     return done
 
 

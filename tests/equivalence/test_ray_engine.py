@@ -17,12 +17,10 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from flwr.app import RecordDict
 from ray import cloudpickle
 
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.settings import RayConfig
-from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.engines.ray import Cluster, RayGrid
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ClientError, ConfigError
@@ -35,7 +33,8 @@ from fedraclora.strategies import METHODS
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory, WeightUpdate
-from fedraclora.wire.downlink import TrainRequest, pack_downlink
+from fedraclora.wire.exchange import Ask, NoAnswer, TrainRequest
+from fedraclora.wire.records import Content
 from tests.campaigns import kill_workers
 
 SLOW = pytest.mark.slow
@@ -119,7 +118,7 @@ def cluster() -> Iterator[None]:
 def run(*words: str) -> Assembled:
     done = assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
     with closing(done.grid):
-        done.strategy.start(done.grid)
+        done.strategy.run(done.grid)
     return done
 
 
@@ -178,7 +177,7 @@ def test_a_worker_that_drifted_gets_the_whole_weights(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(grid.history, "since", lie)
     with closing(grid):
-        done.strategy.start(grid)
+        done.strategy.run(grid)
     assert bits(done) == in_process("rows")
     rows = done.strategy.recorder.ledger.rows
     assert any("got the whole of version" in i for row in rows for i in row.get("incidents", ()))
@@ -195,7 +194,7 @@ class BrokenSite:
     def __init__(self, plan: Plan) -> None:
         self.replica = Replica(plan, torch.device("cpu"))
 
-    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+    def train(self, content: Content, kept: Tree) -> tuple[Content, Tree]:
         raise ConfigError("there is no such batch")
 
 
@@ -211,11 +210,11 @@ def test_what_is_no_clients_fault_is_told_from_a_client_that_failed() -> None:
         settings=settings,
     )
     request = TrainRequest(1, 0, 1.0, torch.tensor([4, 7]))
-    content = pack_downlink(Downlink(), request, "float32")
+    ask = Ask(request, Downlink())
     with closing(grid):
-        (reply,) = grid.send_and_receive([grid.create_message(content, "train.cohort", 2, "1")])
-    assert reply.error.code == RUN_AT_FAULT
-    assert reply.error.reason == "ConfigError: there is no such batch"
+        assert list(grid.ask([ask])) == [
+            (ask, NoAnswer("ConfigError: there is no such batch", of_the_run=True))
+        ]
 
 
 def left_running(folder: Path) -> list[str]:

@@ -61,7 +61,7 @@ def job(*words: str) -> Assembled:
 
 def bits(done: Assembled) -> tuple[str, str]:
     with closing(done.grid):
-        done.strategy.start(done.grid)
+        done.strategy.run(done.grid)
     return digest(done.strategy.state.base), done.strategy.recorder.ledger.digest()
 
 

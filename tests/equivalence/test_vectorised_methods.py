@@ -25,7 +25,7 @@ from fedraclora.protocol.pool import Pool, Terms, parameters
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.exchange import uplink_layout
 
 # Every method on one model, factors of every form on one that is trained in the other way, and what
 # clients train on every model; the rest is for the long suite.

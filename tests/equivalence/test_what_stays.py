@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
 from torch import nn
 
 from fedraclora.clients.worker import Worker
@@ -20,8 +19,8 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.base import BaseWeights
-from fedraclora.wire.downlink import TrainRequest, pack_downlink, uplink_layout
-from fedraclora.wire.reply import unpack_result
+from fedraclora.wire.exchange import Answer, Ask, TrainRequest, uplink_layout
+from fedraclora.wire.reply import checked
 
 CLIENTS = torch.tensor([0, 1, 2])
 
@@ -33,9 +32,9 @@ class Bench:
     worker: Worker
     downlink: Downlink
 
-    def round(self, number: int) -> RecordDict:
+    def round(self, number: int) -> Answer:
         request = TrainRequest(number, 0, 1.0, CLIENTS)
-        return self.worker.train(pack_downlink(self.downlink, request, "float64"))
+        return self.worker.train(Ask(request, self.downlink))
 
     def held(self, round_: int) -> torch.Tensor:
         default = {"weight/B": torch.zeros(2, 2, dtype=torch.float64)}
@@ -72,7 +71,7 @@ def test_a_factor_that_stays_goes_on_where_its_client_left_off() -> None:
 
 def test_a_factor_that_stays_does_not_travel() -> None:
     bench = make_bench()
-    reply = unpack_result(bench.round(1), uplink_layout(bench.downlink))
+    reply = checked(bench.round(1), uplink_layout(bench.downlink))
     assert tuple(reply.numbers.shape) == (3, 10)
 
 

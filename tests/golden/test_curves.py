@@ -51,7 +51,7 @@ def curves_of(name: str, local: list[str], prefix: str) -> dict[str, list[float]
     extra = [f"method.{key}={value}" for key, value in wanted.items() if key in fields]
     plain = composed([*JOB, f"method={name}", *extra, *local])
     run = assemble(from_plain(plain, METHODS), None)
-    run.strategy.start(run.grid)
+    run.strategy.run(run.grid)
     rows = run.strategy.recorder.ledger.rows
     loss = "personal_loss" if run.config.method.client_state else "loss"
     return {

@@ -72,21 +72,21 @@ def test_a_run_that_goes_on_keeps_its_chunk(
 ) -> None:
     whole = job(tmp_path / "whole")
     assert (whole.chunk.chunk, whole.chunk.reason) == (small, "memory")
-    whole.strategy.start(whole.grid)
+    whole.strategy.run(whole.grid)
     part = job(tmp_path / "part")
-    part.strategy.start(part.grid, num_rounds=2)
+    part.strategy.run(part.grid, last=2)
     monkeypatch.setattr(chunking, "HOST_BYTES", 10**12)
     assert job(None).chunk.chunk == 40  # what would be planned now
     rest = job(tmp_path / "part", resume=True)
     assert str(rest.chunk) == "9 clients (as it began)"
     assert rest.strategy.loop.chunk == small
-    rest.strategy.start(rest.grid)
+    rest.strategy.run(rest.grid)
     assert bits(rest) == bits(whole)
 
 
 def test_another_chunk_that_is_asked_for_is_refused(small: int, tmp_path: Path) -> None:
     part = job(tmp_path)
-    part.strategy.start(part.grid, num_rounds=2)
+    part.strategy.run(part.grid, last=2)
     with pytest.raises(CheckpointError, match=r'engine\.chunk: "auto" -> 9'):
         job(tmp_path, f"engine.chunk={small}", resume=True)
 
@@ -104,7 +104,7 @@ def test_the_stored_chunk_is_read_off_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_new_run_stores_its_chunk_among_what_fixes_the_bits(small: int, tmp_path: Path) -> None:
     run = job(tmp_path)
-    run.strategy.start(run.grid, num_rounds=2)
+    run.strategy.run(run.grid, last=2)
     _, meta = load_checkpoint(tmp_path / "checkpoint")
     assert meta["fixed"]["resolved"] == {  # type: ignore[index]
         "chunk": small,

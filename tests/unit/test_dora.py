@@ -74,7 +74,7 @@ def config(*words: str) -> RunConfig:
 def test_the_setting_puts_magnitudes_around_the_method() -> None:
     run = assemble(config("method=fedavg_lora", "method.alpha=4", "dora=true"), None)
     assert isinstance(run.strategy.method, Dora)
-    run.strategy.start(run.grid)
+    run.strategy.run(run.grid)
     row = run.strategy.recorder.ledger.rows[-1]
     up, down = run.strategy.method.floats(run.plan, 1)
     assert row["uplink_bytes"] == 3 * 4 * up

@@ -9,23 +9,28 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from typing_extensions import override
 
 from fedraclora.config.settings import FlowerConfig
 from fedraclora.engines.flower import nodes
 from fedraclora.engines.flower.nodes import PROCESS_DIED, NodePerClient
 from fedraclora.engines.flower.superlink import run_options
-from fedraclora.engines.local import STALE, MessageGrid, become_a_task
+from fedraclora.engines.records import from_records, to_records
+from fedraclora.engines.replies import STALE
 from fedraclora.errors import ClientError, ConfigError, EngineError
+from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.link import Link
 from fedraclora.run.client_state import ClientStore
 from fedraclora.weights.job import JobFolder
-from fedraclora.wire.records import read_tree, tree_record, vector_record
+from fedraclora.wire.downlink import AskReader
+from fedraclora.wire.exchange import Answer, Ask, NoAnswer, TrainRequest
+from fedraclora.wire.records import read_tree, tree_record
+from fedraclora.wire.reply import write_answer
+from tests.flower_task import become_a_task
 
 PARTITIONS = {71: 2, 5: 0, 99: 3, 12: 1}  # node -> the client that it serves, in no order
 
 
-class Runtime(MessageGrid):
+class Runtime:
     """Stands for Flower's: answers a message when it is looked for, as told."""
 
     def __init__(self, partitions: dict[int, int], serve: Callable[[Message], Message | None]):
@@ -35,20 +40,9 @@ class Runtime(MessageGrid):
         self.waiting: dict[str, Message] = {}
         self.most = 0
 
-    @override
-    def set_run(self, run: object) -> None:
-        raise NotImplementedError
-
-    @property
-    @override
-    def run(self) -> None:  # type: ignore[override]
-        raise NotImplementedError
-
-    @override
     def get_node_ids(self) -> Iterable[int]:
         return list(self.partitions)
 
-    @override
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         pushed = []
         for message in messages:
@@ -58,7 +52,6 @@ class Runtime(MessageGrid):
         self.most = max(self.most, len(self.waiting))
         return pushed
 
-    @override
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         replies = []
         for name in list(message_ids):
@@ -79,21 +72,19 @@ class Runtime(MessageGrid):
         reply.metadata.__dict__["_src_node_id"] = node
         return reply
 
-    @override
-    def send_and_receive(self, messages: object, *, timeout: object = None) -> list[Message]:
-        raise AssertionError("Flower's own loop would wait on after the runtime has ended")
-
 
 def keep(message: Message) -> Message:
-    """A client that keeps its id, and says which node was asked."""
-    client = torch.frombuffer(bytearray(message.content["chunk"]["clients"]), dtype=torch.int64)  # type: ignore[arg-type]
+    """A client that keeps its id, and notes which node was asked."""
+    content = from_records(message.content)
+    ask = AskReader().read(content)
     store = ClientStore()
-    store.restore(read_tree(message.content, "kept"))
-    round_ = int(message.metadata.group_id)
-    store.stage(client, round_, {"w": client.double()[:, None]})
-    node = ConfigRecord({"node": message.metadata.dst_node_id})
-    content = RecordDict({"node": node, "kept": tree_record(store.since(round_))})
-    return Message(content, reply_to=message)
+    store.restore(read_tree(content, "kept"))
+    ids, none = ask.request.clients, torch.zeros(1, dtype=torch.int64)
+    store.stage(ids, ask.request.round_, {"w": ids.double()[:, None]})
+    notes = [str(message.metadata.dst_node_id)]
+    answer = Answer(1, 0, 0, ids, none.double(), none, none, (torch.zeros(1, 0),), notes=notes)
+    kept = tree_record(store.since(ask.request.round_))
+    return Message(to_records({**write_answer(answer), "kept": kept}), reply_to=message)
 
 
 def dead(message: Message) -> Message:
@@ -101,16 +92,14 @@ def dead(message: Message) -> Message:
     return Message(Error(PROCESS_DIED, reason), reply_to=message)
 
 
-def message_for(client: int, round_: int = 1) -> Message:
-    become_a_task()
-    chunk = vector_record({"clients": torch.tensor([client])})
-    return Message(RecordDict({"chunk": chunk}), 0, "train.cohort", group_id=str(round_))
+def ask_for(client: int, round_: int = 1) -> Ask:
+    return Ask(TrainRequest(round_, 0, 1.0, torch.tensor([client])), Downlink())
 
 
-def node_of(reply: Message) -> int:
-    record = reply.content["node"]
-    assert isinstance(record, ConfigRecord)
-    return int(str(record["node"]))
+def node_of(came: tuple[Ask, Answer | NoAnswer]) -> int:
+    _, answer = came
+    assert isinstance(answer, Answer)
+    return int(answer.notes[0])
 
 
 @pytest.fixture
@@ -135,21 +124,21 @@ def grid_on(
 
 def test_a_client_is_reached_at_its_own_node(job: JobFolder) -> None:
     grid = grid_on(Runtime(PARTITIONS, keep), job)
-    assert list(grid.get_node_ids()) == [5, 12, 71, 99]
-    replies = list(grid.send_and_receive([message_for(3), message_for(1)]))
+    assert grid.nodes() == [5, 12, 71, 99]
+    replies = list(grid.ask([ask_for(3), ask_for(1)]))
     assert sorted(map(node_of, replies)) == [12, 99]
 
 
 def test_what_clients_keep_comes_back_and_goes_out_again(job: JobFolder) -> None:
     grid = grid_on(Runtime(PARTITIONS, keep), job)
-    list(grid.send_and_receive([message_for(3), message_for(1)]))
+    list(grid.ask([ask_for(3), ask_for(1)]))
     default = {"w": torch.tensor([-1.0], dtype=torch.float64)}
     found = grid.store.read(torch.tensor([1, 2, 3]), 2, default)
     assert found["w"].flatten().tolist() == [1.0, -1.0, 3.0]
     sent: list[Message] = []
     grid.grid.serve = lambda m: (sent.append(m), keep(m))[1]  # type: ignore[attr-defined]
-    list(grid.send_and_receive([message_for(3, round_=2)]))
-    assert read_tree(sent[0].content, "kept")
+    list(grid.ask([ask_for(3, round_=2)]))
+    assert read_tree(from_records(sent[0].content), "kept")
     job_record = sent[0].content["job"]
     assert isinstance(job_record, ConfigRecord)
     assert job_record["folder"] == str(job.folder)
@@ -158,7 +147,7 @@ def test_what_clients_keep_comes_back_and_goes_out_again(job: JobFolder) -> None
 def test_messages_on_their_way_are_limited(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "WINDOW", 2)
     runtime = Runtime(PARTITIONS, keep)
-    replies = list(grid_on(runtime, job).send_and_receive(message_for(k) for k in range(4)))
+    replies = list(grid_on(runtime, job).ask([ask_for(k) for k in range(4)]))
     assert len(replies) == 4
     assert runtime.most == 2
 
@@ -169,7 +158,7 @@ def test_who_is_late_is_left_out(job: JobFolder) -> None:
 
     runtime = Runtime(PARTITIONS, slow)
     grid = grid_on(runtime, job)
-    replies = list(grid.send_and_receive([message_for(3), message_for(1)], timeout=0.3))
+    replies = list(grid.ask([ask_for(3), ask_for(1)], timeout=0.3))
     assert list(map(node_of, replies)) == [12]
     (late,) = runtime.waiting.values()
     assert late.metadata.ttl == 0.3  # nobody trains it hours later
@@ -179,7 +168,7 @@ def test_missing_nodes_are_not_waited_for(job: JobFolder, monkeypatch: pytest.Mo
     monkeypatch.setattr(nodes, "PATIENCE", 0.2)
     grid = grid_on(Runtime(PARTITIONS, keep), job, clients=9, timeout=3600.0)
     with pytest.raises(EngineError, match=r"4 nodes are there, .* 9 are wanted.*num-supernodes"):
-        grid.get_node_ids()
+        grid.nodes()
 
 
 def test_nodes_that_come_one_by_one_are_waited_for(
@@ -197,7 +186,7 @@ def test_nodes_that_come_one_by_one_are_waited_for(
         return list(there)
 
     runtime.get_node_ids = come  # type: ignore[method-assign]
-    assert list(grid_on(runtime, job).get_node_ids()) == [5, 12, 71, 99]
+    assert grid_on(runtime, job).nodes() == [5, 12, 71, 99]
 
 
 @pytest.mark.parametrize("partitions", [{1: 0, 2: 1, 3: 1, 4: 2}, {n: n for n in range(5)}])
@@ -206,21 +195,21 @@ def test_other_partitions_than_the_clients_are_refused(
 ) -> None:
     grid = grid_on(Runtime(partitions, keep), job)
     with pytest.raises(EngineError, match=r"from 0 to 3 .*num-supernodes must be 4"):
-        grid.get_node_ids()
+        grid.nodes()
 
 
 def test_processes_that_cannot_run_the_project_are_said_to(job: JobFolder) -> None:
     runtime = Runtime(PARTITIONS, keep)
     runtime.which = lambda m: Message(Error(1, "No module named 'clients'"), reply_to=m)  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="No module named 'clients'"):
-        grid_on(runtime, job).get_node_ids()
+        grid_on(runtime, job).nodes()
 
 
 def test_a_dead_process_that_is_not_replaced_ends_the_run(job: JobFolder) -> None:
     grid = grid_on(Runtime(PARTITIONS, dead), job)
     wanted = r"round 7: .* trained client 2 died \(ActorDiedError\).* go on with resume"
     with pytest.raises(ClientError, match=wanted):
-        grid.send_and_receive([message_for(2, round_=7)])
+        grid.ask([ask_for(2, round_=7)])
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -237,20 +226,20 @@ def test_a_client_that_asks_for_the_weights_whole_is_asked_once_more(
             return Message(RecordDict({STALE: ConfigRecord()}), reply_to=message)
         return keep(message)
 
-    (reply,) = grid_on(Runtime(PARTITIONS, serve), job).send_and_receive([message_for(3)])
+    ((ask, answer),) = grid_on(Runtime(PARTITIONS, serve), job).ask([ask_for(3)])
     assert came == [["000000.safetensors", "000001.safetensors"], ["000001.safetensors"]]
     if times == 1:
-        assert node_of(reply) == 99
+        assert node_of((ask, answer)) == 99
     else:
-        assert reply.error.reason == "it asked for every base weight twice"
+        assert answer == NoAnswer("it asked for every base weight twice")
 
 
 def test_a_client_that_raises_is_handed_on(job: JobFolder) -> None:
     def fails(message: Message) -> Message:
         return Message(Error(2, "ValueError: broken"), reply_to=message)
 
-    (reply,) = grid_on(Runtime(PARTITIONS, fails), job).send_and_receive([message_for(2)])
-    assert reply.error.reason == "ValueError: broken"
+    ((_, answer),) = grid_on(Runtime(PARTITIONS, fails), job).ask([ask_for(2)])
+    assert answer == NoAnswer("ValueError: broken")
 
 
 @pytest.mark.parametrize("what", ["its nodes were there", "all clients had replied"])
@@ -261,10 +250,10 @@ def test_a_runtime_that_has_ended_is_not_waited_for(what: str, job: JobFolder) -
         Runtime(PARTITIONS, lambda _: None), job, clients=clients, timeout=3600.0, ended=over.is_set
     )
     if clients == 4:
-        grid.get_node_ids()
+        grid.nodes()
     over.set()
     with pytest.raises(EngineError, match=f"ended before {what}"):
-        list(grid.send_and_receive([message_for(2)]))
+        list(grid.ask([ask_for(2)]))
 
 
 def test_more_than_the_machine_has_is_refused() -> None:

@@ -404,7 +404,7 @@ def test_two_steps_of_three_clients_are_all_that_is_run(
 def run(*words: str) -> Assembled:
     job = ["data=digits", "pretrain=none", "clients=12", "cohort=6", "rounds=2", "output=study"]
     done = assemble(from_plain(composed([*job, *words]), METHODS), None)
-    done.strategy.start(done.grid)
+    done.strategy.run(done.grid)
     return done
 
 

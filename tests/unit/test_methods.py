@@ -38,7 +38,7 @@ from fedraclora.strategies.lora_fair import LoraFair
 from fedraclora.strategies.ravan import Ravan
 from fedraclora.strategies.rolora import RoLora
 from fedraclora.strategies.slora import SLora
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.exchange import uplink_layout
 
 M, N, R, ALPHA, K = 8, 11, 3, 5.0, 4
 S = ALPHA / R

@@ -27,7 +27,8 @@ from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.downlink import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
+from fedraclora.wire.downlink import pack_downlink, unpack_downlink
+from fedraclora.wire.exchange import TrainRequest, uplink_layout
 
 M, N, R, ALPHA = 3, 8, 2, 5.0
 NAME, DRAW, CPU = "fc.weight", Draw(7), torch.device("cpu")

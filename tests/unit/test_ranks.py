@@ -33,7 +33,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.fedavg import FedAvg
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.exchange import uplink_layout
 
 M, R, N = 5, 3, 7
 RANKS = torch.tensor([1, 3, 2, 9])

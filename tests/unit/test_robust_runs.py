@@ -23,7 +23,7 @@ FLIP = ("attack=sign_flip", "attack.scale=5")
 def last_row(*words: str) -> Row:
     """The last row of a run."""
     run = assemble(from_plain(composed([*SMALL, *words]), METHODS), None)
-    run.strategy.start(run.grid)
+    run.strategy.run(run.grid)
     return run.strategy.recorder.ledger.rows[-1]
 
 

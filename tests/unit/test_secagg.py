@@ -8,7 +8,6 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,9 +15,11 @@ from fedraclora.clients.secure import _whole
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.run.client_state import ClientStore
+from fedraclora.wire.downlink import AskReader, AskWriter
+from fedraclora.wire.exchange import Ask, Stage, TrainRequest
+from fedraclora.wire.records import Fields
 from fedraclora.wire.secagg import (
     LARGEST,
-    Stage,
     combine,
     is_pair,
     new_pair,
@@ -31,7 +32,6 @@ from fedraclora.wire.secagg import (
     shared_key,
     signed,
     split,
-    stage_message,
     unseal,
 )
 
@@ -152,12 +152,13 @@ def test_a_threshold_is_more_than_half() -> None:
 
 def test_a_stage_comes_back_as_it_was_sent() -> None:
     stage = Stage("shares", {"t": 3}, {4: {"keys": {"5": "x"}}, 9: None})
-    content = stage_message(7, stage, {2: "gone"})
-    assert read_stage(content) == stage
-    assert read_stage(RecordDict()) is None
+    request = TrainRequest(7, 0, 1.0, torch.tensor([4, 9]))
+    ask = AskReader().read(AskWriter().write(Ask(request, stage=stage)))
+    assert (ask.stage, ask.request.round_, ask.clients) == (stage, 7, [4, 9])
+    assert read_stage({}) is None
     for head in ("no json", '{"stage": "shares"}', '{"stage": "later", "settings": {}}'):
         with pytest.raises(WireError, match=r"cannot be read|no stage 'later'"):
-            read_stage(RecordDict({"secure": ConfigRecord({"head": head})}))
+            read_stage({"secure": Fields(head=head)})
 
 
 def test_secrets_travel_with_a_client_and_are_in_no_checkpoint() -> None:

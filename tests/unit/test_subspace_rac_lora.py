@@ -18,7 +18,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.bernoulli_lora import BernoulliLora
 from fedraclora.strategies.shared.past import chosen, completed, energies
 from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
-from fedraclora.wire.downlink import uplink_layout
+from fedraclora.wire.exchange import uplink_layout
 
 M, N, RANK, ALPHA = 9, 12, 4, 6.0  # frozen factors are sent: coefficients would be more bytes
 DRAW = Draw(3)

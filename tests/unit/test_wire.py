@@ -6,16 +6,15 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from drawing import normal
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora import tree
 from fedraclora.clients.client_state import restore
+from fedraclora.clients.worker import answer_of
 from fedraclora.errors import WireError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
@@ -24,17 +23,10 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.downlink import (
-    Packed,
-    Reader,
-    TrainRequest,
-    pack_downlink,
-    payload_bytes,
-    unpack_downlink,
-    uplink_layout,
-)
-from fedraclora.wire.reply import pack_result, unpack_result
-from fedraclora.wire.unwritten import written
+from fedraclora.wire.downlink import AskReader, AskWriter, pack_downlink, unpack_downlink
+from fedraclora.wire.exchange import Answer, Ask, TrainRequest, payload_bytes, uplink_layout
+from fedraclora.wire.records import Content, Fields, Tensors
+from fedraclora.wire.reply import checked, read_answer, write_answer
 
 K, M, R, N = 4, 5, 2, 7
 SPEC = SketchSpec("coordinate", "right", R, N, seed=2**62 + 3, index=5, blocks="cover")
@@ -154,7 +146,7 @@ def test_a_downlink_without_numbers_comes_back() -> None:
     got, _ = unpack_downlink(content)
     assert_same(got, sent)
     array = content["arrays"]
-    assert isinstance(array, ArrayRecord)
+    assert isinstance(array, Tensors)
     assert array["flat"].numpy().size == 0
     assert payload_bytes(sent, K, "float32") == 8
 
@@ -180,9 +172,9 @@ def test_the_payload_counts_numbers_of_one_client_and_seeds() -> None:
     assert payload_bytes(Downlink(), K, "float64") == 0
 
 
-def arrays_of(content: RecordDict) -> list[Any]:
+def arrays_of(content: Content) -> list[Any]:
     """Every array of a message."""
-    return [record["flat"].numpy() for record in content.array_records.values()]
+    return [r["flat"].numpy() for r in content.values() if isinstance(r, Tensors)]
 
 
 @pytest.mark.parametrize("place", range(K))
@@ -194,18 +186,19 @@ def test_the_payload_is_the_arrays_of_a_message_to_one_client(place: int) -> Non
 
 
 def test_what_a_cohort_shares_is_packed_and_read_once() -> None:
-    packed, reader = Packed(everything(), ORDER, "float64"), Reader()
-    first, second = packed.message(CLIENTS[:2], 0), packed.message(CLIENTS[2:], 2)
+    writer, reader, sent = AskWriter(), AskReader(), everything()
+    parts = [replace(ORDER, clients=CLIENTS[i : i + 2], first=i) for i in (0, 2)]
+    first, second = (writer.write(Ask(part, sent, apart=True)) for part in parts)
     assert first["arrays"] is second["arrays"]
     assert first["config"] is second["config"]
-    (one, request), (two, other) = reader.read(first), reader.read(second)
-    assert (request.first, other.first) == (0, 2)
-    left, right = (down.dense["head.bias"].start for down in (one, two))
+    one, two = reader.read(first), reader.read(second)
+    assert (one.request.first, two.request.first) == (0, 2)
+    left, right = (ask.own.dense["head.bias"].start for ask in (one, two))
     assert isinstance(left, torch.Tensor)
     assert isinstance(right, torch.Tensor)
     assert left.data_ptr() == right.data_ptr()
-    plain = Packed(Downlink(), ORDER, "float64")
-    again = [reader.read(plain.message(CLIENTS[i : i + 1], i))[0] for i in range(2)]
+    plain = Downlink()
+    again = [reader.read(writer.write(Ask(part, plain))).downlink for part in parts]
     assert again[0] is again[1]
     assert again[0] == Downlink()
 
@@ -213,20 +206,20 @@ def test_what_a_cohort_shares_is_packed_and_read_once() -> None:
 def test_a_message_is_one_array_and_one_for_what_clients_do_not_share() -> None:
     content = pack_downlink(everything(), ORDER, "float64")
     assert sorted(content) == ["arrays", "chunk", "config", "own"]
-    assert all(len(record) == 1 for record in content.array_records.values())
+    assert all(len(record) == 1 for record in content.values() if isinstance(record, Tensors))
     assert "own" not in pack_downlink(Downlink(), ORDER, "float64")
 
 
-def edited(content: RecordDict, edit: dict[str, object]) -> RecordDict:
+def edited(content: Content, edit: dict[str, object]) -> Content:
     """The same message with another header."""
     config = content["config"]
-    assert isinstance(config, ConfigRecord)
+    assert isinstance(config, Fields)
     config["header"] = json.dumps(json.loads(str(config["header"])) | edit)
     return content
 
 
 def test_a_message_without_its_records_is_refused() -> None:
-    wrong = RecordDict({"config": ArrayRecord({"x": Array(np.zeros(1))}), "arrays": ConfigRecord()})
+    wrong: Content = {"config": Tensors(x=torch.zeros(1)), "arrays": Fields()}
     with pytest.raises(WireError, match="config, arrays and chunk"):
         unpack_downlink(wrong)
 
@@ -256,9 +249,14 @@ def test_a_dense_tensor_has_to_be_trained() -> None:
 # --- uplink --------------------------------------------------------------------------------------
 
 
-def reply_of(*given: Any) -> RecordDict:
+def reply_of(*given: Any) -> Content:
     """A reply as it leaves the process."""
-    return written(pack_result(*given))
+    return write_answer(answer_of(*given))
+
+
+def unpack_result(content: Content, *given: Any) -> Answer:
+    """A reply as the server has it."""
+    return checked(read_answer(content, Ask(ORDER)), *given)
 
 
 LAYOUT = Layout((("w/B", (M, R)), ("b", (3,))))
@@ -291,17 +289,17 @@ def test_a_reply_comes_back_to_the_bit(count: int, dtype: torch.dtype) -> None:
 def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree, "LARGE", 3)
     sent = result(2)
-    content = pack_result(sent, ORDER, CLIENTS[:2], LAYOUT, {}, [])
-    kept = unpack_result(content, LAYOUT)
+    answer = answer_of(sent, ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    kept = checked(answer, LAYOUT)
     assert [piece.data_ptr() for piece in kept.pieces] == [
         sent.trained[name].data_ptr() for name, _ in LAYOUT.shapes
     ]
     assert kept.shape == (2, LAYOUT.size)
-    read = unpack_result(written(content), LAYOUT)
+    read = unpack_result(write_answer(answer), LAYOUT)
     assert torch.equal(read.pieces[0], kept.numbers)
-    content = pack_result(sent, ORDER, CLIENTS[:1], LAYOUT, {}, [])
+    answer = answer_of(sent, ORDER, CLIENTS[:1], LAYOUT, {}, [])
     with pytest.raises(WireError, match=r"rows of shape \(2, "):
-        unpack_result(content, LAYOUT)
+        checked(answer, LAYOUT)
 
 
 def test_what_is_not_uploaded_does_not_travel() -> None:
@@ -379,7 +377,7 @@ def test_a_reply_with_missing_rows_is_refused() -> None:
 def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
     content = reply_of(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     config = content["chunk"]
-    assert isinstance(config, ConfigRecord)
+    assert isinstance(config, Fields)
     stored = config[vector]
     assert isinstance(stored, bytes)
     config[vector] = stored[:-8]
@@ -392,7 +390,7 @@ def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
 def test_a_reply_that_lacks_a_vector_is_refused(vector: str) -> None:
     content = reply_of(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     config = content["chunk"]
-    assert isinstance(config, ConfigRecord)
+    assert isinstance(config, Fields)
     del config[vector]
     with pytest.raises(WireError, match="round 9"):
         unpack_result(content, LAYOUT)

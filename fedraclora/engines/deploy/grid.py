@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from copy import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from flwr.app import ConfigRecord, Error, Message
-from flwr.serverapp import Grid
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid as FlowerGrid
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
+from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy.roster import Roster
-from fedraclora.engines.deploy.traffic import Traffic
-from fedraclora.engines.forwarding import ForwardingGrid
-from fedraclora.engines.local import UNREADABLE, failed, is_stale
-from fedraclora.errors import ClientError, WireError
+from fedraclora.engines.post import PostedGrid
+from fedraclora.engines.records import folded, from_records, message_bytes, unfolded
+from fedraclora.engines.replies import STALE, UNREADABLE
+from fedraclora.errors import ClientError
 from fedraclora.weights.update import WeightHistory
+from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 from fedraclora.wire.fields import printable, shown
-from fedraclora.wire.folded import folded, unfolded
-from fedraclora.wire.records import clients_of
+from fedraclora.wire.records import Content, Fields
+from fedraclora.wire.reply import read_answer
 from fedraclora.wire.weight_update import add_weight_update
 
+Answered = tuple[Ask, Answer | NoAnswer]
+Reply = tuple[str, Message | NoAnswer]  # a reply, with the number of the message it answers
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
 PAUSE = 0.1  # seconds between looks for replies: each is a request
-WRONG_WEIGHTS = 1001  # ours, far from Flower's
 
 
-class DeployGrid(ForwardingGrid):
+@dataclass(frozen=True)
+class Letter:
+    """An ask as a message to its client's node; ``fetched``: payload of its weight update."""
+
+    ask: Ask
+    node: int
+    message: Message
+    fetched: int
+
+
+class DeployGrid(PostedGrid):
     """Sends each client its messages, with what its base weights lack.
 
     Args:
@@ -42,15 +55,13 @@ class DeployGrid(ForwardingGrid):
         pause: Seconds between looks for replies.
 
     Attributes:
-        incidents: What went wrong and was mended: sentences for the ledger.
-        traffic: Bytes since the strategy last looked.
         roster: Who is where, and holds which version.
         one_by_one: Whether replies are asked for one by one: once one could not be decoded.
     """
 
     def __init__(
         self,
-        grid: Grid,
+        grid: FlowerGrid,
         history: WeightHistory,
         run_id: str,
         settings: DeployConfig,
@@ -62,68 +73,77 @@ class DeployGrid(ForwardingGrid):
         super().__init__(grid, ended=ended, pause=pause)
         self.history, self.run_id, self.settings = history, run_id, settings
         self.first = 0 if known else None  # what a client holds that holds nothing
-        self.incidents: list[str] = []
-        self.traffic = Traffic()
+        self.traffic: Traffic = Traffic()
         self.roster = Roster(self)
         self.one_by_one = False
 
     @override
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages of one client each; give the replies that come in time.
-
-        A client that is not connected gets an error for a reply.
+    def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
+        """Ask clients, each by a message of its own.
 
         Raises:
             ClientError: If too few of the clients are connected in time.
             EngineError: If the runtime ended.
         """
-        sent = {self._client(m): m for m in messages}
-        nodes = self.roster.gather(list(sent))
         seconds = self.settings.timeout if timeout is None else timeout
-        waiting, replies = {}, []
-        for client, message in sent.items():
+        letters, found = self.letters(asks, seconds)
+        waiting = {self._push(letter): letter for letter in letters}
+        return found + self.receive(waiting, time.monotonic() + seconds)
+
+    def letters(self, asks: Sequence[Ask], seconds: float) -> tuple[list[Letter], list[Answered]]:
+        """Write a message for each client that is connected; for the others say so."""
+        nodes = self.roster.gather([client for ask in asks for client in ask.clients])
+        letters, absent = [], list[Answered]()
+        for ask in asks:
+            (client,) = ask.clients
             if client in nodes:
                 version = self.roster.versions.get((nodes[client], client))
                 version = self.first if version is None else version
-                waiting[self._push(message, nodes[client], version, seconds)] = message
+                letters.append(self._letter(ask, nodes[client], version, seconds))
             else:
-                # Its own id, by which the strategy finds whose reply it is.
-                message.metadata.__dict__["_message_id"] = f"not sent to client {client}"
-                replies.append(failed(message, Error(NODE_UNAVAILABLE, "it is not connected")))
-        return replies + self._receive(waiting, time.monotonic() + seconds)
+                absent.append((ask, NoAnswer("it is not connected")))
+        return letters, absent
 
-    def _receive(self, waiting: dict[str, Message], end: float) -> list[Message]:
-        """Wait for replies; whoever asks for every weight gets them, once."""
-        replies, again = [], set[str]()
+    def receive(
+        self, waiting: dict[str, Letter], end: float, came: Sequence[Reply] = ()
+    ) -> list[Answered]:
+        """Wait for replies; whoever asks for every weight gets them, once.
+
+        Args:
+            waiting: What was sent, by Flower's number of it.
+            end: When to give up.
+            came: Replies that are here already.
+        """
+        found, again = list[Answered](), set[str]()
         while waiting:
-            came = self._pulled(waiting)
-            for reply in came:
-                self.traffic.count(reply)
-                asked = reply.metadata.reply_to_message_id
-                message = waiting.pop(asked, None)
-                if message is None:
+            came = came or self._pulled(waiting)
+            for name, reply in came:
+                if isinstance(reply, Message):
+                    self.traffic.serialised += message_bytes(reply)
+                letter = waiting.pop(name, None)
+                if letter is None:
                     self.incidents.append("a second reply to a message was ignored")
-                elif not is_stale(opened := _opened(reply, message)):
-                    replies.append(self._accept(opened, message))
-                elif asked in again:
-                    error = Error(NODE_UNAVAILABLE, "it asked for every base weight twice")
-                    replies.append(failed(message, error))
+                    continue
+                answer = self.read(reply, letter) if isinstance(reply, Message) else reply
+                if answer is not None:
+                    found.append((letter.ask, answer))
+                elif name in again:
+                    found.append((letter.ask, NoAnswer("it asked for every base weight twice")))
                 else:
-                    client, left = self._client(message), max(1.0, end - time.monotonic())
+                    (client,), left = letter.ask.clients, max(1.0, end - time.monotonic())
                     self.incidents.append(f"client {client} was sent every base weight")
-                    name = self._push(message, message.metadata.dst_node_id, None, left)
-                    waiting[name] = message
-                    again.add(name)
+                    letter = self._letter(letter.ask, letter.node, None, left)
+                    again.add(new := self._push(letter))
+                    waiting[new] = letter
             if time.monotonic() > end:
                 break
             if waiting and not came:
                 self.wait("all clients had replied")
-        return replies
+            came = ()
+        return found
 
-    def _pulled(self, waiting: dict[str, Message]) -> list[Message]:
-        """Pull the replies that have arrived.
+    def _pulled(self, waiting: Mapping[str, Letter]) -> list[Reply]:
+        """Pull the replies that have arrived, each with the number of the message it answers.
 
         Flower decodes them together: if one is damaged it gives none back, and does not say whose
         it is. Then the round is run again and replies are asked for one by one, so that a damaged
@@ -132,58 +152,73 @@ class DeployGrid(ForwardingGrid):
         Raises:
             ClientError: The first time that a reply cannot be decoded.
         """
-        if not self.one_by_one:
+        found = list[Reply]()
+        for names in ([name] for name in waiting) if self.one_by_one else [list(waiting)]:
             try:
-                return list(self.grid.pull_messages(list(waiting)))
+                came = list(self.grid.pull_messages(names))
             except UNREADABLE as error:
+                why = printable(str(error))
+                if self.one_by_one:
+                    found.append((names[0], NoAnswer(f"its reply cannot be decoded: {why}")))
+                    continue
                 self.one_by_one = True
                 raise ClientError(
-                    f"a client's reply cannot be decoded ({printable(str(error))}); from here on "
-                    "replies are asked for one by one, so that such a client is left out by name"
+                    f"a client's reply cannot be decoded ({why}); from here on replies are asked "
+                    "for one by one, so that such a client is left out by name"
                 ) from error
-        found: list[Message] = []
-        for name, message in waiting.items():
-            try:
-                found += self.grid.pull_messages([name])
-            except UNREADABLE as error:
-                why = f"its reply cannot be decoded: {printable(str(error))}"
-                found.append(failed(message, Error(WRONG_WEIGHTS, why)))
+            found += [(reply.metadata.reply_to_message_id, reply) for reply in came]
         return found
 
-    def _push(self, message: Message, node: int, version: int | None, seconds: float) -> str:
-        """Send a message with what brings the client from version ``version`` to the newest."""
-        update = self.history.since(version)
-        add_weight_update(message.content, update)
-        message.content["job"] = ConfigRecord({"run": self.run_id})
-        message.metadata.dst_node_id, message.metadata.ttl = node, seconds
-        sent = copy(message)  # with the metadata of this one, in which Flower notes its number
-        sent.content = folded(message.content)
-        (name,) = self.grid.push_messages([sent])
-        self.traffic.count(sent)
-        self.traffic.sent.append(id(message))
-        self.traffic.fetched += update.payload_bytes
+    def _letter(self, ask: Ask, node: int, version: int | None, seconds: float) -> Letter:
+        """Write a message with what brings its client from ``version`` to the newest."""
+        update, job = self.history.since(version), Fields(run=self.run_id)
+        more: Content = {"job": job}
+        add_weight_update(more, update)
+        message = self.message(ask, node, more, seconds)
+        message.content = folded(message.content)
+        return Letter(ask, node, message, update.payload_bytes)
+
+    def _push(self, letter: Letter) -> str:
+        """Send a message; give Flower's number of it."""
+        (name,) = self.grid.push_messages([letter.message])
+        self.count(letter)
         return name
 
-    def _accept(self, reply: Message, message: Message) -> Message:
-        """Check a reply against the weights, and note the version that the client has now."""
-        node = message.metadata.dst_node_id
+    def count(self, letter: Letter) -> None:
+        """Count a message that is sent."""
+        self.traffic.serialised += message_bytes(letter.message)
+        self.traffic.sent.append(letter.ask)
+        self.traffic.fetched += letter.fetched
+
+    def read(self, reply: Message, letter: Letter) -> Answer | NoAnswer | None:
+        """Read a reply, check it against the weights, and note the version its client has now.
+
+        Returns:
+            What came; None where the client asks for every base weight whole.
+        """
         if reply.has_error():
             if reply.error.code == NODE_UNAVAILABLE:
-                self.roster.forget(node)
-            return reply
-        newest = self.history.since(self.history.version)
-        job = reply.content.get("job")
-        proof = (job.get("held"), job.get("mark")) if isinstance(job, ConfigRecord) else None
-        if proof != (expected := (newest.version, str(newest.mark))):
-            came = "None" if proof is None else f"({', '.join(map(shown, proof))})"
-            why = f"it trained on weights of version and fingerprint {came}, wanted are {expected}"
-            return failed(message, Error(WRONG_WEIGHTS, why))
-        self.roster.versions[node, self._client(message)] = newest.version
-        return reply
-
-    def _client(self, message: Message) -> int:
-        (client,) = clients_of(message.content)
-        return client
+                self.roster.forget(letter.node)
+            return self.answer(reply, letter.ask)
+        if not reply.has_content():
+            return NoAnswer("its reply is empty")
+        try:
+            content = unfolded(reply.content)
+            if STALE in content:
+                return None
+            newest, job = self.history.since(self.history.version), content.get("job")
+            proof = (job.get("held"), job.get("mark")) if isinstance(job, ConfigRecord) else None
+            if proof != (expected := (newest.version, str(newest.mark))):
+                came = "None" if proof is None else f"({', '.join(map(shown, proof))})"
+                return NoAnswer(
+                    f"it trained on weights of version and fingerprint {came}, wanted are "
+                    f"{expected}"
+                )
+            (client,) = letter.ask.clients
+            self.roster.versions[letter.node, client] = newest.version
+            return read_answer(from_records(content), letter.ask)
+        except Exception as error:  # whatever another machine may send
+            return NoAnswer(f"its reply is refused: {error}")
 
 
 def look_again_soon() -> None:
@@ -195,16 +230,3 @@ def look_again_soon() -> None:
     from flwr.superlink.grid import http_grid
 
     http_grid.pull_objects = partial(pull_objects, initial_backoff=PAUSE)  # type: ignore[attr-defined]
-
-
-def _opened(reply: Message, message: Message) -> Message:
-    """Unfold the reply to a message; one that cannot be read is the failure of its client."""
-    if reply.has_error():
-        return reply
-    if not reply.has_content():
-        return failed(message, Error(WRONG_WEIGHTS, "its reply is empty"))
-    try:
-        reply.content = unfolded(reply.content)
-    except WireError as error:
-        return failed(message, Error(WRONG_WEIGHTS, f"its reply is refused: {error}"))
-    return reply

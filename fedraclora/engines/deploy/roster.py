@@ -14,8 +14,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedraclora.config.settings import DeployConfig
-from fedraclora.engines.deploy.traffic import Traffic
-from fedraclora.engines.local import UNREADABLE
+from fedraclora.engines.base import Traffic
+from fedraclora.engines.records import message_bytes
+from fedraclora.engines.replies import UNREADABLE
 from fedraclora.errors import ClientError, WireError
 from fedraclora.wire.fields import printable, shown, whole
 
@@ -106,7 +107,7 @@ class Roster:
             content = RecordDict({"job": ConfigRecord({"run": post.run_id})})
             query = Message(content, node, "query.partition", ttl=post.settings.timeout)
             (name,) = post.grid.push_messages([query])
-            post.traffic.count(query)
+            post.traffic.serialised += message_bytes(query)
             self._asked[name] = node
         if not self._asked:
             return
@@ -115,7 +116,7 @@ class Roster:
             try:
                 for reply in post.grid.pull_messages([question]):
                     del self._asked[question]
-                    post.traffic.count(reply)
+                    post.traffic.serialised += message_bytes(reply)
                     self._introduce(node, _read(reply))
             except (*UNREADABLE, WireError) as error:
                 self._asked.pop(question, None)

@@ -1,27 +1,33 @@
 """Flower's grid with one node per client: clients are addressed by their id.
 
 Node ids are random, new in every run; a client is its partition id. One query round finds which
-node has which. Used inside a ServerApp, whichever of Flower's runtimes it runs in.
+node has which. Used inside a ServerApp of Flower's simulation runtime.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from itertools import chain, islice
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
-from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid as FlowerGrid
 from typing_extensions import override
 
-from fedraclora.engines.forwarding import ForwardingGrid
-from fedraclora.engines.local import APP_RAISED, failed, is_stale
+from fedraclora.engines.post import PostedGrid
+from fedraclora.engines.records import from_records
+from fedraclora.engines.replies import is_stale
 from fedraclora.errors import ClientError, EngineError
 from fedraclora.run.client_state import ClientStore
 from fedraclora.weights.job import JobFolder
-from fedraclora.wire.records import clients_of, read_tree, tree_record
+from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
+from fedraclora.wire.fields import printable
+from fedraclora.wire.records import Content, Fields, read_tree, tree_record
+from fedraclora.wire.reply import read_answer
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PROCESS_DIED = 0  # the code of Flower's error reply where Ray, not the ClientApp, failed
@@ -31,7 +37,7 @@ PATIENCE = 20.0  # seconds in which one more node must come, while some are miss
 WINDOW = 256
 
 
-class NodePerClient(ForwardingGrid):
+class NodePerClient(PostedGrid):
     """A grid whose node ``k`` is the node of client ``k``.
 
     Args:
@@ -46,7 +52,7 @@ class NodePerClient(ForwardingGrid):
 
     def __init__(
         self,
-        grid: Grid,
+        grid: FlowerGrid,
         clients: int,
         job: JobFolder,
         *,
@@ -59,8 +65,7 @@ class NodePerClient(ForwardingGrid):
         self.timeout = timeout
         self._nodes: list[int] = []
 
-    @override
-    def get_node_ids(self) -> Iterable[int]:
+    def nodes(self) -> list[int]:
         """Return the node of each client, in the order of their ids.
 
         Raises:
@@ -71,88 +76,81 @@ class NodePerClient(ForwardingGrid):
         return self._nodes
 
     @override
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self.grid.push_messages(self._address(m) for m in messages)
-
-    @override
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self.grid.pull_messages(message_ids)
-
-    @override
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages of one client each to its node; give the replies that come in time.
+    def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
+        """Ask clients, each by a message of its own to its node.
 
         Raises:
             EngineError: If the runtime ended.
-            ClientError: If a process died in a runtime that does not replace it.
+            ClientError: If a process died: this runtime does not replace it.
         """
+        found: list[tuple[Ask, Answer | NoAnswer]] = []
+        left, again = deque(asks), set[int]()
         seconds = self.timeout if timeout is None else timeout
-        return self._exchange((self._address(m) for m in messages), seconds)
+        for ask, reply in self._exchange(left, self._letter, seconds):
+            (client,) = ask.clients
+            if not is_stale(reply):
+                found.append((ask, self._judged(reply, ask)))
+            elif client in again:
+                found.append((ask, NoAnswer("it asked for every base weight twice")))
+            else:
+                log.warning("client %d asked for every base weight", client)
+                again.add(client)
+                self.job.write_whole()
+                left.appendleft(ask)
+        return found
 
     @override
     def close(self) -> None:
         """Remove the folder of the job; the runtime is Flower's to end."""
         self.job.close()
 
-    def _address(self, message: Message) -> Message:
-        """Send a message to the node of its client, with all that a fresh process needs."""
-        (client,) = clients_of(message.content)
-        stored = self.store.part([client], int(message.metadata.group_id))
-        message.metadata.dst_node_id = list(self.get_node_ids())[client]
-        message.content["job"] = ConfigRecord({"folder": str(self.job.folder)})
-        message.content["kept"] = tree_record(stored)
-        return message
+    def _letter(self, ask: Ask, seconds: float) -> Message:
+        """Write a message to the node of a client, with all that a fresh process needs."""
+        (client,) = ask.clients
+        more: Content = {
+            "job": Fields(folder=str(self.job.folder)),
+            "kept": tree_record(self.store.part([client], ask.request.round_)),
+        }
+        return self.message(ask, self.nodes()[client], more, seconds)
 
-    def _exchange(self, messages: Iterable[Message], timeout: float) -> list[Message]:
-        """Send and wait; Flower's own loop would wait on after the runtime has ended."""
-        end = time.monotonic() + timeout
-        left, sent, replies = iter(messages), dict[str, Message](), list[Message]()
-        again = set[int]()  # clients that asked for the weights whole
-        while True:
-            for message in islice(left, WINDOW - len(sent)):
-                message.metadata.ttl = timeout  # else a late one would be trained hours later
-                sent |= dict.fromkeys(self.grid.push_messages([message]), message)
-            if not sent:
-                return replies
+    def _exchange(
+        self, left: deque[T], write: Callable[[T, float], Message], timeout: float
+    ) -> Iterator[tuple[T, Message]]:
+        """Send a message for each that is left, and yield the replies that come in time.
+
+        Flower's own loop would wait on after the runtime has ended.
+        """
+        end, sent = time.monotonic() + timeout, dict[str, T]()
+        while left or sent:
+            while left and len(sent) < WINDOW:
+                each = left.popleft()
+                (name,) = self.grid.push_messages([write(each, timeout)])
+                sent[name] = each
             came = list(self.grid.pull_messages(list(sent)))
             for reply in came:
-                message = sent.pop(reply.metadata.reply_to_message_id)
-                if is_stale(reply) and not again.issuperset(who := clients_of(message.content)):
-                    log.warning("client %d asked for every base weight", *who)
-                    again.update(who)
-                    self.job.write_whole()
-                    message.metadata.delivered_at = ""  # or Flower refuses to send it again
-                    left = chain([message], left)
-                else:
-                    replies.append(self._judge(reply, message))
+                yield sent.pop(reply.metadata.reply_to_message_id), reply
             if time.monotonic() > end:
-                return replies
-            if not came:
+                return
+            if sent and not came:
                 self.wait("all clients had replied")
 
-    def _judge(self, reply: Message, sent: Message) -> Message:
+    def _judged(self, reply: Message, ask: Ask) -> Answer | NoAnswer:
         """Keep what the client keeps; say what a dead process means."""
-        if is_stale(reply):
-            return failed(sent, Error(APP_RAISED, "it asked for every base weight twice"))
         if not reply.has_error():
-            self.store.absorb(read_tree(reply.content, "kept"))
-            return reply
+            content = from_records(reply.content)
+            self.store.absorb(read_tree(content, "kept"))
+            return read_answer(content, ask)
         if reply.error.code != PROCESS_DIED:
-            return reply
+            return self.answer(reply, ask)
         reason = str(reply.error.reason)
         kind = reason.partition("ray.exceptions.")[2].partition("'")[0]  # no ids: those of Ray vary
-        reason = kind or reason.partition("\n")[0][:200]
-        if "chunk" not in sent.content:
-            reply.error = Error(PROCESS_DIED, f"the process that trained it died: {reason}")
-            return reply
-        (client,) = clients_of(sent.content)
+        (client,) = ask.clients
         # Flower hands nearly all later messages to the dead process.
         raise ClientError(
-            f"round {sent.metadata.group_id}: the process that trained client {client} died "
-            f"({reason}); Flower's runtime does not replace it, so the run stops here: mend what "
-            "killed it (memory?) and go on with resume, or use engine=ray, which replaces processes"
+            f"round {ask.request.round_}: the process that trained client {client} died "
+            f"({kind or printable(reason, 200)}); Flower's runtime does not replace it, so the run "
+            "stops here: mend what killed it (memory?) and go on with resume, or use engine=ray, "
+            "which replaces processes"
         )
 
     def _find_nodes(self) -> list[int]:
@@ -169,9 +167,12 @@ class NodePerClient(ForwardingGrid):
                     f"{self.clients} are wanted: one for each client; with `flwr run`, "
                     "num-supernodes must be that number"
                 )
-        asked = (Message(RecordDict(), i, "query.partition", ttl=self.timeout) for i in ids)
+
+        def question(node: int, seconds: float) -> Message:
+            return Message(RecordDict(), node, "query.partition", ttl=seconds)
+
         found = {}
-        for reply in self._exchange(asked, self.timeout):
+        for _, reply in self._exchange(deque(ids), question, self.timeout):
             if reply.has_error():
                 raise EngineError(
                     f"Flower's processes cannot run this project: {reply.error.reason}"

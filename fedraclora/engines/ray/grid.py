@@ -1,19 +1,18 @@
-"""The Ray engine: a Flower `Grid` whose one node is a pool of resident workers."""
+"""The Ray engine: a grid that hands asks to a pool of resident workers."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
 import torch
-from flwr.app import Error, Message, RecordDict
 from typing_extensions import override
 
 from fedraclora.config.settings import RayConfig
-from fedraclora.engines.local import LocalGrid, error_of, failed
+from fedraclora.engines.base import Grid
 from fedraclora.engines.ray.cluster import Cluster, worker_environment
 from fedraclora.engines.ray.pool import Pool, Seat
 from fedraclora.errors import ConfigError
@@ -22,7 +21,10 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.records import clients_of
+from fedraclora.wire.downlink import AskWriter
+from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
+from fedraclora.wire.records import Content
+from fedraclora.wire.reply import read_answer
 
 SHARED = ("config", "arrays")  # records that all messages of an exchange have in common
 
@@ -32,34 +34,33 @@ class Site(Protocol):
 
     replica: Replica
 
-    def train(self, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
-        """Answer a train message; ``stored`` is what its clients hold, before and after."""
+    def train(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
+        """Answer a message; ``stored`` is what its clients hold, before and after."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One train message, and which of the call's messages it is."""
+    """One ask, and which of the call's it is."""
 
     place: int
-    message: Message
-    clients: list[int]
+    ask: Ask
 
     @override
     def __str__(self) -> str:
-        first, last = self.clients[0], self.clients[-1]
-        return f"clients {first} to {last} of round {self.message.metadata.group_id}"
+        first, *_, last = [*self.ask.clients, *self.ask.clients]
+        return f"clients {first} to {last} of round {self.ask.request.round_}"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Done:
     """What a worker gives back: the reply, or why there is none.
 
     ``stale``: its base weights could not be brought to the version that was asked for.
     """
 
-    content: RecordDict | None = None
+    content: Content | None = None
     kept: Tree | None = None
-    error: Error | None = None
+    error: NoAnswer | None = None
     stale: bool = False
 
 
@@ -81,7 +82,7 @@ class Resident:
 
     def train(
         self, update: list[Any], shared: list[Any], rest: dict[str, Any], stored: Tree
-    ) -> Answer:
+    ) -> Done:
         """Update the base weights and answer a train message.
 
         Args:
@@ -91,18 +92,18 @@ class Resident:
             stored: What the clients hold.
         """
         if not self.site.replica.follow(ray.get(update[0])):
-            return Answer(stale=True)
+            return Done(stale=True)
         key = shared[0].hex()
         if self._shared[0] != key:  # read once, so that the worker unpacks it once
             self._shared = (key, ray.get(shared[0]))
         try:
-            content, left = self.site.train(RecordDict({**self._shared[1], **rest}), stored)
+            content, left = self.site.train({**self._shared[1], **rest}, stored)
         except Exception as error:
-            return Answer(error=error_of(error))
-        return Answer(content, left)
+            return Done(error=NoAnswer.of(error))
+        return Done(content, left)
 
 
-class RayGrid(LocalGrid):
+class RayGrid(Grid):
     """Trains chunks on resident workers; bits do not depend on how many there are.
 
     Args:
@@ -165,23 +166,25 @@ class RayGrid(LocalGrid):
                 )
 
     @override
-    def answer(self, messages: list[Message], timeout: float | None) -> list[Message]:
-        replies, shared = [], {}
-        jobs = [Job(i, m, clients_of(m.content)) for i, m in enumerate(messages)]
+    def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
+        found: list[tuple[Ask, Answer | NoAnswer]] = []
+        writer, shared = AskWriter(), dict[int, tuple[Content, Any]]()
+        jobs = [Job(i, ask) for i, ask in enumerate(asks)]
 
         def submit(seat: Seat, job: Job) -> Any:
-            content = job.message.content
-            key = id(content["arrays"])
-            if key not in shared:
-                shared[key] = ray.put({name: content[name] for name in SHARED})
+            content = writer.write(job.ask)
+            key, common = id(content["arrays"]), {name: content[name] for name in SHARED}
+            if key not in shared:  # kept: else their id is given again
+                shared[key] = common, ray.put(common)
             rest = {n: r for n, r in content.items() if n not in SHARED}
-            stored = self.store.part(job.clients, int(job.message.metadata.group_id))
-            return seat.actor.train.remote([self._update(seat)], [shared[key]], rest, stored)
+            stored = self.store.part(job.ask.clients, job.ask.request.round_)
+            update = self._update(seat)
+            return seat.actor.train.remote([update], [shared[key][1]], rest, stored)
 
         while jobs:
             again = []
-            for job, seat, answer in self.pool.run(jobs, submit, timeout):
-                if answer.stale:
+            for job, seat, done in self.pool.run(jobs, submit, timeout):
+                if done.stale:
                     self.incidents.append(
                         f"worker {seat.number} got the whole of version {self.history.version}"
                     )
@@ -189,15 +192,15 @@ class RayGrid(LocalGrid):
                     again.append(job)
                     continue
                 seat.version = self.history.version
-                if answer.error is not None:
-                    replies.append(failed(job.message, answer.error))
+                if done.error is not None:
+                    found.append((job.ask, done.error))
                 else:
-                    self.store.absorb(answer.kept)
-                    replies.append(Message(answer.content, reply_to=job.message))
+                    self.store.absorb(done.kept)
+                    found.append((job.ask, read_answer(done.content, job.ask)))
             jobs = again
         self.incidents += self.pool.incidents
         self.pool.incidents = []
-        return replies
+        return found
 
     def _update(self, seat: Seat) -> Any:
         """Put what a worker lacks into the object store, once for all that hold its version."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from fedraclora.engines.local import STALE
+from fedraclora.engines.replies import STALE
 from tests.campaigns.faults.network import Fault, client, over_the_wire
 
 Harm = Callable[[RecordDict], None]

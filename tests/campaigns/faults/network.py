@@ -15,15 +15,16 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from flwr.serverapp import Grid
 from typing_extensions import override
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients.respond import respond
-from fedraclora.engines.local import MessageGrid, become_a_task
+from fedraclora.engines.records import folded, from_records, unfolded
 from fedraclora.experiments.choices import composed
 from fedraclora.strategies.server_app import app as server_app
-from fedraclora.wire.folded import folded, unfolded
 from fedraclora.wire.records import clients_of
+from tests.flower_task import become_a_task
 
 SMALL = [
     "data=digits",
@@ -57,7 +58,7 @@ def over_the_wire(content: RecordDict) -> RecordDict:
 
 
 @dataclass
-class Network(MessageGrid):
+class Network(Grid):
     """Stands for Flower's grid.
 
     Attributes:
@@ -88,6 +89,10 @@ class Network(MessageGrid):
     @property
     @override
     def run(self) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+    @override
+    def create_message(self, *_: object, **__: object) -> Message:
         raise NotImplementedError
 
     @override
@@ -202,5 +207,5 @@ def summary(folder: Path) -> dict[str, object]:
 
 def client(message: Message) -> int:
     """Whom a train message is for."""
-    (found,) = clients_of(message.content)
+    (found,) = clients_of(from_records(message.content))
     return found

@@ -1,0 +1,74 @@
+"""What grids inside a ServerApp have in common: Flower's own grid, and messages of asks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from flwr.app import Message
+from flwr.serverapp import Grid as FlowerGrid
+
+from fedraclora.engines.base import Grid
+from fedraclora.engines.records import Made, from_records, to_records
+from fedraclora.engines.replies import RUN_AT_FAULT
+from fedraclora.errors import EngineError
+from fedraclora.wire.downlink import AskWriter
+from fedraclora.wire.exchange import Answer, Ask, NoAnswer
+from fedraclora.wire.records import Content
+from fedraclora.wire.reply import read_answer
+
+
+class PostedGrid(Grid):
+    """A grid that hands its messages to Flower's own; subclasses say who is asked, and how.
+
+    Args:
+        grid: Flower's own.
+        ended: Tells whether the runtime has ended: nobody will reply.
+        pause: Seconds between looks for replies.
+    """
+
+    def __init__(self, grid: FlowerGrid, *, ended: Callable[[], bool], pause: float) -> None:
+        super().__init__()
+        self.grid, self.ended, self.pause = grid, ended, pause
+        self._writer = AskWriter()
+        self._made: Made = {}
+
+    def message(self, ask: Ask, node: int, more: Content, ttl: float) -> Message:
+        """Write an ask as a message.
+
+        Args:
+            ask: What is asked.
+            node: Where to.
+            more: Records that it needs besides.
+            ttl: Seconds after which nobody waits for an answer: it is not trained hours later.
+        """
+        shared = self._writer.write(ask)
+        if id(shared["arrays"]) not in self._made:
+            self._made = {}  # of the exchange before
+        content = to_records({**shared, **more}, self._made)
+        round_ = str(ask.request.round_)
+        return Message(content, node, "train.cohort", group_id=round_, ttl=ttl)
+
+    @staticmethod
+    def answer(reply: Message, ask: Ask) -> Answer | NoAnswer:
+        """Read a reply.
+
+        Raises:
+            WireError: If it is not one of ours.
+        """
+        if reply.has_error():
+            return NoAnswer(str(reply.error.reason), reply.error.code == RUN_AT_FAULT)
+        return read_answer(from_records(reply.content), ask)
+
+    def wait(self, what: str) -> None:
+        """Wait a moment.
+
+        Args:
+            what: For what, for the message.
+
+        Raises:
+            EngineError: If the runtime has ended.
+        """
+        time.sleep(self.pause)
+        if self.ended():
+            raise EngineError(f"Flower's runtime ended before {what}")

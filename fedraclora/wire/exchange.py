@@ -1,0 +1,262 @@
+"""An exchange as data: what some clients of a cohort are asked, and what came back.
+
+The server, its steps and the engines of one process know these alone. What leaves the process is
+written as a message (`fedraclora.wire.downlink`, `reply`) and counted as such (`payload_bytes`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fedraclora.errors import OF_THE_RUN
+from fedraclora.protocol.derived import Derived
+from fedraclora.protocol.downlink import differs
+from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.quantised import FULL, packed_bytes
+from fedraclora.protocol.uplinks import Refusal
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Layout, Tree
+from fedraclora.weights.chain import SEED_BYTES
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What clients are asked beside the downlink.
+
+    Attributes:
+        round_: From 1.
+        version: Version of the base weights that the clients must hold.
+        rate_scale: Of the step sizes in this round.
+        clients: Ids, int64 [k].
+        first: Place of the first of them in the cohort.
+        reduce: None for one row per client; ``examples`` or ``uniform`` for weighted sums of
+            blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
+        clip: The greatest norm of the update that a client may send; None: any.
+        uplink: How the clients' numbers travel (`fedraclora.protocol.quantised`).
+        feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
+    """
+
+    round_: int
+    version: int
+    rate_scale: float
+    clients: torch.Tensor
+    first: int = 0
+    reduce: str | None = None
+    clip: float | None = None
+    uplink: str = FULL
+    feedback: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What an ask of secure aggregation, or its answer, says besides.
+
+    Attributes:
+        name: One of `fedraclora.wire.secagg.STAGES`.
+        settings: What all clients are told.
+        data: What each client is told, or says, by its id: plain JSON values.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    data: dict[int, Any]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What is said, as JSON."""
+        head = json.dumps({"stage": self.name, "settings": self.settings})
+        return {"head": head} | {str(c): json.dumps(said) for c, said in self.data.items()}
+
+    @property
+    def length(self) -> int:
+        """Count the bytes of these texts."""
+        return sum(map(len, self.texts.values()))
+
+    @property
+    def heard(self) -> Stage:
+        """Give it as the other side hears it: through JSON, and no object in common."""
+        return Stage.of(self.texts)
+
+    @classmethod
+    def of(cls, texts: Mapping[str, Any]) -> Stage:
+        """Read `texts` back."""
+        fields = dict(texts)
+        head = json.loads(fields.pop("head"))
+        data = {int(client): json.loads(value) for client, value in fields.items()}
+        return cls(head["stage"], dict(head["settings"]), data)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What some clients of a cohort are asked.
+
+    Attributes:
+        request: Who, in which round, from which weights, and what is wanted back.
+        downlink: What to train, its numbers as they travel; None: nothing, in a stage of secure
+            aggregation.
+        kind: How its numbers travel; they have been rounded to it.
+        apart: Whether it is that of the whole cohort, and not the same to all.
+        stage: Of secure aggregation; None: there is none.
+    """
+
+    request: TrainRequest
+    downlink: Downlink | None = None
+    kind: str = FULL
+    apart: bool = False
+    stage: Stage | None = None
+
+    @property
+    def clients(self) -> list[int]:
+        """Who is asked."""
+        found: list[int] = self.request.clients.tolist()
+        return found
+
+    @property
+    def own(self) -> Downlink:
+        """What these clients are to train."""
+        if self.downlink is None:
+            return Downlink()
+        if not self.apart:
+            return self.downlink
+        first = self.request.first
+        return self.downlink.select(torch.arange(first, first + len(self.request.clients)))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: what clients trained, and who failed.
+
+    Attributes:
+        round_, version: Of what is answered.
+        first: Place of the first client that was asked in the cohort.
+        clients: Ids of the clients whose work is here, int64 [k].
+        losses, samples, steps: One value per client [k].
+        pieces: The columns of `numbers`, side by side: in this process large tensors stay where
+            they were trained.
+        reduced: Whether they are sums.
+        failures: Why a client trained nothing, by id.
+        refused: Clients that a sum leaves out, because their numbers cannot be used.
+        notes: Sentences for the ledger.
+        rounding: What rounding added to the change of each client, relative to it [k]; None where
+            numbers are sent as they are.
+        layout: What each client sends.
+        stage: What clients say of secure aggregation, where numbers are masked; None without it.
+    """
+
+    round_: int
+    version: int
+    first: int
+    clients: torch.Tensor
+    losses: torch.Tensor
+    samples: torch.Tensor
+    steps: torch.Tensor
+    pieces: tuple[torch.Tensor, ...]
+    reduced: bool = False
+    failures: dict[int, str] = field(default_factory=dict)
+    refused: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rounding: torch.Tensor | None = None
+    layout: Layout = Layout(())  # noqa: RUF009
+    stage: Stage | None = None
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """Their rows [k, P]; under rank budgets what is left of the rows, one after another.
+
+        Or float64 sums of the chunk's blocks [blocks, P].
+        """
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=-1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `numbers`, which are not joined for it."""
+        *lead, last = (piece.shape for piece in self.pieces)
+        return (*last[:-1], sum(piece[-1] for piece in (*lead, last))) if last else ()
+
+    @property
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """What has one value per client."""
+        found = {name: getattr(self, name) for name in ("clients", "losses", "samples", "steps")}
+        return found if self.rounding is None else found | {"rounding": self.rounding}
+
+    def select(self, kept: torch.Tensor) -> Answer:
+        """Keep some of the clients, bool [k], in everything but their numbers."""
+        vectors: dict[str, Any] = {name: each[kept] for name, each in self.vectors.items()}
+        return replace(self, **vectors)
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """Why all the clients that were asked together have no answer.
+
+    Attributes:
+        reason: In words.
+        of_the_run: Whether they met what no client is to blame for.
+    """
+
+    reason: str
+    of_the_run: bool = False
+
+    @classmethod
+    def of(cls, raised: Exception) -> NoAnswer:
+        """Say what was raised where clients were to be trained."""
+        reason = f"{type(raised).__name__}: {raised}"
+        return cls(reason, isinstance(raised, OF_THE_RUN))
+
+
+Came = Iterable[tuple[Ask, Answer | NoAnswer]]  # what came, each with what it answers
+
+
+def uplink_layout(downlink: Downlink) -> Layout:
+    """Names and shapes of what each client sends back."""
+    return downlink.layout
+
+
+def sent_tensors(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
+    """Collect every tensor that a downlink carries, by name, and whether it is one per client.
+
+    Coefficients, which are float64 always, are `coefficients`.
+    """
+    factors = downlink.factors().items()
+    sent = {n: (f, differs(f)) for n, f in factors if isinstance(f, torch.Tensor)}
+    for name, slot in downlink.trained().items():
+        if isinstance(slot.start, torch.Tensor):
+            sent[name] = (slot.start, differs(slot))
+    for extra, tree in downlink.extras.items():
+        sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
+    return sent
+
+
+def coefficients(downlink: Downlink) -> Tree:
+    """Collect the coefficients of the factors that are computed from the last link, by name."""
+    factors = downlink.factors().items()
+    return {name: f.coefficients for name, f in factors if isinstance(f, Derived)}
+
+
+def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
+    """Count the payload of a downlink to one client of a cohort.
+
+    Args:
+        downlink: What is sent.
+        cohort: To how many.
+        kind: Of its numbers: a key of `WIDTHS`, or one of `ROUNDED`.
+
+    Returns:
+        The bytes of its numbers, and 8 per seed; of what is computed from the last link those of
+        the coefficients and of a seed.
+    """
+    sent = sent_tensors(downlink).values()
+    shared = [t.numel() for t, own in sent if not own]
+    own = [t.numel() // cohort for t, own in sent if own]
+    starts = [slot.start for slot in downlink.trained().values()]
+    seeds = [isinstance(f, SketchSpec | Derived) for f in [*downlink.factors().values(), *starts]]
+    numbers = sum(t.nbytes for t in coefficients(downlink).values())
+    return int(packed_bytes(shared + own, kind)) + SEED_BYTES * sum(seeds) + numbers
