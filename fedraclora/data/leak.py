@@ -42,7 +42,8 @@ def refuse_shared(train: Sequence[Samples], test: Samples) -> None:
     tables = [table for table in train if len(table)]
     if not tables or not len(test):
         return
-    if any(_shares_memory(table, test) for table in tables):
+    pairs = [(t.inputs[n], x) for t in tables for n, x in test.inputs.items() if n in t.inputs]
+    if any(_overlap(one, two) for one, two in pairs):
         raise DataError(f"the test samples are the training samples themselves: {REMEDY}")
     if any(_form(table) != _form(test) for table in tables):
         return
@@ -90,13 +91,6 @@ def row_keys(samples: Samples, numbers: int | None = None) -> Keys:
 
 def _form(samples: Samples) -> dict[str, tuple[object, ...]]:
     return {name: (tensor.shape[1:], tensor.dtype) for name, tensor in samples.tensors.items()}
-
-
-def _shares_memory(one: Samples, two: Samples) -> bool:
-    return any(
-        _overlap(one.inputs[name], two.inputs[name])
-        for name in one.inputs.keys() & two.inputs.keys()
-    )
 
 
 def _overlap(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -88,14 +88,22 @@ def build_object(
     del shape, classes, seed
     model = take_module(copy_of(lent("model", digest), digest), "model")
     every = model.named_parameters(remove_duplicate=False)  # a tied head is a head
-    layers = {name.rpartition(".")[0] for name, _ in every} - {""}
-    if head is None:
-        head = found_head(model)
+    pattern = targets if isinstance(targets, str) else ",".join(targets)
+    return _with_head(model, found_head(model) if head is None else head, every, pattern)
+
+
+def _with_head(
+    model: nn.Module,
+    head: Sequence[str],
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    targets: str,
+) -> Built:
+    """Say what a model's head is; refuse a name that none of its layers has."""
+    layers = {name.rpartition(".")[0] for name, _ in parameters} - {""}
     for name in head:
         if not any(is_head(layer, (name,)) for layer in layers):
             raise unknown("layer as model.head", name, layers)
-    pattern = targets if isinstance(targets, str) else ",".join(targets)
-    return Built(model, tuple(head), pattern)
+    return Built(model, tuple(head), targets)
 
 
 def require_module(model: object) -> nn.Module:
@@ -154,8 +162,4 @@ def build_function(
             raised = failure_of(error, "calling it")
             raise ModelError(f"model.function={function}: {raised}") from error
     model = take_module(model, f"model.function={function}")
-    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()} - {""}
-    for name in head:
-        if not any(is_head(layer, (name,)) for layer in layers):
-            raise unknown("layer as model.head", name, layers)
-    return Built(model, tuple(head), targets)
+    return _with_head(model, head, model.named_parameters(), targets)
