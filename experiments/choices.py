@@ -1,51 +1,68 @@
-"""The choices of the config groups, read from the folder ``conf``.
+"""The choices of the config groups: what code has by itself, and the files of the folder ``conf``.
 
-A choice says what is its own, and in ``defaults`` on which other files it builds: ``[sgd]`` is a
-choice of its group, ``[/lowrank]`` a file beside ``config.yaml``, which is no choice.
+A class or a function that reads a group is a choice of it, with its defaults (`config.keys`); Hydra
+finds them in its store. A file says what another choice changes, and in ``defaults`` on what it
+builds: ``[sgd]`` is a choice of its group, ``[/sentences]`` a file beside ``config.yaml``, which is
+no choice, and ``[/row/data/text]`` what code has for a choice that has a file of the same name.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from fedraclora.config.keys import help_of, nodes, summary
+from fedraclora.config.run_config import BESIDE, NAMED, SECTIONS, RunConfig, targets_of
 from fedraclora.errors import unknown
 from fedraclora.experiments import CONF
+from fedraclora.strategies import METHODS
+from fedraclora.weights.files import flatten
 
-# A line of a file: indentation, key, value (in which "#1" is no comment), comment.
-LINE = re.compile(r"( *)(\w+):(?: .*?)??(?: +# (.*))?")
 GLOBAL = "@package _global_"  # its keys are those of the config itself: clients, data.file
+ROW = "row/"
+WIDTH = 100  # of a line of help
+
+NODES = nodes(METHODS)
+ROWS = targets_of(METHODS)
+for _path, _node in NODES.items():
+    _above, _, _name = _path.rpartition("/")
+    _package = _above.replace("/", ".") or "_global_"
+    ConfigStore.instance().store(_name, _node, f"{ROW}{_above}".rstrip("/"), _package)
+    if _name in ROWS.get(_above, ()) and not (CONF / f"{_path}.yaml").is_file():
+        ConfigStore.instance().store(_name, _node, _above, _package)
 
 
-def groups() -> dict[str, dict[str, str]]:
-    """List the config groups: group -> choice -> the first comment line of its file."""
+@cache
+def groups() -> Mapping[str, Mapping[str, str]]:
+    """List the config groups: group -> choice -> a line that says what it is."""
     found: dict[str, dict[str, str]] = {}
-    for path in sorted(CONF.glob("*/*.yaml")):
-        found.setdefault(path.parent.name, {})[path.stem] = _comment(path)[0]
-    return found
+    for path in NODES:
+        group, _, name = path.rpartition("/")
+        if name in ROWS.get(group, ()):
+            found.setdefault(group, {})[name] = summary(ROWS[group][name])
+    for file in CONF.glob("*/*.yaml"):
+        found.setdefault(file.parent.name, {})[file.stem] = _comment(file)[0]
+    return {group: dict(sorted(found[group].items())) for group in sorted(found)}
 
 
 def sections() -> dict[str, str]:
-    """List the sections of ``config.yaml`` that are no groups: section -> its comment."""
-    comments = _comments(CONF / "config.yaml")
-    return {name: comments.get(name, "") for name in _sections()}
+    """List the keys and sections of the config that are no groups, each with its line."""
+    return {name: help_of(RunConfig, name, {}) for name in NODES["run"]}
 
 
 def section_keys(name: str) -> str:
     """Write what a section is, and a line for each of its keys, as `keys_of` does of a choice."""
-    comments = _comments(CONF / "config.yaml")
-    keys = {f"{name}.{key}": value for key, value in _sections()[name].items()}
-    return "\n".join([name, *_explained([comments.get(name, "")], keys, comments)])
-
-
-def _sections() -> dict[str, dict[str, object]]:
-    import yaml
-
-    loaded = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
-    return {k: v for k, v in loaded.items() if isinstance(v, dict) and k != "hydra"}
+    node = NODES["run"][name]
+    if not isinstance(node, Mapping):
+        return "\n".join(_explained([], {name: node}))
+    return "\n".join([name, *_explained([sections()[name]], {name: node})])
 
 
 def choice(group: str, name: str, *, folders: Sequence[Path] = ()) -> dict[str, object]:
@@ -67,37 +84,60 @@ def choice(group: str, name: str, *, folders: Sequence[Path] = ()) -> dict[str, 
         >>> momentum["momentum"], momentum["batch_size"]
         (0.9, 16)
     """
-    from omegaconf import OmegaConf
+    roots = [CONF, *folders]
+    found = _merged(lineage(f"{group}/{name}", roots))
+    own = found[group] if not _is_whole(_file(f"{group}/{name}", roots)) else found
+    return {str(k): v for k, v in dict(own).items()}  # type: ignore[call-overload]
 
-    files = [OmegaConf.load(path) for path in lineage(f"{group}/{name}", [CONF, *folders])]
-    merged = OmegaConf.to_container(OmegaConf.merge(*files), resolve=False)
-    return {str(k): v for k, v in dict(merged).items() if k != "defaults"}  # type: ignore[arg-type]
 
-
-def lineage(name: str, roots: Sequence[Path] = (CONF,)) -> list[Path]:
-    """List the files that a config is composed of: those that it builds on, then its own.
+def lineage(name: str, roots: Sequence[Path] = (CONF,)) -> list[dict[str, object]]:
+    """List what a config is composed of: what it builds on, then what is its own.
 
     Args:
         name: Its path below a root, without the suffix.
         roots: Folders; the first that has a file of the name counts.
 
-    Raises:
-        ConfigError: If there is none.
-    """
-    import yaml
+    Returns:
+        Parts of the config, each with its keys in their places.
 
+    Raises:
+        ConfigError: If there is no such config.
+    """
     group, _, last = name.rpartition("/")
-    there = [root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()]
-    if not there:
-        known = {path.stem for root in roots for path in (root / group).glob("*.yaml")}
-        raise unknown(group, last, known)
+    if (file := _file(name, roots)) is None:
+        if (node := NODES.get(name.removeprefix(ROW))) is not None:
+            return [_placed(group.removeprefix(ROW), node)]
+        there = {path.stem for root in roots for path in (root / group).glob("*.yaml")}
+        raise unknown(group, last, there | {*groups().get(group, ())})
+    loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False) or {}
+    own = {str(k): v for k, v in dict(loaded).items()}  # type: ignore[arg-type]
     found = []
-    loaded = yaml.safe_load(there[0].read_text(encoding="utf-8")) or {}
-    for base in loaded.get("defaults", ()):
+    for base in own.pop("defaults", ()):
         if isinstance(base, str) and base != "_self_":  # the others choose in other groups
             above = "" if base.startswith("/") or not group else f"{group}/"
             found += lineage(above + base.lstrip("/"), roots)
-    return [*found, there[0]]
+    return [*found, own if _is_whole(file) else _placed(group, own)]
+
+
+def _file(name: str, roots: Sequence[Path]) -> Path | None:
+    return next((file for root in roots if (file := root / f"{name}.yaml").is_file()), None)
+
+
+def _is_whole(file: Path | None) -> bool:
+    return file is not None and GLOBAL in file.read_text(encoding="utf-8")
+
+
+def _placed(group: str, keys: Mapping[str, object]) -> dict[str, object]:
+    """Put keys where their group stands in the config."""
+    found = dict(keys)
+    for part in reversed(group.split("/") if group else []):
+        found = {part: found}
+    return found
+
+
+def _merged(parts: Sequence[dict[str, object]]) -> dict[str, object]:
+    merged = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=False)
+    return {str(k): v for k, v in dict(merged).items()}  # type: ignore[arg-type]
 
 
 def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
@@ -111,84 +151,46 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     Raises:
         ConfigError: If there is no such choice.
     """
-    from omegaconf import OmegaConf
-
-    from fedraclora.weights.files import flatten
-
-    files = lineage(f"{group}/{name}", [CONF, *folders])
-    comments: dict[str, str] = {}
-    parts = []
-    for file in files:  # what is said last holds; each has its own place in the config
-        whole = GLOBAL in file.read_text(encoding="utf-8")
-        own = OmegaConf.load(file)
-        parts.append(own if whole else OmegaConf.create({group: own}))
-        before = "" if whole else f"{group}."
-        comments |= {before + key: text for key, text in _comments(file).items()}
-    merged = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=False)
-    found = flatten(merged)  # type: ignore[arg-type]
-    keys = {k: v for k, v in found.items() if k not in {"defaults", f"{group}.defaults"}}
-    texts = {k: comments.get(k, comments.get(k.removesuffix(".name"), "")) for k in keys}
-    return "\n".join([f"{group}={name}", *_explained(_comment(files[-1]), keys, texts)])
+    roots = [CONF, *folders]
+    merged = _merged(lineage(f"{group}/{name}", roots))
+    file = _file(f"{group}/{name}", roots)
+    about = [summary(ROWS[group][name])] if file is None else _comment(file)
+    return "\n".join([f"{group}={name}", *_explained(about, merged)])
 
 
-def _explained(
-    about: Sequence[str], keys: Mapping[str, object], comments: Mapping[str, str]
-) -> list[str]:
-    """Write what something is, and a line for each of its keys with its value and its comment."""
+def _explained(about: Sequence[str], config: Mapping[str, object]) -> list[str]:
+    """Write what something is, and a line for each of its keys with its value and its meaning."""
     rows = [
-        (f"{key}={value if isinstance(value, str) else json.dumps(value)}", comments.get(key, ""))
-        for key, value in keys.items()
+        (f"{key}={value if isinstance(value, str) else json.dumps(value)}", meaning(key, config))
+        for key, value in flatten(config).items()
     ]
-    width = max((len(word) for word, text in rows if text), default=0)
-    lines = [*about, "", *(f"{word:<{width}}  {text}" for word, text in rows)]
+    width = max((len(word) for word, text in rows if text and len(word) < WIDTH // 2), default=0)
+    lines = [*about, *([""] if about else [])]
+    for word, text in rows:
+        told = textwrap.wrap(text, WIDTH - width, break_on_hyphens=False) or [""]
+        if len(word) > width:
+            lines, word = [*lines, word], ""  # noqa: PLW2901
+        for line in told:
+            lines.append(f"{word:<{width}}  {line}")
+            word = ""  # noqa: PLW2901
     return [f"  {line}".rstrip() for line in lines]
 
 
-def composed(words: Sequence[str]) -> dict[str, object]:
-    """Compose the config as the command line would, as a plain, resolved dict.
-
-    Args:
-        words: Hydra's overrides, for example ``["method=fedavg", "seed=1"]``, and
-            ``--config-dir DIR``.
-
-    Returns:
-        The config.
-
-    Raises:
-        ConfigError: If it does not compose.
-    """
-    from hydra import compose, initialize_config_dir
-
-    from fedraclora.experiments.overrides import in_plain_words, plain_of, searched, without_idle
-
-    words = searched(words)
-
-    def once(words: Sequence[str]) -> dict[str, object]:
-        cfg = compose("config", overrides=list(words), return_hydra_config=True)
-        return plain_of(cfg, cfg.hydra.runtime.choices)
-
-    with (
-        in_plain_words(words),
-        initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
-    ):
-        return without_idle(once(words), words, once)
+def meaning(key: str, config: Mapping[str, object]) -> str:
+    """Say what a key of a config means: the line of the field, or argument, that it is."""
+    group, _, inner = key.partition(".")
+    node = config.get(group)
+    if not inner or not isinstance(node, Mapping):
+        return help_of(RunConfig, key, config)
+    if group in SECTIONS:
+        return help_of(SECTIONS[group], inner, node)
+    row = NAMED.get(group, str(node.get("name")))
+    homes = [ROWS.get(group, {}).get(row), BESIDE.get(group)]
+    return next((text for home in homes if home and (text := help_of(home, inner, node))), "")
 
 
 def _comment(path: Path) -> list[str]:
     """Read the comment that a file begins with, but for what Hydra wants on the first line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines()
     head = takewhile(lambda text: text.startswith("#"), lines)
     return [text.removeprefix("#").strip() for text in head if "@package" not in text]
-
-
-def _comments(path: Path) -> dict[str, str]:
-    """Read the comments beside the keys of a file, by dotted key."""
-    found: dict[str, str] = {}
-    within: list[tuple[int, str]] = []  # the keys that the line stands under, with their depth
-    for text in path.read_text(encoding="utf-8").splitlines():
-        if line := LINE.fullmatch(text):
-            depth = len(line[1])
-            within = [*(above for above in within if above[0] < depth), (depth, line[2])]
-            if line[3]:
-                found[".".join(key for _, key in within)] = line[3]
-    return found

@@ -11,7 +11,6 @@ from string import Template
 
 from fedraclora.errors import unknown
 from fedraclora.experiments import completion
-from fedraclora.experiments.choices import groups, keys_of, section_keys, sections
 from fedraclora.experiments.interrupt import at_once, in_order
 from fedraclora.experiments.status import printing, reported
 
@@ -25,6 +24,8 @@ FOLDERS = dict.fromkeys(("bench", "study", "theory"), ".command") | {"report": "
 
 def usage() -> str:
     """Write the help text."""
+    from fedraclora.experiments.choices import groups, sections
+
     chosen = []
     for group, choices in groups().items():
         chosen += [f"  {group}=", *(f"    {name:<22} {text}" for name, text in choices.items())]
@@ -60,6 +61,8 @@ def main(words: Sequence[str] | None = None) -> None:
 @reported
 def explain(words: Sequence[str]) -> int:
     """Print the keys of the choices and sections among some words; the help text if none is."""
+    from fedraclora.experiments.choices import groups, keys_of, section_keys, sections
+
     folders = [Path(name) for _, name in completion.part_folders(words)[0] if name]
     found: dict[str, None] = {}  # each once, in their order
     for word in words:

@@ -25,8 +25,7 @@ from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.experiments import Plain
 from fedraclora.experiments.app import RunRequest
-from fedraclora.experiments.choices import composed
-from fedraclora.experiments.overrides import is_override, key_of, searched
+from fedraclora.experiments.overrides import composed, is_override, key_of, searched
 from fedraclora.experiments.progress import RunProgress
 from fedraclora.experiments.resume import told_how_to_go_on
 from fedraclora.experiments.simulate import choose, shown

@@ -19,8 +19,7 @@ from fedraclora.config.settings import FlowerConfig
 from fedraclora.engines.flower.superlink import Options, SuperLink, run_options, words_of
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.experiments.app import RunRequest, checkout, copy_app
-from fedraclora.experiments.choices import composed
-from fedraclora.experiments.overrides import key_of, searched
+from fedraclora.experiments.overrides import composed, key_of, searched
 from fedraclora.experiments.resume import told_how_to_go_on
 from fedraclora.experiments.simulate import choose, shown
 from fedraclora.experiments.status import reported

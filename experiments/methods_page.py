@@ -54,7 +54,7 @@ def methods(results: Path) -> str:
 
 
 def method_of(name: str) -> Method:
-    """Make a method as its YAML in conf/method has it."""
+    """Make a method as ``method=name`` has it."""
     return bind("method", METHODS, choice("method", name))()
 
 

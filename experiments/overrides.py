@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedraclora.config.run_config import NAMED, choices_with, from_plain, unknown_key
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.experiments import CONF, Plain
+from fedraclora.experiments.choices import choice, groups
 from fedraclora.experiments.completion import part_folders
 from fedraclora.strategies import METHODS
 from fedraclora.weights.files import flatten
@@ -42,6 +43,32 @@ def key_of(word: str) -> str:
         'local.lr'
     """
     return word.lstrip("+~").partition("=")[0]
+
+
+def composed(words: Sequence[str]) -> Plain:
+    """Compose the config as the command line would, as a plain, resolved dict.
+
+    Args:
+        words: Hydra's overrides, for example ``["method=fedavg", "seed=1"]``, and
+            ``--config-dir DIR``.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: If it does not compose.
+    """
+    words = searched(words)
+
+    def once(words: Sequence[str]) -> Plain:
+        cfg = compose("config", overrides=list(words), return_hydra_config=True)
+        return plain_of(cfg, cfg.hydra.runtime.choices)
+
+    with (
+        in_plain_words(words),
+        initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
+    ):
+        return without_idle(once(words), words, once)
 
 
 def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> Plain:
@@ -237,9 +264,9 @@ def _deep(group: str, inner: str) -> list[str]:
     """Name the choices of a group that have a key of two parts or more, such as ``dp.clip``."""
     if "." not in inner or not _choosable(group):
         return []
-    files = sorted((CONF / group).glob("*.yaml"))
-    return [f.stem for f in files if OmegaConf.select(OmegaConf.load(f), inner) is not None]
+    key = f"{group}.{inner}"
+    return [name for name in groups()[group] if key in flatten({group: choice(group, name)})]
 
 
 def _choosable(group: str) -> bool:
-    return (CONF / group).is_dir()
+    return group in groups()

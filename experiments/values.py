@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import CONF, Plain
-from fedraclora.experiments.choices import composed
-from fedraclora.experiments.overrides import key_of
+from fedraclora.experiments import Plain
+from fedraclora.experiments.choices import groups
+from fedraclora.experiments.overrides import composed, key_of
 from fedraclora.experiments.resume import laid_over
 
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
@@ -74,7 +74,7 @@ def words_of(mapping: Mapping[str, object], before: str = "") -> list[str]:
         path = f"{before}{key}"
         if isinstance(value, Mapping) and not before:
             words += words_of(value, f"{path}.")
-        elif key == "name" and before and (CONF / before[:-1]).is_dir():
+        elif key == "name" and before and before[:-1] in groups():
             words.append(f"{before[:-1]}={literal(path, value)}")
         else:
             words.append(f"{path}={literal(path, value)}")

@@ -55,7 +55,7 @@ def simulate(
 ) -> Run:
     """Run a federated method on a task in this process, to its end.
 
-    What is not said is as in ``conf/config.yaml``, so that the same words give the same bits as
+    What is not said has its default, so that the same words give the same bits as
     ``fedraclora simulate``. The engine is one of the config, too: ``engine=vectorised`` (many
     clients as one batch), ``inline`` or ``ray``. Model, data and method may be objects
     of the program.

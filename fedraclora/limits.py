@@ -55,6 +55,20 @@ class Limit:
         raise ConfigError(f"{key} is {value!r}; {self.description}{null} is wanted")
 
 
+@dataclass(frozen=True)
+class Composed:
+    """What Hydra composes in place of a default: what it resolves, or null, to be said yet."""
+
+    value: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of the keys of a group that only some of its choices list."""
+
+    name: str
+
+
 def choice_of(choices: Collection[str]) -> Limit:
     """Limit a setting to some words."""
     return Limit("", lambda value: value in choices, choices)
@@ -151,7 +165,9 @@ def _check(key: str, value: object, hint: object, null: str = "") -> None:
     arguments = typing.get_args(hint)
     if hasattr(hint, "__metadata__"):
         for limit in hint.__metadata__:
-            limit.refuse(key, value, arguments[0], null)
+            if isinstance(limit, Limit):
+                limit.refuse(key, value, arguments[0], null)
+        _check(key, value, arguments[0], null)
     elif isinstance(value, list | tuple):
         for place, element in enumerate(value):
             for inner in arguments:

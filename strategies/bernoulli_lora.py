@@ -34,7 +34,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class BernoulliLora(LowRank):
-    """Hyperparameters of Bernoulli-LoRA, beside those of `LowRank`.
+    """Bernoulli-LoRA: a coin says for each round which factor is drawn and which trained.
 
     Attributes:
         sketch: A key of `fedraclora.sketch.SKETCHES`.

@@ -54,7 +54,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class FedRacLora(GradientFirst, Asymmetric):
-    """Hyperparameters of Fed-RAC-LoRA (and of FFA-LoRA, with ``resample_every=None``).
+    """Fed-RAC-LoRA: a fresh shared sketch each round, one trained factor, exact average, merged.
 
     Attributes:
         side: ``right`` (A drawn), ``left`` (B drawn), ``auto`` (the trained factor is smaller).

@@ -37,7 +37,9 @@ from fedraclora.strategies.shared.layerwise import (
 
 @dataclass(frozen=True)
 class FedSb(Drawn):
-    """Hyperparameters of Fed-SB. The rank is bounded by the smaller side.
+    """Fed-SB: a small core trained between two frozen factors, which are drawn.
+
+    The rank is bounded by the smaller side.
 
     Attributes:
         initial: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.

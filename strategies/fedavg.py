@@ -37,7 +37,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class FedAvg(Method):
-    """FedAvg has no hyperparameters of its own."""
+    """FedAvg: every weight trained and averaged in full (of biases: see bias and dense)."""
 
     traits = Traits(exact=True, linear=True, merges=True)
 

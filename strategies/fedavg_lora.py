@@ -37,7 +37,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FedAvgLora(Factored):
-    """Hyperparameters of FedAvg-LoRA, COLA and ReLoRA, beside those of `Factored`.
+    """FedAvg-LoRA (FedIT): both factors trained, averaged separately; its error is measured.
 
     Attributes:
         resample_every: Rounds of a link, after which it is merged; None = one link for ever.

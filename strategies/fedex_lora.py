@@ -34,7 +34,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FedExLora(Factored):
-    """Hyperparameters of FedEx-LoRA, beside those of `Factored`.
+    """FedEx-LoRA: FedAvg-LoRA, and what separate averages miss is added to the base weights.
 
     Attributes:
         residual_rank: Components of the residual that are merged; None: all.

@@ -1,5 +1,7 @@
 """FedKRSO: local steps in several shared random subspaces, one after another.
 
+    The rank is that of one subspace.
+
     P_j (r x n) drawn once for j = 1..G
     client k: B_jk = 0; local step t moves B_jk for j = (t // interval) mod G alone, under the
     effective weight W + s sum_j B_jk P_j
@@ -33,11 +35,11 @@ from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, 
 
 @dataclass(frozen=True)
 class FedKrso(Asymmetric):
-    """Hyperparameters of FedKRSO, beside those of `Asymmetric`. The rank is that of one subspace.
+    """FedKRSO: local steps in several shared random subspaces, one after another.
 
     Attributes:
         sketch: How the P_j are drawn, a key of `fedraclora.sketch.SKETCHES`.
-        sketches: G.
+        sketches: G, subspaces of the rank each.
         interval: Local steps of a turn.
     """
 

@@ -40,7 +40,7 @@ Strength = Annotated[float, Limit("a number in (0, 1]", lambda value: 0 < value 
 
 @dataclass(frozen=True)
 class FedRotLora(Factored):
-    """Hyperparameters of FedRot-LoRA, beside those of `Factored`.
+    """FedRot-LoRA: FedAvg-LoRA, and factors are turned towards the last ones before the mean.
 
     Attributes:
         strength: How far factors are turned: 1 all the way; 0, which is refused, is FedAvg-LoRA.

@@ -27,7 +27,7 @@ from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, 
 
 @dataclass(frozen=True)
 class FedSaLora(Drawn):
-    """Hyperparameters of FedSA-LoRA: those of `Drawn`; A begins as a drawing, B at zero."""
+    """FedSA-LoRA: both factors trained, A averaged, B kept by each client (personal models)."""
 
     traits = Traits(exact=True, linear=True, merges=False)
     link_rounds = None

@@ -33,7 +33,7 @@ from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, 
 
 @dataclass(frozen=True)
 class FedSvd(Drawn):
-    """Hyperparameters of FedSVD: those of `Drawn`; A begins as a drawing, B at zero."""
+    """FedSVD: B trained and averaged; then both factors from the SVD of their product."""
 
     traits = Traits(exact=True, linear=True, merges=False)
     carries = True

@@ -31,7 +31,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FlexLora(Factored):
-    """Hyperparameters of FlexLoRA: those of `Factored`."""
+    """FlexLoRA: the mean of the products, cut to the rank and handed out again."""
 
     truncates = True
 

@@ -27,7 +27,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FloraStacking(Factored):
-    """Hyperparameters of FLoRA: those of `Factored`, with a drawing to begin from."""
+    """FLoRA: both factors trained anew each round, their products stacked and merged exactly."""
 
     traits = Traits(exact=True, linear=False, merges=True, ranks=True)
     carries = False

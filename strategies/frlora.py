@@ -33,7 +33,10 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class FrLora(LayerMethod):
-    """Hyperparameters of FRLoRA: those of `LowRank`; the smaller side bounds the rank."""
+    """FRLoRA: rounds start from the principal part of the initial weights; what moved is merged.
+
+    The rank is bounded by the smaller side.
+    """
 
     traits = Traits(exact=False, linear=True, merges=True)
     begins_carried = True

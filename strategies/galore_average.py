@@ -39,7 +39,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class GaloreAverage(Limited, FedAvg, group="method"):
-    """Hyperparameters of GaLore with direct averaging.
+    """GaLore at the clients, full weights averaged.
 
     Attributes:
         rank: r; a fraction (0, 1] of the smaller side if written with a dot. From the smaller side

@@ -35,7 +35,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class HetLora(Factored):
-    """Hyperparameters of HetLoRA: those of `Factored`."""
+    """HetLoRA: factors padded with zeros, averaged by the norms of their products."""
 
     truncates = True
 

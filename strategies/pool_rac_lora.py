@@ -41,7 +41,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class PoolRacLora(FedRacLora):
-    """Hyperparameters of a pool, beside those of Fed-RAC-LoRA.
+    """Fed-RAC-LoRA on a pool of sketches that recur, so that absent clients fetch each part once.
 
     Attributes:
         blocks: As there; ``cover`` by default, so that the sketches of a pool are orthogonal.

@@ -35,11 +35,13 @@ from fedraclora.strategies.shared.layerwise import Layer
 
 @dataclass(frozen=True)
 class Ravan(FedSb):
-    """Hyperparameters of RAVAN. The rank is that of one head, bounded by the smaller side over h.
+    """RAVAN: several heads, each a small trained core between two frozen factors.
+
+    The rank is that of one head, bounded by the smaller side over h.
 
     Attributes:
         initial: How the factors are drawn, a key of `fedraclora.sketch.SKETCHES`.
-        heads: h.
+        heads: h, cores of the rank each.
     """
 
     recipe = "block_diagonal"

@@ -30,7 +30,7 @@ from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, 
 
 @dataclass(frozen=True)
 class RoLora(Drawn):
-    """Hyperparameters of RoLoRA: those of `Drawn`; A begins as a drawing, B at zero."""
+    """RoLoRA: B trained in odd rounds and A in even ones, each under the mean of the other."""
 
     traits = Traits(exact=True, linear=True, merges=False, ranks=True, varies=True)
     carries = True

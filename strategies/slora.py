@@ -42,7 +42,9 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class SLora(LayerMethod):
-    """Hyperparameters of SLoRA. The rank is bounded by the smaller side.
+    """SLoRA: some rounds of sparse full weights, whose change begins the factors of FedAvg-LoRA.
+
+    The rank is bounded by the smaller side.
 
     Attributes:
         sparse_rounds: R, rounds of the first stage.

@@ -55,7 +55,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class SubspaceRacLora(GradientFirst):
-    """Hyperparameters, beside those of `LowRank`.
+    """Subspace RAC-LoRA: Fed-RAC-LoRA whose frozen factor is taken from the links before it.
 
     Attributes:
         basis: ``singular``, or ``coordinate``: rows are unit vectors, the k kept ones drawn without

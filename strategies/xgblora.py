@@ -38,7 +38,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class XgbLora(Factored):
-    """Hyperparameters of XGBLoRA, beside those of `Factored`, with a drawing to begin from.
+    """XGBLoRA: boosters of rank 1 on layers drawn at random, shrunk, merged and begun anew.
 
     Attributes:
         layers: Share (0, 1] of the adapted layers that a booster has, rounded up.

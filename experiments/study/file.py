@@ -13,7 +13,7 @@ import yaml
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.strategies import METHODS
 from fedraclora.weights.files import flatten
 

@@ -21,7 +21,7 @@ import torch
 from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.experiments.assemble import Assembled
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.run_files import refuse_overwriting
 from fedraclora.experiments.status import explained
 from fedraclora.experiments.study.checks import check_data, check_rows

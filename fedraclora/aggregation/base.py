@@ -66,7 +66,7 @@ class Aggregator(Limited, group="aggregator"):
 
 @dataclass(frozen=True)
 class Mean(Aggregator):
-    """Plain weighted averaging: nothing to do before the method takes the mean."""
+    """Plain weighted averaging."""
 
     name: ClassVar[str] = "mean"
     individuals: ClassVar[bool] = False
@@ -78,7 +78,7 @@ class Mean(Aggregator):
 
 @dataclass(frozen=True)
 class Total(Aggregator):
-    """Hand over the weighted sum only, as secure aggregation would."""
+    """The method sees the weighted sum only."""
 
     name: ClassVar[str] = "sum"
     individuals: ClassVar[bool] = False

@@ -53,7 +53,7 @@ class Estimate(Aggregator):
 
 @dataclass(frozen=True)
 class Median(Estimate):
-    """Coordinate-wise median."""
+    """Coordinate-wise median; clients count alike."""
 
     name: ClassVar[str] = "median"
 
@@ -64,7 +64,7 @@ class Median(Estimate):
 
 @dataclass(frozen=True)
 class TrimmedMean(Estimate):
-    """Coordinate-wise trimmed mean.
+    """Coordinate-wise trimmed mean; clients count alike.
 
     Attributes:
         attackers: Clients that are cut at each end; a share of those that answered if below 1.
@@ -81,7 +81,13 @@ class TrimmedMean(Estimate):
 
 @dataclass(frozen=True)
 class GeometricMedian(Estimate):
-    """Geometric median; see `statistics.geometric_median` for the attributes."""
+    """Geometric median (RFA, Weiszfeld); clients count alike.
+
+    Attributes:
+        smoothing: Distances below it count as it.
+        tolerance: Stop once the total distance falls by less than this share of itself.
+        iterations: The most there may be.
+    """
 
     name: ClassVar[str] = "geometric_median"
 
@@ -96,7 +102,7 @@ class GeometricMedian(Estimate):
 
 @dataclass(frozen=True)
 class MultiKrum(Aggregator):
-    """Average the clients with the least scores of Krum, each counted once.
+    """Multi-Krum: the mean of the updates that are nearest to their neighbours.
 
     Attributes:
         attackers: f, how many it must withstand; a share of those that answered if below 1.
@@ -130,7 +136,7 @@ class MultiKrum(Aggregator):
 
 @dataclass(frozen=True)
 class Krum(MultiKrum):
-    """Take the one client with the least score of Krum; ``kept`` is 1."""
+    """Krum: the one update that is nearest to its neighbours."""
 
     name: ClassVar[str] = "krum"
 
@@ -139,7 +145,7 @@ class Krum(MultiKrum):
 
 @dataclass(frozen=True)
 class NormBound(Aggregator):
-    """Shorten each client's update to a bound, over all that it sends; weights stay.
+    """Averaging, with updates shortened to a greatest norm.
 
     Attributes:
         bound: The greatest norm of an update that is left as it is.

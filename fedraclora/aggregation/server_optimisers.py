@@ -34,7 +34,7 @@ Space = Annotated[str, choice_of(SPACES)]
 
 @dataclass(frozen=True)
 class ServerOptimiser(Limited, group="server_optimiser"):
-    """None: the mean of the clients is taken as it is. Base of the others.
+    """The server takes the mean of the clients as it is.
 
     Attributes:
         name: Its key in the config.
@@ -60,7 +60,7 @@ class ServerOptimiser(Limited, group="server_optimiser"):
 
 @dataclass(frozen=True)
 class Momentum(ServerOptimiser):
-    """FedAvgM.
+    """FedAvgM: the server goes on in the direction of earlier rounds.
 
     Attributes:
         lr: Step size; 1 adds the momentum as it is.
@@ -121,9 +121,11 @@ class Adaptive(ServerOptimiser, ABC):
 
 @dataclass(frozen=True)
 class Adagrad(Adaptive):
-    """FedAdagrad."""
+    """FedAdagrad: coordinates that have moved much move less."""
 
     name: ClassVar[str] = "adagrad"
+
+    beta1: Fraction = 0.0
 
     @override
     def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
@@ -132,7 +134,7 @@ class Adagrad(Adaptive):
 
 @dataclass(frozen=True)
 class Adam(Adaptive):
-    """FedAdam.
+    """FedAdam: each coordinate moves by about lr in a round.
 
     Attributes:
         beta2: Share of the second moment that a round keeps, in [0, 1).
@@ -149,7 +151,10 @@ class Adam(Adaptive):
 
 @dataclass(frozen=True)
 class Yogi(Adam):
-    """FedYogi: the second moment moves by no more than (1 - beta2) Delta^2."""
+    """FedYogi: as FedAdam, with second moments that change slowly.
+
+    The second moment moves by no more than (1 - beta2) Delta^2.
+    """
 
     name: ClassVar[str] = "yogi"
 

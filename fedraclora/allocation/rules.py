@@ -45,14 +45,14 @@ SYNFLOW = "synflow"  # without data: `fedraclora.allocation.synflow`
 
 @dataclass(frozen=True)
 class Uniform(Limited, group="allocation"):
-    """Every adapted layer has the method's rank."""
+    """Every adapted layer has the rank that the method says."""
 
     name: ClassVar[str] = "none"
 
 
 @dataclass(frozen=True)
 class HeteroLora(Uniform):
-    """The layers of highest score are adapted, at the method's rank, and the others are not.
+    """HeteroLoRA: clients send gradients, and the layers of highest score alone are adapted.
 
     Attributes:
         proxy: The score, a key of `PROXIES`, or ``synflow``.
@@ -103,7 +103,7 @@ class HeteroLora(Uniform):
 
 @dataclass(frozen=True)
 class AdaLora(Uniform):
-    """Components are dropped by importance, under a budget that falls with the rounds.
+    """AdaLoRA: components are cut by importance, under a budget that falls with the rounds.
 
     With b_0 components over all layers at the start and b_T = ``target`` times the layers:
 

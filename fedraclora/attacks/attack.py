@@ -30,7 +30,7 @@ from fedraclora.tree import Layout, Tree
 
 @dataclass(frozen=True)
 class Attack(Limited, group="attack"):
-    """No attack, and the base of the others.
+    """Nobody attacks.
 
     Attributes:
         name: Its key in the config.
@@ -66,7 +66,7 @@ class Attack(Limited, group="attack"):
 
 @dataclass(frozen=True)
 class SignFlip(Attack):
-    """Send the update the other way round.
+    """Attackers send their update the other way round.
 
     Attributes:
         scale: Times its length.
@@ -74,6 +74,7 @@ class SignFlip(Attack):
 
     name: ClassVar[str] = "sign_flip"
 
+    share: Share = 0.2
     scale: float = 1.0
 
     @override
@@ -83,7 +84,7 @@ class SignFlip(Attack):
 
 @dataclass(frozen=True)
 class ScaledNoise(Attack):
-    """Send Gaussian noise.
+    """Attackers send Gaussian noise.
 
     Attributes:
         scale: Its norm, in norms of the client's own update (in expectation of the square).
@@ -91,6 +92,7 @@ class ScaledNoise(Attack):
 
     name: ClassVar[str] = "scaled_noise"
 
+    share: Share = 0.2
     scale: float = 1.0
 
     @override
@@ -105,9 +107,11 @@ class ScaledNoise(Attack):
 
 @dataclass(frozen=True)
 class LabelFlip(Attack):
-    """Train on flipped labels: class c of C is called C - 1 - c."""
+    """Attackers train on flipped labels: class c of C is called C - 1 - c."""
 
     name: ClassVar[str] = "label_flip"
+
+    share: Share = 0.2
 
     def poisoned(self, data: ClientData, classes: int, seed: int) -> ClientData:
         """Flip the attackers' labels in the data of all clients.
@@ -122,7 +126,7 @@ class LabelFlip(Attack):
 
 @dataclass(frozen=True)
 class ALittleIsEnough(Attack):
-    """Send the mean of the attackers' own updates, moved by some of their standard deviations.
+    """Attackers agree on an update just within the spread of the others.
 
     Attributes:
         z: Standard deviations; None: the most that leaves the attackers' value, in each
@@ -136,6 +140,7 @@ class ALittleIsEnough(Attack):
     name: ClassVar[str] = "a_little_is_enough"
     colludes: ClassVar[bool] = True
 
+    share: Share = 0.2
     z: float | None = None
 
     def deviations(self, cohort: int, attackers: int) -> float:

@@ -13,9 +13,9 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedraclora.attacks.attack import AttackedTrainer, LabelFlip
-from fedraclora.config.run_config import BESIDE, TaskConfig
-from fedraclora.config.schema import Plain, bind, coerce, section, without
-from fedraclora.config.settings import EvaluateConfig
+from fedraclora.config.run_config import TaskConfig, parted
+from fedraclora.config.schema import Plain, bind, build, section, without
+from fedraclora.config.settings import EvaluateConfig, Selection
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form
@@ -92,8 +92,8 @@ def settled(plain: Plain) -> dict[str, object]:
         clients = counted(samples if isinstance(samples, str) else None, None)
     data["clients"] = clients
     if data.get("classes") is None or data.get("shape") is None:
-        asked = without(data, *BESIDE["data"], "client", "alone")  # these a node sets
-        known = bind("data", DATASETS, asked)()
+        own, _ = parted("data", data)
+        known = bind("data", DATASETS, without(own, "client", "alone"))()  # these a node sets
         data |= {"classes": known.classes, "shape": [*known.sample_shape]}
     return {**plain, "data": data, "clients": clients}
 
@@ -182,12 +182,11 @@ def build_task(config: TaskConfig) -> BuiltTask:
         FedRacLoraError: Whatever is wrong with data, partition, model or cohort.
     """
     device = pick_device(config.device)
-    own = without(config.data, *BESIDE["data"])
+    own, beside = parted("data", config.data)
+    selection = build("data", Selection, beside)
     whole = bind("data", DATASETS, own, clients=config.clients, seed=config.seed)()
-    labels = coerce("data.labels", config.data.get("labels"), list[int] | None)
-    data = select_labels(whole, labels) if isinstance(labels, list) else whole
-    share: Any = coerce("data.validation", config.data.get("validation", 0.0), float)
-    data, validation = hold_out(data, share, config.seed)
+    data = whole if selection.labels is None else select_labels(whole, selection.labels)
+    data, validation = hold_out(data, selection.validation, config.seed)
     division: dict[str, Any] = dict(config.partition)
     parts, info = make_partition(data, **division, clients=config.clients, seed=config.seed)
     built = bind(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Annotated
 
 from fedraclora.aggregation.base import Aggregator
@@ -29,10 +29,12 @@ from fedraclora.config.schema import (
 from fedraclora.config.settings import (
     ENGINES,
     DeployConfig,
+    EmptyClients,
     EngineConfig,
     EvaluateConfig,
     OutputConfig,
     PretrainConfig,
+    Selection,
     StopConfig,
     WireConfig,
 )
@@ -84,7 +86,7 @@ def digested(plain: Plain) -> dict[str, object]:
     return {k: v for k, v in kept.items() if k not in unset or v != unset[k]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskConfig(Limited):
     """What every process that trains clients must know: data, model and local training.
 
@@ -93,16 +95,19 @@ class TaskConfig(Limited):
         data, partition, model: Tables' rows and their arguments.
         local, engine, pretrain: Settings.
         attack: What some clients do to harm the run, in a simulation.
-        clients: Clients that are asked for; None where the data brings its own division.
-        cohort: Clients per round; a fraction of them if below 1.
+        privacy, secure: What a round may tell of a client; what the server sees of a cohort.
+        system: What the clients' devices are like.
+        clients: Size of the population; None where the data brings its own division.
+        cohort: Clients per round; a fraction of them if below 1 (0.2).
         seed: Of the run.
         device: auto, cpu or cuda.
-        precision: float32 or bf16-mixed.
-        head, bias, targets, dense: The policy of `fedraclora.protocol.plan.make_plan`.
-        weights: examples or uniform.
-        privacy, secure: What a round may tell of a client; what the server sees of a cohort.
-        max_failures: Clients that may fail in a round.
-        system: What the clients' devices are like.
+        precision: Of local training: float32, or bf16-mixed (matrix products in bfloat16).
+        weights: Of clients in the mean: examples or uniform.
+        head: Final layer: adapt, average, frozen or local; one policy for all methods.
+        bias: Biases of adapted layers: average or frozen (of others: see dense).
+        targets: Adapted layers: None (the model's default), all-linear, all, or [query,value].
+        dense: Further layers trained in full, by pattern: [conv*, LayerNorm].
+        max_failures: Clients that may fail in a round before the run stops.
     """
 
     plain: Plain
@@ -113,20 +118,20 @@ class TaskConfig(Limited):
     engine: EngineConfig
     pretrain: PretrainConfig
     attack: Attack
-    clients: Count | None
-    cohort: Cohort
-    seed: int
-    device: Annotated[str, choice_of(DEVICES)]
-    precision: Annotated[str, choice_of(PRECISIONS)]
-    head: Annotated[str, choice_of(HEAD_POLICIES)]
-    bias: Annotated[str, choice_of(BIAS_POLICIES)]
-    targets: str | list[str] | None
-    dense: str | list[str] | None
-    weights: Annotated[str, choice_of(WEIGHTINGS)]
     privacy: Privacy
     secure: Open
-    max_failures: Whole
     system: SystemConfig
+    clients: Count | None = 200
+    cohort: Cohort = 20
+    seed: int = 0
+    device: Annotated[str, choice_of(DEVICES)] = "auto"
+    precision: Annotated[str, choice_of(PRECISIONS)] = "float32"
+    weights: Annotated[str, choice_of(WEIGHTINGS)] = "examples"
+    head: Annotated[str, choice_of(HEAD_POLICIES)] = "adapt"
+    bias: Annotated[str, choice_of(BIAS_POLICIES)] = "average"
+    targets: str | list[str] | None = None
+    dense: str | list[str] | None = None
+    max_failures: Whole = 0
 
     @property
     def own_model(self) -> bool:
@@ -134,37 +139,41 @@ class TaskConfig(Limited):
         return self.model.get("name") in {"function", "object"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(TaskConfig):
     """Everything that a run is made from.
 
     Attributes:
         method: The method, its hyperparameters checked.
         allocation: Which layers it adapts, and at which rank.
-        dora: Whether adapted rows have trained magnitudes (`fedraclora.lowrank.dora`).
-        evaluate, output: Settings.
-        rounds: Rounds.
+        output: What the run leaves behind.
         aggregator: What happens to the updates before the method sees them.
         server_optimiser: What the server makes of the mean of a round.
-        control_variates: Whether clients' drift is corrected by control variates (SCAFFOLD).
-        stop: When to end before the last round.
+        rounds: Rounds.
+        control_variates: Take out what a client's gradients differ by (SCAFFOLD); needs
+            local.steps.
+        dora: Give every adapted row a trained magnitude of its own (DoRA).
         start: What the run begins from, if not from the weights of its model: the folder of a
-            finished run or of a PEFT adapter, or its ``path`` and its digest ``sha256``.
+            finished run or of a PEFT adapter. (A run keeps its ``path`` and digest ``sha256``.)
+        resume: A run folder to go on from; auto: the run's own folder, if it is there.
+        evaluate: When and on what the server measures.
+        stop: When to end before the last round.
         wire: How numbers go up and down.
         steps: What a Python program has put into the rounds, in words.
     """
 
     method: Method
     allocation: Uniform
-    dora: bool
-    evaluate: EvaluateConfig
     output: OutputConfig
-    rounds: Whole
     aggregator: Aggregator
     server_optimiser: ServerOptimiser
-    control_variates: bool
-    stop: StopConfig
+    rounds: Whole = 150
+    control_variates: bool = False
+    dora: bool = False
     start: str | dict[str, str] | None = None
+    resume: str | None = None
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     wire: WireConfig = field(default_factory=WireConfig)
     steps: list[str] = field(default_factory=list)
 
@@ -190,19 +199,22 @@ KINDS: dict[str, Callable[..., object]] = {
     for key, kind in typing.get_type_hints(RunConfig).items()
     if isinstance(kind, type) and is_dataclass(kind) and key not in ROWS
 }
-NAMED = ("local", "pretrain", "output", "system")
+# The groups among them, and the choice that leaves all at the defaults.
+NAMED = {"local": "sgd", "pretrain": "none", "output": "run", "system": "none"}
+SECTIONS = {key: kind for key, kind in KINDS.items() if key not in {*NAMED, "method"}}
 TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
     "data": DATASETS,
     "model": MODELS,
     "partition": PARTITIONS,
 }
-# Keys of a group beside those of its row, and arguments of the row that are no keys.
-BESIDE = {"data": ("labels", "validation"), "partition": ("empty",)}
+# What reads the keys of a group that it has beside those of its row; arguments that are no keys.
+BESIDE: dict[str, Callable[..., object]] = {"data": Selection, "partition": EmptyClients}
 GIVEN = {
     "data": ("clients", "seed"),
     "model": ("shape", "classes", "seed"),
     "partition": ("data", "clients", "seed"),
 }
+LATER = ("start", "wire", "resume", "steps")  # keys that configs of earlier versions lack
 
 
 def task_from_plain(plain: Plain) -> TaskConfig:
@@ -220,7 +232,7 @@ def from_plain(
     """Check a plain config and build the settings.
 
     Args:
-        plain: Nested dict of plain values (see ``conf/config.yaml`` for the keys).
+        plain: Nested dict of plain values (`fedraclora simulate --cfg job` prints all).
         methods: The METHODS table of `strategies`, handed in since it lies above this module.
         began: Whether it is that of a run that goes on, which an earlier version may have begun:
             keys that nothing reads are then left as they are.
@@ -247,7 +259,7 @@ def from_plain(
 
 def _refuse_unknown(plain: Plain) -> None:
     """Reject keys of the config itself that do not exist."""
-    known = [*inspect.signature(RunConfig).parameters, "resume"]
+    known = [*inspect.signature(RunConfig).parameters]
     known.remove("plain")
     found = [key for key in plain if key not in known]
     if not found:
@@ -268,7 +280,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     near = " or ".join(map(repr, nearest(key, known, count=2)))
     return (
         f"unknown key {key!r}{f'; did you mean {near}?' if near else '.'} All keys are in "
-        "conf/config.yaml and in what `fedraclora simulate --cfg job` prints"
+        "what `fedraclora simulate --cfg job` prints"
     )
 
 
@@ -285,10 +297,11 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     hints = typing.get_type_hints(kind, include_extras=True)
     found: dict[str, object] = {"plain": plain}
     keys = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
-    given = {f.name for f in fields(kind) if (f.default, f.default_factory) != (MISSING, MISSING)}
-    missing = [key for key in keys if key not in plain and key not in given]
+    missing = [key for key in keys if key not in plain and key not in LATER]
     errors = (
-        [f"the config has no key {', '.join(missing)}; see conf/config.yaml"] if missing else []
+        [f"the config has no key {', '.join(missing)}; see `fedraclora simulate --cfg job`"]
+        if missing
+        else []
     )
     for key in keys:
         if key not in plain:
@@ -302,8 +315,10 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             elif key in TABLES:
                 # Called once it is known what else it is given; checked here.
                 found[key] = group = section(plain, key)
-                own = without(group, *BESIDE.get(key, ()))
+                own, other = parted(key, group)
                 bind(key, TABLES[key], own, **dict.fromkeys(GIVEN[key]))
+                if key in BESIDE:
+                    build(key, BESIDE[key], other)
             else:
                 found[key] = coerce(key, plain[key], hints[key])
         except MissingKeysError as error:
@@ -312,6 +327,24 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     if missing:
         raise MissingKeysError("\n  ".join(errors), missing)
     return found
+
+
+def parted(key: str, group: Plain) -> tuple[dict[str, object], dict[str, object]]:
+    """Part the keys of a table's row from those that are read beside it (`BESIDE`)."""
+    beside = [*inspect.signature(BESIDE[key]).parameters] if key in BESIDE else []
+    return without(group, *beside), {k: group[k] for k in beside if k in group}
+
+
+def targets_of(
+    methods: Mapping[str, type[Method]],
+) -> dict[str, Mapping[str, Callable[..., object]]]:
+    """List what reads the keys of each choice that code has: group -> choice -> class or function.
+
+    Args:
+        methods: The METHODS table of `strategies`.
+    """
+    named = {group: {name: KINDS[group]} for group, name in NAMED.items()}
+    return {**named, **TABLES, **ROWS, "method": methods}
 
 
 def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
@@ -325,13 +358,9 @@ def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
         Names of rows; the group itself where it is of one kind.
     """
     group, _, inner = key.partition(".")
-    found: Mapping[str, Mapping[str, Callable[..., object]]] = {
-        **{kind: {kind: target} for kind, target in KINDS.items()},
-        **TABLES,
-        **ROWS,
-        "method": methods,
-    }
-    table = found.get(group, {})
+    table = targets_of(methods).get(group, {})
+    if group in KINDS:
+        table = {group: KINDS[group]}
     return [name for name, row in table.items() if inner in inspect.signature(row).parameters]
 
 

@@ -144,7 +144,7 @@ def coerce(key: str, value: object, hint: object) -> object:
     check_size(key, value)
     options = _options(hint)
     for option in options:
-        if (table := _table(option)) and isinstance(value, Mapping):
+        if (table := nested_rows(option)) and isinstance(value, Mapping):
             row = bind(key, table, value)
             try:
                 return row()
@@ -191,10 +191,10 @@ def _short(value: int) -> str:
     return str(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
 
 
-def _table(hint: object) -> Mapping[str, Callable[..., object]]:
-    """The rows of a class that stands for a nested group; empty for other hints."""
-    rows = getattr(hint, "rows", None)
-    return rows() if callable(rows) else {}
+def nested_rows(hint: object) -> Mapping[str, Callable[..., object]]:
+    """The rows of a class that stands for a nested group, or may; empty for other hints."""
+    tables = (getattr(option, "rows", None) for option in _options(hint))
+    return next((rows() for rows in tables if callable(rows)), {})
 
 
 def _shown(hint: object) -> str:
@@ -204,7 +204,7 @@ def _shown(hint: object) -> str:
     if annotated := _annotated(hint):
         words = [word for limit in annotated[1:] for word in getattr(limit, "choices", ())]
         return f"one of {', '.join(words)}" if words else _shown(annotated[0])
-    if table := _table(hint):
+    if table := nested_rows(hint):
         return f"a group with a name ({', '.join(table)})"
     if hint is type(None):
         return "null"

@@ -16,6 +16,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import METRICS
 from fedraclora.limits import (
     Count,
+    Fraction,
     Limit,
     Limited,
     NotNegative,
@@ -39,10 +40,37 @@ Chunk = Annotated[
 
 
 @dataclass(frozen=True)
+class Selection(Limited, group="data"):
+    """What is taken of a data set, whichever it is.
+
+    Attributes:
+        labels: Classes to keep, by number, for example [5, 6, 7, 8, 9]; they are numbered anew.
+        validation: Fraction of the training samples held out for tuning.
+    """
+
+    labels: list[int] | None = None
+    validation: Fraction = 0.0
+
+
+@dataclass(frozen=True)
+class EmptyClients(Limited, group="partition"):
+    """What becomes of clients to whom a division gives no samples.
+
+    Attributes:
+        empty: error refuses them, drop leaves them out.
+    """
+
+    empty: Annotated[str, choice_of(("drop", "error"))] = "error"
+
+
+@dataclass(frozen=True)
 class WireConfig(Limited, group="wire"):
     """How numbers go up and down: as they are trained, or rounded to fewer bits without bias.
 
-    ``feedback``: both ends keep what rounding left of what they send (`fedraclora.wire.feedback`).
+    Attributes:
+        uplink: Rounded at random; int8 and int4 with a scale for each block.
+        downlink: The same, on the way to the clients.
+        feedback: What rounding left is added to what is sent next (error feedback).
     """
 
     uplink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
@@ -73,7 +101,12 @@ class Waiting:
 
 @dataclass(frozen=True)
 class EngineConfig(Limited, group="engine"):
-    """What every engine has. ``chunk``: clients per batch or ``auto``; ``threads``: of torch."""
+    """Whole chunks of clients as one batch, in this process (CPU or GPU).
+
+    Attributes:
+        chunk: Clients per batch; auto: from the memory of one client.
+        threads: Of torch, in each process that trains.
+    """
 
     name: ClassVar[str] = "vectorised"
 
@@ -98,7 +131,7 @@ class EngineConfig(Limited, group="engine"):
 
 @dataclass(frozen=True)
 class InlineConfig(EngineConfig):
-    """One client after another, in this process."""
+    """One client after another, in this process: reference and debugging."""
 
     name: ClassVar[str] = "inline"
 
@@ -116,7 +149,7 @@ class InlineConfig(EngineConfig):
 
 @dataclass(frozen=True)
 class RayConfig(EngineConfig):
-    """Chunks on resident Ray workers.
+    """Chunks of clients on resident Ray workers, on this machine or a cluster.
 
     Attributes:
         workers: Processes that train; None = one per free CPU (or GPU) of the cluster.
@@ -144,7 +177,7 @@ class RayConfig(EngineConfig):
 
 @dataclass(frozen=True)
 class FlowerConfig(InlineConfig):
-    """Flower's simulation runtime on its Ray backend: one node per client.
+    """Flower's own simulation runtime, by `fedraclora flower`; the bits of inline.
 
     Attributes:
         workers: Client processes at a time; None = one per CPU.
@@ -167,7 +200,7 @@ class FlowerConfig(InlineConfig):
 
 @dataclass(frozen=True)
 class DeployConfig(InlineConfig):
-    """Real SuperNodes, each with the data of its clients.
+    """Real SuperNodes on hosts of their own, by `fedraclora deploy`; the bits of inline.
 
     Attributes:
         min_clients: Replies that a round needs; None = of all clients that are asked.
@@ -208,16 +241,17 @@ ENGINES: dict[str, type[EngineConfig]] = {
 
 @dataclass(frozen=True)
 class OutputConfig(Limited, group="output"):
-    """What a run leaves behind, and how carefully it is written.
+    """Everything: ledger, chain, checkpoints every 10 rounds, pictures, progress bar.
 
     Attributes:
-        dir: The run folder; None = runs/<date>/<time>.
+        dir: The run folder; None: runs/<date>/<time>, in a sweep
+            multirun/<date>/<time>/<overrides>.
         checkpoint_every: Rounds between checkpoints.
         chain: Keep the link of every round.
         sync: Flush to the disk with each row.
         progress: Show a progress bar.
         plots: Draw curves.png and partition.png.
-        loggers: Where rounds are shown, too: keys of `fedraclora.loggers.LOGGERS`.
+        loggers: Where rounds are shown, too: tensorboard, mlflow, wandb, trackio (docs/watch.md).
     """
 
     dir: str | None = None
@@ -233,9 +267,16 @@ class OutputConfig(Limited, group="output"):
 class EvaluateConfig(Limited, group="evaluate"):
     """When and on what the server measures.
 
-    ``split``: test or validation. ``clients``: with a local head, how many clients' own models.
-    ``generate``: rounds between answers of a language model to ``answers`` prompts of that split,
-    None: it never answers; of ``new_tokens`` at most, the first ``shown`` of them in the ledger.
+    Attributes:
+        every: Rounds between evaluations.
+        batch_size: Samples of a forward pass.
+        split: test or validation.
+        clients: With head=local: how many clients' own models are measured.
+        generate: Of language models: rounds between greedy answers to prompts of that split; None:
+            it never answers.
+        answers: How many prompts are answered.
+        new_tokens: Of an answer at most.
+        shown: Answers that the ledger keeps.
     """
 
     every: Count = 1
@@ -250,9 +291,11 @@ class EvaluateConfig(Limited, group="evaluate"):
 
 @dataclass(frozen=True)
 class StopConfig(Limited, group="stop"):
-    """When a run ends before its last round (`fedraclora.strategies.server.stopping`).
+    """When a run ends before its last round, where nothing improves any more.
 
-    ``metric``: of the validation split. ``patience``: evaluations without improvement; None: never.
+    Attributes:
+        metric: Of the validation split (data.validation).
+        patience: Evaluations without improvement after which a run ends; None: never.
     """
 
     metric: Annotated[str, choice_of(MEASURED)] = "loss"
@@ -261,7 +304,14 @@ class StopConfig(Limited, group="stop"):
 
 @dataclass(frozen=True)
 class PretrainConfig(Limited, group="pretrain"):
-    """Central training of the initial weights on some labels, with AdamW; epochs 0 = none."""
+    """Central training of the initial weights, with AdamW; none with 0 epochs.
+
+    Attributes:
+        labels: Classes to train on; None: all.
+        epochs: Passes over their samples; 0: none.
+        lr: Of AdamW.
+        batch_size: Samples of a step.
+    """
 
     labels: list[int] | None = None
     epochs: Whole = 0

@@ -35,7 +35,7 @@ from fedraclora.data.frames import (
     supervised,
     target_of,
 )
-from fedraclora.data.locate import resolve
+from fedraclora.data.locate import Root, resolve
 from fedraclora.data.mnist import parse_idx, read_packed
 from fedraclora.data.objects import is_columns, table_of
 from fedraclora.data.samples import Samples
@@ -64,8 +64,8 @@ BROKEN_FILE = (OSError, ValueError, TypeError, EOFError, AttributeError, BadZipF
 @limited("data")
 def load_arrays(
     *,
-    file: str | None,
-    root: str | None = None,
+    file: str | None = None,
+    root: Root = None,
     test: str | None = None,
     test_share: Fraction | None = None,
     split_seed: int = 0,
@@ -79,7 +79,7 @@ def load_arrays(
             have ``x_test`` and ``target_test``, and ``client``, whose each sample is; or a folder
             with IDX files for ``train`` and ``t10k``, packed by gzip or not. A path (also relative
             to ``root``) or ``package:NAME/path``.
-        root: The data root, or None.
+        root: The folder that paths may be relative to, or None.
         test: A ``.npz`` file of test samples, where ``file`` has none.
         test_share: Without test samples, the fraction that is held out, per class; None for 0.2.
         split_seed: Seed of that choice.

@@ -12,7 +12,7 @@ import torch
 
 from fedraclora.data.samples import ClientData, Samples
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Fraction, Limit, choice_of, limited
+from fedraclora.limits import Composed, Fraction, Limit, choice_of, limited
 from fedraclora.rng import generator
 
 RowNumbers = npt.NDArray[np.int64]
@@ -22,6 +22,7 @@ TEST_SHARE = 0.2  # of the samples, held out where there are no test samples
 FLOAT_TYPES = {"float32": torch.float32, "float64": torch.float64}
 Dtype = Annotated[str, choice_of(FLOAT_TYPES)]
 Clients = Annotated[int, Limit("1 or more", lambda value: value >= 1, key="clients")]
+OF_RUN = Composed("${clients}")  # as many clients as the run has
 Division = list[RowNumbers] | ClientData  # rows of each client, or clients made on demand
 
 

@@ -14,9 +14,10 @@ from fedraclora.data.instructions import (
     ANSWER_METRICS,
     InstructionReader,
     SampleLength,
+    Tokenizer,
     instruction_set,
 )
-from fedraclora.data.locate import check_file, require_tokenizer, resolve
+from fedraclora.data.locate import Root, check_file, require_tokenizer, resolve
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import Count, limited
 from fedraclora.rng import generator
@@ -73,8 +74,8 @@ TASKS = {
 @limited("data")
 def load_glue_instructions(
     *,
-    tokenizer: str | None,
-    root: str | None = None,
+    tokenizer: Tokenizer = None,
+    root: Root = None,
     tasks: Sequence[str] = ("sst2", "cola"),
     clients_per_task: Count = 4,
     rows: Count = 400,

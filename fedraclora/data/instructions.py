@@ -16,9 +16,9 @@ from fedraclora.data.conversations import (
     read_conversations,
 )
 from fedraclora.data.dataset import DataSet, Read, divide
-from fedraclora.data.locate import check_file, require_tokenizer, resolve
+from fedraclora.data.locate import Root, check_file, require_tokenizer, resolve
 from fedraclora.data.samples import Samples
-from fedraclora.limits import Count, Fraction, choice_of, limited, whole_from
+from fedraclora.limits import Composed, Count, Fraction, choice_of, limited, whole_from
 from fedraclora.rng import generator
 
 log = logging.getLogger(__name__)
@@ -26,15 +26,16 @@ log = logging.getLogger(__name__)
 ANSWER_METRICS = ("perplexity", "token_accuracy", "loss")
 
 
+Tokenizer = Annotated[str | None, Composed("${model.path}")]
 SampleLength = Annotated[int, whole_from(2)]  # a token to read and one to predict
 
 
 @limited("data")
 def load_instructions(
     *,
-    file: str | None,
-    tokenizer: str | None,
-    root: str | None = None,
+    file: str | None = None,
+    tokenizer: Tokenizer = None,
+    root: Root = None,
     test_file: str | None = None,
     prompt: str | None = None,
     response: str | None = None,
@@ -60,7 +61,7 @@ def load_instructions(
             ``output``.
         tokenizer: A folder, a GGUF file, ``package:NAME/path`` or ``hub:NAME``; only the last may
             download.
-        root: The data root, or None.
+        root: The folder that paths may be relative to, or None.
         test_file: Test rows, or None to hold some of ``file`` out.
         prompt: A column, or a text with columns in braces; None: by the columns above.
         response: The same for the answer.

@@ -14,10 +14,13 @@ import hashlib
 import importlib.util
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.errors import ConfigError, DataError
+from fedraclora.limits import Composed
+
+Root = Annotated[str | None, Composed("${oc.env:FEDRACLORA_DATA,null}")]
 
 PACKAGE = "package:"
 HUB = "hub:"

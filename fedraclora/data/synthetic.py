@@ -29,20 +29,21 @@ _FLAT = 1e-10  # a Hessian this singular has no minimum that float64 can tell
 @limited("data")
 def least_squares(
     *,
-    clients: Clients,
-    samples: Count,
-    features: Count,
-    outputs: Count = 1,
+    clients: Clients = 100,
+    samples: Count = 20,
+    features: Count = 50,
+    outputs: Count = 10,
     noise: NotNegative = 0.1,
-    heterogeneity: NotNegative = 0.0,
+    heterogeneity: NotNegative = 0.1,
     condition: Condition = 10.0,
     seed: int = 0,
     dtype: Dtype = "float32",
 ) -> DataSet:
-    r"""Draw linear regressions: client k has :math:`y = W_k x + \text{noise}`.
+    r"""Draw linear regressions with a known optimum (model=linear model.bias=false).
 
-    :math:`W_k = W + h E_k` with standard normal entries in :math:`W` and :math:`E_k`; the
-    covariance of x has eigenvalues from 1 down to 1 / condition along random directions.
+    Client k has :math:`y = W_k x + \text{noise}`, where :math:`W_k = W + h E_k` with standard
+    normal entries in :math:`W` and :math:`E_k`; the covariance of x has eigenvalues from 1 down to
+    1 / condition along random directions.
 
     Args:
         clients: Number of clients.
@@ -81,19 +82,20 @@ def least_squares(
 @limited("data")
 def logistic_regression(
     *,
-    clients: Clients,
-    samples: Count,
-    features: Count,
+    clients: Clients = 100,
+    samples: Count = 20,
+    features: Count = 50,
     flip: Annotated[float, Limit("a probability below 0.5", lambda value: 0 <= value < 0.5)] = 0.1,
-    heterogeneity: NotNegative = 0.0,
+    heterogeneity: NotNegative = 0.1,
     condition: Condition = 10.0,
     seed: int = 0,
     dtype: Dtype = "float32",
 ) -> DataSet:
-    r"""Draw binary classifications: client k labels by the sign of :math:`w_k^\top x`.
+    r"""Draw binary classifications with a known optimum (model=linear model.bias=false).
 
-    Weights and features as in `least_squares`. Labels are flipped at random, for without wrong
-    labels the classes are separable and the logistic loss has no minimum.
+    Client k labels by the sign of :math:`w_k^\top x`, with weights and features as in
+    `least_squares`. Labels are flipped at random, for without wrong labels the classes are
+    separable and the logistic loss has no minimum.
 
     Args:
         clients: Number of clients.

@@ -23,7 +23,7 @@ from fedraclora.data.frames import (
     supervised,
     target_of,
 )
-from fedraclora.data.locate import resolve
+from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.limits import Fraction, choice_of, limited
@@ -73,11 +73,11 @@ class TableForm:
 @limited("data")
 def load_table(
     *,
-    file: str | None,
-    label: str | int | None,
+    file: str | None = None,
+    label: str | int | None = None,
     client: str | int | None = None,
     features: str | int | Sequence[str | int] | None = None,
-    root: str | None = None,
+    root: Root = None,
     test: str | None = None,
     test_share: Fraction | None = None,
     split_seed: int = 0,
@@ -95,7 +95,7 @@ def load_table(
         label: The column to predict. Classes are numbered in the sorted order of their names.
         client: The column that says whose a row is, or None.
         features: The columns to predict from; None for all others that hold numbers.
-        root: The data root, or None.
+        root: The folder that paths may be relative to, or None.
         test: A file of test rows, or None to hold rows of ``file`` out.
         test_share: The fraction that is held out, per class; None for 0.2.
         split_seed: Seed of that choice.

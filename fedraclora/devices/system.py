@@ -29,7 +29,7 @@ _SEARCH = 64  # clients looked at for each one wanted, before a smaller cohort i
 
 @dataclass(frozen=True)
 class SystemConfig(Limited, group="system"):
-    """A fleet of devices (config group ``system``). The defaults are none: no time, no loss.
+    """No devices: every client can be asked, answers at once and never fails.
 
     Attributes:
         speed: Samples that a client trains on per virtual second; None = at once.

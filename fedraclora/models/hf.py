@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError
-from fedraclora.limits import Count, Fraction, limited
+from fedraclora.limits import Composed, Count, Fraction, limited
 from fedraclora.models.built import (
     Attention,
     Base,
@@ -40,7 +40,7 @@ def build_hf(
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    path: str,
+    path: Annotated[str, Composed()],
     layers: Count | None = None,
     dropout: Fraction = 0.0,
     attention: Attention = "sdpa",

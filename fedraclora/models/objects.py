@@ -122,8 +122,8 @@ def require_module(model: object) -> nn.Module:
 
 def build_function(
     *,
-    function: str,
-    head: Sequence[str],
+    function: str = "",
+    head: Sequence[str] = (),
     shape: tuple[int, ...],
     classes: int,
     seed: int,

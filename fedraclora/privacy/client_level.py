@@ -32,14 +32,14 @@ NORM_SLACK = 1 - 1e-5
 
 @dataclass(frozen=True)
 class Privacy(Limited, group="privacy"):
-    """No privacy, and the base of what there is."""
+    """No privacy beyond that data stay with their clients."""
 
     name: ClassVar[str] = "none"
 
 
 @dataclass(frozen=True)
 class ClientLevel(Privacy):
-    """Central client-level differential privacy; the server is trusted to add the noise.
+    """Client-level differential privacy, noise added by the server; wants weights=uniform.
 
     Attributes:
         clip: C, the greatest norm of an update; with ``quantile`` that of the first round.

@@ -16,14 +16,14 @@ LEAST_CLIENTS = 3  # clients of a sum: of two, each knows the other's part
 
 @dataclass(frozen=True)
 class Open(Limited, group="secure"):
-    """No secure aggregation, and the base of what there is."""
+    """The server sees what each client sends."""
 
     name: ClassVar[str] = "none"
 
 
 @dataclass(frozen=True)
 class SecAgg(Open):
-    """SecAgg+: the server learns the sum of a cohort and of no smaller group.
+    """Secure aggregation (SecAgg+): the server sees the sum of a cohort only.
 
     Attributes:
         clip: The greatest norm of an update; the step of the quantisation follows from it. Under

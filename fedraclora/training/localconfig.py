@@ -16,6 +16,7 @@ from fedraclora.limits import (
     Limit,
     Limited,
     NotNegative,
+    Part,
     Positive,
     Share,
     Whole,
@@ -27,6 +28,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.training.extra import LocalExtra, Scaling
 
 Extra = TypeVar("Extra", bound=LocalExtra)
+ADAPTIVE_KEYS = Part("adaptive")  # keys that choices without such an optimiser do not list
 MOST_STEPS = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
 Laid = Annotated[
     int, whole_from(0), Limit(f"{MOST_STEPS} or fewer", lambda value: value <= MOST_STEPS)
@@ -75,18 +77,18 @@ class LocalConfig(Limited, group="local"):
     optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
     moments: Annotated[str, choice_of(("round", "link", "run", "rows"))] = "round"
     moments_kept: Share = 0.0
-    lr: Positive = 0.1
+    lr: Positive = 0.5
     dense_lr: Positive | None = None
     epochs: Laid = 1
     steps: Laid | None = None
-    batch_size: BatchSize = 32
+    batch_size: BatchSize = 16
     shuffle: bool = True
     momentum: Fraction = 0.0
     nesterov: bool = False
     weight_decay: NotNegative = 0.0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    eps: Positive = 1e-8
+    beta1: Annotated[Fraction, ADAPTIVE_KEYS] = 0.9
+    beta2: Annotated[Fraction, ADAPTIVE_KEYS] = 0.999
+    eps: Annotated[Positive, ADAPTIVE_KEYS] = 1e-8
     clip: Positive | None = None
     clip_by: Annotated[str, choice_of(("all", "layer"))] = "all"
     schedule: Annotated[str, choice_of(("constant", "cosine", "linear", "step"))] = "constant"

@@ -79,7 +79,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LowRank(Limited, Method, group="method"):
-    """Hyperparameters of all low-rank methods (``conf/lowrank.yaml``).
+    """Hyperparameters of all low-rank methods.
 
     Attributes:
         rank: r; a fraction (0, 1] of the bounding side if written with a dot; or these by layer

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from fedraclora.errors import FedRacLoraError
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.resume import is_done
 from fedraclora.experiments.run_files import read_files
 from fedraclora.experiments.simulate import choose, simulate

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import run_one
 from fedraclora.run.compact import compact
 from fedraclora.run.folder import read_summary

@@ -50,8 +50,9 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from fedraclora.experiments.choices import CONF
+from fedraclora.experiments.choices import CONF, NODES
 from fedraclora.experiments.choices import choice as choice_of
+from fedraclora.experiments.choices import groups as all_groups
 from fedraclora.experiments.cli import main
 from fedraclora.rng import generator
 from fedraclora.strategies.base import FedStrategy
@@ -128,21 +129,20 @@ class Started(BaseException):
 
 
 def schema() -> tuple[dict[str, Any], dict[str, list[str]], dict[tuple[str, str], dict[str, Any]]]:
-    """Read from ``conf`` the keys of the top, the choices of each group, and the keys of each."""
+    """List the keys of the top, the choices of each group, and the keys of each."""
     top = yaml.safe_load((CONF / "config.yaml").read_text())
-    own = {k: v for k, v in flatten(top).items() if not k.startswith(("defaults", "hydra."))}
     groups: dict[str, list[str]] = defaultdict(list)
     keys = {}
-    for path in sorted(CONF.glob("*/*.yaml")):
-        group, choice = path.parent.name, path.stem
-        if group != "experiment" and choice not in SLOW.get(group, ()):
-            groups[group].append(choice)
-            keys[group, choice] = flatten(choice_of(group, choice))
+    for group, choices in all_groups().items():
+        for choice in choices:
+            if group != "experiment" and choice not in SLOW.get(group, ()):
+                groups[group].append(choice)
+                keys[group, choice] = flatten(choice_of(group, choice))
     defaults = {
         k: v for entry in top["defaults"] if isinstance(entry, dict) for k, v in entry.items()
     }
     CHOSEN.update({group: defaults[group] for group in groups if group not in CHOSEN})
-    return own, dict(groups), keys
+    return flatten(NODES["run"]), dict(groups), keys
 
 
 TOP, GROUPS, KEYS = schema()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedraclora.engines.records import message_bytes
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.words import key_values
 from fedraclora.run.folder import provenance

@@ -454,8 +454,9 @@ def test_help_with_a_section_explains_its_keys(capsys: pytest.CaptureFixture[str
         main(["simulate", word, "--help"])
         printed = capsys.readouterr().out
         lines = [" ".join(line.split()) for line in printed.splitlines()]
-        assert printed.startswith("wire\n  numbers that travel: float32 (as they are trained) | ")
-        assert "wire.downlink=float32 the same, on the way to the clients" in lines
+        assert printed.startswith("wire\n  How numbers go up and down.\n")
+        assert [line for line in lines if line.startswith("wire.uplink=float32 Rounded")]
+        assert "float32, bfloat16, int8, int4" in " ".join(lines)
         assert "groups:" not in printed
     main(["simulate", "evaluate.every=2", "local=momentum", "evaluate.split=test", "--help"])
     parts = capsys.readouterr().out.split("\n\n")
@@ -472,30 +473,29 @@ def test_help_with_a_choice_explains_its_keys_wherever_they_stand(
     for wanted in (
         "local=relora",
         "ReLoRA's AdamW (method=relora): 1 % of the moments outlives a link, then a new warm-up.",
-        "local.warmup=1 rounds, of each link",
-        "local.moments_kept=0.01 share of them that outlives a link",  # explained in sgd.yaml
-        "local.prox=0.0 FedProx constant",
+        "local.warmup=1 Rounds of linear warm-up.",
+        "local.moments_kept=0.01 Share of them that outlives a link; for link only.",
         "method.name=fedslop",
-        "method.alpha=auto scale s = alpha / rank; auto: s = 1",
+        "method.alpha=auto Numerator of the scale s = alpha / r, or auto (s = 1).",
     ):
         assert wanted in lines
-    keys = {line.partition("=")[0] for line in lines if line.startswith(("local.", "method."))}
+    keys = {line.partition("=")[0] for line in lines if re.match(r"(local|method)\.\w+=", line)}
     assert keys == set(flatten({"local": choice("local", "relora")})) | set(
         flatten({"method": choice("method", "fed_rac_lora")})
     )
     (tmp_path / "local").mkdir()
-    own = "# Mine.\ndefaults: [momentum]\nname: mine\nlr: 0.1  # slow\n"
+    own = "# Mine.\ndefaults: [momentum]\nname: mine\nlr: 0.1\n"
     (tmp_path / "local/mine.yaml").write_text(own)
     main(["simulate", "--config-dir", str(tmp_path), "local=mine", "--help"])
     printed = capsys.readouterr().out
     assert "  Mine.\n" in printed
-    assert re.search(r"local\.lr=0\.1 +slow\n", printed)
-    assert "local.momentum=0.9\n" in printed
+    assert re.search(r"local\.lr=0\.1 +Step size of what the method trains\.\n", printed)
+    assert re.search(r"local\.momentum=0\.9 +Heavy-ball", printed)
     # A file of one group that builds on one of the whole config: each has its own place.
     (tmp_path / "data").mkdir()
     (tmp_path / "data/mine.yaml").write_text("# Mine.\ndefaults: [own]\nsamples: mine:samples\n")
     main(["simulate", "--config-dir", str(tmp_path), "data=mine", "--help"])
-    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "=" in line]
+    lines = [(line.split() or [""])[0] for line in capsys.readouterr().out.splitlines()]
     assert {"clients=null", "data.name=own", "data.samples=mine:samples"} <= {*lines}
     assert not any(line.startswith("data.data.") for line in lines)
     assert_refused(command("simulate", "local=momentun", "--help"), "did you mean 'momentum'?")

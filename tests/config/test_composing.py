@@ -6,7 +6,7 @@ import pytest
 from composing import REPLACED
 
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 
 WORDS = (
     ["seed=3"],

@@ -1,12 +1,12 @@
-"""Every YAML file of conf/ composes into settings, and what can run offline runs a round."""
+"""Every choice composes into settings, and what can run offline runs a round."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,21 +14,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig
-from fedraclora.devices.system import SystemConfig
+from fedraclora.config.settings import EvaluateConfig
 from fedraclora.errors import DataError
 from fedraclora.experiments import CONF
 from fedraclora.experiments.assemble import assemble
-from fedraclora.experiments.choices import choice, groups, lineage
-from fedraclora.experiments.methods_page import aliases
+from fedraclora.experiments.choices import NODES, choice, groups, lineage, meaning
+from fedraclora.experiments.methods_page import aliases, method_of
 from fedraclora.strategies import METHODS
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.files import flatten
 
-ALL = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
-FILES = {name: path for name, path in ALL.items() if "/" in name or name == "config"}
-SHARED = sorted(set(ALL) - set(FILES))  # what choices build on, and no choice
-GROUPS = {"output": OutputConfig, "pretrain": PretrainConfig, "system": SystemConfig}
+FILES = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
+CHOICES = ["config", *(f"{group}/{name}" for group, names in groups().items() for name in names)]
+SHARED = sorted({*FILES} - {*CHOICES})  # what choices build on, and no choice
 
 TINY = ["rounds=1", "clients=10", "cohort=3"]
 DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's data.labels
@@ -84,7 +82,7 @@ BESIDE = {
 }
 # Texts and large models: slow to load, or not here; and other people's. They are composed only.
 COMPOSED = {
-    *(name for name in FILES if name.startswith(("data/glue_", "experiment/glue"))),
+    *(name for name in CHOICES if name.startswith(("data/glue_", "experiment/glue"))),
     "data/mnist",
     "data/instructions",  # in tests/language, as all language models
     "data/own",  # a package's, in test_deploy_own.py
@@ -118,21 +116,28 @@ def composed(name: str, beside: list[str]) -> dict[str, object]:
     return {str(k): v for k, v in plain.items()}
 
 
+def text_of(name: str) -> str:
+    """The file of a choice; empty for one that code has by itself."""
+    return FILES[name].read_text() if name in FILES else ""
+
+
 def stored(name: str) -> dict[str, object]:
     """What a choice says, with all that it builds on."""
     return choice(*name.split("/"))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_file_composes_into_settings(name: str) -> None:
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_composes_into_settings(name: str) -> None:
     plain = composed(name, WITH.get(name, []))
     config = from_plain(plain, METHODS)
-    assert set(plain) == set(inspect.signature(RunConfig).parameters) - {"plain"} | {"resume"}
+    silent = [key for key in flatten(plain) if not key.endswith("name") and not meaning(key, plain)]
+    assert silent == []  # of each there is a line of help
+    assert set(plain) == set(inspect.signature(RunConfig).parameters) - {"plain"}
     group, _, chosen = name.rpartition("/")
     if group == "method":
         assert isinstance(config.method, METHODS[chosen])
     if group:  # what is read without Hydra is what Hydra composes
-        whole = "@package _global_" in FILES[name].read_text()
+        whole = group not in plain or "@package _global_" in text_of(name)
         said, found = flatten(stored(name) if whole else {group: stored(name)}), flatten(plain)
         free = {key for key, value in said.items() if "${" in str(value)}
         free |= {word.partition("=")[0] for word in WITH.get(name, [])}
@@ -142,7 +147,7 @@ def test_every_file_composes_into_settings(name: str) -> None:
 
 # The short suite runs methods in test_determinism, from the same files, and Ray in test_ray_engine.
 @pytest.mark.short(when=lambda name: name != "engine/ray" and not name.startswith("method/"))
-@pytest.mark.parametrize("name", [n for n in FILES if n not in COMPOSED])
+@pytest.mark.parametrize("name", [n for n in CHOICES if n not in COMPOSED])
 def test_what_is_here_runs_a_round(name: str) -> None:
     config = from_plain(composed(name, BESIDE.get(name, DIGITS)), METHODS)
     try:
@@ -160,58 +165,67 @@ def test_what_is_here_runs_a_round(name: str) -> None:
         assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_the_lists_above_name_files_that_exist() -> None:
-    assert set(BESIDE) <= set(FILES)
-    assert set(FILES) >= COMPOSED
+def test_the_lists_above_name_choices_that_exist() -> None:
+    assert set(BESIDE) <= set(CHOICES)
+    assert set(CHOICES) >= COMPOSED
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n.partition("/")[0] in GROUPS])
-def test_keys_are_the_fields(name: str) -> None:
-    group = name.partition("/")[0]
-    keys = set(stored(name))
-    assert keys | {"name"} == set(inspect.signature(GROUPS[group]).parameters) | {"name"}
+def test_every_method_is_a_choice_of_its_name() -> None:
+    assert {*groups()["method"]} == {*METHODS}
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_every_engine_has_a_file_whose_keys_are_its_fields(name: str) -> None:
-    keys = stored(f"engine/{name}")
-    assert keys.pop("name") == name
-    assert set(keys) == set(inspect.signature(ENGINES[name]).parameters)
+def test_a_class_in_python_is_what_its_choice_composes() -> None:
+    """``LocalSettings()`` trains as ``local=sgd``, ``FedRacLora()`` is ``method=fed_rac_lora``."""
+    assert from_plain(composed("config", []), METHODS).local == LocalSettings()
+    for name, kind in METHODS.items():
+        assert method_of(name) == kind() or f"method/{name}" in FILES
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("method/")])
-def test_keys_of_a_method_are_its_hyperparameters(name: str) -> None:
-    keys = stored(name)
-    method = METHODS[str(keys.pop("name"))]
-    assert set(keys) == set(inspect.signature(method).parameters)
-
-
-def test_every_method_has_a_file_of_its_name() -> None:
-    assert {n.partition("/")[2] for n in FILES if n.startswith("method/")} == set(METHODS)
-
-
-@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("local/")])
-def test_keys_of_local_are_fields(name: str) -> None:
-    keys = stored(name)
-    fields = set(inspect.signature(LocalSettings).parameters)
+def test_a_number_of_an_adaptive_optimiser_is_a_key_of_choices_that_have_one() -> None:
     of_moments = {"beta1", "beta2", "eps"}
-    assert set(keys) - {"name"} == fields - (of_moments if keys["optimiser"] == "sgd" else set())
+    for name in groups()["local"]:
+        keys = stored(f"local/{name}")
+        assert (of_moments & set(keys) == of_moments) == (keys["optimiser"] != "sgd")
+        assert set(keys) - of_moments - {"name"} == set(vars(LocalSettings())) - of_moments
 
 
-def test_keys_of_evaluate_are_the_fields() -> None:
-    keys = yaml.safe_load(FILES["config"].read_text())
-    assert set(keys["evaluate"]) == set(inspect.signature(EvaluateConfig).parameters)
+def bare(name: str, folder: Path) -> dict[str, object]:
+    """What a file composes to without its own keys: by its list of defaults alone."""
+    group, _, choice = name.rpartition("/")
+    own = OmegaConf.to_container(OmegaConf.load(FILES[name]))
+    assert isinstance(own, dict)
+    head = "# @package _global_\n" if "@package _global_" in text_of(name) else ""
+    kept = {key: own[key] for key in ("defaults", "name") if key in own}
+    file = folder / group / f"{choice}__bare.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(head + yaml.safe_dump(kept, sort_keys=False))
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        path = f"hydra.searchpath=[file://{folder}]"
+        cfg = compose("config", overrides=[f"{group}={choice}__bare", path])
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if len(lineage(n)) > 1])
-def test_a_choice_lists_what_it_changes(name: str) -> None:
-    """What it says again though it is the same has a comment of its own, on what it means here."""
-    *bases, own = map(OmegaConf.load, lineage(name))
-    before, text = flatten(OmegaConf.to_container(OmegaConf.merge(*bases))), FILES[name].read_text()
-    for key, value in flatten(OmegaConf.to_container(own)).items():
-        again = key != "defaults" and before.get(key, ...) == value
-        line = re.search(rf"^ *{key.rpartition('.')[2]}: .* # ", text, re.MULTILINE)
-        assert line or not again, key
+@pytest.mark.parametrize("name", [n for n in FILES if "/" in n])
+def test_no_default_stands_twice(name: str, tmp_path: Path) -> None:
+    """A file says what differs from what it builds on, in code and in other files."""
+    group = name.partition("/")[0]
+    own = OmegaConf.to_container(OmegaConf.load(FILES[name]))
+    assert isinstance(own, dict)
+    keys = flatten(own if "@package _global_" in text_of(name) else {group: own})
+    if group == "experiment":  # which chooses other files beside it
+        before = flatten(bare(name, tmp_path))
+    else:
+        before = flatten(OmegaConf.to_container(OmegaConf.merge(NODES["run"], *lineage(name)[:-1])))
+    again = [key for key, value in keys.items() if repr(before.get(key, ...)) == repr(value)]
+    assert [key for key in again if not key.endswith("name")] == []
+
+
+def test_a_default_that_stands_twice_is_found(tmp_path: Path) -> None:
+    before = flatten(bare("experiment/million", tmp_path))
+    assert before["evaluate.every"] == EvaluateConfig().every == 1
+    assert before["local.lr"] == LocalSettings().lr
 
 
 ALIASES = {
@@ -235,10 +249,9 @@ def test_no_method_has_its_settings_twice() -> None:
     assert aliases() == ALIASES
 
 
-def test_what_choices_share_is_used_and_is_no_choice() -> None:
-    used = {path.stem for name in FILES for path in lineage(name) if path.parent == CONF}
-    assert used == {*SHARED, "config"}
-    assert not {name for choices in groups().values() for name in choices} & set(SHARED)
+def test_what_choices_share_is_used() -> None:
+    lists = " ".join(path.read_text() for path in FILES.values())
+    assert [name for name in SHARED if f"- /{name}" in lists] == SHARED
 
 
 @pytest.mark.parametrize("name", FILES)

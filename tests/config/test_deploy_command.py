@@ -18,8 +18,8 @@ from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.experiments import deploy
 from fedraclora.experiments.assemble import assemble
-from fedraclora.experiments.choices import composed
 from fedraclora.experiments.deploy import Record
+from fedraclora.experiments.overrides import composed
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies import METHODS

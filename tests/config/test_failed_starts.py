@@ -17,10 +17,10 @@ from fedraclora.api import simulate
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
-from fedraclora.experiments.choices import composed
 from fedraclora.experiments.cli import main
 from fedraclora.experiments.compare import compare
 from fedraclora.experiments.folders import sweep_name
+from fedraclora.experiments.overrides import composed
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies import METHODS

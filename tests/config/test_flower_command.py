@@ -27,7 +27,7 @@ from fedraclora.engines.programs import TETHERED
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.experiments import flower
 from fedraclora.experiments.app import copy_app
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies import METHODS

@@ -12,7 +12,7 @@ import yaml
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.experiments import init
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.strategies import METHODS
 
 

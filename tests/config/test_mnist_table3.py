@@ -7,7 +7,7 @@ import pytest
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import bind
 from fedraclora.experiments import CONF
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.study.file import Study
 from fedraclora.models import MODELS
 from fedraclora.protocol.plan import make_plan

@@ -9,8 +9,7 @@ import pytest
 
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.choices import composed
-from fedraclora.experiments.overrides import flags_first, searched
+from fedraclora.experiments.overrides import composed, flags_first, searched
 from fedraclora.protocol.plan import own_rank
 from fedraclora.strategies import METHODS
 

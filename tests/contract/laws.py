@@ -229,7 +229,7 @@ LAWS = (
         ),
     ),
     Law(
-        "A method is a frozen dataclass whose fields are the keys of its YAML and stand in its "
+        "A method is a frozen dataclass whose fields are the keys of its group and stand in its "
         "docstring; its file says uplink, downlink, source and departures, and knows no framework.",
         "a field, a key or a line of a docstring is missing, or the file does an engine's work",
         "the field and the key by one name",

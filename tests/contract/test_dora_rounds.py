@@ -197,7 +197,12 @@ def test_a_run_resumes_to_the_bit(name: str, tmp_path: Path, world: World) -> No
 @forms_short
 @every_fitting
 def test_training_goes_on_from_what_was_learnt(variant: Variant, world: World) -> None:
-    done = run(world, dora(variant[0], **variant[1]), LocalSettings(lr=0.05, steps=3), rounds=6)
+    done = run(
+        world,
+        dora(variant[0], **variant[1]),
+        LocalSettings(lr=0.05, steps=3, batch_size=32),
+        rounds=6,
+    )
     losses = [row["metrics"]["loss"] for row in done.rows]
     assert losses == sorted(losses, reverse=True)
     first = done.strategy.method.init(world.base, world.plan, done.strategy.draw)

@@ -12,7 +12,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import build
 from fedraclora.experiments import deploy
 from fedraclora.experiments.bench.command import parse
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.study.file import Study
 from fedraclora.experiments.study.leaderboard import chosen, find
 from fedraclora.experiments.theory.command import TheoryConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments.choices import composed
 from fedraclora.experiments.cli import COMMANDS
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import RESULTS, read_table
 from fedraclora.strategies import METHODS
 

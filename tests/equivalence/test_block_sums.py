@@ -8,7 +8,7 @@ import torch
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.experiments.assemble import Assembled, assemble
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.run.ledger import NONDETERMINISTIC
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.server import exchange as exchange_module

@@ -22,8 +22,8 @@ from fedraclora.engines.programs import Program, listens
 from fedraclora.errors import EngineError
 from fedraclora.experiments import deploy
 from fedraclora.experiments.bench.usage import descendants
-from fedraclora.experiments.choices import composed
 from fedraclora.experiments.deploy import Record
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from tests.campaigns.faults.real import Drill, client_processes, wait_for
 from tests.campaigns.faults.trials import absent, final_weights

@@ -12,7 +12,7 @@ import torch
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ClientError
 from fedraclora.experiments.assemble import Assembled, assemble
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies import METHODS

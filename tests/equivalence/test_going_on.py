@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedraclora.errors import CheckpointError, DataError
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.resume import go_on
 from fedraclora.experiments.simulate import run_one
 from fedraclora.rng import generator

@@ -28,7 +28,7 @@ from vectorised_settings import WIDELY
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
 from fedraclora.experiments.assemble import Assembled, assemble
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.strategies import METHODS

@@ -13,7 +13,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.assemble import Assembled, assemble
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies import METHODS

@@ -25,8 +25,8 @@ from fedraclora.engines.ray import Cluster, RayGrid
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.experiments.assemble import Assembled, assemble
-from fedraclora.experiments.choices import composed
 from fedraclora.experiments.interrupt import STATUS
+from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.strategies import METHODS

@@ -21,7 +21,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.bench.runs import RAY_WORKERS, ray_settings
 from fedraclora.experiments.bench.workloads import WORKLOADS, Case
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.strategies import METHODS
 from fedraclora.tree import digest
 

@@ -261,7 +261,9 @@ def test_a_round_contracts_the_squared_norm_by_one_less_the_share_of_the_rank(
 
 def test_a_sketch_that_is_never_drawn_anew_confines_the_whole_run() -> None:
     task = linear_task(6, 5, 9)
-    strategy = federate(task, rac(resample_every=None), LocalSettings(lr=0.05), rounds=6)
+    strategy = federate(
+        task, rac(resample_every=None), LocalSettings(lr=0.05, batch_size=32), rounds=6
+    )
     A, start = sketch(strategy, "0.weight"), start_of(task)["0.weight"]
     change = weights_of(strategy)["0.weight"] - start
     assert torch.equal(strategy.state.base["0.weight"], start)
@@ -273,7 +275,7 @@ def test_a_sketch_that_is_never_drawn_anew_confines_the_whole_run() -> None:
 def test_each_draw_adds_its_rank_to_the_update(rounds: int, ranks: int) -> None:
     task = linear_task(6, 5, 9)
     method = rac(rank=2, resample_every=3)
-    strategy = federate(task, method, LocalSettings(lr=0.05), rounds=rounds)
+    strategy = federate(task, method, LocalSettings(lr=0.05, batch_size=32), rounds=rounds)
     change = weights_of(strategy)["0.weight"] - start_of(task)["0.weight"]
     found = int(torch.linalg.matrix_rank(change, atol=1e-9))
     assert found == ranks  # 2 a draw, and no more than M = 5 in all

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fedraclora.experiments.choices import choice
+from fedraclora.config.keys import help_of, nodes, summary
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan
 from fedraclora.protocol.uplinks import Uplinks
@@ -64,28 +64,23 @@ def test_the_example_does_what_its_docstring_says(my_method: type[Method]) -> No
     assert method.floats(plan, 1) == (layout.size, 0)
 
 
-def test_the_yaml_of_the_example_has_the_fields_as_keys(
-    my_method: type[Method], tmp_path: Path
-) -> None:
-    text = block("yaml", "my_method")
-    (tmp_path / "method").mkdir()
-    (tmp_path / "method/my_method.yaml").write_text(text)
-    keys = set(choice("method", "my_method", folders=[tmp_path])) - {"name"}
+def test_the_example_is_a_choice_whose_keys_are_its_fields(my_method: type[Method]) -> None:
+    node = nodes({"my_method": my_method})["method/my_method"]
     assert dataclasses.is_dataclass(my_method)
-    assert keys == {f.name for f in dataclasses.fields(my_method)}
-    assert text.startswith("# ")
+    assert {*node} - {"name"} == {f.name for f in dataclasses.fields(my_method)}
+    assert all(help_of(my_method, key, node) for key in {*node} - {"name"})
+    assert summary(my_method).startswith("MyMethod: ")
 
 
 @pytest.mark.slow
 def test_the_contract_suite_takes_the_example_as_it_is_printed(tmp_path: Path) -> None:
-    """The recipe on a copy: one file, one line, one YAML, and the suite, without a test written."""
+    """The recipe on a copy: one file, one line, and the suite, without a test written."""
     root = Path(__file__).resolve().parents[2]
     for name in ("fedraclora", "strategies", "clients", "conf", "experiments", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(root / name, tmp_path / name, symlinks=True, ignore=ignored)
     shutil.copy(root / "pyproject.toml", tmp_path)
     (tmp_path / "strategies/my_method.py").write_text(block("python", "class MyMethod"))
-    (tmp_path / "conf/method/my_method.yaml").write_text(block("yaml", "my_method"))
     table = tmp_path / "strategies/__init__.py"
     text = table.read_text().replace(
         "METHODS: dict", "from fedraclora.strategies.my_method import MyMethod\n\nMETHODS: dict"

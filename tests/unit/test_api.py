@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import fedraclora
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.experiments.values import literal, words_of
 from fedraclora.run.ledger import read_ledger, round_seconds

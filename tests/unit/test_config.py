@@ -30,7 +30,7 @@ from fedraclora.config.settings import (
     RayConfig,
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
-from fedraclora.experiments.choices import CONF, choice
+from fedraclora.experiments.choices import CONF, NODES, choice
 from fedraclora.limits import choice_of
 from fedraclora.protocol.method import Method
 from fedraclora.strategies import METHODS
@@ -44,15 +44,14 @@ GROUPS = (
 
 
 def plain(**changes: Any) -> dict[str, Any]:
-    """conf/config.yaml and the groups that it chooses, with dotted changes."""
-    top = dict(yaml.safe_load((CONF / "config.yaml").read_text()))
+    """The keys of no group, and the groups that conf/config.yaml chooses, with dotted changes."""
+    top: dict[str, Any] = copy.deepcopy(NODES["run"])
     chosen: dict[str, str] = {}
-    for entry in top.pop("defaults"):
+    for entry in yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]:
         if isinstance(entry, dict):
             chosen |= entry
-    top.pop("hydra", None)
     for group in GROUPS:
-        top[group] = choice(group, chosen[group]) | top.get(group, {})
+        top[group] = choice(group, chosen[group])
     for dotted, value in changes.items():
         place, keys = top, dotted.split("__")
         for key in keys[:-1]:
@@ -237,7 +236,7 @@ def test_a_key_of_the_config_that_does_not_exist_is_refused(key: str, near: str)
         ({"model__hiden": [3]}, "unknown key 'model.hiden'; did you mean 'model.hidden'"),
         ({"partition__alpa": 1.0}, "unknown key 'partition.alpa'; did you mean 'partition.alpha'"),
         ({"partition": {"name": "iid", "alpha": 1.0}}, "unknown key 'partition.alpha'"),
-        ({"partition": {"name": "dirichlet"}}, "partition.alpha is missing; float is wanted"),
+        ({"model": {"name": "hf"}}, "model.path is missing; str is wanted"),
     ],
 )
 def test_keys_of_data_model_and_partition_are_checked_with_the_others(

@@ -20,7 +20,7 @@ from fedraclora.data.own import own_samples, read_own
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import loss_function
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.strategies import METHODS
 
 TINY = ["model.hidden=[3]", "method.rank=2", "rounds=1"]

@@ -107,7 +107,9 @@ def test_pathological_clients_have_few_classes_and_no_class_is_lost():
 
 
 def test_shards_may_be_sized_or_counted():
-    sized, info = make_partition(DATA, name="shards", clients=4, seed=2, shard_size=30)
+    sized, info = make_partition(
+        DATA, name="shards", clients=4, seed=2, shard_size=30, shards_per_client=None
+    )
     assert info["rows_left_out"] == 0
     both, info = make_partition(
         DATA, name="shards", clients=4, seed=2, shard_size=30, shards_per_client=2
@@ -178,7 +180,10 @@ BAD = {
         {"name": "pathological", "classes_per_client": 6},
         "partition.classes_per_client=6",
     ),
-    "no shards": ({"name": "shards"}, "partition.shards_per_client or partition.shard_size"),
+    "no shards": (
+        {"name": "shards", "shards_per_client": None},
+        "partition.shards_per_client or partition.shard_size",
+    ),
     "shard_size": ({"name": "shards", "shard_size": 0}, "partition.shard_size is 0"),
     "shards many": ({"name": "shards", "shard_size": 300}, "partition.shard_size=300"),
     "column": ({"name": "natural", "column": "fim"}, "did you mean 'film'"),

@@ -34,7 +34,7 @@ def test_least_squares_optimum_is_below_every_neighbour():
 
 
 def test_least_squares_optimum_is_that_of_the_stored_samples():
-    data = DATASETS["least_squares"](**LEAST | {"dtype": "float32"}, noise=0.0)
+    data = DATASETS["least_squares"](**LEAST | {"dtype": "float32"}, noise=0.0, heterogeneity=0.0)
     assert data.train.inputs["x"].dtype == torch.float32
     assert 0 < data.optimum < 1e-12
 
@@ -80,7 +80,7 @@ def test_logistic_curvature_is_that_of_the_loss_at_its_minimum():
 
 
 def test_without_heterogeneity_all_clients_have_the_same_weights():
-    data = DATASETS["least_squares"](**LEAST, noise=0.0)
+    data = DATASETS["least_squares"](**LEAST, noise=0.0, heterogeneity=0.0)
     assert data.optimum < 1e-25
 
 

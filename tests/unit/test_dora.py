@@ -12,7 +12,7 @@ from torch import nn
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.assemble import assemble
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.wrappers.dora import Dora

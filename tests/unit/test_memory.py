@@ -26,7 +26,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.experiments.assemble import Assembled, assemble
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_transformer
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained

@@ -8,7 +8,7 @@ import pytest
 
 from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.assemble import assemble
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.run.ledger import Row, number
 from fedraclora.strategies import METHODS
 

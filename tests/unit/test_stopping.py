@@ -11,7 +11,7 @@ import torch
 
 from fedraclora.config.settings import StopConfig
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row, read_ledger
 from fedraclora.strategies.server.callbacks import Stopping

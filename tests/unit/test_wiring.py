@@ -17,7 +17,7 @@ from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.plan import make_plan
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import assemble

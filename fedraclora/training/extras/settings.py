@@ -42,10 +42,10 @@ class Magnitudes(Scaling):
 
 @dataclass(frozen=True)
 class LocalSettings(LocalConfig):
-    """Settings of local training (config group ``local``), those of `LocalConfig` and these.
+    """Plain local SGD, and what may be added to it (config group ``local``).
 
     Attributes:
-        optimiser: ``lora_rite`` (`fedraclora.training.extras.lora_rite`), too.
+        optimiser: ``sgd``, ``adamw`` or ``lora_rite`` (`fedraclora.training.extras.lora_rite`).
         dp: Noise on the gradients of single samples (`fedraclora.privacy.sample_level`), or None.
         prox: FedProx constant mu, a pull of the effective weights to the round's start.
         precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.

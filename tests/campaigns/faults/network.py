@@ -21,7 +21,7 @@ from typing_extensions import override
 from fedraclora.clients import node as client_node
 from fedraclora.clients.respond import respond
 from fedraclora.engines.records import folded, from_records, unfolded
-from fedraclora.experiments.choices import composed
+from fedraclora.experiments.overrides import composed
 from fedraclora.strategies.server_app import app as server_app
 from fedraclora.wire.records import clients_of
 from tests.flower_task import become_a_task

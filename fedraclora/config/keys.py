@@ -1,0 +1,154 @@
+"""The keys of the config, as the classes and functions have them that read them.
+
+A key has one home: a field, or an argument, with its type and limits, its default, and its line in
+the docstring. What ``conf`` composes, and what ``--help`` prints, is read from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+
+from fedraclora.config.run_config import (
+    BESIDE,
+    GIVEN,
+    KINDS,
+    SECTIONS,
+    RunConfig,
+    targets_of,
+)
+from fedraclora.config.schema import nested_rows
+from fedraclora.limits import Composed, Limit, Part, hints
+from fedraclora.objects import NAME
+from fedraclora.protocol.method import Method
+from fedraclora.training.localconfig import ADAPTIVE_KEYS
+
+Target = Callable[..., object]
+SECTION = re.compile(r"(Attributes|Args):")
+REFERENCE = re.compile(r" \(`[\w.]+`\)")
+WORDS = (("None", "null"), ("False", "false"), ("True", "true"), ("`", ""))  # as a config has them
+ENTRY = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
+
+
+def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
+    """Write all that has a default in code, for Hydra to compose: path -> keys.
+
+    Args:
+        methods: The METHODS table of `strategies`.
+
+    Returns:
+        ``group/choice`` for each row of a table, and for the choice of each group of one kind that
+        changes nothing; ``group/key/name`` for what a key may be that is a group itself;
+        ``local/adaptive`` for the keys that only some choices list; ``run`` for those of no group.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for group, table in targets_of(methods).items():
+        for name, target in table.items():
+            if name == NAME:  # an object of a program, which nobody chooses
+                continue
+            node = node_of(target, given=GIVEN.get(group, ()))
+            beside = node_of(BESIDE[group]) if group in BESIDE else {}
+            found[f"{group}/{name}"] = {"name": name, **node, **beside}
+            for key, inner in tables_of(target):
+                found[f"{group}/{key}/{inner[0]}"] = {"name": inner[0], **node_of(inner[1])}
+    found["local/adaptive"] = node_of(KINDS["local"], part=ADAPTIVE_KEYS.name)
+    found["run"] = node_of(RunConfig, given=(*inspect.signature(RunConfig).parameters,))
+    found["run"] |= {key: node_of(kind) for key, kind in SECTIONS.items()}
+    return found
+
+
+def node_of(target: Target, *, part: str = "", given: tuple[str, ...] = ()) -> dict[str, object]:
+    """Write the keys that a class or a function reads, at their defaults.
+
+    Args:
+        target: The class or the function.
+        part: Of its keys, those of a `Part` of this name.
+        given: Arguments that are no keys of the config, unless they have a default.
+
+    Returns:
+        Plain values; ``???``, which stands for a value that is still to be given, where a key has
+        none.
+    """
+    node: dict[str, object] = {}
+    made = {f.name: f.default_factory for f in fields(target)} if is_dataclass(target) else {}
+    for key, parameter in inspect.signature(target).parameters.items():
+        marks = getattr(hints(target).get(key), "__metadata__", ())
+        if part != next((mark.name for mark in marks if isinstance(mark, Part)), ""):
+            continue
+        if composed := [mark.value for mark in marks if isinstance(mark, Composed)]:
+            node[key] = composed[0]
+        elif parameter.default is not parameter.empty:
+            maker = made.get(key, MISSING)
+            default = parameter.default if maker is MISSING else maker()
+            node[key] = list(default) if isinstance(default, tuple) else default
+        elif key not in given:
+            node[key] = "???"
+    return node
+
+
+def help_of(target: Target, path: str, node: object) -> str:
+    """Say what a key means, in the words of the docstring where it stands.
+
+    Args:
+        target: The class or the function that reads it.
+        path: Of the key: its name, or several with dots, down into groups of its own.
+        node: The group that the target reads.
+
+    Returns:
+        Its line, with the words that it may be; empty where nobody says anything.
+    """
+    key, _, inner = path.partition(".")
+    if not (kind := hints(target).get(key)):
+        return ""
+    if inner:
+        group = node.get(key) if isinstance(node, Mapping) else None
+        row = nested_rows(kind).get(str(group.get("name"))) if isinstance(group, Mapping) else None
+        if row:
+            return help_of(row, inner, group) or summary(row)
+    limits = (mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Limit))
+    choices = [word for limit in limits for word in limit.choices]
+    text = lines(target).get(key, "")
+    if any(word not in text for word in choices):
+        text += f" One of {', '.join(choices)}."
+    text = REFERENCE.sub("", text).strip()
+    return functools.reduce(lambda said, word: said.replace(*word), WORDS, text)
+
+
+def summary(target: Target) -> str:
+    """Return the first line of a docstring: what a choice is."""
+    return inspect.cleandoc(target.__doc__ or "").partition("\n")[0].replace("``", "")
+
+
+def tables_of(target: Target) -> Iterator[tuple[str, tuple[str, Target]]]:
+    """List what each key of a target may be that is a group itself: key -> name, class."""
+    for key in inspect.signature(target).parameters:
+        for name, row in nested_rows(hints(target).get(key)).items():
+            yield key, (name, row)
+
+
+@functools.cache
+def lines(target: Target) -> Mapping[str, str]:
+    """Read what a docstring says of each attribute or argument, with those of the base classes."""
+    homes = reversed(target.__mro__) if inspect.isclass(target) else [inspect.unwrap(target)]
+    return {key: text for home in homes for key, text in _entries(home.__doc__ or "")}
+
+
+def _entries(doc: str) -> Iterator[tuple[str, str]]:
+    """Read the entries of the sections ``Attributes`` and ``Args``."""
+    names: list[str] = []
+    text = ""
+    inside = False
+    for line in [*inspect.cleandoc(doc).splitlines(), "end"]:
+        found = ENTRY.fullmatch(line)
+        if names and (found or not line.startswith("  ")):
+            yield from ((name, text) for name in names)
+            names = []
+        if not line.startswith(" "):
+            inside = bool(SECTION.fullmatch(line)) or (inside and not line)
+        elif inside and found:
+            names, text = found[1].split(", "), found[2].replace("``", "")
+        elif names:
+            text += f" {line.strip()}".replace("``", "")
