@@ -20,7 +20,8 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.words import key_values
 from fedraclora.run.folder import provenance
-from tests.campaigns.faults.network import Network, nodes_for, rows, serve, summary
+from tests.campaigns.faults.network import Network, nodes_for, rows, serve
+from tests.common import summary_of
 
 RANK = ["method.rank=8"]
 METHODS = {
@@ -54,7 +55,7 @@ def measure(words: Sequence[str]) -> dict[str, int]:
         folder = Path(made) / "run"
         network = Network(Path(made) / "cache", nodes_for(2))
         serve(composed([*WORDS, *words, f"output.dir={folder}"]), network)
-        last, floats = rows(folder)[2], int(str(summary(folder)["uplink_floats"]))
+        last, floats = rows(folder)[2], int(str(summary_of(folder)["uplink_floats"]))
         sent = [m for m in network.posted if network.is_training(m) and m.metadata.group_id == "2"]
         up = [message_bytes(m) for m in sent if m.metadata.reply_to_message_id]
         down = [message_bytes(m) for m in sent if not m.metadata.reply_to_message_id]

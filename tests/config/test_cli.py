@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ from fedraclora.experiments.status import UNREAD
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
 from fedraclora.weights.files import flatten
+from tests.common import summary_of
 
 SMALL = [
     "data=digits",
@@ -386,7 +386,7 @@ def test_resume_under_another_config_is_refused(
 def test_resume_under_the_same_config_goes_on(simulate: Run, command: Run, tmp_path: Path) -> None:
     run = unfinished(simulate, tmp_path)
     assert command("simulate", f"resume={run}", "seed=0", "method.rank=2")[0] == 0
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert summary["rounds"] == 2
 
 

@@ -24,6 +24,7 @@ from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
+from tests.common import summary_of
 
 SMALL = ["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[6]", "output=study"]
 SMALL += ["method.rank=2", "rounds=2"]
@@ -157,7 +158,7 @@ def test_a_run_elsewhere_leaves_its_record_here(asked: deploy.RunRequest) -> Non
     with Record(asked.folder, asked.plain, resume=False) as record:
         deploy.run(asked, Elsewhere(streams), record)
     assert read_ledger(asked.folder / "ledger.jsonl") == ROWS
-    assert json.loads((asked.folder / "summary.json").read_text())["rounds"] == 2
+    assert summary_of(asked.folder)["rounds"] == 2
     assert (asked.folder / "curves.png").is_file()
     assert yaml.safe_load((asked.folder / "config.yaml").read_text()) == asked.plain
 

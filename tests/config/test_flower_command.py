@@ -34,6 +34,7 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.server_app import read_config
+from tests.common import summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -213,7 +214,7 @@ def test_a_run_of_the_engine_that_simulate_had_goes_on_with_another(tmp_path: Pa
         fedraclora.simulate(*words, "engine=flower", folder=old, resume=True)
     fedraclora.simulate(*words, "engine=inline", folder=old, resume=True)
     fedraclora.simulate(*words, "engine=inline", folder=whole)
-    found, wanted = (json.loads((f / "summary.json").read_text()) for f in (old, whole))
+    found, wanted = (summary_of(f) for f in (old, whole))
     assert found["weights_digest"] == wanted["weights_digest"]
     assert found["ledger_digest"] == wanted["ledger_digest"]
 

@@ -29,13 +29,13 @@ from tests.campaigns.faults.network import (
     nodes_for,
     rows,
     small,
-    summary,
 )
+from tests.common import summary_of
 
 
 def inline(words: list[str], folder: Path) -> dict[str, object]:
     simulate(small(words, folder, "inline"), folder)
-    return summary(folder)
+    return summary_of(folder)
 
 
 def file_of(network: Network, folder: Path, id_: int) -> Path:
@@ -89,7 +89,7 @@ def test_the_bits_and_the_ledger_are_those_of_inline(words: list[str], tmp_path:
     wanted = inline(words, tmp_path / "inline")
     network = Network(tmp_path / "cache", nodes_for(5))
     deploy(words, tmp_path / "run", network)
-    found = summary(tmp_path / "run")
+    found = summary_of(tmp_path / "run")
     assert found["weights_digest"] == wanted["weights_digest"]
     if "pretrain" not in words[0]:  # else the simulation takes clients to hold the initial weights
         assert found["ledger_digest"] == wanted["ledger_digest"]
@@ -156,7 +156,7 @@ def test_a_cache_that_is_not_what_it_was_is_replaced_once(harm: str, tmp_path: P
     network.on_round = hurt
     deploy([], folder, network)
     wanted = inline([], tmp_path / "inline")
-    assert summary(folder)["weights_digest"] == wanted["weights_digest"]
+    assert summary_of(folder)["weights_digest"] == wanted["weights_digest"]
     asked = [client(m) for m in network.train_messages() if m.metadata.dst_node_id != 1]
     assert sorted(asked) == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
 
@@ -208,7 +208,7 @@ def test_a_server_that_goes_on_from_a_checkpoint_takes_clients_back_with_it(
     assert held is not None
     assert held[1] == 5
     deploy(words, cut, network, resume=True)
-    assert summary(cut)["weights_digest"] == summary(whole)["weights_digest"]
+    assert summary_of(cut)["weights_digest"] == summary_of(whole)["weights_digest"]
     dense = sum(t.numel() * t.element_size() for t in held[0].values())
     assert rows(cut)[4]["catchup_bytes"] == 3 * dense
     assert rows(cut)[5]["catchup_bytes"] == rows(whole)[5]["catchup_bytes"]
@@ -228,7 +228,7 @@ def test_a_run_that_began_in_process_goes_on_deployed(tmp_path: Path) -> None:
         execute(config, cut, engine_of, callbacks=[AfterRound(stop)])
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy(words, cut, network, resume=True)
-    assert summary(cut)["weights_digest"] == wanted["weights_digest"]
+    assert summary_of(cut)["weights_digest"] == wanted["weights_digest"]
     incidents = [line for row in rows(cut) for line in row.get("incidents", [])]
     assert incidents == ['goes on with engine.name: "inline" -> "deploy"']
     # The links lead on from version 0, which clients can make themselves. Biases, which
@@ -248,7 +248,7 @@ def test_clients_are_found_wherever_they_are(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes)
     deploy([], tmp_path / "run", network)
     assert (
-        summary(tmp_path / "run")["weights_digest"]
+        summary_of(tmp_path / "run")["weights_digest"]
         == inline([], tmp_path / "inline")["weights_digest"]
     )
     used = {

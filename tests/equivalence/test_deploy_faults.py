@@ -29,8 +29,8 @@ from tests.campaigns.faults.network import (
     deploy,
     nodes_for,
     rows,
-    summary,
 )
+from tests.common import summary_of
 
 ONE = 1  # the client at fault
 ROUND = 2  # when
@@ -127,7 +127,7 @@ def test_a_reply_that_comes_twice_counts_once(tmp_path: Path) -> None:
     done = rows(tmp_path / "run")
     assert done[2]["incidents"] == ["a second reply to a message was ignored"]
     deploy(WORDS, tmp_path / "plain", Network(tmp_path / "cache", nodes_for(3)))
-    wanted, found = summary(tmp_path / "plain"), summary(tmp_path / "run")
+    wanted, found = summary_of(tmp_path / "plain"), summary_of(tmp_path / "run")
     assert found["weights_digest"] == wanted["weights_digest"]
 
 
@@ -173,7 +173,7 @@ def test_an_error_that_nobody_foresaw_leaves_a_checkpoint(
     monkeypatch.undo()
     deploy(["output.checkpoint_every=9"], tmp_path / "run", network, resume=True)
     deploy([], tmp_path / "plain", Network(tmp_path / "cache", nodes_for(3)))
-    wanted, found = summary(tmp_path / "plain"), summary(tmp_path / "run")
+    wanted, found = summary_of(tmp_path / "plain"), summary_of(tmp_path / "run")
     assert found["weights_digest"] == wanted["weights_digest"]
 
 
@@ -189,7 +189,7 @@ def test_a_round_with_too_few_is_run_again(tmp_path: Path) -> None:
     (said,) = done[2]["incidents"]  # type: ignore[misc, has-type]
     assert "run again: round 2: 1 client(s) failed, engine.min_clients=all. client 1: OSE" in said
     deploy([], tmp_path / "plain", Network(tmp_path / "cache", nodes_for(3)))
-    wanted, found = summary(tmp_path / "plain"), summary(tmp_path / "run")
+    wanted, found = summary_of(tmp_path / "plain"), summary_of(tmp_path / "run")
     assert found["weights_digest"] == wanted["weights_digest"]
 
 
@@ -233,7 +233,7 @@ def test_then_the_run_stops_with_a_checkpoint_that_goes_on(retries: int, tmp_pat
     network.fault = None
     deploy(words, tmp_path / "run", network, resume=True)
     deploy([], tmp_path / "plain", Network(tmp_path / "cache", nodes_for(3)))
-    wanted, found = summary(tmp_path / "plain"), summary(tmp_path / "run")
+    wanted, found = summary_of(tmp_path / "plain"), summary_of(tmp_path / "run")
     assert found["weights_digest"] == wanted["weights_digest"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import stat
@@ -27,6 +26,7 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from tests.campaigns.faults.real import Drill, client_processes, wait_for
 from tests.campaigns.faults.trials import absent, final_weights
+from tests.common import summary_of
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root
 
@@ -50,11 +50,6 @@ PATIENCE = 120.0  # seconds for a node that must be refused
 def deployment() -> Iterator[LocalDeployment]:
     with LocalDeployment([[0], [1]]) as running:
         yield running
-
-
-def summary(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "summary.json").read_text())
-    return found
 
 
 def test_final_weights_and_ledger_are_those_of_inline(
@@ -82,7 +77,7 @@ def test_final_weights_and_ledger_are_those_of_inline(
     assert "final accuracy" in capsys.readouterr().out
     sizes = ["clients=2", "cohort=2", "engine=inline", f"output.dir={inline}"]
     simulate(composed([*WORDS, *sizes]), inline)
-    wanted, found = summary(inline), summary(here)
+    wanted, found = summary_of(inline), summary_of(here)
     assert found["weights_digest"] == wanted["weights_digest"]
     assert found["ledger_digest"] == wanted["ledger_digest"]
     assert (here / "ledger.jsonl").read_text() == (there / "ledger.jsonl").read_text()
@@ -226,4 +221,4 @@ def test_one_process_of_a_node_trains_until_it_is_killed(
     assert at in missing
     fault = absent({round_: [0] for round_ in missing})
     wanted = final_weights(["rounds=6", "engine.min_clients=1"], fault)
-    assert summary(tmp_path / "run")["weights_digest"] == wanted
+    assert summary_of(tmp_path / "run")["weights_digest"] == wanted

@@ -23,8 +23,8 @@ from tests.campaigns.faults.network import (
     nodes_for,
     over_the_wire,
     rows,
-    summary,
 )
+from tests.common import summary_of
 
 ONCE = "output.checkpoint_every=1"
 NOISY = ["local=dp_sgd", "local.lr=0.1", "local.dp.noise_multiplier=3", ONCE]
@@ -129,7 +129,7 @@ def test_a_server_that_is_restored_gets_the_answers_that_were_given(tmp_path: Pa
         assert len(each) == 3  # once, once more, and by the server that was restored
         assert len({sent(network, m) for m in each}) == 1
     assert [row["failures"] for row in rows(folder)[1:]] == [[], [], []]
-    assert torch.isfinite(torch.tensor(float(summary(folder)["metrics"]["loss"])))  # type: ignore[index]
+    assert torch.isfinite(torch.tensor(float(summary_of(folder)["metrics"]["loss"])))  # type: ignore[index]
 
 
 def test_a_secure_round_with_too_few_goes_on_where_it_failed(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_secure_round_with_too_few_goes_on_where_it_failed(tmp_path: Path) -> 
     deploy([*SECURE, "rounds=2"], tmp_path / "run", network)
     whole = Network(tmp_path / "whole", nodes_for(5))
     deploy([*SECURE, "rounds=2"], tmp_path / "plain", whole)
-    found, wanted = summary(tmp_path / "run"), summary(tmp_path / "plain")
+    found, wanted = summary_of(tmp_path / "run"), summary_of(tmp_path / "plain")
     assert found["weights_digest"] == wanted["weights_digest"]
     row = rows(tmp_path / "run")[1]
     assert row["failures"] == []
@@ -170,7 +170,7 @@ def test_a_secure_round_that_was_cut_short_is_given_up(tmp_path: Path) -> None:
     assert two["secure"]["lost"].startswith("the run was ended after clients had")  # type: ignore[index]
     assert "they give one" in two["notes"][0]  # type: ignore[index]
     assert (one["secure"]["clients"], three["secure"]["clients"]) == (5, 5)  # type: ignore[index]
-    assert summary(folder)["rounds"] == 3
+    assert summary_of(folder)["rounds"] == 3
     for who in range(5):
         names = [read_stage(from_records(m.content)).name for m in asked(network, who, 2)]  # type: ignore[union-attr]
         assert names == ["keys", "shares", "masked", "unmask"]

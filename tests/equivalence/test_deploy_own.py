@@ -13,7 +13,8 @@ from fedraclora.data.own import own_samples, read_own
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.experiments.simulate import simulate
 from fedraclora.imports import import_function
-from tests.campaigns.faults.network import Network, composed, rows, serve, summary
+from tests.campaigns.faults.network import Network, composed, rows, serve
+from tests.common import summary_of
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "deploy"
 WORDS = [
@@ -63,7 +64,7 @@ def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
     inline = tmp_path / "inline"
     words = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={inline}"]
     simulate(composed([*WORDS, *words]), inline)
-    found, wanted = summary(tmp_path / "run"), summary(inline)
+    found, wanted = summary_of(tmp_path / "run"), summary_of(inline)
     assert found["weights_digest"] == wanted["weights_digest"]
     assert [r.get("metrics") for r in rows(tmp_path / "run")] == [
         r.get("metrics") for r in rows(inline)

@@ -22,9 +22,10 @@ from fedraclora.weights.files import load_tensors
 from fedraclora.weights.links import read_links
 from fedraclora.wire.records import clients_of
 from fedraclora.wire.secagg import read_stage
-from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small, summary
+from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small
 from tests.campaigns.faults.real import Drill, end_node
 from tests.campaigns.faults.trials import absent
+from tests.common import summary_of
 
 ONCE = "output.checkpoint_every=1"  # real clients answer a round once
 SECURE = ["clients=5", "cohort=5", "weights=uniform", "secure=secagg", "rounds=2", ONCE]
@@ -34,7 +35,7 @@ def test_the_bits_are_those_of_a_simulation_and_keys_are_forgotten(tmp_path: Pat
     simulate(small(SECURE, tmp_path / "inline", "inline"), tmp_path / "inline")
     network = Network(tmp_path / "cache", nodes_for(5))
     deploy(SECURE, tmp_path / "run", network)
-    found, wanted = summary(tmp_path / "run"), summary(tmp_path / "inline")
+    found, wanted = summary_of(tmp_path / "run"), summary_of(tmp_path / "inline")
     assert found["weights_digest"] == wanted["weights_digest"]
     assert not any(row.get("failures") for row in rows(tmp_path / "run"))
     files = list((tmp_path / "cache").rglob("kept.safetensors"))
@@ -127,7 +128,7 @@ def test_the_noise_of_a_real_client_is_not_in_the_seed(tmp_path: Path) -> None:
     for name in ("one", "two"):
         network = Network(tmp_path / name / "cache", nodes_for(3))
         deploy(words, tmp_path / name / "run", network)
-        digests.append(summary(tmp_path / name / "run")["weights_digest"])
+        digests.append(summary_of(tmp_path / name / "run")["weights_digest"])
         answers = list((tmp_path / name / "cache").rglob("answers/train.safetensors"))
         assert len(answers) == 3
         assert {stat.S_IMODE(path.stat().st_mode) for path in answers} == {0o600}
@@ -141,12 +142,12 @@ def test_the_same_key_gives_the_same_private_deployment(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy([*words, "rounds=4"], tmp_path / "run", network)
     key = (tmp_path / "run" / KEY_FILE).read_bytes()
-    whole = summary(tmp_path / "run")
+    whole = summary_of(tmp_path / "run")
     again = Network(tmp_path / "again", nodes_for(3))
     (tmp_path / "cut" / KEY_FILE.parent).mkdir(parents=True)
     (tmp_path / "cut" / KEY_FILE).write_bytes(key)
     deploy([*words, "rounds=4"], tmp_path / "cut", again)
-    assert summary(tmp_path / "cut")["weights_digest"] == whole["weights_digest"]
+    assert summary_of(tmp_path / "cut")["weights_digest"] == whole["weights_digest"]
 
 
 def test_an_attack_is_for_simulations(tmp_path: Path) -> None:
@@ -174,8 +175,8 @@ def test_secure_sums_of_real_nodes_of_which_one_is_killed(tmp_path: Path) -> Non
     for name, asked in (("secure", secured), ("plain", words)):
         network = Network(tmp_path / name / "cache", nodes_for(4), absent({2: [3]}))
         deploy([*asked, "engine.min_clients=1"], tmp_path / name / "run", network)
-    found = summary(tmp_path / "run")["weights_digest"]
-    assert found == summary(tmp_path / "secure" / "run")["weights_digest"]
+    found = summary_of(tmp_path / "run")["weights_digest"]
+    assert found == summary_of(tmp_path / "secure" / "run")["weights_digest"]
     # Round 1 began from the same weights: the mean is as near to the plain one as the ledger says.
     bound = number(first, "secure", "error_bound")
     got, want = (

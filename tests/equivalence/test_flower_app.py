@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.strategies.server.rows import Row
+from tests.common import summary_of
 from tests.equivalence.listeners import listeners, needs_proc, off_loopback
 
 pytestmark = pytest.mark.slow
@@ -47,11 +47,6 @@ WORDS = [
 DIGESTS = ("weights_digest", "ledger_digest")
 
 
-def summary(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "summary.json").read_text())
-    return found
-
-
 def test_a_run_that_began_in_process_goes_on_as_an_app(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     inline = [*WORDS, "engine=inline", "output.plots=true"]
@@ -65,7 +60,7 @@ def test_a_run_that_began_in_process_goes_on_as_an_app(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         execute(config, cut, engine_of, callbacks=[AfterRound(stop)])
     assert flower.main([f"resume={cut}", "engine.workers=2"]) == 0
-    found, wanted = summary(cut), summary(whole)
+    found, wanted = summary_of(cut), summary_of(whole)
     assert [found[name] for name in DIGESTS] == [wanted[name] for name in DIGESTS]
     assert found["git"] == wanted["git"]
     assert {p.name for p in cut.iterdir()} == {p.name for p in whole.iterdir()}
@@ -85,7 +80,9 @@ def test_nodes_are_one_process(words: tuple[str, ...], tmp_path: Path) -> None:
     more = [*WORDS, "local=momentum", *words]
     assert flower.main([*more, "engine.workers=2", f"output.dir={app}"]) == 0
     simulate(composed([*more, "engine=inline"]), here)
-    assert [summary(app)[name] for name in DIGESTS] == [summary(here)[name] for name in DIGESTS]
+    assert [summary_of(app)[name] for name in DIGESTS] == [
+        summary_of(here)[name] for name in DIGESTS
+    ]
 
 
 def test_a_run_that_fails_has_its_words_and_its_status(

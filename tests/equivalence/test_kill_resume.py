@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from fedraclora.rng import generator
 from fedraclora.run.ledger import digest_rows, read_ledger
 from fedraclora.weights.links import read_links
 from tests.campaigns import kill_resume
+from tests.common import summary_of
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 JOB = [
@@ -132,7 +132,7 @@ def moved(plain: Plain, folder: Path) -> Plain:
 
 def digests(folder: Path) -> tuple[object, ...]:
     """What must come out the same: weights, ledger, and every link of the chain."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     chain = [
         (round_, meta, {n: t.tolist() for n, t in tensors.items()})
         for round_, tensors, meta in read_links(folder / "chain")

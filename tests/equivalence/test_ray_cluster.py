@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 
 from fedraclora.engines.ray.cluster import check_address
 from fedraclora.errors import EngineError
+from tests.common import summary_of
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def digests(folder: Path, *words: str) -> list[str]:
         if done.returncode == 0 or time.monotonic() > end:
             break
     assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "summary.json").read_text())
+    found = summary_of(folder)
     return [found[name] for name in DIGESTS]
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import drawing
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,7 @@ from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.strategies.shared.layerwise import Round
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
+from tests import common
 
 SEED = 5
 M, N, R = 5, 8, 3
@@ -38,7 +38,7 @@ WHOLE = LocalSettings(lr=LR, batch_size=0)  # every local step sees all samples 
 Make = Callable[..., Task]
 
 
-normal = partial(drawing.normal, seed=SEED)
+normal = partial(common.normal, seed=SEED)
 
 
 def task_of(model: nn.Module, samples: Samples, parts: list[int]) -> Task:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import drawing
 import numpy as np
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from fedraclora.models.mlp import build_mlp
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator
+from tests import common
 
 SEED = 11
 
@@ -52,7 +52,7 @@ class Case:
         )
 
 
-normal = partial(drawing.normal, seed=SEED)
+normal = partial(common.normal, seed=SEED)
 
 
 def task_of(

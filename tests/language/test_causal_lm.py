@@ -20,6 +20,7 @@ from fedraclora.evaluation.generate import Answering
 from fedraclora.experiments.choices import choice
 from fedraclora.models.causal import build_causal_lm
 from fedraclora.run.ledger import read_ledger
+from tests.common import summary_of
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -115,7 +116,7 @@ def test_a_run_learns_to_answer(
     assert len(shown) == 4
     assert shown[0]["prompt"].startswith("user what")
     assert shown[0]["wanted"] == shown[0]["answer"]
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert summary["clients"] == 3
     assert summary["task"]["response_tokens"] == 96
     # Projections alone travel: r rows a matrix, in each of 7 matrices of 2 blocks (Llama).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from chats import save_tokenizer
 
 from fedraclora.experiments import cli
+from tests.common import summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "language-models.md").read_text()
@@ -40,7 +40,7 @@ def test_the_first_look_runs_as_it_is_typed(
         return ended.value.code
 
     assert run("output.dir=run") == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = summary_of(tmp_path / "run")
     assert summary["metrics"]["exact_match"] == 1.0
     # A tokenizer without a template of its own is refused; that of the page serves.
     (tmp_path / "bare").mkdir()
@@ -50,6 +50,6 @@ def test_the_first_look_runs_as_it_is_typed(
     assert "no chat template" in capsys.readouterr().err
     (tmp_path / "chat.jinja").write_text(block("jinja"))
     assert run(bare, own, "data.template=chat.jinja", "output.dir=other") == 0
-    summary = json.loads((tmp_path / "other" / "summary.json").read_text())
+    summary = summary_of(tmp_path / "other")
     assert summary["metrics"]["exact_match"] == 1.0
     assert summary["metrics"]["token_accuracy"] == 1.0

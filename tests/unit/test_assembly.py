@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from fedraclora.strategies.assembly import loop_of
 from fedraclora.training import chunking
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
+from tests.common import summary_of
 
 WORDS = (
     "data=digits",
@@ -121,7 +121,7 @@ def test_the_plan_is_printed_and_stands_in_the_summary(
     simulate(plain, tmp_path)
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(r"chunk: 9 clients \(memory\): [\d.]+ MB each \(.* MB on cpu, beside", said)
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = summary_of(tmp_path)
     assert summary["chunk"] == small
     assert summary["chunk_plan"].items() >= {"chunk": small, "reason": "memory"}.items()
     assert summary["chunk_plan"]["budget"] == chunking.HOST_BYTES

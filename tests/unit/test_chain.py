@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from fedraclora.weights.chain import (
     read_link,
     term_bytes,
 )
+from tests.common import normal
 from tests.reference.chain import replay
 
 M, N, R, SCALE = 5, 7, 2, 1.5

@@ -16,6 +16,7 @@ from fedraclora.experiments.compare import compare, main
 from fedraclora.experiments.run_files import find_runs, read_files
 from fedraclora.experiments.tables import Table, read_table
 from fedraclora.run.ledger import Ledger, Row
+from tests.common import summary_of
 
 ROUNDS = 20
 COHORT = 5
@@ -347,7 +348,7 @@ def test_a_diverged_run_is_named_and_not_advised_to_go_on(make: Make, tmp_path: 
     ledger.cut(11)
     for row in rows[12:]:
         ledger.append(row | {"metrics": {"accuracy": 0.1, "loss": None} if row["metrics"] else {}})
-    summary = json.loads((ledger.path.parent / "summary.json").read_text())  # type: ignore[union-attr]
+    summary = summary_of(ledger.path.parent)  # type: ignore[union-attr]
     summary["ledger_digest"] = ledger.digest()
     (tmp_path / "sweep" / "lost1" / "summary.json").write_text(json.dumps(summary))
     stopped(make("stopped", rac(2)), {"kind": "diverged", "round": ROUNDS, "reason": "loss"})

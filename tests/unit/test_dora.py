@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,6 +17,7 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from fedraclora.training.extras.settings import Magnitudes
+from tests.common import normal
 
 SMALL = ["data=digits", "pretrain=none", "clients=6", "cohort=3", "rounds=1", "model.hidden=[9]"]
 

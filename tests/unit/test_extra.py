@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from drawing import normal
 from torch import nn
 from typing_extensions import override
 
@@ -30,6 +29,7 @@ from fedraclora.training.extra import (
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
+from tests.common import normal
 
 LR, CLIP = 0.25, 0.01
 CLIENTS = torch.arange(3)

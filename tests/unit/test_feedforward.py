@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawing import normal
 from torch import nn
 
 from fedraclora.data.samples import Partitioned, Samples
@@ -23,6 +22,7 @@ from fedraclora.training.gradients import written_out_gradients
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.program import OpenChunk
 from fedraclora.tree import Tree
+from tests.common import normal
 
 SIZES = (5, 9, 3, 7)
 CLIENTS = torch.arange(len(SIZES))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawing import normal
 
 from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.uplinks import Uplinks
@@ -12,6 +11,7 @@ from fedraclora.training.extras.gates import CohortGates, pruned
 from fedraclora.training.extras.pairs import Pair
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
+from tests.common import normal
 
 K, M, R, N, LR = 2, 5, 3, 7, 0.1
 RATES = {"w/B": LR, "w/A": LR, "b": LR}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawing import normal
 
 from fedraclora.training.extras.lora_rite import CohortRite, negligible, polar
 from fedraclora.training.extras.pairs import Pair
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
+from tests.common import normal
 
 K, M, R, N, S = 2, 6, 3, 8, 0.7
 CONFIG = LocalSettings(optimiser="lora_rite", beta1=0.8, beta2=0.9, eps=1e-12)

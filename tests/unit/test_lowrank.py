@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from fedraclora.lowrank.algebra import (
     sylvester,
     truncated_product,
 )
+from tests.common import normal
 
 sizes = st.integers(1, 7)
 

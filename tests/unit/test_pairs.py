@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from fedraclora.training.extras.pairs import (
 )
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
+from tests.common import normal
 
 K, M, R, N, S = 3, 5, 2, 7, 0.6
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawing import normal
 from torch import nn
 
 import fedraclora
@@ -29,6 +28,7 @@ from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.downlink import pack_downlink, unpack_downlink
 from fedraclora.wire.exchange import TrainRequest, uplink_layout
+from tests.common import normal
 
 M, N, R, ALPHA = 3, 8, 2, 5.0
 NAME, DRAW, CPU = "fc.weight", Draw(7), torch.device("cpu")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.protocol.recipes import RECIPES, block_diagonal, in_turn, projected, sparse
 from fedraclora.sketch import SKETCHES, SketchSpec
+from tests.common import normal
 
 M, R, N = 5, 2, 7
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawing import normal
 from typing_extensions import override
 
 from fedraclora.errors import CheckpointError
@@ -19,6 +18,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.files import load_checkpoint
 from fedraclora.weights.links import read_links
+from tests.common import normal
 
 SPEC = SketchSpec("coordinate", "right", 2, 7, seed=1, index=0)
 LINK = Link({"w": Term((torch.ones(5, 2), SPEC), 1.5)}, {"b": torch.ones(5)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawing import normal
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.downlink import Adapter, Downlink, Trained
@@ -13,6 +12,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.training.row_moments import ROW_SLOT, row_slots, taken_rows
 from fedraclora.tree import Tree
+from tests.common import normal
 
 M, N, R, SCALE = 5, 7, 2, 1.5
 A = SketchSpec("orthonormal", "right", R, N, seed=3, index=0)

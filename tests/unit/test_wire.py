@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from drawing import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from fedraclora.wire.downlink import AskReader, AskWriter, pack_downlink, unpack
 from fedraclora.wire.exchange import Answer, Ask, TrainRequest, payload_bytes, uplink_layout
 from fedraclora.wire.records import Content, Fields, Tensors
 from fedraclora.wire.reply import checked, read_answer, write_answer
+from tests.common import normal
 
 K, M, R, N = 4, 5, 2, 7
 SPEC = SketchSpec("coordinate", "right", R, N, seed=2**62 + 3, index=5, blocks="cover")

@@ -199,12 +199,6 @@ def rows(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
-def summary(folder: Path) -> dict[str, object]:
-    """The summary of a run."""
-    found: dict[str, object] = json.loads((folder / "summary.json").read_text())
-    return found
-
-
 def client(message: Message) -> int:
     """Whom a train message is for."""
     (found,) = clients_of(from_records(message.content))

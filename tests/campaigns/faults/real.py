@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from fedraclora.experiments import deploy
 from fedraclora.run.ledger import read_ledger
 from tests.campaigns.faults.network import RANK, SMALL
 from tests.campaigns.faults.trials import Outcome, absent, final_weights
+from tests.common import summary_of
 
 # A node that was killed is missed after a minute; its key is refused for as long. No limit here is
 # a measure: they end what hangs.
@@ -272,7 +272,7 @@ def _verdicts(came: Sequence[Injected], job: Drill, ended: Status) -> list[Outco
             failures, at = row["failures"], int(str(row["round"]))
             missing[at] = [f["client"] for f in failures]  # type: ignore[attr-defined]
             said[at] = str(failures)[:300]
-        found = json.loads((job.folder / "summary.json").read_text())["weights_digest"]
+        found = summary_of(job.folder)["weights_digest"]
         if found != final_weights([*job.words, "engine.min_clients=1"], absent(missing)):
             verdict = "other final weights"
     except (OSError, FedRacLoraError) as error:

@@ -15,7 +15,8 @@ from flwr.app import Message
 
 from fedraclora.errors import ClientError
 from tests.campaigns.faults.harms import BEHAVIOURS, HARMS, Once, fault_of, raises
-from tests.campaigns.faults.network import Fault, Network, client, deploy, nodes_for, rows, summary
+from tests.campaigns.faults.network import Fault, Network, client, deploy, nodes_for, rows
+from tests.common import summary_of
 
 ONE = 1  # the client at fault
 # What an operator asks for: the round goes on without it; is run again; or the run stops.
@@ -58,7 +59,7 @@ def final_weights(words: list[str], fault: Fault | None, clients: int = 3) -> st
     with tempfile.TemporaryDirectory() as made, redirect_stdout(StringIO()):
         folder = Path(made)
         deploy(words, folder / "run", Network(folder / "cache", nodes_for(clients), fault))
-        return str(summary(folder / "run")["weights_digest"])
+        return str(summary_of(folder / "run")["weights_digest"])
 
 
 def guilty_in(round_: int) -> Callable[[Message], bool]:
@@ -109,7 +110,7 @@ def inject(kinds: Sequence[str], policy: str) -> list[Outcome]:
             stopped = str(error)
             network.fault = None
             deploy(words, folder, network, resume=True)
-        found, done = str(summary(folder)["weights_digest"]), rows(folder)
+        found, done = str(summary_of(folder)["weights_digest"]), rows(folder)
     missing = {r: [ONE] for r in when} if policy == "left out" else {}
     same = found == final_weights([words[0], "engine.min_clients=2"], absent(missing))
     seconds = round((time.monotonic() - began) / len(when), 2)
