@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -154,23 +153,6 @@ def test_a_reply_is_merged_once_and_waits_until_then() -> None:
     waiting = [f for batch in read_batches(strategy.state)[0] for f in batch.flights]
     assert sorted(merged + waiting) == sorted(started)
     assert len(set(started)) == len(started) > len(merged) > 0
-
-
-def test_what_waits_in_a_checkpoint_of_an_older_release_is_read() -> None:
-    state = go(make_world(), ("fed_rac_lora", {}), 8).strategy.state
-    moments = dict(state.moments)
-    for name in [n for n in moments if n.endswith("/header")]:
-        header = json.loads(bytes(moments[name].tolist()))
-        del header["extras"]
-        text = json.dumps(header | {"variates": [], "lifted": False}).encode()
-        moments[name] = torch.tensor([*text], dtype=torch.uint8)
-    now, older = read_batches(state), read_batches(replace(state, moments=moments))
-    assert now[0]
-    assert now[1] == older[1]
-    for left, right in zip(now[0], older[0], strict=True):
-        assert (left.round_, left.flights) == (right.round_, right.flights)
-        assert str(left.sent) == str(right.sent)
-        assert torch.equal(left.rows, right.rows)
 
 
 def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> None:
