@@ -15,6 +15,7 @@ import yaml
 
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.choices import groups
+from fedraclora.run.folder import refuse_full
 
 TEMPLATES = Path(__file__).parent / "project"  # as the project will be, NAME for its name
 
@@ -41,8 +42,7 @@ def write_project(name: str, where: Path) -> Path:
     if name in groups()["experiment"]:
         raise ConfigError(f"{name} is a preset of fedraclora itself; name the project otherwise")
     folder = where / name
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} holds something already; choose another name or remove it")
+    refuse_full(folder)
     for template in TEMPLATES.rglob("*.tmpl"):
         path = template.relative_to(TEMPLATES).as_posix().removesuffix(".tmpl")
         file = folder / path.replace("NAME", name)

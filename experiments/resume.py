@@ -12,8 +12,7 @@ from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError, EngineError, FedRacLoraError
 from fedraclora.experiments import Plain
-from fedraclora.run.continued import free_keys, plans_rounds
-from fedraclora.run.digests import known_data
+from fedraclora.run.digests import free_keys, known_data, plans_rounds
 from fedraclora.run.folder import has_begun, is_finished, read_config, read_summary, resume_word
 from fedraclora.run.ledger import number, read_ledger
 from fedraclora.run.recorder import checkpoint_meta, resolved

@@ -34,7 +34,7 @@ from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.callback import Callback
 from fedraclora.run.client_state import ClientStore
-from fedraclora.run.continued import free_keys
+from fedraclora.run.digests import free_keys
 from fedraclora.run.initial import source_of
 from fedraclora.run.recorder import RunRecorder, resolved
 from fedraclora.strategies.server.callbacks import Evaluate, Stopping

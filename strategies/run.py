@@ -25,7 +25,7 @@ from fedraclora.evaluation.evaluate import evaluate_task
 from fedraclora.evaluation.predict import Prediction, predict
 from fedraclora.models.built import check_fit, dequantise
 from fedraclora.models.outputs import refuse_outputs
-from fedraclora.run.folder import run_title
+from fedraclora.run.folder import refuse_full, run_title
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.weights import load_weights
@@ -341,8 +341,7 @@ class Run:
         """
         place = user_path("folder", folder)
         try:
-            if place.exists() and (not place.is_dir() or any(place.iterdir())):
-                raise ConfigError(f"{place} is not empty; name a new folder")
+            refuse_full(place)
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{place} cannot be made ({error}); name another folder") from error

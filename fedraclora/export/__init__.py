@@ -18,7 +18,7 @@ from fedraclora.export.gguf_file import write_gguf
 from fedraclora.export.hf_folder import write_hf, write_state_dict
 from fedraclora.export.peft_adapter import write_peft
 from fedraclora.export.trained import ExportRecord, Order, TrainedModel, is_hugging_face
-from fedraclora.run.folder import versions_of
+from fedraclora.run.folder import refuse_full, versions_of
 
 FACTS = "export.json"
 OURS = ("linear", "mlp", "cnn")  # models that shape, outputs and their keys make
@@ -142,8 +142,7 @@ def export(
         str(folder).encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{str(folder)!r} is no UTF-8, as paths of safetensors are") from error
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} holds something already; name a new folder")
+    refuse_full(folder)
     partial = folder.with_name(f".{folder.name}.partial")  # one that a kill left is written anew
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a run folder began with, by digest: its config, and the files that its data are read from.
+"""What a run began with, by digest: its config and the files of its data; and what may change.
 
 ``digests.json`` lies beside ``config.yaml``, which stays a plain file to read. It holds a digest of
 itself, as ``summary.json`` does: a digit that changes in any of them is seen by whoever reads it.
@@ -13,12 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedraclora.config.schema import Plain
 from fedraclora.data.locate import file_digest, resolve, user_path
 from fedraclora.errors import CheckpointError, ConfigError, DataError
 from fedraclora.weights.files import ADVICE, write_text
 
 FILE = "digests.json"
 SEAL = "sha256"
+# What may change where a run goes on: keys that move no bit of its weights.
+ALWAYS = ("max_failures",)
+MEASURED = ("evaluate.every", "evaluate.batch_size")
 PATHS = ("file", "samples", "test", "test_file", "tokenizer")  # keys of data that name files
 
 
@@ -154,3 +158,39 @@ def _owner(key: str, name: str) -> str:
 
 def _text_digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
+
+
+def free_keys(plain: Plain) -> tuple[str, ...]:
+    """Name the keys, dotted, that a run may go on with other values of.
+
+    Not among them are ``output`` and ``engine``, which are no part of what decides bits, and
+    ``device``, of which only what it comes to counts.
+
+    - ``max_failures`` decides whether a round is given up, and not what comes of it.
+    - ``evaluate.every`` and ``evaluate.batch_size`` decide when and in which order of sums the
+      server measures; with ``stop.patience`` that decides when the run ends.
+    - ``rounds``, where nothing is planned over all of them.
+    - Files and folders of the data may lie elsewhere: what is in them is known by digest.
+
+    Args:
+        plain: The config of the run.
+    """
+    stops = _get(plain, "stop", "patience") is not None
+    measured = () if stops else MEASURED
+    rounds = () if plans_rounds(plain) else ("rounds",)
+    return (*ALWAYS, *measured, *rounds, *(f"data.{key}" for key in PATHS))
+
+
+def plans_rounds(plain: Plain) -> str | None:
+    """Name the key by which the number of rounds decides what each of them does; None: none."""
+    schedule = _get(plain, "local", "schedule")
+    if schedule not in {None, "constant", "step"}:
+        return f"local.schedule={schedule}"
+    if _get(plain, "privacy", "target_epsilon") is not None:
+        return "privacy.target_epsilon"
+    return None
+
+
+def _get(plain: Plain, group: str, key: str) -> object:
+    found = plain.get(group)
+    return found.get(key) if isinstance(found, Mapping) else None

@@ -98,6 +98,16 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
+def refuse_full(folder: Path) -> None:
+    """Reject a folder that is not empty, or a file in its place: what is there would be mixed up.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} holds something already; name a new folder")
+
+
 @contextmanager
 def withdrawn(folder: Path) -> Iterator[None]:
     """Take away what a start has made in a run folder, where it fails before the run has begun.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fedraclora.codec import split
 from fedraclora.errors import CheckpointError
 from fedraclora.privacy.secret import KEY_FILE as KEY
 from fedraclora.protocol.method import Link, State
@@ -186,9 +187,8 @@ class RunRecorder:
         # Large weights that the links of the chain give are not written once more.
         whole = is_small(state.base) or not self.keep_chain
         left = frozenset() if whole else catch_up.followed(0)
-        tensors = {f"base/{n}": t for n, t in state.base.items() if n not in left}
-        tensors |= {f"carried/{n}": t for n, t in state.carried.items()}
-        tensors |= {f"moments/{n}": t for n, t in state.moments.items()}
+        base = {n: t for n, t in state.base.items() if n not in left}
+        tensors, _ = split({"base": base, "carried": state.carried, "moments": state.moments})
         meta: dict[str, object] = {
             "round": round_,
             "memo": state.memo.stored(),
