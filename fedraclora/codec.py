@@ -204,8 +204,9 @@ def _tensor(tensors: Mapping[str, torch.Tensor], told: list[Any], path: str) -> 
 
 def _plain(kind: type, value: object) -> Any:
     """Take a plain value of a type, a whole number for a fraction; None for any other."""
-    if kind is float and type(value) is int:
-        return value
+    whole = type(value) is int and -(2**63) <= value < 2**64
+    if kind is int or whole:
+        return value if whole and kind in {int, float} else None
     fits = type(value) is kind and (kind is not float or math.isfinite(value))  # type: ignore[arg-type]
     return value if fits else None
 

@@ -41,8 +41,8 @@ JUNK: list[Any] = [
     *(
         ["x"] * 5000,
         [["w/B", [2**40, 2**40]]],
-        {"role": "frozen"},
-        {"role": "sketched", "spec": {}},
+        {"shape": [5, 2], "start": []},
+        {"drawing": {}, "coefficients": []},
     ),
 ]
 TEXTS = [

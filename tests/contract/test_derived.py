@@ -198,7 +198,7 @@ def test_a_replica_without_the_last_link_says_so() -> None:
 @pytest.mark.parametrize(
     ("shapes", "told"),
     [
-        ([], "coefficients of w/B"),
+        ([], "w/factors/B/coefficients"),
         ([["w/B", [R, R]]], r"coefficients .* \(18,\)"),
         ([["w/B", [R * R * 2]]], r"coefficients of w/B .*no matrix"),
         ([["w/B", [R * R, 2]]], "columns than the 3"),

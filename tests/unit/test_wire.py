@@ -233,17 +233,17 @@ def test_a_message_that_lacks_a_record_is_refused(gone: str) -> None:
 
 
 def test_a_frozen_factor_without_its_numbers_is_refused() -> None:
-    adapters = {"w": {"scale": 1.0, "factors": {"A": {"role": "frozen"}}}}
+    adapters = {"w": {"scale": 1.0, "factors": {"A": []}}}
     content = pack_downlink(Downlink(), ORDER, "float64")
-    with pytest.raises(WireError, match=r"frozen factor .*its numbers"):
-        unpack_downlink(edited(content, {"adapters": adapters}))
+    with pytest.raises(WireError, match=r"no numbers of .*w/factors/A"):
+        unpack_downlink(edited(content, {"downlink": {"adapters": adapters}}))
 
 
 def test_a_dense_tensor_has_to_be_trained() -> None:
-    described = {"role": "sketched", "spec": vars(SPEC)}
     content = pack_downlink(Downlink(), ORDER, "float64")
-    with pytest.raises(WireError, match="dense tensor b is frozen"):
-        unpack_downlink(edited(content, {"dense": {"b": described}}))
+    for described in (vars(SPEC), []):
+        with pytest.raises(WireError, match=r"dense/b is .* Trained is wanted"):
+            unpack_downlink(edited(content, {"downlink": {"dense": {"b": described}}}))
 
 
 # --- uplink --------------------------------------------------------------------------------------
