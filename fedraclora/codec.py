@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedraclora import narrow_weight
+from fedraclora.narrow_weight import in_parts, rejoined
 from fedraclora.protocol.quantised import FULL, ROUNDED, decode, encode
 from fedraclora.tree import Tree, below
 
@@ -56,7 +56,7 @@ def split(value: object, path: str = "") -> tuple[Tree, Any]:
     """
     tensors: Tree = {}
     plain = _split(value, path, FULL, tensors)
-    return narrow_weight.in_parts(tensors), plain
+    return in_parts(tensors), plain
 
 
 def join(kind: type[T], tensors: Mapping[str, torch.Tensor], plain: object, path: str = "") -> T:
@@ -72,7 +72,7 @@ def join(kind: type[T], tensors: Mapping[str, torch.Tensor], plain: object, path
         ValueError: Naming the path, what came and what was wanted. What the dataclass itself
             refuses it says in its own way.
     """
-    found: T = _join(kind, narrow_weight.rejoined(tensors), plain, path)
+    found: T = _join(kind, rejoined(tensors), plain, path)
     return found
 
 

@@ -24,7 +24,7 @@ from fedraclora.weights.chain import read_link
 from fedraclora.weights.links import read_links
 
 LARGE = 16 * 2**20  # bytes of base weights; below, every file stands alone
-NOT_WEIGHTS = "carried|"  # prefix of what else a link holds
+CARRIED = "carried|"  # of the tensors of a link: what the method carries, where it changed
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def initial_weights(tensors: Tree, meta: Mapping[str, Any], path: Path) -> Tree:
     Raises:
         CheckpointError: If weights that lie elsewhere are not there, or are others now.
     """
-    base = {n: t for n, t in tensors.items() if not n.startswith(NOT_WEIGHTS)}
+    base = {n: t for n, t in tensors.items() if not n.startswith(CARRIED)}
     said = meta.get("elsewhere")
     if said is None:
         return base

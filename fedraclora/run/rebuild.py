@@ -10,9 +10,9 @@ from typing import Any
 
 from fedraclora.errors import CheckpointError
 from fedraclora.protocol.method import Draw, Memo, Method, Plan, State, apply_link
-from fedraclora.run.initial import checkpoint_base, initial_weights
+from fedraclora.run.initial import CARRIED, checkpoint_base, initial_weights
 from fedraclora.run.ledger import read_ledger
-from fedraclora.run.recorder import CARRIED, checkpoint_meta, hold_chain, hold_checkpoint
+from fedraclora.run.recorder import checkpoint_meta, hold_chain, hold_checkpoint
 from fedraclora.tree import Tree, below
 from fedraclora.weights.chain import read_link, read_plan
 from fedraclora.weights.files import load_checkpoint

@@ -17,14 +17,13 @@ from fedraclora.errors import CheckpointError
 from fedraclora.privacy.secret import KEY_FILE as KEY
 from fedraclora.protocol.method import Link, State
 from fedraclora.run.client_state import ClientStore
-from fedraclora.run.initial import ModelSource, checkpoint_base, is_small
+from fedraclora.run.initial import CARRIED, ModelSource, checkpoint_base, is_small
 from fedraclora.run.ledger import Ledger, read_ledger, seals
 from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
 from fedraclora.weights.files import (
     ADVICE,
     difference,
-    has_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -40,7 +39,6 @@ from fedraclora.weights.links import (
     stored_digest,
 )
 
-CARRIED = "carried|"  # of the tensors of a link: what the method carries, where it changed
 # Files of a run folder that a run which goes on rests on, beside the config and these three.
 BESIDE = (str(KEY), "run_id")
 PRESENT = ("config.yaml", "digests.json")  # these have digests of their own
@@ -341,7 +339,7 @@ def beside(folder: Path) -> dict[str, str]:
 def checkpoint_meta(folder: Path) -> dict[str, Any]:
     """Read what the checkpoint of a run folder says beside its tensors; empty if there is none."""
     path = folder / "checkpoint"
-    return dict(load_checkpoint(path)[1]) if has_checkpoint(path) else {}
+    return dict(load_checkpoint(path)[1]) if (path / CHECKPOINT).is_file() else {}
 
 
 def resolved(folder: Path, key: str) -> Any:

@@ -116,11 +116,6 @@ def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
     return load_tensors(path, ADVICE)
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Check whether a checkpoint folder holds one."""
-    return (folder / FILE).is_file()
-
-
 def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync: bool) -> None:
     """Write tensors and JSON values to one file, in one move.
 
