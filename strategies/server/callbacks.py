@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import ismethod, signature
-from typing import Any
+from typing import Any, cast
 
 from typing_extensions import override
 
@@ -36,6 +36,8 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.list, self.ended = list(callbacks), False
         self._begun: list[Callback] = []
+        self._columns: list[tuple[str, Row]] = []  # of a program's own, for the next row
+        self._rows: list[Row] = []  # copies, for a program's own
 
     def begin(self, run: Begin) -> None:
         """Have each get ready."""
@@ -49,7 +51,10 @@ class Callbacks:
         row: Row = {"metrics": {}}
         now = weights() if measuring else {}
         for callback in measuring:
-            row |= callback.measure(now, round_)
+            if isinstance(callback, Told):
+                self._columns.append((callback.name, callback.measure(dense(now), round_)))
+            else:
+                row |= callback.measure(now, round_)
         return row
 
     def own_columns(self, row: Row) -> Row:
@@ -58,10 +63,9 @@ class Callbacks:
         Raises:
             ConfigError: If the row has such a column already.
         """
-        for callback in self.list:
-            if isinstance(callback, Own):
-                row = joined(row, callback.measured, callback.name)
-                callback.measured = {}
+        while self._columns:
+            who, found = self._columns.pop(0)
+            row = joined(row, found, who)
         return row
 
     def row(self, row: Row) -> None:
@@ -71,7 +75,8 @@ class Callbacks:
 
     def ends(self, rows: Sequence[Row]) -> bool:
         """Ask each whether the run is at its end."""
-        self.ended = any(callback.ends(rows) for callback in self.list)
+        self._rows += copy.deepcopy(rows[len(self._rows) :])
+        self.ended = any(c.ends(self._rows if isinstance(c, Told) else rows) for c in self.list)
         return self.ended
 
     def end(self, summary: Mapping[str, object], *, failed: bool = False) -> None:
@@ -86,7 +91,7 @@ class Callbacks:
 
 
 def _measures(callback: Callback) -> bool:
-    inner = callback.inner if isinstance(callback, Own) else callback
+    inner = callback.inner if isinstance(callback, Told) else callback
     return type(inner).measure is not Callback.measure
 
 
@@ -194,12 +199,13 @@ class Told:
     Args:
         inner: The object.
         name: For a reader.
+        copies: Whether its hooks get copies; those of rows are made as they come.
     """
 
     own = True
 
-    def __init__(self, inner: object, name: str) -> None:
-        vars(self).update(inner=inner, name=name)
+    def __init__(self, inner: object, name: str, *, copies: bool = False) -> None:
+        vars(self).update(inner=inner, name=name, copies=copies)
 
     def __getattr__(self, attribute: str) -> Any:
         """Fetch an attribute of the object."""
@@ -208,6 +214,8 @@ class Told:
             return found
 
         def call(*arguments: object, **named: object) -> object:
+            if self.copies and attribute != "ends":
+                arguments, named = copy.deepcopy((arguments, named))
             try:
                 return found(*arguments, **named)
             except Exception as error:
@@ -233,45 +241,6 @@ def in_round(round_: int) -> Iterator[None]:
         raise
 
 
-class Own(Callback):
-    """A callback of a program's own: it gets copies, and cannot change the run.
-
-    Args:
-        inner: The callback.
-        name: For a reader.
-    """
-
-    def __init__(self, inner: Callback, name: str) -> None:
-        self.inner, self.name, self.told = inner, name, Told(inner, name)
-        self.rows: list[Row] = []
-        self.measured: Mapping[str, object] = {}
-
-    @override
-    def begin(self, run: Begin) -> None:
-        self.told.begin(copy.deepcopy(run))
-
-    @override
-    def measure(self, weights: Tree, round_: int) -> Row:
-        copies = {name: t.detach().clone() for name, t in dense(weights).items()}
-        self.measured = self.told.measure(copies, round_)
-        return {}
-
-    @override
-    def row(self, row: Row) -> None:
-        self.told.row(copy.deepcopy(row))
-
-    @override
-    def ends(self, rows: Sequence[Row]) -> bool:
-        if type(self.inner).ends is Callback.ends:
-            return False
-        self.rows += copy.deepcopy(rows[len(self.rows) :])
-        return bool(self.told.ends(self.rows))
-
-    @override
-    def end(self, summary: Mapping[str, object], *, failed: bool) -> None:
-        self.told.end(copy.deepcopy(summary), failed=failed)
-
-
 def own_callbacks(key: str, given: object) -> list[Callback]:
     """Check what a program gives to watch its run.
 
@@ -282,7 +251,8 @@ def own_callbacks(key: str, given: object) -> list[Callback]:
     Raises:
         ConfigError: If something is neither.
     """
-    return [Own(_callback(key, thing), _name(thing)) for thing in each_of(given)]
+    things = [(_callback(key, thing), _name(thing)) for thing in each_of(given)]
+    return [cast(Callback, Told(thing, name, copies=True)) for thing, name in things]
 
 
 def each_of(given: object) -> list[Any]:

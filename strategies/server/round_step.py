@@ -72,7 +72,7 @@ class RoundStep:
     Attributes:
         key: Of the config, that has chosen it; empty where a program makes it.
         settings: What that key says; the table of what does not go together looks at it.
-        avoids: What it does not go with: names of `strategies.steps.features`, and why. Most pairs
+        avoids: What it does not go with: names of `strategies.steps.conflicts`, and why. Most pairs
             of the steps of this project stand in ``conflicts.yaml``.
         first: Of a program's own: whether it sees what came before all other steps; else it
             stands behind them, and sees what the method gets.

@@ -1,26 +1,294 @@
 """What does not go together: one table, for the errors and for the page that prints it.
 
-``conflicts.yaml`` says of pairs of `strategies.steps.features` why they do not go together; what to
-take instead the features say. A pair is looked at before the first round, and in each round where
-what is sent may change; some are refused by the step that comes upon them when it computes.
+A feature is what a run may have that something else does not go with: a setting, a method, what is
+sent. ``conflicts.yaml`` says of pairs of them why they do not go together; what to take instead the
+features say. A pair is looked at before the first round, and in each round where what is sent may
+change; some are refused by the step that comes upon them when it computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from typing_extensions import override
 
-from fedraclora.aggregation.base import AggregationContext
+from fedraclora.aggregation.base import AggregationContext, Mean
+from fedraclora.aggregation.server_optimisers import ServerOptimiser
+from fedraclora.attacks.attack import Attack
+from fedraclora.config.unread import keeps_rows
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.protocol.method import Cohort, Downlink, State
+from fedraclora.lowrank.dora import magnitudes
+from fedraclora.privacy.secagg import LEAST_CLIENTS
+from fedraclora.protocol.change_of_basis import held_beside
+from fedraclora.protocol.method import Cohort, Downlink, Method, State, Trained
+from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.recipes import RECIPES, Recipe
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.server.round_step import RoundStep, step_name
-from fedraclora.strategies.steps.features import FEATURES, IN_ROUNDS, Setup
+from fedraclora.strategies.server.round_step import RoundStep, RunContext, step_name
+from fedraclora.strategies.shared.initials import STARTS
+from fedraclora.strategies.wrappers.allocated import Allocated
+from fedraclora.strategies.wrappers.around import innermost
+from fedraclora.strategies.wrappers.pruned import Pruned
+from fedraclora.training.extras.prox import Prox
+from fedraclora.training.extras.sample_level import SampleLevel
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.row_moments import row_slots
+
+# What keys say that have chosen no step.
+UNCHOSEN = {
+    "aggregator": Mean(), "attack": Attack(), "control_variates": False, "privacy": None,
+    "secure": None, "server_optimiser": ServerOptimiser(),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, and what is asked in one of its rounds.
+
+    Attributes:
+        steps: What happens to a round besides.
+        run: The run.
+        sent: What is asked.
+    """
+
+    steps: Sequence[RoundStep]
+    run: RunContext
+    sent: Downlink
+
+    def __getitem__(self, key: str) -> Any:
+        """Give what a key of the config says of its step."""
+        return next((step.settings for step in self.steps if step.key == key), UNCHOSEN[key])
+
+    @property
+    def recipe(self) -> Recipe:
+        """What clients do with what is sent."""
+        return RECIPES[self.sent.recipe]
+
+    @property
+    def rule(self) -> str:
+        """Name the aggregator in the place of the mean; empty: there is none."""
+        rule = self["aggregator"]
+        return "" if isinstance(rule, Mean) else f"aggregator={rule.name}"
+
+    @property
+    def server_space(self) -> str:
+        """Where the server takes a step of its own; empty: it takes none."""
+        rule = self["server_optimiser"]
+        return "" if rule.name == "none" else str(rule.space)
+
+    @property
+    def max_weight(self) -> int:
+        """The greatest weight of a client in a secure sum; 0: there is none."""
+        return getattr(self["secure"], "max_weight", 0)
+
+    def own(self, trait: str) -> str:
+        """Name a step of a program's own that has a trait; empty: there is none."""
+        found = (step for step in self.steps if step.own and getattr(step, trait))
+        return next(map(step_name, found), "")
+
+
+def _moments(local: LocalConfig) -> str:
+    """Name the setting that hands moments on."""
+    if local.moments_kept:
+        return f"local.moments_kept is {local.moments_kept}"
+    return "local.moments is run" if local.moments == "run" else ""
+
+
+def _beside_plain_sgd(local: LocalConfig) -> str:
+    """Name a setting from whose steps the mean gradient cannot be told."""
+    beside = {
+        "optimiser": local.optimiser != "sgd",
+        "momentum": local.momentum,
+        "weight_decay": local.weight_decay,
+        "clip": local.clip is not None,
+    }
+    found = [f"local.{n}={getattr(local, n)}" for n, used in beside.items() if used]
+    return next(iter([*found, *(extra.setting for extra in local.extras)]), "")
+
+
+def _no_mean_gradient(sent: Downlink) -> str:
+    """Name what keeps a round from having one mean gradient."""
+    if sent.apart:
+        return "other factors for each client"
+    return "" if sent.recipe == "plain" else f"the recipe {sent.recipe}"
+
+
+def _goes_on(method: Method) -> bool:
+    """Check whether a link begins with what the last one left, beside the weights."""
+    carries = getattr(method, "carries", False) and getattr(method, "link_rounds", None) is not None
+    return carries or (hasattr(method, "fresh") and keeps_rows(method))
+
+
+def _part_of_weights(setup: Setup) -> str:
+    """Name what is sent whole in each round and is a part of W, not of what was learnt; or empty.
+
+    That is a product, or a tensor trained in full with a start of its own, which is not zero before
+    anything was trained.
+    """
+    initial = getattr(innermost(setup.run.method), "initial", None)
+    if initial in STARTS:  # of which one begins with a probe
+        return f"method.initial is {initial}"
+    for name, adapter in setup.sent.adapters.items():
+        starts = [f.start if isinstance(f, Trained) else f for f in adapter.factors.values()]
+        if any(isinstance(s, torch.Tensor) for s in starts) and all(map(_begun, starts)):
+            return f"the factors of {name}"
+    return next((name for name, slot in setup.sent.dense.items() if _begun(slot.start)), "")
+
+
+def _begun(start: object) -> bool:
+    """Check whether a factor is there and not zero."""
+    return bool(start.any()) if isinstance(start, torch.Tensor) else start is not None
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a run may have.
+
+    Attributes:
+        found: Tells whether it has it, or names the value that it has; empty: it has not.
+        other: What to take in its place.
+    """
+
+    found: Callable[[Setup], bool | str]
+    other: str
+
+
+ONE_SPACE = "server_optimiser=none or space=weights"
+# fmt: off
+SETTINGS = {
+    "engine=deploy": Feature(lambda s: s.run.loop.guarded, "another engine"),
+    "an attack": Feature(
+        lambda s: s["attack"].share > 0 and f"attack={s['attack'].name}", "attack=none"),
+    "an attack whose clients collude": Feature(
+        lambda s: s["attack"].colludes and f"attack={s['attack'].name}", "another attack"),
+    "another aggregator than mean": Feature(lambda s: s.rule, "aggregator=mean"),
+    "a rule that looks at single updates": Feature(
+        lambda s: s["aggregator"].individuals and s.rule, "aggregator=mean"),
+    "a rule that makes one vector of a cohort": Feature(
+        lambda s: s["aggregator"].estimates and s.rule,
+        "aggregator=multi_krum, krum, norm_bound or mean"),
+    "a rule that compares clients": Feature(
+        lambda s: s["aggregator"].compares and s.rule, "aggregator=norm_bound or mean"),
+    "a step of a program's own that looks at single updates": Feature(
+        lambda s: s.own("individuals"), "steps without it"),
+    "a step of a program's own that stands before all others": Feature(
+        lambda s: s.own("first"), "steps without it"),
+    "privacy=client_level": Feature(
+        lambda s: s["privacy"] is not None, "privacy=none"),
+    "privacy.quantile": Feature(
+        lambda s: getattr(s["privacy"], "quantile", None) is not None,
+        "privacy.quantile=null"),
+    "local.dp": Feature(lambda s: s.run.local.extra_of(SampleLevel) is not None, "local.dp=null"),
+    "secure=secagg": Feature(lambda s: s.max_weight > 0, "secure=none"),
+    "wire.uplink in fewer bits": Feature(
+        lambda s: s.run.loop.uplink != FULL and f"wire.uplink is {s.run.loop.uplink}",
+        "wire.uplink=float32"),
+    "wire.feedback=true": Feature(lambda s: s.run.loop.feedback, "wire.feedback=false"),
+    "wire.downlink in fewer bits": Feature(
+        lambda s: s.run.loop.downlink != FULL and f"wire.downlink is {s.run.loop.downlink}",
+        "wire.downlink=float32"),
+    "local.moments=rows": Feature(
+        lambda s: s.run.local.moments == "rows", "local.moments=round or link"),
+    "secure.max_weight=1": Feature(
+        lambda s: s.max_weight == 1,
+        "for secure.max_weight the most samples that a client may have"),
+    "secure.max_weight above 1": Feature(
+        lambda s: s.max_weight > 1 and f"secure.max_weight is {s.max_weight}",
+        "secure.max_weight=1"),
+    "weights=uniform": Feature(lambda s: s.run.loop.weights == "uniform", "weights=examples"),
+    "weights=examples": Feature(lambda s: s.run.loop.weights == "examples", "weights=uniform"),
+    "a cohort of two or less": Feature(
+        lambda s: s.run.loop.cohort < LEAST_CLIENTS and f"cohort is {s.run.loop.cohort}",
+        "a cohort of 3 or more"),
+    "control_variates=true": Feature(
+        lambda s: s["control_variates"], "control_variates=false"),
+    "server_optimiser.space=weights": Feature(
+        lambda s: s.server_space == "weights", "server_optimiser=none or space=factors"),
+    "server_optimiser.space=factors": Feature(
+        lambda s: s.server_space == "factors", ONE_SPACE),
+    "server_optimiser.space=weights beside links that end": Feature(
+        lambda s: s.server_space == "weights" and s.run.method.traits.merges
+        and getattr(innermost(s.run.method), "link_rounds", None) is not None,
+        "server_optimiser=none or space=factors"),
+    "an adaptive server_optimiser with space=factors": Feature(
+        lambda s: s.server_space == "factors" and s["server_optimiser"].adapts,
+        f"server_optimiser=momentum, {ONE_SPACE}"),
+    "system": Feature(lambda s: s.run.devices.system.enabled, "system=none"),
+    "system.buffer": Feature(
+        lambda s: s.run.devices.system.buffer is not None, "system.buffer=null"),
+    "local moments that live on": Feature(
+        lambda s: _moments(s.run.local),
+        "local.moments=round or link, with local.moments_kept=0"),
+    "local.weight_decay": Feature(
+        lambda s: s.run.local.weight_decay > 0
+        and f"local.weight_decay is {s.run.local.weight_decay}", "local.weight_decay=0"),
+    "local.prox": Feature(
+        lambda s: (found := s.run.local.extra_of(Prox)) is not None and found.setting,
+        "local.prox=0"),
+    "local epochs in the place of steps": Feature(
+        lambda s: not s.run.local.steps, "local.steps=1 or more"),
+    "local steps that are not plain SGD": Feature(
+        lambda s: _beside_plain_sgd(s.run.local), "local=sgd"),
+    "a method whose links last one round": Feature(
+        lambda s: not s.run.method.traits.pools and getattr(s.run.method, "link_rounds", None) == 1,
+        "method.resample_every=2 or more, where the method has it, or another method"),
+    "a method whose links last several rounds": Feature(
+        lambda s: s.run.method.traits.merges and not s.run.method.traits.pools
+        and (getattr(innermost(s.run.method), "link_rounds", None) or 1) > 1,
+        "a method whose links last one round (fed_rac_lora with method.resample_every=1)"),
+    "dora=true": Feature(
+        lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)), "dora=false"),
+    "method.blocks=cover": Feature(
+        lambda s: getattr(innermost(s.run.method), "blocks", "") == "cover"
+        and s.run.method.traits.merges, "method.blocks=independent"),
+    "factors or lengths that hold a part of the weights": Feature(
+        _part_of_weights,
+        "method.initial=kaiming_uniform (a drawing), another method, dora=false"),
+    "an allocation of ranks": Feature(
+        lambda s: isinstance(s.run.method, Allocated | Pruned), "allocation=none"),
+}
+METHODS = {name: Feature(found, "another method") for name, found in {
+    "a method that needs each client's own update": lambda s: not s.run.method.traits.linear,
+    "a method of which a part stays at each client": lambda s: s.run.method.client_state,
+    "a method that trains other tensors from round to round": lambda s: s.run.method.traits.varies,
+    "a method some of whose numbers are never trained": lambda s: s.recipe.fixes,
+    "a method that trains a share of the entries of full weights":
+        lambda s: s.recipe.fixes and not s.sent.adapters,
+    "a method whose clients send gradients first": lambda s: not s.recipe.steps,
+    "a method that trains neither factor A nor B":
+        lambda s: s.recipe.steps and not row_slots(s.sent, {}),
+    "a method whose factors begin anew with each link":
+        lambda s: s.run.method.traits.merges
+        and next((n for n, a in s.sent.adapters.items() if held_beside(a) is None), ""),
+    "a method whose factors stand beside others in each link":
+        lambda s: (s.run.method.traits.merges or s.run.method.traits.pools)
+        and next(iter(s.sent.adapters), ""),
+    "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
+    "a method whose next link begins with what the last left":
+        lambda s: _goes_on(innermost(s.run.method)),
+    # These three a step finds when it computes.
+    "a method whose trained factors begin anew": lambda _: False,
+    "a method whose frozen factors have changed": lambda _: False,
+    "a method that asks twice in a round": lambda _: False,
+}.items()}
+# These are looked at in each round, since what is sent may change.
+IN_ROUNDS = {
+    "other things to train at each client": Feature(
+        lambda s: s.sent.apart,
+        "another method, system=none (system.rank_budget=null), method.sketches=1"),
+    "other factors to start from at each client": Feature(
+        lambda s: any(slot.per_client for slot in s.sent.uploaded().values()), "another method"),
+    "a round without a mean gradient": Feature(
+        lambda s: _no_mean_gradient(s.sent), "another method, system.rank_budget=null"),
+    "clients that send gradients": Feature(lambda s: not s.recipe.steps, "another method"),
+}
+# fmt: on
+FEATURES = SETTINGS | METHODS | IN_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -75,8 +343,6 @@ WHY: dict[str, dict[str, str]] = yaml.safe_load(TABLE)
 CONFLICTS = tuple(
     Conflict(what, beside, why) for what, row in WHY.items() for beside, why in row.items()
 )
-
-
 IN_EACH_ROUND = tuple(row for row in CONFLICTS if row.in_rounds)
 
 

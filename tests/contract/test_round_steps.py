@@ -22,8 +22,7 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.steps import round_steps
-from fedraclora.strategies.steps.conflicts import CONFLICTS, Conflict, refused
-from fedraclora.strategies.steps.features import FEATURES
+from fedraclora.strategies.steps.conflicts import CONFLICTS, FEATURES, Conflict, refused
 from fedraclora.training.extras.settings import LocalSettings
 from tests.contract.worlds import World, assert_close_trees, make_method, make_world, run
 
