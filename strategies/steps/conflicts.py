@@ -1,8 +1,8 @@
 """What does not go together: one table, for the errors and for the page that prints it.
 
 A feature is what a run may have that something else does not go with: a setting, a method, what is
-sent. ``conflicts.yaml`` says of pairs of them why they do not go together; what to take instead the
-features say. A pair is looked at before the first round, and in each round where what is sent may
+sent. ``conflicts.yaml`` says of pairs of them why they do not go together, and of each what to take
+in its place. A pair is looked at before the first round, and in each round where what is sent may
 change; some are refused by the step that comes upon them when it computes.
 """
 
@@ -145,150 +145,112 @@ def _begun(start: object) -> bool:
     return bool(start.any()) if isinstance(start, torch.Tensor) else start is not None
 
 
-@dataclass(frozen=True)
-class Feature:
-    """Something that a run may have.
-
-    Attributes:
-        found: Tells whether it has it, or names the value that it has; empty: it has not.
-        other: What to take in its place.
-    """
-
-    found: Callable[[Setup], bool | str]
-    other: str
-
-
-ONE_SPACE = "server_optimiser=none or space=weights"
-# fmt: off
-SETTINGS = {
-    "engine=deploy": Feature(lambda s: s.run.loop.guarded, "another engine"),
-    "an attack": Feature(
-        lambda s: s["attack"].share > 0 and f"attack={s['attack'].name}", "attack=none"),
-    "an attack whose clients collude": Feature(
-        lambda s: s["attack"].colludes and f"attack={s['attack'].name}", "another attack"),
-    "another aggregator than mean": Feature(lambda s: s.rule, "aggregator=mean"),
-    "a rule that looks at single updates": Feature(
-        lambda s: s["aggregator"].individuals and s.rule, "aggregator=mean"),
-    "a rule that makes one vector of a cohort": Feature(
-        lambda s: s["aggregator"].estimates and s.rule,
-        "aggregator=multi_krum, krum, norm_bound or mean"),
-    "a rule that compares clients": Feature(
-        lambda s: s["aggregator"].compares and s.rule, "aggregator=norm_bound or mean"),
-    "a step of a program's own that looks at single updates": Feature(
-        lambda s: s.own("individuals"), "steps without it"),
-    "a step of a program's own that stands before all others": Feature(
-        lambda s: s.own("first"), "steps without it"),
-    "privacy=client_level": Feature(
-        lambda s: s["privacy"] is not None, "privacy=none"),
-    "privacy.quantile": Feature(
-        lambda s: getattr(s["privacy"], "quantile", None) is not None,
-        "privacy.quantile=null"),
-    "local.dp": Feature(lambda s: s.run.local.extra_of(SampleLevel) is not None, "local.dp=null"),
-    "secure=secagg": Feature(lambda s: s.max_weight > 0, "secure=none"),
-    "wire.uplink in fewer bits": Feature(
-        lambda s: s.run.loop.uplink != FULL and f"wire.uplink is {s.run.loop.uplink}",
-        "wire.uplink=float32"),
-    "wire.feedback=true": Feature(lambda s: s.run.loop.feedback, "wire.feedback=false"),
-    "wire.downlink in fewer bits": Feature(
-        lambda s: s.run.loop.downlink != FULL and f"wire.downlink is {s.run.loop.downlink}",
-        "wire.downlink=float32"),
-    "local.moments=rows": Feature(
-        lambda s: s.run.local.moments == "rows", "local.moments=round or link"),
-    "secure.max_weight=1": Feature(
-        lambda s: s.max_weight == 1,
-        "for secure.max_weight the most samples that a client may have"),
-    "secure.max_weight above 1": Feature(
-        lambda s: s.max_weight > 1 and f"secure.max_weight is {s.max_weight}",
-        "secure.max_weight=1"),
-    "weights=uniform": Feature(lambda s: s.run.loop.weights == "uniform", "weights=examples"),
-    "weights=examples": Feature(lambda s: s.run.loop.weights == "examples", "weights=uniform"),
-    "a cohort of two or less": Feature(
-        lambda s: s.run.loop.cohort < LEAST_CLIENTS and f"cohort is {s.run.loop.cohort}",
-        "a cohort of 3 or more"),
-    "control_variates=true": Feature(
-        lambda s: s["control_variates"], "control_variates=false"),
-    "server_optimiser.space=weights": Feature(
-        lambda s: s.server_space == "weights", "server_optimiser=none or space=factors"),
-    "server_optimiser.space=factors": Feature(
-        lambda s: s.server_space == "factors", ONE_SPACE),
-    "server_optimiser.space=weights beside links that end": Feature(
-        lambda s: s.server_space == "weights" and s.run.method.traits.merges
-        and getattr(innermost(s.run.method), "link_rounds", None) is not None,
-        "server_optimiser=none or space=factors"),
-    "an adaptive server_optimiser with space=factors": Feature(
-        lambda s: s.server_space == "factors" and s["server_optimiser"].adapts,
-        f"server_optimiser=momentum, {ONE_SPACE}"),
-    "system": Feature(lambda s: s.run.devices.system.enabled, "system=none"),
-    "system.buffer": Feature(
-        lambda s: s.run.devices.system.buffer is not None, "system.buffer=null"),
-    "local moments that live on": Feature(
-        lambda s: _moments(s.run.local),
-        "local.moments=round or link, with local.moments_kept=0"),
-    "local.weight_decay": Feature(
-        lambda s: s.run.local.weight_decay > 0
-        and f"local.weight_decay is {s.run.local.weight_decay}", "local.weight_decay=0"),
-    "local.prox": Feature(
-        lambda s: (found := s.run.local.extra_of(Prox)) is not None and found.setting,
-        "local.prox=0"),
-    "local epochs in the place of steps": Feature(
-        lambda s: not s.run.local.steps, "local.steps=1 or more"),
-    "local steps that are not plain SGD": Feature(
-        lambda s: _beside_plain_sgd(s.run.local), "local=sgd"),
-    "a method whose links last one round": Feature(
-        lambda s: not s.run.method.traits.pools and getattr(s.run.method, "link_rounds", None) == 1,
-        "method.resample_every=2 or more, where the method has it, or another method"),
-    "a method whose links last several rounds": Feature(
-        lambda s: s.run.method.traits.merges and not s.run.method.traits.pools
-        and (getattr(innermost(s.run.method), "link_rounds", None) or 1) > 1,
-        "a method whose links last one round (fed_rac_lora with method.resample_every=1)"),
-    "dora=true": Feature(
-        lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)), "dora=false"),
-    "method.blocks=cover": Feature(
-        lambda s: getattr(innermost(s.run.method), "blocks", "") == "cover"
-        and s.run.method.traits.merges, "method.blocks=independent"),
-    "factors or lengths that hold a part of the weights": Feature(
-        _part_of_weights,
-        "method.initial=kaiming_uniform (a drawing), another method, dora=false"),
-    "an allocation of ranks": Feature(
-        lambda s: isinstance(s.run.method, Allocated | Pruned), "allocation=none"),
-}
-METHODS = {name: Feature(found, "another method") for name, found in {
+# What a run may have, by name: whether it has it, or the value that it has; empty: it has not.
+FEATURES: dict[str, Callable[[Setup], bool | str]] = {
+    "engine=deploy": lambda s: s.run.loop.guarded,
+    "an attack": lambda s: s["attack"].share > 0 and f"attack={s['attack'].name}",
+    "an attack whose clients collude": lambda s: (
+        s["attack"].colludes and f"attack={s['attack'].name}"
+    ),
+    "another aggregator than mean": lambda s: s.rule,
+    "a rule that looks at single updates": lambda s: s["aggregator"].individuals and s.rule,
+    "a rule that makes one vector of a cohort": lambda s: s["aggregator"].estimates and s.rule,
+    "a rule that compares clients": lambda s: s["aggregator"].compares and s.rule,
+    "a step of a program's own that looks at single updates": lambda s: s.own("individuals"),
+    "a step of a program's own that stands before all others": lambda s: s.own("first"),
+    "privacy=client_level": lambda s: s["privacy"] is not None,
+    "privacy.quantile": lambda s: getattr(s["privacy"], "quantile", None) is not None,
+    "local.dp": lambda s: s.run.local.extra_of(SampleLevel) is not None,
+    "secure=secagg": lambda s: s.max_weight > 0,
+    "wire.uplink in fewer bits": lambda s: (
+        s.run.loop.uplink != FULL and f"wire.uplink is {s.run.loop.uplink}"
+    ),
+    "wire.feedback=true": lambda s: s.run.loop.feedback,
+    "wire.downlink in fewer bits": lambda s: (
+        s.run.loop.downlink != FULL and f"wire.downlink is {s.run.loop.downlink}"
+    ),
+    "local.moments=rows": lambda s: s.run.local.moments == "rows",
+    "secure.max_weight=1": lambda s: s.max_weight == 1,
+    "secure.max_weight above 1": lambda s: (
+        s.max_weight > 1 and f"secure.max_weight is {s.max_weight}"
+    ),
+    "weights=uniform": lambda s: s.run.loop.weights == "uniform",
+    "weights=examples": lambda s: s.run.loop.weights == "examples",
+    "a cohort of two or less": lambda s: (
+        s.run.loop.cohort < LEAST_CLIENTS and f"cohort is {s.run.loop.cohort}"
+    ),
+    "control_variates=true": lambda s: s["control_variates"],
+    "server_optimiser.space=weights": lambda s: s.server_space == "weights",
+    "server_optimiser.space=factors": lambda s: s.server_space == "factors",
+    "server_optimiser.space=weights beside links that end": lambda s: (
+        s.server_space == "weights"
+        and s.run.method.traits.merges
+        and getattr(innermost(s.run.method), "link_rounds", None) is not None
+    ),
+    "an adaptive server_optimiser with space=factors": lambda s: (
+        s.server_space == "factors" and s["server_optimiser"].adapts
+    ),
+    "system": lambda s: s.run.devices.system.enabled,
+    "system.buffer": lambda s: s.run.devices.system.buffer is not None,
+    "local moments that live on": lambda s: _moments(s.run.local),
+    "local.weight_decay": lambda s: (
+        s.run.local.weight_decay > 0 and f"local.weight_decay is {s.run.local.weight_decay}"
+    ),
+    "local.prox": lambda s: (found := s.run.local.extra_of(Prox)) is not None and found.setting,
+    "local epochs in the place of steps": lambda s: not s.run.local.steps,
+    "local steps that are not plain SGD": lambda s: _beside_plain_sgd(s.run.local),
+    "a method whose links last one round": lambda s: (
+        not s.run.method.traits.pools and getattr(s.run.method, "link_rounds", None) == 1
+    ),
+    "a method whose links last several rounds": lambda s: (
+        s.run.method.traits.merges
+        and not s.run.method.traits.pools
+        and (getattr(innermost(s.run.method), "link_rounds", None) or 1) > 1
+    ),
+    "dora=true": lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)),
+    "method.blocks=cover": lambda s: (
+        getattr(innermost(s.run.method), "blocks", "") == "cover" and s.run.method.traits.merges
+    ),
+    "factors or lengths that hold a part of the weights": _part_of_weights,
+    "an allocation of ranks": lambda s: isinstance(s.run.method, Allocated | Pruned),
     "a method that needs each client's own update": lambda s: not s.run.method.traits.linear,
     "a method of which a part stays at each client": lambda s: s.run.method.client_state,
     "a method that trains other tensors from round to round": lambda s: s.run.method.traits.varies,
     "a method some of whose numbers are never trained": lambda s: s.recipe.fixes,
-    "a method that trains a share of the entries of full weights":
-        lambda s: s.recipe.fixes and not s.sent.adapters,
+    "a method that trains a share of the entries of full weights": lambda s: (
+        s.recipe.fixes and not s.sent.adapters
+    ),
     "a method whose clients send gradients first": lambda s: not s.recipe.steps,
-    "a method that trains neither factor A nor B":
-        lambda s: s.recipe.steps and not row_slots(s.sent, {}),
-    "a method whose factors begin anew with each link":
-        lambda s: s.run.method.traits.merges
-        and next((n for n, a in s.sent.adapters.items() if held_beside(a) is None), ""),
-    "a method whose factors stand beside others in each link":
-        lambda s: (s.run.method.traits.merges or s.run.method.traits.pools)
-        and next(iter(s.sent.adapters), ""),
+    "a method that trains neither factor A nor B": lambda s: (
+        s.recipe.steps and not row_slots(s.sent, {})
+    ),
+    "a method whose factors begin anew with each link": lambda s: (
+        s.run.method.traits.merges
+        and next((n for n, a in s.sent.adapters.items() if held_beside(a) is None), "")
+    ),
+    "a method whose factors stand beside others in each link": lambda s: (
+        (s.run.method.traits.merges or s.run.method.traits.pools)
+        and next(iter(s.sent.adapters), "")
+    ),
     "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
-    "a method whose next link begins with what the last left":
-        lambda s: _goes_on(innermost(s.run.method)),
+    "a method whose next link begins with what the last left": lambda s: _goes_on(
+        innermost(s.run.method)
+    ),
     # These three a step finds when it computes.
     "a method whose trained factors begin anew": lambda _: False,
     "a method whose frozen factors have changed": lambda _: False,
     "a method that asks twice in a round": lambda _: False,
-}.items()}
-# These are looked at in each round, since what is sent may change.
-IN_ROUNDS = {
-    "other things to train at each client": Feature(
-        lambda s: s.sent.apart,
-        "another method, system=none (system.rank_budget=null), method.sketches=1"),
-    "other factors to start from at each client": Feature(
-        lambda s: any(slot.per_client for slot in s.sent.uploaded().values()), "another method"),
-    "a round without a mean gradient": Feature(
-        lambda s: _no_mean_gradient(s.sent), "another method, system.rank_budget=null"),
-    "clients that send gradients": Feature(lambda s: not s.recipe.steps, "another method"),
 }
-# fmt: on
-FEATURES = SETTINGS | METHODS | IN_ROUNDS
+# These are looked at in each round, since what is sent may change.
+IN_ROUNDS: dict[str, Callable[[Setup], bool | str]] = {
+    "other things to train at each client": lambda s: s.sent.apart,
+    "other factors to start from at each client": lambda s: any(
+        slot.per_client for slot in s.sent.uploaded().values()
+    ),
+    "a round without a mean gradient": lambda s: _no_mean_gradient(s.sent),
+    "clients that send gradients": lambda s: not s.recipe.steps,
+}
+FEATURES |= IN_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -312,7 +274,7 @@ class Conflict:
     @property
     def instead(self) -> str:
         """What to take: something else than the one, or than the other."""
-        return f"{FEATURES[self.beside].other}, or {FEATURES[self.what].other}"
+        return f"{instead_of(self.beside)}, or {instead_of(self.what)}"
 
     def check(self, setup: Setup) -> None:
         """Reject a run that has both.
@@ -321,7 +283,7 @@ class Conflict:
             ConfigError: Saying why, and what to take.
         """
         one, other = FEATURES[self.what], FEATURES[self.beside]
-        if (what := one.found(setup)) and (beside := other.found(setup)):
+        if (what := one(setup)) and (beside := other(setup)):
             raise self.error(what, beside)
 
     def error(self, *found: bool | str) -> ConfigError:
@@ -340,10 +302,16 @@ ADAPTIVE = "an adaptive server_optimiser with space=factors"
 
 TABLE = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
 WHY: dict[str, dict[str, str]] = yaml.safe_load(TABLE)
+INSTEAD = WHY.pop("instead")
 CONFLICTS = tuple(
     Conflict(what, beside, why) for what, row in WHY.items() for beside, why in row.items()
 )
 IN_EACH_ROUND = tuple(row for row in CONFLICTS if row.in_rounds)
+
+
+def instead_of(name: str) -> str:
+    """Say what to take in the place of a feature."""
+    return INSTEAD.get(name, "another method")
 
 
 def refused(what: str, beside: str, found: bool | str = True) -> ConfigError:
@@ -374,10 +342,10 @@ class Fits(RoundStep):
             for beside, why in step.avoids.items():
                 if beside not in FEATURES:
                     raise unknown(f"feature that {step_name(step)} avoids", beside, FEATURES)
-                if FEATURES[beside].found(setup):
+                if FEATURES[beside](setup):
                     raise ConfigError(
                         f"the step {step_name(step)} does not go with {beside}: {why}; take "
-                        f"{FEATURES[beside].other}, or leave the step out"
+                        f"{instead_of(beside)}, or leave the step out"
                     )
 
     @override

@@ -22,7 +22,14 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.steps import round_steps
-from fedraclora.strategies.steps.conflicts import CONFLICTS, FEATURES, Conflict, refused
+from fedraclora.strategies.steps.conflicts import (
+    CONFLICTS,
+    FEATURES,
+    INSTEAD,
+    Conflict,
+    instead_of,
+    refused,
+)
 from fedraclora.training.extras.settings import LocalSettings
 from tests.contract.worlds import World, assert_close_trees, make_method, make_world, run
 
@@ -125,6 +132,7 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
 def test_every_feature_has_a_row_and_every_row_its_features() -> None:
     used = {name for row in CONFLICTS for name in (row.what, row.beside)}
     assert used == {*FEATURES}
+    assert {*INSTEAD} <= {*FEATURES}
     pairs = [frozenset((row.what, row.beside)) for row in CONFLICTS]
     assert len(pairs) == len(set(pairs)), "a pair stands in the table twice"
 
@@ -133,8 +141,8 @@ def test_every_feature_has_a_row_and_every_row_its_features() -> None:
 def test_an_error_names_both_and_both_ways_out(row: Conflict) -> None:
     told = str(refused(row.what, row.beside, "it is 7"))
     assert told.startswith(f"{row.what} does not go with {row.beside} (it is 7): {row.why}; take ")
-    assert FEATURES[row.what].other in told
-    assert FEATURES[row.beside].other in told
+    assert instead_of(row.what) in told
+    assert instead_of(row.beside) in told
 
 
 @pytest.mark.parametrize(
