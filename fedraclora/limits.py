@@ -63,6 +63,11 @@ class Composed:
 
 
 @dataclass(frozen=True)
+class Later:
+    """A key that configs of earlier versions lack: at its default, runs are the same as theirs."""
+
+
+@dataclass(frozen=True)
 class Part:
     """The part of the keys of a group that only some of its choices list."""
 
@@ -158,6 +163,16 @@ def check_limits(group: str, target: Callable[..., object], values: Mapping[str,
 def hints(target: Callable[..., object]) -> dict[str, object]:
     """Read the types of a class or a function, with their limits."""
     return typing.get_type_hints(target, include_extras=True)
+
+
+@functools.cache
+def later_keys(target: Callable[..., object]) -> dict[str, object]:
+    """List the keys that earlier versions lack (`Later`), each with its default."""
+    return {
+        key: inspect.signature(target).parameters[key].default
+        for key, hint in hints(target).items()
+        if any(isinstance(mark, Later) for mark in getattr(hint, "__metadata__", ()))
+    }
 
 
 def _check(key: str, value: object, hint: object, null: str = "") -> None:

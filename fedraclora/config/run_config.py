@@ -42,7 +42,7 @@ from fedraclora.config.unread import refuse_unread
 from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest
-from fedraclora.limits import Count, Limit, Limited, Whole, choice_of
+from fedraclora.limits import Count, Limit, Limited, Whole, choice_of, later_keys
 from fedraclora.models import MODELS
 from fedraclora.objects import NAME, lent
 from fedraclora.privacy.client_level import PRIVACIES, Privacy
@@ -78,6 +78,10 @@ def digested(plain: Plain) -> dict[str, object]:
     evaluate = kept.get("evaluate")  # runs from before there were answers are the same
     if isinstance(evaluate, Mapping) and evaluate.get("generate") is None:
         kept["evaluate"] = without(evaluate, "generate", "answers", "new_tokens", "shown")
+    for group, kind in KINDS.items():
+        if isinstance(keys := kept.get(group), Mapping):
+            later = later_keys(kind)
+            kept[group] = {k: v for k, v in keys.items() if k not in later or v != later[k]}
     if isinstance(start := kept.get("start"), Mapping):
         kept["start"] = without(start, "path")
     # Before these, runs are the same.
@@ -264,7 +268,8 @@ def _refuse_unknown(plain: Plain) -> None:
     found = [key for key in plain if key not in known]
     if not found:
         return
-    whole = [f"{key}.{inner}" for key in known for inner in _keys(plain.get(key))]
+    groups = {key: group for key in known if isinstance(group := plain.get(key), Mapping)}
+    whole = [f"{key}.{inner}" for key, group in groups.items() for inner in group]
     lines = [unknown_key(str(key), [*known, *whole]) for key in found]
     if "experiment" in found:
         lines.append("the first line of a preset of your own is '# @package _global_'")
@@ -284,10 +289,6 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     )
 
 
-def _keys(group: object) -> list[str]:
-    return [str(key) for key in group] if isinstance(group, Mapping) else []
-
-
 def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     """Read the fields of a config class, the method left out, from the keys of their names.
 
@@ -298,11 +299,8 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     found: dict[str, object] = {"plain": plain}
     keys = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
     missing = [key for key in keys if key not in plain and key not in LATER]
-    errors = (
-        [f"the config has no key {', '.join(missing)}; see `fedraclora simulate --cfg job`"]
-        if missing
-        else []
-    )
+    hint = f"the config has no key {', '.join(missing)}; see `fedraclora simulate --cfg job`"
+    errors = [hint] if missing else []
     for key in keys:
         if key not in plain:
             continue

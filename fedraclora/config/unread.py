@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedraclora.allocation.rules import Uniform
 from fedraclora.attacks.attack import Attack
+from fedraclora.config.settings import StopConfig
 from fedraclora.data import DATASETS
 from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import UnreadKeysError
@@ -99,7 +100,11 @@ RULES = (
     ),
     Rule(["partition.spread"], lambda c: unequal(c.partition), UNEQUAL),
     Rule(["data.spread"], lambda c: unequal(c.data), UNEQUAL),
-    Rule(["stop.metric"], lambda c: c.stop.patience is not None, "stop.patience"),
+    Rule(
+        [f"stop.{field.name}" for field in fields(StopConfig) if field.name != "patience"],
+        lambda c: c.stop.patience is not None,
+        "stop.patience",
+    ),
 )
 
 
