@@ -17,6 +17,7 @@ from fedraclora.evaluation.metrics import METRICS
 from fedraclora.limits import (
     Count,
     Fraction,
+    Later,
     Limit,
     Limited,
     NotNegative,
@@ -296,10 +297,12 @@ class StopConfig(Limited, group="stop"):
     Attributes:
         metric: Of the validation split (data.validation).
         patience: Evaluations without improvement after which a run ends; None: never.
+        min_delta: By how much the metric must improve on the last improvement to count as one.
     """
 
     metric: Annotated[str, choice_of(MEASURED)] = "loss"
     patience: Count | None = None
+    min_delta: Annotated[NotNegative, Later()] = 0.0
 
 
 @dataclass(frozen=True)

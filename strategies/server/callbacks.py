@@ -165,9 +165,15 @@ class Stopping(Callback):
     @override
     def ends(self, rows: Sequence[Row]) -> bool:
         """Check whether the last ``patience`` evaluations have not improved on one before them."""
-        if self.config.patience is None or (best := self.best(rows)) is None:
+        costs = [self._cost(row) for row in rows if "validation" in row]
+        if self.config.patience is None or not costs:
             return False
-        after = sum("validation" in r and number(r, "round") > number(best, "round") for r in rows)
+        least, after = costs[0], 0
+        for cost in costs[1:]:
+            if cost < least - self.config.min_delta:
+                least, after = cost, 0
+            else:
+                after += 1
         return after >= self.config.patience
 
     def best(self, rows: Sequence[Row]) -> Row | None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from fedraclora.config.run_config import digested
 from fedraclora.config.settings import StopConfig
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.choices import section_keys
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row, read_ledger
@@ -64,6 +66,36 @@ def test_a_run_stops_after_so_many_evaluations_without_improvement(
     found = stop.best(rows(*values))
     assert found is not None
     assert (stop.ends(rows(*values)), found["round"]) == (due, best)
+
+
+@pytest.mark.parametrize(
+    ("values", "due"),
+    [
+        ([1.0, 0.95, 0.89], False),  # in two steps, but by more than 0.1 in all
+        ([1.0, 0.95, 0.9], True),  # by no more than 0.1
+        ([1.0, 0.8, 0.75, 0.71], True),  # of the last improvement, not of the first value
+        ([1.0, 0.8, 0.75, 0.69], False),
+    ],
+)
+def test_what_is_no_larger_than_min_delta_is_no_improvement(values: list[float], due: bool) -> None:
+    assert Stopping(StopConfig(patience=2, min_delta=0.1)).ends(rows(*values)) is due
+    rising = Stopping(StopConfig("accuracy", 2, 0.1))
+    assert rising.ends(rows(*(2 - value for value in values), metric="accuracy")) is due
+    assert not Stopping(StopConfig(patience=2)).ends(rows(*values))
+
+
+def test_min_delta_is_a_key_which_folders_of_before_need_not_have(tmp_path: Path) -> None:
+    plain = composed([*JOB, "stop.min_delta=0"])
+    stop = plain["stop"]
+    assert isinstance(stop, dict)
+    before = plain | {"stop": {key: stop[key] for key in ("metric", "patience")}}
+    assert digested(plain) == digested(before)
+    assert digested(composed([*JOB, "stop.min_delta=0.1"])) != digested(before)
+    assert "min_delta" in section_keys("stop")
+    with pytest.raises(ConfigError, match=r"stop\.min_delta is -1\.0; .*0"):
+        StopConfig(min_delta=-1.0)
+    with pytest.raises(ConfigError, match=r"stop\.min_delta.*stop\.patience"):
+        simulate(composed([*JOB, "stop.patience=null", "stop.min_delta=0.1"]), tmp_path / "run")
 
 
 def test_a_metric_may_be_one_that_should_rise() -> None:
