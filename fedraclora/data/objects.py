@@ -78,7 +78,7 @@ def lend_data(
     if is_frame(data):
         columns = {"client": client, "target": target, "loss": loss, "metrics": metrics}
         return lend_set(of_frame(data, test, **columns, **(frame or {})))  # type: ignore[arg-type]
-    tables, parts, owners = tables_of(data, partitioner, client, target)
+    tables, parts, owners = samples_of(data, partitioner, client, target)
     held_out = None if test is None else table_of(test, "test", target)
     loss, source = objective_of(loss, tables, model)
     seen = [*tables, *([] if held_out is None else [held_out])]
@@ -145,7 +145,7 @@ def lent_data(
     return found
 
 
-def tables_of(
+def samples_of(
     data: object, partitioner: Any, client: str | None, target: str | None
 ) -> tuple[list[Samples], list[RowNumbers] | None, np.ndarray[Any, Any] | None]:
     """Read tables, and with one table the rows of each client or the owner of each row."""

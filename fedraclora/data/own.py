@@ -42,7 +42,7 @@ from fedraclora.limits import Count, Fraction, Part, limited
 from fedraclora.rng import generator
 
 ONLY_FILE = "train.npz"  # the file of a folder that is one client's
-NODES = Part("node")  # keys that a node sets, and no choice lists
+OF_A_NODE = Part("node")  # keys that a node sets, and no choice lists
 
 
 def counted(samples: str | None, clients: int | None) -> int:
@@ -246,8 +246,8 @@ def own_samples(
     test: str | None = None,
     test_share: Fraction | None = None,
     split_seed: int = 0,
-    client: Annotated[int | None, NODES] = None,
-    alone: Annotated[bool, NODES] = False,
+    client: Annotated[int | None, OF_A_NODE] = None,
+    alone: Annotated[bool, OF_A_NODE] = False,
     loss: str = "cross_entropy",
     metrics: Sequence[str] | None = None,
 ) -> DataSet:

@@ -24,7 +24,9 @@ from fedraclora.data.task import IGNORED_TOKEN, forward
 
 MANY_OUTPUTS = 1024  # outputs from which on it pays
 PIECE = 32 << 20  # bytes of outputs that are formed at a time
-PLAIN: WeakSet[nn.Module] = WeakSet()  # models known to leave the outputs of their last layer alone
+PLAIN_MODELS: WeakSet[nn.Module] = (
+    WeakSet()
+)  # models known to leave the outputs of their last layer alone
 
 
 def output_layer(model: nn.Module, loss: str) -> nn.Linear | None:
@@ -64,14 +66,14 @@ class Labelled:
         """Run a model up to its last layer."""
         wanted = samples.target[:, 1:]
         kept = wanted != IGNORED_TOKEN
-        if model not in PLAIN:
+        if model not in PLAIN_MODELS:
             found, outputs = _run(model, head, samples, _first)
             with torch.no_grad():
                 if torch.equal(head(found[:, :1]), outputs) and _hands_on(model, head, samples):
-                    PLAIN.add(model)
+                    PLAIN_MODELS.add(model)
         else:  # it reads no weight of the last layer, each of which bf16-mixed would cast
             found = _states(model, head, samples)
-        if model in PLAIN:
+        if model in PLAIN_MODELS:
             return cls(found[:, :-1][kept], wanted[kept], kept, head)
         # The model does something to its outputs (a soft cap, a scale): it does it to these alone.
         _, outputs = _run(model, head, samples, lambda states: states[:, :-1][kept][None])
