@@ -1,7 +1,5 @@
 """FedKRSO: local steps in several shared random subspaces, one after another.
 
-    The rank is that of one subspace.
-
     P_j (r x n) drawn once for j = 1..G
     client k: B_jk = 0; local step t moves B_jk for j = (t // interval) mod G alone, under the
     effective weight W + s sum_j B_jk P_j
@@ -36,6 +34,8 @@ from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, 
 @dataclass(frozen=True)
 class FedKrso(Asymmetric):
     """FedKRSO: local steps in several shared random subspaces, one after another.
+
+    The rank is that of one subspace.
 
     Attributes:
         sketch: How the P_j are drawn, a key of `fedraclora.sketch.SKETCHES`.
