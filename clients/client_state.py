@@ -17,7 +17,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import begin_moments, blank_moments
 from fedraclora.tree import Tree, wide
-from fedraclora.wire.exchange import TrainRequest, uplink_layout
+from fedraclora.wire.exchange import TrainRequest
 from fedraclora.wire.feedback import blank_residues
 
 
@@ -119,7 +119,7 @@ def _directions(
 ) -> Tree:
     """Average the steps of each client's local training, [K, ...] by name of what they send."""
     slots = downlink.uploaded()
-    layout = uplink_layout(downlink)
+    layout = downlink.layout
     places = torch.arange(len(result.losses))
     start = layout.unpack(opening_rows(downlink, base, layout, places))
     end = {n: result.trained[n].cpu() for n in slots}

@@ -30,7 +30,7 @@ from fedraclora.training.memory import is_out_of_memory
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.base import BaseWeights
 from fedraclora.wire.changes import Changes, Coded
-from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest, uplink_layout
+from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest
 from fedraclora.wire.feedback import left_over, to_add
 from fedraclora.wire.fields import printable
 
@@ -215,7 +215,7 @@ class Worker:
     def _masked(self, job: Job, stage: Stage, terms: SecAggTerms) -> Answer:
         """Hide what clients send from everyone; see `fedraclora.clients.secure`."""
         request, downlink, base, local = job.request, job.downlink, job.base, self.trainer.local
-        places, layout = torch.tensor(job.places, dtype=torch.int64), uplink_layout(downlink)
+        places, layout = torch.tensor(job.places, dtype=torch.int64), downlink.layout
         updates, weights = torch.zeros(0, layout.size).double(), torch.zeros(0).double()
         if (result := join_results(job.results)) is not None:
             rows = sent_rows(result, layout)
@@ -242,7 +242,7 @@ class Worker:
             join_results(job.results),
             request,
             request.clients if whole else request.clients[places],
-            uplink_layout(downlink),
+            downlink.layout,
             job.failures,
             job.notes,
             uploaded_mask(downlink, places) if request.reduce is None else None,
@@ -332,7 +332,7 @@ def sending(
     base: Tree,
 ) -> LocalResult:
     """Change the rows that clients send: ``change`` gives new ones, of them and their start."""
-    layout = uplink_layout(downlink)
+    layout = downlink.layout
     rows = sent_rows(result, layout)
     new = change(rows, opening_rows(downlink, base, layout, torch.arange(len(rows))))
     sent = {n: t.to(result.trained[n]) for n, t in layout.unpack(new).items()}

@@ -19,11 +19,10 @@ from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.strategies.server.callbacks import Callbacks, in_round
 from fedraclora.strategies.server.exchange import Exchange
-from fedraclora.strategies.server.guard import persistently
+from fedraclora.strategies.server.guard import largest, overflowing, persistently
 from fedraclora.strategies.server.quantised import DownlinkRounding
 from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
 from fedraclora.strategies.server.rows import Cost, Row, fleet_columns, ledger_row
-from fedraclora.strategies.server.sound import largest, overflowing
 from fedraclora.training.localconfig import effective_step
 from fedraclora.tree import point_at
 from fedraclora.weights.base import BaseWeights

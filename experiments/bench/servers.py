@@ -36,7 +36,6 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.strategies.slora import SLora
 from fedraclora.weights.chain import SEED_BYTES
-from fedraclora.wire.exchange import uplink_layout
 
 TIMES = 2  # of a close: the least of them counts, since machines are shared
 
@@ -44,7 +43,7 @@ TIMES = 2  # of a close: the least of them counts, since machines are shared
 def replies(method: Method, state: State, round_: int, cohort: Cohort) -> tuple[Any, Uplinks]:
     """Open a round and answer it with normals in float32."""
     sent = method.open_round(state, round_, cohort, Draw(0))
-    layout = uplink_layout(sent)
+    layout = sent.layout
     drawn = generator(round_, "replies").standard_normal((len(cohort), layout.size), "float32")
     return sent, Uplinks(cohort.clients, cohort.weights, layout, torch.from_numpy(drawn))
 

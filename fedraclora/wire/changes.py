@@ -22,7 +22,6 @@ from fedraclora.protocol.rank_budgets import uploaded_mask, uploaded_numbers
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
-from fedraclora.wire.exchange import uplink_layout
 
 Part = tuple[slice | torch.Tensor, list[int]]  # which numbers of its row a client sends, by tensor
 
@@ -129,11 +128,11 @@ class Changes:
             at = end
         numbers = torch.cat(found)
         whole = self.sent.ranks is None
-        return numbers.reshape(len(clients), uplink_layout(self.sent).size) if whole else numbers
+        return numbers.reshape(len(clients), self.sent.layout.size) if whole else numbers
 
     def _starts(self, clients: torch.Tensor) -> torch.Tensor:
         """Compute where these clients start, float64 [k, P]."""
-        layout, places = uplink_layout(self.sent), torch.searchsorted(self.clients, clients)
+        layout, places = self.sent.layout, torch.searchsorted(self.clients, clients)
         start = torch.zeros(layout.size, dtype=torch.float64)
         if RECIPES[self.sent.recipe].steps:
             start = opening_rows(self.sent, self.base, layout, places).double()

@@ -13,7 +13,7 @@ from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.described import ASKED, describe, described_downlink
-from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest, coefficients, sent_tensors
+from fedraclora.wire.exchange import Ask, TrainRequest, coefficients, sent_tensors
 from fedraclora.wire.fields import exactly, flag, reading, real, shown, whole
 from fedraclora.wire.records import (
     Content,
@@ -110,11 +110,6 @@ class AskWriter:
             rows = layout.pack({n: t[places] for n, t in own.items()}, lead=1)
             found["own"] = array_record(packed_numbers(rows, layout, ask.kind))
         return found
-
-
-def pack_downlink(downlink: Downlink, request: TrainRequest, dtype: str) -> Content:
-    """Write a downlink for the clients of one request; see `AskWriter`."""
-    return AskWriter().write(Ask(request, downlink.to(DTYPES[dtype]), apart=True))
 
 
 class AskReader:
@@ -225,9 +220,3 @@ def _ranks(ranks: torch.Tensor, clients: int) -> torch.Tensor:
             "from 1 on, or the first component and the one after the last, is wanted"
         )
     return pairs
-
-
-def unpack_downlink(content: Content) -> tuple[Downlink, TrainRequest]:
-    """Read one train message back; see `AskReader`."""
-    ask = AskReader().read(content)
-    return ask.own, ask.request

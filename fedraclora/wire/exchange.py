@@ -215,11 +215,6 @@ class NoAnswer:
 Came = Iterable[tuple[Ask, Answer | NoAnswer]]  # what came, each with what it answers
 
 
-def uplink_layout(downlink: Downlink) -> Layout:
-    """Names and shapes of what each client sends back."""
-    return downlink.layout
-
-
 def sent_tensors(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     """Collect every tensor that a downlink carries, by name, and whether it is one per client.
 

@@ -34,7 +34,7 @@ from fedraclora.protocol.pool import Pool
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Layout, Tree, below
-from fedraclora.wire.exchange import DTYPES, uplink_layout
+from fedraclora.wire.exchange import DTYPES
 
 PREFIX = "buffer/"
 
@@ -233,8 +233,8 @@ def _closed(
     method: Method, state: State, sent: Downlink, group: list[Batch], total: float, round_: int
 ) -> State:
     """Close a round for replies in the same coordinates: start + their discounted changes."""
-    layout = uplink_layout(sent)
-    if any(uplink_layout(batch.sent) != layout for batch in group):
+    layout = sent.layout
+    if any(batch.sent.layout != layout for batch in group):
         raise ConfigError(
             "system.buffer is set, but what this method trains changes from round to round, so "
             "that a late reply does not fit the round in which it comes; take another method, or "

@@ -28,7 +28,6 @@ from fedraclora.wire.exchange import (
     NoAnswer,
     TrainRequest,
     sent_tensors,
-    uplink_layout,
 )
 from fedraclora.wire.fields import printable
 from fedraclora.wire.reply import checked
@@ -90,7 +89,7 @@ class Exchange:
     def __post_init__(self) -> None:
         """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
         check_budgets(self.downlink, self.cohort)
-        self.layout = uplink_layout(self.downlink)
+        self.layout = self.downlink.layout
         # Where a client may fail, a round may have to be closed again without its row.
         if self.reduce and not self.loop.guarded and not self.loop.max_failures:
             weighting, size = self.loop.weights, self.layout.size

@@ -30,7 +30,6 @@ from fedraclora.training.extras.variates import (
 )
 from fedraclora.training.gradients import mean_gradients
 from fedraclora.tree import Tree
-from fedraclora.wire.exchange import uplink_layout
 
 
 class ControlVariates(RoundStep):
@@ -85,7 +84,7 @@ def lifts(method: Method, state: State, draw: Draw) -> bool:
 
 def _lives_on(method: Method, state: State, sent: Downlink, draw: Draw) -> bool:
     """Check whether the next round trains the same thing: a round without a change is closed."""
-    layout, cohort = uplink_layout(sent), Cohort(torch.arange(2), torch.ones(2).double())
+    layout, cohort = sent.layout, Cohort(torch.arange(2), torch.ones(2).double())
     start = opening_rows(sent, state.base, layout, cohort.clients)
     got = Uplinks(cohort.clients, cohort.weights, layout, start.repeat(2, 1))
     after = method.close_round(state, sent, got)

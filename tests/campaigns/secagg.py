@@ -54,7 +54,7 @@ from fedraclora.wire.secagg import (
     shared_key,
     signed,
 )
-from tests.flower_task import become_a_task
+from tests.messages import become_a_task
 
 STAGES = ("keys", "shares", "masked", "unmask")
 CLIP, WEIGHT, SHAPE = 2.0, 7, (3, 2)

@@ -14,7 +14,7 @@ from fedraclora.run.ledger import Ledger
 from fedraclora.wire.reply import read_answer
 from tests.campaigns.mutants import claimed, deep, stored
 from tests.campaigns.wire import Case, campaign, collected, judged, read, scene_of
-from tests.flower_task import become_a_task
+from tests.messages import become_a_task
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(1500, marks=pytest.mark.slow)])

@@ -71,7 +71,7 @@ from tests.campaigns.mutants import (
     records,
     vector,
 )
-from tests.flower_task import become_a_task
+from tests.messages import become_a_task
 
 SEED, ROUND, CLIENTS, BUSY = 7, 3, 5, 2
 MOMENTUM = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, moments="link")

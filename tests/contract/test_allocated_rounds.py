@@ -31,7 +31,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.frlora import FrLora
 from fedraclora.strategies.wrappers.allocated import Allocated, allocated
-from fedraclora.wire.downlink import unpack_downlink
+from tests.messages import unpack_downlink
 
 LAYERS = {"linear": linear, "conv1d": conv1d}
 CARRYING = ("fedavg_lora", "fedex_lora", "flexlora", "ffa_lora", "rolora", "fedsvd")

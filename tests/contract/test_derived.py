@@ -42,9 +42,9 @@ from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.downlink import pack_downlink, unpack_downlink
-from fedraclora.wire.exchange import TrainRequest, payload_bytes, uplink_layout
+from fedraclora.wire.exchange import TrainRequest, payload_bytes
 from fedraclora.wire.records import Fields
+from tests.messages import pack_downlink, unpack_downlink
 
 M, N, R, ALPHA = 30, 40, 3, 7.0
 METHOD = SubspaceRacLora(rank=R, alpha=ALPHA, resample_every=1, fresh=0.3)  # k = 2
@@ -66,7 +66,7 @@ def played(
         sent = method.open_round(state, round_, COHORT, DRAW)
         sent = rounding.sent(sent, round_)
         found.append((state, sent))
-        layout = uplink_layout(sent)
+        layout = sent.layout
         rows = torch_normal(generator(0, "replies", round_), 2, layout.size).float()
         got = Uplinks(COHORT.clients, COHORT.weights, layout, rows)
         state = rounding.closed(state, method.close_round(state, sent, got), sent, round_)
@@ -154,7 +154,7 @@ def test_what_a_link_did_not_train_is_drawn() -> None:
     """Rows of a trained factor that is zero, or has a lower rank, are left to the drawing."""
     state = METHOD.init({"w": torch.zeros(M, N)}, PLAN, DRAW)
     sent = METHOD.open_round(state, 1, COHORT, DRAW)
-    layout = uplink_layout(sent)
+    layout = sent.layout
     one = torch_normal(generator(0, "one"), M)[:, None] * torch.tensor([1.0, 2.0, 0.0])
     for B, kept in ((torch.zeros(M, R), False), (one, True)):
         rows = layout.pack({"w/B": B.double()}).expand(2, -1)
@@ -171,8 +171,8 @@ def test_a_factor_of_a_short_side_is_sent_since_that_is_no_more_bytes() -> None:
     plan = replace(PLAN, targets={"w": LayerView("linear", (4 * R, N))}, shapes={"w": (4 * R, N)})
     state = METHOD.init({"w": torch.zeros(4 * R, N)}, plan, DRAW)
     sent = METHOD.open_round(state, 1, COHORT, DRAW)
-    rows = torch_normal(generator(0, "replies", 1), 2, uplink_layout(sent).size).float()
-    got = Uplinks(COHORT.clients, COHORT.weights, uplink_layout(sent), rows)
+    rows = torch_normal(generator(0, "replies", 1), 2, sent.layout.size).float()
+    got = Uplinks(COHORT.clients, COHORT.weights, sent.layout, rows)
     after = METHOD.close_round(state, sent, got)
     assert isinstance(METHOD.open_round(after, 2, COHORT, DRAW).factors()["w/B"], torch.Tensor)
     assert METHOD.floats(plan, 2) == (R * N, R * 4 * R)
@@ -218,7 +218,7 @@ def test_damaged_coefficients_are_refused(shapes: object, told: str) -> None:
 def test_what_waits_for_a_buffered_round_keeps_its_coefficients() -> None:
     _, sent = played(2)[1]
     flights = (PendingClient(1.5, 0, 2), PendingClient(2.5, 1, 2))
-    rows = torch.zeros(2, uplink_layout(sent).size)
+    rows = torch.zeros(2, sent.layout.size)
     stored = write_batches([Batch(2, sent, flights, rows, torch.ones(2))], (), "float32")
     ((again,), lost) = read_batches(State({}, PLAN, moments=stored))
     assert (again.flights, lost) == (flights, ())

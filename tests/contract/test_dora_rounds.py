@@ -45,8 +45,8 @@ from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import SEED_BYTES
-from fedraclora.wire.downlink import pack_downlink, unpack_downlink
 from fedraclora.wire.exchange import TrainRequest
+from tests.messages import pack_downlink, unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]
 DRAW = Draw(17)

@@ -36,8 +36,8 @@ from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.tree import Tree, below
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.described import describe, described_downlink
-from fedraclora.wire.downlink import unpack_downlink
 from fedraclora.wire.feedback import PREFIX
+from tests.messages import unpack_downlink
 
 BITS: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "feedback": True}
 

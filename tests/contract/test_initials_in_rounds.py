@@ -31,7 +31,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.shared.initials import GAMMA, STARTS
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.weights.chain import SEED_BYTES
-from fedraclora.wire.downlink import unpack_downlink
+from tests.messages import unpack_downlink
 
 RANK, ITEM = 2, 8
 LAYERS = {"linear": linear, "conv1d": conv1d}

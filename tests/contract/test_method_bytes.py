@@ -31,8 +31,8 @@ from fedraclora.protocol.link import Link
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES, read_link
 from fedraclora.weights.links import read_links
-from fedraclora.wire.downlink import unpack_downlink
 from fedraclora.wire.records import Content
+from tests.messages import unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]
 VARIANTS = list(variants())

@@ -54,7 +54,6 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.tree import Tree
-from fedraclora.wire.exchange import uplink_layout
 from tests.reference.chain import replay
 
 Variant = tuple[str, dict[str, Any]]
@@ -469,7 +468,7 @@ def test_floats_is_what_travels(variant: Variant, world: World) -> None:
     most = formula = 0
     for round_, played in enumerate(play_rounds(method, world, 6, DRAW), start=1):
         up, down = method.floats(world.plan, round_)
-        assert played.got.layout == uplink_layout(played.sent)
+        assert played.got.layout == played.sent.layout
         each = uploaded_numbers(played.sent, len(played.got.clients))
         assert each.tolist() == [up] * len(each)
         # A factor that starts at zero does not travel: the formula is the most that does.

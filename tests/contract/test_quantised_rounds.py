@@ -47,8 +47,8 @@ from fedraclora.strategies.steps import private as private_step
 from fedraclora.strategies.steps.robust import RobustRule
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.changes import Changes
-from fedraclora.wire.downlink import unpack_downlink
 from fedraclora.wire.records import Content
+from tests.messages import unpack_downlink
 
 COHORT, ROUNDS = 3, 3
 SHORT = {"fed_rac_lora", "fedavg", "fedavg_lora", "fedsa_lora", "fedsvd", "flora_stacking", "slora"}

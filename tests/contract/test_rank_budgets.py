@@ -54,7 +54,7 @@ from fedraclora.run.ledger import digest_rows
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Tree
-from fedraclora.wire.downlink import unpack_downlink
+from tests.messages import unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]
 ABLE = [v for v in variants() if make_method(v[0], **v[1]).traits.ranks]

@@ -45,7 +45,7 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.wire.downlink import unpack_downlink
+from tests.messages import unpack_downlink
 from tests.reference import rounded as oracle
 from tests.reference.rounded import Asked, Close, RoundedRun
 

@@ -35,7 +35,7 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.row_moments import ROW_SLOT
-from fedraclora.wire.downlink import unpack_downlink
+from tests.messages import unpack_downlink
 
 ADAMW = LocalSettings(optimiser="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9)
 ROWWISE = LocalSettings(

@@ -13,7 +13,7 @@ from fedraclora.errors import ClientError
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.wire.downlink import unpack_downlink
+from tests.messages import unpack_downlink
 
 
 @dataclass(frozen=True)

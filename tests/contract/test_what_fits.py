@@ -37,7 +37,7 @@ from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.wire.downlink import unpack_downlink
+from tests.messages import unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]
 DRAW = Draw(seed=17)

@@ -68,7 +68,7 @@ from fedraclora.weights.links import read_links
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.downlink import AskReader, AskWriter
-from fedraclora.wire.exchange import Answer, Ask, uplink_layout
+from fedraclora.wire.exchange import Answer, Ask
 from fedraclora.wire.records import Content
 from fedraclora.wire.reply import read_answer, write_answer
 
@@ -327,7 +327,7 @@ def random_replies(sent: Downlink, cohort: Cohort, dtype: torch.dtype, *keys: in
 
     Under rank budgets the server knows the rest: it is as it started.
     """
-    layout = uplink_layout(sent)
+    layout = sent.layout
     rows = torch_normal(generator(11, "replies", *keys), len(cohort), layout.size).to(dtype)
     places = torch.arange(len(cohort))
     mask = uploaded_mask(sent, places)

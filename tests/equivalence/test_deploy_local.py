@@ -15,8 +15,7 @@ import pytest
 
 from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import COMPLETED
-from fedraclora.engines.deploy.keys import make_identity, make_node_key
-from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.engines.deploy.local import LocalDeployment, make_identity, make_node_key
 from fedraclora.engines.programs import Program, listens
 from fedraclora.errors import EngineError
 from fedraclora.experiments import deploy

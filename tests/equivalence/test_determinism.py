@@ -30,7 +30,6 @@ from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.tree import Tree, digest
-from fedraclora.wire.exchange import uplink_layout
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ROUNDS, CLIENTS, COHORT = 6, 9, 5
@@ -342,7 +341,7 @@ def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
     )
     factor = run.config.local.rate_scale(1, ROUNDS)
     result = trainer.train(start.base, sent, clients, round_=1, rate_scale=factor)
-    layout = uplink_layout(sent)
+    layout = sent.layout
     rows = layout.pack({n: result.trained[n] for n, _ in layout.shapes}, lead=1)
     shares = result.samples.double() if weights == "examples" else torch.ones(len(rest)).double()
     closed = strategy.method.close_round(start, sent, Uplinks(clients, shares, layout, rows))

@@ -25,7 +25,6 @@ from fedraclora.protocol.pool import Pool, Terms, parameters
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree
-from fedraclora.wire.exchange import uplink_layout
 
 # Every method on one model, factors of every form on one that is trained in the other way, and what
 # clients train on every model; the rest is for the long suite.
@@ -83,7 +82,7 @@ def test_a_pool_may_stand_beside_weights_that_it_is_not_folded_into(
     state = method.init(base_of(world.task), plan, draw)
     for round_ in range(1, 4):
         sent = method.open_round(state, round_, cohort, draw)
-        layout = uplink_layout(sent)
+        layout = sent.layout
         rows = torch_normal(generator(SEED, round_), len(SIZES), layout.size)
         got = Uplinks(cohort.clients, cohort.weights, layout, rows)
         state = method.close_round(state, sent, got)

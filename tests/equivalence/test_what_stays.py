@@ -19,7 +19,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.base import BaseWeights
-from fedraclora.wire.exchange import Answer, Ask, TrainRequest, uplink_layout
+from fedraclora.wire.exchange import Answer, Ask, TrainRequest
 from fedraclora.wire.reply import checked
 
 CLIENTS = torch.tensor([0, 1, 2])
@@ -71,7 +71,7 @@ def test_a_factor_that_stays_goes_on_where_its_client_left_off() -> None:
 
 def test_a_factor_that_stays_does_not_travel() -> None:
     bench = make_bench()
-    reply = checked(bench.round(1), uplink_layout(bench.downlink))
+    reply = checked(bench.round(1), bench.downlink.layout)
     assert tuple(reply.numbers.shape) == (3, 10)
 
 

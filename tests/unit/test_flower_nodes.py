@@ -25,7 +25,7 @@ from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer, TrainRequest
 from fedraclora.wire.records import read_tree, tree_record
 from fedraclora.wire.reply import write_answer
-from tests.flower_task import become_a_task
+from tests.messages import become_a_task
 
 PARTITIONS = {71: 2, 5: 0, 99: 3, 12: 1}  # node -> the client that it serves, in no order
 

@@ -17,7 +17,7 @@ from fedraclora.wire.records import (
     read_array,
     vector_record,
 )
-from tests.flower_task import become_a_task
+from tests.messages import become_a_task
 
 
 def small() -> RecordDict:

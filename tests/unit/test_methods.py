@@ -38,7 +38,6 @@ from fedraclora.strategies.lora_fair import LoraFair
 from fedraclora.strategies.ravan import Ravan
 from fedraclora.strategies.rolora import RoLora
 from fedraclora.strategies.slora import SLora
-from fedraclora.wire.exchange import uplink_layout
 
 M, N, R, ALPHA, K = 8, 11, 3, 5.0, 4
 S = ALPHA / R
@@ -58,7 +57,7 @@ class Round:
         self.method = method
         self.before = state or method.init({"w": W}, PLAN, DRAW)
         self.sent: Downlink = method.open_round(self.before, number, cohort, DRAW)
-        layout = uplink_layout(self.sent)
+        layout = self.sent.layout
         rows = torch_normal(generator(number, "replies"), K, layout.size)
         self.got = Uplinks(cohort.clients, cohort.weights, layout, rows)
         self.after = method.close_round(self.before, self.sent, self.got)
@@ -167,7 +166,7 @@ def test_fedrot_undoes_a_rotation_of_the_factors() -> None:
     sent = method.open_round(before, 3, COHORT, DRAW)
     turns = rotations(torch_normal(rng, K, R, R))
     B, A = before.carried["w/B"], before.carried["w/A"]
-    layout = uplink_layout(sent)
+    layout = sent.layout
     rows = layout.pack({"w/B": B @ turns, "w/A": turns.mT @ A}, lead=1)
     after = method.close_round(before, sent, Uplinks(COHORT.clients, COHORT.weights, layout, rows))
     close(after.carried["w/B"], B)

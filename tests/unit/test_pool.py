@@ -26,9 +26,9 @@ from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.downlink import pack_downlink, unpack_downlink
-from fedraclora.wire.exchange import TrainRequest, uplink_layout
+from fedraclora.wire.exchange import TrainRequest
 from tests.common import normal
+from tests.messages import pack_downlink, unpack_downlink
 
 M, N, R, ALPHA = 3, 8, 2, 5.0
 NAME, DRAW, CPU = "fc.weight", Draw(7), torch.device("cpu")
@@ -45,12 +45,12 @@ def after(method: PoolRacLora | FedRacLora, state: State, round_: int) -> State:
     """Close a round in which two clients of unequal weight send drawn numbers."""
     sent = method.open_round(state, round_, COHORT, DRAW)
     rows = drawn(sent, round_).to(state.base[NAME].dtype)
-    got = Uplinks(COHORT.clients, SHARES, uplink_layout(sent), rows)
+    got = Uplinks(COHORT.clients, SHARES, sent.layout, rows)
     return method.close_round(state, sent, got)
 
 
 def drawn(sent: Downlink, round_: int) -> torch.Tensor:
-    return normal(2, uplink_layout(sent).size, key=round_)
+    return normal(2, sent.layout.size, key=round_)
 
 
 def states(method: PoolRacLora | FedRacLora, rounds: int, dtype: torch.dtype) -> list[State]:
@@ -184,7 +184,7 @@ def test_a_pool_reaches_the_span_of_its_sketches_and_no_more() -> None:
         A = sent.adapters[NAME].factors["A"].draw()  # type: ignore[union-attr]
         gradient = method.weights(state, DRAW)[NAME] - target
         row = (-R / ALPHA * gradient @ A.T).reshape(1, -1)  # s B A is the projected step
-        got = Uplinks(COHORT.clients, SHARES, uplink_layout(sent), row.expand(2, -1))
+        got = Uplinks(COHORT.clients, SHARES, sent.layout, row.expand(2, -1))
         state = method.close_round(state, sent, got)
         loss.append(float((method.weights(state, DRAW)[NAME] - target).square().sum() / 2))
     rows = method.pools(state, DRAW)[NAME].sketches.draw()

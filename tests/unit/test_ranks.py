@@ -33,7 +33,6 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.fedavg import FedAvg
-from fedraclora.wire.exchange import uplink_layout
 
 M, R, N = 5, 3, 7
 RANKS = torch.tensor([1, 3, 2, 9])
@@ -90,7 +89,7 @@ def test_two_sketches_with_a_server_step_of_two_merge_the_mean_of_each_group() -
     assert sorted(group.tolist()) == [0, 0, 1, 1]
     own = torch.arange(4 * M * 2, dtype=torch.float64).reshape(4, M, 2).sin()
     rows = widen(own.reshape(-1), sent, torch.arange(4))
-    got = Uplinks(torch.arange(4), torch.ones(4).double(), uplink_layout(sent), rows)
+    got = Uplinks(torch.arange(4), torch.ones(4).double(), sent.layout, rows)
     factor = sent.adapters["w"].factors["A"]
     assert isinstance(factor, SketchSpec)
     A = factor.draw()

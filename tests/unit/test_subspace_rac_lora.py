@@ -18,7 +18,6 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.bernoulli_lora import BernoulliLora
 from fedraclora.strategies.shared.past import chosen, completed, energies
 from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
-from fedraclora.wire.exchange import uplink_layout
 
 M, N, RANK, ALPHA = 9, 12, 4, 6.0  # frozen factors are sent: coefficients would be more bytes
 DRAW = Draw(3)
@@ -38,7 +37,7 @@ def played(
     found = []
     for round_ in range(1, rounds + 1):
         sent = opened(method, state, round_)
-        layout = uplink_layout(sent)
+        layout = sent.layout
         rows = torch_normal(generator(0, "replies", round_), 2, layout.size)
         if gradient is not None:
             (label,) = (k for k, f in sent.adapters["w"].factors.items() if isinstance(f, Trained))

@@ -22,11 +22,12 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.downlink import AskReader, AskWriter, pack_downlink, unpack_downlink
-from fedraclora.wire.exchange import Answer, Ask, TrainRequest, payload_bytes, uplink_layout
+from fedraclora.wire.downlink import AskReader, AskWriter
+from fedraclora.wire.exchange import Answer, Ask, TrainRequest, payload_bytes
 from fedraclora.wire.records import Content, Fields, Tensors
 from fedraclora.wire.reply import checked, read_answer, write_answer
 from tests.common import normal
+from tests.messages import pack_downlink, unpack_downlink
 
 K, M, R, N = 4, 5, 2, 7
 SPEC = SketchSpec("coordinate", "right", R, N, seed=2**62 + 3, index=5, blocks="cover")
@@ -304,8 +305,8 @@ def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.M
 
 def test_what_is_not_uploaded_does_not_travel() -> None:
     downlink = everything()
-    assert "private" not in dict(uplink_layout(downlink).shapes)
-    assert list(dict(uplink_layout(downlink).shapes)) == list(downlink.uploaded())
+    assert "private" not in dict(downlink.layout.shapes)
+    assert list(dict(downlink.layout.shapes)) == list(downlink.uploaded())
     content = reply_of(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
     assert unpack_result(content, LAYOUT).numbers.shape == (2, LAYOUT.size)
 

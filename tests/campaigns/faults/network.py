@@ -24,7 +24,7 @@ from fedraclora.engines.records import folded, from_records, unfolded
 from fedraclora.experiments.overrides import composed
 from fedraclora.strategies.server_app import app as server_app
 from fedraclora.wire.records import clients_of
-from tests.flower_task import become_a_task
+from tests.messages import become_a_task
 
 SMALL = [
     "data=digits",
