@@ -224,14 +224,13 @@ def place(
         with alone(request.folder):
             pass  # the server will hold it: better to know before all of it starts
     served = [list(range(k, request.built.clients, local)) for k in range(local)]
-    data = own_data(request.plain)
+    data = own_data(request.config.data)
     with LocalDeployment([ids for ids in served if ids], data=data) as deployment:
         yield deployment.connection, None
 
 
-def own_data(plain: Mapping[str, object]) -> str | None:
+def own_data(data: Mapping[str, object]) -> str | None:
     """Return what nodes of this machine are told of their data: None where the run brings them."""
-    data = section(plain, "data")
     if data["name"] != "own":
         return None
     samples = str(data["samples"])

@@ -23,7 +23,6 @@ from fedraclora.config.build import (
     trainer_of,
 )
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.schema import section
 from fedraclora.data.samples import count_examples
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts, MakeEngine
@@ -119,7 +118,7 @@ def assemble(
         base = weights_of(built.task.model)
         draw = Draw(config.seed)
         method = method_of(config, built.task)
-        name = str(section(config.plain, "method").get("name"))
+        name = config.chosen("method")
         state, server = method.init(base, plan, draw), config.server_optimiser
         first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
         downlink = method.open_round(state, 1, first, draw)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.experiments.assemble import assemble
@@ -69,7 +68,7 @@ def check_data(study: Study, done: Mapping[str, Line], path: object) -> None:
     """
     known = {line["row"] for line in done.values() if "data_files" in line}.intersection(study.rows)
     configs = {row: config_of(study, row, "final") for row in known}  # it may be about data
-    now = {row: data_files(section(c.plain, "data")) for row, c in configs.items() if c is not None}
+    now = {row: data_files(c.data) for row, c in configs.items() if c is not None}
     for line in done.values():
         found = now.get(line["row"])
         if found is not None and line.get("data_files", found) != found:

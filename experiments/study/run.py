@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.experiments.assemble import Assembled
 from fedraclora.experiments.overrides import composed
@@ -113,7 +112,7 @@ def run_job(job: Job) -> Line:
     began, used = time.perf_counter(), time.process_time()
     config = from_plain(composed(job.overrides), METHODS)
     line: Line = {**vars(job), "key": job.key}
-    if files := data_files(section(config.plain, "data")):
+    if files := data_files(config.data):
         line["data_files"] = files
     run = assemble(config, None)
     if job.phase == "final":

@@ -296,7 +296,7 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
     The newest results are kept in this process: the runs of a study begin from few of them.
     """
     asked = config.pretrain
-    if whole.aside is None and section(config.plain, "pretrain").get("name") == "aside":
+    if whole.aside is None and config.chosen("pretrain") == "aside":
         raise ConfigError(
             "pretrain=aside trains on samples that the data set sets aside, and "
             f"data={config.data['name']} sets none aside: set data.aside where it has that key, or "

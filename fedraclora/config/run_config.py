@@ -137,6 +137,10 @@ class TaskConfig(Limited):
     dense: str | list[str] | None = None
     max_failures: Whole = 0
 
+    def chosen(self, group: str) -> str:
+        """Name what was chosen of a group, for messages: ``relora``, whose class has many names."""
+        return str(section(self.plain, group).get("name"))
+
     @property
     def own_model(self) -> bool:
         """Whether the model is somebody's own, about which nothing is known."""
@@ -203,7 +207,7 @@ KINDS: dict[str, Callable[..., object]] = {
     for key, kind in typing.get_type_hints(RunConfig).items()
     if isinstance(kind, type) and is_dataclass(kind) and key not in ROWS
 }
-# The groups among them, and the choice that leaves all at the defaults.
+# Those that are groups, and the choice that changes nothing.
 NAMED = {"local": "sgd", "pretrain": "none", "output": "run", "system": "none"}
 SECTIONS = {key: kind for key, kind in KINDS.items() if key not in {*NAMED, "method"}}
 TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
@@ -263,10 +267,8 @@ def from_plain(
 
 def _refuse_unknown(plain: Plain) -> None:
     """Reject keys of the config itself that do not exist."""
-    known = [*inspect.signature(RunConfig).parameters]
-    known.remove("plain")
-    found = [key for key in plain if key not in known]
-    if not found:
+    known = [key for key in inspect.signature(RunConfig).parameters if key != "plain"]
+    if not (found := [key for key in plain if key not in known]):
         return
     groups = {key: group for key in known if isinstance(group := plain.get(key), Mapping)}
     whole = [f"{key}.{inner}" for key, group in groups.items() for inner in group]

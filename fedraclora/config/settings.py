@@ -89,9 +89,19 @@ class WireConfig(Limited, group="wire"):
             )
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """How the loop waits for clients on an engine; the fields are those of its `LoopConfig`."""
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How the loop waits for clients on an engine.
+
+    Attributes:
+        timeout: Seconds to wait for the replies of an exchange; None where the engine knows when to
+            give up.
+        guarded: Whether clients are other people's machines: then whatever one of them sends is a
+            failure of that client alone, and `min_clients` says when a round has failed.
+        min_clients: Of a guarded run: replies that a round needs; None: of all clients asked.
+        max_samples: Of a guarded run: the most samples, or local steps, that a client can claim.
+        retries: Times that a round that failed is run again.
+    """
 
     timeout: float | None = None
     guarded: bool = False
@@ -114,7 +124,7 @@ class EngineConfig(Limited, group="engine"):
     chunk: Chunk = "auto"
     threads: Threads = 1
 
-    def waiting(self, cohort: int) -> Waiting:
+    def waiting(self, cohort: int) -> Patience:
         """Return how the loop waits for clients.
 
         Args:
@@ -123,7 +133,7 @@ class EngineConfig(Limited, group="engine"):
         Raises:
             ConfigError: If a round needs more replies than that.
         """
-        return Waiting()  # Ray's workers have a limit for each chunk; in this process none waits
+        return Patience()  # Ray's workers have a limit for each chunk; in this process none waits
 
     def fewest(self, cohort: int, max_failures: int) -> int:
         """Count the clients of a cohort that a round has at least, where all are asked."""
@@ -195,8 +205,8 @@ class FlowerConfig(InlineConfig):
     timeout: Seconds = 3600.0
 
     @override
-    def waiting(self, cohort: int) -> Waiting:
-        return Waiting(timeout=self.timeout)
+    def waiting(self, cohort: int) -> Patience:
+        return Patience(timeout=self.timeout)
 
 
 @dataclass(frozen=True)
@@ -223,12 +233,18 @@ class DeployConfig(InlineConfig):
     folder: str | None = None
 
     @override
-    def waiting(self, cohort: int) -> Waiting:
+    def waiting(self, cohort: int) -> Patience:
         if (self.min_clients or 1) > cohort:
             raise ConfigError(
                 f"engine.min_clients is {self.min_clients}, but a round asks {cohort} clients"
             )
-        return Waiting(self.timeout, True, self.min_clients, self.max_samples, self.retries)
+        return Patience(
+            timeout=self.timeout,
+            guarded=True,
+            min_clients=self.min_clients,
+            max_samples=self.max_samples,
+            retries=self.retries,
+        )
 
     @override
     def fewest(self, cohort: int, max_failures: int) -> int:

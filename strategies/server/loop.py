@@ -8,12 +8,13 @@ import torch
 
 from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
+from fedraclora.config.settings import Patience
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import SUM_BLOCK
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Patience):
     """Settings of the round loop.
 
     Attributes:
@@ -29,13 +30,6 @@ class LoopConfig:
         feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         max_failures: Clients that may fail in a round before the run stops.
-        guarded: Whether clients are other people's machines: then whatever one of them sends is a
-            failure of that client alone, and `min_clients` says when a round has failed.
-        min_clients: Of a guarded run: replies that a round needs; None: of all clients asked.
-        max_samples: Of a guarded run: the most samples, or local steps, that a client can claim.
-        retries: Times that a round that failed is run again.
-        timeout: Seconds to wait for the replies of an exchange; None where the engine knows when to
-            give up.
     """
 
     rounds: int
@@ -50,11 +44,6 @@ class LoopConfig:
     feedback: bool = False
     evaluate_every: int = 1
     max_failures: int = 0
-    timeout: float | None = None
-    guarded: bool = False
-    min_clients: int | None = None
-    max_samples: int = 10_000_000
-    retries: int = 0
 
     def allowed(self, cohort: int) -> int:
         """How many clients of a cohort may fail."""

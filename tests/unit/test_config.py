@@ -66,6 +66,16 @@ def refusal(**changes: Any) -> str:
     return str(caught.value)
 
 
+def test_what_was_checked_is_read_and_no_dict_beside_it() -> None:
+    """The dict of a checked config is for files, digests and messages; its names are `chosen`."""
+    root = Path(__file__).resolve().parents[2]
+    raw = re.compile(r"section\((\w+\.)*(config|c)\.plain")
+    rooms = ("fedraclora", "strategies", "clients", "experiments")
+    files = [file for room in rooms for file in (root / room).rglob("*.py")]
+    assert [str(file) for file in files if raw.search(file.read_text())] == []
+    assert raw.search('str(section(config.plain, "method").get("name"))')
+
+
 # --- the whole -----------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from fedraclora.clients.engines import InProcess, OnRay, engine_of
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, Waiting
+from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, Patience
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.devices.distributions import Constant
@@ -122,10 +122,12 @@ def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
 
 
 def test_settings_say_how_the_loop_waits() -> None:
-    assert EngineConfig().waiting(5) == Waiting()
-    assert FlowerConfig(timeout=7.0).waiting(5) == Waiting(timeout=7.0)
+    assert EngineConfig().waiting(5) == Patience()
+    assert FlowerConfig(timeout=7.0).waiting(5) == Patience(timeout=7.0)
     real = DeployConfig(min_clients=3, timeout=7.0, retries=4, max_samples=9)
-    assert real.waiting(5) == Waiting(7.0, True, 3, 9, 4)
+    assert real.waiting(5) == Patience(
+        timeout=7.0, guarded=True, min_clients=3, max_samples=9, retries=4
+    )
     with pytest.raises(ConfigError, match=r"min_clients is 3.*2 clients"):
         real.waiting(2)
     assert [real.fewest(n, 1) for n in (2, 5)] == [2, 3]
