@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from inspect import ismethod, signature
+from inspect import signature
 from typing import Any, cast
 
 from typing_extensions import override
@@ -216,7 +216,7 @@ class Told:
     def __getattr__(self, attribute: str) -> Any:
         """Fetch an attribute of the object."""
         found = getattr(self.inner, attribute)
-        if not ismethod(found):
+        if not callable(found):
             return found
 
         def call(*arguments: object, **named: object) -> object:

@@ -69,6 +69,25 @@ def test_a_callback_sees_everything_and_changes_nothing() -> None:
     assert watching.seen == [("begin", 0, 4), rows[0], *between, ("end", False, 4)]
 
 
+class Plain(fedraclora.Callback):
+    """Its hooks are functions, not methods."""
+
+    @staticmethod
+    def row(row: Any) -> None:  # type: ignore[override]
+        row["metrics"].clear()
+
+    @staticmethod
+    def measure(weights: Any, round_: int) -> dict[str, object]:  # type: ignore[override]
+        return {"left": sum(int(t.zero_().count_nonzero()) for t in weights.values())}
+
+
+def test_a_hook_of_any_kind_gets_copies() -> None:
+    found = run(callbacks=[Plain()])
+    assert [row["left"] for row in found.rows] == [0] * 5
+    assert found.summary["weights_digest"] == run().summary["weights_digest"]
+    assert found.rows[-1]["metrics"] == run().rows[-1]["metrics"]
+
+
 class AtRound(fedraclora.Callback):
     def __init__(self, round_: int) -> None:
         self.round = round_
