@@ -79,7 +79,7 @@ PLANTED: dict[str, tuple[str, Any, dict[str, str], str]] = {
         "silent",
     ),
     "callbacks get the live row": (
-        "fedraclora.strategies.base.copy",
+        "fedraclora.strategies.server.callbacks.copy",
         SimpleNamespace(deepcopy=lambda row: row),
         {"on_round": "one that writes"},
         "",
