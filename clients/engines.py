@@ -13,8 +13,7 @@ from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import DeployConfig, FlowerConfig, RayConfig
 from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.errors import ConfigError
-from fedraclora.weights.base import BaseWeights
-from fedraclora.weights.update import WeightHistory
+from fedraclora.weights.update import BaseWeights, WeightHistory
 from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 
 if TYPE_CHECKING:  # Ray is imported where it is started

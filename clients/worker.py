@@ -28,7 +28,7 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult, join_results
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.tree import Layout, Tree
-from fedraclora.weights.base import BaseWeights
+from fedraclora.weights.update import BaseWeights
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest
 from fedraclora.wire.feedback import left_over, to_add

@@ -25,8 +25,8 @@ from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunCo
 from fedraclora.strategies.server.rows import Cost, Row, fleet_columns, ledger_row
 from fedraclora.training.localconfig import effective_step
 from fedraclora.tree import point_at
-from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp
+from fedraclora.weights.update import BaseWeights
 
 
 class FedStrategy:

@@ -19,7 +19,7 @@ from fedraclora.protocol.link import Link, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
-from fedraclora.weights.base import BaseWeights
+from fedraclora.weights.update import BaseWeights
 from fedraclora.wire.exchange import Ask, Came
 
 

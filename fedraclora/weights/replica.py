@@ -13,9 +13,8 @@ from fedraclora.codec import join
 from fedraclora.errors import CheckpointError, StaleError, WireError
 from fedraclora.protocol.link import Plan, apply_link
 from fedraclora.tree import Tree, fingerprint
-from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.weights.update import WeightUpdate
+from fedraclora.weights.update import BaseWeights, WeightUpdate
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ import torch
 from typing_extensions import override
 
 from fedraclora.codec import join, split
+from fedraclora.errors import WireError
 from fedraclora.protocol.derived import weight_of
 from fedraclora.protocol.link import Link
 from fedraclora.protocol.quantised import FULL
 from fedraclora.tree import Tree, fingerprint, to_numpy
-from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import LinkSizes, term_bytes, value_bytes
 
 
@@ -63,6 +63,49 @@ class WeightUpdate:
 def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> WeightUpdate:
     # Copied into memory of torch's own: matrix products round by alignment.
     return join(WeightUpdate, {name: torch.tensor(a) for name, a in arrays.items()}, plain)
+
+
+@dataclass
+class BaseWeights:
+    """Base weights and the version they stand at.
+
+    In one process the server and the workers share one such object: the server publishes, the
+    workers read, and nothing is copied.
+    """
+
+    base: Tree
+    version: int = 0
+
+    def publish(  # an override uses the link
+        self,
+        base: Tree,
+        version: int,
+        link: Link | None = None,  # noqa: ARG002
+    ) -> None:
+        """Replace the weights by those of a later version.
+
+        Args:
+            base: The weights.
+            version: Their version.
+            link: How they follow from the version before; None if nothing changed.
+        """
+        self.base, self.version = base, version
+
+    def close(self) -> None:
+        """Remove what has been written for workers that are elsewhere."""
+
+    def at(self, version: int, round_: int) -> Tree:
+        """Return the weights, which must stand at ``version``.
+
+        Raises:
+            WireError: If they stand elsewhere.
+        """
+        if version != self.version:
+            raise WireError(
+                f"round {round_}: the replica holds version {self.version} of the base weights, "
+                f"the server asks for {version}"
+            )
+        return self.base
 
 
 class WeightHistory(BaseWeights):

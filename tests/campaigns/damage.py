@@ -24,6 +24,7 @@ import numpy as np
 
 from fedraclora.errors import FedRacLoraError
 from fedraclora.experiments.overrides import composed
+from fedraclora.experiments.progress import RunProgress
 from fedraclora.experiments.resume import is_done
 from fedraclora.experiments.run_files import read_files
 from fedraclora.experiments.simulate import choose, simulate
@@ -137,15 +138,13 @@ def run(plain: Plain, typed: list[str], stop: int | None = None) -> None:
         if stop is not None and row["round"] == stop:
             raise Died
 
-    from fedraclora.experiments import simulate as command
-
-    before = command.RunProgress.show
-    command.RunProgress.show = died  # type: ignore[method-assign,assignment]
+    before = RunProgress.row
+    RunProgress.row = died  # type: ignore[method-assign,assignment]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             simulate(config, folder, resume=resume)
     finally:
-        command.RunProgress.show = before  # type: ignore[method-assign]
+        RunProgress.row = before  # type: ignore[method-assign]
 
 
 def make(kind: str, root: Path) -> Specimen:

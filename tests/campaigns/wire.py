@@ -52,8 +52,7 @@ from fedraclora.strategies.server.rows import Cost, ledger_row
 from fedraclora.strategies.steps.scaffold import open_corrected
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.weights.base import BaseWeights
-from fedraclora.weights.update import WeightHistory
+from fedraclora.weights.update import BaseWeights, WeightHistory
 from fedraclora.wire.changes import Changes
 from fedraclora.wire.downlink import COEFFICIENTS, AskReader, AskWriter
 from fedraclora.wire.exchange import Answer, NoAnswer

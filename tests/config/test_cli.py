@@ -412,13 +412,13 @@ def test_an_interrupt_says_where_the_run_stands_and_how_it_goes_on(
     every: int,
     said: str,
 ) -> None:
-    def show(self: RunProgress, row: dict[str, object]) -> None:
+    def row(self: RunProgress, row: dict[str, object]) -> None:
         if row["round"] == 3:
             signal.raise_signal(sign)
 
     words = ["rounds=4", "output.sync=false", f"output.checkpoint_every={every}"]
     with monkeypatch.context() as patch:
-        patch.setattr(RunProgress, "show", show)
+        patch.setattr(RunProgress, "row", row)
         heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             status, error = simulate(*words)

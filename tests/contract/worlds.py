@@ -62,11 +62,10 @@ from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree, digest
-from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp, read_link
 from fedraclora.weights.links import read_links
 from fedraclora.weights.replica import Replica
-from fedraclora.weights.update import WeightHistory
+from fedraclora.weights.update import BaseWeights, WeightHistory
 from fedraclora.wire.downlink import AskReader, AskWriter
 from fedraclora.wire.exchange import Answer, Ask
 from fedraclora.wire.records import Content

@@ -18,7 +18,7 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.weights.base import BaseWeights
+from fedraclora.weights.update import BaseWeights
 from fedraclora.wire.exchange import Answer, Ask, TrainRequest
 from fedraclora.wire.reply import checked
 

@@ -16,11 +16,10 @@ from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree, digest
-from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.job import JobFolder
 from fedraclora.weights.replica import FolderReplica, Replica, StoredReplica
-from fedraclora.weights.update import WeightHistory, WeightUpdate
+from fedraclora.weights.update import BaseWeights, WeightHistory, WeightUpdate
 
 
 def test_a_replica_gives_the_weights_of_its_version_without_a_copy() -> None:
