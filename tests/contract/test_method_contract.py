@@ -44,7 +44,7 @@ from worlds import (
 )
 
 from fedraclora.aggregation.base import AggregationContext, Total
-from fedraclora.errors import ConfigError, ShapeError
+from fedraclora.errors import ShapeError
 from fedraclora.protocol.derived import Derived, weight_of
 from fedraclora.protocol.link import apply_link
 from fedraclora.protocol.method import Draw, Method, Trained
@@ -590,8 +590,3 @@ def test_rslora_is_alpha_over_the_root_of_the_rank(name: str, plain_world: World
         for weight, adapter in one.sent.adapters.items():
             assert adapter.scale == pytest.approx(other.sent.adapters[weight].scale, rel=1e-15)
         assert_close_trees(new_weights(rooted, one), new_weights(plain, other))
-
-
-def test_rslora_with_alpha_auto_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"method\.rslora is true.*method\.alpha is auto"):
-        make_method("fedavg_lora", rslora=True, alpha="auto")

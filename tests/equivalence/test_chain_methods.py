@@ -169,42 +169,26 @@ SIDES = pytest.mark.parametrize("side", ["right", "left"])
 LIVES = pytest.mark.parametrize("moments", ["round", "link", "run"])
 
 
-@LOCALS
-@SIDES
-@LIVES
-def test_lora_is_a_plain_loop(local: LocalConfig, side: str, moments: str) -> None:
-    plain = Plain("kaiming_uniform", side, True, "none", None, moments)
-    found = trained(preset("lora", side=side), replace(local, moments=moments), rounds=4)
-    assert_close(weights_of(found), plain.train(local, epochs=4))
+# What is drawn, whether both factors are trained, how it is normalised, and the rounds of a link.
+PLAIN = {
+    "lora": ("kaiming_uniform", True, "none", [None]),
+    "cola": ("kaiming_uniform", True, "none", [1, 2]),
+    "asymmetric_lora": ("orthonormal", False, "rows", [None]),
+    "rac_lora": ("gaussian", False, "none", [1, 2]),
+}
+LINKS = [(name, every) for name, (*_, links) in PLAIN.items() for every in links]
 
 
 @LOCALS
 @SIDES
 @LIVES
-@pytest.mark.parametrize("every", [1, 2])
-def test_cola_is_a_plain_loop(local: LocalConfig, side: str, moments: str, every: int) -> None:
-    plain = Plain("kaiming_uniform", side, True, "none", every, moments)
-    method = preset("cola", side=side, resample_every=every)
-    found = trained(method, replace(local, moments=moments), rounds=5)
-    assert_close(weights_of(found), plain.train(local, epochs=5))
-
-
-@LOCALS
-@SIDES
-@LIVES
-def test_asymmetric_lora_is_a_plain_loop(local: LocalConfig, side: str, moments: str) -> None:
-    plain = Plain("orthonormal", side, False, "rows", None, moments)
-    found = trained(preset("asymmetric_lora", side=side), replace(local, moments=moments), rounds=4)
-    assert_close(weights_of(found), plain.train(local, epochs=4))
-
-
-@LOCALS
-@SIDES
-@LIVES
-@pytest.mark.parametrize("every", [1, 2])
-def test_rac_lora_is_a_plain_loop(local: LocalConfig, side: str, moments: str, every: int) -> None:
-    plain = Plain("gaussian", side, False, "none", every, moments)
-    method = preset("rac_lora", side=side, resample_every=every, normalise="none")
+@pytest.mark.parametrize(("name", "every"), LINKS)
+def test_a_method_is_a_plain_loop(
+    name: str, every: int | None, local: LocalConfig, side: str, moments: str
+) -> None:
+    kind, both, normalise, _ = PLAIN[name]
+    plain = Plain(kind, side, both, normalise, every, moments)
+    method = preset(name, side=side, normalise=normalise, resample_every=every)
     found = trained(method, replace(local, moments=moments), rounds=5)
     assert_close(weights_of(found), plain.train(local, epochs=5))
 
