@@ -64,13 +64,10 @@ def test_too_few_numbers_under_a_budget_are_the_failure_of_their_client() -> Non
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda raw: np.append(np.uint8(255), raw[1:]), "its update has a NaN or an infinity"),
-        (lambda raw: np.append(np.uint8(220), raw[1:]), "its update is too long"),
-        (
-            lambda raw: np.append(raw[:-1], np.uint8(128)),
-            "clients [1] sent what cannot be read: a num",
-        ),
-        (lambda raw: raw[1:], "int8 came as torch.uint8 of the shape (49,); 50 bytes are"),
+        (lambda raw: np.append(np.uint8(255), raw[1:]), "NaN or an infinity"),
+        (lambda raw: np.append(np.uint8(220), raw[1:]), "update is too long"),
+        (lambda raw: np.append(raw[:-1], np.uint8(128)), "clients [1] sent what"),
+        (lambda raw: raw[1:], "(49,); 50 bytes"),
         (lambda raw: raw.astype(np.float32), "int8 came as torch.float32"),
     ],
 )

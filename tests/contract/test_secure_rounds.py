@@ -319,7 +319,7 @@ def test_a_client_that_raises_is_named_with_what_it_said(
     found = secure(world, max_failures=1, chunk=1)
     (failure,) = found.rows[0]["failures"]
     assert failure["client"] == 3
-    assert "shares: ValueError: no more entropy" in failure["reason"]
+    assert "shares: ValueError" in failure["reason"]
 
 
 def test_too_few_clients_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

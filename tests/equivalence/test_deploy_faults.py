@@ -117,7 +117,7 @@ def test_a_node_whose_disk_is_full_says_so_in_a_sentence(
     failures = [f for row in rows(tmp_path / "run")[1:] for f in row["failures"]]  # type: ignore[attr-defined]
     assert {failure["client"] for failure in failures} == {ONE}
     for failure in failures:
-        assert f"/{ONE}: No space left on device" in failure["reason"]
+        assert f"/{ONE}: No space left" in failure["reason"]
         assert "make room" in failure["reason"]
 
 
@@ -151,7 +151,7 @@ def test_a_reply_that_cannot_be_decoded_is_found_in_the_next_try(tmp_path: Path)
     assert said.startswith(r"run again: a client's reply cannot be decoded (invalid object\x1b")
     (failure,) = done[2]["failures"]  # type: ignore[misc, has-type]
     assert failure["client"] == ONE
-    assert failure["reason"] == r"its reply cannot be decoded: invalid object\x1b content"
+    assert r"be decoded: invalid object\x1b" in failure["reason"]
     check_mean_of_the_rest(tmp_path / "run", network)
 
 

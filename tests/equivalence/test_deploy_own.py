@@ -81,7 +81,7 @@ def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
     for row in rows(tmp_path / "run")[1:]:
         (failure,) = row["failures"]  # type: ignore[misc, has-type]
         assert failure["client"] == 1
-        assert "data=own needs data in node-config" in failure["reason"]
+        assert "needs data in node-config" in failure["reason"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_WORDS = 4
 WILDCARD = re.compile(r"\.[*+]|\\[dwsS][*+]?|\[[^\]]*\][*+]|(?<!\\)\||\n")
 WORD = re.compile(r"[^\s]*[A-Za-z]{2}[^\s]*")
-STREAMS = {"err", "stderr"}
+# Attributes and columns that hold what a command or a failed client complained of.
+HOLD = {"err", "stderr", "reason"}
 
 Named = dict[str, list[ast.AST]]
 
@@ -43,13 +44,20 @@ def names(node: ast.AST) -> set[str]:
 
 def speaks(node: ast.AST, held: set[str]) -> bool:
     """Whether an expression holds what an error says."""
-    attributes = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-    return bool(names(node) & held or attributes & STREAMS)
+    return bool(names(node) & held or looked_into(node) & HOLD)
+
+
+def looked_into(node: ast.AST) -> set[str]:
+    """Attributes and columns that an expression takes."""
+    inside = list(ast.walk(node))
+    keys = (n.slice for n in inside if isinstance(n, ast.Subscript))
+    columns = {k.value for k in keys if isinstance(k, ast.Constant) and isinstance(k.value, str)}
+    return columns | {n.attr for n in inside if isinstance(n, ast.Attribute)}
 
 
 def complaints(function: ast.AST) -> set[str]:
     """Names of a test that hold an error, or what was made of it; and the streams it reads."""
-    held = {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)} & STREAMS
+    held = looked_into(function) & HOLD
     for node in ast.walk(function):
         if isinstance(node, ast.withitem) and node.optional_vars is not None:
             if "raises" in ast.unparse(node.context_expr):
@@ -140,6 +148,7 @@ SHORT = r"lr is 0.*positive number"
         "def test_x():\n with raises(E) as error: f()\n assert {} in str(error.value)",
         "def test_x(c):\n told = c.readouterr().err\n assert told == {}",
         "def test_x(c):\n assert re.search({}, c.readouterr().err)",
+        "def test_x(row):\n assert row['reason'] == {}",
         "W = {}\ndef test_x():\n with raises(E, match=W): f()",
         "@mark.parametrize(('a', 'b'), [(1, {})])\ndef test_x(b):\n with raises(E, match=b): f()",
         "@mark.parametrize('b', [{}])\ndef test_x(b):\n with raises(E, match=b): f()",

@@ -130,7 +130,7 @@ def test_a_cpu_has_a_cache(planned: Planner, monkeypatch: pytest.MonkeyPatch) ->
     found = planned(10**9, 10**4, CPU)
     assert (found.chunk, found.reason) == (64, "the cache")
     assert planned(300 + 40 * 100, 10**4, CPU).reason == "memory"
-    assert planned(10**9, 10**4).reason == "more bring nothing on a cuda"
+    assert "bring nothing on a cuda" in planned(10**9, 10**4).reason
     monkeypatch.setattr(chunking, "CACHE_BYTES", 1)
     assert planned(10**9, 10**4, CPU).chunk == 1
 
