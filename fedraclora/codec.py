@@ -10,7 +10,8 @@ hints, which check it when it is read:
   numbers in few bits the list is their kind, shape and type. A dict of tensors names these alone.
 
 A field with ``metadata={"kind": NAME}`` has numbers of the kind that the field ``NAME`` says (or by
-name, where that is a dict), and one with ``metadata={"written": False}`` is left at its default.
+name, where that is a dict); with `OUTER` for ``NAME``, of that of the field which it is in. One
+with ``metadata={"written": False}`` is left at its default.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 from fedraclora.narrow_weight import in_parts, rejoined
+from fedraclora.protocol.factor import OUTER
 from fedraclora.protocol.quantised import FULL, ROUNDED, decode, encode
 from fedraclora.tree import Tree, below
 
@@ -49,10 +51,10 @@ def split(value: object, path: str = "") -> tuple[Tree, Any]:
 
     Example:
         >>> from fedraclora.protocol.link import Link, Term
-        >>> tensors, plain = split(Link({"w": Term((torch.ones(2, 1), torch.ones(1, 3)), 2.0)}))
-        >>> list(tensors), plain
-        (['terms/w/factors/0', 'terms/w/factors/1'], {'terms': {'w': {'factors': [[], []], \
-'scale': 2.0}}})
+        >>> tensors, plain = split(Link({"w": Term.of((torch.ones(2, 3),), 2.0)}))
+        >>> list(tensors), plain["terms"]["w"]
+        (['terms/w/factors/0/numbers'], {'factors': [{'numbers': [], 'shape': [2, 3]}], \
+'scale': 2.0})
     """
     tensors: Tree = {}
     plain = _split(value, path, FULL, tensors)
@@ -123,7 +125,7 @@ def _split(value: object, path: str, kind: Any, tensors: Tree) -> Any:
         return [kind, list(value.shape), str(value.dtype)[6:]]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            name: _split(inner, _at(path, name), _kind_of(value, field), tensors)
+            name: _split(inner, _at(path, name), _kind_of(value, field, kind), tensors)
             for name, field in _fields(type(value)).items()
             if not _is_default(field, inner := getattr(value, name))
         }
@@ -228,8 +230,9 @@ def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
     return isinstance(value, (*PLAIN, tuple, type(None))) and value == field.default
 
 
-def _kind_of(value: object, field: dataclasses.Field[Any]) -> Any:
-    return getattr(value, field.metadata["kind"]) if "kind" in field.metadata else FULL
+def _kind_of(value: object, field: dataclasses.Field[Any], outer: Any) -> Any:
+    told = field.metadata.get("kind")
+    return FULL if told is None else outer if told is OUTER else getattr(value, told)
 
 
 def _at(path: str, name: object) -> str:

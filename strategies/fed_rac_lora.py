@@ -40,14 +40,13 @@ from typing_extensions import override
 
 from fedraclora.limits import Chance, Count, Positive
 from fedraclora.lowrank.algebra import Product
+from fedraclora.protocol.factor import FactorLike
 from fedraclora.protocol.method import Cohort, Draw, Traits
 from fedraclora.rng import generator
-from fedraclora.sketch import Blocks, SketchSpec, check_sketch
+from fedraclora.sketch import Blocks, SketchSpec
 from fedraclora.strategies.shared import past
-from fedraclora.strategies.shared.asymmetric import Asymmetric
-from fedraclora.strategies.shared.common import Side
+from fedraclora.strategies.shared.drawn import Asymmetric, Side
 from fedraclora.strategies.shared.gradient_first import GradientFirst, whole
-from fedraclora.strategies.shared.layer import Value
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
 
@@ -74,7 +73,7 @@ class FedRacLora(GradientFirst, Asymmetric):
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
         drawn, trained = self.sides(layer.shape)  # A and B; under a left sketch, B and A
-        sketch: Value = self.drawing(layer, now)
+        sketch: FactorLike = self.drawing(layer, now)
         if drawn in layer.carried:
             sketch = whole(layer.carried[drawn], self.drawing(layer, now))
         return {trained: layer.trained(trained, rank=layer.rank * self.sketches), drawn: sketch}
@@ -111,16 +110,6 @@ class FedRacLora(GradientFirst, Asymmetric):
             return LayerUpdate(merged=tuple(factors.values()))  # W <- W + s B_bar A_t
         return LayerUpdate(carried=factors)
 
-    @property
-    @override
-    def link_rounds(self) -> int | None:
-        return self.resample_every
-
-    @property
-    @override
-    def drawn_side(self) -> str:
-        return self.side
-
     @override
     def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
         if self.sketches == 1:
@@ -135,9 +124,3 @@ class FedRacLora(GradientFirst, Asymmetric):
         merges = self.resample_every is not None
         ranks = self.sketches == 1  # else a client's components are those of its group
         return Traits(exact=True, linear=True, merges=merges, ranks=ranks, step=self.server_lr)
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        check_sketch(self.sketch, self.normalise, self.blocks)

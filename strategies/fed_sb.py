@@ -22,13 +22,11 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.protocol.method import Plan, Traits
-from fedraclora.protocol.plan import Rank
+from fedraclora.protocol.method import Traits
 from fedraclora.strategies.shared.drawn import Drawn
 from fedraclora.strategies.shared.layerwise import (
     Factors,
     Layer,
-    LayerMethod,
     LayerUpdate,
     Replies,
     Round,
@@ -47,6 +45,7 @@ class FedSb(Drawn):
 
     traits = Traits(exact=True, linear=True, merges=False)
     link_rounds = None
+    draws = None  # both are
 
     initial: str = "orthonormal"
 
@@ -66,7 +65,3 @@ class FedSb(Drawn):
     def core_rank(self, layer: Layer) -> int:
         """Compute the number of rows of the core of one layer."""
         return layer.rank
-
-    @override
-    def layer_rank(self, plan: Plan, name: str) -> Rank:
-        return LayerMethod.layer_rank(self, plan, name)  # both sides are drawn

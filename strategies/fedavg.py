@@ -18,6 +18,7 @@ from math import prod
 
 from typing_extensions import override
 
+from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import (
     Cohort,
     Downlink,
@@ -26,7 +27,6 @@ from fedraclora.protocol.method import (
     Method,
     Plan,
     State,
-    Trained,
     Traits,
     apply_link,
 )
@@ -47,7 +47,7 @@ class FedAvg(Method):
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        full = {n: Trained(tuple(state.base[n].shape)) for n in state.plan.weights}
+        full = {n: to_train(tuple(state.base[n].shape)) for n in state.plan.weights}
         return Downlink(dense=full | dense_slots(state))
 
     @override

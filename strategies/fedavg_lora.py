@@ -56,11 +56,6 @@ class FedAvgLora(Factored):
 
     @property
     @override
-    def link_rounds(self) -> int | None:
-        return self.resample_every
-
-    @property
-    @override
     def lives_on(self) -> bool:
         return self.resample_every is None
 

@@ -31,6 +31,7 @@ class FedSaLora(Drawn):
 
     traits = Traits(exact=True, linear=True, merges=False)
     link_rounds = None
+    client_state = True
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:

@@ -49,7 +49,7 @@ class FedSvd(Drawn):
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         B = replies.mean("B").to(layer.dtype)  # what a client could be sent, the server turns
-        B, A = turned_to_singular_vectors(*matrices(Term((B, replies["A"]), layer.scale)))
+        B, A = turned_to_singular_vectors(*matrices(Term.of((B, replies["A"]), layer.scale)))
         return LayerUpdate(carried={"B": B, "A": A})  # B <- U S, A <- V^T of B_bar A
 
 

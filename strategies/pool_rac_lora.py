@@ -26,14 +26,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
 from fedraclora.protocol.pool import Pool, added, part_name
-from fedraclora.sketch import Blocks, SketchSpec
+from fedraclora.sketch import Blocks
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import Round
 from fedraclora.tree import Tree
@@ -90,7 +89,7 @@ class PoolRacLora(FedRacLora):
         turn = self.turn(state.memo.sketch)[1]
         for layer in self.layers_of(state) if turn else ():
             adapter = self.adapter(layer, Round(1, draw))
-            sketch = next(f for f in adapter.factors.values() if isinstance(f, SketchSpec))
+            sketch = next(spec for f in adapter.factors.values() if (spec := f.drawing))
             pool = Pool.around(sketch, turn % self.pool, self.pool, adapter.scale)
             found[layer.name] = pool.begun(turn)
         return found
@@ -102,11 +101,11 @@ class PoolRacLora(FedRacLora):
         place = self.turn(link)[1] % self.pool
         for name, term in terms.items():
             for label, factor in zip("BA", term.factors, strict=True):
-                if isinstance(factor, torch.Tensor):
+                if factor.numbers is not None:
                     part = part_name(name, label, place)
-                    parts[part] = added(state.base[part], factor)
-                elif isinstance(factor, SketchSpec):
-                    pools[name] = Pool.around(factor, place, self.pool, term.scale)
+                    parts[part] = added(state.base[part], factor.numbers)
+                if factor.drawing is not None:
+                    pools[name] = Pool.around(factor.drawing, place, self.pool, term.scale)
         if not terms or self.turn(link + 1)[1]:  # within a link, or an era
             return Link(dense=dense | parts)
         folded = {name: pool.term(name, state.base | parts) for name, pool in pools.items()}

@@ -25,10 +25,8 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
-from fedraclora.protocol.plan import Rank, resolve_rank
 from fedraclora.strategies.fed_sb import FedSb
 from fedraclora.strategies.shared.layerwise import Layer
 
@@ -45,6 +43,7 @@ class Ravan(FedSb):
     """
 
     recipe = "block_diagonal"
+    parts_are = "heads (method.heads)"
 
     heads: Count = 2
 
@@ -56,15 +55,7 @@ class Ravan(FedSb):
     def arguments(self, plan: Plan) -> dict[str, float | int]:
         return {"blocks": self.heads}
 
+    @property
     @override
-    def layer_rank(self, plan: Plan, name: str) -> Rank:
-        side = min(plan.targets[name].shape)
-        if self.heads > side:
-            raise ConfigError(
-                f"method.heads is {self.heads}, but {name} has only {side} on its smaller side; "
-                "take fewer"
-            )
-        heads = self.heads
-        return resolve_rank(
-            self.rank, side, name, cap=self.cap, parts=heads, of="heads (method.heads)"
-        )
+    def parts(self) -> int:
+        return self.heads

@@ -26,7 +26,9 @@ from math import prod
 from typing_extensions import override
 
 from fedraclora.limits import Chance, Count
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Trained, Traits
+from fedraclora.lowrank.algebra import principal
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import (
     closed,
@@ -36,7 +38,6 @@ from fedraclora.strategies.shared.common import (
     turned,
 )
 from fedraclora.strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
-from fedraclora.strategies.shared.products import principal
 from fedraclora.tree import Tree
 
 
@@ -53,7 +54,6 @@ class SLora(LayerMethod):
 
     traits = Traits(exact=False, linear=True, merges=True, varies=True)
     link_rounds = None
-    begins_carried = True
 
     sparse_rounds: Count = 5
     density: Chance = 0.1
@@ -76,7 +76,7 @@ class SLora(LayerMethod):
         plan = state.plan
         if state.memo.sketch:
             return super().open_round(state, round_, cohort, draw)
-        full = {name: Trained(plan.shapes[name]) for name in plan.targets}
+        full = {name: to_train(plan.shapes[name]) for name in plan.targets}
         seeds = {f"seed/{name}": draw.sketch_seed(name) for name in full}
         arguments = {"density": self.density, **seeds, **turned(plan)}
         return Downlink(dense=full | dense_slots(state), recipe="sparse", arguments=arguments)

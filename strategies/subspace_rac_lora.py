@@ -15,7 +15,7 @@ With ``pairs`` all other even links are drawn: each pair is one randomised range
 
 - Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed, and
   where rows are kept 2 r^2 coefficients, by which clients compute the frozen factor from what the
-  last link trained (`fedraclora.protocol.derived`), or it itself where that is less in float32, in
+  last link trained (`fedraclora.protocol.factor`), or it itself where that is less in float32, in
   a link from the gradient and under ``basis=coordinate``. (Fewer bits round it, but never
   coefficients, which may then be more.) Within a link the trained factor, too; and what the client
   missed: per link what was trained and coefficients, at most m n and what was trained last.
@@ -42,13 +42,12 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Share
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.derived import as_rows
+from fedraclora.protocol.factor import FactorLike, as_rows
 from fedraclora.protocol.method import Downlink, Link, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.shared import past
 from fedraclora.strategies.shared.gradient_first import GradientFirst
-from fedraclora.strategies.shared.layer import Value
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
 
@@ -69,19 +68,19 @@ class SubspaceRacLora(GradientFirst):
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
 
-    basis: past.Basis = "singular"
+    basis: past.KeptBasis = "singular"
     resample_every: Count = 2
     fresh: Share = 0.25
     pairs: bool = False
-    kept_scale: past.Length = "auto"
+    kept_scale: past.KeptLength = "auto"
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
         label, trained = past.sides(layer.link)
-        drawing = now.sketch(layer, label, past.SKETCHES[self.basis], index=layer.link)
+        drawing = now.sketch(layer, label, past.FRESH_ROWS[self.basis], index=layer.link)
         return {trained: layer.trained(trained), label: self.frozen(layer, label, drawing, now)}
 
-    def frozen(self, layer: Layer, label: str, drawing: SketchSpec, now: Round) -> Value:
+    def frozen(self, layer: Layer, label: str, drawing: SketchSpec, now: Round) -> FactorLike:
         """Build a frozen factor: K from the gradient, coordinates or the last link, and F."""
         count = self.kept(layer.rank, layer.link)
         kept = count, self.length(layer.rank, drawing.dim)
@@ -134,11 +133,6 @@ class SubspaceRacLora(GradientFirst):
         frozen = [(self.rank_of(plan, n), view.shape[side]) for n, view in plan.targets.items()]
         kept = [pair for pair in frozen if link > 0 and self.kept(pair[0], link)]
         return up, down + sum(past.numbers(r, d, self.basis) for r, d in kept)
-
-    @property
-    @override
-    def link_rounds(self) -> int:
-        return self.resample_every
 
     @override
     def __post_init__(self) -> None:

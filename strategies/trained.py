@@ -22,7 +22,7 @@ from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
 from fedraclora.models.built import dequantise
 from fedraclora.narrow_weight import BITS, base_name, dense
-from fedraclora.protocol.derived import past_name, weight_of
+from fedraclora.protocol.factor import past_name, weight_of
 from fedraclora.protocol.link import Link, Plan, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance

@@ -137,8 +137,8 @@ class PeftLoop:
         self.sketches: dict[str, SketchSpec] = {}
         self.scales: dict[str, float] = {}
         for weight, adapter in downlink.adapters.items():
-            name, spec = weight.removesuffix(".weight"), adapter.factors["A"]
-            if isinstance(spec, SketchSpec):
+            name, spec = weight.removesuffix(".weight"), adapter.factors["A"].drawing
+            if spec is not None:
                 self.sketches[name], self.scales[name] = spec, adapter.scale
         config = peft.LoraConfig(
             target_modules=[*self.sketches],

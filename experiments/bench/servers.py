@@ -35,7 +35,6 @@ from fedraclora.rng import generator
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.strategies.slora import SLora
-from fedraclora.weights.chain import SEED_BYTES
 
 TIMES = 2  # of a close: the least of them counts, since machines are shared
 
@@ -67,7 +66,7 @@ def row(name: str, method: Method, size: int, clients: int) -> dict[str, object]
     up, down = method.floats(plan, 2)
     terms = {} if after.link is None else after.link.terms
     factors = (f for term in terms.values() for f in term.factors)
-    numbers = sum(f.numel() if isinstance(f, torch.Tensor) else SEED_BYTES for f in factors)
+    numbers = sum(f.floats + f.exact_bytes for f in factors)
     link = min(numbers, size * size)
     times = {"close CPU s": f"{min(seconds):.2f}", "init CPU s": f"{first:.2f}"}
     return {"method": name, **times, "up": up, "down": down, "link": link}

@@ -120,6 +120,14 @@ def balanced_factors(
     return padded_to(u * root, root[:, None] * vt, rank)
 
 
+def principal(matrix: torch.Tensor, rank: int, scale: float) -> Product:
+    """Compute ``U (S / scale)^(1/2)`` and ``(S / scale)^(1/2) V^T``, cut to a rank; on the CPU."""
+    u, s, vt = torch.linalg.svd(matrix.to("cpu", torch.float64), full_matrices=False)
+    u, vt = fix_signs(u[:, :rank], vt[:rank])
+    root = (s[:rank] / scale).sqrt()
+    return u * root, root[:, None] * vt
+
+
 def padded_to(
     left: torch.Tensor, right: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

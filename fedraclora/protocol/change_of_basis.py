@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.downlink import Adapter, Trained, differs
+from fedraclora.protocol.downlink import Adapter
 
 
 def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
@@ -25,13 +25,11 @@ def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
         The label of the trained one and the other as a float64 matrix on the CPU; None where both
         are trained, there are three, or each client has a frozen one of its own.
     """
-    trained = [label for label, f in adapter.factors.items() if isinstance(f, Trained)]
-    frozen = [f for f in adapter.factors.values() if not isinstance(f, Trained)]
-    if len(trained) != 1 or len(frozen) != 1:
+    trained = [label for label, f in adapter.factors.items() if f.trained]
+    frozen = [f for f in adapter.factors.values() if not f.trained]
+    if len(trained) != 1 or len(frozen) != 1 or frozen[0].per_client:
         return None
-    if not isinstance(other := frozen[0], torch.Tensor):
-        return trained[0], other.draw()
-    return None if differs(other) else (trained[0], other.to("cpu", torch.float64))
+    return trained[0], frozen[0].draw().to("cpu", torch.float64)
 
 
 def as_product(label: str, trained: torch.Tensor, beside: torch.Tensor) -> Product:

@@ -1,8 +1,7 @@
 """What one exchange asks of the cohort: factors, adapters, and the downlink that names them.
 
-Effective weight of an adapted matrix: ``W + scale * F_1 F_2 (F_3)``, where each factor is drawn
-from a seed (`SketchSpec`), computed from the last link (`Derived`), sent and held fixed (a tensor)
-or trained (`Trained`), and is shared by the cohort or one per client (a leading axis K).
+Effective weight of an adapted matrix: ``W + scale * F_1 F_2 (F_3)``, with factors that are frozen
+or trained (`fedraclora.protocol.factor`), shared by the cohort or one per client.
 """
 
 from __future__ import annotations
@@ -13,60 +12,9 @@ from functools import cached_property
 
 import torch
 
-from fedraclora.protocol.derived import Derived, past_name
+from fedraclora.protocol.factor import Factor, FactorLike, past_name
 from fedraclora.protocol.pool import Pool
-from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A tensor that clients train.
-
-    Attributes:
-        shape: Its shape, without the cohort axis.
-        start: Where it starts: None (zeros for a factor, the replica's value for a dense
-            tensor), a sketch that both ends draw from a seed, a shared tensor, or [K, *shape].
-        main: True for what the method is about (step size ``local.lr``), False for the head
-            and biases beside it (``local.dense_lr``).
-        upload: False for what stays at the client (personalised methods).
-    """
-
-    shape: tuple[int, ...]
-    start: torch.Tensor | SketchSpec | None = None
-    main: bool = True
-    upload: bool = True
-
-    @property
-    def per_client(self) -> bool:
-        """Return whether each client starts elsewhere."""
-        return isinstance(self.start, torch.Tensor) and self.start.dim() > len(self.shape)
-
-    def opening(self) -> torch.Tensor | None:
-        """Return the start as a tensor, drawn where it is a sketch; not to be modified."""
-        return self.start.draw() if isinstance(self.start, SketchSpec) else self.start
-
-
-Factor = SketchSpec | Derived | torch.Tensor | Trained
-"""A factor: a drawing that both ends make from its seed, what both compute from the last link, a
-tensor that is sent and held fixed (a matrix, or [K, rows, cols] with one for each client), or what
-clients train."""
-
-
-def differs(factor: Factor) -> bool:
-    """Check whether each client has a value of its own of a factor, along a leading axis K."""
-    if isinstance(factor, Trained):
-        return factor.per_client
-    return isinstance(factor, torch.Tensor) and factor.dim() == 3
-
-
-def with_numbers(factor: Factor, change: Callable[[torch.Tensor], torch.Tensor]) -> Factor:
-    """Replace the numbers that are sent for a factor: its own, or those from which it starts."""
-    if isinstance(factor, torch.Tensor):
-        return change(factor)
-    if isinstance(factor, Trained) and isinstance(factor.start, torch.Tensor):
-        return replace(factor, start=change(factor.start))
-    return factor
 
 
 @dataclass(frozen=True)
@@ -79,6 +27,11 @@ class Adapter:
 
     factors: dict[str, Factor]
     scale: float
+
+    @classmethod
+    def of(cls, factors: Mapping[str, FactorLike], scale: float) -> Adapter:
+        """Take factors as a method says them, in the order of their product."""
+        return cls({label: Factor.of(given) for label, given in factors.items()}, scale)
 
 
 @dataclass(frozen=True)
@@ -104,7 +57,7 @@ class Downlink:
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    dense: dict[str, Trained] = field(default_factory=dict)
+    dense: dict[str, Factor] = field(default_factory=dict)
     recipe: str = "plain"
     arguments: dict[str, float | int] = field(default_factory=dict)
     ranks: torch.Tensor | None = None
@@ -118,40 +71,40 @@ class Downlink:
         """What stands beside trained factors: its place, of how many that recur, and its number."""
         return self.turn or (0, 1, self.link)
 
-    def factors(self) -> Mapping[str, Factor]:
+    def factors(self) -> dict[str, Factor]:
         """All factors of all adapters, by ``"<weight>/<label>"``."""
         return self._factors
 
     @cached_property  # asked for some thirty times in a round
-    def _factors(self) -> Mapping[str, Factor]:
+    def _factors(self) -> dict[str, Factor]:
         return {
             f"{weight}/{label}": factor
             for weight, adapter in self.adapters.items()
             for label, factor in adapter.factors.items()
         }
 
+    @cached_property
+    def named(self) -> dict[str, Factor]:
+        """All factors, and what is trained in full, by name."""
+        return self._factors | self.dense
+
     def mapped(self, change: Callable[[str, Factor], Factor]) -> Downlink:
         """Replace every factor and dense tensor by what ``change`` makes of its name and it."""
-        whole = {**self.factors(), **self.dense}
-        found = {name: change(name, factor) for name, factor in whole.items()}
-        if all(found[name] is factor for name, factor in whole.items()):
+        found = {name: change(name, factor) for name, factor in self.named.items()}
+        if all(found[name] is factor for name, factor in self.named.items()):
             return self  # as where seeds are sent, and nothing else
         adapters = {
             w: replace(a, factors={k: found[f"{w}/{k}"] for k in a.factors})
             for w, a in self.adapters.items()
         }
         dense = {name: found[name] for name in self.dense}
-        return replace(self, adapters=adapters, dense=dense)  # type: ignore[arg-type]
+        return replace(self, adapters=adapters, dense=dense)
 
     def beside(self, base: Tree) -> Downlink:
         """Fill in what the last link trained, which stands beside the base weights."""
-
-        def known(name: str, factor: Factor) -> Factor:
-            if not isinstance(factor, Derived):
-                return factor
-            return factor.beside(base.get(past_name(name.rpartition("/")[0])))
-
-        return self.mapped(known)
+        return self.mapped(
+            lambda name, each: each.beside(base.get(past_name(name.rpartition("/")[0])))
+        )
 
     def to(self, dtype: torch.dtype) -> Downlink:
         """Convert what is sent to how it travels: on the CPU, in one precision, row by row.
@@ -165,26 +118,25 @@ class Downlink:
         def sent(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to("cpu", dtype).contiguous()
 
-        found = self.mapped(lambda _, factor: with_numbers(factor, sent))
+        found = self.mapped(lambda _, each: each.with_numbers(sent))
         trees = self.extras.items()
         extras = {e: {n: sent(t) for n, t in tree.items()} for e, tree in trees}
         return replace(found, extras=extras) if extras else found
 
-    def trained(self) -> Mapping[str, Trained]:
+    def trained(self) -> Mapping[str, Factor]:
         """Everything that clients train, by its name on the uplink, in packing order."""
         return self._trained
 
     @cached_property
-    def _trained(self) -> Mapping[str, Trained]:
-        factors = self.factors().items()
-        return {name: f for name, f in factors if isinstance(f, Trained)} | self.dense
+    def _trained(self) -> Mapping[str, Factor]:
+        return {name: f for name, f in self.factors().items() if f.trained} | self.dense
 
-    def uploaded(self) -> Mapping[str, Trained]:
+    def uploaded(self) -> Mapping[str, Factor]:
         """What clients send back, in packing order."""
         return self._uploaded
 
     @cached_property
-    def _uploaded(self) -> Mapping[str, Trained]:
+    def _uploaded(self) -> Mapping[str, Factor]:
         return {name: slot for name, slot in self.trained().items() if slot.upload}
 
     @cached_property
@@ -195,15 +147,14 @@ class Downlink:
     @cached_property
     def apart(self) -> bool:
         """Return whether numbers at one place of two uplinks may mean different things."""
-        local = {n for n, slot in self.trained().items() if not slot.upload}
-        factors = (*self.factors().items(), *self.dense.items())
-        return self.ranks is not None or any(differs(f) for n, f in factors if n not in local)
+        own = (f.per_client for f in self.named.values() if f.upload)
+        return self.ranks is not None or any(own)
 
     def select(self, places: torch.Tensor) -> Downlink:
         """Keep the per-client values of the clients at ``places`` (int64) only."""
 
-        def part(_name: str, factor: Factor) -> Factor:
-            return with_numbers(factor, lambda t: t[places]) if differs(factor) else factor
+        def part(_name: str, each: Factor) -> Factor:
+            return each.with_numbers(lambda t: t[places]) if each.per_client else each
 
         ranks = None if self.ranks is None else self.ranks[places]
         slots = self.trained()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -11,9 +11,8 @@ import torch
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.narrow_weight import QuantisedWeight, base_name
-from fedraclora.protocol.derived import Derived, past_name
+from fedraclora.protocol.factor import Factor, FactorLike, past_name
 from fedraclora.protocol.quantised import FULL
-from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
 
@@ -41,20 +40,17 @@ class Term:
     """A term of a link, which is added to a weight.
 
     Attributes:
-        factors: In order, a matrix, sketches by their seed, or what is computed from the last link;
-            one alone is a change in the shape in which the weight is stored.
+        factors: In order; one alone is a change in the shape in which the weight is stored.
         scale: Of their product.
         kind: In which its numbers travel (`fedraclora.protocol.quantised`): they are such numbers.
         keep: Place of the factor that stays beside the weight until the next such term, which may
-            be computed from it (`fedraclora.protocol.derived`): a matrix; None: none does.
+            be computed from it (`fedraclora.protocol.factor`): a matrix; None: none does.
 
     Raises:
         ConfigError: If the factor that stays is none of its matrices.
     """
 
-    factors: tuple[torch.Tensor | SketchSpec | Sketches | Derived, ...] = field(
-        metadata={"kind": "kind"}
-    )
+    factors: tuple[Factor, ...] = field(metadata={"kind": "kind"})
     scale: float
     kind: str = FULL
     keep: int | None = None
@@ -67,16 +63,22 @@ class Term:
                 "weight, but it is no matrix: whoever needs a drawing draws it from its seed"
             )
 
+    @classmethod
+    def of(
+        cls, factors: Iterable[FactorLike], scale: float, kind: str = FULL, keep: int | None = None
+    ) -> Term:
+        """Take factors as a method says them."""
+        return cls(tuple(map(Factor.of, factors)), scale, kind, keep)
+
     def beside(self, past: torch.Tensor | None) -> Term:
         """Fill in what the last link trained, where a factor is computed from it."""
-        found = (f.beside(past) if isinstance(f, Derived) else f for f in self.factors)
-        return replace(self, factors=tuple(found))
+        return replace(self, factors=tuple(f.beside(past) for f in self.factors))
 
     @property
     def kept(self) -> torch.Tensor | None:
         """The factor that stays beside the weight."""
-        matrices = (f if isinstance(f, torch.Tensor) else None for f in self.factors)
-        return None if self.keep is None else dict(enumerate(matrices)).get(self.keep)
+        found = {place: f.numbers for place, f in enumerate(self.factors)}
+        return None if self.keep is None else found.get(self.keep)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Link:
     Attributes:
         terms: Low-rank terms by weight.
         dense: New values by name. A name with a "/" is of no parameter, but of what replicas
-            keep beside them (`fedraclora.protocol.pool`, `fedraclora.protocol.derived`).
+            keep beside them (`fedraclora.protocol.pool`, `fedraclora.protocol.factor`).
         rest: Further changes of the same round, in order: a weight may have a term in each.
         kind: In which the new values travel, as in `Term`; that of `rest` is its own.
     """
@@ -106,10 +108,7 @@ class Link:
 
 def matrices(term: Term) -> tuple[torch.Tensor, ...]:
     """Draw and compute what is no tensor, and give the factors of a term as float64 matrices."""
-    return tuple(
-        f.to("cpu", torch.float64) if isinstance(f, torch.Tensor) else f.draw()
-        for f in term.factors
-    )
+    return tuple(f.draw().to("cpu", torch.float64) for f in term.factors)
 
 
 def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree:
@@ -139,7 +138,7 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
             )
         # Of one layout each: how a library multiplies, and the last bit, may depend on it.
         known = term.beside(out.get(past_name(name)))
-        first, *others = (factor.contiguous() for factor in matrices(known))
+        first, *others = (matrix.contiguous() for matrix in matrices(known))
         old = base[name]
         new = torch.empty(old.shape, dtype=torch.float64, device=old.device).copy_(old)
         W = plan.targets[name].matrix(new) if others else new

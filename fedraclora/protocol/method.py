@@ -17,8 +17,8 @@ from typing import ClassVar, Protocol, Self
 
 import torch
 
-from fedraclora.protocol.derived import pasts
-from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.downlink import Adapter, Downlink
+from fedraclora.protocol.factor import Factor, pasts
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import hash_key
@@ -36,7 +36,6 @@ __all__ = [
     "Plan",
     "State",
     "Term",
-    "Trained",
     "Traits",
     "apply_link",
 ]
@@ -190,7 +189,7 @@ class Method(Protocol):
 
     @property
     def client_state(self) -> bool:
-        """Return whether a factor stays at each client between rounds."""
+        """Return whether a factor stays at each client between rounds (``upload=False``)."""
         return False
 
     @property

@@ -25,7 +25,7 @@ from fedraclora.lowrank.layers import (
     split_patterns,
     weight_name,
 )
-from fedraclora.protocol.downlink import Downlink, Trained
+from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.method import Plan
 
 HEAD_POLICIES = ("adapt", "average", "frozen", "local")
@@ -305,15 +305,16 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
     Example:
         >>> from fedraclora.protocol.downlink import Adapter
-        >>> adapter = Adapter({"B": Trained((6, 2)), "A": Trained((2, 4))}, 1.0)
-        >>> sent = Downlink({"fc.weight": adapter}, {"fc.bias": Trained((6,))})
+        >>> from fedraclora.protocol.factor import to_train
+        >>> adapter = Adapter({"B": to_train((6, 2)), "A": to_train((2, 4))}, 1.0)
+        >>> sent = Downlink({"fc.weight": adapter}, {"fc.bias": to_train((6,))})
         >>> trained_of(sent, {"fc.weight": (6, 4), "fc.bias": (6,)})
         'rank 2 of layer fc; in full parameter fc.bias: 26 numbers a client, the model has 30'
     """
     ranks = {
         weight.removesuffix(".weight"): {min(factor.shape) for factor in trained}
         for weight, adapter in sent.adapters.items()
-        if (trained := [f for f in adapter.factors.values() if isinstance(f, Trained)])
+        if (trained := [f for f in adapter.factors.values() if f.trained])
     }
     parts = []
     if ranks:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedraclora.narrow_weight import is_narrow
+from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
-from fedraclora.sketch import Sketches, SketchSpec
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
 Terms = dict[str, Term]
@@ -40,30 +41,36 @@ class Pool:
     """What of a pool stands beside one weight.
 
     Attributes:
-        sketches: The frozen factors of the parts that have numbers.
+        first: The first frozen factor; the others have the numbers after its own.
+        count: Parts that have numbers.
         scale: s.
     """
 
-    sketches: Sketches
+    first: SketchSpec
+    count: int
     scale: float
 
     @classmethod
     def around(cls, sketch: SketchSpec, place: int, size: int, scale: float) -> Pool:
         """Build the pool of ``size`` sketches in which one has the given place."""
-        return cls(Sketches(replace(sketch, index=sketch.index - place), size), scale)
+        return cls(replace(sketch, index=sketch.index - place), size, scale)
+
+    @property
+    def frozen(self) -> Factor:
+        """The frozen factors as one."""
+        return Factor(sketch=self.first, count=self.count)
 
     def begun(self, links: int) -> Pool:
         """Keep the parts that have numbers after the first links of an era."""
-        count = min(links, self.sketches.count)
-        return replace(self, sketches=replace(self.sketches, count=count))
+        return replace(self, count=min(links, self.count))
 
     def term(self, weight: str, base: Mapping[str, torch.Tensor]) -> Term:
         """Join the parts into one product, of rank K r; the order is that of their numbers."""
-        right, count = self.sketches.first.side == "right", self.sketches.count
+        right, frozen = self.first.side == "right", self.frozen
         label, dim = ("B", 1) if right else ("A", 0)
-        parts = [base[part_name(weight, label, j)] for j in range(count)]
+        parts = [base[part_name(weight, label, j)] for j in range(self.count)]
         trained = torch.cat(parts, dim)
-        return Term((trained, self.sketches) if right else (self.sketches, trained), self.scale)
+        return Term.of((trained, frozen) if right else (frozen, trained), self.scale)
 
 
 def added(part: torch.Tensor, more: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from math import prod
 import torch
 
 from fedraclora.errors import ConfigError, ShapeError, WireError
-from fedraclora.protocol.method import Adapter, Cohort, Downlink, Method, Trained
+from fedraclora.protocol.method import Adapter, Cohort, Downlink, Method
 from fedraclora.tree import Tree
 
 
@@ -67,7 +67,8 @@ def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
     """Find the axes of a factor that count components: where it meets the factors beside it.
 
     Example:
-        >>> chain = Adapter({"B": Trained((5, 2)), "A": Trained((2, 7))}, scale=1.0)
+        >>> from fedraclora.protocol.factor import to_train
+        >>> chain = Adapter({"B": to_train((5, 2)), "A": to_train((2, 7))}, scale=1.0)
         >>> rank_axes(chain, "B"), rank_axes(chain, "A")
         ((1,), (0,))
     """
@@ -118,7 +119,7 @@ def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
         return masks
     for weight, adapter in downlink.adapters.items():
         for label, factor in adapter.factors.items():
-            if not isinstance(factor, Trained):
+            if not factor.trained:
                 continue
             mask = torch.ones(len(ranks), 1, 1, dtype=torch.bool, device=ranks.device)
             for axis in rank_axes(adapter, label):

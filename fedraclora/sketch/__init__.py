@@ -12,7 +12,6 @@ from fedraclora.sketch.draw import (
     Constants,
     Normalise,
     Sketch,
-    Sketches,
     SketchSpec,
     check_sketch,
     constants,
@@ -25,7 +24,6 @@ __all__ = [
     "Normalise",
     "Sketch",
     "SketchSpec",
-    "Sketches",
     "check_sketch",
     "constants",
 ]

@@ -18,7 +18,7 @@ block of a cover that takes rows from two bases goes through a QR, and has not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import comb, inf, sqrt
 from typing import Annotated
@@ -226,6 +226,11 @@ class SketchSpec:
         return next(draw for size, draw in _MEMORIES if self.rank * self.dim <= size)(self)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the drawing."""
+        return (self.rank, self.dim) if self.side == "right" else (self.dim, self.rank)
+
+    @property
     def gram_scale(self) -> float:
         """The c of ``E[A A^T] = c I`` (its mean diagonal): the effective step is lr s^2 c.
 
@@ -238,29 +243,6 @@ class SketchSpec:
         if self.normalise == "identity":
             return self.dim / self.rank
         return SKETCHES[self.kind].gram(self)
-
-
-@dataclass(frozen=True)
-class Sketches:
-    """Consecutive sketches of one layer as one factor: rows below rows (left: columns by columns).
-
-    Attributes:
-        first: The first; the others have the numbers after its own.
-        count: How many.
-
-    Example:
-        >>> one = SketchSpec("coordinate", "right", rank=2, dim=4, seed=7, index=0, blocks="cover")
-        >>> Sketches(one, 2).draw().sum(dim=0)
-        tensor([1., 1., 1., 1.], dtype=torch.float64)
-    """
-
-    first: SketchSpec
-    count: int
-
-    def draw(self) -> torch.Tensor:
-        """Draw them all: float64, [count * rank, dim] (right) or [dim, count * rank] (left)."""
-        each = (replace(self.first, index=self.first.index + j).draw() for j in range(self.count))
-        return torch.cat(list(each), dim=0 if self.first.side == "right" else 1)
 
 
 def _drawn(spec: SketchSpec) -> torch.Tensor:

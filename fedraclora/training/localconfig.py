@@ -24,7 +24,6 @@ from fedraclora.limits import (
     whole_from,
 )
 from fedraclora.protocol.method import Downlink
-from fedraclora.sketch import SketchSpec
 from fedraclora.training.extra import LocalExtra, Scaling
 
 Extra = TypeVar("Extra", bound=LocalExtra)
@@ -227,7 +226,7 @@ def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) ->
         return {"lr": rate}
     gammas = []
     for adapter in downlink.adapters.values():
-        specs = [f for f in adapter.factors.values() if isinstance(f, SketchSpec)]
+        specs = [spec for f in adapter.factors.values() if (spec := f.drawing)]
         if specs:
             scale, gram = adapter.scale, prod(spec.gram_scale for spec in specs)
             for extra in local.extras:

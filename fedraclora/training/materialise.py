@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fedraclora.protocol.derived import Derived
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
-from fedraclora.sketch import SketchSpec
+from fedraclora.protocol.method import Adapter, Downlink, Factor
 from fedraclora.tree import Tree, wide
 
 
@@ -25,12 +23,14 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
         like = torch.empty(0, dtype=wide(base[weight].dtype), device=base[weight].device)
         for label, factor in adapter.factors.items():
             name = f"{weight}/{label}"
-            if isinstance(factor, SketchSpec | Derived):
-                frozen[name] = factor.draw().to(like.device, like.dtype)
-            elif isinstance(factor, torch.Tensor):
-                value = factor.to(like.device, like.dtype)
-                # A copy: views into a message lie anywhere, and products round by alignment.
-                frozen[name] = value[order] if value.dim() == 3 else value.clone()
+            if not factor.trained:
+                value = factor.draw().to(like.device, like.dtype)
+                if factor.per_client:
+                    value = value[order]
+                elif factor.numbers is not None:
+                    # A copy: views into a message lie anywhere, and products round by alignment.
+                    value = value.clone()
+                frozen[name] = value
             else:
                 starts[name] = opening_of(factor, like.new_zeros(factor.shape), order)
                 # A tall factor lies in memory as its transpose: so come its gradients
@@ -52,7 +52,7 @@ def per_client(start: torch.Tensor, K: int) -> torch.Tensor:
     return start.expand(K, *start.shape[1:]).clone(memory_format=torch.contiguous_format)
 
 
-def opening_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def opening_of(slot: Factor, default: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Return the start of a trained tensor as [1, ...] if shared, [K, ...] if per client."""
     opening = slot.opening()
     if opening is None:
@@ -65,13 +65,9 @@ def start_from(own: Tree, downlink: Downlink) -> Downlink:
     """Start the tensors that are named from each client's own, [K, ...]."""
     if not own:
         return downlink
-
-    def start(name: str, factor: Factor) -> Factor:
-        if isinstance(factor, Trained) and name in own:
-            return replace(factor, start=own[name])
-        return factor
-
-    return downlink.mapped(start)
+    return downlink.mapped(
+        lambda name, slot: replace(slot, numbers=own[name], sketch=None) if name in own else slot
+    )
 
 
 def arrange(

@@ -31,13 +31,14 @@ from dataclasses import replace
 
 import torch
 
-from fedraclora.protocol.downlink import Downlink, Trained
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.factor import Factor, to_train
 from fedraclora.tree import Tree
 
 ROW_SLOT = "rows/"  # of the names of slots and moments; the rest is the name of the factor
 
 
-def row_slots(sent: Downlink, kept: Tree) -> dict[str, Trained]:
+def row_slots(sent: Downlink, kept: Tree) -> dict[str, Factor]:
     """Build the slots in which the moments of trained factors travel, m + 1 numbers for B.
 
     Args:
@@ -46,9 +47,9 @@ def row_slots(sent: Downlink, kept: Tree) -> dict[str, Trained]:
     """
     found = {}
     for name, slot in sent.factors().items():
-        if isinstance(slot, Trained) and slot.upload and name.endswith(("/A", "/B")):
+        if slot.trained and slot.upload and name.endswith(("/A", "/B")):
             rows = slot.shape[_axis(name) ^ 1]
-            found[ROW_SLOT + name] = Trained((rows + 1,), kept.get(ROW_SLOT + name), main=False)
+            found[ROW_SLOT + name] = to_train((rows + 1,), kept.get(ROW_SLOT + name), main=False)
     return found
 
 

@@ -15,22 +15,17 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.codec import join, split
-from fedraclora.protocol.derived import Derived, past_name, pasts, weight_of
+from fedraclora.protocol.factor import past_name, pasts, weight_of
 from fedraclora.protocol.method import Link, Plan, Term
 from fedraclora.protocol.quantised import FULL, packed_bytes
 from fedraclora.tree import Tree, below
 
-SEED_BYTES = 8
-
 
 def term_bytes(term: Term) -> int:
     """Count the payload bytes of a term: its matrices, coefficients, and 8 for each seed."""
-    tensors = [f for f in term.factors if isinstance(f, torch.Tensor)]
-    seeds = SEED_BYTES * (len(term.factors) - len(tensors))
-    seeds += sum(f.nbytes for f in term.factors if isinstance(f, Derived))
-    if term.kind == FULL:
-        return seeds + sum(t.nbytes for t in tensors)
-    return seeds + sum(int(packed_bytes([t.numel()], term.kind)) for t in tensors)
+    numbers = [f.numbers for f in term.factors if f.numbers is not None]
+    exact = sum(f.exact_bytes for f in term.factors)
+    return exact + sum(value_bytes(tensor, term.kind) for tensor in numbers)
 
 
 def value_bytes(value: torch.Tensor, kind: str) -> int:
@@ -47,7 +42,7 @@ class LinkSizes:
     versions come the floor rises, and what lies below it is forgotten: what is kept, and what a
     round costs, does not grow with the rounds.
 
-    What the last link trained of a weight (`fedraclora.protocol.derived`) comes with its terms; to
+    What the last link trained of a weight (`fedraclora.protocol.factor`) comes with its terms; to
     whoever fetches the weight whole it is sent beside it, and is a part of what that costs.
 
     Args:
@@ -216,14 +211,18 @@ def _of_older(
         kind, factors = term.get("kind", FULL), []
         for i, known in enumerate(term["factors"]):
             place = f"{path}/terms/{name}/factors/{i}"
-            derived = isinstance(known, Mapping) and "drawing" in known
-            if (factor := tensors.get(f"term|{name}|{i}")) is not None:
-                found[f"{place}/coefficients" if derived else place] = factor
-            if derived:
-                known = {"coefficients": [], **known}  # noqa: PLW2901
-            elif not isinstance(known, Mapping):
-                known = [] if known is None else [kind, known, "float64"]  # noqa: PLW2901
-            factors.append(known)
+            factor = tensors.get(f"term|{name}|{i}")
+            if not isinstance(known, Mapping):
+                told = [] if known is None else [kind, known, "float64"]
+                factors.append({"numbers": told})
+            elif factor is not None:
+                factors.append({"sketch": known["drawing"], "coefficients": []})
+            else:
+                count = known.get("count", 1)
+                factors.append({"sketch": known.get("first", known), "count": count})
+            if factor is not None:
+                part = "coefficients" if isinstance(known, Mapping) else "numbers"
+                found[f"{place}/{part}"] = factor
         terms[name] = {**term, "factors": factors}
     rest = []
     for i, part in enumerate(meta.get("rest", ())):

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from fedraclora.codec import join, split
 from fedraclora.errors import WireError
-from fedraclora.protocol.derived import weight_of
+from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.link import Link
 from fedraclora.protocol.quantised import FULL
 from fedraclora.tree import Tree, fingerprint, to_numpy

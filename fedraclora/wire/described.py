@@ -10,10 +10,10 @@ import torch
 
 from fedraclora.codec import join, split
 from fedraclora.errors import WireError
-from fedraclora.protocol.derived import Derived
-from fedraclora.protocol.method import Downlink, Factor, Trained
+from fedraclora.protocol.factor import Factor
+from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.recipes import RECIPES
-from fedraclora.sketch import Sketches, SketchSpec
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from fedraclora.wire.fields import reading, shown, whole
 from fedraclora.wire.records import read_shape
@@ -38,13 +38,15 @@ def described_downlink(
     for name, tensor in tensors.items():  # by the paths at which the codec looks for them
         weight, _, label = name.rpartition("/")
         factor = f"adapters/{weight}/factors/{label}"
-        paths = factor, f"{factor}/start", f"{factor}/coefficients", f"dense/{name}/start"
+        paths = f"{factor}/numbers", f"{factor}/coefficients", f"dense/{name}/numbers"
         found |= dict.fromkeys((*paths, f"extras/{name}"), tensor)
     with reading("a downlink"):
         downlink = join(Downlink, found, header["downlink"])
         _check(downlink)
-        for key, each in {**downlink.factors(), **downlink.dense}.items():
+        for key, each in downlink.named.items():
             _check_factor(key, each, key in own)
+            if key in downlink.dense and not each.trained:
+                raise WireError(f"{key} is frozen; of no adapter, only what is trained is sent")
     return downlink
 
 
@@ -56,10 +58,11 @@ def _check(downlink: Downlink) -> None:
         )
     whole(downlink.link, "its link")
     for weight, pool in downlink.pools.items():
-        _check_sketch(pool.sketches, f"the pool of {weight}")
+        _check_sketch(pool.first, pool.count, f"the pool of {weight}")
     if downlink.turn is not None:
         place, count, era = downlink.turn
-        room = [f.dim // f.rank for f in downlink.factors().values() if isinstance(f, SketchSpec)]
+        drawn = (f.drawing for f in downlink.factors().values())
+        room = [spec.dim // spec.rank for spec in drawn if spec is not None]
         whole(count, "the number of turns of a pool", 1, min(room, default=1))
         whole(place, "the turn of a pool", 0, count - 1)
         whole(era, "the era of a pool")
@@ -73,36 +76,35 @@ def _check(downlink: Downlink) -> None:
                 )
 
 
-def _check_sketch(sketch: SketchSpec | Sketches, what: str) -> None:
-    first, count = (sketch.first, sketch.count) if isinstance(sketch, Sketches) else (sketch, 1)
+def _check_sketch(first: SketchSpec, count: int, what: str) -> None:
     whole(first.seed, f"the seed of {what}")
     whole(count, f"the number of parts of {what}", 1, max(1, first.dim // first.rank))
 
 
 def _check_factor(key: str, factor: Factor, own: bool) -> None:
-    """Reject numbers of a factor or tensor that do not fit; ``own``: they are one per client."""
-    if isinstance(factor, torch.Tensor):
-        if factor.dim() != 2 + own:
-            raise WireError(f"the frozen factor {key} is no matrix")
-    elif isinstance(factor, Derived):
-        value, drawing = factor.coefficients, factor.drawing
-        _check_sketch(drawing, key)
-        if value.dtype != torch.float64 or value.dim() != 2:
+    """Reject what a factor or tensor says of itself that does not fit.
+
+    Args:
+        key: Its name.
+        factor: As it was read.
+        own: Whether its numbers are one for each client.
+    """
+    numbers, drawing, C = factor.numbers, factor.sketch, factor.coefficients
+    shape = read_shape([*factor.shape], f"the shape of {key}")
+    said = (numbers is not None) + (drawing is not None)
+    if said > 1 or (not said and not factor.trained) or (C is not None and drawing is None):
+        raise WireError(f"{key} is to be numbers, a drawing or trained from zero, one of these")
+    if drawing is not None:
+        _check_sketch(drawing, factor.count, key)
+    if C is not None and drawing is not None:
+        if C.dtype != torch.float64 or C.dim() != 2:
             raise WireError(f"the coefficients of {key} are no matrix of float64")
-        if not len(value) <= drawing.dim or value.shape[1] <= drawing.rank:
+        if not len(C) <= drawing.dim or C.shape[1] <= drawing.rank:
             raise WireError(
-                f"the coefficients of {key} have the shape {tuple(value.shape)}; a row for each "
+                f"the coefficients of {key} have the shape {tuple(C.shape)}; a row for each "
                 f"component, and more columns than the {drawing.rank} of its drawing, are wanted"
             )
-    elif isinstance(factor, Trained):
-        start, shape = factor.start, read_shape([*factor.shape], f"the shape of {key}")
-        drawn = shape
-        if isinstance(start, SketchSpec):
-            _check_sketch(start, key)
-            drawn = (start.rank, start.dim) if start.side == "right" else (start.dim, start.rank)
-        elif start is not None:
-            drawn = tuple(start.shape[own:])
-        if drawn != shape:
-            raise WireError(f"{key} has the shape {shape}, but is to start in the shape {drawn}")
-    else:
-        _check_sketch(factor, key)
+    inferred = replace(factor, trained=False, shape=())
+    found = inferred.shape if numbers is None else tuple(numbers.shape[own:])
+    if (said and found != shape) or (not factor.trained and len(shape) != 2):
+        raise WireError(f"{key} is to be of the shape {shape}, but came in the shape {found}")

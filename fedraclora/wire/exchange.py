@@ -15,14 +15,10 @@ from typing import Any
 import torch
 
 from fedraclora.errors import OF_THE_RUN
-from fedraclora.protocol.derived import Derived
-from fedraclora.protocol.downlink import differs
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.quantised import FULL, packed_bytes
 from fedraclora.protocol.uplinks import Refusal
-from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
-from fedraclora.weights.chain import SEED_BYTES
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -220,11 +216,8 @@ def sent_tensors(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
 
     Coefficients, which are float64 always, are `coefficients`.
     """
-    factors = downlink.factors().items()
-    sent = {n: (f, differs(f)) for n, f in factors if isinstance(f, torch.Tensor)}
-    for name, slot in downlink.trained().items():
-        if isinstance(slot.start, torch.Tensor):
-            sent[name] = (slot.start, differs(slot))
+    named = downlink.named.items()
+    sent = {n: (f.numbers, f.per_client) for n, f in named if f.numbers is not None}
     for extra, tree in downlink.extras.items():
         sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
     return sent
@@ -233,7 +226,7 @@ def sent_tensors(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
 def coefficients(downlink: Downlink) -> Tree:
     """Collect the coefficients of the factors that are computed from the last link, by name."""
     factors = downlink.factors().items()
-    return {name: f.coefficients for name, f in factors if isinstance(f, Derived)}
+    return {name: f.coefficients for name, f in factors if f.coefficients is not None}
 
 
 def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
@@ -251,7 +244,5 @@ def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
     sent = sent_tensors(downlink).values()
     shared = [t.numel() for t, own in sent if not own]
     own = [t.numel() // cohort for t, own in sent if own]
-    starts = [slot.start for slot in downlink.trained().values()]
-    seeds = [isinstance(f, SketchSpec | Derived) for f in [*downlink.factors().values(), *starts]]
-    numbers = sum(t.nbytes for t in coefficients(downlink).values())
-    return int(packed_bytes(shared + own, kind)) + SEED_BYTES * sum(seeds) + numbers
+    exact = sum(f.exact_bytes for f in downlink.named.values())
+    return int(packed_bytes(shared + own, kind)) + exact

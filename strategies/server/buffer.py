@@ -27,12 +27,12 @@ import torch
 from fedraclora.codec import join, split
 from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Adapter, Downlink, Link, Method, State, Trained
+from fedraclora.protocol.factor import Factor, to_train
+from fedraclora.protocol.method import Adapter, Downlink, Link, Method, State
 from fedraclora.protocol.pool import Pool
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
-from fedraclora.sketch import Sketches, SketchSpec
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree, below
 from fedraclora.wire.exchange import DTYPES
 
@@ -154,14 +154,15 @@ def _read_older(stored: Tree) -> tuple[list[Batch], tuple[PendingClient, ...]]:
 def _older_downlink(header: dict[str, Any], numbers: Tree) -> Downlink:
     """Read the downlink of an older release from its header and its numbers by name."""
 
-    def factor(told: dict[str, Any], name: str) -> Any:
+    def factor(told: dict[str, Any], name: str) -> Factor:
         spec = None if told.get("spec") is None else SketchSpec(**told["spec"])
         if told["role"] == "trained":
             start = numbers[name] if told["started"] else spec
-            return Trained(tuple(told["shape"]), start, told["main"], told["upload"])
-        if spec is None:
-            return numbers[name]
-        return Derived(numbers[name], spec) if told["role"] == "derived" else spec
+            shape, main = tuple(told["shape"]), told["main"]
+            return to_train(shape, start, main=main, upload=told["upload"])
+        if told["role"] == "derived":
+            return Factor(sketch=spec, coefficients=numbers[name])
+        return Factor.of(numbers[name] if spec is None else spec)
 
     return Downlink(
         {
@@ -177,7 +178,7 @@ def _older_downlink(header: dict[str, Any], numbers: Tree) -> Downlink:
             for extra, names in header.get("extras", {}).items()
         },
         pools={
-            w: Pool(Sketches(SketchSpec(**told["spec"]), told["count"]), told["scale"])
+            w: Pool(SketchSpec(**told["spec"]), told["count"], told["scale"])
             for w, told in header.get("pools", {}).items()
         },
         turn=tuple(header["turn"]) if header.get("turn") else None,

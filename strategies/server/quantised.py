@@ -26,13 +26,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedraclora.protocol.derived import weight_of
-from fedraclora.protocol.downlink import differs, with_numbers
+from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.method import Downlink, Factor, Link, State, Term, apply_link
 from fedraclora.protocol.pool import parameters, part_name
 from fedraclora.protocol.quantised import FULL, rounded
 from fedraclora.rng import generator
-from fedraclora.sketch import Sketches
 from fedraclora.tree import Tree
 
 RESIDUE = "residue/"  # of the names in `State.moments`; the rest is the name of the part
@@ -66,8 +64,8 @@ class DownlinkRounding:
             return downlink
 
         def change(name: str, factor: Factor) -> Factor:
-            rows = differs(factor)
-            return with_numbers(factor, lambda t: self._rounded(t, round_, name, apart=rows))
+            rows = factor.per_client
+            return factor.with_numbers(lambda t: self._rounded(t, round_, name, apart=rows))
 
         extras = {
             extra: {n: self._rounded(t, round_, extra, n) for n, t in tree.items()}
@@ -101,7 +99,7 @@ class DownlinkRounding:
                 change = self._with_left(value - base[name].to(value), name, moments)
                 keys = ("link", i, name, 0)
                 found = self._counted(change, round_, *keys, nearest=self.feedback)
-                terms[name] = Term((found,), 1.0, kind=self.kind)
+                terms[name] = Term.of([found], 1.0, kind=self.kind)
                 self._keep(name, change, found, moments)
             values = part.dense.keys() - parameters(part.dense).keys()
             kept = {
@@ -128,10 +126,11 @@ class DownlinkRounding:
         return replace(after, base=base, carried=carried, link=link, moments=moments)
 
     def _term(self, term: Term, round_: int, part: int, name: str) -> Term:
-        factors = tuple(
-            self._counted(f, round_, "link", part, name, i) if isinstance(f, torch.Tensor) else f
-            for i, f in enumerate(term.factors)
-        )
+        def change(i: int, factor: Factor) -> Factor:
+            keys = ("link", part, name, i)
+            return factor.with_numbers(lambda t: self._counted(t, round_, *keys))
+
+        factors = tuple(change(i, factor) for i, factor in enumerate(term.factors))
         return replace(term, factors=factors, kind=self.kind)
 
     def _part(self, name: str, value: torch.Tensor, moments: Tree, round_: int) -> torch.Tensor:
@@ -188,24 +187,19 @@ def summed(name: str, term: Term, moments: Tree, sent: Downlink) -> Term:
         moments: Hold the residues.
         sent: What the cohort was asked last. A frozen factor is folded as it was sent.
     """
-    pool = next((f for f in term.factors if isinstance(f, Sketches)), None)
-    if pool is None:
-        found = list(term.factors)
-        for i, (factor, label) in enumerate(zip(found, "BA", strict=False)):
-            left = moments.get(f"{RESIDUE}{name}/{label}")
-            trained = f"{name}/{label}" in sent.trained()
-            if left is not None and trained and isinstance(factor, torch.Tensor):
-                found[i] = factor.double() + left
-        return replace(term, factors=tuple(found))
-    label, dim = ("B", 1) if pool.first.side == "right" else ("A", 0)
+    trained = sent.trained()
+    count = 1 if sent.turn is None else sent.turn[1]
 
-    def exact(factor: torch.Tensor) -> torch.Tensor:
-        parts = list(factor.double().chunk(pool.count, dim))
-        names = [(j, part_name(name, label, j)) for j in range(pool.count)]
-        for j, part in [*names, (sent.frame[0], f"{name}/{label}")]:  # of the link that ends, too
+    def exact(factor: Factor, label: str) -> Factor:
+        key, dim = f"{name}/{label}", "AB".index(label)
+        if key not in trained or factor.numbers is None:
+            return factor
+        parts = list(factor.numbers.chunk(count, dim))
+        names = [] if sent.turn is None else [(j, part_name(name, label, j)) for j in range(count)]
+        for j, part in [*names, (sent.frame[0], key)]:  # of the link that ends, too
             if (left := moments.get(RESIDUE + part)) is not None:
-                parts[j] = parts[j] + left
-        return torch.cat(parts, dim)
+                parts[j] = parts[j].double() + left
+        return replace(factor, numbers=torch.cat(parts, dim))
 
-    factors = (exact(f) if isinstance(f, torch.Tensor) else f for f in term.factors)
-    return replace(term, factors=tuple(factors))
+    found = (exact(f, label) for f, label in zip(term.factors, "BA", strict=False))
+    return replace(term, factors=(*found, *term.factors[2:]))

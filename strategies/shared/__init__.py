@@ -1,6 +1,6 @@
-"""What methods share, sorted by what their clients train.
+"""What methods share.
 
-`factored`: both factors; `asymmetric`: one factor under a drawing of the other; `drawn`: rank,
-scale and drawings; `products`: an adapter as a product; `common`: dense tensors beside the
-adapters, and how a round closes.
+`layerwise`: the loop over matrices, with `layer`, one of them as a method sees it; `drawn`: methods
+with a factor that is drawn; `factored`: with two that are trained; `gradient_first`, `initials`,
+`past`: where factors begin; `common`: dense tensors beside them, and how a round closes.
 """

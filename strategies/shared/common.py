@@ -4,57 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Annotated
 
 import torch
 
-from fedraclora.errors import ConfigError
-from fedraclora.limits import choice_of
+from fedraclora.lowrank.algebra import Product, minus, product_norm, sum_products
+from fedraclora.protocol.factor import Factor, to_train
 from fedraclora.protocol.method import (
     Link,
     Plan,
     State,
-    Trained,
     apply_link,
 )
-from fedraclora.protocol.plan import Rank, Ranks, resolve_rank
 from fedraclora.tree import Tree
 
-# What shares the dimension of a drawing, for messages.
-PARTS = "sketches (method.sketches, times method.pool where there is one)"
-# What is drawn: A (right), B (left), or the larger factor.
-Side = Annotated[str, choice_of(("right", "left", "auto"))]
 
-
-def draws_right(side: str, shape: tuple[int, int]) -> bool:
-    """Check whether A is the factor of a layer that is drawn; ``auto``: the larger one is."""
-    m, n = shape
-    return side == "right" or (side == "auto" and n >= m)
-
-
-def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, parts: int = 1) -> Rank:
-    """Compute the rank of a layer; its bound is the dimension of the side that is drawn.
-
-    With several ``parts`` of one drawing it is the rank of each, and they share the dimension.
-
-    Raises:
-        ConfigError: If there are more parts than dimensions.
-    """
-    shape = plan.targets[name].shape
-    dim = shape[1 if draws_right(side, shape) else 0]
-    if parts > dim:
-        raise ConfigError(
-            f"a drawing is cut into {parts} {PARTS}, but {name} has only {dim} dimensions on "
-            "the drawn side; take fewer"
-        )
-    return resolve_rank(rank, dim, name, cap=cap, parts=parts, of=PARTS)
-
-
-def dense_slots(state: State) -> dict[str, Trained]:
+def dense_slots(state: State) -> dict[str, Factor]:
     """Head, biases and other tensors that the plan trains in full, averaged or kept by clients."""
     plan, shapes = state.plan, state.plan.shapes
-    averaged = {name: Trained(shapes[name], main=False) for name in plan.dense}
-    return averaged | {name: Trained(shapes[name], main=False, upload=False) for name in plan.local}
+    averaged = {name: to_train(shapes[name], main=False) for name in plan.dense}
+    return averaged | {
+        name: to_train(shapes[name], main=False, upload=False) for name in plan.local
+    }
 
 
 def dense_means(state: State, mean: Tree, step: float = 1.0) -> Tree:
@@ -115,7 +85,7 @@ def turned(plan: Plan) -> dict[str, int]:
     return {f"turned/{name}": 1 for name, view in plan.targets.items() if view.kind == "conv1d"}
 
 
-def opening(slot: Trained, like: torch.Tensor) -> torch.Tensor:
+def opening(slot: Factor, like: torch.Tensor) -> torch.Tensor:
     """Return where a factor starts, in the precision and at the place of ``like``.
 
     Where each client starts elsewhere that is the mean over them.
@@ -129,3 +99,20 @@ def opening(slot: Trained, like: torch.Tensor) -> torch.Tensor:
 def dense_floats(plan: Plan) -> int:
     """Numbers in the tensors of `dense_slots`."""
     return sum(prod(plan.shapes[name]) for name in plan.dense)
+
+
+class RoundError:
+    """Distance of a round's result from the mean of the clients, relative to the mean change."""
+
+    def __init__(self) -> None:
+        self.missed = self.change = 0.0
+
+    def add(self, mean: Product, old: Product | None, new: Product, scale: float) -> None:
+        """Count one weight: mean of the clients' terms, the term before, and what came of it."""
+        self.missed += (scale * product_norm(*sum_products(new, minus(mean)))) ** 2
+        moved = mean if old is None else sum_products(mean, minus(old))
+        self.change += (scale * product_norm(*moved)) ** 2
+
+    def report(self) -> dict[str, float]:
+        """Compute the figure for the ledger, ``aggregation_error``."""
+        return {"aggregation_error": (self.missed / self.change) ** 0.5 if self.change else 0.0}

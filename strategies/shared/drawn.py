@@ -1,17 +1,59 @@
-"""Methods one of whose factors begins as a drawing that is not drawn again."""
+"""Methods one of whose factors is a drawing: for as long as a link lives, or only at first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from typing_extensions import override
 
-from fedraclora.protocol.method import Plan
-from fedraclora.protocol.plan import Rank
-from fedraclora.sketch import SketchSpec
-from fedraclora.strategies.shared.common import drawn_rank
+from fedraclora.limits import Count, choice_of
+from fedraclora.sketch import Normalise, Sketch, SketchSpec, check_sketch
 from fedraclora.strategies.shared.initials import check_start
 from fedraclora.strategies.shared.layerwise import Layer, LayerMethod, Round
+
+# What is drawn: A (right), B (left), or the larger factor.
+Side = Annotated[str, choice_of(("right", "left", "auto"))]
+
+
+@dataclass(frozen=True)
+class Asymmetric(LayerMethod):
+    """Hyperparameters that all of them have, beside those of `LowRank`.
+
+    The rank is bounded by a part of the drawn side: n / G where A is drawn.
+
+    Attributes:
+        sketch: A key of `fedraclora.sketch.SKETCHES`.
+        normalise: ``rows``, ``identity`` (of each part) or ``none`` (`fedraclora.sketch`).
+        sketches: G, equal parts of one drawing, of the rank each.
+    """
+
+    draws = "right"
+
+    sketch: Sketch = "orthonormal"
+    normalise: Normalise = "rows"
+    sketches: Count = 1
+
+    @override
+    def __post_init__(self) -> None:
+        """Reject impossible hyperparameters."""
+        super().__post_init__()
+        check_sketch(self.sketch, self.normalise, getattr(self, "blocks", "independent"))
+
+    def sides(self, shape: tuple[int, int]) -> tuple[str, str]:
+        """Return the labels of the factor that is drawn and of the one that is trained."""
+        return ("A", "B") if self.drawn(shape) == "A" else ("B", "A")
+
+    @property
+    @override
+    def parts(self) -> int:
+        return self.sketches
+
+    @override
+    def scale_of(self, rank: int) -> float:
+        # E[A^T A] = I is that of all rows together, and each part has a G-th of it.
+        parts = self.sketches**0.5 if self.normalise == "identity" else 1.0
+        return super().scale_of(rank) * parts
 
 
 @dataclass(frozen=True)
@@ -24,6 +66,8 @@ class Drawn(LayerMethod):
         initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
     """
 
+    draws: ClassVar[str | None] = "right"
+
     initial: str = "kaiming_uniform"
 
     @override
@@ -35,10 +79,6 @@ class Drawn(LayerMethod):
     def check_initial(self) -> None:
         """Reject an `initial` that does not exist, or does not fit."""
         check_start(self.initial, fits=False, why=f"{type(self).__name__} has none such")
-
-    @override
-    def layer_rank(self, plan: Plan, name: str) -> Rank:
-        return drawn_rank(self.rank, "right", plan, name, cap=self.cap)
 
     def first(self, layer: Layer, now: Round, label: str = "A", index: int = 0) -> SketchSpec:
         """Draw a factor as it begins; another ``index`` is another drawing."""

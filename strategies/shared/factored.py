@@ -15,14 +15,14 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, State, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, State
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared import initials
-from fedraclora.strategies.shared.common import Side, closed, drawn_rank, draws_right
-from fedraclora.strategies.shared.drawn import Drawn
-from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerMethod, Round
+from fedraclora.strategies.shared.common import closed
+from fedraclora.strategies.shared.drawn import Drawn, Side
+from fedraclora.strategies.shared.layerwise import Factors, Layer, Round
 from fedraclora.tree import Tree
 
 
@@ -55,11 +55,11 @@ class Factored(Drawn):
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
-        if layer.carried or self.initial in initials.STARTS:  # of which a probe comes first
+        drawn = self.drawn(layer.shape)
+        if layer.carried or drawn is None:
             return super().factors(layer, now)
-        drawn = "A" if draws_right(self.side, layer.shape) else "B"
-        starts = {drawn: self.first(layer, now, drawn, layer.link)}  # each link has its own
-        return {label: layer.trained(label, starts.get(label)) for label in "BA"}
+        start = self.first(layer, now, drawn, layer.link)  # each link has its own
+        return {label: layer.trained(label, start if label == drawn else None) for label in "BA"}
 
     @override
     def check_initial(self) -> None:
@@ -74,10 +74,12 @@ class Factored(Drawn):
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
-        if self.initial not in initials.STARTS:
-            return drawn_rank(self.rank, self.side, plan, name, cap=self.cap)
-        found = LayerMethod.layer_rank(self, plan, name)
+        found = super().layer_rank(plan, name)
         return initials.bounded(self.initial, found, plan, name, cap=self.cap)
+
+    @override
+    def drawn(self, shape: tuple[int, int]) -> str | None:
+        return None if self.initial in initials.STARTS else super().drawn(shape)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -128,11 +130,9 @@ def truncated(sent: Downlink, ranks: torch.Tensor) -> Downlink:
     """
 
     def own(name: str, factor: Factor) -> Factor:
-        if not isinstance(factor, Trained) or not isinstance(factor.start, torch.Tensor):
-            return factor
         columns = name.endswith("/B")
         kept = within(ranks, factor.shape[1 if columns else 0])
-        mask = (kept[:, None] if columns else kept[..., None]).to(factor.start)
-        return replace(factor, start=factor.start * mask)
+        mask = kept[:, None] if columns else kept[..., None]
+        return factor.with_numbers(lambda t: t * mask.to(t)) if factor.trained else factor
 
     return replace(sent, adapters=sent.mapped(own).adapters)

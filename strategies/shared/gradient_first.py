@@ -14,7 +14,8 @@ the factor goes down in each round, where a drawing costs a seed. The server nee
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, cast
+from math import prod
+from typing import Annotated
 
 import torch
 from typing_extensions import override
@@ -22,13 +23,13 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.limits import choice_of
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.derived import as_rows, label_of
+from fedraclora.protocol.factor import as_rows, label_of
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.shared import initials, past
 from fedraclora.strategies.shared.common import closed
-from fedraclora.strategies.shared.layerwise import Layer, LayerMethod, nobody
+from fedraclora.strategies.shared.layerwise import Layer, LayerMethod
 from fedraclora.tree import Tree
 
 FIRST = ("drawn", "gradient")
@@ -90,7 +91,7 @@ class GradientFirst(LayerMethod):
             return super().close_round(state, sent, got)
         mean, carried = got.mean(), Tree()
         for layer in self.layers_of(state):
-            Q = cast(torch.Tensor, sent.adapters[layer.name].factors["B"]).to("cpu", torch.float64)
+            Q = sent.adapters[layer.name].factors["B"].draw().to("cpu", torch.float64)
             found = self.first_factor(layer, (Q, mean[f"{layer.name}/A"].to("cpu")))
             carried |= {f"{layer.name}/{k}": t.to(layer.dtype) for k, t in found.items()}
         return replace(closed(state, Link(), carried=carried), memo=state.memo)
@@ -104,9 +105,9 @@ class GradientFirst(LayerMethod):
         drawn = replace(self, first="drawn")
         up, down = LayerMethod.floats(drawn, plan, round_ - 1)
         if self.link_rounds is None or round_ - 1 <= self.link_rounds:
-            base = {name: torch.empty(plan.shapes[name], device="meta") for name in plan.targets}
-            factors = drawn.open_round(State(base, plan), 1, nobody(), Draw(0)).factors().values()
-            down += sum(f.rank * f.dim for f in factors if isinstance(f, SketchSpec))
+            adapters = (drawn.asked(plan, name, 1) for name in plan.targets)
+            frozen = (f for adapter in adapters for f in adapter.factors.values() if f.drawing)
+            down += sum(prod(f.shape) for f in frozen)
         return up, down
 
 

@@ -41,12 +41,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
 
 import torch
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.lowrank.algebra import Product, fix_signs
+from fedraclora.lowrank.algebra import Product, fix_signs, principal
+from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import (
     Adapter,
     Downlink,
@@ -55,14 +55,12 @@ from fedraclora.protocol.method import (
     Plan,
     State,
     Term,
-    Trained,
     apply_link,
 )
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
-from fedraclora.strategies.shared.products import principal
 from fedraclora.tree import Tree
 
 STARTS = ("pissa", "orthogonal", "lora_ga")
@@ -155,7 +153,7 @@ def begun(
         # Whole rows in memory, as a restored state has them: products round by layout.
         B, A = (t.to("cpu", state.base[name].dtype).contiguous() for t in pair)
         carried |= {f"{name}/B": B, f"{name}/A": A}
-        terms[name] = Term((B, A), -scales[name])
+        terms[name] = Term.of((B, A), -scales[name])
     return carried, Link(terms)
 
 
@@ -209,7 +207,7 @@ def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw, purpose: str =
     for name, rank in ranks.items():
         (m, n), q = plan.targets[name].shape, probe_rank(plan, name, rank)
         omega = SketchSpec("orthonormal", "right", q, n, draw.sketch_seed(name + purpose), index=0)
-        adapters[name] = Adapter({"B": Trained((m, q)), "A": omega}, 1.0)
+        adapters[name] = Adapter.of({"B": to_train((m, q)), "A": omega}, 1.0)
     return Downlink(adapters, recipe="gradient")
 
 
@@ -218,11 +216,11 @@ def second_probe(sent: Downlink, got: Uplinks) -> Downlink | None:
     adapters, mean = {}, got.mean()
     for name, adapter in sent.adapters.items():
         omega = adapter.factors["A"]
-        if not isinstance(omega, SketchSpec):
+        if omega.trained:
             return None
         Q = torch.linalg.qr(mean[f"{name}/B"].to("cpu"))[0]
-        A = Trained((Q.shape[1], omega.dim))
-        adapters[name] = Adapter({"B": Q, "A": A}, 1.0)
+        A = to_train((Q.shape[1], omega.shape[1]))
+        adapters[name] = Adapter.of({"B": Q, "A": A}, 1.0)
     return Downlink(adapters, recipe="gradient")
 
 
@@ -236,6 +234,6 @@ def probed(
     """Compute LoRA-GA's factors from the replies to `second_probe`, as `begun` does."""
     mean, found = got.mean(), {}
     for name, rank in ranks.items():
-        Q = cast(torch.Tensor, sent.adapters[name].factors["B"])
+        Q = sent.adapters[name].factors["B"].draw()
         found[name] = gradient_factors(Q, mean[f"{name}/A"].to("cpu"), rank)
     return begun(state, found, scales)

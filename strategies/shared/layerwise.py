@@ -14,7 +14,7 @@ rounding, the age of links, effective weights, the count of what is sent, and th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
@@ -25,19 +25,17 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import Limited
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.narrow_weight import dense
-from fedraclora.protocol.derived import Derived, past_name
+from fedraclora.protocol.factor import Factor, FactorLike, past_name
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
     Downlink,
     Draw,
-    Factor,
     Link,
     Method,
     Plan,
     State,
     Term,
-    Trained,
     apply_link,
 )
 from fedraclora.protocol.plan import (
@@ -52,18 +50,24 @@ from fedraclora.protocol.plan import (
 from fedraclora.protocol.pool import parameters
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.shared.common import closed, dense_means, dense_slots
+from fedraclora.strategies.shared.common import (
+    RoundError,
+    closed,
+    dense_floats,
+    dense_means,
+    dense_slots,
+)
 from fedraclora.strategies.shared.layer import (
     LABELS,
     Factors,
     Layer,
     LayerUpdate,
+    Replies,
     Round,
-    Value,
+    RoundReplies,
     known,
+    multiplied,
 )
-from fedraclora.strategies.shared.products import RoundError
-from fedraclora.strategies.shared.replies import Replies, RoundReplies, multiplied
 from fedraclora.tree import Tree, wide, widened
 
 __all__ = [
@@ -112,7 +116,12 @@ class LayerMethod(LowRank):
     carries: ClassVar[bool] = False
     """Return whether what is trained outlives its link; False: it is merged at the end."""
     keeps: ClassVar[tuple[str, ...]] = ()
-    """Labels of factors that are carried though they are not trained."""
+    """Labels of factors that are carried, through all links, though they are not trained."""
+    draws: ClassVar[str | None] = None
+    """Return whose dimension bounds the rank: A is drawn (``right``), B (``left``), or the larger
+    one (``auto``); None: neither or both, and the smaller side does."""
+    parts_are: ClassVar[str] = "sketches (method.sketches, times method.pool where there is one)"
+    """Return what shares that dimension, for messages."""
 
     # What a method says.
 
@@ -120,8 +129,8 @@ class LayerMethod(LowRank):
         """Return what clients get for one matrix, by label; here they train both factors.
 
         Returns:
-            A `Trained` slot, or a frozen factor: a tensor that is sent, a drawing (a seed), or what
-            is computed from the last link.
+            Of each what clients train (`Layer.trained`), or a frozen factor: a tensor that is
+            sent, a drawing (a seed), or what is computed from the last link.
         """
         return {"B": layer.trained("B"), "A": layer.trained("A")}
 
@@ -139,8 +148,11 @@ class LayerMethod(LowRank):
 
     @property
     def link_rounds(self) -> int | None:
-        """Rounds for which what is trained keeps its coordinates; None: for ever."""
-        return 1
+        """Rounds for which what is trained keeps its coordinates; None: for ever.
+
+        That is the hyperparameter ``resample_every`` where a method has one, else 1.
+        """
+        return getattr(self, "resample_every", 1)
 
     @property
     def begins_carried(self) -> bool:
@@ -157,16 +169,6 @@ class LayerMethod(LowRank):
 
     @property
     @override
-    def client_state(self) -> bool:
-        # Read off what clients get for a layer that nobody has.
-        shape, blank = (1 << 12, 1 << 12), torch.empty(0)  # room for what a rank of 1 takes
-        carried = {"B": blank, "A": blank} if self.begins_carried else {}
-        layer = Layer("", shape, 1, 1.0, carried, link=0, ends=False, dtype=torch.float32)
-        found = self.factors(layer, Round(1, Draw(0))).values()
-        return any(isinstance(factor, Trained) and not factor.upload for factor in found)
-
-    @property
-    @override
     def looks_at_clients(self) -> bool:
         return not self.traits.exact  # then the error of a round is measured
 
@@ -174,11 +176,28 @@ class LayerMethod(LowRank):
         """Choose which components each client trains (`Downlink.ranks`); None: all of them."""
         return cohort.ranks if self.traits.ranks else None
 
-    def layer_rank(self, plan: Plan, name: str) -> Rank:
-        """Compute the rank of one layer, and a note where it is not the one that was asked for."""
-        return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=self.cap)
+    @property
+    def parts(self) -> int:
+        """How many factors of a layer's rank share the dimension that bounds it."""
+        return 1
 
     # What follows from it.
+
+    def drawn(self, shape: tuple[int, int]) -> str | None:
+        """Return the label of the factor that is drawn, by the hyperparameter ``side`` if any."""
+        side = getattr(self, "side", self.draws)
+        if side == "auto":
+            side = "right" if shape[1] >= shape[0] else "left"
+        return None if side is None else {"right": "A", "left": "B"}[side]
+
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
+        """Compute the rank of one layer, and a note where it is not the one that was asked for."""
+        shape, parts, of = plan.targets[name].shape, self.parts, self.parts_are
+        drawn = self.drawn(shape)
+        dim = min(shape) if drawn is None else shape["BA".index(drawn)]
+        if parts > dim:
+            raise ConfigError(f"{parts} {of} share the {dim} dimensions of {name}; take fewer")
+        return resolve_rank(self.rank, dim, name, cap=self.cap, parts=parts, of=of)
 
     def rank_of(self, plan: Plan, name: str) -> int:
         """Return the rank of one layer."""
@@ -236,7 +255,14 @@ class LayerMethod(LowRank):
     def adapter(self, layer: Layer, now: Round) -> Adapter:
         """Return the factors of one matrix in the order of their product."""
         found = self.factors(layer, now)
-        return Adapter({k: found[k] for k in sorted(found, key=_place)}, layer.scale)
+        adapter = Adapter.of({k: found[k] for k in sorted(found, key=_place)}, layer.scale)
+        stays = [label for label, asked in adapter.factors.items() if not asked.upload]
+        if stays and not self.client_state:
+            raise ConfigError(
+                f"{type(self).__name__} leaves the factor {stays[0]} at each client (upload=False) "
+                "and does not say that clients keep something: write client_state = True in it"
+            )
+        return adapter
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
@@ -254,8 +280,8 @@ class LayerMethod(LowRank):
                 error.add(replies.product(), replies.carried, new, layer.scale)
             for label, value in update.carried.items():
                 key = f"{name}/{known(label)}"
-                if isinstance(value, torch.Tensor):  # a drawing is drawn anew from its seed
-                    carried[key] = value.to(layer.dtype)
+                if (numbers := Factor.of(value).numbers) is not None:  # no drawing: it has a seed
+                    carried[key] = numbers.to(layer.dtype)
             keep = _kept(update, layer)
             if merged := _rounded(update.merged or (), layer.dtype):
                 terms[name] = Term(merged, adapter.scale, keep=keep)
@@ -280,75 +306,40 @@ class LayerMethod(LowRank):
         """Compute what the factors as they stand add to the base."""
         own, now, terms = own or {}, Round(1, draw), {}
         for layer in self.layers_of(state):
-            factors = []
-            for label, factor in self.adapter(layer, now).factors.items():
-                value = _standing(factor, own.get(f"{layer.name}/{label}"))
-                if value is None:  # a factor is zero, and so is their product
-                    break
-                factors.append(value)
-            else:
+            found = self.adapter(layer, now).factors.items()
+            factors = [Factor.of(own.get(f"{layer.name}/{label}", f)) for label, f in found]
+            if not any(f.blank for f in factors):  # else one is zero, and so is their product
                 terms[layer.name] = Term(tuple(factors), layer.scale)
         return Link(terms)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        """Count what is sent by opening the round on tensors that have a shape and no numbers."""
+        """Count what is sent: of what is carried all numbers, of others those they begin with."""
         lasts = None if self.carries else self.link_rounds
         first = 1 + (round_ - 1) // lasts * lasts if lasts else 1  # of the link
-        base = {name: torch.empty(plan.shapes[name], device="meta") for name in plan.targets}
-        state = State(base, plan)
-        if self.begins_carried:
-            state = replace(state, carried=self._blank(plan, ("B", "A")))
-        # Factors that take turns are carried after a round each: two rounds show them all.
-        for opened in range(first, min(round_, first + 2)):
-            sent = self._opened(state, opened)
-            left = {
-                name: torch.empty(slot.shape, device="meta")
-                for name, slot in sent.uploaded().items()
-                if name not in sent.dense
-            }
-            state = replace(state, carried=state.carried | left | self._blank(plan, self.keeps))
-        return numbers(self._opened(state, round_))
+        ranks = self.components(NOBODY, Round(round_, Draw(0)))
+        up, down = dense_floats(plan), 0
+        for name in self.subset(plan, round_).targets:
+            carried = {*"BA"} if self.begins_carried else {*self.keeps} if round_ > 1 else set()
+            # Factors that take turns are carried after a round each: two rounds show them all.
+            for before in range(first, min(round_, first + 2)):
+                factors = self.asked(plan, name, before).factors.items()
+                carried |= {label for label, f in factors if f.trained and f.upload}
+            asked = self.asked(plan, name, round_)
+            up += int(uploaded_numbers(Downlink({name: asked}, ranks=ranks), 1))
+            factors = asked.factors.items()
+            down += sum(prod(f.shape) if label in carried else f.floats for label, f in factors)
+        return up, down
 
-    def _opened(self, state: State, round_: int) -> Downlink:
-        """Open a round for nobody, in the link that it belongs to."""
-        rounds = self.link_rounds or round_
-        memo = self.memo(sketch=(round_ - 1) // rounds, age=(round_ - 1) % rounds)
-        return self.open_round(replace(state, memo=memo), round_, nobody(), Draw(0))
-
-    def _blank(self, plan: Plan, labels: tuple[str, ...]) -> Tree:
-        """Build factors B or A of every matrix that have a shape and no numbers."""
-        found = {}
-        for name, view in plan.targets.items():
-            (m, n), r = view.shape, self.rank_of(plan, name)
-            for label in labels:
-                shape = (m, r) if label == "B" else (r, n)
-                found[f"{name}/{label}"] = torch.empty(shape, device="meta")
-        return found
+    def asked(self, plan: Plan, name: str, round_: int) -> Adapter:
+        """Return what clients get in a round for a matrix of which nothing is carried."""
+        rank, link = self.rank_of(plan, name), (round_ - 1) // (self.link_rounds or round_)
+        layer = Layer(name, plan.targets[name].shape, rank, self.scale_of(rank), {}, link)
+        return self.adapter(layer, Round(round_, Draw(0)))
 
 
-def numbers(sent: Downlink) -> tuple[int, int]:
-    """Count the numbers (up, down) of a message to one client; a seed has none, C is r (p + r)."""
-    up = int(uploaded_numbers(sent, 1))
-    down = 0
-    for slot in sent.trained().values():
-        down += prod(slot.shape) if isinstance(slot.start, torch.Tensor) else 0
-    for factor in sent.factors().values():
-        numbers = factor.coefficients if isinstance(factor, Derived) else factor
-        down += numbers.numel() if isinstance(numbers, torch.Tensor) else 0
-    return up, down
-
-
-def nobody() -> Cohort:
-    """Build a cohort for a round that nobody trains."""
-    return Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
-
-
-def _standing(factor: Factor, own: torch.Tensor | None) -> Value | None:
-    """Return a factor as it stands; None if it is zero."""
-    if isinstance(factor, Trained):
-        return factor.start if own is None else own
-    return factor
+# For a round of which only the size is asked.
+NOBODY = Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
 
 
 def _place(label: str) -> int:
@@ -362,9 +353,9 @@ def _kept(update: LayerUpdate, layer: Layer) -> int | None:
         return None
     merged = update.merged or ()
     place = {"B": 0, "A": len(merged) - 1}[known(update.keep, "BA")]
-    if len(merged) > 1 and isinstance(merged[place], torch.Tensor):
+    if len(merged) > 1 and Factor.of(merged[place]).numbers is not None:
         return place
-    what = f"a {type(merged[place]).__name__}" if len(merged) > 1 else "not a factor of a product"
+    what = "no matrix" if len(merged) > 1 else "not a factor of a product"
     raise ConfigError(
         f"LayerUpdate(keep={update.keep!r}) of {layer.name}: what is merged as {update.keep} is "
         f"{what}, but what stays beside the weight, as layer.past, is a matrix that clients "
@@ -375,7 +366,7 @@ def _kept(update: LayerUpdate, layer: Layer) -> int | None:
 def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:
     """Add what is carried on and what is merged; an empty product where there is neither."""
     factors, carried = replies.adapter.factors, update.carried
-    crosses = any(isinstance(f, Trained) and k in carried for k, f in factors.items())
+    crosses = any(f.trained and k in carried for k, f in factors.items())
     if layer.ends and crosses and not factors.keys() <= carried.keys():
         raise ConfigError(
             f"of {layer.name} a trained factor is carried beyond its link, and what it stands "
@@ -388,8 +379,7 @@ def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:
     return sum_products(*(part for part in parts if part is not None)) if any(parts) else nothing
 
 
-def _rounded(values: tuple[Value, ...], dtype: torch.dtype) -> tuple[Value, ...]:
+def _rounded(merged: tuple[FactorLike, ...], dtype: torch.dtype) -> tuple[Factor, ...]:
     """Round matrices to the precision in which they are kept; an empty product gives nothing."""
-    if any(isinstance(v, torch.Tensor) and not v.numel() for v in values):
-        return ()
-    return tuple(v.to(dtype) if isinstance(v, torch.Tensor) else v for v in values)
+    found = tuple(Factor.of(f).with_numbers(lambda t: t.to(dtype)) for f in merged)
+    return found if all(prod(f.shape) for f in found) else ()

@@ -12,15 +12,14 @@ import torch
 from fedraclora.limits import Limit, choice_of
 from fedraclora.lowrank.algebra import truncated_product
 from fedraclora.protocol.change_of_basis import as_product
-from fedraclora.protocol.derived import Derived, as_rows, label_of
+from fedraclora.protocol.factor import Factor, FactorLike, as_rows, combined, label_of
 from fedraclora.protocol.link import Term, matrices
-from fedraclora.protocol.method import Adapter, Downlink, Trained
+from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies.shared.layer import Value
 
-Change = tuple[Value, ...]  # B and A of a link, or what stands for them
+Change = tuple[FactorLike, ...]  # B and A of a link, or what stands for them
 Kept = tuple[int, float]  # how many rows of a frozen factor come from before, and their length
-Length = Annotated[
+KeptLength = Annotated[
     float | str,
     Limit(
         "auto, or a number in (0, 1],",
@@ -38,7 +37,7 @@ def sides(link: int) -> tuple[str, str]:
 
 def trained_side(adapter: Adapter) -> str:
     """Return the label of the trained factor of what was asked."""
-    return next(k for k, factor in adapter.factors.items() if isinstance(factor, Trained))
+    return next(label for label, asked in adapter.factors.items() if asked.trained)
 
 
 def leading(change: Change, side: str, kept: int, least: float = 0.0) -> torch.Tensor:
@@ -53,7 +52,7 @@ def leading(change: Change, side: str, kept: int, least: float = 0.0) -> torch.T
     Returns:
         [m, k] or [k, n], float64, strongest first.
     """
-    B, A = matrices(Term(change, 1.0))
+    B, A = matrices(Term.of(change, 1.0))
     u, s, vt = truncated_product(B, A, kept)
     found = s > least * s[0] if least else s >= 0
     return u[:, found] if side == "B" else vt[found]
@@ -65,7 +64,7 @@ def squared_lengths(change: Change, side: str, _kept: int = 0) -> torch.Tensor:
     Returns:
         [m, 1] or [1, n], float64; ``chosen`` draws the kept ones by them.
     """
-    B, A = matrices(Term(change, 1.0))
+    B, A = matrices(Term.of(change, 1.0))
     squares = (B @ (A @ A.mT) * B).sum(dim=1) if side == "B" else (B.mT @ B @ A * A).sum(dim=0)
     return as_rows(squares[None], side)
 
@@ -94,14 +93,14 @@ BASES: dict[str, Callable[[Change, str, int], torch.Tensor]] = {
     "singular": leading,
     "coordinate": squared_lengths,
 }
-SKETCHES = {"singular": "orthonormal", "coordinate": "coordinate"}  # of the other rows
-Basis = Annotated[str, choice_of(BASES)]
+FRESH_ROWS = {"singular": "orthonormal", "coordinate": "coordinate"}  # of the other rows
+KeptBasis = Annotated[str, choice_of(BASES)]
 
 
 def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Append random rows to orthonormal ones, orthonormal to them and to one another.
 
-    Given the kept rows, the others span a uniform subspace of the complement: a rotation (for
+    FactorLike the kept rows, the others span a uniform subspace of the complement: a rotation (for
     coordinates: a permutation) of the complement leaves the law of the drawing as it is.
 
     Args:
@@ -140,7 +139,7 @@ def framed(rows: torch.Tensor, drawing: SketchSpec, kept: Kept) -> torch.Tensor:
 @lru_cache(maxsize=256)  # asked for in each round of a link, and for each evaluation
 def factor(
     past: torch.Tensor, drawing: SketchSpec, before: Kept, kept: Kept, dtype: torch.dtype
-) -> Value:
+) -> Factor:
     """Build the frozen factor of a link from what the one before it trained.
 
     The frozen rows of that were orthogonal, so that s B A has the left singular vectors of B times
@@ -164,8 +163,8 @@ def factor(
     found = as_rows(leading(change, label, kept[0], NOISE), label)
     rows = framed(found, drawing, kept)
     if smaller(len(held), *rows.shape):
-        return Derived.of(rows, past, drawing)
-    return as_rows(rows, label).to(dtype)
+        return combined(rows, past, drawing)
+    return Factor.of(as_rows(rows, label).to(dtype))
 
 
 def smaller(past: int, rank: int, dim: int) -> bool:

@@ -25,7 +25,8 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.lowrank.dora import magnitudes
 from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.change_of_basis import held_beside
-from fedraclora.protocol.method import Cohort, Downlink, Method, State, Trained
+from fedraclora.protocol.factor import Factor
+from fedraclora.protocol.method import Cohort, Downlink, Method, State
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES, Recipe
 from fedraclora.protocol.uplinks import Uplinks
@@ -120,8 +121,9 @@ def _no_mean_gradient(sent: Downlink) -> str:
 
 def _goes_on(method: Method) -> bool:
     """Check whether a link begins with what the last one left, beside the weights."""
-    carries = getattr(method, "carries", False) and getattr(method, "link_rounds", None) is not None
-    return carries or (hasattr(method, "fresh") and keeps_rows(method))
+    goes_on = getattr(method, "carries", False) or getattr(method, "keeps", ())
+    carries = goes_on and getattr(method, "link_rounds", None) is not None
+    return bool(carries) or (hasattr(method, "fresh") and keeps_rows(method))
 
 
 def _part_of_weights(setup: Setup) -> str:
@@ -134,15 +136,15 @@ def _part_of_weights(setup: Setup) -> str:
     if initial in STARTS:  # of which one begins with a probe
         return f"method.initial is {initial}"
     for name, adapter in setup.sent.adapters.items():
-        starts = [f.start if isinstance(f, Trained) else f for f in adapter.factors.values()]
-        if any(isinstance(s, torch.Tensor) for s in starts) and all(map(_begun, starts)):
+        factors = adapter.factors.values()
+        if any(f.numbers is not None for f in factors) and all(map(_begun, factors)):
             return f"the factors of {name}"
-    return next((name for name, slot in setup.sent.dense.items() if _begun(slot.start)), "")
+    return next((name for name, slot in setup.sent.dense.items() if _begun(slot)), "")
 
 
-def _begun(start: object) -> bool:
-    """Check whether a factor is there and not zero."""
-    return bool(start.any()) if isinstance(start, torch.Tensor) else start is not None
+def _begun(factor: Factor) -> bool:
+    """Check whether a factor, as it is sent, is there and not zero."""
+    return factor.sketch is not None if factor.numbers is None else bool(factor.numbers.any())
 
 
 # What a run may have, by name: whether it has it, or the value that it has; empty: it has not.

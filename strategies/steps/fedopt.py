@@ -7,7 +7,7 @@ whatever it is made of, and what the optimiser adds to it goes into the base wei
 
 The moments are dense, and stay at the server. The step has no low rank, so what an absent client
 must catch up on is the dense weight: m n numbers per matrix and round, where a link of a
-low-rank method has r m; and what the next link is computed from (`fedraclora.protocol.derived`).
+low-rank method has r m; and what the next link is computed from (`fedraclora.protocol.factor`).
 Uplink and what the cohort trains stay as they are.
 
 In the space of **factors** Delta is the mean of what clients sent less what they started from, and
@@ -33,8 +33,8 @@ from typing_extensions import override
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
 from fedraclora.lowrank.algebra import product_norm
 from fedraclora.protocol.change_of_basis import as_product, held_beside, transported
-from fedraclora.protocol.derived import weight_of
 from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.method import Downlink, Draw, Link, Method, State, apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange

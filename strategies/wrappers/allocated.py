@@ -39,7 +39,6 @@ from fedraclora.protocol.method import (
     Method,
     Plan,
     State,
-    Trained,
     Traits,
 )
 from fedraclora.protocol.uplinks import Uplinks
@@ -130,7 +129,7 @@ class Allocated(Around):
         values: dict[str, Tree] = {}
         gradients: dict[str, Tree] = {}
         for name, adapter in sent.adapters.items():
-            slots = {k: f for k, f in adapter.factors.items() if isinstance(f, Trained)}
+            slots = {k: f for k, f in adapter.factors.items() if f.trained}
             gradients[name] = {k: mean[f"{name}/{k}"] for k in slots}
             values[name] = {k: opening(f, gradients[name][k]) for k, f in slots.items()}
         chosen = self.rule.chosen(self.rule.scores(values, gradients))

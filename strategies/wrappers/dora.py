@@ -25,7 +25,8 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.dora import magnitude_of, magnitudes, rescaled, row_lengths
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import server_step
@@ -113,7 +114,7 @@ class Dora(Around):
                 "another method.initial, or dora=false"
             )
         starts = {n: state.carried[n] for n in map(magnitude_of, sent.adapters)}
-        slots = {n: Trained(tuple(start.shape), start) for n, start in starts.items()}
+        slots = {n: to_train(tuple(start.shape), start) for n, start in starts.items()}
         return replace(sent, dense=sent.dense | slots)
 
     @override

@@ -183,8 +183,6 @@ class Pruned(Around):
 def joined(term: Term | None, more: Product, scale: float) -> Term:
     """Add a product to what a link folds into one weight, at the same scale."""
     if term is None:
-        return Term(more, scale)
-    first, second = term.factors
-    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
-        raise TypeError("terms of two matrices are wanted")  # the methods that fit have no other
-    return Term(sum_products((first, second), more), scale)
+        return Term.of(more, scale)
+    first, second = (factor.draw() for factor in term.factors)
+    return Term.of(sum_products((first, second), more), scale)

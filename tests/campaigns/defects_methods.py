@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 import fedraclora.strategies.fedex_lora
 import fedraclora.strategies.fedsvd
 import fedraclora.strategies.frlora
+import fedraclora.strategies.shared.layer
 import fedraclora.strategies.shared.layerwise
-import fedraclora.strategies.shared.replies
 from fedraclora.lowrank.algebra import (
     Product,
     balanced_factors,
@@ -25,20 +25,21 @@ from fedraclora.lowrank.algebra import (
     stack_products,
     truncated_product,
 )
+from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Link, Term
-from fedraclora.protocol.method import Downlink, Draw, State, Trained
+from fedraclora.protocol.method import Downlink, Draw, State
 from fedraclora.protocol.plan import resolve_scale
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.run.client_state import ClientStore
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.flora_stacking import FloraStacking
 from fedraclora.strategies.shared.layerwise import (
+    FactorLike,
     Factors,
     Layer,
     LayerUpdate,
     Replies,
     Round,
-    Value,
 )
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
@@ -116,10 +117,8 @@ def one_root_of_the_singular_values_forgotten(planting: Planting) -> None:
 @defect("fedex_lora", "CERT-Lab/fedex-lora: right for Conv1D, wrong for a square Linear")
 def residual_transposed(planting: Planting) -> None:
     def transposed(term: Term) -> Term:
-        B, A = term.factors
-        assert isinstance(B, torch.Tensor)
-        assert isinstance(A, torch.Tensor)
-        return replace(term, factors=(A.mT, B.mT)) if len(B) == A.shape[1] else term
+        B, A = (factor.draw() for factor in term.factors)
+        return Term.of((A.mT, B.mT), term.scale) if len(B) == A.shape[1] else term
 
     merged_otherwise(planting, transposed)
 
@@ -137,7 +136,7 @@ def weights_in_both_factors(planting: Planting) -> None:
     def twice(left: torch.Tensor, right: torch.Tensor, p: torch.Tensor) -> Product:
         return stack_products(left, p[:, None, None] * right, p)
 
-    planting.put(fedraclora.strategies.shared.replies, "stack_products", twice)
+    planting.put(fedraclora.strategies.shared.layer, "stack_products", twice)
 
 
 @defect(
@@ -177,9 +176,9 @@ def clients_share_what_they_keep(planting: Planting) -> None:
 def factors_told_apart_by_shape(planting: Planting) -> None:
     sound = Replies.means
 
-    def means(self: Replies, step: float = 1.0) -> dict[str, Value]:
+    def means(self: Replies, step: float = 1.0) -> dict[str, FactorLike]:
         found, first = sound(self, step), next(iter(self.adapter.factors.values()))
-        square = isinstance(first, Trained) and first.shape[0] == first.shape[1]
+        square = first.trained and first.shape[0] == first.shape[1]
         return dict(reversed(found.items())) if square else found
 
     planting.put(Replies, "means", means)
@@ -270,7 +269,7 @@ def residual_of_the_wrong_sign(planting: Planting) -> None:
 def carried_and_never_sent(planting: Planting) -> None:
     sound = Layer.trained
 
-    def trained(self: Layer, *given: Any, **more: Any) -> Trained:
+    def trained(self: Layer, *given: Any, **more: Any) -> Factor:
         return sound(replace(self, carried={}), *given, **more)
 
     planting.put(Layer, "trained", trained)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fedraclora.protocol.derived import weight_of
+from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.method import Downlink, Link, Plan, State, Term
 from fedraclora.protocol.pool import added
 from fedraclora.protocol.quantised import encode

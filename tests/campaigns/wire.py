@@ -561,8 +561,7 @@ def check_downlink(scene: Scene, random: Random) -> str:
 
 def tensors(downlink: Downlink) -> list[torch.Tensor]:
     """Every tensor that is sent."""
-    starts = [slot.start for slot in downlink.trained().values()]
-    return [f for f in [*downlink.factors().values(), *starts] if isinstance(f, torch.Tensor)]
+    return [f.numbers for f in downlink.named.values() if f.numbers is not None]
 
 
 # ---- The campaign -------------------------------------------------------------------------------

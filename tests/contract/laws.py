@@ -109,7 +109,7 @@ LAWS = (
     Law(
         "What is carried and trained is what is sent next.",
         "a factor begins at zero, or is drawn, though the last round carried it",
-        "`layer.trained(label)` in place of `Trained(shape)`; or carry it no longer",
+        "`layer.trained(label)` in place of `to_train(shape)`; or carry it no longer",
         ("what_is_carried_and_trained_is_what_is_sent_next",),
     ),
     Law(

@@ -34,7 +34,6 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Downlink, Draw, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
-from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.buffered import BufferedStrategy
 from fedraclora.strategies.server.buffer import read_batches
 from fedraclora.strategies.wrappers.dora import Dora
@@ -167,7 +166,7 @@ def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> N
         assert state.link is not None
         parts = state.link.parts()
         assert len(parts) == len({f.round_ for f in leg.landed})
-        sketches |= {p.terms["fc1.weight"].factors[1] for p in parts}
+        sketches |= {p.terms["fc1.weight"].factors[1].drawing for p in parts}
         catch_up = CatchUp(world.base, 1)
         catch_up.add(state.link)
         size = sum(term_bytes(t) for p in parts for t in p.terms.values())
@@ -257,10 +256,10 @@ def test_one_block_of_a_cover_that_serves_for_ever_leaves_none_out() -> None:
     strategy = go(make_world(), ("ffa_lora", {"blocks": "cover"}), 4).strategy
     assert isinstance(strategy, Watched)
     indices = {
-        factor.index
+        factor.drawing.index
         for _, sent, _ in strategy.seen
         for factor in sent.factors().values()
-        if isinstance(factor, SketchSpec)
+        if factor.drawing is not None
     }
     assert indices == {0}
 

@@ -36,9 +36,8 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.rng import generator, torch_normal
-from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.steps.scaffold import ControlVariates
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
@@ -78,9 +77,9 @@ def directions(sent: Downlink, weight: str) -> tuple[torch.Tensor, torch.Tensor,
         eye = torch.eye(sent.dense[weight].shape[1]).double()
         return eye, eye, False
     adapter = sent.adapters[weight]
-    left = isinstance(adapter.factors["A"], Trained)
+    left = adapter.factors["A"].trained
     frozen = adapter.factors["B" if left else "A"]
-    F = frozen.draw() if isinstance(frozen, SketchSpec) else frozen.double()  # type: ignore[union-attr]
+    F = frozen.draw().double()
     if left:
         return adapter.scale**2 * F @ F.T, F @ torch.linalg.pinv(F), True
     return adapter.scale**2 * F.T @ F, torch.linalg.pinv(F) @ F, False

@@ -17,17 +17,8 @@ from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.change_of_basis import held_beside
-from fedraclora.protocol.derived import Derived, weight_of
-from fedraclora.protocol.method import (
-    Adapter,
-    Cohort,
-    Downlink,
-    Draw,
-    Plan,
-    State,
-    Trained,
-    apply_link,
-)
+from fedraclora.protocol.factor import Factor, combined, weight_of
+from fedraclora.protocol.method import Adapter, Cohort, Downlink, Draw, Plan, State, apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.rebuild import state_at
@@ -73,9 +64,9 @@ def played(
     return [*found, (state, Downlink())]
 
 
-def computed(sent: Downlink) -> Derived:
-    (found,) = (f for f in sent.factors().values() if not isinstance(f, Trained))
-    assert isinstance(found, Derived)
+def computed(sent: Downlink) -> Factor:
+    (found,) = (f for f in sent.factors().values() if not f.trained)
+    assert found.coefficients is not None
     return found
 
 
@@ -84,17 +75,18 @@ def test_rows_of_its_span_are_written_as_they_are() -> None:
     past = torch_normal(generator(1, "past"), 9, 3).float()
     wanted = torch_normal(generator(2, "C"), 4, 5)
     rows = wanted @ torch.cat([past.double().mT, drawing.draw().mT])
-    found = Derived.of(rows, past, drawing)
+    found = combined(rows, past, drawing)
+    assert found.coefficients is not None
     torch.testing.assert_close(found.coefficients, wanted)
     torch.testing.assert_close(found.draw(), rows.mT)
-    assert found.nbytes == 8 * 4 * 5
+    assert found.exact_bytes == 8 + 8 * 4 * 5
 
 
 def test_a_link_is_built_on_the_last_one_and_on_a_drawing() -> None:
     (_, first), (before, second), *_ = played(2)
-    assert isinstance(first.factors()["w/A"], SketchSpec)
+    assert first.factors()["w/A"].drawing is not None
     B, found = computed(second).draw(), computed(second)
-    assert tuple(found.coefficients.shape) == (R, 2 * R)
+    assert found.floats == R * 2 * R
     lengths = torch.linalg.vector_norm(B, dim=0)
     c = METHOD.length(R, M)
     torch.testing.assert_close(lengths, torch.tensor([c, c, 1.0]).double())
@@ -120,9 +112,9 @@ def test_a_client_computes_what_the_server_froze(wire: str) -> None:
         got, _ = unpack_downlink(pack_downlink(sent, REQUEST, "float32"))
         there = got.beside(replica.at(version, version + 1))
         for name, factor in sent.factors().items():
-            if isinstance(factor, Derived):
+            if factor.coefficients is not None:
                 other = there.factors()[name]
-                assert isinstance(other, Derived)
+                assert other.coefficients is not None
                 assert torch.equal(other.draw(), factor.draw())
         frozen = [materialise(d, state.base, COHORT.clients)[2] for d in (sent, there)]
         assert all(torch.equal(frozen[0][name], frozen[1][name]) for name in frozen[0])
@@ -174,7 +166,7 @@ def test_a_factor_of_a_short_side_is_sent_since_that_is_no_more_bytes() -> None:
     rows = torch_normal(generator(0, "replies", 1), 2, sent.layout.size).float()
     got = Uplinks(COHORT.clients, COHORT.weights, sent.layout, rows)
     after = METHOD.close_round(state, sent, got)
-    assert isinstance(METHOD.open_round(after, 2, COHORT, DRAW).factors()["w/B"], torch.Tensor)
+    assert METHOD.open_round(after, 2, COHORT, DRAW).factors()["w/B"].numbers is not None
     assert METHOD.floats(plan, 2) == (R * N, R * 4 * R)
 
 
@@ -243,7 +235,7 @@ def test_a_server_step_on_weights_leaves_the_basis_as_long_as_its_link(
         assert beside[first]
         assert_equal_trees(beside[first], beside[first + 1])
     assert_equal_trees(states[-1], done.strategy.state.base)
-    assert any(isinstance(f, Derived) for f in opened(done).values())
+    assert any(f.coefficients is not None for f in opened(done).values())
     assert_updates_lead_on(tmp_path)
     half = tmp_path / "half"
     run(world, method, local, rounds=3, folder=half, **more)

@@ -39,12 +39,12 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
+from fedraclora.protocol.factor import SEED_BYTES
 from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
-from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.exchange import TrainRequest
 from tests.messages import pack_downlink, unpack_downlink
 

@@ -220,9 +220,9 @@ def test_the_server_merges_what_rounding_left_at_the_end_of_a_link() -> None:
             continue
         e = left(mid)[f"{name}/B"]
         assert float(e.abs().max()) > 0
-        wanted = as_closed.terms[name].factors[0].double() + e
+        wanted = as_closed.terms[name].factors[0].draw().double() + e
         rng = generator(1, "downlink", 2, "link", 0, name, 0)
-        assert torch.equal(term.factors[0].double(), rounded(wanted, "int4", rng))
+        assert torch.equal(term.factors[0].draw().double(), rounded(wanted, "int4", rng))
 
 
 def test_the_sum_of_a_pool_has_what_rounding_left_within_its_links() -> None:
@@ -244,7 +244,7 @@ def test_a_frozen_factor_is_merged_as_it_was_sent() -> None:
     sent, _ = unpack_downlink(done.worker.asked[-1])
     (link,) = done.strategy.state.link.parts() if done.strategy.state.link else ()
     for weight, adapter in sent.adapters.items():
-        assert torch.equal(link.terms[weight].factors[1].double(), adapter.factors["A"].double())
+        assert torch.equal(link.terms[weight].factors[1].draw(), adapter.factors["A"].draw())
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -259,14 +259,14 @@ def test_a_pool_is_folded_with_what_rounding_left_of_every_link(side: str) -> No
     label, at, axis = ("B", 0, 1) if side == "right" else ("A", 1, 0)
     for weight, as_closed in folds[0].items():
         term, name = folds[1][weight], f"{weight}/{label}"
-        ends = rounds.closed[1].base[f"{name}.0"], as_closed.factors[at].chunk(2, axis)[1]
+        ends = rounds.closed[1].base[f"{name}.0"], as_closed.factors[at].draw().chunk(2, axis)[1]
         sums = [
             rounds.closed[first].carried[name].double() + end - state.carried[name].double()
             for first, end, state in zip((0, 2), ends, began, strict=True)
         ]
         rng = generator(1, "downlink", 4, "link", 0, weight, at)
         wanted = rounded(torch.cat(sums, axis), "int4", rng)
-        assert torch.equal(term.factors[at].double(), wanted)
+        assert torch.equal(term.factors[at].draw().double(), wanted)
 
 
 def test_only_the_end_that_rounds_keeps_what_it_left() -> None:

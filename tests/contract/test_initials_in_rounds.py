@@ -25,12 +25,11 @@ from worlds import (
 from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.allocation.rules import HeteroLora, Uniform
 from fedraclora.errors import ConfigError
+from fedraclora.protocol.factor import SEED_BYTES
 from fedraclora.protocol.link import Plan
-from fedraclora.protocol.method import Cohort, Draw, Trained
-from fedraclora.sketch import SketchSpec
+from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.strategies.shared.initials import GAMMA, STARTS
 from fedraclora.strategies.wrappers.allocated import allocated
-from fedraclora.weights.chain import SEED_BYTES
 from tests.messages import unpack_downlink
 
 RANK, ITEM = 2, 8
@@ -177,15 +176,15 @@ def test_a_first_link_is_as_long_as_a_drawn_one_and_stays(name: str, more: dict[
     state = drawn.init(world.base, world.plan, draw)
     sent = drawn.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
     for weight, adapter in rounds[0].adapters.items():
-        (label,) = (k for k, f in adapter.factors.items() if not isinstance(f, Trained))
-        A, spec = adapter.factors[label], sent.adapters[weight].factors[label]
-        assert isinstance(A, torch.Tensor)
-        assert isinstance(spec, SketchSpec)
+        (label,) = (k for k, f in adapter.factors.items() if not f.trained)
+        A, spec = adapter.factors[label].numbers, sent.adapters[weight].factors[label].drawing
+        assert A is not None
+        assert spec is not None
         gram = A @ A.mT if label == "A" else A.mT @ A
         own = gram.diagonal() if name == "subspace_rac_lora" else torch.tensor(spec.gram_scale)
         torch.testing.assert_close(gram, own * torch.eye(spec.rank).double())
         if method.link_rounds != 1:
-            assert torch.equal(rounds[1].adapters[weight].factors[label], A)
+            assert torch.equal(rounds[1].adapters[weight].factors[label].draw(), A)
 
 
 def test_a_first_factor_that_would_do_nothing_is_refused() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
@@ -26,10 +25,9 @@ from worlds import (
 
 from fedraclora.engines.records import to_records
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.derived import Derived
+from fedraclora.protocol.factor import SEED_BYTES
 from fedraclora.protocol.link import Link
-from fedraclora.sketch import SketchSpec
-from fedraclora.weights.chain import SEED_BYTES, read_link
+from fedraclora.weights.chain import read_link
 from fedraclora.weights.links import read_links
 from fedraclora.wire.records import Content
 from tests.messages import unpack_downlink
@@ -86,11 +84,7 @@ def message_bytes(content: Content) -> int:
 
 def seeds(content: Content) -> int:
     downlink, _ = unpack_downlink(content)
-    factors = [f for a in downlink.adapters.values() for f in a.factors.values()]
-    starts = [s.start for s in downlink.trained().values()]
-    return sum(isinstance(f, SketchSpec | Derived) for f in factors) + sum(
-        isinstance(s, SketchSpec) for s in starts
-    )
+    return sum(f.sketch is not None for f in downlink.named.values())
 
 
 def test_the_uplink_of_the_ledger_is_the_formula_and_the_message(done: Run, world: World) -> None:
@@ -151,8 +145,8 @@ def test_catch_up_is_the_links_a_client_missed_or_the_dense_weight(done: Run, fo
     def size(link: Link, name: str) -> int:
         total = link.dense[name].numel() * ITEM if name in link.dense else 0
         for factor in link.terms[name].factors if name in link.terms else ():
-            total += factor.numel() * ITEM if isinstance(factor, torch.Tensor) else SEED_BYTES
-            total += factor.coefficients.numel() * 8 if isinstance(factor, Derived) else 0
+            total += SEED_BYTES if factor.numbers is None else factor.numbers.numel() * ITEM
+            total += factor.coefficients.numel() * 8 if factor.coefficients is not None else 0
         return total
 
     def beside(name: str, until: int) -> int:

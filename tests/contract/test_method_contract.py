@@ -12,6 +12,7 @@ import inspect
 import sys
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import pytest
@@ -45,9 +46,9 @@ from worlds import (
 
 from fedraclora.aggregation.base import AggregationContext, Total
 from fedraclora.errors import ShapeError
-from fedraclora.protocol.derived import Derived, weight_of
+from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.link import apply_link
-from fedraclora.protocol.method import Draw, Method, Trained
+from fedraclora.protocol.method import Draw, Method
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
@@ -98,11 +99,7 @@ def new_weights(method: Method, played: Played) -> Tree:
 
 def drawn(played: Played) -> list[SketchSpec]:
     """Sketches of a downlink: frozen factors, what is combined with them, and starts of others."""
-    factors = [f for a in played.sent.adapters.values() for f in a.factors.values()]
-    frozen = [f for f in factors if isinstance(f, SketchSpec)]
-    frozen += [f.drawing for f in factors if isinstance(f, Derived)]
-    starts = [s.start for s in played.sent.trained().values()]
-    return frozen + [s for s in starts if isinstance(s, SketchSpec)]
+    return [f.sketch for f in played.sent.named.values() if f.sketch is not None]
 
 
 # --- exactness -----------------------------------------------------------------------------------
@@ -159,7 +156,7 @@ def test_the_scale_is_alpha_over_the_rank(variant: Variant, plain_world: World) 
     played = play_rounds(method, plain_world, 1, DRAW)[0]
     for adapter in played.sent.adapters.values():
         first, *_ = adapter.factors.values()
-        shape = first.shape if isinstance(first, Trained) else first.draw().shape  # type: ignore[union-attr]
+        shape = first.shape
         parts = getattr(method, "heads", getattr(method, "sketches", 1))
         # Several subspaces share E[A^T A] = I: each of them is made up for what the others have.
         shared = parts**0.5 if has_field(method, "interval") else 1.0
@@ -250,8 +247,8 @@ def test_what_is_carried_and_trained_is_what_is_sent_next(variant: Variant, worl
     for played in play_rounds(method_of(variant), world, 6, DRAW):
         trained = played.sent.trained()
         for name in played.before.carried.keys() & trained.keys():
-            start = trained[name].start
-            assert isinstance(start, torch.Tensor), f"{name} is carried, but does not start there"
+            start = trained[name].numbers
+            assert start is not None, f"{name} is carried, but does not start there"
             assert torch.equal(start, played.before.carried[name]), name
 
 
@@ -293,10 +290,10 @@ def test_replies_close_under_the_downlink_that_asked_for_them(
     sketches = set(drawn(played))
     assert played.after.link is not None
     in_link = {
-        factor
+        factor.sketch
         for term in played.after.link.terms.values()
         for factor in term.factors
-        if not isinstance(factor, torch.Tensor)
+        if factor.sketch is not None
     }
     assert in_link <= sketches
 
@@ -333,9 +330,7 @@ def test_merging_rounds_once_from_float64(variant: Variant) -> None:
             assert new.dtype == torch.float32
             if name in link.terms:
                 term = link.terms[name]
-                left, *others = (
-                    f.double() if isinstance(f, torch.Tensor) else f.draw() for f in term.factors
-                )
+                left, *others = (f.draw().double() for f in term.factors)
                 for other in others:
                     left = left @ other
                 wide = old.double() + term.scale * left
@@ -427,20 +422,17 @@ def test_the_number_of_the_link_says_whether_what_is_trained_lives_on(
             continue
         mean = last.got.mean()
         for name, factor in frozen[1].items():
-            if isinstance(factor, Trained):
+            if factor.trained:
                 if not factor.upload:  # it starts from what the client holds
                     continue
-                assert isinstance(factor.start, torch.Tensor), name
-                old = frozen[0][name].start  # type: ignore[union-attr]
-                old = old if isinstance(old, torch.Tensor) else torch.zeros_like(mean[name])
+                assert factor.numbers is not None, name
+                old = frozen[0][name].numbers
+                old = torch.zeros_like(mean[name]) if old is None else old
                 wanted = old + method.traits.step * (mean[name] - old)
-                torch.testing.assert_close(factor.start, wanted, rtol=1e-12, atol=1e-12)
-            elif isinstance(factor, torch.Tensor):
-                assert torch.equal(factor, frozen[0][name])  # type: ignore[arg-type]
-            elif isinstance(factor, Derived):
-                assert torch.equal(factor.draw(), frozen[0][name].draw())  # type: ignore[union-attr]
+                torch.testing.assert_close(factor.numbers, wanted, rtol=1e-12, atol=1e-12)
             else:
-                assert factor == frozen[0][name]
+                assert factor.drawing == frozen[0][name].drawing
+                assert torch.equal(factor.draw(), frozen[0][name].draw())
 
 
 # --- floats --------------------------------------------------------------------------------------
@@ -448,17 +440,12 @@ def test_the_number_of_the_link_says_whether_what_is_trained_lives_on(
 
 def carried_down(played: Played) -> int:
     """Numbers that a downlink carries to one client."""
-    trained = played.sent.trained().values()
     total = 0
-    for slot in trained:
-        if isinstance(slot.start, torch.Tensor):
-            total += slot.start[0].numel() if slot.per_client else slot.start.numel()
-    for adapter in played.sent.adapters.values():
-        for factor in adapter.factors.values():
-            if isinstance(factor, Derived):
-                total += factor.coefficients.numel()
-            elif not isinstance(factor, Trained | SketchSpec):
-                total += factor[0].numel() if factor.dim() == 3 else factor.numel()
+    for factor in played.sent.named.values():
+        if factor.coefficients is not None:
+            total += factor.coefficients.numel()
+        elif factor.numbers is not None:
+            total += prod(factor.shape)
     return total
 
 

@@ -74,7 +74,7 @@ def test_the_budget_is_kept_and_the_scale_follows_the_rank() -> None:
         for name, adapter in played.sent.adapters.items():
             rank = Pruned.kept(played.before).rank[name]
             assert adapter.scale == pytest.approx(5.0 / rank, rel=1e-15)
-            assert adapter.factors["B"].shape[1] == rank  # type: ignore[union-attr]
+            assert adapter.factors["B"].shape[1] == rank
         trained = [n for n in world.plan.targets if Pruned.kept(played.before).rank[n]]
         assert list(played.sent.adapters) == trained
         assert method.weights(played.after, DRAW).keys() == world.base.keys()

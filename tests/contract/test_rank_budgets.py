@@ -37,21 +37,11 @@ from worlds import (
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.derived import Derived
-from fedraclora.protocol.method import (
-    Cohort,
-    Downlink,
-    Draw,
-    Method,
-    Plan,
-    State,
-    Trained,
-    Traits,
-)
+from fedraclora.protocol.factor import Factor
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
 from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import digest_rows
-from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Tree
 from tests.messages import unpack_downlink
@@ -77,7 +67,7 @@ def with_ranks(ranks: tuple[int, ...] = RANKS, weights: tuple[float, ...] = UNEQ
     return replace(some_cohort(weights), ranks=torch.tensor(ranks))
 
 
-def start_of(factor: Trained) -> torch.Tensor:
+def start_of(factor: Factor) -> torch.Tensor:
     """Where each client of the cohort starts, [K, ...]."""
     opening = factor.opening()
     start = torch.zeros(factor.shape, dtype=torch.float64) if opening is None else opening
@@ -91,15 +81,10 @@ def cut_weights(played: Played, k: int, rank: int) -> Tree:
     for weight, adapter in played.sent.adapters.items():
         pair, start = [], []
         for name, factor in adapter.factors.items():
-            if isinstance(factor, SketchSpec | Derived):
+            if not factor.trained:
                 pair.append(factor.draw())
                 start.append(factor.draw())
                 continue
-            if isinstance(factor, torch.Tensor):
-                pair.append(factor)
-                start.append(factor)
-                continue
-            assert isinstance(factor, Trained)
             pair.append(rows[f"{weight}/{name}"][k])
             start.append(start_of(factor)[k])
         change = pair[0][:, :rank] @ pair[1][:rank]
@@ -142,7 +127,7 @@ def test_a_component_moves_by_the_clients_that_train_it(variant: Variant, world:
         mean = played.got.mean()
         for weight, adapter in played.sent.adapters.items():
             for name, factor in adapter.factors.items():
-                if not isinstance(factor, Trained):
+                if not factor.trained:
                     continue
                 shares = played.got.weights / played.got.total
                 start = (shares[:, None, None] * start_of(factor)).sum(dim=0)
@@ -231,7 +216,7 @@ def test_the_uplink_of_the_ledger_is_the_components_and_the_message(variant: Var
                 factor.shape[0 if name == "B" else 1] * min(rank, RANK)  # r_k m, or r_k n
                 for adapter in opened.adapters.values()
                 for name, factor in adapter.factors.items()
-                if isinstance(factor, Trained)
+                if factor.trained
             ]
             wanted += (sum(trained) + dense) * ITEM
         assert row["uplink_bytes"] == wanted

@@ -37,10 +37,10 @@ from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Method, Trained
+from fedraclora.protocol.method import Method
 from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.rng import generator, torch_normal
-from fedraclora.sketch import SKETCHES, SketchSpec
+from fedraclora.sketch import SKETCHES
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.strategies.wrappers.dora import Dora
@@ -116,12 +116,8 @@ def asked_in(done: Run, clients: int) -> list[dict[str, Asked]]:
         for name, adapter in sent.adapters.items():
             begins: dict[str, oracle.Matrix | None] = {}
             for key, factor in adapter.factors.items():
-                start = factor.start if isinstance(factor, Trained) else factor
-                if start is None:
-                    begins[key] = np.zeros(sent.trained()[f"{name}/{key}"].shape)
-                else:
-                    begins[key] = start.draw().numpy() if isinstance(start, SketchSpec) else None
-            trained = tuple(k for k, f in adapter.factors.items() if isinstance(f, Trained))
+                begins[key] = factor.draw().numpy() if factor.numbers is None else None
+            trained = tuple(k for k, f in adapter.factors.items() if f.trained)
             layers[name] = Asked(begins, trained)
         found.append(layers)
     return found

@@ -28,7 +28,6 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
-from fedraclora.protocol.downlink import Trained
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
@@ -89,14 +88,14 @@ def test_a_row_costs_a_number_and_moments_are_their_mean(variant: Any) -> None:
     assert sum(row["uplink_bytes"] for row in done.rows) == answered
     for played, row, beside in zip(watched.played, done.rows, plain.rows, strict=True):
         slots = {n: s for n, s in played.sent.dense.items() if n.startswith(ROW_SLOT)}
-        trained = {n: f for n, f in played.sent.factors().items() if isinstance(f, Trained)}
+        trained = {n: f for n, f in played.sent.factors().items() if f.trained}
         assert {n: s.shape for n, s in slots.items()} == {
             ROW_SLOT + n: (f.shape[n.endswith("/A")] + 1,) for n, f in trained.items()
         }
         more = [s.shape[0] * 8 * COHORT for s in slots.values()]  # numbers of float64
         assert row["uplink_bytes"] == beside["uplink_bytes"] + sum(more)
         known = sum(
-            size for size, s in zip(more, slots.values(), strict=True) if s.start is not None
+            size for size, s in zip(more, slots.values(), strict=True) if s.numbers is not None
         )
         assert row["downlink_bytes"] == beside["downlink_bytes"] + known
         if method.traits.exact:
@@ -128,7 +127,7 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
     rows, plain = (finished(VARIANTS[0], rounds=2, local=local) for local in (ROWWISE, ADAMW))
     assert any(not torch.equal(t, plain.weights[n]) for n, t in rows.weights.items())
     second = [unpack_downlink(content)[0] for content in rows.worker.asked][-1]
-    assert all(s.start is not None for n, s in second.dense.items() if n.startswith(ROW_SLOT))
+    assert all(s.numbers is not None for n, s in second.dense.items() if n.startswith(ROW_SLOT))
 
 
 @pytest.mark.parametrize(

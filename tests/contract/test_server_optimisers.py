@@ -38,7 +38,6 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw, Method
 from fedraclora.run.rebuild import state_at
-from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
@@ -171,9 +170,9 @@ def test_in_weights_links_are_dense_and_rebuild_the_base(variant: Variant, world
 def projection(played: Played, weight: str, world: World) -> tuple[torch.Tensor, bool]:
     """The projection on what the round trains of a weight, and whether it acts on the left."""
     factors = played.sent.adapters[weight].factors
-    right = isinstance(factors["A"], SketchSpec) or not hasattr(factors["A"], "upload")
+    right = not factors["A"].trained
     frozen = factors["A" if right else "B"]
-    F = frozen.draw() if isinstance(frozen, SketchSpec) else frozen.double()  # type: ignore[union-attr]
+    F = frozen.draw().double()
     return (torch.linalg.pinv(F) @ F, False) if right else (F @ torch.linalg.pinv(F), True)
 
 
@@ -241,7 +240,7 @@ def test_in_factors_that_live_on_adam_is_adam_on_them(name: str, world: World) -
         step = reference.step({n: mean[n] - start[n] for n in mean})
         again = method.open_round(played.after, 9, some_cohort(), DRAW)
         for n, slot in again.uploaded().items():
-            found = played.after.base[n] if slot.start is None else slot.opening()
+            found = played.after.base[n] if slot.blank else slot.opening()
             torch.testing.assert_close(found, start[n] + step[n], rtol=1e-9, atol=1e-12)
 
 

@@ -30,8 +30,7 @@ from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
-from fedraclora.protocol.method import Cohort, Draw, Trained
-from fedraclora.sketch import SketchSpec
+from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.strategies.outcome import mean_floats
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.wrappers.allocated import allocated
@@ -209,8 +208,8 @@ def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> Non
         sent = method.open_round(method.init(world.base, world.plan, DRAW), 1, some_cohort(), DRAW)
         for weight, adapter in sent.adapters.items():
             n = world.plan.targets[weight].shape[1]
-            drawn = adapter.factors["A"]
-            assert isinstance(drawn, SketchSpec)
+            drawn = adapter.factors["A"].drawing
+            assert drawn is not None
             assert math.isclose(adapter.scale**2 * drawn.gram_scale, n)
 
 
@@ -231,14 +230,12 @@ def test_rank_budgets_are_shares_of_the_rank_under_magnitudes_too() -> None:
 
 
 @every_variant
-def test_what_stays_at_clients_is_read_off_what_they_are_sent(
-    variant: Variant, world: World
-) -> None:
+def test_a_method_says_whether_something_stays_at_clients(variant: Variant, world: World) -> None:
     method = make_method(variant[0], **variant[1])
     factors = [
         factor
         for played in play_rounds(method, world, 3, Draw(1))
         for factor in played.sent.factors().values()
     ]
-    stays = [f for f in factors if isinstance(f, Trained) and not f.upload]
+    stays = [f for f in factors if f.trained and not f.upload]
     assert method.client_state == bool(stays)

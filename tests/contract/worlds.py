@@ -33,16 +33,8 @@ from fedraclora.engines.records import from_records, to_records
 from fedraclora.experiments.choices import choice
 from fedraclora.experiments.methods_page import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
-from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.link import Plan
-from fedraclora.protocol.method import (
-    Cohort,
-    Downlink,
-    Draw,
-    Method,
-    State,
-    Trained,
-)
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.protocol.uplinks import Uplinks
@@ -50,7 +42,6 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.rebuild import state_at
 from fedraclora.run.recorder import RunRecorder
-from fedraclora.sketch import SketchSpec
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.callbacks import Evaluate
@@ -380,8 +371,8 @@ def with_pools(played: Played) -> Tree:
     """Base weights of a round with s sum_j B^(j) A_j, part by part; a second opinion as below."""
     base = dict(played.before.base)
     for weight, pool in played.sent.pools.items():
-        for j in range(pool.sketches.count):
-            drawn = replace(pool.sketches.first, index=pool.sketches.first.index + j)
+        for j in range(pool.count):
+            drawn = replace(pool.first, index=pool.first.index + j)
             right = drawn.side == "right"
             part = base[f"{weight}/{'B' if right else 'A'}.{j}"]
             product = part @ drawn.draw() if right else drawn.draw() @ part
@@ -401,13 +392,10 @@ def client_weights(played: Played, k: int) -> Tree:
     for weight, adapter in played.sent.adapters.items():
         product: torch.Tensor | None = None
         for name, factor in adapter.factors.items():
-            if isinstance(factor, SketchSpec | Derived):
-                matrix = factor.draw()
-            elif isinstance(factor, torch.Tensor):
-                matrix = factor[k] if factor.dim() == 3 else factor
-            else:
-                assert isinstance(factor, Trained)
+            if factor.trained:
                 matrix = rows[f"{weight}/{name}"][k]
+            else:
+                matrix = factor.draw()[k] if factor.per_client else factor.draw()
             matrix = matrix.to(torch.float64)
             product = matrix if product is None else product @ matrix
         assert product is not None

@@ -22,9 +22,8 @@ from vectorised_cases import CASES, SEED, SIZES, Case, classes, convolution, nor
 from vectorised_settings import MEETING, PAIRED, SETTINGS
 
 from fedraclora.data.samples import Partitioned
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
@@ -113,9 +112,9 @@ def started(sent: Downlink, base: Tree) -> tuple[Tree, dict[str, float]]:
         layer = weight.removesuffix(".weight")
         scales[layer] = adapter.scale
         for label, factor in adapter.factors.items():
-            if isinstance(factor, SketchSpec):
+            if not factor.trained:
                 start[f"{layer}.{label}!"] = factor.draw()
-            elif isinstance(factor, Trained):
+            else:
                 opening = factor.opening()
                 zero = torch.zeros(factor.shape, dtype=torch.float64)
                 start[f"{layer}.{label}"] = zero if opening is None else opening

@@ -14,8 +14,8 @@ from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
-from fedraclora.sketch import SketchSpec
+from fedraclora.protocol.factor import Factor
+from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.strategies import METHODS
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
@@ -56,10 +56,8 @@ def gap(got: Tree, wanted: Tree, start: Tree) -> float:
 
 
 def starts(sent: Downlink, base: Tree) -> Tree:
-    def start(name: str, slot: Trained) -> torch.Tensor:
-        if isinstance(slot.start, SketchSpec):
-            return slot.start.draw()
-        return base.get(name, torch.zeros(slot.shape)) if slot.start is None else slot.start
+    def start(name: str, slot: Factor) -> torch.Tensor:
+        return base.get(name, torch.zeros(slot.shape)) if slot.blank else slot.draw()
 
     return {n: start(n, s) for n, s in sent.trained().items()}
 

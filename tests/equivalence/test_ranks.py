@@ -21,17 +21,10 @@ from vectorised_settings import (
 )
 
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.method import (
-    Adapter,
-    Cohort,
-    Downlink,
-    Draw,
-    Method,
-    Trained,
-)
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Cohort, Downlink, Draw, Method
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.sketch import SketchSpec
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Layout
 
@@ -128,7 +121,7 @@ def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:
 def test_prox_and_preconditioner_with_factors_of_every_form(forms: tuple[str, ...]) -> None:
     case = Case(mlp(), targets="fc1,fc2", head="average")
     plan = case.plan()
-    dense = {n: Trained(plan.shapes[n], main=False) for n in plan.dense}
+    dense = {n: to_train(plan.shapes[n], main=False) for n in plan.dense}
     adapters = adapters_of(forms, ("fc1.weight", "fc2.weight"), plan.targets)
     downlink = Downlink(adapters, dense, ranks=torch.tensor([1, 2, 1, 3, 1, 2]))
     local = replace(LOCAL, lr=0.02, prox=0.4, precondition=trained_in(forms) == 1, momentum=0.5)
@@ -164,9 +157,8 @@ def test_a_small_budget_is_a_small_adapter_under_the_first_rows_of_the_sketch() 
     small = {}
     for name, adapter in sent.adapters.items():
         sketched = adapter.factors["A"]
-        assert isinstance(sketched, SketchSpec)
-        B = Trained((plan.targets[name].shape[0], 2))
-        small[name] = Adapter({"B": B, "A": sketched.draw()[:2]}, adapter.scale)
+        B = to_train((plan.targets[name].shape[0], 2))
+        small[name] = Adapter.of({"B": B, "A": sketched.draw()[:2]}, adapter.scale)
     trainer = trainer_of(case.task, plan, replace(LOCAL, precondition=True, prox=0.3))
     found, wanted = (
         trainer.train(state.base, d, clients, round_=1, rate_scale=1.0).trained

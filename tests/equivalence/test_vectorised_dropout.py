@@ -12,7 +12,8 @@ from vectorised_cases import SEED, SIZES, Case, bert, classes, mlp, normal, scal
 from vectorised_settings import ALSO, WIDELY
 
 from fedraclora.errors import ModelError
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 
 
@@ -63,7 +64,7 @@ def test_dropout_under_vmap_is_refused_by_the_layer_s_name() -> None:
     model.add_module("hole", nn.Dropout(0.5))
     case = Case(replace(task, model=model), targets="body.inner", dense="body.gain")
     plan = case.plan()
-    downlink = Downlink(dense={"body.gain": Trained((6,))})
+    downlink = Downlink(dense={"body.gain": to_train((6,))})
     trainer = trainer_of(case.task, plan, LOCAL)
     with pytest.raises(ModelError, match="hole"):
         trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, rate_scale=1.0)

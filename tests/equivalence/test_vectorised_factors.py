@@ -11,7 +11,8 @@ from vectorised_cases import SIZES, Case, mlp, normal, reader, scaled
 from vectorised_settings import A_FEW, FORMS, LAYERS, LIKE_LINEAR, adapters_of, trained_in
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Downlink, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Downlink
 
 
 @pytest.mark.short(when=lambda kind, forms: kind not in LIKE_LINEAR or forms in A_FEW)
@@ -34,7 +35,7 @@ def test_prox_and_preconditioner_with_factors_of_every_form(
     make, names = LAYERS[kind]
     case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="average")
     plan = case.plan()
-    dense = {n: Trained(plan.shapes[n], main=False) for n in plan.dense}
+    dense = {n: to_train(plan.shapes[n], main=False) for n in plan.dense}
     downlink = Downlink(adapters_of(forms, names, plan.targets), dense)
     local = replace(LOCAL, lr=0.02, prox=0.4, precondition=trained_in(forms) == 1, momentum=0.5)
     assert_agrees(case, plan, local, base_of(case.task), downlink, torch.arange(len(SIZES)))
@@ -44,7 +45,7 @@ def test_dense_tensors_may_start_at_each_client() -> None:
     case = Case(reader(), dense="norm")
     plan, K = case.plan(), len(SIZES)
     dense = {
-        name: Trained(shape, 0.4 * normal(K, *shape, key=name), main=False)
+        name: to_train(shape, 0.4 * normal(K, *shape, key=name), main=False)
         for name, shape in plan.shapes.items()
     }
     base, local = base_of(case.task), replace(LOCAL, prox=0.4)
@@ -66,7 +67,7 @@ def test_prox_refuses_three_factors() -> None:
 def test_factors_of_each_client_under_vmap(forms: tuple[str, ...]) -> None:
     case = Case(scaled(), targets="inner", dense="gain")
     plan = case.plan()
-    dense = {"gain": Trained((6,), 1 + 0.1 * normal(len(SIZES), 6, key="gain"))}
+    dense = {"gain": to_train((6,), 1 + 0.1 * normal(len(SIZES), 6, key="gain"))}
     downlink = Downlink(adapters_of(forms, ("inner.weight",), plan.targets), dense)
     assert not foldable(case, downlink)
     assert_agrees(case, plan, LOCAL, base_of(case.task), downlink, torch.arange(len(SIZES)))

@@ -9,7 +9,8 @@ from vectorised_cases import SIZES, cnn, gpt2, mlp, normal, reader
 from fedraclora.data.task import Task
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.protocol.method import Adapter, Factor, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Factor
 from fedraclora.sketch import SketchSpec
 
 SETTINGS: dict[str, dict[str, object]] = {
@@ -103,11 +104,11 @@ def factor_of(form: str, *shape: int, key: str) -> Factor:
     """A factor of one of the forms of the contract, shared or one per client."""
     K = len(SIZES)
     if form == "zero":
-        return Trained(shape)
+        return to_train(shape)
     if form == "start":
-        return Trained(shape, 0.4 * normal(*shape, key=key))
+        return to_train(shape, 0.4 * normal(*shape, key=key))
     if form == "starts":
-        return Trained(shape, 0.4 * normal(K, *shape, key=key))
+        return to_train(shape, 0.4 * normal(K, *shape, key=key))
     if form == "frozen":
         return 0.4 * normal(*shape, key=key)
     if form == "own":
@@ -173,5 +174,5 @@ def adapters_of(
             label: factor_of(form, edges[i], edges[i + 1], key=f"{name}/{label}")
             for i, (label, form) in enumerate(zip(labels, forms, strict=True))
         }
-        adapters[name] = Adapter(factors, 0.7)
+        adapters[name] = Adapter.of(factors, 0.7)
     return adapters

@@ -13,7 +13,7 @@ ELSEWHERE = ROOT / "experiments" / "bench" / "peers"  # in environments of their
 
 # What stands twice today. A name that is gone from here does not come back.
 TWICE = (
-    "BESIDE BUILDERS Basis Case NAME Plain Pool ROUNDING Row SKETCHES Site assemble begin "
+    "BESIDE BUILDERS Case NAME Plain Pool ROUNDING Row Site assemble begin "
     "check_data check_rows config_of difference federated judge named plan_of "
     "quantised read_config read_header report shown split trainer_of whole words_of "
 )

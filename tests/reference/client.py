@@ -21,7 +21,6 @@ from fedraclora.protocol.pool import fold_pools
 from fedraclora.protocol.rank_budgets import rank_axes, spans
 from fedraclora.protocol.recipes import RECIPES, GradientHook
 from fedraclora.rng import cohort_permutations, hash_key
-from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, products_in
@@ -115,10 +114,8 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
     for weight, adapter in downlink.adapters.items():
         for label, part in adapter.factors.items():
             name = f"{weight}/{label}"
-            if isinstance(part, SketchSpec):
-                frozen[name] = part.draw().to(base[weight].dtype)
-            elif isinstance(part, torch.Tensor):
-                own = part[place] if part.dim() == 3 else part
+            if not part.trained:
+                own = part.draw()[place] if part.per_client else part.draw()
                 frozen[name] = own.to(base[weight].dtype)
     for name, slot in downlink.trained().items():
         start = slot.opening()

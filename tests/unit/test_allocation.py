@@ -19,7 +19,8 @@ from fedraclora.allocation.synflow import flows
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.method import Adapter, Downlink, Plan, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Downlink, Plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree
 
@@ -112,7 +113,7 @@ def two_layers() -> tuple[torch.nn.Module, Tree, Downlink, Plan]:
     for i, (name, view) in enumerate(views.items()):
         m, n = view.shape
         B, A = (torch_normal(generator(i, k), *d) for k, d in (("B", (m, 2)), ("A", (2, n))))
-        adapters[name] = Adapter({"B": Trained((m, 2), B), "A": Trained((2, n), A)}, 2.5)
+        adapters[name] = Adapter.of({"B": to_train((m, 2), B), "A": to_train((2, n), A)}, 2.5)
     return model, base, Downlink(adapters), Plan(views)
 
 
@@ -123,7 +124,7 @@ def test_synflow_is_the_flow_through_an_adapter() -> None:
     found = flows(model, like, base, sent, plan)
     term = {}
     for name, adapter in sent.adapters.items():
-        B, A = (f.start.abs() for f in adapter.factors.values())  # type: ignore[union-attr]
+        B, A = (f.draw().abs() for f in adapter.factors.values())
         term[name] = adapter.scale * B @ A
     whole = {n: base[n].double().abs() + t for n, t in term.items()}
     first = float((whole["1.weight"] @ term["0.weight"]).sum())

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.factor import SEED_BYTES, Factor
 from fedraclora.protocol.link import Link, Plan, Term, apply_link, matrices
+from fedraclora.protocol.quantised import encode, rounded
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import (
-    SEED_BYTES,
     CatchUp,
     link_tensors,
     read_link,
@@ -45,9 +46,9 @@ def some_link(seed: int = 0) -> Link:
     B = normal(M, R, seed=seed)
     return Link(
         {
-            "lin": Term((B, SPEC), SCALE),
-            "turned": Term((B, normal(R, R), normal(R, N)), SCALE),
-            "conv": Term((normal(4, 1), normal(1, 8)), 0.5),
+            "lin": Term.of((B, SPEC), SCALE),
+            "turned": Term.of((B, normal(R, R), normal(R, N)), SCALE),
+            "conv": Term.of((normal(4, 1), normal(1, 8)), 0.5),
         },
         {"bias": normal(M, seed=7 + seed)},
     )
@@ -72,7 +73,7 @@ def test_a_merge_is_the_dense_sum_in_every_layout() -> None:
 def test_a_merge_leaves_the_old_weights_and_shares_the_untouched() -> None:
     base = weights()
     kept = {n: t.clone() for n, t in base.items()}
-    new = apply_link(base, Link({"lin": Term((normal(M, R), SPEC), SCALE)}), PLAN)
+    new = apply_link(base, Link({"lin": Term.of((normal(M, R), SPEC), SCALE)}), PLAN)
     assert all(torch.equal(base[n], t) for n, t in kept.items())
     assert new["conv"] is base["conv"]
     assert apply_link(base, Link(), PLAN) == base
@@ -80,7 +81,7 @@ def test_a_merge_leaves_the_old_weights_and_shares_the_untouched() -> None:
 
 def test_a_merge_into_float32_is_rounded_once() -> None:
     base, B = weights(torch.float32), normal(M, R).float()
-    new = apply_link(base, Link({"lin": Term((B, SPEC), SCALE)}), PLAN)
+    new = apply_link(base, Link({"lin": Term.of((B, SPEC), SCALE)}), PLAN)
     wide = base["lin"].double() + SCALE * (B.double() @ SPEC.draw())
     assert torch.equal(new["lin"], wide.float())
     assert new["lin"].dtype == torch.float32
@@ -93,7 +94,7 @@ def test_a_hundred_merges_in_float32_lose_less_than_a_thousandth() -> None:
     current = base
     for i in range(100):
         B = 1e-4 * normal(M, R, seed=1 + i % 3)
-        link = Link({"lin": Term((B.float(), SPEC), SCALE)})
+        link = Link({"lin": Term.of((B.float(), SPEC), SCALE)})
         current, wide = apply_link(current, link, PLAN), apply_link(wide, link, PLAN)
     change = torch.linalg.norm(wide["lin"] - base["lin"].double())
     lost = torch.linalg.norm(current["lin"].double() - wide["lin"])
@@ -101,7 +102,7 @@ def test_a_hundred_merges_in_float32_lose_less_than_a_thousandth() -> None:
 
 
 def test_a_term_gives_float64_matrices() -> None:
-    left, right = matrices(Term((normal(M, R).float(), SPEC), 1.0))
+    left, right = matrices(Term.of((normal(M, R).float(), SPEC), 1.0))
     assert left.dtype == right.dtype == torch.float64
     assert torch.equal(right, SPEC.draw())
 
@@ -127,11 +128,8 @@ def test_a_link_comes_back_from_tensors_and_json() -> None:
     for name, term in link.terms.items():
         assert back.terms[name].scale == term.scale
         for found, wanted in zip(back.terms[name].factors, term.factors, strict=True):
-            if isinstance(wanted, SketchSpec):
-                assert found == wanted
-            else:
-                assert isinstance(found, torch.Tensor)
-                assert torch.equal(found, wanted)
+            assert (found.drawing, found.shape) == (wanted.drawing, wanted.shape)
+            assert torch.equal(found.draw(), wanted.draw())
     assert back.dense.keys() == link.dense.keys()
     assert torch.equal(back.dense["bias"], link.dense["bias"])
     rebuilt, wanted_base = replay(weights(), [back], PLAN), replay(weights(), [link], PLAN)
@@ -147,16 +145,16 @@ def test_an_empty_link_comes_back() -> None:
 
 def test_a_term_costs_its_matrices_and_eight_bytes_per_seed() -> None:
     assert SEED_BYTES == 8
-    assert term_bytes(Term((normal(M, R).float(), SPEC), 1.0)) == M * R * 4 + 8
-    assert term_bytes(Term((normal(M, R), normal(R, N)), 1.0)) == (M + N) * R * 8
-    assert term_bytes(Term((SPEC, SPEC), 1.0)) == 16
+    assert term_bytes(Term.of((normal(M, R).float(), SPEC), 1.0)) == M * R * 4 + 8
+    assert term_bytes(Term.of((normal(M, R), normal(R, N)), 1.0)) == (M + N) * R * 8
+    assert term_bytes(Term.of((SPEC, SPEC), 1.0)) == 16
 
 
 def test_catching_up_by_hand() -> None:
     """5 x 7 float32 weight: 140 bytes dense, 48 a link; three links cost less, four do not."""
     base = {"lin": torch.zeros(M, N), "bias": torch.zeros(M)}
     catch_up = CatchUp(base, 4)
-    link = Link({"lin": Term((torch.zeros(M, R), SPEC), 1.0)})
+    link = Link({"lin": Term.of((torch.zeros(M, R), SPEC), 1.0)})
     everyone = torch.arange(4)
     assert catch_up.fetch(everyone).tolist() == [0, 0, 0, 0]
     catch_up.add(link)
@@ -190,7 +188,7 @@ class Event:
         """The link; None for a round that changed nothing."""
         if not self.rank and self.dense is None:
             return None
-        terms = {"lin": Term((torch.zeros(M, self.rank), SPEC), 1.0)} if self.rank else {}
+        terms = {"lin": Term.of((torch.zeros(M, self.rank), SPEC), 1.0)} if self.rank else {}
         return Link(terms, {} if self.dense is None else {"bias": torch.zeros(self.dense)})
 
 
@@ -241,7 +239,7 @@ def test_what_is_kept_does_not_grow_with_the_rounds() -> None:
     catch_up, again = (
         CatchUp({"lin": torch.zeros(M, N), "bias": torch.zeros(M)}, 99) for _ in "ab"
     )
-    link = Link({"lin": Term((torch.zeros(M, R), SPEC), 1.0)})
+    link = Link({"lin": Term.of((torch.zeros(M, R), SPEC), 1.0)})
     kept = []
     for round_ in range(60):
         catch_up.add(link)
@@ -272,5 +270,45 @@ def test_a_checkpoint_holds_the_clients_that_took_part_and_no_others() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_number_costs_what_it_is_stored_in(dtype: torch.dtype) -> None:
     catch_up = CatchUp(weights(dtype), 1)
-    catch_up.add(Link({"lin": Term((normal(M, R).to(dtype), SPEC), 1.0)}))
+    catch_up.add(Link({"lin": Term.of((normal(M, R).to(dtype), SPEC), 1.0)}))
     assert catch_up.fetch(torch.tensor([0])).tolist() == [M * R * dtype.itemsize + 8]
+
+
+def test_a_link_of_an_older_release_is_read() -> None:
+    """Its factors are four kinds in JSON, with the tensors beside it under names of their own."""
+    spec = SketchSpec("gaussian", "right", rank=2, dim=5, seed=3, index=1)
+    B, C = torch.arange(14.0).reshape(7, 2), torch.arange(6.0).reshape(2, 3).double()
+    wide, few = torch.ones(7, 4), rounded(B, "int4", None)
+    plain = vars(spec)
+    meta = {
+        "terms": {
+            "drawn": {"scale": 2.0, "factors": [None, plain], "keep": 0},
+            "pool": {"scale": 1.5, "factors": [None, {"first": plain, "count": 2}]},
+            "computed": {"scale": 1.0, "factors": [None, {"drawing": plain}]},
+            "rounded": {"scale": 1.0, "factors": [[7, 2], plain], "kind": "int4"},
+        },
+        "rest": [{"terms": {}, "values": {"b": ["int4", [7, 2], "float32"]}}],
+    }
+    tensors = {
+        "term|drawn|0": B,
+        "term|pool|0": wide,
+        "term|computed|0": B,
+        "term|computed|1": C,
+        "term|rounded|0": encode(few.reshape(-1), [14], "int4"),
+        "rest0|dense|b": encode(few.reshape(-1), [14], "int4"),
+    }
+    link = read_link(tensors, json.loads(json.dumps(meta)))
+    wanted = {
+        "drawn": Term.of((B, spec), 2.0, keep=0),
+        "pool": Term.of((wide, Factor(sketch=spec, count=2)), 1.5),
+        "computed": Term.of((B, Factor(sketch=spec, coefficients=C)), 1.0),
+        "rounded": Term.of((few, spec), 1.0, "int4"),
+    }
+    assert link.terms.keys() == wanted.keys()
+    past = torch.ones(1, 5)
+    for name, term in wanted.items():
+        found = link.terms[name]
+        assert (found.scale, found.kind, found.keep) == (term.scale, term.kind, term.keep)
+        pairs = zip(matrices(found.beside(past)), matrices(term.beside(past)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(link.rest[0].dense["b"], few)

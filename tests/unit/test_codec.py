@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fedraclora.codec import from_bytes, join, split, to_bytes
 from fedraclora.narrow_weight import QuantisedWeight, quantised
-from fedraclora.protocol.derived import Derived
+from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Link, Term
 from fedraclora.protocol.quantised import rounded
-from fedraclora.sketch import Sketches, SketchSpec
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree, fingerprint
 
 SPEC = SketchSpec("gaussian", "right", rank=2, dim=7, seed=2**62 + 1, index=3)
@@ -26,9 +26,7 @@ SPEC = SketchSpec("gaussian", "right", rank=2, dim=7, seed=2**62 + 1, index=3)
 class Inner:
     """A part, some of whose tensors are in few bits."""
 
-    numbers: tuple[torch.Tensor | SketchSpec | Sketches | Derived, ...] = field(
-        metadata={"kind": "kind"}
-    )
+    numbers: tuple[torch.Tensor | SketchSpec | Factor, ...] = field(metadata={"kind": "kind"})
     kind: str = "float32"
     beside: torch.Tensor | None = field(default=None, metadata={"written": False})
 
@@ -53,10 +51,13 @@ def outer(kind: str = "float32") -> Outer:
     numbers = torch.linspace(-1, 1, 35).reshape(5, 7)
     if kind != "float32":
         numbers = rounded(numbers, kind, None)
-    derived = Derived(torch.ones(2, 4, dtype=torch.float64), SPEC)
+    derived = Factor(sketch=SPEC, coefficients=torch.ones(2, 4, dtype=torch.float64))
     return Outer(
         {"a/b": torch.arange(3), "c": torch.ones(2, dtype=torch.bfloat16), "d": torch.zeros(0, 2)},
-        {7: Inner((numbers, SPEC, Sketches(SPEC, 2), derived), kind, numbers), 1: Inner(())},
+        {
+            7: Inner((numbers, SPEC, Factor(sketch=SPEC, count=2), derived), kind, numbers),
+            1: Inner(()),
+        },
         (2**62, 0.5),
         ["x", "é"],
         None,
@@ -114,9 +115,10 @@ def test_narrow_weights_travel_as_codes_and_scales() -> None:
 def test_numbers_of_a_link_are_read_in_the_types_that_they_had() -> None:
     for dtype in (torch.float32, torch.float64):
         matrix = rounded(torch.linspace(-1, 1, 15).reshape(5, 3), "int4", None).to(dtype)
-        link = Link({"w": Term((matrix, SPEC), 2.0, "int4")}, {"v": matrix}, kind="int4")
+        link = Link({"w": Term.of((matrix, SPEC), 2.0, "int4")}, {"v": matrix}, kind="int4")
+        assert split(link)[0]["terms/w/factors/0/numbers"].nbytes == 9  # a scale, 15 half bytes
         found = again(link)
-        assert found.dense["v"].dtype == found.terms["w"].factors[0].dtype == dtype
+        assert found.dense["v"].dtype == found.terms["w"].factors[0].draw().dtype == dtype
         assert torch.equal(found.dense["v"], matrix)
 
 

@@ -130,7 +130,7 @@ def test_links_in_fewer_bits_stay_in_them(tmp_path: Path) -> None:
         drawn = torch.linspace(-round_, 1.0, 21)
         B = decode(encode(drawn, [21], "int4"), [21], "int4").reshape(7, 3)
         spec = SketchSpec("gaussian", "right", 3, 5, seed=1, index=round_)
-        link = Link({"w": Term((B, spec), 5 / 3, "int4")})
+        link = Link({"w": Term.of((B, spec), 5 / 3, "int4")})
         state = State(apply_link(state.base, link, plan), plan, link=link)
         recorder.link(round_, state)
         recorder.append({"round": round_, "uplink_total": 0, "downlink_total": 0})
@@ -147,7 +147,9 @@ def test_links_in_fewer_bits_stay_in_them(tmp_path: Path) -> None:
 def test_a_replica_elsewhere_follows_from_the_last_fold_on() -> None:
     """Of what lies before, a history that is read back knows nothing: it sends weights whole."""
     base = states(0.5)[0].base
-    links = [Link({"w": Term((torch.ones(5, 1), torch.full((1, 7), i)), 1.0)}) for i in (3.0, 4.0)]
+    links = [
+        Link({"w": Term.of((torch.ones(5, 1), torch.full((1, 7), i)), 1.0)}) for i in (3.0, 4.0)
+    ]
     after = apply_link(apply_link(base, links[0], PLAN), links[1], PLAN)
     history = WeightHistory()
     history.recall(after, enumerate(links, start=3), 4)

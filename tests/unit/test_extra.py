@@ -14,7 +14,8 @@ from typing_extensions import override
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import (
@@ -54,8 +55,8 @@ def train(local: LocalConfig, ranks: torch.Tensor | None = None) -> LocalResult:
     samples = Samples({"x": normal(12, 5)}, normal(12, 3, key="y"))
     parts = np.split(np.arange(12), 3)
     task = Task(model, (), "squared_error", ("loss",), Partitioned.of(samples, parts), samples)
-    factors = {"B": Trained((3, 2)), "A": normal(2, 5, key="A")}
-    downlink = Downlink({"0.weight": Adapter(factors, 1.0)}, ranks=ranks)
+    factors = {"B": to_train((3, 2)), "A": normal(2, 5, key="A")}
+    downlink = Downlink({"0.weight": Adapter.of(factors, 1.0)}, ranks=ranks)
     trainer = CohortTrainer(task, make_plan(model, ()), local, seed=0, device=torch.device("cpu"))
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     return trainer.train(base, downlink, CLIENTS, round_=1, rate_scale=1.0)

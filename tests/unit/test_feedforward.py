@@ -13,7 +13,8 @@ from torch import nn
 
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, SLOPES, Task
-from fedraclora.protocol.method import Adapter, Downlink, Trained
+from fedraclora.protocol.factor import Factor, to_train
+from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.protocol.plan import make_plan
 from fedraclora.training import feedforward
 from fedraclora.training.cohort import CohortTrainer
@@ -66,15 +67,15 @@ def task(loss: str = "cross_entropy") -> Task:
 def pair(weight: str, trained: str, outputs: int, *, per_client: bool = False) -> Adapter:
     """A low-rank term with scale 1.5, of which A, B or both are trained from a start."""
     m, n = shape_of(weight, outputs)
-    factors: dict[str, torch.Tensor | Trained] = {}
+    factors: dict[str, torch.Tensor | Factor] = {}
     for label, shape in {"B": (m, 2), "A": (2, n)}.items():
         value = normal(*shape, key=f"{weight}{label}")
         own = normal(len(SIZES), *shape, key=f"{weight}{label}")
         if label in trained:
-            factors[label] = Trained(shape, start=value)
+            factors[label] = to_train(shape, start=value)
         else:
             factors[label] = own if per_client else value
-    return Adapter(factors, 1.5)  # type: ignore[arg-type]
+    return Adapter.of(factors, 1.5)
 
 
 def pairs(trained: str, outputs: int, *, per_client: bool = False) -> dict[str, Adapter]:
@@ -82,8 +83,8 @@ def pairs(trained: str, outputs: int, *, per_client: bool = False) -> dict[str, 
     return {n: pair(n, trained, outputs, per_client=per_client) for n in names}
 
 
-def dense(outputs: int, *names: str) -> dict[str, Trained]:
-    return {n: Trained(shape_of(n, outputs)) for n in names}
+def dense(outputs: int, *names: str) -> dict[str, Factor]:
+    return {n: to_train(shape_of(n, outputs)) for n in names}
 
 
 DOWNLINKS: dict[str, Callable[[int], Downlink]] = {
@@ -202,8 +203,8 @@ def test_what_does_not_fit_is_left_to_autograd(what: str) -> None:
 
 
 def test_a_chain_of_three_factors_is_left_to_autograd() -> None:
-    core = {"B": normal(5, 2), "R": Trained((2, 2)), "A": normal(2, WIDE)}
-    assert not written_out(task(), Downlink({"fc2.weight": Adapter(core, 1.0)}))  # type: ignore[arg-type]
+    core = {"B": normal(5, 2), "R": to_train((2, 2)), "A": normal(2, WIDE)}
+    assert not written_out(task(), Downlink({"fc2.weight": Adapter.of(core, 1.0)}))  # type: ignore[arg-type]
 
 
 def test_mixed_precision_is_left_to_autograd() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedraclora.protocol.downlink import Downlink, Trained
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.factor import to_train
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.galore import GaLore, Projection, leading_vectors, projections
@@ -20,7 +21,7 @@ SHAPES = {"wide": (4, 7), "tall": (6, 5), "turned": (7, 4), "kernel": (3, 4, 2, 
 SHAPES |= {"square": (5, 5)}  # projected from the left
 RANKS = {"rank/wide": 2, "rank/tall": 3, "rank/turned": 2, "rank/square": 3, "rank/kernel": 3}
 SENT = Downlink(
-    dense={n: Trained(shape, main=n != "bias") for n, shape in SHAPES.items()},
+    dense={n: to_train(shape, main=n != "bias") for n, shape in SHAPES.items()},
     recipe="galore",
     arguments={"gap": 2, "scale": 0.25, "turned/turned": 1, **RANKS},
 )
@@ -102,7 +103,7 @@ def test_directions_that_a_gradient_lacks_are_left_out_until_the_next_basis() ->
     rng = generator(0, "galore", "one")
     local = LocalSettings(lr=1.0)
     sent = Downlink(
-        dense={"w": Trained((4, 7))},
+        dense={"w": to_train((4, 7))},
         recipe="galore",
         arguments={"gap": 2, "scale": 1.0, "rank/w": 3},
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.protocol.method import Adapter, Downlink, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.extras.gates import CohortGates, pruned
 from fedraclora.training.extras.pairs import Pair
@@ -70,7 +71,7 @@ def test_clients_that_have_finished_keep_what_they_have() -> None:
 @pytest.mark.parametrize("label", ["B", "A"])
 def test_what_no_client_kept_is_reported(label: str) -> None:
     shape = (M, R) if label == "B" else (R, N)
-    sent = Downlink({"w": Adapter({label: Trained(shape)}, 1.0)})
+    sent = Downlink({"w": Adapter.of({label: to_train(shape)}, 1.0)})
     rows = normal(K, *shape)
     closed = rows.mT if label == "B" else rows
     closed[:, 0] = 0  # by both

@@ -13,7 +13,8 @@ from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.method import Adapter, Downlink, Draw, Plan, State, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Downlink, Draw, Plan, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.rng import generator, torch_normal
@@ -151,8 +152,8 @@ def true_gradient(task: Task, base: Tree, rows: torch.Tensor) -> torch.Tensor:
 
 def probing(rank: int) -> Downlink:
     spec = SketchSpec("orthonormal", "right", rank, N, seed=4, index=0)
-    factors = {"B": Trained((M, rank)), "A": spec}
-    return Downlink({"0.weight": Adapter(factors, S)}, recipe="gradient")
+    factors = {"B": to_train((M, rank)), "A": spec}
+    return Downlink({"0.weight": Adapter.of(factors, S)}, recipe="gradient")
 
 
 LOCALS: dict[str, dict[str, Any]] = {
@@ -185,7 +186,7 @@ def test_a_probe_is_the_gradient_where_clients_start() -> None:
     trainer = CohortTrainer(task, plan, settings, seed=1, device=torch.device("cpu"))
     trial = trainer.train(base, probing(N), torch.arange(4), round_=1, rate_scale=1.0)
     A, start = probing(N).adapters["0.weight"].factors["A"], 0
-    assert isinstance(A, SketchSpec)
+    assert A.drawing is not None
     for k, size in enumerate(SIZES):
         wanted = true_gradient(task, base, torch.arange(start, start + size))
         found = trial.trained["0.weight/B"][k] @ A.draw() / S

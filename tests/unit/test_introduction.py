@@ -14,7 +14,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.compare import compare
 from fedraclora.experiments.report.page import page_of, read_shown
 from fedraclora.models.built import seeded
-from fedraclora.protocol.downlink import Adapter, Downlink, Trained
+from fedraclora.protocol.downlink import Adapter, Downlink
+from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.plan import trained_of
 
 X = np.random.default_rng(4).normal(size=(40, 5)).astype("float32")
@@ -93,11 +94,13 @@ def test_where_nothing_is_left_to_train_it_is_said() -> None:
 def test_many_layers_that_differ_in_numbers_are_told_as_one() -> None:
     names = [f"block.{k}.query.weight" for k in range(12)]
     shapes = dict.fromkeys(names, (6, 4)) | {"out.bias": (3,)}
-    factors = [{"B": Trained((6, 1 + k % 3)), "A": Trained((1 + k % 3, 4))} for k in range(12)]
-    adapters = {name: Adapter(dict(each), 1.0) for name, each in zip(names, factors, strict=True)}
-    said = trained_of(Downlink(adapters, {"out.bias": Trained((3,))}), shapes)
+    factors = [{"B": to_train((6, 1 + k % 3)), "A": to_train((1 + k % 3, 4))} for k in range(12)]
+    adapters = {
+        name: Adapter.of(dict(each), 1.0) for name, each in zip(names, factors, strict=True)
+    }
+    said = trained_of(Downlink(adapters, {"out.bias": to_train((3,))}), shapes)
     assert said.startswith(
         "rank 1 to 3 of 12 layers in block.*.query; in full parameter out.bias: 243 numbers"
     )
-    full = {name: Trained(shape) for name, shape in shapes.items()}
+    full = {name: to_train(shape) for name, shape in shapes.items()}
     assert trained_of(Downlink({}, full), shapes).startswith("in full all of it: 291 numbers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Term
-from fedraclora.protocol.method import Cohort, Draw, Plan, Trained, Traits
+from fedraclora.protocol.method import Cohort, Draw, Plan, Traits
+from fedraclora.strategies.shared.layer import RoundReplies, float64, multiplied
 from fedraclora.strategies.shared.layerwise import (
     Factors,
     Layer,
@@ -21,7 +23,6 @@ from fedraclora.strategies.shared.layerwise import (
     Replies,
     Round,
 )
-from fedraclora.strategies.shared.replies import RoundReplies, float64, multiplied
 from tests.contract.worlds import distance, make_world, mean_weights, play_rounds
 
 DRAW = Draw(1)
@@ -202,9 +203,58 @@ def test_a_mean_of_products_has_the_factors_that_are_frozen(frozen: str) -> None
 def own_factor(replies: Replies, label: str, client: int) -> torch.Tensor:
     """A factor of one client, whether it was trained or not."""
     factor = replies.adapter.factors[label]
-    if isinstance(factor, Trained):
+    if factor.trained:
         return replies.stack(label)[client]
     return float64(replies[label], torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Beside(LayerMethod):
+    """Fed-RAC-LoRA whose A has rows orthogonal to those of the last link."""
+
+    traits = Traits(exact=True, linear=True, merges=True)
+    keeps = ("A",)
+    draws = "right"
+    parts = 2  # the rows of two links share the dimension
+
+    @override
+    def factors(self, layer: Layer, now: Round) -> Factors:
+        A = now.sketch(layer, "A", "orthonormal", index=layer.link).draw()
+        if (last := layer.carried.get("A")) is not None:
+            A = torch.linalg.qr(torch.cat([last, A]).mT)[0].mT[layer.rank :]
+        return {"B": layer.trained("B"), "A": A}
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        A = replies["A"]
+        return LayerUpdate(carried={"A": A.draw()}, merged=(replies.mean("B"), A))
+
+
+def test_a_frozen_factor_may_be_made_from_that_of_the_last_link() -> None:
+    world, method = make_world(), Beside(rank=3, alpha=5.0)
+    rounds = play_rounds(method, world, 3, DRAW)
+    for number, played in enumerate(rounds, start=1):
+        sent = sum(f.floats for f in played.sent.named.values())
+        assert method.floats(world.plan, number) == (played.sent.layout.size, sent)
+        torch.testing.assert_close(method.weights(played.after, DRAW), mean_weights(played))
+    for last, now in pairwise(rounds):
+        for name, adapter in now.sent.adapters.items():
+            A, before = (a.factors["A"].draw() for a in (adapter, last.sent.adapters[name]))
+            assert len(A) == method.rank_of(world.plan, name)
+            assert float((A @ before.mT).abs().max()) < 1e-9
+
+
+def test_that_clients_keep_a_factor_must_be_said() -> None:
+    """Else their state is not stored, and the server measures weights that nobody has."""
+
+    @dataclass(frozen=True)
+    class Secretive(Part):
+        @override
+        def factors(self, layer: Layer, now: Round) -> Factors:
+            return {"B": layer.trained("B", upload=False), "A": layer.trained("A")}
+
+    with pytest.raises(ConfigError, match=r"Secretive .*factor B .*client_state = True"):
+        play_rounds(Secretive(rank=3), make_world(), 1, DRAW)
 
 
 def test_what_a_factor_that_crosses_links_leaves_must_be_said() -> None:
@@ -232,7 +282,7 @@ class Keeping(Part):
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         B, A = replies.mean("B"), replies["A"]
         if self.wide:
-            return LayerUpdate(merged=(B, torch.eye(layer.rank), A.draw()), keep=self.keep)  # type: ignore[union-attr]
+            return LayerUpdate(merged=(B, torch.eye(layer.rank), A.draw()), keep=self.keep)
         merged = (B, A) if layer.ends else None
         return LayerUpdate({} if merged else {"B": B}, merged, keep=self.keep)
 
@@ -246,17 +296,17 @@ def test_the_factor_that_is_kept_is_what_the_next_link_sees() -> None:
         for layer in method.layers_of(second.before):
             B, *_, A = first.after.link.terms[layer.name].factors
             assert layer.past is not None
-            assert torch.equal(layer.past, B if keep == "B" else A)  # type: ignore[arg-type]
+            assert torch.equal(layer.past, (B if keep == "B" else A).draw())
 
 
-@pytest.mark.parametrize(("changes", "what"), [({}, "a SketchSpec"), ({"rounds": 2}, "not a fac")])
+@pytest.mark.parametrize(("changes", "what"), [({}, "no matrix"), ({"rounds": 2}, "not a fac")])
 def test_to_keep_what_replicas_would_not_have_is_refused(changes: Any, what: str) -> None:
     """Else `Layer.past` is None for ever, and another method runs."""
     with pytest.raises(ConfigError, match=rf"keep='A'\) of fc1.weight: .* is {what}"):
         play_rounds(Keeping(rank=3, alpha=5.0, keep="A", **changes), make_world(), 1, DRAW)
     spec = Round(1, DRAW).sketch(layer_of(), "A", "gaussian")
     with pytest.raises(ConfigError, match="is no matrix"):
-        Term((torch.zeros(5, 3), spec), 1.0, keep=1)
+        Term.of((torch.zeros(5, 3), spec), 1.0, keep=1)
 
 
 def layer_of() -> Layer:

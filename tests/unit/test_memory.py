@@ -29,7 +29,8 @@ from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_transformer
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies import METHODS
@@ -335,13 +336,13 @@ def test_what_stays_at_a_client_starts_at_its_own() -> None:
     assert kept == {"head.weight", "head.bias"}
     found = owned(sent, 2).trained()
     assert {n for n, s in found.items() if s.per_client} == kept
-    assert tuple(found["head.weight"].start.shape) == (2, 10, 40)  # type: ignore[union-attr]
+    assert tuple(found["head.weight"].draw().shape) == (2, 10, 40)
 
 
 def test_per_client_values_of_others_are_left_out() -> None:
-    own = Trained((2, 3), start=torch.zeros(50, 2, 3))
+    own = to_train((2, 3), start=torch.zeros(50, 2, 3))
     found = owned(Downlink(dense={"a": own}, ranks=torch.arange(50)), 2)
-    assert tuple(found.dense["a"].start.shape) == (2, 2, 3)  # type: ignore[union-attr]
+    assert tuple(found.dense["a"].draw().shape) == (2, 2, 3)
     assert found.ranks is not None
     assert found.ranks.tolist() == [0, 1]
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.downlink import Adapter, Downlink, Trained
+from fedraclora.protocol.downlink import Adapter, Downlink
+from fedraclora.protocol.factor import to_train
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
@@ -19,7 +20,9 @@ from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
 
 A = SketchSpec("gaussian", "right", 2, 7, seed=3, index=0)
-SENT = Downlink({"w": Adapter({"B": Trained((5, 2)), "A": A}, 1.5)}, {"b": Trained((5,))}, link=4)
+SENT = Downlink(
+    {"w": Adapter.of({"B": to_train((5, 2)), "A": A}, 1.5)}, {"b": to_train((5,))}, link=4
+)
 ADAMW = LocalConfig(optimiser="adamw", lr=0.1, weight_decay=0.2, moments="link")
 
 

@@ -124,7 +124,7 @@ def test_files_and_messages_hold_codes(turned: bool, base: str, tmp_path: Path) 
 
 def test_nothing_is_merged_into_it(base: str) -> None:
     tree = {"w": quantised(drawn(), base, "w")}
-    link = Link({"w": Term((torch.ones(M, 2), torch.ones(2, N)), 0.5)})
+    link = Link({"w": Term.of((torch.ones(M, 2), torch.ones(2, N)), 0.5)})
     with pytest.raises(ConfigError, match=f"w is held in {base}.*merged"):
         apply_link(tree, link, Plan({"w": LayerView("linear", (M, N))}))
 

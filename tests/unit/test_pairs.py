@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Downlink, Factor
 from fedraclora.protocol.recipes import projected
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extra import ClientChunk, When
@@ -173,13 +174,13 @@ def test_single_precision_stays_single() -> None:
 
 
 def downlink_of(factors: dict[str, Factor], recipe: str = "plain") -> Downlink:
-    return Downlink({"w": Adapter(factors, S)} if factors else {}, recipe=recipe)
+    return Downlink({"w": Adapter.of(factors, S)} if factors else {}, recipe=recipe)
 
 
-BOTH: dict[str, Factor] = {"B": Trained((M, R)), "A": Trained((R, N))}
+BOTH: dict[str, Factor] = {"B": to_train((M, R)), "A": to_train((R, N))}
 CORE: dict[str, Factor] = {
     "B": normal(M, R),
-    "R": Trained((R, R)),
+    "R": to_train((R, R)),
     "A": normal(R, N),
 }
 
@@ -205,7 +206,7 @@ def test_what_it_does_not_fit_is_refused(
 
 
 def test_a_probe_has_nothing_to_adjust() -> None:
-    probe = Downlink(dense={"w": Trained((M, N))}, recipe="gradient")
+    probe = Downlink(dense={"w": to_train((M, N))}, recipe="gradient")
     assert pairs_of(probe, {}, None, "local.x=y") == []
 
 

@@ -67,7 +67,7 @@ def test_links_under_one_sketch_add_up_by_hand() -> None:
     state = begun(method)
     for round_ in (1, 2, 3):
         spec = method.open_round(state, round_, COHORT, DRAW).adapters[NAME].factors["A"]
-        sketches.append(spec.draw())  # type: ignore[union-attr]
+        sketches.append(spec.draw())
         rows = normal(2, M * R, key=round_).reshape(2, M, R)
         means.append((rows[0] + 3 * rows[1]) / 4)
         state = after(method, state, round_)
@@ -131,7 +131,7 @@ def test_a_refresh_moves_no_bit_and_empties_the_pool() -> None:
     assert not any(t.numel() for n, t in ends[1].base.items() if n != NAME)
     assert (kept.traits.merges, folded.traits.merges) == (False, True)
     sent = folded.open_round(ends[1], 5, COHORT, DRAW)
-    assert (sent.pools, sent.adapters[NAME].factors["A"].index) == ({}, 2)  # type: ignore[union-attr]
+    assert (sent.pools, sent.adapters[NAME].factors["A"].drawing.index) == ({}, 2)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -158,7 +158,7 @@ def test_what_is_published_is_off_by_one_rounding_however_often(side: str) -> No
             assert torch.equal(read_link(*link_tensors(state.link)).dense[part], state.base[part])
     rng = generator(5, "downlink", 6, "link", 0, NAME, 0 if side == "right" else 1)
     folded = rounded(torch.cat(sums, dim), "int4", rng)  # type: ignore[arg-type]
-    sketches = kept.pools(before, DRAW)[NAME].sketches.draw()
+    sketches = kept.pools(before, DRAW)[NAME].frozen.draw()
     product = folded @ sketches if side == "right" else sketches @ folded
     W = (before.base[NAME].double() + ALPHA / rank * product).float()
     torch.testing.assert_close(state.base[NAME], W, rtol=0, atol=0)
@@ -181,13 +181,13 @@ def test_a_pool_reaches_the_span_of_its_sketches_and_no_more() -> None:
     loss = []
     for round_ in range(1, 7):
         sent = method.open_round(state, round_, COHORT, DRAW)
-        A = sent.adapters[NAME].factors["A"].draw()  # type: ignore[union-attr]
+        A = sent.adapters[NAME].factors["A"].draw()
         gradient = method.weights(state, DRAW)[NAME] - target
         row = (-R / ALPHA * gradient @ A.T).reshape(1, -1)  # s B A is the projected step
         got = Uplinks(COHORT.clients, SHARES, sent.layout, row.expand(2, -1))
         state = method.close_round(state, sent, got)
         loss.append(float((method.weights(state, DRAW)[NAME] - target).square().sum() / 2))
-    rows = method.pools(state, DRAW)[NAME].sketches.draw()
+    rows = method.pools(state, DRAW)[NAME].frozen.draw()
     outside = (normal(M, N) - target) @ (torch.eye(N).double() - rows.T @ rows)
     floor = float(outside.square().sum() / 2)
     assert loss[1] > 1.01 * floor > 0.01
@@ -197,7 +197,7 @@ def test_a_pool_reaches_the_span_of_its_sketches_and_no_more() -> None:
 def test_a_fraction_of_one_tiles_every_layer() -> None:
     method = PoolRacLora(rank=1.0, pool=4)
     sent = method.open_round(states(method, 5, torch.float64)[-1], 6, COHORT, DRAW)
-    drawn = sent.pools[NAME].sketches.draw()
+    drawn = sent.pools[NAME].frozen.draw()
     torch.testing.assert_close(drawn.T @ drawn, torch.eye(N).double())
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Downlink, Factor
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.prox import with_prox
 from fedraclora.tree import Tree
@@ -28,13 +29,13 @@ def case(trained: str, per_client: bool) -> tuple[Downlink, Tree, Tree, Tree]:
     for label in ("B", "A"):
         name = f"w/{label}"
         if label in trained:
-            factors[label] = Trained(SHAPES[name])
+            factors[label] = to_train(SHAPES[name])
         else:
             value = torch_normal(RNG, *(lead if per_client else ()), *SHAPES[name])
             factors[label] = value
             frozen[name] = value
             del starts[name]
-    downlink = Downlink({"w": Adapter(factors, SCALE)}, {"b": Trained(SHAPES["b"], main=False)})
+    downlink = Downlink({"w": Adapter.of(factors, SCALE)}, {"b": to_train(SHAPES["b"], main=False)})
     leaves = {n: VALUES[n][:ACTIVE] for n in starts}
     return downlink, leaves, starts, frozen
 
@@ -84,7 +85,7 @@ def test_there_is_no_pull_at_the_start() -> None:
 
 
 def test_a_term_of_three_factors_is_refused() -> None:
-    factors: dict[str, Factor] = {k: Trained((2, 2)) for k in ("B", "R", "A")}
-    downlink = Downlink({"w": Adapter(factors, 1.0)})
+    factors: dict[str, Factor] = {k: to_train((2, 2)) for k in ("B", "R", "A")}
+    downlink = Downlink({"w": Adapter.of(factors, 1.0)})
     with pytest.raises(ConfigError, match=r"local\.prox .*adapters B A.*B, R, A"):
         with_prox({}, {}, starts={}, frozen={}, downlink=downlink, mu=1.0)

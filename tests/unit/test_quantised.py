@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from fedraclora.errors import WireError
 from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
-from fedraclora.protocol.method import Adapter, Downlink, Trained
+from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.protocol.quantised import BLOCK, LEVELS, ROUNDED, decode, encode, packed_bytes
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
@@ -114,8 +115,8 @@ def asked(ranks: torch.Tensor | None = None, recipe: str = "plain") -> Downlink:
     """A factor that is trained from a tensor of its own, and a bias."""
     start = torch_normal(generator(0, "start"), 7, 3)
     spec = SketchSpec("gaussian", "right", 3, 5, seed=1, index=0)
-    adapter = Adapter({"B": Trained((7, 3), start), "A": spec}, 5 / 3)
-    return Downlink({"w": adapter}, {"b": Trained((7,))}, recipe, ranks=ranks)
+    adapter = Adapter.of({"B": to_train((7, 3), start), "A": spec}, 5 / 3)
+    return Downlink({"w": adapter}, {"b": to_train((7,))}, recipe, ranks=ranks)
 
 
 @pytest.mark.parametrize("ranks", [None, torch.tensor([1, 3, 2])])
@@ -156,8 +157,8 @@ def test_a_link_in_fewer_bits_is_read_back_and_counted() -> None:
     spec = SketchSpec("gaussian", "right", 3, 5, seed=1, index=0)
     link = Link(
         {
-            "w": Term((B.float().reshape(7, 3), spec), 5 / 3, "int4"),
-            "b": Term((change,), 1.0, "int4"),
+            "w": Term.of((B.float().reshape(7, 3), spec), 5 / 3, "int4"),
+            "b": Term.of((change,), 1.0, "int4"),
         }
     )
     plan = Plan({"w": LayerView("linear", (7, 5))})

@@ -9,14 +9,8 @@ from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError, ShapeError, WireError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.method import (
-    Adapter,
-    Cohort,
-    Downlink,
-    Draw,
-    Plan,
-    Trained,
-)
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Cohort, Downlink, Draw, Plan
 from fedraclora.protocol.rank_budgets import (
     check_budgets,
     check_ranks,
@@ -41,18 +35,18 @@ A = SketchSpec("gaussian", "right", R, N, 0, 0)
 
 def right(**settings: object) -> Downlink:
     """Two adapters, one of a lower rank, and a head."""
-    low = Adapter({"B": Trained((M, 2)), "A": torch.ones(2, N)}, 1.0)
+    low = Adapter.of({"B": to_train((M, 2)), "A": torch.ones(2, N)}, 1.0)
     return Downlink(
-        {"w": Adapter({"B": Trained((M, R)), "A": A}, 1.0), "low": low},
-        {"head": Trained((4, M))},
+        {"w": Adapter.of({"B": to_train((M, R)), "A": A}, 1.0), "low": low},
+        {"head": to_train((4, M))},
         **settings,  # type: ignore[arg-type]
     )
 
 
 def test_components_are_counted_where_factors_meet() -> None:
-    three = Adapter({"B": Trained((M, R)), "M": Trained((R, 2)), "A": Trained((2, N))}, 1.0)
+    three = Adapter.of({"B": to_train((M, R)), "M": to_train((R, 2)), "A": to_train((2, N))}, 1.0)
     assert [rank_axes(three, label) for label in "BMA"] == [(1,), (0, 1), (0,)]
-    assert rank_axes(Adapter({"D": Trained((M, N))}, 1.0), "D") == ()
+    assert rank_axes(Adapter.of({"D": to_train((M, N))}, 1.0), "D") == ()
 
 
 def test_a_budget_leaves_the_first_components() -> None:
@@ -91,7 +85,7 @@ def test_two_sketches_with_a_server_step_of_two_merge_the_mean_of_each_group() -
     rows = widen(own.reshape(-1), sent, torch.arange(4))
     got = Uplinks(torch.arange(4), torch.ones(4).double(), sent.layout, rows)
     factor = sent.adapters["w"].factors["A"]
-    assert isinstance(factor, SketchSpec)
+    assert factor.drawing is not None
     A = factor.draw()
     wanted = sum(2.5 * own[group == g].mean(dim=0) @ A[2 * g : 2 * g + 2] for g in (0, 1))
     torch.testing.assert_close(method.close_round(state, sent, got).base["w"], wanted)
@@ -104,8 +98,8 @@ def test_more_sketches_than_dimensions_are_refused() -> None:
 
 
 def test_the_middle_of_three_factors_is_cut_on_both_sides() -> None:
-    chain = {"B": torch.ones(M, R), "M": Trained((R, R)), "A": torch.ones(R, N)}
-    masks = trainable(Downlink({"w": Adapter(dict(chain), 1.0)}), torch.tensor([2]))
+    chain = {"B": torch.ones(M, R), "M": to_train((R, R)), "A": torch.ones(R, N)}
+    masks = trainable(Downlink({"w": Adapter.of(dict(chain), 1.0)}), torch.tensor([2]))
     wanted = torch.zeros(1, R, R, dtype=torch.bool)
     wanted[:, :2, :2] = True
     assert torch.equal(masks["w/M"], wanted)
@@ -140,9 +134,9 @@ def test_rows_are_widened_by_what_was_not_trained(start: str) -> None:
         "shared": torch.arange(float(M * R)).reshape(M, R),
         "own": torch.arange(float(4 * M * R)).reshape(4, M, R),
     }[start]
-    chain = {"B": Trained((M, R), begin), "A": A}
-    head = {"head": Trained((2,), torch.tensor([7.0, 7.0]))}
-    downlink = Downlink({"w": Adapter(dict(chain), 1.0)}, head, ranks=RANKS)
+    chain = {"B": to_train((M, R), begin), "A": A}
+    head = {"head": to_train((2,), torch.tensor([7.0, 7.0]))}
+    downlink = Downlink({"w": Adapter.of(dict(chain), 1.0)}, head, ranks=RANKS)
     places = torch.tensor([0, 2])
     mask = uploaded_mask(downlink, places)
     assert mask is not None
@@ -171,8 +165,8 @@ def test_an_exchange_asks_every_client_for_its_own_budget() -> None:
 
 
 def test_what_stays_at_the_client_is_not_counted() -> None:
-    chain = {"B": Trained((M, R), upload=False), "A": Trained((R, N))}
-    downlink = Downlink({"w": Adapter(dict(chain), 1.0)}, ranks=torch.tensor([1, 3]))
+    chain = {"B": to_train((M, R), upload=False), "A": to_train((R, N))}
+    downlink = Downlink({"w": Adapter.of(dict(chain), 1.0)}, ranks=torch.tensor([1, 3]))
     assert uploaded_numbers(downlink, 2).tolist() == [N, 3 * N]
     mask = uploaded_mask(downlink, torch.arange(2))
     assert mask is not None

@@ -28,7 +28,7 @@ def states(seed: float) -> list[State]:
     found = [State(base, PLAN, {"w/B": torch.zeros(5, 2)}, Memo())]
     for round_ in range(1, ROUNDS + 1):
         factors = (torch.full((5, 2), seed), torch.full((2, 7), float(round_)))
-        link = Link({"w": Term(factors, 1.5)}, {}) if round_ % 3 else None
+        link = Link({"w": Term.of(factors, 1.5)}, {}) if round_ % 3 else None
         base = {**base, "w": base["w"] + 3 * seed * round_} if link else base
         carried = {"w/B": torch.full((5, 2), float(round_ // 2))} if round_ != 4 else {}
         found.append(State(base, PLAN, carried, Memo(age=round_), link))

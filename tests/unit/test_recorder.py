@@ -21,7 +21,7 @@ from fedraclora.weights.links import read_links
 from tests.common import normal
 
 SPEC = SketchSpec("coordinate", "right", 2, 7, seed=1, index=0)
-LINK = Link({"w": Term((torch.ones(5, 2), SPEC), 1.5)}, {"b": torch.ones(5)})
+LINK = Link({"w": Term.of((torch.ones(5, 2), SPEC), 1.5)}, {"b": torch.ones(5)})
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 
 from fedraclora.errors import StaleError, WireError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.derived import Derived
+from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
@@ -59,7 +59,7 @@ def first() -> Tree:
 def term(seed: int, rank: int = 1) -> Term:
     """By rank 1 it has 14 numbers, where the weight has 48."""
     rng = generator(seed, "link")
-    return Term((torch_normal(rng, 6, rank).float(), torch_normal(rng, rank, 8).float()), 1.5)
+    return Term.of((torch_normal(rng, 6, rank).float(), torch_normal(rng, rank, 8).float()), 1.5)
 
 
 def derived(i: int) -> Term:
@@ -67,14 +67,15 @@ def derived(i: int) -> Term:
     label, shape = ("B", (6, 1)) if i % 2 else ("A", (1, 8))
     trained = torch_normal(generator(i, "derived"), *shape).float()
     side, dim = ("right", 8) if label == "B" else ("left", 6)
-    frozen: SketchSpec | Derived = SketchSpec("gaussian", side, 1, dim, seed=1, index=i)
+    drawing = SketchSpec("gaussian", side, 1, dim, seed=1, index=i)
+    frozen = Factor(sketch=drawing)
     if i > 1:
-        frozen = Derived(torch.tensor([[0.5, -1.5 * i]], dtype=torch.float64), frozen)
+        frozen = Factor(sketch=drawing, coefficients=torch.tensor([[0.5, -1.5 * i]]).double())
     factors = (trained, frozen) if label == "B" else (frozen, trained)
-    return Term(factors, 1.5, keep="BA".index(label))
+    return Term.of(factors, 1.5, keep="BA".index(label))
 
 
-SKETCH = Term((torch.ones(6, 2), SketchSpec("gaussian", "right", 2, 8, seed=1, index=0)), 0.5)
+SKETCH = Term.of((torch.ones(6, 2), SketchSpec("gaussian", "right", 2, 8, seed=1, index=0)), 0.5)
 LINKS: dict[str, Callable[[int], Link | None]] = {
     "terms": lambda i: Link({"w": term(i), "v": term(-i)}),
     "large": lambda i: Link({"w": term(i, 5), "v": term(i)}),
@@ -83,7 +84,7 @@ LINKS: dict[str, Callable[[int], Link | None]] = {
     "derived, whole now and then": lambda i: (
         Link({"w": derived(i)})
         if i % 3
-        else Link({}, {"w": first()["w"] * i, "w/past": derived(i).factors[1 - i % 2]})  # type: ignore[dict-item]
+        else Link({}, {"w": first()["w"] * i, "w/past": derived(i).factors[1 - i % 2].draw()})
     ),
     "dense": lambda i: Link({"w": term(i)}, {"b": torch.full((6,), 1.0 * i)}),
     "whole now and then": lambda i: Link({"v": term(i)}, {"w": first()["w"] * i} if i % 2 else {}),

@@ -28,7 +28,8 @@ from fedraclora.aggregation.statistics import (
     trimmed_mean,
 )
 from fedraclora.errors import ConfigError, ShapeError
-from fedraclora.protocol.downlink import Adapter, Downlink, Trained
+from fedraclora.protocol.downlink import Adapter, Downlink
+from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
@@ -38,15 +39,15 @@ RULES = (Median(), TrimmedMean(), GeometricMedian(), Krum(), MultiKrum(), NormBo
 LAYOUT = Layout((("w/B", (2, 3)), ("b", (1,))))
 DOWNLINK = Downlink(
     {
-        "w": Adapter(
+        "w": Adapter.of(
             {
-                "B": Trained((2, 3), torch.full((2, 3), 0.25)),
+                "B": to_train((2, 3), torch.full((2, 3), 0.25)),
                 "A": SketchSpec("orthonormal", "right", 3, 5, seed=1, index=0),
             },
             scale=5 / 3,
         )
     },
-    {"b": Trained((1,), main=False)},
+    {"b": to_train((1,), main=False)},
 )
 SETTING = AggregationContext(DOWNLINK, 1, Draw(0), {"b": torch.tensor([-2.0])})
 WEISZFELD = {"smoothing": 1e-9, "tolerance": 1e-15, "iterations": 2000}
@@ -137,7 +138,7 @@ def test_updates_are_shortened_from_where_they_started() -> None:
 
 def test_a_start_of_each_client_is_its_own() -> None:
     starts = normals(6, 4, 2, 3)
-    sent = Downlink({"w": Adapter({"B": Trained((2, 3), starts)}, 1.0)}, DOWNLINK.dense)
+    sent = Downlink({"w": Adapter.of({"B": to_train((2, 3), starts)}, 1.0)}, DOWNLINK.dense)
     rows = torch.cat([starts.reshape(4, -1), torch.full((4, 1), -2.0).double()], dim=1)[[0, 2, 3]]
     got = Uplinks(
         torch.tensor([1, 5, 8]),

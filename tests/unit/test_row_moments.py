@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.downlink import Adapter, Downlink, Trained
+from fedraclora.protocol.downlink import Adapter, Downlink
+from fedraclora.protocol.factor import to_train
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
@@ -16,7 +17,7 @@ from tests.common import normal
 
 M, N, R, SCALE = 5, 7, 2, 1.5
 A = SketchSpec("orthonormal", "right", R, N, seed=3, index=0)
-SENT = Downlink({"w": Adapter({"B": Trained((M, R)), "A": A}, SCALE)}, {"b": Trained((M,))})
+SENT = Downlink({"w": Adapter.of({"B": to_train((M, R)), "A": A}, SCALE)}, {"b": to_train((M,))})
 ROUND = LocalConfig(optimiser="adamw", lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9)
 
 

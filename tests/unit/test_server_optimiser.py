@@ -18,7 +18,8 @@ from fedraclora.aggregation.server_optimisers import (
 )
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.change_of_basis import held_beside, transported
-from fedraclora.protocol.downlink import Adapter, Trained
+from fedraclora.protocol.downlink import Adapter
+from fedraclora.protocol.factor import to_train
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
@@ -114,14 +115,14 @@ def test_a_fresh_sketch_keeps_a_share_r_of_n_of_the_energy() -> None:
 
 def test_what_stands_beside_a_trained_factor() -> None:
     spec = SketchSpec("gaussian", "left", 2, 5, 1, index=0)
-    pair = held_beside(Adapter({"B": spec, "A": Trained((2, 4))}, 1.0))
+    pair = held_beside(Adapter.of({"B": spec, "A": to_train((2, 4))}, 1.0))
     assert pair is not None
     assert pair[0] == "A"
     assert torch.equal(pair[1], spec.draw())
     own = torch.zeros(3, 2, 4)
     for factors in (
-        {"B": Trained((5, 2)), "A": Trained((2, 4))},
-        {"B": Trained((5, 2)), "A": own},
-        {"B": torch.zeros(5, 2), "R": Trained((2, 2)), "A": torch.zeros(2, 4)},
+        {"B": to_train((5, 2)), "A": to_train((2, 4))},
+        {"B": to_train((5, 2)), "A": own},
+        {"B": torch.zeros(5, 2), "R": to_train((2, 2)), "A": torch.zeros(2, 4)},
     ):
-        assert held_beside(Adapter(dict(factors), 1.0)) is None  # type: ignore[arg-type]
+        assert held_beside(Adapter.of(dict(factors), 1.0)) is None  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Downlink, Factor
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.localconfig import effective_step
@@ -15,9 +16,11 @@ def sketched(scale: float, *, side: str = "right", **changes: object) -> Adapter
     settings = {"kind": "orthonormal", "side": side, "rank": 2, "dim": 8, "seed": 0, "index": 0}
     spec = SketchSpec(**(settings | changes))  # type: ignore[arg-type]
     factors: dict[str, Factor] = (
-        {"B": Trained((5, 2)), "A": spec} if side == "right" else {"B": spec, "A": Trained((2, 5))}
+        {"B": to_train((5, 2)), "A": spec}
+        if side == "right"
+        else {"B": spec, "A": to_train((2, 5))}
     )
-    return Adapter(factors, scale)
+    return Adapter.of(factors, scale)
 
 
 LOCAL = LocalSettings(lr=0.2, dense_lr=0.01)
@@ -46,8 +49,11 @@ def test_layers_give_a_range_on_either_side() -> None:
 
 
 def test_without_sketches_there_is_only_the_learning_rate() -> None:
-    both: dict[str, Factor] = {"B": Trained((5, 2)), "A": Trained((2, 8))}
-    for downlink in (Downlink({"w": Adapter(both, 2.0)}), Downlink(dense={"w": Trained((5, 8))})):
+    both: dict[str, Factor] = {"B": to_train((5, 2)), "A": to_train((2, 8))}
+    for downlink in (
+        Downlink({"w": Adapter.of(both, 2.0)}),
+        Downlink(dense={"w": to_train((5, 8))}),
+    ):
         assert effective_step(downlink, LOCAL, 0.5) == {"lr": 0.1}
 
 
@@ -55,7 +61,7 @@ def test_two_frozen_factors_give_the_product_of_their_scales() -> None:
     """R under s B R A moves W by lr s^2 B B^T G A^T A: the c of B times the c of A."""
     adapter = sketched(1.5, normalise="identity")  # A A^T = 4 I
     left = sketched(1.5, side="left", dim=6, normalise="identity").factors["B"]  # B^T B = 3 I
-    core = Adapter({"B": left, "R": Trained((2, 2)), "A": adapter.factors["A"]}, 1.5)
+    core = Adapter.of({"B": left, "R": to_train((2, 2)), "A": adapter.factors["A"]}, 1.5)
     found = effective_step(Downlink({"w": core}), LOCAL, 1.0)
     assert found == pytest.approx({"lr": 0.2, "gamma_min": 5.4, "gamma_max": 5.4})
 
@@ -72,7 +78,7 @@ def test_gamma_is_the_step_that_sgd_takes_inside_the_sketch(normalise: str) -> N
     adapter = sketched(1.5, normalise=normalise)
     gamma = effective_step(Downlink({"w": adapter}), LOCAL, 1.0)["gamma_max"]
     factor = adapter.factors["A"]
-    assert isinstance(factor, SketchSpec)
+    assert factor.drawing is not None
     A = factor.draw()
     G = torch.ones(5, 2, dtype=torch.float64) @ A  # inside the row space
     moved = -0.2 * 1.5 * (G @ A.mT) @ A * 1.5

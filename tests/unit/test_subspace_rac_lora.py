@@ -11,7 +11,7 @@ import torch
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Term
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
@@ -40,11 +40,9 @@ def played(
         layout = sent.layout
         rows = torch_normal(generator(0, "replies", round_), 2, layout.size)
         if gradient is not None:
-            (label,) = (k for k, f in sent.adapters["w"].factors.items() if isinstance(f, Trained))
-            (other,) = (
-                f for f in sent.adapters["w"].factors.values() if not isinstance(f, Trained)
-            )
-            frozen = other.draw() if isinstance(other, SketchSpec) else other
+            (label,) = (k for k, f in sent.adapters["w"].factors.items() if f.trained)
+            (other,) = (f for f in sent.adapters["w"].factors.values() if not f.trained)
+            frozen = other.draw()
             step = gradient @ frozen.mT if label == "B" else frozen.mT @ gradient
             rows = layout.pack({f"w/{label}": -0.1 * step}).expand(2, -1)
         state = method.close_round(
@@ -56,13 +54,13 @@ def played(
 
 def frozen(sent: Downlink, label: str) -> torch.Tensor:
     factor = sent.adapters["w"].factors[label]
-    assert isinstance(factor, torch.Tensor)
-    return factor
+    assert factor.numbers is not None
+    return factor.numbers
 
 
 def drawn(sent: Downlink) -> dict[str, torch.Tensor]:
     factors = sent.adapters["w"].factors.items()
-    return {label: f.draw() for label, f in factors if isinstance(f, SketchSpec)}
+    return {label: f.draw() for label, f in factors if f.drawing}
 
 
 def test_a_link_keeps_the_leading_singular_vectors_of_the_change_of_the_last() -> None:
@@ -100,7 +98,7 @@ def test_the_basis_and_what_is_trained_last_as_long_as_the_link() -> None:
     assert [tuple(kept.shape) for kept in ends] == [(M, RANK), (RANK, N), (M, RANK)]  # type: ignore[union-attr]
     (third, sent), (_, again) = states[2], states[3]
     assert torch.equal(frozen(sent, "B"), frozen(again, "B"))
-    assert torch.equal(again.trained()["w/A"].start, third.carried["w/A"])  # type: ignore[arg-type]
+    assert torch.equal(again.trained()["w/A"].draw(), third.carried["w/A"])
     moved = ALPHA / RANK * frozen(again, "B") @ third.carried["w/A"]
     torch.testing.assert_close(method.weights(third, DRAW)["w"], third.base["w"] + moved)
 
@@ -124,7 +122,7 @@ def test_pairs_draw_every_even_link() -> None:
     states = played(method, 4)
     for i, (state, sent) in enumerate(states):
         even = i % 2 == 0
-        assert isinstance(sent.adapters["w"].factors["A" if even else "B"], SketchSpec) == even
+        assert bool(sent.adapters["w"].factors["A" if even else "B"].drawing) == even
         assert ("energy_seen" in state.report) == even  # beside kept rows alone nothing is known
     # The second of a pair has the range of the first.
     B, first = frozen(states[1][1], "B"), states[0][0].base["w"]
@@ -158,10 +156,10 @@ def test_energy_is_counted_by_hand() -> None:
     """One kept row of length 1/2; two fresh ones stand for five dimensions."""
     A = torch.eye(6).double()[:3] * torch.tensor([[0.5], [1.0], [1.0]]).double()
     B = torch.tensor([[3.0, 0.0, 2.0], [0.0, 1.0, 0.0]]).double()
-    seen, whole = energies(Term((B, A), 2.0), "B", 1).tolist()
+    seen, whole = energies(Term.of((B, A), 2.0), "B", 1).tolist()
     assert seen == pytest.approx((9 / 0.25 + 1 + 4) / 4)
     assert whole == pytest.approx((9 / 0.25 + 5 / 2 * 5) / 4)
-    turned = energies(Term((A.mT, B.mT), 2.0), "A", 1)
+    turned = energies(Term.of((A.mT, B.mT), 2.0), "A", 1)
     assert turned.tolist() == pytest.approx([seen, whole])
 
 

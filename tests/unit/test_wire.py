@@ -15,7 +15,8 @@ from fedraclora import tree
 from fedraclora.clients.client_state import restore
 from fedraclora.clients.worker import answer_of
 from fedraclora.errors import WireError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.method import Adapter, Downlink, Factor
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.run.client_state import ClientStore
 from fedraclora.sketch import SketchSpec
@@ -38,19 +39,19 @@ ORDER = TrainRequest(9, 8, 1.0 / 3.0, CLIENTS)
 def everything() -> Downlink:
     """A downlink with each kind of factor, shared and per client."""
     own: dict[str, Factor] = {
-        "B": Trained((M, R), normal(K, M, R)),
+        "B": to_train((M, R), normal(K, M, R)),
         "R": normal(K, R, R),
         "A": normal(R, N),
     }
     return Downlink(
         adapters={
-            "w": Adapter({"B": Trained((M, R)), "A": SPEC}, 5.0 / 3.0),
-            "v": Adapter(own, 1e-300),
+            "w": Adapter.of({"B": to_train((M, R)), "A": SPEC}, 5.0 / 3.0),
+            "v": Adapter.of(own, 1e-300),
         },
         dense={
-            "head.weight": Trained((3, M), main=False),
-            "head.bias": Trained((3,), normal(3), main=False),
-            "private": Trained((2,), normal(K, 2), upload=False),
+            "head.weight": to_train((3, M), main=False),
+            "head.bias": to_train((3,), normal(3), main=False),
+            "private": to_train((2,), normal(K, 2), upload=False),
         },
         recipe="projected",
         arguments={"tail": 0.1},
@@ -58,16 +59,10 @@ def everything() -> Downlink:
 
 
 def same_factor(left: Factor, right: Factor) -> bool:
-    if isinstance(left, SketchSpec) or isinstance(right, SketchSpec):
-        return left == right
-    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-        return torch.equal(left, right)
-    assert isinstance(left, Trained)
-    assert isinstance(right, Trained)
-    starts = type(left.start) is type(right.start) and left.start == right.start
-    if isinstance(left.start, torch.Tensor) and isinstance(right.start, torch.Tensor):
-        starts = torch.equal(left.start, right.start)
-    return starts and replace(left, start=None) == replace(right, start=None)
+    said = replace(left, numbers=None) == replace(right, numbers=None)
+    if left.numbers is None or right.numbers is None:
+        return said and left.numbers is right.numbers
+    return said and torch.equal(left.numbers, right.numbers)
 
 
 def assert_same(left: Downlink, right: Downlink) -> None:
@@ -118,23 +113,18 @@ def test_a_chunk_gets_its_own_rows_only(first: int, size: int) -> None:
     request = replace(ORDER, clients=CLIENTS[places], first=first)
     got, _ = unpack_downlink(pack_downlink(sent, request, "float64"))
     start, own = got.adapters["v"].factors["B"], sent.adapters["v"].factors["B"]
-    assert isinstance(start, Trained)
-    assert isinstance(own, Trained)
-    assert isinstance(start.start, torch.Tensor)
-    assert isinstance(own.start, torch.Tensor)
-    assert torch.equal(start.start, own.start[places])
+    assert start.trained
+    assert own.trained
+    assert torch.equal(start.draw(), own.draw()[places])
     core, shared = got.adapters["v"].factors["R"], got.adapters["v"].factors["A"]
-    assert isinstance(core, torch.Tensor)
-    assert isinstance(shared, torch.Tensor)
-    assert torch.equal(core, normal(K, R, R)[places])
-    assert torch.equal(shared, normal(R, N))
+    assert torch.equal(core.draw(), normal(K, R, R)[places])
+    assert torch.equal(shared.draw(), normal(R, N))
 
 
 def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
     content = pack_downlink(everything(), ORDER, "float32")
     got, request = unpack_downlink(content)
-    bias = got.dense["head.bias"].start
-    assert isinstance(bias, torch.Tensor)
+    bias = got.dense["head.bias"].draw()
     assert bias.dtype == torch.float32
     assert torch.equal(bias, normal(3).float())
     assert request.rate_scale == 1.0 / 3.0
@@ -142,7 +132,7 @@ def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
 
 
 def test_a_downlink_without_numbers_comes_back() -> None:
-    sent = Downlink({"w": Adapter({"B": Trained((M, R)), "A": SPEC}, 1.0)})
+    sent = Downlink({"w": Adapter.of({"B": to_train((M, R)), "A": SPEC}, 1.0)})
     content = pack_downlink(sent, ORDER, "float32")
     got, _ = unpack_downlink(content)
     assert_same(got, sent)
@@ -153,12 +143,12 @@ def test_a_downlink_without_numbers_comes_back() -> None:
 
 
 def test_a_start_that_is_drawn_travels_as_a_seed() -> None:
-    pair: dict[str, Factor] = {"B": Trained((M, R)), "A": Trained((R, N), SPEC)}
-    sent = Downlink({"w": Adapter(pair, 1.0)})
+    pair: dict[str, Factor] = {"B": to_train((M, R)), "A": to_train((R, N), SPEC)}
+    sent = Downlink({"w": Adapter.of(pair, 1.0)})
     got, _ = unpack_downlink(pack_downlink(sent, ORDER, "float32"))
     assert_same(got, sent)
     start = got.adapters["w"].factors["A"]
-    assert isinstance(start, Trained)
+    assert start.trained
     assert not start.per_client
     opening = start.opening()
     assert opening is not None
@@ -194,7 +184,7 @@ def test_what_a_cohort_shares_is_packed_and_read_once() -> None:
     assert first["config"] is second["config"]
     one, two = reader.read(first), reader.read(second)
     assert (one.request.first, two.request.first) == (0, 2)
-    left, right = (ask.own.dense["head.bias"].start for ask in (one, two))
+    left, right = (ask.own.dense["head.bias"].draw() for ask in (one, two))
     assert isinstance(left, torch.Tensor)
     assert isinstance(right, torch.Tensor)
     assert left.data_ptr() == right.data_ptr()
@@ -234,7 +224,7 @@ def test_a_message_that_lacks_a_record_is_refused(gone: str) -> None:
 
 
 def test_a_frozen_factor_without_its_numbers_is_refused() -> None:
-    adapters = {"w": {"scale": 1.0, "factors": {"A": []}}}
+    adapters = {"w": {"scale": 1.0, "factors": {"A": {"numbers": []}}}}
     content = pack_downlink(Downlink(), ORDER, "float64")
     with pytest.raises(WireError, match=r"no numbers of .*w/factors/A"):
         unpack_downlink(edited(content, {"downlink": {"adapters": adapters}}))
@@ -242,9 +232,27 @@ def test_a_frozen_factor_without_its_numbers_is_refused() -> None:
 
 def test_a_dense_tensor_has_to_be_trained() -> None:
     content = pack_downlink(Downlink(), ORDER, "float64")
-    for described in (vars(SPEC), []):
-        with pytest.raises(WireError, match=r"dense/b is .* Trained is wanted"):
-            unpack_downlink(edited(content, {"downlink": {"dense": {"b": described}}}))
+    with pytest.raises(WireError, match="b is frozen"):
+        unpack_downlink(edited(content, {"downlink": {"dense": {"b": {"sketch": vars(SPEC)}}}}))
+
+
+@pytest.mark.parametrize(
+    ("described", "why"),
+    [
+        ({}, "one of these"),
+        ({"sketch": vars(SPEC), "numbers": [], "shape": [R, N]}, "one of these"),
+        ({"coefficients": []}, "one of these"),
+        ({"sketch": vars(SPEC), "shape": [R, N + 1]}, "came in the shape"),
+        ({"sketch": vars(SPEC), "shape": [N, R], "trained": True}, "came in the shape"),
+        ({"sketch": vars(SPEC), "count": 0}, "the number of parts"),
+    ],
+)
+def test_a_factor_says_one_thing_of_itself(described: dict[str, object], why: str) -> None:
+    sent = Downlink({"w": Adapter.of({"B": to_train((M, R)), "A": normal(R, N)}, 1.0)})
+    content = pack_downlink(sent, ORDER, "float64")
+    plain = {"adapters": {"w": {"factors": {"A": described}, "scale": 1.0}}}
+    with pytest.raises(WireError, match=why):
+        unpack_downlink(edited(content, {"downlink": plain}))
 
 
 # --- uplink --------------------------------------------------------------------------------------
@@ -312,8 +320,8 @@ def test_what_is_not_uploaded_does_not_travel() -> None:
 
 
 BUDGETS = Downlink(
-    {"w": Adapter({"B": Trained((M, R)), "A": SPEC}, 1.0)},
-    {"b": Trained((3,))},
+    {"w": Adapter.of({"B": to_train((M, R)), "A": SPEC}, 1.0)},
+    {"b": to_train((3,))},
     ranks=torch.tensor([1, 2, 9, 1]),
 )
 

@@ -106,7 +106,7 @@ def of_downlink(downlink: Downlink) -> Constants:
         raise ConfigError("clients have rank budgets, which no theorem here covers; leave them out")
     specs = []
     for name, adapter in downlink.adapters.items():
-        drawn = [f for f in adapter.factors.values() if isinstance(f, SketchSpec)]
+        drawn = [spec for f in adapter.factors.values() if (spec := f.drawing)]
         if len(drawn) != 1 or len(adapter.factors) != 2:
             raise ConfigError(
                 f"the adapter of {name} has the factors {sorted(adapter.factors)}, of which "

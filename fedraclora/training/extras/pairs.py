@@ -41,7 +41,7 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import sylvester
-from fedraclora.protocol.method import Downlink, Trained
+from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.recipes import RECIPES, GradientHook, projected
 from fedraclora.training.extra import ClientChunk, Hook, LocalExtra, When
@@ -126,9 +126,7 @@ def pairs_of(
                 f"{', '.join(adapter.factors)}: take a method that trains B, A or both"
             )
         fixed = {n: frozen[n] for n in (f"{weight}/B", f"{weight}/A") if n in frozen}
-        A = adapter.factors["A"]
-        rank = A.shape[0] if isinstance(A, Trained) else fixed[f"{weight}/A"].shape[-2]
-        budget = None if ranks is None else within(ranks, rank)
+        budget = None if ranks is None else within(ranks, adapter.factors["A"].shape[0])
         pairs.append(Pair(weight, adapter.scale, fixed, budget))
     return pairs
 

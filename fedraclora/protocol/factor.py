@@ -1,0 +1,239 @@
+"""A factor of an adapter: what is sent of it, whether clients train it, and what it comes to.
+
+A frozen factor, or where a trained one starts, is one of
+
+    numbers     that are sent: a matrix, or [K, rows, cols] with one for each client
+    a drawing   from a seed, of which 8 bytes are sent
+    computed    F = C [T; D]: T the factor that the last link trained, D a drawing; rows of F, T, D
+
+C is small, r x (p + r) for a T of p rows: it is sent where F would be r d numbers. Whoever follows
+the base weights has T, since it stood in the link that led there: `Term.keep` says which factor
+stays beside the weight, and whoever fetches the weight whole is sent it, too. So a basis that the
+server takes from the chain costs clients C, and what a singular value decomposition rounds
+differently elsewhere is decided in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fedraclora.errors import ConfigError, WireError
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Tree
+
+SEED_BYTES = 8
+OUTER = "outer"  # of the metadata of a field: its numbers are of the kind of what it is in
+PAST = "/past"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One matrix of a product, or another tensor that clients train; see `of` and `to_train`.
+
+    Attributes:
+        numbers: What is sent: [*shape], or [K, *shape].
+        sketch: The drawing; of a computed factor D, whose side is that of the factor.
+        count: Consecutive drawings from that one on, rows below rows (left: columns by columns).
+        coefficients: C, float64 [r, p + rank of the drawing].
+        past: T, [p, n] of a right factor or [m, p] of a left one; None in what was read from a
+            message or a file, until base weights give it (`beside`).
+        shape: Without the axis of clients.
+        trained: Whether clients train it from there; without a start from zero, and a parameter
+            from the replica's value.
+        main: True for what the method is about (step size ``local.lr``), False for the head
+            and biases beside it (``local.dense_lr``).
+        upload: False for what stays at the client (personalised methods).
+    """
+
+    numbers: torch.Tensor | None = field(default=None, metadata={"kind": OUTER})
+    sketch: SketchSpec | None = None
+    count: int = 1
+    coefficients: torch.Tensor | None = None
+    past: torch.Tensor | None = field(default=None, metadata={"written": False})
+    shape: tuple[int, ...] = ()
+    trained: bool = False
+    main: bool = True
+    upload: bool = True
+
+    def __post_init__(self) -> None:
+        """Find the shape of what is frozen; that of what is trained is said."""
+        if self.trained or self.shape:
+            return
+        shape: tuple[int, ...] = ()
+        if self.numbers is not None:
+            shape = tuple(self.numbers.shape[1:] if self.numbers.dim() == 3 else self.numbers.shape)
+        elif self.sketch is not None:
+            C, rows, dim = self.coefficients, self.sketch.rank * self.count, self.sketch.dim
+            rows = rows if C is None else len(C)
+            shape = (rows, dim) if self.sketch.side == "right" else (dim, rows)
+        object.__setattr__(self, "shape", shape)
+
+    @classmethod
+    def of(cls, given: FactorLike) -> Factor:
+        """Take what a method says: a tensor is sent, of a drawing its seed.
+
+        Raises:
+            ConfigError: If it is nothing of the kind.
+
+        Example:
+            >>> Factor.of(torch.ones(2, 3)).floats, Factor.of(torch.ones(2, 3)).exact_bytes
+            (6, 0)
+            >>> drawn = Factor.of(SketchSpec("gaussian", "right", rank=2, dim=3, seed=7, index=0))
+            >>> drawn.shape, drawn.floats, drawn.exact_bytes
+            ((2, 3), 0, 8)
+        """
+        match given:
+            case Factor():
+                return given
+            case SketchSpec():
+                return cls(sketch=given)
+            case torch.Tensor():
+                return cls(given)
+        raise ConfigError(
+            f"a method gave a {type(given).__name__} for a factor; a tensor, a drawing "
+            "(now.sketch) or what clients train (layer.trained) is wanted"
+        )
+
+    @property
+    def per_client(self) -> bool:
+        """Return whether each client has a value of its own, along a leading axis K."""
+        return self.numbers is not None and self.numbers.dim() > len(self.shape)
+
+    @property
+    def blank(self) -> bool:
+        """Return whether nothing is said of where it starts."""
+        return self.numbers is None and self.sketch is None
+
+    @property
+    def drawing(self) -> SketchSpec | None:
+        """By what a frozen factor is drawn; None where it is not, or not by a seed alone."""
+        return None if self.trained or self.coefficients is not None else self.sketch
+
+    @property
+    def floats(self) -> int:
+        """Numbers that are sent of it; a seed has none."""
+        sent = self.numbers if self.coefficients is None else self.coefficients
+        return 0 if sent is None else sent.numel()
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes beside its numbers, which may be sent in fewer bits: of a seed, of coefficients."""
+        seed = 0 if self.sketch is None else SEED_BYTES
+        return seed + (0 if self.coefficients is None else self.coefficients.nbytes)
+
+    def with_numbers(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Factor:
+        """Replace the numbers that are sent, where there are any."""
+        return self if self.numbers is None else replace(self, numbers=change(self.numbers))
+
+    def beside(self, past: torch.Tensor | None) -> Factor:
+        """Fill in T where it is wanted and not known yet."""
+        known = self.coefficients is None or self.past is not None
+        return self if known else replace(self, past=past)
+
+    def opening(self) -> torch.Tensor | None:
+        """Return where it starts, as `draw` does; None where nothing is said of that."""
+        return None if self.blank else self.draw()
+
+    def draw(self) -> torch.Tensor:
+        """Return its value, which is not to be modified.
+
+        Returns:
+            Numbers as they are; else float64 on the CPU.
+
+        Raises:
+            WireError: If T is not there, or has another shape than the coefficients ask for.
+        """
+        if self.numbers is not None:
+            return self.numbers
+        if self.sketch is None:
+            return torch.zeros(self.shape, dtype=torch.float64)
+        if self.coefficients is not None:
+            return self._computed(self.coefficients, self.sketch)
+        if self.count == 1:
+            return self.sketch.draw()
+        first = self.sketch
+        each = [replace(first, index=first.index + j).draw() for j in range(self.count)]
+        return torch.cat(each, dim=0 if first.side == "right" else 1)
+
+    def _computed(self, coefficients: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
+        if self.past is None:
+            raise WireError(
+                "a frozen factor is to be computed from what the last link trained, but the base "
+                "weights here came without that; they must be sent whole"
+            )
+        past, drawn = _rows(self.past, drawing)
+        wanted = coefficients.shape[1] - len(drawn), drawn.shape[1]
+        if tuple(past.shape) != wanted:
+            raise WireError(
+                f"a frozen factor is to be computed from {wanted[0]} rows of {wanted[1]} "
+                f"numbers that the last link trained, but it trained {tuple(past.shape)}"
+            )
+        rows = coefficients @ torch.cat([past, drawn])
+        return rows if drawing.side == "right" else rows.mT.contiguous()
+
+
+FactorLike = torch.Tensor | SketchSpec | Factor
+
+
+def to_train(
+    shape: tuple[int, ...],
+    start: FactorLike | None = None,
+    *,
+    main: bool = True,
+    upload: bool = True,
+) -> Factor:
+    """Ask clients to train a tensor.
+
+    Args:
+        shape: Its shape, without the axis of clients.
+        start: Where it starts; None: a factor at zero, a parameter at the replica's value.
+        main: As in `Factor`.
+        upload: As in `Factor`.
+    """
+    known = Factor() if start is None else Factor.of(start)
+    return replace(known, shape=shape, trained=True, main=main, upload=upload)
+
+
+def combined(rows: torch.Tensor, past: torch.Tensor, drawing: SketchSpec) -> Factor:
+    """Write rows [r, d], float64, in the span of T and D as a combination of theirs.
+
+    Where they depend on one another the least C is taken.
+    """
+    basis = torch.cat(_rows(past, drawing)).mT
+    found: torch.Tensor = torch.linalg.lstsq(basis, rows.mT, driver="gelsd").solution
+    return Factor(sketch=drawing, coefficients=found.mT.contiguous(), past=past)
+
+
+def past_name(weight: str) -> str:
+    """Name, in base weights, what the last link trained; parameters have no "/" in their names."""
+    return weight + PAST
+
+
+def weight_of(name: str) -> str | None:
+    """Return the weight that a name of `past_name` belongs to; None for any other name."""
+    return name.removesuffix(PAST) if name.endswith(PAST) else None
+
+
+def as_rows(matrix: torch.Tensor, label: str) -> torch.Tensor:
+    """Turn B so that its components are rows, as those of A are; and back."""
+    return matrix.mT if label == "B" else matrix
+
+
+def label_of(drawing: SketchSpec) -> str:
+    """Return the label of a factor by the side of its drawing."""
+    return "A" if drawing.side == "right" else "B"
+
+
+def _rows(past: torch.Tensor, drawing: SketchSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return T and D with their components as rows, float64, on the CPU."""
+    label = label_of(drawing)
+    return as_rows(past.to("cpu", torch.float64), label), as_rows(drawing.draw(), label)
+
+
+def pasts(base: Mapping[str, torch.Tensor]) -> Tree:
+    """Select what the last link trained from base weights, by weight."""
+    found = ((weight_of(name), tensor) for name, tensor in base.items())
+    return {weight: tensor for weight, tensor in found if weight is not None}
