@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from worlds import (
     FORMS,
     RAGGED,
@@ -384,3 +385,16 @@ def test_what_looks_at_clients_is_refused_beside_it(world: World) -> None:
         elif variant not in SAME:
             with pytest.raises(ConfigError, match="things to train"):
                 secure(world, method)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_in_one_process_nothing_of_flowers_messages_is_made(
+    masked: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: object, **__: object) -> None:
+        raise AssertionError("a record or a message was made")
+
+    for kind in (Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict, Message):
+        monkeypatch.setattr(kind, "__init__", made)
+    done = secure(world) if masked else run(world, make_method("fed_rac_lora"), RAGGED, rounds=2)
+    assert not any(row["failures"] for row in done.rows)
