@@ -17,8 +17,9 @@ from fedraclora.data.task import Task, squared_error
 from fedraclora.experiments.theory import runs
 from fedraclora.experiments.theory.runs import start_of
 from fedraclora.models.mlp import build_mlp
+from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Draw, Memo, Method
-from fedraclora.sketch import SKETCHES, SketchSpec
+from fedraclora.sketch import SKETCHES
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.fedavg import FedAvg
@@ -99,8 +100,7 @@ def sketch(strategy: FedStrategy, name: str, round_: int = 1) -> torch.Tensor:
     layer = method.layer(before, state.plan, name)
     drawn, _ = method.sides(layer.shape)
     spec = method.factors(layer, Round(round_, Draw(SEED)))[drawn]
-    assert isinstance(spec, SketchSpec)
-    return spec.draw()
+    return Factor.of(spec).draw()
 
 
 def projected(step: torch.Tensor, drawn: torch.Tensor, side: str) -> torch.Tensor:
