@@ -36,6 +36,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.buffered import BufferedStrategy
 from fedraclora.strategies.server.buffer import read_batches
+from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree
@@ -59,11 +60,11 @@ class Watched(BufferedStrategy):
     seen: list[tuple[State, Downlink, AsyncStep]]
 
     @override
-    def _close(self, round_: int, after: State) -> None:
+    def _close(self, exchange: Exchange, after: State) -> None:
         leg, before = self._leg, self.state
         assert leg is not None
-        self.seen = [*getattr(self, "seen", []), (before, self._current().downlink, leg)]
-        super()._close(round_, after)
+        self.seen = [*getattr(self, "seen", []), (before, exchange.downlink, leg)]
+        super()._close(exchange, after)
 
 
 def go(world: World, variant: Variant, rounds: int, **more: Any) -> Run:
