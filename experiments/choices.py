@@ -185,8 +185,9 @@ def meaning(key: str, config: Mapping[str, object]) -> str:
     if group in SECTIONS:
         return help_of(SECTIONS[group], inner, node)
     row = NAMED.get(group, str(node.get("name")))
-    homes = [ROWS.get(group, {}).get(row), BESIDE.get(group)]
-    return next((text for home in homes if home and (text := help_of(home, inner, node))), "")
+    home, keys = BESIDE.get(group, (None, ()))
+    home = home if inner in keys else ROWS.get(group, {}).get(row)
+    return help_of(home, inner, node) if home else ""
 
 
 def _comment(path: Path) -> list[str]:

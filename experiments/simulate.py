@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import hydra
@@ -21,7 +23,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import CONF, Plain, folders
+from fedraclora.experiments import CONF, Plain
 from fedraclora.experiments.interrupt import in_order
 from fedraclora.experiments.overrides import (
     flags_first,
@@ -42,6 +44,9 @@ from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import settled_start
+
+STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
+LONGEST = 255  # bytes of a name that file systems take
 
 FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
@@ -135,11 +140,45 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
         folder = user_path("resume", resume)
         return go_on(folder, read_config(folder), plain, typed), folder, True
     plain = settled_start(settled(plain))
-    folder = folders.run_folder(section(plain, "output"), sweep_job)
+    folder = run_folder(section(plain, "output"), sweep_job)
     if resume == "auto" and (folder / "config.yaml").is_file():
         return go_on(folder, read_config(folder), plain, None), folder, True
     refuse_existing(folder)
     return plain, folder, False
+
+
+def run_folder(output: Mapping[str, object], sweep_job: str | None) -> Path:
+    """Choose the folder of a run.
+
+    Args:
+        output: The group ``output`` of the config.
+        sweep_job: The overrides of this job of a sweep, or None outside a sweep.
+
+    Returns:
+        ``output.dir``, or a dated folder; a job of a sweep has a folder of its own in it.
+    """
+    named = output.get("dir")
+    kind = "runs" if sweep_job is None else "multirun"
+    stamp = Path(kind) / f"{STARTED:%Y-%m-%d}" / f"{STARTED:%H-%M-%S}"
+    folder = stamp if named is None else user_path("output.dir", named)
+    return folder if sweep_job is None else folder / sweep_job
+
+
+def sweep_name(overrides: Sequence[str]) -> str:
+    """Name the folder of a sweep's job by what was typed, in the order of the keys.
+
+    Example:
+        >>> sweep_name(["seed=1", "output.dir=out", "method=fedavg"])
+        'method=fedavg,seed=1'
+    """
+    naming = sorted(o for o in overrides if not o.startswith(("output.", "resume=", "output=")))
+    name = ",".join(naming).replace("/", "_") or "run"
+    if len(os.fsencode(name)) <= LONGEST:
+        return name
+    # What is cut off is in the digest: the same overrides have the same name, others another.
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    room = LONGEST - len(digest) - 1
+    return f"{os.fsencode(name)[:room].decode(errors='ignore')}_{digest}"
 
 
 def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
@@ -185,7 +224,7 @@ def compose_and_run(cfg: DictConfig) -> float | None:
     """Run what Hydra composed; the headline metric is the value of a sweep's job."""
     job = HydraConfig.get()
     words = list(map(str, OmegaConf.to_container(job.overrides.task, resolve=False) or ()))
-    sweep = folders.sweep_name(words) if job.mode == RunMode.MULTIRUN else None
+    sweep = sweep_name(words) if job.mode == RunMode.MULTIRUN else None
 
     def again(words: Sequence[str]) -> Plain:
         return plain_of(compose("config", [*job.overrides.hydra, *words]), job.runtime.choices)

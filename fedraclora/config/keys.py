@@ -50,8 +50,9 @@ def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
             if name == NAME:  # an object of a program, which nobody chooses
                 continue
             node = node_of(target, given=GIVEN.get(group, ()))
-            beside = node_of(BESIDE[group]) if group in BESIDE else {}
-            found[f"{group}/{name}"] = {"name": name, **node, **beside}
+            home, keys = BESIDE.get(group, (target, ()))
+            beside = node_of(home)
+            found[f"{group}/{name}"] = {"name": name, **node, **{k: beside[k] for k in keys}}
             for key, inner in tables_of(target):
                 found[f"{group}/{key}/{inner[0]}"] = {"name": inner[0], **node_of(inner[1])}
     found["local/adaptive"] = node_of(KINDS["local"], part=ADAPTIVE_KEYS.name)

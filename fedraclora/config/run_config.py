@@ -29,7 +29,6 @@ from fedraclora.config.schema import (
 from fedraclora.config.settings import (
     ENGINES,
     DeployConfig,
-    EmptyClients,
     EngineConfig,
     EvaluateConfig,
     OutputConfig,
@@ -39,7 +38,7 @@ from fedraclora.config.settings import (
     WireConfig,
 )
 from fedraclora.config.unread import refuse_unread
-from fedraclora.data import DATASETS, PARTITIONS
+from fedraclora.data import DATASETS, PARTITIONS, make_partition
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest
 from fedraclora.limits import Count, Limit, Limited, Whole, choice_of, later_keys
@@ -215,8 +214,11 @@ TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
     "model": MODELS,
     "partition": PARTITIONS,
 }
-# What reads the keys of a group that it has beside those of its row; arguments that are no keys.
-BESIDE: dict[str, Callable[..., object]] = {"data": Selection, "partition": EmptyClients}
+# Keys of a group beside those of its row, and what reads them; arguments that are no keys.
+BESIDE: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {
+    "data": (Selection, ("labels", "validation")),
+    "partition": (make_partition, ("empty",)),
+}
 GIVEN = {
     "data": ("clients", "seed"),
     "model": ("shape", "classes", "seed"),
@@ -315,10 +317,8 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             elif key in TABLES:
                 # Called once it is known what else it is given; checked here.
                 found[key] = group = section(plain, key)
-                own, other = parted(key, group)
+                own, _ = parted(key, group)
                 bind(key, TABLES[key], own, **dict.fromkeys(GIVEN[key]))
-                if key in BESIDE:
-                    build(key, BESIDE[key], other)
             else:
                 found[key] = coerce(key, plain[key], hints[key])
         except MissingKeysError as error:
@@ -331,7 +331,7 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
 
 def parted(key: str, group: Plain) -> tuple[dict[str, object], dict[str, object]]:
     """Part the keys of a table's row from those that are read beside it (`BESIDE`)."""
-    beside = [*inspect.signature(BESIDE[key]).parameters] if key in BESIDE else []
+    beside = BESIDE[key][1] if key in BESIDE else ()
     return without(group, *beside), {k: group[k] for k in beside if k in group}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -11,6 +10,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
+from fedraclora.limits import hints
 
 Plain = Mapping[str, object]
 # Of a number in the config: seeds and counts are int64 in tensors, the others float32.
@@ -88,16 +88,16 @@ def _bound(kind: str, target: Callable[..., T], group: Plain, **given: object) -
         MissingKeysError: Naming all keys that have no default and are missing.
         ConfigError: For a value of the wrong type.
     """
-    parameters, hints = inspect.signature(target).parameters, _hints(target)
+    parameters, kinds = inspect.signature(target).parameters, hints(target)
     arguments = {key: value for key, value in given.items() if key in parameters}
     for key, value in group.items():
         if key not in parameters:
             error = unknown("key", f"{kind}.{key}", [f"{kind}.{p}" for p in parameters])
             raise UnreadKeysError(str(error), [f"{kind}.{key}"])
-        arguments[key] = coerce(f"{kind}.{key}", value, hints.get(key, object))
+        arguments[key] = coerce(f"{kind}.{key}", value, kinds.get(key, object))
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
     if missing:
-        wanted = {f"{kind}.{k}": _shown(hints.get(k, object)) for k in missing}
+        wanted = {f"{kind}.{k}": _shown(kinds.get(k, object)) for k in missing}
         lines = [f"{key} is missing; {shown} is wanted" for key, shown in wanted.items()]
         raise MissingKeysError("\n  ".join(lines), wanted)
     return functools.partial(target, **arguments)
@@ -110,14 +110,6 @@ def build(kind: str, target: Callable[..., T], group: Plain) -> T:
         ConfigError: For an unknown or missing key, or a value of the wrong type.
     """
     return _bound(kind, target, group)()
-
-
-@functools.cache
-def _hints(target: Callable[..., object]) -> dict[str, object]:
-    if dataclasses.is_dataclass(target):  # a field's hint is read where its class stands
-        return typing.get_type_hints(target, include_extras=True)
-    called = target.__init__ if inspect.isclass(target) else target
-    return typing.get_type_hints(called, include_extras=True)
 
 
 def coerce(key: str, value: object, hint: object) -> object:

@@ -54,17 +54,6 @@ class Selection(Limited, group="data"):
 
 
 @dataclass(frozen=True)
-class EmptyClients(Limited, group="partition"):
-    """What becomes of clients to whom a division gives no samples.
-
-    Attributes:
-        empty: error refuses them, drop leaves them out.
-    """
-
-    empty: Annotated[str, choice_of(("drop", "error"))] = "error"
-
-
-@dataclass(frozen=True)
 class WireConfig(Limited, group="wire"):
     """How numbers go up and down: as they are trained, or rounded to fewer bits without bias.
 

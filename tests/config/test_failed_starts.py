@@ -19,8 +19,8 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.experiments.cli import main
 from fedraclora.experiments.compare import compare
-from fedraclora.experiments.folders import sweep_name
 from fedraclora.experiments.overrides import composed
+from fedraclora.experiments.simulate import sweep_name
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies import METHODS
