@@ -32,6 +32,7 @@ from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.server.callbacks import own_callbacks
 from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.server_app import read_config
 from tests.common import summary_of
@@ -196,7 +197,6 @@ def names(folder: Path) -> set[str]:
         return set(bundle.namelist())
 
 
-@quiet
 def test_a_run_of_the_engine_that_simulate_had_goes_on_with_another(tmp_path: Path) -> None:
     """As a release wrote it in which `simulate` had Flower's runtime among its engines."""
     old, whole = tmp_path / "old", tmp_path / "whole"
@@ -208,7 +208,7 @@ def test_a_run_of_the_engine_that_simulate_had_goes_on_with_another(tmp_path: Pa
 
     config = from_plain(composed([*words, "engine=flower"]), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        execute(config, old, lambda _: InProcess(), on_round=[stop])
+        execute(config, old, lambda _: InProcess(), callbacks=own_callbacks("callbacks", stop))
     assert [row["round"] for row in read_ledger(old / "ledger.jsonl")] == [0, 1]
     with pytest.raises(ConfigError, match=r"engine=flower .* engine=ray .* inline"):
         fedraclora.simulate(*words, "engine=flower", folder=old, resume=True)
@@ -219,6 +219,7 @@ def test_a_run_of_the_engine_that_simulate_had_goes_on_with_another(tmp_path: Pa
     assert found["ledger_digest"] == wanted["ledger_digest"]
 
 
+@quiet
 def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     code = [path for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py")]
     own = {path.relative_to(ROOT).as_posix().removeprefix("fedraclora/") for path in code}

@@ -16,6 +16,7 @@ from fedraclora.run.folder import run_title
 from fedraclora.run.stopped import FILE, divergence
 from fedraclora.strategies import outcome
 from fedraclora.strategies.outcome import stopping_noted
+from fedraclora.strategies.server.callbacks import Callbacks
 
 PLAIN = {
     "method": {"name": "fed_rac_lora", "rank": 8},
@@ -35,7 +36,7 @@ def assembled(rows: list[dict[str, object]]) -> Any:
     recorder = SimpleNamespace(ledger=SimpleNamespace(rows=rows))
     output = SimpleNamespace(plots=True)
     return SimpleNamespace(
-        strategy=SimpleNamespace(recorder=recorder, done=len(rows) - 1),
+        strategy=SimpleNamespace(recorder=recorder, done=len(rows) - 1, callbacks=Callbacks([])),
         config=SimpleNamespace(plain=PLAIN, output=output, rounds=9),
         built=SimpleNamespace(classes=0),
     )
