@@ -182,7 +182,7 @@ class FlowerConfig(InlineConfig):
     Attributes:
         workers: Client processes at a time; None = one per CPU.
         gpus: Share of a GPU for each process; None = 1 where the device is cuda, else 0.
-        retries: Without effect; runs of older releases have it.
+        retries: Of runs that older releases began; it has no effect, and no other value.
         timeout: Seconds to wait for the replies of a round.
     """
 
@@ -190,7 +190,7 @@ class FlowerConfig(InlineConfig):
 
     workers: Count | None = None
     gpus: NotNegative | None = None
-    retries: Whole = 3
+    retries: Annotated[int, Limit("3, since it has no effect,", lambda value: value == 3)] = 3
     timeout: Seconds = 3600.0
 
     @override
