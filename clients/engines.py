@@ -17,7 +17,7 @@ from fedraclora.weights.update import BaseWeights, WeightHistory
 from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 
 if TYPE_CHECKING:  # Ray is imported where it is started
-    from fedraclora.engines.ray import Site as WorkerSite
+    from fedraclora.engines.ray import WorkerSite
 
 
 Arrange = Callable[[list[tuple[Ask, Answer | NoAnswer]]], Came]

@@ -22,16 +22,16 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.wire.exchange import Answer, Stage, TrainRequest
 from fedraclora.wire.secagg import (
     Words,
+    as_words,
     mark,
     new_pair,
     new_seed,
     own_mask,
     pair_mask,
-    quantised,
     read_public,
     seal,
     shared_key,
-    split,
+    split_secret,
     unseal,
 )
 
@@ -150,7 +150,7 @@ def _shares(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
         read_public(key["mask"])
     threshold = terms.config.shares(len(keys))
     memory["keys"], memory["threshold"] = keys, threshold
-    seeds, scalars = (split(memory[name], threshold, len(keys)) for name in ("seed", "mask"))
+    seeds, scalars = (split_secret(memory[name], threshold, len(keys)) for name in ("seed", "mask"))
     return {
         other: [
             seal(shared_key(memory["box"], key["box"]), client, other, [seed, scalar]),
@@ -290,7 +290,7 @@ def _whole(
     if norm > longest:
         update = update * (longest / norm)
     step = float(settings["step"])
-    whole: Words = quantised(torch.cat([update * weight / step, torch.tensor([weight])])[None])[0]
+    whole: Words = as_words(torch.cat([update * weight / step, torch.tensor([weight])])[None])[0]
     return whole
 
 

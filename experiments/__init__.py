@@ -7,5 +7,3 @@ from fedraclora import conf, errors
 CODE = Path(errors.__file__).resolve().parent  # the package
 CONF = Path(conf.__file__).resolve().parent  # the files that Hydra composes
 RESULTS = Path(__file__).parent / "results"  # of record, a folder each
-
-Plain = dict[str, object]  # a config as plain values, nested

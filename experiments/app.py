@@ -9,14 +9,14 @@ from pathlib import Path
 
 from fedraclora.config.build import BuiltTask, build_task
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.schema import section
+from fedraclora.config.schema import PlainDict, section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import CODE, Plain
+from fedraclora.experiments import CODE
 from fedraclora.experiments.resume import is_done
-from fedraclora.experiments.simulate import report
+from fedraclora.experiments.simulate import print_outcome
 from fedraclora.run.folder import write_summary
-from fedraclora.strategies.server_app import read_config
+from fedraclora.strategies.server_app import config_from_text
 
 NOT_OF_THE_APP = ("experiments", "conf", "__pycache__", "*.typed", "*.j2")
 PROJECT = Path(__file__).with_name("app.toml")  # pyproject.toml: a link to it, or in a wheel a copy
@@ -42,7 +42,14 @@ class RunRequest:
 
     @classmethod
     def of(
-        cls, plain: Plain, folder: Path, engine: Plain, kind: str, *, there: object, resume: bool
+        cls,
+        plain: PlainDict,
+        folder: Path,
+        engine: PlainDict,
+        kind: str,
+        *,
+        there: object,
+        resume: bool,
     ) -> RunRequest:
         """Check a run.
 
@@ -59,7 +66,7 @@ class RunRequest:
         """
         plain = {**plain, "engine": engine}
         output = {**section(plain, "output"), "dir": str(there)}
-        config = read_config(json.dumps({**plain, "output": output}), began=resume)
+        config = config_from_text(json.dumps({**plain, "output": output}), began=resume)
         if (name := config.engine.name) != kind:
             raise ConfigError(
                 f"engine is {name}, but `fedraclora {kind}` runs with engine={kind}: leave engine "
@@ -89,10 +96,10 @@ class RunRequest:
             print(f"{self.folder} is finished already")
         return done
 
-    def conclude(self, summary: Plain) -> None:
+    def conclude(self, summary: PlainDict) -> None:
         """Write the summary that the app gave into the run folder, and print the outcome."""
         write_summary(self.folder, summary)  # a bundle knows no revision: that of this checkout
-        report(summary, self.folder)
+        print_outcome(summary, self.folder)
 
 
 def checkout() -> Path | None:

@@ -1,4 +1,4 @@
-"""Puts a run together, on the engine that its config names: see `strategies.assembly.assemble`."""
+"""Puts a run together, on the engine that its config names: `strategies.assembly.assemble_with`."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from fedraclora.strategies.assembly import Assembled
 
 __all__ = ["Assembled", "assemble"]
 
-assemble = partial(assembly.assemble, engine_of=engine_of)
+assemble = partial(assembly.assemble_with, engine_of=engine_of)

@@ -24,7 +24,7 @@ from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.run_files import (
     BEGINS,
-    ROUNDING,
+    ROUNDING_ERRORS,
     Group,
     RunFiles,
     find_runs,
@@ -271,7 +271,7 @@ def _figures(run: RunFiles, wanted: Wanted) -> dict[str, float]:
     return figures | {
         "aggregation_error_last": float(errors[-1]) if errors.size else math.nan,
         "aggregation_error_mean": known_mean(run.rows, "report", "aggregation_error"),
-        **{key: known_mean(run.rows, key) for key in ROUNDING.values()},
+        **{key: known_mean(run.rows, key) for key in ROUNDING_ERRORS.values()},
         "virtual_seconds": number(last, "virtual_seconds"),
         "dropped_per_round": mean_of_known(dropped),
         "round_seconds": math.fsum(round_seconds(row) for row in run.rows),
@@ -336,7 +336,7 @@ def _shown(
             error = shown_error(bool(record["exact"]), number(record, key))
             shown[f"aggregation error, {over}"] = error
     optional = {
-        **ROUNDING,
+        **ROUNDING_ERRORS,
         "virtual seconds": "virtual_seconds",
         "dropped per round": "dropped_per_round",
     }

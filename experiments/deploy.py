@@ -18,21 +18,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from fedraclora.config.schema import section
+from fedraclora.config.schema import PlainDict, section
 from fedraclora.engines.deploy.control import PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.experiments import Plain
 from fedraclora.experiments.app import RunRequest
 from fedraclora.experiments.overrides import composed, is_override, key_of, searched
 from fedraclora.experiments.progress import RunProgress
 from fedraclora.experiments.resume import told_how_to_go_on
-from fedraclora.experiments.simulate import choose, shown
+from fedraclora.experiments.simulate import choose, shows_composed
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.words import NODES, key_values
 from fedraclora.imports import is_function
-from fedraclora.run.folder import alone, amend, begin, method_label, run_title
+from fedraclora.run.folder import alone, amend, begin_folder, method_label, run_title
 from fedraclora.run.ledger import Ledger
 from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 from fedraclora.temporary import PrivateFolder
@@ -91,7 +90,7 @@ class Record:
         CheckpointError: If another process holds it, or a run is there that was not asked for.
     """
 
-    def __init__(self, folder: Path, plain: Plain, *, resume: bool) -> None:
+    def __init__(self, folder: Path, plain: PlainDict, *, resume: bool) -> None:
         self.folder, self.plain, self.resume = folder, plain, resume
         self._stack = ExitStack()
         self._new: list[Path] = []
@@ -108,7 +107,7 @@ class Record:
             if self.resume:
                 amend(self.folder, self.plain)
             else:
-                begin(self.folder, self.plain)
+                begin_folder(self.folder, self.plain)
             self.ledger = Ledger(self.folder / "ledger.jsonl")
             self._stack = stack.pop_all()
         return self
@@ -125,7 +124,7 @@ class Record:
             with suppress(OSError):  # a folder in which somebody has put something since
                 path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
-    def take(self, row: Plain) -> None:
+    def take(self, row: PlainDict) -> None:
         """Keep a row; one that is known already changes nothing.
 
         A server that went on from a checkpoint writes rounds anew: they replace what came before.
@@ -297,7 +296,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     own, rest = parted(words)
-    if shown(deployed(rest, own.get("local"))):
+    if shows_composed(deployed(rest, own.get("local"))):
         return 0
     name, local = where(own)
     request = prepare(rest, local)

@@ -16,12 +16,12 @@ from typing import cast
 
 from fedraclora.config.schema import section
 from fedraclora.config.settings import FlowerConfig
-from fedraclora.engines.flower.superlink import Options, SuperLink, run_options, words_of
+from fedraclora.engines.flower.superlink import Options, SuperLink, option_words, run_options
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.experiments.app import RunRequest, checkout, copy_app
 from fedraclora.experiments.overrides import composed, key_of, searched
 from fedraclora.experiments.resume import told_how_to_go_on
-from fedraclora.experiments.simulate import choose, shown
+from fedraclora.experiments.simulate import choose, shows_composed
 from fedraclora.experiments.status import reported
 from fedraclora.run.folder import is_finished, read_summary
 
@@ -76,7 +76,7 @@ def write(request: RunRequest, path: Path) -> None:
         app = path.with_name(f"{path.stem}-app")
         copy_app(app)
     places = f"{shlex.quote(str(app))} --stream -c {shlex.quote(str(path))}"
-    print(f"flwr run {places} --federation-config {shlex.quote(words_of(options))}")
+    print(f"flwr run {places} --federation-config {shlex.quote(option_words(options))}")
 
 
 @reported
@@ -94,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--config-dir", "-cd", metavar="DIR", help="a folder with config files of your own"
     )
     words = sys.argv[1:] if words is None else list(words)
-    if shown(["engine=flower", *words]):
+    if shows_composed(["engine=flower", *words]):
         return 0
     asked = parser.parse_intermixed_args(words)
     folder = [] if asked.config_dir is None else ["--config-dir", asked.config_dir]

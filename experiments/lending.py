@@ -11,11 +11,10 @@ from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
-from fedraclora.config.schema import coerce, section
+from fedraclora.config.schema import PlainDict, coerce, section
 from fedraclora.data.objects import is_columns, is_frame, lend_data
 from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import Plain
 from fedraclora.experiments.overrides import key_of
 from fedraclora.experiments.values import plain_value, words_of
 from fedraclora.limits import check_limits, hints
@@ -50,12 +49,12 @@ class Lent:
 
     words: list[str] = field(default_factory=list)
     keys: dict[str, object] = field(default_factory=dict)
-    groups: dict[str, Plain] = field(default_factory=dict)
+    groups: dict[str, PlainDict] = field(default_factory=dict)
     data: Callable[..., dict[str, object]] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     model: object = None
 
-    def put_into(self, plain: Plain, typed: Sequence[str]) -> Plain:
+    def put_into(self, plain: PlainDict, typed: Sequence[str]) -> PlainDict:
         """Put the objects into their groups of the composed config.
 
         Args:
@@ -80,7 +79,7 @@ class Lent:
             found["model"] = {**section(found, "model"), "head": None}  # it is looked for
         return found
 
-    def _read(self, plain: Plain, typed: Sequence[str]) -> dict[str, Any]:
+    def _read(self, plain: PlainDict, typed: Sequence[str]) -> dict[str, Any]:
         """Read from the config what the caller has said of the samples there.
 
         Raises:

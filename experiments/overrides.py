@@ -21,8 +21,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 
 from fedraclora.config.run_config import NAMED, choices_with, from_plain, unknown_key
+from fedraclora.config.schema import PlainDict
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
-from fedraclora.experiments import CONF, Plain
+from fedraclora.experiments import CONF
 from fedraclora.experiments.choices import choice, groups
 from fedraclora.experiments.completion import part_folders
 from fedraclora.strategies import METHODS
@@ -45,7 +46,7 @@ def key_of(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-def composed(words: Sequence[str]) -> Plain:
+def composed(words: Sequence[str]) -> PlainDict:
     """Compose the config as the command line would, as a plain, resolved dict.
 
     Args:
@@ -60,7 +61,7 @@ def composed(words: Sequence[str]) -> Plain:
     """
     words = searched(words)
 
-    def once(words: Sequence[str]) -> Plain:
+    def once(words: Sequence[str]) -> PlainDict:
         cfg = compose("config", overrides=list(words), return_hydra_config=True)
         return plain_of(cfg, cfg.hydra.runtime.choices)
 
@@ -71,7 +72,7 @@ def composed(words: Sequence[str]) -> Plain:
         return without_idle(once(words), words, once)
 
 
-def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> Plain:
+def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> PlainDict:
     """Resolve a config to a plain dict.
 
     Args:
@@ -104,8 +105,8 @@ def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> Plain:
 
 
 def without_idle(
-    plain: Plain, words: Sequence[str], again: Callable[[Sequence[str]], Plain]
-) -> Plain:
+    plain: PlainDict, words: Sequence[str], again: Callable[[Sequence[str]], PlainDict]
+) -> PlainDict:
     """Leave out the words with ``++`` that are of no use to what is chosen beside them.
 
     Args:

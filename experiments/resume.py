@@ -9,19 +9,18 @@ from pathlib import Path
 
 from fedraclora.config.build import pick_device
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
-from fedraclora.config.schema import section
+from fedraclora.config.schema import PlainDict, section
 from fedraclora.errors import CheckpointError, ConfigError, EngineError, FedRacLoraError
-from fedraclora.experiments import Plain
 from fedraclora.run.digests import free_keys, known_data, plans_rounds
 from fedraclora.run.folder import has_begun, is_finished, read_config, read_summary, resume_word
 from fedraclora.run.ledger import number, read_ledger
 from fedraclora.run.recorder import checkpoint_meta, resolved
-from fedraclora.weights.files import difference, flatten
+from fedraclora.weights.files import config_difference, flatten
 
 
 def go_on(
-    folder: Path, stored: Mapping[str, object], plain: Plain, typed: Sequence[str] | None
-) -> Plain:
+    folder: Path, stored: Mapping[str, object], plain: PlainDict, typed: Sequence[str] | None
+) -> PlainDict:
     """Build the config under which a run goes on.
 
     Args:
@@ -39,10 +38,10 @@ def go_on(
     refused = []
     if typed is not None and "experiment" in typed:
         refused.append("experiment: a preset cannot be laid over a run; leave it out")
-    taken: Plain = {}
+    taken: PlainDict = {}
     left, right = digested(stored), digested(plain)
     old, new = flatten(stored), flatten(plain)
-    for found in difference(left, right):
+    for found in config_difference(left, right):
         key, line = found.partition(":")[0], found
         if key in old and key in new:  # a digest leaves out some defaults
             line = f"{key}: {json.dumps(old[key])} -> {json.dumps(new[key])}"
@@ -119,7 +118,7 @@ def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -
     return key in chosen or any(key.startswith(f"{k}.") for k in typed if "." in k)
 
 
-def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: Plain) -> str | None:
+def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: PlainDict) -> str | None:
     """Explain why a run may not go on with another value of a key; None if it may."""
     if key == "device":
         before = resolved(folder, "device") or _device(str(stored.get("device")))
@@ -151,7 +150,7 @@ def _device(name: str) -> str | None:
         return None
 
 
-def _engine(old: Plain, new: Plain, typed: Sequence[str] | None) -> Plain:
+def _engine(old: PlainDict, new: PlainDict, typed: Sequence[str] | None) -> PlainDict:
     """Choose the engine to go on with; one that finds its chunk itself keeps the run's."""
     leaves = set(new) if typed is None else {k.partition(".")[2] for k in typed if "engine" in k}
     if typed is not None and "engine" not in typed:
@@ -164,8 +163,8 @@ def _engine(old: Plain, new: Plain, typed: Sequence[str] | None) -> Plain:
 
 
 def _output(
-    folder: Path, old: Plain, new: Plain, typed: Sequence[str] | None
-) -> tuple[Plain, list[str]]:
+    folder: Path, old: PlainDict, new: PlainDict, typed: Sequence[str] | None
+) -> tuple[PlainDict, list[str]]:
     """Choose where and how the run writes from now on, and list the changes that are rejected."""
     keys = [*new] if typed is None or "output" in typed else []
     keys = keys or [k.partition(".")[2] for k in typed or () if k.startswith("output.")]
@@ -179,7 +178,7 @@ def _output(
     return {**old, **{key: new[key] for key in keys if key in new}}, []
 
 
-def laid_over(config: Plain, changes: Plain) -> Plain:
+def laid_over(config: PlainDict, changes: PlainDict) -> PlainDict:
     """Replace values of a config: of whole keys, of dotted ones, or of some keys of a group.
 
     Example:

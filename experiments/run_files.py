@@ -20,7 +20,7 @@ RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")
 # By which a folder is known that a comparison, a study or `fedraclora theory` has written.
 RESULT_FILES = ({"table.md", "table.csv"}, {"study.yaml"}, {"table.md", "theory.json"})
 # Of a ledger and a summary: what numbers in fewer bits were off by, relative to what was rounded.
-ROUNDING = {"rounding error, up": "rounding_up", "rounding error, down": "rounding_down"}
+ROUNDING_ERRORS = {"rounding error, up": "rounding_up", "rounding error, down": "rounding_down"}
 BEGINS = ("loss", "optimiser", "trained")  # of what a run says first, what it is shown with
 NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # where and which draw, not what
 

@@ -20,10 +20,10 @@ from rich.table import Table
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
-from fedraclora.config.schema import section
+from fedraclora.config.schema import PlainDict, section
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import CONF, Plain
+from fedraclora.experiments import CONF
 from fedraclora.experiments.interrupt import in_order
 from fedraclora.experiments.overrides import (
     flags_first,
@@ -34,7 +34,7 @@ from fedraclora.experiments.overrides import (
 )
 from fedraclora.experiments.progress import RunProgress, console_for_tables, size
 from fedraclora.experiments.resume import go_on, is_done, told_how_to_go_on
-from fedraclora.experiments.run_files import ROUNDING
+from fedraclora.experiments.run_files import ROUNDING_ERRORS
 from fedraclora.experiments.status import composing, reported, tell
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
@@ -53,7 +53,7 @@ SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that p
 
 
 def carry_out(
-    plain: Plain,
+    plain: PlainDict,
     folder: Path | None,
     *,
     resume: bool = False,
@@ -79,12 +79,12 @@ def carry_out(
         return execute(config, folder, engine_of, resume=resume, callbacks=watching, steps=steps)
 
 
-def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
+def simulate(plain: PlainDict, folder: Path, *, resume: bool = False) -> PlainDict:
     """Run a simulation and return the summary of `carry_out`."""
     return carry_out(plain, folder, resume=resume).summary
 
 
-def report(summary: Plain, folder: Path) -> None:
+def print_outcome(summary: PlainDict, folder: Path) -> None:
     """Print the outcome of a run."""
     table = Table(show_header=False, box=None)
     table.add_column()
@@ -101,7 +101,7 @@ def report(summary: Plain, folder: Path) -> None:
     table.add_row("uplink in all", size(number(summary, "uplink_total")))
     caught = f", {size(number(summary, 'catchup_total'))} of it catch-up"
     table.add_row("downlink in all", size(number(summary, "downlink_total")) + caught)
-    for title, key in ROUNDING.items():
+    for title, key in ROUNDING_ERRORS.items():
         if key in summary:
             table.add_row(title, f"{number(summary, key):.3g} of what was rounded")
     if "asked" in summary:
@@ -124,7 +124,9 @@ def report(summary: Plain, folder: Path) -> None:
     console_for_tables().print(table)
 
 
-def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain, Path, bool]:
+def choose(
+    plain: PlainDict, typed: list[str], sweep_job: str | None
+) -> tuple[PlainDict, Path, bool]:
     """Decide on folder and config: a new run, or one to go on with.
 
     Returns:
@@ -181,7 +183,7 @@ def sweep_name(overrides: Sequence[str]) -> str:
     return f"{os.fsencode(name)[:room].decode(errors='ignore')}_{digest}"
 
 
-def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
+def run_one(plain: PlainDict, typed: list[str], sweep_job: str | None) -> PlainDict:
     """Run, go on with, or skip one run; print and give its summary."""
     plain, folder, resume = choose(plain, typed, sweep_job)
     if resume and is_done(folder, plain):
@@ -189,7 +191,7 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
         return read_summary(folder)
     with told_how_to_go_on(folder, "simulate"):
         summary = simulate(plain, folder, resume=resume)
-    report(summary, folder)
+    print_outcome(summary, folder)
     return summary
 
 
@@ -211,7 +213,7 @@ def by_hydra(words: Sequence[str]) -> None:
         compose_and_run()
 
 
-def shown(words: Sequence[str]) -> bool:
+def shows_composed(words: Sequence[str]) -> bool:
     """Print what a command would compose, if its words ask Hydra for that (``--cfg job``)."""
     if not any(word.partition("=")[0] in SHOWS for word in words):
         return False
@@ -226,7 +228,7 @@ def compose_and_run(cfg: DictConfig) -> float | None:
     words = list(map(str, OmegaConf.to_container(job.overrides.task, resolve=False) or ()))
     sweep = sweep_name(words) if job.mode == RunMode.MULTIRUN else None
 
-    def again(words: Sequence[str]) -> Plain:
+    def again(words: Sequence[str]) -> PlainDict:
         return plain_of(compose("config", [*job.overrides.hydra, *words]), job.runtime.choices)
 
     try:

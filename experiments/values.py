@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedraclora.config.run_config import RunConfig
+from fedraclora.config.schema import PlainDict
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import Plain
 from fedraclora.experiments.choices import groups
 from fedraclora.experiments.overrides import composed, key_of
 from fedraclora.experiments.resume import laid_over
@@ -22,7 +22,7 @@ NOT_STRINGS = {"null", "true", "false", "nan", "inf"}
 
 def config_of(
     choices: tuple[str | Mapping[str, object], ...], keys: Mapping[str, object]
-) -> tuple[Plain, list[str]]:
+) -> tuple[PlainDict, list[str]]:
     """Compose the config that is asked for.
 
     Returns:
@@ -57,7 +57,7 @@ def is_whole(mapping: Mapping[str, object]) -> bool:
     return wanted <= {*mapping}
 
 
-def nowhere(config: Plain) -> Plain:
+def nowhere(config: PlainDict) -> PlainDict:
     """Drop from a config what says where its run was: the folder, and whether it went on."""
     return laid_over(config, {"output.dir": None, "resume": None})
 

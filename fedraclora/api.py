@@ -10,10 +10,9 @@ from torch import nn
 
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
-from fedraclora.config.schema import section
+from fedraclora.config.schema import PlainDict, section
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.experiments import Plain
 from fedraclora.experiments.evaluate import measuring_run
 from fedraclora.experiments.lending import lend_all
 from fedraclora.experiments.resume import is_done
@@ -197,7 +196,7 @@ def usable(place: Path) -> Iterator[None]:
         raise ConfigError(f"folder: {explained(error)}") from error
 
 
-def place_of(plain: Plain, output: Plain, folder: str | Path | None) -> Path | None:
+def place_of(plain: PlainDict, output: PlainDict, folder: str | Path | None) -> Path | None:
     """Return the run folder that is asked for; None: the run is in memory.
 
     Raises:

@@ -72,7 +72,7 @@ class Assembled(Wired):
     trained: str
 
 
-def assemble(
+def assemble_with(
     config: RunConfig,
     folder: Path | None,
     *,

@@ -15,14 +15,14 @@ from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.callback import Callback
-from fedraclora.run.ledger import number
+from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.strategies.server.callbacks import Callbacks, in_round
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import largest, overflowing, persistently
 from fedraclora.strategies.server.quantised import DownlinkRounding
 from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
-from fedraclora.strategies.server.rows import Cost, Row, fleet_columns, ledger_row
+from fedraclora.strategies.server.rows import Cost, fleet_columns, ledger_row
 from fedraclora.training.localconfig import effective_step
 from fedraclora.tree import point_at
 from fedraclora.weights.chain import CatchUp

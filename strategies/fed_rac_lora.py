@@ -46,7 +46,7 @@ from fedraclora.rng import generator
 from fedraclora.sketch import Blocks, SketchSpec
 from fedraclora.strategies.shared import past
 from fedraclora.strategies.shared.drawn import Asymmetric, Side
-from fedraclora.strategies.shared.gradient_first import GradientFirst, whole
+from fedraclora.strategies.shared.gradient_first import GradientFirst, full_factor
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
 
@@ -75,7 +75,7 @@ class FedRacLora(GradientFirst, Asymmetric):
         drawn, trained = self.sides(layer.shape)  # A and B; under a left sketch, B and A
         sketch: FactorLike = self.drawing(layer, now)
         if drawn in layer.carried:
-            sketch = whole(layer.carried[drawn], self.drawing(layer, now))
+            sketch = full_factor(layer.carried[drawn], self.drawing(layer, now))
         return {trained: layer.trained(trained, rank=layer.rank * self.sketches), drawn: sketch}
 
     def drawing(self, layer: Layer, now: Round) -> SketchSpec:

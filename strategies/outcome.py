@@ -25,7 +25,7 @@ from fedraclora.run.digests import check_data
 from fedraclora.run.folder import (
     alone,
     amend,
-    begin,
+    begin_folder,
     has_checkpoint,
     is_finished,
     read_config,
@@ -36,7 +36,7 @@ from fedraclora.run.folder import (
 )
 from fedraclora.run.ledger import known_mean, read_ledger, round_seconds
 from fedraclora.run.stopped import forget_stop, note_stop
-from fedraclora.strategies.assembly import Assembled, assemble
+from fedraclora.strategies.assembly import Assembled, assemble_with
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.strategies.server.round_step import RoundStep
@@ -109,7 +109,7 @@ def execute(
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
             goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        run = assemble(
+        run = assemble_with(
             config, folder, engine_of=engine_of, resume=goes_on, callbacks=watched, steps=steps
         )
         stack.callback(run.close)
@@ -118,7 +118,7 @@ def execute(
                 run.strategy.recorder.incidents += amend(folder, config.plain)
             else:
                 stack.enter_context(alone(folder))
-                begin(folder, config.plain)
+                begin_folder(folder, config.plain)
         before = math.fsum(map(round_seconds, run.strategy.recorder.ledger.rows))
         stack.enter_context(stopping_noted(run, folder))
         title, done = run_title(config.plain), run.strategy.done

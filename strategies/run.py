@@ -26,8 +26,8 @@ from fedraclora.evaluation.predict import Prediction, predict
 from fedraclora.models.built import check_fit, dequantise
 from fedraclora.models.outputs import refuse_outputs
 from fedraclora.run.folder import refuse_full, run_title
+from fedraclora.run.ledger import Row
 from fedraclora.strategies import METHODS
-from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors

@@ -51,7 +51,7 @@ def main(grid: FlowerGrid, context: Context) -> None:
         ConfigError: If it is missing, or of another engine.
     """
     resume = bool(context.run_config.get("resume", False))
-    config = read_config(str(context.run_config.get("cfg-json", "")), began=resume)
+    config = config_from_text(str(context.run_config.get("cfg-json", "")), began=resume)
 
     folder, ended = Path(str(config.output.dir)).expanduser(), watch()
     deployed = config.engine.name == DeployConfig.name
@@ -142,7 +142,7 @@ class InServerApp(Engine):
         )
 
 
-def read_config(text: str, *, began: bool = False) -> RunConfig:
+def config_from_text(text: str, *, began: bool = False) -> RunConfig:
     """Read the config of a run, which goes on if it ``began`` before.
 
     Raises:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.config.schema import PlainDict
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter
@@ -17,10 +18,8 @@ from fedraclora.run.folder import is_finished, read_config, read_summary, resume
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.weights import load_weights
 
-Plain = dict[str, object]
 
-
-def settled_start(plain: Mapping[str, object]) -> Plain:
+def settled_start(plain: Mapping[str, object]) -> PlainDict:
     """Write the digest of what a run begins from beside its path, for a config that is to be kept.
 
     Args:

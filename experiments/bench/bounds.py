@@ -53,7 +53,7 @@ TABLE = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
 BOUNDS = tuple(Bound(**row) for row in yaml.safe_load(TABLE))
 
 
-def judge(workload: str, rows: Rows, device: str = "cpu") -> dict[str, list[str]]:
+def judge_rows(workload: str, rows: Rows, device: str = "cpu") -> dict[str, list[str]]:
     """Check the rows of a workload against the bounds; on a GPU the wall time alone counts.
 
     Returns:

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from fedraclora.data.task import LOSSES, Task, forward
 from fedraclora.data.token_losses import output_layer, token_losses
-from fedraclora.experiments.bench.runs import opened, trainer_of
-from fedraclora.experiments.bench.workloads import LR, Case, Workload, plan_of
+from fedraclora.experiments.bench.runs import opened, trainer_maker
+from fedraclora.experiments.bench.workloads import LR, Case, Workload, all_linear_plan
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.training.precision import FLOAT32, products_in
@@ -51,7 +51,7 @@ class Central:
     """
 
     def __init__(self, workload: Workload, task: Task, at_once: int) -> None:
-        plan = plan_of(task)
+        plan = all_linear_plan(task)
         model = copied_layers(task.model).requires_grad_(requires_grad=False).eval()
         for name in plan.targets:
             owner = name.rpartition(".")[0]
@@ -133,7 +133,7 @@ class PeftLoop:
 
         self.case, self.precision, self.done = case, precision, 0
         method = FedRacLora(rank=case.workload.rank)
-        _, downlink = opened(method, trainer_of(case, method)(), case.workload.cohort)
+        _, downlink = opened(method, trainer_maker(case, method)(), case.workload.cohort)
         self.sketches: dict[str, SketchSpec] = {}
         self.scales: dict[str, float] = {}
         for weight, adapter in downlink.adapters.items():

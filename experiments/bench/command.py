@@ -30,11 +30,11 @@ from typing_extensions import override
 from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.config.schema import build
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError, unknown
-from fedraclora.experiments.bench.bounds import disagreements, judge
+from fedraclora.experiments.bench.bounds import disagreements, judge_rows
 from fedraclora.experiments.bench.launch import interpreter, run_peer
 from fedraclora.experiments.bench.phases import profile
 from fedraclora.experiments.bench.rows import BUILDERS, hosted, peak_alone
-from fedraclora.experiments.bench.runs import opened, trainer_of
+from fedraclora.experiments.bench.runs import opened, trainer_maker
 from fedraclora.experiments.bench.table import Report, about, table, tables
 from fedraclora.experiments.bench.timing import Figures, figures, interleaved, training_loss
 from fedraclora.experiments.bench.usage import PROC
@@ -145,7 +145,7 @@ def timed(
 
 def judged(report: Report) -> list[str]:
     """Print how the bounds fare; give those that are broken."""
-    lines = judge(report.workload, report.rows, str(report.about["device"]))
+    lines = judge_rows(report.workload, report.rows, str(report.about["device"]))
     for fate in ("kept", "open"):
         for line in lines[fate]:
             print(f"{fate}: {line}")
@@ -254,7 +254,7 @@ def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
 def largest_chunk(case: Case, precision: str) -> int:
     """Train chunks of more and more clients of a workload until memory runs out."""
     method = FedRacLora(rank=case.workload.rank)
-    trainer = trainer_of(case, method, precision=precision)()
+    trainer = trainer_maker(case, method, precision=precision)()
     state, downlink = opened(method, trainer, case.workload.cohort)
 
     def fits(clients: int) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedraclora.clients.engines import InProcess
 from fedraclora.engines.base import EngineParts
-from fedraclora.experiments.bench.runs import ENDLESS, Row, opened, settle, trainer_of
+from fedraclora.experiments.bench.runs import ENDLESS, BenchRow, opened, settle, trainer_maker
 from fedraclora.experiments.bench.timing import Rows
 from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import Case
@@ -31,7 +31,7 @@ GRID = {"1k/100": (1_000, 100), "1M/100": (10**6, 100), "1M/1k": (10**6, 1_000)}
 GRID |= {"1M/10k": (10**6, 10_000)}  # clients, and how many of them a round asks
 
 
-def late(case: Case, clients: int, asked: int, round_: int) -> Row:
+def late(case: Case, clients: int, asked: int, round_: int) -> BenchRow:
     """Build a row whose first lap ends with a round; the counted ones come after it.
 
     Args:
@@ -42,7 +42,7 @@ def late(case: Case, clients: int, asked: int, round_: int) -> Row:
     """
     case = replace(case, workload=replace(case.workload, clients=clients, asked=asked))
     method = FedRacLora(rank=case.workload.rank)
-    trainer = trainer_of(case, method, steps=0)()
+    trainer = trainer_maker(case, method, steps=0)()
     state, downlink = opened(method, trainer, asked)
     chunk = plan_chunk("auto", trainer, state.base, downlink, asked).chunk
     loop = LoopConfig(rounds=ENDLESS, clients=clients, cohort=asked, chunk=chunk, seed=0)
@@ -71,7 +71,7 @@ def late(case: Case, clients: int, asked: int, round_: int) -> Row:
         run.close()
         made.cleanup()
 
-    return Row(lap, facts=facts, close=close)
+    return BenchRow(lap, facts=facts, close=close)
 
 
 def named(size: str, round_: int) -> str:
@@ -79,7 +79,7 @@ def named(size: str, round_: int) -> str:
     return f"{size}@{round_}"
 
 
-BUILDERS = {
+LATE_BUILDERS = {
     named(size, round_): partial(late, clients=clients, asked=asked, round_=round_)
     for size, (clients, asked) in GRID.items()
     for round_ in STANDING

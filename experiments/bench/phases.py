@@ -15,7 +15,7 @@ from typing_extensions import override
 from fedraclora.clients.worker import answer_of
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import cross_entropy, cross_entropy_slope, forward
-from fedraclora.experiments.bench.runs import federated
+from fedraclora.experiments.bench.runs import federated_row
 from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import Case
 from fedraclora.protocol.link import apply_link
@@ -84,7 +84,7 @@ def profile(case: Case, seconds: float = 3.0) -> Profile:
         case: A workload on a device.
         seconds: For how long, without the profiler and again with it.
     """
-    row = federated(case)
+    row = federated_row(case)
     row.round(Laps(children=False))
     free, watched = Laps(children=False), Laps(children=False)
     profiler = cProfile.Profile(time.process_time)

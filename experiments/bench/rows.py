@@ -13,7 +13,13 @@ import torch
 
 from fedraclora.experiments.bench import late
 from fedraclora.experiments.bench.central import Central, PeftLoop, PlainLoop
-from fedraclora.experiments.bench.runs import RAY_WORKERS, Row, federated, lapped, ray_settings
+from fedraclora.experiments.bench.runs import (
+    RAY_WORKERS,
+    BenchRow,
+    federated_row,
+    lapped,
+    ray_settings,
+)
 from fedraclora.experiments.bench.usage import Laps, peak, reset_peak
 from fedraclora.experiments.bench.workloads import RAY, Case, Workload
 from fedraclora.strategies.fedavg import FedAvg
@@ -21,16 +27,16 @@ from fedraclora.strategies.fedavg_lora import FedAvgLora
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 
 
-def loop(case: Case) -> Row:
+def loop(case: Case) -> BenchRow:
     """Full weights, by hand."""
     run = PlainLoop(case.workload, replace(case.task, model=case.model))
-    return Row(lapped(run.round), weights=lambda: run.state)
+    return BenchRow(lapped(run.round), weights=lambda: run.state)
 
 
-def peft(case: Case, precision: str = FLOAT32) -> Row:
+def peft(case: Case, precision: str = FLOAT32) -> BenchRow:
     """Fed-RAC-LoRA by hand, on PEFT."""
     run = PeftLoop(case, precision)
-    return Row(lapped(run.round), weights=run.weights if precision == FLOAT32 else None)
+    return BenchRow(lapped(run.round), weights=run.weights if precision == FLOAT32 else None)
 
 
 def checkpointed(case: Case) -> Case:
@@ -39,12 +45,12 @@ def checkpointed(case: Case) -> Case:
     return replace(case, workload=replace(case.workload, model=model))
 
 
-def central(case: Case) -> Row:
+def central(case: Case) -> BenchRow:
     """Central training: in one piece, or in as many as the vectorised engine makes of it.
 
     Each is tried twice and the faster is kept: which it is depends on the caches.
     """
-    engine = federated(case)
+    engine = federated_row(case)
     chunk = int(engine.facts["chunk"])
     engine.close()
     tried = []
@@ -56,12 +62,12 @@ def central(case: Case) -> Row:
         tried.append((min(seconds[1:]), at_once))
     at_once = min(tried)[1]
     limit = Central(case.workload, case.task, at_once)
-    return Row(lapped(limit.round), facts={"at once": float(at_once)})
+    return BenchRow(lapped(limit.round), facts={"at once": float(at_once)})
 
 
-def ray(case: Case, workers: int, steps: int | None = None) -> Row:
+def ray(case: Case, workers: int, steps: int | None = None) -> BenchRow:
     """Chunks of clients on resident Ray workers."""
-    return federated(case, chunk=case.workload.ray_chunk, steps=steps, workers=workers)
+    return federated_row(case, chunk=case.workload.ray_chunk, steps=steps, workers=workers)
 
 
 @contextmanager
@@ -82,27 +88,27 @@ def hosted(rows: Sequence[str], device: torch.device) -> Iterator[None]:
         cluster.close()
 
 
-BUILDERS: dict[str, Callable[[Case], Row]] = {
-    "vectorised": federated,
+BUILDERS: dict[str, Callable[[Case], BenchRow]] = {
+    "vectorised": federated_row,
     "central": central,
-    "bf16": lambda case: federated(case, precision=BF16_MIXED),
-    "inline": lambda case: federated(case, chunk=1),
-    "idle": lambda case: federated(case, steps=0),
-    "fedavg_lora": lambda case: federated(case, method=FedAvgLora(rank=case.workload.rank)),
-    "fedavg": lambda case: federated(case, method=FedAvg()),  # the algorithm of the peers
+    "bf16": lambda case: federated_row(case, precision=BF16_MIXED),
+    "inline": lambda case: federated_row(case, chunk=1),
+    "idle": lambda case: federated_row(case, steps=0),
+    "fedavg_lora": lambda case: federated_row(case, method=FedAvgLora(rank=case.workload.rank)),
+    "fedavg": lambda case: federated_row(case, method=FedAvg()),  # the algorithm of the peers
     "loop": loop,
     "peft": peft,
     "peft bf16": lambda case: peft(case, BF16_MIXED),
-    "checkpointing": lambda case: federated(checkpointed(case)),
+    "checkpointing": lambda case: federated_row(checkpointed(case)),
     "peft checkpointing": lambda case: peft(checkpointed(case)),
     "ray idle": lambda case: ray(case, 2, steps=0),
     "ray x1": lambda case: ray(case, 1),
     "ray x2": lambda case: ray(case, 2),
-    "cohort 1,000": federated,
-    "cohort 10,000": lambda case: federated(case.of(10_000)),
-    "population 1,000": federated,
-    "population 1,000,000": lambda case: federated(case.of(1_000_000)),
-    **late.BUILDERS,
+    "cohort 1,000": federated_row,
+    "cohort 10,000": lambda case: federated_row(case.of(10_000)),
+    "population 1,000": federated_row,
+    "population 1,000,000": lambda case: federated_row(case.of(1_000_000)),
+    **late.LATE_BUILDERS,
 }
 
 

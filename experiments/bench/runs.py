@@ -18,7 +18,7 @@ from fedraclora.config.build import fix_bits
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.base import EngineParts
 from fedraclora.experiments.bench.usage import Laps
-from fedraclora.experiments.bench.workloads import LR, Case, plan_of
+from fedraclora.experiments.bench.workloads import LR, Case, all_linear_plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
@@ -41,7 +41,7 @@ MakeTrainer = Callable[[], CohortTrainer]
 
 
 @dataclass
-class Row:
+class BenchRow:
     """One line of the table, while it runs.
 
     Attributes:
@@ -103,7 +103,7 @@ class BenchSite:
         return self.clerk.answer(content, stored)
 
 
-def trainer_of(
+def trainer_maker(
     case: Case, method: Method, *, steps: int | None = None, precision: str = FLOAT32
 ) -> MakeTrainer:
     """Plan a run, and give what builds the trainer of its clients, in this process or in others.
@@ -115,7 +115,7 @@ def trainer_of(
         precision: Of the matrix products.
     """
     bias = "average" if isinstance(method, FedAvg) else "frozen"
-    plan = plan_of(case.task, bias)
+    plan = all_linear_plan(case.task, bias)
     local = LocalConfig(lr=LR, batch_size=case.workload.batch, steps=steps, shuffle=False)
     return partial(
         CohortTrainer, case.task, plan, local, seed=0, device=case.device, precision=precision
@@ -129,7 +129,7 @@ def opened(method: Method, trainer: CohortTrainer, cohort: int) -> tuple[State, 
     return state, method.open_round(state, 1, everyone, Draw(0))
 
 
-def federated(
+def federated_row(
     case: Case,
     *,
     method: Method | None = None,
@@ -137,7 +137,7 @@ def federated(
     steps: int | None = None,
     precision: str = FLOAT32,
     workers: int = 0,
-) -> Row:
+) -> BenchRow:
     """Build the row of a method: rounds without evaluation and checkpoints, with a ledger.
 
     Args:
@@ -152,7 +152,7 @@ def federated(
     loops = "peft" in workload.rows and precision == FLOAT32  # a plain loop does the same
     comparable = isinstance(method, FedAvg) or loops
     method = FedRacLora(rank=workload.rank) if method is None else method
-    make_trainer = trainer_of(case, method, steps=steps, precision=precision)
+    make_trainer = trainer_maker(case, method, steps=steps, precision=precision)
     trainer, settings = make_trainer(), ray_settings(workers or 1, case.device)
     state, downlink = opened(method, trainer, cohort)
     share = settings.share if workers else None
@@ -183,7 +183,7 @@ def federated(
         run.close()
         folder.cleanup()
 
-    return Row(
+    return BenchRow(
         round_,
         workers=(lambda: [int(path.stem) for path in crew.glob("*.pid")]) if workers else None,
         weights=run.weights if comparable else None,

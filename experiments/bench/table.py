@@ -76,7 +76,7 @@ def table(report: Report) -> Table:
     versions = about.get("versions", {})
     note = f"{where}; torch {versions.get('torch')}, {about.get('threads')} thread a process; "
     note += f"revision {about.get('git')}."
-    if rows.keys() & late.BUILDERS.keys():
+    if rows.keys() & late.LATE_BUILDERS.keys():
         return Table.of(late.by_round(rows, title), [note])
     ranked = sorted(rows, key=lambda name: float(rows[name][by]))
     records = [{title: label(name, rows[name]), **cells(report, name)} for name in ranked]

@@ -13,7 +13,7 @@ from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
-from fedraclora.experiments.bench.runs import Row
+from fedraclora.experiments.bench.runs import BenchRow
 from fedraclora.experiments.bench.usage import Laps, peak, reset_peak, tree_peak
 
 PATIENCE = 60.0  # seconds of counted rounds, after which a slow row stops early
@@ -58,7 +58,7 @@ def figures(
 
 
 def interleaved(
-    rows: Mapping[str, Row],
+    rows: Mapping[str, BenchRow],
     rounds: int,
     loss: Callable[[dict[str, torch.Tensor]], float],
     device: torch.device,
@@ -101,14 +101,14 @@ def restart_peak(device: torch.device) -> None:
         reset_peak()
 
 
-def peak_of(row: Row, device: torch.device) -> int:
+def peak_of(row: BenchRow, device: torch.device) -> int:
     """Bytes: the peak since `restart_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return tree_peak(row.workers()) if row.workers else peak()
 
 
-def done(laps: Laps, rounds: int, row: Row) -> bool:
+def done(laps: Laps, rounds: int, row: BenchRow) -> bool:
     """Return whether a row has made its rounds, or so slowly that some of them must do."""
     counted = laps.wall[1:]
     slow = len(counted) >= LEAST and sum(counted) > PATIENCE and row.weights is None

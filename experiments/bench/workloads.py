@@ -212,7 +212,7 @@ def network(
     return MODELS[name](shape=tuple(shape), classes=classes, seed=0, **sizes).model
 
 
-def plan_of(task: Task, bias: str = "frozen") -> Plan:
+def all_linear_plan(task: Task, bias: str = "frozen") -> Plan:
     """Adapt all linear layers; a head that is tied to the table of tokens stays frozen."""
     head = "frozen" if task.loss == "next_token" else "adapt"
     return make_plan(task.model, task.head, head_policy=head, bias_policy=bias)

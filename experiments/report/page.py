@@ -20,7 +20,7 @@ from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.progress import size
 from fedraclora.experiments.report.figures import curves
-from fedraclora.experiments.run_files import ROUNDING, RunFiles, read_files
+from fedraclora.experiments.run_files import ROUNDING_ERRORS, RunFiles, read_files
 from fedraclora.experiments.status import reported
 from fedraclora.objects import NAME
 from fedraclora.run.folder import method_label, run_title
@@ -125,7 +125,7 @@ class Shown(RunFiles):
         sizes = division if isinstance(division, dict) else {}
         return {
             "method": method_label(self.config),
-            **{title: _share(known_mean(self.rows, key)) for title, key in ROUNDING.items()},
+            **{title: _share(known_mean(self.rows, key)) for title, key in ROUNDING_ERRORS.items()},
             "model": self._choice("model"),
             "data": str(task.get("source", self._choice("data"))),
             **self.begins,

@@ -9,14 +9,14 @@ from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.experiments.assemble import assemble
-from fedraclora.experiments.study.file import Study, check_split, config_of
+from fedraclora.experiments.study.file import Study, check_split, row_config
 from fedraclora.experiments.study.tuning import Done, Line
 from fedraclora.run.digests import data_files
 
 PHASES = ("tune", "final")
 
 
-def check_rows(study: Study, rows: Sequence[str], done: Done) -> None:
+def check_first_runs(study: Study, rows: Sequence[str], done: Done) -> None:
     """Put together the first run of each row, in either phase, as far as its first round.
 
     Args:
@@ -32,7 +32,7 @@ def check_rows(study: Study, rows: Sequence[str], done: Done) -> None:
     for row in rows:
         try:
             for phase in PHASES:
-                if (config := config_of(study, row, phase)) is None:
+                if (config := row_config(study, row, phase)) is None:
                     continue
                 check_split(study, phase, config)
                 if (row, phase) not in begun:
@@ -60,14 +60,14 @@ def _check_start(study: Study, phase: str, config: RunConfig) -> None:
         )
 
 
-def check_data(study: Study, done: Mapping[str, Line], path: object) -> None:
+def check_same_data(study: Study, done: Mapping[str, Line], path: object) -> None:
     """Check that what has run was run on the files that the study would read now.
 
     Raises:
         DataError: If a file has changed, or is another one.
     """
     known = {line["row"] for line in done.values() if "data_files" in line}.intersection(study.rows)
-    configs = {row: config_of(study, row, "final") for row in known}  # it may be about data
+    configs = {row: row_config(study, row, "final") for row in known}  # it may be about data
     now = {row: data_files(c.data) for row, c in configs.items() if c is not None}
     for line in done.values():
         found = now.get(line["row"])

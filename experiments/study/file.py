@@ -281,7 +281,7 @@ def check_same(study: Study) -> None:
     first: tuple[str, dict[str, object]] | None = None
     for row in study.rows:
         try:
-            config = config_of(study, row, "final")
+            config = row_config(study, row, "final")
         except ConfigError as error:
             raise ConfigError(f"row {row!r}: {error}") from error
         if config is None:
@@ -327,7 +327,7 @@ def check_split(study: Study, phase: str, config: RunConfig) -> None:
         )
 
 
-def config_of(study: Study, row: str, phase: str) -> RunConfig | None:
+def row_config(study: Study, row: str, phase: str) -> RunConfig | None:
     """Compose the first run of a row in a phase; None where it has none."""
     jobs = study.jobs(phase, row, study.values(row)[:1])
     return from_plain(composed(jobs[0].overrides), METHODS) if jobs else None

@@ -23,7 +23,7 @@ from fedraclora.experiments.assemble import Assembled
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.run_files import refuse_overwriting
 from fedraclora.experiments.status import explained
-from fedraclora.experiments.study.checks import check_data, check_rows
+from fedraclora.experiments.study.checks import check_first_runs, check_same_data
 from fedraclora.experiments.study.file import Job, Study, check_same
 from fedraclora.experiments.study.tables import write_results
 from fedraclora.experiments.study.tuning import Line, read_lines, score, tried_values, tuned_value
@@ -67,8 +67,8 @@ def run_study(
     done, failed = read_lines(path), dict[str, str]()
     if not table_only:
         check_same(study)
-        check_data(study, done, path)
-        check_rows(study, [*(rows or study.rows)], done)
+        check_same_data(study, done, path)
+        check_first_runs(study, [*(rows or study.rows)], done)
 
     def run(phase: str, values: Callable[[str], list[float]]) -> bool:
         left = [row for row in rows or study.rows if row not in failed]

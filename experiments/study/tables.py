@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedraclora.experiments.run_files import ROUNDING
+from fedraclora.experiments.run_files import ROUNDING_ERRORS
 from fedraclora.experiments.study.entries import (
     DEVIATION,
     UNTRAINED,
@@ -45,7 +45,7 @@ def write_results(study: Study, done: Done, out: Path, failed: Mapping[str, str]
 def results(study: Study, done: Done) -> list[dict[str, object]]:
     """Make the records of the rows whose final runs are all there."""
     records = [_record(entry, done) for entry in finals(study, done)]
-    some = [title for title in ROUNDING if any(title in record for record in records)]
+    some = [title for title in ROUNDING_ERRORS if any(title in record for record in records)]
     return [record | {title: record.get(title, "") for title in some} for record in records]
 
 
@@ -78,7 +78,9 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
         "downlink MB with catch-up": round(_mean(lines, "downlink_total") / MEGABYTE, 2),
         "aggregation error": entry.aggregation_error,
         **{
-            title: round(_mean(lines, key), 4) for title, key in ROUNDING.items() if key in lines[0]
+            title: round(_mean(lines, key), 4)
+            for title, key in ROUNDING_ERRORS.items()
+            if key in lines[0]
         },
     }
 

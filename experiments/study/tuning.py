@@ -12,7 +12,7 @@ from typing import Any
 
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
-from fedraclora.experiments.study.file import Study, check_split, config_of
+from fedraclora.experiments.study.file import Study, check_split, row_config
 
 Line = dict[str, Any]  # of runs.jsonl
 Done = Mapping[str, Line]  # by key
@@ -99,7 +99,7 @@ def tuned_by(study: Study, folder: Path) -> Study:
     if missing:
         raise ConfigError(f"the study in {folder} has not tuned {', '.join(missing)}")
     for row in study.rows:
-        if (config := config_of(other, row, "tune")) is not None:
+        if (config := row_config(other, row, "tune")) is not None:
             check_split(other, "tune", config)
     fixed = {row: tuned_value(other, row, done) for row in study.rows}
     text = f"{study.text}# tuned by {folder}\n"

@@ -23,7 +23,7 @@ SCALE = 1.5  # s = alpha / r of every case, so that lr and the step in weight sp
 
 
 @dataclass(frozen=True)
-class Case:
+class TheoryCase:
     """One curve.
 
     Attributes:
@@ -150,15 +150,15 @@ class Case:
         )
 
 
-def expanded(row: Mapping[str, Any]) -> Iterator[Case]:
+def expanded(row: Mapping[str, Any]) -> Iterator[TheoryCase]:
     """Make the curves of a panel: one for each place of its lists, or the only one."""
     lists = {key: value for key, value in row.items() if isinstance(value, list)}
     for values in zip(*lists.values(), strict=True):
         fields = {**row, **dict(zip(lists, values, strict=True))}
-        yield Case(**fields | {"label": fields["label"].format(**fields)})
+        yield TheoryCase(**fields | {"label": fields["label"].format(**fields)})
 
 
-def all_cases(size: str = "full") -> list[Case]:
+def all_cases(size: str = "full") -> list[TheoryCase]:
     """Every case that has a bound; ``small``: the first of every panel, a few rounds of it."""
     panels = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     cases = [case for panel in panels for case in expanded(panel)]

@@ -19,7 +19,7 @@ from fedraclora.experiments.theory.bounds.theorems import (
     rounding,
     sgd,
 )
-from fedraclora.experiments.theory.cases import Case
+from fedraclora.experiments.theory.cases import TheoryCase
 from fedraclora.experiments.theory.problems import MEASURES, problem
 from fedraclora.experiments.theory.runs import federate, start_of
 from fedraclora.protocol.quantised import FULL
@@ -34,7 +34,7 @@ ROUNDING = 1e-12  # of the initial value: the rounding error of a computed gap
 Path = dict[str, Vector]  # what one seed measured after 0 to T rounds
 
 
-def run(case: Case, seed: int) -> Path:
+def run(case: TheoryCase, seed: int) -> Path:
     """Run one seed of a case; give each of `MEASURES`, and ``uplink``, bytes sent so far."""
     ground = problem(case.problem)
     strategy = federate(
@@ -110,7 +110,7 @@ class Judged:
         uplink: Bytes sent up after 0 to T rounds, mean over seeds.
     """
 
-    case: Case
+    case: TheoryCase
     descent: Descent
     curves: dict[str, Curve]
     gaps: Vector
@@ -147,7 +147,7 @@ class Judged:
         }
 
 
-def judge(case: Case, paths: list[Path]) -> Judged:
+def judge(case: TheoryCase, paths: list[Path]) -> Judged:
     """Check the paths of a case's seeds against its theorem.
 
     sigma^2 and zeta^2 are the greatest along all paths, which is no less than their expectation
@@ -178,7 +178,7 @@ def curve(
     return Curve(quantity, rounds.astype(float), mean, error, worst, bound, sure)
 
 
-def theorem(case: Case, noise: dict[str, float]) -> Descent:
+def theorem(case: TheoryCase, noise: dict[str, float]) -> Descent:
     """Build the theorem of a case; ``noise`` has sigma_sq of single samples, and zeta_sq."""
     if case.link > 1 and (case.theorem == "cover" or case.kind != FULL):
         raise ConfigError(
@@ -208,7 +208,7 @@ def theorem(case: Case, noise: dict[str, float]) -> Descent:
     return noisy_link(one, case.link) if case.link > 1 else one
 
 
-def of_round(case: Case, given: Given) -> Descent:
+def of_round(case: TheoryCase, given: Given) -> Descent:
     """Build the theorem of one round with noise."""
     if case.theorem == "sgd":
         return sgd(given, case.step, rounding(case.kind, case.kind))

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.limits import hints
 
-Plain = Mapping[str, object]
+Plain = Mapping[str, object]  # a config, or a part of it, as nested values
+PlainDict = dict[str, object]  # one that may be written into
 # Of a number in the config: seeds and counts are int64 in tensors, the others float32.
 LARGEST_INT = 2**63 - 1
 LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38

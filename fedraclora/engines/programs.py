@@ -29,7 +29,7 @@ TETHERED = Path(__file__).with_name("tethered.py")
 AT_SOCKETS = Path(__file__).with_name("sockets.py")
 HOST, LINK, NODE = "127.0.0.1", 1, 2  # ports of a SuperLink and of a node that are sockets
 LONGEST = 80  # characters of a home's path: that of a socket in it may have 107
-NAME = "local"  # of the connection to a SuperLink of our own, in Flower's configuration
+CONNECTION = "local"  # of the connection to a SuperLink of our own, in Flower's configuration
 START = 120.0  # seconds until a program must listen
 END = 20.0  # seconds for all that it has started to end
 
@@ -177,7 +177,7 @@ def superlink(home: Path, words: Sequence[str], environ: Mapping[str, str], trus
         trust: How its connection is secured: a line of Flower's configuration.
     """
     (home / "config.toml").write_text(
-        f'[superlink.{NAME}]\naddress = "{HOST}:{LINK}"\n{trust}\n', encoding="utf-8"
+        f'[superlink.{CONNECTION}]\naddress = "{HOST}:{LINK}"\n{trust}\n', encoding="utf-8"
     )
     words = [*words, "--host", HOST, "--port", str(LINK)]
     return Program("flower-superlink", words, environ, home / "superlink.log")

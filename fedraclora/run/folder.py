@@ -19,8 +19,8 @@ from fedraclora.config.schema import Plain, section
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
 from fedraclora.run.ledger import number, read_ledger, seals
-from fedraclora.run.recorder import BESIDE
-from fedraclora.weights.files import difference, write_text
+from fedraclora.run.recorder import RESUMED_FROM
+from fedraclora.weights.files import config_difference, write_text
 
 LEDGER = "ledger_sha256"  # of the summary: the seal of the ledger's last row
 # What a start makes; the lock comes last, so that nobody else begins meanwhile.
@@ -140,7 +140,7 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def begin(folder: Path, plain: Plain) -> None:
+def begin_folder(folder: Path, plain: Plain) -> None:
     """Write the config of a new run into its folder, with digests of it and of the data's files.
 
     What a start that was killed has left makes room.
@@ -196,7 +196,7 @@ def amend(folder: Path, plain: Plain) -> list[str]:
     (folder / "summary.json").unlink(missing_ok=True)
     _write_config(folder, plain, None)
     # Keys that one side lacks came or went with the choice of their group, which is named.
-    changed = [line for line in difference(stored, plain) if "(absent)" not in line]
+    changed = [line for line in config_difference(stored, plain) if "(absent)" not in line]
     return [f"goes on with {x}" for x in changed if not x.startswith(("output.", "resume:"))]
 
 
@@ -222,7 +222,7 @@ def has_checkpoint(folder: Path, every: int) -> bool:
             f"{folder} has no checkpoint, though its ledger reaches round {rows[-1]['round']}; "
             "restore the checkpoint from a copy, or start anew in another folder"
         )
-    for name in ("ledger.jsonl", *BESIDE):
+    for name in ("ledger.jsonl", *RESUMED_FROM):
         (folder / name).unlink(missing_ok=True)
     return False
 

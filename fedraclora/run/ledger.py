@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.errors import CheckpointError
-from fedraclora.weights.files import named, replacing
+from fedraclora.weights.files import naming_file, replacing
 
 Row = dict[str, object]
 _SEAL = "sha256"  # of a line: of its row and those before; readers do not see it
@@ -82,7 +82,7 @@ class Ledger:
         if self.path is not None:
             if not self.rows:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            with named(self.path), self.path.open("ab") as file:
+            with naming_file(self.path), self.path.open("ab") as file:
                 file.write(_line(text, seal))
                 file.flush()
                 if sync:

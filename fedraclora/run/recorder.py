@@ -23,7 +23,7 @@ from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
 from fedraclora.weights.files import (
     ADVICE,
-    difference,
+    config_difference,
     load_checkpoint,
     save_checkpoint,
 )
@@ -40,7 +40,7 @@ from fedraclora.weights.links import (
 )
 
 # Files of a run folder that a run which goes on rests on, beside the config and these three.
-BESIDE = (str(KEY), "run_id")
+RESUMED_FROM = (str(KEY), "run_id")
 PRESENT = ("config.yaml", "digests.json")  # these have digests of their own
 WEIGHTS = (
     "base/ alone is the trained model only for methods that merge everything into it: "
@@ -217,7 +217,7 @@ class RunRecorder:
         if self.folder is None:
             raise CheckpointError("a run without a folder cannot be resumed")
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
-        lines = difference(meta.get("fixed", {}), self.fixed)
+        lines = config_difference(meta.get("fixed", {}), self.fixed)
         changed = [line for line in lines if not line.startswith(self.free)]
         if changed:
             raise CheckpointError(
@@ -327,11 +327,11 @@ def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def beside(folder: Path) -> dict[str, str]:
-    """Compute the SHA-256 of each file of `BESIDE` in a run folder, and of what else it must have.
+    """Compute the SHA-256 of each file of `RESUMED_FROM` in a folder, and what else it needs.
 
     A digest of a key of 32 random bytes tells nobody the key.
     """
-    there = [name for name in BESIDE if (folder / name).is_file()]
+    there = [name for name in RESUMED_FROM if (folder / name).is_file()]
     digests = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in there}
     return digests | {name: "present" for name in PRESENT if (folder / name).is_file()}
 

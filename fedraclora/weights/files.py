@@ -44,7 +44,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with named(path):
+        with naming_file(path):
             yield partial
             if sync:
                 _flush(partial)
@@ -54,7 +54,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
         raise
     if sync:
-        with named(path):
+        with naming_file(path):
             _flush(path.parent)
 
 
@@ -65,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """Add the file's name to an error of the system: that of a full disk does not."""
     try:
         yield
@@ -231,11 +231,11 @@ def _digest(tensors: Tree, meta: str) -> str:
     return h.hexdigest()
 
 
-def difference(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+def config_difference(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """List how two nested configs differ, one line per key.
 
     Example:
-        >>> difference({"method": {"rank": 4}, "seed": 0}, {"method": {"rank": 8}})
+        >>> config_difference({"method": {"rank": 4}, "seed": 0}, {"method": {"rank": 8}})
         ['method.rank: 4 -> 8', 'seed: 0 -> (absent)']
     """
     left, right = (

@@ -20,10 +20,10 @@ from fedraclora.wire.records import (
     Fields,
     array_record,
     header_record,
+    message_header,
     packed_numbers,
     read_array,
     read_first,
-    read_header,
     read_layout,
     read_numbers,
     read_vectors,
@@ -154,7 +154,7 @@ class AskReader:
     def _read_shared(self, content: Content) -> None:
         """Read what all messages of an exchange share."""
         self._arrays = None  # a message that is refused is not remembered
-        self._header = header = read_header(content)
+        self._header = header = message_header(content)
         exactly(header, HEADER, "the header of a train message")
         layout = read_layout(header["layout"], "the layout")
         flat = read_numbers(content, "arrays", 1, layout, _kind(header["kind"], "its kind"))

@@ -77,7 +77,7 @@ def read_tree(content: Content, name: str) -> Tree:
     return dict(record) if isinstance(record, Tensors) else {}
 
 
-def read_header(content: Content) -> dict[str, Any]:
+def message_header(content: Content) -> dict[str, Any]:
     """Read the header of a message.
 
     Raises:
@@ -117,7 +117,7 @@ def read_json(content: Content, name: str) -> dict[str, Any]:
 
 def round_of(content: Content) -> int:
     """Read the round of a message."""
-    return whole(read_header(content).get("round"), "its round")
+    return whole(message_header(content).get("round"), "its round")
 
 
 def clients_of(content: Content) -> list[int]:

@@ -30,9 +30,9 @@ from fedraclora.wire.records import (
     Fields,
     array_record,
     header_record,
+    message_header,
     read_array,
     read_first,
-    read_header,
     read_layout,
     read_vectors,
     round_of,
@@ -127,7 +127,7 @@ def _who(answer: Answer) -> str:
 
 def _read(content: Content, ask: Ask) -> Answer:
     """Read the fields of an answer."""
-    header = read_header(content)
+    header = message_header(content)
     exactly(header, HEADER, "the header of a reply")
     round_ = whole(header["round"], "its round")
     coded = ask.request.uplink != FULL
@@ -151,7 +151,7 @@ def _read_stage(content: Content, name: str) -> Answer:
     stage, vectors = read_stage(content), read_vectors(content)
     if stage is None or stage.name != name:
         raise WireError(f"the reply is not an answer to the stage {name} of secure aggregation")
-    why = mapping(read_header(content)["failures"], "failures")
+    why = mapping(message_header(content)["failures"], "failures")
     empty = torch.empty(0)
     return Answer(
         round_of(content),

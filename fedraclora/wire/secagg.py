@@ -162,13 +162,13 @@ def checked_text(value: object, longest: int) -> str:
     return value
 
 
-def split(secret: str, threshold: int, count: int) -> list[str]:
+def split_secret(secret: str, threshold: int, count: int) -> list[str]:
     """Split a secret (hexadecimal) so that any ``threshold`` of ``count`` shares give it back."""
     return [share.hex() for share in create_shares(bytes.fromhex(secret), threshold, count)]
 
 
 def combine(shares: list[str]) -> str:
-    """Rebuild a secret from the shares of `split`.
+    """Rebuild a secret from the shares of `split_secret`.
 
     Raises:
         WireError: If the shares do not fit together.
@@ -192,7 +192,7 @@ def pair_mask(private: str, public: str, count: int, *, add: bool) -> Words:
     return words if add else np.negative(words)
 
 
-def quantised(rows: torch.Tensor) -> npt.NDArray[np.uint32]:
+def as_words(rows: torch.Tensor) -> npt.NDArray[np.uint32]:
     """Round float64 [k, P], in steps, to whole ones, modulo 2^32: off by a half at the most."""
     whole = torch.round(rows).to(torch.int64).numpy()
     return (whole % 2**32).astype(np.uint32)

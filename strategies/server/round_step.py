@@ -20,12 +20,12 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.callback import Callback
+from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.callbacks import Told, each_of, joined
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.server.rows import Row
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.wire.exchange import Ask, Came

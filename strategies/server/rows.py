@@ -8,12 +8,11 @@ import torch
 
 from fedraclora.engines.base import Traffic
 from fedraclora.protocol.method import State
+from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import Stopwatch
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.weights.chain import CatchUp
 from fedraclora.wire.exchange import payload_bytes
-
-Row = dict[str, object]
 
 
 @dataclass

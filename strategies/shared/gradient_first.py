@@ -111,7 +111,7 @@ class GradientFirst(LayerMethod):
         return up, down
 
 
-def whole(factor: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
+def full_factor(factor: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
     """Complete a first factor by rows of a drawing, where the gradient has given fewer.
 
     It has no more directions than its weight has rows or columns.

@@ -12,10 +12,10 @@ from typing_extensions import override
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CohortOf, RoundStep
-from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.steps.conflicts import TWICE, refused
 
 

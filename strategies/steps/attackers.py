@@ -11,9 +11,9 @@ from fedraclora.aggregation.base import AggregationContext, rows_of
 from fedraclora.attacks.attack import Attack
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import Row
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.strategies.server.rows import Row
 
 
 class Attackers(RoundStep):

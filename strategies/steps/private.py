@@ -14,11 +14,10 @@ from fedraclora.privacy.client_level import NORM_SLACK, ClientLevel, Mechanism
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
-from fedraclora.run.ledger import number
+from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CohortOf, RoundStep
-from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.steps.conflicts import PRIVATE, TWICE, refused
 
 

@@ -13,10 +13,10 @@ from fedraclora.errors import CheckpointError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.uplinks import Refusal, Uplinks
+from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CohortOf, RoundStep, Send
-from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.steps.conflicts import SECURE, TWICE, refused
 from fedraclora.strategies.steps.secagg_session import SecAggSession, Texts
 from fedraclora.strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed

@@ -48,8 +48,8 @@ from fedraclora.wire.reply import write_answer
 from fedraclora.wire.secagg import (
     LARGEST,
     Words,
+    as_words,
     mark,
-    quantised,
     read_stage,
     seal,
     shared_key,
@@ -159,7 +159,7 @@ class Client:
         norm = float(self.update.norm())
         update = self.update * (CLIP / norm) if norm > CLIP else self.update
         weight = torch.tensor([self.weight], dtype=torch.float64)
-        found: Words = quantised(torch.cat([update * self.weight / step, weight])[None])[0]
+        found: Words = as_words(torch.cat([update * self.weight / step, weight])[None])[0]
         return found
 
     @property

@@ -262,7 +262,7 @@ def test_a_full_disk_says_how_to_go_on_where_there_is_a_run(
 
     place = (
         "fedraclora.strategies.base.FedStrategy._close",
-        "fedraclora.strategies.outcome.begin",
+        "fedraclora.strategies.outcome.begin_folder",
     )[not begun]
     monkeypatch.setattr(place, full)
     folder = tmp_path / "run"

@@ -29,12 +29,11 @@ from fedraclora.experiments import flower
 from fedraclora.experiments.app import copy_app
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
-from fedraclora.run.ledger import read_ledger
+from fedraclora.run.ledger import Row, read_ledger
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.callbacks import own_callbacks
-from fedraclora.strategies.server.rows import Row
-from fedraclora.strategies.server_app import read_config
+from fedraclora.strategies.server_app import config_from_text
 from tests.common import summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,10 +135,10 @@ def test_what_is_written_is_what_the_app_reads(call: Called, tmp_path: Path) -> 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     found = fuse_dicts(flatten_dict(project["config"]), parse_config_args([str(file)]))
     assert found["resume"] is False
-    config = read_config(str(found["cfg-json"]))
+    config = config_from_text(str(found["cfg-json"]))
     assert config.output.dir == str(folder)
     wanted = composed([*SMALL, "engine=flower", "engine.workers=1", f"output.dir={tmp_path}/run"])
-    assert config.digested == read_config(json.dumps(wanted)).digested
+    assert config.digested == config_from_text(json.dumps(wanted)).digested
 
 
 @pytest.mark.usefixtures("started")
@@ -166,7 +165,7 @@ def test_relative_folders_are_those_of_the_caller(
 )
 def test_a_config_that_is_none_is_refused(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        read_config(text)
+        config_from_text(text)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_a_config_that_is_none_is_refused(text: str, said: str) -> None:
 def test_a_config_of_another_place_is_refused(word: str, said: str) -> None:
     plain = composed([*SMALL, "engine=flower", "output.dir=/tmp/run", word])
     with pytest.raises(ConfigError, match=said):
-        read_config(json.dumps(plain))
+        config_from_text(json.dumps(plain))
 
 
 # ---- The bundle ---------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import Row
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
-from fedraclora.strategies.server.rows import Row
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.conflicts import (
     CONFLICTS,

@@ -14,11 +14,11 @@ from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.records import message_bytes
 from fedraclora.experiments.simulate import simulate
+from fedraclora.run.ledger import Row
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.callbacks import AfterRound
-from fedraclora.strategies.server.rows import Row
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import read_stored_replica, replica_file

@@ -15,9 +15,9 @@ from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import Row
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.server.callbacks import AfterRound
-from fedraclora.strategies.server.rows import Row
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree, digest
 

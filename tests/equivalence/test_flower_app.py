@@ -21,10 +21,10 @@ from fedraclora.experiments.app import copy_app
 from fedraclora.experiments.interrupt import STATUS
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
+from fedraclora.run.ledger import Row
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.callbacks import AfterRound
-from fedraclora.strategies.server.rows import Row
 from tests.common import summary_of
 from tests.equivalence.listeners import listeners, needs_proc, off_loopback
 

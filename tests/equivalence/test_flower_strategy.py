@@ -20,7 +20,7 @@ from fedraclora.errors import ClientError, ConfigError
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies import METHODS
-from fedraclora.strategies.assembly import assemble
+from fedraclora.strategies.assembly import assemble_with
 from fedraclora.strategies.flower_strategy import FlowerStrategy
 from fedraclora.strategies.server_app import OnHosts
 from fedraclora.tree import digest
@@ -49,7 +49,7 @@ def started(words: list[str], folder: Path, network: Network) -> tuple[FlowerStr
     assert isinstance(config.engine, DeployConfig)
     folder.mkdir()
     engine = OnHosts(network, config.engine, folder, known=True, ended=lambda: False)
-    run = assemble(config, folder, engine_of=lambda _: engine)
+    run = assemble_with(config, folder, engine_of=lambda _: engine)
     assert isinstance(run.grid, DeployGrid)
     strategy = FlowerStrategy(run.strategy, run.grid)
     return strategy, strategy.start(network, ArrayRecord(), num_rounds=3)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedraclora.experiments.theory.cases import Case, all_cases
+from fedraclora.experiments.theory.cases import TheoryCase, all_cases
 from fedraclora.experiments.theory.verdict import Judged, judge, run
 
 SEEDS = range(20)
@@ -43,7 +43,7 @@ ALIKE = {
 }
 
 
-def judged(case: Case) -> Judged:
+def judged(case: TheoryCase) -> Judged:
     return judge(case, [run(case, seed) for seed in SEEDS])
 
 

@@ -19,7 +19,7 @@ import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench import command, late
-from fedraclora.experiments.bench.bounds import BOUNDS, disagreements, judge
+from fedraclora.experiments.bench.bounds import BOUNDS, disagreements, judge_rows
 from fedraclora.experiments.bench.command import (
     BenchConfig,
     largest,
@@ -222,12 +222,12 @@ def test_a_report_is_read_back(tmp_path: Path) -> None:
 
 
 def test_bounds_are_kept_broken_or_open() -> None:
-    verdict = judge("A", ROWS)
+    verdict = judge_rows("A", ROWS)
     assert [line.split(" / ")[0] for line in verdict["kept"]] == ["A: flower"]
     assert [line.split(" / ")[0] for line in verdict["broken"]] == ["A: vectorised", "A: pfl"]
     assert "it is 10" in verdict["broken"][1]
     assert any("fedjax" in line for line in verdict["open"])
-    most = judge("B", {"vectorised": {"cpu_seconds": 1.2}, "central": {"cpu_seconds": 1.0}})
+    most = judge_rows("B", {"vectorised": {"cpu_seconds": 1.2}, "central": {"cpu_seconds": 1.0}})
     assert any("at most 1.1" in line for line in most["broken"])
 
 
@@ -266,7 +266,7 @@ def test_the_table_of_a_gpu_gives_throughput_and_the_largest_chunk(tmp_path: Pat
 
 def test_a_gpu_is_judged_by_wall_time() -> None:
     rows = {"vectorised": {"seconds": 1.0, "cpu_seconds": 9.0}, "central": {"seconds": 1.0}}
-    assert not judge("B", rows, "cuda")["broken"]
+    assert not judge_rows("B", rows, "cuda")["broken"]
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 100, 1000, 65536])

@@ -15,7 +15,7 @@ from fedraclora.tree import Tree
 from fedraclora.weights import files
 from fedraclora.weights.files import (
     FILE,
-    difference,
+    config_difference,
     flatten,
     load_checkpoint,
     replacing,
@@ -210,14 +210,14 @@ configs = st.recursive(
 def test_configs_differ_in_a_key_iff_they_are_not_equal(
     old: dict[str, object], new: dict[str, object]
 ) -> None:
-    assert (difference(old, new) == []) == (flatten(old) == flatten(new))
-    assert difference(old, old) == []
+    assert (config_difference(old, new) == []) == (flatten(old) == flatten(new))
+    assert config_difference(old, old) == []
 
 
 def test_difference_gives_a_line_per_key() -> None:
     old = {"method": {"name": "fed_rac_lora", "rank": 4}, "seed": 0, "data": {"labels": [1, 2]}}
     new = {"method": {"name": "fedavg"}, "seed": "0", "data": {"labels": [1]}, "clients": 5}
-    assert difference(old, new) == [
+    assert config_difference(old, new) == [
         "clients: (absent) -> 5",
         "data.labels: [1,2] -> [1]",
         'method.name: "fed_rac_lora" -> "fedavg"',

@@ -13,7 +13,7 @@ from fedraclora.errors import CheckpointError, DataError
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Memo, State
 from fedraclora.run.digests import FILE, check_data, data_files, opened, read_sealed, sealed
-from fedraclora.run.folder import amend, begin, read_config, read_summary, write_summary
+from fedraclora.run.folder import amend, begin_folder, read_config, read_summary, write_summary
 from fedraclora.run.ledger import Ledger, read_ledger
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.weights.chain import CatchUp
@@ -35,7 +35,7 @@ def change(path: Path, old: str, new: str) -> None:
 
 
 def test_a_digit_in_the_config_is_seen(tmp_path: Path) -> None:
-    begin(tmp_path, PLAIN)
+    begin_folder(tmp_path, PLAIN)
     assert read_config(tmp_path) == PLAIN
     change(tmp_path / "config.yaml", "seed: 10", "seed: 11")
     with pytest.raises(CheckpointError, match=r"config\.yaml .*command line"):
@@ -47,7 +47,7 @@ def test_a_digit_in_the_config_is_seen(tmp_path: Path) -> None:
 def test_a_config_that_is_amended_is_valid_before_and_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin(tmp_path, PLAIN)
+    begin_folder(tmp_path, PLAIN)
     replace = Path.replace
 
     def killed(path: Path, target: Path) -> Path:
@@ -69,7 +69,7 @@ def test_a_config_that_is_amended_is_valid_before_and_after(
 
 def test_a_folder_in_which_nothing_but_digests_were_written_can_be_begun(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("torn")
-    begin(tmp_path, PLAIN)
+    begin_folder(tmp_path, PLAIN)
     assert read_config(tmp_path) == PLAIN
 
 
@@ -131,7 +131,7 @@ def test_rows_without_a_digest_are_read_and_covered_by_the_next(tmp_path: Path) 
 
 def saved(folder: Path) -> State:
     """A private run of two rounds that stands at its checkpoint."""
-    begin(folder, PLAIN)
+    begin_folder(folder, PLAIN)
     (folder / "private").mkdir()
     (folder / "private" / "noise.key").write_bytes(bytes(range(32)))
     state = State({"w": torch.zeros(5, 7)}, Plan({}), memo=Memo(age=1))
@@ -183,7 +183,7 @@ def test_files_of_the_data_are_known_by_content(tmp_path: Path) -> None:
         "samples": ["0.npz", "table.csv"],
         "file": ["table.csv"],
     }
-    begin(tmp_path / "run", {**PLAIN, "data": data})
+    begin_folder(tmp_path / "run", {**PLAIN, "data": data})
     check_data(tmp_path / "run", data)
     (folder / "table.csv").write_bytes(b"c")
     with pytest.raises(DataError, match=r"table\.csv has changed"):

@@ -19,7 +19,7 @@ from ray.exceptions import ObjectLostError
 
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray.cluster import Cluster, check_address, worker_environment
-from fedraclora.engines.ray.pool import Pool, Seat
+from fedraclora.engines.ray.pool import Seat, WorkerPool
 from fedraclora.errors import ConfigError, EngineError
 
 # Workers cannot import a test module.
@@ -67,16 +67,18 @@ class Toy:
         return f"{2 * int(number)}"
 
 
-def pool_of(tmp_path: Path, cluster: Cluster, *, retries: int = 3, timeout: float = 30.0) -> Pool:
+def pool_of(
+    tmp_path: Path, cluster: Cluster, *, retries: int = 3, timeout: float = 30.0
+) -> WorkerPool:
     kind = ray.remote(Toy).options(num_cpus=1)
-    return Pool(lambda: kind.remote(str(tmp_path)), cluster.workers, retries, timeout)
+    return WorkerPool(lambda: kind.remote(str(tmp_path)), cluster.workers, retries, timeout)
 
 
 def submit(seat: Seat, job: str) -> Any:
     return seat.actor.double.remote(job)
 
 
-def done(pool: Pool, jobs: list[str], limit: float | None = None) -> dict[str, str]:
+def done(pool: WorkerPool, jobs: list[str], limit: float | None = None) -> dict[str, str]:
     return {job: answer for job, _, answer in pool.run(jobs, submit, limit)}
 
 
@@ -162,7 +164,7 @@ def test_a_run_that_is_interrupted_starts_no_worker(
 
 def test_a_worker_that_dies_at_its_start_is_replaced(tmp_path: Path, cluster: Cluster) -> None:
     kind = ray.remote(Toy).options(num_cpus=1)
-    pool = Pool(lambda: kind.remote(str(tmp_path), "die"), 1, 1, 30.0)
+    pool = WorkerPool(lambda: kind.remote(str(tmp_path), "die"), 1, 1, 30.0)
     assert len(pool.facts()) == 1
     assert "its start was run again" in pool.incidents[0]
     pool.close()
@@ -170,7 +172,7 @@ def test_a_worker_that_dies_at_its_start_is_replaced(tmp_path: Path, cluster: Cl
 
 def test_a_worker_that_cannot_start_is_named(cluster: Cluster) -> None:
     kind = ray.remote(Toy).options(num_cpus=1)
-    pool = Pool(lambda: kind.remote("", "raise"), 1, 3, 30.0)
+    pool = WorkerPool(lambda: kind.remote("", "raise"), 1, 3, 30.0)
     with pytest.raises(EngineError, match=r"did not start: .*No module named 'fedraclora'"):
         pool.facts()
     pool.close()

@@ -20,18 +20,18 @@ from fedraclora.wire.exchange import Ask, Stage, TrainRequest
 from fedraclora.wire.records import Fields
 from fedraclora.wire.secagg import (
     LARGEST,
+    as_words,
     combine,
     is_pair,
     new_pair,
     new_seed,
     own_mask,
     pair_mask,
-    quantised,
     read_stage,
     seal,
     shared_key,
     signed,
-    split,
+    split_secret,
     unseal,
 )
 
@@ -45,7 +45,7 @@ def test_whole_steps_never_run_over_and_are_off_by_half_a_step(
     drawn = torch.randn(K, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for rows in (torch.full((K, 5), 2.0).double(), torch.full((K, 5), -2.0).double(), drawn):
         updates = rows.clamp(-2.0, 2.0) * weight
-        total = quantised(updates / step).sum(axis=0, dtype=np.uint32)
+        total = as_words(updates / step).sum(axis=0, dtype=np.uint32)
         gap = signed(total).double() * step - updates.sum(dim=0)
         assert float(gap.abs().max()) <= K * step / 2 * (1 + 1e-6)
 
@@ -80,7 +80,7 @@ def test_what_float32_adds_to_the_clip_does_not_run_over(
 def test_words_of_either_sign() -> None:
     words = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], dtype=np.uint32)
     assert signed(words).tolist() == [0, 1, 2**31 - 1, -(2**31), -1]
-    assert quantised(torch.tensor([[-1.4, -0.6, 2.0]])).tolist() == [[2**32 - 1, 2**32 - 1, 2]]
+    assert as_words(torch.tensor([[-1.4, -0.6, 2.0]])).tolist() == [[2**32 - 1, 2**32 - 1, 2]]
 
 
 def test_the_masks_of_a_pair_cancel_and_are_nobody_elses() -> None:
@@ -99,7 +99,7 @@ def test_the_masks_of_a_pair_cancel_and_are_nobody_elses() -> None:
 def test_any_threshold_of_shares_brings_a_secret_back() -> None:
     scalar, _ = new_pair()
     for secret in (new_seed(), scalar):
-        shares = split(secret, 3, 5)
+        shares = split_secret(secret, 3, 5)
         for chosen in ([0, 1, 2], [4, 2, 0], [1, 3, 4]):
             assert combine([shares[i] for i in chosen]) == secret
         with suppress(WireError):  # mostly: too few shares give bytes that are no secret

@@ -506,7 +506,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_table(tmp_path / "mine.csv")
-    monkeypatch.setattr("fedraclora.experiments.study.run.check_rows", lambda *_: None)
+    monkeypatch.setattr("fedraclora.experiments.study.run.check_first_runs", lambda *_: None)
     plan = study(
         tmp_path, ROWS.replace("narrow: [method=fedavg_lora", "wide: [method=pool_rac_lora")
     )

@@ -12,7 +12,7 @@ from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.theory import counter_example as example
 from fedraclora.experiments.theory import noise_example as noise
-from fedraclora.experiments.theory.cases import SCALE, Case, all_cases
+from fedraclora.experiments.theory.cases import SCALE, TheoryCase, all_cases
 from fedraclora.experiments.theory.command import TheoryConfig
 from fedraclora.experiments.theory.figures import slowdowns
 from fedraclora.experiments.theory.problems import MEASURES, PROBLEMS, WEIGHT, Problem, problem
@@ -146,7 +146,7 @@ def test_a_run_takes_the_step_and_the_clients_of_its_case(theorem_: str) -> None
 
 
 def test_one_cover_of_the_isotropic_quadratic_ends_at_its_optimum() -> None:
-    case = Case("p", "l", "isotropic", "cover", 4, 3)
+    case = TheoryCase("p", "l", "isotropic", "cover", 4, 3)
     found = run(case, 0)
     assert case.period == 3
     assert found["gap"][2] > 1
@@ -165,7 +165,7 @@ def paths(gaps: list[list[float]]) -> list[Path]:
 
 
 def test_a_curve_above_its_bound_is_seen() -> None:
-    case = Case("p", "l", "isotropic", "gd", 6, 2)  # leaves a half, and Delta is 32.7
+    case = TheoryCase("p", "l", "isotropic", "gd", 6, 2)  # leaves a half, and Delta is 32.7
     start = problem("isotropic").measure(start_of(problem("isotropic").task))["gap"]
     exact = [start, start / 2, start / 4]
     noisy = [[g * f for g in exact] for f in (0.9, 1.1, 1.0)]

@@ -20,7 +20,7 @@ from fedraclora.errors import ConfigError, EngineError
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.plan import make_plan
 from fedraclora.strategies import METHODS
-from fedraclora.strategies.assembly import assemble
+from fedraclora.strategies.assembly import assemble_with
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.buffered import BufferedStrategy
 from fedraclora.strategies.fed_rac_lora import FedRacLora
@@ -101,7 +101,7 @@ def test_an_engine_that_does_not_start_is_ended() -> None:
 def test_an_engine_of_a_run_that_is_refused_is_ended() -> None:
     engine = Watched()
     with pytest.raises(ConfigError, match=r"targets|zzz"):
-        assemble(config("targets=[zzz]"), None, engine_of=lambda _: engine)
+        assemble_with(config("targets=[zzz]"), None, engine_of=lambda _: engine)
     assert engine.ended == 1
 
 

@@ -7,7 +7,7 @@ from math import exp
 
 from fedraclora.errors import ConfigError
 
-ROUNDING = 1e-9  # a step of 1 / L, computed, may be larger than 1 / L by rounding
+STEP_ROUNDING = 1e-9  # a step of 1 / L, computed, may be larger than 1 / L by rounding
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Given:
         """Reject constants that no problem has."""
         if not self.smoothness > 0:
             raise ConfigError(f"smoothness is {self.smoothness}; a positive number is wanted")
-        if self.pl is not None and not 0 < self.pl <= self.smoothness * (1 + ROUNDING):
+        if self.pl is not None and not 0 < self.pl <= self.smoothness * (1 + STEP_ROUNDING):
             raise ConfigError(f"pl is {self.pl}; it must lie in (0, smoothness={self.smoothness}]")
         for key in ("gap", "sigma_sq", "zeta_sq"):
             if not getattr(self, key) >= 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; 0 or more is wanted")
-        if not 0 <= self.lambda_min <= self.lambda_max <= 1 + ROUNDING:
+        if not 0 <= self.lambda_min <= self.lambda_max <= 1 + STEP_ROUNDING:
             raise ConfigError(
                 f"lambda_min is {self.lambda_min} and lambda_max is {self.lambda_max}; as "
                 "eigenvalues of E[H] they must lie in [0, 1], and in this order"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.theory.bounds.descent import ROUNDING, Descent, Given
+from fedraclora.experiments.theory.bounds.descent import STEP_ROUNDING, Descent, Given
 from fedraclora.protocol.quantised import BLOCK, FULL, LEVELS
 
 
@@ -233,7 +233,7 @@ def _check_rounds(rounds: int) -> None:
 
 def _check(given: Given, step: float, limit: float, *, isotropic: bool = True) -> None:
     """Reject a step above the limit, and a sketch that misses a direction for certain."""
-    if not 0 < step <= limit * (1 + ROUNDING):
+    if not 0 < step <= limit * (1 + STEP_ROUNDING):
         raise ConfigError(f"step is {step:.6g}; the theorem needs a step in (0, {limit:.6g}]")
     if isotropic and given.lambda_min <= 0:
         raise ConfigError(

@@ -22,10 +22,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.programs import (
+    CONNECTION,
     HOST,
     LINK,
     LONGEST,
-    NAME,
     NODE,
     Program,
     addresses,
@@ -66,7 +66,7 @@ class LocalDeployment:
         self.home = self._made.path
         # Each look of the SuperLink's SuperExec for a task is a request, and a run is one task.
         self.environ = {**environment(self.home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
-        self.connection = Connection(NAME, self.environ)
+        self.connection = Connection(CONNECTION, self.environ)
         self.nodes: list[Program | None] = [None] * len(served)
         self.link: Program | None = None
         self.identity = make_identity(self.home / "keys")
@@ -108,7 +108,7 @@ class LocalDeployment:
         Raises:
             EngineError: If it refuses.
         """
-        words = ["supernode", "register", str(public), NAME]
+        words = ["supernode", "register", str(public), CONNECTION]
         done = flwr(words, self.environ, stderr=subprocess.PIPE)
         if done.returncode:
             raise EngineError(

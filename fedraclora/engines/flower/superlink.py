@@ -84,15 +84,15 @@ class SuperLink:
         Raises:
             EngineError: If it did not begin, or the SuperLink is gone.
         """
-        words = ["run", str(app), programs.NAME, "--stream", "-c", str(run_config)]
+        words = ["run", str(app), programs.CONNECTION, "--stream", "-c", str(run_config)]
         environ = environment(self.home, self._ray)
         run = programs.flwr(
-            [*words, "--federation-config", words_of(options)],
+            [*words, "--federation-config", option_words(options)],
             environ,
             stdout=None if self.show else subprocess.PIPE,
             stderr=None if self.show else subprocess.STDOUT,
         )
-        listed = programs.flwr(["list", programs.NAME, "--format", "json"], environ)
+        listed = programs.flwr(["list", programs.CONNECTION, "--format", "json"], environ)
         try:
             (found,) = json.loads(listed.stdout)["runs"]
         except (ValueError, KeyError) as error:
@@ -146,11 +146,11 @@ def run_options(settings: FlowerConfig, device: str, clients: int) -> Options:
     }
 
 
-def words_of(options: Options) -> str:
+def option_words(options: Options) -> str:
     """Write options as the command line of ``flwr`` wants them.
 
     Example:
-        >>> words_of({"num-supernodes": 8, "init-args-log-to-driver": False})
+        >>> option_words({"num-supernodes": 8, "init-args-log-to-driver": False})
         'num-supernodes=8 init-args-log-to-driver=false'
     """
     return " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())

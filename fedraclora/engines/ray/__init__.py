@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fedraclora.engines.ray.cluster import Cluster
-from fedraclora.engines.ray.grid import RayGrid, Site
+from fedraclora.engines.ray.grid import RayGrid, WorkerSite
 
-__all__ = ["Cluster", "RayGrid", "Site"]
+__all__ = ["Cluster", "RayGrid", "WorkerSite"]

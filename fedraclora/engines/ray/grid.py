@@ -14,7 +14,7 @@ from typing_extensions import override
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.base import Grid
 from fedraclora.engines.ray.cluster import Cluster, worker_environment
-from fedraclora.engines.ray.pool import Pool, Seat
+from fedraclora.engines.ray.pool import Seat, WorkerPool
 from fedraclora.errors import ConfigError
 from fedraclora.imports import importing
 from fedraclora.run.client_state import ClientStore
@@ -29,7 +29,7 @@ from fedraclora.wire.reply import read_answer
 SHARED = ("config", "arrays")  # records that all messages of an exchange have in common
 
 
-class Site(Protocol):
+class WorkerSite(Protocol):
     """What a worker holds between rounds."""
 
     replica: Replica
@@ -67,7 +67,7 @@ class Done:
 class Resident:
     """The process of a worker: model, data and base weights stay from round to round."""
 
-    def __init__(self, build: Callable[[Any], Site], parts: list[Any]) -> None:
+    def __init__(self, build: Callable[[Any], WorkerSite], parts: list[Any]) -> None:
         with importing("a Ray worker"):
             self.site = build(ray.get(parts[0]))
         self._shared: tuple[str, dict[str, Any]] = ("", {})
@@ -122,7 +122,7 @@ class RayGrid(Grid):
     def __init__(
         self,
         cluster: Cluster,
-        build: Callable[[Any], Site],
+        build: Callable[[Any], WorkerSite],
         parts: object,
         *,
         history: WeightHistory,
@@ -138,7 +138,9 @@ class RayGrid(Grid):
             self.close()
             raise
 
-    def _start(self, build: Callable[[Any], Site], parts: object, settings: RayConfig) -> None:
+    def _start(
+        self, build: Callable[[Any], WorkerSite], parts: object, settings: RayConfig
+    ) -> None:
         """Start the workers, and wait until all of them are ready."""
         shared = ray.put(parts)
         kind = ray.remote(Resident).options(
@@ -147,7 +149,7 @@ class RayGrid(Grid):
             max_restarts=0,
             runtime_env={"env_vars": worker_environment(settings.threads)},
         )
-        self.pool = Pool(
+        self.pool = WorkerPool(
             lambda: kind.remote(build, [shared]),
             self.cluster.workers,
             settings.retries,
@@ -212,7 +214,7 @@ class RayGrid(Grid):
 
     @override
     def close(self) -> None:
-        pool: Pool | None = getattr(self, "pool", None)
+        pool: WorkerPool | None = getattr(self, "pool", None)
         if pool is not None:
             pool.close()
         self._updates = {}

@@ -44,7 +44,7 @@ class Running(Generic[Job]):
     since: float
 
 
-class Pool:
+class WorkerPool:
     """Workers, each of them one process.
 
     Args:
