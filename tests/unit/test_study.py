@@ -483,7 +483,10 @@ rows:
         (("evaluate.split=validation", "evaluate.every=1"), "tuned on: add evaluate.split=valid"),
         (("rounds=1", "evaluate.split=validation, rounds=1"), "measured on eval"),
         (("seeds: [7]", "seeds: [7], by: exact_match"), "exact_match is not measured"),
-        (("narrow: [method=fedavg_lora", "narrow: [method=pool_rac_lora"), "fc1.weight has only 2"),
+        (
+            ("narrow: [method=fedavg_lora", "narrow: [method=pool_rac_lora"),
+            "2 dimensions of fc1.weight",
+        ),
         (
             ("narrow: [method=fedavg_lora, method.rank=2", "narrow: [method=fed"),
             "row 'narrow': unk",
@@ -513,7 +516,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_written(
     done, failed = run_study(plan, tmp_path / "out", workers)
     assert {found["row"] for found in done.values()} == {"small"}
     assert len(done) == 2 + 2
-    assert "fc1.weight has only 2" in failed["wide"]
+    assert "2 dimensions of fc1.weight" in failed["wide"]
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| small |" in text
     assert "Failed: tune|wide|0.1|7: " in text
