@@ -12,24 +12,35 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
-from fedraclora.experiments.assemble import Assembled
+from fedraclora.config.run_config import RunConfig
+from fedraclora.config.settings import PretrainConfig
+from fedraclora.errors import ConfigError, DataError, DivergenceError, FedRacLoraError, unknown
+from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.run_files import refuse_overwriting
 from fedraclora.experiments.status import explained
-from fedraclora.experiments.study.checks import check_first_runs, check_same_data
-from fedraclora.experiments.study.file import Job, Study, check_same
+from fedraclora.experiments.study.file import Job, Study, check_same, check_split, row_config
 from fedraclora.experiments.study.tables import write_results
-from fedraclora.experiments.study.tuning import Line, read_lines, score, tried_values, tuned_value
+from fedraclora.experiments.study.tuning import (
+    Done,
+    Line,
+    read_lines,
+    score,
+    tried_values,
+    tuned_value,
+)
 from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, known_mean, round_seconds
 from fedraclora.wire.fields import printable
+
+PHASES = ("tune", "final")
 
 
 def run_study(
@@ -104,7 +115,6 @@ def refuse_failed(failed: Mapping[str, str]) -> None:
 def run_job(job: Job) -> Line:
     """Run one job in memory and give its line for runs.jsonl."""
     from fedraclora.config.run_config import from_plain
-    from fedraclora.experiments.assemble import assemble
     from fedraclora.run.folder import provenance
     from fedraclora.strategies import METHODS
     from fedraclora.strategies.outcome import summarise
@@ -252,3 +262,73 @@ def endings(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Callable[[], L
 def _decisive(overrides: Sequence[str]) -> list[str]:
     """What was asked for, without where data lie and what is written."""
     return [word for word in overrides if not word.startswith(("data.root=", "output"))]
+
+
+def check_first_runs(study: Study, rows: Sequence[str], done: Done) -> None:
+    """Put together the first run of each row, in either phase, as far as its first round.
+
+    Args:
+        study: The study.
+        rows: Those that are to be run.
+        done: Lines of what has run: a row that has begun can.
+
+    Raises:
+        ConfigError: If a row cannot begin, or is measured on the wrong split; all are named.
+    """
+    begun = {(line.get("row"), line.get("phase")) for line in done.values()}
+    wrong: dict[str, str] = {}
+    for row in rows:
+        try:
+            for phase in PHASES:
+                if (config := row_config(study, row, phase)) is None:
+                    continue
+                check_split(study, phase, config)
+                if (row, phase) not in begun:
+                    _check_start(study, phase, config)
+        except FedRacLoraError as error:
+            wrong[row] = str(error)
+    if wrong:
+        lines = "".join(f"\n  row {row!r}: {why}" for row, why in wrong.items())
+        raise ConfigError(
+            f"{len(wrong)} of {len(rows)} rows of the study cannot be run, and nothing was run: "
+            f"mend them, or leave them out{lines}"
+        )
+
+
+def _check_start(study: Study, phase: str, config: RunConfig) -> None:
+    run = assemble(replace(config, pretrain=PretrainConfig()), None)
+    run.close()
+    answers = {"exact_match"} if config.evaluate.generate else set()
+    known = {*run.built.task.metrics, "gap"} | answers
+    wanted = study.chosen_by if phase == "tune" else study.metric
+    if wanted not in known:
+        raise ConfigError(
+            f"{wanted} is not measured; its metrics are {', '.join(run.built.task.metrics)}: name "
+            "one of them as the study's metric, or as tune.by"
+        )
+
+
+def check_same_data(study: Study, done: Mapping[str, Line], path: object) -> None:
+    """Check that what has run was run on the files that the study would read now.
+
+    Raises:
+        DataError: If a file has changed, or is another one.
+    """
+    known = {line["row"] for line in done.values() if "data_files" in line}.intersection(study.rows)
+    configs = {row: row_config(study, row, "final") for row in known}  # it may be about data
+    now = {row: data_files(c.data) for row, c in configs.items() if c is not None}
+    for line in done.values():
+        found = now.get(line["row"])
+        if found is not None and line.get("data_files", found) != found:
+            raise DataError(
+                f"{path}: {line['key']} ran on other data: {', '.join(_changed(line, found))} "
+                "changed since. Restore the files, or take another folder (out)"
+            )
+
+
+def _changed(line: Line, found: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Name the files whose digests are not those of a line."""
+    then = {(key, n): d for key, files in line["data_files"].items() for n, d in files.items()}
+    now = {(key, name): d for key, files in found.items() for name, d in files.items()}
+    pairs = [pair for pair in dict.fromkeys([*then, *now]) if then.get(pair) != now.get(pair)]
+    return [f"data.{key} ({name})" for key, name in pairs]

@@ -19,7 +19,7 @@ from fedraclora.errors import DataError
 from fedraclora.experiments import CONF
 from fedraclora.experiments.assemble import assemble
 from fedraclora.experiments.choices import NODES, choice, groups, lineage, meaning
-from fedraclora.experiments.methods_page import aliases, method_of
+from fedraclora.experiments.pages import aliases, method_of
 from fedraclora.strategies import METHODS
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.files import flatten

@@ -31,7 +31,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import EngineParts
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.experiments.choices import choice
-from fedraclora.experiments.methods_page import aliases
+from fedraclora.experiments.pages import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedraclora.experiments.methods_page import board, method_of, methods
-from fedraclora.experiments.pages import RESULTS, ROOT
+from fedraclora.experiments.pages import RESULTS, ROOT, board, method_of, methods
 from fedraclora.strategies import METHODS
 
 PAGE = (ROOT / "docs" / "methods.md").read_text()

@@ -16,8 +16,8 @@ from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.evaluation.evaluate import class_accuracies, personal_accuracy
 from fedraclora.experiments.assemble import Assembled, assemble
-from fedraclora.experiments.methods_page import aliases
 from fedraclora.experiments.overrides import composed
+from fedraclora.experiments.pages import aliases
 from fedraclora.strategies import METHODS
 from fedraclora.tree import digest
 

@@ -11,8 +11,8 @@ import pytest
 
 from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.assemble import assemble
-from fedraclora.experiments.methods_page import aliases
 from fedraclora.experiments.overrides import composed
+from fedraclora.experiments.pages import aliases
 from fedraclora.run.ledger import column
 from fedraclora.strategies import METHODS
 
