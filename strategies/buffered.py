@@ -2,27 +2,52 @@
 
 A round is a step of the server. Who starts in it, and when each will answer, is known from the
 clock alone, so those who start are trained at once, in one exchange, and their replies lie in wait
-until the clock has come to them. Bytes are counted where a client starts.
+until the clock has come to them. Bytes are counted where a client starts. A step merges the replies
+that have come:
+
+    W <- W + sum_i w_i (1 + tau_i)^(-1/2) Delta_i / sum_i w_i      over the replies of the buffer
+
+Delta_i is the change of a client's weights since it started, tau_i the rounds that have passed
+since, w_i its aggregation weight. A reply belongs to the sketch under which it was trained, so
+replies of one round are merged with that round's own sketch: a link for each (`Link.rest`), exact,
+since every B stands beside its A. What lives on in the same coordinates (FFA-LoRA, FedAvg-LoRA,
+full weights) goes together.
+
+Everything that a later round needs is in the moments of the state, so that it is in the checkpoint.
+
+References:
+    Nguyen et al., *Federated learning with buffered asynchronous aggregation*, AISTATS 2022, arXiv
+    2106.06639 (FedBuff; its discount of stale replies, ``(1 + tau)^(-1/2)``, known from summaries).
+    Links by sketch are ours.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from typing_extensions import override
 
-from fedraclora.devices.asynchronous import AsyncClock, AsyncStep
+from fedraclora.codec import join, split
+from fedraclora.devices.asynchronous import AsyncClock, AsyncStep, PendingClient
 from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import client_weights
-from fedraclora.protocol.method import Cohort, Downlink, State
-from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.factor import Factor, to_train
+from fedraclora.protocol.method import Adapter, Cohort, Downlink, Link, Method, State
+from fedraclora.protocol.pool import Pool
+from fedraclora.protocol.uplinks import Uplinks, weighted_sum
+from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.base import FedStrategy
-from fedraclora.strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
 from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.tree import Layout, Tree, below
 from fedraclora.wire.changes import uploaded_bytes
-from fedraclora.wire.exchange import payload_bytes
+from fedraclora.wire.exchange import DTYPES, payload_bytes
+
+PREFIX = "buffer/"  # of the moments that are replies on their way
 
 
 class BufferedStrategy(FedStrategy):
@@ -103,3 +128,215 @@ class BufferedStrategy(FedStrategy):
         super()._close(exchange, after)
         if self._leg is not None:
             self.devices.now = self._leg.end
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Replies to one downlink.
+
+    Attributes:
+        round_: Of the downlink.
+        sent: The downlink.
+        flights: Who answers when, in ascending order of client.
+        rows: Their changes since they started, [K, P].
+        weights: Aggregation weights, float64 [K].
+    """
+
+    round_: int
+    sent: Downlink
+    flights: tuple[PendingClient, ...]
+    rows: torch.Tensor
+    weights: torch.Tensor
+
+    def select(self, flights: frozenset[PendingClient]) -> Batch:
+        """Keep these clients alone."""
+        kept = [i for i, flight in enumerate(self.flights) if flight in flights]
+        places = torch.tensor(kept, dtype=torch.int64)
+        return replace(
+            self,
+            flights=tuple(self.flights[i] for i in kept),
+            rows=self.rows[places],
+            weights=self.weights[places],
+        )
+
+
+def batch_of(got: Uplinks, sent: Downlink, base: Tree, started: tuple[PendingClient, ...]) -> Batch:
+    """Make a batch of the replies of a round, of all clients that answer sooner or later.
+
+    Args:
+        got: What they sent.
+        sent: What they were asked.
+        base: What they trained from.
+        started: Who started in the round; those whose training failed are left out.
+    """
+    start = opening_rows(sent, base, got.layout, torch.arange(len(got.clients)))
+    own = {f.client: f for f in started if not f.lost}
+    flights = tuple(own[client] for client in got.clients.tolist())
+    rows = got.rows().cpu()
+    return Batch(flights[0].round_, sent, flights, rows - start.to(rows), got.weights)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What is on its way: batches in ascending order of round, and clients that will vanish."""
+
+    batches: tuple[Batch, ...]
+    lost: tuple[PendingClient, ...] = ()
+
+
+def write_batches(batches: list[Batch], lost: tuple[PendingClient, ...], dtype: str) -> Tree:
+    """Write what is on its way as tensors; batches without clients are left out.
+
+    Args:
+        batches: Of the rounds that are not over.
+        lost: Clients that will vanish.
+        dtype: Of numbers on the wire.
+    """
+    if not lost and not any(batch.flights for batch in batches):
+        return {}
+    sent = [replace(b.sent.to(DTYPES[dtype]), ranks=None) for b in batches]
+    pairs = zip(batches, sent, strict=True)
+    kept = tuple(replace(batch, sent=asked) for batch, asked in pairs if batch.flights)
+    tensors, plain = split(Waiting(kept, lost), PREFIX[:-1])
+    # Copied: products round by where a matrix lies, and after a resume it lies by itself.
+    tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    text = json.dumps(plain).encode()
+    return tensors | {f"{PREFIX}fields": torch.tensor([*text], dtype=torch.uint8)}
+
+
+def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
+    """Read the batches of `write_batches`, in ascending order of round, and who will vanish."""
+    stored = below(state.moments, PREFIX)
+    if not stored:
+        return [], ()
+    if "fields" not in stored:
+        return _read_older(stored)
+    found = join(Waiting, stored, json.loads(bytes(stored["fields"].tolist())))
+    return [*found.batches], found.lost
+
+
+def _read_older(stored: Tree) -> tuple[list[Batch], tuple[PendingClient, ...]]:
+    """Read what an older release wrote: the downlink as a header and one row of numbers."""
+    batches = []
+    for round_ in sorted({int(n.partition("/")[0]) for n in stored if not n.startswith("lost/")}):
+        own = below(stored, f"{round_}/")
+        header = json.loads(bytes(own["header"].tolist()))
+        pairs = [("layout", own["numbers"]), ("coefficients", own.get("coefficients"))]
+        numbers: Tree = {}
+        for key, flat in pairs:
+            if flat is not None:
+                layout = Layout(tuple((name, tuple(shape)) for name, shape in header[key]))
+                numbers |= {name: t.clone() for name, t in layout.unpack(flat).items()}
+        flights = zip(own["lands"].tolist(), own["clients"].tolist(), strict=True)
+        batch = Batch(
+            round_,
+            _older_downlink(header, numbers),
+            tuple(PendingClient(at, k, round_) for at, k in flights),
+            own["rows"],
+            own["weights"],
+        )
+        batches.append(batch)
+    if "lost/who" not in stored:
+        return batches, ()
+    gone = zip(stored["lost/lands"].tolist(), stored["lost/who"].tolist(), strict=True)
+    return batches, tuple(PendingClient(at, k, round_, lost=True) for at, (k, round_) in gone)
+
+
+def _older_downlink(header: dict[str, Any], numbers: Tree) -> Downlink:
+    """Read the downlink of an older release from its header and its numbers by name."""
+
+    def factor(told: dict[str, Any], name: str) -> Factor:
+        spec = None if told.get("spec") is None else SketchSpec(**told["spec"])
+        if told["role"] == "trained":
+            start = numbers[name] if told["started"] else spec
+            shape, main = tuple(told["shape"]), told["main"]
+            return to_train(shape, start, main=main, upload=told["upload"])
+        if told["role"] == "derived":
+            return Factor(sketch=spec, coefficients=numbers[name])
+        return Factor.of(numbers[name] if spec is None else spec)
+
+    return Downlink(
+        {
+            w: Adapter({k: factor(f, f"{w}/{k}") for k, f in a["factors"].items()}, a["scale"])
+            for w, a in header["adapters"].items()
+        },
+        {name: factor(told, name) for name, told in header["dense"].items()},
+        header["recipe"],
+        header["arguments"],
+        link=header["link"],
+        extras={
+            extra: {name: numbers[f"{extra}/{name}"] for name in names}
+            for extra, names in header.get("extras", {}).items()
+        },
+        pools={
+            w: Pool(SketchSpec(**told["spec"]), told["count"], told["scale"])
+            for w, told in header.get("pools", {}).items()
+        },
+        turn=tuple(header["turn"]) if header.get("turn") else None,
+    )
+
+
+def merge(method: Method, state: State, batches: list[Batch], now: Downlink, round_: int) -> State:
+    """Take the step of the server.
+
+    Args:
+        method: Closes a round for each downlink.
+        state: Before the step.
+        batches: The replies that came, in ascending order of round.
+        now: What this round asks: stale replies in the same coordinates go with it.
+        round_: From 1.
+
+    Returns:
+        The next state, with one link and the staleness in its report.
+
+    Raises:
+        ConfigError: If a stale reply cannot be merged with its own downlink.
+    """
+    total = float(sum(batch.weights.sum() for batch in batches))
+    ages = [float(round_ - b.round_) for b in batches for _ in b.flights]
+    own = [[b] for b in batches if b.sent.link != now.link]
+    together = [b for b in batches if b.sent.link == now.link]
+    links: list[Link] = []
+    for group in [*own, *([together] if together else [])]:
+        _check_late(own, state)
+        sent = now if group is together else group[0].sent
+        state = _closed(method, state, sent, group, total, round_)
+        links.append(state.link or Link())
+    _check_late(own, state)
+    first, *others = links
+    report = {"staleness": sum(ages) / len(ages), "staleness_max": max(ages)}
+    return replace(
+        state, link=replace(first, rest=tuple(others)), report={"merged": float(len(ages))} | report
+    )
+
+
+def _check_late(late: list[list[Batch]], state: State) -> None:
+    """Reject replies to older downlinks where these depended on more than the weights."""
+    if late and state.depends_on_past:
+        raise ConfigError(
+            "a reply to an older downlink came (system.buffer), but what this method carries from "
+            "round to round, or takes from the last link, has changed since; take a method that "
+            "merges in every round and carries nothing (fed_rac_lora with method.resample_every=1) "
+            "or never merges (null)"
+        )
+
+
+def _closed(
+    method: Method, state: State, sent: Downlink, group: list[Batch], total: float, round_: int
+) -> State:
+    """Close a round for replies in the same coordinates: start + their discounted changes."""
+    layout = sent.layout
+    if any(batch.sent.layout != layout for batch in group):
+        raise ConfigError(
+            "system.buffer is set, but what this method trains changes from round to round, so "
+            "that a late reply does not fit the round in which it comes; take another method, or "
+            "system.buffer=null"
+        )
+    rows = torch.cat([batch.rows for batch in group])
+    late = torch.cat([torch.full((len(b.flights),), float(round_ - b.round_)) for b in group])
+    weights = torch.cat([batch.weights for batch in group]) / (1 + late.double()).sqrt()
+    start = opening_rows(sent, state.base, layout, torch.arange(1))
+    clients = torch.tensor([f.client for b in group for f in b.flights])
+    mean = start + weighted_sum(rows, weights) / total
+    got = Uplinks(clients, weights, layout, summed=mean, denominator=1.0)
+    return method.close_round(state, sent, got)

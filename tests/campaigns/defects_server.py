@@ -17,7 +17,7 @@ from fedraclora.clients.client_state import restore
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.server.buffer import Batch, batch_of, merge
+from fedraclora.strategies.buffered import Batch, batch_of, merge
 from fedraclora.strategies.steps.fedopt import step_in_weights
 from fedraclora.training.extras.variates import (
     VariateKeeper,

@@ -34,8 +34,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Downlink, Draw, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
-from fedraclora.strategies.buffered import BufferedStrategy
-from fedraclora.strategies.server.buffer import read_batches
+from fedraclora.strategies.buffered import BufferedStrategy, read_batches
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort import CohortTrainer
