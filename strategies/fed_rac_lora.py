@@ -105,7 +105,7 @@ class FedRacLora(GradientFirst, Asymmetric):
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        factors = replies.means(self.server_lr)  # B_bar = sum_k p_k B_k, beside A_t
+        factors = replies.means(self.server_lr, drawn=layer.ends)  # B_bar = sum_k p_k B_k, A_t
         if layer.ends:
             return LayerUpdate(merged=tuple(factors.values()))  # W <- W + s B_bar A_t
         return LayerUpdate(carried=factors)

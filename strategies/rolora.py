@@ -45,4 +45,4 @@ class RoLora(Drawn):
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        return LayerUpdate(carried=replies.means())  # one is a mean, the other as it was
+        return LayerUpdate(carried=replies.means(drawn=False))  # one is a mean, the other as it was

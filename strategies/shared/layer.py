@@ -156,7 +156,7 @@ class LayerUpdate:
     """What a round makes of one layer. Products are without the scale s.
 
     Attributes:
-        carried: Factors that live on, by label; drawings need not be carried.
+        carried: Factors that live on, by label; a drawing only if it is of `LayerMethod.keeps`.
         merged: Factors whose product is folded into W, times s; None: nothing is.
         aggregate: What stands for the mean of the clients' products in the error of the round;
             None: what is carried and what is merged, together.
@@ -248,15 +248,19 @@ class Replies:
         start = asked.opening() if step != 1.0 else None
         return server_step(start, self.all.mean[f"{self.name}/{label}"], step)
 
-    def means(self, step: float = 1.0) -> dict[str, FactorLike]:
+    def means(self, step: float = 1.0, *, drawn: bool = True) -> dict[str, FactorLike]:
         """Return factors by label in the order of their product: means, and frozen ones as sent.
 
         Factors that stay at the clients are left out.
+
+        Args:
+            step: As in `mean`.
+            drawn: False leaves out frozen ones that are no numbers: they need not be carried.
         """
         return {
             label: self.mean(label, step) if asked.trained else asked
             for label, asked in self.adapter.factors.items()
-            if asked.upload
+            if asked.upload and (drawn or asked.trained or asked.numbers is not None)
         }
 
     def stack(self, label: str) -> torch.Tensor:

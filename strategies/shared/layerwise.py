@@ -116,7 +116,7 @@ class LayerMethod(LowRank):
     carries: ClassVar[bool] = False
     """Return whether what is trained outlives its link; False: it is merged at the end."""
     keeps: ClassVar[tuple[str, ...]] = ()
-    """Labels of factors that are carried, through all links, though they are not trained."""
+    """Labels of frozen factors that are carried, through all links: as numbers, if drawn, too."""
     draws: ClassVar[str | None] = None
     """Return whose dimension bounds the rank: A is drawn (``right``), B (``left``), or the larger
     one (``auto``); None: neither or both, and the smaller side does."""
@@ -279,9 +279,8 @@ class LayerMethod(LowRank):
                 new = update.aggregate or _left(layer, replies, update)
                 error.add(replies.product(), replies.carried, new, layer.scale)
             for label, value in update.carried.items():
-                key = f"{name}/{known(label)}"
-                if (numbers := Factor.of(value).numbers) is not None:  # no drawing: it has a seed
-                    carried[key] = numbers.to(layer.dtype)
+                numbers = self.as_carried(layer, known(label), Factor.of(value))
+                carried[f"{name}/{label}"] = numbers.to(layer.dtype)
             keep = _kept(update, layer)
             if merged := _rounded(update.merged or (), layer.dtype):
                 terms[name] = Term(merged, adapter.scale, keep=keep)
@@ -290,6 +289,21 @@ class LayerMethod(LowRank):
         link = self.merge(state, terms, dense)
         report = {} if error is None else error.report()
         return closed(state, link, carried=carried, ends=ends, report=report)
+
+    def as_carried(self, layer: Layer, label: str, given: Factor) -> torch.Tensor:
+        """Return the numbers of a factor that is carried; those of a drawing if it is of `keeps`.
+
+        Raises:
+            ConfigError: If it is another drawing: `floats` would not count its numbers.
+        """
+        if given.numbers is None and label not in self.keeps:
+            raise ConfigError(
+                f"LayerUpdate(carried=...) of {layer.name}: {label} is a drawing, of which a seed "
+                f'is sent. Say keeps = ("{label}",) in {type(self).__name__}, and its numbers are '
+                "carried and counted; else leave it out (replies.means(drawn=False)) and draw it "
+                "again by now.sketch with the same index"
+            )
+        return given.draw()
 
     def merge(self, state: State, terms: dict[str, Term], dense: Tree) -> Link:
         """Build the link of a round from its products and means: each is folded into its W."""

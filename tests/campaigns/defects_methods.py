@@ -217,7 +217,7 @@ def merged_and_carried_on(planting: Planting) -> None:
 
     def update(self: FedRacLora, layer: Layer, replies: Replies) -> LayerUpdate:
         said = sound(self, layer, replies)
-        return replace(said, carried=said.carried or replies.means())
+        return replace(said, carried=said.carried or replies.means(drawn=False))
 
     planting.put(FedRacLora, "update", update)
 

@@ -227,11 +227,22 @@ class Beside(LayerMethod):
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         A = replies["A"]
-        return LayerUpdate(carried={"A": A.draw()}, merged=(replies.mean("B"), A))
+        return LayerUpdate(carried={"A": A}, merged=(replies.mean("B"), A))
 
 
-def test_a_frozen_factor_may_be_made_from_that_of_the_last_link() -> None:
-    world, method = make_world(), Beside(rank=3, alpha=5.0)
+@dataclass(frozen=True)
+class BesideDrawn(Beside):
+    """The same, whose first A is sent as a seed."""
+
+    @override
+    def factors(self, layer: Layer, now: Round) -> Factors:
+        first = {} if layer.carried else {"A": now.sketch(layer, "A", "orthonormal")}
+        return super().factors(layer, now) | first
+
+
+@pytest.mark.parametrize("kind", [Beside, BesideDrawn])
+def test_a_frozen_factor_may_be_made_from_that_of_the_last_link(kind: type[Beside]) -> None:
+    world, method = make_world(), kind(rank=3, alpha=5.0)
     rounds = play_rounds(method, world, 3, DRAW)
     for number, played in enumerate(rounds, start=1):
         sent = sum(f.floats for f in played.sent.named.values())
@@ -242,6 +253,17 @@ def test_a_frozen_factor_may_be_made_from_that_of_the_last_link() -> None:
             A, before = (a.factors["A"].draw() for a in (adapter, last.sent.adapters[name]))
             assert len(A) == method.rank_of(world.plan, name)
             assert float((A @ before.mT).abs().max()) < 1e-9
+
+
+def test_a_drawing_that_is_carried_and_not_kept_is_refused() -> None:
+    """Else it is dropped, and the method that reads it from what is carried is another one."""
+
+    @dataclass(frozen=True)
+    class Unsaid(BesideDrawn):
+        keeps = ()
+
+    with pytest.raises(ConfigError, match=r'A is a drawing.*keeps = \("A",\) in Unsaid'):
+        play_rounds(Unsaid(rank=3), make_world(), 1, DRAW)
 
 
 def test_that_clients_keep_a_factor_must_be_said() -> None:
