@@ -3,7 +3,8 @@
     python -m fedraclora.experiments.one_round
 
 The rest of this project computes the same for any model, loss and method, for many clients as one
-batch and over networks; `tests/equivalence/test_one_round.py` holds the engines to this file.
+batch and over networks; `tests/equivalence/test_one_round.py` holds the engines to this file. Each
+function names where the project does its step.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,10 @@ class Settings:
 
 
 def draw(W: Tree, t: int, run: Settings) -> Tree:
-    """Draw A_t [r, n] of each weight [m, n], with orthonormal rows: everybody can, by its seed."""
+    """Draw A_t [r, n] of each weight [m, n], with orthonormal rows: everybody can, by its seed.
+
+    `factors` of `strategies/fed_rac_lora.py` asks for it; `fedraclora/sketch/draw.py` draws.
+    """
     A = {}
     for name, w in W.items():
         seed = hash_key(run.seed, "sketch", name) >> 65  # all that goes down of A: 8 bytes
@@ -44,12 +48,18 @@ def draw(W: Tree, t: int, run: Settings) -> Tree:
 
 
 def network(W: Tree, x: torch.Tensor) -> torch.Tensor:
-    """Apply a model of two layers."""
+    """Apply a model of two layers.
+
+    `fedraclora/training/adapted.py` adds B A without forming the weight.
+    """
     return torch.relu(x @ W["0.weight"].mT) @ W["2.weight"].mT
 
 
 def train(W: Tree, A: Tree, samples: Samples, run: Settings) -> Tree:
-    """Train at one client: B [m, r] from zero, by plain gradient steps; W and A stay."""
+    """Train at one client: B [m, r] from zero, by plain gradient steps; W and A stay.
+
+    `fedraclora/training/cohort.py`, for many clients as one batch.
+    """
     x, y = samples
     B = {name: torch.zeros(len(w), run.rank, requires_grad=True) for name, w in W.items()}
     for _ in range(run.steps):
@@ -61,7 +71,10 @@ def train(W: Tree, A: Tree, samples: Samples, run: Settings) -> Tree:
 
 
 def mean(replies: list[Tree], samples: list[int]) -> Tree:
-    """Average each B with the clients' numbers of samples as weights, in float64, rounded once."""
+    """Average each B with the clients' numbers of samples as weights, in float64, rounded once.
+
+    `Uplinks.mean` of `fedraclora/protocol/uplinks.py`.
+    """
     total = {name: torch.zeros_like(b, dtype=torch.float64) for name, b in replies[0].items()}
     for B, weight in zip(replies, samples, strict=True):
         for name, b in B.items():
@@ -70,12 +83,19 @@ def mean(replies: list[Tree], samples: list[int]) -> Tree:
 
 
 def merge(W: Tree, B: Tree, A: Tree, run: Settings) -> Tree:
-    """Fold in W + s B_bar A: since all had one A, that is the mean of the clients' W + s B_k A."""
+    """Fold in W + s B_bar A: since all had one A, that is the mean of the clients' W + s B_k A.
+
+    `update` of `strategies/fed_rac_lora.py` says what is merged, and `closed` of
+    `strategies/shared/common.py` merges it, by `apply_link` of `fedraclora/protocol/link.py`.
+    """
     return {n: (w.double() + run.scale * B[n].double() @ A[n]).float() for n, w in W.items()}
 
 
 def one_round(W: Tree, clients: list[Samples], t: int, run: Settings) -> tuple[Tree, Tree]:
-    """Give the weights after round t, from 1, and B_bar: the link that leads to them."""
+    """Give the weights after round t, from 1, and B_bar: the link that leads to them.
+
+    `strategies/base.py` has the loop, `strategies/server/exchange.py` what is asked and came back.
+    """
     A = draw(W, t, run)
     replies = [train(W, A, samples, run) for samples in clients]  # r m numbers of a weight come up
     B = mean(replies, [len(y) for _, y in clients])
@@ -83,7 +103,10 @@ def one_round(W: Tree, clients: list[Samples], t: int, run: Settings) -> tuple[T
 
 
 def catch_up(W: Tree, chain: list[Tree], run: Settings) -> Tree:
-    """Bring a client that was away up to date: of each round it fetches B_bar, and draws A_t."""
+    """Bring a client that was away up to date: of each round it fetches B_bar, and draws A_t.
+
+    `fedraclora/weights/replica.py`; `fedraclora/weights/chain.py` counts what is less to fetch.
+    """
     for t, B in enumerate(chain, start=1):
         W = merge(W, B, draw(W, t, run), run)
     return W

@@ -29,6 +29,7 @@ class Asymmetric(LayerMethod):
     """
 
     draws = "right"
+    parts_are = "sketches (method.sketches, times method.pool where there is one)"
 
     sketch: Sketch = "orthonormal"
     normalise: Normalise = "rows"

@@ -120,7 +120,7 @@ class LayerMethod(LowRank):
     draws: ClassVar[str | None] = None
     """Return whose dimension bounds the rank: A is drawn (``right``), B (``left``), or the larger
     one (``auto``); None: neither or both, and the smaller side does."""
-    parts_are: ClassVar[str] = "sketches (method.sketches, times method.pool where there is one)"
+    parts_are: ClassVar[str] = "factors (`parts` of the method)"
     """Return what shares that dimension, for messages."""
 
     # What a method says.

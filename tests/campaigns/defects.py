@@ -35,7 +35,7 @@ from tests.campaigns.defects_methods import METHOD_DEFECTS
 from tests.campaigns.defects_server import SERVER_DEFECTS
 from tests.campaigns.defects_wire import WIRE_DEFECTS
 from tests.campaigns.planting import Defect
-from tests.contract.laws import BY_TEST, Law
+from tests.contract.laws import BROKEN, BY_TEST, Law
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFECTS = {defect.name: defect for defect in (*METHOD_DEFECTS, *SERVER_DEFECTS, *WIRE_DEFECTS)}
@@ -70,9 +70,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_exception_interact(node: pytest.Item, call: pytest.CallInfo[None]) -> None:
     """Stop at an assertion that failed; an error of another kind has found nothing."""
-    failed = call.excinfo is not None and call.excinfo.errisinstance(
-        (AssertionError, pytest.fail.Exception)
-    )
+    failed = call.excinfo is not None and call.excinfo.errisinstance(BROKEN)
     if failed and call.when == "call":
         node.config.stash[FOUND] = node.name
         node.session.shouldfail = f"{node.name} found it"

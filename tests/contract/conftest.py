@@ -16,11 +16,11 @@ from worlds import World, make_world
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Function,
+    item: pytest.Function, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the law beside the assertion that it broke."""
     report = yield
-    add_law(report, getattr(item, "originalname", ""))
+    add_law(report, call, getattr(item, "originalname", ""))
     return report
 
 

@@ -1,7 +1,8 @@
 """``python -m tests.contract.laws``: writes the laws of all methods into CONTRIBUTING.md.
 
-A law is held by one test or more of the contract suite. Where one of them fails, its report says
-which law that is, what is the likely cause, and what to set (`conftest.py`).
+A law is held by one test or more of the contract suite. Where an assertion of one of them fails,
+its report says which law that is, what is the likely cause, and what to do (`conftest.py`). A test
+that stops by another error did not get as far as its law, and the error says what is wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Law:
     Attributes:
         says: The law, in one sentence.
         cause: What has usually gone wrong where it is broken.
-        mend: The attribute to set, or what to call instead.
+        mend: The attribute to set, or what to call.
         tests: Names of the tests that hold it, without ``test_``.
     """
 
@@ -32,16 +33,17 @@ class Law:
     tests: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"The law: {self.says}\nLikely cause: {self.cause}.\nWhat to set: {self.mend}."
+        return f"The law: {self.says}\nLikely cause: {self.cause}.\nWhat to do: {self.mend}."
 
 
 LAWS = (
     Law(
         "With `exact`, the new weights are the weighted mean of the clients' (after the server's "
         "step); without it a round misses that mean by 1 % of its change or more.",
-        "a scale, a transpose or a weight is missing or counted twice, or means of factors stand "
-        "where the mean of their products is meant",
-        "`traits.exact`; `traits.step` where the server steps further; `replies.product()`",
+        "a scale, a transpose or a weight is missing or counted twice, a factor is merged and "
+        "carried on, or means of factors stand where the mean of their products is meant",
+        "`replies.product()`; `carried` or `merged`, by `layer.ends`; `traits.exact`; "
+        "`traits.step` where the server steps further",
         (
             "exact_methods_give_the_mean_of_the_clients_weights",
             "what_is_sent_is_averaged_exactly",
@@ -55,9 +57,10 @@ LAWS = (
     ),
     Law(
         "A cohort of one, or of clients that answer alike, gives the weights of one of them.",
-        "a weight is left in a sum, a factor is told by its shape, or client and server scale "
-        "differently",
-        "`replies.mean(label)`; `layer.scale`; `traits.step` where the server steps further",
+        "a weight is left in a sum, a factor is told by its shape, a factor is merged and carried "
+        "on, or client and server scale differently",
+        "`replies.mean(label)`; `carried` or `merged`, by `layer.ends`; no scale of your own; "
+        "`traits.step` where the server steps further",
         (
             "a_cohort_of_one_gives_the_weights_of_that_client",
             "a_rank_may_equal_a_side",
@@ -69,7 +72,7 @@ LAWS = (
     Law(
         "The scale is `alpha / rank`, and with `rslora` over its root.",
         "alpha stands alone, or a rank is another than that of the layer",
-        "`layer.scale`",
+        "read `layer.scale`; `scale_of(rank)` is what gives it",
         ("the_scale_is_alpha_over_the_rank", "rslora_is_alpha_over_the_root_of_the_rank"),
     ),
     Law(
@@ -89,8 +92,8 @@ LAWS = (
     ),
     Law(
         "With `linear`, a round needs no more of the replies than their weighted sum.",
-        "`update` looks at the replies of single clients",
-        "`traits.linear` to False",
+        "`update` looks at the replies of single clients, or averages them by itself",
+        "`replies.mean(label)` for a mean; `traits.linear` to False if it needs single replies",
         (
             "linear_methods_need_only_the_weighted_sum",
             "a_linear_method_is_the_same_under_the_aggregator_sum",
@@ -182,8 +185,8 @@ LAWS = (
     ),
     Law(
         "The counted numbers, `floats`, are what travels each way.",
-        "a factor crosses the end of a link, or one is carried that was not trained",
-        "`carries`; `keeps`",
+        "a trained factor crosses the end of a link, or a frozen one is carried",
+        "`carries` for the trained one, `keeps` for the frozen one",
         (
             "floats_is_what_travels",
             "what_is_counted_is_the_formula_of_the_docstring",
@@ -247,16 +250,20 @@ LAWS = (
 BY_TEST = {f"test_{name}": law for law in LAWS for name in law.tests}
 
 
-def add_law(report: pytest.TestReport, test: str) -> None:
-    """Have the report of a test that failed say the law that it holds."""
-    if report.failed and test in BY_TEST:
+BROKEN = AssertionError, pytest.fail.Exception
+
+
+def add_law(report: pytest.TestReport, call: pytest.CallInfo[None], test: str) -> None:
+    """Have the report of a test say the law that it holds, if an assertion of it failed."""
+    failed = call.excinfo is not None and call.excinfo.errisinstance(BROKEN)
+    if report.failed and failed and test in BY_TEST:
         report.sections.append((f"law of {test}", str(BY_TEST[test])))
 
 
 def table() -> str:
     """The laws as they stand in CONTRIBUTING.md."""
     rows = [f"| {law.says} | {law.mend} |\n" for law in LAWS]
-    return "".join(["| law | what to set where it is broken |\n", "|---|---|\n", *rows])
+    return "".join(["| law | what to set or call where it is broken |\n", "|---|---|\n", *rows])
 
 
 def listed(page: str) -> str:

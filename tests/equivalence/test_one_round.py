@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import fedraclora
+from fedraclora.experiments import one_round as reader
 from fedraclora.experiments.one_round import Settings, Tree, catch_up, main, one_round
 from fedraclora.rng import generator, torch_normal
 
 RUN = Settings(seed=5, rank=2, alpha=3.0, lr=0.4, steps=3)
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = [7, 4, 2]
 ROUNDS = 3
 
@@ -74,3 +79,12 @@ def test_the_command_prints_losses_and_bytes(capsys: pytest.CaptureFixture[str])
     assert len(said) == 12
     assert float(said[9].split()[-1]) < float(said[0].split()[-1])
     assert said[-1].endswith("True")
+
+
+def test_each_step_names_the_files_in_which_the_project_does_it() -> None:
+    steps = inspect.getmembers(reader, inspect.isfunction)
+    own = {n: f for n, f in steps if f.__module__ == reader.__name__ and f is not main}
+    for name, step in own.items():
+        found = re.findall(r"`([\w/]+\.py)`", inspect.getdoc(step) or "")
+        assert found, name
+        assert all((ROOT / file).is_file() for file in found), name

@@ -255,6 +255,18 @@ def test_a_frozen_factor_may_be_made_from_that_of_the_last_link(kind: type[Besid
             assert float((A @ before.mT).abs().max()) < 1e-9
 
 
+def test_factors_that_share_a_side_bound_the_rank_by_their_own_name() -> None:
+    (m, n), name = (5, 9), "w"
+    plan = Plan({name: LayerView("linear", (m, n))}, shapes={name: (m, n)})
+    found = Beside(rank=8).layer_rank(plan, name)
+    assert (found.value, Beside(rank=4).rank_of(plan, name)) == (4, 4)  # 2 r <= n
+    assert found.note
+    assert "2 factors" in found.note
+    assert "sketches" not in found.note  # it has no such key
+    with pytest.raises(ConfigError, match=r"rank is 8.*shared by 2 factors"):
+        Beside(rank=8, cap=False).rank_of(plan, name)
+
+
 def test_a_drawing_that_is_carried_and_not_kept_is_refused() -> None:
     """Else it is dropped, and the method that reads it from what is carried is another one."""
 
