@@ -100,7 +100,7 @@ KeptBasis = Annotated[str, choice_of(BASES)]
 def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Append random rows to orthonormal ones, orthonormal to them and to one another.
 
-    FactorLike the kept rows, the others span a uniform subspace of the complement: a rotation (for
+    Given the kept rows, the others span a uniform subspace of the complement: a rotation (for
     coordinates: a permutation) of the complement leaves the law of the drawing as it is.
 
     Args:

@@ -19,8 +19,8 @@ from flwr.superlink.grid import http_grid
 from flwr.supernode import start_client_internal
 from flwr.supernode.runtime import run_clientapp
 
-from fedraclora.engines.deploy import look_again_soon, supernode
-from fedraclora.engines.deploy.grid import PAUSE
+from fedraclora.engines.deploy import supernode
+from fedraclora.engines.deploy.grid import PAUSE, look_again_soon
 from fedraclora.engines.deploy.local import SUPERNODE
 from fedraclora.engines.deploy.supernode import Pauses, put
 

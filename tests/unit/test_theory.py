@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.theory.bounds.descent import FactorLike, logistic_pl
+from fedraclora.experiments.theory.bounds.descent import Given, logistic_pl
 from fedraclora.experiments.theory.bounds.spectrum import beside_kept, of_downlink, over_layers
 from fedraclora.experiments.theory.bounds.theorems import (
     cover,
@@ -62,11 +62,11 @@ class Quadratics:
         """Of every batch, [M, N, D]."""
         return np.einsum("mnij,mnj->mni", self.Q, w - self.c)
 
-    def given(self, w: Array, **changed: object) -> FactorLike:
+    def given(self, w: Array, **changed: object) -> Given:
         """Everything the theorems are told, sigma^2 and zeta^2 at ``w``."""
         all_, own = self.gradients(w), self.gradients(w).mean(axis=1)
         values = np.linalg.eigvalsh(self.mean_Q)
-        known = FactorLike(
+        known = Given(
             smoothness=float(np.linalg.eigvalsh(self.Q).max()),
             gap=self.loss(w) - self.loss(self.optimum),
             pl=float(values[0]),
@@ -235,7 +235,7 @@ def test_a_link_of_gradient_descent_descends_as_the_theorem_says(share: float, r
 
 
 def test_a_link_on_the_isotropic_quadratic_is_exact() -> None:
-    given = FactorLike(smoothness=3.0, gap=5.0, pl=3.0, lambda_min=0.25, lambda_max=0.25)
+    given = Given(smoothness=3.0, gap=5.0, pl=3.0, lambda_min=0.25, lambda_max=0.25)
     # Three rounds at a half of 1 / L leave (1/2)^6 of the loss inside the sketch.
     assert gd_link(given, 1 / 6, 3).contraction == pytest.approx(1 - 0.25 * (1 - 1 / 64))
     assert gd_link(given, 1 / 3, 7).progress == pytest.approx(gd(given, 1 / 3).progress)
@@ -259,7 +259,7 @@ def test_a_link_of_sgd_descends_as_the_theorem_says() -> None:
 
 def test_noise_that_depends_on_the_sketch_counts_in_full_after_the_first_round() -> None:
     """The later rounds of a link meet noise at a point that its sketch has led to."""
-    given = FactorLike(2.0, 1.0, sigma_sq=3.0, lambda_min=0.25, lambda_max=0.5)
+    given = Given(2.0, 1.0, sigma_sq=3.0, lambda_min=0.25, lambda_max=0.5)
     one = sgd(given, 0.5)
     whole = sgd(replace(given, lambda_max=1.0), 0.5)
     assert noisy_link(one, 3).error == pytest.approx(one.error + 2 * whole.error)
@@ -281,12 +281,12 @@ def test_a_step_of_sgd_descends_as_the_theorem_says(share: float) -> None:
 
 
 def test_without_noise_sgd_is_gradient_descent() -> None:
-    given = FactorLike(2.0, 3.0, pl=0.5, lambda_min=0.25, lambda_max=0.5)
+    given = Given(2.0, 3.0, pl=0.5, lambda_min=0.25, lambda_max=0.5)
     assert (sgd(given, 0.4).progress, sgd(given, 0.4).error) == (gd(given, 0.4).progress, 0.0)
 
 
 def test_gradient_descent_on_the_isotropic_quadratic_is_exact() -> None:
-    given = FactorLike(smoothness=3.0, gap=5.0, pl=3.0, lambda_min=0.25, lambda_max=0.25)
+    given = Given(smoothness=3.0, gap=5.0, pl=3.0, lambda_min=0.25, lambda_max=0.25)
     descent = gd(given, 1 / 3)
     assert descent.contraction == pytest.approx(0.75)
     assert descent.loss_gap(4) == pytest.approx(5.0 * 0.75**4)
@@ -307,7 +307,7 @@ def test_a_cover_descends_for_every_basis(convex: bool, share: float) -> None:
         Q = turn @ np.diag(values) @ turn.T
         basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
         w = rng.standard_normal(d)
-        given = FactorLike(1.0, 1.0, curvature=float(values[0]))
+        given = Given(1.0, 1.0, curvature=float(values[0]))
         descent = cover(given, share, blocks)
         moved = w
         for j in range(blocks):
@@ -320,19 +320,19 @@ def test_a_cover_descends_for_every_basis(convex: bool, share: float) -> None:
 
 
 def test_a_cover_of_the_isotropic_quadratic_is_one_full_step() -> None:
-    given = FactorLike(smoothness=2.0, gap=1.0, pl=2.0, curvature=2.0)
+    given = Given(smoothness=2.0, gap=1.0, pl=2.0, curvature=2.0)
     assert cover(given, 0.5, 7).contraction == pytest.approx(0.0)
     assert cover(given, 0.5, 7).loss_gap(1) == pytest.approx(0.0)
     assert cover(replace(given, curvature=None), 0.5, 7).contraction > 0.5
 
 
 def test_one_block_is_gradient_descent() -> None:
-    given = FactorLike(smoothness=2.0, gap=1.0, pl=0.3, curvature=-1.0)
+    given = Given(smoothness=2.0, gap=1.0, pl=0.3, curvature=-1.0)
     assert cover(given, 0.5, 1).progress == gd(given, 0.5).progress
 
 
 def test_all_clients_cost_no_sampling_error() -> None:
-    given = FactorLike(2.0, 1.0, zeta_sq=4.0, lambda_min=0.5, lambda_max=0.5)
+    given = Given(2.0, 1.0, zeta_sq=4.0, lambda_min=0.5, lambda_max=0.5)
     step = local_step_limit(2.0, 3)
     assert step == pytest.approx(1 / 12)
     assert sampling(7, 7) == 0
@@ -349,7 +349,7 @@ def test_all_clients_cost_no_sampling_error() -> None:
 
 
 def test_the_loss_gap_goes_from_delta_to_the_floor() -> None:
-    descent = sgd(FactorLike(1.0, 5.0, pl=0.2, sigma_sq=3.0, lambda_min=0.5, lambda_max=0.5), 0.5)
+    descent = sgd(Given(1.0, 5.0, pl=0.2, sigma_sq=3.0, lambda_min=0.5, lambda_max=0.5), 0.5)
     assert descent.loss_gap(0) == 5.0
     assert descent.floor == pytest.approx(0.5 * 3.0 / (2 * 0.2))  # step L sigma^2 / (2 mu)
     assert descent.loss_gap(10_000) == pytest.approx(descent.floor)
@@ -416,12 +416,12 @@ def test_rounds_that_no_theorem_covers_are_refused(changed: dict[str, object], w
 def test_a_cover_is_refused_by_the_theorems_on_independent_sketches() -> None:
     given = constants(spec(blocks="cover"))
     with pytest.raises(ConfigError, match="lambda_min is 0"):
-        gd(FactorLike(1.0, 1.0, lambda_min=given.lambda_min, lambda_max=given.lambda_max), 0.5)
+        gd(Given(1.0, 1.0, lambda_min=given.lambda_min, lambda_max=given.lambda_max), 0.5)
 
 
 # ---- Refusals -----------------------------------------------------------------------------------
 
-ONE = FactorLike(smoothness=2.0, gap=1.0)
+ONE = Given(smoothness=2.0, gap=1.0)
 
 
 @pytest.mark.parametrize(
@@ -438,10 +438,10 @@ ONE = FactorLike(smoothness=2.0, gap=1.0)
         (lambda: federated(ONE, 0.01, 2, 3, 4), "cohort is 4"),
         (lambda: reshuffling(replace(ONE, zeta_sq=1.0), 0.01, 2), "zeta_sq is 1.0"),
         (lambda: gd(ONE, 0.5).loss_gap(3), "no PL constant"),
-        (lambda: FactorLike(0.0, 1.0), "smoothness is 0.0"),
-        (lambda: FactorLike(1.0, -1.0), "gap is -1.0"),
-        (lambda: FactorLike(1.0, 1.0, pl=1.1), "pl is 1.1"),
-        (lambda: FactorLike(1.0, 1.0, lambda_min=0.5, lambda_max=0.4), "lambda_min is 0.5"),
+        (lambda: Given(0.0, 1.0), "smoothness is 0.0"),
+        (lambda: Given(1.0, -1.0), "gap is -1.0"),
+        (lambda: Given(1.0, 1.0, pl=1.1), "pl is 1.1"),
+        (lambda: Given(1.0, 1.0, lambda_min=0.5, lambda_max=0.4), "lambda_min is 0.5"),
         (lambda: logistic_pl(0.0, 1.0, 1.0), "curvature=0.0"),
     ],
 )
