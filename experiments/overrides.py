@@ -20,8 +20,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from fedraclora.config.run_config import NAMED, choices_with, from_plain, unknown_key
+from fedraclora.config.keys import choices_with
+from fedraclora.config.run_config import NAMED, from_plain
 from fedraclora.config.schema import PlainDict
+from fedraclora.config.unread import unknown_key
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.experiments import CONF
 from fedraclora.experiments.choices import choice, groups
@@ -212,10 +214,13 @@ def explained(error: HydraException, words: Sequence[str]) -> ConfigError:
         group, _, choice = str(error.missing_cfg_file).partition("/")
         return unknown(group, choice, error.options)
     if isinstance(error, OverrideParseException):
+        key, _, value = str(error.override).partition("=")
+        plain = value and not re.search(r"""["'\\\[{]""", value)
+        quoted = f"'{key}=\"{value}\"'" if plain else "\"key=';'\""
         return ConfigError(
             f"{error.override!r} cannot be read as key=value, which is written without blanks "
-            f"({text.splitlines()[0]}); what holds other signs stands in quotes of its own: "
-            "\"key=';'\"; in a list "
+            f"({text.splitlines()[0]}); what holds other signs stands in quotes of its own, "
+            f"{quoted}; in a list "
             "[a, b] or a mapping {a: 1, *: 2} names stand without quotes, and the shell wants "
             "quotes around the whole: 'key=[a, b]'"
         )
@@ -225,7 +230,8 @@ def explained(error: HydraException, words: Sequence[str]) -> ConfigError:
         return ConfigError(f"the config has the key {found[1]} already: write it without the +")
     if found := SWEEP.search(text):
         key, _, values = found[1].partition("=")
-        listed = "" if "(" in values else f"; a list is written '{key}=[{values}]'"
+        ways = f"; a list is written '{key}=[{values}]', a text '{key}=\"{values}\"'"
+        listed = "" if "(" in values else ways
         return ConfigError(
             f"{found[1]} is a sweep, one run for each value, which needs -m: fedraclora simulate "
             f"-m '{found[1]}'{listed} (the quotes are for the shell)"

@@ -15,6 +15,7 @@ from fedraclora.run.digests import free_keys, known_data, plans_rounds
 from fedraclora.run.folder import has_begun, is_finished, read_config, read_summary, resume_word
 from fedraclora.run.ledger import number, read_ledger
 from fedraclora.run.recorder import checkpoint_meta, resolved
+from fedraclora.strategies import METHODS
 from fedraclora.weights.files import config_difference, flatten
 
 
@@ -39,7 +40,7 @@ def go_on(
     if typed is not None and "experiment" in typed:
         refused.append("experiment: a preset cannot be laid over a run; leave it out")
     taken: PlainDict = {}
-    left, right = digested(stored), digested(plain)
+    left, right = digested(stored, METHODS), digested(plain, METHODS)
     old, new = flatten(stored), flatten(plain)
     for found in config_difference(left, right):
         key, line = found.partition(":")[0], found

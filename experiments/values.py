@@ -14,6 +14,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.choices import groups
 from fedraclora.experiments.overrides import composed, key_of
 from fedraclora.experiments.resume import laid_over
+from fedraclora.limits import later_keys
 
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
 ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes
@@ -50,10 +51,8 @@ def config_of(
 
 
 def is_whole(mapping: Mapping[str, object]) -> bool:
-    """Check whether a mapping has every key of a config."""
-    wanted = {
-        key for key in inspect.signature(RunConfig).parameters if key not in {"plain", "steps"}
-    }
+    """Check whether a mapping has every key of a config, but for those of later releases."""
+    wanted = {*inspect.signature(RunConfig).parameters} - {"plain", *later_keys(RunConfig)}
     return wanted <= {*mapping}
 
 

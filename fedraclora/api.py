@@ -11,6 +11,7 @@ from torch import nn
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import PlainDict, section
+from fedraclora.config.settings import OutputConfig
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.experiments.evaluate import measuring_run
@@ -30,8 +31,6 @@ from fedraclora.strategies.server.round_step import RoundStep, described, own_st
 from fedraclora.strategies.start import settled_start
 
 __all__ = ["Callback", "RoundStep", "Run", "read_run", "simulate"]
-
-OF_MEMORY = ("output.dir", "output.progress")  # keys of `output` that a run in memory reads
 
 
 def simulate(
@@ -144,7 +143,8 @@ def simulate(
     if place is None:
         if resume:
             raise ConfigError("resume=True goes on with the run in a folder: say folder=... too")
-        idle = [k for k in typed if k.startswith("output.") and k not in OF_MEMORY]
+        reads = {f"output.{key}" for key in OutputConfig.in_memory}
+        idle = [k for k in typed if k.startswith("output.") and k not in reads]
         if idle:
             raise ConfigError(
                 f"{', '.join(idle)}: a run in memory writes nothing; say folder=... too, or leave "

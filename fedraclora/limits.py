@@ -11,7 +11,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Annotated, ParamSpec, TypeVar
 
@@ -168,11 +168,14 @@ def hints(target: Callable[..., object]) -> dict[str, object]:
 @functools.cache
 def later_keys(target: Callable[..., object]) -> dict[str, object]:
     """List the keys that earlier versions lack (`Later`), each with its default."""
-    return {
-        key: inspect.signature(target).parameters[key].default
-        for key, hint in hints(target).items()
-        if any(isinstance(mark, Later) for mark in getattr(hint, "__metadata__", ()))
-    }
+    made = {f.name: f.default_factory for f in fields(target)} if is_dataclass(target) else {}
+    found = {}
+    for key, hint in hints(target).items():
+        if any(isinstance(mark, Later) for mark in getattr(hint, "__metadata__", ())):
+            given, make = inspect.signature(target).parameters[key].default, made.get(key, MISSING)
+            default = given if make is MISSING else make()
+            found[key] = list(default) if isinstance(default, tuple) else default
+    return found
 
 
 def _check(key: str, value: object, hint: object, null: str = "") -> None:

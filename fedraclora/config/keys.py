@@ -16,6 +16,7 @@ from fedraclora.config.run_config import (
     BESIDE,
     GIVEN,
     KINDS,
+    ROWS,
     SECTIONS,
     RunConfig,
     targets_of,
@@ -56,9 +57,27 @@ def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
             for key, inner in tables_of(target):
                 found[f"{group}/{key}/{inner[0]}"] = {"name": inner[0], **node_of(inner[1])}
     found["local/adaptive"] = node_of(KINDS["local"], part=ADAPTIVE_KEYS.name)
-    found["run"] = node_of(RunConfig, given=(*inspect.signature(RunConfig).parameters,))
+    alone = node_of(RunConfig, given=(*inspect.signature(RunConfig).parameters,))
+    found["run"] = {key: value for key, value in alone.items() if key not in ROWS}
     found["run"] |= {key: node_of(kind) for key, kind in SECTIONS.items()}
     return found
+
+
+def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
+    """Name the choices of a key's group that have it: ``method.rank`` is one of many methods.
+
+    Args:
+        key: A path, of one dot.
+        methods: The METHODS table of `strategies`.
+
+    Returns:
+        Names of rows; the group itself where it is of one kind.
+    """
+    group, _, inner = key.partition(".")
+    table = targets_of(methods).get(group, {})
+    if group in KINDS:
+        table = {group: KINDS[group]}
+    return [name for name, row in table.items() if inner in inspect.signature(row).parameters]
 
 
 def node_of(target: Target, *, part: str = "", given: tuple[str, ...] = ()) -> dict[str, object]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Annotated
 
@@ -28,7 +28,6 @@ from fedraclora.config.schema import (
 )
 from fedraclora.config.settings import (
     ENGINES,
-    DeployConfig,
     EngineConfig,
     EvaluateConfig,
     OutputConfig,
@@ -37,15 +36,15 @@ from fedraclora.config.settings import (
     StopConfig,
     WireConfig,
 )
-from fedraclora.config.unread import refuse_unread
+from fedraclora.config.unread import refuse_misfits, refuse_unknown, refuse_unread
 from fedraclora.data import DATASETS, PARTITIONS, make_partition
 from fedraclora.devices.system import SystemConfig
-from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest
-from fedraclora.limits import Count, Limit, Limited, Whole, choice_of, later_keys
+from fedraclora.errors import MissingKeysError
+from fedraclora.limits import Count, Later, Limit, Limited, Whole, choice_of, later_keys
 from fedraclora.models import MODELS
 from fedraclora.objects import NAME, lent
 from fedraclora.privacy.client_level import PRIVACIES, Privacy
-from fedraclora.privacy.secagg import SECURES, Open, SecAgg
+from fedraclora.privacy.secagg import SECURES, Open
 from fedraclora.protocol.cohorts import WEIGHTINGS
 from fedraclora.protocol.method import Method
 from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
@@ -65,8 +64,11 @@ NOT_IN_DIGEST = ("output", "resume")
 ENGINE_IN_DIGEST = ("chunk", "threads")
 
 
-def digested(plain: Plain) -> dict[str, object]:
-    """The part of a config that decides the result: neither where data lie nor what is written."""
+def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, object]:
+    """The part of a config that decides the result: neither where data lie nor what is written.
+
+    Keys that configs of before lack (`limits.Later`) are left out at their defaults.
+    """
     kept = {k: v for k, v in plain.items() if k not in NOT_IN_DIGEST}
     if isinstance(data := kept.get("data"), Mapping):
         # The digest of samples of a program is of loss and metrics, too.
@@ -77,16 +79,27 @@ def digested(plain: Plain) -> dict[str, object]:
     evaluate = kept.get("evaluate")  # runs from before there were answers are the same
     if isinstance(evaluate, Mapping) and evaluate.get("generate") is None:
         kept["evaluate"] = without(evaluate, "generate", "answers", "new_tokens", "shown")
-    for group, kind in KINDS.items():
-        if isinstance(keys := kept.get(group), Mapping):
-            later = later_keys(kind)
-            kept[group] = {k: v for k, v in keys.items() if k not in later or v != later[k]}
     if isinstance(start := kept.get("start"), Mapping):
         kept["start"] = without(start, "path")
-    # Before these, runs are the same.
-    unset = {"allocation": {"name": Uniform.name}, "dora": False, "start": None, "steps": []}
-    unset["wire"] = vars(WireConfig())
-    return {k: v for k, v in kept.items() if k not in unset or v != unset[k]}
+    tables: dict[str, Mapping[str, Callable[..., object]]]
+    tables = {**TABLES, **ROWS, "method": methods}
+    for group, keys in kept.items():
+        if isinstance(keys, Mapping) and (name := str(keys.get("name"))) != NAME:
+            row = tables[group].get(name) if group in tables else KINDS.get(group)
+            for home in (row, BESIDE[group][0] if group in BESIDE else None):
+                kept[group] = _as_before(home, section(kept, group)) if home else kept[group]
+    return _as_before(RunConfig, kept)
+
+
+def _as_before(home: Callable[..., object], keys: Plain) -> dict[str, object]:
+    """Leave out the keys that configs of before lack, where they are at their defaults."""
+    later = dict(later_keys(home))
+    for key, default in later.items():
+        if is_dataclass(default) and not isinstance(default, type):  # a group
+            named = {"name": default.name} if hasattr(default, "name") else {}
+            set_ = without(vars(default), *later_keys(type(default)))
+            later[key] = named | {k: [*v] if isinstance(v, tuple) else v for k, v in set_.items()}
+    return {k: v for k, v in keys.items() if k not in later or v != later[k]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,24 +183,24 @@ class RunConfig(TaskConfig):
     """
 
     method: Method
-    allocation: Uniform
+    allocation: Annotated[Uniform, Later()] = field(default_factory=Uniform)
     output: OutputConfig
     aggregator: Aggregator
     server_optimiser: ServerOptimiser
     rounds: Whole = 150
     control_variates: bool = False
-    dora: bool = False
-    start: str | dict[str, str] | None = None
-    resume: str | None = None
+    dora: Annotated[bool, Later()] = False
+    start: Annotated[str | dict[str, str] | None, Later()] = None
+    resume: Annotated[str | None, Later()] = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     stop: StopConfig = field(default_factory=StopConfig)
-    wire: WireConfig = field(default_factory=WireConfig)
-    steps: list[str] = field(default_factory=list)
+    wire: Annotated[WireConfig, Later()] = field(default_factory=WireConfig)
+    steps: Annotated[list[str], Later()] = field(default_factory=list)
 
     @property
     def digested(self) -> dict[str, object]:
         """The part of the config that decides the result."""
-        return digested(self.plain)
+        return digested(self.plain, {self.chosen("method"): type(self.method)})
 
 
 # Groups that choose a row of a table: those that are called at once, and those that wait for data.
@@ -224,7 +237,6 @@ GIVEN = {
     "model": ("shape", "classes", "seed"),
     "partition": ("data", "clients", "seed"),
 }
-LATER = ("start", "wire", "resume", "steps")  # keys that configs of earlier versions lack
 
 
 def task_from_plain(plain: Plain) -> TaskConfig:
@@ -254,43 +266,17 @@ def from_plain(
         ConfigError: Naming the key, what came and what was wanted.
     """
     if not began:
-        _refuse_unknown(plain)
+        refuse_unknown(plain, [*inspect.signature(RunConfig).parameters])
     group = section(plain, "method")
     if group.get("name") == NAME:
         method = lent("method", group.get("digest"))
     else:
         method = bind("method", methods, group)()
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
-    _check(config)
+    refuse_misfits(config)
     if not began:
         refuse_unread(config)
     return config
-
-
-def _refuse_unknown(plain: Plain) -> None:
-    """Reject keys of the config itself that do not exist."""
-    known = [key for key in inspect.signature(RunConfig).parameters if key != "plain"]
-    if not (found := [key for key in plain if key not in known]):
-        return
-    groups = {key: group for key in known if isinstance(group := plain.get(key), Mapping)}
-    whole = [f"{key}.{inner}" for key, group in groups.items() for inner in group]
-    lines = [unknown_key(str(key), [*known, *whole]) for key in found]
-    if "experiment" in found:
-        lines.append("the first line of a preset of your own is '# @package _global_'")
-    raise UnreadKeysError("\n  ".join(lines), found)
-
-
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Build the error for an unknown key: which is like it, and where all of them are."""
-    group = key.rpartition(".")[0].partition(".")[0]
-    known = [*known]
-    inside = [other for other in known if other.startswith(f"{group}.")]
-    known = inside if group and inside else known  # of a group that exists its own keys are meant
-    near = " or ".join(map(repr, nearest(key, known, count=2)))
-    return (
-        f"unknown key {key!r}{f'; did you mean {near}?' if near else '.'} All keys are in "
-        "what `fedraclora simulate --cfg job` prints"
-    )
 
 
 def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
@@ -302,7 +288,8 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     hints = typing.get_type_hints(kind, include_extras=True)
     found: dict[str, object] = {"plain": plain}
     keys = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
-    missing = [key for key in keys if key not in plain and key not in LATER]
+    later = later_keys(typing.cast("Callable[..., object]", kind))  # for mypy, kind has no hash
+    missing = [key for key in keys if key not in plain and key not in later]
     hint = f"the config has no key {', '.join(missing)}; see `fedraclora simulate --cfg job`"
     errors = [hint] if missing else []
     for key in keys:
@@ -345,56 +332,3 @@ def targets_of(
     """
     named = {group: {name: KINDS[group]} for group, name in NAMED.items()}
     return {**named, **TABLES, **ROWS, "method": methods}
-
-
-def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
-    """Name the choices of a key's group that have it: ``method.rank`` is one of many methods.
-
-    Args:
-        key: A path, of one dot.
-        methods: The METHODS table of `strategies`.
-
-    Returns:
-        Names of rows; the group itself where it is of one kind.
-    """
-    group, _, inner = key.partition(".")
-    table = targets_of(methods).get(group, {})
-    if group in KINDS:
-        table = {group: KINDS[group]}
-    return [name for name, row in table.items() if inner in inspect.signature(row).parameters]
-
-
-def _check(config: RunConfig) -> None:
-    """Check what no single group can know."""
-    if config.clients is not None and config.cohort > config.clients:
-        raise ConfigError(
-            f"cohort is {config.cohort}, but there are only {config.clients} clients; "
-            "lower cohort or raise clients"
-        )
-    if isinstance(config.engine, DeployConfig):
-        _check_deployed(config, config.engine)
-
-
-def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
-    """Reject settings that make sense in a simulation alone."""
-    if config.max_failures:
-        raise ConfigError(
-            f"max_failures is {config.max_failures}, but with engine=deploy engine.min_clients "
-            "says how many clients a round needs: leave max_failures out"
-        )
-    if config.system.enabled:
-        raise ConfigError("system, FedBuff too, is for simulations: engine=deploy has system=none")
-    if config.head == "local":
-        raise ConfigError(
-            "head is local: such heads are measured where they are, and with engine=deploy they "
-            "stay at the clients; choose head=adapt, average or frozen"
-        )
-    once = isinstance(config.secure, SecAgg) or config.local.answers_once
-    if once and config.output.checkpoint_every != 1:
-        raise ConfigError(
-            f"output.checkpoint_every is {config.output.checkpoint_every}, but under secure=secagg "
-            "or local=dp_sgd a real client answers each round once, so that a server which went "
-            "back by more than a round could not go on: set output.checkpoint_every=1"
-        )
-    if engine.folder is not None and not engine.folder.startswith("/"):
-        raise ConfigError(f"engine.folder is {engine.folder!r}; an absolute path is wanted")

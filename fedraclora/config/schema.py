@@ -156,7 +156,10 @@ def coerce(key: str, value: object, hint: object) -> object:
             return value
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    raise ConfigError(f"{key} is {value!r}; {_shown(hint)} is wanted")
+    wanted, quoted = _shown(hint), ""
+    if {str, int, float} & {*options} == {str} and isinstance(value, int | float):
+        quoted = "" if "one of" in wanted else f": quote it, '{key}=\"{value}\"'"
+    raise ConfigError(f"{key} is {value!r}; {wanted} is wanted{quoted}")
 
 
 def check_size(key: str, value: object) -> None:

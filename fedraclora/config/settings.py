@@ -260,6 +260,8 @@ class OutputConfig(Limited, group="output"):
         loggers: Where rounds are shown, too: tensorboard, mlflow, wandb, trackio (docs/watch.md).
     """
 
+    in_memory: ClassVar[tuple[str, ...]] = ("dir", "progress")  # read where nothing is written
+
     dir: str | None = None
     checkpoint_every: Count = 10
     chain: bool = True

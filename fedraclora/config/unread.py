@@ -1,4 +1,4 @@
-"""Keys that are set and that nothing reads, since another key of the config decides so.
+"""What no single group of the config can know: keys that nothing reads, and what does not fit.
 
 A key at its default may stand anywhere: the files of `conf` list the keys of their group. A key
 with another value was set by somebody who expects something of it.
@@ -7,16 +7,18 @@ with another value was set by somebody who expects something of it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from fedraclora.allocation.rules import Uniform
 from fedraclora.attacks.attack import Attack
-from fedraclora.config.settings import StopConfig
+from fedraclora.config.schema import Plain
+from fedraclora.config.settings import DeployConfig, StopConfig
 from fedraclora.data import DATASETS
 from fedraclora.data.partition import PARTITIONS
-from fedraclora.errors import UnreadKeysError
+from fedraclora.errors import ConfigError, UnreadKeysError, nearest
+from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import Method
 
 if TYPE_CHECKING:
@@ -137,6 +139,35 @@ def said(config: RunConfig, group: str) -> tuple[Mapping[str, object], dict[str,
     return vars(settings), {field.name: field.default for field in fields(settings)}
 
 
+def refuse_unknown(plain: Plain, known: Collection[str]) -> None:
+    """Reject keys of the config itself that do not exist.
+
+    Raises:
+        UnreadKeysError: Naming them, and the nearest that are known.
+    """
+    if not (found := [key for key in plain if key not in known]):
+        return
+    groups = {key: group for key in known if isinstance(group := plain.get(key), Mapping)}
+    whole = [f"{key}.{inner}" for key, group in groups.items() for inner in group]
+    lines = [unknown_key(str(key), [*known, *whole]) for key in found]
+    if "experiment" in found:
+        lines.append("the first line of a preset of your own is '# @package _global_'")
+    raise UnreadKeysError("\n  ".join(lines), found)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Build the error for an unknown key: which is like it, and where all of them are."""
+    group = key.rpartition(".")[0].partition(".")[0]
+    known = [*known]
+    inside = [other for other in known if other.startswith(f"{group}.")]
+    known = inside if group and inside else known  # of a group that exists its own keys are meant
+    near = " or ".join(map(repr, nearest(key, known, count=2)))
+    return (
+        f"unknown key {key!r}{f'; did you mean {near}?' if near else '.'} All keys are in "
+        "what `fedraclora simulate --cfg job` prints"
+    )
+
+
 def refuse_unread(config: RunConfig) -> None:
     """Reject settings that nothing reads.
 
@@ -156,3 +187,43 @@ def refuse_unread(config: RunConfig) -> None:
                 )
     if found:
         raise UnreadKeysError("\n  ".join(found.values()), found)
+
+
+def refuse_misfits(config: RunConfig) -> None:
+    """Reject settings of several groups that do not fit each other.
+
+    Raises:
+        ConfigError: Naming the key, and what to set.
+    """
+    if config.clients is not None and config.cohort > config.clients:
+        raise ConfigError(
+            f"cohort is {config.cohort}, but there are only {config.clients} clients; "
+            "lower cohort or raise clients"
+        )
+    if isinstance(config.engine, DeployConfig):
+        _check_deployed(config, config.engine)
+
+
+def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
+    """Reject settings that make sense in a simulation alone."""
+    if config.max_failures:
+        raise ConfigError(
+            f"max_failures is {config.max_failures}, but with engine=deploy engine.min_clients "
+            "says how many clients a round needs: leave max_failures out"
+        )
+    if config.system.enabled:
+        raise ConfigError("system, FedBuff too, is for simulations: engine=deploy has system=none")
+    if config.head == "local":
+        raise ConfigError(
+            "head is local: such heads are measured where they are, and with engine=deploy they "
+            "stay at the clients; choose head=adapt, average or frozen"
+        )
+    once = isinstance(config.secure, SecAgg) or config.local.answers_once
+    if once and config.output.checkpoint_every != 1:
+        raise ConfigError(
+            f"output.checkpoint_every is {config.output.checkpoint_every}, but under secure=secagg "
+            "or local=dp_sgd a real client answers each round once, so that a server which went "
+            "back by more than a round could not go on: set output.checkpoint_every=1"
+        )
+    if engine.folder is not None and not engine.folder.startswith("/"):
+        raise ConfigError(f"engine.folder is {engine.folder!r}; an absolute path is wanted")

@@ -48,6 +48,8 @@ def configs(tmp_path: Path) -> Path:
         (["local=null"], ["local=null: a group is chosen by the name"]),
         (["local=adam"], ["unknown local 'adam'; did you mean 'adamw'?"]),
         (["targets=query,value"], ["needs -m", "a list is written 'targets=[query,value]'"]),
+        (["output.dir=a, b: c"], ["needs -m", """a text 'output.dir="a, b: c"'"""]),
+        (["output.dir=lr=0.5 (best)"], ["""quotes of its own, 'output.dir="lr=0.5 (best)"'"""]),
         (["seed=range(3)"], ["needs -m: fedraclora simulate -m 'seed=range(3)'"]),
         (['method.rank={"*": 2}'], ["cannot be read as key=value", "{a: 1, *: 2}"]),
         (["rounds=???", "seed=???"], ["rounds, seed: ???", "set rounds=VALUE seed=VALUE"]),

@@ -6,17 +6,19 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import yaml
 
+from fedraclora.config import run_config
+from fedraclora.config.keys import choices_with
 from fedraclora.config.run_config import (
+    NOT_IN_DIGEST,
     RunConfig,
     TaskConfig,
-    choices_with,
     digested,
     from_plain,
     task_from_plain,
@@ -29,10 +31,11 @@ from fedraclora.config.settings import (
     OutputConfig,
     PretrainConfig,
     RayConfig,
+    WireConfig,
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.experiments.choices import CONF, NODES, choice
-from fedraclora.limits import choice_of
+from fedraclora.limits import Later, choice_of, later_keys
 from fedraclora.protocol.method import Method
 from fedraclora.strategies import METHODS
 from fedraclora.training.extras.settings import LocalSettings
@@ -100,14 +103,9 @@ def test_every_method_of_the_table_is_read_from_its_yaml(name: str) -> None:
 
 def test_what_decides_the_result_is_digested_and_no_more() -> None:
     config = from_plain(plain(), METHOD_TABLE)
-    unruled = {
-        "allocation",
-        "dora",
-        "start",
-        "steps",
-        "wire",
-    }  # where they are off, runs of before are the same
-    assert set(config.plain) - set(config.digested) == {"output", "resume"} | unruled
+    left_out = set(config.plain) - set(config.digested)
+    assert left_out == {*NOT_IN_DIGEST, *later_keys(RunConfig)}
+    assert {"wire", "dora"} <= left_out  # where they are off, runs of before are the same
     there, here = config.plain["engine"], config.digested["engine"]
     assert isinstance(there, dict)
     assert here == {"chunk": there["chunk"], "threads": there["threads"]}
@@ -154,6 +152,10 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         (
             {"wire": {"uplink": 8}},
             "wire.uplink is 8; one of float32, bfloat16, int8, int4 is wanted",
+        ),
+        (
+            {"output__dir": 42},
+            "or null is wanted: quote it, 'output.dir=\"42\"'",
         ),
         ({"head": None}, "head is None; one of adapt, average, frozen, local is wanted"),
         ({"local__schedule": 1}, "one of constant, cosine, linear, step is wanted"),
@@ -400,9 +402,50 @@ def test_a_run_without_answers_is_that_of_before_there_were_any() -> None:
     new = plain()
     keys = ("generate", "answers", "new_tokens", "shown")
     old = {**new, "evaluate": {k: v for k, v in new["evaluate"].items() if k not in keys}}
-    assert digested(new) == digested(old)
+    assert digested(new, METHOD_TABLE) == digested(old, METHOD_TABLE)
     asked = {**new, "evaluate": {**new["evaluate"], "generate": 2}}
-    assert digested(asked) != digested(new)
+    assert digested(asked, METHOD_TABLE) != digested(new, METHOD_TABLE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireOfLater(WireConfig):
+    pace: Annotated[Sequence[int], Later()] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOfLater(RunConfig):
+    """The config of a later release, with a key of its own and one in a section."""
+
+    cosine: Annotated[bool, Later()] = False
+    wire: Annotated[WireOfLater, Later()] = field(default_factory=WireOfLater)
+
+
+@dataclass(frozen=True)
+class MethodOfLater(METHODS["fed_rac_lora"]):  # type: ignore[misc]
+    decay: Annotated[float, Later()] = 0.5
+
+
+def test_a_key_that_folders_of_before_lack_is_its_default_there_and_then_in_no_digest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    was = plain()
+    before = from_plain(was, METHOD_TABLE).digested
+    monkeypatch.setattr(run_config, "RunConfig", RunOfLater)
+    monkeypatch.setitem(run_config.KINDS, "wire", WireOfLater)
+    table = {**METHOD_TABLE, "fed_rac_lora": MethodOfLater}
+    method, wire = {**was["method"], "decay": 0.5}, {**was["wire"], "pace": []}
+    now = {**was, "cosine": False, "wire": wire, "method": method}
+    short = without(was, *later_keys(RunConfig))
+    for config in (was, now, short):
+        found = from_plain(config, table, began=True)
+        assert found.digested == before
+        assert (found.cosine, found.dora) == (False, False)  # type: ignore[attr-defined]
+    for changed in ({"cosine": True}, {"method": {**method, "decay": 0.1}}):
+        assert digested({**now, **changed}, table) != before
+    half = {**was["wire"], "uplink": "int8"}
+    assert digested({**now, "wire": half}, table) == digested(
+        {**now, "wire": {**half, "pace": []}}, table
+    )
 
 
 def test_the_evaluation_is_set_in_the_run_itself() -> None:
