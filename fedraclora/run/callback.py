@@ -55,10 +55,18 @@ class Callback:
         return {}
 
     def row(self, row: Row) -> None:
-        """See the row of a round, once it is written."""
+        """See the row of a round, once it is written: what was measured is in ``row["metrics"]``.
+
+        Of a round that was not measured (``evaluate.every``) that is ``{}``.
+        """
 
     def ends(self, rows: Sequence[Row]) -> bool:
-        """Say whether the run is at its end, by its rows alone: a resumed run ends there, too."""
+        """Say whether the run is at its end, by its rows alone: a resumed run ends there, too.
+
+        Args:
+            rows: All so far, from round 0; ``rows[-1]["metrics"]`` has what was measured by name,
+                for example ``accuracy``, and is ``{}`` where a round was not (``evaluate.every``).
+        """
         return False
 
     def end(self, summary: Mapping[str, object], *, failed: bool) -> None:

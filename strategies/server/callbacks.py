@@ -190,13 +190,23 @@ class Stopping(Callback):
 
 @dataclass
 class AfterRound(Callback):
-    """Calls a function with each new row of the ledger."""
+    """Calls a function with each new row of the ledger; what it returns nobody would read."""
 
     call: Callable[[Row], object]
 
     @override
     def row(self, row: Row) -> None:
-        self.call(row)
+        """Call it.
+
+        Raises:
+            ConfigError: If it returns something, as if that could end the run.
+        """
+        if (found := self.call(row)) is not None:
+            raise ConfigError(
+                f"the function {_name(self.call)} among the callbacks returns {found!r:.100}, "
+                "which nothing reads: let it return None; what ends a run is the hook ends(rows) "
+                "of a fedraclora.Callback"
+            )
 
 
 class Told:

@@ -77,6 +77,7 @@ class RoundStep:
         first: Of a program's own: whether it sees what came before all other steps; else it
             stands behind them, and sees what the method gets.
         individuals: Whether it looks at the updates of single clients; if not, a sum is enough.
+            Where the server gets a sum alone, it is refused before the first round.
         repeatable: Whether `treat` may be called twice in a round, the second time without a
             client whose update turned out to be too large.
         spent: The column of the ledger whose last value is that of the whole run; None: there is
@@ -157,7 +158,8 @@ class RoundStep:
 
         Args:
             exchange: The last of the round.
-            got: What came, treated; None where the round was given up.
+            got: What came, treated; None where the round was given up, since too few clients
+                answered: then `treat` may not have been called in this round.
         """
         return {}
 

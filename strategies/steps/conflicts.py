@@ -87,10 +87,9 @@ class Setup:
         """The greatest weight of a client in a secure sum; 0: there is none."""
         return getattr(self["secure"], "max_weight", 0)
 
-    def own(self, trait: str) -> str:
-        """Name a step of a program's own that has a trait; empty: there is none."""
-        found = (step for step in self.steps if step.own and getattr(step, trait))
-        return next(map(step_name, found), "")
+    def named(self, holds: Callable[[RoundStep], bool]) -> str:
+        """Name a step of which something holds; empty: there is none."""
+        return next(map(step_name, filter(holds, self.steps)), "")
 
 
 def _moments(local: LocalConfig) -> str:
@@ -158,8 +157,13 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     "a rule that looks at single updates": lambda s: s["aggregator"].individuals and s.rule,
     "a rule that makes one vector of a cohort": lambda s: s["aggregator"].estimates and s.rule,
     "a rule that compares clients": lambda s: s["aggregator"].compares and s.rule,
-    "a step of a program's own that looks at single updates": lambda s: s.own("individuals"),
-    "a step of a program's own that stands before all others": lambda s: s.own("first"),
+    # Steps whose keys stand in UNCHOSEN have rows of their own: rules, attacks, privacy.
+    "another step that looks at single updates": lambda s: s.named(
+        lambda step: step.individuals and step.key not in UNCHOSEN
+    ),
+    "a step of a program's own that stands before all others": lambda s: s.named(
+        lambda step: step.own and step.first
+    ),
     "privacy=client_level": lambda s: s["privacy"] is not None,
     "privacy.quantile": lambda s: getattr(s["privacy"], "quantile", None) is not None,
     "local.dp": lambda s: s.run.local.extra_of(SampleLevel) is not None,

@@ -11,10 +11,12 @@ import sys
 import textwrap
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+import fedraclora
 from fedraclora.config.keys import help_of, nodes, summary
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan
@@ -97,6 +99,19 @@ def test_the_contract_suite_takes_the_example_as_it_is_printed(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 30
+
+
+def test_the_example_of_a_step_runs_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    found: dict[str, Any] = {}
+    exec(compile(block("python", "class Cosine"), "CONTRIBUTING.md", "exec"), found)
+    assert "cosine" in capsys.readouterr().out
+    assert all(-1 < row["cosine"] < 1 for row in found["run"].rows[1:])
+    assert found["Cosine"]().columns(None, None) == {}, "a round that was given up has no treat"
+    alone = fedraclora.simulate(
+        "pretrain=none", "output.progress=false", clients=20, cohort=1, rounds=1,
+        steps=[found["Cosine"]()],
+    )  # fmt: skip
+    assert alone.rows[1]["cosine"] is None
 
 
 def test_every_target_that_is_named_exists() -> None:

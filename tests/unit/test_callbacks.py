@@ -116,6 +116,20 @@ def test_a_callback_ends_a_run_and_a_run_that_goes_on_ends_there_too(tmp_path: P
     assert read.summary["seconds"] == again.summary["seconds"], "it is at its end"
 
 
+def test_a_function_that_returns_something_is_refused_for_it_would_end_nothing() -> None:
+    def early(row: Any) -> bool:
+        return bool(row["metrics"] == {})
+
+    with pytest.raises(ConfigError, match=r"early .*returns False.*ends\(rows\)"):
+        run(callbacks=[early])
+
+
+def test_a_round_that_is_not_measured_has_no_metrics_in_its_row() -> None:
+    seen: list[Any] = []
+    run("evaluate.every=2", callbacks=[seen.append])
+    assert [row["metrics"] == {} for row in seen] == [False, True, False, True, False]
+
+
 class Raising(fedraclora.Callback):
     def __init__(self, hook: str, at: int) -> None:
         self.hook, self.at = hook, at

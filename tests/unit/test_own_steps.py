@@ -13,6 +13,7 @@ from typing_extensions import override
 import fedraclora
 from fedraclora.aggregation.base import rows_of, starts
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.strategies import steps
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "output.checkpoint_every=1")
 SIZES: dict[str, Any] = {"model": {"hidden": [7]}, "clients": 5, "cohort": 3, "rounds": 3}
@@ -75,6 +76,17 @@ def test_a_step_that_looks_at_single_updates_is_refused_as_one_of_the_project_is
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         run(steps=[Cosine()], **keys)
+
+
+def test_so_is_one_of_the_project_that_a_key_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before round 1, by its class attribute alone: the table of conflicts has no row of it."""
+    row = ("max_failures", lambda allowed: Cosine() if allowed else None)
+    monkeypatch.setattr(steps, "STEPS", (row, *steps.STEPS))
+    chosen: dict[str, Any] = {"max_failures": 1, "weights": "uniform"}
+    assert len(cosines(run(**chosen))) == 3
+    for key, choice in (("secure", "secagg"), ("privacy", "client_level")):
+        with pytest.raises(ConfigError, match=rf"{key}={choice} .*Cosine"):
+            run(**chosen, **{key: choice})
 
 
 def test_a_step_says_itself_what_it_does_not_go_with() -> None:
