@@ -92,8 +92,8 @@ def simulate(
         steps: What happens to a round besides, between clients and method: a list of
             `fedraclora.RoundStep`. What one raises stops the run, which can be resumed.
         callbacks: What watches the run, or ends it early: a list of `fedraclora.Callback`. A
-            function among them is called with a copy of each new row of the history: a dict, see
-            `Run.rows`. What one raises stops the run, which can be resumed.
+            function among them is called with a copy of each new row of the history, a dict (see
+            `Run.rows`), and returns None. What one raises stops the run, which can be resumed.
         on_round: The same, an older word.
         keys: Further choices: a value (``rounds=5``), the name of a choice (``local="momentum"``),
             or a mapping of a group's keys (``local={"lr": 0.1}``).

@@ -242,7 +242,7 @@ def test_what_a_run_gives(tmp_path: Path) -> None:
         "model.safetensors",
         "summary.json",
     ]
-    for folder, said in ((place, "is not empty"), ("/dev/null/x", "made"), ("x" * 300, "made")):
+    for folder, said in ((place, "holds something"), ("/dev/null/x", "made"), ("x" * 300, "made")):
         with pytest.raises(ConfigError, match=said):
             found.save(folder)
 

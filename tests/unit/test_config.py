@@ -35,6 +35,7 @@ from fedraclora.config.settings import (
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.experiments.choices import CONF, NODES, choice
+from fedraclora.experiments.values import is_whole
 from fedraclora.limits import Later, choice_of, later_keys
 from fedraclora.protocol.method import Method
 from fedraclora.strategies import METHODS
@@ -439,6 +440,7 @@ def test_a_key_that_folders_of_before_lack_is_its_default_there_and_then_in_no_d
     for config in (was, now, short):
         found = from_plain(config, table, began=True)
         assert found.digested == before
+        assert is_whole(config), "from Python it stands alone"
         assert (found.cosine, found.dora) == (False, False)  # type: ignore[attr-defined]
     for changed in ({"cosine": True}, {"method": {**method, "decay": 0.1}}):
         assert digested({**now, **changed}, table) != before
