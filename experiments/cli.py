@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from string import Template
 
 from fedraclora.errors import unknown
 from fedraclora.experiments import completion
 from fedraclora.experiments.interrupt import at_once, in_order
 from fedraclora.experiments.status import printing, reported
 
+# Written by `experiments.pages`: what is printed first waits for no library.
+USAGE = Path(__file__).with_name("usage.txt")
 # What each is for stands in usage.tmpl.
 COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "evaluate")
 COMMANDS += ("predict", "export")
@@ -22,24 +23,12 @@ COMMANDS += ("compact", "report", "study", "theory", "init", "bench")
 FOLDERS = dict.fromkeys(("bench", "study", "theory"), ".command") | {"report": ".page"}
 
 
-def usage() -> str:
-    """Write the help text."""
-    from fedraclora.experiments.choices import groups, sections
-
-    chosen = []
-    for group, choices in groups().items():
-        chosen += [f"  {group}=", *(f"    {name:<22} {text}" for name, text in choices.items())]
-    text = Template(Path(__file__).with_name("usage.tmpl").read_text(encoding="utf-8"))
-    kept = "\n".join(f"  {name:<24} {text}" for name, text in sections().items())
-    return text.substitute(groups="\n".join(chosen), sections=kept).rstrip("\n")
-
-
 @printing()
 def main(words: Sequence[str] | None = None) -> None:
     """Run a subcommand, and end with its status; `experiments.status` says what went wrong."""
     words = sys.argv[1:] if words is None else list(words)
     if not words or words[0] in {"-h", "--help", "help"}:
-        print(usage())
+        print(USAGE.read_text(encoding="utf-8"), end="")
         return
     if {"-h", "--help"} & set(words) and words[0] == "simulate":
         if status := explain(words[1:]):
@@ -71,7 +60,7 @@ def explain(words: Sequence[str]) -> int:
             found[keys_of(key, name, folders=folders)] = None
         elif (section := key.partition(".")[0]) in sections():
             found[section_keys(section)] = None
-    print("\n\n".join(found) or usage())
+    print("\n\n".join(found) or USAGE.read_text(encoding="utf-8").rstrip("\n"))
     return 0
 
 

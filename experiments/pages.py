@@ -21,12 +21,14 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from string import Template
 
 from fedraclora.config.schema import bind
 from fedraclora.errors import ConfigError
 from fedraclora.experiments import RESULTS
 from fedraclora.experiments.bench.table import side_by_side, tables
-from fedraclora.experiments.choices import choice, groups
+from fedraclora.experiments.choices import choice, groups, sections
+from fedraclora.experiments.cli import USAGE
 from fedraclora.experiments.study.entries import DEVIATION, docstring, is_unverified
 from fedraclora.experiments.tables import Cells, Table, read_table
 from fedraclora.protocol.method import Method
@@ -213,8 +215,19 @@ def _bullet(text: str, name: str) -> str:
     return " ".join(found.split())
 
 
+def usage() -> str:
+    """Render what ``fedraclora --help`` prints."""
+    chosen = []
+    for group, choices in groups().items():
+        chosen += [f"  {group}=", *(f"    {name:<22} {text}" for name, text in choices.items())]
+    kept = [f"  {name:<24} {text}" for name, text in sections().items()]
+    text = Template(USAGE.with_suffix(".tmpl").read_text(encoding="utf-8"))
+    return text.substitute(groups="\n".join(chosen), sections="\n".join(kept)).rstrip("\n") + "\n"
+
+
 def main() -> None:
     """Update all pages, and name those that changed."""
+    USAGE.write_text(usage(), encoding="utf-8")
     for page in PAGES:
         text = page.read_text()
         try:

@@ -133,9 +133,9 @@ def filled_in(text: str, row: Mapping[str, Any], key: str, where: str) -> str:
     """Fill columns into a text with braces; a text without any is the name of a column.
 
     Example:
-        >>> filled("Is this good? {0}", {"0": "a dull film"}, "data.prompt", "row 1")
+        >>> filled_in("Is this good? {0}", {"0": "a dull film"}, "data.prompt", "row 1")
         'Is this good? a dull film'
-        >>> filled("label", {"label": 1}, "data.response", "row 1")
+        >>> filled_in("label", {"label": 1}, "data.response", "row 1")
         '1'
     """
     if not _PLACE.search(text):

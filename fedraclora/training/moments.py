@@ -117,7 +117,7 @@ def mark_largest(values: torch.Tensor, share: float) -> torch.Tensor:
         Booleans [K, ...].
 
     Example:
-        >>> largest(torch.tensor([[3.0, -4.0, 1.0, 0.0]]), 0.5)
+        >>> mark_largest(torch.tensor([[3.0, -4.0, 1.0, 0.0]]), 0.5)
         tensor([[ True,  True, False, False]])
     """
     rows = values.reshape(len(values), -1)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.pages import BLOCK, PAGES, ROOT, filled, read_table
+from fedraclora.experiments.cli import USAGE
+from fedraclora.experiments.pages import BLOCK, PAGES, ROOT, filled, read_table, usage
 
 TABLE = """| method | lr | accuracy | std | bytes |
 | --- | ---: | ---: | ---: | ---: |
@@ -30,6 +31,10 @@ def test_each_page_shows_the_results_of_record(page: Path) -> None:
     text = page.read_text()
     assert text == filled(text), "run python -m fedraclora.experiments.pages"
     assert text.count("<!-- end -->") == len(BLOCK.findall(text)), "a block without its end"
+
+
+def test_help_lists_the_choices_that_there_are() -> None:
+    assert USAGE.read_text() == usage(), "run python -m fedraclora.experiments.pages"
 
 
 def test_a_table_is_brought_whole_or_by_columns(results: Path) -> None:

@@ -15,7 +15,7 @@ from fedraclora.run import folder as runfolder
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
 NOT_OF_THE_APP = ("fedraclora/experiments/", "fedraclora/conf/")
-KINDS = {".j2", ".py", ".tmpl", ".toml", ".typed", ".yaml"}
+KINDS = {".j2", ".py", ".tmpl", ".toml", ".txt", ".typed", ".yaml"}
 EMPTY_COMMIT = ["commit", "-q", "--allow-empty", "-m", "a"]
 MOST = 2_500_000  # bytes of all files
 
@@ -38,7 +38,7 @@ def test_it_holds_code_and_settings_and_no_results(wheel: Mapping[str, Path]) ->
 def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> None:
     read = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     read += [*choices.CONF.rglob("*.yaml"), *leaderboard.STUDIES.glob("*.yaml")]
-    for kind in ("py.typed", "*.j2", "*.tmpl", "*.yaml"):
+    for kind in ("py.typed", "*.j2", "*.tmpl", "usage.txt", "*.yaml"):
         found = [path for name in PACKAGES for path in (ROOT / name).rglob(kind)]
         read += [path for path in found if "results" not in path.parts]
     templates = {path.resolve() for path in init.TEMPLATES.rglob("*") if path.is_file()}
