@@ -31,8 +31,8 @@ torch.set_num_threads(1)
 # logging, unless that is the process's own. Here it would be pytest's, and every later test fail.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
-# A test of a command leaves a handler behind whose stream is closed; that would be told on stderr,
-# and tests that hold what is printed there would fail by the order of modules.
+# Some test leaves a handler of logging behind that cannot write any more, which is told on stderr:
+# tests that hold what is printed there failed by the order of modules.
 logging.raiseExceptions = False
 
 # Ray runs workers at the lowest priority but four: beside other tests they would wait for minutes.
