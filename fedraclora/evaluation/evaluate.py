@@ -20,10 +20,10 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import IGNORED_TOKEN, Task, forward, loss_function
+from fedraclora.data.task import Task, forward
 from fedraclora.data.token_losses import Labelled, output_layer
 from fedraclora.errors import ConfigError, DataError, ShapeError, unknown
-from fedraclora.evaluation.metrics import METRICS, Metric, Tally
+from fedraclora.evaluation.metrics import METRICS, OF_CLASSES, ONE, Measure, Owners
 from fedraclora.tree import Tree
 
 __all__ = ["METRICS", "evaluate"]
@@ -67,10 +67,8 @@ def evaluate(
         DataError: If there are no samples.
         ShapeError: If a weight is not a parameter of the model, or has another shape.
     """
-    chosen = _choose(metrics, loss)
-    needs = {metric.needs for metric in chosen.values()}
-    counted = tally(model, weights, samples, loss, needs, batch_size)
-    return {name: metric.compute(counted) for name, metric in chosen.items()}
+    measure = Measure.of(metrics, loss)
+    return measure.values(state_of(model, weights, samples, measure, batch_size))[0]
 
 
 def evaluate_task(task: Task, weights: Tree, samples: Samples, batch_size: int) -> dict[str, float]:
@@ -88,21 +86,26 @@ def evaluate_task(task: Task, weights: Tree, samples: Samples, batch_size: int) 
     return found
 
 
-def tally(
-    model: nn.Module, weights: Tree, samples: Samples, loss: str, needs: set[str], batch_size: int
-) -> Tally:
+def state_of(
+    model: nn.Module,
+    weights: Tree,
+    samples: Samples,
+    measure: Measure,
+    batch_size: int,
+    owners: Owners = ONE,
+) -> Tree:
     """Pass all samples through a model once and count what metrics need; see `evaluate`.
 
     Args:
         model: The network.
         weights: Parameters by name.
         samples: What to measure on.
-        loss: A key of `fedraclora.data.task.LOSSES`.
-        needs: What to count (`fedraclora.evaluation.metrics.Metric.needs`).
+        measure: The metrics.
         batch_size: Samples per forward pass.
+        owners: Whose the samples are.
 
     Returns:
-        The counts.
+        The state of the metrics, on the device of the weights.
 
     Raises:
         ConfigError: If the batch size is not positive.
@@ -114,21 +117,7 @@ def tally(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     _check_weights(model, weights)
-    return with_weights(model, weights, _count, samples, loss, needs, batch_size)
-
-
-def _choose(metrics: tuple[str, ...], loss: str) -> dict[str, Metric]:
-    loss_function(loss)
-    for name in metrics:
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
-        if ":" not in loss and loss not in METRICS[name].losses:  # of others we know nothing
-            fitting = ", ".join(sorted(k for k, m in METRICS.items() if loss in m.losses))
-            raise ConfigError(
-                f"metric {name!r} cannot be computed from the outputs of a model with loss "
-                f"{loss!r}; there are: {fitting}"
-            )
-    return {name: METRICS[name] for name in metrics}
+    return with_weights(model, weights, _count, samples, measure, batch_size, owners)
 
 
 def _check_weights(model: nn.Module, weights: Tree) -> None:
@@ -202,101 +191,41 @@ class _Calling(nn.Module):
 
 
 def _count(
-    model: nn.Module, samples: Samples, loss: str, needs: set[str], batch_size: int
-) -> Tally:
+    model: nn.Module, samples: Samples, measure: Measure, batch_size: int, owners: Owners
+) -> Tree:
     """Count over all batches; what is summed stays on the device until the end."""
     device = next(model.parameters(), samples.target).device
-    # Sum of losses, number of parts, right classes, counted classes.
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
-    confusion = torch.zeros(0, 0, dtype=torch.int64, device=device)
-    classes = 0
-    for _, stored in numbered_batches(samples, batch_size):
-        for kind, output, target in _outputs(model, loss, stored.to(device)):
-            if "loss" in needs:
-                losses, parts = loss_function(kind)(output, target)
-                sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
-            if needs & {"correct", "classes", "confusion"}:
-                predicted, wanted, classes = _predict(kind, output, target)
-                counts = wanted != IGNORED_TOKEN
-                if "confusion" in needs:
-                    pairs = (wanted * classes + predicted)[counts]
-                    table = pairs.bincount(minlength=classes**2).reshape(classes, classes)
-                    confusion = table + confusion if len(confusion) else table
-                right = (predicted == wanted) & counts
-                sums[2:] += torch.stack([right.sum(), counts.sum()])
-                if "classes" in needs:
-                    kept["classes"].append((predicted[counts], wanted[counts]))
-            if "numbers" in needs:
-                kept["numbers"].append(_numbers(kind, output, target))
-    total, parts_total, correct, counted = sums.tolist()
-    return Tally(
-        loss=total,
-        parts=int(parts_total),
-        correct=int(correct),
-        counted=int(counted),
-        classes=classes,
-        labels=_join(kept["classes"]),
-        numbers=_join(kept["numbers"]),
-        confusion=confusion.cpu().numpy(),
-    )
+    of = None if owners.of is None else owners.of.to(device)
+    states = []
+    for rows, stored in numbered_batches(samples, batch_size):
+        here = Owners(owners.count, None if of is None else of[rows.to(device)])
+        for loss, output, target, whose in _outputs(model, measure.loss, stored.to(device), here):
+            states.append(measure.take(output, target, whose, loss))
+    return measure.join(states)
 
 
 def _outputs(
-    model: nn.Module, loss: str, batch: Samples
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Give a loss, outputs and targets: of all samples, or of labelled tokens by the piece."""
+    model: nn.Module, loss: str, batch: Samples, owners: Owners
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, Owners]]:
+    """Give a loss, outputs, targets, owners: of all samples, or of labelled tokens by the piece."""
     if (head := output_layer(model, loss)) is None:
-        yield loss, forward(model, batch.inputs), batch.target
+        yield loss, forward(model, batch.inputs), batch.target, owners
         return
-    labelled = Labelled.of(model, head, batch)
+    labelled, start = Labelled.of(model, head, batch), 0
+    of_row = labelled.kept.nonzero()[:, 0]
     for states, wanted in labelled.pieces():
-        yield "cross_entropy", labelled.outputs(states), wanted
-
-
-def _join(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> npt.NDArray[np.generic]:
-    """Concatenate pairs of tensors to an array [2, P, ...]; [2, 0] where none were kept."""
-    joined: npt.NDArray[np.generic] = np.empty((2, 0))
-    if pairs:
-        joined = torch.cat([torch.stack(pair) for pair in pairs], dim=1).cpu().numpy()
-    return joined
-
-
-def _predict(
-    loss: str, output: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Predicted classes [P], true classes [P] (`IGNORED_TOKEN`: none), number of classes."""
-    if loss == "logistic":
-        return (output.reshape(-1) > 0).long(), target.reshape(-1).long(), 2
-    over = 1 if loss == "pixel_classes" else -1
-    predicted = output.argmax(dim=over)
-    if loss == "next_token":
-        predicted, target = predicted[:, :-1], target[:, 1:]
-    return predicted.flatten(), target.flatten(), output.shape[over]
-
-
-def _numbers(
-    loss: str, output: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted numbers and true numbers, [N], of ``multi_label`` [N, C]; float64."""
-    if loss == "multi_label":
-        return output.reshape(target.shape).double(), target.double()
-    if not output.numel() == target.numel() == target.shape[0]:
-        raise ConfigError(
-            f"the metric needs one number per sample; the output is {tuple(output.shape)} "
-            f"and the target {tuple(target.shape)}"
-        )
-    return output.reshape(-1).double(), target.reshape(-1).double()
+        rows = of_row[start : start + len(wanted)]
+        yield "cross_entropy", labelled.outputs(states), wanted, owners.repeated(rows)
+        start += len(wanted)
 
 
 def class_accuracies(
     model: nn.Module, weights: Tree, samples: Samples, classes: int, batch_size: int
 ) -> npt.NDArray[np.float64]:
     """Accuracy on the samples of each class [classes]; NaN for a class without samples."""
-    counted = tally(model, weights, samples, "cross_entropy", {"classes"}, batch_size)
-    predicted, actual = counted.labels.astype(np.int64)
-    right = np.bincount(actual[predicted == actual], minlength=classes)
-    total = np.bincount(actual, minlength=classes)
+    measure = Measure({"f1": METRICS["f1"]}, "cross_entropy")
+    state = state_of(model, weights, samples, measure, batch_size)
+    right, _, total = state[OF_CLASSES.name].cpu().numpy().reshape(3, -1)[:, :classes]
     return np.where(total > 0, right / np.maximum(total, 1), np.nan)
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError, ShapeError
-from fedraclora.evaluation.evaluate import METRICS, evaluate
-from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.evaluation.evaluate import METRICS, evaluate, state_of
+from fedraclora.evaluation.metrics import Measure, Owners, higher_is_better
 from fedraclora.rng import generator, torch_normal
 
 torch.set_num_threads(1)
@@ -110,6 +110,68 @@ def test_token_metrics_count_tokens_that_have_a_target() -> None:
     assert got["f1"] == pytest.approx(
         reference.f1_score(wanted[kept], predicted, average="macro", zero_division=0.0)
     )
+
+
+OWNED = {
+    "cross_entropy": ("accuracy", "f1", "matthews", "loss", "perplexity"),
+    "logistic": ("accuracy", "auc", "spearman", "loss"),
+    "multi_label": ("f1_micro", "f1_macro", "auc", "loss"),
+    "next_token": ("accuracy", "f1", "loss"),
+    "pixel_classes": ("mean_iou", "accuracy", "loss"),
+}
+
+
+def owned_case(loss: str) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = generator(8, "owned", loss)
+    shape = {"next_token": (30, 6, 4), "pixel_classes": (30, 4, 2, 3), "logistic": (30, 1)}
+    output = torch_normal(rng, *shape.get(loss, (30, 4))).double()
+    if loss == "multi_label":
+        return output, torch.from_numpy(rng.integers(0, 2, (30, 4))).double()
+    sizes = {"next_token": (30, 6), "pixel_classes": (30, 2, 3)}.get(loss, (30,))
+    target = torch.from_numpy(rng.integers(0, 2 if loss == "logistic" else 4, sizes))
+    if len(sizes) > 1:
+        target[:, -1] = -100
+    return output, target
+
+
+@pytest.mark.parametrize("loss", OWNED)
+def test_one_pass_measures_each_owner_as_alone_and_all_as_pooled(loss: str) -> None:
+    output, target = owned_case(loss)
+    of = torch.from_numpy(generator(9, "owners").integers(0, 3, 30))
+    of[of == 1] = 3  # one has no sample
+    samples = Samples({"x": torch.arange(30)}, target)
+    measure = Measure.of(OWNED[loss], loss)
+    given = Table(output), {"table": output}, samples, measure, 7
+    state = state_of(*given, Owners(4, of))
+    values = measure.values(state, 4)
+    for owner in (0, 2, 3):
+        rows = of == owner
+        assert values[owner] == pytest.approx(
+            measure_rows(output[rows], target[rows], loss), rel=1e-12
+        )
+    assert math.isnan(values[1]["loss"])
+    whole = measure_rows(output, target, loss)
+    assert measure.values(measure.pooled(state))[0] == pytest.approx(whole, rel=1e-12)
+    halves = [
+        state_of(*given[:2], samples.take(rows), measure, 7, Owners(4, of[rows]))
+        for rows in torch.arange(30).split(11)
+    ]
+    assert measure.values(measure.join(halves), 4)[3] == pytest.approx(values[3], rel=1e-12)
+    assert measure.sums == ("auc" not in OWNED[loss])
+    assert "auc" not in measure.summed().metrics
+
+
+def measure_rows(output: torch.Tensor, target: torch.Tensor, loss: str) -> dict[str, float]:
+    return measure(output, target, loss, *OWNED[loss])
+
+
+def test_a_loss_that_is_infinite_for_one_owner_spares_the_others() -> None:
+    output = torch.tensor([[0.0, math.inf], [1.0, 0.0], [0.0, 2.0]]).double()
+    state = Measure.of(("loss",), "cross_entropy").take(
+        output, torch.tensor([0, 0, 1]), Owners(2, torch.tensor([1, 0, 0]))
+    )
+    assert torch.isfinite(state["loss"][0]).all()
+    assert not torch.isfinite(state["loss"][1]).all()
 
 
 def test_degenerate_predictions_have_a_value_and_no_warning() -> None:
