@@ -234,3 +234,31 @@ def check_own(method: Any) -> None:
                 f"that a run could not tell two values of it apart: make {kind} a "
                 f"@dataclass(frozen=True) with a field {name}"
             )
+
+
+def trained_by(train: object, plain: PlainDict) -> PlainDict:
+    """Put a training function of the program into a config.
+
+    Args:
+        train: A function, or ``module:function``; None: nothing is changed.
+        plain: The config.
+
+    Raises:
+        ConfigError: If it is neither, or the config has other local training.
+    """
+    if train is None:
+        return plain
+    local = section(plain, "local")
+    if local.get("name") != "own":
+        raise ConfigError(
+            f"local is {local.get('name')}, but train=... is your own training (local=own): leave "
+            "one of them out"
+        )
+    if not isinstance(train, str) and not callable(train):
+        raise ConfigError(f"train is {train!r:.100}; a function of a round is wanted")
+    if not isinstance(train, str):
+        import cloudpickle
+
+        digest = hashlib.sha256(cloudpickle.dumps(train)).hexdigest()[:16]
+        train = lend(train, f"{getattr(train, '__name__', type(train).__name__)}@{digest}")
+    return {**plain, "local": {**local, "train": train}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fedraclora.config.settings import OutputConfig
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.experiments.evaluate import measuring_run
-from fedraclora.experiments.lending import lend_all
+from fedraclora.experiments.lending import lend_all, trained_by
 from fedraclora.experiments.resume import is_done
 from fedraclora.experiments.simulate import carry_out, choose
 from fedraclora.experiments.status import explained
@@ -40,6 +40,7 @@ def simulate(
     method: object = None,
     partition: object = None,
     test: object = None,
+    train: Callable[..., object] | str | None = None,
     client: str | None = None,
     target: str | None = None,
     loss: str | None = None,
@@ -79,6 +80,9 @@ def simulate(
             choice, or a mapping of its keys.
         test: Beside data of the program: samples to measure on, in any of the forms of one entry;
             None: a fifth of each client's samples is held out.
+        train: Your own training: a function that is called for each client and round with a
+            `fedraclora.client.Round`, and returns what its ``read`` gives; or
+            ``"module:function"``. None: the project's own loop (``local``).
         client: The column of a table that says whose each row is.
         target: The column of a table to predict; None: ``label``, ``labels`` or ``target``.
         loss: Beside data of the program: ``cross_entropy``, ``squared_error``, ``logistic``,
@@ -132,8 +136,10 @@ def simulate(
     beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
     whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
     lent = lend_all(model, data, method, partition, beside, whole=whole)
+    if train is not None:
+        lent.words.append("local=own")
     plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
-    plain = lent.put_into(plain, typed)
+    plain = trained_by(train, lent.put_into(plain, typed))
     own = own_steps(steps)
     if own:
         plain["steps"] = list(map(described, own))

@@ -140,7 +140,9 @@ def assemble_with(
             "elsewhere": engine.elsewhere,
         }
         chunk = (
-            ChunkPlan(stored, "as it began")  # whatever memory is free now
+            ChunkPlan(1, "local.train trains one client at a time")
+            if config.local.train is not None
+            else ChunkPlan(stored, "as it began")  # whatever memory is free now
             if config.engine.chunk == "auto" and stored is not None
             else plan_chunk(config.engine.chunk, trainer, base, downlink, built.cohort, **where)
         )

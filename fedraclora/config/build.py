@@ -30,11 +30,13 @@ from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.generate import Answering
+from fedraclora.imports import import_function, is_function
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
 from fedraclora.narrow_weight import QuantisedWeight
+from fedraclora.objects import lent
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST_CLIENTS, SecAgg, SecAggTerms
 from fedraclora.protocol.cohorts import check_cohort
@@ -43,6 +45,7 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer, pretrain
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import keep_freed_memory
+from fedraclora.training.own.trainer import OwnTrainer
 
 PRETRAINED_KEPT = 8  # models in one process
 
@@ -103,6 +106,8 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
     task, attack = built.task, config.attack
     if isinstance(attack, LabelFlip):
         task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
+    if config.local.train is not None:
+        return own_trainer(config, replace(built, task=task), plan)
     kind = partial(AttackedTrainer, attack=attack) if attack.share else CohortTrainer
     return kind(
         task,
@@ -111,6 +116,18 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
         seed=config.seed,
         device=built.device,
         precision=config.precision,
+    )
+
+
+def own_trainer(config: TaskConfig, built: BuiltTask, plan: Plan) -> OwnTrainer:
+    """Build what has a function of the user's train."""
+    name = str(config.local.train)
+    function = import_function("local.train", name) if is_function(name) else lent("train", name)
+    if config.local.parameters:
+        function = partial(function, **config.local.parameters)
+    task, local = built.task, config.local
+    return OwnTrainer(
+        task, plan, local, seed=config.seed, device=built.device, train=function, name=name
     )
 
 
@@ -240,6 +257,9 @@ def build_task(config: TaskConfig) -> BuiltTask:
         info=facts,
         reading=({"shape": [*data.sample_shape]} if data.sample_shape else {}) | data.reading,
         reader=data.reader or _array_reader(config, data),
+        brought=partial(data.entries.client_of, parts)
+        if data.entries and isinstance(parts, list)
+        else None,
     )
     labelled = "label" in data.columns and data.classes > 1
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)

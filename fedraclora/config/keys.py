@@ -25,6 +25,7 @@ from fedraclora.config.schema import nested_rows
 from fedraclora.limits import Composed, Limit, Part, hints
 from fedraclora.objects import NAME
 from fedraclora.protocol.method import Method
+from fedraclora.training.extras.settings import OWN_KEYS
 from fedraclora.training.localconfig import ADAPTIVE_KEYS
 
 Target = Callable[..., object]
@@ -43,7 +44,8 @@ def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
     Returns:
         ``group/choice`` for each row of a table, and for the choice of each group of one kind that
         changes nothing; ``group/key/name`` for what a key may be that is a group itself;
-        ``local/adaptive`` for the keys that only some choices list; ``run`` for those of no group.
+        ``local/adaptive``, ``local/own`` for the keys that only some choices list; ``run`` for
+        those of no group.
     """
     found: dict[str, dict[str, object]] = {}
     for group, table in targets_of(methods).items():
@@ -56,7 +58,8 @@ def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
             found[f"{group}/{name}"] = {"name": name, **node, **{k: beside[k] for k in keys}}
             for key, inner in tables_of(target):
                 found[f"{group}/{key}/{inner[0]}"] = {"name": inner[0], **node_of(inner[1])}
-    found["local/adaptive"] = node_of(KINDS["local"], part=ADAPTIVE_KEYS.name)
+    for part in (ADAPTIVE_KEYS.name, OWN_KEYS.name):
+        found[f"local/{part}"] = node_of(KINDS["local"], part=part)
     alone = node_of(RunConfig, given=(*inspect.signature(RunConfig).parameters,))
     found["run"] = {key: value for key, value in alone.items() if key not in ROWS}
     found["run"] |= {key: node_of(kind) for key, kind in SECTIONS.items()}

@@ -200,6 +200,11 @@ def refuse_misfits(config: RunConfig) -> None:
             f"cohort is {config.cohort}, but there are only {config.clients} clients; "
             "lower cohort or raise clients"
         )
+    if config.chosen("local") == "own" and config.local.train is None:
+        raise ConfigError(
+            "local is own, and local.train names no training function: set local.train=module:name "
+            "(in Python fedraclora.simulate(train=function))"
+        )
     if isinstance(config.engine, DeployConfig):
         _check_deployed(config, config.engine)
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedraclora.data.entries import Entries
 from fedraclora.data.samples import ClientData, Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Composed, Fraction, Limit, choice_of, limited
@@ -90,6 +91,7 @@ class DataSet:
         reader: Reads samples that come later; None: arrays, as `fedraclora.data.arrays` reads them.
         clients: Every natural client that the source names, also those of whom no row is left;
             None where none is named.
+        entries: What clients brought as objects, as it is; None where nobody has such.
     """
 
     train: Samples
@@ -109,6 +111,7 @@ class DataSet:
     reading: dict[str, object] = field(default_factory=dict)
     reader: SampleReader | None = None
     clients: Column | None = None
+    entries: Entries | None = None
 
     @property
     def on_demand(self) -> bool:
@@ -363,4 +366,5 @@ def keep_rows(data: DataSet, rows: RowNumbers) -> DataSet:
         columns={name: column[rows] for name, column in data.columns.items()},
         parts=parts,
         optimum=None,
+        entries=None if data.entries is None else data.entries.keep(rows),
     )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import TEST_SHARE, DataSet, RowNumbers, keep_rows, split_rows, take
+from fedraclora.data.entries import Entries
 from fedraclora.data.fit import (
     USUAL_METRICS,
     Form,
@@ -102,6 +103,8 @@ def lend_data(
         info={"source": "a Python program", "loss_from": source} | said_of_inputs(tables[0], table),
         reading=({} if whole else scale_of_bytes(tables[0])) | named_classes(data, target),
     )
+    brought = listed_tables(data) if is_clients(data) else [data]
+    found = replace(found, entries=Entries.of(brought, [len(each) for each in fitted]))
     if loss == "cross_entropy":
         found = replace(found, columns=found.columns | {"label": table.target.numpy()})
     if held_out is None:

@@ -172,6 +172,7 @@ class Task:
         reading: What raw samples become for the model, for exports: see `DataSet`; with ``shape``,
             that of one input ``"x"``.
         reader: Reads samples that come later; None: nobody does.
+        brought: Gives what a client brought as an object, by its id; None: samples are tensors.
     """
 
     model: nn.Module
@@ -187,6 +188,7 @@ class Task:
     info: dict[str, object] = field(default_factory=dict)
     reading: dict[str, object] = field(default_factory=dict)
     reader: Any = None  # of `fedraclora.data.dataset`, which is above
+    brought: Callable[[int], Any] | None = None
 
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -38,6 +38,7 @@ WITH = {
     "local/relora": ["method=fed_relora"],
     "data/text": ["data.file=mine.csv"],
     "model/hf": ["model.path=mine"],
+    "local/own": ["local.train=mine:train"],
 }
 # What a choice needs beside it to run a round; digits and the other defaults where it is absent.
 BESIDE = {
@@ -97,6 +98,7 @@ COMPOSED = {
     "experiment/smollm2_instructions",
     "experiment/stsb_genres",
     "experiment/tiny_instructions",
+    "local/own",  # somebody's, in test_own_training.py
     "model/causal_lm",
     "model/function",
     "model/hf",

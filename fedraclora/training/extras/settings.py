@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from typing_extensions import override
 
-from fedraclora.limits import NotNegative, Positive, choice_of
+from fedraclora.limits import Later, NotNegative, Part, Positive, Seconds, choice_of
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.training.extra import FactorTerm, LocalExtra, Scaling
@@ -18,6 +19,8 @@ from fedraclora.training.extras.pairs import ADJUSTMENTS, Adjustment, Preconditi
 from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
+
+OWN_KEYS = Part("own")  # keys that choices with the project's loop do not list
 
 
 class Magnitudes(Scaling):
@@ -52,6 +55,9 @@ class LocalSettings(LocalConfig):
         adjust: ``none``, ``riemannian`` or ``lora_pro`` (`fedraclora.training.extras.pairs`).
         damping: Of what ``adjust`` inverts.
         gate_penalty: lambda of SoRA's gates (`fedraclora.training.extras.gates`), or None: none.
+        train: Your own training: ``package.module:function`` (`fedraclora.client`).
+        parameters: Arguments of that function beside the round, by name.
+        timeout: Seconds that it may take for one client; None: any.
     """
 
     OPTIMISERS: ClassVar[tuple[str, ...]] = (*LocalConfig.OPTIMISERS, "lora_rite")
@@ -64,6 +70,9 @@ class LocalSettings(LocalConfig):
     adjust: Annotated[str, choice_of(("none", *ADJUSTMENTS))] = "none"
     damping: Positive = 1e-6
     gate_penalty: Positive | None = None
+    train: Annotated[str | None, Later(), OWN_KEYS] = None
+    parameters: Annotated[Mapping[str, object] | None, Later(), OWN_KEYS] = None
+    timeout: Annotated[Seconds | None, Later(), OWN_KEYS] = None
 
     @property
     @override

@@ -1,0 +1,13 @@
+"""What a training function of one's own is given, and what it gives: `Round` and `Trained`.
+
+def train(round: Round) -> Trained:
+    model = round.install(my_model())
+    ...                                    # any loop, any trainer, on round.data
+    return round.read(model, samples=len(round.data), steps=steps, loss=loss)
+
+fedraclora.simulate(model=net, data=clients, train=train, method="fed_rac_lora")
+"""
+
+from fedraclora.training.own.round import Round, Trained
+
+__all__ = ["Round", "Trained"]

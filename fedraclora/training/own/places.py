@@ -1,0 +1,274 @@
+"""Where the tensors of a round lie in a model of the user's, plain or with LoRA layers of PEFT.
+
+A model is searched anew each time: trainers wrap models, and put other parameters into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from typing_extensions import override
+
+from fedraclora.errors import ModelError
+from fedraclora.lowrank.layers import LayerView, weight_name
+from fedraclora.protocol.downlink import Adapter
+from fedraclora.tree import Tree
+
+# Parts of a name that wrappers put in: of PEFT, torch.compile, FSDP, checkpointing of activations.
+WRAPPERS = {"base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+ORIGINAL = ("parametrizations", "weight", "original")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in the user's model that holds one of ours.
+
+    Attributes:
+        tensor: A parameter, or a buffer where it is frozen.
+        turned: Whether it is the transpose of ours, as in an embedding of PEFT.
+    """
+
+    tensor: torch.Tensor
+    turned: bool = False
+
+    def put(self, ours: torch.Tensor) -> None:
+        """Copy a value of ours into it, in its own form."""
+        with torch.no_grad():
+            self.tensor.copy_((ours.mT if self.turned else ours).reshape(self.tensor.shape))
+
+    def ours(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return its value in our form, detached; no copy where none is needed."""
+        value = self.tensor.detach()
+        return value.mT if self.turned else value.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What was found in a model.
+
+    Attributes:
+        parameters: By the name that the server's model has for them.
+        copies: Of modules that PEFT trains in full, the parameters that it has put aside.
+        factors: By ``"<weight>/<label>"``.
+        layers: LoRA layers of PEFT, by weight; none in a plain model.
+    """
+
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    copies: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    factors: dict[str, Place] = field(default_factory=dict)
+    layers: dict[str, Any] = field(default_factory=dict)
+
+    def place(self, name: str) -> Place:
+        """Return where a tensor of ours lies: a factor, or what is trained in full."""
+        return self.factors[name] if name in self.factors else Place(self.parameters[name])
+
+
+class LowRankTerm(nn.Module):
+    """A parametrisation of torch: a stored weight ``W`` becomes ``W + scale * product``.
+
+    Args:
+        view: How the weight is seen as a matrix.
+        factors: In the order of their product.
+        trained: Labels of those that are trained.
+        scale: Of the product.
+    """
+
+    def __init__(
+        self, view: LayerView, factors: Mapping[str, torch.Tensor], trained: set[str], scale: float
+    ) -> None:
+        super().__init__()
+        self.view, self.labels, self.scale = view, [*factors], scale
+        for label, value in factors.items():
+            if label in trained:
+                self.register_parameter(label, nn.Parameter(value.clone()))
+            else:
+                self.register_buffer(label, value.clone())
+
+    @override
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        product = reduce(torch.matmul, (getattr(self, label) for label in self.labels))
+        return torch.add(
+            weight, self.view.stored(product.to(weight.dtype), weight), alpha=self.scale
+        )
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """Return the network inside of what PEFT, DDP and torch.compile put around one."""
+    while True:
+        found: Any = model
+        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = found.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(found := getattr(model, "_orig_mod", None), nn.Module):
+            model = found
+        else:
+            return model
+
+
+def plain_name(name: str, adapter: str) -> tuple[str, bool]:
+    """Turn the name of a parameter into the server's; say whether it is a copy beside the module.
+
+    Example:
+        >>> plain_name("h.0.fc.base_layer.weight", "default")
+        ('h.0.fc.weight', False)
+        >>> plain_name("head.modules_to_save.default.weight", "default")
+        ('head.weight', False)
+        >>> plain_name("fc.parametrizations.weight.original", "default")
+        ('fc.weight', False)
+    """
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    if tuple(parts[-3:]) == ORIGINAL:
+        parts[-3:] = ["weight"]
+    copied = "original_module" in parts
+    if "modules_to_save" in parts:
+        at = parts.index("modules_to_save")
+        copied = parts[at + 1] != adapter
+        del parts[at : at + 2]
+    return ".".join(part for part in parts if part != "original_module"), copied
+
+
+def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Places:
+    """Find where everything lies in a model.
+
+    Args:
+        model: The user's.
+        adapters: What the method adapts, by weight.
+        adapter: Name of the adapter of PEFT.
+
+    Raises:
+        ModelError: If it has LoRA layers that are not those of the method.
+    """
+    root, found = inner(model), Places()
+    modules = dict(root.named_modules())
+    found.layers.update(_lora_layers(modules, adapter))
+    beside = {id(p) for layer in found.layers.values() for p in _own_parameters(layer)}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if id(parameter) in beside or _of_term(modules, name):
+            continue
+        plain, copied = plain_name(name, adapter)
+        if copied:
+            found.copies.append((plain, parameter))
+        else:
+            found.parameters[plain] = parameter
+    for weight, asked in adapters.items():
+        if found.layers:
+            found.factors.update(_of_peft(found.layers, weight, asked, adapter))
+        else:
+            found.factors.update(_of_plain(modules, weight))
+    return found
+
+
+def _lora_layers(modules: Mapping[str, nn.Module], adapter: str) -> Iterator[tuple[str, Any]]:
+    """Find the LoRA layers of PEFT that have an adapter, by the weight that they stand on."""
+    for name, module in modules.items():
+        layer: Any = module
+        if not (hasattr(layer, "lora_A") and hasattr(layer, "base_layer")):
+            continue
+        if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
+            yield f"{plain_name(name, adapter)[0]}.weight", layer
+
+
+def _own_parameters(layer: Any) -> Iterator[nn.Parameter]:
+    """List the parameters of a LoRA layer beside those of the layer that it stands on."""
+    for name, part in layer.named_children():
+        if name != "base_layer":
+            yield from part.parameters()
+
+
+def _of_term(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Tell whether a parameter is a factor of a term of ours."""
+    return isinstance(modules.get(name.rpartition(".")[0]), LowRankTerm)
+
+
+def _of_peft(
+    layers: Mapping[str, Any], weight: str, asked: Adapter, adapter: str
+) -> dict[str, Place]:
+    if weight not in layers:
+        raise ModelError(
+            f"the method adapts {weight}, but the model has LoRA layers of PEFT on "
+            f"{', '.join(layers)} alone: name the same layers in target_modules and in targets"
+        )
+    if [*asked.factors] != ["B", "A"]:
+        raise ModelError(
+            f"the method has the factors {' '.join(asked.factors)}, and a LoRA layer of PEFT has "
+            "two, B A: install a plain model (without PEFT), or take another method"
+        )
+    layer = layers[weight]
+    if getattr(layer, "use_dora", {}).get(adapter) or adapter in getattr(
+        layer, "lora_magnitude_vector", {}
+    ):
+        raise ModelError(f"the LoRA layer of {weight} is one of DoRA: set use_dora=False")
+    if adapter in layer.lora_embedding_A:  # PEFT has the factors of an embedding the other way
+        left, right = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        found = {"B": Place(left, turned=True), "A": Place(right, turned=True)}
+    else:
+        if layer.lora_B[adapter].bias is not None:
+            raise ModelError(f"the LoRA layer of {weight} has a bias: set lora_bias=False")
+        if getattr(layer.base_layer, "groups", 1) != 1:
+            raise ModelError(f"{weight} is a convolution in groups: leave it out of the targets")
+        found = {"B": Place(layer.lora_B[adapter].weight), "A": Place(layer.lora_A[adapter].weight)}
+    rank = asked.factors["B"].shape[1]
+    if layer.r[adapter] != rank:
+        raise ModelError(
+            f"the LoRA layer of {weight} has the rank {layer.r[adapter]}, and the method has "
+            f"{rank} there: set r={rank} in LoraConfig (rank_pattern, where layers differ), or "
+            f"method.rank={layer.r[adapter]}"
+        )
+    return {f"{weight}/{label}": place for label, place in found.items()}
+
+
+def term_on(modules: Mapping[str, nn.Module], weight: str) -> LowRankTerm | None:
+    """Return the term of ours on a weight; None where there is none."""
+    module = modules.get(weight.rpartition(".")[0])
+    if module is None or not parametrize.is_parametrized(module, "weight"):
+        return None
+    terms: Any = module.parametrizations
+    return next((term for term in terms.weight if isinstance(term, LowRankTerm)), None)
+
+
+def _of_plain(modules: Mapping[str, nn.Module], weight: str) -> dict[str, Place]:
+    term = term_on(modules, weight)
+    return {f"{weight}/{k}": Place(getattr(term, k)) for k in term.labels} if term else {}
+
+
+def attach(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    values: Tree,
+    views: Mapping[str, LayerView],
+) -> None:
+    """Put terms on the weights of a plain model; those of another round, or another form, go.
+
+    Args:
+        model: The user's.
+        adapters: What the method adapts, by weight.
+        values: Of all factors, by ``"<weight>/<label>"``.
+        views: Of the weights.
+    """
+    modules = {plain_name(n, "")[0]: m for n, m in inner(model).named_modules()}
+    for name, module in modules.items():
+        weight = weight_name(name)
+        if (term := term_on(modules, weight)) is None:
+            continue
+        asked = adapters.get(weight)
+        form = {} if asked is None else {k: (f.shape, f.trained) for k, f in asked.factors.items()}
+        trained = dict(term.named_parameters())
+        if form == {k: (tuple(getattr(term, k).shape), k in trained) for k in term.labels}:
+            term.scale = asked.scale if asked is not None else 1.0
+        else:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    for weight, asked in adapters.items():
+        if term_on(modules, weight) is None:
+            module = modules[weight.rpartition(".")[0]]
+            device = module.weight.device
+            factors = {k: values[f"{weight}/{k}"].to(device) for k in asked.factors}
+            trained_ = {k for k, factor in asked.factors.items() if factor.trained}
+            term = LowRankTerm(views[weight], factors, trained_, asked.scale)
+            parametrize.register_parametrization(module, "weight", term, unsafe=True)

@@ -1,0 +1,355 @@
+"""One client's part in a round, for a training function of the user's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedraclora.errors import ClientError, ConfigError, ModelError
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.training.own.places import Places, attach, find, inner
+from fedraclora.tree import Tree
+
+SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client has trained: what `Round.read` gives, and a training function returns.
+
+    Attributes:
+        client, number: Whose, and of which round.
+        tensors: By the names of the method, in its shapes.
+        samples: That it trained on: its weight in the mean.
+        steps: Optimiser steps that it took.
+        loss: Mean training loss; None: it does not say.
+        metrics: Further numbers of its training, by name.
+    """
+
+    client: int
+    number: int
+    tensors: Tree
+    samples: int
+    steps: int
+    loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Round:
+    """What one client is asked in one round: `install`, train, `read`.
+
+    Attributes:
+        client: Its number, from 0.
+        number: Of the round, from 1.
+        seed: A number in [0, 2^31), of the seed of the run, the round and the client. The global
+            generators of torch, numpy and ``random`` are seeded with it, too.
+        data: The client's own samples, as the run was given them: an entry of ``data=[...]``; else
+            a `fedraclora.data.samples.Samples` (``inputs``: tensors [N, ...] by name, ``target``).
+        rate_scale: Of step sizes in this round (``local.schedule``); 1.0 under a constant one.
+        state: What the client keeps from round to round, as the function leaves it.
+    """
+
+    client: int
+    number: int
+    seed: int
+    data: Any
+    rate_scale: float = 1.0
+    state: dict[str, Any] = field(default_factory=dict)
+    _asked: Asked = field(kw_only=True, repr=False)
+    _adapter: str = field(default="default", init=False, repr=False)
+    _installed: Tree | None = field(default=None, init=False, repr=False)
+
+    def install(self, model: nn.Module, adapter: str = "default") -> nn.Module:
+        """Put the weights of the round into a model, and what is to be trained.
+
+        A model with LoRA layers of PEFT (``get_peft_model``, ``inject_adapter_in_model``,
+        ``add_adapter``) gets the factors into these, with the scale of the method. In any other
+        ``W + s B A`` is a parametrisation of torch (`torch.nn.utils.parametrize`), so that the
+        model stays what it was, whatever it does with its weights. What the method trains in full
+        is trained in place. ``requires_grad`` is True of what is to be trained and False of all
+        else; gradients are None. Of a client with a rank budget the gradients beyond it are zero.
+
+        Install first, then make the optimiser or the trainer, anew in each round. A model can be
+        installed again and again. Several processes of one client install each for itself.
+
+        Args:
+            model: Of the architecture of the run's model, by the names of its parameters; in a
+                PeftModel, DDP or torch.compile, too. It is changed in place.
+            adapter: Of PEFT: the name of the adapter.
+
+        Returns:
+            The model.
+
+        Raises:
+            ModelError: If the model is another, or its LoRA layers are not those of the method.
+        """
+        asked = self._asked
+        places = find(model, asked.downlink.adapters, adapter)
+        asked.load(model, places)
+        if places.layers:
+            _use_peft(places, asked.downlink, adapter)
+        else:
+            attach(model, asked.downlink.adapters, asked.values | asked.frozen, asked.views)
+            places = find(model, asked.downlink.adapters, adapter)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for name, value in (asked.values | asked.frozen).items():
+            place = places.place(name)
+            place.put(value)
+            back = place.ours(tuple(value.shape)).to(value)
+            if not torch.equal(back, value):
+                raise ModelError(
+                    f"{name} would be rounded: the model holds it as {place.tensor.dtype}, and it "
+                    f"comes as {value.dtype}. Keep what is trained in float32 (for PEFT "
+                    "autocast_adapter_dtype=True)"
+                )
+        for name in asked.values:
+            tensor = places.place(name).tensor.requires_grad_(True)
+            asked.cut(name, tensor, turned=places.place(name).turned)
+        self._adapter, self._installed = adapter, asked.rest_of(model)
+        return model
+
+    def read(
+        self,
+        model: nn.Module,
+        *,
+        samples: int,
+        steps: int,
+        loss: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Trained:
+        """Read back what was trained, and check that nothing else has moved.
+
+        Args:
+            model: The model of `install`.
+            samples: Training samples of the client, 1 or more: its weight in the mean.
+            steps: Optimiser steps taken, 1 or more.
+            loss: Mean training loss, for the ledger; None: not known.
+            metrics: Further finite numbers, by name.
+
+        Returns:
+            What the training function returns.
+
+        Raises:
+            ClientError: If a factor or weight that the method freezes has moved, a number is not
+                finite, the adapter is merged, switched off or scaled otherwise, or nothing was
+                trained.
+        """
+        asked = self._asked
+        if self._installed is None:
+            raise ClientError("round.read was called before round.install: install the model first")
+        places = find(model, asked.downlink.adapters, self._adapter)
+        _check_active(places, asked.downlink, self._adapter)
+        for name, value in asked.frozen.items():
+            if not torch.equal(places.place(name).ours(tuple(value.shape)).to(value), value):
+                raise ClientError(
+                    f"{name} has moved, which the method freezes: train parameters with "
+                    "requires_grad alone, and make the optimiser after round.install"
+                )
+        asked.check_rest(model, places, self._installed)
+        found = {
+            n: places.place(n).ours(tuple(value.shape)).to(value, copy=True)
+            for n, value in asked.values.items()
+        }
+        for name, value in found.items():
+            if not torch.isfinite(value).all():
+                raise ClientError(
+                    f"{name} has a NaN or an infinity after training: lower the step size, or "
+                    "clip gradients"
+                )
+        if all(torch.equal(value, asked.values[n]) for n, value in found.items()):
+            raise ClientError(
+                "nothing was trained: no number that the method trains has moved. Make the "
+                "optimiser after round.install, of parameters with requires_grad, and step it"
+            )
+        found = asked.held(found)
+        numbers = {
+            str(name): _number(f"metrics[{name!r}]", v) for name, v in (metrics or {}).items()
+        }
+        return Trained(
+            self.client,
+            self.number,
+            found,
+            _count("samples", samples),
+            _count("steps", steps),
+            None if loss is None else _number("loss", loss),
+            numbers,
+        )
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    whole = isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, bool))
+    if not whole or isinstance(value, bool) or int(value) < 1:  # type: ignore[call-overload]
+        raise ClientError(f"{name} is {value!r}; a whole number, 1 or more, is wanted")
+    return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ClientError(f"{name} is {value!r:.100}; a finite number is wanted")
+    return found
+
+
+def _use_peft(places: Places, downlink: Downlink, adapter: str) -> None:
+    """Set scales and what stays frozen in LoRA layers of PEFT, and switch their adapter on."""
+    if more := sorted(places.layers.keys() - downlink.adapters.keys()):
+        raise ModelError(
+            f"the model has LoRA layers on {_some(more)}, which the method does not adapt: name "
+            "the same layers in target_modules and in targets"
+        )
+    for weight, asked in downlink.adapters.items():
+        layer = places.layers[weight]
+        if not hasattr(layer, "frozen_peft_weight_names"):
+            raise ConfigError(
+                "this PEFT has no way to keep a factor frozen, which set_adapter would thaw: "
+                "install peft 0.20 or newer"
+            )
+        if layer.merged:
+            layer.unmerge()
+        layer.scaling[adapter] = asked.scale  # set_scale would multiply it by alpha / r
+        of_embedding = adapter in layer.lora_embedding_A
+        names = {"B": "lora_B", "A": "lora_A"}
+        if of_embedding:
+            names = {"B": "lora_embedding_A", "A": "lora_embedding_B"}
+        frozen = tuple(names[k] for k, factor in asked.factors.items() if not factor.trained)
+        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: frozen}
+        layer.enable_adapters(True)
+        layer.set_adapter(adapter)
+
+
+def _check_active(places: Places, downlink: Downlink, adapter: str) -> None:
+    """Refuse an adapter of PEFT that is not what was trained with, or no longer apart from W."""
+    for weight, layer in places.layers.items():
+        asked = downlink.adapters[weight]
+        if layer.merged:
+            raise ClientError(
+                f"the adapter on {weight} is merged into its weight: read before merging"
+            )
+        if layer.disable_adapters or adapter not in layer.active_adapters:
+            raise ClientError(
+                f"the adapter {adapter!r} on {weight} is switched off: call "
+                f"model.set_adapter({adapter!r}) before round.read"
+            )
+        if layer.scaling[adapter] != asked.scale:
+            raise ClientError(
+                f"the scale of {weight} is {layer.scaling[adapter]}, and was installed as "
+                f"{asked.scale}: leave layer.scaling, set_scale and lora_alpha as they are"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+@dataclass(eq=False)
+class Asked:
+    """What is asked of one client, as tensors.
+
+    Attributes:
+        downlink: Of this client alone.
+        base: The weights of the round, by parameter; what others read, too.
+        buffers: Of the run's model, by name, those that a state dict has.
+        values: Where what is trained starts, by name.
+        frozen: Factors that stay, by name.
+        masks: Which numbers of ``values`` the client trains, where not all.
+        views: Of adapted weights.
+    """
+
+    downlink: Downlink
+    base: Tree
+    buffers: Tree
+    values: Tree
+    frozen: Tree
+    masks: Tree
+    views: Mapping[str, LayerView]
+    handles: list[Any] = field(default_factory=list)
+
+    def load(self, model: nn.Module, places: Places) -> None:
+        """Copy the weights of the round, and the buffers of the run's model, into a model."""
+        lacking = sorted(self.base.keys() - places.parameters.keys())
+        known = {id(places.parameters[n]) for n in self.base if n in places.parameters}
+        more = [
+            n for n, p in places.parameters.items() if n not in self.base and id(p) not in known
+        ]
+        if lacking or more:
+            what = [f"lacks {_some(lacking)}"] if lacking else []
+            what += [f"has {_some(more)} besides"] if more else []
+            raise ModelError(
+                f"round.install wants the run's model, by the names of its parameters, and this "
+                f"{type(inner(model)).__name__} {' and '.join(what)}: give the same architecture "
+                "(where it lies inside another module, give that part of it)"
+            )
+        with torch.no_grad():
+            for name, parameter in (*places.parameters.items(), *places.copies):
+                if name not in self.base:
+                    continue  # tied to one that is
+                if parameter.shape != self.base[name].shape:
+                    raise ModelError(
+                        f"{name} has the shape {tuple(parameter.shape)} in the model that is "
+                        f"installed, and {tuple(self.base[name].shape)} in the run"
+                    )
+                parameter.copy_(self.base[name])
+            for name, buffer in _buffers(model).items():
+                if name in self.buffers and self.buffers[name].shape == buffer.shape:
+                    buffer.copy_(self.buffers[name])
+
+    def cut(self, name: str, tensor: torch.Tensor, *, turned: bool) -> None:
+        """Make gradients beyond the client's rank budget zero."""
+        if name in self.masks:
+            mask = self.masks[name].expand(self.values[name].shape)
+            mask = (mask.mT if turned else mask).reshape(tensor.shape).to(tensor.device)
+            self.handles.append(tensor.register_hook(lambda g: g * mask.to(g.dtype)))
+
+    def held(self, found: Tree) -> Tree:
+        """Put back what is beyond the client's rank budget: weight decay moves that, too."""
+        cut = {n: torch.where(m, found[n], self.values[n]) for n, m in self.masks.items()}
+        return found | cut
+
+    @staticmethod
+    def rest_of(model: nn.Module) -> Tree:
+        """Return copies of what stays and has no other record: the buffers of a model."""
+        return {name: buffer.clone() for name, buffer in _buffers(model).items()}
+
+    def check_rest(self, model: nn.Module, places: Places, installed: Tree) -> None:
+        """Refuse a model whose untrained weights, or buffers, have moved."""
+        for name, value in self.base.items():
+            parameter = places.parameters.get(name)
+            if name in self.downlink.dense or name not in places.parameters:
+                continue
+            if parameter is None or not torch.equal(parameter.detach(), value.to(parameter)):
+                raise ClientError(
+                    f"{name} has moved, which the method does not train: train parameters with "
+                    "requires_grad alone, and make the optimiser after round.install"
+                )
+        buffers = _buffers(model)
+        for name, value in installed.items():
+            if name not in buffers or not torch.equal(buffers[name], value):
+                raise ClientError(
+                    f"the buffer {name} has changed, which does not travel: put such layers "
+                    "(BatchNorm) into evaluation mode with .eval()"
+                )
+
+
+def _buffers(model: nn.Module) -> Tree:
+    """List the buffers that a state dict has, by name; those of our terms are factors."""
+    root = inner(model)
+    kept = {*root.state_dict(keep_vars=True)}
+    return {
+        name: buffer
+        for name, buffer in root.named_buffers()
+        if name in kept and "parametrizations." not in name
+    }

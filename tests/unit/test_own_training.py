@@ -1,0 +1,140 @@
+"""A training function of the user's own: what it is given, and what is refused of it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import fedraclora
+from fedraclora.client import Round, Trained
+from fedraclora.errors import ClientError
+from tests.common import normal
+
+pytest.importorskip("peft")
+SIZES = (5, 9, 7)
+
+
+def net() -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(3)
+        return torch.nn.Sequential(
+            torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3), torch.nn.Flatten()
+        )
+
+
+def samples(count: int, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = normal(count, 6, key=key).float()
+    return inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long()
+
+
+CLIENTS = [samples(size, key) for key, size in enumerate(SIZES)]
+
+
+def descend(round_: Round, model: torch.nn.Module, steps: int = 2) -> Trained:
+    x, y = round_.data
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    losses = []
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return round_.read(model, samples=len(y), steps=steps, loss=sum(losses) / steps)
+
+
+def plain(round_: Round) -> Trained:
+    return descend(round_, round_.install(net()))
+
+
+def with_peft(round_: Round) -> Trained:
+    from peft import LoraConfig, get_peft_model
+
+    adapted: Any = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2"]))
+    return descend(round_, round_.install(adapted))
+
+
+def run(*words: str, method: str = "fed_rac_lora", **more: Any) -> fedraclora.Run:
+    chosen: dict[str, Any] = {"name": method}
+    if method != "fedavg":
+        chosen |= {"rank": 2, "alpha": 3}
+    given = {"model": net(), "data": CLIENTS, "test": samples(20, 9), "method": chosen}
+    quiet = ("output.progress=false", "engine=inline", "rounds=3", "cohort=2")
+    return fedraclora.simulate(*quiet, *words, **{**given, **more})
+
+
+def apart(one: fedraclora.Run, other: fedraclora.Run) -> float:
+    first, second = one.weights(), other.weights()
+    return max(float((first[n] - second[n]).abs().max()) for n in first)
+
+
+@pytest.mark.parametrize("method", ["fed_rac_lora", "ffa_lora", "fedavg_lora", "fedavg"])
+def test_a_plain_loop_is_the_projects_own(method: str) -> None:
+    own = run("local.lr=0.2", "local.steps=2", "local.batch_size=0", method=method)
+    assert apart(run(train=plain, method=method), own) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["fed_rac_lora", "ffa_lora", "fedavg_lora"])
+def test_layers_of_peft_train_as_a_plain_model(method: str) -> None:
+    assert apart(run(train=with_peft, method=method), run(train=plain, method=method)) < 1e-6
+
+
+def thawing(round_: Round) -> Trained:
+    model = round_.install(net())
+    with torch.no_grad():
+        dict(model.named_buffers())["0.parametrizations.weight.0.A"].mul_(2)
+    return descend(round_, model)
+
+
+def idle(round_: Round) -> Trained:
+    return round_.read(round_.install(net()), samples=3, steps=1)
+
+
+def diverging(round_: Round) -> Trained:
+    model = round_.install(net())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.constant_(parameter, float("nan"))
+    return round_.read(model, samples=3, steps=1)
+
+
+def moving(round_: Round) -> Trained:
+    model: Any = round_.install(net())
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.add_(1)
+    return descend(round_, model)
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        (thawing, "A has moved"),
+        (idle, "nothing was trained"),
+        (diverging, "NaN"),
+        (moving, "has moved"),
+        (lambda round_: round_, "a Round"),
+        (lambda _: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_what_is_wrong_is_the_clients_fault(train: Any, told: str) -> None:
+    with pytest.raises(ClientError, match=rf"round 1.*client \d.*{told}"):
+        run(train=train)
+
+
+def test_a_function_that_draws_is_reproducible_and_leaves_the_generators_alone() -> None:
+    drawn: list[torch.Tensor] = []
+
+    def train(round_: Round) -> Trained:
+        drawn.append(torch.rand(2))
+        return descend(round_, round_.install(copy.deepcopy(net())))
+
+    before = torch.get_rng_state()
+    run(train=train)
+    run(train=train)
+    assert torch.equal(torch.get_rng_state(), before)
+    half = len(drawn) // 2
+    assert all(torch.equal(a, b) for a, b in zip(drawn[:half], drawn[half:], strict=True))
+    assert not torch.equal(drawn[0], drawn[1])
