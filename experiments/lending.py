@@ -11,7 +11,8 @@ from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
-from fedraclora.config.schema import PlainDict, coerce, section
+from fedraclora.binding import coerce
+from fedraclora.config.schema import PlainDict, section
 from fedraclora.data.objects import is_columns, is_frame, lend_data
 from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError

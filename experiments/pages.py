@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from string import Template
 
-from fedraclora.config.schema import bind
+from fedraclora.binding import bind
 from fedraclora.errors import ConfigError
 from fedraclora.experiments import RESULTS
 from fedraclora.experiments.bench.table import side_by_side, tables

@@ -58,6 +58,24 @@ def is_function(name: str) -> bool:
 
 
 def import_function(key: str, name: str) -> Any:
+    """Import what a config names and what is going to be called.
+
+    Raises:
+        ConfigError: As `import_object`, or if it cannot be called.
+
+    Example:
+        >>> import_function("data.loss", "math:sqrt")(4.0)
+        2.0
+    """
+    found = import_object(key, name)
+    if not callable(found):
+        raise ConfigError(
+            f"{key} is {name!r}, which is of type {type(found).__name__}; a function is wanted"
+        )
+    return found
+
+
+def import_object(key: str, name: str) -> Any:
     """Import what a config names.
 
     Args:
@@ -65,11 +83,7 @@ def import_function(key: str, name: str) -> Any:
         name: ``package.module:function``; it is wherever it is asked for.
 
     Raises:
-        ConfigError: If it is not of that form, cannot be imported, or cannot be called.
-
-    Example:
-        >>> import_function("data.loss", "math:sqrt")(4.0)
-        2.0
+        ConfigError: If it is not of that form, or cannot be imported.
     """
     module, mark, attribute = name.partition(":")
     if not (module and mark and attribute):
@@ -95,10 +109,6 @@ def import_function(key: str, name: str) -> Any:
         raise ConfigError(
             f"{key} is {name!r}, which cannot be imported here: the module {module} ({origin}) "
             f"has no {attribute}{advice * (module == '__main__')}"
-        )
-    if not callable(found):
-        raise ConfigError(
-            f"{key} is {name!r}, which is of type {type(found).__name__}; a function is wanted"
         )
     return found
 

@@ -1,27 +1,50 @@
-"""Objects of a Python program that stand in a config by their digest: models, data.
+"""Objects that a user brings: of a module that a config names, or of a Python program.
 
-A config is plain text, and a module or an array is not. The program lends its object to this
-process, and the config names it by what it is: the same object gives the same config, hence the
-same run, and a run that goes on wants the same object again.
+A config is plain text, and a module, an array or a function is not. In its place stands
+``module:name``, which any process imports; or the name by which the program has lent the object to
+this process (`lend`), with a digest: the same object gives the same config, hence the same run, and
+a run that goes on wants the same object again. `fedraclora.binding.object_of` gives the object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Set
+from functools import cached_property, partial
+from inspect import getattr_static, unwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from fedraclora.errors import ConfigError
-from fedraclora.imports import importing
+from fedraclora.imports import import_object, importing, is_function
+from fedraclora.tree import digest as digest_of
 
 NAME = "object"  # what a group is called that stands for one
+LENT = re.compile(r"[\w.<>]+@[0-9a-f]{16}")
+PLAIN = (str, bytes, int, float, complex, type(None), type(...))
 _LENT: dict[str, Any] = {}
 
 
-def lend(thing: Any, digest: str) -> str:
-    """Keep an object of the caller's under its digest; give that back."""
-    _LENT[digest] = thing
-    return digest
+def lend(thing: Any, digest: str | None = None) -> str:
+    """Keep an object of the caller's under its digest, or under a name with its digest.
+
+    Args:
+        thing: The object.
+        digest: Where a group of the config has one beside its name; None: by `fingerprint`.
+
+    Returns:
+        What the config says.
+    """
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    name = digest or f"{named.__qualname__}@{fingerprint(thing)}"
+    _LENT[name] = thing
+    return name
 
 
 def lent(group: str, digest: object) -> Any:
@@ -38,19 +61,66 @@ def lent(group: str, digest: object) -> Any:
         return _LENT[str(digest)]
     raise ConfigError(
         f"this run has an object of a Python program as its {group}, of digest {digest}, which "
-        f"this process does not have: call fedraclora.simulate({group}=...) with the same object, "
-        "and folder=..., resume=True to go on"
+        f"this process does not have: call fedraclora.simulate({group.rpartition('.')[2]}=...) "
+        "with the same object, and folder=..., resume=True to go on"
     )
 
 
+def is_named(value: object) -> bool:
+    """Check whether a value of a config stands for an object: imported, or lent."""
+    return isinstance(value, str) and (is_function(value) or bool(LENT.fullmatch(value)))
+
+
+def named(key: str, name: object) -> Any:
+    """Return the object that a value of a config stands for.
+
+    Args:
+        key: Of the config, for messages.
+        name: ``module:name``, or what `lend` gave.
+
+    Raises:
+        ConfigError: If it is neither, cannot be imported, or is not here.
+    """
+    if isinstance(name, str) and LENT.fullmatch(name):
+        return lent(key, name)
+    return import_object(key, str(name))
+
+
+def words_in(config: object) -> Iterator[str]:
+    """List the strings of a config, in the order of its keys."""
+    if isinstance(config, str):
+        yield config
+    elif isinstance(config, Mapping | list | tuple):
+        for value in config.values() if isinstance(config, Mapping) else config:
+            yield from words_in(value)
+
+
 def named_by(config: Mapping[str, object]) -> dict[str, Any]:
-    """Find the objects that a config names, by digest, as far as this process has them."""
-    digests = [
-        str(group.get("digest"))
-        for group in config.values()
-        if isinstance(group, Mapping) and group.get("name") == NAME
-    ]
-    return {digest: _LENT[digest] for digest in digests if digest in _LENT}
+    """Find the objects that a config names and that were lent to this process."""
+    return {word: _LENT[word] for word in words_in(config) if word in _LENT}
+
+
+def refuse_lent(config: Mapping[str, object], where: str) -> None:
+    """Reject objects of this process where other hosts would need them.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    for name in named_by(config):
+        raise ConfigError(
+            f"{name} is an object of a Python program, which {where} cannot have: put it into a "
+            "module that each of them can import, and name it as module:name"
+        )
+
+
+def fingerprints(config: Mapping[str, object]) -> dict[str, str]:
+    """Hash what a config names as ``module:name``, by that name, as far as it was imported."""
+    found = {}
+    for word in filter(is_function, words_in(config)):
+        module, _, name = word.partition(":")
+        if (thing := getattr(sys.modules.get(module), name, None)) is not None:
+            found[word] = fingerprint(thing)
+    return found
 
 
 def write(folder: Path, config: Mapping[str, object]) -> None:
@@ -69,3 +139,122 @@ def read(folder: Path) -> None:
 
         with importing("a client process"):
             _LENT.update(cloudpickle.loads(path.read_bytes()))
+
+
+def fingerprint(thing: object) -> str:
+    """Hash what an object is: its name, its code and what it holds; the same in any process.
+
+    Functions and classes count with their code, and with the functions and the constants (names in
+    capitals) of their own module that they use; those of installed packages by name. Attributes
+    that begin with an underscore are left out.
+    """
+    root = (getattr(thing, "__module__", None) or type(thing).__module__).partition(".")[0]
+    return hashlib.sha256(_told(thing, root, set(), ()).encode()).hexdigest()[:16]
+
+
+# Kinds of objects, and the simpler things that say what they are.
+SIMPLER: tuple[tuple[Any, Callable[[Any], object]], ...] = (
+    (torch.Tensor, lambda it: digest_of({"": it})),
+    (np.ndarray, lambda it: (str(it.dtype), it.shape, hashlib.sha256(it.tobytes()).hexdigest())),
+    (torch.nn.Module, lambda it: (type(it), repr(it), dict(it.state_dict()))),
+    (types.CodeType, lambda it: (it.co_code, it.co_names, it.co_consts)),
+    (types.MethodType, lambda it: (it.__func__, it.__self__)),
+    (partial, lambda it: (it.func, it.args, it.keywords)),
+    (property, lambda it: (it.fget, it.fset)),
+    (cached_property, lambda it: it.func),
+    ((staticmethod, classmethod), lambda it: it.__func__),
+)
+
+
+def _told(thing: Any, root: str, known: set[str], above: tuple[int, ...]) -> str:
+    """Write what an object is.
+
+    Args:
+        thing: The object.
+        root: The package whose code counts even if it is installed.
+        known: Names of the functions and classes that were written. Modified.
+        above: Identities of the objects that hold this one.
+    """
+    if isinstance(thing, PLAIN):
+        return repr(thing)
+    if id(thing) in above:
+        return "itself"
+    told = partial(_told, root=root, known=known, above=(*above, id(thing)))
+    simpler = next((make for kinds, make in SIMPLER if isinstance(thing, kinds)), None)
+    if simpler is not None:
+        return told(simpler(thing))
+    if isinstance(thing, Mapping):
+        parts = sorted(f"{told(key)}: {told(value)}" for key, value in thing.items())
+    elif isinstance(thing, list | tuple | Set):
+        parts = [*map(told, thing)]
+        parts = sorted(parts) if isinstance(thing, Set) else parts
+    elif hasattr(thing, "__qualname__"):
+        name, counts = thing.__qualname__, _counts(str(thing.__module__), root)
+        parts = [name]
+        if counts and name not in known:
+            known.add(name)
+            parts += map(told, _parts(thing))
+    else:
+        kept = {
+            key: value
+            for key, value in getattr(thing, "__dict__", {}).items()
+            if not (key.startswith("_") or _is_cached(thing, key))
+        }
+        parts = [told(type(thing)), told(kept)]
+        if not kept and " at 0x" not in (text := repr(thing)):
+            parts.append(text)
+    return f"{type(thing).__name__}({', '.join(parts)})"
+
+
+def _is_cached(thing: object, name: str) -> bool:
+    return isinstance(getattr_static(type(thing), name, None), cached_property)
+
+
+def _counts(module: str, root: str) -> bool:
+    """Check whether code of a module counts: neither Python's, nor this project's, nor a package's.
+
+    The package that the object itself is of counts, installed or not.
+    """
+    first = module.partition(".")[0]
+    if first in sys.stdlib_module_names - {"__main__"} or first == "fedraclora":
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return first == root or "site-packages" not in file
+
+
+def _parts(thing: Any) -> Iterator[object]:
+    """List what a function or a class is made of."""
+    if isinstance(thing, type):
+        yield from thing.__bases__
+        for name, value in sorted(vars(thing).items()):
+            made = getattr(getattr(value, "__code__", None), "co_filename", "") == "<string>"
+            kinds = (*PLAIN, types.FunctionType, property, cached_property, staticmethod)
+            if isinstance(value, (*kinds, classmethod)) and not made and name not in UNTOLD:
+                yield name, value
+        return
+    function = unwrap(thing)
+    if (code := getattr(function, "__code__", None)) is None:  # of C
+        return
+    yield code, function.__defaults__, function.__kwdefaults__
+    yield [_content(cell) for cell in function.__closure__ or ()]
+    for name in sorted({*_names(code)}):
+        value = function.__globals__.get(name)
+        if isinstance(value, types.FunctionType | type) or (name.isupper() and value is not None):
+            yield name, value
+
+
+UNTOLD = {"__doc__", "__module__", "__qualname__", "__firstlineno__"}
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty yet
+        return None
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names(inner)

@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from typing_extensions import override
 
+from fedraclora.binding import build
 from fedraclora.config.build import fix_bits, pick_device
-from fedraclora.config.schema import build
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError, unknown
 from fedraclora.experiments.bench.bounds import disagreements, judge_rows
 from fedraclora.experiments.bench.launch import interpreter, run_peer

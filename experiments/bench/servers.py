@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fedraclora.config.schema import bind, row_of
+from fedraclora.binding import bind, row_of
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.tables import Table
 from fedraclora.experiments.words import key_values

@@ -30,8 +30,8 @@ from typing import Annotated, TypeVar
 import torch
 from rich.progress import track
 
+from fedraclora.binding import build
 from fedraclora.config.build import fix_bits
-from fedraclora.config.schema import build
 from fedraclora.experiments.progress import plain_console
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.theory import counter_example as example

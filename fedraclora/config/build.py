@@ -13,8 +13,9 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedraclora.attacks.attack import AttackedTrainer, LabelFlip
+from fedraclora.binding import bind, build
 from fedraclora.config.run_config import TaskConfig, parted
-from fedraclora.config.schema import Plain, bind, build, section, without
+from fedraclora.config.schema import Plain, section, without
 from fedraclora.config.settings import EvaluateConfig, Selection
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader

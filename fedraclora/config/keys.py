@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 
+from fedraclora.binding import nested_rows
 from fedraclora.config.run_config import (
     BESIDE,
     GIVEN,
@@ -21,7 +22,6 @@ from fedraclora.config.run_config import (
     RunConfig,
     targets_of,
 )
-from fedraclora.config.schema import nested_rows
 from fedraclora.limits import Composed, Limit, Part, hints
 from fedraclora.objects import NAME
 from fedraclora.protocol.method import Method

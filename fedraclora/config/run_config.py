@@ -18,14 +18,8 @@ from fedraclora.aggregation.robust import AGGREGATORS
 from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS, ServerOptimiser
 from fedraclora.allocation.rules import ALLOCATIONS, Uniform
 from fedraclora.attacks.attack import ATTACKS, Attack
-from fedraclora.config.schema import (
-    Plain,
-    bind,
-    build,
-    coerce,
-    section,
-    without,
-)
+from fedraclora.binding import bind, build, coerce
+from fedraclora.config.schema import Plain, section, without
 from fedraclora.config.settings import (
     ENGINES,
     EngineConfig,

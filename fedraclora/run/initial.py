@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedraclora.config.schema import bind
+from fedraclora.binding import bind
 from fedraclora.data.locate import HUB, PACKAGE
 from fedraclora.errors import CheckpointError, FedRacLoraError
 from fedraclora.models import MODELS

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fedraclora.binding import bind
 from fedraclora.config.run_config import from_plain
-from fedraclora.config.schema import bind
 from fedraclora.experiments import CONF
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.study.file import Study

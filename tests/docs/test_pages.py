@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fedraclora.binding import build
 from fedraclora.config.run_config import from_plain
-from fedraclora.config.schema import build
 from fedraclora.experiments import deploy
 from fedraclora.experiments.bench.command import parse
 from fedraclora.experiments.overrides import composed

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import override
 from vectorised_cases import SEED, SIZES, Case
 
-from fedraclora.config.schema import bind
+from fedraclora.binding import bind
 from fedraclora.data.task import Task
 from fedraclora.experiments.choices import choice
 from fedraclora.protocol.cohorts import draw_cohort

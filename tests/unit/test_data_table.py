@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fedraclora.config.schema import bind
+from fedraclora.binding import bind
 from fedraclora.data import DATASETS, DataSet, make_partition
 from fedraclora.data.dataset import hold_out, select_labels
 from fedraclora.data.mnist import parse_idx

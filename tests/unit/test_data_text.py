@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fedraclora.config.schema import bind
+from fedraclora.binding import bind
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.frames import read_columns
 from fedraclora.data.locate import package_path

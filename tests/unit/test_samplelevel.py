@@ -9,7 +9,7 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.config.schema import build
+from fedraclora.binding import build
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from fedraclora import rng
-from fedraclora.config.schema import build, without
+from fedraclora.binding import build
+from fedraclora.config.schema import without
 from fedraclora.devices.distributions import (
     Availability,
     Bernoulli,

@@ -1,0 +1,325 @@
+"""Signatures as the schema of the config: names, keys and types are held against them.
+
+So it is with what a user brings: `object_of` gives the object that a value stands for.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+
+from fedraclora.errors import (
+    ConfigError,
+    FedRacLoraError,
+    MissingKeysError,
+    UnreadKeysError,
+    unknown,
+)
+from fedraclora.imports import failure_of
+from fedraclora.limits import hints
+from fedraclora.objects import is_named, named
+
+Plain = Mapping[str, object]  # a config, or a part of it, as nested values
+PlainDict = dict[str, object]  # one that may be written into
+EMPTY: Plain = types.MappingProxyType({})
+# Of a number in the config: seeds and counts are int64 in tensors, the others float32.
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
+
+
+def without(group: Plain, *keys: str) -> dict[str, object]:
+    """Copy a group without some keys."""
+    return {k: v for k, v in group.items() if k not in keys}
+
+
+T = typing.TypeVar("T")
+
+
+def bind(
+    kind: str, table: Mapping[str, Callable[..., T]], group: Plain, **given: object
+) -> Callable[[], T]:
+    """Look a group's ``name`` up in a table and bind its other keys as arguments.
+
+    Args:
+        kind: The group's key, for messages.
+        table: Callables by name.
+        group: The group.
+        **given: Arguments that the config does not set; they win over nothing in the group.
+
+    Returns:
+        The call, ready to be made.
+
+    Raises:
+        ConfigError: For an unknown name or key, or a value of the wrong type.
+    """
+    row = row_of(kind, table, group.get("name"))
+    return _bound(kind, row, without(group, "name"), given)
+
+
+def row_of(kind: str, table: Mapping[str, T], name: object) -> T:
+    """Look a name up in a table; one that stands for an object of the user's is a row, too.
+
+    Raises:
+        ConfigError: With the names that exist; a name that is no text is none of them.
+    """
+    if is_named(name):
+        return typing.cast(T, _own_row(kind, table, name))
+    if not isinstance(name, str) or name not in table:
+        raise unknown(kind, name, table)
+    return table[name]
+
+
+def _own_row(kind: str, table: Mapping[str, object], name: object) -> Callable[..., object]:
+    """Take an object of the user's as a row: a function, or what is of the class of the others."""
+    found = named(kind, name)
+    lineages = [getattr(row, "__mro__", (object,)) for row in table.values()]
+    base = next(each for each in lineages[0] if all(each in lineage for lineage in lineages))
+    if callable(found) if base is object else inspect.isclass(found) and base in found.__mro__:
+        return typing.cast("Callable[..., object]", found)
+    if base is not object and base in type(found).__mro__:
+        return lambda: found
+    wanted = "a function" if base is object else f"a class derived from {_place(base)}"
+    raise ConfigError(f"{kind} is {name}, which is {_shape(found)}; {wanted} is wanted")
+
+
+def _place(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _shape(found: object) -> str:
+    if isinstance(found, type):
+        return f"the class {found.__qualname__}"
+    return "a function" if inspect.isroutine(found) else f"of type {type(found).__qualname__}"
+
+
+def object_of(key: str, value: object, kind: type | None = None) -> typing.Any:
+    """Return the object that a value of the config stands for, with its parameters applied.
+
+    Args:
+        key: Of the config, for messages.
+        value: ``module:name``, or what `fedraclora.objects.lend` gave; or a mapping with that as
+            its ``name``, whose other keys are parameters, by name.
+        kind: The class of what is wanted: an instance of it stands for itself, a class or a
+            function is called with the parameters. None: what can be called is wanted: a class is
+            called with the parameters, a function gets them beside those that it is called with.
+
+    Raises:
+        ConfigError: If it is not here, is something else, or does not take the parameters.
+    """
+    group = value if isinstance(value, Mapping) else {"name": value}
+    name, own = group.get("name"), without(group, "name")
+    found = named(key, name)
+    is_class = inspect.isclass(found)
+    if issubclass(found, kind or object) if is_class else kind and inspect.isroutine(found):
+        make = _bound(key, found, own)
+        try:
+            found = make()
+        except FedRacLoraError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{key} is {name}, and {failure_of(error, 'making it')}") from error
+    elif own and inspect.isroutine(found) and kind is None:
+        found = _bound(key, found, own, whole=False)
+    elif own:
+        raise ConfigError(
+            f"{key} is {name} with {', '.join(map(str, own))}, but it is {_shape(found)}, which is "
+            "made already and takes none"
+        )
+    if callable(found) if kind is None else isinstance(found, kind):
+        return found
+    wanted = "a function" if kind is None else f"one of {_place(kind)}"
+    raise ConfigError(f"{key} is {name}, which is {_shape(found)}; {wanted} is wanted")
+
+
+def _bound(
+    kind: str, target: Callable[..., T], group: Plain, given: Plain = EMPTY, *, whole: bool = True
+) -> Callable[..., T]:
+    """Bind the keys of a group as arguments of ``target``, each checked against its type.
+
+    Args:
+        kind: The group's key, for messages.
+        target: What is to be called.
+        group: The group, without its ``name``.
+        given: Arguments that the config does not set; a key of the group wins over them.
+        whole: Whether the call needs no further arguments.
+
+    Returns:
+        The call, ready to be made.
+
+    Raises:
+        UnreadKeysError: For a key that ``target`` does not take.
+        MissingKeysError: Naming all keys that have no default and are missing.
+        ConfigError: For a value of the wrong type.
+    """
+    every, kinds = _parameters(target), _hints(target)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in every)
+    parameters = {p.name: p for p in every if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}}
+    arguments = {key: value for key, value in given.items() if takes_any or key in parameters}
+    for key, value in group.items():
+        if key not in parameters and not takes_any:
+            error = unknown("key", f"{kind}.{key}", [f"{kind}.{p}" for p in parameters])
+            raise UnreadKeysError(str(error), [f"{kind}.{key}"])
+        arguments[key] = coerce(f"{kind}.{key}", value, kinds.get(key, object))
+    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
+    if missing and whole:
+        wanted = {f"{kind}.{k}": _shown(kinds.get(k, object)) for k in missing}
+        lines = [f"{key} is missing; {shown} is wanted" for key, shown in wanted.items()]
+        raise MissingKeysError("\n  ".join(lines), wanted)
+    return functools.partial(target, **arguments)
+
+
+def _parameters(target: Callable[..., object]) -> list[inspect.Parameter]:
+    """List the parameters of a call; of some functions of C nobody knows them: any will do."""
+    try:
+        return [*inspect.signature(target).parameters.values()]
+    except ValueError:
+        return [inspect.Parameter("any", inspect.Parameter.VAR_KEYWORD)]
+
+
+def _hints(target: Callable[..., object]) -> Mapping[str, object]:
+    """Read the types of a call, as far as they are said in a way that can be read."""
+    plain = inspect.isclass(target) and not is_dataclass(target)
+    try:
+        return hints(target.__init__ if plain else target)
+    except (NameError, TypeError, AttributeError):  # of somebody's who imports them for mypy alone
+        return {}
+
+
+def build(kind: str, target: Callable[..., T], group: Plain) -> T:
+    """Call ``target`` with the keys of a group, checked.
+
+    Raises:
+        ConfigError: For an unknown or missing key, or a value of the wrong type.
+    """
+    return _bound(kind, target, group)()
+
+
+def coerce(key: str, value: object, hint: object) -> object:
+    """Check a plain value against a type hint; an int may stand for a float.
+
+    Limits beside the type are not checked here (`fedraclora.limits`), but the words that one leaves
+    are named where the type is wrong.
+
+    A class whose ``rows()`` is a table stands for a nested group: its ``name`` is a row of the
+    table, its other keys are that row's arguments, and what the row makes is the value. A row does
+    not know where it is nested: what it refuses starts with its own key and gets the whole path.
+
+    Raises:
+        ConfigError: Naming the key, the value and the wanted type.
+
+    Example:
+        >>> coerce("local.lr", 1, float)
+        1.0
+        >>> coerce("method.rank", "four", int)
+        Traceback (most recent call last):
+        ...
+        fedraclora.errors.ConfigError: method.rank is 'four'; int is wanted
+    """
+    check_size(key, value)
+    options = _options(hint)
+    for option in options:
+        if (table := nested_rows(option)) and isinstance(value, Mapping):
+            row = bind(key, table, value)
+            try:
+                return row()
+            except ConfigError as error:
+                raise ConfigError(f"{key}.{error}") from error
+        origin = typing.get_origin(option) or option
+        if option is object or (value is None and option is type(None)):
+            return value
+        if isinstance(origin, type) and isinstance(value, origin):
+            if isinstance(value, bool) and origin is not bool:
+                continue
+            if isinstance(value, str) and origin is not str:
+                continue  # a text is a sequence of letters, but never a list
+            if isinstance(value, list | Mapping) and not _fits_elements(value, option):
+                continue
+            return value
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    wanted, quoted = _shown(hint), ""
+    if {str, int, float} & {*options} == {str} and isinstance(value, int | float):
+        quoted = "" if "one of" in wanted else f": quote it, '{key}=\"{value}\"'"
+    raise ConfigError(f"{key} is {value!r}; {wanted} is wanted{quoted}")
+
+
+def check_size(key: str, value: object) -> None:
+    """Reject numbers that no tensor holds: they would overflow where they are first used.
+
+    Raises:
+        ConfigError: Naming the key and the largest number.
+    """
+    if isinstance(value, list | tuple):
+        for element in value:
+            check_size(key, element)
+    elif isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise ConfigError(f"{key} is {_short(value)}; whole numbers go up to {LARGEST_INT}")
+    elif isinstance(value, float) and (
+        0 < abs(value) < SMALLEST_FLOAT or LARGEST_FLOAT < abs(value) < math.inf
+    ):
+        raise ConfigError(
+            f"{key} is {value}; it is used as a float32 number, which is 0 or lies between "
+            f"{SMALLEST_FLOAT:.2g} and {LARGEST_FLOAT:.2g}"
+        )
+
+
+def _short(value: int) -> str:
+    """A whole number of any length, for a message: Python writes no more than 4300 digits."""
+    return str(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
+
+
+def nested_rows(hint: object) -> Mapping[str, Callable[..., object]]:
+    """The rows of a class that stands for a nested group, or may; empty for other hints."""
+    tables = (getattr(option, "rows", None) for option in _options(hint))
+    return next((rows() for rows in tables if callable(rows)), {})
+
+
+def _shown(hint: object) -> str:
+    """A hint in the words of a config file."""
+    if _is_union(hint):
+        return " or ".join(map(_shown, typing.get_args(hint)))
+    if annotated := _annotated(hint):
+        words = [word for limit in annotated[1:] for word in getattr(limit, "choices", ())]
+        return f"one of {', '.join(words)}" if words else _shown(annotated[0])
+    if table := nested_rows(hint):
+        return f"a group with a name ({', '.join(table)})"
+    if hint is type(None):
+        return "null"
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in {Mapping, Sequence}:
+        listed = f"a list of {' or '.join(map(_shown, parts))}, in brackets,"
+        return "a mapping" if origin is Mapping else listed
+    return str(hint) if parts else getattr(hint, "__name__", str(hint))
+
+
+def _fits_elements(value: list[object] | Mapping[str, object], hint: object) -> bool:
+    """Check the elements of a list, or the values of a mapping, against those of its hint."""
+    for element in value.values() if isinstance(value, Mapping) else value:
+        for inner in typing.get_args(hint)[-1:]:
+            try:
+                coerce("", element, inner)
+            except ConfigError:
+                return False
+    return True
+
+
+def _options(hint: object) -> tuple[object, ...]:
+    """The types that a hint allows, without the limits beside them."""
+    if _is_union(hint):
+        return tuple(option for inner in typing.get_args(hint) for option in _options(inner))
+    annotated = _annotated(hint)
+    return _options(annotated[0]) if annotated else (hint,)
+
+
+def _annotated(hint: object) -> tuple[typing.Any, ...]:
+    """What stands in ``Annotated[...]``; empty for other hints."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else ()
+
+
+def _is_union(hint: object) -> bool:
+    return typing.get_origin(hint) in {typing.Union, types.UnionType}

@@ -1,0 +1,164 @@
+"""Objects that a user brings: found by name, made with their parameters, known by what they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedraclora.binding import bind, object_of
+from fedraclora.errors import ConfigError
+from fedraclora.objects import fingerprint, fingerprints, is_named, lend, named_by, refuse_lent
+
+MODULE = """
+from dataclasses import dataclass
+
+LIMIT = 3
+OTHERS = {"b", "a", "c"}
+
+def twice(x, *, by: float = 2.0):
+    return helper(x) * by if x in {"p", "q", "r"} or x < LIMIT else x
+
+def helper(x):
+    return x + len(OTHERS)
+
+@dataclass(frozen=True)
+class Scaled:
+    by: float = 1.0
+
+    def __call__(self, x):
+        return self.by * x
+
+made = Scaled(5.0)
+number = 7
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def write(text: str = MODULE) -> None:
+        (tmp_path / "brought.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "brought", raising=False)
+
+    write()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return write
+
+
+def test_a_value_gives_the_object_that_it_names_with_its_parameters(module: Any) -> None:
+    assert object_of("loss", "brought:twice")(1) == 8
+    assert object_of("loss", {"name": "brought:twice", "by": 3})(1) == 12
+    assert object_of("loss", {"name": "brought:Scaled", "by": 4})(2) == 8
+    assert object_of("loss", "brought:made")(2) == 10
+    scaled = object_of("loss", "brought:made")
+    assert object_of("step", {"name": "brought:Scaled", "by": 4}, type(scaled)).by == 4
+    assert object_of("loss", lend(scaled)) is scaled
+    assert [*filter(is_named, ("cross_entropy", "folder/a.npz", "C:/a", "a@b"))] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "said"),
+    [
+        ("brought:number", None, "loss is brought:number.* type int; a function"),
+        ("brought:nothing", None, "has no nothing"),
+        ({"name": "brought:twice", "bi": 2}, None, "loss.bi.*did you mean 'loss.by'"),
+        ({"name": "brought:twice", "by": "two"}, None, "loss.by is 'two'; float"),
+        ({"name": "brought:made", "by": 2}, None, "by, but it is of type Scaled"),
+        ("brought:twice", Path, "loss.x is missing"),
+        ("brought:Scaled", Path, "class Scaled; one of pathlib"),
+        ("brought:made", Path, "type Scaled; one of pathlib"),
+        ("Mine@0123456789abcdef", None, "loss, of digest Mine@.*does not have"),
+        (7, None, "loss is '7'; package.module:function"),
+    ],
+)
+def test_a_value_that_names_something_else_is_refused(
+    module: Any, value: object, kind: type | None, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        object_of("loss", value, kind)
+
+
+def test_a_class_of_the_users_is_a_row_of_a_table_of_such_classes(module: Any) -> None:
+    @dataclass(frozen=True)
+    class Base:
+        share: float = 0.0
+
+    class Mine(Base):
+        pass
+
+    table = {"base": Base}
+    assert bind("attack", table, {"name": lend(Mine), "share": 0.5})() == Mine(0.5)
+    with pytest.raises(ConfigError, match=r"unknown key 'attack\.shares'"):
+        bind("attack", table, {"name": lend(Mine), "shares": 0.5})
+    own = Mine(0.25)
+    assert bind("attack", table, {"name": lend(own)})() is own
+    with pytest.raises(ConfigError, match=r"class Scaled; a class derived from .*Base is wanted"):
+        bind("attack", table, {"name": "brought:Scaled"})
+    assert bind("data", {"a": len}, {"name": "brought:twice", "x": 1})() == 8  # type: ignore[arg-type]
+
+
+def test_an_object_has_one_digest_in_every_process(module: Any, tmp_path: Path) -> None:
+    line = "import brought as b; from fedraclora.objects import fingerprint as f\n"
+    line += "print(f(b.twice), f(b.made))"
+    env = {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}"}
+    told = subprocess.run(
+        [sys.executable, "-c", line], capture_output=True, text=True, check=True, env=env
+    ).stdout.split()
+    import brought  # type: ignore[import-not-found]
+
+    assert told == [fingerprint(brought.twice), fingerprint(brought.made)]
+    assert fingerprints({"a": {"loss": "brought:twice"}}) == {"brought:twice": told[0]}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("x + len", "x - len"),  # of a function that it calls
+        ("LIMIT = 3", "LIMIT = 4"),
+        ("by: float = 2.0", "by: float = 3.0"),
+        ('"p", "q"', '"p", "s"'),
+    ],
+)
+def test_a_changed_function_has_another_digest(module: Any, old: str, new: str) -> None:
+    before = fingerprint(object_of("loss", "brought:twice"))
+    module("# a comment\n" + MODULE)
+    assert fingerprint(object_of("loss", "brought:twice")) == before
+    module(MODULE.replace(old, new))
+    assert fingerprint(object_of("loss", "brought:twice")) != before
+
+
+def test_an_object_counts_with_all_that_it_holds() -> None:
+    class Holds:
+        def __init__(self, value: object) -> None:
+            self.value, self._seen = value, 0
+
+    def holding(value: object) -> Any:
+        return lambda: value
+
+    values: list[object] = [1, [1], {"a": 1}, {1}, torch.ones(2), np.ones(2), holding, Holds]
+    values += [torch.zeros(2), np.zeros(2), partial(holding, 1)]
+    values += [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)]  # of other weights
+    assert len({fingerprint(Holds(value)) for value in values}) == len(values)
+    assert len({fingerprint(holding(value)) for value in values}) == len(values)
+    one = Holds(1)
+    before = fingerprint(one)
+    one._seen += 1
+    assert fingerprint(one) == before
+    one.value = one
+    assert fingerprint(one) != before
+
+
+def test_objects_of_a_program_are_found_in_its_config_and_refused_where_others_need_them() -> None:
+    config = {"local": {"extras": [{"name": lend(len)}]}, "seed": 0}
+    assert named_by(config) == {lend(len): len}
+    with pytest.raises(ConfigError, match=r"len@.*nodes.*module:name"):
+        refuse_lent(config, "nodes of a deployment")
