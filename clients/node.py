@@ -156,7 +156,10 @@ def trainer_for(
             "no other run has a use for it"
         )
     if own is not None:
-        plain["data"] |= {"samples": own, "client": client, "alone": alone}
+        data = plain["data"]
+        if data.get("samples") is None and data.get("test") is None:
+            data["test_share"] = 0.0  # the server has no sample: a client's are all its own
+        data |= {"samples": own, "client": client, "alone": alone}
     return built_from(plain)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedraclora.binding import coerce
 from fedraclora.config.schema import PlainDict, section
-from fedraclora.data.objects import is_columns, is_frame, lend_data
+from fedraclora.data.objects import is_columns, is_frame, is_share, lend_data
 from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.overrides import key_of
@@ -147,7 +147,8 @@ def lend_all(
     _lend_method(lent, method)
     if isinstance(data, str | Path) and str(data).endswith(TABLES):
         lent.words.append("data=table")
-        names = {"client": "client", "target": "label", "test": "test", "metrics": "metrics"}
+        held_out = "test_share" if is_share(options.get("test")) else "test"
+        names = {"client": "client", "target": "label", "test": held_out, "metrics": "metrics"}
         if unknown := [key for key in options if key not in names]:
             raise ConfigError(f"{unknown[0]}=... is not for a file of rows; say data.task instead")
         lent.keys["data"] = {"file": str(data)} | {names[k]: v for k, v in options.items()}

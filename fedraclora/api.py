@@ -79,7 +79,8 @@ def simulate(
         partition: A partitioner of flwr-datasets for a Hugging Face ``Dataset``; or the name of a
             choice, or a mapping of its keys.
         test: Beside data of the program: samples to measure on, in any of the forms of one entry;
-            None: a fifth of each client's samples is held out.
+            or the share of each client's samples that is held out (0: the server has none, and
+            measures nothing); None: a fifth.
         train: Your own training: a function that is called for each client and round with a
             `fedraclora.client.Round`, and returns what its ``read`` gives; or
             ``"module:function"``. None: the project's own loop (``local``).

@@ -199,9 +199,15 @@ def assemble_with(
 
 def watching(config: RunConfig, task: Task, measure: Callable[[str], Measure]) -> list[Callback]:
     """List what measures the weights of a run, and may end it early by that."""
-    split = config.evaluate.split
-    answering = answering_of(config.evaluate, task, measured_samples(task, split))
-    found: list[Callback] = [Evaluate(measure(split), answering, config.rounds)]
+    split, found = config.evaluate.split, list[Callback]()
+    if len(samples := measured_samples(task, split)):
+        answering = answering_of(config.evaluate, task, samples)
+        found.append(Evaluate(measure(split), answering, config.rounds))
+    elif config.evaluate.generate is not None:
+        raise ConfigError(
+            f"evaluate.generate is {config.evaluate.generate}, but the server has no test samples "
+            "with prompts: leave it out, or give it some (data.test)"
+        )
     if config.stop.patience is not None:
         metric = config.stop.metric
         if metric.removeprefix("personal_") not in {*task.metrics, "gap"}:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from fedraclora.config.build import BuiltTask, build_task
+from fedraclora.config.build import BuiltTask, build_task, measured_samples
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 SHOWN = 1000  # clients in partition.png, spread over the population
 NAMED = 8  # notes of a run that begins
+UNMEASURED = "none: the server has no test samples (data.test), so that nobody measures"
 TITLE = 13  # characters, so that what follows stands in one column
 
 
@@ -254,9 +255,10 @@ def opening_lines(run: Assembled) -> list[str]:
 def introduction(run: Assembled) -> dict[str, str]:
     """Name loss, metrics, optimiser and what is trained, by title: for the summary, too."""
     task = run.built.task
+    known = len(measured_samples(task, run.config.evaluate.split))
     return {
         "loss": f"{task.loss} ({task.info['loss_from']})",
-        "metrics": ", ".join(task.metrics),
+        "metrics": ", ".join(task.metrics) if known else UNMEASURED,
         "optimiser": optimiser_of(run.config),
         "trained": run.trained,
     }

@@ -206,6 +206,11 @@ class Run:
         built = self.built()
         if isinstance(data, str) and data in SPLITS:
             samples = measured_samples(built.task, data)
+            if not len(samples):
+                raise ConfigError(
+                    "the run has no test samples, so that the server has nothing to measure on: "
+                    "name a file or samples (the rows have what clients measured, if they did)"
+                )
             return Read(samples, np.arange(len(samples)), len(samples))
         if isinstance(data, str | Path):
             data = user_path("data", data)
@@ -218,10 +223,11 @@ class Run:
         if named := {key: name for key, name in named.items() if hasattr(reader, key)}:
             reader = replace(reader, **named)
         read: Read = reader(data, built.task.reading, target=measured)
-        own = next(iter(built.task.test.inputs.values())).dtype
+        wanted = built.task.test.inputs or read.samples.inputs  # token ids that no server has seen
+        own = next(iter(wanted.values())).dtype
         dtype = own if own.is_floating_point else None
         samples = read.samples.clone().to(built.device, dtype)
-        if samples.inputs.keys() != (wanted := built.task.test.inputs).keys():
+        if samples.inputs.keys() != wanted.keys():
             raise DataError(
                 f"data: the inputs are {[*samples.inputs]}; {[*wanted]}, as of the run's own "
                 "samples, are wanted"

@@ -134,6 +134,7 @@ class Shown(RunFiles):
             "model": self._choice("model"),
             "data": str(task.get("source", self._choice("data"))),
             **self.begins,
+            "metrics": "" if self.measured else self.unmeasured,
             "clients": f"{found.get('clients', self.config.get('clients'))}, of which "
             f"{found.get('cohort', self.config.get('cohort'))} take part in a round",
             "samples of a client": "{samples_min} to {samples_max}, median {samples_median}".format(
@@ -151,6 +152,12 @@ class Shown(RunFiles):
             "versions": ", ".join(f"{n} {v}" for n, v in dict(found.get("versions", {})).items()),  # type: ignore[call-overload]
             "begun from commit": str(found.get("git") or "")[:DIGITS],
         }
+
+    @property
+    def unmeasured(self) -> str:
+        """Why there are no metrics, in words; empty where nothing says so."""
+        begins = self.summary.get("begins")
+        return str(begins.get("metrics", "")) if isinstance(begins, dict) else ""
 
     def _choice(self, group: str) -> str:
         return str(section(self.config, group).get("name", ""))

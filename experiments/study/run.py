@@ -136,6 +136,8 @@ def run_job(job: Job) -> Line:
     rows = run.strategy.recorder.ledger.rows
     measured = known_mean(rows, "report", "aggregation_error")
     line |= summarise(run, time.perf_counter() - began)
+    if not line["metrics"]:
+        raise ConfigError("nobody measured it (it has no test samples): a study has to know it")
     line["cpu_seconds"] = since(used)
     line["server_cpu_seconds"] = server_cpu_seconds(rows)
     line["curve"] = curve(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -207,6 +208,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
     data, validation = hold_out(data, selection.validation, config.seed)
     division: dict[str, Any] = dict(config.partition)
     parts, info = make_partition(data, **division, clients=config.clients, seed=config.seed)
+    if isinstance(parts, Brought) and parts.source is None:  # how many they are is not known
+        info = {key: fact for key, fact in info.items() if not key.startswith("samples_")}
     built = bind(
         "model",
         MODELS,
@@ -229,7 +232,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
-    facts |= _said_of_weights(config) | _said_of_loss(config, data, model)
+    facts |= _said_of_weights(config) | _said_of_loss(config, data, model, tables)
     if built.drawn:
         facts["new_head"] = f"{', '.join(built.drawn)}: drawn, model.path has none of these outputs"
     if config.pretrain.epochs:
@@ -266,12 +269,14 @@ def build_task(config: TaskConfig) -> BuiltTask:
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)
 
 
-def _said_of_loss(config: TaskConfig, data: DataSet, model: torch.nn.Module) -> dict[str, object]:
+def _said_of_loss(
+    config: TaskConfig, data: DataSet, model: torch.nn.Module, tables: Sequence[Samples]
+) -> dict[str, object]:
     """Say what is learnt, and which key of the config says so; data sets of the project know it."""
     told = [f"data.{key}={config.data[key]}" for key in ("loss", "task") if key in config.data]
     source = data.info.get("loss_from") or [*told, f"of data={config.data['name']}"][0]
     warnings = [refuse_contradiction(model, data.loss)] if config.own_model else []
-    if config.own_model and is_softmax(model, data.test, data.loss):
+    if config.own_model and tables and is_softmax(model, tables[-1], data.loss):
         warnings.append(
             f"the outputs of the model are probabilities, as after a softmax, but {data.loss} "
             "takes logits, and forms them itself: leave the softmax out"
@@ -347,7 +352,8 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
             )
             pretrain(model, train, part.loss, adamw, config.seed)
         weights = {n: p.detach() for n, p in model.named_parameters()}
-        metrics = evaluate(model, weights, test, part.loss, part.metrics)
+        given = (test, part.loss, part.metrics)
+        metrics = evaluate(model, weights, *given) if len(test) else {}
         state = {n: t.detach().clone() for n, t in model.state_dict().items()}
         _PRETRAINED[key] = state, metrics
         while len(_PRETRAINED) > PRETRAINED_KEPT:

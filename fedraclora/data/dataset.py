@@ -67,7 +67,8 @@ class DataSet:
     Attributes:
         train: Training samples; beside ``parts`` that are made or found on demand, samples to
             pretrain on, or none.
-        test: Held-out samples; the object ``train`` itself where ``measures_training``.
+        test: Held-out samples, which may be none; the object ``train`` itself where
+            ``measures_training``.
         classes: Number of outputs: classes, or 1 for a scalar regression or a binary score.
         loss: A key of `fedraclora.data.task.LOSSES`.
         metrics: Names of metrics, the headline first.
@@ -202,11 +203,13 @@ def divide(
     labels: Column | None = None,
     owners: Column | None = None,
 ) -> tuple[RowNumbers, RowNumbers]:
-    """Hold rows out by `split_owners` where there are owners, else by `split_rows`.
+    """Hold rows out by `split_owners` where there are owners, else by `split_rows`; none by 0.
 
     Raises:
         ConfigError: If the fraction leaves one side empty, naming its key.
     """
+    if fraction == 0:
+        return np.arange(rows), np.arange(0)
     if owners is None:
         training, held_out = split_rows(rows, fraction, rng, labels)
     else:
@@ -241,7 +244,7 @@ def train_test(
     Args:
         samples: All samples.
         key: Of the config, for messages.
-        fraction: Fraction to hold out; None: `TEST_SHARE`.
+        fraction: Fraction to hold out, 0 for nothing; None: `TEST_SHARE`.
         split_seed: Seed of the choice.
         labels: Of each sample, or None.
 
@@ -291,7 +294,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
     for samples, side in ((data.train, "training"), (data.test, "test")):
         found: list[int] = np.unique(samples.target.numpy()).tolist()
         missing = sorted(set(chosen) - set(found))
-        if missing:
+        if missing and len(samples):
             raise ConfigError(
                 f"data.labels={chosen}: no {side} sample has class {missing}. There are: {found}"
             )

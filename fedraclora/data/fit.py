@@ -73,6 +73,13 @@ class Form:
         self._require_shape(fitted, where)
         return fitted
 
+    def nothing(self) -> Samples:
+        """Make a table of this form without a row; the names of token ids are not known."""
+        inputs = {"x": torch.zeros(0, *self.shape)} if self.shape else {}
+        wide = self.loss in {"squared_error", "multi_label"}
+        target = torch.zeros(0, self.classes or 1) if wide else torch.zeros(0).long()
+        return Samples(inputs, target)
+
     def _input(self, name: str, value: torch.Tensor, samples: Samples, where: str) -> torch.Tensor:
         if self.shape == () or set(samples.inputs) != {"x"}:
             value = value.float() if value.is_floating_point() else value.long()

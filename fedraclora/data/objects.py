@@ -43,7 +43,7 @@ def lend_data(
     data: object,
     *,
     model: object = None,
-    test: object = None,
+    test: Any = None,
     partitioner: Any = None,
     client: str | None = None,
     target: str | None = None,
@@ -58,7 +58,8 @@ def lend_data(
         data: A list (or a dict, in its order) of tables, one for each client; or one table, which
             may be a frame of pandas.
         model: The module, or the name of its choice, which may tell the loss.
-        test: A table to measure on; None: a fifth of each client's samples is held out.
+        test: A table to measure on; or the share of each client's samples that is held out, 0 for
+            none; None: a fifth.
         partitioner: Of flwr-datasets, which divides a Hugging Face ``Dataset``.
         client: Of a Hugging Face ``Dataset``, the column that says whose a row is.
         target: The column to predict; None: ``label``, ``labels`` or ``target``.
@@ -76,6 +77,9 @@ def lend_data(
         DataError: If samples are not what they should be, naming the client.
     """
     metrics = check_names(loss, metrics)
+    share = TEST_SHARE
+    if is_share(test):
+        share, test, frame = float(test), None, {**(frame or {}), "test_share": float(test)}
     if is_frame(data):
         columns = {"client": client, "target": target, "loss": loss, "metrics": metrics}
         return lend_set(of_frame(data, test, **columns, **(frame or {})))  # type: ignore[arg-type]
@@ -93,7 +97,7 @@ def lend_data(
         parts = np.split(np.arange(len(table)), np.cumsum([len(t) for t in fitted])[:-1])
     found = DataSet(
         train=table,
-        test=table if held_out is None else form.fit(held_out, "test"),
+        test=table.take(torch.arange(0)) if held_out is None else form.fit(held_out, "test"),
         classes=int(form.classes or 1),
         loss=loss,
         metrics=metrics or USUAL_METRICS.get(loss, USUAL_METRICS["cross_entropy"]),
@@ -107,9 +111,23 @@ def lend_data(
     found = replace(found, entries=Entries.of(brought, [len(each) for each in fitted]))
     if loss == "cross_entropy":
         found = replace(found, columns=found.columns | {"label": table.target.numpy()})
-    if held_out is None:
-        found = without_test(found)
+    if held_out is None and share:
+        found = without_test(found, share)
     return lend_set(found)
+
+
+def is_share(test: object) -> bool:
+    """Tell whether a share of the samples is to be held out, and none are given to measure on.
+
+    Raises:
+        ConfigError: If it is no share.
+    """
+    if isinstance(test, bool) or (isinstance(test, int | float) and not 0 <= test < 1):
+        raise ConfigError(
+            f"test is {test!r}; samples to measure on are wanted, or the share of each client's "
+            "samples that is held out, in [0, 1): with 0 the server has none"
+        )
+    return isinstance(test, int | float)
 
 
 def lend_set(found: DataSet) -> dict[str, object]:
@@ -335,22 +353,22 @@ def stacked(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
     return Samples.join(tables)
 
 
-def without_test(data: DataSet) -> DataSet:
-    """Hold a fifth of each client's samples out; of all rows where they are not divided yet."""
+def without_test(data: DataSet, share: float) -> DataSet:
+    """Hold a share of each client's samples out; of all rows where they are not divided yet."""
     rng, rows = generator(0, "split", "test"), np.arange(len(data.train))
     parts = data.parts if isinstance(data.parts, list) else [rows]
     held_out = []
     for part in parts:
-        stay, out = split_rows(len(part), TEST_SHARE, rng)
+        stay, out = split_rows(len(part), share, rng)
         held_out.append(part[out] if len(stay) else part[:0])
     out = np.sort(np.concatenate(held_out))
     if not len(out):
         raise DataError(
             f"the clients have {len(rows)} samples in all, of which none can be held out to "
-            "measure on: say test=..."
+            "measure on: say test=... (test=0: the server measures nothing)"
         )
     kept = keep_rows(data, np.setdiff1d(np.concatenate(parts), out))
-    return replace(kept, test=take(data.train, out), info=data.info | {"held_out": TEST_SHARE})
+    return replace(kept, test=take(data.train, out), info=data.info | {"held_out": share})
 
 
 def data_digest(data: DataSet) -> str:

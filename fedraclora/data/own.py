@@ -1,6 +1,6 @@
 """Samples that each client brings itself: files of its own, or a function of its own.
 
-The server knows what a sample looks like, and has samples to measure on. In a deployment every
+The server knows what a sample looks like, and may have samples to measure on. In a deployment every
 other sample stays where it is. Nothing is trained on at the server.
 """
 
@@ -261,8 +261,8 @@ def own_samples(
             its own configuration; in a simulation it has the samples of every client.
         arguments: Of the functions that ``samples`` and ``test`` name, by name.
         test: Those that the server measures on: a ``.npz`` file or ``package.module:function``.
-        test_share: Without them, the fraction of each client's samples that is held out for it;
-            None: 0.2.
+        test_share: Without them, the fraction of each client's samples that is held out for it; 0:
+            the server has no sample; None: 0.2, and 0 where it has no samples of clients.
         split_seed: Seed of that choice.
         client: Set by a node: its client. Nothing is measured there.
         alone: Set by a node: it serves this client only.
@@ -314,16 +314,18 @@ def _share(test: str | None, share: float | None, samples: str | None) -> float:
     """Fraction of each client's samples that is held out.
 
     Raises:
-        ConfigError: If there are two answers to the question what is measured on.
+        ConfigError: If there are two answers to the question what is measured on, or a share of
+            samples that the server does not have.
     """
     refuse_both(test, share)
-    if test is not None:
-        return 0.0
-    if samples is None:
+    if samples is None and share:
         raise ConfigError(
-            "data.test is not set: the server measures on samples of its own; give a .npz file or "
-            "package.module:function"
+            f"data.test_share={share} holds samples of clients out for the server, and those of "
+            "this run are with their owners: leave it out; what the server is to measure on, if "
+            "anything, is data.test, a .npz file or package.module:function"
         )
+    if test is not None or samples is None:
+        return 0.0
     return TEST_SHARE if share is None else share
 
 
@@ -344,6 +346,8 @@ def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
         brought = replace(brought, form=_completed(brought.form, tables))
     if named is not None:
         return brought, brought.form.fit(named, where)
+    if not brought.share:
+        return brought, brought.form.nothing()
     table = brought.held_out()
     if not len(table):
         raise ConfigError(
@@ -355,6 +359,12 @@ def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
 
 def _completed(form: Form, tables: Sequence[Samples]) -> Form:
     """Read from samples what is not said of them."""
+    if not tables:
+        raise ConfigError(
+            "data.classes or data.shape is not set, and the server has no sample that would tell: "
+            "say how many outputs there are (1 for a number) and the shape of one input x ([] for "
+            "token ids), for example data.classes=10 data.shape=[28,28]; or give it data.test"
+        )
     first, classes = tables[0], form.classes
     if classes is None and form.loss in {"squared_error", "logistic", "multi_label"}:
         classes = first.target[0].numel()

@@ -72,6 +72,22 @@ def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
     assert rows(inline)[3]["metrics"]["loss"] < rows(inline)[0]["metrics"]["loss"]  # type: ignore[index]
 
 
+def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path: Path) -> None:
+    """Nobody measures, and nodes train on all that they have: nothing is held out for nobody."""
+    nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
+        1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)
+    }
+    run(tmp_path / "run", Network(tmp_path / "cache", nodes), "data.test=null", "rounds=2")
+    inline = tmp_path / "inline"
+    words = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={inline}"]
+    simulate(composed([*WORDS, *words, "rounds=2"]), inline)
+    found = summary_of(tmp_path / "run")
+    assert found["weights_digest"] == summary_of(inline)["weights_digest"]
+    assert found["metrics"] == {}
+    assert "nobody measures" in found["begins"]["metrics"]
+    assert "samples_min" not in found["task"]["partition"]  # the server does not know it
+
+
 def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
     nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
         1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)
@@ -127,5 +143,3 @@ def test_what_is_with_its_owners_is_not_simulated() -> None:
     data = own_samples(clients=3, classes=10, shape=[64], test="clinic.data:held_out")
     with pytest.raises(ConfigError, match="with their owners"):
         data.parts.gather(torch.tensor([0]), torch.tensor([[0]]))  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"data\.test is not set"):
-        own_samples(clients=3, classes=10, shape=[64])

@@ -176,7 +176,7 @@ BAD = {
     "the label": ({"label": "age", "features": ["age"]}, "without the label"),
     "fractions": ({"label": "dose"}, r"are fractions.*data\.task=regression"),
     "one class": ({"label": "constant"}, "has the one value"),
-    "share": ({"test_share": 0.0}, r"data\.test_share=0\.0 of 60 rows"),
+    "share": ({"test_share": 0.001}, r"data\.test_share=0\.001 of 60 rows"),
     "both": ({"test": "x.csv", "test_share": 0.1}, "leave one of them out"),
     "file": ({"file": None}, r"data\.file is not set"),
     "missing": ({"missing": "guess"}, "unknown data.missing 'guess'.*drop, error"),

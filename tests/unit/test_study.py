@@ -301,6 +301,16 @@ def test_a_run_is_recorded_with_config_and_revision(tmp_path: Path) -> None:
     assert found["curve"][-1]["metrics"] == found["metrics"]
 
 
+def test_a_run_that_nobody_measured_fails_its_row(tmp_path: Path) -> None:
+    """It counted as one that diverged, the worst of all."""
+    plan = study(tmp_path, TEXT + SMALL.replace("data=digits,", "data=digits, data.test=0,"))
+    failed: dict[str, str] = {}
+    (job,) = plan.jobs("final", "small", [0.1])[:1]
+    assert run_jobs([job], {}, tmp_path / "runs.jsonl", 1, "accuracy", failed)
+    assert "nobody measured" in failed["small"]
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
 def test_a_run_that_diverges_is_a_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
