@@ -138,3 +138,37 @@ def test_a_function_that_draws_is_reproducible_and_leaves_the_generators_alone()
     half = len(drawn) // 2
     assert all(torch.equal(a, b) for a, b in zip(drawn[:half], drawn[half:], strict=True))
     assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_what_a_trainer_leaves_on_a_model_is_undone_by_the_next_install() -> None:
+    """A model that lives on is installed in every round, and trainers wrap, hook and thaw it."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["0", "2"], lora_dropout=0.25)
+    model: Any = get_peft_model(net(), config).eval()
+    kept = model.base_model.model[1].register_forward_hook(lambda *_: None)
+    seen = []
+
+    def train(round_: Round) -> Trained:
+        round_.install(model)
+        inner = model.base_model.model
+        first = inner[0].lora_dropout["default"]
+        hooks = sum(len(m._forward_hooks) for m in model.modules())
+        seen.append(
+            (hooks, "forward" in vars(inner), first.p, [*model.peft_config], model.training)
+        )
+        inner.forward = inner.forward  # an attribute of its own, as a wrapper is
+        inner.register_forward_hook(lambda *_: None)
+        model.add_adapter("ref", config)
+        model.set_adapter("ref")
+        model.set_adapter("default")
+        assert not any(
+            layer.lora_A["default"].weight.requires_grad for layer in (inner[0], inner[2])
+        )
+        first.p = 0.0
+        return descend(round_, model.train())
+
+    run(train=train, method="fed_rac_lora")
+    assert seen == [(1, False, 0.25, ["default"], False)] * 6
+    kept.remove()
+    assert not model.base_model.model[1]._forward_hooks

@@ -6,6 +6,7 @@ A model is searched anew each time: trainers wrap models, and put other paramete
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -132,6 +133,38 @@ def plain_name(name: str, adapter: str) -> tuple[str, bool]:
         copied = parts[at + 1] != adapter
         del parts[at : at + 2]
     return ".".join(part for part in parts if part != "original_module"), copied
+
+
+def restore(model: nn.Module) -> None:
+    """Undo what trainers have left of earlier rounds: a model is as it came to its first install.
+
+    They wrap ``forward`` anew each time, add hooks and adapters, set dropout to zero, switch
+    checkpointing on. Weights are not looked at.
+
+    Args:
+        model: The user's. It is changed in place, and keeps what it was.
+    """
+    modules = {name: module.__dict__ for name, module in model.named_modules()}
+    kept = {n: {k: copy(v) for k, v in own.items() if _is_left(k)} for n, own in modules.items()}
+    adapters = {*getattr(model, "peft_config", ())}
+    first, its_own = model.__dict__.setdefault("_as_given", (kept, adapters))
+    for name in first.keys() & modules.keys():
+        for key in kept[name].keys() - first[name].keys():
+            del modules[name][key]
+        for key, value in first[name].items():
+            if "_hooks" in key:  # in place: handles of hooks know the dict
+                modules[name][key].clear()
+                modules[name][key].update(value)
+            else:
+                modules[name][key] = value
+    for name in adapters - its_own:
+        delete: Any = getattr(model, "delete_adapter", None) or model.delete_adapters
+        delete(name)
+
+
+def _is_left(key: str) -> bool:
+    """Tell whether an attribute of a module is one that trainers change."""
+    return "_hooks" in key or key in {"forward", "training", "p", "gradient_checkpointing"}
 
 
 def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Places:

@@ -13,7 +13,7 @@ from torch import nn
 from fedraclora.errors import ClientError, ConfigError, ModelError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.downlink import Downlink
-from fedraclora.training.own.places import Places, attach, find, inner
+from fedraclora.training.own.places import Places, attach, find, inner, restore
 from fedraclora.tree import Tree
 
 SHOWN = 3  # names in a message
@@ -91,6 +91,7 @@ class Round:
             ModelError: If the model is another, or its LoRA layers are not those of the method.
         """
         asked = self._asked
+        restore(model)
         places = find(model, asked.downlink.adapters, adapter)
         asked.load(model, places)
         if places.layers:
