@@ -6,7 +6,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fedraclora.aggregation.statistics import shortened
 from fedraclora.clients.client_state import keep, restore
+from fedraclora.clients.measure import Measurer
 from fedraclora.clients.secure import answer_stage, masked_reply
 from fedraclora.errors import OF_THE_RUN, ConfigError, WireError
 from fedraclora.privacy.secagg import SecAggTerms
@@ -97,6 +98,11 @@ class Worker:
     terms: SecAggTerms | None = None
     limit: int | None = field(default=None, init=False)
 
+    @cached_property
+    def measurer(self) -> Measurer:
+        """What measures where that is asked."""
+        return Measurer(self.trainer)
+
     def train(self, ask: Ask) -> Answer:
         """Answer an ask.
 
@@ -119,6 +125,8 @@ class Worker:
             return answer_stage(ask.request, stage, self.store, self.terms)
         downlink, request = ask.own, ask.request
         base = self.replica.at(request.version, request.round_)
+        if request.measure is not None:
+            return self.measurer.answer(ask, base, self.store)
         downlink = downlink.beside(base)
         held = restore(self.store, downlink, request, base, self.trainer.local)
         downlink, moments, residues = held

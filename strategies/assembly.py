@@ -38,6 +38,7 @@ from fedraclora.run.initial import source_of
 from fedraclora.run.recorder import RunRecorder, resolved
 from fedraclora.strategies.server.callbacks import Evaluate, Stopping
 from fedraclora.strategies.server.loop import loop_of
+from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.strategies.server.round_step import RoundStep, described
 from fedraclora.strategies.start import begin_from
 from fedraclora.strategies.steps import round_steps
@@ -183,6 +184,7 @@ def assemble_with(
                 built.task.train, clients.to(built.device)
             ).cpu(),
             callbacks=[*watching(config, built.task, measure), *callbacks],
+            measuring=Measuring.of(config.evaluate, built.task),
             alone=folder is not None,  # else exports of the run ask for its first weights
         )
         failed.pop_all()
@@ -228,11 +230,11 @@ def measurement(
 
     The figures of clients' own models have names of their own, ``personal_...``.
     """
-    task, batch = built.task, config.evaluate.batch_size
+    task, batch, count = built.task, config.evaluate.batch_size, config.evaluate.models
     samples = measured_samples(task, split)
 
     def own(weights: Tree) -> dict[str, float]:
-        owned = {c: personal(own) for c, own in store.latest(config.evaluate.clients).items()}
+        owned = {c: personal(own) for c, own in store.latest(count).items()}
         if not owned and not plan.local:  # nobody has trained yet: all have the server's
             return each(weights)
         counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
@@ -242,7 +244,7 @@ def measurement(
         return evaluate_task(task, weights, samples, batch)
 
     def each(weights: Tree) -> dict[str, float]:
-        owned = store.latest(config.evaluate.clients).values()
+        owned = store.latest(count).values()
         found = [shared(w) for w in map(personal, owned)] or [shared(weights)]
         return {f"personal_{n}": sum(f[n] for f in found) / len(found) for n in found[0]}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 
 from fedraclora.aggregation.base import AggregationContext
@@ -20,10 +21,12 @@ from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.strategies.server.callbacks import Callbacks, in_round
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import largest, overflowing, persistently
+from fedraclora.strategies.server.measuring import Measurement, Measuring
 from fedraclora.strategies.server.quantised import DownlinkRounding
 from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
 from fedraclora.strategies.server.rows import Cost, fleet_columns, ledger_row
 from fedraclora.training.localconfig import effective_step
+from fedraclora.training.standing import standing
 from fedraclora.tree import point_at
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.update import BaseWeights
@@ -40,6 +43,7 @@ class FedStrategy:
         recorder: Ledger, chain and checkpoints.
         steps: What happens to a round besides, in the order in which updates pass it.
         callbacks: What watches the rounds, or ends them early.
+        measuring: Which clients measure on samples of their own, and when; None: none does.
         model: Of this run alone: it holds the weights of each round, so that its first ones are let
             go. None: there is none, or others begin from it.
 
@@ -58,12 +62,14 @@ class FedStrategy:
         recorder: RunRecorder,
         steps: Sequence[RoundStep] = (),
         callbacks: Sequence[Callback] = (),
+        measuring: Measuring | None = None,
         model: nn.Module | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = run.method, state, run.local, run.loop
         self.devices, self.sizes, self.examples = run.devices, run.sizes, run.examples
         self.draw = run.draw
         self.replica, self.recorder, self.callbacks = replica, recorder, Callbacks(callbacks)
+        self.measuring = measuring
         self.devices.check(self.method)
         self.parameters = {} if model is None else dict(model.named_parameters())
         self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed, self.loop.feedback)
@@ -86,7 +92,7 @@ class FedStrategy:
         Raises:
             ClientError: If more clients failed than allowed, after a checkpoint.
         """
-        self.begin()
+        self.begin(grid)
         last = self.loop.rounds if last is None else last
         for round_ in range(self.done + 1, last + 1):
             with self.saving(), in_round(round_):
@@ -107,7 +113,7 @@ class FedStrategy:
                 self.recorder.save(self.state, self.done, self.catch_up)
             raise
 
-    def begin(self) -> None:
+    def begin(self, grid: Grid) -> None:
         """Publish the weights that the next round begins from; write row 0 where there is none."""
         self.steps.open(self.recorder, self.done)
         self.replica.publish(self.state.base, self.catch_up.version)
@@ -115,9 +121,12 @@ class FedStrategy:
         if not self.recorder.ledger.rows:
             self.recorder.begin(self.state)
             with in_round(0):
-                row: Row = {"round": 0} | self._measured() | {"notes": list(self.state.notes)}
-                row |= {"uplink_total": 0, "downlink_total": 0} | self.devices.clock
-                self._publish_row(row)
+                cost, send = Cost(), partial(grid.ask, timeout=self.loop.timeout)
+                row: Row = {"round": 0} | self._measured()
+                row |= self._by_clients(send, grid, lambda: self.steps.cohort(1), cost)
+                row |= {"notes": list(self.state.notes)}
+                row |= {"uplink_total": cost.up, "downlink_total": cost.down + cost.fetched}
+                self._publish_row(row | self.devices.clock)
 
     def _attempt(self, grid: Grid, round_: int, cost: Cost) -> None:
         """Run one round."""
@@ -157,6 +166,7 @@ class FedStrategy:
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
         measured = self._measured() if due else {"metrics": {}}
+        measured |= self._by_clients(send, grid, lambda: exchange.survivors().clients, cost)
         watch.lap("evaluate")
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
         row = ledger_row(exchange, self.state, measured, cost, self.recorder.totals())
@@ -250,6 +260,33 @@ class FedStrategy:
     def _measured(self) -> Row:
         weights = partial(self.method.weights, self.state, self.draw)
         return self.callbacks.measure(weights, self.done)
+
+    def _by_clients(
+        self, send: Send, grid: Grid, cohort: Callable[[], torch.Tensor], cost: Cost
+    ) -> Row:
+        """Have clients measure the new weights, where that is due; give the columns of it."""
+        measuring, loop, round_ = self.measuring, self.loop, self.done + 1
+        if measuring is None or not measuring.due(self.done, loop.rounds):
+            return {}
+        clients = measuring.who(cohort(), loop.clients)
+        if not len(clients):
+            return {}
+        asked = Cohort(clients, client_weights(loop.weights, self.examples(clients)))
+        sent = self.method.open_round(self.state, round_, asked, self.draw)
+        trains = measuring.asked.personal
+        sent = self.steps.send(sent, self.state) if trains else standing(sent)
+        measurement = Measurement(
+            measuring,
+            self.rounding.sent(sent, round_),
+            clients,
+            round_,
+            self.catch_up.version,
+            loop,
+            self.local.rate_scale(min(round_, loop.rounds), loop.rounds),
+        )
+        measurement.collect(send)
+        took = cost.measured(self.catch_up, measurement, taken_traffic(grid))
+        return measurement.columns(self.recorder, took)
 
     def _publish_row(self, row: Row) -> None:
         self.recorder.append(self.callbacks.own_columns(row))

@@ -67,7 +67,7 @@ class FlowerStrategy(Strategy):
         rounds = self.rounds
         self.post.grid = grid
         if self._round is None:
-            rounds.begin()
+            rounds.begin(self.post)
         cost = Cost()
         with rounds.saving():
             exchange = rounds.open(rounds.done + 1)

@@ -22,6 +22,7 @@ from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.buffered import BufferedStrategy
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.strategies.server.round_step import RoundStep, RunContext, Sizes
 from fedraclora.strategies.steps import round_steps
 from fedraclora.tree import Tree, weights_of
@@ -75,6 +76,7 @@ def wire(
     sizes: Sizes = torch.ones_like,
     examples: Sizes = torch.ones_like,
     callbacks: Sequence[Callback] = (),
+    measuring: Measuring | None = None,
     kind: type[FedStrategy] | None = None,
     alone: bool = False,
 ) -> Wired:
@@ -93,6 +95,7 @@ def wire(
         sizes: Samples of clients [K], where the server knows them before they train.
         examples: The same, unpacked: what clients are weighted by.
         callbacks: What watches the rounds, or ends them early.
+        measuring: Which clients measure on samples of their own, and when; None: none does.
         kind: The strategy; None: the one that these devices need.
         alone: Whether no other run begins from the model of the task, which is then this run's to
             change.
@@ -118,6 +121,7 @@ def wire(
             recorder=recorder,
             steps=round_steps({"local": trainer.local}) if steps is None else steps,
             callbacks=callbacks,
+            measuring=measuring,
             model=trainer.task.model if alone else None,
         )
         if resume:

@@ -22,13 +22,14 @@ from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form
 from fedraclora.data.gguf_header import read_gguf_header
+from fedraclora.data.held import hold_out_of_clients
 from fedraclora.data.leak import refuse_shared
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import refuse_contradiction
 from fedraclora.data.own import Brought, counted
 from fedraclora.data.partition import make_partition
 from fedraclora.data.samples import Partitioned, Samples, count_labels
-from fedraclora.data.task import Task
+from fedraclora.data.task import HeldOut, Task
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.generate import Answering
@@ -243,8 +244,9 @@ def build_task(config: TaskConfig) -> BuiltTask:
             )
         facts["pretrain"] = _pretrained(config, whole, model)
     train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
-    clients = train.num_clients
-    cohort = config.cohort
+    asked = config.evaluate
+    train, held = hold_out_of_clients(train, asked.portion, config.seed, asked.split)
+    clients, cohort = train.num_clients, config.cohort
     size = max(1, int(cohort * clients)) if isinstance(cohort, float) else cohort
     _check_sizes(size, clients, config.system.buffer)
     task = Task(
@@ -256,14 +258,15 @@ def build_task(config: TaskConfig) -> BuiltTask:
         test=data.test.clone().to(device),
         validation=None if validation is None else validation.clone().to(device),
         targets=built.targets,
-        optimum=data.optimum,
+        optimum=data.optimum if held is None else None,  # it is of all samples
         tokenizer=data.tokenizer,
         info=facts,
         reading=({"shape": [*data.sample_shape]} if data.sample_shape else {}) | data.reading,
         reader=data.reader or _array_reader(config, data),
-        brought=partial(data.entries.client_of, parts)
-        if data.entries and isinstance(parts, list)
+        brought=partial(data.entries.client_of, train.parts)
+        if data.entries and isinstance(train, Partitioned)
         else None,
+        held=None if held is None else HeldOut(held.to(device), asked.batch_size),
     )
     labelled = "label" in data.columns and data.classes > 1
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)

@@ -118,6 +118,7 @@ class TaskConfig(Limited):
         targets: Adapted layers: None (the model's default), all-linear, all, or [query,value].
         dense: Further layers trained in full, by pattern: [conv*, LayerNorm].
         max_failures: Clients that may fail in a round before the run stops.
+        evaluate: When and on what the server and clients measure.
     """
 
     plain: Plain
@@ -142,6 +143,7 @@ class TaskConfig(Limited):
     targets: str | list[str] | None = None
     dense: str | list[str] | None = None
     max_failures: Whole = 0
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def chosen(self, group: str) -> str:
         """Name what was chosen of a group, for messages: ``relora``, whose class has many names."""
@@ -170,7 +172,6 @@ class RunConfig(TaskConfig):
         start: What the run begins from, if not from the weights of its model: the folder of a
             finished run or of a PEFT adapter. (A run keeps its ``path`` and digest ``sha256``.)
         resume: A run folder to go on from; auto: the run's own folder, if it is there.
-        evaluate: When and on what the server measures.
         stop: When to end before the last round.
         wire: How numbers go up and down.
         steps: What a Python program has put into the rounds, in words.
@@ -186,7 +187,6 @@ class RunConfig(TaskConfig):
     dora: Annotated[bool, Later()] = False
     start: Annotated[str | dict[str, str] | None, Later()] = None
     resume: Annotated[str | None, Later()] = None
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     wire: Annotated[WireConfig, Later()] = field(default_factory=WireConfig)
     steps: Annotated[list[str], Later()] = field(default_factory=list)

@@ -17,6 +17,7 @@ from fedraclora.evaluation.metrics import METRICS
 from fedraclora.limits import (
     Count,
     Fraction,
+    Inner,
     Later,
     Limit,
     Limited,
@@ -271,15 +272,28 @@ class OutputConfig(Limited, group="output"):
     loggers: Sequence[str] = ()
 
 
+FEW_MODELS, HELD_OUT = 20, 0.2
+WHO_MEASURES = ("none", "cohort", "all")
+MEASURING = Limit(
+    f"one of {', '.join(WHO_MEASURES)}, or a number of clients,",
+    lambda value: value in WHO_MEASURES or (isinstance(value, int) and value >= 1),
+)
+
+
 @dataclass(frozen=True)
 class EvaluateConfig(Limited, group="evaluate"):
-    """When and on what the server measures.
+    """When and on what the server measures, and clients on samples of their own.
 
     Attributes:
         every: Rounds between evaluations.
         batch_size: Samples of a forward pass.
         split: test or validation.
-        clients: With head=local: how many clients' own models are measured.
+        clients: Who measures on own samples, which nobody trains on: none, cohort or all; a number:
+            none, but with head=local the server measures the models of so many clients.
+        share: Of each client's samples, the part that it measures on and never trains on; None:
+            its own test samples where the data have them, else 0.2.
+        clients_every: Rounds between measurements of the clients.
+        personal: Whether these train in between, and measure again after it.
         generate: Of language models: rounds between greedy answers to prompts of that split; None:
             it never answers.
         answers: How many prompts are answered.
@@ -290,11 +304,30 @@ class EvaluateConfig(Limited, group="evaluate"):
     every: Count = 1
     batch_size: Count = 1024
     split: Annotated[str, choice_of(("test", "validation"))] = "test"
-    clients: Count = 20
+    clients: Annotated[int | str, MEASURING] = FEW_MODELS
+    share: Annotated[Inner | None, Later()] = None
+    clients_every: Annotated[Count, Later()] = 1
+    personal: Annotated[bool, Later()] = False
     generate: Count | None = None
     answers: Count = 64
     new_tokens: Count = 32
     shown: Whole = 4
+
+    @property
+    def by_clients(self) -> bool:
+        """Return whether clients measure."""
+        return self.clients in {"cohort", "all"}
+
+    @property
+    def portion(self) -> float | None:
+        """Return which part of its samples each client holds out; None: nothing."""
+        share = HELD_OUT if self.share is None else self.share
+        return share if self.by_clients else None
+
+    @property
+    def models(self) -> int:
+        """Return how many clients' own models the server measures, where they have some."""
+        return self.clients if isinstance(self.clients, int) else FEW_MODELS
 
 
 @dataclass(frozen=True)

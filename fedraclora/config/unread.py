@@ -92,8 +92,13 @@ RULES = (
     ),
     Rule(
         ["evaluate.clients"],
-        lambda c: c.head == "local" or c.method.client_state,
-        "head=local and methods that leave a part at each client",
+        lambda c: c.evaluate.by_clients or c.head == "local" or c.method.client_state,
+        "head=local and methods that leave a part at each client; cohort and all are for any",
+    ),
+    Rule(
+        ["evaluate.share", "evaluate.clients_every", "evaluate.personal"],
+        lambda c: c.evaluate.by_clients,
+        "clients that measure (evaluate.clients=cohort and all)",
     ),
     Rule(
         ["evaluate.answers", "evaluate.new_tokens", "evaluate.shown"],
@@ -195,6 +200,13 @@ def refuse_misfits(config: RunConfig) -> None:
     Raises:
         ConfigError: Naming the key, and what to set.
     """
+    if config.evaluate.by_clients and (
+        isinstance(config.secure, SecAgg) or config.chosen("privacy") != "none"
+    ):
+        raise ConfigError(
+            f"evaluate.clients is {config.evaluate.clients}: each client tells the server its own "
+            "sums, which secure=secagg and privacy do not allow; set evaluate.clients=none"
+        )
     if config.clients is not None and config.cohort > config.clients:
         raise ConfigError(
             f"cohort is {config.cohort}, but there are only {config.clients} clients; "

@@ -200,6 +200,11 @@ class Partitioned(TableRows):
         # A padded position may point past the last client; its sample is masked by the caller.
         return self.rows[(first + positions).clamp_(max=self.rows.shape[0] - 1)]
 
+    @property
+    def parts(self) -> list[npt.NDArray[np.int64]]:
+        """The rows of each client."""
+        return np.split(self.rows.numpy(), self.offsets[1:-1].numpy())
+
     def client(self, client: int) -> Samples:
         """All samples of one client, in stored order."""
         return self.samples.take(self.rows[self.offsets[client] : self.offsets[client + 1]])

@@ -153,6 +153,19 @@ SLOPES: dict[str, SlopeFunction] = {
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What clients measure on, and never train on.
+
+    Attributes:
+        data: Of each client; some may have none.
+        batch_size: Samples of a forward pass.
+    """
+
+    data: ClientData
+    batch_size: int = 1024
+
+
+@dataclass(frozen=True)
 class Task:
     """Everything a run learns from and is measured by.
 
@@ -173,6 +186,7 @@ class Task:
             that of one input ``"x"``.
         reader: Reads samples that come later; None: nobody does.
         brought: Gives what a client brought as an object, by its id; None: samples are tensors.
+        held: What each client measures on; None: none measures.
     """
 
     model: nn.Module
@@ -189,6 +203,7 @@ class Task:
     reading: dict[str, object] = field(default_factory=dict)
     reader: Any = None  # of `fedraclora.data.dataset`, which is above
     brought: Callable[[int], Any] | None = None
+    held: HeldOut | None = None
 
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -164,6 +164,12 @@ class Downlink:
         }
         return replace(self.mapped(part), ranks=ranks, extras=extras)
 
+    def of_one(self, place: int) -> Downlink:
+        """Take the values of the client at a place for values of all."""
+        return self.mapped(
+            lambda _, each: each.with_numbers(lambda t: t[place]) if each.per_client else each
+        )
+
 
 def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:
     """Compute where what clients upload starts, in the form of their rows.

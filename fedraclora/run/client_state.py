@@ -117,11 +117,12 @@ class ClientStore:
         model and are left out.
         """
         recent = sorted(self._entries.items(), key=lambda item: (-item[1][-1].round_, item[0]))
-        stored = {c: entries[-1].layout.unpack(entries[-1].row) for c, entries in recent[:count]}
-        return {
-            c: {n: t for n, t in own.items() if not n.startswith(NO_WEIGHTS)}
-            for c, own in stored.items()
-        }
+        return {c: _weights(entries[-1]) for c, entries in recent[:count]}
+
+    def weights_of(self, client: int, round_: int) -> Tree:
+        """Read what a client held of its model before a round, as `latest` does; {}: nothing."""
+        earlier = [entry for entry in self._entries.get(client, []) if entry.round_ < round_]
+        return _weights(earlier[-1]) if earlier else {}
 
     def state(self) -> Tree:
         """Tensors for a checkpoint."""
@@ -170,6 +171,12 @@ class ClientStore:
     def _keep(self, client: int, entry: Entry) -> None:
         older = [e for e in self._entries.get(client, []) if e.round_ < entry.round_]
         self._entries[client] = [*older, entry][-self.generations :]
+
+
+def _weights(entry: Entry) -> Tree:
+    """Select what is a part of a client's model."""
+    own = entry.layout.unpack(entry.row)
+    return {n: t for n, t in own.items() if not n.startswith(NO_WEIGHTS)}
 
 
 def _packed(clients: Mapping[int, list[Entry]]) -> Tree:

@@ -18,7 +18,7 @@ from fedraclora.privacy.secret import KEY_FILE as KEY
 from fedraclora.protocol.method import Link, State
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import CARRIED, ModelSource, checkpoint_base, is_small
-from fedraclora.run.ledger import Ledger, read_ledger, seals
+from fedraclora.run.ledger import Ledger, Row, read_ledger, seals
 from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
 from fedraclora.weights.files import (
@@ -94,6 +94,7 @@ class RunRecorder:
 
     Attributes:
         incidents: Sentences for the next row: under what other settings the run goes on.
+        by_clients: What single clients measured: round, client, samples, metrics.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class RunRecorder:
         self.free, self.source = tuple(f"{key}:" for key in free), source
         self._link, self._carried = "", Tree()
         self.incidents: list[str] = []
+        self.by_clients: list[Row] = []
 
     def begin(self, state: State) -> None:
         """Store the initial weights, from which the chain rebuilds all later ones.

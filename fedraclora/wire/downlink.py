@@ -37,6 +37,7 @@ WEIGHTS = (None, "examples", "uniform")
 COEFFICIENTS = "coefficients"  # of factors that are computed from the last link, in float64
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
 HEADER |= {"uplink", "kind", "feedback", COEFFICIENTS}
+MEASURE, WHEN = "measure", ("before", "after")  # where clients are not asked to train
 APART = ("clients", "first")  # of a request: not the same for all of an exchange
 
 
@@ -88,7 +89,7 @@ class AskWriter:
             "layout": layout.shapes,
             "own": own_layout.shapes,
             COEFFICIENTS: beside.shapes,
-        }
+        } | ({} if request.measure is None else {MEASURE: request.measure})
         arrays = {"flat": packed_numbers(layout.pack(shared), layout, ask.kind)}
         if beside.size:
             arrays[COEFFICIENTS] = beside.pack(numbers)
@@ -155,7 +156,7 @@ class AskReader:
         """Read what all messages of an exchange share."""
         self._arrays = None  # a message that is refused is not remembered
         self._header = header = message_header(content)
-        exactly(header, HEADER, "the header of a train message")
+        exactly(header, HEADER | (header.keys() & {MEASURE}), "the header of a train message")
         layout = read_layout(header["layout"], "the layout")
         flat = read_numbers(content, "arrays", 1, layout, _kind(header["kind"], "its kind"))
         if len(flat) != layout.size:
@@ -196,6 +197,8 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
     clip = header["clip"]
     if clip is not None and not real(clip, "clip") > 0:
         raise WireError(f"clip is {shown(clip)}; a positive number is wanted")
+    if (measure := header.get(MEASURE)) not in (None, *WHEN):
+        raise WireError(f"measure is {shown(measure)}; one of {WHEN} is wanted")
     return TrainRequest(
         whole(header["round"], "its round"),
         whole(header["version"], "its version"),
@@ -206,6 +209,7 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
         clip,
         _kind(header["uplink"], "uplink"),
         flag(header["feedback"], "feedback"),
+        measure,
     )
 
 

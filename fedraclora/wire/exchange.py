@@ -38,6 +38,9 @@ class TrainRequest:
         clip: The greatest norm of the update that a client may send; None: any.
         uplink: How the clients' numbers travel (`fedraclora.protocol.quantised`).
         feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
+        measure: None: to train. ``before``: to measure the weights from which the round begins, on
+            samples that they do not train on, and to send the sums; ``after``: to train them, too,
+            and measure what comes of it, which stays with them.
     """
 
     round_: int
@@ -49,6 +52,7 @@ class TrainRequest:
     clip: float | None = None
     uplink: str = FULL
     feedback: bool = False
+    measure: str | None = None
 
 
 @dataclass(frozen=True)

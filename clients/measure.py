@@ -1,0 +1,139 @@
+"""Measures clients' weights on samples that they do not train on; what goes back are sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fedraclora.clients.client_state import restore
+from fedraclora.data.samples import Samples
+from fedraclora.errors import WireError
+from fedraclora.evaluation.clients import AFTER, ClientMeasure
+from fedraclora.protocol.method import Downlink
+from fedraclora.run.client_state import ClientStore
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.standing import standing_weights
+from fedraclora.tree import Layout, Tree
+from fedraclora.wire.exchange import Answer, Ask
+
+SMALL = "it has {} samples, of which none is held out to measure on (evaluate.share)"
+
+
+class Measurer:
+    """Answers asks to measure.
+
+    Args:
+        trainer: Has the task, and trains where what comes of that is measured, too.
+    """
+
+    def __init__(self, trainer: CohortTrainer) -> None:
+        self.trainer, self.task = trainer, trainer.task
+        self.measure = ClientMeasure.of(self.task)
+        self._shared: tuple[Tree, Downlink | None, Tree] = ({}, None, {})
+
+    def answer(self, ask: Ask, base: Tree, store: ClientStore) -> Answer:
+        """Measure the clients of an ask; one without samples for that is a failure, named.
+
+        Args:
+            ask: What is asked.
+            base: The base weights that they hold.
+            store: What they hold besides.
+
+        Raises:
+            WireError: If the run has no such samples.
+        """
+        request, held, device = ask.request, self.task.held, self.trainer.device
+        if held is None:
+            raise WireError(
+                "a message asks clients to measure, but by their config they hold no samples out: "
+                "run the server and the clients under one config"
+            )
+        sizes = held.data.sizes(request.clients.to(device)).cpu()
+        kept = torch.nonzero(sizes).flatten()
+        clients, after = request.clients[kept], request.measure == "after"
+        samples = [
+            held.data.gather(torch.tensor([c], device=device), torch.arange(n, device=device)[None])
+            for c, n in zip(clients.tolist(), sizes[kept].tolist(), strict=True)
+        ]
+        downlink = ask.own.select(kept).beside(base)
+        steps, found = torch.zeros_like(clients), Tree()
+        if samples:
+            found = self._before(ask, downlink, base, clients, store, samples)
+        if samples and after:
+            asked = replace(request, clients=clients)
+            downlink, moments, _ = restore(store, downlink, asked, base, self.trainer.local)
+            result = self.trainer.train(
+                base,
+                downlink,
+                clients,
+                round_=request.round_,
+                rate_scale=request.rate_scale,
+                moments=moments,
+            )
+            each = self._trained(base, downlink, result.trained)
+            steps, own = result.steps, self._apart(each, samples)
+            found |= {AFTER + name: value for name, value in own.items()}
+        layout = Layout.of(found, skip=1)
+        small = torch.nonzero(sizes == 0).flatten()
+        whole = self.task.train.sizes(request.clients[small].to(device)).tolist()
+        return Answer(
+            request.round_,
+            request.version,
+            request.first,
+            clients,
+            losses=torch.zeros(len(clients), dtype=torch.float64),
+            samples=sizes[kept],
+            steps=steps,
+            pieces=(layout.pack(found, lead=1) if found else torch.zeros(0, 0).double(),),
+            failures={
+                c: SMALL.format(n)
+                for c, n in zip(request.clients[small].tolist(), whole, strict=True)
+            },
+            layout=layout,
+        )
+
+    def _before(
+        self,
+        ask: Ask,
+        downlink: Downlink,
+        base: Tree,
+        clients: torch.Tensor,
+        store: ClientStore,
+        samples: list[Samples],
+    ) -> Tree:
+        """Measure the weights from which a round begins: as one batch where all have the same."""
+        stays = {n for n, slot in downlink.trained().items() if not slot.upload}
+        if not stays and not any(f.per_client for f in downlink.named.values()):
+            known, of, weights = self._shared
+            if known is not base or of is not ask.downlink:  # it serves all chunks of an exchange
+                weights = self._standing(base, downlink, {})
+                self._shared = base, ask.downlink, weights
+            return self._sent(weights, samples)
+        owned = (store.weights_of(c, ask.request.round_) for c in clients.tolist())
+        each = [
+            self._standing(base, downlink.of_one(k), {n: t for n, t in own.items() if n in stays})
+            for k, own in enumerate(owned)
+        ]
+        return self._apart(each, samples)
+
+    def _standing(self, base: Tree, downlink: Downlink, own: Tree) -> Tree:
+        return standing_weights(base, downlink, self.trainer.plan, own, self.trainer.local.scalings)
+
+    def _trained(self, base: Tree, downlink: Downlink, trained: Tree) -> list[Tree]:
+        """Compute the weights of each client from what it has trained."""
+        count = len(next(iter(trained.values())))
+        return [
+            self._standing(base, downlink.of_one(k), {n: t[k] for n, t in trained.items()})
+            for k in range(count)
+        ]
+
+    def _apart(self, each: Sequence[Tree], samples: Sequence[Samples]) -> Tree:
+        pairs = zip(each, samples, strict=True)
+        found = [self._sent(weights, [own]) for weights, own in pairs]
+        return {name: torch.cat([sent[name] for sent in found]) for name in found[0]}
+
+    def _sent(self, weights: Tree, samples: Sequence[Samples]) -> Tree:
+        size = 1 if self.task.held is None else self.task.held.batch_size
+        return self.measure.sent(self.task, weights, samples, size)

@@ -1,0 +1,121 @@
+"""Samples that each client measures on and never trains on: a share of its own, by its id alone.
+
+A client's samples are put into an order that is drawn from the seed and its id. Its first ones are
+for the test, the next for validation where that is asked for, and it trains on what is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fedraclora.data.samples import ClientData, Partitioned, Samples
+from fedraclora.rng import cohort_permutations, hash_key
+
+AT_ONCE = 256  # clients whose rows are looked up together
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A part of each client's samples, as data of clients.
+
+    Attributes:
+        whole: All samples of all clients.
+        share: Of each client's samples, what is held out for one use.
+        seed: Of the run.
+        held: Whether this is what is held out; else it is the rest.
+        split: What is measured on: test, or validation, which is held out beside the test.
+    """
+
+    whole: ClientData
+    share: float
+    seed: int
+    held: bool
+    split: str = "test"
+    _last: list[Rows] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return self.whole.num_clients
+
+    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
+        """Number of samples of each client: int64 [K]; 0 where nothing can be held out."""
+        first, end = self._bounds(self.whole.sizes(clients))
+        return end - first
+
+    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
+        """Take samples by position in the part: ids [K], positions [K, b] -> K * b rows."""
+        return self.whole.gather(clients, self.places(clients, positions))
+
+    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Tokens without padding, int64 like ``positions``; None where samples have no mask."""
+        shape = positions.shape
+        found = self.whole.lengths(clients, self.places(clients, positions.flatten(1)))
+        return None if found is None else found.reshape(shape)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Portion:
+        """Move to a device; floating samples take ``dtype`` when given."""
+        return Portion(self.whole.to(device, dtype), self.share, self.seed, self.held, self.split)
+
+    def places(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Find positions in the client of positions in the part: int64 [K, b], both.
+
+        Padded positions may point past the part; the caller masks them.
+        """
+        if not self._last or not torch.equal(self._last[0][0][: len(clients)], clients):
+            sizes = self.whole.sizes(clients)
+            key = hash_key(self.seed, "held out")
+            first, _ = self._bounds(sizes)
+            self._last[:] = [(clients, first, cohort_permutations(key, clients, sizes, 0))]
+        _, first, order = self._last[0]  # still training are the first of them
+        order, first = order[: len(clients)], first[: len(clients)]
+        return order.gather(1, (first[:, None] + positions).clamp(max=order.shape[1] - 1))
+
+    def _bounds(self, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find where the part begins and ends in the order of each client, int64 [K] each."""
+        wanted = (sizes.double() * self.share + 0.5).long()
+        test = wanted.minimum(sizes - 1).clamp(min=0)  # something is left to train on
+        if self.split == "test":
+            return (torch.zeros_like(test), test) if self.held else (test, sizes)
+        both = (test + wanted).minimum(sizes - 1).clamp(min=0)
+        return (test, both) if self.held else (both, sizes)
+
+
+def hold_out_of_clients(
+    data: ClientData, share: float | None, seed: int, split: str = "test"
+) -> tuple[ClientData, ClientData | None]:
+    """Part each client's samples into what it trains on and what it measures on.
+
+    Args:
+        data: Of all clients. Not modified.
+        share: Of each client's samples, in (0, 1), rounded to the nearest count; each client keeps
+            one to train on. None: nothing is held out.
+        seed: Of the run.
+        split: As in `Portion`.
+
+    Returns:
+        Both, over the same samples. What a client has of each is a function of the seed, its id and
+        the number of its samples.
+    """
+    if share is None:
+        return data, None
+    parts = tuple(Portion(data, share, seed, held, split) for held in (False, True))
+    train, held = (_rows_of(data, p) for p in parts) if isinstance(data, Partitioned) else parts
+    return train, held
+
+
+def _rows_of(data: Partitioned, part: Portion) -> Partitioned:
+    """Look the rows of a part up, so that they cost what those of any division cost."""
+    sizes = part.sizes(torch.arange(data.num_clients))
+    found = []
+    for ids in torch.arange(data.num_clients).split(AT_ONCE):
+        count = sizes[ids]
+        place = torch.arange(int(count.max())).expand(len(ids), -1)
+        rows = data.rows_at(ids, part.places(ids, place))
+        rows = rows.masked_fill(place >= count[:, None], len(data.samples)).sort(dim=1).values
+        found.append(rows[rows < len(data.samples)])
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    return Partitioned(data.samples, torch.cat(found), offsets)

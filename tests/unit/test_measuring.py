@@ -1,0 +1,121 @@
+"""Clients measure on samples of their own: the split, the sums, and the row of a round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedraclora
+from fedraclora.data.held import hold_out_of_clients
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.evaluation.clients import spread
+from fedraclora.evaluation.evaluate import evaluate
+from tests.common import normal
+
+SIZES = (1, 3, 10, 40)
+
+
+def clients_of(sizes: tuple[int, ...] = SIZES) -> Partitioned:
+    """Clients of unequal sizes, whose rows are told apart by their numbers."""
+    rows = np.random.default_rng(0).permutation(sum(sizes))
+    table = Samples({"x": torch.arange(sum(sizes)).double()[:, None]}, torch.arange(sum(sizes)))
+    return Partitioned.of(table, np.split(rows, np.cumsum(sizes)[:-1]))
+
+
+def rows_of(data: Any, client: int) -> list[int]:
+    """The rows of the table that a client has."""
+    size = int(data.sizes(torch.tensor([client])))
+    found: list[int] = data.gather(torch.tensor([client]), torch.arange(size)[None]).target.tolist()
+    return found
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_what_is_held_out_is_never_trained_on_and_is_of_seed_and_client_alone(
+    split: str,
+) -> None:
+    whole = clients_of()
+    train, held = hold_out_of_clients(whole, 0.2, 5, split)
+    lazy = hold_out_of_clients(Hidden(whole), 0.2, 5, split)  # type: ignore[arg-type]
+    for client, size in enumerate(SIZES):
+        own = rows_of(train, client), rows_of(held, client)
+        assert len(own[0]) >= 1
+        assert not {*own[0]} & {*own[1]}
+        assert {*own[0], *own[1]} <= {*rows_of(whole, client)}
+        assert split == "validation" or len(own[0]) + len(own[1]) == size
+        assert tuple(map(sorted, own)) == tuple(sorted(rows_of(part, client)) for part in lazy)
+    assert rows_of(held, 0) == []
+    other = hold_out_of_clients(whole, 0.2, 6, split)[1]
+    assert rows_of(other, 3) != rows_of(held, 3)
+    if split == "validation":  # what the test is measured on is left alone
+        test = hold_out_of_clients(whole, 0.2, 5)[1]
+        assert not {*rows_of(test, 3)} & {*rows_of(train, 3), *rows_of(held, 3)}
+
+
+class Hidden:
+    """Client data of which nothing is known but what every data set has."""
+
+    def __init__(self, data: Partitioned) -> None:
+        self.data = data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)
+
+
+def moons(clients: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Clients of unequal sizes with two classes."""
+    found = []
+    for k in range(clients):
+        g = torch.Generator().manual_seed(k)
+        x = torch.randn(5 + 7 * k, 3, generator=g, dtype=torch.float64)
+        found.append((x, (x[:, 0] + 0.3 * k > x[:, 1]).long()))
+    return found
+
+
+def net() -> torch.nn.Module:
+    layers = torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+    for i in (0, 2):
+        layers[i].weight.data = normal(*layers[i].weight.shape, key=i) / 2  # type: ignore[union-attr]
+        layers[i].bias.data.zero_()  # type: ignore[union-attr]
+    return torch.nn.Sequential(*layers).double()
+
+
+def simulated(*words: str, **given: Any) -> Any:
+    """Run three rounds in which clients measure."""
+    settings = {"method": "fed_rac_lora", "rounds": 3, "clients": 6, "cohort": 4} | given
+    common = ("evaluate.share=0.4", "local.lr=0.1", "output.progress=false")
+    return fedraclora.simulate(*common, *words, model=net(), data=moons(), **settings)
+
+
+@pytest.mark.parametrize(
+    "method", ["fed_rac_lora", "fedavg_lora", "ffa_lora", "fedavg", "flora_stacking"]
+)
+def test_the_metrics_of_clients_pooled_are_those_of_their_samples_together(method: str) -> None:
+    run = simulated("evaluate.clients=all", "engine.chunk=2", method=method)
+    task = run.built().task
+    sizes = task.held.data.sizes(torch.arange(6)).tolist()
+    own = [
+        task.held.data.gather(torch.tensor([k]), torch.arange(n)[None]) for k, n in enumerate(sizes)
+    ]
+    assert len(set(sizes)) > 3
+    weights, metrics = run.weights(), ("accuracy", "loss")
+    whole = evaluate(task.model, weights, Samples.join(own), task.loss, metrics)
+    each = [evaluate(task.model, weights, samples, task.loss, metrics) for samples in own]
+    column = run.rows[-1]["clients"]
+    for name in metrics:
+        assert column[name]["pooled"] == pytest.approx(whole[name], abs=1e-12)
+        values = [found[name] for found in each]
+        assert column[name]["mean"] == pytest.approx(np.mean(values), abs=1e-12)
+        assert column[name]["max"] == pytest.approx(max(values), abs=1e-12)
+    assert (column["n"], column["samples"]) == (6, sum(sizes))
+
+
+def test_the_spread_has_the_worst_tenth_by_the_direction_of_the_metric() -> None:
+    values = np.array([*range(1, 12), np.nan], dtype=float)
+    score, loss = spread("accuracy", values, 0.5), spread("loss", values, 0.5)
+    assert (score["worst10"], score["best10"]) == (1.5, 10.5)  # two of eleven
+    assert (loss["worst10"], loss["best10"]) == (10.5, 1.5)
+    assert (score["mean"], score["median"], score["pooled"]) == (6.0, 6.0, 0.5)
+    assert score["std"] == pytest.approx(np.std(np.arange(1, 12)))
