@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fedraclora.errors import WireError
@@ -105,7 +107,7 @@ def keep(
             stored |= keeper.end(before, downlink, directions)
     if not stored:
         return
-    sound = torch.isfinite(result.losses)
+    sound = result.losses < math.inf  # a NaN is not
     if among is not None:
         sound &= among
     for tensor in stored.values():

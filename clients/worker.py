@@ -16,7 +16,7 @@ from fedraclora.aggregation.statistics import shortened
 from fedraclora.clients.client_state import keep, restore
 from fedraclora.clients.measure import Measurer
 from fedraclora.clients.secure import answer_stage, masked_reply
-from fedraclora.errors import OF_THE_RUN, ConfigError, WireError
+from fedraclora.errors import OF_THE_RUN, ClientError, ConfigError, WireError
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
@@ -128,6 +128,7 @@ class Worker:
         if request.measure is not None:
             return self.measurer.answer(ask, base, self.store)
         downlink = downlink.beside(base)
+        self.trainer.recall = self.store.recall
         held = restore(self.store, downlink, request, base, self.trainer.local)
         downlink, moments, residues = held
         coded = Coded() if request.uplink in ROUNDED else None
@@ -168,11 +169,14 @@ class Worker:
             raise
         except Exception as error:  # whatever a model or data set raises is the client's
             failure, starved = f"{type(error).__name__}: {error}", is_out_of_memory(error)
-            if not starved:
-                log.warning("round %d: clients failed", request.round_, exc_info=True)
+            if not starved:  # what is said of a training function needs no traceback
+                shown = not isinstance(error, ClientError) or error.__cause__ is not None
+                log.warning("round %d: clients failed", request.round_, exc_info=shown)
         # Out of the handler: the error's traceback would keep the attempt's memory alive.
         if result is not None:
             local = self.trainer.local
+            for client, state in result.states.items():
+                self.store.remember(client, request.round_, state)
             if request.clip is not None:  # first: what clients keep is what they send
                 result = sending(partial(shortened, bound=request.clip), result, part, base)
             if job.coded is not None:

@@ -112,6 +112,7 @@ def lend_all(
     beside: Mapping[str, Any],
     *,
     whole: bool,
+    own: bool = False,
 ) -> Lent:
     """Lend what is an object; leave names and mappings to the config.
 
@@ -122,6 +123,7 @@ def lend_all(
         partition: How data are divided.
         beside: What goes with data of the program, None where it was not said.
         whole: Whether they are laid over a whole config, such as `Run.config`.
+        own: Whether a function of the user's trains.
 
     Raises:
         ConfigError: If something is of no kind that is known, or is said of data that are a choice.
@@ -176,7 +178,7 @@ def lend_all(
         lent.keys |= {} if data is None else {"data": data}
     else:
         lent.words += OF_FRAME if is_frame(data) else OF_DATA
-        lent.data = partial(lend_data, data, partitioner=partitioner)
+        lent.data = partial(lend_data, data, partitioner=partitioner, own=own)
         lent.options = options
     return lent
 
@@ -259,8 +261,5 @@ def trained_by(train: object, plain: PlainDict) -> PlainDict:
     if not isinstance(train, str) and not callable(train):
         raise ConfigError(f"train is {train!r:.100}; a function of a round is wanted")
     if not isinstance(train, str):
-        import cloudpickle
-
-        digest = hashlib.sha256(cloudpickle.dumps(train)).hexdigest()[:16]
-        train = lend(train, f"{getattr(train, '__name__', type(train).__name__)}@{digest}")
+        train = lend(train)
     return {**plain, "local": {**local, "train": train}}

@@ -136,7 +136,7 @@ def simulate(
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
     beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
     whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
-    lent = lend_all(model, data, method, partition, beside, whole=whole)
+    lent = lend_all(model, data, method, partition, beside, whole=whole, own=train is not None)
     if train is not None:
         lent.words.append("local=own")
     plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)

@@ -25,6 +25,7 @@ from fedraclora.protocol.method import Downlink
 from fedraclora.rng import cohort_bits, generator, hash_key
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
+from fedraclora.training.own.trainer import OwnTrainer
 from fedraclora.tree import Layout, Tree
 
 
@@ -253,3 +254,7 @@ class AttackedTrainer(CohortTrainer):
             trained[name] = trained[name].clone()
             trained[name][hit] = tensor.to(trained[name])
         return replace(result, trained=trained)
+
+
+class AttackedOwnTrainer(AttackedTrainer, OwnTrainer):
+    """The same, where a function of the user's trains."""

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from threadpoolctl import threadpool_limits
 
-from fedraclora.attacks.attack import AttackedTrainer, LabelFlip
-from fedraclora.binding import bind, build
+from fedraclora.attacks.attack import AttackedOwnTrainer, AttackedTrainer, LabelFlip
+from fedraclora.binding import bind, build, object_of
 from fedraclora.config.run_config import TaskConfig, parted
 from fedraclora.config.schema import Plain, section, without
 from fedraclora.config.settings import EvaluateConfig, Selection
@@ -33,13 +33,11 @@ from fedraclora.data.task import HeldOut, Task
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.generate import Answering
-from fedraclora.imports import import_function, is_function
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
 from fedraclora.narrow_weight import QuantisedWeight
-from fedraclora.objects import lent
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST_CLIENTS, SecAgg, SecAggTerms
 from fedraclora.protocol.cohorts import check_cohort
@@ -50,6 +48,11 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import keep_freed_memory
 from fedraclora.training.own.trainer import OwnTrainer
 
+# What trains, with attackers and without: the project's loop, and a function of the user's.
+KINDS: tuple[tuple[type[AttackedTrainer], type[CohortTrainer]], ...] = (
+    (AttackedTrainer, CohortTrainer),
+    (AttackedOwnTrainer, OwnTrainer),
+)
 PRETRAINED_KEPT = 8  # models in one process
 
 _PRETRAINED: dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]] = {}
@@ -109,29 +112,18 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
     task, attack = built.task, config.attack
     if isinstance(attack, LabelFlip):
         task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
-    if config.local.train is not None:
-        return own_trainer(config, replace(built, task=task), plan)
-    kind = partial(AttackedTrainer, attack=attack) if attack.share else CohortTrainer
-    return kind(
-        task,
-        plan,
-        config.local,
-        seed=config.seed,
-        device=built.device,
-        precision=config.precision,
-    )
-
-
-def own_trainer(config: TaskConfig, built: BuiltTask, plan: Plan) -> OwnTrainer:
-    """Build what has a function of the user's train."""
-    name = str(config.local.train)
-    function = import_function("local.train", name) if is_function(name) else lent("train", name)
-    if config.local.parameters:
-        function = partial(function, **config.local.parameters)
-    task, local = built.task, config.local
-    return OwnTrainer(
-        task, plan, local, seed=config.seed, device=built.device, train=function, name=name
-    )
+    local = config.local
+    given: dict[str, Any] = {"seed": config.seed, "device": built.device}
+    if local.train is None:
+        given |= {"precision": config.precision}
+    else:
+        own = {"name": local.train, **(local.parameters or {})}
+        given |= {"function": object_of("local.train", own), "name": local.train}
+        given["timeout"] = local.timeout
+    attacked, plain = KINDS[local.train is not None]
+    if attack.share:
+        return attacked(task, plan, local, **given, attack=attack)
+    return plain(task, plan, local, **given)
 
 
 def terms_of(config: TaskConfig, built: BuiltTask) -> SecAggTerms | None:
@@ -222,7 +214,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     brought = [data.train, *(parts.found if isinstance(parts, Brought) else ())]
     if not data.measures_training:
         refuse_shared(brought, data.test)
-    tables = [table for table in (*brought, data.test) if len(table)]
+    tables = [table for table in (*brought, data.test) if len(table) and table.inputs]
     for table in tables:
         check_fit(built.model, table.inputs)
     floats = (t.dtype for t in data.train.inputs.values() if t.is_floating_point())

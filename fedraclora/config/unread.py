@@ -20,6 +20,7 @@ from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import ConfigError, UnreadKeysError, nearest
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import Method
+from fedraclora.training.extras.settings import LocalSettings
 
 if TYPE_CHECKING:
     from fedraclora.config.run_config import RunConfig
@@ -46,8 +47,23 @@ class Rule:
     reader: str
 
 
+# What is told to a user's training function, the step sizes' scale over rounds among it.
+READ_BY_OWN = {"train", "parameters", "timeout", "schedule", "warmup", "restart_every", "final"} | {
+    "step_every",
+    "step_factor",
+}
 UNEQUAL = "sizes that are not constant (lognormal, pareto)"
 RULES = (
+    Rule(
+        [f"local.{field.name}" for field in fields(LocalSettings) if field.name not in READ_BY_OWN],
+        lambda c: not c.local.is_own,
+        "the project's own loop, and with local=own your function trains instead",
+    ),
+    Rule(
+        ["engine.chunk"],
+        lambda c: not c.local.is_own or c.engine.chunk == 1,
+        "batches of clients, and with local=own your function trains one at a time",
+    ),
     Rule(["local.epochs"], lambda c: c.local.steps is None, "local.steps=null"),
     Rule(["local.damping"], lambda c: c.local.adjust != "none", "local.adjust"),
     Rule(
@@ -216,6 +232,11 @@ def refuse_misfits(config: RunConfig) -> None:
         raise ConfigError(
             "local is own, and local.train names no training function: set local.train=module:name "
             "(in Python fedraclora.simulate(train=function))"
+        )
+    if config.local.is_own and config.precision != "float32":
+        raise ConfigError(
+            f"precision is {config.precision}, which the project's own loop reads; with local=own "
+            "your function says how it computes: leave precision out"
         )
     if isinstance(config.engine, DeployConfig):
         _check_deployed(config, config.engine)

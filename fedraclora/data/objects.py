@@ -34,7 +34,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import TableForm, of_frames
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import failure_of
-from fedraclora.objects import lend, lent
+from fedraclora.objects import fingerprint, lend, lent
 from fedraclora.rng import generator
 from fedraclora.tree import digest
 
@@ -51,6 +51,7 @@ def lend_data(
     metrics: Sequence[str] | None = None,
     classes: int | None = None,
     frame: Mapping[str, Any] | None = None,
+    own: bool = False,
 ) -> dict[str, object]:
     """Make a data set of what a program has, and lend it; give the group of the config for it.
 
@@ -68,6 +69,7 @@ def lend_data(
         metrics: Names of metrics, the headline first; None: those usual for the loss.
         classes: Number of outputs; None: as the targets have.
         frame: How rows of a frame are read: fields of `TableForm`.
+        own: Whether a function of the user's trains: then clients may have what is no table.
 
     Returns:
         The ``digest`` of the numbers, the ``loss`` and the ``metrics``.
@@ -83,6 +85,8 @@ def lend_data(
     if is_frame(data):
         columns = {"client": client, "target": target, "loss": loss, "metrics": metrics}
         return lend_set(of_frame(data, test, **columns, **(frame or {})))  # type: ignore[arg-type]
+    if own and not is_table(data, target):
+        return lend_set(unread(data, test, partitioner, client, target, loss, metrics))
     tables, parts, owners = samples_of(data, partitioner, client, target)
     held_out = None if test is None else table_of(test, "test", target)
     loss, source = objective_of(loss, tables, model)
@@ -193,6 +197,71 @@ def samples_of(
     owners = np.asarray(column_of(data, client, "client"))
     rest = data.remove_columns([client])  # type: ignore[attr-defined]
     return [table_of(rest, "data", target)], None, owners
+
+
+def is_table(data: object, target: str | None) -> bool:
+    """Tell whether samples are rows of numbers, or pairs, which are to be rows of numbers."""
+    first = (listed_tables(data) or [None])[0] if is_clients(data) else data
+    if isinstance(first, tuple | list | Samples):
+        return True
+    try:
+        table_of(first, "data", target)
+    except DataError:
+        return False
+    return True
+
+
+def unread(
+    data: Any,
+    test: object,
+    partitioner: Any,
+    client: str | None,
+    target: str | None,
+    loss: str | None,
+    metrics: Sequence[str] | None,
+) -> DataSet:
+    """Take objects as they are, which a training function alone reads: texts, images, paths.
+
+    A stand-in has a row for each of theirs, by which they are divided. The arguments are those of
+    `lend_data`.
+    """
+    if test is not None and loss is None:
+        raise ConfigError("test=... is measured with a loss, and no table tells it: say loss=...")
+    objects = listed_tables(data) if is_clients(data) else [data]
+    if not objects:
+        raise DataError("data is an empty list; the samples of one or more clients are wanted")
+    sizes = [len(each) if hasattr(each, "__len__") else 1 for each in objects]
+    if not all(sizes):
+        raise DataError(f"data, client {sizes.index(0)}: it has no samples; one or more are wanted")
+    parts: list[RowNumbers] | None = None
+    columns = {}
+    if is_clients(data):
+        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    elif partitioner is not None:
+        parts = divided_by(data, partitioner)
+    elif client is not None:
+        columns = {"client": np.asarray(column_of(data, client, "client"))}
+    nothing = Samples({}, torch.zeros(0, dtype=torch.int64))
+    measured = nothing if test is None else table_of(test, "test", target)
+    loss = loss or "cross_entropy"
+    usual = USUAL_METRICS.get(loss, USUAL_METRICS["cross_entropy"])
+    classes = None if test is None else outputs_for([measured], loss)
+    source = "said" if test is not None else "no test samples, so none is measured"
+    return DataSet(
+        train=Samples({}, torch.zeros(sum(sizes), dtype=torch.int64)),
+        test=measured,
+        classes=int(classes or 1),
+        loss=loss,
+        metrics=tuple(metrics or usual) if test is not None else (),
+        columns=columns,
+        sample_shape=(),
+        parts=parts,
+        info={
+            "source": "objects of a Python program, which your training function reads",
+            "loss_from": source,
+        },
+        entries=Entries.of(objects, sizes),
+    )
 
 
 def table_of(found: object, where: str, target: str | None = None) -> Samples:
@@ -380,5 +449,7 @@ def data_digest(data: DataSet) -> str:
         h.update(part.tobytes() + b"|")
     for name, values in data.columns.items():
         h.update(f"{name}|{values.tolist()}".encode())
+    for each in data.entries.objects if data.entries and not data.train.inputs else ():
+        h.update(str(getattr(each, "_fingerprint", None) or fingerprint(each)).encode())
     h.update(repr((data.loss, data.metrics, data.classes)).encode())
     return h.hexdigest()[:32]

@@ -19,6 +19,7 @@ from fedraclora.errors import ClientError, DivergenceError, ShapeError
 from fedraclora.tree import Layout, Tree
 
 SUM_BLOCK = 32
+UNSAID = -math.inf  # the training loss of a client that does not say it
 CALMER = "lower local.lr"  # what is advised where a client's numbers are not finite
 AT_ONCE = 1 << 17  # numbers in float64, which then stay in the cache
 TILE = 1 << 15  # of them where each is read and written for every client
@@ -264,7 +265,7 @@ def check_rows(
     Args:
         clients: int64 [K].
         weights: float64 [K].
-        losses: Mean training loss of each client [K].
+        losses: Mean training loss of each client [K], or `UNSAID`.
         pieces: The columns of the rows, [K, p] each, side by side.
         norms: Of the rows [K], where they are known.
 
@@ -276,9 +277,9 @@ def check_rows(
     refused: list[Refusal] = []
     each = zip(found.tolist(), losses.tolist(), weights.tolist(), strict=True)
     for k, (norm, loss, weight) in enumerate(each):
-        if norm <= longest and -inf < loss < inf and 0.0 < weight < inf:  # a NaN is not
+        if norm <= longest and loss < inf and 0.0 < weight < inf:  # a NaN is not
             continue
-        if not math.isfinite(loss):
+        if not loss < inf:
             reason = f"its training loss is {loss}; lower local.lr or set local.clip"
         elif not norm <= longest:
             reason = "its update has a NaN or an infinity; lower local.lr or set local.clip"

@@ -16,6 +16,7 @@ from fedraclora.tree import Layout, Tree, below, difference
 
 GENERATIONS = 2
 KEPT = "store/kept/"  # of the names of `ClientStore.secrets` among tensors
+STATES = "store/states/"  # of those of what a user's training function keeps
 MOMENTS = "moments/"
 # What clients keep that is no part of their models.
 NO_WEIGHTS = (MOMENTS, "variates/", "residue/")
@@ -45,6 +46,18 @@ class ClientStore:
         self.generations = generations
         self.secrets: dict[int, bytes] = {}
         self._entries: dict[int, list[Entry]] = {}
+        self._states: dict[int, dict[int, bytes]] = {}
+
+    def recall(self, client: int, round_: int) -> bytes:
+        """Read what a user's training function has kept for a client before a round."""
+        earlier = {r: state for r, state in self._states.get(client, {}).items() if r < round_}
+        return earlier[max(earlier)] if earlier else b""
+
+    def remember(self, client: int, round_: int, state: bytes) -> None:
+        """Keep what a user's training function keeps for a client, after a round."""
+        kept = {r: old for r, old in self._states.get(client, {}).items() if r < round_}
+        newest = sorted({**kept, round_: state}.items())[-self.generations :]
+        self._states[client] = dict(newest)
 
     def read(
         self, clients: torch.Tensor, round_: int, default: Tree, link: int | None = None
@@ -126,18 +139,22 @@ class ClientStore:
 
     def state(self) -> Tree:
         """Tensors for a checkpoint."""
-        return _packed(dict(sorted(self._entries.items())))
+        return _packed(dict(sorted(self._entries.items()))) | self._told(0, [*self._states])
 
     def part(self, clients: list[int], round_: int) -> Tree:
         """What clients held before a round, in the form of `state`: to train elsewhere."""
         earlier = {c: [e for e in self._entries.get(c, []) if e.round_ < round_] for c in clients}
-        return _packed({c: entries[-1:] for c, entries in earlier.items()}) | self._secrets(clients)
+        found = _packed({c: entries[-1:] for c, entries in earlier.items()})
+        return found | self._secrets(clients) | self._told(0, clients)
 
     def absorb(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep what clients hold that trained elsewhere: the `state` of another store."""
         other = ClientStore()
         other.restore(tensors)
         self.secrets |= other.secrets
+        for client, states in other._states.items():
+            for round_, state in sorted(states.items()):
+                self.remember(client, round_, state)
         for client, entries in other._entries.items():
             for entry in entries:
                 self._keep(client, entry)
@@ -145,11 +162,16 @@ class ClientStore:
     def since(self, round_: int) -> Tree:
         """What was staged in a round or later, in the form of `state`."""
         later = {c: [e for e in own if e.round_ >= round_] for c, own in self._entries.items()}
-        return _packed(dict(sorted(later.items()))) | self._secrets(list(self.secrets))
+        found = _packed(dict(sorted(later.items()))) | self._secrets(list(self.secrets))
+        return found | self._told(round_, [*self._states])
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""
         self.secrets = {int(c): bytes(t.tolist()) for c, t in below(tensors, KEPT).items()}
+        self._states = {}
+        for name, state in below(tensors, STATES).items():
+            whose, _, when = name.partition("/")
+            self._states.setdefault(int(whose), {})[int(when)] = state.numpy().tobytes()
         found: list[tuple[int, Entry]] = []
         group = "store"
         while f"{group}/keys" in tensors:
@@ -167,6 +189,15 @@ class ClientStore:
         """Write secrets as tensors of bytes: to travel with what else a client holds."""
         secrets = {c: self.secrets[c] for c in clients if c in self.secrets}
         return {f"{KEPT}{c}": torch.tensor(list(s), dtype=torch.uint8) for c, s in secrets.items()}
+
+    def _told(self, first: int, clients: list[int]) -> Tree:
+        """Write the states of some clients from a round on as tensors of bytes."""
+        each = ((c, r, s) for c in sorted(clients) for r, s in self._states.get(c, {}).items())
+        return {
+            f"{STATES}{c}/{r}": torch.frombuffer(bytearray(s), dtype=torch.uint8)
+            for c, r, s in each
+            if r >= first and s
+        }
 
     def _keep(self, client: int, entry: Entry) -> None:
         older = [e for e in self._entries.get(client, []) if e.round_ < entry.round_]

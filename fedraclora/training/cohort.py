@@ -8,6 +8,8 @@ differently).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,6 +23,7 @@ from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.pool import Pool, Terms, fold_pools, parameters
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
 from fedraclora.protocol.recipes import RECIPES, keep_gradient
+from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import generator, hash_key
 from fedraclora.training.extra import Hook, LocalResult, Optimiser, When
 from fedraclora.training.galore import GaLore
@@ -72,6 +75,9 @@ class CohortTrainer:
         self.loss = loss_function(task.loss)
         self.dtype = wide(next(task.model.parameters()).dtype)
         self.answer_key: bytes | None = None  # a real client puts one of its own here
+        self.recall: Callable[[int, int], bytes] | None = (
+            None  # what its clients kept, from a store
+        )
         self.former = next((e for e in local.extras if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], CohortProgram] = {}
         self._pools: tuple[Tree, dict[str, Pool], tuple[Tree, Terms]] | None = None
@@ -125,6 +131,7 @@ class CohortTrainer:
             chunk.program.context.clear()
         if isinstance(optimiser, GradientMean):
             values = optimiser.means(schedule.steps)
+        losses[losses == UNSAID] = math.nan  # this one has been computed
         moments = optimiser.moments(schedule.steps)
         values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
         return LocalResult(

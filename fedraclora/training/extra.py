@@ -31,6 +31,7 @@ class LocalResult:
         steps: Local steps taken, int64 [K].
         samples: Training samples of each client, unpacked, int64 [K].
         moments: Of their optimisers where these live on (`moments`), [K, ...] by name.
+        states: What a user's training function keeps for clients, by id.
     """
 
     trained: Tree
@@ -38,6 +39,7 @@ class LocalResult:
     steps: torch.Tensor
     samples: torch.Tensor
     moments: Tree = field(default_factory=dict)
+    states: dict[int, bytes] = field(default_factory=dict)
 
 
 def join_results(results: Sequence[LocalResult]) -> LocalResult | None:

@@ -102,6 +102,11 @@ class LocalConfig(Limited, group="local"):
         """What is added to plain local training."""
         return ()
 
+    @property
+    def is_own(self) -> bool:
+        """Return whether a function of the user's trains, and none of this loop's keys is read."""
+        return False
+
     def extra_of(self, kind: type[Extra]) -> Extra | None:
         """Return the extra of a kind; None if there is none."""
         return next((extra for extra in self.extras if isinstance(extra, kind)), None)
@@ -219,8 +224,10 @@ def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) ->
 
     Returns:
         ``lr`` (of the trained factor), and under SGD the least and largest gamma where layers are
-        sketched.
+        sketched; nothing where the steps are those of a function of the user's.
     """
+    if local.is_own:
+        return {}
     rate = local.rate(main=True, rate_scale=rate_scale)
     if local.optimiser != "sgd":
         return {"lr": rate}

@@ -14,7 +14,14 @@ from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.rank_budgets import check_budgets, uploaded_numbers, widen
-from fedraclora.protocol.uplinks import Refusal, Uplinks, check_rows, sum_blocks, too_many
+from fedraclora.protocol.uplinks import (
+    UNSAID,
+    Refusal,
+    Uplinks,
+    check_rows,
+    sum_blocks,
+    too_many,
+)
 from fedraclora.strategies.server.cohort_sum import CohortSum
 from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
@@ -227,7 +234,12 @@ class Exchange:
             joined = self._joined(name)
             return joined if used is None else joined[used]
 
-        self.mean_loss = float(of("losses").to(weights.dtype) @ weights / weights.sum())
+        losses = of("losses").to(weights.dtype)
+        said = losses != UNSAID
+        if said.all():
+            self.mean_loss = float(losses @ weights / weights.sum())
+        elif said.any():
+            self.mean_loss = float(losses[said] @ weights[said] / weights[said].sum())
         self.steps = int(of("steps").sum())
         if self.loop.uplink != FULL:
             self.rounding = float(of("rounding").mean())

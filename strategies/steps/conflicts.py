@@ -149,10 +149,12 @@ def _begun(factor: Factor) -> bool:
 # What a run may have, by name: whether it has it, or the value that it has; empty: it has not.
 FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     "engine=deploy": lambda s: s.run.loop.guarded,
+    "local=own": lambda s: s.run.local.is_own,
     "an attack": lambda s: s["attack"].share > 0 and f"attack={s['attack'].name}",
     "an attack whose clients collude": lambda s: (
         s["attack"].colludes and f"attack={s['attack'].name}"
     ),
+    "attack=label_flip": lambda s: s["attack"].name == "label_flip",
     "another aggregator than mean": lambda s: s.rule,
     "a rule that looks at single updates": lambda s: s["aggregator"].individuals and s.rule,
     "a rule that makes one vector of a cohort": lambda s: s["aggregator"].estimates and s.rule,
@@ -197,6 +199,7 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
         s.server_space == "factors" and s["server_optimiser"].adapts
     ),
     "system": lambda s: s.run.devices.system.enabled,
+    "devices that take time": lambda s: s.run.devices.system.timed,
     "system.buffer": lambda s: s.run.devices.system.buffer is not None,
     "local moments that live on": lambda s: _moments(s.run.local),
     "local.weight_decay": lambda s: (
@@ -255,6 +258,9 @@ IN_ROUNDS: dict[str, Callable[[Setup], bool | str]] = {
     ),
     "a round without a mean gradient": lambda s: _no_mean_gradient(s.sent),
     "clients that send gradients": lambda s: not s.recipe.steps,
+    "steps of the project's loop alone": lambda s: (
+        s.sent.recipe != "plain" and f"the recipe {s.sent.recipe}"
+    ),
 }
 FEATURES |= IN_ROUNDS
 

@@ -76,6 +76,11 @@ class LocalSettings(LocalConfig):
 
     @property
     @override
+    def is_own(self) -> bool:
+        return self.train is not None
+
+    @property
+    @override
     def extras(self) -> tuple[LocalExtra, ...]:
         return (
             *([SampleLevel(self.dp)] if self.dp is not None else ()),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import io
 import random  # noqa: TID251  (a function of the user's may draw from it)
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +18,11 @@ from typing_extensions import override
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.imports import failure_of
+from fedraclora.narrow_weight import dense
+from fedraclora.protocol.link import Link, apply_link
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.rank_budgets import trainable
+from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import hash_key
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
@@ -23,7 +30,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import materialise
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.training.own.round import Asked, Round, Trained
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, widened
 
 Train = Callable[[Round], Trained]
 
@@ -37,8 +44,9 @@ class OwnTrainer(CohortTrainer):
         local: Settings; its loop is not used.
         seed: Of the run.
         device: Where the weights are.
-        train: The function.
+        function: The user's.
         name: Of the function, for messages.
+        timeout: Seconds that it may take for one client; None: any.
     """
 
     def __init__(
@@ -49,11 +57,13 @@ class OwnTrainer(CohortTrainer):
         *,
         seed: int,
         device: torch.device,
-        train: Train,
+        function: Train,
         name: str,
+        timeout: float | None = None,
     ) -> None:
         super().__init__(task, plan, local, seed=seed, device=device)
-        self.function, self.name = train, name
+        self.function, self.timeout = function, timeout
+        self.name = name.partition("@")[0]  # of one that a program lends, without its digest
 
     @override
     def train(
@@ -66,23 +76,32 @@ class OwnTrainer(CohortTrainer):
         rate_scale: float,
         moments: Tree | None = None,
     ) -> LocalResult:
-        base, _ = self._with_pools(base, downlink)
+        base, narrow = self._with_pools(base, downlink)
+        base = dense(apply_link(widened(base), Link(narrow), self.plan) if narrow else base)
+        states: dict[int, bytes] = {}
         found = [
-            self._one(base, downlink.select(place[None]), int(client), round_, rate_scale)
-            for place, client in zip(torch.arange(len(clients)), clients, strict=True)
+            self._one(base, downlink.select(place[None]), client, round_, rate_scale, states)
+            for place, client in zip(torch.arange(len(clients)), clients.tolist(), strict=True)
         ]
-        losses = [float("nan") if one.loss is None else one.loss for one in found]
+        losses = [UNSAID if one.loss is None else one.loss for one in found]
         return LocalResult(
             trained={n: torch.stack([one.tensors[n] for one in found]) for n in found[0].tensors},
             losses=torch.tensor(losses, dtype=torch.float64),
             steps=torch.tensor([one.steps for one in found]),
             samples=torch.tensor([one.samples for one in found]),
+            states=states,
         )
 
     def _one(
-        self, base: Tree, downlink: Downlink, client: int, round_: int, rate_scale: float
+        self,
+        base: Tree,
+        downlink: Downlink,
+        client: int,
+        round_: int,
+        rate_scale: float,
+        states: dict[int, bytes],
     ) -> Trained:
-        """Train one client."""
+        """Train one client; ``states`` takes what it keeps."""
         seed = hash_key(self.seed, "own", round_, client) % 2**31
         values, _, frozen = materialise(downlink, base, torch.zeros(1, dtype=torch.int64))
         masks = trainable(downlink, downlink.ranks)
@@ -95,12 +114,20 @@ class OwnTrainer(CohortTrainer):
             masks={n: mask[0].to(self.device) for n, mask in masks.items()},
             views=self.plan.targets,
         )
-        given = Round(client, round_, seed, self._data_of(client), rate_scale, _asked=asked)
+        kept = b"" if self.recall is None else self.recall(client, round_)
+        given = Round(
+            client, round_, seed, self._data_of(client), rate_scale, state_of(kept), _asked=asked
+        )
         try:
-            with seeded_everywhere(seed), torch.enable_grad():
+            with seeded_everywhere(seed), torch.enable_grad(), at_most(self.timeout):
                 found: Any = self.function(given)
         except FedRacLoraError:
             raise
+        except OutOfTimeError as error:
+            raise ClientError(
+                f"the training function {self.name} took longer than local.timeout="
+                f"{self.timeout:g} seconds: raise it, or have it take fewer steps"
+            ) from error
         except SystemExit as error:
             raise ClientError(f"the training function {self.name} ends the process") from error
         except Exception as error:
@@ -118,6 +145,8 @@ class OwnTrainer(CohortTrainer):
                 f"the training function {self.name} returned {came}; what round.read gives in "
                 "this call is wanted"
             )
+        if given.state or kept:
+            states[client] = told_of(given.state)
         return found
 
     def _data_of(self, client: int) -> Any:
@@ -127,6 +156,71 @@ class OwnTrainer(CohortTrainer):
         size = int(self.data.sizes(torch.tensor([client], device=self.device)))
         places = torch.arange(size, device=self.device)[None]
         return self.data.gather(torch.tensor([client], device=self.device), places)
+
+
+def state_of(told: bytes) -> dict[str, Any]:
+    """Read what `told_of` wrote."""
+    found = torch.load(io.BytesIO(told), weights_only=True) if told else {}
+    return dict(found)
+
+
+def told_of(state: object) -> bytes:
+    """Write what a client keeps: it may come back in another process, from a checkpoint.
+
+    Raises:
+        ClientError: If it is no dict of what can be read again safely.
+    """
+    try:
+        written = io.BytesIO()
+        torch.save(state, written)
+        state_of(written.getvalue())
+    except Exception as error:
+        raise ClientError(
+            "round.state holds what cannot be kept: a dict of tensors, numbers, texts, lists and "
+            "dicts is wanted, as of optimiser.state_dict()"
+        ) from error
+    return written.getvalue()
+
+
+class OutOfTimeError(BaseException):
+    """The time of a client is over; a function that catches every Exception does not catch it."""
+
+
+@contextmanager
+def at_most(seconds: float | None) -> Iterator[None]:
+    """Interrupt what takes longer; what is in C is interrupted where it comes back to Python.
+
+    Raises:
+        OutOfTimeError: If it did.
+    """
+    if seconds is None:
+        yield
+        return
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+        before = signal.signal(signal.SIGALRM, _out_of_time)  # it wakes what sleeps, too
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        return
+    raise_in, here = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.get_ident()
+    timer = threading.Timer(
+        seconds, raise_in, (ctypes.c_ulong(here), ctypes.py_object(OutOfTimeError))
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        raise_in(ctypes.c_ulong(here), None)  # one that came too late to be raised
+
+
+def _out_of_time(*_: object) -> None:
+    raise OutOfTimeError
 
 
 @contextmanager

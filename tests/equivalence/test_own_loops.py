@@ -1,0 +1,170 @@
+"""A training function of the user's that is plain SGD trains as the project's loop does."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from vectorised_agreement import KINDS, method_of
+from vectorised_cases import SEED, SIZES, Case, bert, cnn, gpt2, mlp
+
+from fedraclora.aggregation.robust import Median
+from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS
+from fedraclora.attacks.attack import AttackedOwnTrainer, AttackedTrainer, SignFlip
+from fedraclora.client import Round, Trained
+from fedraclora.clients.engines import InProcess
+from fedraclora.data.task import Task, forward, loss_function
+from fedraclora.devices.distributions import Choice
+from fedraclora.devices.system import SystemConfig
+from fedraclora.engines.base import EngineParts
+from fedraclora.errors import ConfigError
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.secagg import SecAgg, SecAggTerms
+from fedraclora.privacy.secret import KEY_BYTES, Secret
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.steps import round_steps
+from fedraclora.strategies.wiring import wire
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.extras.settings import LocalSettings
+from fedraclora.training.own.trainer import OwnTrainer
+from fedraclora.tree import Tree
+
+LOOPS_ALONE = {"fedkrso", "ravan", "slora", "galore_average"}
+LOCAL = LocalSettings(lr=0.1, steps=2, batch_size=0, shuffle=False)
+OWN = LocalSettings(train="mine:train")
+
+
+def descend(round_: Round, model: torch.nn.Module, task: Task) -> Trained:
+    """Two steps of SGD on all samples, as `LOCAL` takes them."""
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LOCAL.lr)
+    found = []
+    for _ in range(2):
+        optimiser.zero_grad()
+        output = forward(model, round_.data.inputs)
+        losses, counts = loss_function(task.loss)(output, round_.data.target)
+        loss = losses.sum() / counts.sum()
+        loss.backward()
+        optimiser.step()
+        found.append(loss.item())
+    return round_.read(model, samples=len(round_.data), steps=2, loss=sum(found) / 2)
+
+
+def plain(round_: Round, task: Task) -> Trained:
+    return descend(round_, round_.install(copy.deepcopy(task.model).eval()), task)
+
+
+def with_peft(round_: Round, task: Task, targets: list[str], saved: list[str]) -> Trained:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=3, target_modules=targets, modules_to_save=saved, fan_in_fan_out="c_attn" in targets[0]
+    )
+    model: Any = get_peft_model(copy.deepcopy(task.model), config, autocast_adapter_dtype=False)
+    model = round_.install(model.double().eval())
+    model.set_adapter("default")  # which thaws all of an adapter, but for what stays frozen
+    return descend(round_, model, task)
+
+
+def run(case: Case, method: Any, train: Any = None, **more: Any) -> tuple[Tree, Any]:
+    """Three rounds of four of six clients; give the effective weights, and the run."""
+    given: dict[str, Any] = {"seed": SEED, "device": torch.device("cpu")}
+    kind: Any = CohortTrainer
+    if attack := more.pop("attack", None):
+        given["attack"], kind = attack, AttackedTrainer
+    if train is not None:
+        given |= {"function": partial(train, task=case.task), "name": "mine:train"}
+        kind = AttackedOwnTrainer if attack else OwnTrainer
+    trainer = kind(case.task, case.plan(), LOCAL if train is None else OWN, **given)
+    chosen, system = more.pop("chosen", {}), more.pop("system", None)
+    secure = chosen.get("secure")
+    weights = str(more.get("weights", "examples"))
+    terms = None if secure is None else SecAggTerms(secure, weights)
+    steps = round_steps({"local": trainer.local, **chosen})
+    sizes = {"rounds": 3, "clients": len(SIZES), "cohort": 4, "chunk": 1, "seed": SEED}
+    loop = LoopConfig(**sizes, dtype="float64", **more)
+    parts = replace(EngineParts.of(trainer, 4), terms=terms)
+    wired = wire(method, parts, loop, InProcess(), steps=steps, system=system)
+    try:
+        wired.start()
+        return wired.weights(), wired
+    finally:
+        wired.close()
+
+
+def assert_equal(one: Tree, other: Tree) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.short(when=lambda name: name in {"fed_rac_lora", "fedavg", "fedsa_lora", "fed_sb"})
+@pytest.mark.parametrize("name", KINDS)
+def test_every_plain_method_trains_as_by_the_projects_loop(name: str) -> None:
+    case = Case(mlp(), bias="average")
+    method = method_of(name)
+    if name in LOOPS_ALONE:
+        with pytest.raises(ConfigError, match=r"local=own.*recipe"):
+            run(case, method, plain)
+        return
+    own, wired = run(case, method, plain)
+    native, known = run(case, method)
+    assert_equal(own, native)
+    rows = wired.strategy.recorder.ledger.rows, known.strategy.recorder.ledger.rows
+    for one, other in [*zip(*rows, strict=True)][1:]:
+        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-10)
+        same = ("uplink_total", "downlink_total", "local_steps", "cohort")
+        assert [one[k] for k in same] == [other[k] for k in same]
+
+
+CHOSEN: dict[str, dict[str, Any]] = {
+    "int8": {"uplink": "int8"},
+    "int4": {"uplink": "int4"},
+    "secagg": {"chosen": {"secure": SecAgg()}, "weights": "uniform"},
+    "private": {
+        "chosen": {"privacy": ClientLevel(clip=0.1), "secret": Secret(bytes(KEY_BYTES))},
+        "weights": "uniform",
+    },
+    "median": {"chosen": {"aggregator": Median()}},
+    "adam": {"chosen": {"server_optimiser": SERVER_OPTIMISERS["adam"]()}},
+    "budgets": {"system": SystemConfig(rank_budget=Choice([0.4, 0.7, 1.0]))},
+    "attack": {"attack": SignFlip(share=0.34)},
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_what_is_chosen_besides_is_as_by_the_projects_loop(name: str) -> None:
+    case, method = Case(mlp()), method_of("fed_rac_lora")
+    assert_equal(run(case, method, plain, **CHOSEN[name])[0], run(case, method, **CHOSEN[name])[0])
+
+
+@pytest.mark.short(when=lambda name: name in {"cnn", "gpt2"})
+@pytest.mark.parametrize("name", ["cnn", "gpt2", "bert", "embeddings"])
+def test_every_kind_of_layer_trains_as_by_the_projects_loop(name: str) -> None:
+    case = LAYERS[name]()
+    for method in (method_of("fed_rac_lora"), method_of("fedavg_lora"), method_of("fedavg")):
+        assert_equal(run(case, method, plain)[0], run(case, method)[0])
+
+
+LAYERS = {
+    "cnn": lambda: Case(cnn(), targets="all"),
+    "gpt2": lambda: Case(gpt2(), head="average"),
+    "bert": lambda: Case(bert(), head="average", dense="*LayerNorm"),
+    "embeddings": lambda: Case(bert(), targets=["query", "word_embeddings"], head="average"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["cnn", "gpt2", "embeddings"])
+def test_layers_of_peft_train_as_by_the_projects_loop(name: str, side: str) -> None:
+    pytest.importorskip("peft")
+    case = LAYERS[name]()
+    targets = [w.removesuffix(".weight") for w in case.plan().targets]
+    saved = [*case.task.head] if case.head == "average" else []
+    layers = partial(with_peft, targets=targets, saved=saved)
+    for method in (method_of("fed_rac_lora", side=side), method_of("fedavg_lora")):
+        assert_equal(run(case, method, layers)[0], run(case, method)[0])
