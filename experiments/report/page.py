@@ -22,10 +22,11 @@ from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.progress import size
+from fedraclora.experiments.report.figures import as_html, colour_of, spread
 from fedraclora.experiments.run_files import ROUNDING_ERRORS, RunFiles, read_files
 from fedraclora.experiments.status import reported
 from fedraclora.objects import NAME
-from fedraclora.plots.axes import COLOURS, MEGABYTE, Values
+from fedraclora.plots.axes import MEGABYTE, Values
 from fedraclora.run.folder import method_label, run_title
 from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds
 from fedraclora.run.stopped import stop_reason
@@ -206,6 +207,7 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
         runs=list(zip(labels, runs, strict=True)),
         curves=curves({label: run.rows for label, run in zip(labels, runs, strict=True)}),
+        spread=spread({k: (run.folder, run.rows) for k, run in zip(labels, runs, strict=True)}),
         facts=side_by_side(runs),
         results=results(labels, runs),
         differences=differences(runs) if len(runs) > 1 else {},
@@ -321,32 +323,18 @@ def seconds(rows: Sequence[Row]) -> Values:
 
 
 def drawn(lines: Lines, x_name: str, y_name: str) -> str:
-    """Draw lines; colours of the page, light or dark, are set by its own script."""
+    """Draw lines."""
     figure = go.Figure()
     for place, (label, (x, y)) in enumerate(lines.items()):
-        colour = COLOURS[place % (len(COLOURS) - 1)]  # the last is black: lost on a dark page
         # Plotly takes tags in a name for markup.
         figure.add_scatter(
             x=x,
             y=y,
             name=escape(label, quote=False),
             mode="lines",
-            line={"color": colour, "width": 2},
+            line={"color": colour_of(place), "width": 2},
         )
-    figure.update_layout(
-        margin={"l": 56, "r": 12, "t": 8, "b": 44},
-        height=300,
-        hovermode="x unified" if len(lines) > 1 else "closest",
-        showlegend=len(lines) > 1,
-        legend={"orientation": "h", "y": -0.25},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        xaxis={"title": x_name, "zeroline": False},
-        yaxis={"title": y_name, "zeroline": False},
-    )
-    options = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=options)
-    return text
+    return as_html(figure, x_name, y_name, legend=len(lines) > 1)
 
 
 @reported

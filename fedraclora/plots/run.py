@@ -44,6 +44,9 @@ def run_curves(rows: Sequence[Row], path: Path, title: str, *, planned: int | No
 def figure_of(rows: Sequence[Row], title: str, *, planned: int | None = None) -> Figure:
     """Draw one run: metric and losses, metric against bytes, bytes, seconds, diagnostics.
 
+    Where clients measured, the first panel has their median, the mean of the worst tenth, and a
+    band from the 10th to the 90th percentile.
+
     A run on simulated devices gets two panels more: metric against virtual time, dropped clients.
 
     Args:
@@ -64,7 +67,11 @@ def figure_of(rows: Sequence[Row], title: str, *, planned: int | None = None) ->
         "downlink with catch-up": column(rows, "downlink_total") / MEGABYTE,
         "catch-up": np.nancumsum(column(rows, "catchup_bytes")) / MEGABYTE,
     }
-    draw_lines(panels[0], ("round", metric), rounds, {metric: measured})
+    draw_lines(panels[0], ("round", metric), rounds, {metric: measured} | _clients(rows, metric))
+    low, high = (column(rows, "clients", metric, key) for key in ("p10", "p90"))
+    if (known := np.isfinite(low)).any():  # clients need not measure in each round
+        edges = rounds[known], low[known], high[known]
+        panels[0].fill_between(*edges, color=COLOURS[1], alpha=0.2, linewidth=0)
     draw_lines(panels[1], ("round", "loss"), rounds, losses)
     draw_lines(panels[2], ("uplink so far (MB)", metric), sent, {metric: measured}, log="x")
     draw_lines(panels[3], ("round", "payload so far (MB)"), rounds, traffic, log="y")
@@ -106,6 +113,13 @@ def outcome(rows: Sequence[Row], planned: int | None = None) -> str:
     found = {str(name): number(measured[-1], "metrics", str(name)) for name in names}
     words = [f"{n} {v:.4f}" if math.isfinite(v) else f"{n} not finite" for n, v in found.items()]
     return f"{', '.join(words)}, {where}"
+
+
+def _clients(rows: Sequence[Row], metric: str) -> dict[str, Values]:
+    """Median and worst tenth of the clients that measured, where any did."""
+    words = {"median": "median client", "worst10": "worst tenth"}
+    found = {words[key]: column(rows, "clients", metric, key) for key in words}
+    return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
 
 def _seconds(rows: Sequence[Row]) -> dict[str, Values]:

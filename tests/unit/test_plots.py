@@ -86,6 +86,26 @@ def test_curves_draw_any_run(tmp_path: Path, found: list[Row]) -> None:
     assert_picture(tmp_path / "new" / "curves.png")
 
 
+def test_the_first_panel_has_the_spread_over_clients() -> None:
+    """Only where they measured; a run whose clients measure nothing has its panel as before."""
+    each = {"p10": 0.2, "median": 0.5, "p90": 0.7, "worst10": 0.1}
+    found = [{"round": t, "metrics": {"accuracy": 0.6}} for t in range(4)]
+    bare, *_ = run.figure_of(found, "t").axes
+    assert (len(bare.lines), len(bare.collections)) == (1, 0)
+    seen = [
+        row | ({"clients": {"accuracy": each}} if row["round"] in {0, 3} else {}) for row in found
+    ]
+    panel, *_ = run.figure_of(seen, "t").axes
+    assert [line.get_label() for line in panel.lines] == [
+        "accuracy",
+        "median client",
+        "worst tenth",
+    ]
+    (band,) = panel.collections
+    box = band.get_datalim(panel.transData)
+    assert (box.x0, box.x1, box.y0, box.y1) == (0, 3, 0.2, 0.7)
+
+
 def test_the_title_says_what_a_run_came_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(run, "write_png", lambda figure, _: figures.append(figure))

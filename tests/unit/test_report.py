@@ -10,12 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 import fedraclora
 from fedraclora.errors import CheckpointError
-from fedraclora.experiments.report.page import differences, main, page_of, read_shown, results
+from fedraclora.experiments.report.figures import last_measured, spread
+from fedraclora.experiments.report.page import (
+    Shown,
+    differences,
+    main,
+    page_of,
+    read_shown,
+    results,
+)
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
 WORDS += ("output.plots=false", "clients=6", "cohort=3", "rounds=4")
@@ -37,6 +47,46 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.Run]:
 def report(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["fedraclora report", *words])
     return main()
+
+
+def measured(shown: Shown, folder: Path, shift: float) -> Shown:
+    """The same run, as if 30 clients had measured after rounds 0 and 4; written to a folder."""
+    n = np.arange(30) * 7 % 30 + 1
+    accuracy = 0.3 + n / 100 + shift
+    low, median, high = np.quantile(accuracy, [0.1, 0.5, 0.9]).tolist()
+    found = {
+        "median": median,
+        "p10": low,
+        "p90": high,
+        "worst10": float(np.sort(accuracy)[:3].mean()),
+    }
+    rows = [r | ({"clients": {"accuracy": found}} if r["round"] != 2 else {}) for r in shown.rows]
+    columns = {"client": range(30), "samples": n, "when": "before", "accuracy": accuracy}
+    each = [pd.DataFrame({"round": round_, **columns}) for round_ in (0, 4)]
+    folder.mkdir()
+    pd.concat(each).to_parquet(folder / "clients.parquet")
+    return replace(shown, rows=rows, folder=folder)
+
+
+def test_the_spread_over_clients_is_drawn(runs: dict[str, fedraclora.Run], tmp_path: Path) -> None:
+    """Of sums alone, without the clients' own numbers, by round and no more."""
+    assert runs["fed_rac_lora"].folder is not None
+    shown = read_shown(runs["fed_rac_lora"].folder)
+    assert spread({"": (shown.folder, shown.rows)}) == {}
+    run = measured(shown, tmp_path / "a", 0.0)
+    assert [*spread({"": (run.folder, run.rows)})] == [
+        "accuracy of the clients",
+        "accuracy of each client, sorted",
+        "accuracy of clients by their number of samples",
+    ]
+    assert [*spread({"": (tmp_path, run.rows)})] == ["accuracy of the clients"]
+    frame = last_measured(run.folder, "accuracy")
+    assert frame is not None
+    assert (len(frame), {*frame["round"]}) == (30, {4})
+    text = spread({"": (run.folder, run.rows)})["accuracy of clients by their number of samples"]
+    assert "rank correlation 1.00" in text
+    assert "How the clients fare" in page_of([run])
+    assert "How the clients fare" not in page_of([shown])
 
 
 def outside(text: str) -> list[str]:
@@ -192,7 +242,11 @@ def test_a_browser_shows_text_and_curves(
 ) -> None:
     folders = [run.folder for run in runs.values() if run.folder is not None]
     page_file = tmp_path / "report.html"
-    page_file.write_text(page_of([read_shown(folder) for folder in folders]), encoding="utf-8")
+    shown = [
+        measured(read_shown(folder), tmp_path / folder.name, shift)
+        for folder, shift in zip(folders, (0.0, 0.1), strict=True)
+    ]
+    page_file.write_text(page_of(shown), encoding="utf-8")
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
     )
@@ -212,6 +266,12 @@ def test_a_browser_shows_text_and_curves(
     wanted = [run.history["accuracy"].tolist() for run in runs.values()]
     assert [values for _, values in lines] == wanted
     assert [name for name, _ in lines] == ["fed_rac_lora r=8", "fedavg_lora r=8"]
+    names = page.evaluate(
+        "Array.from(document.querySelectorAll('.plotly-graph-div')).slice(-3)"
+        ".map(e => e._fullData.map(d => d.name + ' ' + (d.line || d.marker).color))"
+    )
+    assert [len(each) for each in names] == [8, 2, 4]  # two edges, median, worst tenth of each run
+    assert len({name.rpartition(" ")[2] for name in names[0]}) == 2  # one colour for each run
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     wide = page.evaluate(
         "Array.from(document.querySelectorAll('.card')).every(c => "
