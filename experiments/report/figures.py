@@ -71,14 +71,13 @@ def spread(runs: Mapping[str, tuple[Path, list[Row]]]) -> dict[str, str]:
             _add_sizes(sizes, frame, metric, name, colour_of(place))
     found = {f"{metric} of the clients": as_html(by_round, "round", metric, legend=True)}
     if places.data:
-        figures = (("each client, sorted", places, "clients, %"),)
-        figures += (("clients by their number of samples", sizes, "samples it measured on"),)
-        found |= {
-            f"{metric} of {words}": as_html(
-                figure, x_name, metric, legend=True, log=figure is sizes
-            )
-            for words, figure, x_name in figures
-        }
+        x_name = "samples it measured on"
+        found[f"{metric} of each client, sorted"] = as_html(
+            places, "clients, %", metric, legend=True
+        )
+        found[f"{metric} of clients by their number of samples"] = as_html(
+            sizes, x_name, metric, legend=True, log=True
+        )
     return found
 
 
