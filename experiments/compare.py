@@ -240,7 +240,7 @@ def _figures(run: RunFiles, wanted: Wanted) -> dict[str, float]:
     """The numbers of one run; NaN where it has none."""
     metric, target = wanted.metric, wanted.target
     # Of the weights before round 1 nobody has learnt anything yet.
-    trained = [row for row in run.evaluated if number(row, "round") > 0]
+    trained = [row for row in run.rows_of(metric) if number(row, "round") > 0]
     within = [row for row in trained if traffic(row) <= wanted.budget]
     last, clients = run.rows[-1], np.nansum(column(run.rows, "cohort"))
     sent, fetched = (number(last, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
@@ -261,7 +261,8 @@ def _figures(run: RunFiles, wanted: Wanted) -> dict[str, float]:
     }
     if target is not None:
         sign = 1.0 if higher_is_better(metric) else -1.0
-        reached = (r for r in run.evaluated if sign * number(r, "metrics", metric) >= sign * target)
+        rows = run.rows_of(metric)
+        reached = (r for r in rows if sign * number(r, "metrics", metric) >= sign * target)
         row = next(reached, {})
         figures["target_rounds"] = number(row, "round")
         figures["target_uplink_mb"] = number(row, "uplink_total") / MEGABYTE

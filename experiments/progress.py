@@ -130,7 +130,11 @@ def metric_of(row: Mapping[str, object]) -> str:
     if name is None:
         return ""
     value = number(row, "metrics", name)
-    return f"{name} {value:.4f}" if math.isfinite(value) else f"{name} not finite"
+    text = f"{name} {value:.4f}" if math.isfinite(value) else f"{name} not finite"
+    mean, worst = (number(row, "clients", name, key) for key in ("mean", "worst10"))
+    return (
+        f"{text}, by clients {mean:.4f}, worst tenth {worst:.4f}" if math.isfinite(worst) else text
+    )
 
 
 def fitted(parts: Sequence[str], width: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedraclora.errors import CheckpointError, ConfigError, unknown
 from fedraclora.run.folder import is_finished, read_config, read_summary
-from fedraclora.run.ledger import number, read_ledger
+from fedraclora.run.ledger import BY_CLIENTS, metrics_of, number, read_ledger
 from fedraclora.run.stopped import divergence
 from fedraclora.weights.files import flatten
 
@@ -75,11 +75,18 @@ class RunFiles:
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics of the run, the first one first."""
-        return list(dict.fromkeys(name for row in self.evaluated for name in row["metrics"]))
+        return list(dict.fromkeys(name for row in self.rows for name in metrics_of(row)))
+
+    def rows_of(self, metric: str) -> list[dict[str, Any]]:
+        """List the rows in which those measured who measure a metric: the server, or clients."""
+        if not metric.startswith(BY_CLIENTS):
+            return self.evaluated
+        return [row for row in self.rows if metric in metrics_of(row)]
 
     def final(self, metric: str) -> float:
         """The metric at the last evaluated round; NaN where it is missing or not finite."""
-        return number(self.evaluated[-1], "metrics", metric) if self.evaluated else math.nan
+        rows = self.rows_of(metric)
+        return number(rows[-1], "metrics", metric) if rows else math.nan
 
     @cached_property
     def diverged_at(self) -> int | None:
@@ -91,7 +98,7 @@ class RunFiles:
             return self.diverged
         found = None
         for row in reversed(self.evaluated):
-            names = ["loss"] if "loss" in self.metrics else self.metrics
+            names = ["loss"] if "loss" in self.metrics else [*row["metrics"]]
             if any(math.isfinite(number(row, "metrics", name)) for name in names):
                 break
             found = int(number(row, "round"))

@@ -38,7 +38,7 @@ from fedraclora.experiments.run_files import ROUNDING_ERRORS
 from fedraclora.experiments.status import composing, reported, tell
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
-from fedraclora.run.ledger import headline, number
+from fedraclora.run.ledger import headline, metrics_of, number
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.run import Run
@@ -95,6 +95,9 @@ def print_outcome(summary: PlainDict, folder: Path) -> None:
             table.add_row(f"final {name}", "not finite" if value is None else f"{value:.4f}")
         if metrics.get("loss", 0.0) is None:
             table.add_row("diverged", "lower local.lr or set local.clip; it cannot go on as it is")
+    for name, told in metrics_of({"clients": summary.get("by_clients")}).items():
+        if name.endswith((".mean", ".std", ".worst10")):
+            table.add_row(name, "not finite" if told is None else f"{told:.4f}")
     table.add_row("rounds", str(summary["rounds"]))
     table.add_row("clients", f"{summary['clients']}, {summary['cohort']} a round")
     table.add_row("uplink", f"{summary['uplink_floats']} numbers a client and round")

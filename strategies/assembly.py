@@ -35,6 +35,7 @@ from fedraclora.run.callback import Callback
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.digests import free_keys
 from fedraclora.run.initial import source_of
+from fedraclora.run.ledger import BY_CLIENTS
 from fedraclora.run.recorder import RunRecorder, resolved
 from fedraclora.strategies.server.callbacks import Evaluate, Stopping
 from fedraclora.strategies.server.loop import loop_of
@@ -168,6 +169,7 @@ def assemble_with(
             dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
             return method.weights(wired.strategy.state, draw, own) | dense
 
+        measuring = Measuring.of(config.evaluate, built.task)
         measure = partial(measurement, config, built, plan, store, personal)
         wired = wire(
             method,
@@ -183,8 +185,8 @@ def assemble_with(
             examples=lambda clients: count_examples(
                 built.task.train, clients.to(built.device)
             ).cpu(),
-            callbacks=[*watching(config, built.task, measure), *callbacks],
-            measuring=Measuring.of(config.evaluate, built.task),
+            callbacks=[*watching(config, built.task, measure, measuring), *callbacks],
+            measuring=measuring,
             alone=folder is not None,  # else exports of the run ask for its first weights
         )
         failed.pop_all()
@@ -199,7 +201,12 @@ def assemble_with(
     )
 
 
-def watching(config: RunConfig, task: Task, measure: Callable[[str], Measure]) -> list[Callback]:
+def watching(
+    config: RunConfig,
+    task: Task,
+    measure: Callable[[str], Measure],
+    measuring: Measuring | None = None,
+) -> list[Callback]:
     """List what measures the weights of a run, and may end it early by that."""
     split, found = config.evaluate.split, list[Callback]()
     if len(samples := measured_samples(task, split)):
@@ -212,9 +219,16 @@ def watching(config: RunConfig, task: Task, measure: Callable[[str], Measure]) -
         )
     if config.stop.patience is not None:
         metric = config.stop.metric
-        if metric.removeprefix("personal_") not in {*task.metrics, "gap"}:
-            raise unknown("stop.metric of these data", metric, task.metrics)
-        found.append(Stopping(config.stop, measure("validation")))
+        by_clients = metric.startswith(BY_CLIENTS)
+        if by_clients and measuring is None:
+            raise ConfigError(
+                f"stop.metric is {metric}, which clients measure, but none does: set "
+                "evaluate.clients=cohort or all"
+            )
+        known = measuring.named if by_clients and measuring else [*task.metrics, "gap"]
+        if (metric if by_clients else metric.removeprefix("personal_")) not in known:
+            raise unknown("stop.metric of these data", metric, known)
+        found.append(Stopping(config.stop, None if by_clients else measure("validation")))
     return found
 
 

@@ -20,6 +20,7 @@ from fedraclora.engines.base import MakeEngine
 from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
 from fedraclora.protocol.plan import frozen_layers, some_of, thawed
+from fedraclora.run.by_clients import read_clients
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.digests import check_data
 from fedraclora.run.folder import (
@@ -71,7 +72,8 @@ def finished(config: RunConfig, folder: Path) -> Run:
 
     built = cache(build)
     summary = read_summary(folder) if is_finished(folder) else {}
-    return Run(summary, rows, folder, dict(config.plain), effective, built)
+    by_clients = partial(read_clients, folder)
+    return Run(summary, rows, folder, dict(config.plain), effective, built, by_clients)
 
 
 def execute(
@@ -133,7 +135,8 @@ def execute(
         write_summary(folder, summary)
     run.strategy.callbacks.end(summary)
     rows = list(run.strategy.recorder.ledger.rows)
-    return Run(summary, rows, folder, dict(config.plain), run.weights, lambda: run.built)
+    columns, plain = run.strategy.recorder.by_clients.columns, dict(config.plain)
+    return Run(summary, rows, folder, plain, run.weights, lambda: run.built, lambda: columns)
 
 
 @contextmanager
@@ -178,13 +181,16 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
         more["dropped"] = sum(len(refusals) for refusals in dropped)
         more["asked"] = sum(int(str(row.get("asked", 0))) for row in ledger.rows)
     if (best := Stopping(run.config.stop).best(ledger.rows)) is not None:
-        more["best"] = {key: best[key] for key in ("round", "validation", "metrics")}
+        keys = ("round", "validation", "metrics", "clients")
+        more["best"] = {key: best[key] for key in keys if key in best}
     if best is not None or strategy.callbacks.ended:
         more["stopped"] = strategy.done < run.config.rounds
     # What numbers in fewer bits are off by, relative to what was rounded.
     errors = {key: known_mean(ledger.rows, key) for key in ("rounding_up", "rounding_down")}
     more |= {key: error for key, error in errors.items() if math.isfinite(error)}
     more |= strategy.steps.summary(ledger.rows[-1])
+    by_clients = [row["clients"] for row in ledger.rows if "clients" in row]
+    more |= {"by_clients": by_clients[-1]} if by_clients else {}
     return {
         "rounds": strategy.done,
         "metrics": measured[-1]["metrics"] if measured else {},

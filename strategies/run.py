@@ -25,6 +25,7 @@ from fedraclora.evaluation.evaluate import evaluate_task
 from fedraclora.evaluation.predict import Prediction, predict
 from fedraclora.models.built import check_fit, dequantise
 from fedraclora.models.outputs import refuse_outputs
+from fedraclora.run.by_clients import Columns
 from fedraclora.run.folder import refuse_full, run_title
 from fedraclora.run.ledger import Row
 from fedraclora.strategies import METHODS
@@ -53,6 +54,7 @@ class Run:
         config: The whole config as plain values; `fedraclora.simulate` takes it for the same run.
         effective: Gives the weights for `weights`.
         built: Gives the task: the model, and what it is measured on.
+        by_clients: Gives the columns of `clients`.
     """
 
     summary: dict[str, object]
@@ -61,11 +63,23 @@ class Run:
     config: dict[str, object]
     effective: Callable[[], Tree]
     built: Callable[[], BuiltTask]
+    by_clients: Callable[[], Columns] = dict
 
     @override
     def __repr__(self) -> str:
         shown = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
         return f"Run({', '.join(shown)}, folder={self.folder})"
+
+    @cached_property
+    def clients(self) -> DataFrame:
+        """What single clients measured (``evaluate.clients``), a row for each round and client.
+
+        ``round``, ``client``, ``samples`` it measured on, local ``steps`` it took between, ``when``
+        (before or after these), and each metric; empty where none measured.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.by_clients())
 
     @cached_property
     def history(self) -> DataFrame:

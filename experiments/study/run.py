@@ -37,7 +37,7 @@ from fedraclora.experiments.study.tuning import (
     tuned_value,
 )
 from fedraclora.run.digests import data_files
-from fedraclora.run.ledger import Row, column, known_mean, round_seconds
+from fedraclora.run.ledger import Row, column, known_mean, metrics_of, round_seconds
 from fedraclora.wire.fields import printable
 
 PHASES = ("tune", "final")
@@ -136,6 +136,7 @@ def run_job(job: Job) -> Line:
     rows = run.strategy.recorder.ledger.rows
     measured = known_mean(rows, "report", "aggregation_error")
     line |= summarise(run, time.perf_counter() - began)
+    line["metrics"] = metrics_of(line | {"clients": line.get("by_clients")})
     if not line["metrics"]:
         raise ConfigError("nobody measured it (it has no test samples): a study has to know it")
     line["cpu_seconds"] = since(used)
@@ -184,8 +185,8 @@ def curve(rows: list[Row]) -> list[Line]:
     seconds = 0.0
     for row in rows:
         seconds += round_seconds(row)
-        if row.get("metrics"):
-            point = {"round": row["round"], "metrics": row["metrics"], "seconds": round(seconds, 3)}
+        if metrics := metrics_of(row):
+            point = {"round": row["round"], "metrics": metrics, "seconds": round(seconds, 3)}
             totals = {key: row[key] for key in ("uplink_total", "downlink_total")}
             points.append(point | totals)
             seconds = 0.0

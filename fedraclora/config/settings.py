@@ -330,17 +330,25 @@ class EvaluateConfig(Limited, group="evaluate"):
         return self.clients if isinstance(self.clients, int) else FEW_MODELS
 
 
+STOPPED_BY = Limit(
+    "",
+    lambda value: value in MEASURED or (isinstance(value, str) and value.startswith("clients.")),
+    MEASURED,
+)
+
+
 @dataclass(frozen=True)
 class StopConfig(Limited, group="stop"):
     """When a run ends before its last round, where nothing improves any more.
 
     Attributes:
-        metric: Of the validation split (data.validation).
+        metric: Of the validation split (data.validation); or of clients that measure, such as
+            clients.accuracy.worst10 (evaluate.clients).
         patience: Evaluations without improvement after which a run ends; None: never.
         min_delta: By how much the metric must improve on the last improvement to count as one.
     """
 
-    metric: Annotated[str, choice_of(MEASURED)] = "loss"
+    metric: Annotated[str, STOPPED_BY] = "loss"
     patience: Count | None = None
     min_delta: Annotated[NotNegative, Later()] = 0.0
 

@@ -369,5 +369,15 @@ METRICS: dict[str, Metric] = {
 
 
 def higher_is_better(metric: str) -> bool:
-    """Return the direction of a metric; names outside `METRICS` are taken as scores."""
+    """Return the direction of a metric; names outside `METRICS` are taken as scores.
+
+    Example:
+        >>> [higher_is_better(f"clients.{name}") for name in ("f1.worst10", "loss.mean", "f1.std")]
+        [True, False, False]
+    """
+    if metric.startswith("clients."):  # of one of clients: by what describes it over them
+        metric, _, told = metric.removeprefix("clients.").rpartition(".")
+        if told == "std":
+            return False
+    metric = metric.removeprefix("personal_")
     return METRICS[metric].higher_is_better if metric in METRICS else True

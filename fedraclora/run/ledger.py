@@ -26,6 +26,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.weights.files import naming_file, replacing
 
 Row = dict[str, object]
+BY_CLIENTS = "clients."  # of the names of metrics that clients measured
 _SEAL = "sha256"  # of a line: of its row and those before; readers do not see it
 
 NONDETERMINISTIC = frozenset(
@@ -154,14 +155,34 @@ def seals(rows: Iterable[Mapping[str, object]]) -> Iterator[str]:
 def number(row: Mapping[str, object], *path: str) -> float:
     """Read one number of a row; NaN where it is absent, null or not a number.
 
+    Among metrics ``clients.accuracy.worst10`` is one of those by clients.
+
     Example:
         >>> number({"round": 1, "metrics": {"accuracy": 0.5}}, "metrics", "accuracy")
         0.5
     """
     value: object = row
+    if path[:1] == ("metrics",) and path[-1].startswith(BY_CLIENTS):
+        path = tuple(path[-1].split("."))
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+def metrics_of(row: Mapping[str, object]) -> dict[str, object]:
+    """Collect the metrics of a row by name: those of the server, then those of clients.
+
+    Example:
+        >>> spread = {"mean": 0.5, "worst10": 0.25}
+        >>> metrics_of({"metrics": {"loss": 2.0}, "clients": {"accuracy": spread, "n": 3}})
+        {'loss': 2.0, 'clients.accuracy.mean': 0.5, 'clients.accuracy.worst10': 0.25}
+    """
+    own, theirs = row.get("metrics"), row.get("clients")
+    found: dict[str, object] = dict(own) if isinstance(own, Mapping) else {}
+    for name, spread in theirs.items() if isinstance(theirs, Mapping) else ():
+        if isinstance(spread, Mapping):
+            found |= {f"{BY_CLIENTS}{name}.{key}": value for key, value in spread.items()}
+    return found
 
 
 def column(rows: Sequence[Mapping[str, object]], *path: str) -> npt.NDArray[np.float64]:

@@ -16,9 +16,11 @@ from fedraclora.codec import split
 from fedraclora.errors import CheckpointError
 from fedraclora.privacy.secret import KEY_FILE as KEY
 from fedraclora.protocol.method import Link, State
+from fedraclora.run.by_clients import FILE as CLIENTS
+from fedraclora.run.by_clients import ByClients
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import CARRIED, ModelSource, checkpoint_base, is_small
-from fedraclora.run.ledger import Ledger, Row, read_ledger, seals
+from fedraclora.run.ledger import Ledger, read_ledger, seals
 from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
 from fedraclora.weights.files import (
@@ -41,7 +43,7 @@ from fedraclora.weights.links import (
 
 # Files of a run folder that a run which goes on rests on, beside the config and these three.
 RESUMED_FROM = (str(KEY), "run_id")
-PRESENT = ("config.yaml", "digests.json")  # these have digests of their own
+PRESENT = ("config.yaml", "digests.json", CLIENTS)  # these have digests of their own, or grow
 WEIGHTS = (
     "base/ alone is the trained model only for methods that merge everything into it: "
     "fedraclora.strategies.weights.load_weights(folder) gives the model of every method"
@@ -94,7 +96,7 @@ class RunRecorder:
 
     Attributes:
         incidents: Sentences for the next row: under what other settings the run goes on.
-        by_clients: What single clients measured: round, client, samples, metrics.
+        by_clients: What single clients measured.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class RunRecorder:
         self.free, self.source = tuple(f"{key}:" for key in free), source
         self._link, self._carried = "", Tree()
         self.incidents: list[str] = []
-        self.by_clients: list[Row] = []
+        self.by_clients = ByClients()
 
     def begin(self, state: State) -> None:
         """Store the initial weights, from which the chain rebuilds all later ones.
@@ -184,6 +186,7 @@ class RunRecorder:
         """Write a checkpoint: what round ``round_ + 1`` needs."""
         if self.folder is None:
             return
+        self.by_clients.save(self.folder)
         # Large weights that the links of the chain give are not written once more.
         whole = is_small(state.base) or not self.keep_chain
         left = frozenset() if whole else catch_up.followed(0)
@@ -233,6 +236,7 @@ class RunRecorder:
         round_ = meta["round"]
         self._verify(meta, round_)
         self.ledger.cut(round_)
+        self.by_clients.restore(self.folder, round_)
         cut_links(self.folder / "chain", round_)
         catch_up.restore(tensors)
         self.store.restore(tensors)

@@ -19,7 +19,7 @@ from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.narrow_weight import dense
 from fedraclora.run.callback import Begin, Callback
-from fedraclora.run.ledger import Row, number
+from fedraclora.run.ledger import BY_CLIENTS, Row, metrics_of, number
 from fedraclora.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -135,14 +135,14 @@ class Evaluate(Callback):
 
 @dataclass
 class Stopping(Callback):
-    """Ends a run when a metric of the validation split has not improved for some evaluations.
+    """Ends a run when a metric of the validation split, or of clients, does not improve any more.
 
     It is read off the ledger, so that a run that is resumed stops where it would have stopped. The
     run ends with the weights of its last round; the summary names the best round beside it.
 
     Attributes:
         config: Metric and patience; without patience nothing is measured and nothing stops.
-        validated: Gives the metrics of dense weights on the validation split.
+        validated: Gives the metrics of dense weights on the validation split; None: clients do.
     """
 
     config: StopConfig = field(default_factory=StopConfig)
@@ -165,7 +165,7 @@ class Stopping(Callback):
     @override
     def ends(self, rows: Sequence[Row]) -> bool:
         """Check whether the last ``patience`` evaluations have not improved on one before them."""
-        costs = [self._cost(row) for row in rows if "validation" in row]
+        costs = [self._cost(row) for row in rows if self._measured(row)]
         if self.config.patience is None or not costs:
             return False
         least, after = costs[0], 0
@@ -178,11 +178,21 @@ class Stopping(Callback):
 
     def best(self, rows: Sequence[Row]) -> Row | None:
         """Find the row of the best evaluation, the first of equals; None without any."""
-        measured = [row for row in rows if "validation" in row]
+        measured = [row for row in rows if self._measured(row)]
         return min(measured, key=self._cost, default=None)
 
+    @property
+    def _path(self) -> tuple[str, str]:
+        own = self.config.metric.startswith(BY_CLIENTS)
+        return "metrics" if own else "validation", self.config.metric
+
+    def _measured(self, row: Row) -> bool:
+        """Check whether a row says how good it is."""
+        place, metric = self._path
+        return place in row if place == "validation" else metric in metrics_of(row)
+
     def _cost(self, row: Row) -> float:
-        value = number(row, "validation", self.config.metric)
+        value = number(row, *self._path)
         if math.isnan(value):
             return math.inf
         return -value if higher_is_better(self.config.metric) else value

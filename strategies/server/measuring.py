@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
+from fedraclora.config.build import measured_samples
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.clients import AFTER, ClientMeasure, spread, usual
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.recipes import RECIPES
-from fedraclora.run.ledger import Row
+from fedraclora.run.by_clients import Columns
+from fedraclora.run.ledger import BY_CLIENTS, Row, number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
@@ -49,7 +53,21 @@ class Measuring:
     @classmethod
     def of(cls, asked: EvaluateConfig, task: Task) -> Measuring | None:
         """Make it of the settings of a run; None where no client measures."""
-        return cls(asked, ClientMeasure.of(task)) if asked.by_clients else None
+        if not asked.by_clients:
+            return None
+        return cls(asked, ClientMeasure.of(task), not len(measured_samples(task, asked.split)))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the metrics, the headline first."""
+        return [*self.measure.measure.metrics]
+
+    @property
+    def named(self) -> list[str]:
+        """The same as `stop`, studies and tables name them: ``clients.accuracy.worst10``."""
+        points = ["", AFTER] if self.asked.personal else [""]
+        kinds = spread("", np.zeros(1), 0.0)
+        return [f"{BY_CLIENTS}{p}{n}.{kind}" for p in points for n in self.names for kind in kinds]
 
     def due(self, round_: int, rounds: int) -> bool:
         """Check whether they measure the weights that a round has made."""
@@ -182,28 +200,34 @@ class Measurement:
         """
         column: Row = {}
         if self.answers:
-            column, rows = self._described()
-            recorder.by_clients += rows
+            column, parts = self._described()
+            recorder.by_clients.parts += parts
         failed = [{"client": c, "reason": why} for c, why in sorted(self.failures.items())]
         row: Row = {"clients": column | took | ({"failures": failed} if failed else {})}
         if self.measuring.alone:
-            told = ((n, column.get(n)) for n in self.measuring.measure.measure.metrics)
-            row["metrics"] = {n: own["pooled"] for n, own in told if isinstance(own, dict)}
+            row["metrics"] = {n: known(column, n) for n in self.measuring.names if n in column}
         return row
 
-    def _described(self) -> tuple[Row, list[Row]]:
+    def _described(self) -> tuple[Row, list[Columns]]:
         def joined(name: str) -> torch.Tensor:
             return torch.cat([getattr(answer, name) for answer in self.answers])
 
         clients, samples, steps = map(joined, ("clients", "samples", "steps"))
         sent = self.layout.unpack(joined("numbers"))
-        column, rows = Row(), list[Row]()
+        column, parts = Row(), list[Columns]()
         for when, prefix in self.when.items():
             own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(prefix)}
             values, pooled = self.measuring.measure.values(own, prefix)
             column |= {prefix + n: spread(n, v, pooled[n]) for n, v in values.items()}
-            for k, client in enumerate(clients.tolist()):
-                row = {"round": self.round_ - 1, "client": client, "samples": int(samples[k])}
-                row |= {"steps": int(steps[k]) if prefix else 0, "when": when}
-                rows.append(row | {name: float(value[k]) for name, value in values.items()})
-        return column | {"n": len(clients), "samples": int(samples.sum())}, rows
+            told = {"client": clients, "samples": samples}
+            told["steps"] = steps if prefix else torch.zeros_like(steps)
+            row = {"round": np.full(len(clients), self.round_ - 1)}
+            row |= {name: numbers.numpy() for name, numbers in told.items()}
+            parts.append(row | {"when": np.full(len(clients), when)} | values)
+        return column | {"n": len(clients), "samples": int(samples.sum())}, parts
+
+
+def known(column: Row, metric: str) -> float:
+    """Give a metric of all samples together; where sums do not tell it, its mean over clients."""
+    pooled, mean = (number(column, metric, key) for key in ("pooled", "mean"))
+    return pooled if math.isfinite(pooled) else mean

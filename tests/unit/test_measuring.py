@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import fedraclora
 from fedraclora.data.held import hold_out_of_clients
 from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.errors import ConfigError
 from fedraclora.evaluation.clients import spread
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.experiments.compare import compare
 from tests.common import normal
 
 SIZES = (1, 3, 10, 40)
@@ -84,8 +89,10 @@ def net() -> torch.nn.Module:
 
 def simulated(*words: str, **given: Any) -> Any:
     """Run three rounds in which clients measure."""
-    settings = {"method": "fed_rac_lora", "rounds": 3, "clients": 6, "cohort": 4} | given
-    common = ("evaluate.share=0.4", "local.lr=0.1", "output.progress=false")
+    settings = {"method": "fed_rac_lora", "rounds": 3, "cohort": 4} | given
+    settings = {key: value for key, value in settings.items() if value is not None}
+    share = ["evaluate.share=0.4"] if any("evaluate.clients=" in word for word in words) else []
+    common = (*share, "local.lr=0.1", "output.progress=false")
     return fedraclora.simulate(*common, *words, model=net(), data=moons(), **settings)
 
 
@@ -119,3 +126,58 @@ def test_the_spread_has_the_worst_tenth_by_the_direction_of_the_metric() -> None
     assert (loss["worst10"], loss["best10"]) == (10.5, 1.5)
     assert (score["mean"], score["median"], score["pooled"]) == (6.0, 6.0, 0.5)
     assert score["std"] == pytest.approx(np.std(np.arange(1, 12)))
+
+
+def test_clients_columns_and_their_file_survive_a_stop(tmp_path: Path) -> None:
+    words = ("evaluate.clients=cohort", "output.checkpoint_every=1", "output.plots=false")
+    whole = simulated(*words, folder=tmp_path / "whole")
+    part = simulated(*words, folder=tmp_path / "part", rounds=2)
+    assert part.clients["round"].max() == 2
+    again = simulated(*words, folder=tmp_path / "part", resume=True)
+    assert again.summary["ledger_digest"] == whole.summary["ledger_digest"]
+    stored = pd.read_parquet(tmp_path / "part" / "clients.parquet")
+    pd.testing.assert_frame_equal(stored, whole.clients)
+    assert [*whole.clients.columns[:5]] == ["round", "client", "samples", "steps", "when"]
+    assert [*whole.clients.groupby("round").size()] == [4, 4, 4, 4]
+    own = whole.clients[whole.clients["round"] == 3]
+    told = whole.rows[3]["clients"]["accuracy"]
+    assert told["mean"] == pytest.approx(own["accuracy"].mean(), abs=1e-12)
+    assert whole.history["clients.accuracy.pooled"][3] == told["pooled"]
+    weighted = np.average(own["accuracy"], weights=own["samples"])
+    assert told["pooled"] == pytest.approx(weighted, abs=1e-12)
+
+
+def test_a_metric_of_clients_stops_a_run_and_is_a_metric_like_any(tmp_path: Path) -> None:
+    words = ("evaluate.clients=all", "evaluate.clients_every=2", "stop.patience=1")
+    metric = "stop.metric=clients.accuracy.worst10"
+    run = simulated(*words, metric, "stop.min_delta=1", rounds=9, folder=tmp_path / "a")
+    assert run.summary["rounds"] == 2
+    assert [row["round"] for row in run.rows if "clients" in row] == [0, 2]
+    assert "clients" in run.summary["best"]
+    with pytest.raises(ConfigError, match=r"clients.accuracy.p50.*median"):
+        simulated(*words, "stop.metric=clients.accuracy.p50")
+    with pytest.raises(ConfigError, match=r"evaluate.clients=cohort"):
+        simulated(metric, "stop.patience=1")
+    table = compare([tmp_path / "a"], tmp_path / "out", metric="clients.loss.mean")
+    last = run.rows[2]["clients"]["loss"]["mean"]
+    assert table.records[0]["metric_mean"] == pytest.approx(last)
+    assert higher_is_better("clients.accuracy.worst10")
+    assert not higher_is_better("clients.personal_loss.p90")
+    assert not higher_is_better("clients.accuracy.std")
+
+
+def test_what_is_measured_after_local_training_is_what_each_client_trained() -> None:
+    run = simulated("evaluate.clients=all", "evaluate.personal=true", method="ffa_lora", cohort=6)
+    last = run.rows[-1]["clients"]
+    assert last["personal_loss"]["mean"] < last["loss"]["mean"]
+    assert {*run.clients["when"]} == {"before", "after"}
+    assert (run.clients["steps"][run.clients["when"] == "after"] > 0).all()
+    plain = simulated("evaluate.clients=all", method="ffa_lora", cohort=6)
+    assert plain.summary["weights_digest"] == run.summary["weights_digest"]
+
+
+@pytest.mark.parametrize("words", [("head=local",), ("method=fedsa_lora",)])
+def test_clients_measure_the_models_of_their_own(words: tuple[str, ...]) -> None:
+    run = simulated("evaluate.clients=all", *words, method=None, cohort=6)
+    mixed = run.rows[-1]["clients"]
+    assert mixed["loss"]["mean"] < run.rows[0]["clients"]["loss"]["mean"]

@@ -1,0 +1,73 @@
+"""What single clients measured, round by round: a table in memory, and ``clients.parquet``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedraclora.errors import CheckpointError
+from fedraclora.weights.files import ADVICE, replacing
+
+FILE = "clients.parquet"
+Columns = Mapping[str, Any]  # by name, one value for each client
+
+
+class ByClients:
+    """The parts of the table, one for each measurement.
+
+    Attributes:
+        parts: Columns by name: ``round``, ``client``, ``samples``, ``steps``, ``when`` (before or
+            after local training), and a metric each.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Columns] = []
+        self._written = 0
+
+    @property
+    def columns(self) -> Columns:
+        """The whole table; a metric that a part lacks is NaN there."""
+        names = dict.fromkeys(name for part in self.parts for name in part)
+
+        def of(part: Columns, name: str) -> Any:
+            return part[name] if name in part else np.full(len(part["round"]), np.nan)
+
+        return {name: np.concatenate([of(part, name) for part in self.parts]) for name in names}
+
+    def save(self, folder: Path) -> None:
+        """Write the table where it is another than it was."""
+        if len(self.parts) == self._written:
+            return
+        from pyarrow import parquet, table
+
+        with replacing(folder / FILE) as path:
+            parquet.write_table(table(self.columns), path)
+        self._written = len(self.parts)
+
+    def restore(self, folder: Path, round_: int) -> None:
+        """Read the table back, up to a round."""
+        found = read_clients(folder)
+        kept = found["round"] <= round_ if found else []
+        self.parts = [{name: column[kept] for name, column in found.items()}] if found else []
+        self._written = len(self.parts) if np.all(kept) else -1
+
+
+def read_clients(folder: Path) -> Columns:
+    """Read the table of a run folder; no column where no client has measured.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    from pyarrow import ArrowException, parquet
+
+    try:
+        found = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {ADVICE}") from error
+    return {name: found[name].to_numpy() for name in found.column_names}
