@@ -22,7 +22,7 @@ from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form
 from fedraclora.data.gguf_header import read_gguf_header
-from fedraclora.data.held import hold_out_of_clients
+from fedraclora.data.held import hold_out_of_clients, numbered, without_held
 from fedraclora.data.leak import refuse_shared
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import refuse_contradiction
@@ -197,6 +197,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     own, beside = parted("data", config.data)
     selection = build("data", Selection, beside)
     whole = bind("data", DATASETS, own, clients=config.clients, seed=config.seed)()
+    whole = numbered(whole) if config.evaluate.by_clients else whole
     data = whole if selection.labels is None else select_labels(whole, selection.labels)
     data, validation = hold_out(data, selection.validation, config.seed)
     division: dict[str, Any] = dict(config.partition)
@@ -228,16 +229,11 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts |= _said_of_weights(config) | _said_of_loss(config, data, model, tables)
     if built.drawn:
         facts["new_head"] = f"{', '.join(built.drawn)}: drawn, model.path has none of these outputs"
-    if config.pretrain.epochs:
-        if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
-            raise ConfigError(
-                f"model.base is {config.model['base']}, whose weights are frozen, but pretrain "
-                "trains them: set pretrain=none, or model.base=float32"
-            )
-        facts["pretrain"] = _pretrained(config, whole, model)
     train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
     asked = config.evaluate
     train, held = hold_out_of_clients(train, asked.portion, config.seed, asked.split)
+    if config.pretrain.epochs:
+        facts["pretrain"] = _pretrained(config, without_held(whole, data, held), model)
     clients, cohort = train.num_clients, config.cohort
     size = max(1, int(cohort * clients)) if isinstance(cohort, float) else cohort
     _check_sizes(size, clients, config.system.buffer)
@@ -317,6 +313,11 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
     The newest results are kept in this process: the runs of a study begin from few of them.
     """
     asked = config.pretrain
+    if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
+        raise ConfigError(
+            f"model.base is {config.model['base']}, whose weights are frozen, but pretrain "
+            "trains them: set pretrain=none, or model.base=float32"
+        )
     if whole.aside is None and config.chosen("pretrain") == "aside":
         raise ConfigError(
             "pretrain=aside trains on samples that the data set sets aside, and "
@@ -334,6 +335,7 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
     except FedRacLoraError as error:
         raise ConfigError(f"pretrain.labels: {error}; pretrain=none leaves it out") from error
     made_by = (asked, config.data, config.clients, config.model, config.seed)
+    made_by += (config.evaluate, config.partition) if config.evaluate.by_clients else ()
     key = repr((*made_by, torch.get_num_threads()))
     if key not in _PRETRAINED:
         train, test = part.aside or (part.train, part.test)

@@ -6,14 +6,17 @@ for the test, the next for validation where that is asked for, and it trains on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
+from fedraclora.data.dataset import DataSet, keep_rows
 from fedraclora.data.samples import ClientData, Partitioned, Samples
 from fedraclora.rng import cohort_permutations, hash_key
 
 AT_ONCE = 256  # clients whose rows are looked up together
+ROW = "row of the source"  # of the columns of a data set
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -119,3 +122,22 @@ def _rows_of(data: Partitioned, part: Portion) -> Partitioned:
         found.append(rows[rows < len(data.samples)])
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     return Partitioned(data.samples, torch.cat(found), offsets)
+
+
+def numbered(data: DataSet) -> DataSet:
+    """Number the training rows of a data set, for `without_held`."""
+    return replace(data, columns=data.columns | {ROW: np.arange(len(data.train))})
+
+
+def without_held(whole: DataSet, data: DataSet, held: ClientData | None) -> DataSet:
+    """Leave out of a data set what its clients hold out, so that no pretraining sees it.
+
+    Args:
+        whole: Of `numbered`.
+        data: What has become of it: some of its rows.
+        held: Rows of the latter that clients hold out; clients that are made or found on demand
+            have other samples than the table.
+    """
+    if not isinstance(held, Partitioned):
+        return whole
+    return keep_rows(whole, np.setdiff1d(whole.columns[ROW], data.columns[ROW][held.rows.numpy()]))

@@ -27,7 +27,7 @@ def standing(downlink: Downlink) -> Downlink:
     }
     whole = {n: f for n, f in downlink.dense.items() if not (f.blank and f.upload)}
     kept = replace(downlink, adapters=adapters, dense=whole, ranks=None, extras={})
-    return replace(kept, recipe="plain", arguments={})
+    return replace(kept, recipe="plain", arguments={}, turn=None)
 
 
 def standing_weights(

@@ -46,6 +46,7 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.callbacks import Evaluate
 from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.private import PrivateRounds
@@ -578,6 +579,7 @@ def run(
     system: SystemConfig | None = None,
     kind: type[FedStrategy] | None = None,
     steps: Sequence[RoundStep] = (),
+    measuring: Measuring | None = None,
     **numbers: str,
 ) -> Run:
     """Run a method from start to end as `fedraclora simulate` does, with its one strategy.
@@ -620,6 +622,7 @@ def run(
         recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
         steps=chosen,
+        measuring=measuring,
         system=system,
         kind=kind,
     )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fedraclora
+from fedraclora.config import build
 from fedraclora.data.held import hold_out_of_clients
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.errors import ConfigError
@@ -181,3 +182,23 @@ def test_clients_measure_the_models_of_their_own(words: tuple[str, ...]) -> None
     run = simulated("evaluate.clients=all", *words, method=None, cohort=6)
     mixed = run.rows[-1]["clients"]
     assert mixed["loss"]["mean"] < run.rows[0]["clients"]["loss"]["mean"]
+
+
+def test_no_pretraining_sees_what_clients_hold_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(build, "pretrain", lambda _model, train, *_: seen.append(train))
+    run = simulated("evaluate.clients=all", "pretrain.epochs=1", rounds=0)
+    task = run.built().task
+    held = [rows_of(task.held.data, client) for client in range(6)]
+    hidden = {tuple(row) for k in range(6) for row in features(task.held.data, k)}
+    assert sum(map(len, held)) == len(hidden) > 10
+    assert not hidden & {tuple(row) for row in seen[0].inputs["x"].tolist()}
+    trained = {tuple(row) for k in range(6) for row in features(task.train, k)}
+    assert trained == {tuple(row) for row in seen[0].inputs["x"].tolist()}
+
+
+def features(data: Any, client: int) -> list[list[float]]:
+    """The inputs of a client."""
+    place = torch.arange(int(data.sizes(torch.tensor([client]))))[None]
+    found: list[list[float]] = data.gather(torch.tensor([client]), place).inputs["x"].tolist()
+    return found
