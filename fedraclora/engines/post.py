@@ -25,7 +25,12 @@ class PostedGrid(Grid):
         grid: Flower's own.
         ended: Tells whether the runtime has ended: nobody will reply.
         pause: Seconds between looks for replies.
+
+    Attributes:
+        kind: Type of its messages.
     """
+
+    kind = "train.cohort"
 
     def __init__(self, grid: FlowerGrid, *, ended: Callable[[], bool], pause: float) -> None:
         super().__init__()
@@ -47,7 +52,7 @@ class PostedGrid(Grid):
             self._made = {}  # of the exchange before
         content = to_records({**shared, **more}, self._made)
         round_ = str(ask.request.round_)
-        return Message(content, node, "train.cohort", group_id=round_, ttl=ttl)
+        return Message(content, node, self.kind, group_id=round_, ttl=ttl)
 
     @staticmethod
     def answer(reply: Message, ask: Ask) -> Answer | NoAnswer:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid as FlowerGrid
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from typing_extensions import override
@@ -171,12 +171,20 @@ class DeployGrid(PostedGrid):
 
     def _letter(self, ask: Ask, node: int, version: int | None, seconds: float) -> Letter:
         """Write a message with what brings its client from ``version`` to the newest."""
-        update, job = self.history.since(version), Fields(run=self.run_id)
-        more: Content = {"job": job}
+        update = self.history.since(version)
+        more: Content = {"job": self.job()}
         add_weight_update(more, update)
         message = self.message(ask, node, more, seconds)
-        message.content = folded(message.content)
+        message.content = self.wrapped(folded(message.content))
         return Letter(ask, node, message, update.payload_bytes)
+
+    def job(self) -> Fields:
+        """Say what a client must know beside what it is asked."""
+        return Fields(run=self.run_id)
+
+    def wrapped(self, content: RecordDict) -> RecordDict:
+        """Put what is written of a message into the shape in which it is sent."""
+        return content
 
     def _push(self, letter: Letter) -> str:
         """Send a message; give Flower's number of it."""
@@ -216,9 +224,13 @@ class DeployGrid(PostedGrid):
                 )
             (client,) = letter.ask.clients
             self.roster.versions[letter.node, client] = newest.version
-            return read_answer(from_records(content), letter.ask)
+            return self.answered(content, letter)
         except Exception as error:  # whatever another machine may send
             return NoAnswer(f"its reply is refused: {error}")
+
+    def answered(self, content: RecordDict, letter: Letter) -> Answer:
+        """Read what a client answers, whose weights are those of the server."""
+        return read_answer(from_records(content), letter.ask)
 
 
 def look_again_soon() -> None:

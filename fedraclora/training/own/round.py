@@ -13,6 +13,8 @@ from torch import nn
 from fedraclora.errors import ClientError, ConfigError, ModelError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.rank_budgets import trainable
+from fedraclora.training.materialise import materialise
 from fedraclora.training.own.places import Places, attach, find, inner, restore
 from fedraclora.tree import Tree
 
@@ -278,6 +280,30 @@ class Asked:
     masks: Tree
     views: Mapping[str, LayerView]
     handles: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, base: Tree, downlink: Downlink, views: Mapping[str, LayerView], buffers: Tree
+    ) -> Asked:
+        """Draw and compute what one client is asked.
+
+        Args:
+            base: The weights of the round.
+            downlink: Of this client alone.
+            views: Of adapted weights.
+            buffers: Of the run's model.
+        """
+        values, _, frozen = materialise(downlink, base, torch.zeros(1, dtype=torch.int64))
+        masks, device = trainable(downlink, downlink.ranks), next(iter(base.values())).device
+        return cls(
+            downlink,
+            base,
+            {n: b.detach() for n, b in buffers.items()},
+            {n: value[0] for n, value in values.items()},
+            {n: f[0] if f.dim() > 2 else f for n, f in frozen.items()},
+            {n: mask[0].to(device) for n, mask in masks.items()},
+            views,
+        )
 
     def load(self, model: nn.Module, places: Places) -> None:
         """Copy the weights of the round, and the buffers of the run's model, into a model."""

@@ -7,7 +7,7 @@ import io
 import random  # noqa: TID251  (a function of the user's may draw from it)
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,13 +21,11 @@ from fedraclora.imports import failure_of
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.link import Link, apply_link
 from fedraclora.protocol.method import Downlink, Plan
-from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import hash_key
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.materialise import materialise
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.training.own.round import Asked, Round, Trained
 from fedraclora.tree import Tree, widened
@@ -83,14 +81,7 @@ class OwnTrainer(CohortTrainer):
             self._one(base, downlink.select(place[None]), client, round_, rate_scale, states)
             for place, client in zip(torch.arange(len(clients)), clients.tolist(), strict=True)
         ]
-        losses = [UNSAID if one.loss is None else one.loss for one in found]
-        return LocalResult(
-            trained={n: torch.stack([one.tensors[n] for one in found]) for n in found[0].tensors},
-            losses=torch.tensor(losses, dtype=torch.float64),
-            steps=torch.tensor([one.steps for one in found]),
-            samples=torch.tensor([one.samples for one in found]),
-            states=states,
-        )
+        return as_result(found, states)
 
     def _one(
         self,
@@ -102,18 +93,8 @@ class OwnTrainer(CohortTrainer):
         states: dict[int, bytes],
     ) -> Trained:
         """Train one client; ``states`` takes what it keeps."""
-        seed = hash_key(self.seed, "own", round_, client) % 2**31
-        values, _, frozen = materialise(downlink, base, torch.zeros(1, dtype=torch.int64))
-        masks = trainable(downlink, downlink.ranks)
-        asked = Asked(
-            downlink=downlink,
-            base=base,
-            buffers={n: b.detach() for n, b in self.task.model.named_buffers()},
-            values={n: value[0] for n, value in values.items()},
-            frozen={n: f[0] if f.dim() > 2 else f for n, f in frozen.items()},
-            masks={n: mask[0].to(self.device) for n, mask in masks.items()},
-            views=self.plan.targets,
-        )
+        asked = Asked.of(base, downlink, self.plan.targets, dict(self.task.model.named_buffers()))
+        seed = seed_of(self.seed, round_, client)
         kept = b"" if self.recall is None else self.recall(client, round_)
         given = Round(
             client, round_, seed, self._data_of(client), rate_scale, state_of(kept), _asked=asked
@@ -156,6 +137,23 @@ class OwnTrainer(CohortTrainer):
         size = int(self.data.sizes(torch.tensor([client], device=self.device)))
         places = torch.arange(size, device=self.device)[None]
         return self.data.gather(torch.tensor([client], device=self.device), places)
+
+
+def as_result(found: Sequence[Trained], states: dict[int, bytes] | None = None) -> LocalResult:
+    """Stack what clients have trained; ``states`` is what they keep."""
+    losses = [UNSAID if one.loss is None else one.loss for one in found]
+    return LocalResult(
+        trained={n: torch.stack([one.tensors[n] for one in found]) for n in found[0].tensors},
+        losses=torch.tensor(losses, dtype=torch.float64),
+        steps=torch.tensor([one.steps for one in found]),
+        samples=torch.tensor([one.samples for one in found]),
+        states=states or {},
+    )
+
+
+def seed_of(run: int, number: int, client: int) -> int:
+    """Give the seed of a client in a round, from that of its run."""
+    return hash_key(run, "own", number, client) % 2**31
 
 
 def state_of(told: bytes) -> dict[str, Any]:

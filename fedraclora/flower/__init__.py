@@ -1,0 +1,25 @@
+"""Low-rank rounds in somebody's own Flower app: a strategy for its server, rounds for its clients.
+
+ServerApp: ``strategy = fedraclora.flower.LowRank(method, model)``, where Flower's `FedAvg` was.
+ClientApp: ``with fedraclora.flower.round(message, context, model) as r`` around the training, and
+``return r.reply({"num-examples": n})`` at its end.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedraclora.flower.client import FlowerRound, round  # noqa: A004
+    from fedraclora.flower.server import LowRank, load
+
+__all__ = ["FlowerRound", "LowRank", "load", "round"]
+
+
+def __getattr__(name: str) -> object:
+    """Fetch what is public when it is used first: Flower starts a process for every message."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    where = "server" if name in {"LowRank", "load"} else "client"
+    return getattr(import_module(f"fedraclora.flower.{where}"), name)

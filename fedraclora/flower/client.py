@@ -1,0 +1,188 @@
+"""A round of `LowRank` at a client, for somebody's own ClientApp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from torch import nn
+
+from fedraclora.clients.cache import folder_of, make_room, on_disk
+from fedraclora.clients.worker import Worker
+from fedraclora.engines.records import JOB, folded, from_records, to_records, unfolded
+from fedraclora.errors import ClientError, StaleError, WireError
+from fedraclora.lowrank.layers import layer_kind, layer_view, weight_name
+from fedraclora.protocol.method import Plan
+from fedraclora.protocol.pool import fold_pools
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.extra import LocalResult
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.own.places import find, inner, plain_name
+from fedraclora.training.own.round import Asked, Round
+from fedraclora.training.own.trainer import as_result, seed_of, seeded_everywhere
+from fedraclora.tree import Tree, wide
+from fedraclora.weights.replica import StoredReplica
+from fedraclora.wire.downlink import AskReader
+from fedraclora.wire.exchange import Ask
+from fedraclora.wire.reply import write_answer
+from fedraclora.wire.weight_update import read_weight_update
+
+
+@dataclass
+class _Done:
+    """Stands where a worker has its trainer: what it asks for has been trained."""
+
+    result: LocalResult
+    seed: int
+    local: LocalConfig = field(default_factory=LocalConfig)
+    recall: object = None
+
+    def train(self, *_: object, **__: object) -> LocalResult:
+        """Give what came out."""
+        return self.result
+
+
+class FlowerRound:
+    """What a client is asked in one message; see `round`.
+
+    Attributes:
+        model: The app's own, with the weights of the round, and what is to be trained.
+        round: The same in the terms of `fedraclora.client`: ``client``, ``number``, ``seed``.
+    """
+
+    def __init__(self, message: Message, context: Context, model: nn.Module, adapter: str) -> None:
+        job = message.content.get(JOB)
+        if not isinstance(job, ConfigRecord) or "run" not in job:
+            raise WireError(
+                f"a message has the records {[*message.content]}, and not the record {JOB} of a "
+                "low-rank round: the ServerApp's strategy must be fedraclora.flower.LowRank"
+            )
+        self._message, self._open = message, ExitStack()
+        arrays = message.content.array_records
+        content = from_records(unfolded(RecordDict({**arrays, JOB: job})))
+        self._ask = AskReader().read(content)
+        self._weight, self._seed = str(job["weight"]), int(cast(int, job["seed"]))
+        self._partition = context.node_config.get("partition-id")
+        folder = folder_of(context, str(job["run"]), context.node_id)
+        make_room(folder.parent)
+        modules = ((plain_name(n, adapter)[0], m) for n, m in inner(model).named_modules())
+        views = {weight_name(n): layer_view(m) for n, m in modules if layer_kind(m)}
+        self._replica = StoredReplica(folder, Plan(targets=views), torch.device("cpu"))
+        if job["known"]:
+            self._replica.begin(_weights(model, self._ask, adapter))
+        with on_disk(folder):
+            if not self._replica.follow(read_weight_update(content)):
+                raise StaleError(
+                    f"the weights in {folder}, of version {self._replica.version}, are not those "
+                    "that the server takes this node to hold; it sends them anew"
+                )
+        base, request, sent = self._replica.base, self._ask.request, self._ask.own
+        weights, _ = fold_pools(base, sent.pools, self._replica.plan)
+        asked = Asked.of(weights, sent.beside(base), views, {})
+        known = isinstance(self._partition, int)
+        client = int(cast(int, self._partition if known else self._ask.clients[0]))
+        seed = seed_of(self._seed, request.round_, client)
+        self.round = Round(client, request.round_, seed, None, request.rate_scale, _asked=asked)
+        self.model = self.round.install(model, adapter)
+
+    def reply(
+        self,
+        metrics: Mapping[str, Any],
+        *,
+        loss: float | None = None,
+        steps: int = 1,
+    ) -> Message:
+        """Write the reply: in training what was trained, and in both the metrics.
+
+        Args:
+            metrics: As in Flower's `MetricRecord`, with the number of samples under
+                ``num-examples`` (the strategy's ``weighted_by_key``).
+            loss: Mean training loss, for the ledger at the server.
+            steps: Optimiser steps taken, for the ledger.
+
+        Raises:
+            ClientError: If a frozen tensor has moved, nothing was trained, or a number is not
+                finite.
+        """
+        if self._weight not in metrics:
+            raise ClientError(
+                f"the metrics of a reply are {[*metrics]}; {self._weight!r}, the number of its "
+                "samples, is wanted among them"
+            )
+        record = MetricRecord({n: _plain(n, v) for n, v in metrics.items()})
+        job: dict[str, Any] = {"held": self._replica.version, "mark": str(self._replica.mark)}
+        if isinstance(self._partition, int):
+            job["partition"] = self._partition
+        found = RecordDict({"metrics": record, JOB: ConfigRecord(job)})
+        if not self._message.metadata.message_type.startswith("evaluate"):
+            samples = record[self._weight]
+            trained = self.round.read(self.model, samples=samples, steps=steps, loss=loss)  # type: ignore[arg-type]
+            done = cast(CohortTrainer, _Done(as_result([trained]), self._seed))
+            answer = to_records(write_answer(Worker(done, self._replica).train(self._ask)))
+            small = RecordDict(
+                {n: r for n, r in answer.items() if n != "arrays"} | {JOB: found[JOB]}
+            )
+            found = RecordDict({"arrays": answer["arrays"], "metrics": record, **folded(small)})
+        return Message(found, reply_to=self._message)
+
+    def __enter__(self) -> Self:
+        """Seed torch, numpy and Python with the round's seed, until its end."""
+        self._open.enter_context(seeded_everywhere(self.round.seed))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+
+def round(  # noqa: A001
+    message: Message, context: Context, model: nn.Module, *, adapter: str = "default"
+) -> FlowerRound:
+    """Open a message of `LowRank`, to train or to evaluate: the model then has its weights.
+
+    Args:
+        message: As the ClientApp got it.
+        context: Likewise. Weights are kept on the disk, in the folder ``cache`` of the node's
+            configuration, else in that of Flower.
+        model: Of the app: plain, or a PeftModel whose rank and layers are the method's. It is
+            changed in place. Make optimiser or trainer after this.
+        adapter: Of PEFT: its name.
+
+    Returns:
+        ``r.model``, and ``r.reply(metrics)`` for the end. As a context manager it seeds the global
+        generators as `fedraclora.simulate` does.
+
+    Raises:
+        StaleError: If this node must be sent every weight; let it through, so that it is.
+        FedRacLoraError: If the message, or the model, is another than the server's.
+    """
+    return FlowerRound(message, context, model, adapter)
+
+
+def _weights(model: nn.Module, ask: Ask, adapter: str) -> Tree:
+    """Give the weights that a fresh model has, as the server holds them."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, p in find(model, {}, adapter).parameters.items():
+        found.setdefault(id(p), (name, p.detach()))
+    changed = {*ask.own.adapters, *ask.own.dense}
+    return {n: t.to(wide(t.dtype)) if n in changed else t for n, t in found.values()}
+
+
+def _plain(name: str, value: Any) -> int | float | list[int] | list[float]:
+    """Take a metric in Flower's types."""
+    if isinstance(value, list):
+        return value
+    try:
+        number = value if type(value) is int else float(value)
+    except (TypeError, ValueError) as error:
+        raise ClientError(f"the metric {name} is {value!r:.100}; a number is wanted") from error
+    return int(number) if number == int(number) and hasattr(value, "__index__") else number

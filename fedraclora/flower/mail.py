@@ -1,0 +1,182 @@
+"""The messages of `LowRank`: those of a deployment, in the shape that Flower's `FedAvg` gives them.
+
+A message has the config of the app, one record `job` with what is small, and large arrays apart. A
+reply has one record of metrics, and of training one of arrays, as FedAvg's own checks want it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from flwr.app import DEFAULT_TTL, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from typing_extensions import override
+
+from fedraclora.config.settings import DeployConfig
+from fedraclora.engines.deploy.grid import Answered, DeployGrid, Letter
+from fedraclora.engines.records import from_records
+from fedraclora.engines.replies import APP_RAISED
+from fedraclora.errors import StaleError, WireError
+from fedraclora.weights.update import WeightHistory
+from fedraclora.wire.exchange import Answer, Ask, NoAnswer
+from fedraclora.wire.fields import shown
+from fedraclora.wire.records import Fields
+from fedraclora.wire.reply import read_answer
+
+
+class Mail(DeployGrid):
+    """Writes a message for each node that Flower has sampled, and reads what comes back.
+
+    Args:
+        grid: Flower's own.
+        history: The versions of the base weights.
+        run_id: Under it clients keep weights.
+        seed: Of the run.
+        keys: Of the app's config in a message, and of a reply's weight among its metrics.
+        timeout: Seconds to wait for whoever must be sent every weight.
+        known: Whether the clients' own models begin at the server's weights.
+
+    Attributes:
+        config: What the app tells its clients.
+        contents: What came of each client, by its number: metrics, and arrays of training.
+        names: The nodes of this exchange by the number of their client.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        history: WeightHistory,
+        run_id: str,
+        seed: int,
+        keys: tuple[str, str],
+        timeout: float,
+        *,
+        known: bool,
+    ) -> None:
+        super().__init__(grid, history, run_id, DeployConfig(timeout=timeout), known=known)
+        self.seed, self.keys, self.config = seed, keys, ConfigRecord()
+        self.contents: dict[int, RecordDict] = {}
+        self.names: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}  # of nodes, in the order in which they are first asked
+        self._order: dict[int, tuple[bool, int]] = {}
+        self._letters: list[Letter] = []
+
+    def address(self, nodes: Iterable[int]) -> torch.Tensor:
+        """Number the nodes of an exchange; their clients in ascending order, int64 [K]."""
+        there = sorted(nodes)
+        for node in there:
+            self._numbers.setdefault(node, len(self._numbers))
+        self.names = {self._numbers[node]: node for node in there}
+        return torch.tensor(sorted(self.names), dtype=torch.int64)
+
+    def write(self, asks: Sequence[Ask], kind: str, config: ConfigRecord) -> list[Message]:
+        """Write the messages of an exchange, one for each ask."""
+        self.kind, self.config, self.contents, self._letters = kind, config, {}, []
+        for ask in asks:
+            (client,) = ask.clients
+            node = self.names[client]
+            held = self.roster.versions.get((node, client))
+            held = self.first if held is None else held
+            self._letters.append(self._letter(ask, node, held, DEFAULT_TTL))
+        return [letter.message for letter in self._letters]
+
+    def read_all(self, replies: Iterable[Message]) -> list[Answered]:
+        """Read the replies; who asks for every weight is sent them, once, and waited for.
+
+        Clients are put into the order of their ``partition-id``, where nodes have one: node ids
+        differ from run to run, and a sum depends on its order.
+        """
+        for letter in self._letters:
+            self.count(letter)
+        sent = {letter.message.metadata.message_id: letter for letter in self._letters}
+        came = [(reply.metadata.reply_to_message_id, reply) for reply in replies]
+        waiting = {name: sent[name] for name, _ in came if name in sent}  # not for who is late
+        found = self.receive(waiting, time.monotonic() + self.settings.timeout, came)
+        good = [(ask, a) for ask, a in found if isinstance(a, Answer)]
+        if any(ask.apart for ask, _ in good):
+            return found
+        asks = sorted((ask for ask, _ in good), key=lambda ask: ask.clients)
+        good.sort(key=lambda pair: self._order[pair[0].clients[0]])
+        names, contents = dict(self.names), dict(self.contents)
+        moved: list[Answered] = []
+        for ask, (own, answer) in zip(asks, good, strict=True):
+            request, (was,), (now,) = ask.request, own.clients, ask.clients
+            self.names[now], self.contents[now] = names[was], contents[was]
+            moved.append((ask, replace(answer, clients=request.clients, first=request.first)))
+        return moved + [pair for pair in found if not isinstance(pair[1], Answer)]
+
+    def together(self, left_out: Iterable[int]) -> tuple[list[RecordDict], list[str]]:
+        """Collect what came of clients, in their order, and say whose metrics are not used.
+
+        Flower adds up metrics that all have: of those with others the fewer are left out.
+        """
+        kept = {c: r for c, r in sorted(self.contents.items()) if c not in {*left_out}}
+        keys = {c: frozenset(next(iter(r.metric_records.values()))) for c, r in kept.items()}
+        usual = next(iter(Counter(keys.values()).most_common(1)), (frozenset(), 0))[0]
+        odd = [
+            f"the metrics of node {self.names[c]} are left out: it sent {sorted(k)}, and most sent "
+            f"{sorted(usual)}"
+            for c, k in keys.items()
+            if k != usual
+        ]
+        return [r for c, r in kept.items() if keys[c] == usual], odd
+
+    @override
+    def job(self) -> Fields:
+        known = self.first is not None
+        return Fields(run=self.run_id, seed=self.seed, weight=self.keys[1], known=known)
+
+    @override
+    def wrapped(self, content: RecordDict) -> RecordDict:
+        return RecordDict({**content, self.keys[0]: self.config})
+
+    @override
+    def read(self, reply: Message, letter: Letter) -> Answer | NoAnswer | None:
+        if reply.has_error() and StaleError.__name__ in str(reply.error.reason):
+            return None
+        if reply.has_error() and reply.error.code == APP_RAISED:
+            # Most often in its training, and it has the weights; else it asks for them next time.
+            self.roster.versions[letter.node, letter.ask.clients[0]] = self.history.version
+        return super().read(reply, letter)
+
+    @override
+    def answered(self, content: RecordDict, letter: Letter) -> Answer:
+        (client,), key = letter.ask.clients, self.keys[1]
+        (name, metrics), *more = content.metric_records.items() or [("", MetricRecord())]
+        weight = metrics.get(key)
+        if more or isinstance(weight, list) or not weight or len(content.array_records) > 1:
+            raise WireError(
+                f"one record of metrics with a number {key!r}, and at most one of arrays, are "
+                f"wanted, but {shown([*content])} came, and {shown(weight)}"
+            )
+        numbers = ((n, x) for n, v in metrics.items() for x in (v if isinstance(v, list) else [v]))
+        if odd := {n: x for n, x in numbers if not math.isfinite(x)}:
+            raise WireError(f"its metrics {shown(odd)} are no finite numbers")
+        kept: dict[str, MetricRecord] = {name: metrics}
+        partition = content.config_records["job"].get("partition")
+        known = isinstance(partition, int)
+        self._order[client] = (not known, partition if isinstance(partition, int) else client)
+        request = letter.ask.request
+        if letter.message.metadata.message_type == MessageType.EVALUATE:
+            self.contents[client] = RecordDict({**kept})
+            none = torch.zeros(1)
+            return Answer(
+                request.round_,
+                request.version,
+                request.first,
+                request.clients,
+                none,
+                none,
+                none,
+                (),
+            )
+        answer = read_answer(from_records(content), letter.ask)
+        if answer.samples.tolist() != [weight]:
+            raise WireError(f"it says {weight} {key}, and beside it {answer.samples.tolist()}")
+        self.contents[client] = RecordDict({**kept, **content.array_records})
+        return answer

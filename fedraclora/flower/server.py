@@ -1,0 +1,389 @@
+"""`LowRank`: Flower's `FedAvg` with low-rank rounds, for somebody's own ServerApp."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import nn
+from typing_extensions import override
+
+from fedraclora.devices.system import SystemConfig
+from fedraclora.errors import ClientError, ConfigError
+from fedraclora.flower.mail import Mail
+from fedraclora.lowrank.layers import layer_view
+from fedraclora.models.built import found_head, require_numbers
+from fedraclora.narrow_weight import dense as written_out
+from fedraclora.protocol.method import Cohort, Draw, Method, Plan
+from fedraclora.protocol.plan import make_plan, trained_of
+from fedraclora.protocol.quantised import FULL
+from fedraclora.run.ledger import number
+from fedraclora.run.recorder import RunRecorder
+from fedraclora.strategies.base import FedStrategy, taken_traffic
+from fedraclora.strategies.server.device_simulator import DeviceSimulator
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.round_step import RoundStep, RunContext
+from fedraclora.strategies.server.rows import Cost
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.own.places import find
+from fedraclora.tree import Tree, to_numpy, wide
+from fedraclora.weights.update import WeightHistory
+from fedraclora.wire.exchange import DTYPES, Ask, Came, payload_bytes
+
+log = logging.getLogger("flwr")
+
+NODES = 1 << 20  # more than ever take part
+PEFT = "base_model.model."  # before the names of a PeftModel's state
+ZERO = ("lora_B.weight", "lora_embedding_A.weight")  # of a fresh adapter: so it adds nothing
+COUNTED = ("uplink_bytes", "downlink_bytes", "catchup_bytes")
+M = TypeVar("M", bound=nn.Module)
+
+
+class _Loop(LoopConfig):
+    @property
+    @override
+    def rule(self) -> str:
+        return f"min_replies={self.min_clients}"
+
+
+class _Sampled(RoundStep):
+    """Asks those whom Flower has sampled."""
+
+    clients: torch.Tensor
+
+    @override
+    def cohort(self, round_: int) -> torch.Tensor:
+        return self.clients
+
+
+class LowRank(FedAvg):
+    """FedAvg in which clients train and send a low-rank method's factors, and weights are links.
+
+    Flower samples nodes as `FedAvg` does, and `start` is Flower's. A node is sent seeds, and the
+    links of the rounds that it was not in. The weights are kept here, from the model or
+    ``initial_arrays``; each `start` begins anew. What `start` gives and ``evaluate_fn`` gets are
+    the effective weights, under the names of ``initial_arrays`` where these are a state dict, else
+    under those of the model; `load` puts them into a model.
+
+    Args:
+        method: Of `fedraclora.strategies`, with rank and the rest. One whose clients need more than
+            plain local training is refused, and one with a factor that stays at a client.
+        model: Of the app. The layers of a PeftModel's adapter are adapted, and what it trains
+            beside them is averaged; of any other module what ``targets``, ``head``, ``bias`` and
+            ``dense`` say, as in `fedraclora.simulate`.
+        targets, head, bias, dense: See `fedraclora.protocol.plan.make_plan`.
+        seed: Of all sketches, and of the clients' seeds.
+        uplink, downlink: How numbers travel: ``full``, ``bfloat16``, ``int8``, ``int4``.
+        min_replies: Nodes whose replies a round needs.
+        same_start: Whether each client's own model begins at the server's weights, as one from a
+            checkpoint does: then nobody is sent these. None: where the model is a PeftModel and
+            ``initial_arrays`` are its adapter. A client for whom that is wrong is sent them.
+        timeout: Seconds to wait for a node that must be sent every weight.
+        options: Of `FedAvg`. ``arrayrecord_key`` is refused: no arrays of the app travel.
+
+    Attributes:
+        rounds: The round loop of this project, with ``method``, ``state`` and the ledger
+            (``rounds.recorder.ledger.rows``); None before `start`.
+
+    Raises:
+        ConfigError: For what cannot be, by name.
+        ModelError: For a layer that cannot be adapted.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        *,
+        targets: str | Sequence[str] = "all-linear",
+        head: str = "adapt",
+        bias: str = "average",
+        dense: str | Sequence[str] | None = None,
+        seed: int = 0,
+        uplink: str = FULL,
+        downlink: str = FULL,
+        min_replies: int = 1,
+        same_start: bool | None = None,
+        timeout: float = 3600.0,
+        **options: Any,
+    ) -> None:
+        if "arrayrecord_key" in options:
+            raise ConfigError(
+                "arrayrecord_key names the arrays in a message of FedAvg, but LowRank sends links: "
+                "leave it out, and open the message by fedraclora.flower.round"
+            )
+        super().__init__(**options)
+        if Method not in type(method).__mro__:
+            raise ConfigError(
+                f"method is {method!r:.80}; an instance of a method is wanted, such as "
+                "fedraclora.strategies.fed_rac_lora.FedRacLora(rank=8)"
+            )
+        if method.client_state:
+            raise ConfigError(
+                f"with {type(method).__name__} a factor stays at each client, which Flower's nodes "
+                "do not keep: take a method without, or `fedraclora deploy`"
+            )
+        require_numbers(model, "model")
+        self.method, self.seed, self.timeout, self.same_start = method, seed, timeout, same_start
+        self.wire = {"uplink": uplink, "downlink": downlink, "min_clients": min_replies}
+        self._parameters, self._plan, self._peft = _planned(model, targets, head, bias, dense)
+        self._buffers = {*dict(model.named_buffers())}
+        if self._plan.local:
+            raise ConfigError("head=local stays at each client, which Flower's nodes do not keep")
+        self.rounds: FedStrategy | None = None
+        self._given = self._shape = ArrayRecord()
+        self._exchange: Exchange | None = None
+
+    @override
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._exchange = None
+        nodes = super().configure_train(server_round, ArrayRecord(), config, grid)
+        rounds = self._at(server_round, arrays, grid)
+        self._sampled.clients = self._mail.address(m.metadata.dst_node_id for m in nodes)
+        if not nodes:
+            return []
+        self._exchange = rounds.open(rounds.done + 1)
+        return self._mail.write(self._exchange.asks, MessageType.TRAIN, config)
+
+    @override
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        exchange, rounds = self._exchange, self.rounds
+        if exchange is None or rounds is None:
+            return None, None
+        self._exchange = None
+
+        def send(asks: Sequence[Ask]) -> Came:
+            if asks is not exchange.asks:
+                raise ConfigError(f"{type(self.method).__name__} asks clients twice in a round")
+            return self._mail.read_all(replies)
+
+        try:
+            rounds.close(exchange, send, self._mail, Cost())
+        except ClientError as error:
+            nodes = ", ".join(f"client {c} is node {n}" for c, n in self._mail.names.items())
+            raise type(error)(f"{error} ({nodes})") from error
+        row = rounds.recorder.ledger.rows[-1]
+        failed = {int(f["client"]): f["reason"] for f in row["failures"]}  # type: ignore[attr-defined]
+        counted = {key: number(row, key) for key in COUNTED} | {"failures": len(failed)}
+        metrics = self._aggregated(server_round, failed, self.train_metrics_aggr_fn, counted)
+        weights = written_out(self.method.weights(rounds.state, rounds.draw))
+        self._given = _written(weights, self._shape, self._parameters)
+        return self._given, metrics
+
+    @override
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._exchange = None
+        nodes = super().configure_evaluate(server_round, ArrayRecord(), config, grid)
+        if not nodes:
+            return []
+        rounds = self._at(server_round, arrays, grid)
+        clients = self._mail.address(m.metadata.dst_node_id for m in nodes)
+        # What the next round begins from are the weights of now, factors included.
+        cohort = Cohort(clients, torch.ones(len(clients)))
+        asked = rounds.method.open_round(rounds.state, rounds.done + 1, cohort, rounds.draw)
+        asked, version = rounds.rounding.sent(asked, rounds.done + 1), rounds.catch_up.version
+        self._exchange = Exchange(asked, server_round, version, cohort, cohort, rounds.loop)
+        return self._mail.write(self._exchange.ask(), MessageType.EVALUATE, config)
+
+    @override
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        exchange = self._exchange
+        if exchange is None:
+            return None
+        found = self._mail.read_all(replies)
+        silent = dict.fromkeys(self._mail.names, "no reply in time")
+        failed = silent | {a.clients[0]: getattr(came, "reason", "") for a, came in found}
+        failed = {c: reason for c, reason in failed.items() if c not in self._mail.contents}
+        traffic = taken_traffic(self._mail)
+        each = payload_bytes(exchange.downlink, len(exchange.cohort), exchange.loop.kinds[1])
+        down = 0 if traffic is None else each * len(traffic.sent)
+        counted = {"downlink_bytes": down, "catchup_bytes": traffic.fetched if traffic else 0}
+        return self._aggregated(server_round, failed, self.evaluate_metrics_aggr_fn, counted)
+
+    @override
+    def summary(self) -> None:
+        log.info("\t├──> %s on %s", self.method, "PEFT" if self._peft else "the model")
+        log.info("\t│\tseed %s, %s", self.seed, ", ".join(f"{k} {v}" for k, v in self.wire.items()))
+        super().summary()
+
+    def _aggregated(
+        self, round_: int, failed: dict[int, str], together: Any, counted: Mapping[str, float]
+    ) -> MetricRecord | None:
+        """Add up metrics of clients as Flower does, and name who is left out."""
+        for client, reason in failed.items():
+            node = self._mail.names[client]
+            log.warning("round %d: node %d is left out: %s", round_, node, reason)
+        contents, odd = self._mail.together(failed)
+        for line in (*self._mail.incidents, *odd):
+            log.warning("round %d: %s", round_, line)
+        self._mail.incidents.clear()
+        if not contents:
+            return None
+        return MetricRecord({**counted, **together(contents, self.weighted_by_key)})
+
+    def _at(self, round_: int, arrays: ArrayRecord, grid: Grid) -> FedStrategy:
+        """Begin a run at its first round; later, see that the weights are those of here."""
+        if self.rounds is None or (round_ == 1 and arrays is not self._given):
+            self.rounds = self._begun(arrays, grid)
+            self._given = arrays
+        elif arrays is not self._given:
+            raise ConfigError(
+                f"round {round_}: the arrays are not those that LowRank gave after the last: "
+                "it keeps the weights itself, and nothing may change them in between"
+            )
+        self._mail.grid = grid
+        return self.rounds
+
+    def _begun(self, arrays: ArrayRecord, grid: Grid) -> FedStrategy:
+        """Start from the arrays of the app, or where these are an adapter's, from the model."""
+        method, draw, plan = self.method, Draw(self.seed), self._plan
+        given, is_adapter = _weights(arrays, self._parameters, self._buffers)
+        self._shape = ArrayRecord() if is_adapter else arrays
+        base = {n: p.detach() for n, p in self._parameters.items()} | given
+        base = {n: t for n, t in base.items() if n in plan.shapes}
+        one = Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1))
+        asked = method.open_round(method.init(base, plan, draw), 1, one, draw)
+        if asked.recipe != "plain":
+            raise ConfigError(
+                f"{method} needs more of its clients than their own training (the recipe "
+                f"{asked.recipe}); take a method, or a start of it, without"
+            )
+        for name in (*asked.adapters, *asked.dense):
+            if not base[name].is_floating_point():
+                raise ConfigError(
+                    f"{name} is held in {base[name].dtype}, and nothing can be added to it: load "
+                    "the server's model in a floating type"
+                )
+            base[name] = base[name].to(wide(base[name].dtype))
+        dtype = max((base[n].dtype for n in (*asked.adapters, *asked.dense)), key=_width)
+        names = {d: name for name, d in DTYPES.items()}
+        local, history, self._sampled = LocalConfig(), WeightHistory(), _Sampled()
+        loop = _Loop(
+            rounds=NODES, clients=NODES, cohort=1, chunk=1, seed=self.seed, dtype=names[dtype],
+            guarded=True, **self.wire,  # type: ignore[arg-type]
+        )  # fmt: skip
+        rounds = FedStrategy(
+            RunContext(method, local, loop, DeviceSimulator(SystemConfig(), self.seed, local)),
+            method.init(base, plan, draw),
+            replica=history,
+            recorder=RunRecorder(None),
+            steps=[self._sampled],
+        )
+        known = is_adapter if self.same_start is None else self.same_start
+        keys = self.configrecord_key, self.weighted_by_key
+        self._mail = Mail(
+            grid, history, os.urandom(8).hex(), self.seed, keys, self.timeout, known=known
+        )
+        rounds.begin(self._mail)
+        held = "begin at these weights" if known else "are sent the weights when first asked"
+        log.info("\t├──> Clients train %s; they %s", trained_of(asked, plan.shapes), held)
+        if self._peft and method.traits.merges:
+            log.info("\t└──> Arrays are whole weights: fedraclora.flower.load, not an adapter's")
+        return rounds
+
+
+def load(model: M, arrays: ArrayRecord) -> nn.Module:
+    """Put the weights that `LowRank` gives into a model.
+
+    Args:
+        model: Of the app; it is changed in place. Of a PeftModel what is inside is given, without
+            the adapter, into which these weights do not fit: save it whole.
+        arrays: Of ``evaluate_fn`` or ``Result.arrays``.
+
+    Raises:
+        ConfigError: If it has other parameters.
+    """
+    inside: nn.Module = model.unload() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    places = _once(find(inside, {}, "default").parameters)
+    if lacking := [name for name in places if name not in arrays]:
+        raise ConfigError(f"the arrays lack weights of this model: {lacking[:3]}")
+    with torch.no_grad():
+        for name, parameter in places.items():
+            parameter.copy_(torch.from_numpy(arrays[name].numpy()))
+    return inside
+
+
+def _width(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
+def _once(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Leave out further names of one parameter."""
+    found: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        found.setdefault(id(parameter), name)
+    return {name: parameters[name] for name in found.values()}
+
+
+def _planned(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    head: str,
+    bias: str,
+    dense: str | Sequence[str] | None,
+) -> tuple[dict[str, nn.Parameter], Plan, bool]:
+    """Find a model's parameters under plain names, and say what of it is trained how."""
+    places = find(model, {}, "default")
+    if not places.layers:
+        final = found_head(model)
+        plan = make_plan(
+            model, final, targets=targets, head_policy=head, bias_policy=bias, dense=dense
+        )
+        return places.parameters, plan, False
+    once = _once(places.parameters)
+    views = {name: layer_view(layer.base_layer) for name, layer in places.layers.items()}
+    full = tuple(n for n, p in once.items() if p.requires_grad and n not in views)
+    shapes = {n: tuple(p.shape) for n, p in once.items()}
+    weights = tuple(n for n in once if not n.endswith("bias") and n not in full)
+    plan = Plan(targets=views, dense=full, weights=weights, shapes=shapes)
+    return places.parameters, plan, True
+
+
+def _weights(
+    arrays: ArrayRecord, parameters: dict[str, nn.Parameter], buffers: set[str]
+) -> tuple[Tree, bool]:
+    """Read the weights of the app's arrays, and whether they are an adapter of PEFT."""
+    given = {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()}
+    adapter = {n: t for n, t in given.items() if ".lora_" in n}
+    if any(n.endswith(ZERO) and t.any() for n, t in adapter.items()):
+        raise ConfigError(
+            "initial_arrays are an adapter that has been trained, and low-rank rounds begin with "
+            "none: merge it into the model first (model.merge_and_unload())"
+        )
+    rest = {n.removeprefix(PEFT): t for n, t in given.items() if n not in adapter}
+    odd = [n for n in rest if n not in parameters and n not in buffers]
+    odd += [n for n, t in rest.items() if n in parameters and t.shape != parameters[n].shape]
+    lacking = [] if adapter or not arrays else [n for n in _once(parameters) if n not in rest]
+    if odd or lacking:
+        raise ConfigError(
+            f"initial_arrays are not a state dict of the model, nor of its adapter: {odd[:3]} are "
+            f"not its, {lacking[:3]} are missing; give ArrayRecord(model.state_dict())"
+        )
+    return {n: t for n, t in rest.items() if n in parameters}, bool(adapter)
+
+
+def _written(weights: Tree, shape: ArrayRecord, parameters: dict[str, nn.Parameter]) -> ArrayRecord:
+    """Write weights under the names that the app has for them; what is no parameter stays."""
+    first = {id(p): n for n, p in _once(parameters).items()}
+    own = {n: first[id(p)] for n, p in parameters.items()}  # of tied ones, too
+    names = {n: own.get(n) for n in shape} or {n: n for n in weights}
+    arrays = {
+        n: Array(to_numpy(t.to(wide(t.dtype)) if t.is_floating_point() else t))
+        for n, t in weights.items()
+    }
+    return ArrayRecord({n: shape[n] if w is None else arrays[w] for n, w in names.items()})

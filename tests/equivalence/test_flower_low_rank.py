@@ -1,0 +1,484 @@
+"""`fedraclora.flower` in somebody's Flower app: Flower's loop, their training, our rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consistency
+from torch import nn
+
+import fedraclora
+from fedraclora import flower
+from fedraclora.client import Round, Trained
+from fedraclora.engines.records import message_bytes
+from fedraclora.errors import ClientError, ConfigError
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.fedavg import FedAvg as FullAverage
+from fedraclora.strategies.fedavg_lora import FedAvgLora
+from fedraclora.strategies.fedsa_lora import FedSaLora
+from fedraclora.strategies.pool_rac_lora import PoolRacLora
+from fedraclora.strategies.slora import SLora
+from fedraclora.tree import Tree
+from fedraclora.weights.replica import read_stored_replica, replica_file
+from tests.common import normal
+from tests.flower_apps import Fault, Nodes
+
+# PEFT reads what transformers has renamed.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is deprecated and will be removed in v6:FutureWarning"
+)
+STEPS, KEY = 3, "num-examples"
+
+
+def network() -> nn.Module:
+    """A network whose first weights are the same in every process."""
+    with torch.random.fork_rng():  # what it draws and does not keep is no draw of the training
+        model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(normal(*parameter.shape, key=name) / 3)
+    return model
+
+
+def samples(client: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples of a client; no two have as many."""
+    x = normal(8 + 3 * client, 7, key=client).float()
+    return x, x[:, :3].argmax(dim=1)
+
+
+def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Somebody's own training."""
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    order = torch.randperm(len(x))  # of the generator that a round seeds
+    for rows in order.split(-(-len(x) // STEPS)):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+        loss.backward()
+        optimiser.step()
+    return float(loss.detach())
+
+
+def app_of(model_of: Callable[[], nn.Module] = network) -> ClientApp:
+    """Somebody's ClientApp."""
+    app = ClientApp()
+
+    @app.train()
+    def on_train(message: Message, context: Context) -> Message:
+        x, y = samples(int(context.node_config["partition-id"]))
+        with flower.round(message, context, model_of()) as r:
+            loss = train(r.model, x, y)
+        return r.reply({KEY: len(x), "train_loss": loss}, loss=loss, steps=STEPS)
+
+    @app.evaluate()
+    def on_evaluate(message: Message, context: Context) -> Message:
+        x, y = samples(int(context.node_config["partition-id"]))
+        with flower.round(message, context, model_of()) as r, torch.no_grad():
+            loss = float(nn.functional.cross_entropy(r.model(x), y))
+        return r.reply({KEY: len(x), "eval_loss": loss})
+
+    return app
+
+
+def nodes_of(tmp_path: Path, count: int = 4, fault: Fault | None = None, **more: Any) -> Nodes:
+    """Nodes under ids in no order, half of which no int64 holds."""
+    ids = {(2**63 if k % 2 else 0) + 1000 - 7 * k: k for k in range(count)}
+    return Nodes(more.get("app", app_of()), tmp_path / "cache", ids, fault)
+
+
+def run(nodes: Nodes, method: Any, rounds: int = 3, **options: Any) -> tuple[Any, Result]:
+    """Run by Flower's `start`, as in somebody's ServerApp."""
+    options = {"min_available_nodes": len(nodes.nodes), "fraction_evaluate": 0.0} | options
+    strategy = flower.LowRank(method, options.pop("model", network()), **options)
+    initial = ArrayRecord(network().state_dict())
+    return strategy, strategy.start(grid=nodes, initial_arrays=initial, num_rounds=rounds)
+
+
+def weights_of(result: Result) -> Tree:
+    """The weights that `start` gives."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in result.arrays.items()}
+
+
+def own(round_: Round) -> Trained:
+    """The same training, as a function for `simulate`."""
+    model = round_.install(network())
+    loss = train(model, *samples(round_.client))
+    return round_.read(model, samples=len(samples(round_.client)[0]), steps=STEPS, loss=loss)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        FedRacLora(rank=2, alpha=3),
+        FedRacLora(rank=2, alpha=3, resample_every=2, side="left"),
+        FedAvgLora(rank=2, alpha=3),
+        PoolRacLora(rank=2, alpha=3),
+        FullAverage(),
+    ],
+    ids=["fed_rac_lora", "links of two rounds", "fedavg_lora", "pool_rac_lora", "fedavg"],
+)
+def test_rounds_of_flowers_loop_have_the_bits_of_simulate(method: Any, tmp_path: Path) -> None:
+    assert flower.LowRank.start is FedAvg.start
+    strategy, result = run(nodes_of(tmp_path), method)
+    words = ("output.progress=false", "head=adapt", "bias=average")
+    beside = fedraclora.simulate(
+        *words, model=network(), data=[samples(k) for k in range(4)], method=method, train=own,
+        test=samples(9), rounds=3,
+    )  # fmt: skip
+    wanted = beside.weights()
+    assert all(torch.equal(wanted[name], found) for name, found in weights_of(result).items())
+    for row, other in zip(strategy.rounds.recorder.ledger.rows[1:], beside.rows[1:], strict=True):
+        columns = ("uplink_bytes", "downlink_bytes", "train_loss", "local_steps")
+        assert [row[c] for c in columns] == [other[c] for c in columns]
+
+
+def test_a_node_that_was_away_fetches_links_and_all_hold_the_servers_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = iter([[0, 1], [0, 1], [2, 3], [0, 1], [0, 2]])
+
+    def sample(there: list[int], count: int) -> list[int]:
+        return [sorted(there)[k] for k in next(chosen)][:count]
+
+    monkeypatch.setattr("random.sample", sample)
+    nodes = nodes_of(tmp_path, 4)
+    server: dict[int, Tree] = {}
+
+    def measured(round_: int, arrays: ArrayRecord) -> MetricRecord:
+        server[round_] = {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()}
+        return MetricRecord({"round": round_})
+
+    options = {"min_available_nodes": 4, "fraction_evaluate": 0.0, "fraction_train": 0.5}
+    strategy = flower.LowRank(FedRacLora(rank=1), network(), **options)
+    initial = ArrayRecord(network().state_dict())
+    result = strategy.start(nodes, initial, 5, evaluate_fn=measured)
+    fetched = [result.train_metrics_clientapp[r]["catchup_bytes"] for r in range(1, 6)]
+    whole = sum(t.nbytes for t in weights_of(result).values())
+    link = (9 + 3) * 4 + 2 * 8 + (9 + 3) * 4  # B of both layers, their seeds, two biases
+    # Newcomers get W; who missed links gets these, and the biases once; nobody gets W again.
+    assert fetched == [2 * whole, 2 * link, 2 * whole, 2 * (2 * link - 48), 3 * link - 48]
+    for folder in (tmp_path / "cache").rglob("weights.safetensors"):
+        found = read_stored_replica(folder.parent)
+        assert found is not None
+        base, version, _ = found
+        assert all(torch.equal(server[version][n], t) for n, t in base.items())
+
+
+def test_counted_bytes_are_the_messages_but_for_their_headers(tmp_path: Path) -> None:
+    nodes = nodes_of(tmp_path, 3)
+    strategy, _ = run(nodes, FedRacLora(rank=2, alpha=3), uplink="int8")
+    rows = strategy.rounds.recorder.ledger.rows[1:]
+    payload = sum(
+        row["uplink_bytes"] + row["downlink_bytes"] + row["catchup_bytes"] for row in rows
+    )
+    transport = sum(row["transport_bytes"] for row in rows)
+    assert payload + transport == sum(map(message_bytes, nodes.sent))
+    numbers = sum(
+        array.numpy().nbytes
+        for message in nodes.sent
+        for record in opened(message).array_records.values()
+        for array in record.values()
+    )
+    seeds = 8 * 2 * 3 * (3 + 2)  # of two layers and three nodes, in each round, and in each link
+    assert numbers + seeds == payload
+
+
+def opened(message: Message) -> RecordDict:
+    """A message with what is folded into it."""
+    from fedraclora.engines.records import JOB, unfolded
+
+    kept = {n: r for n, r in message.content.items() if n == JOB or isinstance(r, ArrayRecord)}
+    return unfolded(RecordDict(kept))
+
+
+def test_a_cache_that_is_damaged_or_lost_is_filled_in_the_same_round(tmp_path: Path) -> None:
+    def harmed(message: Message, answer: Callable[[], Message]) -> Message:
+        folder = tmp_path / "cache" / str(message.metadata.dst_node_id)
+        for path in folder.rglob(replica_file(Path()).name):
+            if message.metadata.group_id == "2" and nodes.nodes[message.metadata.dst_node_id] == 1:
+                path.write_bytes(path.read_bytes()[:-9])
+            if message.metadata.group_id == "3" and nodes.nodes[message.metadata.dst_node_id] == 2:
+                path.unlink()
+        return answer()
+
+    nodes = nodes_of(tmp_path, 3, harmed)
+    _, result = run(nodes, FedRacLora(rank=1))
+    _, wanted = run(nodes_of(tmp_path / "whole", 3), FedRacLora(rank=1))
+    assert all(torch.equal(weights_of(wanted)[n], t) for n, t in weights_of(result).items())
+    whole = sum(t.nbytes for t in weights_of(result).values())
+    for round_, lost in ((1, 0), (2, 1), (3, 1)):
+        metrics, others = (r.train_metrics_clientapp[round_] for r in (result, wanted))
+        assert metrics["failures"] == 0
+        assert metrics["catchup_bytes"] == others["catchup_bytes"] + lost * whole
+
+
+def numbers(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[RecordDict], None]:
+    """Change the numbers of a reply."""
+
+    def harm(content: RecordDict) -> None:
+        flat = content.array_records["arrays"]["flat"].numpy()
+        content["arrays"] = ArrayRecord({"flat": Array(change(flat))})
+
+    return harm
+
+
+def told(record: str, **values: Any) -> Callable[[RecordDict], None]:
+    """Change a record of a reply."""
+    return lambda content: content[record].update(values)  # type: ignore[union-attr]
+
+
+HARMS = {
+    "NaN": numbers(lambda flat: flat * np.float32("nan")),
+    "shape": numbers(lambda flat: flat[:, 1:].copy()),
+    "type": numbers(lambda flat: flat.astype(np.float64)),
+    "version": told("job", held=0),
+    "mark": told("job", mark="1"),
+    "no job": lambda content: content.pop("job"),
+    "no metrics": lambda content: content.pop("metrics"),
+    "no weight": lambda content: content["metrics"].pop(KEY),
+    "weight": told("metrics", **{KEY: 10**12}),
+    "metric": told("metrics", train_loss=float("nan")),
+    "job": told("job", records=b"nothing of the kind"),
+    "arrays": lambda content: content.update({"more": content["arrays"]}),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_bad_reply_is_left_out_by_node_and_round(
+    harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def harmed(message: Message, answer: Callable[[], Message]) -> Message:
+        reply = answer()
+        if nodes.nodes[message.metadata.dst_node_id] == 2 and message.metadata.group_id == "2":
+            HARMS[harm](reply.content)
+        return reply
+
+    nodes = nodes_of(tmp_path, 3, harmed)
+    (guilty,) = (node for node, k in nodes.nodes.items() if k == 2)
+    _, result = run(nodes, FedRacLora(rank=1))
+    failures = [result.train_metrics_clientapp[r]["failures"] for r in (1, 2, 3)]
+    assert failures == [0, 1, 0]
+    (line,) = [m for m in caplog.messages if "left out" in m]
+    assert f"round 2: node {guilty} " in line
+    assert all(t.isfinite().all() for t in weights_of(result).values())
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_node_that_is_silent_or_fails_is_named(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fault(message: Message, answer: Callable[[], Message]) -> Message | None:
+        if message.metadata.message_type == kind and nodes.nodes[message.metadata.dst_node_id] < 2:
+            return None if nodes.nodes[message.metadata.dst_node_id] else raising(message)
+        return answer()
+
+    def raising(message: Message) -> Message:
+        from flwr.app import Error
+
+        return Message(
+            Error(2, "<class 'ZeroDivisionError'>:<'division by zero'>"), reply_to=message
+        )
+
+    nodes = nodes_of(tmp_path, 3, fault)
+    run(nodes, FedRacLora(rank=1), rounds=1, fraction_evaluate=1.0)
+    lines = [m for m in caplog.messages if "left out" in m]
+    first, second = sorted(nodes.nodes, key=nodes.nodes.__getitem__)[:2]
+    assert any(f"round 1: node {first} " in m and "division by zero" in m for m in lines)
+    assert any(f"round 1: node {second} " in m and "in time" in m for m in lines)
+
+
+def test_a_round_without_any_reply_ends_by_an_error_that_names_nodes(tmp_path: Path) -> None:
+    app = ClientApp()
+
+    @app.train()
+    def idle(message: Message, context: Context) -> Message:
+        return flower.round(message, context, network()).reply({KEY: 3})
+
+    nodes = nodes_of(tmp_path, 2, app=app)
+    with pytest.raises(ClientError, match=rf"round 1.*nothing was trained.*{min(nodes.nodes)}"):
+        run(nodes, FedRacLora(rank=1))
+
+
+def test_replies_pass_the_checks_of_flowers_own_strategies(tmp_path: Path) -> None:
+    nodes = nodes_of(tmp_path, 3)
+    run(nodes, FedRacLora(rank=1), fraction_evaluate=1.0)
+    for kind in ("train", "evaluate"):
+        replies = [
+            m for m in nodes.sent if m.metadata.message_type == kind and "metrics" in m.content
+        ]
+        assert len(replies) == 9
+        validate_message_reply_consistency([m.content for m in replies], KEY, kind == "train")
+
+
+def test_options_of_fedavg_go_on_to_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    app, seen = ClientApp(), list[RecordDict]()
+
+    @app.train()
+    def on_train(message: Message, context: Context) -> Message:
+        assert message.content["settings"] == {"lr": 0.2, "server-round": 1}
+        x, y = samples(int(context.node_config["partition-id"]))
+        r = flower.round(message, context, network())
+        train(r.model, x, y)
+        return r.reply({"weight": len(x), "lengths": [1.0, float(len(x))]})
+
+    def together(contents: list[RecordDict], key: str) -> MetricRecord:
+        seen.extend(contents)
+        return MetricRecord({"most": max(int(c.metric_records["metrics"][key]) for c in contents)})  # type: ignore[arg-type]
+
+    nodes = nodes_of(tmp_path, 4, app=app)
+    strategy = flower.LowRank(
+        FedRacLora(rank=1), network(), fraction_train=0.75, fraction_evaluate=0.0,
+        weighted_by_key="weight", configrecord_key="settings", train_metrics_aggr_fn=together,
+    )  # fmt: skip
+    initial = ArrayRecord(network().state_dict())
+    result = strategy.start(nodes, initial, 1, train_config=ConfigRecord({"lr": 0.2}))
+    most = result.train_metrics_clientapp[1]["most"]
+    assert strategy.rounds is not None
+    assert strategy.rounds.recorder.ledger.rows[1]["train_loss"] is None  # nobody said it
+    assert len(seen) == 3
+    assert most in {8 + 3 * k for k in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"method": FedSaLora(rank=1)}, "FedSaLora.*stays at each client"),
+        ({"method": SLora(rank=1)}, "recipe sparse"),
+        ({"method": FedRacLora(rank=1, first="gradient")}, "recipe gradient"),
+        ({"method": FedRacLora}, "an instance"),
+        ({"arrayrecord_key": "weights"}, "arrayrecord_key"),
+        ({"head": "local"}, "local"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    options: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    options = {"method": FedRacLora(rank=1)} | options
+    with pytest.raises(ConfigError, match=why):
+        run(nodes_of(tmp_path, 2), options.pop("method"), **options)
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda a: a.pop("0.weight"), lambda a: a.update({"x": a["0.bias"]})]
+)
+def test_arrays_that_are_not_the_models_are_refused(harm: Any, tmp_path: Path) -> None:
+    arrays = ArrayRecord(network().state_dict())
+    harm(arrays)
+    with pytest.raises(ConfigError, match=r"initial_arrays.*state_dict"):
+        flower.LowRank(FedRacLora(rank=1), network()).start(nodes_of(tmp_path, 2), arrays, 1)
+
+
+def test_arrays_that_another_changed_between_rounds_are_refused(tmp_path: Path) -> None:
+    class Changing(flower.LowRank):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            return ArrayRecord(arrays.to_torch_state_dict()), metrics  # type: ignore[union-attr]
+
+    strategy = Changing(FedRacLora(rank=1), network(), fraction_evaluate=0.0)
+    with pytest.raises(ConfigError, match="round 2: the arrays"):
+        strategy.start(nodes_of(tmp_path, 2), ArrayRecord(network().state_dict()), 2)
+
+
+def test_a_message_of_another_strategy_is_refused_by_name(tmp_path: Path) -> None:
+    nodes = nodes_of(tmp_path, 2)
+    FedAvg(fraction_evaluate=0.0).start(nodes, ArrayRecord(network().state_dict()), 1)
+    replies = [m for m in nodes.sent if m.has_error()]
+    assert len(replies) == 2
+    assert all("fedraclora.flower.LowRank" in str(m.error.reason) for m in replies)
+
+
+def llama() -> Any:
+    """A tiny random language model with LoRA layers of PEFT; its base is one checkpoint."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(5)  # noqa: TID251
+        base = LlamaForCausalLM(settings)
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+
+def text_app() -> ClientApp:
+    """Somebody's ClientApp for it."""
+    app = ClientApp()
+
+    def tokens(context: Context) -> torch.Tensor:
+        seed = int(context.node_config["partition-id"])
+        return (normal(6, 8, key=seed).abs() * 13).long() % 40
+
+    @app.train()
+    def on_train(message: Message, context: Context) -> Message:
+        with flower.round(message, context, llama()) as r:
+            optimiser = torch.optim.AdamW(r.model.parameters(), lr=0.1)
+            loss = r.model(tokens(context), labels=tokens(context)).loss
+            loss.backward()
+            optimiser.step()
+        return r.reply({KEY: 6, "train_loss": loss.item()})
+
+    @app.evaluate()
+    def on_evaluate(message: Message, context: Context) -> Message:
+        with flower.round(message, context, llama()) as r, torch.no_grad():
+            loss = r.model(tokens(context), labels=tokens(context)).loss
+        return r.reply({KEY: 6, "eval_loss": loss.item()})
+
+    return app
+
+
+@pytest.mark.parametrize("method", [FedRacLora(rank=2, alpha=3), FedAvgLora(rank=2, alpha=3)])
+def test_a_peft_model_begins_from_its_checkpoint_and_is_sent_no_weights(
+    method: Any, tmp_path: Path
+) -> None:
+    from peft import get_peft_model_state_dict
+
+    nodes = nodes_of(tmp_path, 2, app=text_app())
+    strategy = flower.LowRank(method, llama())
+    initial = ArrayRecord(get_peft_model_state_dict(llama()))
+    result = strategy.start(nodes, initial, 3)
+    metrics = result.train_metrics_clientapp
+    assert [metrics[r]["failures"] for r in (1, 2, 3)] == [0, 0, 0]
+    assert metrics[1]["catchup_bytes"] == 0
+    assert metrics[3]["train_loss"] < metrics[1]["train_loss"]
+    model = flower.load(llama(), result.arrays)
+    assert not [n for n, _ in model.named_parameters() if "lora" in n]
+    before = dict(llama().unload().named_parameters())
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {f"model.layers.0.self_attn.{k}_proj.weight" for k in "qv"}
+    found = [float(result.evaluate_metrics_clientapp[r]["eval_loss"]) for r in (1, 2, 3)]
+    tokens = [(normal(6, 8, key=k).abs() * 13).long() % 40 for k in (0, 1)]
+    with torch.no_grad():
+        own = sum(float(model(t, labels=t).loss) for t in tokens) / 2
+    assert found[2] == pytest.approx(own, rel=1e-5)
+
+
+def test_clients_whose_own_model_is_another_are_sent_the_weights(tmp_path: Path) -> None:
+    app = app_of(
+        lambda: network().apply(lambda m: isinstance(m, nn.Linear) and m.reset_parameters())
+    )
+    _, result = run(nodes_of(tmp_path, 2, app=app), FedRacLora(rank=1), same_start=True)
+    whole = 2 * sum(t.nbytes for t in weights_of(result).values())
+    assert result.train_metrics_clientapp[1]["catchup_bytes"] == whole
+    assert result.train_metrics_clientapp[1]["failures"] == 0
+    _, wanted = run(nodes_of(tmp_path / "more", 2), FedRacLora(rank=1), same_start=True)
+    assert wanted.train_metrics_clientapp[1]["catchup_bytes"] == 0
+    assert all(torch.equal(weights_of(wanted)[n], t) for n, t in weights_of(result).items())
+
+
+def test_an_adapter_that_has_been_trained_is_refused_as_a_start(tmp_path: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(llama())
+    name = next(n for n in state if "lora_B" in n)
+    initial = ArrayRecord(state | {name: torch.ones_like(state[name])})
+    with pytest.raises(ConfigError, match="merge_and_unload"):
+        flower.LowRank(FedRacLora(rank=2), llama()).start(nodes_of(tmp_path, 2), initial, 1)
