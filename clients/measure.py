@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 
 from fedraclora.clients.client_state import restore
-from fedraclora.data.samples import Samples
+from fedraclora.data.samples import ClientData, Samples, TableRows
 from fedraclora.errors import WireError
 from fedraclora.evaluation.clients import AFTER, ClientMeasure
 from fedraclora.protocol.method import Downlink
@@ -18,6 +19,7 @@ from fedraclora.training.standing import standing_weights
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.exchange import Answer, Ask
 
+Owned = tuple[Samples, torch.Tensor]  # of one client after another, and how many of each
 SMALL = "it has {} samples, of which none is held out to measure on (evaluate.share)"
 
 
@@ -53,15 +55,12 @@ class Measurer:
         sizes = held.data.sizes(request.clients.to(device)).cpu()
         kept = torch.nonzero(sizes).flatten()
         clients, after = request.clients[kept], request.measure == "after"
-        samples = [
-            held.data.gather(torch.tensor([c], device=device), torch.arange(n, device=device)[None])
-            for c, n in zip(clients.tolist(), sizes[kept].tolist(), strict=True)
-        ]
+        samples, counts = joined(held.data, clients.to(device), sizes[kept].to(device)), sizes[kept]
         downlink = ask.own.select(kept).beside(base)
         steps, found = torch.zeros_like(clients), Tree()
-        if samples:
-            found = self._before(ask, downlink, base, clients, store, samples)
-        if samples and after:
+        if samples is not None:
+            found = self._before(ask, downlink, base, clients, store, (samples, counts))
+        if samples is not None and after:
             asked = replace(request, clients=clients)
             downlink, moments, _ = restore(store, downlink, asked, base, self.trainer.local)
             result = self.trainer.train(
@@ -73,7 +72,7 @@ class Measurer:
                 moments=moments,
             )
             each = self._trained(base, downlink, result.trained)
-            steps, own = result.steps, self._apart(each, samples)
+            steps, own = result.steps, self._apart(each, (samples, counts))
             found |= {AFTER + name: value for name, value in own.items()}
         layout = Layout.of(found, skip=1)
         small = torch.nonzero(sizes == 0).flatten()
@@ -101,7 +100,7 @@ class Measurer:
         base: Tree,
         clients: torch.Tensor,
         store: ClientStore,
-        samples: list[Samples],
+        samples: Owned,
     ) -> Tree:
         """Measure the weights from which a round begins: as one batch where all have the same."""
         stays = {n for n, slot in downlink.trained().items() if not slot.upload}
@@ -110,7 +109,7 @@ class Measurer:
             if known is not base or of is not ask.downlink:  # it serves all chunks of an exchange
                 weights = self._standing(base, downlink, {})
                 self._shared = base, ask.downlink, weights
-            return self._sent(weights, samples)
+            return self._sent(weights, *samples)
         owned = (store.weights_of(c, ask.request.round_) for c in clients.tolist())
         each = [
             self._standing(base, downlink.of_one(k), {n: t for n, t in own.items() if n in stays})
@@ -129,11 +128,30 @@ class Measurer:
             for k in range(count)
         ]
 
-    def _apart(self, each: Sequence[Tree], samples: Sequence[Samples]) -> Tree:
-        pairs = zip(each, samples, strict=True)
-        found = [self._sent(weights, [own]) for weights, own in pairs]
+    def _apart(self, each: Sequence[Tree], samples: Owned) -> Tree:
+        """Measure on the samples of each client weights of its own."""
+        whole, found, start = samples[0], list[Tree](), 0
+        for weights, count in zip(each, samples[1].tolist(), strict=True):
+            own = whole.mapped(itemgetter(slice(start, start + count)))
+            found.append(self._sent(weights, own, torch.tensor([count])))
+            start += count
         return {name: torch.cat([sent[name] for sent in found]) for name in found[0]}
 
-    def _sent(self, weights: Tree, samples: Sequence[Samples]) -> Tree:
+    def _sent(self, weights: Tree, samples: Samples, counts: torch.Tensor) -> Tree:
         size = 1 if self.task.held is None else self.task.held.batch_size
-        return self.measure.sent(self.task, weights, samples, size)
+        return self.measure.sent(self.task, weights, samples, counts, size)
+
+
+def joined(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> Samples | None:
+    """Put the samples of clients one after another; None of none."""
+    if not len(clients):
+        return None
+    if isinstance(data, TableRows):  # copied once
+        starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        place = torch.arange(len(starts), device=sizes.device) - starts
+        rows = data.rows_at(clients.repeat_interleave(sizes), place[:, None])
+        return data.samples.take(rows[:, 0])
+    pairs = zip(clients.split(1), sizes.tolist(), strict=True)
+    return Samples.join(
+        [data.gather(one, torch.arange(n, device=one.device)[None]) for one, n in pairs]
+    )

@@ -335,8 +335,8 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
     except FedRacLoraError as error:
         raise ConfigError(f"pretrain.labels: {error}; pretrain=none leaves it out") from error
     made_by = (asked, config.data, config.clients, config.model, config.seed)
-    made_by += (config.evaluate, config.partition) if config.evaluate.by_clients else ()
-    key = repr((*made_by, torch.get_num_threads()))
+    held = (config.evaluate, config.partition) if config.evaluate.by_clients else ()
+    key = repr((*made_by, *held, torch.get_num_threads()))
     if key not in _PRETRAINED:
         train, test = part.aside or (part.train, part.test)
         with seeded(config.seed, "pretrain"):  # dropout draws from torch's global generator

@@ -46,16 +46,24 @@ class ClientMeasure:
     def _scored(self) -> list[str]:
         return [n for n, metric in self.measure.metrics.items() if not metric.count.sums]
 
-    def sent(self, task: Task, weights: Tree, samples: Sequence[Samples], batch_size: int) -> Tree:
+    def sent(
+        self, task: Task, weights: Tree, samples: Samples, counts: torch.Tensor, batch_size: int
+    ) -> Tree:
         """Measure the same weights on samples of several clients, in batches of all of them.
+
+        Args:
+            task: Has the model.
+            weights: Parameters by name.
+            samples: Of one client after another.
+            counts: How many of each, int64 [K].
+            batch_size: Samples of a forward pass.
 
         Returns:
             What clients send, float64 [K, q] by name.
         """
-        count = len(samples)
-        of = torch.arange(count).repeat_interleave(torch.tensor([*map(len, samples)]))
-        whose, joined = Owners(count, of), Samples.join(samples)
-        state = state_of(task.model, weights, joined, self.measure, batch_size, whose)
+        count = len(counts)
+        whose = Owners(count, torch.arange(count).repeat_interleave(counts))
+        state = state_of(task.model, weights, samples, self.measure, batch_size, whose)
         sums = {n: t.cpu() for n, t in state.items() if "/" not in n}
         each = self.measure.values(state, count) if self._scored else []
         values = {n: torch.tensor([v[n] for v in each]).double()[:, None] for n in self._scored}
