@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -13,6 +14,7 @@ from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import DeployConfig, FlowerConfig, RayConfig
 from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.errors import ConfigError
+from fedraclora.objects import named_by
 from fedraclora.weights.update import BaseWeights, WeightHistory
 from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 
@@ -104,6 +106,12 @@ class OnRay(Engine):
         )
 
 
+def _parts_of(config: RunConfig, parts: EngineParts) -> SiteParts:
+    """Collect what a worker is made of; data and model travel in the task."""
+    own = {"local": config.plain.get("local")}
+    return SiteParts(config, parts.built, parts.plan, named_by(own))
+
+
 def engine_of(config: RunConfig) -> Engine:
     """Make the engine that a config names.
 
@@ -117,7 +125,7 @@ def engine_of(config: RunConfig) -> Engine:
                 "or with local=3 for three nodes on this machine"
             )
         case RayConfig() as settings:
-            return OnRay(settings, Site, lambda parts: SiteParts(config, parts.built, parts.plan))
+            return OnRay(settings, Site, partial(_parts_of, config))
         case FlowerConfig():
             raise ConfigError(
                 "engine=flower is for Flower's own simulation: run `fedraclora flower` with the "

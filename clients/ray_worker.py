@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from fedraclora.clients.worker import Worker
 from fedraclora.config.build import BuiltTask, fix_bits, terms_of, trainer_of
 from fedraclora.config.run_config import TaskConfig
+from fedraclora.objects import lend
 from fedraclora.protocol.method import Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
@@ -23,12 +26,15 @@ class SiteParts:
     config: TaskConfig
     built: BuiltTask
     plan: Plan
+    lent: Mapping[str, Any] = field(default_factory=dict)  # objects of the program, by name
 
 
 class Site:
     """Trains clients on a replica that follows the server's."""
 
     def __init__(self, parts: SiteParts) -> None:
+        for name, thing in parts.lent.items():
+            lend(thing, name)
         fix_bits(parts.config.engine.threads, parts.built.device)
         self.replica = Replica(parts.plan, parts.built.device)
         trainer = trainer_of(parts.config, parts.built, parts.plan)

@@ -195,7 +195,7 @@ class Worker:
         if starved:
             return self._shrink(job, places, failure)
         if len(places) == 1:
-            job.failures[int(request.clients[places[0]])] = failure
+            job.failures[int(request.clients[places[0]])] = printable(failure)
             return []
         job.note(f"round {request.round_}: a chunk was cut because clients failed in it")
         return parts(places, -(-len(places) // 2))
@@ -298,6 +298,7 @@ def answer_of(
     if coded is not None:
         vectors["rounding"] = torch.tensor(coded.errors, dtype=torch.float64)
     pieces: tuple[torch.Tensor, ...]
+    told = result.metrics
     if request.reduce is not None:
         numbers = layout.pack(trained, lead=1)
         weights = client_weights(request.reduce, result.samples)
@@ -306,6 +307,7 @@ def answer_of(
             kept = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
             numbers, weights = numbers[kept.to(numbers.device)], weights[kept]
             vectors = {name: vector[kept] for name, vector in vectors.items()}
+            told = {name: metric[kept] for name, metric in told.items()}
         whole = len(numbers) == len(request.clients)
         places = None if whole else torch.searchsorted(request.clients, vectors["clients"])
         sums = block_sums(numbers, weights, places)
@@ -325,6 +327,7 @@ def answer_of(
         **vectors,
         pieces=tuple(piece.detach().cpu() for piece in pieces),
         reduced=request.reduce is not None,
+        metrics=told,
         failures={client: printable(reason) for client, reason in failures.items()},
         refused=refused,
         notes=[printable(note) for note in notes],

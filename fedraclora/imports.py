@@ -181,7 +181,7 @@ def call_function(key: str, name: str, *arguments: object, **named: object) -> o
     return found
 
 
-def failure_of(error: Exception, what: str) -> str:
+def failure_of(error: BaseException, what: str) -> str:
     """Describe what was raised, and in which line: the last one that is no library's."""
     if isinstance(error, SyntaxError):
         return f"{what} raises SyntaxError: {error}"

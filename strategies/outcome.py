@@ -291,11 +291,15 @@ def optimiser_of(config: RunConfig) -> str:
     steps = local.epochs if local.steps is None else local.steps
     unit = ("epoch" if local.steps is None else "step") + ("s" if steps != 1 else "")
     size = f"batches of {local.batch_size}" if local.batch_size else "one batch"
+    at_server = [f"{server.name} at the server"] if server.name != "none" else []
+    if local.train is not None:
+        name = local.train.partition("@")[0]
+        said = f"that of your own training function {name} (local.train), as its loss and steps are"
+        return ", ".join([said, *at_server])
     parts = [local.optimiser, f"learning rate {local.lr:g}"]
     parts += [f"{local.dense_lr:g} beside adapters"] if local.dense_lr is not None else []
     parts += [f"momentum {local.momentum:g}"] if local.momentum else []
     parts += [f"weight decay {local.weight_decay:g}"] if local.weight_decay else []
     parts += [f"schedule {local.schedule}"] if local.schedule != "constant" else []
     parts += [f"{steps} {unit} of {size}", *(extra.setting for extra in local.extras)]
-    parts += [f"{server.name} at the server"] if server.name != "none" else []
-    return ", ".join(parts)
+    return ", ".join([*parts, *at_server])

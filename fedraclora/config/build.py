@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,12 @@ from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import refuse_contradiction
 from fedraclora.data.own import Brought, counted
 from fedraclora.data.partition import make_partition
-from fedraclora.data.samples import Partitioned, Samples, count_labels
+from fedraclora.data.samples import ClientData, Partitioned, Samples, count_labels
 from fedraclora.data.task import HeldOut, Task
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.generate import Answering
+from fedraclora.imports import is_function
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.outputs import is_softmax, probe
@@ -251,13 +252,20 @@ def build_task(config: TaskConfig) -> BuiltTask:
         info=facts,
         reading=({"shape": [*data.sample_shape]} if data.sample_shape else {}) | data.reading,
         reader=data.reader or _array_reader(config, data),
-        brought=partial(data.entries.client_of, train.parts)
-        if data.entries and isinstance(train, Partitioned)
-        else None,
+        brought=_brought(data, train),
         held=None if held is None else HeldOut(held.to(device), asked.batch_size),
     )
     labelled = "label" in data.columns and data.classes > 1
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)
+
+
+def _brought(data: DataSet, train: ClientData) -> Callable[[int], Any] | None:
+    """Make what gives the samples of a client as its owner has them; None: they are tensors."""
+    if isinstance(train, Brought):
+        return train.own if is_function(train.source or "") else None
+    if data.entries is None or not isinstance(train, Partitioned):
+        return None
+    return partial(data.entries.client_of, train.parts)
 
 
 def _said_of_loss(

@@ -85,3 +85,13 @@ def _rows(found: Any, rows: Rows) -> Any:
     if isinstance(found, torch.Tensor):
         return found[torch.from_numpy(rows).to(found.device)]
     return [found[row] for row in rows] if isinstance(found, list | tuple) else found[rows]
+
+
+def length(found: Any) -> int:
+    """Count the samples of an object that no table holds; one that has no length is one."""
+    return len(found) if hasattr(found, "__len__") else 1
+
+
+def stand_in(count: int) -> Samples:
+    """Make a table without numbers, with a row for each sample of objects that no table holds."""
+    return Samples({}, torch.zeros(count, dtype=torch.int64))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import TEST_SHARE, DataSet, RowNumbers, keep_rows, split_rows, take
-from fedraclora.data.entries import Entries
+from fedraclora.data.entries import Entries, length, stand_in
 from fedraclora.data.fit import (
     USUAL_METRICS,
     Form,
@@ -230,7 +230,7 @@ def unread(
     objects = listed_tables(data) if is_clients(data) else [data]
     if not objects:
         raise DataError("data is an empty list; the samples of one or more clients are wanted")
-    sizes = [len(each) if hasattr(each, "__len__") else 1 for each in objects]
+    sizes = [*map(length, objects)]
     if not all(sizes):
         raise DataError(f"data, client {sizes.index(0)}: it has no samples; one or more are wanted")
     parts: list[RowNumbers] | None = None
@@ -241,14 +241,13 @@ def unread(
         parts = divided_by(data, partitioner)
     elif client is not None:
         columns = {"client": np.asarray(column_of(data, client, "client"))}
-    nothing = Samples({}, torch.zeros(0, dtype=torch.int64))
-    measured = nothing if test is None else table_of(test, "test", target)
+    measured = stand_in(0) if test is None else table_of(test, "test", target)
     loss = loss or "cross_entropy"
     usual = USUAL_METRICS.get(loss, USUAL_METRICS["cross_entropy"])
     classes = None if test is None else outputs_for([measured], loss)
     source = "said" if test is not None else "no test samples, so none is measured"
     return DataSet(
-        train=Samples({}, torch.zeros(sum(sizes), dtype=torch.int64)),
+        train=stand_in(sum(sizes)),
         test=measured,
         classes=int(classes or 1),
         loss=loss,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from fedraclora.data.dataset import (
     TEST_SHARE,
     Clients,
     DataSet,
+    RowNumbers,
     refuse_both,
     split_rows,
     take,
 )
+from fedraclora.data.entries import Entries, length, stand_in
 from fedraclora.data.fit import (
     USUAL_METRICS,
     Form,
@@ -38,7 +40,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import call_function, is_function
-from fedraclora.limits import Count, Fraction, Part, limited
+from fedraclora.limits import Count, Fraction, Later, Part, limited
 from fedraclora.rng import generator
 
 ONLY_FILE = "train.npz"  # the file of a folder that is one client's
@@ -135,6 +137,7 @@ class Brought:
         split_seed: Of that choice.
         arguments: Further ones of the function, by name.
         device, dtype: Where to, and what floating samples become; None: as they come.
+        objects: Whether the function gives what only a training function of the user's reads.
         reading: What was done to the numbers of those that were looked at (`DataSet.reading`).
         told: The same, in words.
     """
@@ -149,11 +152,13 @@ class Brought:
     arguments: Mapping[str, object] = field(default_factory=dict)
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
+    objects: bool = False
     reading: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
     told: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
     _found: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _held_out: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
+    _own: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, client: int) -> Samples:
         """Return the training samples of one client.
@@ -165,15 +170,33 @@ class Brought:
         if client not in self._found:
             whole = self.whole(client)
             self._read.pop(client, None)
-            rng = generator(self.split_seed, "split", "test", client)
-            training, held_out = split_rows(len(whole), self.share, rng)
-            if not len(training):  # a client has something to train on
-                training, held_out = held_out, training
+            training, held_out = self._training(len(whole), client)
             found = take(whole, training) if len(held_out) else whole
             self._found[client] = found.to(self.device, self.dtype)
             if self.share and self.only is None:
                 self._held_out[client] = take(whole, held_out)
         return self._found[client]
+
+    def own(self, client: int) -> Any:
+        """Return the training samples of one client as its function gives them.
+
+        Raises:
+            DataError: If it fails.
+        """
+        if client not in self._own:
+            found = call_function("data.samples", str(self.source), client, **self.arguments)
+            size = length(found) if self.objects else len(self.whole(client))
+            rows = self._training(size, client)[0]
+            each = Entries.of([found], [size]).keep(rows)
+            self._own[client] = each.client_of([np.arange(len(rows))], 0)
+        return self._own[client]
+
+    def _training(self, size: int, client: int) -> tuple[RowNumbers, RowNumbers]:
+        """Choose the rows that a client trains on, and those that are held out."""
+        rng = generator(self.split_seed, "split", "test", client)
+        training, held_out = split_rows(size, self.share, rng)
+        # A client has something to train on.
+        return (training, held_out) if len(training) else (held_out, training)
 
     def held_out(self) -> Samples:
         """Return the samples of all clients that they do not train on."""
@@ -193,6 +216,8 @@ class Brought:
                 "data=own: the samples are with their owners; run it with engine=deploy, or set "
                 "data.samples to a folder or a function that has those of every client"
             )
+        if self.objects:
+            return stand_in(length(self.own(client)))
         if client not in self._read:
             alone, said = self.alone or self.num_clients == 1, self.arguments
             self._read[client] = read_own(self.source, client, alone=alone, arguments=said)
@@ -248,6 +273,7 @@ def own_samples(
     split_seed: int = 0,
     client: Annotated[int | None, OF_A_NODE] = None,
     alone: Annotated[bool, OF_A_NODE] = False,
+    objects: Annotated[bool, Later()] = False,
     loss: str = "cross_entropy",
     metrics: Sequence[str] | None = None,
 ) -> DataSet:
@@ -266,6 +292,8 @@ def own_samples(
         split_seed: Seed of that choice.
         client: Set by a node: its client. Nothing is measured there.
         alone: Set by a node: it serves this client only.
+        objects: Whether the function ``samples`` gives what only ``local.train`` reads (texts,
+            images, paths): nothing is measured then.
         loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``.
         metrics: Names of metrics, the headline first; None for those usual for the loss.
 
@@ -286,6 +314,15 @@ def own_samples(
             "one as data.samples or data.test, or leave them out"
         )
     count = counted(samples, clients)
+    if objects:
+        if test is not None or test_share:
+            raise ConfigError("data.objects is true, of which nobody measures: leave data.test out")
+        if samples is not None and not is_function(samples):
+            raise ConfigError(f"data.samples is {samples}; with data.objects a function is wanted")
+        brought = Brought(samples, count, form, client, alone, arguments=said, objects=True)
+        info: dict[str, object] = {"source": "each client's own", "loss_from": "nobody measures"}
+        nothing = stand_in(0)
+        return DataSet(nothing, nothing, 1, loss, (), {}, (), brought, info=info)
     brought = Brought(samples, count, form, client, alone, share, split_seed, said)
     if client is None:
         brought, measured = _measured(brought, test)

@@ -67,8 +67,6 @@ class CohortTrainer:
         device: torch.device,
         precision: str = FLOAT32,
     ) -> None:
-        refuse_mixing(task.model)
-        check_precision(precision, task.model, device)
         self.task, self.plan, self.local, self.seed = task, plan, local, seed
         self.device, self.precision = device, precision
         self.data: ClientData = task.train
@@ -78,9 +76,15 @@ class CohortTrainer:
         self.recall: Callable[[int, int], bytes] | None = (
             None  # what its clients kept, from a store
         )
+        self.check(precision)
         self.former = next((e for e in local.extras if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], CohortProgram] = {}
         self._pools: tuple[Tree, dict[str, Pool], tuple[Tree, Terms]] | None = None
+
+    def check(self, precision: str) -> None:
+        """Refuse a model that cannot be trained so; raises as the class does."""
+        refuse_mixing(self.task.model)
+        check_precision(precision, self.task.model, self.device)
 
     def train(
         self,

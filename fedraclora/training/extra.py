@@ -32,6 +32,7 @@ class LocalResult:
         samples: Training samples of each client, unpacked, int64 [K].
         moments: Of their optimisers where these live on (`moments`), [K, ...] by name.
         states: What a user's training function keeps for clients, by id.
+        metrics: What it says of its training, float64 [K] by name; NaN where it does not.
     """
 
     trained: Tree
@@ -40,6 +41,7 @@ class LocalResult:
     samples: torch.Tensor
     moments: Tree = field(default_factory=dict)
     states: dict[int, bytes] = field(default_factory=dict)
+    metrics: Tree = field(default_factory=dict)
 
 
 def join_results(results: Sequence[LocalResult]) -> LocalResult | None:

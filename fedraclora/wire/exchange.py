@@ -149,6 +149,7 @@ class Answer:
             numbers are sent as they are.
         layout: What each client sends.
         stage: What clients say of secure aggregation, where numbers are masked; None without it.
+        metrics: What a user's training function says of its training, float64 [k] by name.
     """
 
     round_: int
@@ -166,6 +167,7 @@ class Answer:
     rounding: torch.Tensor | None = None
     layout: Layout = Layout(())  # noqa: RUF009
     stage: Stage | None = None
+    metrics: Tree = field(default_factory=dict)
 
     @cached_property
     def numbers(self) -> torch.Tensor:
@@ -190,7 +192,8 @@ class Answer:
     def select(self, kept: torch.Tensor) -> Answer:
         """Keep some of the clients, bool [k], in everything but their numbers."""
         vectors: dict[str, Any] = {name: each[kept] for name, each in self.vectors.items()}
-        return replace(self, **vectors)
+        told = {name: metric[kept] for name, metric in self.metrics.items()}
+        return replace(self, **vectors, metrics=told)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -55,6 +56,11 @@ def write_answer(answer: Answer) -> Content:
         "notes": answer.notes,
         "layout": answer.layout.shapes,
     }
+    if answer.metrics:
+        header["metrics"] = {
+            n: [None if math.isnan(v) else v for v in told.tolist()]
+            for n, told in answer.metrics.items()
+        }
     found: Content = {"arrays": array_record(answer.numbers)}
     if answer.stage is None:
         chunk = vector_record(answer.vectors)
@@ -128,6 +134,7 @@ def _who(answer: Answer) -> str:
 def _read(content: Content, ask: Ask) -> Answer:
     """Read the fields of an answer."""
     header = message_header(content)
+    told = header.pop("metrics", {})
     exactly(header, HEADER, "the header of a reply")
     round_ = whole(header["round"], "its round")
     coded = ask.request.uplink != FULL
@@ -143,7 +150,18 @@ def _read(content: Content, ask: Ask) -> Answer:
         refused=_refused(header["refused"]),
         notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
         layout=read_layout(header["layout"], f"round {round_}: the layout"),
+        metrics={
+            worded(n, "a metric"): _told(n, each) for n, each in mapping(told, "metrics").items()
+        },
     )
+
+
+def _told(name: str, values: object) -> torch.Tensor:
+    """Read what clients say by one name: finite numbers, or null of one that does not say it."""
+    each = [math.nan if v is None else v for v in listed(values, f"the metric {shown(name)}", MANY)]
+    if not all(type(v) is float and not math.isinf(v) for v in each):
+        raise WireError(f"the metric {shown(name)} has {shown(values)}; finite numbers are wanted")
+    return torch.tensor(each, dtype=torch.float64)
 
 
 def _read_stage(content: Content, name: str) -> Answer:
@@ -203,7 +221,7 @@ def _check_sizes(reply: Answer, layout: Layout, *, cut: bool) -> None:
     shape, count = reply.shape, len(reply.clients)
     rows = shape[0] if reply.reduced and shape else count
     fits = len(shape) == 1 if cut else shape == (rows, layout.size)
-    lengths = [len(vector) for vector in reply.vectors.values()]
+    lengths = [len(each) for each in (*reply.vectors.values(), *reply.metrics.values())]
     if not fits or set(lengths) != {count}:
         raise WireError(
             f"round {reply.round_}: a reply has rows of shape {shape} and {lengths} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -61,6 +62,7 @@ class Exchange:
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used, with their
             aggregation weights.
+        metrics: Means of what their training functions say, as the loss, by name.
         steps: Local steps of these clients.
         timeline: The exchange on the virtual clock, or None.
         clip: The greatest norm of an update that clients are to send; None: any.
@@ -85,6 +87,7 @@ class Exchange:
     received: int = 0
     asks: list[Ask] = field(default_factory=list)
     mean_loss: float = float("nan")
+    metrics: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     timeline: Timeline | None = None
     clip: float | None = None
@@ -234,12 +237,13 @@ class Exchange:
             joined = self._joined(name)
             return joined if used is None else joined[used]
 
-        losses = of("losses").to(weights.dtype)
-        said = losses != UNSAID
-        if said.all():
-            self.mean_loss = float(losses @ weights / weights.sum())
-        elif said.any():
-            self.mean_loss = float(losses[said] @ weights[said] / weights[said].sum())
+        self.mean_loss = mean_said(of("losses"), weights, UNSAID)
+        for name in sorted({name for reply in self.replies for name in reply.metrics}):
+            parts = [
+                r.metrics.get(name, torch.full((len(r.clients),), math.nan)) for r in self.replies
+            ]
+            told = torch.cat(parts) if used is None else torch.cat(parts)[used]
+            self.metrics[name] = mean_said(told, weights, math.nan)
         self.steps = int(of("steps").sum())
         if self.loop.uplink != FULL:
             self.rounding = float(of("rounding").mean())
@@ -388,3 +392,12 @@ class Exchange:
         earlier = [] if self.before is None else self.before.notes
         system = [] if self.timeline is None else self.timeline.notes
         return [*earlier, *system, *(note for reply in self.replies for note in reply.notes)]
+
+
+def mean_said(values: torch.Tensor, weights: torch.Tensor, unsaid: float) -> float:
+    """Compute the weighted mean over the clients that say a number; NaN where none does."""
+    values = values.to(weights.dtype)
+    said = ~values.isnan() if math.isnan(unsaid) else values != unsaid
+    if not said.all():
+        values, weights = values[said], weights[said]
+    return float(values @ weights / weights.sum()) if len(values) else math.nan

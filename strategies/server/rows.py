@@ -120,6 +120,7 @@ def ledger_row(
         "round": exchange.round_,
         **measured,
         "train_loss": exchange.mean_loss,
+        **({"train_metrics": exchange.metrics} if exchange.metrics else {}),
         "cohort": len(exchange.first.cohort),
         "local_steps": exchange.local_steps,
         "failures": [vars(f) for f in exchange.all_failures],

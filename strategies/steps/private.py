@@ -114,7 +114,9 @@ class PrivateRounds(RoundStep):
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
         if got is None:  # nothing is released, and it costs as much
             self.note(exchange.round_, self.clip)
-        told = ("train_loss", *(["rounding_up"] if exchange.rounding is not None else []))
+        told = ["train_loss"]
+        told += ["rounding_up"] if exchange.rounding is not None else []
+        told += ["train_metrics"] if exchange.metrics else []
         return {**dict.fromkeys(told), "privacy": self.row}  # no noise covers these
 
     def note(self, round_: int, clip: float) -> None:

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,14 @@ def test_the_program_of_the_page_runs(folder: Path) -> None:
     names: dict[str, object] = {}
     for block in PROGRAM:
         exec(compile(block, "own.md", "exec"), names)
+
+
+def test_the_program_of_the_page_on_training_runs() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(program, "training.md", "exec"), names)
+    assert len(names["run"].rows) == 4
 
 
 @pytest.mark.parametrize("line", COMMANDS)

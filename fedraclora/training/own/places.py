@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
-from fedraclora.errors import ModelError
+from fedraclora.errors import ClientError, ModelError
 from fedraclora.lowrank.layers import LayerView, weight_name
 from fedraclora.protocol.downlink import Adapter
 from fedraclora.tree import Tree
@@ -66,8 +66,19 @@ class Places:
     layers: dict[str, Any] = field(default_factory=dict)
 
     def place(self, name: str) -> Place:
-        """Return where a tensor of ours lies: a factor, or what is trained in full."""
-        return self.factors[name] if name in self.factors else Place(self.parameters[name])
+        """Return where a tensor of ours lies: a factor, or what is trained in full.
+
+        Raises:
+            ClientError: If it is not there any more.
+        """
+        if name in self.factors:
+            return self.factors[name]
+        if name not in self.parameters:
+            raise ClientError(
+                f"{name} is not in the model any more: read the model that was installed, before "
+                "merging, unloading or removing anything"
+            )
+        return Place(self.parameters[name])
 
 
 class LowRankTerm(nn.Module):

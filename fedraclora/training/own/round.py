@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,23 @@ class Trained:
     steps: int
     loss: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reject numbers that cannot be.
+
+        Raises:
+            ClientError: Naming the number.
+        """
+        if not isinstance(self.metrics, Mapping):
+            raise ClientError(f"metrics is {self.metrics!r:.100}; a dict of numbers is wanted")
+        told = {str(n): _number(f"metrics[{n!r}]", v) for n, v in self.metrics.items()}
+        for key, value in (
+            ("samples", _count("samples", self.samples)),
+            ("steps", _count("steps", self.steps)),
+            ("loss", None if self.loss is None else _number("loss", self.loss)),
+            ("metrics", told),
+        ):
+            object.__setattr__(self, key, value)
 
 
 @dataclass(eq=False)
@@ -162,39 +180,32 @@ class Round:
             n: places.place(n).ours(tuple(value.shape)).to(value, copy=True)
             for n, value in asked.values.items()
         }
-        for name, value in found.items():
-            if not torch.isfinite(value).all():
-                raise ClientError(
-                    f"{name} has a NaN or an infinity after training: lower the step size, or "
-                    "clip gradients"
-                )
+        asked.check(found)
         if all(torch.equal(value, asked.values[n]) for n, value in found.items()):
             raise ClientError(
                 "nothing was trained: no number that the method trains has moved. Make the "
                 "optimiser after round.install, of parameters with requires_grad, and step it"
             )
-        found = asked.held(found)
-        numbers = {
-            str(name): _number(f"metrics[{name!r}]", v) for name, v in (metrics or {}).items()
-        }
         return Trained(
             self.client,
             self.number,
-            found,
-            _count("samples", samples),
-            _count("steps", steps),
-            None if loss is None else _number("loss", loss),
-            numbers,
+            asked.held(found),
+            samples,
+            steps,
+            loss,
+            {} if metrics is None else metrics,  # type: ignore[arg-type]
         )
 
 
-def _count(name: str, value: object) -> int:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    whole = isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, bool))
-    if not whole or isinstance(value, bool) or int(value) < 1:  # type: ignore[call-overload]
-        raise ClientError(f"{name} is {value!r}; a whole number, 1 or more, is wanted")
-    return int(value)  # type: ignore[call-overload,no-any-return]
+def _count(name: str, value: Any) -> int:
+    """Take a whole number, also one of numpy or a tensor."""
+    try:
+        found = 0 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):
+        found = 0
+    if not 1 <= found < 2**63:
+        raise ClientError(f"{name} is {value!r:.100}; a whole number, 1 or more, is wanted")
+    return found
 
 
 def _number(name: str, value: object) -> float:
@@ -340,6 +351,24 @@ class Asked:
             mask = self.masks[name].expand(self.values[name].shape)
             mask = (mask.mT if turned else mask).reshape(tensor.shape).to(tensor.device)
             self.handles.append(tensor.register_hook(lambda g: g * mask.to(g.dtype)))
+
+    def check(self, found: Tree) -> None:
+        """Refuse tensors that are not those that were asked for.
+
+        Raises:
+            ClientError: Naming the first.
+        """
+        wanted = {n: tuple(v.shape) for n, v in self.values.items()}
+        if not isinstance(found, dict) or found.keys() != wanted.keys():
+            raise ClientError(f"Trained.tensors has not the names {_some([*wanted])} alone")
+        for name, value in found.items():
+            if not isinstance(value, torch.Tensor) or tuple(value.shape) != wanted[name]:
+                raise ClientError(f"{name} of Trained.tensors is no tensor of shape {wanted[name]}")
+            if not torch.isfinite(value).all():
+                raise ClientError(
+                    f"{name} has a NaN or an infinity after training: lower the step size, or "
+                    "clip gradients"
+                )
 
     def held(self, found: Tree) -> Tree:
         """Put back what is beyond the client's rank budget: weight decay moves that, too."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import io
+import math
+import os
 import random  # noqa: TID251  (a function of the user's may draw from it)
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from typing_extensions import override
 
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.imports import failure_of
@@ -61,7 +65,12 @@ class OwnTrainer(CohortTrainer):
     ) -> None:
         super().__init__(task, plan, local, seed=seed, device=device)
         self.function, self.timeout = function, timeout
+        self.came: dict[int, list[int]] = {}  # by client, `versions` of its samples
         self.name = name.partition("@")[0]  # of one that a program lends, without its digest
+
+    @override
+    def check(self, precision: str) -> None:
+        pass  # how it computes is for the function to say, and batches of it are one client's
 
     @override
     def train(
@@ -99,20 +108,19 @@ class OwnTrainer(CohortTrainer):
         given = Round(
             client, round_, seed, self._data_of(client), rate_scale, state_of(kept), _asked=asked
         )
+        self._unchanged(given)
         try:
             with seeded_everywhere(seed), torch.enable_grad(), at_most(self.timeout):
                 found: Any = self.function(given)
-        except FedRacLoraError:
+        except (FedRacLoraError, KeyboardInterrupt):
             raise
         except OutOfTimeError as error:
             raise ClientError(
                 f"the training function {self.name} took longer than local.timeout="
                 f"{self.timeout:g} seconds: raise it, or have it take fewer steps"
             ) from error
-        except SystemExit as error:
-            raise ClientError(f"the training function {self.name} ends the process") from error
-        except Exception as error:
-            if is_out_of_memory(error):
+        except BaseException as error:  # it may want to end the process
+            if isinstance(error, Exception) and is_out_of_memory(error):
                 raise
             raise ClientError(failure_of(error, f"the training function {self.name}")) from error
         finally:
@@ -126,9 +134,20 @@ class OwnTrainer(CohortTrainer):
                 f"the training function {self.name} returned {came}; what round.read gives in "
                 "this call is wanted"
             )
+        asked.check(found.tensors)
+        self._unchanged(given)
         if given.state or kept:
             states[client] = told_of(given.state)
         return found
+
+    def _unchanged(self, given: Round) -> None:
+        """Refuse samples that are not as they came first; tensors are looked at."""
+        now = versions(given.data)
+        if now != self.came.setdefault(given.client, now):
+            raise ClientError(
+                f"the training function {self.name} has changed round.data in place, so that the "
+                "client's rounds would train on other samples: let it work on a copy"
+            )
 
     def _data_of(self, client: int) -> Any:
         """Return the samples of one client."""
@@ -142,18 +161,31 @@ class OwnTrainer(CohortTrainer):
 def as_result(found: Sequence[Trained], states: dict[int, bytes] | None = None) -> LocalResult:
     """Stack what clients have trained; ``states`` is what they keep."""
     losses = [UNSAID if one.loss is None else one.loss for one in found]
+    names = sorted({name for one in found for name in one.metrics})
+    told = {n: [one.metrics.get(n, math.nan) for one in found] for n in names}
     return LocalResult(
         trained={n: torch.stack([one.tensors[n] for one in found]) for n in found[0].tensors},
         losses=torch.tensor(losses, dtype=torch.float64),
         steps=torch.tensor([one.steps for one in found]),
         samples=torch.tensor([one.samples for one in found]),
         states=states or {},
+        metrics={n: torch.tensor(each, dtype=torch.float64) for n, each in told.items()},
     )
 
 
 def seed_of(run: int, number: int, client: int) -> int:
     """Give the seed of a client in a round, from that of its run."""
     return hash_key(run, "own", number, client) % 2**31
+
+
+def versions(found: Any) -> list[int]:
+    """Count the changes in place of the tensors among samples, as torch counts them."""
+    if isinstance(found, torch.Tensor):
+        return [found._version]  # noqa: SLF001
+    each = found.tensors if isinstance(found, Samples) else found
+    if not isinstance(each, dict | list | tuple):
+        return []
+    return [n for v in (each.values() if isinstance(each, dict) else each) for n in versions(v)]
 
 
 def state_of(told: bytes) -> dict[str, Any]:
@@ -223,9 +255,13 @@ def _out_of_time(*_: object) -> None:
 
 @contextmanager
 def seeded_everywhere(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python, and put them back afterwards."""
+    """Seed the global generators of torch, numpy and Python, and put them back afterwards.
+
+    So are what torch computes with, and the working folder.
+    """
     devices = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    dtype, threads, folder = torch.get_default_dtype(), torch.get_num_threads(), Path.cwd()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)  # noqa: TID251
         np.random.seed(seed)  # noqa: NPY002, TID251
@@ -235,3 +271,6 @@ def seeded_everywhere(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
+            torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
+            os.chdir(folder)
