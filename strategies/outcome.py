@@ -11,11 +11,14 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import torch
+
 from fedraclora.config.build import BuiltTask, build_task, measured_samples
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.data.partition import spread_clients
+from fedraclora.data.samples import Partitioned
 from fedraclora.engines.base import MakeEngine
 from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
@@ -254,8 +257,27 @@ def opening_lines(run: Assembled) -> list[str]:
             "(pretrain=none leaves it out)"
         )
     lines |= {"steps": ", ".join(config.steps)} if config.steps else {}
+    lines |= measured_by(run)
     lines["chunk"] = str(run.chunk)
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
+
+
+def measured_by(run: Assembled) -> dict[str, str]:
+    """Say which clients measure on what; nothing where none does."""
+    held, asked = run.built.task.held, run.config.evaluate
+    if held is None:
+        return {}
+    who = "the cohort" if asked.clients == "cohort" else "all clients"
+    text = f"{who}, each on {asked.portion:g} of its samples, which nobody trains on"
+    if isinstance(held.data, Partitioned):  # others are made or read when they are asked
+        small = torch.nonzero(held.data.sizes(torch.arange(run.built.clients)) == 0).flatten()
+        text += f": {len(held.data.rows)} in all"
+        if len(small):
+            some = ", ".join(map(str, small[:NAMED].tolist())) + (
+                "..." if small[NAMED:].any() else ""
+            )
+            text += f"; {len(small)} of {run.built.clients} have too few to hold any out ({some})"
+    return {"measured by": text}
 
 
 def introduction(run: Assembled) -> dict[str, str]:
@@ -264,7 +286,7 @@ def introduction(run: Assembled) -> dict[str, str]:
     known = len(measured_samples(task, run.config.evaluate.split))
     return {
         "loss": f"{task.loss} ({task.info['loss_from']})",
-        "metrics": ", ".join(task.metrics) if known else UNMEASURED,
+        "metrics": ", ".join(task.metrics) if known or task.held else UNMEASURED,
         "optimiser": optimiser_of(run.config),
         "trained": run.trained,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,12 @@ import numpy as np
 import plotly.graph_objects as go
 
 from fedraclora.plots.axes import COLOURS, Values
-from fedraclora.run.ledger import Row, column
+from fedraclora.run.by_clients import read_clients
+from fedraclora.run.ledger import Row, column, number
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-CLIENTS = "clients.parquet"  # of a run folder: what each client measured
 POINTS = 5000  # clients of a scatter; beyond, as many spread over the population
 QUARTERS = 4  # of clients, by how many samples they have
 
@@ -81,6 +81,39 @@ def spread(runs: Mapping[str, tuple[Path, list[Row]]]) -> dict[str, str]:
     return found
 
 
+def figures_of(folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Give the figures of a run over its clients where these measured last, by metric.
+
+    The last ones say how much a metric has to do with the number of a client's samples: its mean
+    over each quarter of the clients, from those with the fewest, and Spearman's correlation. They
+    are missing where clients sent sums alone.
+    """
+    last = next((row for row in reversed(rows) if any(measured(row))), {})
+    found = {}
+    for metric in measured(last):
+        told = {name: number(last, "clients", metric, name) for name in named(last, metric)}
+        if (frame := last_measured(folder, metric)) is not None:
+            means, correlation = by_size(frame, metric)
+            told |= {f"quarter {i}": mean[1] for i, mean in enumerate(means, 1)}
+            told["rank correlation with size"] = correlation
+        found[metric] = told
+    return found
+
+
+def named(row: Row, metric: str) -> list[str]:
+    """Name the figures of a metric over clients."""
+    clients = row.get("clients")
+    return [*clients[metric]] if isinstance(clients, Mapping) else []
+
+
+def by_size(frame: DataFrame, metric: str) -> tuple[list[Values], float]:
+    """Average samples and a metric over each quarter of clients, by size; and Spearman's rho."""
+    ordered = frame.sort_values("samples", kind="stable")[["samples", metric]]
+    quarters: list[Values] = np.array_split(ordered.to_numpy(dtype=float), QUARTERS)
+    rho = float(frame["samples"].corr(frame[metric], method="spearman"))
+    return [quarter.mean(axis=0) for quarter in quarters if len(quarter)], rho
+
+
 def measured(row: Row) -> Iterator[str]:
     """Name the metrics that clients measured in a row, the headline first."""
     clients = row.get("clients")
@@ -93,9 +126,7 @@ def last_measured(folder: Path, metric: str) -> DataFrame | None:
     """Read what each client measured last, before local training; None where nothing says it."""
     import pandas as pd
 
-    if not (folder / CLIENTS).is_file():
-        return None
-    frame = pd.read_parquet(folder / CLIENTS)
+    frame = pd.DataFrame(read_clients(folder))
     if metric not in frame.columns:
         return None
     frame = frame[(frame["when"] == "before") & np.isfinite(frame[metric])]
@@ -133,11 +164,7 @@ def _add_sizes(figure: go.Figure, frame: DataFrame, metric: str, name: str, colo
     words = [f"client {client}" for client in shown["client"]]
     figure.add_scatter(x=shown["samples"].tolist(), y=shown[metric].tolist(), mode="markers",
                        marker=dots, text=words, name=f"{name}a client")  # fmt: skip
-    quarters: list[Values] = np.array_split(
-        frame[["samples", metric]].to_numpy(dtype=float), QUARTERS
-    )
-    means = [quarter.mean(axis=0) for quarter in quarters if len(quarter)]
-    correlation = frame["samples"].corr(frame[metric], method="spearman")
+    means, correlation = by_size(frame, metric)
     said = f"{name}mean of a quarter (rank correlation {correlation:.2f})"
     figure.add_scatter(x=[m[0] for m in means], y=[m[1] for m in means], mode="lines+markers",
                        line={"color": colour}, name=said)  # fmt: skip

@@ -22,7 +22,7 @@ from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.progress import size
-from fedraclora.experiments.report.figures import as_html, colour_of, spread
+from fedraclora.experiments.report.figures import as_html, colour_of, figures_of, spread
 from fedraclora.experiments.run_files import ROUNDING_ERRORS, RunFiles, read_files
 from fedraclora.experiments.status import reported
 from fedraclora.objects import NAME
@@ -99,6 +99,11 @@ class Shown(RunFiles):
         """Round and text of each note."""
         lists = ((row["round"], row.get("notes")) for row in self.rows)
         return [(r, str(n)) for r, notes in lists if isinstance(notes, list) for n in notes]
+
+    @cached_property
+    def over_clients(self) -> dict[str, dict[str, float]]:
+        """The figures of each metric over the clients that measured it last."""
+        return figures_of(self.folder, self.rows)
 
     @property
     def generations(self) -> list[tuple[object, dict[str, object]]]:

@@ -13,6 +13,7 @@ import torch
 
 from fedraclora.data.dataset import DataSet, keep_rows
 from fedraclora.data.samples import ClientData, Partitioned, Samples
+from fedraclora.errors import ConfigError
 from fedraclora.rng import cohort_permutations, hash_key
 
 AT_ONCE = 256  # clients whose rows are looked up together
@@ -102,11 +103,18 @@ def hold_out_of_clients(
     Returns:
         Both, over the same samples. What a client has of each is a function of the seed, its id and
         the number of its samples.
+
+    Raises:
+        ConfigError: If no client can hold any out.
     """
     if share is None:
         return data, None
     parts = tuple(Portion(data, share, seed, held, split) for held in (False, True))
     train, held = (_rows_of(data, p) for p in parts) if isinstance(data, Partitioned) else parts
+    if isinstance(held, Partitioned) and not len(held.rows):
+        raise ConfigError(
+            f"evaluate.share is {share}, of which the largest client holds no sample out: raise it"
+        )
     return train, held
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 
 import fedraclora
@@ -19,6 +20,7 @@ from fedraclora.evaluation.clients import spread
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.compare import compare
+from fedraclora.experiments.report.figures import figures_of
 from tests.common import normal
 
 SIZES = (1, 3, 10, 40)
@@ -202,3 +204,27 @@ def features(data: Any, client: int) -> list[list[float]]:
     place = torch.arange(int(data.sizes(torch.tensor([client]))))[None]
     found: list[list[float]] = data.gather(torch.tensor([client]), place).inputs["x"].tolist()
     return found
+
+
+def test_a_client_too_small_to_hold_any_out_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    data = [*moons(3), (torch.ones(2, 3).double(), torch.tensor([0, 1]))]
+    words = ("evaluate.clients=all", "evaluate.share=0.2", "output.progress=false")
+    with caplog.at_level("INFO"):
+        run = fedraclora.simulate(*words, model=net(), data=data, rounds=1, cohort=2)
+    (failed,) = run.rows[1]["clients"]["failures"]
+    assert failed["client"] == 3
+    assert "evaluate.share" in failed["reason"]
+    assert run.rows[1]["clients"]["n"] == 3
+    assert "1 of 4" in caplog.text
+    with pytest.raises(ConfigError, match=r"evaluate.share is 0.01"):
+        fedraclora.simulate(*words, "evaluate.share=0.01", model=net(), data=data)
+
+
+def test_the_report_has_figures_by_the_size_of_clients(tmp_path: Path) -> None:
+    run = simulated("evaluate.clients=all", "output.plots=false", folder=tmp_path / "run", rounds=1)
+    last = run.clients[run.clients["round"] == 1].sort_values("samples", kind="stable")
+    told = figures_of(tmp_path / "run", run.rows)["accuracy"]
+    assert told["worst10"] == last["accuracy"].min()
+    assert told["quarter 1"] == pytest.approx(last["accuracy"][:2].mean())
+    rho = scipy.stats.spearmanr(last["samples"], last["accuracy"]).statistic
+    assert told["rank correlation with size"] == pytest.approx(rho)
