@@ -157,6 +157,7 @@ SIMPLER: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (torch.Tensor, lambda it: digest_of({"": it})),
     (np.ndarray, lambda it: (str(it.dtype), it.shape, hashlib.sha256(it.tobytes()).hexdigest())),
     (torch.nn.Module, lambda it: (type(it), repr(it), dict(it.state_dict()))),
+    (types.ModuleType, lambda it: it.__name__),  # not all that it holds
     (types.CodeType, lambda it: (it.co_code, it.co_names, it.co_consts)),
     (types.MethodType, lambda it: (it.__func__, it.__self__)),
     (partial, lambda it: (it.func, it.args, it.keywords)),

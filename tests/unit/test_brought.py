@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,19 @@ def test_an_object_counts_with_all_that_it_holds() -> None:
     assert fingerprint(one) == before
     one.value = one
     assert fingerprint(one) != before
+
+
+def test_a_module_that_a_function_holds_counts_by_its_name() -> None:
+    """A library in a closure would be walked through, with all that it imports."""
+    held = types.ModuleType("held")
+
+    def made(module: types.ModuleType) -> Any:
+        return lambda: module
+
+    before = fingerprint(made(held))
+    held.value = 3  # type: ignore[attr-defined]
+    assert fingerprint(made(held)) == before
+    assert fingerprint(made(types.ModuleType("other"))) != before
 
 
 def test_objects_of_a_program_are_found_in_its_config_and_refused_where_others_need_them() -> None:
