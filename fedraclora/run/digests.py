@@ -22,7 +22,7 @@ FILE = "digests.json"
 SEAL = "sha256"
 # What may change where a run goes on: keys that move no bit of its weights.
 ALWAYS = ("max_failures",)
-MEASURED = ("evaluate.every", "evaluate.batch_size")
+MEASURED = ("evaluate.every", "evaluate.batch_size", "evaluate.clients_every")
 PATHS = ("file", "samples", "test", "test_file", "tokenizer")  # keys of data that name files
 
 
