@@ -7,10 +7,11 @@ reply has one record of metrics, and of training one of arrays, as FedAvg's own 
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from flwr.app import DEFAULT_TTL, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -35,11 +36,10 @@ class Mail(DeployGrid):
     Args:
         grid: Flower's own.
         history: The versions of the base weights.
-        run_id: Under it clients keep weights.
-        seed: Of the run.
-        keys: Of the app's config in a message, and of a reply's weight among its metrics.
+        key: Of the app's config in a message.
+        told: What each client is told: ``seed`` of the run, ``weight``, the name of a reply's
+            weight among its metrics, and whether its weights are ``known`` to it at the start.
         timeout: Seconds to wait for whoever must be sent every weight.
-        known: Whether the clients' own models begin at the server's weights.
 
     Attributes:
         config: What the app tells its clients.
@@ -51,19 +51,17 @@ class Mail(DeployGrid):
         self,
         grid: Grid,
         history: WeightHistory,
-        run_id: str,
-        seed: int,
-        keys: tuple[str, str],
+        key: str,
+        told: dict[str, Any],
         timeout: float,
-        *,
-        known: bool,
     ) -> None:
-        super().__init__(grid, history, run_id, DeployConfig(timeout=timeout), known=known)
-        self.seed, self.keys, self.config = seed, keys, ConfigRecord()
+        run, known = os.urandom(8).hex(), bool(told["known"])
+        super().__init__(grid, history, run, DeployConfig(timeout=timeout), known=known)
+        self.key, self.told, self.config = key, told, ConfigRecord()
         self.contents: dict[int, RecordDict] = {}
         self.names: dict[int, int] = {}
         self._numbers: dict[int, int] = {}  # of nodes, in the order in which they are first asked
-        self._order: dict[int, tuple[bool, int]] = {}
+        self._order: dict[int, tuple[int, int]] = {}
         self._letters: list[Letter] = []
 
     def address(self, nodes: Iterable[int]) -> torch.Tensor:
@@ -110,30 +108,13 @@ class Mail(DeployGrid):
             moved.append((ask, replace(answer, clients=request.clients, first=request.first)))
         return moved + [pair for pair in found if not isinstance(pair[1], Answer)]
 
-    def together(self, left_out: Iterable[int]) -> tuple[list[RecordDict], list[str]]:
-        """Collect what came of clients, in their order, and say whose metrics are not used.
-
-        Flower adds up metrics that all have: of those with others the fewer are left out.
-        """
-        kept = {c: r for c, r in sorted(self.contents.items()) if c not in {*left_out}}
-        keys = {c: frozenset(next(iter(r.metric_records.values()))) for c, r in kept.items()}
-        usual = next(iter(Counter(keys.values()).most_common(1)), (frozenset(), 0))[0]
-        odd = [
-            f"the metrics of node {self.names[c]} are left out: it sent {sorted(k)}, and most sent "
-            f"{sorted(usual)}"
-            for c, k in keys.items()
-            if k != usual
-        ]
-        return [r for c, r in kept.items() if keys[c] == usual], odd
-
     @override
     def job(self) -> Fields:
-        known = self.first is not None
-        return Fields(run=self.run_id, seed=self.seed, weight=self.keys[1], known=known)
+        return Fields(run=self.run_id, **self.told)
 
     @override
     def wrapped(self, content: RecordDict) -> RecordDict:
-        return RecordDict({**content, self.keys[0]: self.config})
+        return RecordDict({**content, self.key: self.config})
 
     @override
     def read(self, reply: Message, letter: Letter) -> Answer | NoAnswer | None:
@@ -146,7 +127,7 @@ class Mail(DeployGrid):
 
     @override
     def answered(self, content: RecordDict, letter: Letter) -> Answer:
-        (client,), key = letter.ask.clients, self.keys[1]
+        (client,), key = letter.ask.clients, str(self.told["weight"])
         (name, metrics), *more = content.metric_records.items() or [("", MetricRecord())]
         weight = metrics.get(key)
         if more or isinstance(weight, list) or not weight or len(content.array_records) > 1:
@@ -159,22 +140,13 @@ class Mail(DeployGrid):
             raise WireError(f"its metrics {shown(odd)} are no finite numbers")
         kept: dict[str, MetricRecord] = {name: metrics}
         partition = content.config_records["job"].get("partition")
-        known = isinstance(partition, int)
-        self._order[client] = (not known, partition if isinstance(partition, int) else client)
+        self._order[client] = (partition if isinstance(partition, int) else 2**63, client)
         request = letter.ask.request
         if letter.message.metadata.message_type == MessageType.EVALUATE:
             self.contents[client] = RecordDict({**kept})
-            none = torch.zeros(1)
-            return Answer(
-                request.round_,
-                request.version,
-                request.first,
-                request.clients,
-                none,
-                none,
-                none,
-                (),
-            )
+            none, first = torch.zeros(1), request.first
+            asked = request.round_, request.version, first, request.clients
+            return Answer(*asked, none, none, none, pieces=())
         answer = read_answer(from_records(content), letter.ask)
         if answer.samples.tolist() != [weight]:
             raise WireError(f"it says {weight} {key}, and beside it {answer.samples.tolist()}")

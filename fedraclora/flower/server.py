@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,18 +10,20 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consistency
 from torch import nn
 from typing_extensions import override
 
 from fedraclora.devices.system import SystemConfig
-from fedraclora.errors import ClientError, ConfigError
+from fedraclora.engines.base import Traffic
+from fedraclora.errors import ClientError, ConfigError, unknown
 from fedraclora.flower.mail import Mail
 from fedraclora.lowrank.layers import layer_view
 from fedraclora.models.built import found_head, require_numbers
 from fedraclora.narrow_weight import dense as written_out
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan
 from fedraclora.protocol.plan import make_plan, trained_of
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.base import FedStrategy, taken_traffic
@@ -35,7 +36,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.own.places import find
 from fedraclora.tree import Tree, to_numpy, wide
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.exchange import DTYPES, Ask, Came, payload_bytes
+from fedraclora.wire.exchange import Ask, Came, NoAnswer, payload_bytes
 
 log = logging.getLogger("flwr")
 
@@ -44,13 +45,6 @@ PEFT = "base_model.model."  # before the names of a PeftModel's state
 ZERO = ("lora_B.weight", "lora_embedding_A.weight")  # of a fresh adapter: so it adds nothing
 COUNTED = ("uplink_bytes", "downlink_bytes", "catchup_bytes")
 M = TypeVar("M", bound=nn.Module)
-
-
-class _Loop(LoopConfig):
-    @property
-    @override
-    def rule(self) -> str:
-        return f"min_replies={self.min_clients}"
 
 
 class _Sampled(RoundStep):
@@ -80,8 +74,9 @@ class LowRank(FedAvg):
             ``dense`` say, as in `fedraclora.simulate`.
         targets, head, bias, dense: See `fedraclora.protocol.plan.make_plan`.
         seed: Of all sketches, and of the clients' seeds.
-        uplink, downlink: How numbers travel: ``full``, ``bfloat16``, ``int8``, ``int4``.
-        min_replies: Nodes whose replies a round needs.
+        uplink, downlink: How numbers travel: ``float32`` (as they are), or in fewer bits, a key of
+            `fedraclora.protocol.quantised.ROUNDED`.
+        min_clients: Nodes whose replies a round needs.
         same_start: Whether each client's own model begins at the server's weights, as one from a
             checkpoint does: then nobody is sent these. None: where the model is a PeftModel and
             ``initial_arrays`` are its adapter. A client for whom that is wrong is sent them.
@@ -109,7 +104,7 @@ class LowRank(FedAvg):
         seed: int = 0,
         uplink: str = FULL,
         downlink: str = FULL,
-        min_replies: int = 1,
+        min_clients: int = 1,
         same_start: bool | None = None,
         timeout: float = 3600.0,
         **options: Any,
@@ -122,21 +117,21 @@ class LowRank(FedAvg):
         super().__init__(**options)
         if Method not in type(method).__mro__:
             raise ConfigError(
-                f"method is {method!r:.80}; an instance of a method is wanted, such as "
-                "fedraclora.strategies.fed_rac_lora.FedRacLora(rank=8)"
+                f"method is {method!r:.80}; an instance is wanted: FedRacLora(rank=8)"
             )
-        if method.client_state:
-            raise ConfigError(
-                f"with {type(method).__name__} a factor stays at each client, which Flower's nodes "
-                "do not keep: take a method without, or `fedraclora deploy`"
-            )
+        for key, kind in (("uplink", uplink), ("downlink", downlink)):
+            if kind not in (FULL, *ROUNDED):
+                raise unknown(key, kind, (FULL, *ROUNDED))
         require_numbers(model, "model")
         self.method, self.seed, self.timeout, self.same_start = method, seed, timeout, same_start
-        self.wire = {"uplink": uplink, "downlink": downlink, "min_clients": min_replies}
+        self.wire = {"uplink": uplink, "downlink": downlink, "min_clients": min_clients}
         self._parameters, self._plan, self._peft = _planned(model, targets, head, bias, dense)
         self._buffers = {*dict(model.named_buffers())}
-        if self._plan.local:
-            raise ConfigError("head=local stays at each client, which Flower's nodes do not keep")
+        if method.client_state or self._plan.local:
+            raise ConfigError(
+                f"{type(method).__name__} with head={head}: a part stays at each client, which "
+                "Flower's nodes do not keep; take what does not, or `fedraclora deploy`"
+            )
         self.rounds: FedStrategy | None = None
         self._given = self._shape = ArrayRecord()
         self._exchange: Exchange | None = None
@@ -206,19 +201,18 @@ class LowRank(FedAvg):
         if exchange is None:
             return None
         found = self._mail.read_all(replies)
-        silent = dict.fromkeys(self._mail.names, "no reply in time")
-        failed = silent | {a.clients[0]: getattr(came, "reason", "") for a, came in found}
+        failed = dict.fromkeys(self._mail.names, "no reply in time")
+        failed |= {ask.clients[0]: a.reason for ask, a in found if isinstance(a, NoAnswer)}
         failed = {c: reason for c, reason in failed.items() if c not in self._mail.contents}
-        traffic = taken_traffic(self._mail)
+        traffic = taken_traffic(self._mail) or Traffic()
         each = payload_bytes(exchange.downlink, len(exchange.cohort), exchange.loop.kinds[1])
-        down = 0 if traffic is None else each * len(traffic.sent)
-        counted = {"downlink_bytes": down, "catchup_bytes": traffic.fetched if traffic else 0}
+        down = each * len(traffic.sent)
+        counted = {"downlink_bytes": down, "catchup_bytes": traffic.fetched}
         return self._aggregated(server_round, failed, self.evaluate_metrics_aggr_fn, counted)
 
     @override
     def summary(self) -> None:
-        log.info("\t├──> %s on %s", self.method, "PEFT" if self._peft else "the model")
-        log.info("\t│\tseed %s, %s", self.seed, ", ".join(f"{k} {v}" for k, v in self.wire.items()))
+        log.info("\t├──> %s, seed %d, %s", self.method, self.seed, self.wire)
         super().summary()
 
     def _aggregated(
@@ -228,12 +222,13 @@ class LowRank(FedAvg):
         for client, reason in failed.items():
             node = self._mail.names[client]
             log.warning("round %d: node %d is left out: %s", round_, node, reason)
-        contents, odd = self._mail.together(failed)
-        for line in (*self._mail.incidents, *odd):
+        for line in self._mail.incidents:
             log.warning("round %d: %s", round_, line)
         self._mail.incidents.clear()
+        contents = [r for c, r in sorted(self._mail.contents.items()) if c not in failed]
         if not contents:
             return None
+        validate_message_reply_consistency(contents, self.weighted_by_key, check_arrayrecord=False)
         return MetricRecord({**counted, **together(contents, self.weighted_by_key)})
 
     def _at(self, round_: int, arrays: ArrayRecord, grid: Grid) -> FedStrategy:
@@ -263,18 +258,12 @@ class LowRank(FedAvg):
                 f"{method} needs more of its clients than their own training (the recipe "
                 f"{asked.recipe}); take a method, or a start of it, without"
             )
-        for name in (*asked.adapters, *asked.dense):
-            if not base[name].is_floating_point():
-                raise ConfigError(
-                    f"{name} is held in {base[name].dtype}, and nothing can be added to it: load "
-                    "the server's model in a floating type"
-                )
-            base[name] = base[name].to(wide(base[name].dtype))
-        dtype = max((base[n].dtype for n in (*asked.adapters, *asked.dense)), key=_width)
-        names = {d: name for name, d in DTYPES.items()}
+        changed = (*asked.adapters, *asked.dense)
+        base |= {n: base[n].to(wide(base[n].dtype)) for n in changed}
+        dtype = "float64" if any(base[n].dtype == torch.float64 for n in changed) else "float32"
         local, history, self._sampled = LocalConfig(), WeightHistory(), _Sampled()
-        loop = _Loop(
-            rounds=NODES, clients=NODES, cohort=1, chunk=1, seed=self.seed, dtype=names[dtype],
+        loop = LoopConfig(
+            rounds=NODES, clients=NODES, cohort=1, chunk=1, seed=self.seed, dtype=dtype,
             guarded=True, **self.wire,  # type: ignore[arg-type]
         )  # fmt: skip
         rounds = FedStrategy(
@@ -285,10 +274,8 @@ class LowRank(FedAvg):
             steps=[self._sampled],
         )
         known = is_adapter if self.same_start is None else self.same_start
-        keys = self.configrecord_key, self.weighted_by_key
-        self._mail = Mail(
-            grid, history, os.urandom(8).hex(), self.seed, keys, self.timeout, known=known
-        )
+        told = {"seed": self.seed, "weight": self.weighted_by_key, "known": known}
+        self._mail = Mail(grid, history, self.configrecord_key, told, self.timeout)
         rounds.begin(self._mail)
         held = "begin at these weights" if known else "are sent the weights when first asked"
         log.info("\t├──> Clients train %s; they %s", trained_of(asked, plan.shapes), held)
@@ -316,10 +303,6 @@ def load(model: M, arrays: ArrayRecord) -> nn.Module:
         for name, parameter in places.items():
             parameter.copy_(torch.from_numpy(arrays[name].numpy()))
     return inside
-
-
-def _width(dtype: torch.dtype) -> int:
-    return dtype.itemsize
 
 
 def _once(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
