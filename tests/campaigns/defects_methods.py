@@ -176,8 +176,8 @@ def clients_share_what_they_keep(planting: Planting) -> None:
 def factors_told_apart_by_shape(planting: Planting) -> None:
     sound = Replies.means
 
-    def means(self: Replies, step: float = 1.0) -> dict[str, FactorLike]:
-        found, first = sound(self, step), next(iter(self.adapter.factors.values()))
+    def means(self: Replies, step: float = 1.0, *, drawn: bool = True) -> dict[str, FactorLike]:
+        found, first = sound(self, step, drawn=drawn), next(iter(self.adapter.factors.values()))
         square = first.trained and first.shape[0] == first.shape[1]
         return dict(reversed(found.items())) if square else found
 

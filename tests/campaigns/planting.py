@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import Parameter, isclass, signature
 from typing import Any
 
 import pytest
@@ -30,10 +31,15 @@ class Planting:
 
         Raises:
             AttributeError: If the owner has no such attribute, or has it for itself alone.
+            TypeError: If what is new lacks an argument: its error would hide what the defect does.
         """
         if name.startswith("_"):
             raise AttributeError(f"{name} is internal: plant the defect in what others call")
-        self.replaced.append((owner, name, getattr(owner, name)))
+        old = getattr(owner, name)
+        lacking = keywords(old) - keywords(new)
+        if lacking and Parameter.VAR_KEYWORD not in kinds(new):
+            raise TypeError(f"the new {name} does not take {', '.join(sorted(lacking))}")
+        self.replaced.append((owner, name, old))
         self.patch.setattr(owner, name, new)
 
     def function(self, old: Callable[..., Any], new: Callable[..., Any]) -> None:
@@ -49,6 +55,19 @@ class Planting:
             for known, value in list(vars(module).items()):
                 if value is old:
                     self.put(module, known, new)
+
+
+def kinds(thing: object) -> list[Any]:
+    """List of which kinds the arguments of a function are."""
+    return [each.kind for each in signature(thing).parameters.values()] if callable(thing) else []
+
+
+def keywords(thing: object) -> set[str]:
+    """Name what a function takes by name alone."""
+    if isclass(thing) or not callable(thing):
+        return set()
+    found = signature(thing).parameters.values()
+    return {each.name for each in found if each.kind is Parameter.KEYWORD_ONLY}
 
 
 @dataclass(frozen=True)
