@@ -22,7 +22,7 @@ from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form
 from fedraclora.data.gguf_header import read_gguf_header
-from fedraclora.data.held import hold_out_of_clients, numbered, without_held
+from fedraclora.data.held import Portion, hold_out_of_clients, numbered, without_held
 from fedraclora.data.leak import refuse_shared
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import refuse_contradiction
@@ -261,7 +261,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
 
 def _brought(data: DataSet, train: ClientData) -> Callable[[int], Any] | None:
     """Make what gives the samples of a client as its owner has them; None: they are tensors."""
-    if isinstance(train, Brought):
+    if isinstance(train, Brought | Portion):
         return train.own if is_function(train.source or "") else None
     if data.entries is None or not isinstance(train, Partitioned):
         return None

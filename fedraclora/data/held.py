@@ -7,11 +7,14 @@ for the test, the next for validation where that is asked for, and it trains on 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedraclora.data.dataset import DataSet, keep_rows
+from fedraclora.data.entries import picked
+from fedraclora.data.own import Brought
 from fedraclora.data.samples import ClientData, Partitioned, Samples
 from fedraclora.errors import ConfigError
 from fedraclora.rng import cohort_permutations, hash_key
@@ -44,6 +47,18 @@ class Portion:
     def num_clients(self) -> int:
         """Number of clients."""
         return self.whole.num_clients
+
+    @property
+    def source(self) -> str | None:
+        """Where clients' samples are from, as `Brought` says it."""
+        return self.whole.source if isinstance(self.whole, Brought) else None
+
+    def own(self, client: int) -> Any:
+        """Return the part of one client as its function gives it."""
+        assert isinstance(self.whole, Brought)  # noqa: S101 - others have no source
+        ids = torch.tensor([client])
+        places = self.places(ids, torch.arange(int(self.sizes(ids)))[None])
+        return picked(self.whole.own(client), places[0].numpy())
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]; 0 where nothing can be held out."""
@@ -109,6 +124,11 @@ def hold_out_of_clients(
     """
     if share is None:
         return data, None
+    if data.objects if isinstance(data, Brought) else whole_objects(data):
+        raise ConfigError(
+            "evaluate.clients is set, but the clients' samples are objects that no tensors were "
+            "made of, on which nobody can measure: set evaluate.clients=none"
+        )
     parts = tuple(Portion(data, share, seed, held, split) for held in (False, True))
     train, held = (_rows_of(data, p) for p in parts) if isinstance(data, Partitioned) else parts
     if isinstance(held, Partitioned) and not len(held.rows):
@@ -116,6 +136,11 @@ def hold_out_of_clients(
             f"evaluate.share is {share}, of which the largest client holds no sample out: raise it"
         )
     return train, held
+
+
+def whole_objects(data: ClientData) -> bool:
+    """Check whether client data are objects of a program that no table holds."""
+    return isinstance(data, Partitioned) and not data.samples.inputs
 
 
 def _rows_of(data: Partitioned, part: Portion) -> Partitioned:

@@ -11,7 +11,7 @@ import numpy as np
 from fedraclora.errors import CheckpointError
 from fedraclora.weights.files import ADVICE, replacing
 
-FILE = "clients.parquet"
+CLIENTS_FILE = "clients.parquet"
 Columns = Mapping[str, Any]  # by name, one value for each client
 
 
@@ -43,7 +43,7 @@ class ByClients:
             return
         from pyarrow import parquet, table
 
-        with replacing(folder / FILE) as path:
+        with replacing(folder / CLIENTS_FILE) as path:
             parquet.write_table(table(self.columns), path)
         self._written = len(self.parts)
 
@@ -61,7 +61,7 @@ def read_clients(folder: Path) -> Columns:
     Raises:
         CheckpointError: If it is damaged.
     """
-    path = folder / FILE
+    path = folder / CLIENTS_FILE
     if not path.is_file():
         return {}
     from pyarrow import ArrowException, parquet

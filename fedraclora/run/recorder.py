@@ -16,8 +16,7 @@ from fedraclora.codec import split
 from fedraclora.errors import CheckpointError
 from fedraclora.privacy.secret import KEY_FILE as KEY
 from fedraclora.protocol.method import Link, State
-from fedraclora.run.by_clients import FILE as CLIENTS
-from fedraclora.run.by_clients import ByClients
+from fedraclora.run.by_clients import CLIENTS_FILE, ByClients
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import CARRIED, ModelSource, checkpoint_base, is_small
 from fedraclora.run.ledger import Ledger, read_ledger, seals
@@ -43,7 +42,7 @@ from fedraclora.weights.links import (
 
 # Files of a run folder that a run which goes on rests on, beside the config and these three.
 RESUMED_FROM = (str(KEY), "run_id")
-PRESENT = ("config.yaml", "digests.json", CLIENTS)  # these have digests of their own, or grow
+PRESENT = ("config.yaml", "digests.json", CLIENTS_FILE)  # these have digests of their own, or grow
 WEIGHTS = (
     "base/ alone is the trained model only for methods that merge everything into it: "
     "fedraclora.strategies.weights.load_weights(folder) gives the model of every method"

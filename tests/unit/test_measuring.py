@@ -228,3 +228,52 @@ def test_the_report_has_figures_by_the_size_of_clients(tmp_path: Path) -> None:
     assert told["quarter 1"] == pytest.approx(last["accuracy"][:2].mean())
     rho = scipy.stats.spearmanr(last["samples"], last["accuracy"]).statistic
     assert told["rank correlation with size"] == pytest.approx(rho)
+
+
+def two_steps(round_: Any) -> Any:
+    """A training function that keeps what it was given."""
+    x, y = (torch.as_tensor(each) for each in round_.data)
+    SEEN.setdefault(round_.client, []).append(x)
+    model = round_.install(net())
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimiser.step()
+    return round_.read(model, samples=len(x), steps=2, loss=loss.item())
+
+
+SEEN: dict[int, list[torch.Tensor]] = {}
+
+
+def of_client(client: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The samples of a client, as a function of the user's gives them."""
+    x, y = moons()[client]
+    return x.numpy(), y.numpy()
+
+
+@pytest.mark.parametrize("source", ["objects", "own"])
+def test_a_training_function_never_sees_what_its_client_holds_out(source: str) -> None:
+    SEEN.clear()
+    words, given = ["evaluate.clients=all", "evaluate.share=0.4"], {"data": moons()}
+    if source == "own":
+        own = {"name": "own", "samples": f"{__name__}:of_client", "test_share": 0.2, "classes": 2}
+        given = {"data": own, "clients": 6}
+    run = fedraclora.simulate(*words, model=net(), train=two_steps, rounds=1, cohort=6, **given)
+    held = run.built().task.held
+    assert run.rows[1]["clients"]["n"] == 6
+    for client, seen in SEEN.items():
+        hidden = {tuple(np.float32(row)) for row in features(held.data, client)}
+        trained = {tuple(row) for x in seen for row in x.float().numpy()}
+        assert hidden
+        assert not hidden & trained
+    with pytest.raises(ConfigError, match=r"evaluate.clients=none"):
+        fedraclora.simulate(*words, model=net(), train=two_steps, data=[Opaque()] * 4)
+
+
+class Opaque:
+    """Data of which no tensors can be made."""
+
+    def __len__(self) -> int:
+        return 4
