@@ -64,13 +64,13 @@ def train(round: Round, folder: str, reference: str) -> Trained:
     return round.read(model, samples=len(round.data), steps=end.global_step, loss=end.training_loss)
 
 
-def main(folder: str, pairs: str, reference: str, **keys: object) -> fedraclora.Run:
+def main(model: str, pairs: str, reference: str, method: str = "fed_rac_lora", **keys: object):
     """Run it, one client for each value of ``client`` in the file."""
     return fedraclora.simulate(
-        model=load(folder)[1],
+        model=load(model)[1],
         data=datasets.Dataset.from_pandas(pd.read_json(pairs, lines=True)),
-        train=functools.partial(train, folder=folder, reference=reference),
-        method={"name": "fed_rac_lora", "rank": RANK, "alpha": ALPHA},
+        train=functools.partial(train, folder=model, reference=reference),
+        method={"name": method, "rank": RANK, "alpha": ALPHA},
         **{"client": "client", "targets": TARGETS, "bias": "frozen", "head": "frozen"} | keys,
     )
 

@@ -230,8 +230,7 @@ def test_no_step_of_dpo_has_a_gradient_of_what_is_frozen(
             return loss
 
     monkeypatch.setattr(module.trl, "DPOTrainer", Watched)
-    chosen = {"name": method, "rank": RANK, "alpha": ALPHA}
-    run("dpo", folders, "round", method=chosen)
+    run("dpo", folders, "round", method=method)
     assert len(seen) == ROUNDS * STEPS * len(SIZES)
     assert all(names and all("lora_B.default" in name for name in names) for names in seen)
 
