@@ -274,7 +274,8 @@ def _said_of_loss(
     """Say what is learnt, and which key of the config says so; data sets of the project know it."""
     told = [f"data.{key}={config.data[key]}" for key in ("loss", "task") if key in config.data]
     source = data.info.get("loss_from") or [*told, f"of data={config.data['name']}"][0]
-    warnings = [refuse_contradiction(model, data.loss)] if config.own_model else []
+    learnt = tables or config.local.train is None  # else the user's function knows its loss
+    warnings = [refuse_contradiction(model, data.loss)] if config.own_model and learnt else []
     if config.own_model and tables and is_softmax(model, tables[-1], data.loss):
         warnings.append(
             f"the outputs of the model are probabilities, as after a softmax, but {data.loss} "

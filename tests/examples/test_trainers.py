@@ -141,7 +141,10 @@ def test_rounds_repeat_and_a_model_does_not_grow(
 
 
 def test_a_round_of_sft_is_the_trainer_on_peft_by_hand(
-    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -160,6 +163,7 @@ def test_a_round_of_sft_is_the_trainer_on_peft_by_hand(
 
     monkeypatch.setattr(module, "train", watched)
     weights = run("sft", folders, rounds=1).weights()
+    assert "made for next_token" not in "".join(capfd.readouterr())  # nobody knows the loss
     trained = {}
     for client, (seed, data, done) in seen.items():
         plain = AutoModelForCausalLM.from_pretrained(folders["sft"])
