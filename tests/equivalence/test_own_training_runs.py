@@ -1,0 +1,176 @@
+"""A training function of the user's on every engine, on nodes, and in runs that go on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fedraclora
+from fedraclora.client import Round, Trained
+from fedraclora.experiments.simulate import simulate
+from tests.campaigns.faults.network import Network, composed, serve
+from tests.common import normal, summary_of
+
+MODULE = """
+import torch
+from torch import nn
+
+
+def net(shape=(4,), classes=3):
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def owner(client):
+    x = torch.randn(6 + client, 4, generator=torch.Generator().manual_seed(client))
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+
+
+def texts(client):
+    return [f"{client} {row}" for row in range(6 + client)]
+
+
+def train(round, lr=0.1):
+    data = round.data
+    if isinstance(data, list):
+        assert data == texts(round.client)
+        data = owner(round.client)
+    model = round.install(net())
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    round.state["times"] = times = round.state.get("times", 0) + 1
+    for _ in range(times):
+        loss = nn.functional.cross_entropy(model(data[0]) + torch.rand(()), data[1])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    said = {"margin": float(round.client)}
+    return round.read(model, samples=len(data[1]), steps=times, loss=loss.item(), metrics=said)
+"""
+WORDS = [
+    "data=own",
+    "data.classes=3",
+    "data.shape=[4]",
+    "model=function",
+    "model.function=mine_at_nodes:net",
+    "method.rank=2",
+    "method.alpha=3",
+    "clients=3",
+    "cohort=3",
+    "rounds=3",
+    "output=study",
+    "local=own",
+    "local.train=mine_at_nodes:train",
+    "local.parameters={lr:0.2}",
+]
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_at_nodes.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["owner", "texts"])
+def test_nodes_train_as_one_process(source: str, tmp_path: Path, module: None) -> None:
+    """The server has no sample; what a client keeps lies at its node."""
+    del module
+    name = f"mine_at_nodes:{source}"
+    more = ["data.objects=true"] if source == "texts" else ["data.test_share=0"]
+    nodes: dict[int, Any] = {10 + k: {"partition-id": k, "data": name} for k in range(3)}
+    words = [*WORDS, *more[: source == "texts"], "engine=deploy", f"output.dir={tmp_path}/far"]
+    serve(composed(words), Network(tmp_path / "cache", nodes))
+    here = [*WORDS, *more, "engine=inline", f"data.samples={name}", f"output.dir={tmp_path}/near"]
+    simulate(composed(here), tmp_path / "near")
+    far, near = summary_of(tmp_path / "far"), summary_of(tmp_path / "near")
+    assert far["weights_digest"] == near["weights_digest"]
+    assert "mine_at_nodes:train" in far["begins"]["optimiser"]
+    rows = fedraclora.read_run(tmp_path / "far").rows
+    assert rows[3]["train_metrics"] == {"margin": pytest.approx((0 * 6 + 1 * 7 + 2 * 8) / 21)}
+    assert rows[3]["local_steps"] == 9  # three of each, of which state tells
+
+
+@pytest.mark.slow
+def test_a_real_deployment_has_the_bits_of_inline(tmp_path: Path, module: None) -> None:
+    del module
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(tmp_path), str(root), os.environ.get("PYTHONPATH", "")])
+    words = [w for w in WORDS if not w.startswith("rounds")]
+    words += ["rounds=2", "data.samples=mine_at_nodes:owner", "data.test_share=0"]
+    ended = {}
+    for command in (["deploy", "local=3"], ["simulate", "engine=inline"]):
+        place = tmp_path / command[0]
+        asked = [sys.executable, "-m", "fedraclora.experiments.cli", *command, *words]
+        subprocess.run(
+            [*asked, f"output.dir={place}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            check=True,
+        )
+        ended[command[0]] = summary_of(place)["weights_digest"]
+    assert ended["deploy"] == ended["simulate"]
+
+
+def net() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(3)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def train(round_: Round) -> Trained:
+    model = round_.install(net())
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    if "optimiser" in round_.state:
+        optimiser.load_state_dict(round_.state["optimiser"])
+    x, y = round_.data
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimiser.step()
+    round_.state["optimiser"] = optimiser.state_dict()
+    return round_.read(model, samples=len(y), steps=1)
+
+
+def run(*words: str, **more: Any) -> fedraclora.Run:
+    inputs = [normal(size, 6, key=size).float() for size in (5, 9, 7, 12)]
+    data = [(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()) for x in inputs]
+    method = {"name": "fedavg_lora", "rank": 2, "alpha": 3}
+    given = {"model": net(), "data": data[:3], "test": data[3], "method": method, "train": train}
+    fixed = ("output.progress=false", "rounds=4", "cohort=2", "output.checkpoint_every=1")
+    return fedraclora.simulate(*fixed[: 4 if "folder" in more else 3], *words, **{**given, **more})
+
+
+def digest(one: fedraclora.Run) -> object:
+    return one.summary["weights_digest"]
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_bits_and_state(tmp_path: Path) -> None:
+    whole = run()
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder=tmp_path / "run", callbacks=[stop])
+    assert digest(run(folder=tmp_path / "run", resume=True)) == digest(whole)
+    assert whole.rows[4]["train_loss"] is None
+
+
+@pytest.mark.slow
+def test_ray_gives_the_bits_of_inline() -> None:
+    """The function is the program's, and no module of the workers has it."""
+    here = {"__name__": "__main__", "nn": nn, "torch": torch, "net": net}
+    exec(  # as in a script
+        "def own(round_):\n    model = round_.install(net())\n    x, y = round_.data\n"
+        "    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)\n"
+        "    round_.state['n'] = n = round_.state.get('n', 0) + 1\n"
+        "    (n * nn.functional.cross_entropy(model(x), y)).backward()\n    optimiser.step()\n"
+        "    return round_.read(model, samples=len(y), steps=1)\n",
+        here,
+    )
+    inline = run("engine=inline", train=here["own"])
+    assert digest(run("engine=ray", "engine.workers=2", train=here["own"])) == digest(inline)
