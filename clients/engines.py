@@ -108,7 +108,8 @@ class OnRay(Engine):
 
 def _parts_of(config: RunConfig, parts: EngineParts) -> SiteParts:
     """Collect what a worker is made of; data and model travel in the task."""
-    own = {"local": config.plain.get("local")}
+    judges = {key: config.data.get(key) for key in ("loss", "metrics")}
+    own = {"local": config.plain.get("local"), **judges}
     return SiteParts(config, parts.built, parts.plan, named_by(own))
 
 

@@ -9,8 +9,7 @@ takes from the config that it holds, never from a message.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.privacy.secagg import SecAggTerms
+from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
 from fedraclora.wire.exchange import Answer, Stage, TrainRequest
 from fedraclora.wire.secagg import (
@@ -37,7 +37,6 @@ from fedraclora.wire.secagg import (
 
 Memory = dict[str, Any]
 BEFORE = {"shares": "keys", "masked": "shares", "unmask": "masked"}
-MEASURED = "measured"  # a sum of what clients measured: of other keys than that of updates
 # What a message of another machine may raise where it is not what it should be.
 DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
@@ -59,9 +58,9 @@ def answer_stage(
     failures: dict[int, str] = {}
     for client, data in stage.data.items():
         try:
-            memory = _recall(store, client, round_, stage)
+            memory = _recall(store, client, round_, stage.name)
             answers[client] = steps[stage.name](client, memory, data, terms)
-            _remember(store, client, memory, stage)
+            _remember(store, client, memory, stage.name)
         except FedRacLoraError as error:
             failures[client] = str(error)
         except DAMAGED as error:
@@ -94,19 +93,14 @@ def _answer(
     )
 
 
-def _recall(store: ClientStore, client: int, round_: int, asked: Stage) -> Memory:
+def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
     """Read what a client remembers, and check that this stage comes next.
-
-    Of sums of updates and of measurements it remembers each by itself, so that no key serves both.
 
     Raises:
         ClientError: If it is not, or if the client has sent its masked vector in this round, or
             in a later one: of two sums of one update the difference would tell of others.
     """
     memory: Memory = json.loads(store.secrets.get(client) or b"{}")
-    stage = asked.name
-    if MEASURED in asked.settings:
-        memory = memory.get(MEASURED, {})
     last = int(memory.get("answered", 0))
     if round_ <= last and not (stage == "unmask" and round_ == last):
         stands = f"has sent its masked vector in round {last}"
@@ -122,9 +116,8 @@ def _recall(store: ClientStore, client: int, round_: int, asked: Stage) -> Memor
     )
 
 
-def _remember(store: ClientStore, client: int, memory: Memory, asked: Stage) -> None:
+def _remember(store: ClientStore, client: int, memory: Memory, stage: str) -> None:
     """Keep what the next stage needs; secrets are forgotten as soon as none does."""
-    stage, whole = asked.name, json.loads(store.secrets.get(client) or b"{}")
     memory["after"] = stage
     if stage == "masked":
         memory["answered"] = memory["round"]
@@ -134,10 +127,6 @@ def _remember(store: ClientStore, client: int, memory: Memory, asked: Stage) -> 
     }
     if stage in fields:
         memory = {key: memory[key] for key in fields[stage]}
-    if MEASURED in asked.settings:
-        memory = whole | {MEASURED: memory}
-    elif MEASURED in whole:
-        memory = memory | {MEASURED: whole[MEASURED]}
     store.secrets[client] = json.dumps(memory).encode()
 
 
@@ -202,7 +191,10 @@ def masked_reply(
     failures: dict[int, str],
     notes: list[str],
 ) -> Answer:
-    """Write the masked updates of those who trained; see `masked_vectors`.
+    """Write the masked vectors of those who trained, were told their neighbours' shares, and may.
+
+    A client that cannot open a share says whose, and sends no vector: then it is asked again, and
+    told whether to go on without that share or without that neighbour.
 
     Args:
         request: What was asked.
@@ -213,57 +205,31 @@ def masked_reply(
         failures: Why a client trained nothing, by id.
         notes: Sentences for the ledger.
     """
-    vectors = {
-        client: partial(_whole, update, float(weight), request.clip, stage.settings, terms)
-        for client, update, weight in zip(trained[0].tolist(), *trained[1:], strict=True)
-    }
-    return masked_vectors(request, stage, store, vectors, failures, notes)
-
-
-def masked_vectors(
-    request: TrainRequest,
-    stage: Stage,
-    store: ClientStore,
-    vectors: Mapping[int, Callable[[], Words]],
-    failures: dict[int, str],
-    notes: Sequence[str] = (),
-    told: Mapping[str, Any] | None = None,
-) -> Answer:
-    """Write the masked vectors of those who have one, were told their neighbours' shares, and may.
-
-    A client that cannot open a share says whose, and sends no vector: then it is asked again, and
-    told whether to go on without that share or without that neighbour.
-
-    Args:
-        request: What was asked.
-        stage: The stage of the message, with the step.
-        store: Where clients keep their keys.
-        vectors: Writes the whole numbers of a client, by id.
-        failures: Why a client has none, by id.
-        notes: Sentences for the ledger.
-        told: What is said of the vectors.
-    """
+    clients, updates, weights = trained
     failures, rows, members = dict(failures), [], []
     unopened: dict[int, Any] = {}
-    for client, whole in vectors.items():
+    sound = finite(updates)
+    for i, client in enumerate(clients.tolist()):
         try:
             if client not in stage.data:
                 raise ClientError(f"client {client} left secure aggregation at an earlier stage")
-            memory = _recall(store, client, request.round_, stage)
+            if not sound[i]:
+                raise ClientError("its update has a NaN or an infinity; lower local.lr")
+            memory = _recall(store, client, request.round_, "masked")
             if closed := _open(client, memory, stage.data[client]):
                 unopened[client] = {"unopened": closed}
                 continue
-            row = _masked(client, memory, whole())
-            _remember(store, client, memory, stage)
+            whole = _whole(updates[i], float(weights[i]), request.clip, stage.settings, terms)
+            row = _masked(client, memory, whole)
+            _remember(store, client, memory, "masked")
             rows.append(row)
             members.append(client)
         except FedRacLoraError as error:
             failures[client] = str(error)
         except DAMAGED as error:
             failures[client] = f"client {client} cannot read its message ({error!r})"
-    masked = np.stack(rows) if rows else np.zeros((0, 0), dtype=np.uint32)
-    said = Stage("masked", dict(told or {}), unopened)
-    return _answer(request, said, failures, members, masked, notes)
+    words = np.stack(rows) if rows else np.zeros((0, updates.shape[1] + 1), dtype=np.uint32)
+    return _answer(request, Stage("masked", {}, unopened), failures, members, words, notes)
 
 
 def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
@@ -315,8 +281,6 @@ def _whole(
         settings: Of the stage: the step.
         terms: What clients insist on.
     """
-    if not bool(torch.isfinite(update).all()):
-        raise ClientError("its update has a NaN or an infinity; lower local.lr")
     most = terms.config.max_weight
     if not 0 < weight <= most or weight != int(weight):
         raise ClientError(

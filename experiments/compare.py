@@ -89,7 +89,8 @@ def compare(
     _warn(runs, groups, notes)
     notes += _begun(groups)
     whole = [run for run in runs if run.summary and run.diverged_at is None] or runs
-    wanted = Wanted(metric, target, min(traffic(run.rows[-1]) for run in whole))
+    higher = higher_is_better(metric, [name for run in runs for name in run.lower])
+    wanted = Wanted(metric, target, min(traffic(run.rows[-1]) for run in whole), higher)
     ranked = _ranked(groups, wanted)
     records = tuple(record for _, record in ranked)
     measured = {key for r in records for key in r if math.isfinite(number(r, key))}
@@ -110,11 +111,13 @@ class Wanted:
         metric: Key of the ledger's metrics.
         target: A value of it to be reached, or None.
         budget: Bytes both ways at which they are compared, too: of the run that took least.
+        higher: Whether more of the metric is better.
     """
 
     metric: str
     target: float | None
     budget: float
+    higher: bool = True
 
 
 def _read(paths: Sequence[Path]) -> tuple[list[RunFiles], list[str]]:
@@ -160,7 +163,7 @@ def _metric(runs: Sequence[RunFiles], asked: str | None, notes: list[str]) -> st
 
 def _ranked(groups: Sequence[Group], wanted: Wanted) -> list[Ranked]:
     """Sort groups, the best first, and number them; behind them what has no rank."""
-    sign = -1.0 if higher_is_better(wanted.metric) else 1.0
+    sign = -1.0 if wanted.higher else 1.0
 
     def place(ranked: Ranked) -> tuple[bool, bool, float]:
         mean = sign * number(ranked[1], "metric_mean")
@@ -260,7 +263,7 @@ def _figures(run: RunFiles, wanted: Wanted) -> dict[str, float]:
         "uplink_floats": number(run.summary, "uplink_floats"),
     }
     if target is not None:
-        sign = 1.0 if higher_is_better(metric) else -1.0
+        sign = 1.0 if wanted.higher else -1.0
         rows = run.rows_of(metric)
         reached = (r for r in rows if sign * number(r, "metrics", metric) >= sign * target)
         row = next(reached, {})

@@ -14,13 +14,15 @@ from typing import Any
 from fedraclora.binding import coerce
 from fedraclora.config.schema import PlainDict, section
 from fedraclora.data.objects import is_columns, is_frame, is_share, lend_data
+from fedraclora.data.own_loss import short_name
 from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError
+from fedraclora.evaluation.own_metrics import Metric
 from fedraclora.experiments.overrides import key_of
 from fedraclora.experiments.values import plain_value, words_of
 from fedraclora.limits import check_limits, hints
 from fedraclora.models.objects import lend_model, require_module
-from fedraclora.objects import NAME, lend
+from fedraclora.objects import NAME, fingerprint, lend
 from fedraclora.protocol.method import Method, Traits
 from fedraclora.strategies import METHODS
 
@@ -129,8 +131,8 @@ def lend_all(
         ConfigError: If something is of no kind that is known, or is said of data that are a choice.
         DataError: If samples are not what they should be.
     """
-    lent = Lent()
-    options = {key: value for key, value in beside.items() if value is not None}
+    lent, judged = Lent(), lent_judges(beside.get("loss"), beside.get("metrics"))
+    options = {key: value for key, value in beside.items() if value is not None} | judged
     partitioner = partition if hasattr(partition, "load_partition") else None
     if partitioner is not None and (not is_columns(data) or "client" in options):
         raise ConfigError(
@@ -150,7 +152,8 @@ def lend_all(
     if isinstance(data, str | Path) and str(data).endswith(TABLES):
         lent.words.append("data=table")
         held_out = "test_share" if is_share(options.get("test")) else "test"
-        names = {"client": "client", "target": "label", "test": held_out, "metrics": "metrics"}
+        names = {"client": "client", "target": "label", "test": held_out}
+        names |= {key: key for key in judged}
         if unknown := [key for key in options if key not in names]:
             raise ConfigError(f"{unknown[0]}=... is not for a file of rows; say data.task instead")
         lent.keys["data"] = {"file": str(data)} | {names[k]: v for k, v in options.items()}
@@ -165,7 +168,7 @@ def lend_all(
             f"{str(data)!r}, 'client': COLUMN}} (docs/language-models.md)"
         )
     elif data is None or isinstance(data, str) or is_choice(data):
-        if options:
+        if options := {key: value for key, value in options.items() if key not in judged}:
             raise ConfigError(
                 f"{', '.join(options)}: these go with data of the program, and data is "
                 f"{'not said' if data is None else data!r}"
@@ -175,12 +178,32 @@ def lend_all(
                 "model is an object of the program, but no data are named: give the samples of the "
                 "clients as data=..."
             )
-        lent.keys |= {} if data is None else {"data": data}
+        said = data if isinstance(data, Mapping) else {} if data is None else {"name": data}
+        lent.keys |= {"data": {**said, **judged}} if judged else {"data": data} if said else {}
     else:
         lent.words += OF_FRAME if is_frame(data) else OF_DATA
         lent.data = partial(lend_data, data, partitioner=partitioner, own=own)
         lent.options = options
     return lent
+
+
+def lent_judges(loss: object, metrics: object) -> dict[str, Any]:
+    """Lend losses and metrics that are objects; give the names of all that were said."""
+    found = {} if loss is None else {"loss": lend(loss) if callable(loss) else loss}
+    if metrics is None:
+        return found
+    listed = [metrics] if callable(metrics) or isinstance(metrics, str | Mapping) else metrics
+    if not isinstance(listed, list | tuple):
+        return found | {"metrics": listed}
+    return found | {"metrics": [lent_metric(each) if callable(each) else each for each in listed]}
+
+
+def lent_metric(metric: Any) -> str:
+    """Lend a metric under the name that the ledger is to have."""
+    if not isinstance(metric, Metric):
+        return lend(metric)
+    name = metric.name or short_name(lend(metric.function))
+    return lend(metric, f"{name}@{fingerprint(metric)}")
 
 
 def is_choice(data: object) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedraclora.errors import CheckpointError, ConfigError, unknown
+from fedraclora.evaluation.metrics import lower_of
 from fedraclora.run.folder import is_finished, read_config, read_summary
 from fedraclora.run.ledger import BY_CLIENTS, metrics_of, number, read_ledger
 from fedraclora.run.stopped import divergence
@@ -82,6 +83,11 @@ class RunFiles:
         if not metric.startswith(BY_CLIENTS):
             return self.evaluated
         return [row for row in self.rows if metric in metrics_of(row)]
+
+    @property
+    def lower(self) -> list[str]:
+        """Metrics of the user's own of which less is better, as the summary says."""
+        return lower_of(self.summary.get("task"))
 
     def final(self, metric: str) -> float:
         """The metric at the last evaluated round; NaN where it is missing or not finite."""

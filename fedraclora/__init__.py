@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedraclora.api import Callback, RoundStep, Run, read_run, simulate
+    from fedraclora.api import Callback, Metric, RoundStep, Run, read_run, simulate
 
-__all__ = ["Callback", "RoundStep", "Run", "read_run", "simulate"]
+__all__ = ["Callback", "Metric", "RoundStep", "Run", "read_run", "simulate"]
 
 # Nothing leaves the machine unless its user says so. Flower and Ray read these when imported.
 for _name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):

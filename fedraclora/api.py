@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from fedraclora.config.schema import PlainDict, section
 from fedraclora.config.settings import OutputConfig
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.evaluation.own_metrics import Metric
 from fedraclora.experiments.evaluate import measuring_run
 from fedraclora.experiments.lending import lend_all, trained_by
 from fedraclora.experiments.resume import is_done
@@ -30,7 +31,7 @@ from fedraclora.strategies.server.callbacks import own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
 from fedraclora.strategies.start import settled_start
 
-__all__ = ["Callback", "RoundStep", "Run", "read_run", "simulate"]
+__all__ = ["Callback", "Metric", "RoundStep", "Run", "read_run", "simulate"]
 
 
 def simulate(
@@ -43,8 +44,8 @@ def simulate(
     train: Callable[..., object] | str | None = None,
     client: str | None = None,
     target: str | None = None,
-    loss: str | None = None,
-    metrics: Sequence[str] | None = None,
+    loss: object = None,
+    metrics: object = None,
     folder: str | Path | None = None,
     resume: bool = False,
     steps: object = (),
@@ -86,10 +87,13 @@ def simulate(
             ``"module:function"``. None: the project's own loop (``local``).
         client: The column of a table that says whose each row is.
         target: The column of a table to predict; None: ``label``, ``labels`` or ``target``.
-        loss: Beside data of the program: ``cross_entropy``, ``squared_error``, ``logistic``,
-            ``multi_label``, ``token_classes``, ``pixel_classes`` or ``next_token``; None: what the
-            model or the targets tell, and an error where these could mean several things.
-        metrics: Beside data of the program: names of metrics; None: those usual for the loss.
+        loss: Your own: ``loss(output, target)``, a function or a module, that gives one loss a
+            sample, [N]; or its ``"module:function"``. Or beside data of the program
+            ``cross_entropy``, ``squared_error``, ``logistic``, ``multi_label``, ``token_classes``,
+            ``pixel_classes`` or ``next_token``; None: what the model or the targets tell, and an
+            error where these could mean several things.
+        metrics: A list of names, of metrics of torchmetrics, and of your own
+            (`fedraclora.Metric`), the headline first; None: those usual for the loss.
         folder: Where the run leaves its files, as ``output.dir``; None with ``output.dir=null``:
             it runs in memory and leaves nothing behind.
         resume: Go on with the run in the folder; where there is none, begin it. A run that has

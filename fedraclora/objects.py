@@ -156,7 +156,7 @@ def fingerprint(thing: object) -> str:
 SIMPLER: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (torch.Tensor, lambda it: digest_of({"": it})),
     (np.ndarray, lambda it: (str(it.dtype), it.shape, hashlib.sha256(it.tobytes()).hexdigest())),
-    (torch.nn.Module, lambda it: (type(it), repr(it), dict(it.state_dict()))),
+    (torch.nn.Module, lambda it: (type(it), repr(it), dict(it.state_dict()), _settings(it))),
     (types.ModuleType, lambda it: it.__name__),  # not all that it holds
     (types.CodeType, lambda it: (it.co_code, it.co_names, it.co_consts)),
     (types.MethodType, lambda it: (it.__func__, it.__self__)),
@@ -207,8 +207,18 @@ def _told(thing: Any, root: str, known: set[str], above: tuple[int, ...]) -> str
     return f"{type(thing).__name__}({', '.join(parts)})"
 
 
+def _settings(module: torch.nn.Module) -> dict[str, object]:
+    """List what a module keeps besides its weights, which its repr may not show (gamma, margin)."""
+    own = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+    listed = {k: v if isinstance(v, list | tuple) else [v] for k, v in own.items()}
+    return {k: v for k, v in listed.items() if all(isinstance(each, PLAIN) for each in v)}
+
+
 def _is_cached(thing: object, name: str) -> bool:
     return isinstance(getattr_static(type(thing), name, None), cached_property)
+
+
+KNOWN = {"fedraclora", "torch", "torchmetrics"}  # of which a name, and what was set, tell enough
 
 
 def _counts(module: str, root: str) -> bool:
@@ -217,7 +227,7 @@ def _counts(module: str, root: str) -> bool:
     The package that the object itself is of counts, installed or not.
     """
     first = module.partition(".")[0]
-    if first in sys.stdlib_module_names - {"__main__"} or first == "fedraclora":
+    if first in sys.stdlib_module_names - {"__main__"} or first in KNOWN:
         return False
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     return first == root or "site-packages" not in file

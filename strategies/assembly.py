@@ -28,6 +28,7 @@ from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.evaluate import evaluate_task, personal_accuracy
+from fedraclora.evaluation.metrics import lower_of
 from fedraclora.protocol.method import Cohort, Draw, Plan
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
@@ -113,11 +114,9 @@ def assemble_with(
             info = {**built.task.info, "start": start}
             built = replace(built, task=replace(built.task, info=info))
         plan = plan_of(config, built.task)
-        measuring = Measuring.of(config.evaluate, built.task)
-        if plan.local and not built.classes and not (measuring and measuring.alone):
+        if plan.local and not built.classes:
             raise ConfigError(
-                "head is local, which the server measures by class, but it knows no classes of the "
-                "clients' data: let clients measure alone (evaluate.clients=cohort, no data.test)"
+                "head is local, which is measured by class, but the data have no classes"
             )
         base = weights_of(built.task.model)
         draw = Draw(config.seed)
@@ -171,6 +170,7 @@ def assemble_with(
             dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
             return method.weights(wired.strategy.state, draw, own) | dense
 
+        measuring = Measuring.of(config.evaluate, built.task)
         measure = partial(measurement, config, built, plan, store, personal)
         wired = wire(
             method,
@@ -226,10 +226,11 @@ def watching(
                 f"stop.metric is {metric}, which clients measure, but none does: set "
                 "evaluate.clients=cohort or all"
             )
-        known = measuring.named if by_clients and measuring else [*task.metrics, "gap"]
+        known = measuring.named if by_clients and measuring else [*task.measured, "gap"]
         if (metric if by_clients else metric.removeprefix("personal_")) not in known:
             raise unknown("stop.metric of these data", metric, known)
-        found.append(Stopping(config.stop, None if by_clients else measure("validation")))
+        validated = None if by_clients else measure("validation")
+        found.append(Stopping(config.stop, validated, lower_of(task.info)))
     return found
 
 

@@ -20,6 +20,7 @@ from fedraclora.config.settings import PretrainConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.data.samples import Partitioned
 from fedraclora.engines.base import MakeEngine
+from fedraclora.evaluation.metrics import lower_of
 from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
 from fedraclora.protocol.plan import frozen_layers, some_of, thawed
@@ -51,10 +52,7 @@ log = logging.getLogger(__name__)
 
 SHOWN = 1000  # clients in partition.png, spread over the population
 NAMED = 8  # notes of a run that begins
-UNMEASURED = (
-    "none: the server has no test samples (data.test), so that nobody measures "
-    "(evaluate.clients=cohort: clients do, on samples of their own)"
-)
+UNMEASURED = "none: the server has no test samples (data.test), so that nobody measures"
 TITLE = 13  # characters, so that what follows stands in one column
 
 
@@ -186,7 +184,8 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     if dropped:
         more["dropped"] = sum(len(refusals) for refusals in dropped)
         more["asked"] = sum(int(str(row.get("asked", 0))) for row in ledger.rows)
-    if (best := Stopping(run.config.stop).best(ledger.rows)) is not None:
+    stopping = Stopping(run.config.stop, lower=lower_of(run.built.task.info))
+    if (best := stopping.best(ledger.rows)) is not None:
         keys = ("round", "validation", "metrics", "clients")
         more["best"] = {key: best[key] for key in keys if key in best}
     if best is not None or strategy.callbacks.ended:
@@ -288,8 +287,9 @@ def introduction(run: Assembled) -> dict[str, str]:
     task = run.built.task
     known = len(measured_samples(task, run.config.evaluate.split))
     return {
-        "loss": f"{task.loss} ({task.info['loss_from']})",
-        "metrics": ", ".join(task.metrics) if known or task.held else UNMEASURED,
+        "loss": f"{task.loss} ({task.info['loss_from']})"
+        + (f", its outputs read as those of {task.like}" if task.like else ""),
+        "metrics": ", ".join(task.measured) if known or task.held else UNMEASURED,
         "optimiser": optimiser_of(run.config),
         "trained": run.trained,
     }

@@ -183,7 +183,7 @@ class Run:
             texts = [] if answering is None else answering.texts(weights)
             words: list[Prediction] = [{"prediction": text} for text in texts]
         else:
-            given = read.samples, task.loss, task.reading, asked.batch_size
+            given = read.samples, task.reads, task.reading, asked.batch_size
             words = predict(task.model, weights, *given)
         rows: list[Prediction] = [{} for _ in range(read.total)]
         for row, found in zip(read.rows.tolist(), words, strict=True):
@@ -255,7 +255,7 @@ class Run:
         check_fit(built.task.model, samples.inputs)
         if measured:
             top = 0 if samples.target.is_floating_point() else int(samples.target.max())
-            refuse_outputs(built.task.model, samples, top + 1, built.task.loss)
+            refuse_outputs(built.task.model, samples, top + 1, built.task.reads)
         return replace(read, samples=samples)
 
     @cached_property

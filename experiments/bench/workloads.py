@@ -20,8 +20,9 @@ import yaml
 from torch import nn
 
 from fedraclora.data.locate import package_path
+from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import ClientData, Partitioned, Samples
-from fedraclora.data.task import IGNORED_TOKEN, Task
+from fedraclora.data.task import Task
 from fedraclora.data.virtual import virtual
 from fedraclora.models import MODELS
 from fedraclora.protocol.method import Plan

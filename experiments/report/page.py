@@ -248,7 +248,8 @@ def results(labels: Sequence[str], runs: Sequence[Shown]) -> list[tuple[str, Sho
     known = [value for _, run, value in each if run.summary and math.isfinite(value)]
     best = None
     if len(runs) > 1 and len(names) == 1 and known:
-        best = (max if higher_is_better(*names) else min)(known)
+        lower = [name for run in runs for name in run.lower]
+        best = (max if higher_is_better(names.pop(), lower) else min)(known)
     return [(label, run, figure(v), v == best and bool(run.summary)) for label, run, v in each]
 
 

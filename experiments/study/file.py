@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,13 +214,18 @@ def _sections(path: Path, loaded: dict[str, Any]) -> None:
         _list(overrides, f"row {row!r} of {path}")
 
 
+def refuse_lower(where: object, metric: str, lower: Collection[str]) -> None:
+    """Reject a study by a metric of which less is better (`fedraclora.evaluation.metrics`)."""
+    if not higher_is_better(metric, lower):
+        raise ConfigError(
+            f"{where} has the metric {metric}, of which less is better; studies choose the "
+            "greatest value: take a score, accuracy for one"
+        )
+
+
 def _check(path: Path, loaded: Mapping[str, Any]) -> None:
     """Check the keys and values of a study's file."""
-    if not higher_is_better(str(loaded["metric"])):
-        raise ConfigError(
-            f"{path} has the metric {loaded['metric']}, of which less is better; studies "
-            "choose the greatest value: take a score, accuracy for one"
-        )
+    refuse_lower(path, str(loaded["metric"]), ())
     named = {"grid.scale": loaded["grid"].get("scale"), "reported": loaded.get("reported")}
     named["final.more"] = loaded["final"].get("more")
     for key, group in named.items():

@@ -22,11 +22,19 @@ import torch
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError, DataError, DivergenceError, FedRacLoraError, unknown
+from fedraclora.evaluation.metrics import lower_of
 from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.run_files import refuse_overwriting
 from fedraclora.experiments.status import explained
-from fedraclora.experiments.study.file import Job, Study, check_same, check_split, row_config
+from fedraclora.experiments.study.file import (
+    Job,
+    Study,
+    check_same,
+    check_split,
+    refuse_lower,
+    row_config,
+)
 from fedraclora.experiments.study.tables import write_results
 from fedraclora.experiments.study.tuning import (
     Done,
@@ -302,13 +310,15 @@ def _check_start(study: Study, phase: str, config: RunConfig) -> None:
     run = assemble(replace(config, pretrain=PretrainConfig()), None)
     run.close()
     answers = {"exact_match"} if config.evaluate.generate else set()
-    known = {*run.built.task.metrics, "gap"} | answers
+    task = run.built.task
+    known = {*task.measured, "gap"} | answers
     wanted = study.chosen_by if phase == "tune" else study.metric
     if wanted not in known:
         raise ConfigError(
-            f"{wanted} is not measured; its metrics are {', '.join(run.built.task.metrics)}: name "
-            "one of them as the study's metric, or as tune.by"
+            f"{wanted} is not measured; its metrics are {', '.join(task.measured)}: name one of "
+            "them as the study's metric, or as tune.by"
         )
+    refuse_lower("the study", study.metric, lower_of(task.info))
 
 
 def check_same_data(study: Study, done: Mapping[str, Line], path: object) -> None:

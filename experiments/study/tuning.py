@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedraclora.errors import ConfigError
-from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.evaluation.metrics import higher_is_better, lower_of
 from fedraclora.experiments.study.file import Study, check_split, row_config
 
 Line = dict[str, Any]  # of runs.jsonl
@@ -54,8 +54,9 @@ def mean_score(study: Study, row: str, value: float, done: Done) -> float:
 
     That is the mean over the tuning seeds of what the study chooses by, negative for a loss.
     """
-    sign = 1 if higher_is_better(study.chosen_by) else -1
     lines = [done[job.key] for job in study.jobs("tune", row, [value])]
+    lower = [name for line in lines for name in lower_of(line.get("task"))]
+    sign = 1 if higher_is_better(study.chosen_by, lower) else -1
     found = [score(line, study.chosen_by) for line in lines]
     # A run that diverged is the worst, whatever is chosen by.
     scores = [sign * s if math.isfinite(s) else -math.inf for s in found]

@@ -25,14 +25,15 @@ from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.held import Portion, hold_out_of_clients, numbered, without_held
 from fedraclora.data.leak import refuse_shared
 from fedraclora.data.locate import GGUF, resolve
-from fedraclora.data.objective import refuse_contradiction
+from fedraclora.data.objective import judged_by, refuse_contradiction
 from fedraclora.data.own import Brought, counted
 from fedraclora.data.partition import make_partition
 from fedraclora.data.samples import ClientData, Partitioned, Samples, count_labels
-from fedraclora.data.task import HeldOut, Task
+from fedraclora.data.task import LOSSES, HeldOut, Task
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.generate import Answering
+from fedraclora.evaluation.metrics import Measure
 from fedraclora.imports import is_function
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
@@ -197,7 +198,11 @@ def build_task(config: TaskConfig) -> BuiltTask:
     device = pick_device(config.device)
     own, beside = parted("data", config.data)
     selection = build("data", Selection, beside)
-    whole = bind("data", DATASETS, own, clients=config.clients, seed=config.seed)()
+    whole = judged_by(
+        bind("data", DATASETS, own, clients=config.clients, seed=config.seed)(),
+        selection.loss,
+        own.get("metrics") or selection.metrics,
+    )
     whole = numbered(whole) if config.evaluate.by_clients else whole
     data = whole if selection.labels is None else select_labels(whole, selection.labels)
     data, validation = hold_out(data, selection.validation, config.seed)
@@ -223,7 +228,14 @@ def build_task(config: TaskConfig) -> BuiltTask:
     dtype = next(floats, torch.float32)  # token ids have none
     model = built.model if built.narrow else built.model.to(dtype)
     if tables:
-        probe(model, tables[0], data.classes, data.loss, own_model=config.own_model)
+        data = probe(
+            model,
+            tables[0],
+            data,
+            device,
+            own_model=config.own_model,
+            own_loop=config.local.is_own,
+        )
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
@@ -252,6 +264,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         info=facts,
         reading=({"shape": [*data.sample_shape]} if data.sample_shape else {}) | data.reading,
         reader=data.reader or _array_reader(config, data),
+        like=data.like,
         brought=_brought(data, train),
         held=None if held is None else HeldOut(held.to(device), asked.batch_size),
     )
@@ -272,11 +285,13 @@ def _said_of_loss(
     config: TaskConfig, data: DataSet, model: torch.nn.Module, tables: Sequence[Samples]
 ) -> dict[str, object]:
     """Say what is learnt, and which key of the config says so; data sets of the project know it."""
-    told = [f"data.{key}={config.data[key]}" for key in ("loss", "task") if key in config.data]
+    said = {key: config.data.get(key) for key in ("loss", "task")}
+    told = [f"data.{key}={value}" for key, value in said.items() if value is not None]
     source = data.info.get("loss_from") or [*told, f"of data={config.data['name']}"][0]
     learnt = tables or config.local.train is None  # else the user's function knows its loss
     warnings = [refuse_contradiction(model, data.loss)] if config.own_model and learnt else []
-    if config.own_model and tables and is_softmax(model, tables[-1], data.loss):
+    logits = config.own_model and data.loss in LOSSES and tables
+    if logits and is_softmax(model, tables[-1], data.loss):
         warnings.append(
             f"the outputs of the model are probabilities, as after a softmax, but {data.loss} "
             "takes logits, and forms them itself: leave the softmax out"
@@ -286,13 +301,16 @@ def _said_of_loss(
         warnings.append("auc is nan: all test samples have the same target")
     warning = "; ".join(filter(None, warnings))
     found = {"loss": data.loss, "loss_from": source, "metrics": [*data.metrics]}
+    found |= {"outputs_as": data.like} if data.like else {}
+    if lower := Measure.of(data.metrics, data.loss, data.like).lower:
+        found["lower_is_better"] = lower
     return found | ({"loss_warning": warning} if warning else {})
 
 
 def _array_reader(config: TaskConfig, data: DataSet) -> ArrayReader:
     """Make what reads new samples of data that are arrays."""
     classes = data.classes if "label" in data.columns else None  # else the model says what fits
-    form = Form(tuple(data.sample_shape), data.loss, classes)
+    form = Form(tuple(data.sample_shape), data.like or data.loss, classes)
     return ArrayReader(form, numbered=config.data.get("name") == "object")
 
 
@@ -359,7 +377,7 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
             pretrain(model, train, part.loss, adamw, config.seed)
         weights = {n: p.detach() for n, p in model.named_parameters()}
         given = (test, part.loss, part.metrics)
-        metrics = evaluate(model, weights, *given) if len(test) else {}
+        metrics = evaluate(model, weights, *given, like=part.like) if len(test) else {}
         state = {n: t.detach().clone() for n, t in model.state_dict().items()}
         _PRETRAINED[key] = state, metrics
         while len(_PRETRAINED) > PRETRAINED_KEPT:

@@ -55,7 +55,7 @@ def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
             node = node_of(target, given=GIVEN.get(group, ()))
             home, keys = BESIDE.get(group, (target, ()))
             beside = node_of(home)
-            found[f"{group}/{name}"] = {"name": name, **node, **{k: beside[k] for k in keys}}
+            found[f"{group}/{name}"] = {"name": name, **{k: beside[k] for k in keys}, **node}
             for key, inner in tables_of(target):
                 found[f"{group}/{key}/{inner[0]}"] = {"name": inner[0], **node_of(inner[1])}
     for part in (ADAPTIVE_KEYS.name, OWN_KEYS.name):

@@ -80,8 +80,9 @@ def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, obj
     for group, keys in kept.items():
         if isinstance(keys, Mapping) and (name := str(keys.get("name"))) != NAME:
             row = tables[group].get(name) if group in tables else KINDS.get(group)
-            for home in (row, BESIDE[group][0] if group in BESIDE else None):
-                kept[group] = _as_before(home, section(kept, group)) if home else kept[group]
+            read, other = parted(group, section(kept, group))
+            read = _as_before(row, read) if row else read
+            kept[group] = read | (_as_before(BESIDE[group][0], other) if other else {})
     return _as_before(RunConfig, kept)
 
 
@@ -223,7 +224,7 @@ TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
 }
 # Keys of a group beside those of its row, and what reads them; arguments that are no keys.
 BESIDE: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {
-    "data": (Selection, ("labels", "validation")),
+    "data": (Selection, ("labels", "validation", "loss", "metrics")),
     "partition": (make_partition, ("empty",)),
 }
 GIVEN = {
@@ -312,7 +313,9 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
 
 def parted(key: str, group: Plain) -> tuple[dict[str, object], dict[str, object]]:
     """Part the keys of a table's row from those that are read beside it (`BESIDE`)."""
-    beside = BESIDE[key][1] if key in BESIDE else ()
+    row = TABLES[key].get(str(group.get("name"))) if key in TABLES else None
+    has = inspect.signature(row).parameters if row else ()  # a key that the row reads itself
+    beside = [k for k in BESIDE[key][1] if k not in has] if key in BESIDE else []
     return without(group, *beside), {k: group[k] for k in beside if k in group}
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -30,6 +30,7 @@ from fedraclora.limits import (
 from fedraclora.protocol.quantised import FULL, ROUNDED
 
 MEASURED = (*METRICS, "gap", *(f"personal_{name}" for name in METRICS))
+MEASURE = Limit("a metric", lambda value: isinstance(value, str), MEASURED)  # or the user's own
 MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
 Threads = Annotated[int, Limit(f"1 to {MOST_THREADS}", lambda count: 1 <= count <= MOST_THREADS)]
 Chunk = Annotated[
@@ -48,10 +49,15 @@ class Selection(Limited, group="data"):
     Attributes:
         labels: Classes to keep, by number, for example [5, 6, 7, 8, 9]; they are numbered anew.
         validation: Fraction of the training samples held out for tuning.
+        loss: A loss of your own, ``module:function``; None: that of the data set.
+        metrics: Metrics, the headline first: names, and ``module:function`` of your own; None:
+            those usual for the data set and its loss.
     """
 
     labels: list[int] | None = None
     validation: Fraction = 0.0
+    loss: Annotated[str | Mapping[str, object] | None, Later()] = None
+    metrics: Annotated[list[str | dict[str, object]] | None, Later()] = None
 
 
 @dataclass(frozen=True)

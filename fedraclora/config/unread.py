@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from fedraclora.allocation.rules import Uniform
 from fedraclora.attacks.attack import Attack
 from fedraclora.config.schema import Plain
-from fedraclora.config.settings import DeployConfig, StopConfig
+from fedraclora.config.settings import MEASURED, DeployConfig, StopConfig
 from fedraclora.data import DATASETS
+from fedraclora.data.own_loss import is_own, named_loss, short_name
 from fedraclora.data.partition import PARTITIONS
-from fedraclora.errors import ConfigError, UnreadKeysError, nearest
+from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import Method
-from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.extras.settings import LocalSettings
 
 if TYPE_CHECKING:
@@ -217,13 +217,12 @@ def refuse_misfits(config: RunConfig) -> None:
     Raises:
         ConfigError: Naming the key, and what to set.
     """
-    private = "privacy" if config.chosen("privacy") != "none" else ""
-    private = private or ("local.dp" if config.local.extra_of(SampleLevel) else "")
-    if config.evaluate.by_clients and private:
+    if config.evaluate.by_clients and (
+        isinstance(config.secure, SecAgg) or config.chosen("privacy") != "none"
+    ):
         raise ConfigError(
-            f"evaluate.clients is {config.evaluate.clients}, which does not go with {private}: "
-            "clients tell the server what they measured, to which no noise is added and which no "
-            "account of epsilon has; set evaluate.clients=none"
+            f"evaluate.clients is {config.evaluate.clients}: each client tells the server its own "
+            "sums, which secure=secagg and privacy do not allow; set evaluate.clients=none"
         )
     if config.clients is not None and config.cohort > config.clients:
         raise ConfigError(
@@ -240,6 +239,14 @@ def refuse_misfits(config: RunConfig) -> None:
             f"precision is {config.precision}, which the project's own loop reads; with local=own "
             "your function says how it computes: leave precision out"
         )
+    said = config.data.get("metrics")
+    own = (
+        [short_name(n) for n in map(named_loss, said) if is_own(n)]
+        if isinstance(said, list)
+        else []
+    )
+    if config.stop.metric.removeprefix("personal_") not in {*MEASURED, *own}:
+        raise unknown("stop.metric", config.stop.metric, MEASURED)
     if isinstance(config.engine, DeployConfig):
         _check_deployed(config, config.engine)
 
@@ -253,11 +260,10 @@ def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
         )
     if config.system.enabled:
         raise ConfigError("system, FedBuff too, is for simulations: engine=deploy has system=none")
-    if config.head == "local" and not config.evaluate.by_clients:
+    if config.head == "local":
         raise ConfigError(
             "head is local: such heads are measured where they are, and with engine=deploy they "
-            "stay at the clients; set evaluate.clients=cohort, or choose head=adapt, average or "
-            "frozen"
+            "stay at the clients; choose head=adapt, average or frozen"
         )
     once = isinstance(config.secure, SecAgg) or config.local.answers_once
     if once and config.output.checkpoint_every != 1:

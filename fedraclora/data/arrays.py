@@ -29,7 +29,8 @@ from fedraclora.data.fit import (
 )
 from fedraclora.data.frames import (
     OBJECTIVES,
-    TaskName,
+    OF_ARRAYS,
+    ArrayTask,
     as_values,
     class_names,
     supervised,
@@ -69,7 +70,7 @@ def load_arrays(
     test: str | None = None,
     test_share: Fraction | None = None,
     split_seed: int = 0,
-    task: TaskName = "classification",
+    task: ArrayTask = "classification",
     metrics: Sequence[str] | None = None,
 ) -> DataSet:
     """Load arrays of inputs and targets.
@@ -83,7 +84,8 @@ def load_arrays(
         test: A ``.npz`` file of test samples, where ``file`` has none.
         test_share: Without test samples, the fraction that is held out, per class; None for 0.2.
         split_seed: Seed of that choice.
-        task: ``classification`` or ``regression``.
+        task: ``classification``, ``regression``, ``multi_label`` (0 or 1 for every output) or
+            ``pixel_classes`` (a class for each pixel).
         metrics: Names of metrics, the headline first; None for those usual for the task.
 
     Returns:
@@ -105,7 +107,7 @@ def load_arrays(
         other = read_file(resolve(test, key="data.test", root=root))
         arrays |= {"test_x": other["x"], "test_target": other["target"]}
     names = _classes(arrays["target"], task, source)
-    form = Form(None, OBJECTIVES[task][0])
+    form = Form(None, (OBJECTIVES | OF_ARRAYS)[task][0])
     raw = _samples(arrays["x"], arrays["target"], names, task, source)
     train = form.fit(raw, source)
     everyone = owners = _owners(arrays, len(train), source)

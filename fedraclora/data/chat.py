@@ -10,8 +10,8 @@ import torch
 
 from fedraclora.data.conversations import Conversation
 from fedraclora.data.locate import load_tokenizer, user_path
+from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError, DataError
 
 Piece = tuple[str, bool]  # text, and whether it is an answer

@@ -70,7 +70,7 @@ class DataSet:
         test: Held-out samples, which may be none; the object ``train`` itself where
             ``measures_training``.
         classes: Number of outputs: classes, or 1 for a scalar regression or a binary score.
-        loss: A key of `fedraclora.data.task.LOSSES`.
+        loss: A key of `fedraclora.data.task.LOSSES`, or the name of one of the user's own.
         metrics: Names of metrics, the headline first.
         columns: One value per training row, to partition by: ``"label"`` wherever there are
             classes, ``"client"`` and its own name for a natural client.
@@ -93,6 +93,7 @@ class DataSet:
         clients: Every natural client that the source names, also those of whom no row is left;
             None where none is named.
         entries: What clients brought as objects, as it is; None where nobody has such.
+        like: See `fedraclora.data.task.Task`.
     """
 
     train: Samples
@@ -113,6 +114,7 @@ class DataSet:
     reader: SampleReader | None = None
     clients: Column | None = None
     entries: Entries | None = None
+    like: str = ""
 
     @property
     def on_demand(self) -> bool:
@@ -281,7 +283,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         ConfigError: If the data set has no classes, fewer than two are asked for, one is asked
             for twice, or one does not occur, or if the clients are made on demand.
     """
-    if data.loss != "cross_entropy":
+    if (data.like or data.loss) != "cross_entropy":
         raise ConfigError("data.labels is for data sets with classes; set data.labels=null")
     if data.on_demand:
         raise ConfigError(

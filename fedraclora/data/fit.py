@@ -7,7 +7,7 @@ what to write instead.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import IGNORED_TOKEN
+from fedraclora.data.task import LOSSES, read_as
 from fedraclora.errors import DataError, FedRacLoraError
 from fedraclora.imports import failure_of
 
@@ -24,21 +25,6 @@ from fedraclora.imports import failure_of
 WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64", "float16": "float32"}
 LARGEST_INTEGER = 2**63 - 1
 TARGET_NAMES = ("label", "labels", "target")  # where the caller names no column
-USUAL_METRICS = {
-    "cross_entropy": ("accuracy", "loss"),
-    "squared_error": ("loss",),
-    "logistic": ("accuracy", "loss"),
-    "multi_label": ("f1_micro", "f1_macro", "auc", "loss"),
-    "next_token": ("accuracy", "perplexity", "loss"),
-    "token_classes": ("accuracy", "f1", "loss"),
-    "pixel_classes": ("mean_iou", "accuracy", "loss"),
-}
-# Losses of which a sample has many targets, whole numbers each: the axes of a target in words.
-LABELLED = {
-    "next_token": "one token id for each token, [N, length]",
-    "token_classes": "one class for each token, [N, length]",
-    "pixel_classes": "one class for each pixel, [N, height, width]",
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class Form:
 
     Attributes:
         shape: Of one input ``"x"``; empty for token ids; None for numbers of any shape.
-        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``.
+        loss: For which they are read (`fedraclora.data.task.Task.reads`).
         classes: Number of outputs; None where it is to be found.
     """
 
@@ -106,10 +92,9 @@ class Form:
         target = samples.target
         if self.loss in {"cross_entropy", "logistic"}:
             return self._labels(target, where)
-        if self.loss in LABELLED:
+        if read_as(self.loss).each:
             return self._labelled(samples, where)
-        if self.loss not in {"squared_error", "multi_label"}:
-            # What a loss of another package makes of it is its own business.
+        if self.loss not in LOSSES:  # what a loss of the user's own makes of it is its business
             return target.float() if target.is_floating_point() else target.long()
         numbers = target.float()
         if not bool(torch.isfinite(numbers).all()):
@@ -132,7 +117,7 @@ class Form:
 
     def _labelled(self, samples: Samples, where: str) -> torch.Tensor:
         """Check targets of which a sample has many; what is not counted holds `IGNORED_TOKEN`."""
-        target, wanted = samples.target, LABELLED[self.loss]
+        target, wanted = samples.target, read_as(self.loss).each
         axes = 3 if self.loss == "pixel_classes" else 2
         if axes == 3 and target.dim() == 4 and target.shape[1] == 1:
             target = target[:, 0]
@@ -196,7 +181,7 @@ class Form:
         least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
         if least < 0 or (classes is not None and most >= classes):
             bounds = "from 0 on" if classes is None else f"0 to {classes - 1}"
-            if self.loss in LABELLED:
+            if read_as(self.loss).each:
                 bounds += f" ({IGNORED_TOKEN}: no loss)"
             mend = "" if least < 0 or self.loss == "logistic" else f", or data.classes={most + 1}"
             raise DataError(
@@ -388,3 +373,12 @@ def as_unscaled(values: torch.Tensor, scale: Mapping[str, Any]) -> torch.Tensor:
 def found_shape(samples: Samples) -> tuple[int, ...]:
     """Shape of one input ``"x"``; empty where inputs have names of their own (token ids)."""
     return tuple(samples.inputs["x"].shape[1:]) if set(samples.inputs) == {"x"} else ()
+
+
+def outputs_for(tables: Sequence[Samples], loss: str) -> int | None:
+    """Count the outputs that the targets need; None where they do not tell."""
+    if read_as(loss).numbers:
+        return max(1, tables[0].target[0].numel())
+    if loss == "next_token" or any(t.target.is_floating_point() for t in tables):
+        return None  # of the latter the form says what is wrong
+    return max(2, 1 + max(int(t.target.max()) for t in tables))

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import Column, DataSet, SampleReader
-from fedraclora.data.fit import found_shape
+from fedraclora.data.fit import found_shape, outputs_for
 from fedraclora.data.samples import Samples
+from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.limits import choice_of
 
@@ -35,6 +36,9 @@ OBJECTIVES = {  # the loss of each, and its metrics
     "regression": ("squared_error", ("pearson", "spearman", "loss")),
 }
 TaskName = Annotated[str, choice_of(OBJECTIVES)]
+# Of arrays there are those, too, of which a sample has many targets, by the names of their losses.
+OF_ARRAYS = {name: (name, LOSSES[name].metrics) for name in ("multi_label", "pixel_classes")}
+ArrayTask = Annotated[str, choice_of((*OBJECTIVES, *OF_ARRAYS))]
 
 
 def named_table(found: object, where: str) -> NamedFrame:
@@ -332,7 +336,7 @@ def supervised(
         train: Training samples.
         test: Held-out samples.
         names: Of the classes, in their order; none for numbers.
-        task: A key of `OBJECTIVES`.
+        task: A key of `OBJECTIVES` or `OF_ARRAYS`.
         metrics: Names of metrics, the headline first; None for those usual for the task.
         owners: The client of each training row, or None.
         clients: See `DataSet`.
@@ -342,14 +346,14 @@ def supervised(
             those of a file.
         reader: See `DataSet`.
     """
-    loss, usual = OBJECTIVES[task]
-    usual = usual if train.target.dim() == 1 else ("loss",)
+    loss, usual = (OBJECTIVES | OF_ARRAYS)[task]
+    usual = ("loss",) if task == "regression" and train.target.dim() > 1 else usual
     named: dict[str, object] = {"classes": [*names]} if names else {}
     columns = {} if owners is None else dict.fromkeys((client, "client"), owners)
     return DataSet(
         train=train,
         test=test,
-        classes=len(names) or max(1, train.target[0].numel()),
+        classes=len(names) or outputs_for([train, test], loss) or 1,
         loss=loss,
         metrics=tuple(metrics or usual),
         columns=columns | ({"label": train.target.numpy()} if names else {}),

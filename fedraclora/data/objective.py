@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from fedraclora.data.dataset import DataSet
 from fedraclora.data.fit import is_binary
+from fedraclora.data.own_loss import OwnLoss, is_own, named_loss
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, forward
-from fedraclora.errors import ConfigError, DataError
+from fedraclora.errors import ConfigError, DataError, unknown
 
 INPUT_IDS = "input_ids"
 OF_SAMPLES = ("cross_entropy", "squared_error", "multi_label", "logistic")
@@ -34,43 +37,73 @@ PROBLEM_LOSSES = {  # `problem_type` of their configurations
     "regression": ("squared_error",),
 }
 OF_CHOICES = {"causal_lm": ("next_token",), "gpt": ("next_token",)}  # choices of model=
-MEANINGS = {
-    "cross_entropy": "one class a sample",
-    "squared_error": "numbers to predict",
-    "logistic": "one score a sample, for yes or no",
-    "multi_label": "yes or no for every output",
-    "next_token": "each token is to be told from those before it",
-    "token_classes": "each token has a class of its own",
-    "pixel_classes": "each pixel has a class of its own",
-}
 
 
-def check_names(loss: object, metrics: object) -> tuple[str, ...] | None:
-    """Check what a program names as its loss and its metrics; give the metrics as a tuple.
+def check_names(loss: object, metrics: object) -> tuple[str | None, tuple[str, ...] | None]:
+    """Check what a program says as its loss and its metrics; give their names.
 
     Raises:
-        ConfigError: If they are no names, with the losses that there are.
+        ConfigError: If they are none, with the losses that there are.
     """
-    if loss is not None and not isinstance(loss, str):
-        what = getattr(loss, "__name__", None) or type(loss).__name__
+    if loss is not None and not isinstance(loss, str | Mapping):
         raise ConfigError(
-            f"loss is {what!r}, of type {type(loss).__name__}; the name of a loss is wanted: "
-            f"{choices(LOSSES)}, or 'module:function' of a function of your own (docs/data.md)"
+            f"loss is {loss!r:.100}, of type {type(loss).__name__}; the name of a loss is wanted: "
+            f"{choices(LOSSES)}; or a function of your own, or its 'module:function' (docs/own.md)"
         )
-    if isinstance(metrics, str):
-        return (metrics,)
-    listed = isinstance(metrics, Sequence) and all(isinstance(name, str) for name in metrics)
+    if isinstance(metrics, str | Mapping):
+        metrics = [metrics]
+    listed = isinstance(metrics, Sequence) and all(isinstance(n, str | Mapping) for n in metrics)
     if metrics is not None and not (listed and metrics):
         raise ConfigError(
-            f"metrics is {metrics!r}; a list of names of metrics is wanted, the headline first, as "
-            "in ['accuracy', 'loss']"
+            f"metrics is {metrics!r:.100}; a list of metrics is wanted, the headline first, as in "
+            "['accuracy', 'loss']"
         )
-    return None if metrics is None else tuple(metrics)  # type: ignore[arg-type]
+    return (
+        None if loss is None else named_loss(loss),
+        None if metrics is None else tuple(map(named_loss, metrics)),  # type: ignore[call-overload]
+    )
+
+
+def said_like(loss: str) -> str:
+    """Read what a loss of the user's own says of itself; empty for others, and where it is silent.
+
+    Raises:
+        ConfigError: If its attribute ``like`` is no loss of the project's.
+    """
+    function: object = OwnLoss.of(loss).function if is_own(loss) else None
+    like = getattr(getattr(function, "func", function), "like", "")  # of a partial
+    if like and like not in LOSSES:
+        raise unknown(f"like of the loss {loss}", like, LOSSES)
+    return str(like)
+
+
+def usual_metrics(loss: str, target: torch.Tensor) -> tuple[str, ...]:
+    """Give the metrics that are usual for a loss; of one that says nothing, those of its target."""
+    if known := LOSSES.get(said_like(loss) or loss):
+        return known.metrics
+    of_classes = not target.is_floating_point() and target[:1].numel() == len(target[:1])
+    return ("accuracy", "loss") if of_classes else ("loss",)
+
+
+def judged_by(data: DataSet, loss: object, metrics: object) -> DataSet:
+    """Put what the user said in the place of loss and metrics of a data set; None: nothing."""
+    if loss is not None and (name := named_loss(loss)) != data.loss:
+        if not is_own(name):
+            raise ConfigError(
+                f"data.loss is {name}; these data are for {data.loss}: leave it out, or name a "
+                "loss of your own, module:function"
+            )
+        usual = usual_metrics(name, data.train.target)
+        like = said_like(name) or data.loss
+        data = replace(data, loss=name, like=like, metrics=usual, optimum=None)
+    if not isinstance(metrics, list | tuple):
+        return data
+    return replace(data, metrics=tuple(named_loss(metric) for metric in metrics))
 
 
 def choices(losses: Iterable[str]) -> str:
     """Name losses with what each of them takes targets for."""
-    return ", ".join(f"{name} ({MEANINGS[name]})" for name in losses)
+    return ", ".join(f"{name} ({LOSSES[name].meaning})" for name in losses)
 
 
 def told_by(model: object) -> tuple[tuple[str, ...], str]:
@@ -150,7 +183,7 @@ def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
         ConfigError: If the configuration of the model names another problem type.
     """
     told, source = told_by(model)
-    if not told or ":" in loss or loss in told:
+    if not told or is_own(loss) or loss in told:
         return None
     if source.startswith("problem_type"):
         right = next((name for name, losses in PROBLEM_LOSSES.items() if loss in losses), None)

@@ -19,17 +19,26 @@ import torch
 from fedraclora.data.dataset import TEST_SHARE, DataSet, RowNumbers, keep_rows, split_rows, take
 from fedraclora.data.entries import Entries, length, stand_in
 from fedraclora.data.fit import (
-    USUAL_METRICS,
     Form,
     found_shape,
     found_target,
     gathered,
     of_dataset,
+    outputs_for,
     said_of_inputs,
     scale_of_bytes,
 )
 from fedraclora.data.frames import named_table
-from fedraclora.data.objective import INPUT_IDS, check_names, objective_of, takes_whole
+from fedraclora.data.objective import (
+    INPUT_IDS,
+    check_names,
+    judged_by,
+    objective_of,
+    said_like,
+    takes_whole,
+    usual_metrics,
+)
+from fedraclora.data.own_loss import is_own
 from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import TableForm, of_frames
 from fedraclora.errors import ConfigError, DataError
@@ -47,8 +56,8 @@ def lend_data(
     partitioner: Any = None,
     client: str | None = None,
     target: str | None = None,
-    loss: str | None = None,
-    metrics: Sequence[str] | None = None,
+    loss: str | Mapping[str, object] | None = None,
+    metrics: Sequence[str | Mapping[str, object]] | None = None,
     classes: int | None = None,
     frame: Mapping[str, Any] | None = None,
     own: bool = False,
@@ -78,7 +87,7 @@ def lend_data(
         ConfigError: If two things are said that cannot both be.
         DataError: If samples are not what they should be, naming the client.
     """
-    metrics = check_names(loss, metrics)
+    loss, metrics = check_names(loss, metrics)
     share = TEST_SHARE
     if is_share(test):
         share, test, frame = float(test), None, {**(frame or {}), "test_share": float(test)}
@@ -93,7 +102,9 @@ def lend_data(
     seen = [*tables, *([] if held_out is None else [held_out])]
     whole = takes_whole(model, seen)
     shape = () if whole else found_shape(tables[0])
-    form = Form(shape, loss, classes or outputs_for(seen, loss))
+    like = said_like(loss)
+    reads = like or loss
+    form = Form(shape, reads, classes or outputs_for(seen, reads))
     names = [f"data, client {k}" for k in range(len(tables))] if len(tables) > 1 else ["data"]
     fitted = [form.fit(table, name) for table, name in zip(tables, names, strict=True)]
     table = stacked(fitted, names)
@@ -104,16 +115,17 @@ def lend_data(
         test=table.take(torch.arange(0)) if held_out is None else form.fit(held_out, "test"),
         classes=int(form.classes or 1),
         loss=loss,
-        metrics=metrics or USUAL_METRICS.get(loss, USUAL_METRICS["cross_entropy"]),
+        metrics=metrics or usual_metrics(loss, table.target),
         columns={} if owners is None else {"client": owners},
         sample_shape=() if whole else found_shape(table),
         parts=parts,
         info={"source": "a Python program", "loss_from": source} | said_of_inputs(tables[0], table),
         reading=({} if whole else scale_of_bytes(tables[0])) | named_classes(data, target),
+        like=like,
     )
     brought = listed_tables(data) if is_clients(data) else [data]
     found = replace(found, entries=Entries.of(brought, [len(each) for each in fitted]))
-    if loss == "cross_entropy":
+    if reads == "cross_entropy":
         found = replace(found, columns=found.columns | {"label": table.target.numpy()})
     if held_out is None and share:
         found = without_test(found, share)
@@ -243,7 +255,7 @@ def unread(
         columns = {"client": np.asarray(column_of(data, client, "client"))}
     measured = stand_in(0) if test is None else table_of(test, "test", target)
     loss = loss or "cross_entropy"
-    usual = USUAL_METRICS.get(loss, USUAL_METRICS["cross_entropy"])
+    usual = usual_metrics(loss, measured.target)
     classes = None if test is None else outputs_for([measured], loss)
     source = "said" if test is not None else "no test samples, so none is measured"
     return DataSet(
@@ -312,6 +324,7 @@ def of_frame(
         ConfigError: If a column or the loss is none that there is.
         DataError: If rows cannot be used.
     """
+    own, loss = (loss, None) if is_own(loss or "") else (None, loss)
     if loss not in {None, "cross_entropy", "squared_error"}:
         raise ConfigError(
             f"loss is {loss}; of a frame classes or numbers are predicted: leave it out"
@@ -332,7 +345,8 @@ def of_frame(
     how = TableForm(name, client, task=task, metrics=metrics, **options)
     found = of_frames(rows, held_out, how)
     kind = "numbers" if numbers else "classes"
-    source = "said" if loss else f"guessed from the column {name!r}: {kind}"
+    found = judged_by(found, own, metrics)
+    source = "said" if loss or own else f"guessed from the column {name!r}: {kind}"
     return replace(found, info=found.info | {"loss_from": source})
 
 
@@ -395,15 +409,6 @@ def named_classes(data: Any, target: str | None) -> dict[str, object]:
     names = getattr((first.features or {}).get(name), "names", None)
     named = [str(known) for known in names or ()]
     return {"classes": named} if named != [str(k) for k in range(len(named))] else {}
-
-
-def outputs_for(tables: Sequence[Samples], loss: str) -> int | None:
-    """Count the outputs that the targets need; None where they do not tell."""
-    if loss in {"squared_error", "logistic", "multi_label"}:
-        return max(1, tables[0].target[0].numel())
-    if loss == "next_token" or any(t.target.is_floating_point() for t in tables):
-        return None  # of the latter the form says what is wrong
-    return max(2, 1 + max(int(t.target.max()) for t in tables))
 
 
 def stacked(tables: Sequence[Samples], names: Sequence[str]) -> Samples:

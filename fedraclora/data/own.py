@@ -27,7 +27,6 @@ from fedraclora.data.dataset import (
 )
 from fedraclora.data.entries import Entries, length, stand_in
 from fedraclora.data.fit import (
-    USUAL_METRICS,
     Form,
     found_shape,
     gathered,
@@ -35,9 +34,11 @@ from fedraclora.data.fit import (
     scale_of_bytes,
 )
 from fedraclora.data.locate import user_path
+from fedraclora.data.objective import said_like, usual_metrics
+from fedraclora.data.own_loss import IGNORED_TOKEN, named_loss
 from fedraclora.data.partition import SIZES_SEEN, spread_clients
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import IGNORED_TOKEN
+from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import call_function, is_function
 from fedraclora.limits import Count, Fraction, Later, Part, limited
@@ -274,8 +275,8 @@ def own_samples(
     client: Annotated[int | None, OF_A_NODE] = None,
     alone: Annotated[bool, OF_A_NODE] = False,
     objects: Annotated[bool, Later()] = False,
-    loss: str = "cross_entropy",
-    metrics: Sequence[str] | None = None,
+    loss: str | Mapping[str, object] = "cross_entropy",
+    metrics: Sequence[str | Mapping[str, object]] | None = None,
 ) -> DataSet:
     """Describe samples that clients bring; they are the division, too.
 
@@ -294,8 +295,9 @@ def own_samples(
         alone: Set by a node: it serves this client only.
         objects: Whether the function ``samples`` gives what only ``local.train`` reads (texts,
             images, paths): nothing is measured then.
-        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``.
-        metrics: Names of metrics, the headline first; None for those usual for the loss.
+        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``; a mapping of
+            that as its ``name``, and parameters.
+        metrics: Metrics, the headline first, in the same way; None for those usual for the loss.
 
     Returns:
         Floating numbers in float32. The clients are `parts` that are looked for on demand; no
@@ -305,7 +307,9 @@ def own_samples(
         ConfigError: If a key is wrong or missing.
         DataError: If samples are missing, or not what they should be.
     """
-    form = Form(None if shape is None else tuple(shape), loss, classes)
+    loss = named_loss(loss)
+    like = said_like(loss)
+    form = Form(None if shape is None else tuple(shape), like or loss, classes)
     share, said = _share(test, test_share, samples), arguments or {}
     functions = [name for name in (samples, test) if name is not None and is_function(name)]
     if said and samples is not None and not functions:
@@ -331,19 +335,20 @@ def own_samples(
         raise ConfigError("data.classes is not set, and a node cannot know it")
     else:
         measured = _none_of(brought.client(client))
-    labelled = loss == "cross_entropy" and samples is not None and client is None
+    labelled = form.loss == "cross_entropy" and samples is not None and client is None
     return DataSet(
         train=_none_of(measured),
         test=measured,
         classes=int(form.classes or 0),
         loss=loss,
-        metrics=tuple(metrics or USUAL_METRICS.get(loss, USUAL_METRICS["cross_entropy"])),
+        metrics=tuple(map(named_loss, metrics or usual_metrics(loss, measured.target))),
         columns={"label": np.zeros(0, dtype=np.int64)} if labelled else {},
         sample_shape=form.shape if form.shape is not None else found_shape(measured),
         parts=brought,
         info={"source": "each client's own", **brought.told}
         | ({"held_out": share} if share else {}),
         reading=dict(brought.reading),
+        like=like,
     )
 
 
@@ -403,7 +408,7 @@ def _completed(form: Form, tables: Sequence[Samples]) -> Form:
             "token ids), for example data.classes=10 data.shape=[28,28]; or give it data.test"
         )
     first, classes = tables[0], form.classes
-    if classes is None and form.loss in {"squared_error", "logistic", "multi_label"}:
+    if classes is None and read_as(form.loss).numbers:
         classes = first.target[0].numel()
     elif classes is None and not first.target.is_floating_point():
         seen = torch.cat([table.target.unique() for table in tables]).unique()

@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedraclora.data.own_loss import IGNORED_TOKEN, OwnLoss, is_own, short_name
 from fedraclora.data.samples import ClientData, Samples
-from fedraclora.errors import ConfigError, unknown
-from fedraclora.imports import import_function
+from fedraclora.errors import unknown
 
 # (output, target) -> (loss summed over the parts of each sample [N], number of parts [N])
 LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-IGNORED_TOKEN = -100  # target of a token or pixel that has no loss, as in torch's cross_entropy
+SlopeFunction = LossFunction  # (output, target) -> (losses [N], their slopes at the output)
 
 
 def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,53 +70,6 @@ def pixel_classes(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Ten
     return loss.flatten(1).sum(dim=1), (target != IGNORED_TOKEN).flatten(1).sum(dim=1)
 
 
-LOSSES: dict[str, LossFunction] = {
-    "cross_entropy": cross_entropy,
-    "squared_error": squared_error,
-    "logistic": logistic,
-    "multi_label": multi_label,
-    "next_token": next_token,
-    "token_classes": token_classes,
-    "pixel_classes": pixel_classes,
-}
-
-
-def loss_function(name: str) -> LossFunction:
-    """Return the loss of a name: a key of `LOSSES`, or ``package.module:function``.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if ":" in name:
-        return _checked(name, import_function("data.loss", name))
-    if name not in LOSSES:
-        raise unknown("loss", name, LOSSES)
-    return LOSSES[name]
-
-
-def _checked(name: str, function: Callable[..., object]) -> LossFunction:
-    """Check what a loss of another package gives, each time: its error would blame the model."""
-
-    def loss(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found: Any = function(output, target)
-        pair = found if isinstance(found, tuple | list) else (found,)
-        shapes = [tuple(each.shape) for each in pair if isinstance(each, torch.Tensor)]
-        if len(pair) != 2 or shapes != [(len(target),)] * 2:
-            came = f"tensors of shape {', '.join(map(str, shapes))}" if shapes else "no tensor"
-            raise ConfigError(
-                f"data.loss={name} gives {came} for {len(target)} samples; two tensors of shape "
-                f"({len(target)},) are wanted: the loss of each sample, summed over its parts, and "
-                "how many parts it has (ones, where a sample is one)"
-            )
-        return pair[0], pair[1]
-
-    return loss
-
-
-# The same with the slope of each loss at the output, for those who do without autograd.
-SlopeFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
 def cross_entropy_slope(
     output: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,11 +97,98 @@ def logistic_slope(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
     return losses, output.sigmoid() - target.reshape(output.shape).to(output.dtype)
 
 
-SLOPES: dict[str, SlopeFunction] = {
-    "cross_entropy": cross_entropy_slope,
-    "squared_error": squared_error_slope,
-    "logistic": logistic_slope,
+@dataclass(frozen=True)
+class Loss:
+    """A loss, and how targets and outputs are read that are made for it.
+
+    Attributes:
+        function: Gives loss and number of parts of each sample.
+        meaning: What its targets are, in words.
+        metrics: Those that are usual for it, the headline first.
+        slope: Gives the losses and their slopes at the output, for those who do without autograd.
+        numbers: Whether the model gives one number for each of the target.
+        axis: That of the classes in the outputs of a sample; the others are those of its target.
+            None where there are no classes.
+        each: Where a sample has many targets, whole numbers each: what they are.
+    """
+
+    function: LossFunction
+    meaning: str = ""
+    metrics: tuple[str, ...] = ("loss",)
+    slope: SlopeFunction | None = None
+    numbers: bool = False
+    axis: int | None = None
+    each: str = ""
+
+    def __call__(
+        self, output: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the loss of each sample, summed over its parts, and how many parts it has."""
+        return self.function(output, target)
+
+
+LOSSES = {
+    "cross_entropy": Loss(
+        cross_entropy, "one class a sample", ("accuracy", "loss"), cross_entropy_slope, axis=0
+    ),
+    "squared_error": Loss(
+        squared_error, "numbers to predict", slope=squared_error_slope, numbers=True
+    ),
+    "logistic": Loss(
+        logistic,
+        "one score a sample, for yes or no",
+        ("accuracy", "loss"),
+        logistic_slope,
+        numbers=True,
+    ),
+    "multi_label": Loss(
+        multi_label,
+        "yes or no for every output",
+        ("f1_micro", "f1_macro", "auc", "loss"),
+        numbers=True,
+    ),
+    "next_token": Loss(
+        next_token,
+        "each token is to be told from those before it",
+        ("accuracy", "perplexity", "loss"),
+        axis=-1,
+        each="one token id for each token, [N, length]",
+    ),
+    "token_classes": Loss(
+        token_classes,
+        "each token has a class of its own",
+        ("accuracy", "f1", "loss"),
+        axis=-1,
+        each="one class for each token, [N, length]",
+    ),
+    "pixel_classes": Loss(
+        pixel_classes,
+        "each pixel has a class of its own",
+        ("mean_iou", "accuracy", "loss"),
+        axis=0,
+        each="one class for each pixel, [N, height, width]",
+    ),
 }
+SLOPES = {name: loss.slope for name, loss in LOSSES.items() if loss.slope is not None}
+UNKNOWN = Loss(squared_error)  # how targets and outputs are read of which nothing is known
+
+
+def loss_function(name: str) -> Loss:
+    """Return the loss of a name: a key of `LOSSES`, or that of one of the user's own.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if is_own(name):
+        return Loss(OwnLoss.of(name))
+    if name not in LOSSES:
+        raise unknown("loss", name, LOSSES)
+    return LOSSES[name]
+
+
+def read_as(loss: str) -> Loss:
+    """Say how targets and outputs of a loss are read; `UNKNOWN` for one of the user's own."""
+    return LOSSES.get(loss, UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -172,7 +211,7 @@ class Task:
     Attributes:
         model: The network; its weights are W^0. Never modified: weights are passed in.
         head: Name prefixes of the final layer (``"fc2"`` or ``"classifier"``).
-        loss: A key of `LOSSES`, or ``package.module:function``.
+        loss: A key of `LOSSES`, or the name of one of the user's own.
         metrics: Names of metrics of `fedraclora.evaluation.evaluate.METRICS`; the first is the
             headline.
         train: Client data.
@@ -187,6 +226,8 @@ class Task:
         reader: Reads samples that come later; None: nobody does.
         brought: Gives what a client brought as an object, by its id; None: samples are tensors.
         held: What each client measures on; None: none measures.
+        like: The loss of `LOSSES` for which targets and outputs are read, where ``loss`` is the
+            user's own; empty where nothing is known of them.
     """
 
     model: nn.Module
@@ -204,6 +245,17 @@ class Task:
     reader: Any = None  # of `fedraclora.data.dataset`, which is above
     brought: Callable[[int], Any] | None = None
     held: HeldOut | None = None
+    like: str = ""
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The names of its metrics, as ledgers have them."""
+        return tuple(short_name(name) if is_own(name) else name for name in self.metrics)
+
+    @property
+    def reads(self) -> str:
+        """The loss for which targets and outputs are read."""
+        return self.like or self.loss
 
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import IGNORED_TOKEN, forward
+from fedraclora.data.task import forward
 
 MANY_OUTPUTS = 1024  # outputs from which on it pays
 PIECE = 32 << 20  # bytes of outputs that are formed at a time

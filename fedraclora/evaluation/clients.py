@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class ClientMeasure:
     @classmethod
     def of(cls, task: Task) -> ClientMeasure:
         """Take what a task is measured by."""
-        return cls(Measure.of(task.metrics, task.loss))
+        return cls(Measure.of_task(task))
 
     @property
     def _scored(self) -> list[str]:
@@ -98,13 +98,16 @@ def usual(layouts: Sequence[Layout]) -> Layout:
     return Counter(layouts).most_common(1)[0][0]
 
 
-def spread(metric: str, values: Values, pooled: float) -> dict[str, float]:
+def spread(
+    metric: str, values: Values, pooled: float, lower: Collection[str] = ()
+) -> dict[str, float]:
     """Describe a metric over clients.
 
     Args:
         metric: Its name, which has the direction.
         values: Of each client [K]; a client whose metric is not defined (NaN) is left out.
         pooled: Of all samples together; NaN: it is not known.
+        lower: As for `higher_is_better`.
 
     Returns:
         ``mean`` and ``std`` over clients, which count alike (``std`` as of a whole population);
@@ -121,7 +124,7 @@ def spread(metric: str, values: Values, pooled: float) -> dict[str, float]:
         known = np.array([math.nan])
     tenth = math.ceil(len(known) / 10)
     low, high = float(known[:tenth].mean()), float(known[-tenth:].mean())
-    worst, best = (low, high) if higher_is_better(metric) else (high, low)
+    worst, best = (low, high) if higher_is_better(metric, lower) else (high, low)
     p10, median, p90 = map(float, np.quantile(known, [0.1, 0.5, 0.9]))
     return {
         "mean": float(known.mean()),

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import Task, forward
+from fedraclora.data.task import LOSSES, Task, forward
 from fedraclora.data.token_losses import Labelled, output_layer
 from fedraclora.errors import ConfigError, DataError, ShapeError, unknown
 from fedraclora.evaluation.metrics import METRICS, OF_CLASSES, ONE, Measure, Owners
@@ -37,6 +37,7 @@ def evaluate(
     loss: str,
     metrics: tuple[str, ...],
     batch_size: int = 1024,
+    like: str = "",
 ) -> dict[str, float]:
     """Measure a model at the given weights, in evaluation mode and without gradients.
 
@@ -53,9 +54,10 @@ def evaluate(
             as they are; nothing of it is changed.
         weights: Parameters by name. Batches are moved to their device.
         samples: What to measure on.
-        loss: A key of `fedraclora.data.task.LOSSES`.
-        metrics: Keys of `METRICS`.
+        loss: As for `Measure.of`.
+        metrics: As for `Measure.of`.
         batch_size: Samples per forward pass.
+        like: As for `Measure.of`.
 
     Returns:
         The metrics, in the order that was asked for. ``loss`` is the mean over samples, over
@@ -67,7 +69,7 @@ def evaluate(
         DataError: If there are no samples.
         ShapeError: If a weight is not a parameter of the model, or has another shape.
     """
-    measure = Measure.of(metrics, loss)
+    measure = Measure.of(metrics, loss, like)
     return measure.values(state_of(model, weights, samples, measure, batch_size))[0]
 
 
@@ -76,7 +78,8 @@ def evaluate_task(task: Task, weights: Tree, samples: Samples, batch_size: int) 
 
     The gap is what the loss on the task's own samples is above the least that there is.
     """
-    found = evaluate(task.model, weights, samples, task.loss, task.metrics, batch_size)
+    asked = task.loss, task.metrics, batch_size, task.like
+    found = evaluate(task.model, weights, samples, *asked)
     if (
         task.optimum is not None
         and "loss" in found
@@ -199,23 +202,24 @@ def _count(
     states = []
     for rows, stored in numbered_batches(samples, batch_size):
         here = Owners(owners.count, None if of is None else of[rows.to(device)])
-        for loss, output, target, whose in _outputs(model, measure.loss, stored.to(device), here):
+        for output, target, whose, loss in _outputs(model, measure, stored.to(device), here):
             states.append(measure.take(output, target, whose, loss))
     return measure.join(states)
 
 
 def _outputs(
-    model: nn.Module, loss: str, batch: Samples, owners: Owners
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, Owners]]:
-    """Give a loss, outputs, targets, owners: of all samples, or of labelled tokens by the piece."""
-    if (head := output_layer(model, loss)) is None:
-        yield loss, forward(model, batch.inputs), batch.target, owners
+    model: nn.Module, measure: Measure, batch: Samples, owners: Owners
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Owners, str | None]]:
+    """Give outputs, targets, owners: of all samples, or of labelled tokens, with their loss."""
+    whole = measure.loss is not LOSSES["next_token"]
+    if whole or (head := output_layer(model, "next_token")) is None:
+        yield forward(model, batch.inputs), batch.target, owners, None
         return
     labelled, start = Labelled.of(model, head, batch), 0
     of_row = labelled.kept.nonzero()[:, 0]
     for states, wanted in labelled.pieces():
         rows = of_row[start : start + len(wanted)]
-        yield "cross_entropy", labelled.outputs(states), wanted, owners.repeated(rows)
+        yield labelled.outputs(states), wanted, owners.repeated(rows), "cross_entropy"
         start += len(wanted)
 
 
@@ -223,7 +227,7 @@ def class_accuracies(
     model: nn.Module, weights: Tree, samples: Samples, classes: int, batch_size: int
 ) -> npt.NDArray[np.float64]:
     """Accuracy on the samples of each class [classes]; NaN for a class without samples."""
-    measure = Measure({"f1": METRICS["f1"]}, "cross_entropy")
+    measure = Measure.of(("f1",), "cross_entropy")
     state = state_of(model, weights, samples, measure, batch_size)
     right, _, total = state[OF_CLASSES.name].cpu().numpy().reshape(3, -1)[:, :classes]
     return np.where(total > 0, right / np.maximum(total, 1), np.nan)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import with_weights
 from fedraclora.tree import Tree

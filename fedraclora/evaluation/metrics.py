@@ -1,4 +1,4 @@
-"""The table of metrics, and the state they are made of, which adds up over batches and clients.
+"""The table of metrics, and their state, which adds up over batches and clients.
 
 A metric is the value of a *count*. Where sums over the samples are enough, these are all that is
 kept, for each owner of samples [owners, q]; else every output and target is, with its owner. One
@@ -9,7 +9,7 @@ together. Metrics of one count share it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
@@ -17,148 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedraclora.data.task import IGNORED_TOKEN, LOSSES, loss_function
+from fedraclora.data.own_loss import is_own, short_name
+from fedraclora.data.task import LOSSES, LossFunction, Task, loss_function
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.evaluation.counts import (
+    CORRECT,
+    LOSS,
+    NUMBERS,
+    OF_CLASSES,
+    OF_LABELS,
+    ONE,
+    Batch,
+    Count,
+    Formula,
+    Owners,
+)
+from fedraclora.evaluation.own_metrics import own_metric
 from fedraclora.tree import Tree
 
+__all__ = ["METRICS", "OF_CLASSES", "ONE", "Measure", "Owners", "higher_is_better", "lower_of"]
 _CLASSES = frozenset({"cross_entropy", "logistic", "next_token", "token_classes", "pixel_classes"})
 _LABELS = frozenset({"multi_label"})
 _NUMBERS = frozenset({"squared_error", "logistic"})
-
-
-@dataclass(frozen=True)
-class Owners:
-    """Whose the rows of a batch are.
-
-    Attributes:
-        count: Number of owners.
-        of: The owner of each row, 0 to ``count - 1``, int64 [N]; None: all are of the only one.
-    """
-
-    count: int = 1
-    of: torch.Tensor | None = None
-
-    def sums(self, *columns: torch.Tensor) -> torch.Tensor:
-        """Add columns [N] up for each owner: float64 [count, columns], in the order of the rows."""
-        if self.of is None:
-            return torch.stack([column.double().sum() for column in columns])[None]
-        # Sorted and in segments: scattered sums have no order on a GPU, nor the same bits twice.
-        rows = torch.stack([column.double() for column in columns], dim=1)
-        sizes = self.of.bincount(minlength=self.count)
-        return torch.segment_reduce(rows[self.of.argsort(stable=True)], "sum", lengths=sizes)
-
-    def counts(self, places: torch.Tensor, counted: torch.Tensor, width: int) -> torch.Tensor:
-        """Count how often each place, int64 [N], occurs among what is counted: [count, width]."""
-        start = 0 if self.of is None else self.of * width
-        table = torch.zeros(self.count * width, dtype=torch.int64, device=places.device)
-        table.index_add_(0, (start + places) * counted, counted.long())
-        return table.reshape(self.count, width).double()
-
-    def repeated(self, of_row: torch.Tensor) -> Owners:
-        """Give the owners of parts (tokens, pixels): ``of_row`` says of which row each part is."""
-        return self if self.of is None else replace(self, of=self.of[of_row])
-
-
-ONE = Owners()
-# (loss, output, target, owners) -> sums [owners, q], or outputs and targets that are kept [P, ...]
-Take = Callable[[str, torch.Tensor, torch.Tensor, Owners], Any]
-
-
-def _losses(loss: str, output: torch.Tensor, target: torch.Tensor, owners: Owners) -> torch.Tensor:
-    return owners.sums(*loss_function(loss)(output, target))
-
-
-def _correct(loss: str, output: torch.Tensor, target: torch.Tensor, owners: Owners) -> torch.Tensor:
-    predicted, wanted, _ = _predict(loss, output, target)
-    counted = wanted != IGNORED_TOKEN
-    right = (predicted == wanted) & counted
-    return _of_parts(owners, target, len(wanted)).sums(right, counted)
-
-
-def _classes(loss: str, output: torch.Tensor, target: torch.Tensor, owners: Owners) -> torch.Tensor:
-    """Count right predictions, predictions and occurrences of each class: [owners, 3 C]."""
-    predicted, wanted, width = _predict(loss, output, target)
-    counted, parts = wanted != IGNORED_TOKEN, _of_parts(owners, target, len(wanted))
-    right = counted & (predicted == wanted)
-    pairs = ((wanted, right), (predicted, counted), (wanted, counted))
-    return torch.cat([parts.counts(place, kept, width) for place, kept in pairs], dim=1)
-
-
-def _labels(_: str, output: torch.Tensor, target: torch.Tensor, owners: Owners) -> torch.Tensor:
-    """Count the same of each output that says yes or no, where yes is counted: [owners, 3 C]."""
-    said, wanted = output.reshape(target.shape) > 0, target == 1
-    return owners.sums(*torch.cat([said & wanted, said, wanted], dim=1).unbind(dim=1))
-
-
-def _numbers(
-    loss: str, output: torch.Tensor, target: torch.Tensor, _: Owners
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give predicted numbers and true numbers, [N], of ``multi_label`` [N, C]; float64."""
-    if loss == "multi_label":
-        return output.reshape(target.shape).double(), target.double()
-    if not output.numel() == target.numel() == target.shape[0]:
-        raise ConfigError(
-            f"the metric needs one number per sample; the output is {tuple(output.shape)} "
-            f"and the target {tuple(target.shape)}"
-        )
-    return output.reshape(-1).double(), target.reshape(-1).double()
-
-
-def _predict(
-    loss: str, output: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Predicted classes [P], true classes [P] (`IGNORED_TOKEN`: none), number of classes."""
-    if loss == "logistic":
-        return (output.reshape(-1) > 0).long(), target.reshape(-1).long(), 2
-    over = 1 if loss == "pixel_classes" else -1
-    predicted = output.argmax(dim=over)
-    if loss == "next_token":
-        predicted, target = predicted[:, :-1], target[:, 1:]
-    return predicted.flatten(), target.flatten(), output.shape[over]
-
-
-def _of_parts(owners: Owners, target: torch.Tensor, parts: int) -> Owners:
-    """Give the owners of parts, equally many of each row."""
-    rows = torch.arange(len(target), device=target.device)
-    return owners.repeated(rows.repeat_interleave(parts // max(1, len(target))))
-
-
-@dataclass(frozen=True)
-class Count:
-    """What metrics are made of.
-
-    Attributes:
-        name: Under which a state has it.
-        take: Takes it from a batch.
-        sums: Whether it is sums, which add up and are all that must be known of the samples (under
-            secure sums nothing else can go); else all outputs and targets are kept.
-    """
-
-    name: str
-    take: Take
-    sums: bool = True
-
-
-LOSS, CORRECT = Count("loss", _losses), Count("correct", _correct)
-OF_CLASSES, OF_LABELS = Count("classes", _classes), Count("labels", _labels)
-NUMBERS = Count("numbers", _numbers, sums=False)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One entry of `METRICS`.
-
-    Attributes:
-        value: Of sums [q], or of outputs and targets that were kept; both in memory.
-        losses: Losses (keys of `fedraclora.data.task.LOSSES`) whose outputs the metric can read.
-        count: What it is made of.
-        higher_is_better: Direction, for "reached the target".
-    """
-
-    value: Callable[..., float]
-    losses: frozenset[str]
-    count: Count
-    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,7 +50,8 @@ class Measure:
 
     Attributes:
         metrics: By name, the headline first.
-        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``.
+        loss: By which the model is judged.
+        reads: The loss for which its outputs are read.
 
     Example:
         >>> measure = Measure.of(("accuracy", "loss"), "cross_entropy")
@@ -183,34 +64,58 @@ class Measure:
         (0.75, True)
     """
 
-    metrics: Mapping[str, Metric]
-    loss: str
+    metrics: Mapping[str, Formula]
+    loss: LossFunction
+    reads: str
 
     @classmethod
-    def of(cls, names: Iterable[str], loss: str) -> Measure:
+    def of(cls, names: Iterable[str], loss: str, like: str = "") -> Measure:
         """Look metrics up.
+
+        Args:
+            names: Keys of `METRICS`, or names of metrics of the user's own.
+            loss: A key of `fedraclora.data.task.LOSSES`, or the name of one of the user's own.
+            like: For which outputs are read in the place of ``loss``, or nothing.
 
         Raises:
             ConfigError: If a metric or the loss does not exist, or do not go together.
         """
-        loss_function(loss)
-        chosen = {}
+        function, reads = loss_function(loss), like or loss
+        chosen: dict[str, Formula] = {}
         for name in names:
+            if is_own(name):
+                if (short := short_name(name)) in {*METRICS, *chosen}:
+                    raise ConfigError(
+                        f"data.metrics has {name}, but {short} is the name of another metric: give "
+                        "it a name of its own (fedraclora.Metric(..., name=...))"
+                    )
+                chosen[short] = own_metric(name)
+                continue
             if name not in METRICS:
                 raise unknown("metric", name, METRICS)
-            if ":" not in loss and loss not in METRICS[name].losses:  # of others we know nothing
-                fitting = ", ".join(sorted(k for k, m in METRICS.items() if loss in m.losses))
+            if reads in LOSSES and reads not in METRICS[name].losses:  # of others we know nothing
+                fitting = ", ".join(sorted(k for k, m in METRICS.items() if reads in m.losses))
                 raise ConfigError(
                     f"metric {name!r} cannot be computed from the outputs of a model with loss "
-                    f"{loss!r}; there are: {fitting}"
+                    f"{reads!r}; there are: {fitting}"
                 )
             chosen[name] = METRICS[name]
-        return cls(chosen, loss)
+        return cls(chosen, function, reads)
 
     @property
     def counts(self) -> list[Count]:
         """What the metrics are made of, each once."""
         return [*{metric.count.name: metric.count for metric in self.metrics.values()}.values()]
+
+    @classmethod
+    def of_task(cls, task: Task) -> Measure:
+        """Look up the metrics of a task."""
+        return cls.of(task.metrics, task.loss, task.like)
+
+    @property
+    def lower(self) -> list[str]:
+        """The metrics of the user's own of which less is better."""
+        return [n for n, m in self.metrics.items() if n not in METRICS and not m.higher_is_better]
 
     @property
     def sums(self) -> bool:
@@ -234,17 +139,19 @@ class Measure:
             output: Of the model.
             target: Of the samples.
             owners: Whose they are.
-            loss: What output and target are for, where it is another one than that of the run.
+            loss: A key of `LOSSES` that output and target are for, where it is another one.
         """
-        state: Tree = {}
+        judge, reads = (LOSSES[loss], loss) if loss else (self.loss, self.reads)
+        batch, state = Batch(output, target, judge, reads, owners), {}
         for count in self.counts:
-            found = count.take(loss or self.loss, output, target, owners)
+            found = count.take(batch)
             if count.sums:
                 state[count.name] = found
                 continue
-            of = owners.of
-            kept = target.new_zeros(len(found[1]), dtype=torch.int64) if of is None else of
-            state |= zip(_kept(count), (*found, kept), strict=True)
+            *pair, whose = found
+            one = target.new_zeros(len(pair[0]), dtype=torch.int64)
+            of = one if whose.of is None else whose.of
+            state |= zip(_kept(count), (*pair, of), strict=True)
         return state
 
     def join(self, states: Iterable[Tree]) -> Tree:
@@ -270,7 +177,7 @@ class Measure:
             for owner in range(owners)
         ]
 
-    def _value(self, metric: Metric, state: Tree, owner: int) -> float:
+    def _value(self, metric: Formula, state: Tree, owner: int) -> float:
         if metric.count.sums:
             found = state.get(metric.count.name)
             return math.nan if found is None else float(metric.value(found[owner].numpy()))
@@ -350,26 +257,36 @@ def _correlation(output: torch.Tensor, target: torch.Tensor, *, name: str) -> fl
     return float(getattr(stats, name)(scores, truth).statistic)
 
 
-METRICS: dict[str, Metric] = {
-    "accuracy": Metric(_ratio, _CLASSES, CORRECT),
-    "token_accuracy": Metric(_ratio, frozenset({"next_token", "token_classes"}), CORRECT),
-    "loss": Metric(_ratio, frozenset(LOSSES), LOSS, higher_is_better=False),
-    "perplexity": Metric(
+METRICS: dict[str, Formula] = {
+    "accuracy": Formula(_ratio, _CLASSES, CORRECT),
+    "token_accuracy": Formula(_ratio, frozenset({"next_token", "token_classes"}), CORRECT),
+    "loss": Formula(_ratio, frozenset(LOSSES), LOSS, higher_is_better=False),
+    "perplexity": Formula(
         _perplexity, frozenset({"next_token", "cross_entropy"}), LOSS, higher_is_better=False
     ),
-    "matthews": Metric(_matthews, _CLASSES, OF_CLASSES),
-    "f1": Metric(partial(_f1, average="classes"), _CLASSES, OF_CLASSES),
-    "f1_micro": Metric(partial(_f1, average="micro"), _LABELS, OF_LABELS),
-    "f1_macro": Metric(partial(_f1, average="macro"), _LABELS, OF_LABELS),
-    "auc": Metric(_auc, _LABELS | {"logistic"}, NUMBERS),
-    "mean_iou": Metric(_mean_iou, frozenset({"pixel_classes"}), OF_CLASSES),
-    "pearson": Metric(partial(_correlation, name="pearsonr"), _NUMBERS, NUMBERS),
-    "spearman": Metric(partial(_correlation, name="spearmanr"), _NUMBERS, NUMBERS),
+    "matthews": Formula(_matthews, _CLASSES, OF_CLASSES),
+    "f1": Formula(partial(_f1, average="classes"), _CLASSES, OF_CLASSES),
+    "f1_micro": Formula(partial(_f1, average="micro"), _LABELS, OF_LABELS),
+    "f1_macro": Formula(partial(_f1, average="macro"), _LABELS, OF_LABELS),
+    "auc": Formula(_auc, _LABELS | {"logistic"}, NUMBERS),
+    "mean_iou": Formula(_mean_iou, frozenset({"pixel_classes"}), OF_CLASSES),
+    "pearson": Formula(partial(_correlation, name="pearsonr"), _NUMBERS, NUMBERS),
+    "spearman": Formula(partial(_correlation, name="spearmanr"), _NUMBERS, NUMBERS),
 }
 
 
-def higher_is_better(metric: str) -> bool:
+def lower_of(facts: object) -> list[str]:
+    """Read the metrics of which less is better from the facts of a task, as a summary has them."""
+    found = facts.get("lower_is_better") if isinstance(facts, Mapping) else None
+    return [*map(str, found)] if isinstance(found, list) else []
+
+
+def higher_is_better(metric: str, lower: Collection[str] = ()) -> bool:
     """Return the direction of a metric; names outside `METRICS` are taken as scores.
+
+    Args:
+        metric: Its name.
+        lower: Metrics of the user's own of which less is better (`Measure.lower`).
 
     Example:
         >>> [higher_is_better(f"clients.{name}") for name in ("f1.worst10", "loss.mean", "f1.std")]
@@ -380,4 +297,4 @@ def higher_is_better(metric: str) -> bool:
         if told == "std":
             return False
     metric = metric.removeprefix("personal_")
-    return METRICS[metric].higher_is_better if metric in METRICS else True
+    return METRICS[metric].higher_is_better if metric in METRICS else metric not in lower

@@ -12,22 +12,24 @@ import copy
 import random  # noqa: TID251  (it is looked at, and put back)
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedraclora.data.dataset import DataSet
+from fedraclora.data.own_loss import OwnLoss, check_loss, is_own
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import forward, loss_function
-from fedraclora.errors import ConfigError, DataError, ModelError
+from fedraclora.data.task import forward, read_as
+from fedraclora.errors import DataError, ModelError
 from fedraclora.imports import failure_of
 from fedraclora.lowrank.layers import is_batch_norm
 from fedraclora.models.dropout import refuse_functions
 from fedraclora.tree import Tree
 
-# The axis of the classes in the outputs of a sample; the others are those of its target.
-CLASS_AXIS = {"cross_entropy": 0, "next_token": -1, "token_classes": -1, "pixel_classes": 0}
 CLOSE = 1e-3  # relative: rounding differs by batch, statistics of a batch differ by far more
 MOVED = 0.01  # of the weights
 DRAWS = 16  # passes of a model that draws numbers in training mode
@@ -37,34 +39,73 @@ T = TypeVar("T")
 
 
 def probe(
-    model: nn.Module, samples: Samples, classes: int, loss: str, *, own_model: bool = True
-) -> None:
+    model: nn.Module,
+    samples: Samples,
+    data: DataSet,
+    device: torch.device,
+    *,
+    own_model: bool = True,
+    own_loop: bool = False,
+) -> DataSet:
     """Reject a model or a loss of somebody else's that cannot be trained as it is meant.
 
     Args:
         model: In training mode but for what is frozen. Not modified.
         samples: One or more.
-        classes: Number of classes of the targets, where the loss is ``cross_entropy``.
-        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``.
+        data: Their loss, and number of classes.
+        device: Where losses are formed.
         own_model: False for a model of this project, which is known.
+        own_loop: Whether the user's own loop trains, whose loss is not this one.
+
+    Returns:
+        The data set, with a guess for which loss outputs are read in the place of the user's own.
 
     Raises:
         FedRacLoraError: Saying what is wrong with it, and what to do.
     """
+    like = data.like
+    if is_own(data.loss):
+        rows = torch.tensor([0, len(samples) // 2, len(samples) - 1, 0])  # one of them twice
+        some = samples.take(rows)
+        with nothing_drawn(), torch.no_grad():
+            output = output_of(moved(model).eval(), some.inputs).to(device)
+            check_loss(OwnLoss.of(data.loss), output, some.target.to(device), scalar=own_loop)
+        like = like or guessed_like(output, samples.target)
     if own_model:
         refuse_functions(model, samples.inputs)
-        refuse_outputs(model, samples, classes, loss)
+        refuse_outputs(model, samples, data.classes, like or data.loss)
         refuse_ways(model, samples.inputs)
-    refuse_mixing_loss(model, samples, loss)
+    return replace(data, like=like)
+
+
+def guessed_like(output: torch.Tensor, target: torch.Tensor) -> str:
+    """Guess from their shapes for which loss outputs and targets are; empty where several could be.
+
+    Example:
+        >>> guessed_like(torch.randn(2, 3), torch.tensor([0, 2]))
+        'cross_entropy'
+    """
+    given, of = [*output.shape[1:]], [*target.shape[1:]]
+    if target.is_floating_point():
+        fractions = not bool((target == target.round()).all())
+        return "squared_error" if fractions and prod(given) == prod(of) else ""
+    least, most = int(target.min()), int(target.max())
+    if not of and prod(given) == 1:
+        return "logistic" if least >= 0 and most <= 1 else ""
+    if len(of) in {0, 2} and [*given[1:]] == of and most < given[0]:
+        sums = output.double().sum(dim=1)
+        probable = bool((output >= 0).all()) and close(sums, torch.ones_like(sums))
+        return "" if probable else "pixel_classes" if of else "cross_entropy"
+    return ""
 
 
 def is_softmax(model: nn.Module, samples: Samples, loss: str) -> bool:
     """Check whether what a loss takes for logits are probabilities: a model ends in a softmax."""
-    if loss not in CLASS_AXIS or not (some := few(samples.inputs)):
+    if (axis := read_as(loss).axis) is None or not (some := few(samples.inputs)):
         return False
     with nothing_drawn(), torch.no_grad():
         output = output_of(copy.deepcopy(model).eval(), some)
-    sums = output.sum(dim=CLASS_AXIS[loss] % (output.dim() - 1) + 1)
+    sums = output.sum(dim=axis % (output.dim() - 1) + 1)
     return bool((output >= 0).all()) and close(sums, torch.ones_like(sums))
 
 
@@ -146,38 +187,6 @@ def refuse_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
             "self.training, for example). Local training runs the model in evaluation mode, with "
             "torch.nn.Dropout alone switched on, so that this part would never run: drop values by "
             "torch.nn.Dropout, and compute the rest alike in both modes"
-        )
-
-
-def refuse_mixing_loss(model: nn.Module, samples: Samples, loss: str) -> None:
-    """Reject a loss of somebody else's whose value for a sample depends on the other samples.
-
-    Args:
-        model: Not modified.
-        samples: Nothing is checked with fewer than two.
-        loss: A key of `fedraclora.data.task.LOSSES`, which pass, or ``package.module:function``.
-
-    Raises:
-        ConfigError: Naming the loss.
-    """
-    if ":" not in loss or len(samples) < 2:
-        return
-    rows = torch.tensor([0, len(samples) // 2, len(samples) - 1, 0])  # one of them twice
-    chosen, function = samples.take(rows), loss_function(loss)
-    with nothing_drawn(), torch.no_grad():
-        try:
-            output = output_of(moved(model).eval(), chosen.inputs)
-            together = function(output, chosen.target)
-            each = [function(output[i : i + 1], chosen.target[i : i + 1]) for i in range(4)]
-            pairs = zip(together, map(torch.cat, zip(*each, strict=True)), strict=True)
-            apart = [not close(both, alone) for both, alone in pairs]
-        except Exception:  # what is wrong with its form, training says
-            return
-    if any(apart):
-        raise ConfigError(
-            f"loss {loss}: the loss of a sample depends on the other samples of its batch (a mean "
-            "or weights over the batch, for example), so that it would depend on the engine and on "
-            "who else trains; one loss for each sample, from its output and target alone, is wanted"
         )
 
 
@@ -324,16 +333,15 @@ def refuse_outputs(model: nn.Module, samples: Samples, classes: int, loss: str) 
             "give the model an output for each; if the targets are numbers to predict, set the "
             "loss to squared_error; of one score for classes 0 and 1, to logistic"
         )
-    numbers = loss in {"squared_error", "multi_label", "logistic"}
-    if numbers and output.numel() != first.target.numel():
+    if read_as(loss).numbers and output.numel() != first.target.numel():
         raise DataError(
             f"the model gives {output.numel()} numbers for a sample, but with the loss {loss} its "
             f"target has {first.target.numel()}: give the model as many outputs; if the targets "
             "are classes, give them as whole numbers, with the loss cross_entropy"
         )
-    if loss in CLASS_AXIS:
+    if (axis := read_as(loss).axis) is not None:
         given, of = [*output.shape[1:]], [*first.target.shape[1:]]
-        place = 0 if CLASS_AXIS[loss] == 0 else len(of)
+        place = 0 if axis == 0 else len(of)
         wanted = [*of[:place], classes, *of[place:]]
         fits = len(given) == len(wanted) and given[place] >= classes
         if not fits or [*given[:place], *given[place + 1 :]] != of:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -143,10 +143,12 @@ class Stopping(Callback):
     Attributes:
         config: Metric and patience; without patience nothing is measured and nothing stops.
         validated: Gives the metrics of dense weights on the validation split; None: clients do.
+        lower: Metrics of the user's own of which less is better.
     """
 
     config: StopConfig = field(default_factory=StopConfig)
     validated: Callable[[Tree], dict[str, float]] | None = None
+    lower: Collection[str] = ()
 
     @override
     def measure(self, weights: Tree, round_: int) -> Row:
@@ -195,7 +197,7 @@ class Stopping(Callback):
         value = number(row, *self._path)
         if math.isnan(value):
             return math.inf
-        return -value if higher_is_better(self.config.metric) else value
+        return -value if higher_is_better(self.config.metric, self.lower) else value
 
 
 @dataclass

@@ -92,8 +92,6 @@ class Measurement:
         rate_scale: Of the step sizes, where they train, too.
         answers: That came and can be used, in the order of clients.
         failures: Why others have measured nothing, by id.
-        summed: What came of a secure sum, in place of answers; None: there was none.
-        received: The bytes of the vectors that were summed.
     """
 
     measuring: Measuring
@@ -105,8 +103,6 @@ class Measurement:
     rate_scale: float
     answers: list[Answer] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
-    summed: Row | None = None
-    received: int = 0
 
     def __post_init__(self) -> None:
         """Write what is asked of each chunk of clients."""
@@ -191,9 +187,7 @@ class Measurement:
     @property
     def bytes(self) -> tuple[int, int]:
         """Payload of all clients that were asked: of their sums, and of what they were sent."""
-        up = self.received + 8 * self.layout.size * sum(
-            len(answer.clients) for answer in self.answers
-        )
+        up = 8 * self.layout.size * sum(len(answer.clients) for answer in self.answers)
         _, kind = self.loop.kinds
         return up, payload_bytes(self.downlink, len(self.clients), kind) * len(self.clients)
 
@@ -204,7 +198,7 @@ class Measurement:
             recorder: Of the run.
             took: The bytes of it.
         """
-        column = self.summed or {}
+        column: Row = {}
         if self.answers:
             column, parts = self._described()
             recorder.by_clients.parts += parts
@@ -221,10 +215,11 @@ class Measurement:
         clients, samples, steps = map(joined, ("clients", "samples", "steps"))
         sent = self.layout.unpack(joined("numbers"))
         column, parts = Row(), list[Columns]()
+        lower = self.measuring.measure.measure.lower
         for when, prefix in self.when.items():
             own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(prefix)}
             values, pooled = self.measuring.measure.values(own, prefix)
-            column |= {prefix + n: spread(n, v, pooled[n]) for n, v in values.items()}
+            column |= {prefix + n: spread(n, v, pooled[n], lower) for n, v in values.items()}
             told = {"client": clients, "samples": samples}
             told["steps"] = steps if prefix else torch.zeros_like(steps)
             row = {"round": np.full(len(clients), self.round_ - 1)}

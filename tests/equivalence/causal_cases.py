@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from vectorised_cases import SEED, SIZES, Case, task_of
 
-from fedraclora.data.task import IGNORED_TOKEN, Task
+from fedraclora.data.own_loss import IGNORED_TOKEN
+from fedraclora.data.task import Task
 from fedraclora.models.built import held_in
 from fedraclora.models.causal import build_causal_lm
 from fedraclora.rng import generator

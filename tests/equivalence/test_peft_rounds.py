@@ -12,7 +12,8 @@ from causal_cases import CONFIGS, TARGETS, causal_case
 from vectorised_agreement import ATOL, base_of, method_of, trainer_of
 from vectorised_cases import SEED, SIZES
 
-from fedraclora.data.task import IGNORED_TOKEN, Task
+from fedraclora.data.own_loss import IGNORED_TOKEN
+from fedraclora.data.task import Task
 from fedraclora.models.built import dequantise
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Cohort, Draw

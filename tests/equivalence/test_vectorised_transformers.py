@@ -10,7 +10,7 @@ from torch import nn
 from vectorised_agreement import LOCAL, method_of, run
 from vectorised_cases import LENGTH, SEED, SIZES, WORDS, Case, classes, task_of, words
 
-from fedraclora.data.task import IGNORED_TOKEN
+from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.rng import generator
 from fedraclora.training.vmapped import masks_written_out
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Partitioned, Samples
-from fedraclora.data.task import IGNORED_TOKEN, Task
+from fedraclora.data.task import Task
 from fedraclora.models.causal import build_gpt
 from fedraclora.models.cnn import build_cnn
 from fedraclora.models.hf import build_transformer

@@ -302,7 +302,7 @@ def test_a_loss_of_another_package_is_told_what_it_is_to_give(
     monkeypatch.setitem(sys.modules, module.__name__, module)
     output, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     each = torch.nn.functional.cross_entropy(output, target, reduction="none")
-    for given, came in ((each.mean(), r"\(\)"), (each, r"\(5,\)"), (3, "no tensor")):
+    for given, came in ((each[:, None] + each, r"\(5, 5\)"), ((each, 5), "5,"), (3, "no tensor")):
         monkeypatch.setattr(module, "mine", lambda *_, given=given: given, raising=False)
         with pytest.raises(ConfigError, match=rf"losses_of_mine:mine gives .*{came}.*two tensors"):
             loss_function("losses_of_mine:mine")(output, target)

@@ -12,8 +12,8 @@ from sklearn.metrics import f1_score, jaccard_score, roc_auc_score
 from torch import nn
 
 import fedraclora
+from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.models.built import seeded
@@ -299,12 +299,12 @@ def said(kind: type[Exception], words: str, **keys: Any) -> None:
         run(**({"model": scores(3), "data": [(X, (X[:, 0] > 0).astype(int))]} | keys))
 
 
-@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(), 5, ["logistic"]])
+@pytest.mark.parametrize("loss", [5, ["logistic"]])
 def test_what_is_no_name_of_a_loss_is_refused_with_the_names(loss: Any) -> None:
     said(ConfigError, r"loss is .*token_classes", loss=loss)
 
 
-@pytest.mark.parametrize("metrics", [5, [], [5], nn.Identity()])
+@pytest.mark.parametrize("metrics", [5, [], [5]])
 def test_what_is_no_list_of_metrics_is_refused(metrics: Any) -> None:
     said(ConfigError, "metrics is", metrics=metrics)
 
@@ -347,7 +347,7 @@ def test_a_softmax_before_the_loss_and_an_area_of_one_class_are_said(
 
 
 WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "a function": (ConfigError, "module:function", {"loss": np.mean}),
+    "a function": (ConfigError, "loss mean.*TypeError", {"loss": np.mean}),
     "-1 and 1": (DataError, "logistic 0 or 1", {"loss": "logistic", "y": np.float32([-1, 1] * 5)}),
     "yes as a fraction": (
         DataError,

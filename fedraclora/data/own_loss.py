@@ -1,0 +1,229 @@
+"""Losses of the user's own: a function, a module of torch, whatever is called with two tensors.
+
+A plain one gives [N], one loss a sample, or a loss for each number of the target; a pair is the
+loss of each sample, summed over its parts, and how many parts it has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedraclora.binding import object_of
+from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.imports import failure_of
+from fedraclora.objects import is_named
+
+IGNORED_TOKEN = -100  # target of a token or pixel that has no loss, as in torch's cross_entropy
+WANTED = (
+    "loss(output, target) is to give a tensor of N losses, one for each sample (of torch's own "
+    "losses: reduction='none'), or two tensors: these, summed over the parts of each sample, and "
+    "how many parts it has"
+)
+
+
+def named_loss(value: object) -> str:
+    """Write what a config says as a name: parameters of a mapping stand behind it.
+
+    Example:
+        >>> named_loss({"name": "mine:focal", "gamma": 2.0})
+        'mine:focal {"gamma": 2.0}'
+    """
+    if not isinstance(value, Mapping):
+        return str(value)
+    rest = {key: each for key, each in value.items() if key != "name"}
+    return f"{value.get('name')} {json.dumps(rest)}" if rest else str(value.get("name"))
+
+
+def named_object(key: str, name: str, kind: type | None = None) -> Any:
+    """Give the object that a name of `named_loss` stands for.
+
+    Raises:
+        ConfigError: If there is none, or it does not take the parameters.
+    """
+    name, _, rest = name.partition(" ")
+    return object_of(key, {"name": name} | (json.loads(rest) if rest else {}), kind)
+
+
+def short_name(name: str) -> str:
+    """Shorten a name to what ledgers and reports say.
+
+    Example:
+        >>> short_name('mine:focal {"gamma": 2.0}'), short_name("Lost.recall@0123456789abcdef")
+        ('focal', 'recall')
+    """
+    name = name.partition(" ")[0].rpartition(":")[2].partition("@")[0]
+    return name.rpartition(".")[2]
+
+
+def is_own(name: str) -> bool:
+    """Check whether a name is that of an object of the user's."""
+    return is_named(name.partition(" ")[0])
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss of the user's own, as the engines want it.
+
+    Attributes:
+        name: For messages.
+        function: What the user gave.
+    """
+
+    name: str
+    function: Callable[..., object]
+
+    @classmethod
+    def of(cls, name: str) -> OwnLoss:
+        """Find a loss by its name.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        return cls(name.partition("@")[0], named_object("data.loss", name))
+
+    def __call__(
+        self, output: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call it, and read what it gives."""
+        return self.read(self.call(output, target), output, target)
+
+    def call(self, output: torch.Tensor, target: torch.Tensor) -> Any:
+        """Call what the user gave."""
+        if isinstance(self.function, nn.Module):  # weights of classes go where the outputs are
+            self.function.to(output.device, output.dtype)
+        by_number = output.numel() == target.numel()
+        if by_number and type(self.function).__module__ == "torch.nn.modules.loss":
+            # These would spread [N, 1] beside [N] to [N, N], and take no whole numbers.
+            output, target = output.reshape(target.shape), target.to(output.dtype)
+        return self.function(output, target)
+
+    def read(
+        self, found: Any, output: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read what it gave; its own error would blame the model.
+
+        Raises:
+            ConfigError: If that is no loss for each sample.
+        """
+        if _is_tensor(found) and not found.dim():  # of a loop of the user's: the mean of a batch
+            found = found.expand(len(target))
+        pair = found if isinstance(found, tuple | list) else (found,)
+        count, shapes = len(target), [tuple(each.shape) for each in pair if _is_tensor(each)]
+        came = f"tensors of shape {', '.join(map(str, shapes))}" if shapes else "no tensor"
+        if len(shapes) == len(pair) == 1 and shapes[0] in {(count,), (count, 1), target.shape}:
+            counted = torch.ones_like(pair[0], dtype=torch.int64)
+            if shapes[0] == target.shape and not target.is_floating_point():
+                counted *= target != IGNORED_TOKEN
+            both = (each.reshape(count, -1).sum(dim=1) for each in (pair[0], counted))
+            return next(both), next(both)
+        if len(pair) != 2 or shapes != [(count,)] * 2:
+            if shapes == [(count, count)]:
+                came += f" (an output of {tuple(output.shape)} beside a target of "
+                came += f"{tuple(target.shape)} was spread out: reshape one of them)"
+            raise ConfigError(f"data.loss={self.name} gives {came} for {count} samples; {WANTED}")
+        return pair[0], pair[1]
+
+
+def _is_tensor(found: object) -> bool:
+    return isinstance(found, torch.Tensor)
+
+
+def check_loss(
+    loss: OwnLoss, output: torch.Tensor, target: torch.Tensor, *, scalar: bool = False
+) -> None:
+    """Call a loss on a few samples, and reject what no local step could take.
+
+    Args:
+        loss: Of the user.
+        output: Of the model for a few samples, one of them twice.
+        target: Theirs.
+        scalar: Whether it may give the mean of a batch.
+
+    Raises:
+        ConfigError: Naming the loss, what came and what is wanted.
+    """
+    said = f"loss {loss.name}"
+    if isinstance(loss.function, nn.Module) and any(
+        each.requires_grad for each in loss.function.parameters()
+    ):
+        raise ConfigError(
+            f"{said}: it has weights of its own, which nothing would train: keep them in the model"
+        )
+    wanted, slope, is_scalar = _called(loss, output, target)
+    if is_scalar and not scalar:
+        raise ConfigError(f"{said} gives a scalar for {len(target)} samples; {WANTED}")
+    if not bool(torch.isfinite(wanted).all()):
+        row = int((~torch.isfinite(wanted)).nonzero()[0])
+        raise ConfigError(
+            f"{said} gives {float(wanted[row])} for an output {output[row].tolist()} and a target "
+            f"{target[row].tolist()}; finite numbers are wanted: hold logarithms, roots and "
+            "quotients away from 0"
+        )
+    if slope is not None and not bool(slope.any()):  # a hinge is flat here and there
+        drawn = torch.Generator().manual_seed(0)
+        other = 3 * torch.randn(output.shape, generator=drawn, dtype=torch.float64)
+        slope = _called(loss, other.to(output), target)[1]
+        slope = slope if slope is not None and bool(slope.any()) else None
+    if slope is None or not bool(torch.isfinite(slope).all()):
+        came = "no gradient" if slope is None else "a gradient with a NaN or an infinity"
+        raise ConfigError(
+            f"{said} gives the model {came}: form it from the output by functions of torch alone "
+            "that have a slope (no argmax, round, detach, item or numpy), finite where it is 0"
+        )
+    if is_scalar:
+        return
+    rows = range(len(target))
+    each = torch.cat([_called(loss, output[i : i + 1], target[i : i + 1])[0] for i in rows])
+    if not torch.allclose(each.double(), wanted.double(), 1e-3, 1e-3 * float(wanted.abs().max())):
+        again = _called(loss, output, target)[0]
+        if not torch.equal(again, wanted):
+            raise ConfigError(
+                f"{said} gives something else each time that it is called with the same output and "
+                "target: it may draw no numbers, and keep nothing from call to call"
+            )
+        raise ConfigError(
+            f"{said}: the loss of a sample depends on the other samples of its batch (a mean "
+            "or weights over the batch, for example), so that it would depend on the engine and on "
+            "who else trains; one loss for each sample, from its output and target alone, is wanted"
+        )
+
+
+def _called(
+    loss: OwnLoss, output: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Give the mean loss of each sample, the slope at the output or None, and if it is a scalar."""
+    leaf, beside = output.detach().clone().requires_grad_(), target.clone()
+    try:
+        with torch.enable_grad():
+            given = leaf * 1.0  # which it may write into, for us to see
+            found = loss.call(given, beside)
+            losses, parts = loss.read(found, given, beside)
+            slope = None
+            if losses.requires_grad:
+                [slope] = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+    except (FedRacLoraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        of = " and ".join(
+            f"{name} {tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')} on {t.device}"
+            for name, t in (("output", output), ("target", target))
+        )
+        raised = failure_of(error, f"calling it with {of}")
+        raise ConfigError(f"loss {loss.name}: {raised}. {WANTED}") from error
+    if not (torch.equal(given, leaf) and torch.equal(beside, target)):
+        raise ConfigError(
+            f"loss {loss.name} writes into its output or target: compute them anew (x * 2 in the "
+            "place of x.mul_(2))"
+        )
+    if not bool((torch.isfinite(parts) & (parts >= 0)).all()):
+        raise ConfigError(
+            f"loss {loss.name} gives {parts.tolist()} as the numbers of parts; counts, 0 or more, "
+            "are wanted"
+        )
+    return losses.detach() / parts.clamp(min=1), slope, _is_tensor(found) and not found.dim()

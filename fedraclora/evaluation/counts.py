@@ -1,0 +1,181 @@
+"""What metrics are made of: sums for each owner, or outputs and targets that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fedraclora.data.own_loss import IGNORED_TOKEN
+from fedraclora.data.task import LOSSES, LossFunction, read_as
+from fedraclora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Whose the rows of a batch are.
+
+    Attributes:
+        count: Number of owners.
+        of: The owner of each row, 0 to ``count - 1``, int64 [N]; None: all are of the only one.
+    """
+
+    count: int = 1
+    of: torch.Tensor | None = None
+
+    def sums(self, *columns: torch.Tensor) -> torch.Tensor:
+        """Add columns [N] up for each owner: float64 [count, columns], in the order of the rows."""
+        if self.of is None:
+            return torch.stack([column.double().sum() for column in columns])[None]
+        # Sorted and in segments: scattered sums have no order on a GPU, nor the same bits twice.
+        rows = torch.stack([column.double() for column in columns], dim=1)
+        sizes = self.of.bincount(minlength=self.count)
+        return torch.segment_reduce(rows[self.of.argsort(stable=True)], "sum", lengths=sizes)
+
+    def counts(self, places: torch.Tensor, counted: torch.Tensor, width: int) -> torch.Tensor:
+        """Count how often each place, int64 [N], occurs among what is counted: [count, width]."""
+        start = 0 if self.of is None else self.of * width
+        table = torch.zeros(self.count * width, dtype=torch.int64, device=places.device)
+        table.index_add_(0, (start + places) * counted, counted.long())
+        return table.reshape(self.count, width).double()
+
+    def repeated(self, of_row: torch.Tensor) -> Owners:
+        """Give the owners of parts (tokens, pixels): ``of_row`` says of which row each part is."""
+        return self if self.of is None else replace(self, of=self.of[of_row])
+
+
+ONE = Owners()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Outputs of a model beside the targets of the samples.
+
+    Attributes:
+        output, target: Of the samples.
+        loss: By which they are judged.
+        reads: The loss for which they are read (`fedraclora.data.task.Task.reads`).
+        owners: Whose the samples are.
+    """
+
+    output: torch.Tensor
+    target: torch.Tensor
+    loss: LossFunction
+    reads: str
+    owners: Owners = ONE
+
+    def classes(self) -> tuple[torch.Tensor, torch.Tensor, int, Owners]:
+        """Give predicted [P] and true classes (-100: none), how many there are, and owners."""
+        output, target = self.output, self.target
+        if self.reads == "logistic":
+            return (output.reshape(-1) > 0).long(), target.reshape(-1).long(), 2, self.owners
+        over = 1 if self.reads == "pixel_classes" else -1
+        predicted = output.argmax(dim=over)
+        if self.reads == "next_token":
+            predicted, target = predicted[:, :-1], target[:, 1:]
+        return predicted.flatten(), target.flatten(), output.shape[over], self._of_parts(target)
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor, Owners]:
+        """Give outputs and targets for metrics of the user's own.
+
+        Of tokens or pixels these are a row each [P, C] beside [P], without those that have no
+        target; numbers that are one a sample are [N] on both sides.
+        """
+        output, target, owners = self.output, self.target, self.owners
+        if read_as(self.reads).each:
+            output = output.movedim(1 if self.reads == "pixel_classes" else -1, -1)
+            if self.reads == "next_token":
+                output, target = output[:, :-1], target[:, 1:]
+            kept = target != IGNORED_TOKEN
+            return output[kept], target[kept], owners.repeated(kept.nonzero()[:, 0])
+        if read_as(self.reads).numbers and self.reads in LOSSES:
+            shape = (len(target), *(() if target[0].numel() == 1 else target.shape[1:]))
+            output, target = output.reshape(shape), target.reshape(shape)
+        return output, target, owners
+
+    def _of_parts(self, target: torch.Tensor) -> Owners:
+        rows = torch.arange(len(target), device=target.device)
+        return self.owners.repeated(rows.repeat_interleave(target[:1].numel()))
+
+
+# A batch -> sums [owners, q]; or outputs and targets that are kept [P, ...], and whose they are
+Take = Callable[[Batch], Any]
+
+
+def _losses(batch: Batch) -> torch.Tensor:
+    return batch.owners.sums(*batch.loss(batch.output, batch.target))
+
+
+def _correct(batch: Batch) -> torch.Tensor:
+    predicted, wanted, _, owners = batch.classes()
+    counted = wanted != IGNORED_TOKEN
+    return owners.sums((predicted == wanted) & counted, counted)
+
+
+def _classes(batch: Batch) -> torch.Tensor:
+    """Count right predictions, predictions and occurrences of each class: [owners, 3 C]."""
+    predicted, wanted, width, owners = batch.classes()
+    counted = wanted != IGNORED_TOKEN
+    right = counted & (predicted == wanted)
+    pairs = ((wanted, right), (predicted, counted), (wanted, counted))
+    return torch.cat([owners.counts(place, kept, width) for place, kept in pairs], dim=1)
+
+
+def _labels(batch: Batch) -> torch.Tensor:
+    """Count the same of each output that says yes or no, where yes is counted: [owners, 3 C]."""
+    said, wanted = batch.output.reshape(batch.target.shape) > 0, batch.target == 1
+    columns = torch.cat([said & wanted, said, wanted], dim=1)
+    return batch.owners.sums(*columns.unbind(dim=1))
+
+
+def _numbers(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
+    """Give predicted numbers and true numbers, [N], of ``multi_label`` [N, C]; float64."""
+    output, target = batch.output, batch.target
+    if batch.reads == "multi_label":
+        return output.reshape(target.shape).double(), target.double(), batch.owners
+    if not output.numel() == target.numel() == target.shape[0]:
+        raise ConfigError(
+            f"the metric needs one number per sample; the output is {tuple(output.shape)} "
+            f"and the target {tuple(target.shape)}"
+        )
+    return output.reshape(-1).double(), target.reshape(-1).double(), batch.owners
+
+
+@dataclass(frozen=True)
+class Count:
+    """What metrics are made of.
+
+    Attributes:
+        name: Under which a state has it.
+        take: Takes it from a batch.
+        sums: Whether it is sums, which add up and are all that must be known of the samples (under
+            secure sums nothing else can go); else all outputs and targets are kept.
+    """
+
+    name: str
+    take: Take
+    sums: bool = True
+
+
+LOSS, CORRECT = Count("loss", _losses), Count("correct", _correct)
+OF_CLASSES, OF_LABELS = Count("classes", _classes), Count("labels", _labels)
+NUMBERS = Count("numbers", _numbers, sums=False)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """How a metric is computed.
+
+    Attributes:
+        value: Of sums [q], or of outputs and targets that were kept; both in memory.
+        losses: Losses (keys of `fedraclora.data.task.LOSSES`) whose outputs the metric can read.
+        count: What it is made of.
+        higher_is_better: Direction, for "reached the target".
+    """
+
+    value: Callable[..., float]
+    losses: frozenset[str]
+    count: Count
+    higher_is_better: bool = True

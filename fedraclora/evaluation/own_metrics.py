@@ -1,0 +1,215 @@
+"""Metrics of the user's own: of torchmetrics, a function of all outputs, or one of each sample."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from fedraclora.data.own_loss import named_object, short_name
+from fedraclora.data.task import read_as
+from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.evaluation.counts import Batch, Count, Formula, Owners
+from fedraclora.imports import failure_of
+
+WANTED = (
+    "a metric is a name of the project's, a metric of torchmetrics, or a function(output, target) "
+    "of all outputs that gives a number"
+)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of your own.
+
+    Attributes:
+        function: ``function(output, target)`` gives a number; or a metric of torchmetrics. Outputs
+            and targets are those of all samples, a row each; of tokens and pixels each is a row.
+        higher_is_better: Its direction; None: as the metric of torchmetrics says.
+        each: Whether the function gives a number for each row, [N], of which the metric is the
+            mean. Such a metric is made of sums, which may go where single outputs may not.
+        name: In the ledger; empty: that of the function.
+    """
+
+    function: Callable[..., Any]
+    higher_is_better: bool | None = None
+    each: bool = False
+    name: str = ""
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> Any:
+        """Call the function."""
+        return self.function(output, target)
+
+
+def own_metric(name: str) -> Formula:
+    """Find a metric of the user's own by its name.
+
+    Raises:
+        ConfigError: If there is none, or nothing says its direction.
+    """
+    found = named_object("data.metrics", name)
+    metric = found if isinstance(found, Metric) else Metric(found)
+    if metric.higher_is_better is None:
+        inner = getattr(metric.function, "func", metric.function)  # of a partial
+        metric = replace(metric, higher_is_better=getattr(inner, "higher_is_better", None))
+    if not isinstance(metric.higher_is_better, bool):
+        raise ConfigError(
+            f"data.metrics has {name}, which does not say whether more of it is better: give the "
+            "function an attribute (NAME.higher_is_better = False), or say "
+            "fedraclora.Metric(NAME, higher_is_better=...)"
+        )
+    kind = _Torch if _is_torch(metric) else _Each if metric.each else _Whole
+    own = kind(name, metric.function)
+    value, take = (own.of_sums, own.take) if own.sums else (own.of_rows, own.rows)
+    count = Count(short_name(name), take, own.sums)
+    return Formula(value, frozenset(), count, metric.higher_is_better)
+
+
+def _is_torch(metric: Metric) -> bool:
+    """Recognise a metric of torchmetrics without importing it."""
+    return any(kind.__module__ == "torchmetrics.metric" for kind in type(metric.function).__mro__)
+
+
+class _Whole:
+    """A function of all outputs, whose errors name it, and of which one number is wanted."""
+
+    sums = False
+
+    def __init__(self, name: str, function: Any) -> None:
+        self.name, self.function = name, function
+
+    def rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
+        """Give what the function gets of a batch, and whose it is."""
+        return batch.rows()
+
+    def take(self, batch: Batch) -> torch.Tensor:
+        """Take the sums of a batch, for each owner: [owners, q]."""
+        raise NotImplementedError
+
+    def of_sums(self, sums: Any) -> float:
+        """Compute the value of the sums of an owner."""
+        return float(sums[0] / sums[1]) if sums[1] else math.nan
+
+    def of_rows(self, output: torch.Tensor, target: torch.Tensor) -> float:
+        """Compute the value of all outputs of an owner."""
+        return self.number(self.called(self.function, output, target))
+
+    def called(self, function: Callable[..., Any], *given: torch.Tensor) -> Any:
+        """Call a function of the user's."""
+        try:
+            return function(*given)
+        except (FedRacLoraError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            of = " and ".join(f"{each.dtype} {tuple(each.shape)}" for each in given)
+            raised = failure_of(error, f"calling it with {of}" if given else "computing it")
+            raise ConfigError(f"metric {self.name}: {raised}; {WANTED}") from error
+
+    def number(self, found: Any) -> float:
+        """Read a number."""
+        try:
+            return float(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"metric {self.name} gives {_kind(found)}; one number is wanted (of torchmetrics: "
+                "average='macro', say)"
+            ) from error
+
+
+def _kind(found: Any) -> str:
+    shape = getattr(found, "shape", None)
+    return type(found).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
+
+
+class _Each(_Whole):
+    """A function that gives a number for each row, of which the mean is taken."""
+
+    sums = True
+
+    @override
+    def take(self, batch: Batch) -> torch.Tensor:
+        output, target, owners = self.rows(batch)
+        found = self.called(self.function, output, target)
+        if not isinstance(found, torch.Tensor) or found.shape != (len(target),):
+            raise ConfigError(
+                f"metric {self.name} gives {_kind(found)} for {len(target)} rows; with each=True a "
+                f"tensor of shape ({len(target)},) is wanted"
+            )
+        return owners.sums(found, torch.ones_like(found))
+
+
+class _Torch(_Whole):
+    """A metric of torchmetrics. Of classes it gets probabilities: else it guesses if they are."""
+
+    def __init__(self, name: str, function: Any) -> None:
+        super().__init__(name, copy.deepcopy(function))
+        # What is summed and what is kept it has no public list of.
+        self.states: dict[str, Any] = {**self.function._defaults}  # noqa: SLF001
+        rules = {getattr(r, "__name__", "") for r in self.function._reductions.values()}  # noqa: SLF001
+        zeros = all(isinstance(t, torch.Tensor) and not bool(t.any()) for t in self.states.values())
+        self.sums = rules == {"dim_zero_sum"} and zeros
+        self.classifies = ".classification" in "".join(k.__module__ for k in type(function).__mro__)
+
+    @override
+    def rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
+        output, target, owners = super().rows(batch)
+        output = output.double()
+        if self.classifies and batch.reads in {"logistic", "multi_label"}:
+            return output.sigmoid(), target.long(), owners
+        if self.classifies and read_as(batch.reads).axis is not None:
+            return output.softmax(dim=-1), target, owners
+        return output, target, owners
+
+    @override
+    def take(self, batch: Batch) -> torch.Tensor:
+        output, target, owners = self.rows(batch)
+        found = []
+        for owner in range(owners.count):
+            here = slice(None) if owners.of is None else owners.of == owner
+            self.update(output[here], target[here])
+            parts = [getattr(self.function, name).double().reshape(-1) for name in self.states]
+            found.append(torch.cat(parts))
+        return torch.stack(found)
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Let it see outputs, and nothing else."""
+        self.function.to(output.device).reset()
+        self.function.set_dtype(torch.float64)
+        if len(target):
+            self.called(self.function.update, output, target)
+
+    @override
+    def of_sums(self, sums: Any) -> float:
+        if not sums.any():
+            return math.nan
+        self.function.cpu().reset()
+        left = torch.from_numpy(sums)
+        # Of several outputs sums, but no counts, grow to [outputs] when they see the first.
+        wide = {n for n, t in self.states.items() if t.numel() == 1 and t.is_floating_point()}
+        rest = len(left) - sum(start.numel() for start in self.states.values())
+        for name, start in self.states.items():
+            shape = [1 + rest // len(wide)] if rest and name in wide else [*start.shape]
+            setattr(self.function, name, left[: prod(shape)].reshape(shape))
+            left = left[prod(shape) :]
+        self.function._update_count = 1  # noqa: SLF001 - else it warns that it has seen nothing
+        return self.computed()
+
+    @override
+    def of_rows(self, output: torch.Tensor, target: torch.Tensor) -> float:
+        self.update(output, target)
+        return self.computed()
+
+    def computed(self) -> float:
+        """Compute it; NaN where it says that it means nothing, as the area under one class."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = self.called(self.function.compute)
+        empty = any("meaningless" in str(each.message) for each in said)
+        return math.nan if empty else self.number(found)

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics import AUROC, MeanSquaredError
+
+import fedraclora
+from fedraclora.data.own_loss import OwnLoss, check_loss
+from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.rng import generator, torch_normal
+
+torch.set_num_threads(1)
+QUIET = ("output.progress=false",)
+Tensor = torch.Tensor
+
+
+def focal(output: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
+    """Down-weights what is right already (Lin et al., 2017, arXiv 1708.02002, eq. 4)."""
+    log = output.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
+    return -((1 - log.exp()) ** gamma) * log
+
+
+def counts() -> Callable[[Tensor, Tensor], Tensor]:
+    seen: list[int] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        seen.append(1)
+        return focal(output, target) * len(seen)
+
+    return loss
+
+
+class Learned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heat = nn.Parameter(torch.ones(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return focal(output / self.heat, target)
+
+
+def writing(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.mul_(2.0), target, reduction="none")
+
+
+def of_batch(output: Tensor, target: Tensor) -> Tensor:
+    losses = focal(output, target)
+    return losses / losses.detach().mean()
+
+
+def hard(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(dim=1) != target).float()
+
+
+def rounded(output: Tensor, target: Tensor) -> Tensor:
+    return focal(output.round(), target)
+
+
+def rooted(output: Tensor, target: Tensor) -> Tensor:
+    return (output - output.detach()).square().sum(dim=1).sqrt()
+
+
+def broken(output: Tensor, target: Tensor) -> Tensor:
+    raise ArithmeticError("no loss")
+
+
+WRONG: dict[str, tuple[Callable[..., Any], str]] = {
+    "a scalar": (F.cross_entropy, r"a scalar.*reduction='none'"),
+    "a module with a mean": (nn.CrossEntropyLoss(), r"a scalar.*reduction='none'"),
+    "no tensor": (lambda output, target: 3.0, "no tensor for 4"),
+    "nothing": (lambda output, target: None, "no tensor for 4"),
+    "numpy": (lambda output, target: focal(output, target).detach().numpy(), "no tensor"),
+    "one loss too few": (lambda output, target: focal(output, target)[1:], r"\(3,\) for 4"),
+    "a loss for each class": (lambda o, t: o.log_softmax(dim=1), r"\(4, 3\) for 4"),
+    "spread out": (lambda o, t: (o[:, :1] - t) ** 2, r"\(4, 4\).*spread out"),
+    "three tensors": (lambda o, t: (focal(o, t),) * 3, r"\(4,\), \(4,\), \(4,\)"),
+    "negative parts": (lambda o, t: (focal(o, t), -torch.ones(4)), "numbers of parts"),
+    "samples that interact": (of_batch, "depends on the other samples"),
+    "an infinity": (lambda o, t: focal(o, t) / 0.0, "finite numbers are wanted"),
+    "a choice": (hard, "no gradient"),
+    "a rounded output": (rounded, "no gradient"),
+    "a detached output": (lambda o, t: focal(o.detach(), t), "no gradient"),
+    "a root at 0": (rooted, "a NaN or an infinity"),
+    "whole numbers": (lambda o, t: hard(o, t).long(), "no gradient"),
+    "another type": (F.binary_cross_entropy_with_logits, r"int64 on cpu raises ValueError"),
+    "an error": (broken, "ArithmeticError: no loss"),
+    "a call with one argument": (lambda output: output, "TypeError"),
+    "numbers that are drawn": (lambda o, t: focal(o, t) * torch.rand(len(t)), "draw no numbers"),
+    "what is kept": (counts(), "keep nothing"),
+    "an output written into": (writing, "writes into"),
+    "weights of its own": (Learned(), "weights of its own"),
+}
+
+
+def few() -> tuple[Tensor, Tensor]:
+    output = torch_normal(generator(0, "own losses"), 4, 3).float()
+    output[3] = output[0]
+    return output, torch.tensor([0, 2, 1, 0])
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_loss_is_refused_by_name(case: str) -> None:
+    function, words = WRONG[case]
+    with pytest.raises(ConfigError, match=rf"mine.*{words}"), torch.no_grad():
+        check_loss(OwnLoss("mine", function), *few())
+
+
+def test_a_loss_that_draws_or_counts_is_told_from_one_whose_samples_interact() -> None:
+    for case in ("numbers that are drawn", "what is kept"):
+        with pytest.raises(ConfigError, match="each time"):
+            check_loss(OwnLoss("mine", WRONG[case][0]), *few())
+
+
+def hinge(output: Tensor, target: Tensor) -> Tensor:
+    """Flat wherever the margin is kept."""
+    right = output.gather(1, target[:, None])
+    others = output.scatter(1, target[:, None], -torch.inf).amax(dim=1)
+    return (0.1 + others - right[:, 0]).clamp(min=0.0)
+
+
+GOOD: dict[str, Callable[..., Any]] = {
+    "plain": focal,
+    "partial": partial(focal, gamma=0.5),
+    "a module": nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1),
+    "weights of classes": nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]), reduction="none"),
+    "a column": lambda output, target: focal(output, target)[:, None],
+    "parts": lambda output, target: (2 * focal(output, target), torch.full((len(target),), 2)),
+    "flat here": hinge,
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_a_sound_loss_gives_losses_and_parts(case: str) -> None:
+    output, target = few()
+    if case == "flat here":
+        output = 5.0 * F.one_hot(target, 3).float()
+    loss = OwnLoss(case, GOOD[case])
+    check_loss(loss, output, target)
+    losses, parts = loss(output, target)
+    assert losses.shape == parts.shape == (4,)
+    wide, _ = loss(output.double(), target)  # weights of classes follow the outputs
+    torch.testing.assert_close(wide.float(), losses)
+
+
+def test_a_loss_for_each_number_of_the_target_counts_its_parts() -> None:
+    output, target = torch_normal(generator(1, "own losses"), 4, 3), torch.rand(4, 3)
+    losses, parts = OwnLoss("mine", nn.MSELoss(reduction="none"))(output, target)
+    assert float(losses.sum() / parts.sum()) == pytest.approx(float(F.mse_loss(output, target)))
+    maps, classes = (
+        torch_normal(generator(2, "own losses"), 4, 3, 2, 2),
+        torch.randint(3, (4, 2, 2)),
+    )
+    classes[1, 0] = -100
+    losses, parts = OwnLoss("mine", nn.CrossEntropyLoss(reduction="none"))(maps, classes)
+    assert parts.tolist() == [4, 2, 4, 4]
+    wanted = F.cross_entropy(maps, classes)
+    assert float(losses.sum() / parts.sum()) == pytest.approx(float(wanted))
+
+
+@pytest.mark.parametrize("kind", [nn.MSELoss, nn.BCEWithLogitsLoss])
+def test_a_score_beside_a_target_is_not_spread_out_by_losses_of_torch(kind: Any) -> None:
+    output, target = torch_normal(generator(7, "own losses"), 4, 1), torch.tensor([0, 1, 1, 0])
+    loss = OwnLoss("mine", kind(reduction="none"))
+    check_loss(loss, output, target)
+    losses, parts = loss(output, target)
+    wanted = kind()(output[:, 0], target.double())
+    assert float(losses.sum() / parts.sum()) == pytest.approx(float(wanted), rel=1e-12)
+
+
+def clients(samples: int = 60) -> list[tuple[Tensor, Tensor]]:
+    x = torch_normal(generator(3, "own losses"), samples, 5).float()
+    y = (x[:, 0] + 0.3 * x[:, 1] > 0).long()
+    return [(x[:20], y[:20]), (x[20:25], y[20:25]), (x[25:], y[25:])]
+
+
+def net(outputs: int = 2) -> nn.Module:
+    built = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, outputs))
+    with torch.no_grad():
+        for place, parameter in enumerate(built.parameters()):
+            rng = generator(4, "own losses", place)
+            parameter.copy_(0.5 * torch_normal(rng, *parameter.shape))
+    return built
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> str:
+    module = ModuleType("mine_of_test")
+    module.__dict__.update(
+        focal=focal, area=AUROC(task="multiclass", num_classes=2), Area=AUROC, wrong=wrong
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module.__name__
+
+
+def wrong(output: Tensor, target: Tensor) -> Tensor:
+    """Share of wrong answers."""
+    return (output.argmax(dim=1) != target).double().mean()
+
+
+wrong.higher_is_better = False  # type: ignore[attr-defined]
+
+
+def judged(engine: str, loss: Any, metrics: Any, **keys: Any) -> fedraclora.api.Run:
+    words = (*QUIET, f"engine={engine}", "local.batch_size=4", "local.lr=0.3")
+    return fedraclora.simulate(
+        *words, model=net(), data=clients(), rounds=2, loss=loss, metrics=metrics, **keys
+    )
+
+
+def values(run: Any, column: str) -> list[float]:
+    return [row["metrics"][column] for row in run.rows]
+
+
+@pytest.mark.parametrize(
+    "engine", ["inline", pytest.param("ray", marks=pytest.mark.slow), "vectorised"]
+)
+def test_objects_and_names_of_losses_and_metrics_give_equal_bits(engine: str, mine: str) -> None:
+    area = AUROC(task="multiclass", num_classes=2)
+    one = judged(engine, focal, ["accuracy", area, wrong, "loss"])
+    assert values(one, "loss")[-1] < values(one, "loss")[0]
+    if engine == "ray":  # its processes know no module of a test
+        other = judged("vectorised", focal, ["accuracy", area, wrong, "loss"])
+        assert values(one, "loss") == values(other, "loss")
+        assert one.summary["weights_digest"] == other.summary["weights_digest"]
+        return
+    named = {"name": f"{mine}:Area", "task": "multiclass", "num_classes": 2}
+    metrics = ["accuracy", named, f"{mine}:wrong", "loss"]
+    other = judged(engine, {"name": f"{mine}:focal", "gamma": 2.0}, metrics)
+    assert one.summary["weights_digest"] == other.summary["weights_digest"]
+    for column in ("accuracy", "wrong", "loss"):
+        assert values(one, column) == values(other, column)
+    assert values(one, "MulticlassAUROC") == values(other, "Area")
+    assert values(one, "wrong")[-1] == pytest.approx(1 - values(one, "accuracy")[-1])
+    assert one.summary["task"]["lower_is_better"] == ["wrong"]  # type: ignore[index]
+
+
+def test_a_loss_of_ones_own_is_the_projects_where_it_is_the_same() -> None:
+    def again(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, reduction="none")
+
+    one = judged("inline", "cross_entropy", ["accuracy", "loss"])
+    other = judged("inline", again, None)
+    assert values(one, "loss") == pytest.approx(values(other, "loss"), rel=1e-6)
+    assert values(one, "accuracy") == values(other, "accuracy")
+    assert one.model()(clients()[0][0]).shape == (20, 2)
+    said = other.predict(clients()[0][0])  # read as for cross_entropy, which is a guess
+    assert {"prediction", "probability.0"} <= {*said.columns}
+    assert "read as those of cross_entropy" in other.summary["begins"]["loss"]  # type: ignore[index]
+
+
+def test_a_run_that_goes_on_wants_the_same_loss_and_has_the_same_bits(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"metrics": [wrong, "loss"], "folder": tmp_path / "run"}
+    whole = judged("inline", focal, [wrong, "loss"])
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["round"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judged("inline", focal, callbacks=[stop], **keys)
+    with pytest.raises(FedRacLoraError):
+        judged("inline", partial(focal, gamma=1.0), resume=True, **keys)
+    again = judged("inline", focal, resume=True, **keys)
+    assert values(again, "loss") == values(whole, "loss")
+
+
+def test_any_data_set_takes_a_loss_and_metrics_of_ones_own(tmp_path: Path, mine: str) -> None:
+    words = (*QUIET, "clients=4", "cohort=2", "rounds=0", "pretrain=none")
+    found = fedraclora.simulate(
+        *words, "data=digits", f"data.loss={mine}:focal", f"data.metrics=[{mine}:wrong,accuracy]"
+    )
+    assert [*found.rows[0]["metrics"]] == ["wrong", "accuracy"]
+    with pytest.raises(ConfigError, match="squared_error; these data"):
+        fedraclora.simulate(*words, "data=digits", "data.loss=squared_error")
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "rows.npz", x=rng.normal(size=(30, 4)), target=rng.normal(size=30))
+    x = rng.normal(size=(30, 3))
+    lines = [",".join(map(str, (*row, "a" if row[0] > 0 else "b"))) for row in x]
+    (tmp_path / "rows.csv").write_text("\n".join(["p,q,r,label", *lines]))
+    found = fedraclora.simulate(
+        *words, data=tmp_path / "rows.csv", target="label", loss=focal, metrics=[wrong]
+    )
+    assert [*found.rows[0]["metrics"]] == ["wrong"]
+    found = fedraclora.simulate(
+        *words,
+        data={"name": "arrays", "file": str(tmp_path / "rows.npz"), "task": "regression"},
+        loss=nn.HuberLoss(reduction="none"),
+        metrics=["pearson", MeanSquaredError(squared=False), "loss"],
+    )
+    assert [*found.rows[0]["metrics"]] == ["pearson", "MeanSquaredError", "loss"]
+
+
+def test_a_loss_says_for_which_its_outputs_are_read() -> None:
+    def yes(output: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(output[:, 0], target.float(), reduction="none")
+
+    yes.like = "logistic"  # type: ignore[attr-defined]
+    data = clients()
+    found = fedraclora.simulate(*QUIET, model=net(1), data=data, rounds=0, loss=yes)
+    wanted = fedraclora.simulate(*QUIET, model=net(1), data=data, rounds=0, loss="logistic")
+    assert found.rows[0]["metrics"] == pytest.approx(wanted.rows[0]["metrics"])
+    yes.like = "logistics"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="did you mean 'logistic'"):
+        fedraclora.simulate(*QUIET, model=net(1), data=data, rounds=0, loss=yes)
