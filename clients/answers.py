@@ -18,6 +18,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fedraclora.clients.cache import on_disk
+from fedraclora.clients.secure import MEASURED
 from fedraclora.engines.records import from_records
 from fedraclora.errors import ClientError
 from fedraclora.weights.files import load_tensors, save_tensors
@@ -25,13 +26,16 @@ from fedraclora.wire.records import Content, clients_of, round_of
 from fedraclora.wire.secagg import read_stage
 
 ASKS = ("config", "arrays", "own", "chunk", "secure")  # records of a message that it answers
-ONCE = ("train", "masked", "unmask")  # what is answered once in a round
+# What is answered once in a round.
+ONCE = ("train", "masked", "unmask", f"{MEASURED}-masked", f"{MEASURED}-unmask")
 
 
 def kind_of(content: Content) -> str:
-    """Name what a message asks for: ``train``, or a stage of secure aggregation."""
+    """Name what a message asks for: ``train``, or a stage of secure aggregation, of either sum."""
     stage = read_stage(content)
-    return "train" if stage is None else stage.name
+    if stage is None:
+        return "train"
+    return f"{MEASURED}-{stage.name}" if MEASURED in stage.settings else stage.name
 
 
 def is_given(reply: Content) -> bool:
@@ -83,7 +87,8 @@ class Answers:
         """
         asked = from_records(content)
         kind, round_ = kind_of(asked), round_of(asked)
-        if not 1 <= round_ <= self.rounds:
+        # What the last round has made is measured before a round that will not be.
+        if not 1 <= round_ <= self.rounds + kind.startswith(MEASURED):
             raise ClientError(
                 f"round {round_} was asked for; the run has rounds 1 to {self.rounds}"
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import torch
 
@@ -12,12 +14,13 @@ from fedraclora.clients.client_state import restore
 from fedraclora.data.samples import ClientData, Samples, TableRows
 from fedraclora.errors import WireError
 from fedraclora.evaluation.clients import AFTER, ClientMeasure
+from fedraclora.evaluation.summed import SummedMeasure, Words, tell
 from fedraclora.protocol.method import Downlink
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.standing import standing_weights
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.exchange import Answer, Ask
+from fedraclora.wire.exchange import Answer, Ask, TrainRequest
 
 Owned = tuple[Samples, torch.Tensor]  # of one client after another, and how many of each
 SMALL = "it has {} samples, of which none is held out to measure on (evaluate.share)"
@@ -33,6 +36,7 @@ class Measurer:
     def __init__(self, trainer: CohortTrainer) -> None:
         self.trainer, self.task = trainer, trainer.task
         self.measure = ClientMeasure.of(self.task)
+        self._layout = Layout(())  # of what a client sends; known once it is wanted
         self._shared: tuple[Tree, Downlink | None, Tree] = ({}, None, {})
 
     def answer(self, ask: Ask, base: Tree, store: ClientStore) -> Answer:
@@ -92,6 +96,42 @@ class Measurer:
             },
             layout=layout,
         )
+
+    def vectors(
+        self, request: TrainRequest, answer: Answer
+    ) -> tuple[dict[int, Callable[[], Words]], dict[str, Any]]:
+        """Write what clients have measured as vectors for a secure sum.
+
+        One that has no samples to measure on sends zeros: it tells nothing, and its neighbours need
+        nobody to take their masks off.
+
+        Returns:
+            What gives the words of each client, by id, and what is told of them.
+        """
+        clients, points = request.clients, ("", AFTER) if request.measure == "after" else ("",)
+        if not self._layout.shapes:
+            zero = torch.zeros(1, dtype=torch.int64, device=self.trainer.device)
+            one = self.task.train.gather(clients[:1].to(zero.device), zero[None])
+            sent = self.measure.sent(self.task, {}, one, zero + 1, 1)
+            self._layout = Layout.of(sent, skip=1)
+        summed = SummedMeasure(self.measure, self._layout, points)
+        came = {c: k for k, c in enumerate(answer.clients.tolist())}
+        sent = answer.layout.unpack(answer.numbers)
+        nothing = {
+            point + n: torch.zeros(1, *shape)
+            for point in points
+            for n, shape in self._layout.shapes
+        }
+
+        def words(client: int) -> Words:
+            k = came.get(client)
+            own = nothing if k is None else {n: t[k : k + 1] for n, t in sent.items()}
+            samples = torch.zeros(1) if k is None else answer.samples[k : k + 1]
+            found: Words = summed.words(own, samples)[0]
+            return found
+
+        of: dict[int, Callable[[], Words]] = {c: partial(words, c) for c in clients.tolist()}
+        return of, {"layout": tell(self._layout)}
 
     def _before(
         self,

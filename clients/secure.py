@@ -9,7 +9,8 @@ takes from the config that it holds, never from a message.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ import torch
 
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.privacy.secagg import SecAggTerms
-from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
 from fedraclora.wire.exchange import Answer, Stage, TrainRequest
 from fedraclora.wire.secagg import (
@@ -37,6 +37,7 @@ from fedraclora.wire.secagg import (
 
 Memory = dict[str, Any]
 BEFORE = {"shares": "keys", "masked": "shares", "unmask": "masked"}
+MEASURED = "measured"  # a sum of what clients measured: of other keys than that of updates
 # What a message of another machine may raise where it is not what it should be.
 DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
@@ -58,9 +59,9 @@ def answer_stage(
     failures: dict[int, str] = {}
     for client, data in stage.data.items():
         try:
-            memory = _recall(store, client, round_, stage.name)
+            memory = _recall(store, client, round_, stage)
             answers[client] = steps[stage.name](client, memory, data, terms)
-            _remember(store, client, memory, stage.name)
+            _remember(store, client, memory, stage)
         except FedRacLoraError as error:
             failures[client] = str(error)
         except DAMAGED as error:
@@ -93,14 +94,19 @@ def _answer(
     )
 
 
-def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
+def _recall(store: ClientStore, client: int, round_: int, asked: Stage) -> Memory:
     """Read what a client remembers, and check that this stage comes next.
+
+    Of sums of updates and of measurements it remembers each by itself, so that no key serves both.
 
     Raises:
         ClientError: If it is not, or if the client has sent its masked vector in this round, or
             in a later one: of two sums of one update the difference would tell of others.
     """
     memory: Memory = json.loads(store.secrets.get(client) or b"{}")
+    stage = asked.name
+    if MEASURED in asked.settings:
+        memory = memory.get(MEASURED, {})
     last = int(memory.get("answered", 0))
     if round_ <= last and not (stage == "unmask" and round_ == last):
         stands = f"has sent its masked vector in round {last}"
@@ -116,8 +122,9 @@ def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
     )
 
 
-def _remember(store: ClientStore, client: int, memory: Memory, stage: str) -> None:
+def _remember(store: ClientStore, client: int, memory: Memory, asked: Stage) -> None:
     """Keep what the next stage needs; secrets are forgotten as soon as none does."""
+    stage, whole = asked.name, json.loads(store.secrets.get(client) or b"{}")
     memory["after"] = stage
     if stage == "masked":
         memory["answered"] = memory["round"]
@@ -127,6 +134,10 @@ def _remember(store: ClientStore, client: int, memory: Memory, stage: str) -> No
     }
     if stage in fields:
         memory = {key: memory[key] for key in fields[stage]}
+    if MEASURED in asked.settings:
+        memory = whole | {MEASURED: memory}
+    elif MEASURED in whole:
+        memory = memory | {MEASURED: whole[MEASURED]}
     store.secrets[client] = json.dumps(memory).encode()
 
 
@@ -191,10 +202,7 @@ def masked_reply(
     failures: dict[int, str],
     notes: list[str],
 ) -> Answer:
-    """Write the masked vectors of those who trained, were told their neighbours' shares, and may.
-
-    A client that cannot open a share says whose, and sends no vector: then it is asked again, and
-    told whether to go on without that share or without that neighbour.
+    """Write the masked updates of those who trained; see `masked_vectors`.
 
     Args:
         request: What was asked.
@@ -205,31 +213,57 @@ def masked_reply(
         failures: Why a client trained nothing, by id.
         notes: Sentences for the ledger.
     """
-    clients, updates, weights = trained
+    vectors = {
+        client: partial(_whole, update, float(weight), request.clip, stage.settings, terms)
+        for client, update, weight in zip(trained[0].tolist(), *trained[1:], strict=True)
+    }
+    return masked_vectors(request, stage, store, vectors, failures, notes)
+
+
+def masked_vectors(
+    request: TrainRequest,
+    stage: Stage,
+    store: ClientStore,
+    vectors: Mapping[int, Callable[[], Words]],
+    failures: dict[int, str],
+    notes: Sequence[str] = (),
+    told: Mapping[str, Any] | None = None,
+) -> Answer:
+    """Write the masked vectors of those who have one, were told their neighbours' shares, and may.
+
+    A client that cannot open a share says whose, and sends no vector: then it is asked again, and
+    told whether to go on without that share or without that neighbour.
+
+    Args:
+        request: What was asked.
+        stage: The stage of the message, with the step.
+        store: Where clients keep their keys.
+        vectors: Writes the whole numbers of a client, by id.
+        failures: Why a client has none, by id.
+        notes: Sentences for the ledger.
+        told: What is said of the vectors.
+    """
     failures, rows, members = dict(failures), [], []
     unopened: dict[int, Any] = {}
-    sound = finite(updates)
-    for i, client in enumerate(clients.tolist()):
+    for client, whole in vectors.items():
         try:
             if client not in stage.data:
                 raise ClientError(f"client {client} left secure aggregation at an earlier stage")
-            if not sound[i]:
-                raise ClientError("its update has a NaN or an infinity; lower local.lr")
-            memory = _recall(store, client, request.round_, "masked")
+            memory = _recall(store, client, request.round_, stage)
             if closed := _open(client, memory, stage.data[client]):
                 unopened[client] = {"unopened": closed}
                 continue
-            whole = _whole(updates[i], float(weights[i]), request.clip, stage.settings, terms)
-            row = _masked(client, memory, whole)
-            _remember(store, client, memory, "masked")
+            row = _masked(client, memory, whole())
+            _remember(store, client, memory, stage)
             rows.append(row)
             members.append(client)
         except FedRacLoraError as error:
             failures[client] = str(error)
         except DAMAGED as error:
             failures[client] = f"client {client} cannot read its message ({error!r})"
-    words = np.stack(rows) if rows else np.zeros((0, updates.shape[1] + 1), dtype=np.uint32)
-    return _answer(request, Stage("masked", {}, unopened), failures, members, words, notes)
+    masked = np.stack(rows) if rows else np.zeros((0, 0), dtype=np.uint32)
+    said = Stage("masked", dict(told or {}), unopened)
+    return _answer(request, said, failures, members, masked, notes)
 
 
 def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
@@ -281,6 +315,8 @@ def _whole(
         settings: Of the stage: the step.
         terms: What clients insist on.
     """
+    if not bool(torch.isfinite(update).all()):
+        raise ClientError("its update has a NaN or an infinity; lower local.lr")
     most = terms.config.max_weight
     if not 0 < weight <= most or weight != int(weight):
         raise ClientError(

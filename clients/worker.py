@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fedraclora.aggregation.statistics import shortened
 from fedraclora.clients.client_state import keep, restore
 from fedraclora.clients.measure import Measurer
-from fedraclora.clients.secure import answer_stage, masked_reply
+from fedraclora.clients.secure import MEASURED, answer_stage, masked_reply, masked_vectors
 from fedraclora.errors import OF_THE_RUN, ClientError, ConfigError, WireError
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.cohorts import client_weights
@@ -123,10 +123,19 @@ class Worker:
             )
         if stage is not None and self.terms is not None and stage.name != "masked":
             return answer_stage(ask.request, stage, self.store, self.terms)
+        if stage is not None and (MEASURED in stage.settings) != (ask.request.measure is not None):
+            raise WireError(
+                f"a message asks clients to {'train' if ask.request.measure is None else 'measure'}"
+                ", under masks that they agreed on for the other"
+            )
         downlink, request = ask.own, ask.request
         base = self.replica.at(request.version, request.round_)
         if request.measure is not None:
-            return self.measurer.answer(ask, base, self.store)
+            answer = self.measurer.answer(ask, base, self.store)
+            if stage is None:
+                return answer
+            vectors, told = self.measurer.vectors(request, answer)
+            return masked_vectors(request, stage, self.store, vectors, {}, told=told)
         downlink = downlink.beside(base)
         self.trainer.recall = self.store.recall
         held = restore(self.store, downlink, request, base, self.trainer.local)

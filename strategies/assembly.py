@@ -114,9 +114,11 @@ def assemble_with(
             info = {**built.task.info, "start": start}
             built = replace(built, task=replace(built.task, info=info))
         plan = plan_of(config, built.task)
-        if plan.local and not built.classes:
+        measuring = Measuring.of(config.evaluate, built.task)
+        if plan.local and not built.classes and not (measuring and measuring.alone):
             raise ConfigError(
-                "head is local, which is measured by class, but the data have no classes"
+                "head is local, which the server measures by class, but it knows no classes of the "
+                "clients' data: let clients measure alone (evaluate.clients=cohort, no data.test)"
             )
         base = weights_of(built.task.model)
         draw = Draw(config.seed)
@@ -170,7 +172,6 @@ def assemble_with(
             dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
             return method.weights(wired.strategy.state, draw, own) | dense
 
-        measuring = Measuring.of(config.evaluate, built.task)
         measure = partial(measurement, config, built, plan, store, personal)
         wired = wire(
             method,

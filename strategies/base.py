@@ -284,7 +284,7 @@ class FedStrategy:
             loop,
             self.local.rate_scale(min(round_, loop.rounds), loop.rounds),
         )
-        measurement.collect(send)
+        self.steps.measure(send, measurement)
         took = cost.measured(self.catch_up, measurement, taken_traffic(grid))
         return measurement.columns(self.recorder, took)
 

@@ -21,6 +21,7 @@ from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import Method
+from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.extras.settings import LocalSettings
 
 if TYPE_CHECKING:
@@ -217,12 +218,13 @@ def refuse_misfits(config: RunConfig) -> None:
     Raises:
         ConfigError: Naming the key, and what to set.
     """
-    if config.evaluate.by_clients and (
-        isinstance(config.secure, SecAgg) or config.chosen("privacy") != "none"
-    ):
+    private = "privacy" if config.chosen("privacy") != "none" else ""
+    private = private or ("local.dp" if config.local.extra_of(SampleLevel) else "")
+    if config.evaluate.by_clients and private:
         raise ConfigError(
-            f"evaluate.clients is {config.evaluate.clients}: each client tells the server its own "
-            "sums, which secure=secagg and privacy do not allow; set evaluate.clients=none"
+            f"evaluate.clients is {config.evaluate.clients}, which does not go with {private}: "
+            "clients tell the server what they measured, to which no noise is added and which no "
+            "account of epsilon has; set evaluate.clients=none"
         )
     if config.clients is not None and config.cohort > config.clients:
         raise ConfigError(
@@ -260,10 +262,11 @@ def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
         )
     if config.system.enabled:
         raise ConfigError("system, FedBuff too, is for simulations: engine=deploy has system=none")
-    if config.head == "local":
+    if config.head == "local" and not config.evaluate.by_clients:
         raise ConfigError(
             "head is local: such heads are measured where they are, and with engine=deploy they "
-            "stay at the clients; choose head=adapt, average or frozen"
+            "stay at the clients; set evaluate.clients=cohort, or choose head=adapt, average or "
+            "frozen"
         )
     once = isinstance(config.secure, SecAgg) or config.local.answers_once
     if once and config.output.checkpoint_every != 1:

@@ -92,6 +92,8 @@ class Measurement:
         rate_scale: Of the step sizes, where they train, too.
         answers: That came and can be used, in the order of clients.
         failures: Why others have measured nothing, by id.
+        summed: What came of a secure sum, in place of answers; None: there was none.
+        received: The bytes of the vectors that were summed.
     """
 
     measuring: Measuring
@@ -103,6 +105,8 @@ class Measurement:
     rate_scale: float
     answers: list[Answer] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
+    summed: Row | None = None
+    received: int = 0
 
     def __post_init__(self) -> None:
         """Write what is asked of each chunk of clients."""
@@ -187,7 +191,9 @@ class Measurement:
     @property
     def bytes(self) -> tuple[int, int]:
         """Payload of all clients that were asked: of their sums, and of what they were sent."""
-        up = 8 * self.layout.size * sum(len(answer.clients) for answer in self.answers)
+        up = self.received + 8 * self.layout.size * sum(
+            len(answer.clients) for answer in self.answers
+        )
         _, kind = self.loop.kinds
         return up, payload_bytes(self.downlink, len(self.clients), kind) * len(self.clients)
 
@@ -198,7 +204,7 @@ class Measurement:
             recorder: Of the run.
             took: The bytes of it.
         """
-        column: Row = {}
+        column = self.summed or {}
         if self.answers:
             column, parts = self._described()
             recorder.by_clients.parts += parts

@@ -26,6 +26,7 @@ from fedraclora.strategies.server.callbacks import Told, each_of, joined
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.wire.exchange import Ask, Came
@@ -137,6 +138,15 @@ class RoundStep:
             base: What clients train from.
         """
         return None
+
+    def measure(self, send: Send, measurement: Measurement) -> bool:
+        """Have clients measure, and tell the measurement what came; False: as every run does.
+
+        Args:
+            send: Asks clients, and gives what comes.
+            measurement: With what is asked.
+        """
+        return False
 
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
         """Change the cohort's uplinks for the next step."""
@@ -263,6 +273,11 @@ class RoundSteps:
             if (got := step.receive(send, exchange, base)) is not None:
                 return got
         return exchange.collect(send(exchange.asks))
+
+    def measure(self, send: Send, measurement: Measurement) -> None:
+        """Have clients measure; the measurement has what came."""
+        if not any(step.measure(send, measurement) for step in self.steps):
+            measurement.collect(send)
 
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
         """Pass the cohort's uplinks through all steps, to the method."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,10 +36,18 @@ class SecAggSession:
         exchange: The train exchange, which notes the failures.
         send: Asks clients, and gives what comes.
         texts: Counts what is said besides.
+        settings: What all clients are told in each stage.
     """
 
-    def __init__(self, exchange: Exchange, send: Send, texts: Texts) -> None:
+    def __init__(
+        self, exchange: Exchange, send: Send, texts: Texts, settings: Mapping[str, Any]
+    ) -> None:
         self.exchange, self.send, self.texts = exchange, send, texts
+        self.settings = dict(settings)
+
+    def size(self, _answer: Answer) -> int:
+        """Return how many words the vectors of an answer must have."""
+        return self.exchange.layout.size + 1
 
     def ask(self, stage: str, data: dict[int, Any], check: Check) -> dict[int, Any]:
         """Ask clients for a stage in which nobody trains; give what each said.
@@ -74,7 +82,7 @@ class SecAggSession:
         for ask in self.exchange.asks:
             if part := {c: data[c] for c in ask.clients if c in data}:
                 request = replace(ask.request, clients=torch.tensor([*part]))
-                asks.append(Ask(request, stage=Stage(stage, {}, part).heard))
+                asks.append(Ask(request, stage=Stage(stage, self.settings, part).heard))
         return self._talk(asks, read)
 
     def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Factors:
@@ -84,14 +92,13 @@ class SecAggSession:
             pending: What each client is told of its neighbours, by id.
             settings: What all are told.
         """
-        size = self.exchange.layout.size + 1
+        settings = self.settings | settings
 
         def read(said: dict[int, Any], answer: Answer) -> Factors:
             rows, clients = answer.numbers.numpy(), answer.clients.tolist()
-            if rows.shape != (len(clients), size):
-                raise WireError(
-                    f"masked vectors of shape {rows.shape} came; {(len(clients), size)} is wanted"
-                )
+            wanted = (len(clients), self.size(answer)) if clients else rows.shape
+            if rows.shape != wanted:
+                raise WireError(f"masked vectors of shape {rows.shape} came; {wanted} is wanted")
             self.exchange.received += rows.nbytes
             found: dict[int, Any] = {}
             for client, words in said.items():

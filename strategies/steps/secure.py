@@ -2,30 +2,79 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import CheckpointError, RoundLostError
+from fedraclora.errors import CheckpointError, ClientError, ConfigError, RoundLostError, WireError
+from fedraclora.evaluation.clients import usual
+from fedraclora.evaluation.summed import BINS, MOST_CLIENTS, SummedMeasure, told_layout
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Refusal, Uplinks
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.strategies.server.round_step import CohortOf, RoundStep, Send
 from fedraclora.strategies.steps.conflicts import SECURE, TWICE, refused
-from fedraclora.strategies.steps.secagg_session import SecAggSession, Texts
+from fedraclora.strategies.steps.secagg_session import Factors, SecAggSession, Texts
 from fedraclora.strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
-from fedraclora.tree import Tree
+from fedraclora.tree import Layout, Tree
 from fedraclora.weights.files import write_text
+from fedraclora.wire.exchange import Answer
 from fedraclora.wire.secagg import LARGEST, signed
 
 FILE = "masked.round"  # the last round that asked real clients for vectors
 SLACK = 1 + 1e-4  # of norms: updates are rounded to the wire's precision
+
+
+class MeasureSession(SecAggSession):
+    """The exchanges in which clients' measurements are summed.
+
+    Clients tell by what sums they measure: a server without samples cannot know it. Those that tell
+    another thing than most are left out.
+
+    Args:
+        exchange: As for `SecAggSession`.
+        send: As for `SecAggSession`.
+        measurement: What is asked.
+    """
+
+    def __init__(self, exchange: Exchange, send: Send, measurement: Measurement) -> None:
+        super().__init__(exchange, send, Texts(), {"measured": True})
+        self.measure, self.points = measurement.measuring.measure, (*measurement.when.values(),)
+        self.told: dict[int, Layout] = {}
+        self.layout: Layout | None = None
+
+    @property
+    def summed(self) -> SummedMeasure:
+        """What reads the sum."""
+        return SummedMeasure(self.measure, self.layout or Layout(()), self.points)
+
+    @override
+    def size(self, answer: Answer) -> int:
+        told = told_layout(answer.stage and answer.stage.settings.get("layout"))
+        if [name for name, _ in told.shapes] != self.measure.names([""]):
+            raise WireError(f"it measured {told.shapes}; {self.measure.names([''])} are wanted")
+        self.told |= dict.fromkeys(answer.clients.tolist(), told)
+        return SummedMeasure(self.measure, told, self.points).size
+
+    @override
+    def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Factors:
+        found, failures = super().masked(pending, settings)
+        came = [c for c, part in found.items() if not isinstance(part, set)]
+        if came and self.layout is None:
+            self.layout = usual([self.told[c] for c in came])
+        for client in came:
+            if self.told[client] != self.layout:
+                failures[client] = "it measured by other sums than most clients"
+                del found[client]
+        return found, failures
 
 
 @dataclass
@@ -92,22 +141,23 @@ class SecureSum(RoundStep):
         clip = self.config.clip if exchange.clip is None else exchange.clip
         if self.texts.round_ != exchange.round_:
             self.texts = Texts(exchange.round_)
-        talk, session = SecAggSession(exchange, send, self.texts), self.session
+        talk, session = SecAggSession(exchange, send, self.texts, {}), self.session
         if session is None or session.round_ != exchange.round_:
+            if exchange.round_ <= self.answered:
+                why = (
+                    "the run was ended after clients had been asked for masked vectors; they give "
+                    "one"
+                )
+                self.row = {"lost": why}
+                raise RoundLostError(f"round {exchange.round_}: {why}")
             session = self._agree(exchange, talk, clip)
         else:
             exchange.failures += session.left
         self.session = session
         try:
-            if not session.asked:
-                self._mask(session, talk)
-            missing = session.ask_for_shares()
-            found, failures = talk.collect("unmask", missing, session.check_shares)
-            session.shares |= found
-            session.notes += [
-                f"client {c} gave no shares: {failures.get(c, 'no reply in time')}"
-                for c in sorted(missing.keys() - found.keys())
-            ]
+            if self.file is not None and not session.asked:
+                write_text(self.file, f"{session.round_}\n")
+            self._gather(session, talk)
             got = self._checked(talk, session, clip, base)
         except CulpritError as lost:
             self.banned[lost.client] = lost.why
@@ -126,10 +176,6 @@ class SecureSum(RoundStep):
 
     def _agree(self, exchange: Exchange, talk: SecAggSession, clip: float) -> Session:
         """Exchange keys and shares among clients."""
-        if exchange.round_ <= self.answered:
-            why = "the run was ended after clients had been asked for masked vectors; they give one"
-            self.row = {"lost": why}
-            raise RoundLostError(f"round {exchange.round_}: {why}")
         cohort = exchange.cohort.clients.tolist()
         out = {c: self.banned[c] for c in cohort if c in self.banned}
         exchange.failures += [Refusal(c, f"left out since a sum was lost: {out[c]}") for c in out]
@@ -158,10 +204,53 @@ class SecureSum(RoundStep):
         session.left = list(exchange.failures)
         return session
 
+    @override
+    def measure(self, send: Send, measurement: Measurement) -> bool:
+        """Sum what clients measured, in a session of its own: other keys, and other masks.
+
+        A sum that is lost is not asked for again; the row says why there is none.
+        """
+        clients, loop = measurement.clients, measurement.loop
+        if len(clients) > MOST_CLIENTS:
+            raise ConfigError(
+                f"{len(clients)} clients are to measure, of whom a secure sum holds "
+                f"{MOST_CLIENTS}: set evaluate.clients=cohort"
+            )
+        cohort, asked = Cohort(clients, torch.ones(len(clients))), measurement
+        lenient = replace(loop, max_failures=len(clients), min_clients=1)
+        exchange = Exchange(asked.downlink, asked.round_, asked.version, cohort, cohort, lenient)
+        exchange.asks = asked.asks
+        talk, row = MeasureSession(exchange, send, asked), Row()
+        try:
+            session = self._agree(exchange, talk, self.config.clip)
+            self._gather(session, talk)
+            K = len(session.words)
+            row = talk.summed.row(session.total(), K) | {"in_sum": K, "histogram": BINS}
+        except (ClientError, WireError) as lost:
+            if not (loop.guarded or isinstance(lost, RoundLostError)):
+                raise
+            if isinstance(lost, CulpritError):
+                self.banned[lost.client] = lost.why
+            row = {"lost": str(lost)}
+        measurement.summed = row | {"texts_up": talk.texts.up, "texts_down": talk.texts.down}
+        measurement.failures |= {f.client: f.reason for f in exchange.failures}
+        measurement.received = exchange.received
+        return True
+
+    def _gather(self, session: Session, talk: SecAggSession) -> None:
+        """Gather masked vectors, and what takes the masks off their sum."""
+        if not session.asked:
+            self._mask(session, talk)
+        missing = session.ask_for_shares()
+        found, failures = talk.collect("unmask", missing, session.check_shares)
+        session.shares |= found
+        session.notes += [
+            f"client {c} gave no shares: {failures.get(c, 'no reply in time')}"
+            for c in sorted(missing.keys() - found.keys())
+        ]
+
     def _mask(self, session: Session, talk: SecAggSession) -> None:
         """Gather the masked vectors, in a second exchange where shares cannot be opened."""
-        if self.file is not None:
-            write_text(self.file, f"{session.round_}\n")
         settings = {"step": session.step}
         waiting = {c: message for c, message in session.messages.items() if c not in session.words}
         answers, failures = talk.masked(waiting, settings)

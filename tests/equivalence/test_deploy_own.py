@@ -88,6 +88,31 @@ def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path
     assert "samples_min" not in found["task"]["partition"]  # the server does not know it
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["head=average", "method=fedsa_lora"],
+        ["head=local", "secure=secagg", "weights=uniform", "output.checkpoint_every=1"],
+    ],
+    ids=["factors", "head and secure sums"],
+)
+def test_what_stays_at_a_client_is_measured_there(words: list[str], tmp_path: Path) -> None:
+    """By a server without a sample, as in a simulation: before and after local training."""
+    nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
+        1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)
+    }
+    more = ["data.test=null", "data.loss=cross_entropy", "rounds=1", *words]
+    more += ["evaluate.clients=all", "evaluate.personal=true"]
+    run(tmp_path / "run", Network(tmp_path / "cache", nodes), *more)
+    inline = tmp_path / "inline"
+    own = ["engine=inline", "data.samples=clinic.data:owner", "data.test_share=0"]
+    simulate(composed([*WORDS, *own, f"output.dir={inline}", *more]), inline)
+    for found, wanted in zip(rows(tmp_path / "run"), rows(inline), strict=True):
+        assert found["metrics"] == wanted["metrics"]
+        assert found["clients"] == wanted["clients"]
+        assert {"accuracy", "personal_accuracy"} <= {*found["clients"]}  # type: ignore[misc]
+
+
 def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
     nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
         1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)

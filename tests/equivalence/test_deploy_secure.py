@@ -5,11 +5,13 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Message
 
+from fedraclora.clients.secure import MEASURED
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.records import from_records
@@ -22,6 +24,7 @@ from fedraclora.weights.files import load_tensors
 from fedraclora.weights.links import read_links
 from fedraclora.wire.records import clients_of
 from fedraclora.wire.secagg import read_stage
+from tests.campaigns.faults.harms import raises
 from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small
 from tests.campaigns.faults.real import Drill, end_node
 from tests.campaigns.faults.trials import absent
@@ -120,6 +123,25 @@ def test_what_a_client_sends_amiss_is_its_failure_alone(
     assert failure["client"] == 3
     assert words in failure["reason"]
     assert number(rows(tmp_path / "run")[-1], "secure", "clients") == 4
+
+
+def test_a_client_that_is_gone_while_measurements_are_summed_is_left_out(tmp_path: Path) -> None:
+    """It trained, and its masks are taken off the sum of what the others measured."""
+
+    def lost(message: Message) -> bool:
+        said = read_stage(asked := from_records(message.content))
+        measured = said is not None and said.name == "masked" and MEASURED in said.settings
+        return measured and clients_of(asked) == [3]
+
+    network = Network(tmp_path / "cache", nodes_for(5), raises(lost))
+    deploy([*SECURE, "rounds=1", "evaluate.clients=cohort"], tmp_path / "run", network)
+    for row in rows(tmp_path / "run"):
+        found: Any = row["clients"]
+        assert (found["in_sum"], found["n"]) == (4, 4)
+        assert 0 <= found["accuracy"]["mean"] <= 1
+        (failure,) = found["failures"]
+        assert failure["client"] == 3
+    assert number(rows(tmp_path / "run")[1], "secure", "clients") == 5
 
 
 def test_the_noise_of_a_real_client_is_not_in_the_seed(tmp_path: Path) -> None:
