@@ -244,7 +244,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         facts["new_head"] = f"{', '.join(built.drawn)}: drawn, model.path has none of these outputs"
     train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
     asked = config.evaluate
-    train, held = hold_out_of_clients(train, asked.portion, config.seed, asked.split)
+    train, held = hold_out_of_clients(train, asked.portion, config.seed, **asked.source)
     if config.pretrain.epochs:
         facts["pretrain"] = _pretrained(config, without_held(whole, data, held), model)
     clients, cohort = train.num_clients, config.cohort

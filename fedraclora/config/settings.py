@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from typing_extensions import override
 
@@ -329,6 +329,11 @@ class EvaluateConfig(Limited, group="evaluate"):
         """Return which part of its samples each client holds out; None: nothing."""
         share = HELD_OUT if self.share is None else self.share
         return share if self.by_clients else None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Return which samples these are: of which split, and whether a client's own test is."""
+        return {"split": self.split, "own_tests": self.share is None and self.split == "test"}
 
     @property
     def models(self) -> int:

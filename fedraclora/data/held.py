@@ -34,6 +34,8 @@ class Portion:
         seed: Of the run.
         held: Whether this is what is held out; else it is the rest.
         split: What is measured on: test, or validation, which is held out beside the test.
+        own_tests: Whether a client that brings test samples measures on those, and trains on all
+            others.
     """
 
     whole: ClientData
@@ -41,6 +43,7 @@ class Portion:
     seed: int
     held: bool
     split: str = "test"
+    own_tests: bool = False
     _last: list[Rows] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -62,11 +65,23 @@ class Portion:
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]; 0 where nothing can be held out."""
-        first, end = self._bounds(self.whole.sizes(clients))
+        first, end = self._bounds(self.whole.sizes(clients), clients)
+        tests = [self.tests(client) for client in clients.tolist()] if self.held else []
+        for place, own in enumerate(tests):
+            if own is not None:
+                first[place], end[place] = 0, len(own)
         return end - first
+
+    def tests(self, client: int) -> Samples | None:
+        """Return test samples that a client brings, which are measured on in place of a share."""
+        return (
+            self.whole.tests(client) if self.own_tests and isinstance(self.whole, Brought) else None
+        )
 
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Take samples by position in the part: ids [K], positions [K, b] -> K * b rows."""
+        if self.held and (own := self.tests(int(clients[0]))) is not None:  # one at a time
+            return own.take(positions[0])
         return self.whole.gather(clients, self.places(clients, positions))
 
     def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
@@ -77,7 +92,7 @@ class Portion:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Portion:
         """Move to a device; floating samples take ``dtype`` when given."""
-        return Portion(self.whole.to(device, dtype), self.share, self.seed, self.held, self.split)
+        return replace(self, whole=self.whole.to(device, dtype), _last=[])
 
     def places(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Find positions in the client of positions in the part: int64 [K, b], both.
@@ -87,15 +102,20 @@ class Portion:
         if not self._last or not torch.equal(self._last[0][0][: len(clients)], clients):
             sizes = self.whole.sizes(clients)
             key = hash_key(self.seed, "held out")
-            first, _ = self._bounds(sizes)
+            first, _ = self._bounds(sizes, clients)
             self._last[:] = [(clients, first, cohort_permutations(key, clients, sizes, 0))]
         _, first, order = self._last[0]  # still training are the first of them
         order, first = order[: len(clients)], first[: len(clients)]
         return order.gather(1, (first[:, None] + positions).clamp(max=order.shape[1] - 1))
 
-    def _bounds(self, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _bounds(
+        self, sizes: torch.Tensor, clients: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Find where the part begins and ends in the order of each client, int64 [K] each."""
         wanted = (sizes.double() * self.share + 0.5).long()
+        if self.own_tests and isinstance(self.whole, Brought):
+            brings = [self.tests(client) is not None for client in clients.tolist()]
+            wanted = wanted.masked_fill(torch.tensor(brings, dtype=torch.bool).to(wanted.device), 0)
         test = wanted.minimum(sizes - 1).clamp(min=0)  # something is left to train on
         if self.split == "test":
             return (torch.zeros_like(test), test) if self.held else (test, sizes)
@@ -104,7 +124,12 @@ class Portion:
 
 
 def hold_out_of_clients(
-    data: ClientData, share: float | None, seed: int, split: str = "test"
+    data: ClientData,
+    share: float | None,
+    seed: int,
+    split: str = "test",
+    *,
+    own_tests: bool = False,
 ) -> tuple[ClientData, ClientData | None]:
     """Part each client's samples into what it trains on and what it measures on.
 
@@ -114,6 +139,7 @@ def hold_out_of_clients(
             one to train on. None: nothing is held out.
         seed: Of the run.
         split: As in `Portion`.
+        own_tests: As in `Portion`.
 
     Returns:
         Both, over the same samples. What a client has of each is a function of the seed, its id and
@@ -129,7 +155,7 @@ def hold_out_of_clients(
             "evaluate.clients is set, but the clients' samples are objects that no tensors were "
             "made of, on which nobody can measure: set evaluate.clients=none"
         )
-    parts = tuple(Portion(data, share, seed, held, split) for held in (False, True))
+    parts = tuple(Portion(data, share, seed, held, split, own_tests) for held in (False, True))
     train, held = (_rows_of(data, p) for p in parts) if isinstance(data, Partitioned) else parts
     if isinstance(held, Partitioned) and not len(held.rows):
         raise ConfigError(

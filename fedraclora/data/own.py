@@ -94,7 +94,7 @@ def _numbers(folder: Path) -> set[int]:
 
 def read_own(
     source: str, client: int, *, alone: bool = False, arguments: Mapping[str, object] | None = None
-) -> Samples:
+) -> tuple[Samples, Samples | None]:
     """Read the samples of one client.
 
     Args:
@@ -104,16 +104,23 @@ def read_own(
         alone: Whether no other client can mean the same folder.
         arguments: Further ones of the function, by name.
 
+    Returns:
+        What it may train on; and its own test samples, where it has some: beside ``<id>.npz``
+        those of ``<id>.test.npz``, beside ``train.npz`` those of ``test.npz``, and of a function
+        what stands under ``test`` beside ``train``.
+
     Raises:
         DataError: If they are missing.
     """
     where = f"client {client} (data.samples={source})"
     if is_function(source):
-        return gathered(call_function("data.samples", source, client, **(arguments or {})), where)
+        found = call_function("data.samples", source, client, **(arguments or {}))
+        train, test = parts_of(found)
+        return gathered(train, where), None if test is None else gathered(test, f"{where}, test")
     folder = _folder(source)
     named, only = folder / f"{client}.npz", folder / ONLY_FILE
     if named.is_file():
-        return read_npz(named, where)
+        return _with_test(named, folder / f"{client}.test.npz", where)
     if not only.is_file():
         raise DataError(f"{where} has no samples: neither {named} nor {only} is there")
     if not alone or _numbers(folder):
@@ -121,7 +128,18 @@ def read_own(
             f"{where} has no samples: {named} is not there, and {only} is one client's alone; with "
             "several clients each has its own file, 0.npz, 1.npz, ..."
         )
-    return read_npz(only, where)
+    return _with_test(only, folder / "test.npz", where)
+
+
+def _with_test(file: Path, test: Path, where: str) -> tuple[Samples, Samples | None]:
+    found = read_npz(file, where)
+    return found, read_npz(test, f"{where}, test") if test.is_file() else None
+
+
+def parts_of(found: Any) -> tuple[Any, Any]:
+    """Part what a function gives into what is trained on and a client's own test, if any."""
+    both = isinstance(found, Mapping) and {*found} == {"train", "test"}
+    return (found["train"], found["test"]) if both else (found, None)
 
 
 @dataclass(frozen=True)
@@ -159,6 +177,7 @@ class Brought:
     _found: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _held_out: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
+    _tests: dict[int, Samples | None] = field(default_factory=dict, repr=False, compare=False)
     _own: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, client: int) -> Samples:
@@ -186,11 +205,21 @@ class Brought:
         """
         if client not in self._own:
             found = call_function("data.samples", str(self.source), client, **self.arguments)
+            found, _ = (found, None) if self.objects else parts_of(found)
             size = length(found) if self.objects else len(self.whole(client))
             rows = self._training(size, client)[0]
             each = Entries.of([found], [size]).keep(rows)
             self._own[client] = each.client_of([np.arange(len(rows))], 0)
         return self._own[client]
+
+    def tests(self, client: int) -> Samples | None:
+        """Return the test samples that a client brings; None where it has none, or is elsewhere."""
+        if self.source is None or self.only not in {None, client}:
+            return None
+        if client not in self._tests and not self.objects:
+            self.whole(client)
+        found = self._tests.get(client)
+        return None if found is None else found.to(self.device, self.dtype)
 
     def _training(self, size: int, client: int) -> tuple[RowNumbers, RowNumbers]:
         """Choose the rows that a client trains on, and those that are held out."""
@@ -221,7 +250,10 @@ class Brought:
             return stand_in(length(self.own(client)))
         if client not in self._read:
             alone, said = self.alone or self.num_clients == 1, self.arguments
-            self._read[client] = read_own(self.source, client, alone=alone, arguments=said)
+            found, test = read_own(self.source, client, alone=alone, arguments=said)
+            self._read[client] = found
+            where = f"client {client}, test (data.samples={self.source})"
+            self._tests[client] = None if test is None else self.form.fit(test, where)
         self.reading.update(scale_of_bytes(self._read[client]))
         where = f"client {client} (data.samples={self.source})"
         fitted = self.form.fit(self._read[client], where)

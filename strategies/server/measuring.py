@@ -140,6 +140,9 @@ class Measurement:
         try:
             for ask, answer in send(self.asks):
                 silent -= {*ask.clients}
+                if isinstance(answer, NoAnswer):
+                    self._failed(ask, answer.reason)
+                    continue
                 try:
                     self._take(ask, answer)
                 except Exception as error:  # whatever another machine may send
@@ -167,11 +170,8 @@ class Measurement:
             )
         self.failures |= dict.fromkeys(ask.clients, printable(why))
 
-    def _take(self, ask: Ask, answer: Answer | NoAnswer) -> None:
+    def _take(self, ask: Ask, answer: Answer) -> None:
         """Check an answer against its ask, and keep it."""
-        if isinstance(answer, NoAnswer):
-            self._failed(ask, answer.reason)
-            return
         if (answer.round_, answer.version) != (self.round_, self.version):
             raise WireError(
                 f"it is of round {answer.round_} and version {answer.version}, but "

@@ -147,7 +147,7 @@ def test_one_file_is_one_clients(tmp_path: Path) -> None:
     """A folder with train.npz alone gave every client the same samples."""
     x, y = arrays()
     np.savez(tmp_path / "train.npz", x=x, target=y)
-    assert len(read_own(str(tmp_path), 2, alone=True)) == len(y)
+    assert len(read_own(str(tmp_path), 2, alone=True)[0]) == len(y)
     assert own_samples(clients=None, samples=str(tmp_path)).parts.num_clients == 1  # type: ignore[union-attr]
     with pytest.raises(DataError, match=r"client 0.*train\.npz is one client's"):
         own_samples(clients=3, samples=str(tmp_path))

@@ -277,3 +277,36 @@ class Opaque:
 
     def __len__(self) -> int:
         return 4
+
+
+def with_tests(client: int) -> object:
+    """A client's samples, with test samples of its own for some."""
+    x, y = of_client(client)
+    return {"train": (x, y), "test": (x[:2] + 50, y[:2])} if client % 2 else (x, y)
+
+
+@pytest.mark.parametrize("source", ["function", "folder"])
+def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_path: Path) -> None:
+    for client in range(6):
+        x, y = of_client(client)
+        np.savez(tmp_path / f"{client}.npz", x=x, target=y)
+        if client % 2:
+            np.savez(tmp_path / f"{client}.test.npz", x=x[:2] + 50, target=y[:2])
+    samples = f"{__name__}:with_tests" if source == "function" else str(tmp_path)
+    data = {"name": "own", "samples": samples, "test_share": 0.2, "classes": 2}
+    words = ["evaluate.clients=all", "output.progress=false"]
+    run = fedraclora.simulate(*words, model=net(), data=data, clients=6, cohort=3, rounds=1)
+    task = run.built().task
+    for client in range(6):
+        held, size = features(task.held.data, client), len(task.train.whole.client(client))
+        if client % 2:
+            assert (np.array(held) > 40).all()
+            assert len(features(task.train, client)) == size
+        else:
+            assert len(features(task.train, client)) + len(held) == size
+    last = run.clients[run.clients["round"] == 1]
+    assert [*last["samples"][last["client"] % 2 == 1]] == [2, 2, 2]
+    share = fedraclora.simulate(
+        *words, "evaluate.share=0.3", model=net(), data=data, clients=6, cohort=3, rounds=0
+    )
+    assert all(np.max(features(share.built().task.held.data, k)) < 40 for k in range(1, 6))
