@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from types import TracebackType
+from types import SimpleNamespace
 from typing import Any, Self, cast
 
 import torch
@@ -19,8 +18,6 @@ from fedraclora.errors import ClientError, StaleError, WireError
 from fedraclora.lowrank.layers import layer_kind, layer_view, weight_name
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.pool import fold_pools
-from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.own.places import find, inner, plain_name
 from fedraclora.training.own.round import Asked, Round
@@ -31,20 +28,6 @@ from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.exchange import Ask
 from fedraclora.wire.reply import write_answer
 from fedraclora.wire.weight_update import read_weight_update
-
-
-@dataclass
-class _Done:
-    """Stands where a worker has its trainer: what it asks for has been trained."""
-
-    result: LocalResult
-    seed: int
-    local: LocalConfig = field(default_factory=LocalConfig)
-    recall: object = None
-
-    def train(self, *_: object, **__: object) -> LocalResult:
-        """Give what came out."""
-        return self.result
 
 
 class FlowerRound:
@@ -91,11 +74,7 @@ class FlowerRound:
         self.model = self.round.install(model, adapter)
 
     def reply(
-        self,
-        metrics: Mapping[str, Any],
-        *,
-        loss: float | None = None,
-        steps: int = 1,
+        self, metrics: Mapping[str, Any], *, loss: float | None = None, steps: int = 1
     ) -> Message:
         """Write the reply: in training what was trained, and in both the metrics.
 
@@ -114,7 +93,8 @@ class FlowerRound:
                 f"the metrics of a reply are {[*metrics]}; {self._weight!r}, the number of its "
                 "samples, is wanted among them"
             )
-        record = MetricRecord({n: _plain(n, v) for n, v in metrics.items()})
+        # Of numpy and torch, which Flower does not take.
+        record = MetricRecord({n: getattr(v, "item", lambda v=v: v)() for n, v in metrics.items()})
         job: dict[str, Any] = {"held": self._replica.version, "mark": str(self._replica.mark)}
         if isinstance(self._partition, int):
             job["partition"] = self._partition
@@ -122,7 +102,10 @@ class FlowerRound:
         if not self._message.metadata.message_type.startswith("evaluate"):
             samples = record[self._weight]
             trained = self.round.read(self.model, samples=samples, steps=steps, loss=loss)  # type: ignore[arg-type]
-            done = cast(CohortTrainer, _Done(as_result([trained]), self._seed))
+            done: Any = SimpleNamespace(  # stands where a worker has its trainer
+                train=lambda *_, **__: as_result([trained]), local=LocalConfig(), seed=self._seed,
+                recall=None,
+            )  # fmt: skip
             answer = to_records(write_answer(Worker(done, self._replica).train(self._ask)))
             small = RecordDict(
                 {n: r for n, r in answer.items() if n != "arrays"} | {JOB: found[JOB]}
@@ -135,12 +118,7 @@ class FlowerRound:
         self._open.enter_context(seeded_everywhere(self.round.seed))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        raised: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
 
@@ -175,14 +153,3 @@ def _weights(model: nn.Module, ask: Ask, adapter: str) -> Tree:
         found.setdefault(id(p), (name, p.detach()))
     changed = {*ask.own.adapters, *ask.own.dense}
     return {n: t.to(wide(t.dtype)) if n in changed else t for n, t in found.values()}
-
-
-def _plain(name: str, value: Any) -> int | float | list[int] | list[float]:
-    """Take a metric in Flower's types."""
-    if isinstance(value, list):
-        return value
-    try:
-        number = value if type(value) is int else float(value)
-    except (TypeError, ValueError) as error:
-        raise ClientError(f"the metric {name} is {value!r:.100}; a number is wanted") from error
-    return int(number) if number == int(number) and hasattr(value, "__index__") else number

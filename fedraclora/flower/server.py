@@ -110,10 +110,7 @@ class LowRank(FedAvg):
         **options: Any,
     ) -> None:
         if "arrayrecord_key" in options:
-            raise ConfigError(
-                "arrayrecord_key names the arrays in a message of FedAvg, but LowRank sends links: "
-                "leave it out, and open the message by fedraclora.flower.round"
-            )
+            raise ConfigError("arrayrecord_key is of no use: LowRank sends links and no arrays")
         super().__init__(**options)
         if Method not in type(method).__mro__:
             raise ConfigError(
@@ -125,7 +122,8 @@ class LowRank(FedAvg):
         require_numbers(model, "model")
         self.method, self.seed, self.timeout, self.same_start = method, seed, timeout, same_start
         self.wire = {"uplink": uplink, "downlink": downlink, "min_clients": min_clients}
-        self._parameters, self._plan, self._peft = _planned(model, targets, head, bias, dense)
+        settings = {"targets": targets, "head_policy": head, "bias_policy": bias, "dense": dense}
+        self._base, self._names, self._plan, self._peft = _planned(model, settings)
         self._buffers = {*dict(model.named_buffers())}
         if method.client_state or self._plan.local:
             raise ConfigError(
@@ -173,7 +171,12 @@ class LowRank(FedAvg):
         counted = {key: number(row, key) for key in COUNTED} | {"failures": len(failed)}
         metrics = self._aggregated(server_round, failed, self.train_metrics_aggr_fn, counted)
         weights = written_out(self.method.weights(rounds.state, rounds.draw))
-        self._given = _written(weights, self._shape, self._parameters)
+        found = {n: Array(to_numpy(t.to(wide(t.dtype)))) for n, t in weights.items()}
+        if self._shape:  # what is no parameter stays
+            found = {
+                n: found[self._names[n]] if n in self._names else a for n, a in self._shape.items()
+            }
+        self._given = ArrayRecord(found)
         return self._given, metrics
 
     @override
@@ -247,10 +250,10 @@ class LowRank(FedAvg):
     def _begun(self, arrays: ArrayRecord, grid: Grid) -> FedStrategy:
         """Start from the arrays of the app, or where these are an adapter's, from the model."""
         method, draw, plan = self.method, Draw(self.seed), self._plan
-        given, is_adapter = _weights(arrays, self._parameters, self._buffers)
+        given, is_adapter = self._weights(arrays)
         self._shape = ArrayRecord() if is_adapter else arrays
-        base = {n: p.detach() for n, p in self._parameters.items()} | given
-        base = {n: t for n, t in base.items() if n in plan.shapes}
+        # Copies: the app may go on to use its model, for an evaluation say.
+        base = {n: given[n] if n in given else t.clone() for n, t in self._base.items()}
         one = Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1))
         asked = method.open_round(method.init(base, plan, draw), 1, one, draw)
         if asked.recipe != "plain":
@@ -283,6 +286,27 @@ class LowRank(FedAvg):
             log.info("\t└──> Arrays are whole weights: fedraclora.flower.load, not an adapter's")
         return rounds
 
+    def _weights(self, arrays: ArrayRecord) -> tuple[Tree, bool]:
+        """Read the weights of the app's arrays, and whether they are an adapter of PEFT."""
+        given = {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()}
+        adapter = {n: t for n, t in given.items() if ".lora_" in n}
+        if any(n.endswith(ZERO) and t.any() for n, t in adapter.items()):
+            raise ConfigError(
+                "initial_arrays are an adapter that has been trained, and low-rank rounds begin "
+                "with none: merge it into the model first (model.merge_and_unload())"
+            )
+        rest = {n.removeprefix(PEFT): t for n, t in given.items() if n not in adapter}
+        found = {self._names[n]: t for n, t in rest.items() if n in self._names}
+        odd = [n for n in rest if n not in self._names and n not in self._buffers]
+        odd += [n for n, t in found.items() if t.shape != self._base[n].shape]
+        lacking = [] if adapter or not arrays else [n for n in self._base if n not in found]
+        if odd or lacking:
+            raise ConfigError(
+                f"initial_arrays are not a state dict of the model, nor of its adapter: {odd[:3]} "
+                f"are not its, {lacking[:3]} are missing; give ArrayRecord(model.state_dict())"
+            )
+        return found, bool(adapter)
+
 
 def load(model: M, arrays: ArrayRecord) -> nn.Module:
     """Put the weights that `LowRank` gives into a model.
@@ -293,80 +317,37 @@ def load(model: M, arrays: ArrayRecord) -> nn.Module:
         arrays: Of ``evaluate_fn`` or ``Result.arrays``.
 
     Raises:
-        ConfigError: If it has other parameters.
+        ConfigError: If the model has parameters that the arrays lack.
     """
     inside: nn.Module = model.unload() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    places = _once(find(inside, {}, "default").parameters)
-    if lacking := [name for name in places if name not in arrays]:
+    places = find(inside, {}, "default").parameters
+    known = {id(p) for n, p in places.items() if n in arrays}
+    if lacking := [n for n, p in places.items() if id(p) not in known]:
         raise ConfigError(f"the arrays lack weights of this model: {lacking[:3]}")
     with torch.no_grad():
-        for name, parameter in places.items():
-            parameter.copy_(torch.from_numpy(arrays[name].numpy()))
+        for name in places.keys() & arrays.keys():
+            places[name].copy_(torch.from_numpy(arrays[name].numpy()))
     return inside
 
 
-def _once(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Leave out further names of one parameter."""
-    found: dict[int, str] = {}
-    for name, parameter in parameters.items():
-        found.setdefault(id(parameter), name)
-    return {name: parameters[name] for name in found.values()}
-
-
 def _planned(
-    model: nn.Module,
-    targets: str | Sequence[str],
-    head: str,
-    bias: str,
-    dense: str | Sequence[str] | None,
-) -> tuple[dict[str, nn.Parameter], Plan, bool]:
-    """Find a model's parameters under plain names, and say what of it is trained how."""
+    model: nn.Module, settings: Mapping[str, Any]
+) -> tuple[Tree, dict[str, str], Plan, bool]:
+    """Say what of a model is trained how.
+
+    Returns:
+        Its parameters, by plain names; all names of each, tied ones too, with that one; the plan;
+        and whether it has LoRA layers of PEFT.
+    """
     places = find(model, {}, "default")
+    first: dict[int, str] = {}
+    names = {n: first.setdefault(id(p), n) for n, p in places.parameters.items()}
+    once = {n: places.parameters[n] for n in first.values()}
+    base = {n: p.detach() for n, p in once.items()}
     if not places.layers:
-        final = found_head(model)
-        plan = make_plan(
-            model, final, targets=targets, head_policy=head, bias_policy=bias, dense=dense
-        )
-        return places.parameters, plan, False
-    once = _once(places.parameters)
+        return base, names, make_plan(model, found_head(model), **settings), False
     views = {name: layer_view(layer.base_layer) for name, layer in places.layers.items()}
     full = tuple(n for n, p in once.items() if p.requires_grad and n not in views)
-    shapes = {n: tuple(p.shape) for n, p in once.items()}
     weights = tuple(n for n in once if not n.endswith("bias") and n not in full)
-    plan = Plan(targets=views, dense=full, weights=weights, shapes=shapes)
-    return places.parameters, plan, True
-
-
-def _weights(
-    arrays: ArrayRecord, parameters: dict[str, nn.Parameter], buffers: set[str]
-) -> tuple[Tree, bool]:
-    """Read the weights of the app's arrays, and whether they are an adapter of PEFT."""
-    given = {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()}
-    adapter = {n: t for n, t in given.items() if ".lora_" in n}
-    if any(n.endswith(ZERO) and t.any() for n, t in adapter.items()):
-        raise ConfigError(
-            "initial_arrays are an adapter that has been trained, and low-rank rounds begin with "
-            "none: merge it into the model first (model.merge_and_unload())"
-        )
-    rest = {n.removeprefix(PEFT): t for n, t in given.items() if n not in adapter}
-    odd = [n for n in rest if n not in parameters and n not in buffers]
-    odd += [n for n, t in rest.items() if n in parameters and t.shape != parameters[n].shape]
-    lacking = [] if adapter or not arrays else [n for n in _once(parameters) if n not in rest]
-    if odd or lacking:
-        raise ConfigError(
-            f"initial_arrays are not a state dict of the model, nor of its adapter: {odd[:3]} are "
-            f"not its, {lacking[:3]} are missing; give ArrayRecord(model.state_dict())"
-        )
-    return {n: t for n, t in rest.items() if n in parameters}, bool(adapter)
-
-
-def _written(weights: Tree, shape: ArrayRecord, parameters: dict[str, nn.Parameter]) -> ArrayRecord:
-    """Write weights under the names that the app has for them; what is no parameter stays."""
-    first = {id(p): n for n, p in _once(parameters).items()}
-    own = {n: first[id(p)] for n, p in parameters.items()}  # of tied ones, too
-    names = {n: own.get(n) for n in shape} or {n: n for n in weights}
-    arrays = {
-        n: Array(to_numpy(t.to(wide(t.dtype)) if t.is_floating_point() else t))
-        for n, t in weights.items()
-    }
-    return ArrayRecord({n: shape[n] if w is None else arrays[w] for n, w in names.items()})
+    shapes = {n: tuple(p.shape) for n, p in once.items()}
+    return base, names, Plan(targets=views, dense=full, weights=weights, shapes=shapes), True

@@ -443,13 +443,24 @@ def test_a_peft_model_begins_from_its_checkpoint_and_is_sent_no_weights(
 ) -> None:
     from peft import get_peft_model_state_dict
 
-    nodes = nodes_of(tmp_path, 2, app=text_app())
-    strategy = flower.LowRank(method, llama())
-    initial = ArrayRecord(get_peft_model_state_dict(llama()))
-    result = strategy.start(nodes, initial, 3)
+    nodes, own_model = nodes_of(tmp_path, 2, app=text_app()), llama()
+    strategy = flower.LowRank(method, own_model)
+    initial = ArrayRecord(get_peft_model_state_dict(own_model))
+
+    def measured(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if round_:  # into the very model that the strategy was given
+            own_model.get_base_model().load_state_dict(
+                {n.replace("_proj.weight", "_proj.base_layer.weight") if n[-13] in "qv" else n: t
+                 for n, t in arrays.to_torch_state_dict().items()}, strict=False,
+            )  # fmt: skip
+        return None
+
+    result = strategy.start(nodes, initial, 3, evaluate_fn=measured)
     metrics = result.train_metrics_clientapp
     assert [metrics[r]["failures"] for r in (1, 2, 3)] == [0, 0, 0]
     assert metrics[1]["catchup_bytes"] == 0
+    every = [*metrics.values(), *result.evaluate_metrics_clientapp.values()]
+    assert max(float(str(each["catchup_bytes"])) for each in every) < 1000  # links, no weights
     assert metrics[3]["train_loss"] < metrics[1]["train_loss"]
     model = flower.load(llama(), result.arrays)
     assert not [n for n, _ in model.named_parameters() if "lora" in n]
