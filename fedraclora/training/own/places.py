@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from typing_extensions import override
 
 from fedraclora.errors import ClientError, ModelError
 from fedraclora.lowrank.layers import LayerView, weight_name
 from fedraclora.protocol.downlink import Adapter
+from fedraclora.training.own.ranks import whole
+from fedraclora.training.own.term import LowRankTerm
 from fedraclora.tree import Tree
 
 # Parts of a name that wrappers put in: of PEFT, torch.compile, FSDP, checkpointing of activations.
@@ -45,7 +45,7 @@ class Place:
 
     def ours(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return its value in our form, detached; no copy where none is needed."""
-        value = self.tensor.detach()
+        value = whole(self.tensor.detach())
         return value.mT if self.turned else value.reshape(shape)
 
 
@@ -79,35 +79,6 @@ class Places:
                 "merging, unloading or removing anything"
             )
         return Place(self.parameters[name])
-
-
-class LowRankTerm(nn.Module):
-    """A parametrisation of torch: a stored weight ``W`` becomes ``W + scale * product``.
-
-    Args:
-        view: How the weight is seen as a matrix.
-        factors: In the order of their product.
-        trained: Labels of those that are trained.
-        scale: Of the product.
-    """
-
-    def __init__(
-        self, view: LayerView, factors: Mapping[str, torch.Tensor], trained: set[str], scale: float
-    ) -> None:
-        super().__init__()
-        self.view, self.labels, self.scale = view, [*factors], scale
-        for label, value in factors.items():
-            if label in trained:
-                self.register_parameter(label, nn.Parameter(value.clone()))
-            else:
-                self.register_buffer(label, value.clone())
-
-    @override
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        product = reduce(torch.matmul, (getattr(self, label) for label in self.labels))
-        return torch.add(
-            weight, self.view.stored(product.to(weight.dtype), weight), alpha=self.scale
-        )
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -316,3 +287,14 @@ def attach(
             trained_ = {k for k, factor in asked.factors.items() if factor.trained}
             term = LowRankTerm(views[weight], factors, trained_, asked.scale)
             parametrize.register_parametrization(module, "weight", term, unsafe=True)
+
+
+def buffers_of(model: nn.Module) -> Tree:
+    """List the buffers that a state dict has, by name; those of our terms are factors."""
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, module in inner(model).named_modules()  # a state dict would shard FSDP's again
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set  # noqa: SLF001
+        and not isinstance(module, LowRankTerm)
+    }

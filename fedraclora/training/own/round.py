@@ -16,7 +16,8 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.training.materialise import materialise
-from fedraclora.training.own.places import Places, attach, find, inner, restore
+from fedraclora.training.own.places import Places, attach, buffers_of, find, inner, restore
+from fedraclora.training.own.ranks import bits_of, check_ranks
 from fedraclora.tree import Tree
 
 SHOWN = 3  # names in a message
@@ -84,7 +85,7 @@ class Round:
     state: dict[str, Any] = field(default_factory=dict)
     _asked: Asked = field(kw_only=True, repr=False)
     _adapter: str = field(default="default", init=False, repr=False)
-    _installed: Tree | None = field(default=None, init=False, repr=False)
+    _installed: dict[str, int] | None = field(default=None, init=False, repr=False)
 
     def install(self, model: nn.Module, adapter: str = "default") -> nn.Module:
         """Put the weights of the round into a model, and what is to be trained.
@@ -135,7 +136,7 @@ class Round:
         for name in asked.values:
             tensor = places.place(name).tensor.requires_grad_(True)
             asked.cut(name, tensor, turned=places.place(name).turned)
-        self._adapter, self._installed = adapter, asked.rest_of(model)
+        self._adapter, self._installed = adapter, asked.rest_of(model, places)
         return model
 
     def read(
@@ -161,8 +162,8 @@ class Round:
 
         Raises:
             ClientError: If a factor or weight that the method freezes has moved, a number is not
-                finite, the adapter is merged, switched off or scaled otherwise, or nothing was
-                trained.
+                finite, the adapter is merged, switched off or scaled otherwise, nothing was
+                trained, or the processes of a client, which all read, have trained apart.
         """
         asked = self._asked
         if self._installed is None:
@@ -186,6 +187,7 @@ class Round:
                 "nothing was trained: no number that the method trains has moved. Make the "
                 "optimiser after round.install, of parameters with requires_grad, and step it"
             )
+        check_ranks(found)
         return Trained(
             self.client,
             self.number,
@@ -341,7 +343,7 @@ class Asked:
                         f"installed, and {tuple(self.base[name].shape)} in the run"
                     )
                 parameter.copy_(self.base[name])
-            for name, buffer in _buffers(model).items():
+            for name, buffer in buffers_of(model).items():
                 if name in self.buffers and self.buffers[name].shape == buffer.shape:
                     buffer.copy_(self.buffers[name])
 
@@ -375,37 +377,24 @@ class Asked:
         cut = {n: torch.where(m, found[n], self.values[n]) for n, m in self.masks.items()}
         return found | cut
 
-    @staticmethod
-    def rest_of(model: nn.Module) -> Tree:
-        """Return copies of what stays and has no other record: the buffers of a model."""
-        return {name: buffer.clone() for name, buffer in _buffers(model).items()}
+    def rest_of(self, model: nn.Module, places: Places) -> dict[str, int]:
+        """Sum up the bits of what must not move, untrained weights and buffers, by name."""
+        rest: Tree = {n: p for n, p in places.parameters.items() if n in self.base}
+        rest = {n: t for n, t in rest.items() if n not in self.downlink.dense} | buffers_of(model)
+        sums = torch.stack([torch.zeros((), dtype=torch.int64), *map(bits_of, rest.values())])
+        return dict(zip(rest, sums.tolist()[1:], strict=True))
 
-    def check_rest(self, model: nn.Module, places: Places, installed: Tree) -> None:
+    def check_rest(self, model: nn.Module, places: Places, installed: dict[str, int]) -> None:
         """Refuse a model whose untrained weights, or buffers, have moved."""
-        for name, value in self.base.items():
-            parameter = places.parameters.get(name)
-            if name in self.downlink.dense or name not in places.parameters:
-                continue
-            if parameter is None or not torch.equal(parameter.detach(), value.to(parameter)):
-                raise ClientError(
-                    f"{name} has moved, which the method does not train: train parameters with "
-                    "requires_grad alone, and make the optimiser after round.install"
-                )
-        buffers = _buffers(model)
-        for name, value in installed.items():
-            if name not in buffers or not torch.equal(buffers[name], value):
-                raise ClientError(
-                    f"the buffer {name} has changed, which does not travel: put such layers "
-                    "(BatchNorm) into evaluation mode with .eval()"
-                )
-
-
-def _buffers(model: nn.Module) -> Tree:
-    """List the buffers that a state dict has, by name; those of our terms are factors."""
-    root = inner(model)
-    kept = {*root.state_dict(keep_vars=True)}
-    return {
-        name: buffer
-        for name, buffer in root.named_buffers()
-        if name in kept and "parametrizations." not in name
-    }
+        now = self.rest_of(model, places)
+        moved = next((name for name, bits in installed.items() if now.get(name) != bits), None)
+        if moved in self.base:
+            raise ClientError(
+                f"{moved} has moved, which the method does not train: train parameters with "
+                "requires_grad alone, and make the optimiser after round.install"
+            )
+        if moved is not None:
+            raise ClientError(
+                f"the buffer {moved} has changed, which does not travel: put such layers "
+                "(BatchNorm) into evaluation mode with .eval()"
+            )
