@@ -241,14 +241,11 @@ def refuse_misfits(config: RunConfig) -> None:
             f"precision is {config.precision}, which the project's own loop reads; with local=own "
             "your function says how it computes: leave precision out"
         )
-    said = config.data.get("metrics")
-    own = (
-        [short_name(n) for n in map(named_loss, said) if is_own(n)]
-        if isinstance(said, list)
-        else []
-    )
-    if config.stop.metric.removeprefix("personal_") not in {*MEASURED, *own}:
-        raise unknown("stop.metric", config.stop.metric, MEASURED)
+    said, stop = config.data.get("metrics"), config.stop.metric
+    names = map(named_loss, said if isinstance(said, list) else ())
+    known = {*MEASURED, *(short_name(name) for name in names if is_own(name))}
+    if not stop.startswith("clients.") and stop.removeprefix("personal_") not in known:
+        raise unknown("stop.metric", stop, MEASURED)
     if isinstance(config.engine, DeployConfig):
         _check_deployed(config, config.engine)
 

@@ -17,6 +17,10 @@ from torchmetrics import AUROC, MeanSquaredError
 import fedraclora
 from fedraclora.data.own_loss import OwnLoss, check_loss
 from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.experiments import compare as comparing
+from fedraclora.experiments.report.page import Shown, results
+from fedraclora.experiments.run_files import read_files
+from fedraclora.experiments.study.file import refuse_lower
 from fedraclora.rng import generator, torch_normal
 
 torch.set_num_threads(1)
@@ -312,3 +316,37 @@ def test_a_loss_says_for_which_its_outputs_are_read() -> None:
     yes.like = "logistics"  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="did you mean 'logistic'"):
         fedraclora.simulate(*QUIET, model=net(1), data=data, rounds=0, loss=yes)
+
+
+def test_who_chooses_by_a_metric_of_ones_own_knows_its_direction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: str
+) -> None:
+    monkeypatch.setattr(comparing, "compare_figure", lambda *_: None)
+    words = (*QUIET, "engine=inline", "data.validation=0.2", "output.plots=false")
+    keys: dict[str, Any] = {"metrics": [wrong, "loss"], "loss": focal, "rounds": 9}
+    stop = {"metric": "wrong", "patience": 2}
+    for name, rate in (("still", 1e-6), ("moving", 0.5)):
+        run = fedraclora.simulate(
+            *words,
+            model=net(),
+            data=clients(200),
+            folder=tmp_path / name,
+            local={"lr": rate},
+            stop=stop,
+            **keys,
+        )
+        best = min(run.rows, key=lambda row: row["validation"]["wrong"])
+        assert run.summary["best"]["round"] == best["round"]  # type: ignore[index]
+        assert run.summary["rounds"] < 9  # shares fall to an end, or do not move
+    table = comparing.compare([tmp_path], tmp_path / "out", "wrong", target=0.4)
+    means = [record["metric_mean"] for record in table.records]
+    assert means == sorted(means)
+    assert means[0] < means[1]
+    assert [record["rank"] for record in table.records] == [1, 2]
+    shown = [Shown(**vars(read_files(tmp_path / name))) for name in ("still", "moving")]
+    assert [best for *_, best in results(["still", "moving"], shown)] == [False, True]
+    bad, data = {"metric": "wrongs", "patience": 2}, clients()
+    with pytest.raises(ConfigError, match=r"unknown stop\.metric 'wrongs'"):
+        fedraclora.simulate(*words[:3], model=net(), data=data, stop=bad, **keys)
+    with pytest.raises(ConfigError, match="wrong, of which less is better"):
+        refuse_lower("the study", "wrong", read_files(tmp_path / "still").lower)
