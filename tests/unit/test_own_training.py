@@ -172,3 +172,23 @@ def test_what_a_trainer_leaves_on_a_model_is_undone_by_the_next_install() -> Non
     assert seen == [(1, False, 0.25, ["default"], False)] * 6
     kept.remove()
     assert not model.base_model.model[1]._forward_hooks
+
+
+def switched(round_: Round) -> Trained:
+    """A model that lives on, merged and switched off by whoever used it between rounds."""
+    model = ADAPTED[round_.client]
+    model.merge_adapter()
+    model.disable_adapter_layers()
+    return descend(round_, round_.install(model))
+
+
+ADAPTED: list[Any] = []
+
+
+def test_a_model_that_was_merged_and_switched_off_trains_as_a_fresh_one() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = {"r": 2, "target_modules": ["0"], "modules_to_save": ["2"]}
+    ADAPTED[:] = [get_peft_model(net(), LoraConfig(**config)) for _ in SIZES]  # type: ignore[arg-type]
+    words = ("head=average", "model.head=['2']")
+    assert apart(run(*words, train=switched), run(*words, train=plain)) < 1e-6

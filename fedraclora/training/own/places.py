@@ -190,6 +190,14 @@ def _lora_layers(modules: Mapping[str, nn.Module], adapter: str) -> Iterator[tup
             yield f"{plain_name(name, adapter)[0]}.weight", layer
 
 
+def saved_whole(model: nn.Module, adapter: str) -> Iterator[Any]:
+    """Find the modules that PEFT has copied, to train them whole beside an adapter."""
+    for module in model.modules():
+        found: Any = module
+        if hasattr(found, "original_module") and adapter in getattr(found, "modules_to_save", ()):
+            yield found
+
+
 def _own_parameters(layer: Any) -> Iterator[nn.Parameter]:
     """List the parameters of a LoRA layer beside those of the layer that it stands on."""
     for name, part in layer.named_children():

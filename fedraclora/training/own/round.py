@@ -16,7 +16,15 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.training.materialise import materialise
-from fedraclora.training.own.places import Places, attach, buffers_of, find, inner, restore
+from fedraclora.training.own.places import (
+    Places,
+    attach,
+    buffers_of,
+    find,
+    inner,
+    restore,
+    saved_whole,
+)
 from fedraclora.training.own.ranks import bits_of, check_ranks
 from fedraclora.tree import Tree
 
@@ -114,9 +122,15 @@ class Round:
         asked = self._asked
         restore(model)
         places = find(model, asked.downlink.adapters, adapter)
+        for layer in places.layers.values():
+            if layer.merged:  # before weights come, out of which it would be taken
+                layer.unmerge()
         asked.load(model, places)
         if places.layers:
             _use_peft(places, asked.downlink, adapter)
+            for saved in saved_whole(model, adapter):
+                saved.enable_adapters(True)
+                saved.set_adapter(adapter)
         else:
             attach(model, asked.downlink.adapters, asked.values | asked.frozen, asked.views)
             places = find(model, asked.downlink.adapters, adapter)
@@ -170,6 +184,12 @@ class Round:
             raise ClientError("round.read was called before round.install: install the model first")
         places = find(model, asked.downlink.adapters, self._adapter)
         _check_active(places, asked.downlink, self._adapter)
+        for saved in saved_whole(model, self._adapter):
+            if saved.disable_adapters or self._adapter not in saved.active_adapters:
+                raise ClientError(
+                    f"a module of modules_to_save is switched off: call model.set_adapter("
+                    f"{self._adapter!r}) before round.read"
+                )
         for name, value in asked.frozen.items():
             if not torch.equal(places.place(name).ours(tuple(value.shape)).to(value), value):
                 raise ClientError(
@@ -234,8 +254,6 @@ def _use_peft(places: Places, downlink: Downlink, adapter: str) -> None:
                 "this PEFT has no way to keep a factor frozen, which set_adapter would thaw: "
                 "install peft 0.20 or newer"
             )
-        if layer.merged:
-            layer.unmerge()
         layer.scaling[adapter] = asked.scale  # set_scale would multiply it by alpha / r
         of_embedding = adapter in layer.lora_embedding_A
         names = {"B": "lora_B", "A": "lora_A"}
@@ -337,6 +355,12 @@ class Asked:
             for name, parameter in (*places.parameters.items(), *places.copies):
                 if name not in self.base:
                     continue  # tied to one that is
+                if not parameter.is_floating_point():
+                    raise ModelError(
+                        f"{name} is quantised in the model that is installed "
+                        f"({parameter.dtype}), and the weights of a round cannot be put into it: "
+                        "load it in float32 or bfloat16"
+                    )
                 if parameter.shape != self.base[name].shape:
                     raise ModelError(
                         f"{name} has the shape {tuple(parameter.shape)} in the model that is "
