@@ -227,6 +227,12 @@ def watching(
                 f"stop.metric is {metric}, which clients measure, but none does: set "
                 "evaluate.clients=cohort or all"
             )
+        if measuring is not None and not by_clients and task.validation is None:
+            raise ConfigError(
+                f"stop.metric is {metric}, which the server measures on the validation split, but "
+                "data.validation is 0: set it above 0, or take a metric of the clients, such as "
+                f"clients.{task.metrics[0]}.mean"
+            )
         known = measuring.named if by_clients and measuring else [*task.measured, "gap"]
         if (metric if by_clients else metric.removeprefix("personal_")) not in known:
             raise unknown("stop.metric of these data", metric, known)

@@ -110,7 +110,7 @@ RULES = (
     ),
     Rule(
         ["evaluate.clients"],
-        lambda c: c.evaluate.by_clients or c.head == "local" or c.method.client_state,
+        lambda c: isinstance(c.evaluate.clients, str) or c.head == "local" or c.method.client_state,
         "head=local and methods that leave a part at each client; cohort and all are for any",
     ),
     Rule(

@@ -310,3 +310,13 @@ def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_p
         *words, "evaluate.share=0.3", model=net(), data=data, clients=6, cohort=3, rounds=0
     )
     assert all(np.max(features(share.built().task.held.data, k)) < 40 for k in range(1, 6))
+
+
+def test_clients_validate_where_the_server_has_nothing_to_validate_on() -> None:
+    words = ("evaluate.clients=all", "evaluate.split=validation")
+    run = simulated(*words, "stop.patience=2", "stop.metric=clients.loss.mean", rounds=1)
+    assert run.rows[1]["metrics"]["loss"] == run.rows[1]["clients"]["loss"]["pooled"]
+    with pytest.raises(ConfigError, match=r"data.validation is 0.*clients.accuracy.mean"):
+        simulated(*words, "stop.patience=2")
+    none = fedraclora.simulate("evaluate.clients=none", model=net(), data=moons(), rounds=0)
+    assert "clients" not in none.rows[0]
