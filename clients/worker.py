@@ -196,7 +196,7 @@ class Worker:
                 residues = {} if left is None else left_over(residues, part, left)
             if not job.hidden:
                 keep(self.store, part, request, clients, result, base, local, residues=residues)
-            for extra in local.extras:
+            for extra in local.added:
                 result = extra.sent(result)
             job.places += places
             job.results.append(result)

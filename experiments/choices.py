@@ -14,20 +14,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
+from typing_extensions import override
 
-from fedraclora.config.keys import help_of, nodes, summary
-from fedraclora.config.run_config import BESIDE, NAMED, SECTIONS, RunConfig, targets_of
+from fedraclora.binding import OWN_GROUPS, row_of
+from fedraclora.config.keys import help_of, node_of, nodes, summary
+from fedraclora.config.run_config import BESIDE, GIVEN, NAMED, SECTIONS, RunConfig, targets_of
 from fedraclora.errors import unknown
 from fedraclora.experiments import CONF
+from fedraclora.imports import is_function
 from fedraclora.strategies import METHODS
 from fedraclora.weights.files import flatten
 
 GLOBAL = "@package _global_"  # its keys are those of the config itself: clients, data.file
 ROW = "row/"
 WIDTH = 100  # of a line of help
+FUNCTIONS = ("model", "data")  # groups with a choice that is named function, and calls one
 
 NODES = nodes(METHODS)
 ROWS = targets_of(METHODS)
@@ -37,6 +42,49 @@ for _path, _node in NODES.items():
     ConfigStore.instance().store(_name, _node, f"{ROW}{_above}".rstrip("/"), _package)
     if _name in ROWS.get(_above, ()) and not (CONF / f"{_path}.yaml").is_file():
         ConfigStore.instance().store(_name, _node, _above, _package)
+
+
+def own_node(group: str, name: str) -> dict[str, object]:
+    """Write the keys of a choice that is an object of the user's, ``module:name``.
+
+    Raises:
+        ConfigError: If it cannot be imported, or is none of the group's kind.
+    """
+    if group in FUNCTIONS:
+        return {"defaults": ["function", "_self_"], group: {"function": name}}
+    node = node_of(row_of(group, ROWS[group], name), given=GIVEN.get(group, ()))
+    home, keys = BESIDE.get(group, (None, ()))
+    return {"name": name, **node, **{key: node_of(home)[key] for key in keys if home}}
+
+
+class OwnChoices(dict[str, Any]):
+    """The choices of a group in Hydra's store, to which each ``module:name`` belongs.
+
+    Args:
+        group: Its name.
+        listed: The choices that it has.
+    """
+
+    def __init__(self, group: str, listed: Mapping[str, Any]) -> None:
+        super().__init__(listed)
+        self.group = group
+
+    @override
+    def __contains__(self, file: object) -> bool:
+        name, suffix, _ = str(file).rpartition(".yaml")
+        return super().__contains__(file) or (bool(suffix) and is_function(name))
+
+    def __missing__(self, file: str) -> Any:
+        """Write what is asked for."""
+        node = OmegaConf.create(own_node(self.group, file.removesuffix(".yaml")))
+        package = "_global_" if self.group in FUNCTIONS else self.group
+        self[file] = ConfigNode(file, node, self.group, package, None)
+        return self[file]
+
+
+for _group in (*OWN_GROUPS, *FUNCTIONS):
+    _store = ConfigStore.instance().repo
+    _store[_group] = OwnChoices(_group, _store.get(_group, {}))
 
 
 @cache
@@ -107,6 +155,10 @@ def lineage(name: str, roots: Sequence[Path] = (CONF,)) -> list[dict[str, object
     if (file := _file(name, roots)) is None:
         if (node := NODES.get(name.removeprefix(ROW))) is not None:
             return [_placed(group.removeprefix(ROW), node)]
+        if is_function(last) and group in FUNCTIONS:
+            return [*lineage(f"{group}/function", roots), {group: {"function": last}}]
+        if is_function(last) and group in OWN_GROUPS:
+            return [_placed(group, own_node(group, last))]
         there = {path.stem for root in roots for path in (root / group).glob("*.yaml")}
         raise unknown(group, last, there | {*groups().get(group, ())})
     loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False) or {}
@@ -154,7 +206,7 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     roots = [CONF, *folders]
     merged = _merged(lineage(f"{group}/{name}", roots))
     file = _file(f"{group}/{name}", roots)
-    about = [summary(ROWS[group][name])] if file is None else _comment(file)
+    about = [summary(_row(group, name))] if file is None else _comment(file)
     return "\n".join([f"{group}={name}", *_explained(about, merged)])
 
 
@@ -186,8 +238,14 @@ def meaning(key: str, config: Mapping[str, object]) -> str:
         return help_of(SECTIONS[group], inner, node)
     row = NAMED.get(group, str(node.get("name")))
     home, keys = BESIDE.get(group, (None, ()))
-    home = home if inner in keys else ROWS.get(group, {}).get(row)
+    home = home if inner in keys else _row(group, row)
     return help_of(home, inner, node) if home else ""
+
+
+def _row(group: str, name: str) -> Any:
+    """Return what reads the keys of a choice, which may be the user's own; None: nothing does."""
+    rows = ROWS.get(group, {})
+    return row_of(group, rows, name) if is_function(name) else rows.get(name)
 
 
 def _comment(path: Path) -> list[str]:

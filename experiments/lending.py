@@ -6,15 +6,17 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from inspect import getattr_static
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedraclora.binding import coerce
+from fedraclora.binding import OWN_GROUPS, coerce
+from fedraclora.config.run_config import targets_of
 from fedraclora.config.schema import PlainDict, section
-from fedraclora.data.objects import is_columns, is_frame, is_share, lend_data
+from fedraclora.data.dataset import DataSet
+from fedraclora.data.objects import data_of, is_columns, is_frame, is_share, lend_set
 from fedraclora.data.own_loss import short_name
+from fedraclora.data.partitioners import by_partitioner
 from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.own_metrics import Metric
@@ -22,9 +24,10 @@ from fedraclora.experiments.overrides import key_of
 from fedraclora.experiments.values import plain_value, words_of
 from fedraclora.limits import check_limits, hints
 from fedraclora.models.objects import lend_model, require_module
-from fedraclora.objects import NAME, fingerprint, lend
-from fedraclora.protocol.method import Method, Traits
+from fedraclora.objects import NAME, lend, object_digest
+from fedraclora.protocol.method import check_method
 from fedraclora.strategies import METHODS
+from fedraclora.training.localconfig import LocalConfig
 
 TABLES = (".csv", ".tsv", ".parquet")
 # Choices whose keys an object has, too: words for these hold.
@@ -44,7 +47,7 @@ class Lent:
         words: Words of the config that objects bring, before those of the caller.
         keys: Choices that are no objects, as they came.
         groups: What groups of the config become: keys laid over what was composed for them.
-        data: Lends the samples, once the config has said how rows of a frame are read; None: data
+        data: Reads the samples, once the config has said how rows of a frame are read; None: data
             are a choice.
         options: What the caller said beside the samples.
         model: The module of the program, which may tell the loss; None: it is a choice.
@@ -53,7 +56,7 @@ class Lent:
     words: list[str] = field(default_factory=list)
     keys: dict[str, object] = field(default_factory=dict)
     groups: dict[str, PlainDict] = field(default_factory=dict)
-    data: Callable[..., dict[str, object]] | None = None
+    data: Callable[..., DataSet] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     model: object = None
 
@@ -72,8 +75,12 @@ class Lent:
                 f"{twice[0]} is said in a word and by an argument of simulate: leave one out"
             )
         if self.data is not None:
-            groups["data"] = self.data(**self._read(plain, typed) | self.options)
+            groups["data"] = lend_set(self.data(**self._read(plain, typed) | self.options))
         for name, group in groups.items():
+            if name in OWN_GROUPS and (said := [k for k in typed if k.partition(".")[0] == name]):
+                raise ConfigError(
+                    f"{said[0]} is said beside {name}=..., an object of the program: say it there"
+                )
             composed = plain.get(name)
             old = composed if isinstance(composed, Mapping) else {}
             kept = {key: old[key] for key in KEPT.get(name, ()) if key in old}
@@ -109,8 +116,7 @@ class Lent:
 def lend_all(
     model: object,
     data: object,
-    method: object,
-    partition: object,
+    choices: dict[str, object],
     beside: Mapping[str, Any],
     *,
     whole: bool,
@@ -121,8 +127,7 @@ def lend_all(
     Args:
         model: As `fedraclora.api.simulate` was given it, and so are the others.
         data: Of the clients.
-        method: The algorithm.
-        partition: How data are divided.
+        choices: Of `OWN_GROUPS`, which may be objects, too.
         beside: What goes with data of the program, None where it was not said.
         whole: Whether they are laid over a whole config, such as `Run.config`.
         own: Whether a function of the user's trains.
@@ -133,22 +138,15 @@ def lend_all(
     """
     lent, judged = Lent(), lent_judges(beside.get("loss"), beside.get("metrics"))
     options = {key: value for key, value in beside.items() if value is not None} | judged
-    partitioner = partition if hasattr(partition, "load_partition") else None
-    if partitioner is not None and (not is_columns(data) or "client" in options):
-        raise ConfigError(
-            f"partition is a {type(partition).__name__}, which divides a Dataset of Hugging Face "
-            f"that no column of clients divides; data is a {type(data).__name__}, client is "
-            f"{options.get('client')!r}: leave one out, or give the name of a partition ('iid')"
-        )
-    if partition is not None and partitioner is None:
-        lent.keys["partition"] = partition
+    divider = _divider(choices, data, options)
     if model is not None and not isinstance(model, str | Mapping):
         lent.words += OF_MODEL
         lent.model = model
         lent.groups["model"] = {"digest": lend_model(require_module(model))}
     elif model is not None:
         lent.keys["model"] = model
-    _lend_method(lent, method)
+    for group, given in choices.items():
+        _lend_choice(lent, group, given)
     if isinstance(data, str | Path) and str(data).endswith(TABLES):
         lent.words.append("data=table")
         held_out = "test_share" if is_share(options.get("test")) else "test"
@@ -181,8 +179,9 @@ def lend_all(
         said = data if isinstance(data, Mapping) else {} if data is None else {"name": data}
         lent.keys |= {"data": {**said, **judged}} if judged else {"data": data} if said else {}
     else:
-        lent.words += OF_FRAME if is_frame(data) else OF_DATA
-        lent.data = partial(lend_data, data, partitioner=partitioner, own=own)
+        words = OF_FRAME if is_frame(data) else OF_DATA
+        lent.words += [word for word in words if key_of(word) not in lent.groups]
+        lent.data = partial(data_of, data, partitioner=divider, own=own)
         lent.options = options
     return lent
 
@@ -203,7 +202,7 @@ def lent_metric(metric: Any) -> str:
     if not isinstance(metric, Metric):
         return lend(metric)
     name = metric.name or short_name(lend(metric.function))
-    return lend(metric, f"{name}@{fingerprint(metric)}")
+    return lend(metric, f"{name}@{object_digest(metric)}")
 
 
 def is_choice(data: object) -> bool:
@@ -212,55 +211,52 @@ def is_choice(data: object) -> bool:
     return isinstance(data, Mapping) and all(isinstance(value, kinds) for value in data.values())
 
 
-def _lend_method(lent: Lent, method: object) -> None:
-    """Write a method of the table by its fields; lend one that is not in it."""
-    if method is None or isinstance(method, str | Mapping):
-        lent.keys |= {} if method is None else {"method": method}
-        return
-    names = [name for name, kind in METHODS.items() if type(method) is kind]
-    if not dataclasses.is_dataclass(method) or isinstance(method, type):
+def _divider(choices: dict[str, object], data: object, options: Mapping[str, object]) -> object:
+    """Take out a partitioner that divides a ``Dataset`` by its own columns, before it is read."""
+    partition = choices.get("partition")
+    if isinstance(partition, str | Mapping | None):
+        return None
+    if "client" in options:
         raise ConfigError(
-            f"method is {method!r:.100}; the name of a method, a mapping of its keys, or an "
+            f"partition is a {type(partition).__name__}, and client={options['client']!r} says "
+            "whose each row is: leave one of them out"
+        )
+    is_partitioner = hasattr(partition, "load_partition")
+    return choices.pop("partition") if is_partitioner and is_columns(data) else None
+
+
+def _lend_choice(lent: Lent, group: str, given: object) -> None:
+    """Write an object of a class that has a name by its fields; lend another."""
+    if given is None or isinstance(given, str | Mapping):
+        lent.keys |= {} if given is None else {group: given}
+        return
+    if isinstance(given, type):
+        raise ConfigError(f"{group} is the class {given.__name__}: make one, {given.__name__}(...)")
+    if group == "partition":
+        divide = partial(by_partitioner, given) if hasattr(given, "load_partition") else given
+        lent.groups[group] = {"name": lend(divide)}
+        return
+    if not dataclasses.is_dataclass(given):
+        raise ConfigError(
+            f"{group} is {given!r:.100}; the name of a choice, a mapping of its keys, or an "
             "instance of its class is wanted"
         )
-    if names:
-        fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
-        lent.keys["method"] = {"name": names[0]} | {
-            key: plain_value(f"method.{key}", value) for key, value in fields.items()
-        }
+    known = [name for name, kind in targets_of(METHODS)[group].items() if type(given) is kind]
+    known += ["sgd"] if type(given) is LocalConfig else []
+    if group == "method" and not known:
+        check_method(given)
+        digest = hashlib.sha256(repr(given).encode()).hexdigest()[:32]
+        lent.groups[group] = {"name": NAME, "digest": lend(given, digest)}
         return
-    check_own(method)
-    digest = hashlib.sha256(repr(method).encode()).hexdigest()[:32]
-    lent.groups["method"] = {"digest": lend(method, digest)}
-
-
-def check_own(method: Any) -> None:
-    """Check a method that is a class of the program's own.
-
-    Raises:
-        ConfigError: If it is no method, or keeps what its fields do not show: by these a run that
-            goes on knows that it has the same method.
-    """
-    kind = type(method).__name__
-    if Method not in type(method).__mro__:
-        raise ConfigError(
-            f"method is a {kind}, which is derived from no method: take "
-            "fedraclora.strategies.shared.layerwise.LayerMethod (CONTRIBUTING.md, A new method)"
-        )
-    if not isinstance(method.traits, Traits):
-        raise ConfigError(
-            f"method is a {kind}, which does not say what it promises: give the class "
-            "`traits = Traits(...)` (CONTRIBUTING.md, A new method)"
-        )
-    shown = {f.name for f in dataclasses.fields(method) if f.repr}
-    for name in getattr(method, "__dict__", {}):
-        cached = isinstance(getattr_static(type(method), name, None), cached_property)
-        if name not in shown and not cached and not name.startswith("_"):
-            raise ConfigError(
-                f"method is a {kind} with the attribute {name!r}, which its repr does not show, so "
-                f"that a run could not tell two values of it apart: make {kind} a "
-                f"@dataclass(frozen=True) with a field {name}"
-            )
+    fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.init}
+    keys = {key: plain_value(f"{group}.{key}", value) for key, value in fields.items()}
+    if group == "local":  # its choices are files, of which none has all keys
+        name = fields["optimiser"] if known else lend(type(given))
+        lent.groups[group] = {"name": name, **keys}
+    elif known:
+        lent.keys[group] = {"name": known[0], **keys}
+    else:
+        lent.groups[group] = {"name": lend(type(given)), **keys}
 
 
 def trained_by(train: object, plain: PlainDict) -> PlainDict:
@@ -283,6 +279,5 @@ def trained_by(train: object, plain: PlainDict) -> PlainDict:
         )
     if not isinstance(train, str) and not callable(train):
         raise ConfigError(f"train is {train!r:.100}; a function of a round is wanted")
-    if not isinstance(train, str):
-        train = lend(train)
+    train = train if isinstance(train, str) else lend(train)
     return {**plain, "local": {**local, "train": train}}

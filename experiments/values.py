@@ -6,15 +6,18 @@ import inspect
 import numbers
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
-from fedraclora.config.run_config import RunConfig
+from fedraclora.config.run_config import RunConfig, targets_of
 from fedraclora.config.schema import PlainDict
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.choices import groups
 from fedraclora.experiments.overrides import composed, key_of
 from fedraclora.experiments.resume import laid_over
-from fedraclora.limits import later_keys
+from fedraclora.limits import TakesObject, hints, later_keys
+from fedraclora.objects import lend
+from fedraclora.strategies import METHODS
 
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
 ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes
@@ -110,8 +113,19 @@ def literal(key: str, value: object) -> str:
     return repr(value)
 
 
+@cache
+def takes_objects(key: str) -> bool:
+    """Check whether the value of a key, or of one in a list of them, may be an object."""
+    group, _, leaf = key.partition(".")
+    homes = targets_of(METHODS).get(group, {}).values() if leaf else [RunConfig]
+    marks = (getattr(hints(home).get(leaf or group), "__metadata__", ()) for home in homes)
+    return any(isinstance(mark, TakesObject) for found in marks for mark in found)
+
+
 def plain_value(key: str, value: object) -> object:
     """Turn a value into plain ones: dicts, lists, strings, numbers, None.
+
+    An object of the program is lent, where the key takes one.
 
     Raises:
         ConfigError: If it is something else.
@@ -120,14 +134,14 @@ def plain_value(key: str, value: object) -> object:
         return value
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
     if isinstance(value, numbers.Real):
-        return float(value)
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, Mapping):
         return {str(k): plain_value(f"{key}.{k}", v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain_value(key, v) for v in value]
+    if takes_objects(key.removesuffix(".name")):
+        return lend(value)
     raise ConfigError(
         f"{key} is of type {type(value).__name__}; a number, a string, a list or a mapping is "
         "wanted"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fedraclora.binding import OWN_GROUPS
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import PlainDict, section
@@ -27,7 +28,7 @@ from fedraclora.run.folder import has_begun
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.run import Run
-from fedraclora.strategies.server.callbacks import own_callbacks
+from fedraclora.strategies.server.callbacks import each_of, own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
 from fedraclora.strategies.start import settled_start
 
@@ -140,15 +141,22 @@ def simulate(
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
     beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
     whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
-    lent = lend_all(model, data, method, partition, beside, whole=whole, own=train is not None)
+    keys |= {"method": method, "partition": partition}
+    own = {group: keys.pop(group, None) for group in OWN_GROUPS}
+    lent = lend_all(model, data, own, beside, whole=whole, own=train is not None)
     if train is not None:
         lent.words.append("local=own")
     plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
     plain = trained_by(train, lent.put_into(plain, typed))
-    own = own_steps(steps)
-    if own:
-        plain["steps"] = list(map(described, own))
-    watching = [*own_callbacks("callbacks", callbacks), *own_callbacks("on_round", on_round)]
+    words = {"steps": [*each_of(steps)], "callbacks": [*each_of(callbacks)]}
+    given, named = own_steps(steps), (str, Mapping)
+    if words["steps"]:
+        told = iter(map(described, given))
+        plain["steps"] = [x if isinstance(x, named) else next(told) for x in words["steps"]]
+    watching = [x for x in words["callbacks"] if not isinstance(x, named)]
+    if len(watching) < len(words["callbacks"]):
+        plain["callbacks"] = [x for x in words["callbacks"] if isinstance(x, named)]
+    watching = [*own_callbacks("callbacks", watching), *own_callbacks("on_round", on_round)]
     output = section(plain, "output")
     place = place_of(plain, output, folder)
     if place is None:
@@ -161,7 +169,7 @@ def simulate(
                 f"{', '.join(idle)}: a run in memory writes nothing; say folder=... too, or leave "
                 "it out"
             )
-        return carry_out(settled_start(settled(plain)), None, callbacks=watching, steps=own)
+        return carry_out(settled_start(settled(plain)), None, callbacks=watching, steps=given)
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     with usable(place):
         if not resume and has_begun(place):
@@ -173,7 +181,7 @@ def simulate(
         found, place, goes_on = choose(asked, typed, None)
         if goes_on and is_done(place, found):
             return finished(from_plain(found, METHODS, began=True), place)
-        return carry_out(found, place, resume=goes_on, callbacks=watching, steps=own)
+        return carry_out(found, place, resume=goes_on, callbacks=watching, steps=given)
 
 
 def read_run(folder: str | Path) -> Run:

@@ -15,6 +15,7 @@ from dataclasses import is_dataclass
 
 from fedraclora.errors import (
     ConfigError,
+    DataError,
     FedRacLoraError,
     MissingKeysError,
     UnreadKeysError,
@@ -22,10 +23,13 @@ from fedraclora.errors import (
 )
 from fedraclora.imports import failure_of
 from fedraclora.limits import hints
-from fedraclora.objects import is_named, named
+from fedraclora.objects import is_named, named_object
 
 Plain = Mapping[str, object]  # a config, or a part of it, as nested values
 PlainDict = dict[str, object]  # one that may be written into
+# Groups whose choice may be an object of the user's.
+OWN_GROUPS = ("method", "local", "partition", "aggregator", "server_optimiser", "attack")
+KNOWN = (bool, int, float, str, list, dict, Mapping, Sequence, object, type(None))
 EMPTY: Plain = types.MappingProxyType({})
 # Of a number in the config: seeds and counts are int64 in tensors, the others float32.
 LARGEST_INT = 2**63 - 1
@@ -67,7 +71,7 @@ def row_of(kind: str, table: Mapping[str, T], name: object) -> T:
     Raises:
         ConfigError: With the names that exist; a name that is no text is none of them.
     """
-    if is_named(name):
+    if is_named(name) and kind in OWN_GROUPS:
         return typing.cast(T, _own_row(kind, table, name))
     if not isinstance(name, str) or name not in table:
         raise unknown(kind, name, table)
@@ -76,7 +80,7 @@ def row_of(kind: str, table: Mapping[str, T], name: object) -> T:
 
 def _own_row(kind: str, table: Mapping[str, object], name: object) -> Callable[..., object]:
     """Take an object of the user's as a row: a function, or what is of the class of the others."""
-    found = named(kind, name)
+    found = named_object(kind, name)
     lineages = [getattr(row, "__mro__", (object,)) for row in table.values()]
     base = next(each for each in lineages[0] if all(each in lineage for lineage in lineages))
     if callable(found) if base is object else inspect.isclass(found) and base in found.__mro__:
@@ -97,34 +101,39 @@ def _shape(found: object) -> str:
     return "a function" if inspect.isroutine(found) else f"of type {type(found).__qualname__}"
 
 
-def object_of(key: str, value: object, kind: type | None = None) -> typing.Any:
+def object_of(
+    key: str, value: object, kind: type | None = None, *, parameters: Plain = EMPTY, at: str = ""
+) -> typing.Any:
     """Return the object that a value of the config stands for, with its parameters applied.
 
     Args:
         key: Of the config, for messages.
         value: ``module:name``, or what `fedraclora.objects.lend` gave; or a mapping with that as
-            its ``name``, whose other keys are parameters, by name.
+            its ``name``, whose other keys are parameters, by name. Or the object itself.
         kind: The class of what is wanted: an instance of it stands for itself, a class or a
             function is called with the parameters. None: what can be called is wanted: a class is
             called with the parameters, a function gets them beside those that it is called with.
+            object: the same, and whatever else it is.
+        parameters: Those of a key of their own.
+        at: That key; empty: there is none.
 
     Raises:
         ConfigError: If it is not here, is something else, or does not take the parameters.
     """
     group = value if isinstance(value, Mapping) else {"name": value}
-    name, own = group.get("name"), without(group, "name")
-    found = named(key, name)
-    is_class = inspect.isclass(found)
-    if issubclass(found, kind or object) if is_class else kind and inspect.isroutine(found):
-        make = _bound(key, found, own)
+    name, own = group.get("name"), {**without(group, "name"), **parameters}
+    found = named_object(key, name) if isinstance(name, str | None) else name
+    makes = not (any_kind := kind in {None, object}) and inspect.isroutine(found)
+    if makes or (inspect.isclass(found) and issubclass(found, kind or object)):
+        make = _bound(at or key, typing.cast("Callable[..., object]", found), own)
         try:
             found = make()
         except FedRacLoraError:
             raise
         except Exception as error:
             raise ConfigError(f"{key} is {name}, and {failure_of(error, 'making it')}") from error
-    elif own and inspect.isroutine(found) and kind is None:
-        found = _bound(key, found, own, whole=False)
+    elif own and inspect.isroutine(found) and any_kind:
+        found = _bound(at or key, found, own, whole=False)
     elif own:
         raise ConfigError(
             f"{key} is {name} with {', '.join(map(str, own))}, but it is {_shape(found)}, which is "
@@ -134,6 +143,34 @@ def object_of(key: str, value: object, kind: type | None = None) -> typing.Any:
         return found
     wanted = "a function" if kind is None else f"one of {_place(kind)}"
     raise ConfigError(f"{key} is {name}, which is {_shape(found)}; {wanted} is wanted")
+
+
+def call_function(
+    key: str, name: str, *arguments: object, parameters: Plain | None = None, at: str = ""
+) -> object:
+    """Call what a config names; what it raises is told with its place.
+
+    Args:
+        key: Of the config that names it, for messages.
+        name: ``package.module:function``.
+        *arguments: Those that it is called with.
+        parameters: Those of the config, by name.
+        at: By which key these are said.
+
+    Raises:
+        ConfigError: As `object_of`.
+        DataError: If the call fails.
+    """
+    function = object_of(key, name, parameters=parameters or {}, at=at)
+    try:
+        found: object = function(*arguments)
+    except FedRacLoraError:
+        raise
+    except Exception as error:
+        given = [*map(repr, arguments), *(f"{k}={v!r}" for k, v in (parameters or {}).items())]
+        raised = failure_of(error, f"calling it with ({', '.join(given)})")
+        raise DataError(f"{key}={name}: {raised}") from error
+    return found
 
 
 def _bound(
@@ -185,9 +222,17 @@ def _hints(target: Callable[..., object]) -> Mapping[str, object]:
     """Read the types of a call, as far as they are said in a way that can be read."""
     plain = inspect.isclass(target) and not is_dataclass(target)
     try:
-        return hints(target.__init__ if plain else target)
+        found = hints(target.__init__ if plain else target)
     except (NameError, TypeError, AttributeError):  # of somebody's who imports them for mypy alone
         return {}
+    if str(getattr(target, "__module__", "")).startswith("fedraclora."):
+        return found
+    return {key: hint for key, hint in found.items() if all(map(_is_known, _options(hint)))}
+
+
+def _is_known(option: object) -> bool:
+    """Check whether values of a config can be held against a type, which somebody has written."""
+    return (typing.get_origin(option) or option) in KNOWN or bool(nested_rows(option))
 
 
 def build(kind: str, target: Callable[..., T], group: Plain) -> T:

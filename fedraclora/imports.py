@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.errors import ConfigError, FedRacLoraError
 
 _BRINGS_IN: ContextVar[str | None] = ContextVar("_BRINGS_IN", default=None)
 GUARD = 'if __name__ == "__main__":'
@@ -154,31 +154,6 @@ def check_call(key: str, function: Callable[..., object], **arguments: object) -
             f"{key}: the function is called with {', '.join(arguments)} by name, and takes "
             f"{signature} ({error})"
         ) from error
-
-
-def call_function(key: str, name: str, *arguments: object, **named: object) -> object:
-    """Call what a config names; what it raises is told with its place.
-
-    Args:
-        key: Of the config that names it, for messages.
-        name: ``package.module:function``.
-        *arguments: Those that it is called with.
-        **named: Those of the config, by name.
-
-    Raises:
-        ConfigError: As `import_function`.
-        DataError: If the call fails.
-    """
-    function = import_function(key, name)
-    try:
-        found: object = function(*arguments, **named)
-    except FedRacLoraError:
-        raise
-    except Exception as error:
-        names = ", ".join([*map(repr, arguments), *(f"{k}={v!r}" for k, v in named.items())])
-        raised = failure_of(error, f"calling it with ({names})")
-        raise DataError(f"{key}={name}: {raised}") from error
-    return found
 
 
 def failure_of(error: BaseException, what: str) -> str:

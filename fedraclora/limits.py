@@ -68,6 +68,11 @@ class Later:
 
 
 @dataclass(frozen=True)
+class TakesObject:
+    """A key whose value may be an object of the user's: ``module:name``, in Python the object."""
+
+
+@dataclass(frozen=True)
 class Part:
     """The part of the keys of a group that only some of its choices list."""
 

@@ -36,13 +36,13 @@ def lend(thing: Any, digest: str | None = None) -> str:
 
     Args:
         thing: The object.
-        digest: Where a group of the config has one beside its name; None: by `fingerprint`.
+        digest: Where a group of the config has one beside its name; None: by `object_digest`.
 
     Returns:
         What the config says.
     """
     named = thing if hasattr(thing, "__qualname__") else type(thing)
-    name = digest or f"{named.__qualname__}@{fingerprint(thing)}"
+    name = digest or f"{named.__qualname__}@{object_digest(thing)}"
     _LENT[name] = thing
     return name
 
@@ -71,7 +71,7 @@ def is_named(value: object) -> bool:
     return isinstance(value, str) and (is_function(value) or bool(LENT.fullmatch(value)))
 
 
-def named(key: str, name: object) -> Any:
+def named_object(key: str, name: object) -> Any:
     """Return the object that a value of a config stands for.
 
     Args:
@@ -100,26 +100,17 @@ def named_by(config: Mapping[str, object]) -> dict[str, Any]:
     return {word: _LENT[word] for word in words_in(config) if word in _LENT}
 
 
-def refuse_lent(config: Mapping[str, object], where: str) -> None:
-    """Reject objects of this process where other hosts would need them.
+def code_digests(config: Mapping[str, object]) -> dict[str, str]:
+    """Hash the code of what a config names, as far as its name does not tell it.
 
-    Raises:
-        ConfigError: Naming the first.
+    That is ``module:name``, as far as it was imported, and what was lent under a digest of its own.
     """
-    for name in named_by(config):
-        raise ConfigError(
-            f"{name} is an object of a Python program, which {where} cannot have: put it into a "
-            "module that each of them can import, and name it as module:name"
-        )
-
-
-def fingerprints(config: Mapping[str, object]) -> dict[str, str]:
-    """Hash what a config names as ``module:name``, by that name, as far as it was imported."""
-    found = {}
+    known = ((word, thing) for word, thing in named_by(config).items() if not LENT.fullmatch(word))
+    found = {type(thing).__qualname__: object_digest(type(thing)) for _, thing in known}
     for word in filter(is_function, words_in(config)):
         module, _, name = word.partition(":")
         if (thing := getattr(sys.modules.get(module), name, None)) is not None:
-            found[word] = fingerprint(thing)
+            found[word] = object_digest(thing)
     return found
 
 
@@ -141,7 +132,7 @@ def read(folder: Path) -> None:
             _LENT.update(cloudpickle.loads(path.read_bytes()))
 
 
-def fingerprint(thing: object) -> str:
+def object_digest(thing: object) -> str:
     """Hash what an object is: its name, its code and what it holds; the same in any process.
 
     Functions and classes count with their code, and with the functions and the constants (names in

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fedraclora.binding import object_of
 from fedraclora.config.build import (
     BuiltTask,
     answering_of,
@@ -29,6 +30,7 @@ from fedraclora.engines.base import EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.evaluate import evaluate_task, personal_accuracy
 from fedraclora.evaluation.metrics import lower_of
+from fedraclora.objects import code_digests, object_digest
 from fedraclora.protocol.method import Cohort, Draw, Plan
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
@@ -38,10 +40,10 @@ from fedraclora.run.digests import free_keys
 from fedraclora.run.initial import source_of
 from fedraclora.run.ledger import BY_CLIENTS
 from fedraclora.run.recorder import RunRecorder, resolved
-from fedraclora.strategies.server.callbacks import Evaluate, Stopping
+from fedraclora.strategies.server.callbacks import Evaluate, Stopping, own_callbacks
 from fedraclora.strategies.server.loop import loop_of
 from fedraclora.strategies.server.measuring import Measuring
-from fedraclora.strategies.server.round_step import RoundStep, described
+from fedraclora.strategies.server.round_step import RoundStep, step_class, step_name, steps_of
 from fedraclora.strategies.start import begin_from
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.wiring import Wired, wire
@@ -100,11 +102,7 @@ def assemble_with(
     Raises:
         FedRacLoraError: Whatever is wrong with the config, the data or the engine.
     """
-    if (told := [described(step) for step in steps]) != config.steps:
-        raise ConfigError(
-            f"this run has the steps {config.steps} of a Python program, and {told} are given: say "
-            "fedraclora.simulate(steps=[...]) with such objects (folder=..., resume=True to go on)"
-        )
+    steps = steps_of(config.steps, steps)
     with ExitStack() as failed:
         engine = engine_of(config)
         failed.callback(engine.close)
@@ -156,7 +154,8 @@ def assemble_with(
         store, output = ClientStore(), config.output
         recorder = RunRecorder(
             folder,
-            fixed={**config.digested, "resolved": came | {"summation_block": SUM_BLOCK}},
+            fixed={**config.digested, "resolved": came | {"summation_block": SUM_BLOCK}}
+            | code_of(config, steps),
             every=output.checkpoint_every,
             sync=output.sync,
             chain=output.chain,
@@ -238,7 +237,15 @@ def watching(
             raise unknown("stop.metric of these data", metric, known)
         validated = None if by_clients else measure("validation")
         found.append(Stopping(config.stop, validated, lower_of(task.info)))
-    return found
+    named = [object_of(f"callbacks[{k}]", it, object) for k, it in enumerate(config.callbacks)]
+    return [*found, *own_callbacks("callbacks", named)]
+
+
+def code_of(config: RunConfig, steps: Sequence[RoundStep]) -> dict[str, dict[str, str]]:
+    """Hash the code that a user has brought: of what the config names, and of the steps."""
+    code = {step_name(step): object_digest(step_class(step)) for step in steps}
+    code |= code_digests(config.plain)
+    return {"code": code} if code else {}
 
 
 def measurement(

@@ -173,7 +173,7 @@ class FedStrategy:
         row |= self.rounding.columns
         if self.devices.system.enabled:
             row |= fleet_columns(exchange, self.devices.clock)
-        for extra in self.local.extras:
+        for extra in self.local.added:
             row |= extra.columns(exchange.downlink, got)
         self.recorder.link(round_, self.state)
         watch.lap("write")

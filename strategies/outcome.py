@@ -261,7 +261,7 @@ def opening_lines(run: Assembled) -> list[str]:
             f"all weights, {epochs} epochs in one place{classes}, before the clients begin "
             "(pretrain=none leaves it out)"
         )
-    lines |= {"steps": ", ".join(config.steps)} if config.steps else {}
+    lines |= {"steps": ", ".join(map(str, config.steps))} if config.steps else {}
     lines |= measured_by(run)
     lines["chunk"] = str(run.chunk)
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
@@ -329,5 +329,5 @@ def optimiser_of(config: RunConfig) -> str:
     parts += [f"momentum {local.momentum:g}"] if local.momentum else []
     parts += [f"weight decay {local.weight_decay:g}"] if local.weight_decay else []
     parts += [f"schedule {local.schedule}"] if local.schedule != "constant" else []
-    parts += [f"{steps} {unit} of {size}", *(extra.setting for extra in local.extras)]
+    parts += [f"{steps} {unit} of {size}", *(extra.setting for extra in local.added)]
     return ", ".join([*parts, *at_server])

@@ -44,6 +44,19 @@ class Attack(Limited, group="attack"):
 
     share: Share = 0.0
 
+    @override
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        cls.name = vars(cls).get("name", cls.__name__)
+
+    def poisoned(self, data: ClientData, classes: int, seed: int) -> ClientData:
+        """Change the data of the attackers among those of all clients; ``classes`` is 0 without.
+
+        Raises:
+            DataError: If it does not fit them.
+        """
+        return data
+
     def attackers(self, seed: int, population: int) -> torch.Tensor:
         """Draw who attacks: ids in ascending order, int64."""
         count = round(self.share * population)
@@ -114,12 +127,8 @@ class LabelFlip(Attack):
 
     share: Share = 0.2
 
+    @override
     def poisoned(self, data: ClientData, classes: int, seed: int) -> ClientData:
-        """Flip the attackers' labels in the data of all clients.
-
-        Raises:
-            DataError: If samples have no class.
-        """
         if not classes:
             raise DataError("attack=label_flip needs samples with classes; choose another attack")
         return Flipped(data, self.attackers(seed, data.num_clients), classes)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from threadpoolctl import threadpool_limits
 
-from fedraclora.attacks.attack import AttackedOwnTrainer, AttackedTrainer, LabelFlip
+from fedraclora.attacks.attack import AttackedOwnTrainer, AttackedTrainer
 from fedraclora.binding import bind, build, object_of
 from fedraclora.config.run_config import TaskConfig, parted
 from fedraclora.config.schema import Plain, section, without
@@ -113,15 +113,15 @@ def settled(plain: Plain) -> dict[str, object]:
 def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTrainer:
     """Build what trains the clients of a run: the same in every process that has some."""
     task, attack = built.task, config.attack
-    if isinstance(attack, LabelFlip):
-        task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
+    task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
     local = config.local
     given: dict[str, Any] = {"seed": config.seed, "device": built.device}
     if local.train is None:
         given |= {"precision": config.precision}
     else:
-        own = {"name": local.train, **(local.parameters or {})}
-        given |= {"function": object_of("local.train", own), "name": local.train}
+        said, at = local.parameters or {}, "local.parameters"
+        function = object_of("local.train", local.train, parameters=said, at=at)
+        given |= {"function": function, "name": local.train}
         given["timeout"] = local.timeout
     attacked, plain = KINDS[local.train is not None]
     if attack.share:

@@ -18,7 +18,7 @@ from fedraclora.aggregation.robust import AGGREGATORS
 from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS, ServerOptimiser
 from fedraclora.allocation.rules import ALLOCATIONS, Uniform
 from fedraclora.attacks.attack import ATTACKS, Attack
-from fedraclora.binding import bind, build, coerce
+from fedraclora.binding import bind, build, coerce, row_of
 from fedraclora.config.schema import Plain, section, without
 from fedraclora.config.settings import (
     ENGINES,
@@ -36,11 +36,11 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
 from fedraclora.limits import Count, Later, Limit, Limited, Whole, choice_of, later_keys
 from fedraclora.models import MODELS
-from fedraclora.objects import NAME, lent
+from fedraclora.objects import NAME, is_named, lent
 from fedraclora.privacy.client_level import PRIVACIES, Privacy
 from fedraclora.privacy.secagg import SECURES, Open
 from fedraclora.protocol.cohorts import WEIGHTINGS
-from fedraclora.protocol.method import Method
+from fedraclora.protocol.method import Method, check_method
 from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import PRECISIONS
@@ -53,7 +53,7 @@ Cohort = Annotated[
         lambda value: value > 0 and (isinstance(value, int) or value <= 1),
     ),
 ]
-NOT_IN_DIGEST = ("output", "resume")
+NOT_IN_DIGEST = ("output", "resume", "callbacks")
 # Of an engine, what decides bits: neither where its workers are nor how many.
 ENGINE_IN_DIGEST = ("chunk", "threads")
 
@@ -175,7 +175,9 @@ class RunConfig(TaskConfig):
         resume: A run folder to go on from; auto: the run's own folder, if it is there.
         stop: When to end before the last round.
         wire: How numbers go up and down.
-        steps: What a Python program has put into the rounds, in words.
+        steps: Your own steps of a round: `fedraclora.RoundStep` by module:name, with parameters
+            {name: module:name, key: value}; or what a Python program has put there, in words.
+        callbacks: What watches the run, `fedraclora.Callback`, in the same way.
     """
 
     method: Method
@@ -190,7 +192,8 @@ class RunConfig(TaskConfig):
     resume: Annotated[str | None, Later()] = None
     stop: StopConfig = field(default_factory=StopConfig)
     wire: Annotated[WireConfig, Later()] = field(default_factory=WireConfig)
-    steps: Annotated[list[str], Later()] = field(default_factory=list)
+    steps: Annotated[list[str | dict[str, object]], Later()] = field(default_factory=list)
+    callbacks: Annotated[list[str | dict[str, object]], Later()] = field(default_factory=list)
 
     @property
     def digested(self) -> dict[str, object]:
@@ -267,6 +270,8 @@ def from_plain(
         method = lent("method", group.get("digest"))
     else:
         method = bind("method", methods, group)()
+        if is_named(group["name"]):
+            check_method(method)
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
     refuse_misfits(config)
     if not began:
@@ -292,15 +297,16 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             continue
         try:
             if key in KINDS:
-                beside = ("name",) if key in NAMED else ()
-                found[key] = build(key, KINDS[key], without(section(plain, key), *beside))
+                group, beside = section(plain, key), ("name",) if key in NAMED else ()
+                own = key in NAMED and is_named(group.get("name"))
+                target = row_of(key, {key: KINDS[key]}, group["name"]) if own else KINDS[key]
+                found[key] = build(key, target, without(group, *beside))
             elif key in ROWS:
                 found[key] = bind(key, ROWS[key], section(plain, key))()
             elif key in TABLES:
                 # Called once it is known what else it is given; checked here.
                 found[key] = group = section(plain, key)
-                own, _ = parted(key, group)
-                bind(key, TABLES[key], own, **dict.fromkeys(GIVEN[key]))
+                bind(key, TABLES[key], parted(key, group)[0], **dict.fromkeys(GIVEN[key]))
             else:
                 found[key] = coerce(key, plain[key], hints[key])
         except MissingKeysError as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedraclora.allocation.rules import Uniform
 from fedraclora.attacks.attack import Attack
+from fedraclora.binding import row_of
 from fedraclora.config.schema import Plain
 from fedraclora.config.settings import MEASURED, DeployConfig, StopConfig
 from fedraclora.data import DATASETS
@@ -157,7 +158,8 @@ def said(config: RunConfig, group: str) -> tuple[Mapping[str, object], dict[str,
     """Return the settings of a group, and the defaults: of a config class, or of what is called."""
     settings = getattr(config, group)
     if isinstance(settings, Mapping):
-        parameters = inspect.signature(TABLES[group][str(settings["name"])]).parameters
+        row = row_of(group, TABLES[group], settings["name"])
+        parameters = inspect.signature(row).parameters
         return settings, {name: p.default for name, p in parameters.items()}
     return vars(settings), {field.name: field.default for field in fields(settings)}
 

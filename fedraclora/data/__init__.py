@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fedraclora.data.arrays import load_arrays
 from fedraclora.data.dataset import DataSet, hold_out, select_labels
 from fedraclora.data.digits import load_digits
+from fedraclora.data.function import load_function
 from fedraclora.data.glue_instructions import load_glue_instructions
 from fedraclora.data.instructions import load_instructions
 from fedraclora.data.mnist import load_mnist, load_mnist_5k
@@ -34,6 +35,7 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
     "virtual": virtual,
     "own": own_samples,
     "object": lent_data,
+    "function": load_function,
     "instructions": load_instructions,
     "glue_instructions": load_glue_instructions,
 }

@@ -43,12 +43,12 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import TableForm, of_frames
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import failure_of
-from fedraclora.objects import fingerprint, lend, lent
+from fedraclora.objects import lend, lent, object_digest
 from fedraclora.rng import generator
 from fedraclora.tree import digest
 
 
-def lend_data(
+def data_of(
     data: object,
     *,
     model: object = None,
@@ -61,8 +61,8 @@ def lend_data(
     classes: int | None = None,
     frame: Mapping[str, Any] | None = None,
     own: bool = False,
-) -> dict[str, object]:
-    """Make a data set of what a program has, and lend it; give the group of the config for it.
+) -> DataSet:
+    """Make a data set of what a program, or a function of a module, has.
 
     Args:
         data: A list (or a dict, in its order) of tables, one for each client; or one table, which
@@ -81,7 +81,7 @@ def lend_data(
         own: Whether a function of the user's trains: then clients may have what is no table.
 
     Returns:
-        The ``digest`` of the numbers, the ``loss`` and the ``metrics``.
+        What ``partition`` then divides, if it is not divided already.
 
     Raises:
         ConfigError: If two things are said that cannot both be.
@@ -93,9 +93,9 @@ def lend_data(
         share, test, frame = float(test), None, {**(frame or {}), "test_share": float(test)}
     if is_frame(data):
         columns = {"client": client, "target": target, "loss": loss, "metrics": metrics}
-        return lend_set(of_frame(data, test, **columns, **(frame or {})))  # type: ignore[arg-type]
+        return of_frame(data, test, **columns, **(frame or {}))  # type: ignore[arg-type]
     if own and not is_table(data, target):
-        return lend_set(unread(data, test, partitioner, client, target, loss, metrics))
+        return unread(data, test, partitioner, client, target, loss, metrics)
     tables, parts, owners = samples_of(data, partitioner, client, target)
     held_out = None if test is None else table_of(test, "test", target)
     loss, source = objective_of(loss, tables, model)
@@ -129,7 +129,7 @@ def lend_data(
         found = replace(found, columns=found.columns | {"label": table.target.numpy()})
     if held_out is None and share:
         found = without_test(found, share)
-    return lend_set(found)
+    return found
 
 
 def is_share(test: object) -> bool:
@@ -162,7 +162,7 @@ def lent_data(
     """Take the data set that a program has lent.
 
     Args:
-        digest: Which, by `lend_data`.
+        digest: Which, by `lend_set`.
         loss: What it was lent with, for whoever reads the config; other words are refused.
         metrics: As the loss.
         clients: Not used: what divides it knows.
@@ -454,6 +454,6 @@ def data_digest(data: DataSet) -> str:
     for name, values in data.columns.items():
         h.update(f"{name}|{values.tolist()}".encode())
     for each in data.entries.objects if data.entries and not data.train.inputs else ():
-        h.update(str(getattr(each, "_fingerprint", None) or fingerprint(each)).encode())
+        h.update(str(getattr(each, "_fingerprint", None) or object_digest(each)).encode())
     h.update(repr((data.loss, data.metrics, data.classes)).encode())
     return h.hexdigest()[:32]

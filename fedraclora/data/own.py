@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
+from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
 from fedraclora.data.dataset import (
     OF_RUN,
@@ -40,11 +41,12 @@ from fedraclora.data.partition import SIZES_SEEN, spread_clients
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.imports import call_function, is_function
+from fedraclora.imports import is_function
 from fedraclora.limits import Count, Fraction, Later, Part, limited
 from fedraclora.rng import generator
 
 ONLY_FILE = "train.npz"  # the file of a folder that is one client's
+ARGUMENTS = "data.arguments"
 OF_A_NODE = Part("node")  # keys that a node sets, and no choice lists
 
 
@@ -114,7 +116,7 @@ def read_own(
     """
     where = f"client {client} (data.samples={source})"
     if is_function(source):
-        found = call_function("data.samples", source, client, **(arguments or {}))
+        found = call_function("data.samples", source, client, parameters=arguments, at=ARGUMENTS)
         train, test = parts_of(found)
         return gathered(train, where), None if test is None else gathered(test, f"{where}, test")
     folder = _folder(source)
@@ -204,7 +206,9 @@ class Brought:
             DataError: If it fails.
         """
         if client not in self._own:
-            found = call_function("data.samples", str(self.source), client, **self.arguments)
+            found = call_function(
+                "data.samples", str(self.source), client, parameters=self.arguments, at=ARGUMENTS
+            )
             found, _ = (found, None) if self.objects else parts_of(found)
             size = length(found) if self.objects else len(self.whole(client))
             rows = self._training(size, client)[0]
@@ -407,7 +411,8 @@ def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
     """Find what is measured on, and with it what samples look like."""
     named, where = None, f"data.test={test}"
     if test is not None and is_function(test):
-        named = gathered(call_function("data.test", test, **brought.arguments), where)
+        found = call_function("data.test", test, parameters=brought.arguments, at=ARGUMENTS)
+        named = gathered(found, where)
     elif test is not None:
         named = read_npz(user_path("data.test", test), where)
     if named is not None:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedraclora.binding import row_of
 from fedraclora.data.dataset import MOST_NAMED, Clients, DataSet, Division, RowNumbers
-from fedraclora.data.partitioners import bootstrap, dirichlet, fedslop, iid, pathological, shards
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.data.partitioners import (
+    bootstrap,
+    by_partitioner,
+    dirichlet,
+    fedslop,
+    iid,
+    pathological,
+    shards,
+)
+from fedraclora.errors import ConfigError, FedRacLoraError, unknown
+from fedraclora.imports import check_call, failure_of
 from fedraclora.limits import Count, choice_of, limited
+from fedraclora.objects import is_named
 
 log = logging.getLogger(__name__)
 SIZES_SEEN = 1000  # clients made on demand whose sizes the summary tells
@@ -155,24 +167,42 @@ def make_partition(
             the key, if the data know their clients and another division is asked for, or if clients
             are empty and ``empty`` is ``error``.
     """
-    if name not in PARTITIONS:
-        raise unknown("partition", name, PARTITIONS)
+    divide = row_of("partition", PARTITIONS, name)
+    own = is_named(name)
+    if own and data.parts is not None:
+        raise ConfigError(
+            f"partition={name} divides a table, and these data are divided already, one entry for "
+            "each client: leave it out"
+        )
+    if isinstance(divide, type):
+        divide, args = partial(by_partitioner, divide(**args)), {}
+    elif own:
+        check_call(f"partition={name}", divide, data=data, clients=clients, seed=seed, **args)
     if data.on_demand and name not in {"given", "auto"}:
         raise ConfigError(
             f"partition={name} divides a table, but here each client has samples of its own, which "
             "are made or found when it is asked: leave partition out, or set partition=given"
         )
-    if clients is None and name not in {"natural", "given", "auto"}:
+    if clients is None and name not in {"natural", "given", "auto"} and not own:
         raise ConfigError(f"clients is not set, and partition={name} needs it")
     try:
-        parts = PARTITIONS[name](data, clients=clients, seed=seed, **args)
-    except (ValueError, IndexError) as error:  # flwr-datasets: the division does not exist
+        parts = divide(data, clients=clients, seed=seed, **args)
+    except FedRacLoraError:
+        raise
+    except Exception as error:
+        if own:
+            raise ConfigError(f"partition={name}: {failure_of(error, 'calling it')}") from error
+        if not isinstance(error, ValueError | IndexError):
+            raise  # those are of flwr-datasets: the division does not exist
         settings = "".join(f", partition.{key}={value}" for key, value in args.items())
         raise ConfigError(
             f"partition={name}, clients={clients}{settings} cannot divide {len(data.train)} "
             f"samples: {error}"
         ) from error
     name = fitting(data) if name == "auto" else name
+    if own:
+        parts = _checked_rows(name, parts, len(data.train))
+        _require_number(clients, len(parts), f"partition={name} makes {len(parts)}")
     if not isinstance(parts, list):
         sizes = parts.sizes(spread_clients(parts.num_clients, SIZES_SEEN)).numpy()
         return parts, _facts(name, parts.num_clients, 0, sizes)
@@ -190,6 +220,33 @@ def make_partition(
     facts = _facts(name, asked, len(empties), sizes)
     facts |= {"rows_left_out": len(data.train) - int(sizes.sum())}
     return nonempty, facts | (_without_rows(data, **args) if name == "natural" else {})
+
+
+def _checked_rows(name: str, parts: object, count: int) -> list[RowNumbers]:
+    """Check what a function of the user's gives: rows of each client, none of them twice."""
+    found: list[RowNumbers] = []
+    for client, part in enumerate(parts if isinstance(parts, Iterable) else [parts]):
+        try:
+            rows = np.sort(np.asarray(part))
+        except ValueError:  # it is ragged
+            rows = np.zeros(1)
+        if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+            raise ConfigError(
+                f"partition={name} gives {part!r:.100} for client {client}; for each client an "
+                "array of row numbers is wanted, int64, [rows]"
+            )
+        if len(rows) and not 0 <= rows[0] <= rows[-1] < count:
+            raise ConfigError(
+                f"partition={name} gives client {client} the rows {rows[0]} to {rows[-1]}; the "
+                f"data have rows 0 to {count - 1}"
+            )
+        found.append(rows.astype(np.int64))
+    every, times = np.unique(np.concatenate([*found, []]), return_counts=True)
+    if bool((times > 1).any()):
+        raise ConfigError(
+            f"partition={name} gives row {every[times > 1][0]:.0f} twice; each row is one client's"
+        )
+    return found
 
 
 def _without_rows(data: DataSet, column: str = "client", **_: object) -> dict[str, object]:

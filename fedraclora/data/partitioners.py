@@ -7,10 +7,11 @@ cut blocks of neighbouring rows, and neighbours may be alike (one writer, one fi
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
@@ -32,13 +33,14 @@ from fedraclora.data.virtual import (
     size_quantiles,
 )
 from fedraclora.errors import ConfigError
+from fedraclora.imports import failure_of
 from fedraclora.limits import Count, NotNegative, Positive, Whole, limited
 from fedraclora.rng import generator, hash_key
 
 
 def iid(data: DataSet, *, clients: int, seed: int) -> list[RowNumbers]:
     """Divide rows evenly at random; sizes differ by one at most."""
-    return _divide(data, _library().IidPartitioner(clients), None, seed)
+    return _divide(data, _library().IidPartitioner(clients), {}, seed)
 
 
 @limited("partition")
@@ -201,10 +203,32 @@ def _by_label(
     """Divide by the classes, with a seeded partitioner of flwr-datasets."""
     make, drawn = vars(_library())[f"{kind}Partitioner"], hash_key(seed, "partition")
     partitioner = make(clients, "label", *given, seed=drawn, **named)
-    return _divide(data, partitioner, class_labels(data), seed)
+    return _divide(data, partitioner, {"label": class_labels(data)}, seed)
 
 
-def _divide(data: DataSet, partitioner: Any, labels: Column | None, seed: int) -> list[RowNumbers]:
+def by_partitioner(
+    partitioner: Any, data: DataSet, *, clients: int | None, seed: int
+) -> list[RowNumbers]:
+    """Divide by a partitioner of flwr-datasets, or one like these, which sees all columns.
+
+    Raises:
+        ConfigError: If it cannot divide these data.
+    """
+    del clients  # it knows
+    divider = copy.deepcopy(partitioner)  # it takes data once, and may be the caller's
+    try:
+        return _divide(data, divider, data.columns, seed)
+    except Exception as error:
+        what = failure_of(error, f"dividing {len(data.train)} samples by it")
+        kind, columns = type(partitioner).__name__, ", ".join(data.columns) or "none"
+        raise ConfigError(
+            f"partition is a {kind}, and {what}; the columns of these data are: {columns}"
+        ) from error
+
+
+def _divide(
+    data: DataSet, partitioner: Any, known: Mapping[str, Column], seed: int
+) -> list[RowNumbers]:
     """Run a partitioner of flwr-datasets over shuffled rows; give the rows of each client."""
     from datasets import Dataset
 
@@ -216,7 +240,7 @@ def _divide(data: DataSet, partitioner: Any, labels: Column | None, seed: int) -
             return found[:] if isinstance(key, str) else found
 
     order = generator(seed, "partition", "order").permutation(len(data.train))
-    columns = {"row": order} | ({} if labels is None else {"label": labels[order]})
+    columns = {"row": order} | {name: np.asarray(values)[order] for name, values in known.items()}
     # Progress bars and warnings say what is checked or reported here.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")

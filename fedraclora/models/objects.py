@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from fedraclora.binding import object_of
 from fedraclora.errors import ConfigError, FedRacLoraError, ModelError, unknown
-from fedraclora.imports import check_call, failure_of, import_function
+from fedraclora.imports import check_call, failure_of
 from fedraclora.lowrank.layers import is_head
 from fedraclora.models.built import Built, found_head, require_numbers, seeded, take_module
 from fedraclora.objects import lend, lent
@@ -151,11 +152,12 @@ def build_function(
             names.
         ModelError: If a frozen layer of BatchNorm has never seen a batch.
     """
-    build = import_function("model.function", function)
-    check_call("model.function", build, shape=shape, classes=classes, **(arguments or {}))
+    at = "model.arguments"
+    build = object_of("model.function", function, parameters=arguments or {}, at=at)
+    check_call("model.function", build, shape=shape, classes=classes)
     with seeded(seed, "model"):
         try:
-            model = build(shape=shape, classes=classes, **(arguments or {}))
+            model = build(shape=shape, classes=classes)
         except FedRacLoraError:
             raise
         except Exception as error:

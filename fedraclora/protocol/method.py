@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
-from typing import ClassVar, Protocol, Self
+from functools import cached_property, lru_cache
+from inspect import getattr_static
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
+from fedraclora.errors import ConfigError
 from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import Factor, pasts
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
@@ -223,3 +225,32 @@ class Method(Protocol):
 
         Catch-up of an absent client and the bytes of seeds and headers are not in it.
         """
+
+
+def check_method(method: Any) -> None:
+    """Check a method that is a class of the program's own.
+
+    Raises:
+        ConfigError: If it is no method, or keeps what its fields do not show: by these a run that
+            goes on knows that it has the same method.
+    """
+    kind = type(method).__name__
+    if Method not in type(method).__mro__:
+        raise ConfigError(
+            f"method is a {kind}, which is derived from no method: take "
+            "fedraclora.strategies.shared.layerwise.LayerMethod (CONTRIBUTING.md, A new method)"
+        )
+    if not isinstance(method.traits, Traits):
+        raise ConfigError(
+            f"method is a {kind}, which does not say what it promises: give the class "
+            "`traits = Traits(...)` (CONTRIBUTING.md, A new method)"
+        )
+    shown = {f.name for f in fields(method) if f.repr}
+    for name in getattr(method, "__dict__", {}):
+        cached = isinstance(getattr_static(type(method), name, None), cached_property)
+        if name not in shown and not cached and not name.startswith("_"):
+            raise ConfigError(
+                f"method is a {kind} with the attribute {name!r}, which its repr does not show, so "
+                f"that a run could not tell two values of it apart: make {kind} a "
+                f"@dataclass(frozen=True) with a field {name}"
+            )

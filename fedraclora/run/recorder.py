@@ -223,6 +223,8 @@ class RunRecorder:
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
         lines = config_difference(meta.get("fixed", {}), self.fixed)
         changed = [line for line in lines if not line.startswith(self.free)]
+        # Runs of before do not know the code of what they name.
+        changed = [x for x in changed if not (x.startswith("code.") and "(absent)" in x)]
         if changed:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint was written under another configuration "

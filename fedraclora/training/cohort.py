@@ -77,7 +77,7 @@ class CohortTrainer:
             None  # what its clients kept, from a store
         )
         self.check(precision)
-        self.former = next((e for e in local.extras if e.forms_gradients), None)
+        self.former = next((e for e in local.added if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], CohortProgram] = {}
         self._pools: tuple[Tree, dict[str, Pool], tuple[Tree, Terms]] | None = None
 
@@ -121,7 +121,7 @@ class CohortTrainer:
         else:
             kind = CohortOptimiser if recipe.steps else GradientMean
             plain = kind(self.local, values, rates, carried, rows)
-        own = (extra.optimiser(chunk, rates) for extra in self.local.extras if recipe.steps)
+        own = (extra.optimiser(chunk, rates) for extra in self.local.added if recipe.steps)
         optimiser: Optimiser = next(filter(None, own), plain)
         if chunk.network is not None and not hooks and optimiser is plain and plain.is_plain:
             chunk.network.descend(rates)
@@ -207,7 +207,7 @@ class CohortTrainer:
             found.append((When.BUDGET, lambda gradients, _: cut_gradients(gradients, masks)))
         if largest is not None and recipe.steps:
             found.append((When.CLIP, lambda gradients, _: clip_per_client(gradients, largest, by)))
-        for extra in self.local.extras:
+        for extra in self.local.added:
             found += extra.hooks(chunk).items()
         return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
 

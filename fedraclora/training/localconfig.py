@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Annotated, ClassVar, TypeVar
 
 from typing_extensions import override
 
+from fedraclora.binding import object_of
 from fedraclora.errors import ConfigError
 from fedraclora.limits import (
     Count,
     Fraction,
+    Later,
     Limit,
     Limited,
     NotNegative,
     Part,
     Positive,
     Share,
+    TakesObject,
     Whole,
     choice_of,
     whole_from,
@@ -39,8 +43,8 @@ BatchSize = Annotated[int, Limit("0 (all) or more", lambda value: value >= 0)]
 class LocalConfig(Limited, group="local"):
     """Settings of plain local training.
 
-    A class that derives from this one adds keys to the config group, and to its `extras` what they
-    ask for.
+    A class that derives from this one adds keys to the config group, and to what is `added` what
+    they ask for.
 
     Attributes:
         optimiser: ``sgd`` or ``adamw``.
@@ -67,6 +71,8 @@ class LocalConfig(Limited, group="local"):
         final: Factor that cosine and linear fall to: the round after the last would have it.
         step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds, the
             warm-up not counted.
+        extras: Steps of your own: `fedraclora.LocalExtra` by ``module:name``, with parameters
+            ``{name: module:name, key: value}``.
     """
 
     OPTIMISERS: ClassVar[tuple[str, ...]] = ("sgd", "adamw")
@@ -96,11 +102,14 @@ class LocalConfig(Limited, group="local"):
     final: NotNegative = 0.0
     step_every: Count = 50
     step_factor: NotNegative = 0.5
+    extras: Annotated[
+        Sequence[str | Mapping[str, object] | LocalExtra], Later(), TakesObject()
+    ] = ()
 
     @property
-    def extras(self) -> tuple[LocalExtra, ...]:
-        """What is added to plain local training."""
-        return ()
+    def added(self) -> tuple[LocalExtra, ...]:
+        """What is added to plain local training: by keys, then the user's own."""
+        return (*self.extras,)  # type: ignore[arg-type]
 
     @property
     def is_own(self) -> bool:
@@ -109,17 +118,19 @@ class LocalConfig(Limited, group="local"):
 
     def extra_of(self, kind: type[Extra]) -> Extra | None:
         """Return the extra of a kind; None if there is none."""
-        return next((extra for extra in self.extras if isinstance(extra, kind)), None)
+        return next((extra for extra in self.added if isinstance(extra, kind)), None)
 
     @property
     def answers_once(self) -> bool:
         """Return whether a second answer to a round would tell what the first one hides."""
-        return any(extra.answers_once for extra in self.extras)
+        return any(extra.answers_once for extra in self.added)
 
     @override
     def __post_init__(self) -> None:
-        """Reject settings that cannot train."""
+        """Make the user's own extras; reject settings that cannot train."""
         super().__post_init__()
+        own = [object_of(f"local.extras[{k}]", it, LocalExtra) for k, it in enumerate(self.extras)]
+        object.__setattr__(self, "extras", (*own,))
         self._check_extras()
         self._check_moments()
         if self.nesterov and self.momentum == 0:
@@ -152,14 +163,14 @@ class LocalConfig(Limited, group="local"):
             )
 
     def _check_extras(self) -> None:
-        for extra in self.extras if self.moments != "round" else ():
+        for extra in self.added if self.moments != "round" else ():
             steps_itself = type(extra).optimiser is not LocalExtra.optimiser
             if extra.ends_moments or (self.moments == "rows" and steps_itself):
                 raise ConfigError(
                     f"local.moments is {self.moments}, but under {extra.setting} moments mean "
                     "nothing beyond their round; set local.moments=round"
                 )
-        steps = [extra.setting for extra in self.extras if extra.takes_factor_step]
+        steps = [extra.setting for extra in self.added if extra.takes_factor_step]
         if len(steps) > 1:
             raise ConfigError(
                 f"{' and '.join(steps)} each say how factors take a step; take one of them"
@@ -236,7 +247,7 @@ def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) ->
         specs = [spec for f in adapter.factors.values() if (spec := f.drawing)]
         if specs:
             scale, gram = adapter.scale, prod(spec.gram_scale for spec in specs)
-            for extra in local.extras:
+            for extra in local.added:
                 scale, gram = extra.step_in_weights(scale, gram)
             gammas.append(rate * scale**2 * gram)
     if not gammas:

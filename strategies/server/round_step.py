@@ -16,7 +16,9 @@ from typing import Any, ClassVar, cast
 import torch
 
 from fedraclora.aggregation.base import AggregationContext
+from fedraclora.binding import object_of
 from fedraclora.errors import ConfigError
+from fedraclora.objects import is_named
 from fedraclora.protocol.method import Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.callback import Callback
@@ -174,9 +176,14 @@ class RoundStep:
         return {}
 
 
+def step_class(step: object) -> type:
+    """Give the class of a step, which may be a program's own."""
+    return type(step.inner if isinstance(step, Told) else step)
+
+
 def step_name(step: object) -> str:
     """Name a step for a reader."""
-    return type(step.inner if isinstance(step, Told) else step).__qualname__
+    return step_class(step).__qualname__
 
 
 def described(step: object) -> str:
@@ -194,12 +201,12 @@ def described(step: object) -> str:
 
 
 def own_steps(given: object) -> list[RoundStep]:
-    """Check the steps of a program's own.
+    """Check the steps of a program's own; those that the config names are made later.
 
     Raises:
         ConfigError: If something is none.
     """
-    things = each_of(given)
+    things = [thing for thing in each_of(given) if not isinstance(thing, str | Mapping)]
     for thing in things:
         if isinstance(thing, RoundStep) and sum(other is thing for other in things) == 1:
             continue
@@ -212,6 +219,34 @@ def own_steps(given: object) -> list[RoundStep]:
             why = "what watches a run is given as callbacks=[...]"
         raise ConfigError(f"steps has {thing!r:.200}; {why}")
     return [cast(RoundStep, Told(thing, f"the step {step_name(thing)}")) for thing in things]
+
+
+def steps_of(said: Sequence[object], given: Sequence[RoundStep]) -> list[RoundStep]:
+    """List the user's steps of a run, in their order.
+
+    Args:
+        said: The key ``steps``: what stands for an object, or the words for one that is given.
+        given: Those of a program's own.
+
+    Raises:
+        ConfigError: If other steps are given than those that the config tells.
+    """
+    left, found = [*given], []
+    for place, word in enumerate(said):
+        if isinstance(word, Mapping) or is_named(word):
+            found += own_steps(object_of(f"steps[{place}]", word, RoundStep))
+        elif left and described(left[0]) == word:
+            found.append(left.pop(0))
+        else:
+            left = [*given]
+            break
+    if left or len(found) < len(said):
+        raise ConfigError(
+            f"this run has the steps {[*said]} of a Python program, and "
+            f"{[*map(described, given)]} are given: say fedraclora.simulate(steps=[...]) with such "
+            "objects (folder=..., resume=True to go on)"
+        )
+    return found
 
 
 class RoundSteps:

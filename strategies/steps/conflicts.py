@@ -108,7 +108,7 @@ def _beside_plain_sgd(local: LocalConfig) -> str:
         "clip": local.clip is not None,
     }
     found = [f"local.{n}={getattr(local, n)}" for n, used in beside.items() if used]
-    return next(iter([*found, *(extra.setting for extra in local.extras)]), "")
+    return next(iter([*found, *(extra.setting for extra in local.added)]), "")
 
 
 def _no_mean_gradient(sent: Downlink) -> str:

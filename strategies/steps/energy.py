@@ -21,7 +21,7 @@ def follows_gradient(local: LocalConfig) -> bool:
     rows, so that `strategies.shared.past.energies` would read its own step size back; a layer that
     is clipped by itself would count for too little beside the others.
     """
-    return local.optimiser == "sgd" and not local.extras and local.clip_by == "all"
+    return local.optimiser == "sgd" and not local.added and local.clip_by == "all"
 
 
 class NoEnergy(RoundStep):

@@ -16,7 +16,7 @@ import torch
 
 from fedraclora.binding import bind, object_of
 from fedraclora.errors import ConfigError
-from fedraclora.objects import fingerprint, fingerprints, is_named, lend, named_by, refuse_lent
+from fedraclora.objects import code_digests, is_named, lend, named_by, object_digest
 
 MODULE = """
 from dataclasses import dataclass
@@ -73,12 +73,12 @@ def test_a_value_gives_the_object_that_it_names_with_its_parameters(module: Any)
         ("brought:nothing", None, "has no nothing"),
         ({"name": "brought:twice", "bi": 2}, None, "loss.bi.*did you mean 'loss.by'"),
         ({"name": "brought:twice", "by": "two"}, None, "loss.by is 'two'; float"),
-        ({"name": "brought:made", "by": 2}, None, "by, but it is of type Scaled"),
+        ({"name": "brought:made", "by": 2}, None, "by, but it is .* Scaled"),
         ("brought:twice", Path, "loss.x is missing"),
-        ("brought:Scaled", Path, "class Scaled; one of pathlib"),
-        ("brought:made", Path, "type Scaled; one of pathlib"),
+        ("brought:Scaled", Path, "class Scaled; .* pathlib"),
+        ("brought:made", Path, "type Scaled; .* pathlib"),
         ("Mine@0123456789abcdef", None, "loss, of digest Mine@.*does not have"),
-        (7, None, "loss is '7'; package.module:function"),
+        (7, None, "loss is 7, .* type int"),
     ],
 )
 def test_a_value_that_names_something_else_is_refused(
@@ -102,13 +102,13 @@ def test_a_class_of_the_users_is_a_row_of_a_table_of_such_classes(module: Any) -
         bind("attack", table, {"name": lend(Mine), "shares": 0.5})
     own = Mine(0.25)
     assert bind("attack", table, {"name": lend(own)})() is own
-    with pytest.raises(ConfigError, match=r"class Scaled; a class derived from .*Base is wanted"):
+    with pytest.raises(ConfigError, match=r"class Scaled; a class .*Base is wanted"):
         bind("attack", table, {"name": "brought:Scaled"})
-    assert bind("data", {"a": len}, {"name": "brought:twice", "x": 1})() == 8  # type: ignore[arg-type]
+    assert bind("partition", {"a": len}, {"name": "brought:twice", "x": 1})() == 8  # type: ignore[arg-type]
 
 
 def test_an_object_has_one_digest_in_every_process(module: Any, tmp_path: Path) -> None:
-    line = "import brought as b; from fedraclora.objects import fingerprint as f\n"
+    line = "import brought as b; from fedraclora.objects import object_digest as f\n"
     line += "print(f(b.twice), f(b.made))"
     env = {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}"}
     told = subprocess.run(
@@ -116,8 +116,8 @@ def test_an_object_has_one_digest_in_every_process(module: Any, tmp_path: Path) 
     ).stdout.split()
     import brought  # type: ignore[import-not-found]
 
-    assert told == [fingerprint(brought.twice), fingerprint(brought.made)]
-    assert fingerprints({"a": {"loss": "brought:twice"}}) == {"brought:twice": told[0]}
+    assert told == [object_digest(brought.twice), object_digest(brought.made)]
+    assert code_digests({"a": {"loss": "brought:twice"}}) == {"brought:twice": told[0]}
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_an_object_has_one_digest_in_every_process(module: Any, tmp_path: Path) 
     ],
 )
 def test_a_changed_function_has_another_digest(module: Any, old: str, new: str) -> None:
-    before = fingerprint(object_of("loss", "brought:twice"))
+    before = object_digest(object_of("loss", "brought:twice"))
     module("# a comment\n" + MODULE)
-    assert fingerprint(object_of("loss", "brought:twice")) == before
+    assert object_digest(object_of("loss", "brought:twice")) == before
     module(MODULE.replace(old, new))
-    assert fingerprint(object_of("loss", "brought:twice")) != before
+    assert object_digest(object_of("loss", "brought:twice")) != before
 
 
 def test_an_object_counts_with_all_that_it_holds() -> None:
@@ -148,14 +148,14 @@ def test_an_object_counts_with_all_that_it_holds() -> None:
     values: list[object] = [1, [1], {"a": 1}, {1}, torch.ones(2), np.ones(2), holding, Holds]
     values += [torch.zeros(2), np.zeros(2), partial(holding, 1)]
     values += [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)]  # of other weights
-    assert len({fingerprint(Holds(value)) for value in values}) == len(values)
-    assert len({fingerprint(holding(value)) for value in values}) == len(values)
+    assert len({object_digest(Holds(value)) for value in values}) == len(values)
+    assert len({object_digest(holding(value)) for value in values}) == len(values)
     one = Holds(1)
-    before = fingerprint(one)
+    before = object_digest(one)
     one._seen += 1
-    assert fingerprint(one) == before
+    assert object_digest(one) == before
     one.value = one
-    assert fingerprint(one) != before
+    assert object_digest(one) != before
 
 
 def test_a_module_that_a_function_holds_counts_by_its_name() -> None:
@@ -165,14 +165,12 @@ def test_a_module_that_a_function_holds_counts_by_its_name() -> None:
     def made(module: types.ModuleType) -> Any:
         return lambda: module
 
-    before = fingerprint(made(held))
+    before = object_digest(made(held))
     held.value = 3  # type: ignore[attr-defined]
-    assert fingerprint(made(held)) == before
-    assert fingerprint(made(types.ModuleType("other"))) != before
+    assert object_digest(made(held)) == before
+    assert object_digest(made(types.ModuleType("other"))) != before
 
 
-def test_objects_of_a_program_are_found_in_its_config_and_refused_where_others_need_them() -> None:
+def test_objects_of_a_program_are_found_in_its_config() -> None:
     config = {"local": {"extras": [{"name": lend(len)}]}, "seed": 0}
     assert named_by(config) == {lend(len): len}
-    with pytest.raises(ConfigError, match=r"len@.*nodes.*module:name"):
-        refuse_lent(config, "nodes of a deployment")

@@ -81,7 +81,7 @@ class LocalSettings(LocalConfig):
 
     @property
     @override
-    def extras(self) -> tuple[LocalExtra, ...]:
+    def added(self) -> tuple[LocalExtra, ...]:
         return (
             *([SampleLevel(self.dp)] if self.dp is not None else ()),
             *([Prox(self.prox)] if self.prox else ()),
@@ -89,4 +89,5 @@ class LocalSettings(LocalConfig):
             *([Precondition()] if self.precondition else ()),
             *([LoraRite(self)] if self.optimiser == "lora_rite" else ()),
             *([Gates(self.gate_penalty, self)] if self.gate_penalty is not None else ()),
+            *super().added,
         )

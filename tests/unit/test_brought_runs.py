@@ -1,0 +1,332 @@
+"""Parts that a user brings: as an object and as ``module:name`` they give the same bits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr_datasets.partitioner import IidPartitioner
+
+import fedraclora
+from fedraclora.config.run_config import from_plain
+from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
+from fedraclora.experiments.choices import keys_of
+from fedraclora.experiments.overrides import composed
+from fedraclora.models.built import seeded
+from fedraclora.strategies import METHODS
+
+MODULE = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import fedraclora
+from fedraclora.attacks.attack import Attack
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.training.extra import LocalExtra, When
+from fedraclora.training.extras.settings import LocalSettings
+
+FACTOR = 3.0
+
+@dataclass(frozen=True)
+class Method(FedRacLora):
+    \"\"\"A method of somebody's.
+
+    Attributes:
+        boost: Nothing.
+    \"\"\"
+
+    boost: float = 1.0
+
+@dataclass(frozen=True)
+class Louder(Attack):
+    times: float = 2.0
+
+    def sent(self, updates, clients, key):
+        return self.times * FACTOR * updates
+
+@dataclass(frozen=True)
+class Poison(Attack):
+    def poisoned(self, data, classes, seed):
+        raise fedraclora.errors.DataError(f"poison of {classes} classes")
+
+@dataclass(frozen=True)
+class Decay(LocalExtra):
+    rate: float = 0.1
+    form = "decay={rate}"
+
+    def hooks(self, chunk):
+        return {When.LOSS: lambda g, v: {n: g[n] + self.rate * v[n] for n in g}}
+
+@dataclass(frozen=True)
+class Local(LocalSettings):
+    pull: float = 0.1
+
+    @property
+    def added(self):
+        return (*super().added, Decay(self.pull))
+
+class Halved(fedraclora.RoundStep):
+    def __init__(self, by: float = 2.0):
+        self.by = by
+
+    def columns(self, exchange, got):
+        return {"halved": 1.0 / self.by}
+
+class Watch(fedraclora.Callback):
+    def measure(self, weights, round_):
+        return {"watched": round_}
+
+def split(data, *, clients, seed, shift: int = 0):
+    rows = range(len(data.train))
+    return [[r for r in rows if (r + shift) % 4 == k] for k in range(4)]
+
+def net(shape, classes, *, width: int = 5):
+    return nn.Sequential(nn.Linear(*shape, width), nn.ReLU(), nn.Linear(width, classes))
+
+def table(*, tilt: float = 0.0):
+    x = torch.randn(80, 3, generator=torch.Generator().manual_seed(0))
+    return x, (x[:, 0] + tilt * x[:, 1] > 0).long()
+
+def clients(*, tilt: float = 0.0):
+    x, y = table(tilt=tilt)
+    return list(zip(x.split(20), y.split(20)))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "brought_parts.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "brought_parts", raising=False)
+    import brought_parts  # type: ignore[import-not-found]
+
+    return brought_parts
+
+
+def digest(run: fedraclora.Run) -> object:
+    return run.summary["weights_digest"]
+
+
+def run(*words: Any, **keys: Any) -> fedraclora.Run:
+    given = {"model": "brought_parts:net", "data": "brought_parts:clients", "rounds": 2}
+    return fedraclora.simulate("output.progress=false", *words, **{**given, **keys})
+
+
+# A kind of part: how it is said as an object, and as words.
+KINDS: dict[str, tuple[Any, list[Any]]] = {
+    "method": (
+        lambda m: {"method": m.Method(rank=2, boost=2.0)},
+        ["method=brought_parts:Method", "method.rank=2", "method.boost=2"],
+    ),
+    "attack": (
+        lambda m: {"attack": m.Louder(share=0.5, times=4.0)},
+        ["attack=brought_parts:Louder", "attack.share=0.5", "attack.times=4"],
+    ),
+    "local": (
+        lambda m: {"local": m.Local(pull=0.3, lr=0.2)},
+        ["local=brought_parts:Local", "local.pull=0.3", "local.lr=0.2"],
+    ),
+    "extras": (
+        lambda m: {"local": {"extras": [m.Decay(0.3)]}},
+        ["local.extras=[{name:brought_parts:Decay,rate:0.3}]"],
+    ),
+    "settings": (
+        lambda m: {"local": m.LocalSettings(extras=[m.Decay(0.3)], lr=0.5)},
+        ["local.extras=[{name:brought_parts:Decay,rate:0.3}]"],
+    ),
+    "step": (
+        lambda m: {"steps": [m.Halved(4.0)]},
+        ["steps=[{name:brought_parts:Halved,by:4}]"],
+    ),
+    "callback": (lambda m: {"callbacks": [m.Watch()]}, ["callbacks=[brought_parts:Watch]"]),
+    "partition": (
+        lambda m: {"partition": m.split},
+        ["partition=brought_parts:split"],
+    ),
+    "partitioner": (
+        lambda _: {"partition": IidPartitioner(4)},
+        ["partition=flwr_datasets.partitioner:IidPartitioner", "partition.num_partitions=4"],
+    ),
+}
+
+
+@pytest.mark.short(when=lambda kind: kind in {"attack", "extras"})
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_object_gives_the_bits_of_its_name(mine: Any, kind: str) -> None:
+    make, words = KINDS[kind]
+    divided = {"data": "brought_parts:table", "clients": 4} if "partition" in kind else {}
+    by_object, by_name = run(**make(mine), **divided), run(*words, **divided)
+    assert digest(by_object) == digest(by_name)
+    columns = {*by_object.history.columns}
+    assert columns == {*by_name.history.columns}
+    if kind in {"step", "callback"}:
+        assert {"halved", "watched"} & columns
+    elif kind != "partitioner":  # which divides like partition=iid
+        assert digest(by_name) != digest(run(**({"partition": "iid"} | divided if divided else {})))
+    # What a run says of itself is a whole config, which gives the same.
+    assert digest(run_again(by_name, {})) == digest(by_name)
+    if kind not in {"step", "callback"}:  # these objects are given anew
+        assert digest(run_again(by_object, {})) == digest(by_object)
+
+
+def run_again(before: fedraclora.Run, keys: dict[str, Any]) -> fedraclora.Run:
+    return fedraclora.simulate({**before.config, "resume": None}, **keys)
+
+
+def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
+    with seeded(0, "model"):
+        model = mine.net((3,), 2, width=7)
+    wanted = run(model=model, data=mine.clients(tilt=3.0))
+    found = run(
+        model={"name": "brought_parts:net", "arguments": {"width": 7}},
+        data={"name": "brought_parts:clients", "parameters": {"tilt": 3}},
+    )
+    assert digest(found) == digest(wanted)
+    assert found.summary["clients"] == 4
+    long = composed(["model=function", "model.function=brought_parts:net", "data=own"])
+    short = composed(["model=brought_parts:net", "data=own"])
+    assert short["model"] == long["model"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("method=brought_parts:Louder", "class Louder; .* derived from .*Method"),
+        ("attack=brought_parts:net", "a function; .* derived from .*Attack"),
+        ("attack=brought_parts:Nothing", "has no Nothing"),
+        ("engine=brought_parts:Louder", "unknown engine .*There are"),
+        ("method=brought_parts:Method method.boots=2", "has no key|boots"),
+        ("attack=brought_parts:Louder attack.times=often", "attack.times is 'often'; float"),
+        ("attack=brought_parts:Louder attack.share=2", "attack.share is 2"),
+        ("local.extras=[{name:brought_parts:Decay,rat:2}]", r"extras\[0\]\.rat.*did you mean"),
+        ("local.extras=[brought_parts:Halved]", "class Halved; .*LocalExtra"),
+        ("steps=[brought_parts:Decay]", r"steps\[0\].*class Decay; .*RoundStep"),
+        ("steps=[{name:brought_parts:Halved,by:much}]", r"steps\[0\].by is 'much'; float"),
+        ("callbacks=[brought_parts:FACTOR]", "callbacks has 3.0"),
+        ("model.arguments={width:wide}", "model.arguments.width is 'wide'; int"),
+        ("data.parameters={tild:3}", "data.parameters.tild.*did you mean"),
+        ("attack=brought_parts:Poison attack.share=0.5", "poison of 2 classes"),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_said_by_its_key(mine: Any, words: str, said: str) -> None:
+    with pytest.raises(FedRacLoraError, match=said):
+        run(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"attack": 3.0}, "attack is 3.0; the name"),
+        ({"local": "settings"}, "unknown local"),
+        ({"local": {"lr": len}}, "local.lr .* type builtin"),
+        ({"seed": len}, "seed is of type"),
+        ({"local": {"extras": [3]}}, r"local.extras\[0\]|extras is"),
+        ({"local": {"extras": [object()]}}, r"extras\[0\].* type object; .*LocalExtra"),
+    ],
+)
+def test_objects_that_are_no_such_part_are_refused(mine: Any, keys: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run(**keys)
+    with pytest.raises(ConfigError, match=r"class Louder: make"):
+        run(attack=mine.Louder)
+    with pytest.raises(ConfigError, match=r"local\.lr .*beside local"):
+        run("local.lr=0.1", local=mine.LocalSettings())
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (lambda n: [range(n), [3]], "row 3 twice"),
+        (lambda n: [[0, n]], "rows 0 to 64; .*0 to 63"),
+        (lambda _: [[0.5, 1]], "client 0; .*row numbers"),
+        (lambda _: [[[0], [1, 2]]], "client 0; .*row numbers"),
+        (lambda _: 3, "gives 3 for client 0"),
+        (lambda _: [[0], []], "1 of 2 clients without"),
+        (lambda _: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_division_that_is_none_is_refused(mine: Any, rows: Any, said: str) -> None:
+    def divide(data: Any, *, clients: int | None, seed: int) -> Any:
+        return rows(len(data.train))
+
+    with pytest.raises(FedRacLoraError, match=said):
+        run(data="brought_parts:table", clients=2, partition=divide)
+
+
+def test_a_partitioner_sees_the_columns_of_any_data(mine: Any) -> None:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    skewed = DirichletPartitioner(3, "label", alpha=0.2, min_partition_size=1)
+    found = run(data=(mine.table()), partition=skewed)
+    assert found.summary["clients"] == 3
+    with pytest.raises(ConfigError, match=r"DirichletPartitioner.*columns of .*label"):
+        run(data=mine.table(), partition=DirichletPartitioner(3, "hospital", alpha=0.2))
+    with pytest.raises(ConfigError, match=r"called with data, .*takes"):
+        run(data="brought_parts:table", clients=2, partition="brought_parts:clients")
+    with pytest.raises(ConfigError, match=r"clients=5.* 3"):
+        run(data=mine.table(), clients=5, partition=IidPartitioner(3))
+
+
+@pytest.mark.short(when=lambda words, old, new: "extras" in words[0])
+@pytest.mark.parametrize(
+    ("words", "old", "new"),
+    [
+        (["attack=brought_parts:Louder", "attack.share=0.5"], "FACTOR = 3.0", "FACTOR = 4.0"),
+        (["local.extras=[brought_parts:Decay]"], "g[n] + self", "g[n] - self"),
+        (["steps=[brought_parts:Halved]"], "1.0 / self.by", "1.5 / self.by"),
+    ],
+)
+def test_a_run_does_not_go_on_with_a_part_that_has_changed(
+    mine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Any, old: str, new: str
+) -> None:
+    folder = tmp_path / "run"
+    run(*words, folder=folder)
+    longer: dict[str, Any] = {"folder": folder, "resume": True, "rounds": 3}
+    text = MODULE.replace(old, new)
+    assert text != MODULE
+    (tmp_path / "brought_parts.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "brought_parts")
+    with pytest.raises(CheckpointError, match=r"code\.brought_parts:\w+"):
+        run(*words, **longer)
+    (tmp_path / "brought_parts.py").write_text(MODULE)
+    monkeypatch.delitem(sys.modules, "brought_parts")
+    assert run(*words, **longer).summary["rounds"] == 3
+
+
+@pytest.mark.slow
+def test_a_run_wants_the_same_objects_again(mine: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(attack=mine.Louder(share=0.5), folder=folder)
+    longer: dict[str, Any] = {"folder": folder, "resume": True, "rounds": 3}
+    with pytest.raises(CheckpointError, match=r"attack\.times"):
+        run(attack=mine.Louder(share=0.5, times=5.0), **longer)
+    assert run(attack=mine.Louder(share=0.5), **longer).summary["rounds"] == 3
+
+
+def test_help_lists_the_keys_of_a_part_of_ones_own(mine: Any) -> None:
+    text = keys_of("method", "brought_parts:Method")
+    assert "method.boost=1.0" in text
+    assert "method.rank=8" in text
+
+
+@pytest.mark.parametrize("kind", ["extras", "attack", "settings", "method"])
+@pytest.mark.slow
+def test_ray_has_the_bits_of_parts_of_ones_own(mine: Any, kind: str) -> None:
+    make, words = KINDS[kind]
+    wanted = digest(run(*words, engine="inline"))
+    ray = {"engine": {"name": "ray", "workers": 1, "chunk": 1}}
+    assert digest(run(*words, **ray)) == wanted
+    assert digest(run(**make(mine), **ray)) == wanted
+
+
+def test_settings_of_a_part_are_checked_like_those_of_the_project(mine: Any) -> None:
+    config = from_plain(composed(["local.extras=[brought_parts:Decay]"]), METHODS)
+    assert [type(extra).__name__ for extra in config.local.added] == ["Decay"]
+    assert config.digested["local"]["extras"] == ["brought_parts:Decay"]  # type: ignore[index]
+    plain = from_plain(composed([]), METHODS).digested["local"]
+    assert "extras" not in plain  # type: ignore[operator]
