@@ -146,6 +146,7 @@ DEEDS: dict[str, tuple[Callable[..., Any], bool]] = {
     "B is NaN": (put(trained, lambda t: t.view(-1)[0].fill_(float("nan"))), False),
     "B is infinite": (put(trained, lambda t: t.fill_(float("inf"))), False),
     "W moved": (put(base, lambda t: t.add_(0.1)), False),
+    "rows of W have changed places": (put(base, lambda t: t.copy_(t.flip(0))), False),
     "W is zero": (put(base, lambda t: t.zero_()), False),
     "all thawed and trained": (all_thawed, False),
     "a buffer moved": (put(lambda m: parameters(m, "running_mean")[0], lambda t: t.add_(1)), False),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from fedraclora.errors import ClientError
 from fedraclora.tree import Tree
 
+WIDTH = 1024  # of the table as which the words of a tensor are summed up
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -23,13 +24,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """Sum up the bits of a tensor as whole numbers, by which a change shows: int64, [].
 
-    One pass at the speed of memory, a fifth of the time of a comparison with another tensor.
+    By place: of rows and of columns, each sum times an odd number of its own, so that numbers which
+    change places show, too. It runs at the speed of memory.
     """
     flat = whole(tensor.detach()).contiguous().flatten()
     size = flat.element_size()
     odd = (flat.numel() * size) % 8 or (flat.storage_offset() * size) % 8
     kind = WORDS[size] if odd else torch.int64
-    return flat.view(kind).sum(dtype=torch.int64).cpu()
+    words = flat.view(kind)
+    cut = len(words) // WIDTH * WIDTH
+    table, rest = words[:cut].view(-1, WIDTH), words[cut:].to(torch.int64)
+    sums = torch.cat([table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), rest])
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum().cpu()
 
 
 def check_ranks(found: Tree) -> None:
