@@ -290,7 +290,7 @@ def introduction(run: Assembled) -> dict[str, str]:
     task = run.built.task
     known = len(measured_samples(task, run.config.evaluate.split))
     return {
-        "loss": f"{task.loss} ({task.info['loss_from']})"
+        "loss": f"{task.loss.partition('@')[0]} ({task.info['loss_from']})"
         + (f", its outputs read as those of {task.like}" if task.like else ""),
         "metrics": ", ".join(task.measured) if known or task.held else UNMEASURED,
         "optimiser": optimiser_of(run.config),

@@ -125,6 +125,17 @@ def test_a_loss_that_draws_or_counts_is_told_from_one_whose_samples_interact() -
             check_loss(OwnLoss("mine", WRONG[case][0]), *few())
 
 
+def test_a_loop_of_ones_own_may_have_a_scalar_the_mean_of_its_batch() -> None:
+    loss, (output, target) = OwnLoss("mine", F.cross_entropy), few()
+    check_loss(loss, output, target, scalar=True)
+    losses, parts = loss(output, target)
+    assert float(losses.sum() / parts.sum()) == pytest.approx(
+        float(F.cross_entropy(output, target))
+    )
+    with pytest.raises(ConfigError, match="no gradient"):
+        check_loss(OwnLoss("mine", lambda o, t: hard(o, t).mean()), output, target, scalar=True)
+
+
 def hinge(output: Tensor, target: Tensor) -> Tensor:
     """Flat wherever the margin is kept."""
     right = output.gather(1, target[:, None])

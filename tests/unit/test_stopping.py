@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedraclora.config.run_config import digested
+from fedraclora.config.run_config import digested, from_plain
 from fedraclora.config.settings import StopConfig
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.choices import section_keys
@@ -116,8 +116,9 @@ def test_without_patience_nothing_is_measured_and_nothing_stops() -> None:
 def test_what_cannot_stop_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stop\.patience is 0; 1"):
         StopConfig(patience=0)
+    misspelt = composed([*JOB, "stop.metric=accurcy"])  # the data may have metrics of their own
     with pytest.raises(ConfigError, match=r"stop\.metric 'accurcy'.*'accuracy'"):
-        StopConfig("accurcy", 1)
+        from_plain(misspelt, METHODS)
     stop = Stopping(StopConfig("f1", 1), lambda weights: {"accuracy": 0.5})
     with pytest.raises(ConfigError, match=r"stop.metric 'f1'. There are: accuracy"):
         stop.measure({}, 1)
