@@ -18,7 +18,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fedraclora.clients.cache import on_disk
-from fedraclora.clients.secure import MEASURED
+from fedraclora.clients.secure import MEASUREMENTS
 from fedraclora.engines.records import from_records
 from fedraclora.errors import ClientError
 from fedraclora.weights.files import load_tensors, save_tensors
@@ -27,7 +27,7 @@ from fedraclora.wire.secagg import read_stage
 
 ASKS = ("config", "arrays", "own", "chunk", "secure")  # records of a message that it answers
 # What is answered once in a round.
-ONCE = ("train", "masked", "unmask", f"{MEASURED}-masked", f"{MEASURED}-unmask")
+ONCE = ("train", "masked", "unmask", f"{MEASUREMENTS}-masked", f"{MEASUREMENTS}-unmask")
 
 
 def kind_of(content: Content) -> str:
@@ -35,7 +35,7 @@ def kind_of(content: Content) -> str:
     stage = read_stage(content)
     if stage is None:
         return "train"
-    return f"{MEASURED}-{stage.name}" if MEASURED in stage.settings else stage.name
+    return f"{MEASUREMENTS}-{stage.name}" if MEASUREMENTS in stage.settings else stage.name
 
 
 def is_given(reply: Content) -> bool:
@@ -88,7 +88,7 @@ class Answers:
         asked = from_records(content)
         kind, round_ = kind_of(asked), round_of(asked)
         # What the last round has made is measured before a round that will not be.
-        if not 1 <= round_ <= self.rounds + kind.startswith(MEASURED):
+        if not 1 <= round_ <= self.rounds + kind.startswith(MEASUREMENTS):
             raise ClientError(
                 f"round {round_} was asked for; the run has rounds 1 to {self.rounds}"
             )

@@ -14,13 +14,14 @@ from fedraclora.clients.client_state import restore
 from fedraclora.data.samples import ClientData, Samples, TableRows
 from fedraclora.errors import WireError
 from fedraclora.evaluation.clients import AFTER, ClientMeasure
-from fedraclora.evaluation.summed import SummedMeasure, Words, tell
+from fedraclora.evaluation.summed import SummedMeasure, write_sizes
 from fedraclora.protocol.method import Downlink
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.standing import standing_weights
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.exchange import Answer, Ask, TrainRequest
+from fedraclora.wire.secagg import Words
 
 Owned = tuple[Samples, torch.Tensor]  # of one client after another, and how many of each
 SMALL = "it has {} samples, of which none is held out to measure on (evaluate.share)"
@@ -131,7 +132,7 @@ class Measurer:
             return found
 
         of: dict[int, Callable[[], Words]] = {c: partial(words, c) for c in clients.tolist()}
-        return of, {"layout": tell(self._layout)}
+        return of, {"layout": write_sizes(self._layout)}
 
     def _before(
         self,

@@ -37,7 +37,7 @@ from fedraclora.wire.secagg import (
 
 Memory = dict[str, Any]
 BEFORE = {"shares": "keys", "masked": "shares", "unmask": "masked"}
-MEASURED = "measured"  # a sum of what clients measured: of other keys than that of updates
+MEASUREMENTS = "measured"  # a sum of what clients measured: of other keys than that of updates
 # What a message of another machine may raise where it is not what it should be.
 DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
@@ -105,8 +105,8 @@ def _recall(store: ClientStore, client: int, round_: int, asked: Stage) -> Memor
     """
     memory: Memory = json.loads(store.secrets.get(client) or b"{}")
     stage = asked.name
-    if MEASURED in asked.settings:
-        memory = memory.get(MEASURED, {})
+    if MEASUREMENTS in asked.settings:
+        memory = memory.get(MEASUREMENTS, {})
     last = int(memory.get("answered", 0))
     if round_ <= last and not (stage == "unmask" and round_ == last):
         stands = f"has sent its masked vector in round {last}"
@@ -134,10 +134,10 @@ def _remember(store: ClientStore, client: int, memory: Memory, asked: Stage) -> 
     }
     if stage in fields:
         memory = {key: memory[key] for key in fields[stage]}
-    if MEASURED in asked.settings:
-        memory = whole | {MEASURED: memory}
-    elif MEASURED in whole:
-        memory = memory | {MEASURED: whole[MEASURED]}
+    if MEASUREMENTS in asked.settings:
+        memory = whole | {MEASUREMENTS: memory}
+    elif MEASUREMENTS in whole:
+        memory = memory | {MEASUREMENTS: whole[MEASUREMENTS]}
     store.secrets[client] = json.dumps(memory).encode()
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fedraclora.aggregation.statistics import shortened
 from fedraclora.clients.client_state import keep, restore
 from fedraclora.clients.measure import Measurer
-from fedraclora.clients.secure import MEASURED, answer_stage, masked_reply, masked_vectors
+from fedraclora.clients.secure import MEASUREMENTS, answer_stage, masked_reply, masked_vectors
 from fedraclora.errors import OF_THE_RUN, ClientError, ConfigError, WireError
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.cohorts import client_weights
@@ -123,7 +123,9 @@ class Worker:
             )
         if stage is not None and self.terms is not None and stage.name != "masked":
             return answer_stage(ask.request, stage, self.store, self.terms)
-        if stage is not None and (MEASURED in stage.settings) != (ask.request.measure is not None):
+        if stage is not None and (MEASUREMENTS in stage.settings) != (
+            ask.request.measure is not None
+        ):
             raise WireError(
                 f"a message asks clients to {'train' if ask.request.measure is None else 'measure'}"
                 ", under masks that they agreed on for the other"

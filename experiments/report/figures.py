@@ -44,7 +44,7 @@ def as_html(figure: go.Figure, x_name: str, y_name: str, *, legend: bool, log: b
     return text
 
 
-def spread(runs: Mapping[str, tuple[Path, list[Row]]]) -> dict[str, str]:
+def spread_figures(runs: Mapping[str, tuple[Path, list[Row]]]) -> dict[str, str]:
     """Draw how a metric is spread over the clients that measured it on samples of their own.
 
     Args:

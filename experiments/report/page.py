@@ -22,7 +22,7 @@ from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.progress import size
-from fedraclora.experiments.report.figures import as_html, colour_of, figures_of, spread
+from fedraclora.experiments.report.figures import as_html, colour_of, figures_of, spread_figures
 from fedraclora.experiments.run_files import ROUNDING_ERRORS, RunFiles, read_files
 from fedraclora.experiments.status import reported
 from fedraclora.objects import NAME
@@ -212,7 +212,9 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
         runs=list(zip(labels, runs, strict=True)),
         curves=curves({label: run.rows for label, run in zip(labels, runs, strict=True)}),
-        spread=spread({k: (run.folder, run.rows) for k, run in zip(labels, runs, strict=True)}),
+        spread=spread_figures(
+            {k: (run.folder, run.rows) for k, run in zip(labels, runs, strict=True)}
+        ),
         facts=side_by_side(runs),
         results=results(labels, runs),
         differences=differences(runs) if len(runs) > 1 else {},

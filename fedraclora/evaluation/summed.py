@@ -22,7 +22,7 @@ from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.clients import AFTER, OF_ONE, ClientMeasure, Values, spread
 from fedraclora.tree import Layout, Tree
 
-Words = npt.NDArray[np.uint32]
+_Words = npt.NDArray[np.uint32]
 PIECES, BITS, POINT = 8, 16, 40  # of a number: pieces, bits of each, bits behind the point
 MOST_CLIENTS = 2**BITS  # whose pieces do not run over
 LARGEST = 2.0 ** (PIECES * BITS - POINT - 1 - BITS)  # of a number of one client
@@ -59,10 +59,10 @@ class SummedMeasure:
 
     @property
     def size(self) -> int:
-        """Words of a vector."""
+        """_Words of a vector."""
         return PIECES * self._numbers + len(self.points) * len(self._metrics) * BINS
 
-    def words(self, sent: Tree, samples: torch.Tensor) -> Words:
+    def words(self, sent: Tree, samples: torch.Tensor) -> _Words:
         """Write what clients send.
 
         Args:
@@ -71,14 +71,14 @@ class SummedMeasure:
                 ``sent`` are not read.
 
         Returns:
-            Words [K, size].
+            _Words [K, size].
 
         Raises:
             ClientError: If a sum is not finite, or too large.
         """
         has = (samples > 0).numpy()
         columns: list[Values] = [has.astype(np.float64), samples.double().numpy()]
-        bins: list[Words] = []
+        bins: list[_Words] = []
         for point in self.points:
             own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(point)}
             columns += [t for n, _ in self._sums for t in own[point + n].double().numpy().T]
@@ -95,17 +95,17 @@ class SummedMeasure:
         return np.concatenate([pieces, *bins], axis=1).astype(np.uint32)
 
     @staticmethod
-    def _pieces(numbers: Values) -> Words:
+    def _pieces(numbers: Values) -> _Words:
         whole = np.frompyfunc(lambda x: round(x * 2**POINT), 1, 1)(numbers).astype(object)
         parts = (whole[:, :, None] >> np.arange(0, PIECES * BITS, BITS).astype(object)) % 2**BITS
-        found: Words = parts.reshape(len(numbers), -1).astype(np.uint32)
+        found: _Words = parts.reshape(len(numbers), -1).astype(np.uint32)
         return found
 
-    def row(self, total: Words, clients: int) -> dict[str, object]:
+    def row(self, total: _Words, clients: int) -> dict[str, object]:
         """Describe the metrics over clients, from the sum of their vectors.
 
         Args:
-            total: Words [size].
+            total: _Words [size].
             clients: Who are in the sum.
 
         Returns:
@@ -153,7 +153,7 @@ class SummedMeasure:
         return spread(metric, values, pooled) | {"mean": mean, "std": std}
 
 
-def told_layout(told: object) -> Layout:
+def read_sizes(told: object) -> Layout:
     """Read a layout that a client tells beside its vector.
 
     Raises:
@@ -168,6 +168,6 @@ def told_layout(told: object) -> Layout:
     return Layout(tuple((name, (size,)) for name, size in pairs))
 
 
-def tell(layout: Layout) -> Mapping[str, int]:
-    """Write a layout as `told_layout` reads it."""
+def write_sizes(layout: Layout) -> Mapping[str, int]:
+    """Write a layout as `read_sizes` reads it."""
     return {name: size for (name, _), size in zip(layout.shapes, layout.sizes, strict=True)}

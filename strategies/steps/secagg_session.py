@@ -16,7 +16,7 @@ from fedraclora.strategies.server.round_step import Send
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage
 
 Check = Callable[[int, Any, Any], None]
-Factors = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
+Said = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
 LONGEST_REASON = 500  # characters of what a client says of its failure
 
 
@@ -65,10 +65,10 @@ class SecAggSession:
         self.leave(stage, data, answers, failures)
         return answers
 
-    def collect(self, stage: str, data: dict[int, Any], check: Check) -> Factors:
+    def collect(self, stage: str, data: dict[int, Any], check: Check) -> Said:
         """Ask as `ask` does; whoever does not answer is nobody's business yet."""
 
-        def read(said: dict[int, Any], _answer: Answer) -> Factors:
+        def read(said: dict[int, Any], _answer: Answer) -> Said:
             found, bad = {}, {}
             for client in said.keys() & data.keys():
                 try:
@@ -85,7 +85,7 @@ class SecAggSession:
                 asks.append(Ask(request, stage=Stage(stage, self.settings, part).heard))
         return self._talk(asks, read)
 
-    def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Factors:
+    def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Said:
         """Ask clients to train; return their masked vectors, or whose shares they could not open.
 
         Args:
@@ -94,7 +94,7 @@ class SecAggSession:
         """
         settings = self.settings | settings
 
-        def read(said: dict[int, Any], answer: Answer) -> Factors:
+        def read(said: dict[int, Any], answer: Answer) -> Said:
             rows, clients = answer.numbers.numpy(), answer.clients.tolist()
             wanted = (len(clients), self.size(answer)) if clients else rows.shape
             if rows.shape != wanted:
@@ -115,9 +115,7 @@ class SecAggSession:
         found, failures = self._talk(asks, read)
         return {c: part for c, part in found.items() if c in pending}, failures
 
-    def _talk(
-        self, asks: Sequence[Ask], read: Callable[[dict[int, Any], Answer], Factors]
-    ) -> Factors:
+    def _talk(self, asks: Sequence[Ask], read: Callable[[dict[int, Any], Answer], Said]) -> Said:
         """Ask clients; give what they said, and why others did not.
 
         What cannot be read, or comes from another client than was asked, is a failure of those

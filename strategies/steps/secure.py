@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, RoundLostError, WireError
 from fedraclora.evaluation.clients import usual
-from fedraclora.evaluation.summed import BINS, MOST_CLIENTS, SummedMeasure, told_layout
+from fedraclora.evaluation.summed import BINS, MOST_CLIENTS, SummedMeasure, read_sizes
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Cohort
@@ -22,7 +22,7 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.strategies.server.round_step import CohortOf, RoundStep, Send
 from fedraclora.strategies.steps.conflicts import SECURE, TWICE, refused
-from fedraclora.strategies.steps.secagg_session import Factors, SecAggSession, Texts
+from fedraclora.strategies.steps.secagg_session import Said, SecAggSession, Texts
 from fedraclora.strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.files import write_text
@@ -58,14 +58,14 @@ class MeasureSession(SecAggSession):
 
     @override
     def size(self, answer: Answer) -> int:
-        told = told_layout(answer.stage and answer.stage.settings.get("layout"))
+        told = read_sizes(answer.stage and answer.stage.settings.get("layout"))
         if [name for name, _ in told.shapes] != self.measure.names([""]):
             raise WireError(f"it measured {told.shapes}; {self.measure.names([''])} are wanted")
         self.told |= dict.fromkeys(answer.clients.tolist(), told)
         return SummedMeasure(self.measure, told, self.points).size
 
     @override
-    def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Factors:
+    def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Said:
         found, failures = super().masked(pending, settings)
         came = [c for c, part in found.items() if not isinstance(part, set)]
         if came and self.layout is None:

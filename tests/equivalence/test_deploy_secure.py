@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from fedraclora.clients.secure import MEASURED
+from fedraclora.clients.secure import MEASUREMENTS
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.records import from_records
@@ -130,7 +130,7 @@ def test_a_client_that_is_gone_while_measurements_are_summed_is_left_out(tmp_pat
 
     def lost(message: Message) -> bool:
         said = read_stage(asked := from_records(message.content))
-        measured = said is not None and said.name == "masked" and MEASURED in said.settings
+        measured = said is not None and said.name == "masked" and MEASUREMENTS in said.settings
         return measured and clients_of(asked) == [3]
 
     network = Network(tmp_path / "cache", nodes_for(5), raises(lost))

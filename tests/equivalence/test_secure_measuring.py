@@ -76,7 +76,7 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
         request = TrainRequest(round_, 0, 1.0, torch.tensor([7]))
         return secure.answer_stage(request, Stage(name, settings, {7: data}), store, terms)
 
-    measured = {secure.MEASURED: True}
+    measured = {secure.MEASUREMENTS: True}
     assert asked("keys", 3, measured).stage.data
     keys = {7: asked("keys", 3, {}).stage.data[7]}
     of_others = {"8": keys[7], "9": keys[7], "10": keys[7]}

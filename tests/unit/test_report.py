@@ -17,7 +17,7 @@ import yaml
 
 import fedraclora
 from fedraclora.errors import CheckpointError
-from fedraclora.experiments.report.figures import last_measured, spread
+from fedraclora.experiments.report.figures import last_measured, spread_figures
 from fedraclora.experiments.report.page import (
     Shown,
     differences,
@@ -72,18 +72,20 @@ def test_the_spread_over_clients_is_drawn(runs: dict[str, fedraclora.Run], tmp_p
     """Of sums alone, without the clients' own numbers, by round and no more."""
     assert runs["fed_rac_lora"].folder is not None
     shown = read_shown(runs["fed_rac_lora"].folder)
-    assert spread({"": (shown.folder, shown.rows)}) == {}
+    assert spread_figures({"": (shown.folder, shown.rows)}) == {}
     run = measured(shown, tmp_path / "a", 0.0)
-    assert [*spread({"": (run.folder, run.rows)})] == [
+    assert [*spread_figures({"": (run.folder, run.rows)})] == [
         "accuracy of the clients",
         "accuracy of each client, sorted",
         "accuracy of clients by their number of samples",
     ]
-    assert [*spread({"": (tmp_path, run.rows)})] == ["accuracy of the clients"]
+    assert [*spread_figures({"": (tmp_path, run.rows)})] == ["accuracy of the clients"]
     frame = last_measured(run.folder, "accuracy")
     assert frame is not None
     assert (len(frame), {*frame["round"]}) == (30, {4})
-    text = spread({"": (run.folder, run.rows)})["accuracy of clients by their number of samples"]
+    text = spread_figures({"": (run.folder, run.rows)})[
+        "accuracy of clients by their number of samples"
+    ]
     assert "rank correlation 1.00" in text
     assert "How the clients fare" in page_of([run])
     assert "How the clients fare" not in page_of([shown])

@@ -11,7 +11,7 @@ import torch
 from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.clients import AFTER, OF_ONE, ClientMeasure, spread
 from fedraclora.evaluation.metrics import Measure
-from fedraclora.evaluation.summed import BINS, SummedMeasure, tell, told_layout
+from fedraclora.evaluation.summed import BINS, SummedMeasure, read_sizes, write_sizes
 from fedraclora.tree import Layout, Tree
 
 MEASURE = ClientMeasure(Measure.of(("accuracy", "loss", "auc"), "logistic"))
@@ -95,7 +95,7 @@ def test_a_sum_that_no_clients_can_have_sent_is_refused() -> None:
 
 
 def test_a_layout_comes_back_as_it_was_told() -> None:
-    assert told_layout(tell(LAYOUT)) == LAYOUT
+    assert read_sizes(write_sizes(LAYOUT)) == LAYOUT
     for bad in (None, 3, {"correct": "x"}, {"correct": 0}, {"correct": 2**40}):
         with pytest.raises(WireError, match="no layout"):
-            told_layout(bad)
+            read_sizes(bad)
