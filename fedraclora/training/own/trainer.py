@@ -31,7 +31,8 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import is_out_of_memory
-from fedraclora.training.own.round import Asked, Round, Trained
+from fedraclora.training.own.round import Asked, Round
+from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree, widened
 
 Train = Callable[[Round], Trained]

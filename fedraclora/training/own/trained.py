@@ -1,0 +1,72 @@
+"""What a training function of the user's returns."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedraclora.errors import ClientError
+from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client has trained: what `Round.read` gives, and a training function returns.
+
+    Attributes:
+        client, number: Whose, and of which round.
+        tensors: By the names of the method, in its shapes.
+        samples: That it trained on: its weight in the mean.
+        steps: Optimiser steps that it took.
+        loss: Mean training loss; None: it does not say.
+        metrics: Further numbers of its training, by name.
+    """
+
+    client: int
+    number: int
+    tensors: Tree
+    samples: int
+    steps: int
+    loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reject numbers that cannot be.
+
+        Raises:
+            ClientError: Naming the number.
+        """
+        if not isinstance(self.metrics, Mapping):
+            raise ClientError(f"metrics is {self.metrics!r:.100}; a dict of numbers is wanted")
+        told = {str(n): _number(f"metrics[{n!r}]", v) for n, v in self.metrics.items()}
+        for key, value in (
+            ("samples", _count("samples", self.samples)),
+            ("steps", _count("steps", self.steps)),
+            ("loss", None if self.loss is None else _number("loss", self.loss)),
+            ("metrics", told),
+        ):
+            object.__setattr__(self, key, value)
+
+
+def _count(name: str, value: Any) -> int:
+    """Take a whole number, also one of numpy or a tensor."""
+    try:
+        found = 0 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):
+        found = 0
+    if not 1 <= found < 2**63:
+        raise ClientError(f"{name} is {value!r:.100}; a whole number, 1 or more, is wanted")
+    return found
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ClientError(f"{name} is {value!r:.100}; a finite number is wanted")
+    return found
