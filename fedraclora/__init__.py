@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from fedraclora.api import Callback, Metric, RoundStep, Run, read_run, simulate
 
 __all__ = ["Callback", "Metric", "RoundStep", "Run", "read_run", "simulate"]
+
+# What a node of a deployment, which has no entry points, may take from here.
+HOMES = {
+    "Callback": "fedraclora.run.callback",
+    "RoundStep": "fedraclora.strategies.server.round_step",
+}
 
 # Nothing leaves the machine unless its user says so. Flower and Ray read these when imported.
 for _name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
@@ -29,6 +36,4 @@ def __getattr__(name: str) -> object:
     """Fetch what is public when it is used first: to import this package must cost nothing."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fedraclora import api
-
-    return getattr(api, name)
+    return getattr(import_module(HOMES.get(name, "fedraclora.api")), name)

@@ -225,6 +225,18 @@ ATTACKS: dict[str, type[Attack]] = {
 }
 
 
+def same_shape(attack: Attack, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Check what an attack gives, which may be the user's own.
+
+    Raises:
+        ConfigError: Naming the shapes.
+    """
+    if isinstance(found, torch.Tensor) and found.shape == wanted.shape:
+        return found
+    came = [*found.shape] if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+    raise ConfigError(f"attack={attack.name} gives {came}; a tensor {[*wanted.shape]} is wanted")
+
+
 class AttackedTrainer(CohortTrainer):
     """A trainer whose attackers do not hand over what they trained.
 
@@ -257,7 +269,7 @@ class AttackedTrainer(CohortTrainer):
         rows = layout.pack({n: result.trained[n][hit].cpu().double() for n, _ in layout.shapes}, 1)
         start = opening_rows(downlink, base, layout, hit)
         key = hash_key(self.seed, "attack", round_)
-        moved = self.attack.sent(rows - start, clients[hit], key)
+        moved = same_shape(self.attack, self.attack.sent(rows - start, clients[hit], key), rows)
         trained = dict(result.trained)
         for name, tensor in layout.unpack(start + moved).items():
             trained[name] = trained[name].clone()

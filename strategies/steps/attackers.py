@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, rows_of
-from fedraclora.attacks.attack import Attack
+from fedraclora.attacks.attack import Attack, same_shape
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
@@ -36,8 +36,9 @@ class Attackers(RoundStep):
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
         if not self.attack.colludes:
             return got
-        agreed = self.attack.colluded(rows_of(got), torch.isin(got.clients, self.attackers))
-        return replace(got, stacked=agreed)
+        rows = rows_of(got)
+        agreed = self.attack.colluded(rows, torch.isin(got.clients, self.attackers))
+        return replace(got, stacked=same_shape(self.attack, agreed, rows))
 
     @override
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:

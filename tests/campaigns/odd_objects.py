@@ -36,11 +36,15 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from fedraclora import RoundStep
+from fedraclora.attacks.attack import Attack
 from fedraclora.data.samples import Samples
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
+from fedraclora.training.extra import LocalExtra, When
+from fedraclora.training.extras.settings import LocalSettings
 from tests.unit.test_api_objects import Mine, Untold
 
 RNG = np.random.default_rng(3)
@@ -735,6 +739,55 @@ class Averages(LayerMethod):
         return LayerUpdate(merged=(replies.mean("B"), replies["A"]), keep="A")
 
 
+@dataclass(frozen=True)
+class Decay(LocalExtra):
+    """A local step of somebody's."""
+
+    form = "decay={rate}"
+    rate: float = 0.1
+
+    def hooks(self, chunk: Any) -> Any:
+        return {When.LOSS: lambda grads, now: {n: grads[n] + self.rate * now[n] for n in grads}}
+
+
+@dataclass(frozen=True)
+class Louder(Attack):
+    """An attack of somebody's."""
+
+    times: float = 3.0
+
+    def sent(self, updates: Any, clients: Any, key: int) -> Any:
+        return self.times * updates
+
+
+@dataclass(frozen=True)
+class Cut(Attack):
+    """Sends too few numbers."""
+
+    def sent(self, updates: Any, clients: Any, key: int) -> Any:
+        return updates[:, 1:]
+
+
+class Odd(RoundStep):
+    """A round step of somebody's."""
+
+    def __init__(self, by: float = 1.0) -> None:
+        self.by = by
+
+    def columns(self, exchange: Any, got: Any) -> Any:
+        return {"odd": self.by}
+
+
+def all_rows(data: Any, *, clients: int | None, seed: int) -> Any:
+    """Give everybody all rows."""
+    return [range(len(data.train))] * (clients or 2)
+
+
+def odd_rows(data: Any, *, clients: int | None, seed: int) -> Any:
+    """Deal rows out by turns."""
+    return [range(k, len(data.train), clients or 3) for k in range(clients or 3)]
+
+
 HERE = __name__
 PARTS: dict[str, dict[str, Kind]] = {
     "model": MODELS,
@@ -867,6 +920,37 @@ PARTS: dict[str, dict[str, Kind]] = {
         "five": says("refused", local=5),
         "a function": says("refused", local={"lr": abs}),
         "huge": says("either", local={"lr": 1e30}),
+        "an extra": says(local={"extras": [Decay(0.01)], "lr": 0.1}),
+        "an extra by name": says(local={"extras": [{"name": f"{HERE}:Decay", "rate": 0.01}]}),
+        "settings": Kind(lambda _told: {"local": LocalSettings(lr=0.1, extras=[Decay(0.01)])}),
+        "a class of extras": says(local={"extras": [Decay]}),
+        "an odd parameter": says(
+            "refused", local={"extras": [{"name": f"{HERE}:Decay", "rat": 1}]}
+        ),
+        "an extra that is none": Kind(lambda _told: {"local": {"extras": [net()]}}, "refused"),
+        "a step as an extra": says("refused", local={"extras": [Odd()]}),
+    },
+    "attack": {
+        "none": says(),
+        "an object": Kind(lambda _told: {"attack": Louder(share=0.4)}),
+        "a name": says(attack={"name": f"{HERE}:Louder", "share": 0.4, "times": 2}),
+        "a class": says("refused", attack=Louder),
+        "an odd share": says("refused", attack={"name": f"{HERE}:Louder", "share": 4}),
+        "an odd type": says("refused", attack={"name": f"{HERE}:Louder", "times": "often"}),
+        "a missing one": says("refused", attack=f"{HERE}:Quieter"),
+        "a method": says("refused", attack=f"{HERE}:Averages"),
+        "of another shape": Kind(lambda _told: {"attack": Cut(share=0.4)}, "refused"),
+        "five": says("refused", attack=5),
+    },
+    "steps": {
+        "none": says(),
+        "an object": Kind(lambda _told: {"steps": [Odd()]}),
+        "a name": says(steps=[f"{HERE}:Odd"]),
+        "with a parameter": says(steps=[{"name": f"{HERE}:Odd", "by": 2.0}]),
+        "an odd parameter": says("refused", steps=[{"name": f"{HERE}:Odd", "by": "two"}]),
+        "a class": says("refused", steps=[Odd]),
+        "five": says("refused", steps=[5]),
+        "an extra": says("refused", steps=[f"{HERE}:Decay"]),
     },
     "loss": {
         "found": says(),
@@ -889,6 +973,8 @@ PARTS: dict[str, dict[str, Kind]] = {
         "five": says("refused", partition=5),
         "a missing one": says("refused", partition="halves"),
         "a function": says("refused", partition=len),
+        "of rows twice": says("refused", partition=all_rows),
+        "by name": says("either", partition=f"{HERE}:odd_rows"),
         "a partitioner": Kind(
             lambda _told: {"partition": DirichletPartitioner(3, "label", 0.5)}, "either"
         ),

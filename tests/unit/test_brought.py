@@ -174,3 +174,11 @@ def test_a_module_that_a_function_holds_counts_by_its_name() -> None:
 def test_objects_of_a_program_are_found_in_its_config() -> None:
     config = {"local": {"extras": [{"name": lend(len)}]}, "seed": 0}
     assert named_by(config) == {lend(len): len}
+
+
+def test_what_a_node_imports_loads_no_entry_points() -> None:
+    """The bundle of a deployment has none, and a module of the user's takes its classes here."""
+    line = "import sys, fedraclora\nfedraclora.RoundStep, fedraclora.Callback\n"
+    line += "print([name for name in sys.modules if name.startswith('fedraclora.experiments')])"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
