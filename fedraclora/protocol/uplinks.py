@@ -293,6 +293,15 @@ def check_rows(
     return refused
 
 
+def mean_said(values: torch.Tensor, weights: torch.Tensor, unsaid: float) -> float:
+    """Compute the weighted mean over the clients that say a number; NaN where none does."""
+    values = values.to(weights.dtype)
+    said = ~values.isnan() if math.isnan(unsaid) else values != unsaid
+    if not said.all():
+        values, weights = values[said], weights[said]
+    return float(values @ weights / weights.sum()) if len(values) else math.nan
+
+
 def too_many(refused: Sequence[Refusal], round_: int, rule: str) -> ClientError:
     """Build the error for a round that lost more clients than a rule of the config allows."""
     lines = "; ".join(f"client {r.client}: {r.reason}" for r in refused[:5])

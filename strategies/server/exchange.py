@@ -20,6 +20,7 @@ from fedraclora.protocol.uplinks import (
     Refusal,
     Uplinks,
     check_rows,
+    mean_said,
     sum_blocks,
     too_many,
 )
@@ -392,12 +393,3 @@ class Exchange:
         earlier = [] if self.before is None else self.before.notes
         system = [] if self.timeline is None else self.timeline.notes
         return [*earlier, *system, *(note for reply in self.replies for note in reply.notes)]
-
-
-def mean_said(values: torch.Tensor, weights: torch.Tensor, unsaid: float) -> float:
-    """Compute the weighted mean over the clients that say a number; NaN where none does."""
-    values = values.to(weights.dtype)
-    said = ~values.isnan() if math.isnan(unsaid) else values != unsaid
-    if not said.all():
-        values, weights = values[said], weights[said]
-    return float(values @ weights / weights.sum()) if len(values) else math.nan
