@@ -16,6 +16,7 @@ from fedraclora.experiments.bench.runs import opened, trainer_maker
 from fedraclora.experiments.bench.workloads import LR, Case, Workload, all_linear_plan
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.training.own.round import Round, Trained
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.program import copied_layers
 from fedraclora.tree import Tree
@@ -115,6 +116,33 @@ class PlainLoop:
             for name, value in model.named_parameters():
                 sums[name] += value.detach()
         self.state = {n: t / data.num_clients for n, t in sums.items()}
+
+
+class OwnLoop:
+    """A training function of a user's (`fedraclora.client`): one model, plain SGD.
+
+    Args:
+        case: Whose local work is done.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.model = case, case.model.eval()
+
+    def train(self, round_: Round) -> Trained:
+        """Train one client for one round."""
+        model, workload, data = round_.install(self.model), self.case.workload, round_.data
+        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+        total = torch.zeros(())
+        for place in torch.arange(workload.samples).split(workload.batch):
+            batch = data.take(place).trim()
+            losses, counts = LOSSES[self.case.task.loss](forward(model, batch.inputs), batch.target)
+            loss = losses.sum() / counts.sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.detach()
+        loss = total / workload.steps
+        return round_.read(model, samples=len(data), steps=workload.steps, loss=loss.item())
 
 
 DEFAULT = "default"  # PEFT's name of the one adapter

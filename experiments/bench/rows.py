@@ -12,7 +12,7 @@ from multiprocessing import get_context
 import torch
 
 from fedraclora.experiments.bench import late
-from fedraclora.experiments.bench.central import Central, PeftLoop, PlainLoop
+from fedraclora.experiments.bench.central import Central, OwnLoop, PeftLoop, PlainLoop
 from fedraclora.experiments.bench.runs import (
     RAY_WORKERS,
     BenchRow,
@@ -93,6 +93,7 @@ BUILDERS: dict[str, Callable[[Case], BenchRow]] = {
     "central": central,
     "bf16": lambda case: federated_row(case, precision=BF16_MIXED),
     "inline": lambda case: federated_row(case, chunk=1),
+    "own": lambda case: federated_row(case, chunk=1, own=OwnLoop(case).train),
     "idle": lambda case: federated_row(case, steps=0),
     "fedavg_lora": lambda case: federated_row(case, method=FedAvgLora(rank=case.workload.rank)),
     "fedavg": lambda case: federated_row(case, method=FedAvg()),  # the algorithm of the peers

@@ -30,6 +30,7 @@ from fedraclora.strategies.wiring import wire
 from fedraclora.training.chunking import plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.own.trainer import OwnTrainer, Train
 from fedraclora.training.precision import FLOAT32
 from fedraclora.tree import Tree, weights_of
 from fedraclora.weights.replica import Replica
@@ -104,7 +105,12 @@ class BenchSite:
 
 
 def trainer_maker(
-    case: Case, method: Method, *, steps: int | None = None, precision: str = FLOAT32
+    case: Case,
+    method: Method,
+    *,
+    steps: int | None = None,
+    precision: str = FLOAT32,
+    own: Train | None = None,
 ) -> MakeTrainer:
     """Plan a run, and give what builds the trainer of its clients, in this process or in others.
 
@@ -113,13 +119,15 @@ def trainer_maker(
         method: FedAvg trains biases, too.
         steps: Local steps, instead of one epoch.
         precision: Of the matrix products.
+        own: A training function, instead of the project's loop.
     """
     bias = "average" if isinstance(method, FedAvg) else "frozen"
     plan = all_linear_plan(case.task, bias)
     local = LocalConfig(lr=LR, batch_size=case.workload.batch, steps=steps, shuffle=False)
-    return partial(
-        CohortTrainer, case.task, plan, local, seed=0, device=case.device, precision=precision
-    )
+    given = case.task, plan, local
+    if own is not None:
+        return partial(OwnTrainer, *given, seed=0, device=case.device, function=own, name="own")
+    return partial(CohortTrainer, *given, seed=0, device=case.device, precision=precision)
 
 
 def opened(method: Method, trainer: CohortTrainer, cohort: int) -> tuple[State, Downlink]:
@@ -137,6 +145,7 @@ def federated_row(
     steps: int | None = None,
     precision: str = FLOAT32,
     workers: int = 0,
+    own: Train | None = None,
 ) -> BenchRow:
     """Build the row of a method: rounds without evaluation and checkpoints, with a ledger.
 
@@ -147,12 +156,13 @@ def federated_row(
         steps: Local steps, instead of one epoch; 0 leaves the fixed cost of a round.
         precision: Of the matrix products.
         workers: Ray workers that train; 0 trains in this process.
+        own: A training function, instead of the project's loop.
     """
     workload, cohort = case.workload, case.workload.cohort
     loops = "peft" in workload.rows and precision == FLOAT32  # a plain loop does the same
     comparable = isinstance(method, FedAvg) or loops
     method = FedRacLora(rank=workload.rank) if method is None else method
-    make_trainer = trainer_maker(case, method, steps=steps, precision=precision)
+    make_trainer = trainer_maker(case, method, steps=steps, precision=precision, own=own)
     trainer, settings = make_trainer(), ray_settings(workers or 1, case.device)
     state, downlink = opened(method, trainer, cohort)
     share = settings.share if workers else None

@@ -76,7 +76,7 @@ TEXTS = Workload(
     partial(network, "causal_lm", 1030, config=SIZES),
     partial(texts, 1030, 12, None),
     "lm_head",
-    ("vectorised", "inline", "peft", "checkpointing", "peft checkpointing"),
+    ("vectorised", "inline", "own", "peft", "checkpointing", "peft checkpointing"),
     rank=2,
     samples=4,
     batch=2,

@@ -127,18 +127,21 @@ def restore(model: nn.Module) -> None:
         model: The user's. It is changed in place, and keeps what it was.
     """
     modules = {name: module.__dict__ for name, module in model.named_modules()}
-    kept = {n: {k: copy(v) for k, v in own.items() if _is_left(k)} for n, own in modules.items()}
     adapters = {*getattr(model, "peft_config", ())}
-    first, its_own = model.__dict__.setdefault("_as_given", (kept, adapters))
+    if "_as_given" not in model.__dict__:
+        kept = {n: {k: copy(v) for k, v in o.items() if _is_left(k)} for n, o in modules.items()}
+        model.__dict__["_as_given"] = kept, adapters
+    first, its_own = model.__dict__["_as_given"]
     for name in first.keys() & modules.keys():
-        for key in kept[name].keys() - first[name].keys():
-            del modules[name][key]
-        for key, value in first[name].items():
-            if "_hooks" in key:  # in place: handles of hooks know the dict
-                modules[name][key].clear()
-                modules[name][key].update(value)
-            else:
-                modules[name][key] = value
+        own, given = modules[name], first[name]
+        for key in [key for key in own if key not in given and _is_left(key)]:
+            del own[key]
+        for key, value in given.items():
+            if "_hooks" not in key:
+                own[key] = value
+            elif own[key] or value:  # in place: handles of hooks know the dict
+                own[key].clear()
+                own[key].update(value)
     for name in adapters - its_own:
         delete: Any = getattr(model, "delete_adapter", None) or model.delete_adapters
         delete(name)

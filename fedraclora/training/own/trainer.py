@@ -264,7 +264,9 @@ def seeded_everywhere(seed: int) -> Iterator[None]:
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     dtype, threads, folder = torch.get_default_dtype(), torch.get_num_threads(), Path.cwd()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)  # noqa: TID251
+        # `torch.manual_seed` keeps the stack of its call for each GPU library that is not there.
+        seeding = torch.cuda.is_available()
+        (torch.manual_seed if seeding else torch.default_generator.manual_seed)(seed)  # noqa: TID251
         np.random.seed(seed)  # noqa: NPY002, TID251
         random.seed(seed)
         try:
