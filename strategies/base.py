@@ -268,25 +268,22 @@ class FedStrategy:
         measuring, loop, round_ = self.measuring, self.loop, self.done + 1
         if measuring is None or not measuring.due(self.done, loop.rounds):
             return {}
-        clients = measuring.who(cohort(), loop.clients)
+        everybody = measuring.asked.clients == "all"
+        clients = torch.arange(loop.clients) if everybody else cohort()
         if not len(clients):
             return {}
         asked = Cohort(clients, client_weights(loop.weights, self.examples(clients)))
         sent = self.method.open_round(self.state, round_, asked, self.draw)
         trains = measuring.asked.personal
         sent = self.steps.send(sent, self.state) if trains else standing(sent)
-        measurement = Measurement(
-            measuring,
-            self.rounding.sent(sent, round_),
-            clients,
-            round_,
-            self.catch_up.version,
-            loop,
-            self.local.rate_scale(min(round_, loop.rounds), loop.rounds),
-        )
+        sent, version = self.rounding.sent(sent, round_), self.catch_up.version
+        rate_scale = self.local.rate_scale(min(round_, loop.rounds), loop.rounds)
+        measurement = Measurement(measuring, sent, asked, round_, version, loop, rate_scale)
         self.steps.measure(send, measurement)
-        took = cost.measured(self.catch_up, measurement, taken_traffic(grid))
-        return measurement.columns(self.recorder, took)
+        part = Cost()
+        part.count(measurement, grid.traffic)
+        part.fetch(self.catch_up, measurement, taken_traffic(grid))
+        return measurement.columns(self.recorder, cost.add(part))
 
     def _publish_row(self, row: Row) -> None:
         self.recorder.append(self.callbacks.own_columns(row))

@@ -72,6 +72,7 @@ class Exchange:
         base: The weights that clients train from, by which changes in fewer bits are read.
         rounding: Mean of what rounding added to the changes of these clients, each relative to its
             norm; None where they send numbers as they are.
+        measure: As in the request.
     """
 
     downlink: Downlink
@@ -96,6 +97,7 @@ class Exchange:
     sum: CohortSum | None = None
     base: Tree = field(default_factory=dict)
     rounding: float | None = None
+    measure: str | None = None
 
     def __post_init__(self) -> None:
         """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
@@ -120,6 +122,7 @@ class Exchange:
             clip=self.clip,
             uplink=loop.uplink,
             feedback=loop.feedback and loop.uplink != FULL,
+            measure=self.measure,
         )
         downlink = self.downlink.to(DTYPES[loop.dtype])
         own = any(each for _, each in sent_tensors(downlink).values())

@@ -312,7 +312,7 @@ class RoundSteps:
     def measure(self, send: Send, measurement: Measurement) -> None:
         """Have clients measure; the measurement has what came."""
         if not any(step.measure(send, measurement) for step in self.steps):
-            measurement.collect(send)
+            measurement.gather(send)
 
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
         """Pass the cohort's uplinks through all steps, to the method."""

@@ -11,7 +11,6 @@ from fedraclora.protocol.method import State
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import Stopwatch
 from fedraclora.strategies.server.exchange import Exchange
-from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.weights.chain import CatchUp
 from fedraclora.wire.exchange import payload_bytes
 
@@ -68,32 +67,13 @@ class Cost:
         self.fetched = sent.fetched
         self.transport = sent.serialised - self.up - self.down - self.fetched
 
-    def measured(
-        self, catch_up: CatchUp, measurement: Measurement, sent: Traffic | None
-    ) -> dict[str, int]:
-        """Count what it took that clients measured, and update those who did to the newest version.
-
-        Args:
-            catch_up: The versions that clients hold.
-            measurement: Which has just ended.
-            sent: What went over the wire; None in a simulation.
-
-        Returns:
-            The bytes up and down (with catch-up), which are in those of the round, too.
-        """
-        up, down = measurement.bytes
-        failed = torch.tensor([*measurement.failures], dtype=torch.int64)
-        clients = measurement.clients
-        if sent is None:
-            fetched = int(catch_up.fetch(clients).sum())
-        else:
-            own = {id(ask.downlink) for ask in measurement.asks}
-            times = sum(id(ask.downlink) in own for ask in sent.sent)
-            down, fetched = down // max(1, len(clients)) * times, sent.fetched
-            catch_up.fetch(clients[~torch.isin(clients, failed)])
-            self.transport = (self.transport or 0) + sent.serialised - up - down - fetched
-        self.up, self.down, self.fetched = self.up + up, self.down + down, self.fetched + fetched
-        return {"uplink_bytes": up, "downlink_bytes": down + fetched}
+    def add(self, part: Cost) -> Row:
+        """Add what it took that clients measured; give its bytes up, and down with catch-up."""
+        self.up, self.down = self.up + part.up, self.down + part.down
+        self.fetched += part.fetched
+        if part.transport is not None:
+            self.transport = (self.transport or 0) + part.transport
+        return {"uplink_bytes": part.up, "downlink_bytes": part.down + part.fetched}
 
 
 def ledger_row(

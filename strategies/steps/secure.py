@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from fedraclora.evaluation.clients import usual
 from fedraclora.evaluation.summed import BINS, MOST_CLIENTS, SummedMeasure, read_sizes
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Refusal, Uplinks
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
@@ -40,13 +39,12 @@ class MeasureSession(SecAggSession):
     another thing than most are left out.
 
     Args:
-        exchange: As for `SecAggSession`.
-        send: As for `SecAggSession`.
         measurement: What is asked.
+        send: As for `SecAggSession`.
     """
 
-    def __init__(self, exchange: Exchange, send: Send, measurement: Measurement) -> None:
-        super().__init__(exchange, send, Texts(), {"measured": True})
+    def __init__(self, measurement: Measurement, send: Send) -> None:
+        super().__init__(measurement, send, Texts(), {"measured": True})
         self.measure, self.points = measurement.measuring.measure, (*measurement.when.values(),)
         self.told: dict[int, Layout] = {}
         self.layout: Layout | None = None
@@ -210,31 +208,24 @@ class SecureSum(RoundStep):
 
         A sum that is lost is not asked for again; the row says why there is none.
         """
-        clients, loop = measurement.clients, measurement.loop
-        if len(clients) > MOST_CLIENTS:
+        if (clients := len(measurement.cohort)) > MOST_CLIENTS:
             raise ConfigError(
-                f"{len(clients)} clients are to measure, of whom a secure sum holds "
+                f"{clients} clients are to measure, of whom a secure sum holds "
                 f"{MOST_CLIENTS}: set evaluate.clients=cohort"
             )
-        cohort, asked = Cohort(clients, torch.ones(len(clients))), measurement
-        lenient = replace(loop, max_failures=len(clients), min_clients=1)
-        exchange = Exchange(asked.downlink, asked.round_, asked.version, cohort, cohort, lenient)
-        exchange.asks = asked.asks
-        talk, row = MeasureSession(exchange, send, asked), Row()
+        talk = MeasureSession(measurement, send)
         try:
-            session = self._agree(exchange, talk, self.config.clip)
+            session = self._agree(measurement, talk, self.config.clip)
             self._gather(session, talk)
             K = len(session.words)
             row = talk.summed.row(session.total(), K) | {"in_sum": K, "histogram": BINS}
         except (ClientError, WireError) as lost:
-            if not (loop.guarded or isinstance(lost, RoundLostError)):
+            if not (measurement.loop.guarded or isinstance(lost, RoundLostError)):
                 raise
             if isinstance(lost, CulpritError):
                 self.banned[lost.client] = lost.why
             row = {"lost": str(lost)}
         measurement.summed = row | {"texts_up": talk.texts.up, "texts_down": talk.texts.down}
-        measurement.failures |= {f.client: f.reason for f in exchange.failures}
-        measurement.received = exchange.received
         return True
 
     def _gather(self, session: Session, talk: SecAggSession) -> None:
