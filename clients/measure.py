@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedraclora.clients.client_state import restore
@@ -58,43 +59,41 @@ class Measurer:
                 "run the server and the clients under one config"
             )
         sizes = held.data.sizes(request.clients.to(device)).cpu()
-        kept = torch.nonzero(sizes).flatten()
-        clients, after = request.clients[kept], request.measure == "after"
-        samples, counts = joined(held.data, clients.to(device), sizes[kept].to(device)), sizes[kept]
-        downlink = ask.own.select(kept).beside(base)
-        steps, found = torch.zeros_like(clients), Tree()
-        if samples is not None:
-            found = self._before(ask, downlink, base, clients, store, (samples, counts))
-        if samples is not None and after:
-            asked = replace(request, clients=clients)
-            downlink, moments, _ = restore(store, downlink, asked, base, self.trainer.local)
-            result = self.trainer.train(
-                base,
-                downlink,
-                clients,
-                round_=request.round_,
-                rate_scale=request.rate_scale,
-                moments=moments,
-            )
-            each = self._trained(base, downlink, result.trained)
-            steps, own = result.steps, self._apart(each, (samples, counts))
-            found |= {AFTER + name: value for name, value in own.items()}
-        layout = Layout.of(found, skip=1)
-        small = torch.nonzero(sizes == 0).flatten()
-        whole = self.task.train.sizes(request.clients[small].to(device)).tolist()
+        kept, small = torch.nonzero(sizes).flatten(), request.clients[sizes == 0]
+        clients, counts = request.clients[kept], sizes[kept]
+        steps, layout, numbers = torch.zeros_like(clients), Layout(()), torch.zeros(0, 0).double()
+        if len(clients):
+            samples = joined(held.data, clients.to(device), counts.to(device)), counts
+            downlink = ask.own.select(kept).beside(base)
+            found = self._before(ask, downlink, base, clients, store, samples)
+            if request.measure == "after":
+                asked = replace(request, clients=clients)
+                downlink, moments, _ = restore(store, downlink, asked, base, self.trainer.local)
+                result = self.trainer.train(
+                    base,
+                    downlink,
+                    clients,
+                    round_=request.round_,
+                    rate_scale=request.rate_scale,
+                    moments=moments,
+                )
+                steps, trained = result.steps, result.trained.items()
+                each = ({n: t[k] for n, t in trained} for k in range(len(clients)))
+                own = self._apart(base, downlink, each, samples)
+                found |= {AFTER + name: value for name, value in own.items()}
+            layout = Layout.of(found, skip=1)
+            numbers = layout.pack(found, lead=1)
+        whole = self.task.train.sizes(small.to(device)).tolist()
         return Answer(
             request.round_,
             request.version,
             request.first,
             clients,
             losses=torch.zeros(len(clients), dtype=torch.float64),
-            samples=sizes[kept],
+            samples=counts,
             steps=steps,
-            pieces=(layout.pack(found, lead=1) if found else torch.zeros(0, 0).double(),),
-            failures={
-                c: SMALL.format(n)
-                for c, n in zip(request.clients[small].tolist(), whole, strict=True)
-            },
+            pieces=(numbers,),
+            failures={c: SMALL.format(n) for c, n in zip(small.tolist(), whole, strict=True)},
             layout=layout,
         )
 
@@ -113,22 +112,16 @@ class Measurer:
         if not self._layout.shapes:
             zero = torch.zeros(1, dtype=torch.int64, device=self.trainer.device)
             one = self.task.train.gather(clients[:1].to(zero.device), zero[None])
-            sent = self.measure.sent(self.task, {}, one, zero + 1, 1)
-            self._layout = Layout.of(sent, skip=1)
+            self._layout = Layout.of(self._sent({}, one, zero + 1), skip=1)
         summed = SummedMeasure(self.measure, self._layout, points)
         came = {c: k for k, c in enumerate(answer.clients.tolist())}
         sent = answer.layout.unpack(answer.numbers)
-        nothing = {
-            point + n: torch.zeros(1, *shape)
-            for point in points
-            for n, shape in self._layout.shapes
-        }
 
         def words(client: int) -> Words:
-            k = came.get(client)
-            own = nothing if k is None else {n: t[k : k + 1] for n, t in sent.items()}
-            samples = torch.zeros(1) if k is None else answer.samples[k : k + 1]
-            found: Words = summed.words(own, samples)[0]
+            if (k := came.get(client)) is None:
+                return np.zeros(summed.size, dtype=np.uint32)
+            own = {n: t[k : k + 1] for n, t in sent.items()}
+            found: Words = summed.words(own, answer.samples[k : k + 1])[0]
             return found
 
         of: dict[int, Callable[[], Words]] = {c: partial(words, c) for c in clients.tolist()}
@@ -152,30 +145,20 @@ class Measurer:
                 self._shared = base, ask.downlink, weights
             return self._sent(weights, *samples)
         owned = (store.weights_of(c, ask.request.round_) for c in clients.tolist())
-        each = [
-            self._standing(base, downlink.of_one(k), {n: t for n, t in own.items() if n in stays})
-            for k, own in enumerate(owned)
-        ]
-        return self._apart(each, samples)
+        each = ({n: t for n, t in own.items() if n in stays} for own in owned)
+        return self._apart(base, downlink, each, samples)
 
     def _standing(self, base: Tree, downlink: Downlink, own: Tree) -> Tree:
         return standing_weights(base, downlink, self.trainer.plan, own, self.trainer.local.scalings)
 
-    def _trained(self, base: Tree, downlink: Downlink, trained: Tree) -> list[Tree]:
-        """Compute the weights of each client from what it has trained."""
-        count = len(next(iter(trained.values())))
-        return [
-            self._standing(base, downlink.of_one(k), {n: t[k] for n, t in trained.items()})
-            for k in range(count)
-        ]
-
-    def _apart(self, each: Sequence[Tree], samples: Owned) -> Tree:
-        """Measure on the samples of each client weights of its own."""
-        whole, found, start = samples[0], list[Tree](), 0
-        for weights, count in zip(each, samples[1].tolist(), strict=True):
-            own = whole.mapped(itemgetter(slice(start, start + count)))
-            found.append(self._sent(weights, own, torch.tensor([count])))
-            start += count
+    def _apart(self, base: Tree, downlink: Downlink, each: Iterable[Tree], samples: Owned) -> Tree:
+        """Measure on the samples of each client weights that have values of its own."""
+        (whole, counts), found, end = samples, list[Tree](), 0
+        for k, (own, count) in enumerate(zip(each, counts.tolist(), strict=True)):
+            start, end = end, end + count
+            weights = self._standing(base, downlink.of_one(k), own)
+            mine = whole.mapped(itemgetter(slice(start, end)))
+            found.append(self._sent(weights, mine, torch.tensor([count])))
         return {name: torch.cat([sent[name] for sent in found]) for name in found[0]}
 
     def _sent(self, weights: Tree, samples: Samples, counts: torch.Tensor) -> Tree:
@@ -183,16 +166,12 @@ class Measurer:
         return self.measure.sent(self.task, weights, samples, counts, size)
 
 
-def joined(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> Samples | None:
-    """Put the samples of clients one after another; None of none."""
-    if not len(clients):
-        return None
+def joined(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> Samples:
+    """Put the samples of clients one after another."""
     if isinstance(data, TableRows):  # copied once
         starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         place = torch.arange(len(starts), device=sizes.device) - starts
         rows = data.rows_at(clients.repeat_interleave(sizes), place[:, None])
         return data.samples.take(rows[:, 0])
-    pairs = zip(clients.split(1), sizes.tolist(), strict=True)
-    return Samples.join(
-        [data.gather(one, torch.arange(n, device=one.device)[None]) for one, n in pairs]
-    )
+    places = (torch.arange(n, device=clients.device)[None] for n in sizes.tolist())
+    return Samples.join([data.gather(*one) for one in zip(clients.split(1), places, strict=True)])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -69,16 +70,15 @@ def spread_figures(runs: Mapping[str, tuple[Path, list[Row]]]) -> dict[str, str]
             said = f"{name}round {frame['round'].iloc[0]}"
             places.add_scatter(x=share, y=own, name=said, mode="lines", line=line)
             _add_sizes(sizes, frame, metric, name, colour_of(place))
-    found = {f"{metric} of the clients": as_html(by_round, "round", metric, legend=True)}
+    drawn = {f"{metric} of the clients": (by_round, "round", False)}
     if places.data:
-        x_name = "samples it measured on"
-        found[f"{metric} of each client, sorted"] = as_html(
-            places, "clients, %", metric, legend=True
-        )
-        found[f"{metric} of clients by their number of samples"] = as_html(
-            sizes, x_name, metric, legend=True, log=True
-        )
-    return found
+        drawn[f"{metric} of each client, sorted"] = places, "clients, %", False
+        sized = f"{metric} of clients by their number of samples"
+        drawn[sized] = sizes, "samples it measured on", True
+    return {
+        title: as_html(figure, x_name, metric, legend=True, log=log)
+        for title, (figure, x_name, log) in drawn.items()
+    }
 
 
 def figures_of(folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -88,22 +88,16 @@ def figures_of(folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, float]]
     over each quarter of the clients, from those with the fewest, and Spearman's correlation. They
     are missing where clients sent sums alone.
     """
-    last = next((row for row in reversed(rows) if any(measured(row))), {})
+    last = next(filter(None, map(measured, reversed(rows))), {})
     found = {}
-    for metric in measured(last):
-        told = {name: number(last, "clients", metric, name) for name in named(last, metric)}
+    for metric, figures in last.items():
+        told = {name: number(figures, name) for name in figures}
         if (frame := last_measured(folder, metric)) is not None:
             means, correlation = by_size(frame, metric)
             told |= {f"quarter {i}": mean[1] for i, mean in enumerate(means, 1)}
             told["rank correlation with size"] = correlation
         found[metric] = told
     return found
-
-
-def named(row: Row, metric: str) -> list[str]:
-    """Name the figures of a metric over clients."""
-    clients = row.get("clients")
-    return [*clients[metric]] if isinstance(clients, Mapping) else []
 
 
 def by_size(frame: DataFrame, metric: str) -> tuple[list[Values], float]:
@@ -114,12 +108,11 @@ def by_size(frame: DataFrame, metric: str) -> tuple[list[Values], float]:
     return [quarter.mean(axis=0) for quarter in quarters if len(quarter)], rho
 
 
-def measured(row: Row) -> Iterator[str]:
-    """Name the metrics that clients measured in a row, the headline first."""
+def measured(row: Row) -> dict[str, Mapping[str, object]]:
+    """Collect the figures of the metrics that clients measured in a row, the headline first."""
     clients = row.get("clients")
-    for name, figures in clients.items() if isinstance(clients, Mapping) else ():
-        if isinstance(figures, Mapping) and "median" in figures:
-            yield str(name)
+    told = clients.items() if isinstance(clients, Mapping) else ()
+    return {str(n): each for n, each in told if isinstance(each, Mapping) and "median" in each}
 
 
 def last_measured(folder: Path, metric: str) -> DataFrame | None:
@@ -136,23 +129,20 @@ def last_measured(folder: Path, metric: str) -> DataFrame | None:
 
 def _add_band(figure: go.Figure, rows: list[Row], metric: str, name: str, colour: str) -> None:
     """Draw the tenth to the ninetieth percentile as a band, the median, and the worst tenth."""
-    parts = {
-        key: column(rows, "clients", metric, key) for key in ("p10", "p90", "median", "worst10")
-    }
-    known = np.isfinite(parts["median"])
-    x = column(rows, "round")[known].tolist()
-    edge = {"width": 0, "color": colour}
+    shown = [row for row in rows if math.isfinite(number(row, "clients", metric, "median"))]
+    x = column(shown, "round").tolist()
     pale = f"rgba({','.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))},0.22)"
-    mode = "lines" if len(x) > 1 else "markers"
-    figure.add_scatter(x=x, y=parts["p10"][known].tolist(), mode="lines", line=edge,
-                       showlegend=False, hoverinfo="skip")  # fmt: skip
-    figure.add_scatter(x=x, y=parts["p90"][known].tolist(), mode="lines", line=edge, fill="tonexty",
-                       fillcolor=pale, name=f"{name}10th to 90th percentile",
-                       showlegend=not name)  # fmt: skip
+    edge = {"mode": "lines", "line": {"width": 0, "color": colour}}
+    filled = {"fill": "tonexty", "fillcolor": pale, "name": f"{name}10th to 90th percentile"}
+    curves: dict[str, dict[str, Any]] = {
+        "p10": edge | {"showlegend": False, "hoverinfo": "skip"},
+        "p90": edge | filled | {"showlegend": not name},
+    }
     for key, words, dash in (("median", "median", "solid"), ("worst10", "worst tenth", "dot")):
-        line = {"color": colour, "width": 2, "dash": dash}
-        y = parts[key][known].tolist()
-        figure.add_scatter(x=x, y=y, mode=mode, line=line, name=f"{name}{words}")
+        curves[key] = {"mode": "lines" if len(x) > 1 else "markers", "name": f"{name}{words}"}
+        curves[key]["line"] = {"color": colour, "width": 2, "dash": dash}
+    for key, style in curves.items():
+        figure.add_scatter(x=x, y=column(shown, "clients", metric, key).tolist(), **style)
 
 
 def _add_sizes(figure: go.Figure, frame: DataFrame, metric: str, name: str, colour: str) -> None:

@@ -11,7 +11,7 @@ a place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +22,15 @@ from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.clients import AFTER, OF_ONE, ClientMeasure, Values, spread
 from fedraclora.tree import Layout, Tree
 
-_Words = npt.NDArray[np.uint32]
+Words = npt.NDArray[np.uint32]
 PIECES, BITS, POINT = 8, 16, 40  # of a number: pieces, bits of each, bits behind the point
 MOST_CLIENTS = 2**BITS  # whose pieces do not run over
 LARGEST = 2.0 ** (PIECES * BITS - POINT - 1 - BITS)  # of a number of one client
+WHOLE = 2 ** (PIECES * BITS)
+SHIFTS = np.arange(0, PIECES * BITS, BITS).astype(object)
 BINS = 512  # of m / (1 + |m|), from -1 to 1: of accuracies 0.004 to 0.016 wide
+_PLACES = np.maximum(np.arange(BINS), 0.5) / (BINS / 2) - 1
+BEGINS = _PLACES / (1 - abs(_PLACES))  # the m where each place of a histogram begins
 
 
 @dataclass(frozen=True)
@@ -44,25 +48,21 @@ class SummedMeasure:
     points: tuple[str, ...]
 
     @property
-    def _metrics(self) -> list[str]:
-        return [*self.measure.measure.metrics]
-
-    @property
-    def _sums(self) -> list[tuple[str, int]]:
-        shapes = zip(self.layout.shapes, self.layout.sizes, strict=True)
-        return [(name, size) for (name, _), size in shapes if not name.startswith(OF_ONE)]
+    def _sums(self) -> Layout:
+        named = self.layout.shapes
+        return Layout(tuple(pair for pair in named if not pair[0].startswith(OF_ONE)))
 
     @property
     def _numbers(self) -> int:
-        each = sum(size for _, size in self._sums) + 3 * len(self._metrics)
-        return 2 + len(self.points) * each
+        return 2 + len(self.points) * (self._sums.size + 3 * len(self.measure.measure.metrics))
 
     @property
     def size(self) -> int:
-        """_Words of a vector."""
-        return PIECES * self._numbers + len(self.points) * len(self._metrics) * BINS
+        """Words of a vector."""
+        bins = len(self.points) * len(self.measure.measure.metrics) * BINS
+        return PIECES * self._numbers + bins
 
-    def words(self, sent: Tree, samples: torch.Tensor) -> _Words:
+    def words(self, sent: Tree, samples: torch.Tensor) -> Words:
         """Write what clients send.
 
         Args:
@@ -71,17 +71,17 @@ class SummedMeasure:
                 ``sent`` are not read.
 
         Returns:
-            _Words [K, size].
+            Words [K, size].
 
         Raises:
             ClientError: If a sum is not finite, or too large.
         """
         has = (samples > 0).numpy()
         columns: list[Values] = [has.astype(np.float64), samples.double().numpy()]
-        bins: list[_Words] = []
+        bins: list[Words] = []
         for point in self.points:
             own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(point)}
-            columns += [t for n, _ in self._sums for t in own[point + n].double().numpy().T]
+            columns += [t for n, _ in self._sums.shapes for t in own[point + n].double().numpy().T]
             for value in self.measure.values(own, point)[0].values():
                 known = has & np.isfinite(value)
                 m = np.where(known, value, 0.0)
@@ -91,21 +91,15 @@ class SummedMeasure:
         numbers = np.stack(columns, axis=1) * has[:, None]
         if not np.all(abs(numbers) < LARGEST):
             raise ClientError("what it measured has a NaN, an infinity or too large a number")
-        pieces = self._pieces(numbers)
-        return np.concatenate([pieces, *bins], axis=1).astype(np.uint32)
-
-    @staticmethod
-    def _pieces(numbers: Values) -> _Words:
         whole = np.frompyfunc(lambda x: round(x * 2**POINT), 1, 1)(numbers).astype(object)
-        parts = (whole[:, :, None] >> np.arange(0, PIECES * BITS, BITS).astype(object)) % 2**BITS
-        found: _Words = parts.reshape(len(numbers), -1).astype(np.uint32)
-        return found
+        pieces = ((whole[:, :, None] >> SHIFTS) % 2**BITS).reshape(len(has), -1)
+        return np.concatenate([pieces.astype(np.uint32), *bins], axis=1, dtype=np.uint32)
 
-    def row(self, total: _Words, clients: int) -> dict[str, object]:
+    def row(self, total: Words, clients: int) -> dict[str, object]:
         """Describe the metrics over clients, from the sum of their vectors.
 
         Args:
-            total: _Words [size].
+            total: Words [size].
             clients: Who are in the sum.
 
         Returns:
@@ -114,43 +108,29 @@ class SummedMeasure:
         Raises:
             WireError: If so many clients cannot have sent it.
         """
-        cut = PIECES * self._numbers
-        parts = total[:cut].astype(object).reshape(-1, PIECES)
-        whole = (parts << np.arange(0, PIECES * BITS, BITS).astype(object)).sum(axis=1)
-        top = 2 ** (PIECES * BITS)
-        numbers = [float(x - top if x >= top // 2 else x) / 2**POINT for x in whole % top]
-        found, n, samples = iter(numbers), *numbers[:2]
-        next(found), next(found)
-        counts, row = iter(total[cut:].astype(np.int64).reshape(-1, BINS)), dict[str, object]()
+        pieces, bins = np.split(total, [PIECES * self._numbers])
+        whole = (pieces.astype(object).reshape(-1, PIECES) << SHIFTS).sum(axis=1)
+        signed = (whole + WHOLE // 2) % WHOLE - WHOLE // 2
+        numbers = signed.astype(np.float64) / 2**POINT
+        n, samples = numbers[:2].tolist()
+        own, row = iter(numbers[2:].reshape(len(self.points), -1)), dict[str, object]()
+        counts = iter(bins.astype(np.int64).reshape(-1, BINS))
         for point in self.points:
-            state = {
-                name: torch.tensor([[next(found) for _ in range(size)]], dtype=torch.float64)
-                for name, size in self._sums
-            }
+            sums, moments = np.split(next(own), [self._sums.size])
+            state = self._sums.unpack(torch.from_numpy(sums[None]))
             pooled = self.measure.measure.values(state)[0]
-            for metric in self._metrics:
-                known, first, second = next(found), next(found), next(found)
-                histogram = next(counts)
+            for metric, told in zip(pooled, moments.reshape(-1, 3).tolist(), strict=True):
+                (known, first, second), histogram = told, next(counts)
                 if not (known == histogram.sum() and 0 <= known <= n <= clients):
                     raise WireError(
                         f"{known:g} of {clients} clients have {metric}, {n:g} have samples, and "
                         f"the histogram has {histogram.sum()}: some client sent what it may not"
                     )
-                row[point + metric] = self._described(
-                    metric, histogram, pooled[metric], (known, first, second)
-                )
+                mean = first / known if known else math.nan
+                std = math.sqrt(max(0.0, second / known - mean * mean)) if known else math.nan
+                found = spread(metric, np.repeat(BEGINS, histogram), pooled[metric])
+                row[point + metric] = found | {"mean": mean, "std": std}
         return row | {"n": int(n), "samples": int(samples)}
-
-    @staticmethod
-    def _described(
-        metric: str, histogram: npt.NDArray[np.int64], pooled: float, sums: Iterable[float]
-    ) -> dict[str, float]:
-        known, first, second = sums
-        place = np.maximum(np.arange(BINS), 0.5) / (BINS / 2) - 1  # where each begins
-        values = np.repeat(place / (1 - abs(place)), histogram)
-        mean = first / known if known else math.nan
-        std = math.sqrt(max(0.0, second / known - mean * mean)) if known else math.nan
-        return spread(metric, values, pooled) | {"mean": mean, "std": std}
 
 
 def read_sizes(told: object) -> Layout:
@@ -159,13 +139,10 @@ def read_sizes(told: object) -> Layout:
     Raises:
         WireError: If it is none.
     """
-    try:
-        pairs = [(str(name), int(size)) for name, size in told.items()]  # type: ignore[attr-defined]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise WireError(f"{str(told)[:50]!r} is no layout of sums") from error
-    if not all(0 < size < 2**20 for _, size in pairs):
+    pairs = told.items() if isinstance(told, Mapping) else [("", 0)]
+    if not all(isinstance(size, int) and 0 < size < 2**20 for _, size in pairs):
         raise WireError(f"{str(told)[:50]!r} is no layout of sums")
-    return Layout(tuple((name, (size,)) for name, size in pairs))
+    return Layout(tuple((str(name), (size,)) for name, size in pairs))
 
 
 def write_sizes(layout: Layout) -> Mapping[str, int]:
