@@ -78,7 +78,7 @@ def make_room(folder: Path) -> None:
     claim(folder.parent)
     claim(folder)
     folder.touch()
-    made = [p for p in folder.parent.iterdir() if is_own(p) and not p.is_symlink()]
+    made = [p for p in folder.parent.iterdir() if is_claimed(p) and not p.is_symlink()]
     for old in sorted(made, key=lambda path: path.stat().st_mtime)[:-RUNS]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -94,7 +94,7 @@ def claim(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_path(folder)
         # Looked at twice: another process of this node may be claiming it now.
-        if not is_own(folder) and any(folder.iterdir()) and not is_own(folder):
+        if not is_claimed(folder) and any(folder.iterdir()) and not is_claimed(folder):
             raise ConfigError(
                 f"{folder} was not made by fedraclora (it has no file {MARKER}), and is left as it "
                 "is; move it away, or name another folder as cache in node-config"
@@ -159,6 +159,6 @@ def _alone_in(group: int) -> bool:
     return found.gr_name == name and {*found.gr_mem} <= {name}
 
 
-def is_own(folder: Path) -> bool:
+def is_claimed(folder: Path) -> bool:
     """Check whether a folder was made by `claim`."""
     return (folder / MARKER).is_file()

@@ -15,7 +15,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedraclora.clients.answers import Answers
-from fedraclora.clients.cache import folder_of, is_own, make_room, on_disk, served
+from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, served
 from fedraclora.clients.worker import Worker
 from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config.run_config import task_from_plain
@@ -42,7 +42,7 @@ def introduce(context: Context, run: str) -> RecordDict:
     """Report which clients this node serves, and which version of the base weights each holds."""
     folders = [folder_of(context, run, client) for client in served(context)]
     replicas = [
-        read_stored_replica(folder) if is_own(folder.parent) else None for folder in folders
+        read_stored_replica(folder) if is_claimed(folder.parent) else None for folder in folders
     ]
     versions = [-1 if found is None else found[1] for found in replicas]
     record = ConfigRecord({"ids": served(context), "held": versions})

@@ -28,12 +28,12 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.sketch import Normalise, Sketch
 from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.shared.layerwise import LowRank
+from fedraclora.strategies.shared.layerwise import LowRankMethod
 from fedraclora.tree import Tree
 
 
 @dataclass(frozen=True)
-class BernoulliLora(LowRank):
+class BernoulliLora(LowRankMethod):
     """Bernoulli-LoRA: a coin says for each round which factor is drawn and which trained.
 
     Attributes:

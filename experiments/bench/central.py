@@ -16,7 +16,8 @@ from fedraclora.experiments.bench.runs import opened, trainer_maker
 from fedraclora.experiments.bench.workloads import LR, Case, Workload, all_linear_plan
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.training.own.round import Round, Trained
+from fedraclora.training.own.round import Round
+from fedraclora.training.own.trained import Trained
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.program import copied_layers
 from fedraclora.tree import Tree

@@ -40,7 +40,7 @@ def named_loss(value: object) -> str:
     return f"{value.get('name')} {json.dumps(rest)}" if rest else str(value.get("name"))
 
 
-def named_object(key: str, name: str, kind: type | None = None) -> Any:
+def own_object(key: str, name: str, kind: type | None = None) -> Any:
     """Give the object that a name of `named_loss` stands for.
 
     Raises:
@@ -85,7 +85,7 @@ class OwnLoss:
         Raises:
             ConfigError: If there is none.
         """
-        return cls(name.partition("@")[0], named_object("data.loss", name))
+        return cls(name.partition("@")[0], own_object("data.loss", name))
 
     def __call__(
         self, output: torch.Tensor, target: torch.Tensor

@@ -22,7 +22,7 @@ from fedraclora.evaluation.evaluate import state_of
 from fedraclora.evaluation.metrics import Measure, Owners, higher_is_better
 from fedraclora.tree import Layout, Tree
 
-Values = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 AFTER = "personal_"  # of what was measured after local training
 OF_ONE = "value/"  # of a metric of which its value alone is sent
 
@@ -75,7 +75,7 @@ class ClientMeasure:
         own = [*sums, *(OF_ONE + name for name in self._scored)]
         return [point + name for point in when for name in own]
 
-    def values(self, sent: Tree, when: str) -> tuple[dict[str, Values], dict[str, float]]:
+    def values(self, sent: Tree, when: str) -> tuple[dict[str, Floats], dict[str, float]]:
         """Compute the metrics of each client, and of all samples together.
 
         Args:
@@ -99,7 +99,7 @@ def usual(layouts: Sequence[Layout]) -> Layout:
 
 
 def spread(
-    metric: str, values: Values, pooled: float, lower: Collection[str] = ()
+    metric: str, values: Floats, pooled: float, lower: Collection[str] = ()
 ) -> dict[str, float]:
     """Describe a metric over clients.
 

@@ -144,7 +144,7 @@ def _numbers(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
 
 
 @dataclass(frozen=True)
-class Count:
+class Counted:
     """What metrics are made of.
 
     Attributes:
@@ -159,9 +159,9 @@ class Count:
     sums: bool = True
 
 
-LOSS, CORRECT = Count("loss", _losses), Count("correct", _correct)
-OF_CLASSES, OF_LABELS = Count("classes", _classes), Count("labels", _labels)
-NUMBERS = Count("numbers", _numbers, sums=False)
+LOSS, CORRECT = Counted("loss", _losses), Counted("correct", _correct)
+OF_CLASSES, OF_LABELS = Counted("classes", _classes), Counted("labels", _labels)
+NUMBERS = Counted("numbers", _numbers, sums=False)
 
 
 @dataclass(frozen=True)
@@ -177,5 +177,5 @@ class Formula:
 
     value: Callable[..., float]
     losses: frozenset[str]
-    count: Count
+    count: Counted
     higher_is_better: bool = True

@@ -28,7 +28,7 @@ from fedraclora.evaluation.counts import (
     OF_LABELS,
     ONE,
     Batch,
-    Count,
+    Counted,
     Formula,
     Owners,
 )
@@ -45,7 +45,7 @@ _NUMBERS = frozenset({"squared_error", "logistic"})
 class Measure:
     """The metrics of a run, and their state.
 
-    A state is named tensors: of a `Count` that is sums one of its name, float64 [owners, q]; of
+    A state is named tensors: of a `Counted` that is sums one of its name, float64 [owners, q]; of
     another ``name/output``, ``name/target`` [P, ...] and ``name/owner`` [P].
 
     Attributes:
@@ -103,7 +103,7 @@ class Measure:
         return cls(chosen, function, reads)
 
     @property
-    def counts(self) -> list[Count]:
+    def counts(self) -> list[Counted]:
         """What the metrics are made of, each once."""
         return [*{metric.count.name: metric.count for metric in self.metrics.values()}.values()]
 
@@ -188,7 +188,7 @@ class Measure:
         return float(metric.value(*pair))
 
 
-def _kept(count: Count) -> tuple[str, str, str]:
+def _kept(count: Counted) -> tuple[str, str, str]:
     return f"{count.name}/output", f"{count.name}/target", f"{count.name}/owner"
 
 

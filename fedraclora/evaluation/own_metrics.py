@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from fedraclora.data.own_loss import named_object, short_name
+from fedraclora.data.own_loss import own_object, short_name
 from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.evaluation.counts import Batch, Count, Formula, Owners
+from fedraclora.evaluation.counts import Batch, Counted, Formula, Owners
 from fedraclora.imports import failure_of
 
 WANTED = (
@@ -54,7 +54,7 @@ def own_metric(name: str) -> Formula:
     Raises:
         ConfigError: If there is none, or nothing says its direction.
     """
-    found = named_object("data.metrics", name)
+    found = own_object("data.metrics", name)
     metric = found if isinstance(found, Metric) else Metric(found)
     if metric.higher_is_better is None:
         inner = getattr(metric.function, "func", metric.function)  # of a partial
@@ -68,7 +68,7 @@ def own_metric(name: str) -> Formula:
     kind = _Torch if _is_torch(metric) else _Each if metric.each else _Whole
     own = kind(name, metric.function)
     value, take = (own.of_sums, own.take) if own.sums else (own.of_rows, own.rows)
-    count = Count(short_name(name), take, own.sums)
+    count = Counted(short_name(name), take, own.sums)
     return Formula(value, frozenset(), count, metric.higher_is_better)
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.errors import ClientError, WireError
-from fedraclora.evaluation.clients import AFTER, OF_ONE, ClientMeasure, Values, spread
+from fedraclora.evaluation.clients import AFTER, OF_ONE, ClientMeasure, Floats, spread
 from fedraclora.tree import Layout, Tree
 
 Words = npt.NDArray[np.uint32]
@@ -77,7 +77,7 @@ class SummedMeasure:
             ClientError: If a sum is not finite, or too large.
         """
         has = (samples > 0).numpy()
-        columns: list[Values] = [has.astype(np.float64), samples.double().numpy()]
+        columns: list[Floats] = [has.astype(np.float64), samples.double().numpy()]
         bins: list[Words] = []
         for point in self.points:
             own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(point)}

@@ -18,7 +18,7 @@ Side = Annotated[str, choice_of(("right", "left", "auto"))]
 
 @dataclass(frozen=True)
 class Asymmetric(LayerMethod):
-    """Hyperparameters that all of them have, beside those of `LowRank`.
+    """Hyperparameters that all of them have, beside those of `LowRankMethod`.
 
     The rank is bounded by a part of the drawn side: n / G where A is drawn.
 
@@ -59,7 +59,7 @@ class Asymmetric(LayerMethod):
 
 @dataclass(frozen=True)
 class Drawn(LayerMethod):
-    """Hyperparameters that all of them have, beside those of `LowRank`.
+    """Hyperparameters that all of them have, beside those of `LowRankMethod`.
 
     The rank is bounded by the drawn side: n where A is drawn.
 

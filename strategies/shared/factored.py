@@ -28,7 +28,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class Factored(Drawn):
-    """Hyperparameters that all of them have, beside those of `LowRank`.
+    """Hyperparameters that all of them have, beside those of `LowRankMethod`.
 
     Attributes:
         initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,

@@ -37,7 +37,7 @@ FIRST = ("drawn", "gradient")
 
 @dataclass(frozen=True, kw_only=True)
 class GradientFirst(LayerMethod):
-    """Hyperparameters of them, beside those of `LowRank`.
+    """Hyperparameters of them, beside those of `LowRankMethod`.
 
     Attributes:
         first: Where the frozen factor of the first link comes from: ``drawn``, or ``gradient``.

@@ -76,13 +76,14 @@ __all__ = [
     "LayerMethod",
     "LayerUpdate",
     "LowRank",
+    "LowRankMethod",
     "Replies",
     "Round",
 ]
 
 
 @dataclass(frozen=True)
-class LowRank(Limited, Method, group="method"):
+class LowRankMethod(Limited, Method, group="method"):
     """Hyperparameters of all low-rank methods.
 
     Attributes:
@@ -107,9 +108,12 @@ class LowRank(Limited, Method, group="method"):
         resolve_scale(self.alpha, 1, rslora=self.rslora)
 
 
+LowRank = LowRankMethod  # as methods outside of the project import it
+
+
 @dataclass(frozen=True)
-class LayerMethod(LowRank):
-    """A method that treats every adapted matrix alike; it has the settings of `LowRank`."""
+class LayerMethod(LowRankMethod):
+    """A method that treats every adapted matrix alike; it has the settings of `LowRankMethod`."""
 
     recipe: ClassVar[str] = "plain"
     """A key of `fedraclora.protocol.recipes.RECIPES`: what clients do beyond plain local steps."""

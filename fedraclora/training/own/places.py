@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from fedraclora.errors import ClientError, ModelError
 from fedraclora.lowrank.layers import LayerView, weight_name
 from fedraclora.protocol.downlink import Adapter
-from fedraclora.training.own.ranks import whole
+from fedraclora.training.own.ranks import unsharded
 from fedraclora.training.own.term import LowRankTerm
 from fedraclora.tree import Tree
 
@@ -45,12 +45,12 @@ class Place:
 
     def ours(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return its value in our form, detached; no copy where none is needed."""
-        value = whole(self.tensor.detach())
+        value = unsharded(self.tensor.detach())
         return value.mT if self.turned else value.reshape(shape)
 
 
 @dataclass(frozen=True)
-class Places:
+class Found:
     """What was found in a model.
 
     Attributes:
@@ -117,7 +117,7 @@ def plain_name(name: str, adapter: str) -> tuple[str, bool]:
     return ".".join(part for part in parts if part != "original_module"), copied
 
 
-def restore(model: nn.Module) -> None:
+def reset_model(model: nn.Module) -> None:
     """Undo what trainers have left of earlier rounds: a model is as it came to its first install.
 
     They wrap ``forward`` anew each time, add hooks and adapters, set dropout to zero, switch
@@ -152,7 +152,7 @@ def _is_left(key: str) -> bool:
     return "_hooks" in key or key in {"forward", "training", "p", "gradient_checkpointing"}
 
 
-def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Places:
+def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Found:
     """Find where everything lies in a model.
 
     Args:
@@ -163,7 +163,7 @@ def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Pla
     Raises:
         ModelError: If it has LoRA layers that are not those of the method.
     """
-    root, found = inner(model), Places()
+    root, found = inner(model), Found()
     modules = dict(root.named_modules())
     found.layers.update(_lora_layers(modules, adapter))
     beside = {id(p) for layer in found.layers.values() for p in _own_parameters(layer)}

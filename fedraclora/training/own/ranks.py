@@ -15,7 +15,7 @@ WIDTH = 1024  # of the table as which the words of a tensor are summed up
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a tensor of which each rank holds a part (FSDP); every rank has to ask."""
     gather: Callable[[], torch.Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
@@ -27,7 +27,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     By place: of rows and of columns, each sum times an odd number of its own, so that numbers which
     change places show, too. It runs at the speed of memory.
     """
-    flat = whole(tensor.detach()).contiguous().flatten()
+    flat = unsharded(tensor.detach()).contiguous().flatten()
     size = flat.element_size()
     odd = (flat.numel() * size) % 8 or (flat.storage_offset() * size) % 8
     kind = WORDS[size] if odd else torch.int64
@@ -38,7 +38,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum().cpu()
 
 
-def check_ranks(found: Tree) -> None:
+def check_alike(found: Tree) -> None:
     """Refuse what the processes of one client (DDP, FSDP) have trained apart from each other.
 
     Raises:

@@ -15,15 +15,15 @@ from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.training.materialise import materialise
 from fedraclora.training.own.places import (
-    Places,
+    Found,
     attach,
     buffers_of,
     find,
     inner,
-    restore,
+    reset_model,
     saved_whole,
 )
-from fedraclora.training.own.ranks import bits_of, check_ranks
+from fedraclora.training.own.ranks import bits_of, check_alike
 from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree
 
@@ -80,7 +80,7 @@ class Round:
             ModelError: If the model is another, or its LoRA layers are not those of the method.
         """
         asked = self._asked
-        restore(model)
+        reset_model(model)
         places = find(model, asked.downlink.adapters, adapter)
         for layer in places.layers.values():
             if layer.merged:  # before weights come, out of which it would be taken
@@ -167,7 +167,7 @@ class Round:
                 "nothing was trained: no number that the method trains has moved. Make the "
                 "optimiser after round.install, of parameters with requires_grad, and step it"
             )
-        check_ranks(found)
+        check_alike(found)
         return Trained(
             self.client,
             self.number,
@@ -179,7 +179,7 @@ class Round:
         )
 
 
-def _use_peft(places: Places, downlink: Downlink, adapter: str) -> None:
+def _use_peft(places: Found, downlink: Downlink, adapter: str) -> None:
     """Set scales and what stays frozen in LoRA layers of PEFT, and switch their adapter on."""
     if more := sorted(places.layers.keys() - downlink.adapters.keys()):
         raise ModelError(
@@ -204,7 +204,7 @@ def _use_peft(places: Places, downlink: Downlink, adapter: str) -> None:
         layer.set_adapter(adapter)
 
 
-def _check_active(places: Places, downlink: Downlink, adapter: str) -> None:
+def _check_active(places: Found, downlink: Downlink, adapter: str) -> None:
     """Refuse an adapter of PEFT that is not what was trained with, or no longer apart from W."""
     for weight, layer in places.layers.items():
         asked = downlink.adapters[weight]
@@ -275,7 +275,7 @@ class Asked:
             views,
         )
 
-    def load(self, model: nn.Module, places: Places) -> None:
+    def load(self, model: nn.Module, places: Found) -> None:
         """Copy the weights of the round, and the buffers of the run's model, into a model."""
         lacking = sorted(self.base.keys() - places.parameters.keys())
         known = {id(places.parameters[n]) for n in self.base if n in places.parameters}
@@ -340,14 +340,14 @@ class Asked:
         cut = {n: torch.where(m, found[n], self.values[n]) for n, m in self.masks.items()}
         return found | cut
 
-    def rest_of(self, model: nn.Module, places: Places) -> dict[str, int]:
+    def rest_of(self, model: nn.Module, places: Found) -> dict[str, int]:
         """Sum up the bits of what must not move, untrained weights and buffers, by name."""
         rest: Tree = {n: p for n, p in places.parameters.items() if n in self.base}
         rest = {n: t for n, t in rest.items() if n not in self.downlink.dense} | buffers_of(model)
         sums = torch.stack([torch.zeros((), dtype=torch.int64), *map(bits_of, rest.values())])
         return dict(zip(rest, sums.tolist()[1:], strict=True))
 
-    def check_rest(self, model: nn.Module, places: Places, installed: dict[str, int]) -> None:
+    def check_rest(self, model: nn.Module, places: Found, installed: dict[str, int]) -> None:
         """Refuse a model whose untrained weights, or buffers, have moved."""
         now = self.rest_of(model, places)
         moved = next((name for name, bits in installed.items() if now.get(name) != bits), None)
