@@ -58,7 +58,7 @@ def test_every_command_reads_a_run_that_nobody_measured(
     assert "nobody measures" in text
     assert "not finite" not in text
     run.plot(tmp_path / "a.png")
-    with pytest.raises(CheckpointError, match="none of the runs was evaluated"):
+    with pytest.raises(CheckpointError, match=r"none .*evaluated"):
         compare.compare([run.folder], tmp_path / "table")
     with pytest.raises(ConfigError, match="no test samples"):
         run.evaluate()
@@ -99,8 +99,8 @@ OWN = ["data=own", "clients=3", "model=mlp", "pretrain=none", "output=study"]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], r"data\.classes or data\.shape is not set.*no sample"),
-        (["data.classes=3"], r"data\.classes or data\.shape is not set"),
+        ([], r"data\.classes or data\.shape .*no sample"),
+        (["data.classes=3"], r"data\.classes or data\.shape "),
         (["data.classes=3", "data.shape=[4]", "data.test_share=0.2"], "with their owners"),
     ],
 )

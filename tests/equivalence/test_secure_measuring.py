@@ -94,8 +94,8 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["privacy=client_level"], r"does not go with privacy"),
-        (["local=dp_sgd"], r"does not go with local\.dp"),
+        (["privacy=client_level"], "not go with privacy"),
+        (["local=dp_sgd"], r"not go with local\.dp"),
     ],
 )
 def test_what_would_cost_privacy_that_nobody_accounts_is_refused(

@@ -80,7 +80,7 @@ def test_numbers_of_either_sign_come_back_and_stay_in_their_range(value: float) 
 def test_sums_that_cannot_be_added_are_refused(bad: float) -> None:
     own = sent()
     own["loss"][1, 0] = bad
-    with pytest.raises(ClientError, match="NaN, an infinity or too large"):
+    with pytest.raises(ClientError, match=r"NaN.*too large"):
         SummedMeasure(MEASURE, LAYOUT, ("",)).words(own, SAMPLES)
 
 
