@@ -107,9 +107,13 @@ def test_a_class_of_the_users_is_a_row_of_a_table_of_such_classes(module: Any) -
     assert bind("partition", {"a": len}, {"name": "brought:twice", "x": 1})() == 8  # type: ignore[arg-type]
 
 
-def test_an_object_has_one_digest_in_every_process(module: Any, tmp_path: Path) -> None:
-    line = "import brought as b; from fedraclora.objects import object_digest as f\n"
-    line += "print(f(b.twice), f(b.made))"
+def test_another_process_has_the_same_digests_and_loads_no_entry_points(
+    module: Any, tmp_path: Path
+) -> None:
+    """The bundle of a deployment has none, and a module of the user's takes its classes here."""
+    line = "import sys, fedraclora, brought as b; from fedraclora.objects import object_digest as f"
+    line += "\nfedraclora.RoundStep, fedraclora.Callback\nprint(f(b.twice), f(b.made), *(name for "
+    line += "name in sys.modules if name.startswith('fedraclora.experiments')))"
     env = {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}"}
     told = subprocess.run(
         [sys.executable, "-c", line], capture_output=True, text=True, check=True, env=env
@@ -174,11 +178,3 @@ def test_a_module_that_a_function_holds_counts_by_its_name() -> None:
 def test_objects_of_a_program_are_found_in_its_config() -> None:
     config = {"local": {"extras": [{"name": lend(len)}]}, "seed": 0}
     assert named_by(config) == {lend(len): len}
-
-
-def test_what_a_node_imports_loads_no_entry_points() -> None:
-    """The bundle of a deployment has none, and a module of the user's takes its classes here."""
-    line = "import sys, fedraclora\nfedraclora.RoundStep, fedraclora.Callback\n"
-    line += "print([name for name in sys.modules if name.startswith('fedraclora.experiments')])"
-    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
