@@ -221,10 +221,7 @@ def _parameters(target: Callable[..., object]) -> list[inspect.Parameter]:
 def _hints(target: Callable[..., object]) -> Mapping[str, object]:
     """Read the types of a call, as far as they are said in a way that can be read."""
     plain = inspect.isclass(target) and not is_dataclass(target)
-    try:
-        found = hints(target.__init__ if plain else target)
-    except (NameError, TypeError, AttributeError):  # of somebody's who imports them for mypy alone
-        return {}
+    found = hints(target.__init__ if plain else target)
     if str(getattr(target, "__module__", "")).startswith("fedraclora."):
         return found
     return {key: hint for key, hint in found.items() if all(map(_is_known, _options(hint)))}

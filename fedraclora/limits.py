@@ -6,9 +6,12 @@ one sentence that names the key, what came and what is wanted. None, where a typ
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
+import sys
+import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -117,8 +120,19 @@ class Limited:
 
     @override
     def __init_subclass__(cls, *, group: str | None = None) -> None:
+        """Take the group; reject a field that would stand in the place of an inherited method.
+
+        Raises:
+            ConfigError: Naming both.
+        """
         super().__init_subclass__()
         cls.group = cls.group if group is None else group
+        for name in inspect.get_annotations(cls):
+            if inspect.isroutine(method := getattr(super(cls, cls), name, None)):
+                raise ConfigError(
+                    f"{cls.__name__} has a field {name}, and {method.__qualname__} is a method it "
+                    "derives: give the field another name"
+                )
 
     def __post_init__(self) -> None:
         """Reject values beyond their limits."""
@@ -166,8 +180,21 @@ def check_limits(group: str, target: Callable[..., object], values: Mapping[str,
 
 @functools.cache
 def hints(target: Callable[..., object]) -> dict[str, object]:
-    """Read the types of a class or a function, with their limits."""
-    return typing.get_type_hints(target, include_extras=True)
+    """Read the types of a class or a function, with their limits, as far as they can be read.
+
+    Somebody may have imported some for mypy alone.
+    """
+    unread = (NameError, TypeError, AttributeError)
+    with contextlib.suppress(*unread):
+        return typing.get_type_hints(target, include_extras=True)
+    found: dict[str, object] = {}
+    for part in reversed(getattr(target, "__mro__", (target,))):
+        names = vars(sys.modules.get(part.__module__, typing))
+        for key, hint in inspect.get_annotations(part).items():
+            with contextlib.suppress(*unread):
+                one = types.SimpleNamespace(__annotations__={key: hint})
+                found |= typing.get_type_hints(one, names, include_extras=True)
+    return found
 
 
 @functools.cache

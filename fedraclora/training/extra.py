@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from fedraclora.limits import Limited
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
@@ -113,7 +114,7 @@ class ClientChunk:
     masks: Tree
 
 
-class LocalExtra:
+class LocalExtra(Limited, group="local.extras"):
     """What a setting adds to plain local training; as it stands here, nothing.
 
     Attributes:

@@ -10,12 +10,16 @@ import pytest
 from flwr_datasets.partitioner import IidPartitioner
 
 import fedraclora
+from fedraclora.attacks.attack import Attack
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.experiments.choices import keys_of
 from fedraclora.experiments.overrides import composed
 from fedraclora.models.built import seeded
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.training.extra import LocalExtra
+from fedraclora.training.extras.settings import LocalSettings
 
 MODULE = """
 from dataclasses import dataclass
@@ -25,6 +29,7 @@ from torch import nn
 
 import fedraclora
 from fedraclora.attacks.attack import Attack
+from fedraclora.limits import NotNegative
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.training.extra import LocalExtra, When
 from fedraclora.training.extras.settings import LocalSettings
@@ -44,6 +49,7 @@ class Method(FedRacLora):
 @dataclass(frozen=True)
 class Louder(Attack):
     times: float = 2.0
+    of: "Elsewhere | None" = None  # as if imported for a type checker alone
 
     def sent(self, updates, clients, key):
         return self.times * FACTOR * updates
@@ -55,7 +61,7 @@ class Poison(Attack):
 
 @dataclass(frozen=True)
 class Decay(LocalExtra):
-    rate: float = 0.1
+    rate: NotNegative = 0.1
     form = "decay={rate}"
 
     def hooks(self, chunk):
@@ -205,6 +211,7 @@ def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
         ("attack=brought_parts:Louder attack.share=2", "attack.share is 2"),
         ("local.extras=[{name:brought_parts:Decay,rat:2}]", r"extras\[0\]\.rat.*did you mean"),
         ("local.extras=[brought_parts:Halved]", "class Halved; .*LocalExtra"),
+        ("local.extras=[{name:brought_parts:Decay,rate:-2}]", r"local\.extras\.rate is -2.*from 0"),
         ("steps=[brought_parts:Decay]", r"steps\[0\].*class Decay; .*RoundStep"),
         ("steps=[{name:brought_parts:Halved,by:much}]", r"steps\[0\].by is 'much'; float"),
         ("callbacks=[brought_parts:FACTOR]", "callbacks has 3.0"),
@@ -330,3 +337,13 @@ def test_settings_of_a_part_are_checked_like_those_of_the_project(mine: Any) -> 
     assert config.digested["local"]["extras"] == ["brought_parts:Decay"]  # type: ignore[index]
     plain = from_plain(composed([]), METHODS).digested["local"]
     assert "extras" not in plain  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [(LocalSettings, "rate"), (LocalExtra, "sent"), (Attack, "attackers"), (FedRacLora, "update")],
+)
+def test_a_field_in_the_place_of_a_method_is_refused(base: type, name: str) -> None:
+    """It would be called, far from here."""
+    with pytest.raises(ConfigError, match=rf"Mine has a field {name}, .*\.{name} is a method"):
+        type("Mine", (base,), {"__annotations__": {name: float}, name: 0.1})

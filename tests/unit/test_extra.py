@@ -44,7 +44,7 @@ class Mine(LocalConfig):
 
     @property
     @override
-    def extras(self) -> tuple[LocalExtra, ...]:
+    def added(self) -> tuple[LocalExtra, ...]:
         return (self.mine,)
 
 
