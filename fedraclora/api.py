@@ -72,10 +72,11 @@ def simulate(
             the name of a choice, or a mapping of its keys.
         data: The samples of the clients: a list with one entry for each, which is ``(inputs,
             target)`` (arrays, tensors; inputs may be a dict of them by the names of the model's
-            arguments) or a map-style `torch.utils.data.Dataset`; or one such entry, which
-            ``partition`` and ``clients`` divide; a Hugging Face ``Dataset``; a pandas frame or the
-            path of a table (``.csv``, ``.tsv``, ``.parquet``). Or the name of a choice, or a
-            mapping of its keys.
+            arguments) or a map-style `torch.utils.data.Dataset`, or ``{"train": ..., "test": ...}``
+            of these, of which the client measures on the latter (``evaluate.clients``); or one
+            such entry, which ``partition`` and ``clients`` divide; a Hugging Face ``Dataset``; a
+            pandas frame or the path of a table (``.csv``, ``.tsv``, ``.parquet``). Or the name of a
+            choice, or a mapping of its keys.
         method: An instance of a method's class (``FedRacLora(rank=8)``), also of one of your own;
             or the name of a choice, or a mapping of its keys.
         partition: A partitioner of flwr-datasets for a Hugging Face ``Dataset``; or the name of a

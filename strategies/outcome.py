@@ -270,10 +270,14 @@ def opening_lines(run: Assembled) -> list[str]:
 def measured_by(run: Assembled) -> dict[str, str]:
     """Say which clients measure on what; nothing where none does."""
     held, asked = run.built.task.held, run.config.evaluate
+    own = run.built.task.info.get("tests_of_clients", 0)
     if held is None:
-        return {}
+        idle = f"no client: set evaluate.clients=all to use the test samples that {own} bring"
+        return {"measured by": idle} if own else {}
     who = "the cohort" if asked.clients == "cohort" else "all clients"
     text = f"{who}, each on {asked.portion:g} of its samples, which nobody trains on"
+    if own and asked.source["own_tests"]:
+        text = f"{who}, {own} on test samples of their own, others{text.removeprefix(who)[5:]}"
     if isinstance(held.data, Partitioned):  # others are made or read when they are asked
         small = torch.nonzero(held.data.sizes(torch.arange(run.built.clients)) == 0).flatten()
         text += f": {len(held.data.rows)} in all"

@@ -238,6 +238,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
             own_loop=config.local.is_own,
         )
     facts: dict[str, object] = {**data.info, "partition": info}
+    facts |= {"tests_of_clients": sum(t is not None for t in data.tests)} if data.tests else {}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
     facts |= _said_of_weights(config) | _said_of_loss(config, data, model, tables)
@@ -245,7 +246,9 @@ def build_task(config: TaskConfig) -> BuiltTask:
         facts["new_head"] = f"{', '.join(built.drawn)}: drawn, model.path has none of these outputs"
     train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
     asked = config.evaluate
-    train, held = hold_out_of_clients(train, asked.portion, config.seed, **asked.source)
+    train, held = hold_out_of_clients(
+        train, asked.portion, config.seed, **asked.source, listed=data.tests
+    )
     if config.pretrain.epochs:
         facts["pretrain"] = _pretrained(config, without_held(whole, data, held), model)
     clients, cohort = train.num_clients, config.cohort

@@ -94,6 +94,8 @@ class DataSet:
             None where none is named.
         entries: What clients brought as objects, as it is; None where nobody has such.
         like: See `fedraclora.data.task.Task`.
+        tests: Of each client the samples that it alone measures on, None where it brings none;
+            empty where no client does.
     """
 
     train: Samples
@@ -115,6 +117,7 @@ class DataSet:
     clients: Column | None = None
     entries: Entries | None = None
     like: str = ""
+    tests: Sequence[Samples | None] = ()
 
     @property
     def on_demand(self) -> bool:
@@ -317,6 +320,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         selected,
         train=train,
         test=train if data.test is data.train else relabel(data.test)[1],
+        tests=[own if own is None else relabel(own)[1] for own in data.tests],
         classes=len(chosen),
         columns=selected.columns | {"label": train.target.numpy()},
         info=selected.info | {"labels": chosen} | named,

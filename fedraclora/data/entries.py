@@ -87,6 +87,12 @@ def _rows(found: Any, rows: Rows) -> Any:
     return [found[row] for row in rows] if isinstance(found, list | tuple) else found[rows]
 
 
+def parts_of(found: Any) -> tuple[Any, Any]:
+    """Part what a client brings into what is trained on, and a test of its own, if any."""
+    both = isinstance(found, Mapping) and {*found} == {"train", "test"}
+    return (found["train"], found["test"]) if both else (found, None)
+
+
 def length(found: Any) -> int:
     """Count the samples of an object that no table holds; one that has no length is one."""
     return len(found) if hasattr(found, "__len__") else 1

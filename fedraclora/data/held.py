@@ -6,6 +6,7 @@ for the test, the next for validation where that is asked for, and it trains on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ class Portion:
         split: What is measured on: test, or validation, which is held out beside the test.
         own_tests: Whether a client that brings test samples measures on those, and trains on all
             others.
+        listed: Such samples of each client, where they are here.
     """
 
     whole: ClientData
@@ -44,6 +46,7 @@ class Portion:
     held: bool
     split: str = "test"
     own_tests: bool = False
+    listed: Sequence[Samples | None] = ()
     _last: list[Rows] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -66,7 +69,7 @@ class Portion:
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]; 0 where nothing can be held out."""
         first, end = self._bounds(self.whole.sizes(clients), clients)
-        tests = [self.tests(client) for client in clients.tolist()] if self.held else []
+        tests = self._tests(clients) if self.held else []
         for place, own in enumerate(tests):
             if own is not None:
                 first[place], end[place] = 0, len(own)
@@ -74,9 +77,16 @@ class Portion:
 
     def tests(self, client: int) -> Samples | None:
         """Return test samples that a client brings, which are measured on in place of a share."""
-        return (
-            self.whole.tests(client) if self.own_tests and isinstance(self.whole, Brought) else None
-        )
+        if not self.own_tests:
+            return None
+        if isinstance(self.whole, Brought):
+            return self.whole.tests(client)
+        return self.listed[client] if self.listed else None
+
+    def _tests(self, clients: torch.Tensor) -> list[Samples | None]:
+        """List `tests` of clients; empty where none can have any."""
+        some = self.own_tests and (self.listed or isinstance(self.whole, Brought))
+        return [self.tests(client) for client in clients.tolist()] if some else []
 
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Take samples by position in the part: ids [K], positions [K, b] -> K * b rows."""
@@ -113,8 +123,7 @@ class Portion:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Find where the part begins and ends in the order of each client, int64 [K] each."""
         wanted = (sizes.double() * self.share + 0.5).long()
-        if self.own_tests and isinstance(self.whole, Brought):
-            brings = [self.tests(client) is not None for client in clients.tolist()]
+        if brings := [own is not None for own in self._tests(clients)]:
             wanted = wanted.masked_fill(torch.tensor(brings, dtype=torch.bool).to(wanted.device), 0)
         test = wanted.minimum(sizes - 1).clamp(min=0)  # something is left to train on
         if self.split == "test":
@@ -130,6 +139,7 @@ def hold_out_of_clients(
     split: str = "test",
     *,
     own_tests: bool = False,
+    listed: Sequence[Samples | None] = (),
 ) -> tuple[ClientData, ClientData | None]:
     """Part each client's samples into what it trains on and what it measures on.
 
@@ -140,6 +150,7 @@ def hold_out_of_clients(
         seed: Of the run.
         split: As in `Portion`.
         own_tests: As in `Portion`.
+        listed: As in `Portion`.
 
     Returns:
         Both, over the same samples. What a client has of each is a function of the seed, its id and
@@ -155,7 +166,9 @@ def hold_out_of_clients(
             "evaluate.clients is set, but the clients' samples are objects that no tensors were "
             "made of, on which nobody can measure: set evaluate.clients=none"
         )
-    parts = tuple(Portion(data, share, seed, held, split, own_tests) for held in (False, True))
+    parts = tuple(
+        Portion(data, share, seed, held, split, own_tests, listed) for held in (False, True)
+    )
     train, held = (_rows_of(data, p) for p in parts) if isinstance(data, Partitioned) else parts
     if isinstance(held, Partitioned) and not len(held.rows):
         raise ConfigError(
@@ -170,17 +183,28 @@ def whole_objects(data: ClientData) -> bool:
 
 
 def _rows_of(data: Partitioned, part: Portion) -> Partitioned:
-    """Look the rows of a part up, so that they cost what those of any division cost."""
+    """Look the rows of a part up, so that they cost what those of any division cost.
+
+    Test samples that clients brought become further rows of the table.
+    """
     sizes = part.sizes(torch.arange(data.num_clients))
+    table, brought = data.samples, torch.zeros(0)
+    if part.held and part.own_tests and any(part.listed):
+        own = torch.tensor([len(each or ()) for each in part.listed])
+        first = len(table) + own.cumsum(0) - own
+        brought = first.masked_fill(own == 0, -1)
+        table = Samples.join([table, *(each for each in part.listed if each)])
     found = []
     for ids in torch.arange(data.num_clients).split(AT_ONCE):
         count = sizes[ids]
         place = torch.arange(int(count.max())).expand(len(ids), -1)
         rows = data.rows_at(ids, part.places(ids, place))
-        rows = rows.masked_fill(place >= count[:, None], len(data.samples)).sort(dim=1).values
-        found.append(rows[rows < len(data.samples)])
+        if len(brought):
+            rows = torch.where(brought[ids, None] < 0, rows, brought[ids, None] + place)
+        rows = rows.masked_fill(place >= count[:, None], len(table)).sort(dim=1).values
+        found.append(rows[rows < len(table)])
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    return Partitioned(data.samples, torch.cat(found), offsets)
+    return Partitioned(table, torch.cat(found), offsets)
 
 
 def numbered(data: DataSet) -> DataSet:
@@ -199,4 +223,5 @@ def without_held(whole: DataSet, data: DataSet, held: ClientData | None) -> Data
     """
     if not isinstance(held, Partitioned):
         return whole
-    return keep_rows(whole, np.setdiff1d(whole.columns[ROW], data.columns[ROW][held.rows.numpy()]))
+    rows = held.rows[held.rows < len(data.train)].numpy()  # others are tests that clients brought
+    return keep_rows(whole, np.setdiff1d(whole.columns[ROW], data.columns[ROW][rows]))

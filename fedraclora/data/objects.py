@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import TEST_SHARE, DataSet, RowNumbers, keep_rows, split_rows, take
-from fedraclora.data.entries import Entries, length, stand_in
+from fedraclora.data.entries import Entries, length, parts_of, stand_in
 from fedraclora.data.fit import (
     Form,
     found_shape,
@@ -65,8 +65,8 @@ def data_of(
     """Make a data set of what a program, or a function of a module, has.
 
     Args:
-        data: A list (or a dict, in its order) of tables, one for each client; or one table, which
-            may be a frame of pandas.
+        data: A list (or a dict, in its order) of tables, one for each client, or of such pairs as
+            ``{"train": table, "test": table}``; or one table, which may be a frame of pandas.
         model: The module, or the name of its choice, which may tell the loss.
         test: A table to measure on; or the share of each client's samples that is held out, 0 for
             none; None: a fifth.
@@ -94,12 +94,15 @@ def data_of(
     if is_frame(data):
         columns = {"client": client, "target": target, "loss": loss, "metrics": metrics}
         return of_frame(data, test, **columns, **(frame or {}))  # type: ignore[arg-type]
+    brought = data
+    data, tests = parted(data)
     if own and not is_table(data, target):
-        return unread(data, test, partitioner, client, target, loss, metrics)
+        return unread(brought, test, partitioner, client, target, loss, metrics)
     tables, parts, owners = samples_of(data, partitioner, client, target)
     held_out = None if test is None else table_of(test, "test", target)
     loss, source = objective_of(loss, tables, model)
-    seen = [*tables, *([] if held_out is None else [held_out])]
+    own_tests = {k: table_of(t, f"data, client {k}, test", target) for k, t in tests.items()}
+    seen = [*tables, *([] if held_out is None else [held_out]), *own_tests.values()]
     whole = takes_whole(model, seen)
     shape = () if whole else found_shape(tables[0])
     like = said_like(loss)
@@ -110,6 +113,9 @@ def data_of(
     table = stacked(fitted, names)
     if is_clients(data):
         parts = np.split(np.arange(len(table)), np.cumsum([len(t) for t in fitted])[:-1])
+    of_tests = [f"data, client {k}, test" for k in own_tests]
+    own_tests = {k: form.fit(t, n) for (k, t), n in zip(own_tests.items(), of_tests, strict=True)}
+    stacked([table.take(torch.arange(0)), *own_tests.values()], ["data", *of_tests])  # are alike
     found = DataSet(
         train=table,
         test=table.take(torch.arange(0)) if held_out is None else form.fit(held_out, "test"),
@@ -122,14 +128,33 @@ def data_of(
         info={"source": "a Python program", "loss_from": source} | said_of_inputs(tables[0], table),
         reading=({} if whole else scale_of_bytes(tables[0])) | named_classes(data, target),
         like=like,
+        tests=[own_tests.get(k) for k in range(len(tables))] if own_tests else (),
     )
-    brought = listed_tables(data) if is_clients(data) else [data]
-    found = replace(found, entries=Entries.of(brought, [len(each) for each in fitted]))
+    objects = listed_tables(data) if is_clients(data) else [data]
+    found = replace(found, entries=Entries.of(objects, [len(each) for each in fitted]))
     if reads == "cross_entropy":
         found = replace(found, columns=found.columns | {"label": table.target.numpy()})
     if held_out is None and share:
         found = without_test(found, share)
     return found
+
+
+def parted(data: object) -> tuple[object, dict[int, Any]]:
+    """Part what clients bring into what they train on, and tests of their own by number.
+
+    Raises:
+        ConfigError: If it is one such pair, and no list of them.
+    """
+    if not is_clients(data):
+        return data, {}
+    if parts_of(data)[1] is not None:
+        raise ConfigError(
+            "data has the keys train and test, which is the entry of one client: give a list with "
+            "an entry for each, or what the server measures on as test=..."
+        )
+    pairs = [*map(parts_of, listed_tables(data))]
+    tests = {k: test for k, (_, test) in enumerate(pairs) if test is not None}
+    return ([train for train, _ in pairs] if tests else data), tests
 
 
 def is_share(test: object) -> bool:
@@ -453,6 +478,8 @@ def data_digest(data: DataSet) -> str:
         h.update(part.tobytes() + b"|")
     for name, values in data.columns.items():
         h.update(f"{name}|{values.tolist()}".encode())
+    for client, own in enumerate(data.tests):
+        h.update(f"test {client}|{None if own is None else digest(own.tensors)}".encode())
     for each in data.entries.objects if data.entries and not data.train.inputs else ():
         h.update(str(getattr(each, "_fingerprint", None) or object_digest(each)).encode())
     h.update(repr((data.loss, data.metrics, data.classes)).encode())

@@ -26,7 +26,7 @@ from fedraclora.data.dataset import (
     split_rows,
     take,
 )
-from fedraclora.data.entries import Entries, length, stand_in
+from fedraclora.data.entries import Entries, length, parts_of, stand_in
 from fedraclora.data.fit import (
     Form,
     found_shape,
@@ -136,12 +136,6 @@ def read_own(
 def _with_test(file: Path, test: Path, where: str) -> tuple[Samples, Samples | None]:
     found = read_npz(file, where)
     return found, read_npz(test, f"{where}, test") if test.is_file() else None
-
-
-def parts_of(found: Any) -> tuple[Any, Any]:
-    """Part what a function gives into what is trained on and a client's own test, if any."""
-    both = isinstance(found, Mapping) and {*found} == {"train", "test"}
-    return (found["train"], found["test"]) if both else (found, None)
 
 
 @dataclass(frozen=True)

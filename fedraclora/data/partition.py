@@ -206,20 +206,33 @@ def make_partition(
     if not isinstance(parts, list):
         sizes = parts.sizes(spread_clients(parts.num_clients, SIZES_SEEN)).numpy()
         return parts, _facts(name, parts.num_clients, 0, sizes)
-    empties = [client for client, part in enumerate(parts) if not len(part)]
-    if empties and (empty == "error" or len(empties) == len(parts)):
-        shown = ", ".join(map(str, empties[:10])) + (", ..." if len(empties) > 10 else "")
-        raise ConfigError(
-            f"partition={name} leaves {len(empties)} of {len(parts)} clients without samples "
-            f"({shown}): set partition.empty=drop, or take fewer clients"
-            + (" or a larger partition.alpha" if "alpha" in args else "")
-        )
-    nonempty = [part for part in parts if len(part)]
+    nonempty = _nonempty(data, name, parts, empty, peaked="alpha" in args)
     sizes = np.array([len(part) for part in nonempty])
     asked = clients if clients is not None else len(parts)
-    facts = _facts(name, asked, len(empties), sizes)
+    facts = _facts(name, asked, len(parts) - len(nonempty), sizes)
     facts |= {"rows_left_out": len(data.train) - int(sizes.sum())}
     return nonempty, facts | (_without_rows(data, **args) if name == "natural" else {})
+
+
+def _nonempty(
+    data: DataSet, name: str, parts: list[RowNumbers], empty: str, *, peaked: bool
+) -> list[RowNumbers]:
+    """Leave clients without samples out, or refuse them; arguments as of `make_partition`."""
+    empties = [client for client, part in enumerate(parts) if not len(part)]
+    shown = ", ".join(map(str, empties[:10])) + (", ..." if len(empties) > 10 else "")
+    leaves = f"partition={name} leaves {len(empties)} of {len(parts)} clients without samples"
+    if empties and (empty == "error" or len(empties) == len(parts)):
+        raise ConfigError(
+            f"{leaves} ({shown}): set partition.empty=drop, or take fewer clients"
+            + (" or a larger partition.alpha" if peaked else "")
+        )
+    if data.tests and (name != "given" or empties):
+        why = f"{leaves} ({shown})" if empties else f"partition={name} divides all rows anew"
+        raise ConfigError(
+            f"{why}, but clients bring test samples of their own, by number: leave partition and "
+            "data.labels as they are, or the test samples out"
+        )
+    return [part for part in parts if len(part)]
 
 
 def _checked_rows(name: str, parts: object, count: int) -> list[RowNumbers]:

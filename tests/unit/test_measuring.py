@@ -15,7 +15,7 @@ import fedraclora
 from fedraclora.config import build
 from fedraclora.data.held import hold_out_of_clients
 from fedraclora.data.samples import Partitioned, Samples
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.clients import spread
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.metrics import higher_is_better
@@ -285,7 +285,7 @@ def with_tests(client: int) -> object:
     return {"train": (x, y), "test": (x[:2] + 50, y[:2])} if client % 2 else (x, y)
 
 
-@pytest.mark.parametrize("source", ["function", "folder"])
+@pytest.mark.parametrize("source", ["function", "folder", "list"])
 def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_path: Path) -> None:
     for client in range(6):
         x, y = of_client(client)
@@ -293,12 +293,17 @@ def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_p
         if client % 2:
             np.savez(tmp_path / f"{client}.test.npz", x=x[:2] + 50, target=y[:2])
     samples = f"{__name__}:with_tests" if source == "function" else str(tmp_path)
-    data = {"name": "own", "samples": samples, "test_share": 0.2, "classes": 2}
+    data: Any = {"name": "own", "samples": samples, "test_share": 0.2, "classes": 2}
+    data = [with_tests(client) for client in range(6)] if source == "list" else data
     words = ["evaluate.clients=all", "output.progress=false"]
-    run = fedraclora.simulate(*words, model=net(), data=data, clients=6, cohort=3, rounds=1)
-    task = run.built().task
+    given = {"model": net(), "data": data, "clients": 6, "cohort": 3}
+    run = fedraclora.simulate(*words, **given, rounds=1)
+    task, alone = run.built().task, fedraclora.simulate(*words[1:], **given, rounds=0)
     for client in range(6):
-        held, size = features(task.held.data, client), len(task.train.whole.client(client))
+        held, size = (
+            features(task.held.data, client),
+            len(features(alone.built().task.train, client)),
+        )
         if client % 2:
             assert (np.array(held) > 40).all()
             assert len(features(task.train, client)) == size
@@ -306,10 +311,39 @@ def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_p
             assert len(features(task.train, client)) + len(held) == size
     last = run.clients[run.clients["round"] == 1]
     assert [*last["samples"][last["client"] % 2 == 1]] == [2, 2, 2]
-    share = fedraclora.simulate(
-        *words, "evaluate.share=0.3", model=net(), data=data, clients=6, cohort=3, rounds=0
-    )
+    share = fedraclora.simulate(*words, "evaluate.share=0.3", **given, rounds=0)
     assert all(np.max(features(share.built().task.held.data, k)) < 40 for k in range(1, 6))
+
+
+def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_cannot_be_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def run(*words: str, **changed: Any) -> Any:
+        given = {"data": [with_tests(client) for client in range(6)], "test": 0, "rounds": 1}
+        return fedraclora.simulate("output.progress=false", *words, **given | changed, model=net())
+
+    caplog.set_level("INFO")
+    alone = run()
+    assert "test samples that 3 bring" in caplog.text
+    SEEN.clear()
+    own = run("evaluate.clients=all", train=two_steps, cohort=6)
+    assert "3 on test samples of their own" in caplog.text
+    assert all(float(x.max()) < 40 for seen in SEEN.values() for x in seen)
+    assert [len(SEEN[client][0]) for client in (1, 3)] == [12, 26]
+    assert own.rows[1]["metrics"]["loss"] == own.rows[1]["clients"]["loss"]["pooled"]
+    swapped = [with_tests(client) for client in range(6)]
+    swapped[0], swapped[1] = {**swapped[1], "train": swapped[0]}, swapped[1]["train"]  # type: ignore[call-overload, dict-item]
+    assert run(data=swapped).config["data"]["digest"] != alone.config["data"]["digest"]
+    few = run("evaluate.clients=all", "data.labels=[1,0]")
+    assert len(features(few.built().task.held.data, 3)) == 2
+    wide = [*swapped[:5], {"train": of_client(5), "test": (np.zeros((2, 4)), np.zeros(2, int))}]
+    for said, changed in (
+        ("train and test, which is the entry of one client", {"data": with_tests(1)}),
+        ("partition=iid divides all rows anew", {"partition": "iid", "clients": 6}),
+        (r"client 5, test.*\(4,\)", {"data": wide}),
+    ):
+        with pytest.raises(FedRacLoraError, match=said):
+            run(**changed)
 
 
 def test_clients_validate_where_the_server_has_nothing_to_validate_on() -> None:
