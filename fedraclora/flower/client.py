@@ -20,6 +20,7 @@ from fedraclora.protocol.method import Plan
 from fedraclora.protocol.pool import fold_pools
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.own.places import find, inner, plain_name
+from fedraclora.training.own.ranks import Sums
 from fedraclora.training.own.round import Asked, Round
 from fedraclora.training.own.trainer import as_result, seed_of, seeded_everywhere
 from fedraclora.tree import Tree, wide
@@ -66,7 +67,7 @@ class FlowerRound:
                 )
         base, request, sent = self._replica.base, self._ask.request, self._ask.own
         weights, _ = fold_pools(base, sent.pools, self._replica.plan)
-        asked = Asked.of(weights, sent.beside(base), views, {})
+        asked = Asked.of(weights, sent.beside(base), views, {}, Sums())
         known = isinstance(self._partition, int)
         client = int(cast(int, self._partition if known else self._ask.clients[0]))
         seed = seed_of(self._seed, request.round_, client)

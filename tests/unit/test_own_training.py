@@ -11,6 +11,7 @@ import torch
 import fedraclora
 from fedraclora.client import Round, Trained
 from fedraclora.errors import ClientError
+from fedraclora.training.own.ranks import bits_of
 from tests.common import normal
 
 pytest.importorskip("peft")
@@ -192,3 +193,99 @@ def test_a_model_that_was_merged_and_switched_off_trains_as_a_fresh_one() -> Non
     ADAPTED[:] = [get_peft_model(net(), LoraConfig(**config)) for _ in SIZES]  # type: ignore[arg-type]
     words = ("head=average", "model.head=['2']")
     assert apart(run(*words, train=switched), run(*words, train=plain)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("size", [1, 7, 2**14 + 5])
+def test_the_sum_of_bits_sees_one_number_and_two_that_change_places(
+    dtype: torch.dtype, size: int
+) -> None:
+    given = (normal(size, key=1) * 50).to(dtype)
+    found = int(bits_of(given))
+    assert found == int(bits_of(torch.cat([given[:1], given])[1:]))  # wherever it lies
+    rows = 2**13 // given.element_size()
+    for one, other in ((0, 1), (1, rows), (rows + 3, 8), (2 * rows - 8, rows)):
+        if max(one, other) < size and given[one] != given[other]:
+            swapped = given.clone()
+            swapped[[one, other]] = given[[other, one]]
+            assert int(bits_of(swapped)) != found
+    for place in {0, size // 2, size - 1}:
+        for bit in (0, 7):  # with the sign
+            changed = given.clone()
+            changed[place : place + 1].view(torch.uint8)[-1] ^= 1 << bit
+            assert int(bits_of(changed)) != found
+
+
+def original(model: Any) -> Any:
+    return model[0].parametrizations.weight.original
+
+
+def with_all_trained(model: Any) -> None:
+    model.requires_grad_(True)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(2, 6)).sum().backward()
+    optimiser.step()
+
+
+def with_another(model: Any) -> None:
+    moved = torch.nn.Parameter(original(model).detach() + 1)
+    model[0].parametrizations.weight.original = moved
+
+
+SPOILING: dict[str, Any] = {
+    "nothing": lambda _: None,
+    "in place": lambda m: original(m).detach().add_(1),
+    "by .data": lambda m: original(m).data.mul_(-1),
+    "data": lambda m: setattr(original(m), "data", original(m).detach() * 2),
+    "to and fro": lambda m: m.bfloat16().float(),
+    "state dict": lambda m: m.load_state_dict({n: t + 1 for n, t in m.state_dict().items()}),
+    "an optimiser": with_all_trained,
+    "another parameter": with_another,
+}
+SPOILING["one number, by .data"] = lambda m: original(m).data[:, 3].neg_()
+
+
+@pytest.mark.parametrize("way", [*SPOILING])
+def test_a_model_that_lives_on_is_as_a_fresh_one_whatever_was_done_to_it(way: str) -> None:
+    model = net()
+
+    def train(round_: Round) -> Trained:
+        read = descend(round_, round_.install(model))
+        SPOILING[way](model)
+        return read
+
+    if "one" in way:
+        with pytest.raises(ClientError, match=r"round 1.*weight has moved"):
+            run(train=train)
+    else:
+        assert apart(run(train=train), run(train=plain)) == 0
+
+
+@pytest.mark.parametrize("way", [*SPOILING][1:])
+def test_a_client_that_moves_a_weight_fails_alone(way: str) -> None:
+    model = net()
+
+    def train(round_: Round, *, raises: bool = False) -> Trained:
+        if round_.client == 1 and raises:
+            raise ValueError("the reference")
+        round_.install(model)
+        if round_.client == 1:
+            SPOILING[way](model)
+        return descend(round_, model)
+
+    words = ("cohort=3", "max_failures=1")
+    wanted = run(*words, train=lambda round_: train(round_, raises=True))
+    assert apart(run(*words, train=train), wanted) == 0
+
+
+def test_the_weights_of_a_round_are_written_into_a_model_once() -> None:
+    model, written = net(), []
+
+    def train(round_: Round) -> Trained:
+        before = original(model)._version if written else 0
+        round_.install(model)
+        written.append(original(model)._version - before)
+        return descend(round_, model)
+
+    run(train=train)
+    assert [bool(count) for count in written] == [True, False] * 3

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedraclora.errors import ClientError
+from fedraclora.rng import generator
 from fedraclora.tree import Tree
 
 WIDTH = 1024  # of the table as which the words of a tensor are summed up
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DRAWN = generator(0, "bits of a tensor").integers(2**62, size=WIDTH)
+FACTORS = torch.from_numpy(DRAWN) * 2 + 1  # of the columns of this table
+SLAB = 4096  # rows of it that are multiplied at once, where torch has no product of whole numbers
 
 
 def unsharded(tensor: torch.Tensor) -> torch.Tensor:
@@ -24,18 +28,47 @@ def unsharded(tensor: torch.Tensor) -> torch.Tensor:
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """Sum up the bits of a tensor as whole numbers, by which a change shows: int64, [].
 
-    By place: of rows and of columns, each sum times an odd number of its own, so that numbers which
-    change places show, too. It runs at the speed of memory.
+    By place: each word of 8 bytes times an odd number of its own, of which those of a row are
+    drawn. So a change of one word always shows, and words that change places do. It runs at the
+    speed of memory.
     """
     flat = unsharded(tensor.detach()).contiguous().flatten()
-    size = flat.element_size()
-    odd = (flat.numel() * size) % 8 or (flat.storage_offset() * size) % 8
-    kind = WORDS[size] if odd else torch.int64
-    words = flat.view(kind)
-    cut = len(words) // WIDTH * WIDTH
-    table, rest = words[:cut].view(-1, WIDTH), words[cut:].to(torch.int64)
-    sums = torch.cat([table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), rest])
+    if (flat.storage_offset() * flat.element_size()) % 8:
+        flat = flat.clone()
+    data, factors = flat.view(torch.uint8), FACTORS.to(flat.device)
+    words, end = data[: len(data) // 8 * 8].view(torch.int64), data[len(data) // 8 * 8 :]
+    table, rest = words[: len(words) // WIDTH * WIDTH], words[len(words) // WIDTH * WIDTH :]
+    rows = [_times(part, factors) for part in table.view(-1, WIDTH).split(SLAB)]
+    sums = torch.cat([*rows, _times(rest[None], factors[: len(rest)]), end.to(torch.int64)])
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum().cpu()
+
+
+def _times(table: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return table @ factors if table.device.type == "cpu" else (table * factors).sum(1)
+
+
+class Sums:
+    """Sums of the bits of tensors into which nothing was written since, as torch counts that."""
+
+    def __init__(self) -> None:
+        self.known = WeakTensorKeyDictionary()
+
+    def of(self, tensor: torch.Tensor) -> int:
+        """Return the sum of a tensor, formed once."""
+        if (found := self.pop(tensor)) is None:
+            found = int(bits_of(tensor))
+        self.put(tensor, found)
+        return found
+
+    def put(self, tensor: torch.Tensor, bits: int) -> None:
+        """Keep the sum of a tensor as it is now."""
+        self.known[tensor] = (tensor.data_ptr(), tensor._version, bits)  # noqa: SLF001
+
+    def pop(self, tensor: torch.Tensor) -> int | None:
+        """Forget the sum of a tensor; give it, if it is still that of the tensor."""
+        place, version, bits = self.known.pop(tensor, (0, 0, 0))
+        now = tensor.data_ptr(), tensor._version  # noqa: SLF001
+        return bits if (place, version) == now else None
 
 
 def check_alike(found: Tree) -> None:

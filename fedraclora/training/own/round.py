@@ -23,7 +23,7 @@ from fedraclora.training.own.places import (
     reset_model,
     saved_whole,
 )
-from fedraclora.training.own.ranks import bits_of, check_alike
+from fedraclora.training.own.ranks import Sums, bits_of, check_alike
 from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree
 
@@ -85,7 +85,7 @@ class Round:
         for layer in places.layers.values():
             if layer.merged:  # before weights come, out of which it would be taken
                 layer.unmerge()
-        asked.load(model, places)
+        installed = asked.load(model, places)
         if places.layers:
             _use_peft(places, asked.downlink, adapter)
             for saved in saved_whole(model, adapter):
@@ -110,7 +110,7 @@ class Round:
         for name in asked.values:
             tensor = places.place(name).tensor.requires_grad_(True)
             asked.cut(name, tensor, turned=places.place(name).turned)
-        self._adapter, self._installed = adapter, asked.rest_of(model, places)
+        self._adapter, self._installed = adapter, installed
         return model
 
     def read(
@@ -240,6 +240,7 @@ class Asked:
         frozen: Factors that stay, by name.
         masks: Which numbers of ``values`` the client trains, where not all.
         views: Of adapted weights.
+        sums: Of the weights of the round, and of models that are known to hold them.
     """
 
     downlink: Downlink
@@ -249,11 +250,17 @@ class Asked:
     frozen: Tree
     masks: Tree
     views: Mapping[str, LayerView]
+    sums: Sums
     handles: list[Any] = field(default_factory=list)
 
     @classmethod
     def of(
-        cls, base: Tree, downlink: Downlink, views: Mapping[str, LayerView], buffers: Tree
+        cls,
+        base: Tree,
+        downlink: Downlink,
+        views: Mapping[str, LayerView],
+        buffers: Tree,
+        sums: Sums,
     ) -> Asked:
         """Draw and compute what one client is asked.
 
@@ -262,6 +269,7 @@ class Asked:
             downlink: Of this client alone.
             views: Of adapted weights.
             buffers: Of the run's model.
+            sums: Of this round.
         """
         values, _, frozen = materialise(downlink, base, torch.zeros(1, dtype=torch.int64))
         masks, device = trainable(downlink, downlink.ranks), next(iter(base.values())).device
@@ -273,10 +281,15 @@ class Asked:
             {n: f[0] if f.dim() > 2 else f for n, f in frozen.items()},
             {n: mask[0].to(device) for n, mask in masks.items()},
             views,
+            sums,
         )
 
-    def load(self, model: nn.Module, places: Found) -> None:
-        """Copy the weights of the round, and the buffers of the run's model, into a model."""
+    def load(self, model: nn.Module, places: Found) -> dict[str, int]:
+        """Copy the weights of the round, and the buffers of the run's model, into a model.
+
+        Returns:
+            Sums of the bits of what must not move, by name.
+        """
         lacking = sorted(self.base.keys() - places.parameters.keys())
         known = {id(places.parameters[n]) for n in self.base if n in places.parameters}
         more = [
@@ -290,6 +303,7 @@ class Asked:
                 f"{type(inner(model)).__name__} {' and '.join(what)}: give the same architecture "
                 "(where it lies inside another module, give that part of it)"
             )
+        installed: dict[str, int] = {}
         with torch.no_grad():
             for name, parameter in (*places.parameters.items(), *places.copies):
                 if name not in self.base:
@@ -305,10 +319,26 @@ class Asked:
                         f"{name} has the shape {tuple(parameter.shape)} in the model that is "
                         f"installed, and {tuple(self.base[name].shape)} in the run"
                     )
-                parameter.copy_(self.base[name])
+                bits = self._copy(parameter, self.base[name])
+                if parameter is places.parameters.get(name) and name not in self.downlink.dense:
+                    installed[name] = int(bits_of(parameter)) if bits is None else bits
             for name, buffer in buffers_of(model).items():
                 if name in self.buffers and self.buffers[name].shape == buffer.shape:
                     buffer.copy_(self.buffers[name])
+                installed[name] = int(bits_of(buffer))
+        return installed
+
+    def _copy(self, parameter: nn.Parameter, weight: torch.Tensor) -> int | None:
+        """Copy a weight, if need be; give the sum of its bits, where that cannot be another."""
+        if type(parameter) is not nn.Parameter or parameter.dtype != weight.dtype:
+            parameter.copy_(weight)
+            return None
+        bits, known = self.sums.of(weight), self.sums.pop(parameter)
+        # What writes by .data (PEFT, to merge) is not counted: a column is looked at, `read` sums.
+        one, other = (torch.atleast_1d(t)[..., :1] for t in (parameter, weight))
+        if known != bits or not torch.equal(one.to(other.device), other):
+            parameter.copy_(weight)
+        return bits
 
     def cut(self, name: str, tensor: torch.Tensor, *, turned: bool) -> None:
         """Make gradients beyond the client's rank budget zero."""
@@ -340,16 +370,10 @@ class Asked:
         cut = {n: torch.where(m, found[n], self.values[n]) for n, m in self.masks.items()}
         return found | cut
 
-    def rest_of(self, model: nn.Module, places: Found) -> dict[str, int]:
-        """Sum up the bits of what must not move, untrained weights and buffers, by name."""
-        rest: Tree = {n: p for n, p in places.parameters.items() if n in self.base}
-        rest = {n: t for n, t in rest.items() if n not in self.downlink.dense} | buffers_of(model)
-        sums = torch.stack([torch.zeros((), dtype=torch.int64), *map(bits_of, rest.values())])
-        return dict(zip(rest, sums.tolist()[1:], strict=True))
-
     def check_rest(self, model: nn.Module, places: Found, installed: dict[str, int]) -> None:
         """Refuse a model whose untrained weights, or buffers, have moved."""
-        now = self.rest_of(model, places)
+        rest: Tree = {**places.parameters, **buffers_of(model)}
+        now = {name: int(bits_of(rest[name])) for name in installed if name in rest}
         moved = next((name for name, bits in installed.items() if now.get(name) != bits), None)
         if moved in self.base:
             raise ClientError(
@@ -361,3 +385,6 @@ class Asked:
                 f"the buffer {moved} has changed, which does not travel: put such layers "
                 "(BatchNorm) into evaluation mode with .eval()"
             )
+        for name in installed.keys() & self.base.keys():
+            if type(parameter := places.parameters[name]) is nn.Parameter:
+                self.sums.put(parameter, installed[name])

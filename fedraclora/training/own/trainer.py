@@ -31,6 +31,7 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import is_out_of_memory
+from fedraclora.training.own.ranks import Sums
 from fedraclora.training.own.round import Asked, Round
 from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree, widened
@@ -66,6 +67,7 @@ class OwnTrainer(CohortTrainer):
     ) -> None:
         super().__init__(task, plan, local, seed=seed, device=device)
         self.function, self.timeout = function, timeout
+        self.sums = 0, Sums()  # of a round
         self.came: dict[int, list[int]] = {}  # by client, `versions` of its samples
         self.name = name.partition("@")[0]  # of one that a program lends, without its digest
 
@@ -103,7 +105,10 @@ class OwnTrainer(CohortTrainer):
         states: dict[int, bytes],
     ) -> Trained:
         """Train one client; ``states`` takes what it keeps."""
-        asked = Asked.of(base, downlink, self.plan.targets, dict(self.task.model.named_buffers()))
+        if self.sums[0] != round_:
+            self.sums = round_, Sums()
+        buffers = dict(self.task.model.named_buffers())
+        asked = Asked.of(base, downlink, self.plan.targets, buffers, self.sums[1])
         seed = seed_of(self.seed, round_, client)
         kept = b"" if self.recall is None else self.recall(client, round_)
         given = Round(
