@@ -31,6 +31,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.evaluate import evaluate_task, personal_accuracy
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.objects import code_digests, object_digest
+from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import Cohort, Draw, Plan
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
@@ -112,7 +113,9 @@ def assemble_with(
             info = {**built.task.info, "start": start}
             built = replace(built, task=replace(built.task, info=info))
         plan = plan_of(config, built.task)
-        measuring = Measuring.of(config.evaluate, built.task)
+        measuring = Measuring.of(
+            config.evaluate, built.task, noisy=isinstance(config.privacy, ClientLevel)
+        )
         if plan.local and not built.classes and not (measuring and measuring.alone):
             raise ConfigError(
                 "head is local, which the server measures by class, but it knows no classes of the "

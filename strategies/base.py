@@ -21,7 +21,7 @@ from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.strategies.server.callbacks import Callbacks, in_round
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import largest, overflowing, persistently
-from fedraclora.strategies.server.measuring import Measurement, Measuring
+from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.strategies.server.quantised import DownlinkRounding
 from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
 from fedraclora.strategies.server.rows import Cost, fleet_columns, ledger_row
@@ -43,7 +43,6 @@ class FedStrategy:
         recorder: Ledger, chain and checkpoints.
         steps: What happens to a round besides, in the order in which updates pass it.
         callbacks: What watches the rounds, or ends them early.
-        measuring: Which clients measure on samples of their own, and when; None: none does.
         model: Of this run alone: it holds the weights of each round, so that its first ones are let
             go. None: there is none, or others begin from it.
 
@@ -62,14 +61,13 @@ class FedStrategy:
         recorder: RunRecorder,
         steps: Sequence[RoundStep] = (),
         callbacks: Sequence[Callback] = (),
-        measuring: Measuring | None = None,
         model: nn.Module | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = run.method, state, run.local, run.loop
         self.devices, self.sizes, self.examples = run.devices, run.sizes, run.examples
         self.draw = run.draw
         self.replica, self.recorder, self.callbacks = replica, recorder, Callbacks(callbacks)
-        self.measuring = measuring
+        self.measuring = run.measuring
         self.devices.check(self.method)
         self.parameters = {} if model is None else dict(model.named_parameters())
         self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed, self.loop.feedback)
@@ -268,10 +266,11 @@ class FedStrategy:
         measuring, loop, round_ = self.measuring, self.loop, self.done + 1
         if measuring is None or not measuring.due(self.done, loop.rounds):
             return {}
-        everybody = measuring.asked.clients == "all"
-        clients = torch.arange(loop.clients) if everybody else cohort()
-        if not len(clients):
-            return {}
+        if (clients := self.steps.measurers(self.done)) is None:
+            everybody = measuring.asked.clients == "all"
+            clients = torch.arange(loop.clients) if everybody else cohort()
+            if not len(clients):
+                return {}
         asked = Cohort(clients, client_weights(loop.weights, self.examples(clients)))
         sent = self.method.open_round(self.state, round_, asked, self.draw)
         trains = measuring.asked.personal

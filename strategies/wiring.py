@@ -115,13 +115,12 @@ def wire(
         failed.callback(engine.close)
         devices = DeviceSimulator(system, loop.seed, trainer.local)
         strategy = kind(
-            RunContext(method, trainer.local, loop, devices, sizes, examples),
+            RunContext(method, trainer.local, loop, devices, sizes, examples, measuring),
             state,
             replica=engine.replica,
             recorder=recorder,
             steps=round_steps({"local": trainer.local}) if steps is None else steps,
             callbacks=callbacks,
-            measuring=measuring,
             model=trainer.task.model if alone else None,
         )
         if resume:

@@ -120,6 +120,11 @@ RULES = (
         "clients that measure (evaluate.clients=cohort and all)",
     ),
     Rule(
+        ["privacy.measure_noise", "privacy.measure_bound"],
+        lambda c: c.evaluate.by_clients,
+        "clients that measure (evaluate.clients=cohort and all)",
+    ),
+    Rule(
         ["evaluate.answers", "evaluate.new_tokens", "evaluate.shown"],
         lambda c: c.evaluate.generate is not None,
         "evaluate.generate",
@@ -220,8 +225,9 @@ def refuse_misfits(config: RunConfig) -> None:
     Raises:
         ConfigError: Naming the key, and what to set.
     """
-    private = "privacy" if config.chosen("privacy") != "none" else ""
-    private = private or ("local.dp" if config.local.extra_of(SampleLevel) else "")
+    private = "local.dp" if config.local.extra_of(SampleLevel) else ""
+    both = config.chosen("privacy") != "none" and isinstance(config.secure, SecAgg)
+    private = "privacy beside secure=secagg" if both else private
     if config.evaluate.by_clients and private:
         raise ConfigError(
             f"evaluate.clients is {config.evaluate.clients}, which does not go with {private}: "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dp_accounting import dp_event
 
 LARGEST_NOISE = 1e4
+Releases = tuple[float, float, int]  # their noise, with which probability, how many
 # It warns of each order that it leaves out, of which the bound gets no tighter, and no less true.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -35,7 +36,7 @@ def release(noise: float, sampling: float) -> dp_event.DpEvent:
 
 
 @cache  # 50 ms each: a run that goes on, and its page, ask for the same again
-def epsilon(noise: float, sampling: float, releases: int, delta: float) -> float:
+def epsilon(noise: float, sampling: float, releases: int, delta: float, *beside: Releases) -> float:
     """Compute epsilon after a number of releases; neighbours differ by one client or sample.
 
     Args:
@@ -43,22 +44,34 @@ def epsilon(noise: float, sampling: float, releases: int, delta: float) -> float
         sampling: As in `release`.
         releases: 0 or more.
         delta: The probability with which epsilon may not hold.
+        *beside: Other releases about the same clients, of randomness of their own.
 
     Example:
         >>> epsilon(1.0, 0.1, 0, 1e-5), epsilon(0.0, 0.1, 3, 1e-5)
         (0.0, inf)
     """
-    if not releases or not noise:
-        return math.inf if releases else 0.0
+    parts = [part for part in ((noise, sampling, releases), *beside) if part[2]]
+    if not parts or not all(part[0] for part in parts):
+        return math.inf if parts else 0.0
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant()
-    accountant.compose(release(noise, sampling), releases)
+    for deviation, chance, count in parts:
+        accountant.compose(release(deviation, chance), count)
     return float(accountant.get_epsilon(delta))
 
 
-def noise_for(target: float, sampling: float, releases: int, delta: float) -> float:
-    """Find the least noise, to 1e-4, with which ``releases`` releases cost at most ``target``.
+def noise_for(
+    target: float, sampling: float, releases: int, delta: float, *beside: Releases
+) -> float:
+    """Find the least noise, to 1e-4, with which all releases cost at most ``target``.
+
+    Args:
+        target: Epsilon, of those ``beside`` too.
+        sampling: As for `epsilon`.
+        releases: As for `epsilon`.
+        delta: As for `epsilon`.
+        *beside: As for `epsilon`.
 
     Raises:
         ConfigError: If no noise up to `LARGEST_NOISE` does.
@@ -70,7 +83,12 @@ def noise_for(target: float, sampling: float, releases: int, delta: float) -> fl
         return float(
             mechanism_calibration.calibrate_dp_mechanism(
                 RdpAccountant,
-                lambda noise: dp_event.SelfComposedDpEvent(release(noise, sampling), releases),
+                lambda noise: dp_event.ComposedDpEvent(
+                    [
+                        dp_event.SelfComposedDpEvent(release(deviation, chance), count)
+                        for deviation, chance, count in ((noise, sampling, releases), *beside)
+                    ]
+                ),
                 target,
                 delta,
                 mechanism_calibration.ExplicitBracketInterval(1e-2, LARGEST_NOISE),
@@ -80,5 +98,6 @@ def noise_for(target: float, sampling: float, releases: int, delta: float) -> fl
     except (ValueError, mechanism_calibration.NoBracketIntervalFoundError) as error:
         raise ConfigError(
             f"no noise makes {releases} rounds cost epsilon {target} at delta {delta}: {error}; "
-            "raise privacy.target_epsilon or take fewer rounds"
+            f"raise privacy.target_epsilon{' or privacy.measure_noise' if beside else ''} or take "
+            "fewer rounds"
         ) from error

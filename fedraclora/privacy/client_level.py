@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Inner, Limited, Positive
-from fedraclora.privacy.accountant import epsilon, noise_for
+from fedraclora.limits import Inner, Later, Limited, Positive
+from fedraclora.privacy.accountant import Releases, epsilon, noise_for
 from fedraclora.privacy.secret import Secret
 
 # Rounding to the precision of the wire moves the norm of a shortened update by a few last bits.
@@ -51,6 +51,8 @@ class ClientLevel(Privacy):
         clip_rate: By how much: C <- C exp(-clip_rate (share - quantile)).
         count_noise: Standard deviation of the noise on the number of updates that were shorter;
             None: a twentieth of the expected cohort.
+        measure_noise: Noise multiplier of what clients measure (evaluate.clients).
+        measure_bound: The greatest value of a metric that has no bound of its own, such as a loss.
     """
 
     name: ClassVar[str] = "client_level"
@@ -62,6 +64,8 @@ class ClientLevel(Privacy):
     quantile: Inner | None = None
     clip_rate: Positive = 0.2
     count_noise: Positive | None = None
+    measure_noise: Annotated[Positive | None, Later()] = None
+    measure_bound: Annotated[Positive | None, Later()] = None
 
     @override
     def __post_init__(self) -> None:
@@ -78,13 +82,14 @@ class ClientLevel(Privacy):
                 "privacy.noise_multiplier or privacy.target_epsilon is wanted, and not both"
             )
 
-    def settle(self, clients: int, cohort: int, rounds: int) -> Mechanism:
+    def settle(self, clients: int, cohort: int, rounds: int, *beside: Releases) -> Mechanism:
         """Fix the noise of a run.
 
         Args:
             clients: N.
             cohort: q N.
             rounds: Over which ``target_epsilon`` is spent.
+            beside: What else it is spent on.
 
         Raises:
             ConfigError: If no noise keeps to the target, or adaptive clipping eats all of it.
@@ -96,7 +101,7 @@ class ClientLevel(Privacy):
             )
         sampling, noise = cohort / clients, self.noise_multiplier
         if noise is None and self.target_epsilon is not None:
-            noise = noise_for(self.target_epsilon, sampling, max(1, rounds), self.delta)
+            noise = noise_for(self.target_epsilon, sampling, max(1, rounds), self.delta, *beside)
         assert noise is not None  # noqa: S101  # one of the two is given
         if self.quantile is None:
             return Mechanism(sampling, cohort, noise, noise, self.delta)
@@ -139,9 +144,9 @@ class Mechanism:
     delta: float
     count_noise: float | None = None
 
-    def epsilon(self, rounds: int) -> float:
-        """Compute epsilon after ``rounds`` rounds."""
-        return epsilon(self.noise, self.sampling, rounds, self.delta)
+    def epsilon(self, rounds: int, *beside: Releases) -> float:
+        """Compute epsilon after ``rounds`` rounds and what else was released."""
+        return epsilon(self.noise, self.sampling, rounds, self.delta, *beside)
 
     def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
         """Draw the cohort of a round: each client by its own coin; ids ascending, int64."""

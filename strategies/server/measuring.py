@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from fedraclora.config.build import measured_samples
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, WireError
-from fedraclora.evaluation.clients import AFTER, ClientMeasure, spread, usual
+from fedraclora.evaluation.clients import AFTER, ClientMeasure, Floats, spread, usual
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES
@@ -38,18 +38,21 @@ class Measuring:
         asked: The settings.
         measure: What they send.
         alone: Whether the server has no samples: then the metrics of a row are theirs.
+        noisy: Whether noisy means are all that is kept.
     """
 
     asked: EvaluateConfig
     measure: ClientMeasure
     alone: bool = False
+    noisy: bool = False
 
     @classmethod
-    def of(cls, asked: EvaluateConfig, task: Task) -> Measuring | None:
+    def of(cls, asked: EvaluateConfig, task: Task, *, noisy: bool = False) -> Measuring | None:
         """Make it of the settings of a run; None where no client measures."""
         if not asked.by_clients:
             return None
-        return cls(asked, ClientMeasure.of(task), not len(measured_samples(task, asked.split)))
+        alone = not len(measured_samples(task, asked.split))
+        return cls(asked, ClientMeasure.of(task), alone, noisy)
 
     @property
     def names(self) -> list[str]:
@@ -57,11 +60,16 @@ class Measuring:
         return [*self.measure.measure.metrics]
 
     @property
+    def points(self) -> list[str]:
+        """What is before the names of metrics of each point of a round."""
+        return ["", AFTER] if self.asked.personal else [""]
+
+    @property
     def named(self) -> list[str]:
         """The same as `stop`, studies and tables name them: ``clients.accuracy.worst10``."""
-        points = ["", AFTER] if self.asked.personal else [""]
-        kinds = spread("", np.zeros(1), 0.0)
-        return [f"{BY_CLIENTS}{p}{n}.{kind}" for p in points for n in self.names for kind in kinds]
+        kinds = ["mean"] if self.noisy else spread("", np.zeros(1), 0.0)
+        names = [point + name for point in self.points for name in self.names]
+        return [f"{BY_CLIENTS}{name}.{kind}" for name in names for kind in kinds]
 
     def due(self, round_: int, rounds: int) -> bool:
         """Check whether they measure the weights that a round has made."""
@@ -82,7 +90,8 @@ class Measurement(Exchange):
 
     Attributes:
         when: What is before the names of metrics, by when they are measured.
-        summed: What came of a secure sum, in place of replies; None: there was none.
+        summed: What came of a sum, in place of replies; None: there was none.
+        beside: Other columns of the row.
     """
 
     def __init__(
@@ -103,7 +112,9 @@ class Measurement(Exchange):
         self.when = {"before": ""} | ({"after": AFTER} if personal else {})
         self.measuring, self.measure = measuring, [*self.when][-1]
         self.layout = Layout(())  # known once they have answered
+        self.untold = set[int]()  # who have no samples for it, which is their own affair
         self.summed: Row | None = None
+        self.beside = Row()
         self.ask()
 
     def gather(self, send: Callable[[Sequence[Ask]], Came]) -> None:
@@ -162,10 +173,13 @@ class Measurement(Exchange):
         answer, sizes = checked(answer, answer.layout), torch.tensor([answer.layout.size])
         loop, counts = replace(self.loop, dtype="float64"), sizes.expand(len(ask.clients))
         check_reply(answer, ask.clients, ask.request.first, loop, reduced=False, counts=counts)
-        if loop.guarded and not torch.isfinite(answer.numbers).all():
+        # Where noise covers what each client sends, none may take those of its chunk with it.
+        finite = self.measuring.noisy or torch.isfinite(answer.numbers).all()
+        if loop.guarded and not finite:
             raise WireError("what it measured has a NaN or an infinity")
         self.replies.append(answer)
         self.failures += [Refusal(c, why) for c, why in answer.failures.items()]
+        self.untold |= {*answer.failures} if self.measuring.noisy else set()
 
     def columns(self, recorder: RunRecorder, took: Row) -> Row:
         """Give the columns of the ledger, and hand what single clients measured to the recorder.
@@ -179,20 +193,34 @@ class Measurement(Exchange):
             column, parts = self._described()
             recorder.by_clients.parts += parts
         why = {refusal.client: refusal.reason for refusal in self.failures}
-        failed = [{"client": c, "reason": reason} for c, reason in sorted(why.items())]
+        told = sorted((c, reason) for c, reason in why.items() if c not in self.untold)
+        failed = [{"client": c, "reason": reason} for c, reason in told]
         row: Row = {"clients": column | took | ({"failures": failed} if failed else {})}
+        row |= self.beside
         if self.measuring.alone:
             row["metrics"] = {n: known(column, n) for n in self.measuring.names if n in column}
         return row
 
+    def values(self) -> Iterator[tuple[dict[str, Floats], dict[str, float]]]:
+        """Compute the metrics of clients and of all samples, of each point of the round."""
+        sent = self.layout.unpack(self._joined("numbers"))
+        for prefix in self.when.values():
+            own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(prefix)}
+            yield self.measuring.measure.values(own, prefix)
+
+    def own(self) -> dict[str, Floats]:
+        """Compute the metrics of clients, by the names that the row has; empty of nobody."""
+        if not self.replies:
+            names = self.measuring.names
+            return {point + n: np.zeros(0) for point in self.when.values() for n in names}
+        found = zip(self.when.values(), self.values(), strict=True)
+        return {point + n: each for point, (own, _) in found for n, each in own.items()}
+
     def _described(self) -> tuple[Row, list[Columns]]:
         clients, samples, steps = map(self._joined, ("clients", "samples", "steps"))
-        sent = self.layout.unpack(self._joined("numbers"))
         column, parts = Row(), list[Columns]()
         lower = self.measuring.measure.measure.lower
-        for when, prefix in self.when.items():
-            own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(prefix)}
-            values, pooled = self.measuring.measure.values(own, prefix)
+        for (when, prefix), (values, pooled) in zip(self.when.items(), self.values(), strict=True):
             column |= {prefix + n: spread(n, v, pooled[n], lower) for n, v in values.items()}
             told = {"client": clients, "samples": samples}
             told["steps"] = steps if prefix else torch.zeros_like(steps)

@@ -28,7 +28,7 @@ from fedraclora.strategies.server.callbacks import Told, each_of, joined
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.server.measuring import Measurement
+from fedraclora.strategies.server.measuring import Measurement, Measuring
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.wire.exchange import Ask, Came
@@ -51,6 +51,7 @@ class RunContext:
         devices: What the clients run on.
         sizes: Gives the samples of clients, int64 [K].
         examples: Gives what clients are weighted by, int64 [K]: samples, unpacked.
+        measuring: Which clients measure, and when; None: none does.
     """
 
     method: Method
@@ -59,6 +60,7 @@ class RunContext:
     devices: DeviceSimulator
     sizes: Sizes = torch.ones_like
     examples: Sizes = torch.ones_like
+    measuring: Measuring | None = None
 
     @property
     def draw(self) -> Draw:
@@ -139,6 +141,10 @@ class RoundStep:
             exchange: With what is asked.
             base: What clients train from.
         """
+        return None
+
+    def measurers(self, round_: int) -> torch.Tensor | None:
+        """Draw who measures after a round, ids in ascending order, int64; None: as is set."""
         return None
 
     def measure(self, send: Send, measurement: Measurement) -> bool:
@@ -308,6 +314,11 @@ class RoundSteps:
             if (got := step.receive(send, exchange, base)) is not None:
                 return got
         return exchange.collect(send(exchange.asks))
+
+    def measurers(self, round_: int) -> torch.Tensor | None:
+        """Draw who measures after a round; None: as is set."""
+        named = (step.measurers(round_) for step in self.steps)
+        return next((drawn for drawn in named if drawn is not None), None)
 
     def measure(self, send: Send, measurement: Measurement) -> None:
         """Have clients measure; the measurement has what came."""

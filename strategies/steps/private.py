@@ -10,14 +10,17 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext, rows_of, starts
 from fedraclora.aggregation.statistics import shortened
 from fedraclora.errors import CheckpointError
+from fedraclora.privacy.accountant import Releases
 from fedraclora.privacy.client_level import NORM_SLACK, ClientLevel, Mechanism
+from fedraclora.privacy.noisy_means import NoisyMeans
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
-from fedraclora.strategies.server.round_step import CohortOf, RoundStep
+from fedraclora.strategies.server.measuring import Measurement
+from fedraclora.strategies.server.round_step import CohortOf, RoundStep, Send
 from fedraclora.strategies.steps.conflicts import PRIVATE, TWICE, refused
 
 
@@ -31,6 +34,8 @@ class PrivateRounds(RoundStep):
         mechanism: The noise of the run, by `begin`.
         clip: C of the next round.
         row: What the ledger says of the round that `treat` was last called in.
+        means: The noise on what clients measure; None: none does. By `begin`.
+        measured: How often they have.
     """
 
     config: ClientLevel
@@ -38,6 +43,8 @@ class PrivateRounds(RoundStep):
     mechanism: Mechanism = field(init=False)
     clip: float = field(init=False)
     row: Row = field(default_factory=dict)
+    means: NoisyMeans | None = field(init=False, default=None)
+    measured: int = 0
 
     individuals = True
     repeatable = False  # no noise may be drawn twice
@@ -50,12 +57,26 @@ class PrivateRounds(RoundStep):
     @override
     def begin(self, state: State) -> None:
         loop = self.run.loop
-        self.mechanism = self.config.settle(loop.clients, loop.cohort, loop.rounds)
+        measuring, planned = self.run.measuring, 0
+        if measuring is not None:
+            count = loop.clients if measuring.asked.clients == "all" else loop.cohort
+            metrics = {point + name: name for point in measuring.points for name in measuring.names}
+            self.means = NoisyMeans.of(self.config, metrics, count, loop.clients)
+            planned = sum(measuring.due(r, loop.rounds) for r in range(loop.rounds + 1))
+        beside = self._released(planned)
+        self.mechanism = self.config.settle(loop.clients, loop.cohort, loop.rounds, *beside)
+
+    def _released(self, measured: int) -> list[Releases]:
+        return [] if self.means is None else [self.means.releases(measured)]
+
+    def _epsilon(self, round_: int) -> float:
+        return self.mechanism.epsilon(round_, *self._released(self.measured))
 
     @override
     def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
         rows = recorder.ledger.rows
         begun = len(rows) > 1
+        self.measured = sum("clients" in row for row in rows)
         if begun:
             self.clip = number(rows[-1], "privacy", "next_clip")
             if not self.clip > 0:
@@ -111,6 +132,28 @@ class PrivateRounds(RoundStep):
         return replace(got, stacked=None, summed=mean, denominator=1.0)
 
     @override
+    def measurers(self, round_: int) -> torch.Tensor | None:
+        if self.means is None:
+            return None
+        return self.means.drawn(self.source, round_, self.run.loop.clients)
+
+    @override
+    def measure(self, send: Send, measurement: Measurement) -> bool:
+        if self.means is None:
+            return False
+        if len(measurement.cohort):
+            measurement.gather(send)
+        done = measurement.round_ - 1
+        values, measurement.replies = measurement.own(), []  # nothing of a single client is kept
+        measurement.summed = {**self.means.released(values, self.source, done)}
+        self.measured += 1
+        if not self.row:  # before round 1
+            self.note(done, self.clip)
+        self.row["epsilon"] = self._epsilon(done)  # of a row that has been handed on
+        measurement.beside = {"privacy": self.row}
+        return True
+
+    @override
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
         if got is None:  # nothing is released, and it costs as much
             self.note(exchange.round_, self.clip)
@@ -122,7 +165,7 @@ class PrivateRounds(RoundStep):
     def note(self, round_: int, clip: float) -> None:
         """Write what the ledger says of a round whose clip was ``clip``."""
         self.row = {
-            "epsilon": self.mechanism.epsilon(round_),
+            "epsilon": self._epsilon(round_),
             "delta": self.mechanism.delta,
             "noise_multiplier": self.mechanism.noise,
             "clip": clip,
