@@ -199,14 +199,16 @@ class TextReader:
         wanted = torch.zeros(len(table))
         if names is not None:
             wanted = target_of(table[:, count].tolist(), names, self.task)
+        texts = table[:, :count].T.tolist() if len(table) else [[""]] * count  # it wants a row
         batch = self._tokenizer(
-            *table[:, :count].T.tolist(),
+            *texts,
             padding="max_length",
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
         )
-        return Samples({name: batch[name].to(torch.int64) for name in batch}, wanted)
+        ids = {name: batch[name][: len(table)].to(torch.int64) for name in batch}
+        return Samples(ids, wanted)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -189,7 +189,9 @@ def test_a_number_of_an_adaptive_optimiser_is_a_key_of_choices_that_have_one() -
     for name in groups()["local"]:
         keys = stored(f"local/{name}")
         assert (of_moments & set(keys) == of_moments) == (keys["optimiser"] != "sgd")
-        assert set(keys) - of_moments - {"name"} == set(vars(LocalSettings())) - of_moments
+        apart = of_moments | ({"train", "parameters", "timeout"} - set(keys))
+        assert (name == "own") == ("train" in keys)
+        assert set(keys) - of_moments - {"name"} == set(vars(LocalSettings())) - apart
 
 
 def bare(name: str, folder: Path) -> dict[str, object]:

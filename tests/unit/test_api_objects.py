@@ -348,7 +348,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": "digits", "test": (X, Y)}, ConfigError, "go with data of the program"),
     ({"data": CLIENTS, "test": (X[:, :2], Y)}, DataError, "test: one input has"),
     ({"data": CLIENTS, "model": 3}, ConfigError, "model is of type int"),
-    ({"data": CLIENTS, "method": FedRacLora}, ConfigError, "an instance of its class"),
+    ({"data": CLIENTS, "method": FedRacLora}, ConfigError, r"make one, FedRacLora\("),
     (
         {"data": CLIENTS, "method": Untold(rank=2)},
         ConfigError,
@@ -357,7 +357,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": CLIENTS, "method": NoMethod()}, ConfigError, "NoMethod, which is derived from no"),
     ({"data": CLIENTS, "method": Undecorated(0.5)}, ConfigError, "the attribute 'k'"),
     ({"data": CLIENTS, "method": Shadowed(0.5)}, ConfigError, "the attribute 'k'"),
-    ({"data": CLIENTS, "partition": DirichletPartitioner(2, "y", 1.0)}, ConfigError, "a list"),
+    (
+        {"data": CLIENTS, "partition": DirichletPartitioner(2, "y", 1.0)},
+        ConfigError,
+        "divided already",
+    ),
     ({"data": CLIENTS, "metrics": ["speed"]}, ConfigError, "speed"),
     ({"data": [(X, Y + 1)]}, DataError, "gives 2 outputs .* up to class 2"),
     ({"data": [(X, Y.astype("float32"))]}, DataError, "give them as whole numbers"),

@@ -247,6 +247,12 @@ def test_training_rows_are_drawn(tmp_path, tokenizer):
         films(subsample=61)
 
 
+def test_all_rows_may_be_for_training(file, tokenizer):
+    data = load(file, tokenizer, test_file=None, test=0.0)
+    assert len(data.test) == 0
+    assert data.test.inputs.keys() == data.train.inputs.keys()
+
+
 def test_metrics_may_be_chosen(file, tokenizer):
     assert load(file, tokenizer, metrics=["matthews", "loss"]).metrics == ("matthews", "loss")
 
@@ -262,7 +268,6 @@ BAD = {
     "no value": ({"values": ["7"]}, "no usable row.*data.values"),
     "by client": ({"test_by_client": True, "test_file": None}, "needs data.client"),
     "test": ({"test_file": None, "test": 1.0}, "data.test is 1.0"),
-    "nothing held": ({"test_file": None, "test": 0.0}, "0 to test on"),
     "sha256": ({"sha256": "00"}, "sha256"),
     "score": ({"task": "regression", "label": "film"}, "is not a number, but data.task=regression"),
     "file": ({"file": "nowhere.tsv"}, "data.file=nowhere.tsv"),
