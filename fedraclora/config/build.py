@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from fedraclora.attacks.attack import AttackedOwnTrainer, AttackedTrainer
 from fedraclora.binding import bind, build, object_of
+from fedraclora.config.pretraining import pretrain_model
 from fedraclora.config.run_config import TaskConfig, parted
 from fedraclora.config.schema import Plain, section, without
 from fedraclora.config.settings import EvaluateConfig, Selection
@@ -31,23 +32,19 @@ from fedraclora.data.own import Brought, counted
 from fedraclora.data.partition import make_partition
 from fedraclora.data.samples import ClientData, Partitioned, Samples, count_labels
 from fedraclora.data.task import LOSSES, HeldOut, Task
-from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.errors import ConfigError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.metrics import Measure
 from fedraclora.imports import is_function
 from fedraclora.models import MODELS, check_fit
-from fedraclora.models.built import seeded
 from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
-from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST_CLIENTS, SecAgg, SecAggTerms
 from fedraclora.protocol.cohorts import check_cohort
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
-from fedraclora.training.cohort import CohortTrainer, pretrain
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import keep_freed_memory
 from fedraclora.training.own.trainer import OwnTrainer
 
@@ -56,9 +53,6 @@ KINDS: tuple[tuple[type[AttackedTrainer], type[CohortTrainer]], ...] = (
     (AttackedTrainer, CohortTrainer),
     (AttackedOwnTrainer, OwnTrainer),
 )
-PRETRAINED_KEPT = 8  # models in one process
-
-_PRETRAINED: dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]] = {}
 
 
 @dataclass(frozen=True)
@@ -250,7 +244,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         train, asked.portion, config.seed, **asked.source, listed=data.tests
     )
     if config.pretrain.epochs:
-        facts["pretrain"] = _pretrained(config, without_held(whole, data, held), model)
+        facts["pretrain"] = pretrain_model(config, without_held(whole, data, held), model)
     clients, cohort = train.num_clients, config.cohort
     size = max(1, int(cohort * clients)) if isinstance(cohort, float) else cohort
     _check_sizes(size, clients, config.system.buffer)
@@ -336,59 +330,6 @@ def _said_of_weights(config: TaskConfig) -> dict[str, object]:
     header = read_gguf_header(resolve(path, key="model.path"), "model.path")
     found = [f"{header.kinds} in {Path(path).name}, de-quantised to float32", *assumed(header)]
     return {"weights": "; ".join(found)}
-
-
-def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> dict[str, float]:
-    """Pretrain on the labels that are asked for, or on what is set aside; give the test metrics.
-
-    The newest results are kept in this process: the runs of a study begin from few of them.
-    """
-    asked = config.pretrain
-    if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
-        raise ConfigError(
-            f"model.base is {config.model['base']}, whose weights are frozen, but pretrain "
-            "trains them: set pretrain=none, or model.base=float32"
-        )
-    if whole.aside is None and config.chosen("pretrain") == "aside":
-        raise ConfigError(
-            "pretrain=aside trains on samples that the data set sets aside, and "
-            f"data={config.data['name']} sets none aside: set data.aside where it has that key, or "
-            "pretrain=none"
-        )
-    if not len(whole.train):
-        raise ConfigError(
-            f"data={config.data['name']}: the clients bring all training samples, so that the "
-            "server has nothing to pretrain on: set pretrain=none (a model of your own may bring "
-            "trained weights)"
-        )
-    try:
-        part = whole if asked.labels is None else select_labels(whole, asked.labels)
-    except FedRacLoraError as error:
-        raise ConfigError(f"pretrain.labels: {error}; pretrain=none leaves it out") from error
-    made_by = (asked, config.data, config.clients, config.model, config.seed)
-    held = (config.evaluate, config.partition) if config.evaluate.by_clients else ()
-    key = repr((*made_by, *held, torch.get_num_threads()))
-    if key not in _PRETRAINED:
-        train, test = part.aside or (part.train, part.test)
-        with seeded(config.seed, "pretrain"):  # dropout draws from torch's global generator
-            adamw = LocalConfig(
-                optimiser="adamw",
-                weight_decay=0.01,
-                lr=asked.lr,
-                epochs=asked.epochs,
-                batch_size=asked.batch_size,
-            )
-            pretrain(model, train, part.loss, adamw, config.seed)
-        weights = {n: p.detach() for n, p in model.named_parameters()}
-        given = (test, part.loss, part.metrics)
-        metrics = evaluate(model, weights, *given, like=part.like) if len(test) else {}
-        state = {n: t.detach().clone() for n, t in model.state_dict().items()}
-        _PRETRAINED[key] = state, metrics
-        while len(_PRETRAINED) > PRETRAINED_KEPT:
-            del _PRETRAINED[next(iter(_PRETRAINED))]
-    state, metrics = _PRETRAINED[key]
-    model.load_state_dict(state)
-    return dict(metrics)
 
 
 def answering_of(asked: EvaluateConfig, task: Task, samples: Samples) -> Answering | None:

@@ -12,7 +12,7 @@ from fedraclora.data.glue_instructions import load_glue_instructions
 from fedraclora.data.instructions import load_instructions
 from fedraclora.data.mnist import load_mnist, load_mnist_5k
 from fedraclora.data.objects import lent_data
-from fedraclora.data.own import own_samples
+from fedraclora.data.own_set import own_samples
 from fedraclora.data.partition import PARTITIONS, make_partition
 from fedraclora.data.shakespeare import load_shakespeare
 from fedraclora.data.synthetic import least_squares, logistic_regression

@@ -38,8 +38,8 @@ from fedraclora.data.frames import (
 )
 from fedraclora.data.locate import Root, resolve
 from fedraclora.data.mnist import parse_idx, read_packed
-from fedraclora.data.objects import is_columns, table_of
 from fedraclora.data.samples import Samples
+from fedraclora.data.tables import is_columns, table_of
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Fraction, limited
 

@@ -7,42 +7,37 @@ of tables, or one table with a column that says whose each row is, or one that i
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedraclora.data.dataset import TEST_SHARE, DataSet, RowNumbers, keep_rows, split_rows, take
 from fedraclora.data.entries import Entries, length, parts_of, stand_in
-from fedraclora.data.fit import (
-    Form,
-    found_shape,
-    found_target,
-    gathered,
-    of_dataset,
-    outputs_for,
-    said_of_inputs,
-    scale_of_bytes,
-)
-from fedraclora.data.frames import named_table
+from fedraclora.data.fit import Form, found_shape, outputs_for, said_of_inputs, scale_of_bytes
 from fedraclora.data.objective import (
-    INPUT_IDS,
     check_names,
-    judged_by,
     objective_of,
     said_like,
     takes_whole,
     usual_metrics,
 )
-from fedraclora.data.own_loss import is_own
 from fedraclora.data.samples import Samples
-from fedraclora.data.tabular import TableForm, of_frames
+from fedraclora.data.tables import (
+    column_of,
+    divided_by,
+    is_clients,
+    is_columns,
+    is_frame,
+    listed_tables,
+    named_classes,
+    of_frame,
+    table_of,
+)
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.imports import failure_of
 from fedraclora.objects import lend, lent, object_digest
 from fedraclora.rng import generator
 from fedraclora.tree import digest
@@ -298,142 +293,6 @@ def unread(
         },
         entries=Entries.of(objects, sizes),
     )
-
-
-def table_of(found: object, where: str, target: str | None = None) -> Samples:
-    """Read one table.
-
-    Raises:
-        DataError: If it is none, or holds something else than numbers.
-    """
-    if is_columns(found):
-        return of_columns(found, where, target)
-    if isinstance(found, torch.utils.data.Dataset):
-        return of_dataset(found, where, target)
-    if not isinstance(found, tuple | list | Samples):
-        raise DataError(
-            f"{where} is of type {type(found).__name__}; (inputs, target), a dataset of torch or "
-            "of Hugging Face, or a list with one of them for each client is wanted"
-        )
-    return gathered(found, where)
-
-
-def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:
-    """Tell whether these are tables of several clients, and not one."""
-    return isinstance(data, Mapping | list) and not is_columns(data)
-
-
-def listed_tables(data: Mapping[Any, Any] | list[Any]) -> list[Any]:
-    """List the tables of several clients."""
-    return list(data.values()) if isinstance(data, Mapping) else data
-
-
-def is_frame(found: object) -> bool:
-    """Tell whether this is a frame of pandas."""
-    return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "columns")
-
-
-def of_frame(
-    data: Any,
-    test: Any,
-    *,
-    client: str | None,
-    target: str | None,
-    loss: str | None,
-    metrics: Sequence[str] | None,
-    **options: Any,
-) -> DataSet:
-    """Read a frame as `fedraclora.data.tabular.load_table` reads a file: words become classes.
-
-    Raises:
-        ConfigError: If a column or the loss is none that there is.
-        DataError: If rows cannot be used.
-    """
-    own, loss = (loss, None) if is_own(loss or "") else (None, loss)
-    if loss not in {None, "cross_entropy", "squared_error"}:
-        raise ConfigError(
-            f"loss is {loss}; of a frame classes or numbers are predicted: leave it out"
-        )
-    rows = named_table(data, "data")
-    held_out = None if test is None else named_table(test, "test")
-    name = found_target(rows[0].columns, target)
-    numbers = name in rows[0].columns and rows[0][name].dtype.kind == "f"
-    if numbers and loss is None and bool((rows[0][name].dropna() % 1 == 0).all()):
-        raise DataError(
-            f"the column {name!r} holds whole numbers as {rows[0][name].dtype}, which does not "
-            "tell whether they are classes: say loss='squared_error' if they are numbers to "
-            "predict, else convert them to int64"
-        )
-    task = (
-        "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"
-    )
-    how = TableForm(name, client, task=task, metrics=metrics, **options)
-    found = of_frames(rows, held_out, how)
-    kind = "numbers" if numbers else "classes"
-    found = judged_by(found, own, metrics)
-    source = "said" if loss or own else f"guessed from the column {name!r}: {kind}"
-    return replace(found, info=found.info | {"loss_from": source})
-
-
-def is_columns(found: object) -> bool:
-    """Check whether this is a ``Dataset`` of Hugging Face."""
-    return hasattr(found, "column_names") and hasattr(found, "with_format")
-
-
-def of_columns(found: Any, where: str, target: str | None) -> Samples:
-    """Read a ``Dataset`` of Hugging Face: the target, and inputs by name or as one ``x``."""
-    names = list(found.column_names)
-    target_name = found_target(names, target)
-    if target_name is None or target_name not in names:
-        raise DataError(
-            f"{where}: the columns are {names}; name the one to predict with target=..."
-        )
-    inputs = [name for name in names if name != target_name]
-    if INPUT_IDS not in inputs and len(inputs) > 1:
-        rows = [np.asarray(column_of(found, name, where)) for name in inputs]
-        flat = [name for name, row in zip(inputs, rows, strict=True) if row.ndim != 1]
-        if flat or any(row.dtype.kind not in "biuf" for row in rows):
-            words = [n for n, r in zip(inputs, rows, strict=True) if r.dtype.kind not in "biuf"]
-            raise DataError(
-                f"{where}: the columns {words or flat} are no plain numbers; keep one column of "
-                "inputs, columns of numbers alone, or input_ids and attention_mask of a tokenizer"
-            )
-        return gathered((np.stack(rows, axis=1).astype(np.float32), found[target_name][:]), where)
-    arrays = {name: column_of(found, name, where) for name in inputs}
-    given = arrays if INPUT_IDS in arrays else next(iter(arrays.values()))
-    return gathered((given, column_of(found, target_name, where)), where)
-
-
-def column_of(found: Any, name: str, where: str) -> Any:
-    """Read a column of a ``Dataset`` of Hugging Face as an array."""
-    if name not in found.column_names:
-        raise DataError(f"{where}: there is no column {name!r} among {list(found.column_names)}")
-    return found.with_format("numpy")[name][:]
-
-
-def divided_by(data: Any, partitioner: Any) -> list[RowNumbers]:
-    """Divide a ``Dataset`` by a partitioner of flwr-datasets; return the rows of each client."""
-    try:
-        divider = copy.deepcopy(partitioner)  # it takes a data set once, and may be the caller's
-        divider.dataset = data.add_column("__row__", list(range(len(data))))
-        return [
-            np.asarray(divider.load_partition(k)["__row__"][:], dtype=np.int64)
-            for k in range(divider.num_partitions)
-        ]
-    except Exception as error:
-        kind = type(partitioner).__name__
-        raise DataError(f"partition: {failure_of(error, f'dividing data by a {kind}')}") from error
-
-
-def named_classes(data: Any, target: str | None) -> dict[str, object]:
-    """Take the names of the classes that a ``Dataset`` of Hugging Face has (`DataSet.reading`)."""
-    first = listed_tables(data)[0] if is_clients(data) else data
-    if not is_columns(first):
-        return {}
-    name = found_target(first.column_names, target)
-    names = getattr((first.features or {}).get(name), "names", None)
-    named = [str(known) for known in names or ()]
-    return {"classes": named} if named != [str(k) for k in range(len(named))] else {}
 
 
 def stacked(tables: Sequence[Samples], names: Sequence[str]) -> Samples:

@@ -6,48 +6,27 @@ other sample stays where it is. Nothing is trained on at the server.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
-from fedraclora.data.dataset import (
-    OF_RUN,
-    TEST_SHARE,
-    Clients,
-    DataSet,
-    RowNumbers,
-    refuse_both,
-    split_rows,
-    take,
-)
+from fedraclora.data.dataset import RowNumbers, split_rows, take
 from fedraclora.data.entries import Entries, length, parts_of, stand_in
-from fedraclora.data.fit import (
-    Form,
-    found_shape,
-    gathered,
-    said_of_inputs,
-    scale_of_bytes,
-)
+from fedraclora.data.fit import Form, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.locate import user_path
-from fedraclora.data.objective import said_like, usual_metrics
-from fedraclora.data.own_loss import IGNORED_TOKEN, named_loss
-from fedraclora.data.partition import SIZES_SEEN, spread_clients
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import is_function
-from fedraclora.limits import Count, Fraction, Later, Part, limited
 from fedraclora.rng import generator
 
 ONLY_FILE = "train.npz"  # the file of a folder that is one client's
 ARGUMENTS = "data.arguments"
-OF_A_NODE = Part("node")  # keys that a node sets, and no choice lists
 
 
 def counted(samples: str | None, clients: int | None) -> int:
@@ -289,176 +268,3 @@ class Brought:
         """Move to a device; floating samples take ``dtype`` when given."""
         found = {client: samples.to(device, dtype) for client, samples in self._found.items()}
         return replace(self, device=device, dtype=dtype, _found=found)
-
-
-@limited("data")
-def own_samples(
-    *,
-    clients: Annotated[Clients | None, OF_RUN],
-    classes: Count | None = None,
-    shape: Sequence[int] | None = None,
-    samples: str | None = None,
-    arguments: Mapping[str, object] | None = None,
-    test: str | None = None,
-    test_share: Fraction | None = None,
-    split_seed: int = 0,
-    client: Annotated[int | None, OF_A_NODE] = None,
-    alone: Annotated[bool, OF_A_NODE] = False,
-    objects: Annotated[bool, Later()] = False,
-    loss: str | Mapping[str, object] = "cross_entropy",
-    metrics: Sequence[str | Mapping[str, object]] | None = None,
-) -> DataSet:
-    """Describe samples that clients bring; they are the division, too.
-
-    Args:
-        clients: Number of clients; None: as many as the folder ``samples`` has files.
-        classes: Number of outputs: classes, or 1 for a scalar; None: as the samples have.
-        shape: Shape of one input ``"x"``; empty for token ids; None: as the samples have.
-        samples: Those of the clients: a folder or ``package.module:function``. A node sets it from
-            its own configuration; in a simulation it has the samples of every client.
-        arguments: Of the functions that ``samples`` and ``test`` name, by name.
-        test: Those that the server measures on: a ``.npz`` file or ``package.module:function``.
-        test_share: Without them, the fraction of each client's samples that is held out for it; 0:
-            the server has no sample; None: 0.2, and 0 where it has no samples of clients.
-        split_seed: Seed of that choice.
-        client: Set by a node: its client. Nothing is measured there.
-        alone: Set by a node: it serves this client only.
-        objects: Whether the function ``samples`` gives what only ``local.train`` reads (texts,
-            images, paths): nothing is measured then.
-        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``; a mapping of
-            that as its ``name``, and parameters.
-        metrics: Metrics, the headline first, in the same way; None for those usual for the loss.
-
-    Returns:
-        Floating numbers in float32. The clients are `parts` that are looked for on demand; no
-        training table is beside them, and at a node no test table either.
-
-    Raises:
-        ConfigError: If a key is wrong or missing.
-        DataError: If samples are missing, or not what they should be.
-    """
-    loss = named_loss(loss)
-    like = said_like(loss)
-    form = Form(None if shape is None else tuple(shape), like or loss, classes)
-    share, said = _share(test, test_share, samples), arguments or {}
-    functions = [name for name in (samples, test) if name is not None and is_function(name)]
-    if said and samples is not None and not functions:
-        raise ConfigError(
-            f"data.arguments is {dict(said)}, and no function is named that would get them: name "
-            "one as data.samples or data.test, or leave them out"
-        )
-    count = counted(samples, clients)
-    if objects:
-        if test is not None or test_share:
-            raise ConfigError("data.objects is true, of which nobody measures: leave data.test out")
-        if samples is not None and not is_function(samples):
-            raise ConfigError(f"data.samples is {samples}; with data.objects a function is wanted")
-        brought = Brought(samples, count, form, client, alone, arguments=said, objects=True)
-        info: dict[str, object] = {"source": "each client's own", "loss_from": "nobody measures"}
-        nothing = stand_in(0)
-        return DataSet(nothing, nothing, 1, loss, (), {}, (), brought, info=info)
-    brought = Brought(samples, count, form, client, alone, share, split_seed, said)
-    if client is None:
-        brought, measured = _measured(brought, test)
-        form = brought.form
-    elif classes is None:
-        raise ConfigError("data.classes is not set, and a node cannot know it")
-    else:
-        measured = _none_of(brought.client(client))
-    labelled = form.loss == "cross_entropy" and samples is not None and client is None
-    return DataSet(
-        train=_none_of(measured),
-        test=measured,
-        classes=int(form.classes or 0),
-        loss=loss,
-        metrics=tuple(map(named_loss, metrics or usual_metrics(loss, measured.target))),
-        columns={"label": np.zeros(0, dtype=np.int64)} if labelled else {},
-        sample_shape=form.shape if form.shape is not None else found_shape(measured),
-        parts=brought,
-        info={"source": "each client's own", **brought.told}
-        | ({"held_out": share} if share else {}),
-        reading=dict(brought.reading),
-        like=like,
-    )
-
-
-def _share(test: str | None, share: float | None, samples: str | None) -> float:
-    """Fraction of each client's samples that is held out.
-
-    Raises:
-        ConfigError: If there are two answers to the question what is measured on, or a share of
-            samples that the server does not have.
-    """
-    refuse_both(test, share)
-    if samples is None and share:
-        raise ConfigError(
-            f"data.test_share={share} holds samples of clients out for the server, and those of "
-            "this run are with their owners: leave it out; what the server is to measure on, if "
-            "anything, is data.test, a .npz file or package.module:function"
-        )
-    if test is not None or samples is None:
-        return 0.0
-    return TEST_SHARE if share is None else share
-
-
-def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
-    """Find what is measured on, and with it what samples look like."""
-    named, where = None, f"data.test={test}"
-    if test is not None and is_function(test):
-        found = call_function("data.test", test, parameters=brought.arguments, at=ARGUMENTS)
-        named = gathered(found, where)
-    elif test is not None:
-        named = read_npz(user_path("data.test", test), where)
-    if named is not None:
-        brought.reading.update(scale_of_bytes(named))
-    if brought.form.classes is None or brought.form.shape is None:
-        tables = [] if named is None else [brought.form.fit(named, where)]
-        if brought.source is not None:
-            some = spread_clients(brought.num_clients, SIZES_SEEN).tolist()
-            tables += [brought.whole(client) for client in some]
-        brought = replace(brought, form=_completed(brought.form, tables))
-    if named is not None:
-        return brought, brought.form.fit(named, where)
-    if not brought.share:
-        return brought, brought.form.nothing()
-    table = brought.held_out()
-    if not len(table):
-        raise ConfigError(
-            f"data.test_share={brought.share} holds no sample out: raise it, or name test samples "
-            "with data.test"
-        )
-    return brought, table
-
-
-def _completed(form: Form, tables: Sequence[Samples]) -> Form:
-    """Read from samples what is not said of them."""
-    if not tables:
-        raise ConfigError(
-            "data.classes or data.shape is not set, and the server has no sample that would tell: "
-            "say how many outputs there are (1 for a number) and the shape of one input x ([] for "
-            "token ids), for example data.classes=10 data.shape=[28,28]; or give it data.test"
-        )
-    first, classes = tables[0], form.classes
-    if classes is None and read_as(form.loss).numbers:
-        classes = first.target[0].numel()
-    elif classes is None and not first.target.is_floating_point():
-        seen = torch.cat([table.target.unique() for table in tables]).unique()
-        seen = seen[seen != IGNORED_TOKEN]
-        classes = max(2, 1 + int(seen.max()))
-        if 2 * len(seen) < classes:
-            raise DataError(
-                f"data.samples: the labels are {seen.tolist()[:10]}, and most between 0 and "
-                f"{classes - 1} never occur: number the classes from 0, or say how many there are "
-                "with data.classes"
-            )
-    if classes is None:
-        raise ConfigError(
-            f"data.classes is not set: say how many outputs the loss {form.loss} wants"
-        )
-    shape = found_shape(first) if form.shape is None else form.shape
-    return replace(form, shape=shape, classes=classes)
-
-
-def _none_of(table: Samples) -> Samples:
-    """Return a table of the same kind without a row."""
-    return table.take(torch.zeros(0, dtype=torch.int64))

@@ -70,16 +70,7 @@ from fedraclora.strategies.shared.layer import (
 )
 from fedraclora.tree import Tree, wide, widened
 
-__all__ = [
-    "Factors",
-    "Layer",
-    "LayerMethod",
-    "LayerUpdate",
-    "LowRank",
-    "LowRankMethod",
-    "Replies",
-    "Round",
-]
+__all__ = ["Factors", "Layer", "LayerMethod", "LayerUpdate", "LowRank", "Replies", "Round"]
 
 
 @dataclass(frozen=True)

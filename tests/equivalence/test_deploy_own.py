@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedraclora.data.fit import Form, gathered
-from fedraclora.data.own import own_samples, read_own
+from fedraclora.data.own import read_own
+from fedraclora.data.own_set import own_samples
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.experiments.simulate import simulate
 from fedraclora.imports import import_function

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedraclora.config import build
+from fedraclora.config import pretraining
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
@@ -134,14 +134,14 @@ def test_pretrained_weights_are_made_once_in_a_process(monkeypatch: pytest.Monke
         task = build_task(config).task
         return digest(dict(task.model.named_parameters())), task.info["pretrain"]
 
-    monkeypatch.setattr(build, "_PRETRAINED", {})
+    monkeypatch.setattr(pretraining, "_MADE", {})
     first, other = built("pretrain.epochs=2"), built("pretrain.epochs=2", "seed=1")
     assert first != other
 
     def refuse(*_: object, **__: object) -> dict[str, float]:
         raise AssertionError("pretrained again")
 
-    monkeypatch.setattr(build, "pretrain", refuse)
+    monkeypatch.setattr(pretraining, "pretrain", refuse)
     assert built("pretrain.epochs=2") == first
     assert built("pretrain.epochs=2", "seed=1", "local.lr=0.3") == other
     with pytest.raises(AssertionError, match="again"):

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 
 import fedraclora
-from fedraclora.config import build
+from fedraclora.config import pretraining
 from fedraclora.data.held import hold_out_of_clients
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.errors import ConfigError, FedRacLoraError
@@ -188,7 +188,7 @@ def test_clients_measure_the_models_of_their_own(words: tuple[str, ...]) -> None
 
 def test_no_pretraining_sees_what_clients_hold_out(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(build, "pretrain", lambda _model, train, *_: seen.append(train))
+    monkeypatch.setattr(pretraining, "pretrain", lambda _model, train, *_: seen.append(train))
     run = simulated("evaluate.clients=all", "pretrain.epochs=1", rounds=0)
     task = run.built().task
     held = [rows_of(task.held.data, client) for client in range(6)]
