@@ -269,7 +269,7 @@ def attach(
     adapters: Mapping[str, Adapter],
     values: Tree,
     views: Mapping[str, LayerView],
-) -> None:
+) -> dict[str, Place]:
     """Put terms on the weights of a plain model; those of another round, or another form, go.
 
     Args:
@@ -277,6 +277,9 @@ def attach(
         adapters: What the method adapts, by weight.
         values: Of all factors, by ``"<weight>/<label>"``.
         views: Of the weights.
+
+    Returns:
+        Where the factors lie, by ``"<weight>/<label>"``.
     """
     modules = {plain_name(n, "")[0]: m for n, m in inner(model).named_modules()}
     for name, module in modules.items():
@@ -298,6 +301,7 @@ def attach(
             trained_ = {k for k, factor in asked.factors.items() if factor.trained}
             term = LowRankTerm(views[weight], factors, trained_, asked.scale)
             parametrize.register_parametrization(module, "weight", term, unsafe=True)
+    return {name: p for weight in adapters for name, p in _of_plain(modules, weight).items()}
 
 
 def buffers_of(model: nn.Module) -> Tree:

@@ -92,8 +92,8 @@ class Round:
                 saved.enable_adapters(True)
                 saved.set_adapter(adapter)
         else:
-            attach(model, asked.downlink.adapters, asked.values | asked.frozen, asked.views)
-            places = find(model, asked.downlink.adapters, adapter)
+            values = asked.values | asked.frozen
+            places.factors.update(attach(model, asked.downlink.adapters, values, asked.views))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
