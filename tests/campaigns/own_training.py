@@ -1,6 +1,7 @@
 """Training functions that return or do what they should not, each beside honest clients.
 
     python -m tests.campaigns.own_training --times 400
+    python -m tests.campaigns.own_training --times 20 --engine ray
 
 What is returned, what is done to the model, the model and the run are drawn by a seeded generator.
 One client of five misbehaves. Either nothing that counts has changed, and the run is that of
@@ -323,9 +324,14 @@ def function_of(case: Case | None, kind: str, *, fails: str = "never") -> Callab
     return train
 
 
-def run(train: Callable[[Round], Any], words: tuple[str, ...]) -> fedraclora.Run:
+ENGINES = {"inline": ("engine=inline",), "ray": ("engine=ray", "engine.workers=1")}
+
+
+def run(
+    train: Callable[[Round], Any], words: tuple[str, ...], engine: str = "inline"
+) -> fedraclora.Run:
     data = [samples(size, key) for key, size in enumerate(SIZES)]
-    fixed = ("output.progress=false", "engine=inline", "rounds=3", "cohort=5", "max_failures=1")
+    fixed = ("output.progress=false", "rounds=3", "cohort=5", "max_failures=1", *ENGINES[engine])
     method = {"name": "fed_rac_lora", "rank": 2, "alpha": 3}
     return fedraclora.simulate(
         *fixed, *words, model=net(), data=data, test=samples(9, 9), method=method, train=train
@@ -337,15 +343,15 @@ def reference(kind: str, words: tuple[str, ...], *, fails: str) -> dict[str, tor
     return run(function_of(None, kind, fails=fails), words).weights()
 
 
-def judged(case: Case) -> str:  # noqa: PLR0911
-    """Run a case; say what is wrong, or nothing."""
+def judged(case: Case, engine: str = "inline") -> str:  # noqa: PLR0911
+    """Run a case and hold it against one of ``inline``; say what is wrong, or nothing."""
     *_, kind, way_of_run = case
     words = RUNS[way_of_run]
     lasts = case[0] == "data changed"  # the samples of the next round are changed, too
     fails = "never" if runs(case) else "from then on" if lasts else "once"
     wanted = reference(kind, words, fails=fails)
     try:
-        done = run(function_of(case, kind), words)
+        done = run(function_of(case, kind), words, engine)
     except FedRacLoraError as error:
         return f"refused: {error}"
     except BaseException as error:
@@ -369,13 +375,14 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--times", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=ENGINES, default="inline")
     asked = parser.parse_args()
     logging.disable(logging.CRITICAL)
     wrong, kinds = 0, set()
     for number in range(asked.times):
         case = drawn(asked.seed, number)
         kinds.add(case)
-        if said := judged(case):
+        if said := judged(case, asked.engine):
             wrong += 1
             print(number, case, said, flush=True)
     print(f"{asked.times} cases of {len(kinds)} kinds, {wrong} failures")

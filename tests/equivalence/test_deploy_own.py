@@ -73,6 +73,57 @@ def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
     assert rows(inline)[3]["metrics"]["loss"] < rows(inline)[0]["metrics"]["loss"]  # type: ignore[index]
 
 
+PARTS = """
+from dataclasses import dataclass
+
+import fedraclora
+from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.training.extra import LocalExtra, When
+
+@dataclass(frozen=True)
+class Method(FedRacLora):
+    boost: float = 1.0
+
+@dataclass(frozen=True)
+class Decay(LocalExtra):
+    form = "decay={rate}"
+    rate: float = 0.1
+
+    def hooks(self, chunk):
+        return {When.LOSS: lambda g, v: {n: g[n] + self.rate * v[n] for n in g}}
+
+class Doubled(fedraclora.RoundStep):
+    def columns(self, exchange, got):
+        return {"doubled": 2.0}
+"""
+
+
+@pytest.mark.slow
+def test_parts_of_ones_own_have_the_bits_of_inline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method, model, local step and round step are named, and each node imports them."""
+    (tmp_path / "deployed_parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
+        1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)
+    }
+    words = ["method=deployed_parts:Method", "method.boost=2", "rounds=2", "cohort=2"]
+    words += ["steps=[deployed_parts:Doubled]"]
+    extras = "local.extras=[{name: deployed_parts:Decay, rate: 0.3}]"
+    run(tmp_path / "run", Network(tmp_path / "cache", nodes), *words, extras)
+    digests = {}
+    for name, more in (("same", [extras]), ("without", [])):
+        own = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={tmp_path / name}"]
+        simulate(composed([*WORDS, *own, *words, *more]), tmp_path / name)
+        digests[name] = summary_of(tmp_path / name)["weights_digest"]
+    assert summary_of(tmp_path / "run")["weights_digest"] == digests["same"] != digests["without"]
+    assert [row.get("doubled") for row in rows(tmp_path / "run")] == [
+        row.get("doubled") for row in rows(tmp_path / "same")
+    ]
+    assert rows(tmp_path / "run")[2]["doubled"] == 2.0
+
+
 def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path: Path) -> None:
     """Nobody measures, and nodes train on all that they have: nothing is held out for nobody."""
     nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
