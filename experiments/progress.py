@@ -116,6 +116,13 @@ class RunProgress(Callback):
         text = fitted(parts, self.console.width - LEAST_BAR - 1)
         self.bar.update(self.task, completed=round_, text=text)
 
+    @override
+    def end(self, summary: Mapping[str, object], *, failed: bool) -> None:
+        if summary.get("stopped"):
+            best = summary.get("best")
+            told = f"; the best was round {best['round']}" if isinstance(best, dict) else ""
+            self.say(f"stopped early, after round {summary['rounds']} of {self.rounds}{told}")
+
     def _left(self, row: Mapping[str, object]) -> str:
         """Estimate how long the remaining rounds take, at the pace of the last ones."""
         rounds = self.rounds - number(row, "round")

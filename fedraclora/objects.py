@@ -41,7 +41,10 @@ def lend(thing: Any, digest: str | None = None) -> str:
     Returns:
         What the config says.
     """
-    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    inner = thing
+    while isinstance(inner, partial):
+        inner = inner.func
+    named = inner if hasattr(inner, "__qualname__") else type(inner)
     name = digest or f"{named.__qualname__}@{object_digest(thing)}"
     _LENT[name] = thing
     return name

@@ -17,6 +17,7 @@ from fedraclora.config.build import BuiltTask, build_task, measured_samples
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
+from fedraclora.data.held import whole_objects
 from fedraclora.data.partition import spread_clients
 from fedraclora.data.samples import Partitioned
 from fedraclora.engines.base import MakeEngine
@@ -52,10 +53,8 @@ log = logging.getLogger(__name__)
 
 SHOWN = 1000  # clients in partition.png, spread over the population
 NAMED = 8  # notes of a run that begins
-UNMEASURED = (
-    "none: the server has no test samples (data.test), so that nobody measures "
-    "(evaluate.clients=cohort: clients do, on samples of their own)"
-)
+UNMEASURED = "none: the server has no test samples (data.test), so that nobody measures"
+BY_CLIENTS = " (evaluate.clients=cohort: clients do, on samples of their own)"
 TITLE = 13  # characters, so that what follows stands in one column
 
 
@@ -293,10 +292,11 @@ def introduction(run: Assembled) -> dict[str, str]:
     """Name loss, metrics, optimiser and what is trained, by title: for the summary, too."""
     task = run.built.task
     known = len(measured_samples(task, run.config.evaluate.split))
+    hint = "" if whole_objects(task.train) else BY_CLIENTS
     return {
         "loss": f"{task.loss.partition('@')[0]} ({task.info['loss_from']})"
         + (f", its outputs read as those of {task.like}" if task.like else ""),
-        "metrics": ", ".join(task.measured) if known or task.held else UNMEASURED,
+        "metrics": ", ".join(task.measured) if known or task.held else UNMEASURED + hint,
         "optimiser": optimiser_of(run.config),
         "trained": run.trained,
     }

@@ -207,7 +207,10 @@ def gathered(found: object, where: str) -> Samples:
         tensors = {str(n): as_tensor(a, f"{where}: {n}") for n, a in inputs.items()}
         samples = Samples(tensors, as_tensor(found[1], f"{where}: the target"))
     else:
-        raise DataError(f"{where} returns a {type(found).__name__}; (inputs, target) is wanted")
+        raise DataError(
+            f"{where} returns a {type(found).__name__}; (inputs, target) is wanted (of texts or "
+            "other objects that a training function reads, a datasets.Dataset: from_list makes one)"
+        )
     for name, tensor in samples.tensors.items():
         if not tensor.dim():
             raise DataError(f"{where}: {name} is one number; an array of samples is wanted")

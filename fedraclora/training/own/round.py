@@ -162,10 +162,13 @@ class Round:
             for n, value in asked.values.items()
         }
         asked.check(found)
-        if all(torch.equal(value, asked.values[n]) for n, value in found.items()):
+        still = {n for n, value in found.items() if torch.equal(value, asked.values[n])}
+        # Factors are made by install: an optimiser of before trains what is beside them alone.
+        of_layers = {n for n in found if n not in asked.downlink.dense}
+        if (of_layers or {*found}) <= still:
             raise ClientError(
-                "nothing was trained: no number that the method trains has moved. Make the "
-                "optimiser after round.install, of parameters with requires_grad, and step it"
+                f"nothing was trained: {_some(sorted(of_layers or still))} have not moved. Make "
+                "the optimiser after round.install, of parameters with requires_grad, and step it"
             )
         check_alike(found)
         return Trained(
