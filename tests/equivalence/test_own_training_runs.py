@@ -164,12 +164,18 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits_and_state(tmp_path: Path) -
 def test_ray_gives_the_bits_of_inline() -> None:
     """The function is the program's, and no module of the workers has it."""
     here = {"__name__": "__main__", "nn": nn, "torch": torch, "net": net}
-    exec(  # as in a script
-        "def own(round_):\n    model = round_.install(net())\n    x, y = round_.data\n"
-        "    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)\n"
+    exec(  # as in a script; each client has an optimiser, a batch and epochs of its own
+        "def own(round_):\n    model, c = round_.install(net()), round_.client\n"
+        "    (x, y), steps = round_.data, 0\n"
+        "    kind = [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop][c % 3]\n"
+        "    optimiser = kind([p for p in model.parameters() if p.requires_grad], 0.01 * (c + 1))\n"
         "    round_.state['n'] = n = round_.state.get('n', 0) + 1\n"
-        "    (n * nn.functional.cross_entropy(model(x), y)).backward()\n    optimiser.step()\n"
-        "    return round_.read(model, samples=len(y), steps=1)\n",
+        "    for _ in range(1 + c % 2):\n"
+        "        for rows in torch.randperm(len(y)).split(2 + c):\n"
+        "            optimiser.zero_grad()\n"
+        "            (n * nn.functional.cross_entropy(model(x[rows]), y[rows])).backward()\n"
+        "            optimiser.step()\n            steps += 1\n"
+        "    return round_.read(model, samples=len(y), steps=steps)\n",
         here,
     )
     inline = run("engine=inline", train=here["own"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -289,3 +290,11 @@ def test_the_weights_of_a_round_are_written_into_a_model_once() -> None:
 
     run(train=train)
     assert [bool(count) for count in written] == [True, False] * 3
+
+
+def test_a_round_goes_to_another_process() -> None:
+    def train(round_: Round) -> Trained:
+        there = pickle.loads(pickle.dumps(round_))
+        return descend(there, there.install(net()))
+
+    assert apart(run(train=train), run(train=plain)) == 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
+from typing_extensions import override
 
 from fedraclora.errors import ClientError
 from fedraclora.rng import generator
@@ -52,6 +53,11 @@ class Sums:
 
     def __init__(self) -> None:
         self.known = WeakTensorKeyDictionary()
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be empty in another process: its tensors are others."""
+        return Sums, ()
 
     def of(self, tensor: torch.Tensor) -> int:
         """Return the sum of a tensor, formed once."""
