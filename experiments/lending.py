@@ -99,7 +99,6 @@ class Lent:
         asked, frames = section(plain, "data"), set(OF_FRAME) <= {*self.words}
         frame = {k: coerce(f"data.{k}", asked[k], KINDS[k]) for k in FRAME_KEYS if k in asked}
         check_limits("data", load_table, frame)
-        found: dict[str, Any] = {"frame": frame}
         said = {key.partition(".")[2] for key in typed if key.startswith("data.")}
         if asked.get("name") == NAME:  # a whole config, of a run with such samples
             said = {*OBJECT_KEYS} & {*asked}
@@ -110,8 +109,8 @@ class Lent:
                 "it in the arguments of simulate (loss, metrics, test, client, target)"
             )
         model = self.model if self.model is not None else section(plain, "model").get("name")
-        found |= {key: asked[key] for key in OBJECT_KEYS if key in said}
-        return found | {"model": model}
+        found = {key: asked[key] for key in OBJECT_KEYS if key in said}
+        return found | {"frame": frame, "model": model}
 
 
 def lend_all(
@@ -140,13 +139,7 @@ def lend_all(
     lent, judged = Lent(), lent_judges(beside.get("loss"), beside.get("metrics"))
     options = {key: value for key, value in beside.items() if value is not None} | judged
     divider = _divider(choices, data, options)
-    if model is not None and not isinstance(model, str | Mapping):
-        lent.words += OF_MODEL
-        lent.model = model
-        lent.groups["model"] = {"digest": lend_model(require_module(model))}
-    elif model is not None:
-        lent.keys["model"] = model
-    for group, given in choices.items():
+    for group, given in {"model": model, **choices}.items():
         _lend_choice(lent, group, given)
     if isinstance(data, str | Path) and str(data).endswith(TABLES):
         lent.words.append("data=table")
@@ -167,9 +160,9 @@ def lend_all(
             f"{str(data)!r}, 'client': COLUMN}} (docs/language-models.md)"
         )
     elif data is None or isinstance(data, str) or is_choice(data):
-        if options := {key: value for key, value in options.items() if key not in judged}:
+        if beyond := [key for key in options if key not in judged]:
             raise ConfigError(
-                f"{', '.join(options)}: these go with data of the program, and data is "
+                f"{', '.join(beyond)}: these go with data of the program, and data is "
                 f"{'not said' if data is None else data!r}"
             )
         if data is None and "model" in lent.groups and not whole:
@@ -189,13 +182,11 @@ def lend_all(
 
 def lent_judges(loss: object, metrics: object) -> dict[str, Any]:
     """Lend losses and metrics that are objects; give the names of all that were said."""
-    found = {} if loss is None else {"loss": lend(loss) if callable(loss) else loss}
-    if metrics is None:
-        return found
-    listed = [metrics] if callable(metrics) or isinstance(metrics, str | Mapping) else metrics
-    if not isinstance(listed, list | tuple):
-        return found | {"metrics": listed}
-    return found | {"metrics": [lent_metric(each) if callable(each) else each for each in listed]}
+    found = {"loss": lend(loss) if callable(loss) else loss, "metrics": metrics}
+    if callable(metrics) or isinstance(metrics, str | Mapping | list | tuple):
+        listed = metrics if isinstance(metrics, list | tuple) else [metrics]
+        found["metrics"] = [lent_metric(each) if callable(each) else each for each in listed]
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def lent_metric(metric: Any) -> str:
@@ -215,21 +206,24 @@ def is_choice(data: object) -> bool:
 def _divider(choices: dict[str, object], data: object, options: Mapping[str, object]) -> object:
     """Take out a partitioner that divides a ``Dataset`` by its own columns, before it is read."""
     partition = choices.get("partition")
-    if isinstance(partition, str | Mapping | None):
-        return None
-    if "client" in options:
+    if "client" in options and not isinstance(partition, str | Mapping | None):
         raise ConfigError(
             f"partition is a {type(partition).__name__}, and client={options['client']!r} says "
             "whose each row is: leave one of them out"
         )
-    is_partitioner = hasattr(partition, "load_partition")
-    return choices.pop("partition") if is_partitioner and is_columns(data) else None
+    divides = hasattr(partition, "load_partition") and is_columns(data)
+    return choices.pop("partition") if divides else None
 
 
 def _lend_choice(lent: Lent, group: str, given: object) -> None:
     """Write an object of a class that has a name by its fields; lend another."""
     if given is None or isinstance(given, str | Mapping):
         lent.keys |= {} if given is None else {group: given}
+        return
+    if group == "model":
+        lent.model = given
+        lent.words += OF_MODEL
+        lent.groups[group] = {"digest": lend_model(require_module(given))}
         return
     if isinstance(given, type):
         raise ConfigError(f"{group} is the class {given.__name__}: make one, {given.__name__}(...)")
@@ -251,13 +245,10 @@ def _lend_choice(lent: Lent, group: str, given: object) -> None:
         return
     fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.init}
     keys = {key: plain_value(f"{group}.{key}", value) for key, value in fields.items()}
-    if group == "local":  # its choices are files, of which none has all keys
-        name = fields["optimiser"] if known else lend(type(given))
-        lent.groups[group] = {"name": name, **keys}
-    elif known:
-        lent.keys[group] = {"name": known[0], **keys}
-    else:
-        lent.groups[group] = {"name": lend(type(given)), **keys}
+    is_local = group == "local"  # its choices are files, of which none has all keys
+    name = lend(type(given)) if not known else fields["optimiser"] if is_local else known[0]
+    where: dict[str, Any] = lent.keys if known and not is_local else lent.groups
+    where[group] = {"name": name, **keys}
 
 
 def trained_by(train: object, plain: PlainDict) -> PlainDict:

@@ -13,15 +13,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 
-from fedraclora.errors import (
-    ConfigError,
-    DataError,
-    FedRacLoraError,
-    MissingKeysError,
-    UnreadKeysError,
-    unknown,
-)
-from fedraclora.imports import failure_of
+from fedraclora.errors import ConfigError, DataError, MissingKeysError, UnreadKeysError, unknown
+from fedraclora.imports import told_as
 from fedraclora.limits import hints
 from fedraclora.objects import is_named, named_object
 
@@ -126,12 +119,8 @@ def object_of(
     makes = not (any_kind := kind in {None, object}) and inspect.isroutine(found)
     if makes or (inspect.isclass(found) and issubclass(found, kind or object)):
         make = _bound(at or key, typing.cast("Callable[..., object]", found), own)
-        try:
+        with told_as(ConfigError, f"{key} is {name}, and ", "making it"):
             found = make()
-        except FedRacLoraError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{key} is {name}, and {failure_of(error, 'making it')}") from error
     elif own and inspect.isroutine(found) and any_kind:
         found = _bound(at or key, found, own, whole=False)
     elif own:
@@ -147,7 +136,7 @@ def object_of(
 
 def call_function(
     key: str, name: str, *arguments: object, parameters: Plain | None = None, at: str = ""
-) -> object:
+) -> typing.Any:
     """Call what a config names; what it raises is told with its place.
 
     Args:
@@ -162,15 +151,9 @@ def call_function(
         DataError: If the call fails.
     """
     function = object_of(key, name, parameters=parameters or {}, at=at)
-    try:
-        found: object = function(*arguments)
-    except FedRacLoraError:
-        raise
-    except Exception as error:
-        given = [*map(repr, arguments), *(f"{k}={v!r}" for k, v in (parameters or {}).items())]
-        raised = failure_of(error, f"calling it with ({', '.join(given)})")
-        raise DataError(f"{key}={name}: {raised}") from error
-    return found
+    given = [*map(repr, arguments), *(f"{k}={v!r}" for k, v in (parameters or {}).items())]
+    with told_as(DataError, f"{key}={name}: ", f"calling it with ({', '.join(given)})"):
+        return function(*arguments)
 
 
 def _bound(

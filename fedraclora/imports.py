@@ -57,24 +57,6 @@ def is_function(name: str) -> bool:
     return bool(mark) and bool(module) and "/" not in module and attribute.isidentifier()
 
 
-def import_function(key: str, name: str) -> Any:
-    """Import what a config names and what is going to be called.
-
-    Raises:
-        ConfigError: As `import_object`, or if it cannot be called.
-
-    Example:
-        >>> import_function("data.loss", "math:sqrt")(4.0)
-        2.0
-    """
-    found = import_object(key, name)
-    if not callable(found):
-        raise ConfigError(
-            f"{key} is {name!r}, which is of type {type(found).__name__}; a function is wanted"
-        )
-    return found
-
-
 def import_object(key: str, name: str) -> Any:
     """Import what a config names.
 
@@ -84,6 +66,10 @@ def import_object(key: str, name: str) -> Any:
 
     Raises:
         ConfigError: If it is not of that form, or cannot be imported.
+
+    Example:
+        >>> import_object("data.loss", "math:sqrt")(4.0)
+        2.0
     """
     module, mark, attribute = name.partition(":")
     if not (module and mark and attribute):
@@ -137,7 +123,7 @@ def check_call(key: str, function: Callable[..., object], **arguments: object) -
 
     Args:
         key: Of the config that names it, for messages.
-        function: What `import_function` gave.
+        function: What is named.
         **arguments: With which it is going to be called.
 
     Raises:
@@ -154,6 +140,31 @@ def check_call(key: str, function: Callable[..., object], **arguments: object) -
             f"{key}: the function is called with {', '.join(arguments)} by name, and takes "
             f"{signature} ({error})"
         ) from error
+
+
+@contextmanager
+def told_as(
+    kind: type[FedRacLoraError],
+    before: str,
+    what: str,
+    after: str = "",
+    passing: tuple[type[Exception], ...] = (FedRacLoraError,),
+) -> Iterator[None]:
+    """Tell what other people's code raises as an error of ours.
+
+    Args:
+        kind: What to raise.
+        before: What its text begins with.
+        what: Is done inside, for `failure_of`.
+        after: What its text ends with.
+        passing: What passes as it is.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        raise kind(f"{before}{failure_of(error, what)}{after}") from error
 
 
 def failure_of(error: BaseException, what: str) -> str:

@@ -108,8 +108,8 @@ def code_digests(config: Mapping[str, object]) -> dict[str, str]:
 
     That is ``module:name``, as far as it was imported, and what was lent under a digest of its own.
     """
-    known = ((word, thing) for word, thing in named_by(config).items() if not LENT.fullmatch(word))
-    found = {type(thing).__qualname__: object_digest(type(thing)) for _, thing in known}
+    lent_ = [type(thing) for word, thing in named_by(config).items() if not LENT.fullmatch(word)]
+    found = {kind.__qualname__: object_digest(kind) for kind in lent_}
     for word in filter(is_function, words_in(config)):
         module, _, name = word.partition(":")
         if (thing := getattr(sys.modules.get(module), name, None)) is not None:
@@ -190,11 +190,8 @@ def _told(thing: Any, root: str, known: set[str], above: tuple[int, ...]) -> str
             known.add(name)
             parts += map(told, _parts(thing))
     else:
-        kept = {
-            key: value
-            for key, value in getattr(thing, "__dict__", {}).items()
-            if not (key.startswith("_") or _is_cached(thing, key))
-        }
+        own, cached = getattr(thing, "__dict__", {}), partial(_is_cached, thing)
+        kept = {k: v for k, v in own.items() if not (k.startswith("_") or cached(k))}
         parts = [told(type(thing)), told(kept)]
         if not kept and " at 0x" not in (text := repr(thing)):
             parts.append(text)

@@ -18,8 +18,8 @@ import torch
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, read_as
-from fedraclora.errors import DataError, FedRacLoraError
-from fedraclora.imports import failure_of
+from fedraclora.errors import DataError
+from fedraclora.imports import told_as
 
 # What torch has little of.
 WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64", "float16": "float32"}
@@ -239,12 +239,8 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
         raise DataError(f"{where} holds no sample")
     rows = []
     for row in range(count):
-        try:
+        with told_as(DataError, f"{where}: ", f"reading sample {row}"):
             rows.append(found[row])
-        except FedRacLoraError:
-            raise
-        except Exception as error:
-            raise DataError(f"{where}: {failure_of(error, f'reading sample {row}')}") from error
         if is_masked(rows[-1]):
             raise DataError(f"{where}: sample {row} is masked in part: fill it, or leave it out")
     try:

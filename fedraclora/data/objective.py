@@ -58,10 +58,8 @@ def check_names(loss: object, metrics: object) -> tuple[str | None, tuple[str, .
             f"metrics is {metrics!r:.100}; a list of metrics is wanted, the headline first, as in "
             "['accuracy', 'loss']"
         )
-    return (
-        None if loss is None else named_loss(loss),
-        None if metrics is None else tuple(map(named_loss, metrics)),  # type: ignore[call-overload]
-    )
+    names = None if metrics is None else tuple(map(named_loss, metrics))  # type: ignore[call-overload]
+    return None if loss is None else named_loss(loss), names
 
 
 def said_like(loss: str) -> str:
@@ -96,9 +94,8 @@ def judged_by(data: DataSet, loss: object, metrics: object) -> DataSet:
         usual = usual_metrics(name, data.train.target)
         like = said_like(name) or data.loss
         data = replace(data, loss=name, like=like, metrics=usual, optimum=None)
-    if not isinstance(metrics, list | tuple):
-        return data
-    return replace(data, metrics=tuple(named_loss(metric) for metric in metrics))
+    named = map(named_loss, metrics) if isinstance(metrics, list | tuple) else data.metrics
+    return replace(data, metrics=tuple(named))
 
 
 def choices(losses: Iterable[str]) -> str:

@@ -16,10 +16,11 @@ from torch import nn
 
 from fedraclora.binding import object_of
 from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.imports import failure_of
+from fedraclora.imports import told_as
 from fedraclora.objects import is_named
 
 IGNORED_TOKEN = -100  # target of a token or pixel that has no loss, as in torch's cross_entropy
+PASSING = (FedRacLoraError, MemoryError, torch.OutOfMemoryError)  # of what a user's function raises
 WANTED = (
     "loss(output, target) is to give a tensor of N losses, one for each sample (of torch's own "
     "losses: reduction='none'), or two tensors: these, summed over the parts of each sample, and "
@@ -199,23 +200,18 @@ def _called(
 ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     """Give the mean loss of each sample, the slope at the output or None, and if it is a scalar."""
     leaf, beside = output.detach().clone().requires_grad_(), target.clone()
-    try:
-        with torch.enable_grad():
-            given = leaf * 1.0  # which it may write into, for us to see
-            found = loss.call(given, beside)
-            losses, parts = loss.read(found, given, beside)
-            slope = None
-            if losses.requires_grad:
-                [slope] = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
-    except (FedRacLoraError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        of = " and ".join(
-            f"{name} {tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')} on {t.device}"
-            for name, t in (("output", output), ("target", target))
-        )
-        raised = failure_of(error, f"calling it with {of}")
-        raise ConfigError(f"loss {loss.name}: {raised}. {WANTED}") from error
+    of = " and ".join(
+        f"{name} {tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')} on {t.device}"
+        for name, t in (("output", output), ("target", target))
+    )
+    said = (f"loss {loss.name}: ", f"calling it with {of}", f". {WANTED}", PASSING)
+    with told_as(ConfigError, *said), torch.enable_grad():
+        given = leaf * 1.0  # which it may write into, for us to see
+        found = loss.call(given, beside)
+        losses, parts = loss.read(found, given, beside)
+        slope = None
+        if losses.requires_grad:
+            [slope] = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
     if not (torch.equal(given, leaf) and torch.equal(beside, target)):
         raise ConfigError(
             f"loss {loss.name} writes into its output or target: compute them anew (x * 2 in the "

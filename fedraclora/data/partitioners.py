@@ -33,7 +33,7 @@ from fedraclora.data.virtual import (
     size_quantiles,
 )
 from fedraclora.errors import ConfigError
-from fedraclora.imports import failure_of
+from fedraclora.imports import told_as
 from fedraclora.limits import Count, NotNegative, Positive, Whole, limited
 from fedraclora.rng import generator, hash_key
 
@@ -216,14 +216,10 @@ def by_partitioner(
     """
     del clients  # it knows
     divider = copy.deepcopy(partitioner)  # it takes data once, and may be the caller's
-    try:
+    what, told = f"dividing {len(data.train)} samples by it", type(partitioner).__name__
+    after = f"; the columns of these data are: {', '.join(data.columns) or 'none'}"
+    with told_as(ConfigError, f"partition is a {told}, and ", what, after, passing=()):
         return _divide(data, divider, data.columns, seed)
-    except Exception as error:
-        what = failure_of(error, f"dividing {len(data.train)} samples by it")
-        kind, columns = type(partitioner).__name__, ", ".join(data.columns) or "none"
-        raise ConfigError(
-            f"partition is a {kind}, and {what}; the columns of these data are: {columns}"
-        ) from error
 
 
 def _divide(

@@ -127,19 +127,16 @@ class Loss:
         return self.function(output, target)
 
 
+_OF_CLASSES = ("accuracy", "loss")
 LOSSES = {
     "cross_entropy": Loss(
-        cross_entropy, "one class a sample", ("accuracy", "loss"), cross_entropy_slope, axis=0
+        cross_entropy, "one class a sample", _OF_CLASSES, cross_entropy_slope, axis=0
     ),
     "squared_error": Loss(
         squared_error, "numbers to predict", slope=squared_error_slope, numbers=True
     ),
     "logistic": Loss(
-        logistic,
-        "one score a sample, for yes or no",
-        ("accuracy", "loss"),
-        logistic_slope,
-        numbers=True,
+        logistic, "one score a sample, for yes or no", _OF_CLASSES, logistic_slope, numbers=True
     ),
     "multi_label": Loss(
         multi_label,
@@ -170,7 +167,6 @@ LOSSES = {
     ),
 }
 SLOPES = {name: loss.slope for name, loss in LOSSES.items() if loss.slope is not None}
-UNKNOWN = Loss(squared_error)  # how targets and outputs are read of which nothing is known
 
 
 def loss_function(name: str) -> Loss:
@@ -187,8 +183,8 @@ def loss_function(name: str) -> Loss:
 
 
 def read_as(loss: str) -> Loss:
-    """Say how targets and outputs of a loss are read; `UNKNOWN` for one of the user's own."""
-    return LOSSES.get(loss, UNKNOWN)
+    """Say how targets and outputs of a loss are read; of the user's own nothing is known."""
+    return LOSSES.get(loss, Loss(squared_error))
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,8 @@ def evaluate_task(task: Task, weights: Tree, samples: Samples, batch_size: int) 
     """
     asked = task.loss, task.metrics, batch_size, task.like
     found = evaluate(task.model, weights, samples, *asked)
-    if (
-        task.optimum is not None
-        and "loss" in found
-        and any(samples is own for own in (task.test, task.validation))
-    ):
+    is_own = any(samples is own for own in (task.test, task.validation))
+    if task.optimum is not None and "loss" in found and is_own:
         found["gap"] = found["loss"] - task.optimum
     return found
 
@@ -209,11 +206,11 @@ def _count(
 
 def _outputs(
     model: nn.Module, measure: Measure, batch: Samples, owners: Owners
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, Owners, str | None]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Owners, str]]:
     """Give outputs, targets, owners: of all samples, or of labelled tokens, with their loss."""
     whole = measure.loss is not LOSSES["next_token"]
     if whole or (head := output_layer(model, "next_token")) is None:
-        yield forward(model, batch.inputs), batch.target, owners, None
+        yield forward(model, batch.inputs), batch.target, owners, ""
         return
     labelled, start = Labelled.of(model, head, batch), 0
     of_row = labelled.kept.nonzero()[:, 0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -31,6 +31,7 @@ from fedraclora.evaluation.counts import (
     Counted,
     Formula,
     Owners,
+    ratio,
 )
 from fedraclora.evaluation.own_metrics import own_metric
 from fedraclora.tree import Tree
@@ -83,13 +84,13 @@ class Measure:
         function, reads = loss_function(loss), like or loss
         chosen: dict[str, Formula] = {}
         for name in names:
+            if is_own(name) and (short := short_name(name)) in {*METRICS, *chosen}:
+                raise ConfigError(
+                    f"data.metrics has {name}, but {short} is the name of another metric: give "
+                    "it a name of its own (fedraclora.Metric(..., name=...))"
+                )
             if is_own(name):
-                if (short := short_name(name)) in {*METRICS, *chosen}:
-                    raise ConfigError(
-                        f"data.metrics has {name}, but {short} is the name of another metric: give "
-                        "it a name of its own (fedraclora.Metric(..., name=...))"
-                    )
-                chosen[short] = own_metric(name)
+                chosen[short_name(name)] = own_metric(name)
                 continue
             if name not in METRICS:
                 raise unknown("metric", name, METRICS)
@@ -122,16 +123,8 @@ class Measure:
         """Whether sums are enough for all metrics."""
         return all(count.sums for count in self.counts)
 
-    def summed(self) -> Measure:
-        """Keep the metrics for which sums are enough."""
-        return replace(self, metrics={n: m for n, m in self.metrics.items() if m.count.sums})
-
     def take(
-        self,
-        output: torch.Tensor,
-        target: torch.Tensor,
-        owners: Owners = ONE,
-        loss: str | None = None,
+        self, output: torch.Tensor, target: torch.Tensor, owners: Owners = ONE, loss: str = ""
     ) -> Tree:
         """Take the state of a batch.
 
@@ -144,14 +137,12 @@ class Measure:
         judge, reads = (LOSSES[loss], loss) if loss else (self.loss, self.reads)
         batch, state = Batch(output, target, judge, reads, owners), {}
         for count in self.counts:
-            found = count.take(batch)
             if count.sums:
-                state[count.name] = found
+                state[count.name] = count.take(batch)
                 continue
-            *pair, whose = found
+            *pair, whose = count.take(batch)
             one = target.new_zeros(len(pair[0]), dtype=torch.int64)
-            of = one if whose.of is None else whose.of
-            state |= zip(_kept(count), (*pair, of), strict=True)
+            state |= zip(_kept(count), (*pair, one if whose.of is None else whose.of), strict=True)
         return state
 
     def join(self, states: Iterable[Tree]) -> Tree:
@@ -195,13 +186,9 @@ def _kept(count: Counted) -> tuple[str, str, str]:
 Sums = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def _ratio(sums: Sums) -> float:
-    return float(sums[0] / sums[1]) if sums[1] else math.nan
-
-
 def _perplexity(sums: Sums) -> float:
     try:
-        return math.exp(_ratio(sums))
+        return math.exp(ratio(sums))
     except OverflowError:
         return math.inf
 
@@ -258,9 +245,9 @@ def _correlation(output: torch.Tensor, target: torch.Tensor, *, name: str) -> fl
 
 
 METRICS: dict[str, Formula] = {
-    "accuracy": Formula(_ratio, _CLASSES, CORRECT),
-    "token_accuracy": Formula(_ratio, frozenset({"next_token", "token_classes"}), CORRECT),
-    "loss": Formula(_ratio, frozenset(LOSSES), LOSS, higher_is_better=False),
+    "accuracy": Formula(ratio, _CLASSES, CORRECT),
+    "token_accuracy": Formula(ratio, frozenset({"next_token", "token_classes"}), CORRECT),
+    "loss": Formula(ratio, frozenset(LOSSES), LOSS, higher_is_better=False),
     "perplexity": Formula(
         _perplexity, frozenset({"next_token", "cross_entropy"}), LOSS, higher_is_better=False
     ),

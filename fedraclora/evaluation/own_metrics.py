@@ -6,18 +6,18 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from typing_extensions import override
 
-from fedraclora.data.own_loss import own_object, short_name
+from fedraclora.data.own_loss import PASSING, own_object, short_name
 from fedraclora.data.task import read_as
-from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.evaluation.counts import Batch, Counted, Formula, Owners
-from fedraclora.imports import failure_of
+from fedraclora.errors import ConfigError
+from fedraclora.evaluation.counts import Batch, Counted, Formula, ratio
+from fedraclora.imports import told_as
 
 WANTED = (
     "a metric is a name of the project's, a metric of torchmetrics, or a function(output, target) "
@@ -56,25 +56,20 @@ def own_metric(name: str) -> Formula:
     """
     found = own_object("data.metrics", name)
     metric = found if isinstance(found, Metric) else Metric(found)
-    if metric.higher_is_better is None:
+    higher = metric.higher_is_better
+    if higher is None:
         inner = getattr(metric.function, "func", metric.function)  # of a partial
-        metric = replace(metric, higher_is_better=getattr(inner, "higher_is_better", None))
-    if not isinstance(metric.higher_is_better, bool):
+        higher = getattr(inner, "higher_is_better", None)
+    if not isinstance(higher, bool):
         raise ConfigError(
             f"data.metrics has {name}, which does not say whether more of it is better: give the "
             "function an attribute (NAME.higher_is_better = False), or say "
             "fedraclora.Metric(NAME, higher_is_better=...)"
         )
-    kind = _Torch if _is_torch(metric) else _Each if metric.each else _Whole
-    own = kind(name, metric.function)
-    value, take = (own.of_sums, own.take) if own.sums else (own.of_rows, own.rows)
-    count = Counted(short_name(name), take, own.sums)
-    return Formula(value, frozenset(), count, metric.higher_is_better)
-
-
-def _is_torch(metric: Metric) -> bool:
-    """Recognise a metric of torchmetrics without importing it."""
-    return any(kind.__module__ == "torchmetrics.metric" for kind in type(metric.function).__mro__)
+    kinds = type(metric.function).__mro__  # torchmetrics need not be there
+    is_torch = any(kind.__module__ == "torchmetrics.metric" for kind in kinds)
+    own = (_Torch if is_torch else _Each if metric.each else _Whole)(name, metric.function)
+    return Formula(own.value, frozenset(), Counted(short_name(name), own.take, own.sums), higher)
 
 
 class _Whole:
@@ -85,32 +80,21 @@ class _Whole:
     def __init__(self, name: str, function: Any) -> None:
         self.name, self.function = name, function
 
-    def rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
-        """Give what the function gets of a batch, and whose it is."""
+    def take(self, batch: Batch) -> Any:
+        """Take of a batch sums for each owner, [owners, q], or outputs, targets, and whose."""
         return batch.rows()
 
-    def take(self, batch: Batch) -> torch.Tensor:
-        """Take the sums of a batch, for each owner: [owners, q]."""
-        raise NotImplementedError
-
-    def of_sums(self, sums: Any) -> float:
-        """Compute the value of the sums of an owner."""
-        return float(sums[0] / sums[1]) if sums[1] else math.nan
-
-    def of_rows(self, output: torch.Tensor, target: torch.Tensor) -> float:
-        """Compute the value of all outputs of an owner."""
-        return self.number(self.called(self.function, output, target))
+    def value(self, *given: Any) -> float:
+        """Compute it of the sums of an owner, or of its outputs and targets."""
+        return self.number(self.called(self.function, *given))
 
     def called(self, function: Callable[..., Any], *given: torch.Tensor) -> Any:
         """Call a function of the user's."""
-        try:
+        of = " and ".join(f"{each.dtype} {tuple(each.shape)}" for each in given)
+        what = f"calling it with {of}" if given else "computing it"
+        said = (f"metric {self.name}: ", what, f"; {WANTED}", PASSING)
+        with told_as(ConfigError, *said):
             return function(*given)
-        except (FedRacLoraError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            of = " and ".join(f"{each.dtype} {tuple(each.shape)}" for each in given)
-            raised = failure_of(error, f"calling it with {of}" if given else "computing it")
-            raise ConfigError(f"metric {self.name}: {raised}; {WANTED}") from error
 
     def number(self, found: Any) -> float:
         """Read a number."""
@@ -135,7 +119,7 @@ class _Each(_Whole):
 
     @override
     def take(self, batch: Batch) -> torch.Tensor:
-        output, target, owners = self.rows(batch)
+        output, target, owners = batch.rows()
         found = self.called(self.function, output, target)
         if not isinstance(found, torch.Tensor) or found.shape != (len(target),):
             raise ConfigError(
@@ -143,6 +127,10 @@ class _Each(_Whole):
                 f"tensor of shape ({len(target)},) is wanted"
             )
         return owners.sums(found, torch.ones_like(found))
+
+    @override
+    def value(self, *given: Any) -> float:
+        return ratio(*given)
 
 
 class _Torch(_Whole):
@@ -158,18 +146,15 @@ class _Torch(_Whole):
         self.classifies = ".classification" in "".join(k.__module__ for k in type(function).__mro__)
 
     @override
-    def rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
-        output, target, owners = super().rows(batch)
+    def take(self, batch: Batch) -> Any:
+        output, target, owners = batch.rows()
         output = output.double()
         if self.classifies and batch.reads in {"logistic", "multi_label"}:
-            return output.sigmoid(), target.long(), owners
-        if self.classifies and read_as(batch.reads).axis is not None:
-            return output.softmax(dim=-1), target, owners
-        return output, target, owners
-
-    @override
-    def take(self, batch: Batch) -> torch.Tensor:
-        output, target, owners = self.rows(batch)
+            output, target = output.sigmoid(), target.long()
+        elif self.classifies and read_as(batch.reads).axis is not None:
+            output = output.softmax(dim=-1)
+        if not self.sums:
+            return output, target, owners
         found = []
         for owner in range(owners.count):
             here = slice(None) if owners.of is None else owners.of == owner
@@ -186,11 +171,23 @@ class _Torch(_Whole):
             self.called(self.function.update, output, target)
 
     @override
-    def of_sums(self, sums: Any) -> float:
-        if not sums.any():
+    def value(self, *given: Any) -> float:
+        if not self.sums:
+            self.update(*given)
+        elif given[0].any():
+            self.load(torch.from_numpy(given[0]))
+        else:
             return math.nan
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = self.called(self.function.compute)
+        # It says that it means nothing, as the area under one class.
+        empty = any("meaningless" in str(each.message) for each in said)
+        return math.nan if empty else self.number(found)
+
+    def load(self, left: torch.Tensor) -> None:
+        """Put sums into it, as if it had seen what they are of."""
         self.function.cpu().reset()
-        left = torch.from_numpy(sums)
         # Of several outputs sums, but no counts, grow to [outputs] when they see the first.
         wide = {n for n, t in self.states.items() if t.numel() == 1 and t.is_floating_point()}
         rest = len(left) - sum(start.numel() for start in self.states.values())
@@ -199,17 +196,3 @@ class _Torch(_Whole):
             setattr(self.function, name, left[: prod(shape)].reshape(shape))
             left = left[prod(shape) :]
         self.function._update_count = 1  # noqa: SLF001 - else it warns that it has seen nothing
-        return self.computed()
-
-    @override
-    def of_rows(self, output: torch.Tensor, target: torch.Tensor) -> float:
-        self.update(output, target)
-        return self.computed()
-
-    def computed(self) -> float:
-        """Compute it; NaN where it says that it means nothing, as the area under one class."""
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            found = self.called(self.function.compute)
-        empty = any("meaningless" in str(each.message) for each in said)
-        return math.nan if empty else self.number(found)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fedraclora.binding import object_of
-from fedraclora.errors import ConfigError, FedRacLoraError, ModelError, unknown
-from fedraclora.imports import check_call, failure_of
+from fedraclora.errors import ConfigError, ModelError, unknown
+from fedraclora.imports import check_call, told_as
 from fedraclora.lowrank.layers import is_head
 from fedraclora.models.built import Built, found_head, require_numbers, seeded, take_module
 from fedraclora.objects import lend, lent
@@ -34,11 +34,9 @@ def model_digest(model: nn.Module) -> str:
     Raises:
         ModelError: If it does not tell them.
     """
-    try:
+    with told_as(ModelError, "model: ", "reading its weights"):
         tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
         text = f"{type(model).__module__}.{type(model).__qualname__}\n{model!r}\n{digest(tensors)}"
-    except Exception as error:
-        raise ModelError(f"model: {failure_of(error, 'reading its weights')}") from error
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -55,11 +53,9 @@ def copy_of(model: nn.Module, wanted: str | None) -> nn.Module:
             f"{wanted}): its weights or layers were changed in place; give the run a copy, "
             "copy.deepcopy(model), or the module as it was"
         )
-    try:
+    what, after = "copying it (copy.deepcopy)", "; a run trains a copy"
+    with told_as(ModelError, "model: ", what, after):
         return copy.deepcopy(model)
-    except Exception as error:
-        raised = failure_of(error, "copying it (copy.deepcopy)")
-        raise ModelError(f"model: {raised}; a run trains a copy") from error
 
 
 def build_object(
@@ -155,13 +151,10 @@ def build_function(
     at = "model.arguments"
     build = object_of("model.function", function, parameters=arguments or {}, at=at)
     check_call("model.function", build, shape=shape, classes=classes)
-    with seeded(seed, "model"):
-        try:
-            model = build(shape=shape, classes=classes)
-        except FedRacLoraError:
-            raise
-        except Exception as error:
-            raised = failure_of(error, "calling it")
-            raise ModelError(f"model.function={function}: {raised}") from error
+    with (
+        seeded(seed, "model"),
+        told_as(ModelError, f"model.function={function}: ", "calling it"),
+    ):
+        model = build(shape=shape, classes=classes)
     model = take_module(model, f"model.function={function}")
     return _with_head(model, head, model.named_parameters(), targets)

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from fedraclora.data.dataset import DataSet
-from fedraclora.data.own_loss import OwnLoss, check_loss, is_own
+from fedraclora.data.own_loss import PASSING, OwnLoss, check_loss, is_own
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import forward, read_as
 from fedraclora.errors import DataError, ModelError
-from fedraclora.imports import failure_of
+from fedraclora.imports import told_as
 from fedraclora.lowrank.layers import is_batch_norm
 from fedraclora.models.dropout import refuse_functions
 from fedraclora.tree import Tree
@@ -93,10 +93,15 @@ def guessed_like(output: torch.Tensor, target: torch.Tensor) -> str:
     if not of and prod(given) == 1:
         return "logistic" if least >= 0 and most <= 1 else ""
     if len(of) in {0, 2} and [*given[1:]] == of and most < given[0]:
-        sums = output.double().sum(dim=1)
-        probable = bool((output >= 0).all()) and close(sums, torch.ones_like(sums))
-        return "" if probable else "pixel_classes" if of else "cross_entropy"
+        of_classes = "pixel_classes" if of else "cross_entropy"
+        return "" if are_probable(output.double(), 1) else of_classes
     return ""
+
+
+def are_probable(output: torch.Tensor, axis: int) -> bool:
+    """Check whether outputs are probabilities along an axis."""
+    sums = output.sum(dim=axis)
+    return bool((output >= 0).all()) and close(sums, torch.ones_like(sums))
 
 
 def is_softmax(model: nn.Module, samples: Samples, loss: str) -> bool:
@@ -105,8 +110,7 @@ def is_softmax(model: nn.Module, samples: Samples, loss: str) -> bool:
         return False
     with nothing_drawn(), torch.no_grad():
         output = output_of(copy.deepcopy(model).eval(), some)
-    sums = output.sum(dim=axis % (output.dim() - 1) + 1)
-    return bool((output >= 0).all()) and close(sums, torch.ones_like(sums))
+    return are_probable(output, axis % (output.dim() - 1) + 1)
 
 
 def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -115,14 +119,13 @@ def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
     Raises:
         ModelError: If it raises, or gives no tensor.
     """
-    try:
+    shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+    told, what = (
+        "the model cannot be used with these data: ",
+        "calling it with inputs of the shapes",
+    )
+    with told_as(ModelError, told, f"{what} {shapes}", passing=PASSING):
         return forward(model, dict(inputs))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
-        raised = failure_of(error, f"calling it with inputs of the shapes {shapes}")
-        raise ModelError(f"the model cannot be used with these data: {raised}") from error
 
 
 def refuse_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from fedraclora.data.own import read_own
 from fedraclora.data.own_set import own_samples
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.experiments.simulate import simulate
-from fedraclora.imports import import_function
+from fedraclora.imports import import_object
 from tests.campaigns.faults.network import Network, composed, rows, serve
 from tests.common import summary_of
 
@@ -51,7 +51,7 @@ def run(folder: Path, network: Network, *words: str) -> None:
 
 def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
     """One from a file, one from a folder of several, one from a function: the bits of inline."""
-    owner = import_function("data", "clinic.data:owner")
+    owner = import_object("data", "clinic.data:owner")
     for client, name in ((0, "own/train.npz"), (1, "shared/1.npz")):
         x, y = owner(client)
         (tmp_path / name).parent.mkdir()

@@ -12,7 +12,7 @@ import fedraclora
 from fedraclora import objects
 from fedraclora.engines.ray.grid import Resident
 from fedraclora.errors import ConfigError
-from fedraclora.imports import import_function, refuse_run
+from fedraclora.imports import import_object, refuse_run
 
 SCRIPT = """
 import fedraclora
@@ -63,4 +63,4 @@ def test_no_run_starts_where_a_client_process_takes_over_objects(tmp_path: Path)
 
 def test_main_is_another_program_in_each_process() -> None:
     with pytest.raises(ConfigError, match="elsewhere: __main__ is another"):
-        import_function("data.loss", "__main__:elsewhere")
+        import_object("data.loss", "__main__:elsewhere")
