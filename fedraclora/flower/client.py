@@ -32,14 +32,30 @@ from fedraclora.wire.weight_update import read_weight_update
 
 
 class FlowerRound:
-    """What a client is asked in one message; see `round`.
+    """A message of `LowRank`, opened to train or to evaluate: the model has the round's weights.
+
+    As a context manager it seeds the global generators as `fedraclora.simulate` does.
+
+    Args:
+        message: As the ClientApp got it.
+        context: Likewise. Weights are kept on the disk, in the folder ``cache`` of the node's
+            configuration, else in that of Flower.
+        model: Of the app: plain, or a PeftModel whose rank and layers are the method's. It is
+            changed in place. Make optimiser or trainer after this.
+        adapter: Of PEFT: its name.
 
     Attributes:
         model: The app's own, with the weights of the round, and what is to be trained.
         round: The same in the terms of `fedraclora.client`: ``client``, ``number``, ``seed``.
+
+    Raises:
+        StaleError: If this node must be sent every weight; let it through, so that it is.
+        FedRacLoraError: If the message, or the model, is another than the server's.
     """
 
-    def __init__(self, message: Message, context: Context, model: nn.Module, adapter: str) -> None:
+    def __init__(
+        self, message: Message, context: Context, model: nn.Module, *, adapter: str = "default"
+    ) -> None:
         job = message.content.get(JOB)
         if not isinstance(job, ConfigRecord) or "run" not in job:
             raise WireError(
@@ -67,9 +83,9 @@ class FlowerRound:
                 )
         base, request, sent = self._replica.base, self._ask.request, self._ask.own
         weights, _ = fold_pools(base, sent.pools, self._replica.plan)
-        asked = Asked.of(weights, sent.beside(base), views, {}, Sums())
-        known = isinstance(self._partition, int)
-        client = int(cast(int, self._partition if known else self._ask.clients[0]))
+        asked = Asked(weights, sent.beside(base), views, {}, Sums())
+        known = self._partition if isinstance(self._partition, int) else self._ask.clients[0]
+        client = int(known)
         seed = seed_of(self._seed, request.round_, client)
         self.round = Round(client, request.round_, seed, None, request.rate_scale, _asked=asked)
         self.model = self.round.install(model, adapter)
@@ -108,10 +124,8 @@ class FlowerRound:
                 recall=None,
             )  # fmt: skip
             answer = to_records(write_answer(Worker(done, self._replica).train(self._ask)))
-            small = RecordDict(
-                {n: r for n, r in answer.items() if n != "arrays"} | {JOB: found[JOB]}
-            )
-            found = RecordDict({"arrays": answer["arrays"], "metrics": record, **folded(small)})
+            arrays, answer[JOB] = answer.pop("arrays"), found[JOB]
+            found = RecordDict({"arrays": arrays, "metrics": record, **folded(answer)})
         return Message(found, reply_to=self._message)
 
     def __enter__(self) -> Self:
@@ -123,28 +137,7 @@ class FlowerRound:
         self._open.close()
 
 
-def round(  # noqa: A001
-    message: Message, context: Context, model: nn.Module, *, adapter: str = "default"
-) -> FlowerRound:
-    """Open a message of `LowRank`, to train or to evaluate: the model then has its weights.
-
-    Args:
-        message: As the ClientApp got it.
-        context: Likewise. Weights are kept on the disk, in the folder ``cache`` of the node's
-            configuration, else in that of Flower.
-        model: Of the app: plain, or a PeftModel whose rank and layers are the method's. It is
-            changed in place. Make optimiser or trainer after this.
-        adapter: Of PEFT: its name.
-
-    Returns:
-        ``r.model``, and ``r.reply(metrics)`` for the end. As a context manager it seeds the global
-        generators as `fedraclora.simulate` does.
-
-    Raises:
-        StaleError: If this node must be sent every weight; let it through, so that it is.
-        FedRacLoraError: If the message, or the model, is another than the server's.
-    """
-    return FlowerRound(message, context, model, adapter)
+round = FlowerRound  # noqa: A001
 
 
 def _weights(model: nn.Module, ask: Ask, adapter: str) -> Tree:

@@ -48,12 +48,7 @@ class Mail(DeployGrid):
     """
 
     def __init__(
-        self,
-        grid: Grid,
-        history: WeightHistory,
-        key: str,
-        told: dict[str, Any],
-        timeout: float,
+        self, grid: Grid, history: WeightHistory, key: str, told: dict[str, Any], timeout: float
     ) -> None:
         run, known = os.urandom(8).hex(), bool(told["known"])
         super().__init__(grid, history, run, DeployConfig(timeout=timeout), known=known)
@@ -138,17 +133,16 @@ class Mail(DeployGrid):
         numbers = ((n, x) for n, v in metrics.items() for x in (v if isinstance(v, list) else [v]))
         if odd := {n: x for n, x in numbers if not math.isfinite(x)}:
             raise WireError(f"its metrics {shown(odd)} are no finite numbers")
-        kept: dict[str, MetricRecord] = {name: metrics}
         partition = content.config_records["job"].get("partition")
         self._order[client] = (partition if isinstance(partition, int) else 2**63, client)
         request = letter.ask.request
         if letter.message.metadata.message_type == MessageType.EVALUATE:
-            self.contents[client] = RecordDict({**kept})
+            self.contents[client] = RecordDict({name: metrics})
             none, first = torch.zeros(1), request.first
             asked = request.round_, request.version, first, request.clients
             return Answer(*asked, none, none, none, pieces=())
         answer = read_answer(from_records(content), letter.ask)
         if answer.samples.tolist() != [weight]:
             raise WireError(f"it says {weight} {key}, and beside it {answer.samples.tolist()}")
-        self.contents[client] = RecordDict({**kept, **content.array_records})
+        self.contents[client] = RecordDict({name: metrics, **content.array_records})
         return answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -44,7 +44,6 @@ NODES = 1 << 20  # more than ever take part
 PEFT = "base_model.model."  # before the names of a PeftModel's state
 ZERO = ("lora_B.weight", "lora_embedding_A.weight")  # of a fresh adapter: so it adds nothing
 COUNTED = ("uplink_bytes", "downlink_bytes", "catchup_bytes")
-M = TypeVar("M", bound=nn.Module)
 
 
 class _Sampled(RoundStep):
@@ -172,10 +171,9 @@ class LowRank(FedAvg):
         metrics = self._aggregated(server_round, failed, self.train_metrics_aggr_fn, counted)
         weights = written_out(self.method.weights(rounds.state, rounds.draw))
         found = {n: Array(to_numpy(t.to(wide(t.dtype)))) for n, t in weights.items()}
+        names = self._names
         if self._shape:  # what is no parameter stays
-            found = {
-                n: found[self._names[n]] if n in self._names else a for n, a in self._shape.items()
-            }
+            found = {n: found[names[n]] if n in names else a for n, a in self._shape.items()}
         self._given = ArrayRecord(found)
         return self._given, metrics
 
@@ -269,13 +267,9 @@ class LowRank(FedAvg):
             rounds=NODES, clients=NODES, cohort=1, chunk=1, seed=self.seed, dtype=dtype,
             guarded=True, **self.wire,  # type: ignore[arg-type]
         )  # fmt: skip
-        rounds = FedStrategy(
-            RunContext(method, local, loop, DeviceSimulator(SystemConfig(), self.seed, local)),
-            method.init(base, plan, draw),
-            replica=history,
-            recorder=RunRecorder(None),
-            steps=[self._sampled],
-        )
+        run = RunContext(method, local, loop, DeviceSimulator(SystemConfig(), self.seed, local))
+        state, recorder = method.init(base, plan, draw), RunRecorder(None)
+        rounds = FedStrategy(run, state, replica=history, recorder=recorder, steps=[self._sampled])
         known = is_adapter if self.same_start is None else self.same_start
         told = {"seed": self.seed, "weight": self.weighted_by_key, "known": known}
         self._mail = Mail(grid, history, self.configrecord_key, told, self.timeout)
@@ -308,7 +302,7 @@ class LowRank(FedAvg):
         return found, bool(adapter)
 
 
-def load(model: M, arrays: ArrayRecord) -> nn.Module:
+def load(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
     """Put the weights that `LowRank` gives into a model.
 
     Args:

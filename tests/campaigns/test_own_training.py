@@ -32,7 +32,7 @@ def test_there_are_two_hundred_kinds_and_most_must_fail() -> None:
 
 
 def test_a_check_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedraclora.training.own.round.Asked.check_rest", lambda *_: None)
+    monkeypatch.setattr("fedraclora.training.own.round.Asked.moved", lambda *_: [])
     case = ("W moved", "what was read", "as it should", "plain", "plain")
     assert judged(case).startswith("silent")
     own_training.reference.cache_clear()

@@ -38,15 +38,19 @@ class Place:
     tensor: torch.Tensor
     turned: bool = False
 
-    def put(self, ours: torch.Tensor) -> None:
-        """Copy a value of ours into it, in its own form."""
-        with torch.no_grad():
-            self.tensor.copy_((ours.mT if self.turned else ours).reshape(self.tensor.shape))
+    def theirs(self, ours: torch.Tensor) -> torch.Tensor:
+        """Bring a value of ours into its own form."""
+        return (ours.mT if self.turned else ours).reshape(self.tensor.shape)
 
-    def ours(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return its value in our form, detached; no copy where none is needed."""
+    def put(self, ours: torch.Tensor) -> None:
+        """Copy a value of ours into it."""
+        with torch.no_grad():
+            self.tensor.copy_(self.theirs(ours))
+
+    def ours(self, like: torch.Tensor) -> torch.Tensor:
+        """Return its value in our form, detached, as one of ours is; no copy but where needed."""
         value = unsharded(self.tensor.detach())
-        return value.mT if self.turned else value.reshape(shape)
+        return (value.mT if self.turned else value.reshape(like.shape)).to(like)
 
 
 @dataclass(frozen=True)
@@ -83,16 +87,12 @@ class Found:
 
 def inner(model: nn.Module) -> nn.Module:
     """Return the network inside of what PEFT, DDP and torch.compile put around one."""
-    while True:
-        found: Any = model
-        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = found.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(found := getattr(model, "_orig_mod", None), nn.Module):
-            model = found
-        else:
-            return model
+    found: Any = model
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        return inner(found.get_base_model())
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    found = getattr(model, "module" if wrapped else "_orig_mod", None)
+    return inner(found) if isinstance(found, nn.Module) else model
 
 
 def plain_name(name: str, adapter: str) -> tuple[str, bool]:
@@ -134,7 +134,7 @@ def reset_model(model: nn.Module) -> None:
     first, its_own = model.__dict__["_as_given"]
     for name in first.keys() & modules.keys():
         own, given = modules[name], first[name]
-        for key in [key for key in own if key not in given and _is_left(key)]:
+        for key in filter(_is_left, own.keys() - given.keys()):
             del own[key]
         for key, value in given.items():
             if "_hooks" not in key:
@@ -143,8 +143,7 @@ def reset_model(model: nn.Module) -> None:
                 own[key].clear()
                 own[key].update(value)
     for name in adapters - its_own:
-        delete: Any = getattr(model, "delete_adapter", None) or model.delete_adapters
-        delete(name)
+        (getattr(model, "delete_adapter", None) or model.delete_adapters)(name)  # type: ignore[operator]
 
 
 def _is_left(key: str) -> bool:
@@ -166,9 +165,11 @@ def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Fou
     root, found = inner(model), Found()
     modules = dict(root.named_modules())
     found.layers.update(_lora_layers(modules, adapter))
-    beside = {id(p) for layer in found.layers.values() for p in _own_parameters(layer)}
+    own = (part for layer in found.layers.values() for part in layer.named_children())
+    beside = {id(p) for name, part in own if name != "base_layer" for p in part.parameters()}
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        if id(parameter) in beside or _of_term(modules, name):
+        module = modules.get(name.rpartition(".")[0])
+        if id(parameter) in beside or isinstance(module, LowRankTerm):
             continue
         plain, copied = plain_name(name, adapter)
         if copied:
@@ -199,18 +200,6 @@ def saved_whole(model: nn.Module, adapter: str) -> Iterator[Any]:
         found: Any = module
         if hasattr(found, "original_module") and adapter in getattr(found, "modules_to_save", ()):
             yield found
-
-
-def _own_parameters(layer: Any) -> Iterator[nn.Parameter]:
-    """List the parameters of a LoRA layer beside those of the layer that it stands on."""
-    for name, part in layer.named_children():
-        if name != "base_layer":
-            yield from part.parameters()
-
-
-def _of_term(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Tell whether a parameter is a factor of a term of ours."""
-    return isinstance(modules.get(name.rpartition(".")[0]), LowRankTerm)
 
 
 def _of_peft(
@@ -283,25 +272,21 @@ def attach(
         Where the factors lie, by ``"<weight>/<label>"``.
     """
     modules = {plain_name(n, "")[0]: m for n, m in inner(model).named_modules()}
+    forms = {
+        n: {k: (f.shape, f.trained) for k, f in a.factors.items()} for n, a in adapters.items()
+    }
     for name, module in modules.items():
-        weight = weight_name(name)
-        if (term := term_on(modules, weight)) is None:
-            continue
-        asked = adapters.get(weight)
-        form = {} if asked is None else {k: (f.shape, f.trained) for k, f in asked.factors.items()}
-        trained = dict(term.named_parameters())
-        if form == {k: (tuple(getattr(term, k).shape), k in trained) for k in term.labels}:
-            term.scale = asked.scale if asked is not None else 1.0
-        else:
+        term = term_on(modules, weight_name(name))
+        if term is not None and term.form != forms.get(weight_name(name)):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     for weight, asked in adapters.items():
-        if term_on(modules, weight) is None:
+        if (term := term_on(modules, weight)) is None:
             module = modules[weight.rpartition(".")[0]]
-            device = module.weight.device
-            factors = {k: values[f"{weight}/{k}"].to(device) for k in asked.factors}
-            trained_ = {k for k, factor in asked.factors.items() if factor.trained}
-            term = LowRankTerm(views[weight], factors, trained_, asked.scale)
+            factors = {k: values[f"{weight}/{k}"].to(module.weight.device) for k in asked.factors}
+            trained = {k for k, factor in asked.factors.items() if factor.trained}
+            term = LowRankTerm(views[weight], factors, trained, asked.scale)
             parametrize.register_parametrization(module, "weight", term, unsafe=True)
+        term.scale = asked.scale
     return {name: p for weight in adapters for name, p in _of_plain(modules, weight).items()}
 
 

@@ -16,6 +16,7 @@ from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.training.materialise import materialise
 from fedraclora.training.own.places import (
     Found,
+    Place,
     attach,
     buffers_of,
     find,
@@ -100,16 +101,15 @@ class Round:
         for name, value in (asked.values | asked.frozen).items():
             place = places.place(name)
             place.put(value)
-            back = place.ours(tuple(value.shape)).to(value)
-            if not torch.equal(back, value):
+            if not torch.equal(place.ours(value), value):
                 raise ModelError(
                     f"{name} would be rounded: the model holds it as {place.tensor.dtype}, and it "
                     f"comes as {value.dtype}. Keep what is trained in float32 (for PEFT "
                     "autocast_adapter_dtype=True)"
                 )
-        for name in asked.values:
-            tensor = places.place(name).tensor.requires_grad_(True)
-            asked.cut(name, tensor, turned=places.place(name).turned)
+            if name in asked.values:
+                place.tensor.requires_grad_(True)
+                asked.cut(name, place)
         self._adapter, self._installed = adapter, installed
         return model
 
@@ -143,24 +143,20 @@ class Round:
         if self._installed is None:
             raise ClientError("round.read was called before round.install: install the model first")
         places = find(model, asked.downlink.adapters, self._adapter)
-        _check_active(places, asked.downlink, self._adapter)
-        for saved in saved_whole(model, self._adapter):
-            if saved.disable_adapters or self._adapter not in saved.active_adapters:
-                raise ClientError(
-                    f"a module of modules_to_save is switched off: call model.set_adapter("
-                    f"{self._adapter!r}) before round.read"
-                )
-        for name, value in asked.frozen.items():
-            if not torch.equal(places.place(name).ours(tuple(value.shape)).to(value), value):
-                raise ClientError(
-                    f"{name} has moved, which the method freezes: train parameters with "
-                    "requires_grad alone, and make the optimiser after round.install"
-                )
-        asked.check_rest(model, places, self._installed)
-        found = {
-            n: places.place(n).ours(tuple(value.shape)).to(value, copy=True)
-            for n, value in asked.values.items()
-        }
+        _check_active(model, places, asked.downlink, self._adapter)
+        moved = asked.moved(model, places, self._installed)
+        if moved and (moved[0] in asked.frozen or moved[0] in asked.base):
+            does = "freezes" if moved[0] in asked.frozen else "does not train"
+            raise ClientError(
+                f"{moved[0]} has moved, which the method {does}: train parameters with "
+                "requires_grad alone, and make the optimiser after round.install"
+            )
+        if moved:
+            raise ClientError(
+                f"the buffer {moved[0]} has changed, which does not travel: put such layers "
+                "(BatchNorm) into evaluation mode with .eval()"
+            )
+        found = {n: places.place(n).ours(value).clone() for n, value in asked.values.items()}
         asked.check(found)
         still = {n for n, value in found.items() if torch.equal(value, asked.values[n])}
         # Factors are made by install: an optimiser of before trains what is beside them alone.
@@ -171,15 +167,10 @@ class Round:
                 "the optimiser after round.install, of parameters with requires_grad, and step it"
             )
         check_alike(found)
-        return Trained(
-            self.client,
-            self.number,
-            asked.held(found),
-            samples,
-            steps,
-            loss,
-            {} if metrics is None else metrics,  # type: ignore[arg-type]
-        )
+        for name, mask in asked.masks.items():  # weight decay moves what is beyond the budget, too
+            found[name] = torch.where(mask, found[name], asked.values[name])
+        told: Any = {} if metrics is None else metrics
+        return Trained(self.client, self.number, found, samples, steps, loss, told)
 
 
 def _use_peft(places: Found, downlink: Downlink, adapter: str) -> None:
@@ -197,17 +188,16 @@ def _use_peft(places: Found, downlink: Downlink, adapter: str) -> None:
                 "install peft 0.20 or newer"
             )
         layer.scaling[adapter] = asked.scale  # set_scale would multiply it by alpha / r
-        of_embedding = adapter in layer.lora_embedding_A
-        names = {"B": "lora_B", "A": "lora_A"}
-        if of_embedding:
-            names = {"B": "lora_embedding_A", "A": "lora_embedding_B"}
-        frozen = tuple(names[k] for k, factor in asked.factors.items() if not factor.trained)
+        turned = adapter in layer.lora_embedding_A
+        names = ("lora_embedding_A", "lora_embedding_B") if turned else ("lora_B", "lora_A")
+        factors = zip(names, asked.factors.values(), strict=True)  # these are B, A
+        frozen = tuple(name for name, factor in factors if not factor.trained)
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: frozen}
         layer.enable_adapters(True)
         layer.set_adapter(adapter)
 
 
-def _check_active(places: Found, downlink: Downlink, adapter: str) -> None:
+def _check_active(model: nn.Module, places: Found, downlink: Downlink, adapter: str) -> None:
     """Refuse an adapter of PEFT that is not what was trained with, or no longer apart from W."""
     for weight, layer in places.layers.items():
         asked = downlink.adapters[weight]
@@ -225,67 +215,49 @@ def _check_active(places: Found, downlink: Downlink, adapter: str) -> None:
                 f"the scale of {weight} is {layer.scaling[adapter]}, and was installed as "
                 f"{asked.scale}: leave layer.scaling, set_scale and lora_alpha as they are"
             )
+    for saved in saved_whole(model, adapter):
+        if saved.disable_adapters or adapter not in saved.active_adapters:
+            raise ClientError(
+                f"a module of modules_to_save is switched off: call model.set_adapter({adapter!r}) "
+                "before round.read"
+            )
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-@dataclass(eq=False)
 class Asked:
     """What is asked of one client, as tensors.
 
-    Attributes:
-        downlink: Of this client alone.
+    Args:
         base: The weights of the round, by parameter; what others read, too.
-        buffers: Of the run's model, by name, those that a state dict has.
+        downlink: Of this client alone.
+        views: Of adapted weights.
+        buffers: Of the run's model, by name.
+        sums: Of the weights of the round, and of models that are known to hold them.
+
+    Attributes:
         values: Where what is trained starts, by name.
         frozen: Factors that stay, by name.
         masks: Which numbers of ``values`` the client trains, where not all.
-        views: Of adapted weights.
-        sums: Of the weights of the round, and of models that are known to hold them.
     """
 
-    downlink: Downlink
-    base: Tree
-    buffers: Tree
-    values: Tree
-    frozen: Tree
-    masks: Tree
-    views: Mapping[str, LayerView]
-    sums: Sums
-    handles: list[Any] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         base: Tree,
         downlink: Downlink,
         views: Mapping[str, LayerView],
         buffers: Tree,
         sums: Sums,
-    ) -> Asked:
-        """Draw and compute what one client is asked.
-
-        Args:
-            base: The weights of the round.
-            downlink: Of this client alone.
-            views: Of adapted weights.
-            buffers: Of the run's model.
-            sums: Of this round.
-        """
+    ) -> None:
+        self.base, self.downlink, self.views, self.sums = base, downlink, views, sums
+        self.buffers, self.handles = {n: b.detach() for n, b in buffers.items()}, list[Any]()
         values, _, frozen = materialise(downlink, base, torch.zeros(1, dtype=torch.int64))
         masks, device = trainable(downlink, downlink.ranks), next(iter(base.values())).device
-        return cls(
-            downlink,
-            base,
-            {n: b.detach() for n, b in buffers.items()},
-            {n: value[0] for n, value in values.items()},
-            {n: f[0] if f.dim() > 2 else f for n, f in frozen.items()},
-            {n: mask[0].to(device) for n, mask in masks.items()},
-            views,
-            sums,
-        )
+        self.values = {n: value[0] for n, value in values.items()}
+        self.frozen = {n: f[0] if f.dim() > 2 else f for n, f in frozen.items()}
+        self.masks = {n: mask[0].to(device) for n, mask in masks.items()}
 
     def load(self, model: nn.Module, places: Found) -> dict[str, int]:
         """Copy the weights of the round, and the buffers of the run's model, into a model.
@@ -293,11 +265,10 @@ class Asked:
         Returns:
             Sums of the bits of what must not move, by name.
         """
-        lacking = sorted(self.base.keys() - places.parameters.keys())
-        known = {id(places.parameters[n]) for n in self.base if n in places.parameters}
-        more = [
-            n for n, p in places.parameters.items() if n not in self.base and id(p) not in known
-        ]
+        there = places.parameters
+        lacking = sorted(self.base.keys() - there.keys())
+        known = {id(there[n]) for n in self.base.keys() & there.keys()}
+        more = [n for n, p in there.items() if id(p) not in known]
         if lacking or more:
             what = [f"lacks {_some(lacking)}"] if lacking else []
             what += [f"has {_some(more)} besides"] if more else []
@@ -308,7 +279,7 @@ class Asked:
             )
         installed: dict[str, int] = {}
         with torch.no_grad():
-            for name, parameter in (*places.parameters.items(), *places.copies):
+            for name, parameter in (*there.items(), *places.copies):
                 if name not in self.base:
                     continue  # tied to one that is
                 if not parameter.is_floating_point():
@@ -343,12 +314,11 @@ class Asked:
             parameter.copy_(weight)
         return bits
 
-    def cut(self, name: str, tensor: torch.Tensor, *, turned: bool) -> None:
+    def cut(self, name: str, place: Place) -> None:
         """Make gradients beyond the client's rank budget zero."""
         if name in self.masks:
-            mask = self.masks[name].expand(self.values[name].shape)
-            mask = (mask.mT if turned else mask).reshape(tensor.shape).to(tensor.device)
-            self.handles.append(tensor.register_hook(lambda g: g * mask.to(g.dtype)))
+            mask = place.theirs(self.masks[name].expand(self.values[name].shape))
+            self.handles.append(place.tensor.register_hook(lambda g: g * mask.to(g)))
 
     def check(self, found: Tree) -> None:
         """Refuse tensors that are not those that were asked for.
@@ -368,26 +338,13 @@ class Asked:
                     "clip gradients"
                 )
 
-    def held(self, found: Tree) -> Tree:
-        """Put back what is beyond the client's rank budget: weight decay moves that, too."""
-        cut = {n: torch.where(m, found[n], self.values[n]) for n, m in self.masks.items()}
-        return found | cut
-
-    def check_rest(self, model: nn.Module, places: Found, installed: dict[str, int]) -> None:
-        """Refuse a model whose untrained weights, or buffers, have moved."""
+    def moved(self, model: nn.Module, places: Found, installed: dict[str, int]) -> list[str]:
+        """List the frozen factors, untrained weights and buffers that have moved."""
         rest: Tree = {**places.parameters, **buffers_of(model)}
+        found = [n for n, v in self.frozen.items() if not torch.equal(places.place(n).ours(v), v)]
         now = {name: int(bits_of(rest[name])) for name in installed if name in rest}
-        moved = next((name for name, bits in installed.items() if now.get(name) != bits), None)
-        if moved in self.base:
-            raise ClientError(
-                f"{moved} has moved, which the method does not train: train parameters with "
-                "requires_grad alone, and make the optimiser after round.install"
-            )
-        if moved is not None:
-            raise ClientError(
-                f"the buffer {moved} has changed, which does not travel: put such layers "
-                "(BatchNorm) into evaluation mode with .eval()"
-            )
-        for name in installed.keys() & self.base.keys():
+        found += [name for name, bits in installed.items() if now.get(name) != bits]
+        for name in () if found else installed.keys() & self.base.keys():
             if type(parameter := places.parameters[name]) is nn.Parameter:
                 self.sums.put(parameter, installed[name])
+        return found

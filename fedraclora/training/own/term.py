@@ -41,6 +41,12 @@ class LowRankTerm(nn.Module):
             else:
                 self.register_buffer(label, own)
 
+    @property
+    def form(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """The shape of each factor, and whether it is trained."""
+        trained = dict(self.named_parameters())
+        return {k: (tuple(getattr(self, k).shape), k in trained) for k in self.labels}
+
     @override
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or type(weight) not in {torch.Tensor, nn.Parameter}:

@@ -42,13 +42,9 @@ class Trained:
         if not isinstance(self.metrics, Mapping):
             raise ClientError(f"metrics is {self.metrics!r:.100}; a dict of numbers is wanted")
         told = {str(n): _number(f"metrics[{n!r}]", v) for n, v in self.metrics.items()}
-        for key, value in (
-            ("samples", _count("samples", self.samples)),
-            ("steps", _count("steps", self.steps)),
-            ("loss", None if self.loss is None else _number("loss", self.loss)),
-            ("metrics", told),
-        ):
-            object.__setattr__(self, key, value)
+        counts = {key: _count(key, getattr(self, key)) for key in ("samples", "steps")}
+        loss = None if self.loss is None else _number("loss", self.loss)
+        vars(self).update(counts, loss=loss, metrics=told)
 
 
 def _count(name: str, value: Any) -> int:

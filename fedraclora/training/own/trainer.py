@@ -16,20 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.imports import failure_of
+from fedraclora.models.outputs import nothing_drawn
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.link import Link, apply_link
-from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import hash_key
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
-from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.training.own.ranks import Sums
 from fedraclora.training.own.round import Asked, Round
@@ -43,29 +43,17 @@ class OwnTrainer(CohortTrainer):
     """Has a function of the user's train each client.
 
     Args:
-        task: Model and client data.
-        plan: Views of the adapted matrices.
-        local: Settings; its loop is not used.
-        seed: Of the run.
-        device: Where the weights are.
         function: The user's.
         name: Of the function, for messages.
         timeout: Seconds that it may take for one client; None: any.
+
+    The others are those of `CohortTrainer`.
     """
 
     def __init__(
-        self,
-        task: Task,
-        plan: Plan,
-        local: LocalConfig,
-        *,
-        seed: int,
-        device: torch.device,
-        function: Train,
-        name: str,
-        timeout: float | None = None,
+        self, *given: Any, function: Train, name: str, timeout: float | None = None, **named: Any
     ) -> None:
-        super().__init__(task, plan, local, seed=seed, device=device)
+        super().__init__(*given, **named)
         self.function, self.timeout = function, timeout
         self.sums = 0, Sums()  # of a round
         self.came: dict[int, list[int]] = {}  # by client, `versions` of its samples
@@ -77,44 +65,32 @@ class OwnTrainer(CohortTrainer):
 
     @override
     def train(
-        self,
-        base: Tree,
-        downlink: Downlink,
-        clients: torch.Tensor,
-        *,
-        round_: int,
-        rate_scale: float,
-        moments: Tree | None = None,
+        self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int, **given: Any
     ) -> LocalResult:
         base, narrow = self._with_pools(base, downlink)
         base = dense(apply_link(widened(base), Link(narrow), self.plan) if narrow else base)
-        states: dict[int, bytes] = {}
-        found = [
-            self._one(base, downlink.select(place[None]), client, round_, rate_scale, states)
-            for place, client in zip(torch.arange(len(clients)), clients.tolist(), strict=True)
-        ]
+        scale, states, found = float(given["rate_scale"]), dict[int, bytes](), list[Trained]()
+        for place, client in enumerate(clients.tolist()):
+            own = downlink.select(torch.tensor([place]))
+            one, kept = self._one(base, own, client, round_, scale)
+            found.append(one)
+            states |= {} if kept is None else {client: kept}
         return as_result(found, states)
 
     def _one(
-        self,
-        base: Tree,
-        downlink: Downlink,
-        client: int,
-        round_: int,
-        rate_scale: float,
-        states: dict[int, bytes],
-    ) -> Trained:
-        """Train one client; ``states`` takes what it keeps."""
+        self, base: Tree, downlink: Downlink, client: int, round_: int, rate_scale: float
+    ) -> tuple[Trained, bytes | None]:
+        """Train one client; give what it trained, and what it keeps."""
         if self.sums[0] != round_:
             self.sums = round_, Sums()
         buffers = dict(self.task.model.named_buffers())
-        asked = Asked.of(base, downlink, self.plan.targets, buffers, self.sums[1])
+        asked = Asked(base, downlink, self.plan.targets, buffers, self.sums[1])
         seed = seed_of(self.seed, round_, client)
         kept = b"" if self.recall is None else self.recall(client, round_)
         given = Round(
             client, round_, seed, self._data_of(client), rate_scale, state_of(kept), _asked=asked
         )
-        self._unchanged(given)
+        came = self.came.setdefault(client, versions(given.data))
         try:
             with seeded_everywhere(seed), torch.enable_grad(), at_most(self.timeout):
                 found: Any = self.function(given)
@@ -133,27 +109,20 @@ class OwnTrainer(CohortTrainer):
             for handle in asked.handles:
                 handle.remove()
         if not isinstance(found, Trained) or (found.client, found.number) != (client, round_):
-            came = f"a {type(found).__name__}"
+            other = f"a {type(found).__name__}"
             if isinstance(found, Trained):
-                came = f"what client {found.client} trained in round {found.number}"
+                other = f"what client {found.client} trained in round {found.number}"
             raise ClientError(
-                f"the training function {self.name} returned {came}; what round.read gives in "
+                f"the training function {self.name} returned {other}; what round.read gives in "
                 "this call is wanted"
             )
         asked.check(found.tensors)
-        self._unchanged(given)
-        if given.state or kept:
-            states[client] = told_of(given.state)
-        return found
-
-    def _unchanged(self, given: Round) -> None:
-        """Refuse samples that are not as they came first; tensors are looked at."""
-        now = versions(given.data)
-        if now != self.came.setdefault(given.client, now):
+        if versions(given.data) != came:
             raise ClientError(
                 f"the training function {self.name} has changed round.data in place, so that the "
                 "client's rounds would train on other samples: let it work on a copy"
             )
+        return found, told_of(given.state) if given.state or kept else None
 
     def _data_of(self, client: int) -> Any:
         """Return the samples of one client."""
@@ -186,18 +155,13 @@ def seed_of(run: int, number: int, client: int) -> int:
 
 def versions(found: Any) -> list[int]:
     """Count the changes in place of the tensors among samples, as torch counts them."""
-    if isinstance(found, torch.Tensor):
-        return [found._version]  # noqa: SLF001
-    each = found.tensors if isinstance(found, Samples) else found
-    if not isinstance(each, dict | list | tuple):
-        return []
-    return [n for v in (each.values() if isinstance(each, dict) else each) for n in versions(v)]
+    tensors = tree_leaves(found.tensors if isinstance(found, Samples) else found)
+    return [each._version for each in tensors if isinstance(each, torch.Tensor)]  # noqa: SLF001
 
 
 def state_of(told: bytes) -> dict[str, Any]:
     """Read what `told_of` wrote."""
-    found = torch.load(io.BytesIO(told), weights_only=True) if told else {}
-    return dict(found)
+    return dict(torch.load(io.BytesIO(told), weights_only=True) if told else {})
 
 
 def told_of(state: object) -> bytes:
@@ -232,7 +196,7 @@ def at_most(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+    if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGALRM, _out_of_time)  # it wakes what sleeps, too
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
@@ -241,10 +205,9 @@ def at_most(seconds: float | None) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         return
-    raise_in, here = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.get_ident()
-    timer = threading.Timer(
-        seconds, raise_in, (ctypes.c_ulong(here), ctypes.py_object(OutOfTimeError))
-    )
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    here, late = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(OutOfTimeError)
+    timer = threading.Timer(seconds, raise_in, (here, late))
     timer.daemon = True
     timer.start()
     try:
@@ -252,7 +215,7 @@ def at_most(seconds: float | None) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-        raise_in(ctypes.c_ulong(here), None)  # one that came too late to be raised
+        raise_in(here, None)  # one that came too late to be raised
 
 
 def _out_of_time(*_: object) -> None:
@@ -266,9 +229,8 @@ def seeded_everywhere(seed: int) -> Iterator[None]:
     So are what torch computes with, and the working folder.
     """
     devices = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     dtype, threads, folder = torch.get_default_dtype(), torch.get_num_threads(), Path.cwd()
-    with torch.random.fork_rng(devices=devices):
+    with nothing_drawn(), torch.random.fork_rng(devices=devices):
         # `torch.manual_seed` keeps the stack of its call for each GPU library that is not there.
         seeding = torch.cuda.is_available()
         (torch.manual_seed if seeding else torch.default_generator.manual_seed)(seed)  # noqa: TID251
@@ -277,8 +239,6 @@ def seeded_everywhere(seed: int) -> Iterator[None]:
         try:
             yield
         finally:
-            np.random.set_state(numpy_state)  # noqa: NPY002
-            random.setstate(python_state)
             torch.set_default_dtype(dtype)
             torch.set_num_threads(threads)
             os.chdir(folder)
