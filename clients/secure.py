@@ -9,7 +9,7 @@ takes from the config that it holds, never from a message.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,17 +56,27 @@ def answer_stage(
     round_ = request.round_
     steps = {"keys": _keys, "shares": _shares, "unmask": _unmask}
     answers: dict[int, Any] = {}
+
+    def answer(client: int) -> None:
+        memory = _recall(store, client, round_, stage)
+        answers[client] = steps[stage.name](client, memory, stage.data[client], terms)
+        _remember(store, client, memory, stage)
+
+    failures = _each(stage.data, answer)
+    return _answer(request, Stage(stage.name, {}, answers), failures, sorted(answers))
+
+
+def _each(clients: Iterable[int], answer: Callable[[int], None]) -> dict[int, str]:
+    """Let clients answer, one by one; give the reasons of those that could not, by id."""
     failures: dict[int, str] = {}
-    for client, data in stage.data.items():
+    for client in clients:
         try:
-            memory = _recall(store, client, round_, stage)
-            answers[client] = steps[stage.name](client, memory, data, terms)
-            _remember(store, client, memory, stage)
+            answer(client)
         except FedRacLoraError as error:
             failures[client] = str(error)
         except DAMAGED as error:
             failures[client] = f"client {client} cannot read its message ({error!r})"
-    return _answer(request, Stage(stage.name, {}, answers), failures, sorted(answers))
+    return failures
 
 
 def _answer(
@@ -105,8 +115,7 @@ def _recall(store: ClientStore, client: int, round_: int, asked: Stage) -> Memor
     """
     memory: Memory = json.loads(store.secrets.get(client) or b"{}")
     stage = asked.name
-    if MEASUREMENTS in asked.settings:
-        memory = memory.get(MEASUREMENTS, {})
+    memory = memory.get(MEASUREMENTS, {}) if MEASUREMENTS in asked.settings else memory
     last = int(memory.get("answered", 0))
     if round_ <= last and not (stage == "unmask" and round_ == last):
         stands = f"has sent its masked vector in round {last}"
@@ -134,11 +143,9 @@ def _remember(store: ClientStore, client: int, memory: Memory, asked: Stage) -> 
     }
     if stage in fields:
         memory = {key: memory[key] for key in fields[stage]}
-    if MEASUREMENTS in asked.settings:
-        memory = whole | {MEASUREMENTS: memory}
-    elif MEASUREMENTS in whole:
-        memory = memory | {MEASUREMENTS: whole[MEASUREMENTS]}
-    store.secrets[client] = json.dumps(memory).encode()
+    other = {key: own for key, own in whole.items() if key == MEASUREMENTS}
+    kept = whole | {MEASUREMENTS: memory} if MEASUREMENTS in asked.settings else memory | other
+    store.secrets[client] = json.dumps(kept).encode()
 
 
 def _keys(_client: int, memory: Memory, _data: Any, _terms: SecAggTerms) -> Any:
@@ -243,27 +250,24 @@ def masked_vectors(
         notes: Sentences for the ledger.
         told: What is said of the vectors.
     """
-    failures, rows, members = dict(failures), [], []
+    rows: dict[int, Words] = {}
     unopened: dict[int, Any] = {}
-    for client, whole in vectors.items():
-        try:
-            if client not in stage.data:
-                raise ClientError(f"client {client} left secure aggregation at an earlier stage")
-            memory = _recall(store, client, request.round_, stage)
-            if closed := _open(client, memory, stage.data[client]):
-                unopened[client] = {"unopened": closed}
-                continue
-            row = _masked(client, memory, whole())
-            _remember(store, client, memory, stage)
-            rows.append(row)
-            members.append(client)
-        except FedRacLoraError as error:
-            failures[client] = str(error)
-        except DAMAGED as error:
-            failures[client] = f"client {client} cannot read its message ({error!r})"
-    masked = np.stack(rows) if rows else np.zeros((0, 0), dtype=np.uint32)
+
+    def answer(client: int) -> None:
+        if client not in stage.data:
+            raise ClientError(f"client {client} left secure aggregation at an earlier stage")
+        memory = _recall(store, client, request.round_, stage)
+        if closed := _open(client, memory, stage.data[client]):
+            unopened[client] = {"unopened": closed}
+            return
+        row = _masked(client, memory, vectors[client]())
+        _remember(store, client, memory, stage)
+        rows[client] = row
+
+    failures = failures | _each(vectors, answer)
+    masked = np.stack([*rows.values()]) if rows else np.zeros((0, 0), dtype=np.uint32)
     said = Stage("masked", dict(told or {}), unopened)
-    return _answer(request, said, failures, members, masked, notes)
+    return _answer(request, said, failures, [*rows], masked, notes)
 
 
 def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -205,6 +205,12 @@ class Uplinks:
         if self.stacked is None:
             raise ShapeError("this method needs each client's own update, but only their sum came")
         return self.stacked
+
+    def select(self, kept: torch.Tensor) -> Uplinks:
+        """Keep the clients of a mask, bool [K]; raises as `stack` does."""
+        named = ("clients", "weights", "versions", "places")
+        each = {n: own[kept] for n in named if (own := getattr(self, n)) is not None}
+        return replace(self, stacked=self.rows()[kept], **each)
 
     @property
     def has_individuals(self) -> bool:

@@ -25,7 +25,6 @@ class ByClients:
 
     def __init__(self) -> None:
         self.parts: list[Columns] = []
-        self._written = 0
 
     @property
     def columns(self) -> Columns:
@@ -38,21 +37,19 @@ class ByClients:
         return {name: np.concatenate([of(part, name) for part in self.parts]) for name in names}
 
     def save(self, folder: Path) -> None:
-        """Write the table where it is another than it was."""
-        if len(self.parts) == self._written:
+        """Write the table, if there is any."""
+        if not self.parts:
             return
         from pyarrow import parquet, table
 
         with replacing(folder / CLIENTS_FILE) as path:
             parquet.write_table(table(self.columns), path)
-        self._written = len(self.parts)
 
     def restore(self, folder: Path, round_: int) -> None:
         """Read the table back, up to a round."""
         found = read_clients(folder)
-        kept = found["round"] <= round_ if found else []
-        self.parts = [{name: column[kept] for name, column in found.items()}] if found else []
-        self._written = len(self.parts) if np.all(kept) else -1
+        kept = {name: column[found["round"] <= round_] for name, column in found.items()}
+        self.parts = [kept] if kept else []
 
 
 def read_clients(folder: Path) -> Columns:

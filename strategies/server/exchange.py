@@ -193,12 +193,7 @@ class Exchange:
         self.failures.sort(key=lambda f: f.client)
         if len(self.all_failures) > allowed or len(refused) == len(clients):
             raise too_many(self.all_failures, self.round_, self.loop.rule)
-        if refused:
-            keep = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
-            clients, numbers, places = clients[keep], numbers[keep], places[keep]
-            weights = weights[keep]
-        self._measure(clients, weights)
-        return Uplinks(
+        got = Uplinks(
             clients,
             weights,
             self.layout,
@@ -207,6 +202,10 @@ class Exchange:
             versions=torch.full_like(clients, self.version),
             places=places,
         )
+        if refused:
+            got = got.select(~torch.isin(clients, torch.tensor([r.client for r in refused])))
+        self._measure(got.clients, got.weights)
+        return got
 
     def _total(self, blocks: torch.Tensor) -> torch.Tensor:
         """Compute the sum of the cohort: of what was added as it came, or of sums of blocks."""
@@ -234,20 +233,16 @@ class Exchange:
 
     def _measure(self, clients: torch.Tensor, weights: torch.Tensor) -> None:
         """Compute the figures of the clients whose replies are used; weights: theirs."""
-        came = self._joined("clients")
-        used = None if len(clients) == len(came) else torch.isin(came, clients)
+        used = torch.isin(self._joined("clients"), clients)
 
         def of(name: str) -> torch.Tensor:
-            joined = self._joined(name)
-            return joined if used is None else joined[used]
+            return self._joined(name)[used]
 
         self.mean_loss = mean_said(of("losses"), weights, UNSAID)
         for name in sorted({name for reply in self.replies for name in reply.metrics}):
-            parts = [
-                r.metrics.get(name, torch.full((len(r.clients),), math.nan)) for r in self.replies
-            ]
-            told = torch.cat(parts) if used is None else torch.cat(parts)[used]
-            self.metrics[name] = mean_said(told, weights, math.nan)
+            unsaid = [torch.full((len(r.clients),), math.nan) for r in self.replies]
+            told = [r.metrics.get(name, none) for r, none in zip(self.replies, unsaid, strict=True)]
+            self.metrics[name] = mean_said(torch.cat(told)[used], weights, math.nan)
         self.steps = int(of("steps").sum())
         if self.loop.uplink != FULL:
             self.rounding = float(of("rounding").mean())
@@ -350,16 +345,9 @@ class Exchange:
         failed = len(self.all_failures)
         if failed > self.loop.allowed(len(self.first.cohort)) or len(got.clients) == 1:
             raise too_many(self.all_failures, self.round_, self.loop.rule)
-        kept = got.clients != client
-        self._measure(got.clients[kept], got.weights[kept])
-        return replace(
-            got,
-            clients=got.clients[kept],
-            weights=got.weights[kept],
-            stacked=got.rows()[kept],
-            versions=got.versions[kept],
-            places=None if got.places is None else got.places[kept],
-        )
+        got = got.select(got.clients != client)
+        self._measure(got.clients, got.weights)
+        return got
 
     def survivors(self) -> Cohort:
         """The clients whose replies were used: those whom the next exchange asks."""
@@ -368,31 +356,33 @@ class Exchange:
         return self.cohort.select(kept)
 
     @property
+    def so_far(self) -> list[Exchange]:
+        """The exchanges of this round, this one last."""
+        return [self] if self.before is None else [*self.before.so_far, self]
+
+    @property
     def first(self) -> Exchange:
         """The exchange that opened the round."""
-        return self if self.before is None else self.before.first
+        return self.so_far[0]
 
     @property
     def dropped(self) -> list[Refusal]:
         """Clients that were asked in this round and did not answer in time."""
-        earlier = [] if self.before is None else self.before.dropped
-        return [*earlier, *([] if self.timeline is None else self.timeline.dropped)]
+        clocks = [each.timeline for each in self.so_far if each.timeline is not None]
+        return [refusal for clock in clocks for refusal in clock.dropped]
 
     @property
     def all_failures(self) -> list[Refusal]:
         """Clients that failed in this round so far."""
-        earlier = [] if self.before is None else self.before.all_failures
-        return [*earlier, *self.failures]
+        return [refusal for each in self.so_far for refusal in each.failures]
 
     @property
     def local_steps(self) -> int:
         """Local steps of this round so far."""
-        earlier = 0 if self.before is None else self.before.local_steps
-        return earlier + self.steps
+        return sum(each.steps for each in self.so_far)
 
     @property
     def notes(self) -> list[str]:
         """Notes of the workers in this round so far."""
-        earlier = [] if self.before is None else self.before.notes
-        system = [] if self.timeline is None else self.timeline.notes
-        return [*earlier, *system, *(note for reply in self.replies for note in reply.notes)]
+        told = [said for each in self.so_far for said in (each.timeline, *each.replies)]
+        return [note for said in told if said is not None for note in said.notes]
