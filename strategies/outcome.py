@@ -25,7 +25,7 @@ from fedraclora.evaluation.metrics import lower_of
 from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
 from fedraclora.protocol.plan import frozen_layers, some_of, thawed
-from fedraclora.run.by_clients import read_clients
+from fedraclora.run.by_clients import read_clients, together
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.digests import check_data
 from fedraclora.run.folder import (
@@ -141,7 +141,7 @@ def execute(
         write_summary(folder, summary)
     run.strategy.callbacks.end(summary)
     rows = list(run.strategy.recorder.ledger.rows)
-    columns, plain = run.strategy.recorder.by_clients.columns, dict(config.plain)
+    columns, plain = together(run.strategy.recorder.by_clients), dict(config.plain)
     return Run(summary, rows, folder, plain, run.weights, lambda: run.built, lambda: columns)
 
 

@@ -68,11 +68,7 @@ class Portion:
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]; 0 where nothing can be held out."""
-        first, end = self._bounds(self.whole.sizes(clients), clients)
-        tests = self._tests(clients) if self.held else []
-        for place, own in enumerate(tests):
-            if own is not None:
-                first[place], end[place] = 0, len(own)
+        first, end = self._bounds(clients)
         return end - first
 
     def tests(self, client: int) -> Samples | None:
@@ -110,26 +106,23 @@ class Portion:
         Padded positions may point past the part; the caller masks them.
         """
         if not self._last or not torch.equal(self._last[0][0][: len(clients)], clients):
-            sizes = self.whole.sizes(clients)
-            key = hash_key(self.seed, "held out")
-            first, _ = self._bounds(sizes, clients)
-            self._last[:] = [(clients, first, cohort_permutations(key, clients, sizes, 0))]
-        _, first, order = self._last[0]  # still training are the first of them
-        order, first = order[: len(clients)], first[: len(clients)]
+            key, sizes = hash_key(self.seed, "held out"), self.whole.sizes(clients)
+            order = cohort_permutations(key, clients, sizes, 0)
+            self._last[:] = [(clients, self._bounds(clients)[0], order)]
+        # Still training are the first of them.
+        _, first, order = (each[: len(clients)] for each in self._last[0])
         return order.gather(1, (first[:, None] + positions).clamp(max=order.shape[1] - 1))
 
-    def _bounds(
-        self, sizes: torch.Tensor, clients: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _bounds(self, clients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find where the part begins and ends in the order of each client, int64 [K] each."""
-        wanted = (sizes.double() * self.share + 0.5).long()
-        if brings := [own is not None for own in self._tests(clients)]:
-            wanted = wanted.masked_fill(torch.tensor(brings, dtype=torch.bool).to(wanted.device), 0)
-        test = wanted.minimum(sizes - 1).clamp(min=0)  # something is left to train on
-        if self.split == "test":
-            return (torch.zeros_like(test), test) if self.held else (test, sizes)
-        both = (test + wanted).minimum(sizes - 1).clamp(min=0)
-        return (test, both) if self.held else (both, sizes)
+        sizes = self.whole.sizes(clients)
+        counts = [-1 if own is None else len(own) for own in self._tests(clients)]
+        tests = sizes.new_tensor(counts) if counts else torch.full_like(sizes, -1)
+        wanted = (sizes.double() * self.share + 0.5).long().masked_fill(tests >= 0, 0)
+        first, end = torch.zeros_like(sizes), wanted.minimum(sizes - 1).clamp(min=0)
+        if self.split != "test":  # something is left to train on
+            first, end = end, (end + wanted).minimum(sizes - 1).clamp(min=0)
+        return (first, torch.where(tests < 0, end, tests)) if self.held else (end, sizes)
 
 
 def hold_out_of_clients(
@@ -161,7 +154,8 @@ def hold_out_of_clients(
     """
     if share is None:
         return data, None
-    if data.objects if isinstance(data, Brought) else whole_objects(data):
+    tensors = data.samples.inputs if isinstance(data, Partitioned) else {"x": data}
+    if not tensors or (isinstance(data, Brought) and data.objects):
         raise ConfigError(
             "evaluate.clients is set, but the clients' samples are objects that no tensors were "
             "made of, on which nobody can measure: set evaluate.clients=none"
@@ -175,11 +169,6 @@ def hold_out_of_clients(
             f"evaluate.share is {share}, of which the largest client holds no sample out: raise it"
         )
     return train, held
-
-
-def whole_objects(data: ClientData) -> bool:
-    """Check whether client data are objects of a program that no table holds."""
-    return isinstance(data, Partitioned) and not data.samples.inputs
 
 
 def _rows_of(data: Partitioned, part: Portion) -> Partitioned:
@@ -196,12 +185,11 @@ def _rows_of(data: Partitioned, part: Portion) -> Partitioned:
         table = Samples.join([table, *(each for each in part.listed if each)])
     found = []
     for ids in torch.arange(data.num_clients).split(AT_ONCE):
-        count = sizes[ids]
-        place = torch.arange(int(count.max())).expand(len(ids), -1)
+        place = torch.arange(int(sizes[ids].max())).expand(len(ids), -1)
         rows = data.rows_at(ids, part.places(ids, place))
         if len(brought):
             rows = torch.where(brought[ids, None] < 0, rows, brought[ids, None] + place)
-        rows = rows.masked_fill(place >= count[:, None], len(table)).sort(dim=1).values
+        rows = rows.masked_fill(place >= sizes[ids, None], len(table)).sort(dim=1).values
         found.append(rows[rows < len(table)])
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     return Partitioned(table, torch.cat(found), offsets)

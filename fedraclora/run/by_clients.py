@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +15,28 @@ CLIENTS_FILE = "clients.parquet"
 Columns = Mapping[str, Any]  # by name, one value for each client
 
 
-class ByClients:
-    """The parts of the table, one for each measurement.
+def together(parts: Sequence[Columns]) -> Columns:
+    """Join the parts of the table, one for each measurement.
 
-    Attributes:
-        parts: Columns by name: ``round``, ``client``, ``samples``, ``steps``, ``when`` (before or
-            after local training), and a metric each.
+    Columns are ``round``, ``client``, ``samples``, ``steps``, ``when`` (before or after local
+    training), and a metric each; a metric that a part lacks is NaN there.
     """
+    names = dict.fromkeys(name for part in parts for name in part)
 
-    def __init__(self) -> None:
-        self.parts: list[Columns] = []
+    def of(part: Columns, name: str) -> Any:
+        return part[name] if name in part else np.full(len(part["round"]), np.nan)
 
-    @property
-    def columns(self) -> Columns:
-        """The whole table; a metric that a part lacks is NaN there."""
-        names = dict.fromkeys(name for part in self.parts for name in part)
+    return {name: np.concatenate([of(part, name) for part in parts]) for name in names}
 
-        def of(part: Columns, name: str) -> Any:
-            return part[name] if name in part else np.full(len(part["round"]), np.nan)
 
-        return {name: np.concatenate([of(part, name) for part in self.parts]) for name in names}
+def write_clients(folder: Path, parts: Sequence[Columns]) -> None:
+    """Write the table, if there is any."""
+    if not parts:
+        return
+    from pyarrow import parquet, table
 
-    def save(self, folder: Path) -> None:
-        """Write the table, if there is any."""
-        if not self.parts:
-            return
-        from pyarrow import parquet, table
-
-        with replacing(folder / CLIENTS_FILE) as path:
-            parquet.write_table(table(self.columns), path)
-
-    def restore(self, folder: Path, round_: int) -> None:
-        """Read the table back, up to a round."""
-        found = read_clients(folder)
-        kept = {name: column[found["round"] <= round_] for name, column in found.items()}
-        self.parts = [kept] if kept else []
+    with replacing(folder / CLIENTS_FILE) as path:
+        parquet.write_table(table(together(parts)), path)
 
 
 def read_clients(folder: Path) -> Columns:

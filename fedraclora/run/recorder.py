@@ -16,7 +16,7 @@ from fedraclora.codec import split
 from fedraclora.errors import CheckpointError
 from fedraclora.privacy.secret import KEY_FILE as KEY
 from fedraclora.protocol.method import Link, State
-from fedraclora.run.by_clients import CLIENTS_FILE, ByClients
+from fedraclora.run.by_clients import CLIENTS_FILE, Columns, read_clients, write_clients
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import CARRIED, ModelSource, checkpoint_base, is_small
 from fedraclora.run.ledger import Ledger, read_ledger, seals
@@ -95,7 +95,7 @@ class RunRecorder:
 
     Attributes:
         incidents: Sentences for the next row: under what other settings the run goes on.
-        by_clients: What single clients measured.
+        by_clients: What single clients measured, of each measurement.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class RunRecorder:
         self.free, self.source = tuple(f"{key}:" for key in free), source
         self._link, self._carried = "", Tree()
         self.incidents: list[str] = []
-        self.by_clients = ByClients()
+        self.by_clients: list[Columns] = []
 
     def begin(self, state: State) -> None:
         """Store the initial weights, from which the chain rebuilds all later ones.
@@ -185,7 +185,7 @@ class RunRecorder:
         """Write a checkpoint: what round ``round_ + 1`` needs."""
         if self.folder is None:
             return
-        self.by_clients.save(self.folder)
+        write_clients(self.folder, self.by_clients)
         # Large weights that the links of the chain give are not written once more.
         whole = is_small(state.base) or not self.keep_chain
         left = frozenset() if whole else catch_up.followed(0)
@@ -237,7 +237,9 @@ class RunRecorder:
         round_ = meta["round"]
         self._verify(meta, round_)
         self.ledger.cut(round_)
-        self.by_clients.restore(self.folder, round_)
+        found = read_clients(self.folder)
+        kept = {name: column[found["round"] <= round_] for name, column in found.items()}
+        self.by_clients = [kept] if kept else []
         cut_links(self.folder / "chain", round_)
         catch_up.restore(tensors)
         self.store.restore(tensors)

@@ -191,7 +191,7 @@ class Measurement(Exchange):
         column = self.summed or {}
         if self.replies:
             column, parts = self._described()
-            recorder.by_clients.parts += parts
+            recorder.by_clients += parts
         why = {refusal.client: refusal.reason for refusal in self.failures}
         told = sorted((c, reason) for c, reason in why.items() if c not in self.untold)
         failed = [{"client": c, "reason": reason} for c, reason in told]

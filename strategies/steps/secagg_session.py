@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -36,14 +36,15 @@ class SecAggSession:
         exchange: The train exchange, which notes the failures.
         send: Asks clients, and gives what comes.
         texts: Counts what is said besides.
+
+    Attributes:
         settings: What all clients are told in each stage.
     """
 
-    def __init__(
-        self, exchange: Exchange, send: Send, texts: Texts, settings: Mapping[str, Any]
-    ) -> None:
+    settings: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, exchange: Exchange, send: Send, texts: Texts) -> None:
         self.exchange, self.send, self.texts = exchange, send, texts
-        self.settings = dict(settings)
 
     def size(self, _answer: Answer) -> int:
         """Return how many words the vectors of an answer must have."""

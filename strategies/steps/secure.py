@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import override
@@ -43,8 +43,10 @@ class MeasureSession(SecAggSession):
         send: As for `SecAggSession`.
     """
 
+    settings: ClassVar[dict[str, Any]] = {"measured": True}
+
     def __init__(self, measurement: Measurement, send: Send) -> None:
-        super().__init__(measurement, send, Texts(), {"measured": True})
+        super().__init__(measurement, send, Texts())
         self.measure, self.points = measurement.measuring.measure, (*measurement.when.values(),)
         self.told: dict[int, Layout] = {}
         self.layout: Layout | None = None
@@ -139,7 +141,7 @@ class SecureSum(RoundStep):
         clip = self.config.clip if exchange.clip is None else exchange.clip
         if self.texts.round_ != exchange.round_:
             self.texts = Texts(exchange.round_)
-        talk, session = SecAggSession(exchange, send, self.texts, {}), self.session
+        talk, session = SecAggSession(exchange, send, self.texts), self.session
         if session is None or session.round_ != exchange.round_:
             if exchange.round_ <= self.answered:
                 why = (
@@ -244,10 +246,14 @@ class SecureSum(RoundStep):
         """Gather the masked vectors, in a second exchange where shares cannot be opened."""
         settings = {"step": session.step}
         waiting = {c: message for c, message in session.messages.items() if c not in session.words}
-        answers, failures = talk.masked(waiting, settings)
-        complaints = {c: part for c, part in answers.items() if isinstance(part, set)}
-        session.words |= {c: part for c, part in answers.items() if c not in complaints}
-        if complaints:
+        failures: dict[int, str] = {}
+        for again in (False, True):
+            answers, more = talk.masked(waiting, settings)
+            failures |= more
+            complaints = {c: part for c, part in answers.items() if isinstance(part, set)}
+            session.words |= {c: part for c, part in answers.items() if c not in complaints}
+            if again or not complaints:
+                break
             session.notes += [
                 f"client {c} cannot open the shares of {sorted(of)}" for c, of in complaints.items()
             ]
@@ -255,10 +261,7 @@ class SecureSum(RoundStep):
             leaves = session.thin_out()
             talk.enough(session.messages, "masked")
             session.left += talk.name(leaves)
-            again = {c: session.messages[c] for c in complaints if c in session.messages}
-            answers, more = talk.masked(again, settings)
-            failures |= more
-            session.words |= {c: part for c, part in answers.items() if not isinstance(part, set)}
+            waiting = {c: session.messages[c] for c in complaints if c in session.messages}
         talk.leave("masked", session.messages, session.words, failures)
         talk.enough(session.words, "unmask")
 
