@@ -128,7 +128,8 @@ class SummedMeasure:
                     )
                 mean = first / known if known else math.nan
                 std = math.sqrt(max(0.0, second / known - mean * mean)) if known else math.nan
-                found = spread(metric, np.repeat(BEGINS, histogram), pooled[metric])
+                lower, values = self.measure.measure.lower, np.repeat(BEGINS, histogram)
+                found = spread(metric, values, pooled[metric], lower)
                 row[point + metric] = found | {"mean": mean, "std": std}
         return row | {"n": int(n), "samples": int(samples)}
 

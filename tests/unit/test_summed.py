@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.clients import AFTER, OF_ONE, ClientMeasure, spread
-from fedraclora.evaluation.metrics import Measure
+from fedraclora.evaluation.metrics import METRICS, Measure
 from fedraclora.evaluation.summed import BINS, SummedMeasure, read_sizes, write_sizes
 from fedraclora.tree import Layout, Tree
 
@@ -74,6 +75,19 @@ def test_numbers_of_either_sign_come_back_and_stay_in_their_range(value: float) 
     assert row["pearson"]["mean"] == value
     assert row["pearson"]["std"] == 0
     assert row["pearson"]["min"] == row["pearson"]["max"] == pytest.approx(value, abs=0.01)
+
+
+def test_the_worst_tenth_follows_the_direction_of_a_metric_of_the_users_own() -> None:
+    names = {
+        "accuracy": METRICS["accuracy"],
+        "mine": replace(METRICS["accuracy"], higher_is_better=False),
+    }
+    measure = ClientMeasure(replace(MEASURE.measure, metrics=names))
+    summed = SummedMeasure(measure, Layout(LAYOUT.shapes[:1]), ("",))
+    own = {name: t for name, t in sent().items() if name == "correct"}
+    row: Any = summed.row(total(summed.words(own, SAMPLES)), 5)
+    assert row["mine"]["worst10"] == row["mine"]["max"] > row["mine"]["best10"]
+    assert row["accuracy"]["worst10"] == row["accuracy"]["min"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
