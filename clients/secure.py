@@ -200,31 +200,24 @@ def _unmask(client: int, memory: Memory, data: Any, _terms: SecAggTerms) -> Any:
     }
 
 
-def masked_reply(
+def of_updates(
     request: TrainRequest,
     stage: Stage,
-    store: ClientStore,
     terms: SecAggTerms,
     trained: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    failures: dict[int, str],
-    notes: list[str],
-) -> Answer:
-    """Write the masked updates of those who trained; see `masked_vectors`.
+) -> dict[int, Callable[[], Words]]:
+    """Give what writes the vectors of those who trained, for `masked_vectors`.
 
     Args:
         request: What was asked.
         stage: The stage of the message, with the step.
-        store: Where clients keep their keys.
         terms: What clients insist on.
         trained: Ids int64 [k], updates float64 [k, P], and weights float64 [k].
-        failures: Why a client trained nothing, by id.
-        notes: Sentences for the ledger.
     """
-    vectors = {
+    return {
         client: partial(_whole, update, float(weight), request.clip, stage.settings, terms)
         for client, update, weight in zip(trained[0].tolist(), *trained[1:], strict=True)
     }
-    return masked_vectors(request, stage, store, vectors, failures, notes)
 
 
 def masked_vectors(

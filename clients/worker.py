@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fedraclora.aggregation.statistics import shortened
 from fedraclora.clients.client_state import keep, restore
 from fedraclora.clients.measure import Measurer
-from fedraclora.clients.secure import MEASUREMENTS, answer_stage, masked_reply, masked_vectors
+from fedraclora.clients.secure import MEASUREMENTS, answer_stage, masked_vectors, of_updates
 from fedraclora.errors import OF_THE_RUN, ClientError, ConfigError, WireError
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.cohorts import client_weights
@@ -245,7 +245,8 @@ class Worker:
             updates = rows - opening_rows(downlink, base, layout, places)
             weights = client_weights(terms.weights, result.samples)
         trained = (request.clients[places], updates, weights)
-        reply = masked_reply(request, stage, self.store, terms, trained, job.failures, job.notes)
+        vectors = of_updates(request, stage, terms, trained)
+        reply = masked_vectors(request, stage, self.store, vectors, job.failures, job.notes)
         sent, step = reply.clients, stage.settings["step"]
         for part_places, result in job.parts():
             index = torch.tensor(part_places)

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, x25519
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedraclora.clients.answers import Answers
-from fedraclora.clients.secure import answer_stage, masked_reply
+from fedraclora.clients.secure import answer_stage, masked_vectors, of_updates
 from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.errors import FedRacLoraError, RoundLostError
@@ -152,7 +152,8 @@ class Client:
             return answer_stage(ask.request, stage, self.store, self.terms)
         weights = torch.tensor([self.weight], dtype=torch.float64)
         trained = (torch.tensor([self.number]), self.update[None], weights)
-        return masked_reply(ask.request, stage, self.store, self.terms, trained, {}, [])
+        vectors = of_updates(ask.request, stage, self.terms, trained)
+        return masked_vectors(ask.request, stage, self.store, vectors, {})
 
     def whole(self, step: float) -> Words:
         """What it hides."""
