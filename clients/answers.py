@@ -66,69 +66,41 @@ class Answers:
             compute: Gives a new answer, once the client has noted on its disk that it did.
 
         Raises:
-            ClientError: As `given` does.
-        """
-        reply = self.given(content, version)
-        if reply is None:
-            reply = compute()
-            self.keep(content, version, reply)  # before anybody gets it
-        return reply
-
-    def given(self, content: RecordDict, version: str) -> RecordDict | None:
-        """Return the answer that was sent to this very message; None if there was none.
-
-        Args:
-            content: The message.
-            version: Of the base weights that it comes with.
-
-        Raises:
             ClientError: If another message of this round or of a later one was answered, or the
-                run has no such round.
+                run has no such round; or if the answer cannot be kept.
         """
-        asked = from_records(content)
+        asked, mine = from_records(content), question(content, version)
         kind, round_ = kind_of(asked), round_of(asked)
         # What the last round has made is measured before a round that will not be.
         if not 1 <= round_ <= self.rounds + kind.startswith(MEASUREMENTS):
             raise ClientError(
                 f"round {round_} was asked for; the run has rounds 1 to {self.rounds}"
             )
-        path = self._path(kind)
-        if kind not in ONCE or not path.is_file():
-            return None
-        tensors, meta = load_tensors(path, "restore it, or remove the folder of this run")
-        answered = int(str(meta["round"]))
-        if answered == round_ and meta["question"] == question(content, version):
-            raw = tensors["reply"].numpy().tobytes()
-            return recorddict_from_proto(ProtoRecordDict.FromString(raw))
-        if answered >= round_:
-            raise ClientError(
-                f"{clients_of(asked)} of this node answered round {answered} before, and another "
-                f"question of round {round_} came: a client answers a round once, since two "
-                "answers could be subtracted"
-            )
-        return None
-
-    def keep(self, content: RecordDict, version: str, reply: RecordDict) -> None:
-        """Keep the answer to a message; arguments as for `given`.
-
-        Raises:
-            ClientError: If it cannot be written.
-        """
-        asked = from_records(content)
-        kind = kind_of(asked)
-        if kind not in ONCE or not is_given(from_records(reply)):
-            return
-        raw = recorddict_to_proto(reply).SerializeToString()
-        meta = {"round": round_of(asked), "question": question(content, version)}
-        path = self._path(kind)
-        numbers = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
-        with on_disk(self.folder):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            save_tensors(path, {"reply": numbers}, meta, sync=True)
-            path.chmod(0o600)
-
-    def _path(self, kind: str) -> Path:
-        return self.folder / f"{kind}.safetensors"
+        if kind not in ONCE:
+            return compute()
+        path = self.folder / f"{kind}.safetensors"
+        if path.is_file():
+            tensors, meta = load_tensors(path, "restore it, or remove the folder of this run")
+            answered = int(str(meta["round"]))
+            if answered == round_ and meta["question"] == mine:
+                raw = tensors["reply"].numpy().tobytes()
+                return recorddict_from_proto(ProtoRecordDict.FromString(raw))
+            if answered >= round_:
+                raise ClientError(
+                    f"{clients_of(asked)} of this node answered round {answered} before, and "
+                    f"another question of round {round_} came: a client answers a round once, "
+                    "since two answers could be subtracted"
+                )
+        reply = compute()
+        if is_given(from_records(reply)):  # it is kept before anybody gets it
+            raw = recorddict_to_proto(reply).SerializeToString()
+            numbers = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+            with on_disk(self.folder):
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                meta = {"round": round_, "question": mine}
+                save_tensors(path, {"reply": numbers}, meta, sync=True)
+                path.chmod(0o600)
+        return reply
 
 
 def question(content: RecordDict, version: str) -> str:
