@@ -154,8 +154,7 @@ def hold_out_of_clients(
     """
     if share is None:
         return data, None
-    tensors = data.samples.inputs if isinstance(data, Partitioned) else {"x": data}
-    if not tensors or (isinstance(data, Brought) and data.objects):
+    if data.objects if isinstance(data, Brought) else whole_objects(data):
         raise ConfigError(
             "evaluate.clients is set, but the clients' samples are objects that no tensors were "
             "made of, on which nobody can measure: set evaluate.clients=none"
@@ -169,6 +168,11 @@ def hold_out_of_clients(
             f"evaluate.share is {share}, of which the largest client holds no sample out: raise it"
         )
     return train, held
+
+
+def whole_objects(data: ClientData) -> bool:
+    """Check whether client data are objects of a program that no table holds."""
+    return isinstance(data, Partitioned) and not data.samples.inputs
 
 
 def _rows_of(data: Partitioned, part: Portion) -> Partitioned:
