@@ -8,6 +8,7 @@ from dataclasses import replace
 from fedraclora.binding import call_function
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.objects import data_of
+from fedraclora.data.own_loss import named_loss
 from fedraclora.limits import Count, limited
 
 
@@ -19,8 +20,8 @@ def load_function(
     test: str | None = None,
     client: str | None = None,
     target: str | None = None,
-    loss: str | None = None,
-    metrics: Sequence[str] | None = None,
+    loss: str | Mapping[str, object] | None = None,
+    metrics: Sequence[str | Mapping[str, object]] | None = None,
     classes: Count | None = None,
 ) -> DataSet:
     """Take the samples that a function of yours returns, in any form that Python takes.
@@ -33,8 +34,9 @@ def load_function(
             those of each client are held out.
         client: The column that says whose a row is, where it returns a table with columns.
         target: The column to predict; None: label, labels or target.
-        loss: A key of `fedraclora.data.task.LOSSES`; None: what the targets tell.
-        metrics: Names of metrics, the headline first; None: those usual for the loss.
+        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``; a mapping of
+            its name and its parameters. None: what the targets tell.
+        metrics: Metrics, the headline first, in the same way; None: those usual for the loss.
         classes: Number of outputs; None: as the targets have.
 
     Returns:
@@ -53,8 +55,8 @@ def load_function(
         test=None if test is None else called("data.test", test),
         client=client,
         target=target,
-        loss=loss,
-        metrics=metrics,
+        loss=None if loss is None else named_loss(loss),
+        metrics=None if metrics is None else [*map(named_loss, metrics)],
         classes=classes,
     )
     return replace(found, info=found.info | {"source": function})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,23 @@ from fedraclora.wire.downlink import AskWriter
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer
 from fedraclora.wire.records import Content
 from fedraclora.wire.reply import read_answer
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+WRAPPED = ("ClientAppException", "RayTaskError")
+RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit)\b.*)$", re.MULTILINE)
+
+
+def last_raised(reason: str) -> str:
+    r"""Shorten what Flower says of an app that raised, in Ray a whole traceback, to its last error.
+
+    Example:
+        >>> last_raised("<class 'E'>:<'Traceback:\nOSError: full\n\nClientAppException: '>")
+        'OSError: full'
+        >>> last_raised("no reply in time")
+        'no reply in time'
+    """
+    found = [line for line in RAISED.findall(ANSI.sub("", reason)) if not line.startswith(WRAPPED)]
+    return found[-1] if found and "Traceback" in reason else reason
 
 
 class PostedGrid(Grid):
@@ -62,7 +80,7 @@ class PostedGrid(Grid):
             WireError: If it is not one of ours.
         """
         if reply.has_error():
-            return NoAnswer(str(reply.error.reason), reply.error.code == RUN_AT_FAULT)
+            return NoAnswer(last_raised(str(reply.error.reason)), reply.error.code == RUN_AT_FAULT)
         return read_answer(from_records(reply.content), ask)
 
     def wait(self, what: str) -> None:

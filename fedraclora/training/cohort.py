@@ -18,6 +18,7 @@ from torch import nn
 from fedraclora.data.samples import ClientData, Samples, count_examples
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
+from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Link, apply_link, matrices
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.pool import Pool, Terms, fold_pools, parameters
@@ -229,6 +230,8 @@ class CohortTrainer:
         with torch.no_grad():
             for hook in hooks:
                 gradients = hook(gradients, leaves)
+                if step == 0:
+                    refuse_other(gradients, leaves)
             optimiser.step(gradients)
             hold(chunk.values, chunk.starts, chunk.masks, batch.active)
         return loss.detach()
@@ -293,6 +296,23 @@ class CohortTrainer:
             self._programs[names] = CohortProgram.build(self.task, downlink, self.device)
         self._programs[names].load(base)
         return self._programs[names]
+
+
+def refuse_other(gradients: object, leaves: Tree) -> None:
+    """Refuse what a part of a local step gives in the place of gradients, one for each client.
+
+    Raises:
+        ConfigError: Saying what came and what was wanted: torch would stretch, or leave out.
+    """
+    wanted = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    came: object = type(gradients).__name__
+    if isinstance(gradients, dict):
+        came = {n: tuple(getattr(g, "shape", ())) for n, g in gradients.items()}
+    if came != wanted:
+        raise ConfigError(
+            f"a part of the local step (local.extras) gives {came!s:.200}; the gradients that it "
+            f"was given are wanted, by name, with an axis of clients first: {wanted!s:.200}"
+        )
 
 
 def pretrain(model: nn.Module, train: Samples, loss: str, local: LocalConfig, seed: int) -> None:

@@ -474,6 +474,25 @@ def test_a_peft_model_begins_from_its_checkpoint_and_is_sent_no_weights(
     assert found[2] == pytest.approx(own, rel=1e-5)
 
 
+def with_saved_head() -> Any:
+    """The network with LoRA layers of PEFT, and its last layer among ``modules_to_save``."""
+    from peft import LoraConfig, get_peft_model
+
+    *layers, head = [n for n, m in network().named_modules() if isinstance(m, nn.Linear)]
+    config = LoraConfig(r=1, target_modules=layers, modules_to_save=[head])
+    return get_peft_model(network(), config)
+
+
+def test_layers_that_peft_trains_in_full_are_trained_so(tmp_path: Path) -> None:
+    nodes = nodes_of(tmp_path, 2, app=app_of(with_saved_head))
+    strategy, result = run(nodes, FedRacLora(rank=1), rounds=2, model=with_saved_head())
+    assert [result.train_metrics_clientapp[r]["failures"] for r in (1, 2)] == [0, 0]
+    before, after = dict(network().named_parameters()), weights_of(result)
+    moved = {n for n, t in after.items() if not torch.equal(t, before[n])}
+    assert moved == {"0.weight", "2.weight", "2.bias"}
+    assert strategy.rounds.done == 2
+
+
 def test_clients_whose_own_model_is_another_are_sent_the_weights(tmp_path: Path) -> None:
     app = app_of(
         lambda: network().apply(lambda m: isinstance(m, nn.Linear) and m.reset_parameters())

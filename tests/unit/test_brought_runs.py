@@ -97,6 +97,21 @@ def table(*, tilt: float = 0.0):
     x = torch.randn(80, 3, generator=torch.Generator().manual_seed(0))
     return x, (x[:, 0] + tilt * x[:, 1] > 0).long()
 
+def steep(output, target, *, by: float = 1.0):
+    return by * nn.functional.cross_entropy(output, target, reduction="none")
+
+class Stretched(LocalExtra):
+    form = "stretched"
+
+    def hooks(self, chunk):
+        return {When.LOSS: lambda g, v: {n: t[0] for n, t in g.items()}}
+
+class Lost(LocalExtra):
+    form = "lost"
+
+    def hooks(self, chunk):
+        return {When.LOSS: lambda g, v: {}}
+
 def clients(*, tilt: float = 0.0):
     x, y = table(tilt=tilt)
     return list(zip(x.split(20), y.split(20)))
@@ -194,6 +209,10 @@ def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
     )
     assert digest(found) == digest(wanted)
     assert found.summary["clients"] == 4
+    steep = {"name": "brought_parts:steep", "by": 2.0}
+    data = {"name": "brought_parts:clients", "loss": steep}
+    found = run("data.classes=2", data=data, rounds=1)
+    assert found.config["data"]["loss"] == steep
     long = composed(["model=function", "model.function=brought_parts:net", "data=own"])
     short = composed(["model=brought_parts:net", "data=own"])
     assert short["model"] == long["model"]
@@ -223,6 +242,12 @@ def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
 def test_what_is_wrong_with_a_part_is_said_by_its_key(mine: Any, words: str, said: str) -> None:
     with pytest.raises(FedRacLoraError, match=said):
         run(*words.split())
+
+
+@pytest.mark.parametrize("name", ["Stretched", "Lost"])
+def test_gradients_of_other_shapes_or_names_are_refused(mine: Any, name: str) -> None:
+    with pytest.raises(FedRacLoraError, match=r"local\.extras.* gives .*are wanted"):
+        run(local={"extras": [getattr(mine, name)()]})
 
 
 @pytest.mark.parametrize(

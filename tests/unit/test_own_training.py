@@ -95,6 +95,16 @@ def idle(round_: Round) -> Trained:
     return round_.read(round_.install(net()), samples=3, steps=1)
 
 
+def hasty(round_: Round) -> Trained:
+    model = net()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)  # before there are factors
+    round_.install(model)
+    x, y = round_.data
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimiser.step()
+    return round_.read(model, samples=len(y), steps=1)
+
+
 def diverging(round_: Round) -> Trained:
     model = round_.install(net())
     for parameter in model.parameters():
@@ -115,6 +125,7 @@ def moving(round_: Round) -> Trained:
     [
         (thawing, "A has moved"),
         (idle, "nothing was trained"),
+        (hasty, "nothing was trained"),
         (diverging, "NaN"),
         (moving, "has moved"),
         (lambda round_: round_, "a Round"),

@@ -105,6 +105,8 @@ def plain_name(name: str, adapter: str) -> tuple[str, bool]:
         ('head.weight', False)
         >>> plain_name("fc.parametrizations.weight.original", "default")
         ('fc.weight', False)
+        >>> plain_name("head.modules_to_save", "default")  # which holds one for each adapter
+        ('head', True)
     """
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     if tuple(parts[-3:]) == ORIGINAL:
@@ -112,7 +114,7 @@ def plain_name(name: str, adapter: str) -> tuple[str, bool]:
     copied = "original_module" in parts
     if "modules_to_save" in parts:
         at = parts.index("modules_to_save")
-        copied = parts[at + 1] != adapter
+        copied = parts[at + 1 : at + 2] != [adapter]
         del parts[at : at + 2]
     return ".".join(part for part in parts if part != "original_module"), copied
 
