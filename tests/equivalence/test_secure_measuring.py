@@ -94,7 +94,7 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["privacy=client_level", "weights=uniform", SECURE], "not go with privacy beside"),
+        (["privacy=client_level", "weights=uniform", SECURE], "with privacy beside"),
         (["local=dp_sgd"], r"not go with local\.dp"),
     ],
 )
