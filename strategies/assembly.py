@@ -235,8 +235,8 @@ def watching(
                 "data.validation is 0: set it above 0, or take a metric of the clients, such as "
                 f"clients.{task.metrics[0]}.mean"
             )
-        known = measuring.named if by_clients and measuring else [*task.measured, "gap"]
-        if (metric if by_clients else metric.removeprefix("personal_")) not in known:
+        known = measuring.named if by_clients and measuring else task.measured
+        if (metric if by_clients else metric.removeprefix("personal_")) not in {*known, "gap"}:
             raise unknown("stop.metric of these data", metric, known)
         validated = None if by_clients else measure("validation")
         found.append(Stopping(config.stop, validated, lower_of(task.info)))

@@ -24,8 +24,9 @@ def status_of(*words: str) -> int:
 
 @pytest.mark.slow  # what it asserts of curves, test_theory_bounds does of some
 def test_a_small_run_holds_and_writes_everything(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no name is wrapped
     out = tmp_path / "here"
     assert status_of("size=small", "jobs=2", f"out={out}") == 0
     assert {path.stem for path in out.glob("*.png")} == FIGURES
