@@ -112,10 +112,10 @@ def alone(module: ModuleType, round_: Round) -> Trained:
 
 
 RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-ROWS = [(1, False), (1, True), *(pytest.param(2, way, marks=pytest.mark.slow) for way in (0, 1))]
 
 
-@pytest.mark.parametrize(("ranks", "sharded"), ROWS)
+@pytest.mark.slow  # gloo waits without end now and then on a busy machine
+@pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (1, True), (2, False), (2, True)])
 @pytest.mark.parametrize("example", ["ddp"], indirect=True)
 def test_ranks_train_as_one_process(
     example: ModuleType, ranks: int, sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +136,7 @@ def test_ranks_train_as_one_process(
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["ddp"], indirect=True)
 def test_ranks_that_have_trained_apart_are_named(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
