@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,14 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is deprecated and will be removed in v6:FutureWarning"
 )
 STEPS, KEY = 3, "num-examples"
+
+
+@pytest.fixture(autouse=True)
+def flower_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's logger reaches caplog, whatever other tests have made of it."""
+    logger = logging.getLogger("flwr")
+    for name, value in (("disabled", False), ("propagate", True), ("level", logging.INFO)):
+        monkeypatch.setattr(logger, name, value)
 
 
 def network() -> nn.Module:

@@ -118,7 +118,7 @@ def test_inline_and_vectorised_agree() -> None:
 
 
 def test_a_task_without_classes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="data have no classes"):
+    with pytest.raises(ConfigError, match=r"head is local.*no classes.*evaluate\.clients=cohort"):
         job("data=least_squares", "partition=given", "clients=null")
 
 

@@ -121,6 +121,7 @@ def clients(*, tilt: float = 0.0):
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "brought_parts.py").write_text(MODULE)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of what changes within a second
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "brought_parts", raising=False)
