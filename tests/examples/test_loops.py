@@ -67,6 +67,7 @@ def run(module: ModuleType, folder: Path, rounds: int, **more: Any) -> fedraclor
 STEPS = {"plain": (3, 4), "lightning_loop": (6, 6), "diffusion": (2, 2)}
 
 
+@pytest.mark.short(when=lambda example: example != "diffusion")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of Lightning, from torch
 @pytest.mark.parametrize("example", STEPS, indirect=True)
 def test_an_example_repeats_resumes_and_moves_nothing_else(
