@@ -14,12 +14,12 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
+from fedraclora.binding import Plain
 from fedraclora.clients.answers import Answers
 from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, served
 from fedraclora.clients.worker import Worker
 from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config.run_config import task_from_plain
-from fedraclora.config.schema import Plain
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.engines.replies import STALE

@@ -7,9 +7,9 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedraclora.binding import PlainDict, section
 from fedraclora.config.build import BuiltTask, build_task
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.schema import PlainDict, section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError
 from fedraclora.experiments import CODE

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from fedraclora.config.schema import section
+from fedraclora.binding import section
 from fedraclora.config.settings import FlowerConfig
 from fedraclora.engines.flower.superlink import Options, SuperLink, option_words, run_options
 from fedraclora.errors import ConfigError, EngineError

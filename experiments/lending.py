@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedraclora.binding import OWN_GROUPS, coerce
+from fedraclora.binding import OWN_GROUPS, PlainDict, coerce, section
 from fedraclora.config.run_config import targets_of
-from fedraclora.config.schema import PlainDict, section
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.objects import data_of, is_share, lend_set
 from fedraclora.data.own_loss import short_name

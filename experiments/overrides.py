@@ -20,9 +20,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from fedraclora.binding import PlainDict
 from fedraclora.config.keys import choices_with
 from fedraclora.config.run_config import NAMED, from_plain
-from fedraclora.config.schema import PlainDict
 from fedraclora.config.unread import unknown_key
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.experiments import CONF

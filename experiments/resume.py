@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedraclora.binding import PlainDict, section
 from fedraclora.config.build import pick_device
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
-from fedraclora.config.schema import PlainDict, section
 from fedraclora.errors import CheckpointError, ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.digests import free_keys, known_data, plans_rounds
 from fedraclora.run.folder import has_begun, is_finished, read_config, read_summary, resume_word

@@ -17,10 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from fedraclora.binding import PlainDict, section
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
-from fedraclora.config.schema import PlainDict, section
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError
 from fedraclora.experiments import CONF

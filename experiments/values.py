@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from fedraclora.binding import PlainDict
 from fedraclora.config.run_config import RunConfig, targets_of
-from fedraclora.config.schema import PlainDict
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.choices import groups
 from fedraclora.experiments.overrides import composed, key_of

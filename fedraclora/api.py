@@ -8,10 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from fedraclora.binding import OWN_GROUPS
+from fedraclora.binding import OWN_GROUPS, PlainDict, section
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
-from fedraclora.config.schema import PlainDict, section
 from fedraclora.config.settings import OutputConfig
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError

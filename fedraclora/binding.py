@@ -34,6 +34,19 @@ def without(group: Plain, *keys: str) -> dict[str, object]:
     return {k: v for k, v in group.items() if k not in keys}
 
 
+def section(plain: Plain, key: str) -> dict[str, object]:
+    """Return one group of the config as a dict.
+
+    Raises:
+        ConfigError: If it is missing or not a group.
+    """
+    value = plain.get(key)
+    if not isinstance(value, Mapping):
+        hint = "" if value is None else f": it has keys of its own (simulate {key} --help)"
+        raise ConfigError(f"the config needs a section {key}, but has {key}={value!r}{hint}")
+    return dict(value)
+
+
 T = typing.TypeVar("T")
 
 

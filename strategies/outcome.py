@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from fedraclora.binding import section
 from fedraclora.config.build import BuiltTask, build_task, measured_samples
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.data.held import whole_objects
 from fedraclora.data.partition import spread_clients

@@ -15,9 +15,9 @@ import yaml
 from torch import nn
 from typing_extensions import override
 
+from fedraclora.binding import section
 from fedraclora.config.build import BuiltTask, answering_of, measured_samples
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.schema import section
 from fedraclora.data.dataset import Read
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fedraclora.binding import PlainDict
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.schema import PlainDict
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from fedraclora.binding import section
 from fedraclora.config.build import build_task, plan_of
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.schema import section
 from fedraclora.data.locate import model_source
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError

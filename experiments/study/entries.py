@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fedraclora.binding import bind
-from fedraclora.config.schema import Plain, section
+from fedraclora.binding import Plain, bind, section
 from fedraclora.experiments.study.file import Study
 from fedraclora.experiments.study.tuning import Done, Line, final_lines, score, tuned_value
 from fedraclora.protocol.method import Method

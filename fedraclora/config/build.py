@@ -15,10 +15,9 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedraclora.attacks.attack import AttackedOwnTrainer, AttackedTrainer
-from fedraclora.binding import bind, build, object_of
+from fedraclora.binding import Plain, bind, build, object_of, section, without
 from fedraclora.config.pretraining import pretrain_model
 from fedraclora.config.run_config import TaskConfig, parted
-from fedraclora.config.schema import Plain, section, without
 from fedraclora.config.settings import EvaluateConfig, Selection
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader

@@ -18,8 +18,7 @@ from fedraclora.aggregation.robust import AGGREGATORS
 from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS, ServerOptimiser
 from fedraclora.allocation.rules import ALLOCATIONS, Uniform
 from fedraclora.attacks.attack import ATTACKS, Attack
-from fedraclora.binding import bind, build, coerce, row_of
-from fedraclora.config.schema import Plain, section, without
+from fedraclora.binding import Plain, bind, build, coerce, row_of, section, without
 from fedraclora.config.settings import (
     ENGINES,
     EngineConfig,

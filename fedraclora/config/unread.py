@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedraclora.allocation.rules import Uniform
 from fedraclora.attacks.attack import Attack
-from fedraclora.binding import row_of
-from fedraclora.config.schema import Plain
+from fedraclora.binding import Plain, row_of
 from fedraclora.config.settings import MEASURED, DeployConfig, StopConfig
 from fedraclora.data import DATASETS
 from fedraclora.data.own_loss import is_own, named_loss, short_name

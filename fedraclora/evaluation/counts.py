@@ -36,7 +36,7 @@ class Owners:
         return torch.segment_reduce(rows[self.of.argsort(stable=True)], "sum", lengths=sizes)
 
     def counts(self, places: torch.Tensor, counted: torch.Tensor, width: int) -> torch.Tensor:
-        """Counted how often each place, int64 [N], occurs among what is counted: [count, width]."""
+        """Count how often each place, int64 [N], occurs among what is counted: [count, width]."""
         start = 0 if self.of is None else self.of * width
         table = torch.zeros(self.count * width, dtype=torch.int64, device=places.device)
         table.index_add_(0, (start + places) * counted, counted.long())
@@ -116,7 +116,7 @@ def _correct(batch: Batch) -> torch.Tensor:
 
 
 def _classes(batch: Batch) -> torch.Tensor:
-    """Counted right predictions, predictions and occurrences of each class: [owners, 3 C]."""
+    """Count right predictions, predictions and occurrences of each class: [owners, 3 C]."""
     predicted, wanted, width, owners = batch.classes()
     counted = wanted != IGNORED_TOKEN
     right = counted & (predicted == wanted)
@@ -125,7 +125,7 @@ def _classes(batch: Batch) -> torch.Tensor:
 
 
 def _labels(batch: Batch) -> torch.Tensor:
-    """Counted the same of each output that says yes or no, where yes is counted: [owners, 3 C]."""
+    """Count the same of each output that says yes or no, where yes is counted: [owners, 3 C]."""
     said, wanted = batch.output.reshape(batch.target.shape) > 0, batch.target == 1
     columns = torch.cat([said & wanted, said, wanted], dim=1)
     return batch.owners.sums(*columns.unbind(dim=1))

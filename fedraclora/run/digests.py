@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedraclora.config.schema import Plain
+from fedraclora.binding import Plain
 from fedraclora.data.locate import file_digest, resolve, user_path
 from fedraclora.errors import CheckpointError, ConfigError, DataError
 from fedraclora.weights.files import ADVICE, write_text

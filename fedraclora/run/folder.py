@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from fedraclora.config.schema import Plain, section
+from fedraclora.binding import Plain, section
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
 from fedraclora.run.ledger import number, read_ledger, seals

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pytest
 import yaml
 
-from fedraclora.binding import bind, build, coerce
+from fedraclora.binding import bind, build, coerce, section, without
 from fedraclora.config import run_config
 from fedraclora.config.keys import choices_with
 from fedraclora.config.run_config import (
@@ -24,7 +24,6 @@ from fedraclora.config.run_config import (
     from_plain,
     task_from_plain,
 )
-from fedraclora.config.schema import section, without
 from fedraclora.config.settings import (
     ENGINES,
     Chunk,

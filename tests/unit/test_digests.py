@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedraclora.config.schema import Plain
+from fedraclora.binding import Plain
 from fedraclora.errors import CheckpointError, DataError
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Memo, State

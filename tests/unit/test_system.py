@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from fedraclora import rng
-from fedraclora.binding import build
-from fedraclora.config.schema import without
+from fedraclora.binding import build, without
 from fedraclora.devices.distributions import (
     Availability,
     Bernoulli,

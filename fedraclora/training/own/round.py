@@ -12,6 +12,7 @@ from torch import nn
 from fedraclora.errors import ClientError, ConfigError, ModelError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.plan import some_of
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.training.materialise import materialise
 from fedraclora.training.own.places import (
@@ -27,8 +28,6 @@ from fedraclora.training.own.places import (
 from fedraclora.training.own.ranks import Sums, bits_of, check_alike
 from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree
-
-SHOWN = 3  # names in a message
 
 
 @dataclass(eq=False)
@@ -163,8 +162,9 @@ class Round:
         of_layers = {n for n in found if n not in asked.downlink.dense}
         if (of_layers or {*found}) <= still:
             raise ClientError(
-                f"nothing was trained: {_some(sorted(of_layers or still))} have not moved. Make "
-                "the optimiser after round.install, of parameters with requires_grad, and step it"
+                f"nothing was trained: {some_of(sorted(of_layers or still), 'tensor')} did not "
+                "move. Make the optimiser after round.install, of parameters with requires_grad, "
+                "and step it"
             )
         check_alike(found)
         for name, mask in asked.masks.items():  # weight decay moves what is beyond the budget, too
@@ -177,8 +177,8 @@ def _use_peft(places: Found, downlink: Downlink, adapter: str) -> None:
     """Set scales and what stays frozen in LoRA layers of PEFT, and switch their adapter on."""
     if more := sorted(places.layers.keys() - downlink.adapters.keys()):
         raise ModelError(
-            f"the model has LoRA layers on {_some(more)}, which the method does not adapt: name "
-            "the same layers in target_modules and in targets"
+            f"the model has LoRA layers on {some_of(more, 'weight')}, which the method does not "
+            "adapt: name the same layers in target_modules and in targets"
         )
     for weight, asked in downlink.adapters.items():
         layer = places.layers[weight]
@@ -221,10 +221,6 @@ def _check_active(model: nn.Module, places: Found, downlink: Downlink, adapter: 
                 f"a module of modules_to_save is switched off: call model.set_adapter({adapter!r}) "
                 "before round.read"
             )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 class Asked:
@@ -270,8 +266,8 @@ class Asked:
         known = {id(there[n]) for n in self.base.keys() & there.keys()}
         more = [n for n, p in there.items() if id(p) not in known]
         if lacking or more:
-            what = [f"lacks {_some(lacking)}"] if lacking else []
-            what += [f"has {_some(more)} besides"] if more else []
+            what = [f"lacks the {some_of(lacking, 'parameter')}"] if lacking else []
+            what += [f"has the {some_of(more, 'parameter')} besides"] if more else []
             raise ModelError(
                 f"round.install wants the run's model, by the names of its parameters, and this "
                 f"{type(inner(model)).__name__} {' and '.join(what)}: give the same architecture "
@@ -328,7 +324,7 @@ class Asked:
         """
         wanted = {n: tuple(v.shape) for n, v in self.values.items()}
         if not isinstance(found, dict) or found.keys() != wanted.keys():
-            raise ClientError(f"Trained.tensors has not the names {_some([*wanted])} alone")
+            raise ClientError(f"Trained.tensors has not the {some_of([*wanted], 'tensor')} alone")
         for name, value in found.items():
             if not isinstance(value, torch.Tensor) or tuple(value.shape) != wanted[name]:
                 raise ClientError(f"{name} of Trained.tensors is no tensor of shape {wanted[name]}")

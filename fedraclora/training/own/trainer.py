@@ -56,6 +56,7 @@ class OwnTrainer(CohortTrainer):
         super().__init__(*given, **named)
         self.function, self.timeout = function, timeout
         self.sums = 0, Sums()  # of a round
+        self.folded: tuple[object, Tree] = None, {}  # what pools fold into it, and the base with it
         self.came: dict[int, list[int]] = {}  # by client, `versions` of its samples
         self.name = name.partition("@")[0]  # of one that a program lends, without its digest
 
@@ -68,7 +69,9 @@ class OwnTrainer(CohortTrainer):
         self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int, **given: Any
     ) -> LocalResult:
         base, narrow = self._with_pools(base, downlink)
-        base = dense(apply_link(widened(base), Link(narrow), self.plan) if narrow else base)
+        if narrow and narrow is not self.folded[0]:  # once for all clients of a round
+            self.folded = narrow, apply_link(widened(base), Link(narrow), self.plan)
+        base = dense(self.folded[1] if narrow else base)
         scale, states, found = float(given["rate_scale"]), dict[int, bytes](), list[Trained]()
         for place, client in enumerate(clients.tolist()):
             own = downlink.select(torch.tensor([place]))
