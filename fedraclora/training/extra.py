@@ -118,14 +118,15 @@ class LocalExtra(Limited, group="local.extras"):
     """What a setting adds to plain local training; as it stands here, nothing.
 
     Attributes:
-        form: How a config asks for it, with the names of its fields: ``local.prox={mu}``.
+        form: How a config asks for it, with the names of its fields: ``local.prox={mu}``; empty:
+            its name.
         takes_factor_step: Whether it says how the factors of an adapter take a step; one may.
         ends_moments: Whether its moments speak of what ends with the round.
         forms_gradients: Whether `gradients` stands in the place of those of the loss; one may.
         answers_once: Whether a second answer to a round would tell what the first one hides.
     """
 
-    form: ClassVar[str]
+    form: ClassVar[str] = ""
     takes_factor_step: ClassVar[bool] = False
     ends_moments: ClassVar[bool] = False
     forms_gradients: ClassVar[bool] = False
@@ -134,7 +135,7 @@ class LocalExtra(Limited, group="local.extras"):
     @property
     def setting(self) -> str:
         """How the config asks for it, for messages."""
-        return self.form.format(**vars(self))
+        return self.form.format(**vars(self)) or type(self).__name__
 
     def gradients(
         self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int

@@ -67,6 +67,7 @@ from fedraclora.strategies.shared.layer import (
     RoundReplies,
     known,
     multiplied,
+    sound_update,
 )
 from fedraclora.tree import Tree, wide, widened
 
@@ -269,7 +270,7 @@ class LayerMethod(LowRankMethod):
         for name, adapter in sent.adapters.items():
             layer = self.layer(state, state.plan, name)
             replies = Replies(came, name)
-            update = self.update(layer, replies)
+            update = sound_update(self.update(layer, replies), layer, type(self).__name__)
             if error is not None:
                 new = update.aggregate or _left(layer, replies, update)
                 error.add(replies.product(), replies.carried, new, layer.scale)

@@ -31,6 +31,7 @@ import fedraclora
 from fedraclora.attacks.attack import Attack
 from fedraclora.limits import NotNegative
 from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.shared.layerwise import LayerUpdate
 from fedraclora.training.extra import LocalExtra, When
 from fedraclora.training.extras.settings import LocalSettings
 
@@ -45,6 +46,14 @@ class Method(FedRacLora):
     \"\"\"
 
     boost: float = 1.0
+
+class Careless(FedRacLora):
+    def update(self, layer, replies):
+        return {"carried": {}}
+
+class Turned(FedRacLora):
+    def update(self, layer, replies):
+        return LayerUpdate(merged=(torch.ones(layer.n, 2), torch.ones(2, layer.m)))
 
 @dataclass(frozen=True)
 class Louder(Attack):
@@ -107,8 +116,6 @@ class Stretched(LocalExtra):
         return {When.LOSS: lambda g, v: {n: t[0] for n, t in g.items()}}
 
 class Lost(LocalExtra):
-    form = "lost"
-
     def hooks(self, chunk):
         return {When.LOSS: lambda g, v: {}}
 
@@ -243,6 +250,15 @@ def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
 def test_what_is_wrong_with_a_part_is_said_by_its_key(mine: Any, words: str, said: str) -> None:
     with pytest.raises(FedRacLoraError, match=said):
         run(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Careless", "a dict.*LayerUpdate"), ("Turned", r"factors .*\(3, 2\).*as \(B")],
+)
+def test_what_a_method_cannot_make_of_a_layer_is_refused(mine: Any, name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} gives for \w+\.weight .*{said}"):
+        run(method=f"brought_parts:{name}")
 
 
 @pytest.mark.parametrize("name", ["Stretched", "Lost"])
