@@ -5,24 +5,22 @@ Messages go as bytes and come as bytes.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from typing_extensions import override
 
 from tests.campaigns.faults.network import over_the_wire
-from tests.messages import become_a_task
+from tests.messages import FakeGrid
 
 Fault = Callable[[Message, Callable[[], Message]], Message | None]
 
 
 @dataclass
-class Nodes(Grid):
+class Nodes(FakeGrid):
     """Flower's grid for Flower's loop.
 
     Attributes:
@@ -38,28 +36,6 @@ class Nodes(Grid):
     nodes: dict[int, int]
     fault: Fault | None = None
     sent: list[Message] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        become_a_task()
-        self.ids = itertools.count(1)
-        self.waiting: dict[str, Message] = {}
-
-    @override
-    def set_run(self, run: object) -> None:
-        raise NotImplementedError
-
-    @property
-    @override
-    def run(self) -> None:  # type: ignore[override]
-        raise NotImplementedError
-
-    @override
-    def create_message(self, *_: object, **__: object) -> Message:
-        raise NotImplementedError
-
-    @override
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
 
     @override
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

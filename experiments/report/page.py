@@ -148,7 +148,7 @@ class Shown(RunFiles):
             )
             if "samples_min" in sizes
             else "",
-            "samples to train on, to test on": f"{task['train']}, {task['test']}"
+            "samples at clients, test samples at the server": f"{task['train']}, {task['test']}"
             if {"train", "test"} <= task.keys()
             else "",
             "engine, device": ", ".join(
@@ -297,7 +297,7 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
     axes = {
         f"{metric} by round": ("round", metric, ("round",), ("metrics", metric)),
         f"{metric} by traffic, both ways": ("MB, up and down", metric, (), ("metrics", metric)),
-        "loss on the test samples": ("round", "loss", ("round",), ("metrics", "loss")),
+        "loss": ("round", "loss", ("round",), ("metrics", "loss")),
         "exact match of answers": ("round", "share", ("round",), ("metrics", "exact_match")),
         "training loss": ("round", "loss", ("round",), ("train_loss",)),
         "gradient energy in the basis": ("round", "share", ("round",), ("report", "energy_seen")),

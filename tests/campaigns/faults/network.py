@@ -5,7 +5,6 @@ What goes over it is written to bytes and read back. A fault may do what it like
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
@@ -15,7 +14,6 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
-from flwr.serverapp import Grid
 from typing_extensions import override
 
 from fedraclora.clients import node as client_node
@@ -24,7 +22,7 @@ from fedraclora.engines.records import folded, from_records, unfolded
 from fedraclora.experiments.overrides import composed
 from fedraclora.strategies.server_app import app as server_app
 from fedraclora.wire.records import clients_of
-from tests.messages import become_a_task
+from tests.messages import FakeGrid
 
 SMALL = [
     "data=digits",
@@ -58,7 +56,7 @@ def over_the_wire(content: RecordDict) -> RecordDict:
 
 
 @dataclass
-class Network(Grid):
+class Network(FakeGrid):
     """Stands for Flower's grid.
 
     Attributes:
@@ -76,32 +74,6 @@ class Network(Grid):
     sent: list[Message] = field(default_factory=list)
     posted: list[Message] = field(default_factory=list)
     on_round: Callable[[int], None] | None = None
-
-    def __post_init__(self) -> None:
-        become_a_task()
-        self.ids = itertools.count(1)
-        self.waiting: dict[str, Message] = {}
-
-    @override
-    def set_run(self, run: object) -> None:
-        raise NotImplementedError
-
-    @property
-    @override
-    def run(self) -> None:  # type: ignore[override]
-        raise NotImplementedError
-
-    @override
-    def create_message(self, *_: object, **__: object) -> Message:
-        raise NotImplementedError
-
-    @override
-    def send_and_receive(self, messages: object, *, timeout: object = None) -> list[Message]:
-        raise NotImplementedError
-
-    @override
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
 
     @override
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
