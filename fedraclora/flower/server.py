@@ -308,12 +308,16 @@ def load(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
     Args:
         model: Of the app; it is changed in place. Of a PeftModel what is inside is given, without
             the adapter, into which these weights do not fit: save it whole.
-        arrays: Of ``evaluate_fn`` or ``Result.arrays``.
+        arrays: Of ``evaluate_fn`` or ``Result.arrays``. Those of a fresh adapter of PEFT, which
+            ``evaluate_fn`` gets in round 0, add nothing to what is inside.
 
     Raises:
         ConfigError: If the model has parameters that the arrays lack.
     """
     inside: nn.Module = model.unload() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    fresh = [array for name, array in arrays.items() if name.endswith(ZERO)]
+    if inside is not model and fresh and not any(array.numpy().any() for array in fresh):
+        return inside
     places = find(inside, {}, "default").parameters
     known = {id(p) for n, p in places.items() if n in arrays}
     if lacking := [n for n, p in places.items() if id(p) not in known]:

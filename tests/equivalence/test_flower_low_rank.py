@@ -471,6 +471,8 @@ def test_a_peft_model_begins_from_its_checkpoint_and_is_sent_no_weights(
     every = [*metrics.values(), *result.evaluate_metrics_clientapp.values()]
     assert max(float(str(each["catchup_bytes"])) for each in every) < 1000  # links, no weights
     assert metrics[3]["train_loss"] < metrics[1]["train_loss"]
+    untrained = dict(flower.load(llama(), initial).named_parameters())
+    assert all(torch.equal(untrained[n], p) for n, p in llama().unload().named_parameters())
     model = flower.load(llama(), result.arrays)
     assert not [n for n, _ in model.named_parameters() if "lora" in n]
     before = dict(llama().unload().named_parameters())
