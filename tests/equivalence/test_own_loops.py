@@ -165,6 +165,7 @@ LAYERS = {
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.short(when=lambda side: side == "right")
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ["cnn", "gpt2", "embeddings"])
 def test_layers_of_peft_train_as_by_the_projects_loop(name: str, side: str) -> None:

@@ -110,7 +110,7 @@ def calls() -> int:
     return depth
 
 
-@pytest.mark.short(when=lambda kind: kind == "dpo")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REFERENCE)
 def test_rounds_repeat_and_a_model_does_not_grow(
     kind: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
