@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import composing
 
+from tests.hosts import Bed, why_not
+
 # Nothing of what is imported and collected is garbage, and to look through it is half the work.
 gc.disable()
 
@@ -98,6 +100,14 @@ def data_root() -> Path:
     if not Path(root).is_dir():
         pytest.fail(f"{DATA_VARIABLE}={root} is no folder")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def beds() -> type[Bed]:
+    """Beds of hosts, as `with beds(3) as bed`; the test is skipped where none is to be had."""
+    if reason := why_not():
+        pytest.skip(reason)
+    return Bed
 
 
 @pytest.fixture(scope="session")
