@@ -65,6 +65,17 @@ def central(case: Case) -> BenchRow:
     return BenchRow(lapped(limit.round), facts={"at once": float(at_once)})
 
 
+def product(case: Case, dtype: torch.dtype) -> BenchRow:
+    """One large product of square matrices: the speed that rows are held against."""
+    width = 1024 if case.device.type == "cpu" else 8192
+    left, right = torch.rand(2, width, width, device=case.device).to(dtype)
+
+    def once() -> None:
+        left @ right
+
+    return BenchRow(lapped(once))
+
+
 def ray(case: Case, workers: int, steps: int | None = None) -> BenchRow:
     """Chunks of clients on resident Ray workers."""
     return federated_row(case, chunk=case.workload.ray_chunk, steps=steps, workers=workers)
@@ -109,6 +120,8 @@ BUILDERS: dict[str, Callable[[Case], BenchRow]] = {
     "cohort 10,000": lambda case: federated_row(case.of(10_000)),
     "population 1,000": federated_row,
     "population 1,000,000": lambda case: federated_row(case.of(1_000_000)),
+    "product": lambda case: product(case, torch.float32),
+    "product bf16": lambda case: product(case, torch.bfloat16),
     **late.LATE_BUILDERS,
 }
 

@@ -21,7 +21,7 @@ import yaml
 
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.experiments.bench import late
-from fedraclora.experiments.bench.workloads import RAY, WORKLOADS
+from fedraclora.experiments.bench.workloads import PRODUCTS, RAY, WORKLOADS
 from fedraclora.experiments.tables import Table
 from fedraclora.run.folder import git_revision
 
@@ -76,10 +76,15 @@ def table(report: Report) -> Table:
     versions = about.get("versions", {})
     note = f"{where}; torch {versions.get('torch')}, {about.get('threads')} thread a process; "
     note += f"revision {about.get('git')}."
+    for name in (name for name in PRODUCTS if name in rows):
+        note += f" Peak, {label(name, rows[name])}: {speed(rows[name], by) / 1e9:,.0f} GFLOP/s."
     if rows.keys() & late.LATE_BUILDERS.keys():
         return Table.of(late.by_round(rows, title), [note])
-    ranked = sorted(rows, key=lambda name: float(rows[name][by]))
-    records = [{title: label(name, rows[name]), **cells(report, name)} for name in ranked]
+    ranked = sorted(rows.keys() - set(PRODUCTS), key=lambda name: float(rows[name][by]))
+    records = [
+        {title: label(name, rows[name]), **cells(report, name), **of_peak(rows, name, by)}
+        for name in ranked
+    ]
     if cuda and {"bf16", "vectorised"} <= rows.keys():
         gain = against(rows["vectorised"], rows["bf16"], "seconds")
         note += f" bf16-mixed: {gain} times the samples a second of float32."
@@ -118,6 +123,24 @@ def cuda_cells(report: Report, name: str) -> dict[str, str]:
         "time / central": against(row, report.rows.get("central"), "seconds"),
         "largest chunk": f"{row['largest_chunk']:,}" if "largest_chunk" in row else "",
     }
+
+
+def of_peak(rows: Mapping[str, Any], name: str, by: str) -> dict[str, str]:
+    """Write what share of the machine's peak a row reaches; nothing where no peak was timed.
+
+    Its work is that of the matrix products of central training on the same samples: doing more
+    gains a row nothing. The peak is one large product's speed, timed in turn with the rows.
+    """
+    work = rows.get("central", {}).get("facts", {}).get("flops")
+    peak = rows.get("product bf16" if "bf16" in name else "product")
+    if not work or peak is None:
+        return {}
+    return {"of peak": "" if "idle" in name else f"{work / rows[name][by] / speed(peak, by):.2g}"}
+
+
+def speed(row: Mapping[str, Any], by: str) -> float:
+    """Operations of matrix products a second, of a row that makes nothing else."""
+    return float(row["facts"]["flops"]) / float(row[by])
 
 
 def against(row: Mapping[str, Any], other: Mapping[str, Any] | None, by: str) -> str:

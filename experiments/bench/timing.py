@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import Task
@@ -73,24 +74,36 @@ def interleaved(
         device: Whose memory is looked at.
 
     Returns:
-        What each row came to; see `figures`.
+        What each row came to; see `figures`. Fact ``flops``: operations of the matrix products of
+        a round, where it runs in this process.
     """
     laps = {name: Laps(children=row.workers is not None) for name, row in rows.items()}
-    peaks = dict.fromkeys(rows, 0)
+    peaks, flops = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
     while todo := [n for n, row in rows.items() if not done(laps[n], rounds, row)]:
         for name in todo:
             row, lap = rows[name], laps[name]
             # Short rounds come in bursts: caches are warm in a run, which is what is timed.
             burst = 1 if not lap.wall or lap.wall[-1] > SHORT else BURST
             restart_peak(device)
+            if not lap.wall and row.workers is None:  # the round that does not count
+                flops[name] = counted(row, lap)
+                continue
             for _ in range(min(burst, rounds + 1 - len(lap.wall))):
                 row.round(lap)
             peaks[name] = max(peaks[name], peak_of(row, device))
     found = {}
     for name, row in rows.items():
         final = None if row.weights is None else loss(row.weights())
-        found[name] = figures(laps[name].wall, laps[name].cpu, peaks[name], final, row.facts)
+        facts = {**row.facts, "flops": flops[name]} if flops[name] else row.facts
+        found[name] = figures(laps[name].wall, laps[name].cpu, peaks[name], final, facts)
     return found
+
+
+def counted(row: BenchRow, lap: Laps) -> int:
+    """Run a round of this process; floating-point operations of its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        row.round(lap)
+    return int(counter.get_total_flops())
 
 
 def restart_peak(device: torch.device) -> None:

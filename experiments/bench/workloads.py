@@ -32,6 +32,7 @@ from fedraclora.rng import generator
 LR = 0.1
 RAY = ("ray idle", "ray x1", "ray x2")
 PEERS = ("flower", "pfl", "fedlab", "fedjax")
+PRODUCTS = ("product", "product bf16")
 
 
 @dataclass(frozen=True)

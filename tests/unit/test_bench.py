@@ -186,7 +186,7 @@ def test_virtual_clients_are_asked_for_a_cohort() -> None:
     workload = replace(WORKLOADS["population"], clients=5000, asked=7)
     assert Case(workload, CPU).task.train.num_clients == 5000
     found = timed(["vectorised"], Case(workload, CPU), 1, lambda _: 0.0)
-    assert found["vectorised"]["facts"] == {"chunk": 7.0}
+    assert found["vectorised"]["facts"]["chunk"] == 7.0
 
 
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
@@ -203,7 +203,12 @@ def test_every_bound_names_rows_that_its_workload_has() -> None:
 
 
 def test_all_rows_make_the_rounds_they_should() -> None:
-    found = timed(["vectorised", "central", "inline", "idle"], Case(TINY, CPU), 2, lambda _: 0.0)
+    rows = ["vectorised", "central", "inline", "idle", "product"]
+    found = timed(rows, Case(TINY, CPU), 2, lambda _: 0.0)
+    flops = {name: row.get("facts", {}).get("flops") for name, row in found.items()}
+    assert flops["product"] == 2 * 1024**3
+    assert flops["vectorised"] == flops["inline"]
+    assert flops["idle"] is None
     assert {row["rounds"] for row in found.values()} == {2}
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in found.values())
 
@@ -251,6 +256,20 @@ def test_the_table_names_versions_and_ratios(tmp_path: Path) -> None:
     assert "P, 2 cores; torch 2, 1 thread a process; revision abc." in made
     with pytest.raises(ConfigError, match="holds no figures"):
         tables(tmp_path / "nowhere")
+
+
+def test_the_share_of_the_peak_counts_the_work_of_central(tmp_path: Path) -> None:
+    rows = {
+        "central": {**ROWS["central"], "cpu_seconds": 2.0, "facts": {"flops": 8e9}},
+        "loop": {**ROWS["central"], "cpu_seconds": 4.0, "facts": {"flops": 16e9}},
+        "product": {**ROWS["central"], "cpu_seconds": 0.5, "facts": {"flops": 4e9}},
+    }
+    Report("A", rows).write(tmp_path)
+    made = tables(tmp_path).splitlines()
+    assert [line.split("|")[-2].strip() for line in made if "| central" in line] == ["0.5"]
+    assert [line.split("|")[-2].strip() for line in made if "loop" in line] == ["0.25"]
+    assert "8 GFLOP/s" in made[-1]
+    assert not [line for line in made[1:] if line.startswith("| one product")]
 
 
 def test_the_table_of_a_gpu_gives_throughput_and_the_largest_chunk(tmp_path: Path) -> None:
