@@ -3,7 +3,8 @@
 ``connection=NAME`` starts it at a SuperLink that Flower's configuration names, and follows it;
 ``local=N`` makes a SuperLink and N SuperNodes on this machine for it. The other words are those of
 simulate, ``local=adamw`` among them: only a number counts nodes. The status is that of the run.
-``--cfg job`` prints the config, and starts nothing.
+``--cfg job`` prints the config, and starts nothing; ``--check`` says what would fail, and
+``--check=FILE`` writes what owners of data check against, by ``fedraclora node --check=FILE``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fedraclora.experiments.progress import RunProgress
 from fedraclora.experiments.resume import told_how_to_go_on
 from fedraclora.experiments.simulate import choose, shows_composed
 from fedraclora.experiments.status import reported
-from fedraclora.experiments.words import NODES, key_values
+from fedraclora.experiments.words import NODES, checked, key_values
 from fedraclora.imports import is_function
 from fedraclora.run.folder import alone, amend, begin_folder, method_label, run_title
 from fedraclora.run.ledger import Ledger
@@ -295,11 +296,17 @@ def main(words: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
+    words, file = checked(words)
     own, rest = parted(words)
     if shows_composed(deployed(rest, own.get("local"))):
         return 0
     name, local = where(own)
     request = prepare(rest, local)
+    if file is not None:
+        from fedraclora.experiments.check import check_run
+
+        connection = None if local else Connection(name, command_line(os.environ))
+        return check_run(request, connection, file or None)
     if not request.is_done():
         again = f"deploy local={local}" if local else f"deploy connection={name}"
         with (

@@ -1,25 +1,26 @@
 """``fedraclora node``: a SuperNode that answers sooner than Flower's, with the words of that.
 
 Its own API is a socket in a private folder: words that say where it listens and who may call it
-are refused. See `fedraclora.engines.deploy.supernode`.
+are refused. See `fedraclora.engines.deploy.supernode`. ``--check`` starts nothing, and says what
+would fail; ``--check=FILE`` with the file of the operator's ``fedraclora deploy --check=FILE``.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
 
 from fedraclora.engines.deploy.local import SUPERNODE
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.words import checked
 
 # Flower takes an option by its first letters, too.
 OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
 OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
 
 
-def main() -> NoReturn:
-    """Become the SuperNode of the command line.
+def main() -> int:
+    """Become the SuperNode of the command line, or check what it would fail at.
 
     Raises:
         ConfigError: If it says where the node's own API listens.
@@ -31,4 +32,9 @@ def main() -> NoReturn:
                 f"{name}: the API of this node is a socket that only its own processes reach; "
                 "leave this out, or run flower-supernode, where docs/security.md says what to set"
             )
-    os.execv(sys.executable, [sys.executable, "-P", str(SUPERNODE), *sys.argv[1:]])  # noqa: S606
+    words, file = checked(sys.argv[1:])
+    if file is not None:
+        from fedraclora.experiments.check import check_node
+
+        return check_node(words, file or None)
+    return os.execv(sys.executable, [sys.executable, "-P", str(SUPERNODE), *words])  # noqa: S606

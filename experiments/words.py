@@ -39,3 +39,14 @@ def part(words: Sequence[str], own: Collection[str]) -> tuple[dict[str, object],
     """
     mine = [word for word in words if word.partition("=")[0] in own]
     return key_values(mine), [word for word in words if word not in mine]
+
+
+def checked(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Part ``--check`` and ``--check=FILE`` from other words; None: it is not among them.
+
+    Example:
+        >>> checked(["seed=1", "--check"]), checked(["--check=run.yaml"]), checked([])
+        ((['seed=1'], ''), ([], 'run.yaml'), ([], None))
+    """
+    mine = [word for word in words if word.partition("=")[0] == "--check"]
+    return [w for w in words if w not in mine], mine[-1].partition("=")[2] if mine else None

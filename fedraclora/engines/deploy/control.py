@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedraclora.engines.programs import flwr, flwr_of
 from fedraclora.errors import EngineError
@@ -63,14 +64,27 @@ class Connection:
         """
         words = ["run", str(app), self.name, "-c", str(run_config), "--format", "json"]
         run = flwr(words, self.environ, stderr=subprocess.PIPE)
-        found = _json(run.stdout)
-        if "run-id" not in found:
-            reason = found.get("error-message") or f"{run.stdout}{run.stderr}".strip()
-            raise EngineError(
-                f"the SuperLink of connection {self.name} took no run: {reason} (address and "
-                "root-certificates of the connection must be those of the SuperLink)"
-            )
-        return int(str(found["run-id"]))
+        return int(str(self._read(run, "run-id", "took no run")))
+
+    def nodes(self) -> list[str]:
+        """List what its registered nodes are: online, offline or registered.
+
+        Raises:
+            EngineError: If it does not answer.
+        """
+        words = ["supernode", "list", self.name, "--format", "json"]
+        listed = self._read(flwr(words, self.environ, stderr=subprocess.PIPE), "nodes", "is silent")
+        return [str(node["status"]) for node in listed]
+
+    def _read(self, done: subprocess.CompletedProcess[str], key: str, failed: str) -> Any:
+        found = _json(done.stdout)
+        if key in found:
+            return found[key]
+        reason = found.get("error-message") or f"{done.stdout}{done.stderr}".strip()
+        raise EngineError(
+            f"the SuperLink of connection {self.name} {failed}: {reason} (address and "
+            "root-certificates of the connection must be those of the SuperLink)"
+        )
 
     def status(self, run: int) -> Status:
         """Ask how a run stands.
