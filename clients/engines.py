@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from typing_extensions import override
 
 from fedraclora.clients.ray_worker import Site, SiteParts
 from fedraclora.clients.worker import Worker
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import DeployConfig, FlowerConfig, RayConfig
+from fedraclora.data.held import files_of
 from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.errors import ConfigError
 from fedraclora.objects import named_by
@@ -96,14 +100,24 @@ class OnRay(Engine):
     def make_grid(self, parts: EngineParts) -> Grid:
         from fedraclora.engines.ray import Cluster, RayGrid
 
-        return RayGrid(
-            Cluster(self.settings, parts.built.device.type),
-            self.site,
-            self.given(parts),
-            history=self.history,
-            store=parts.store,
-            settings=self.settings,
-        )
+        with ExitStack() as failed:
+            cluster = Cluster(self.settings, parts.built.device.type)
+            failed.callback(cluster.close)
+            files = files_of(parts.built.task.train)
+            if files is not None and (without := cluster.lacking(here := Path(files.source or ""))):
+                files.sizes(torch.arange(files.num_clients))  # read here, they travel as they are
+                text = f"sent to all hosts, since {here} is not the same on {', '.join(without)}"
+                cluster.told["samples"] = text
+            grid = RayGrid(
+                cluster,
+                self.site,
+                self.given(parts),
+                history=self.history,
+                store=parts.store,
+                settings=self.settings,
+            )
+            failed.pop_all()
+            return grid
 
 
 def _parts_of(config: RunConfig, parts: EngineParts) -> SiteParts:

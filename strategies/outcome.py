@@ -262,7 +262,7 @@ def opening_lines(run: Assembled) -> list[str]:
         )
     lines |= {"steps": ", ".join(map(str, config.steps))} if config.steps else {}
     lines |= measured_by(run)
-    lines["chunk"] = str(run.chunk)
+    lines |= {"chunk": str(run.chunk), **run.grid.told}
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
 
 

@@ -62,7 +62,9 @@ class BenchRow:
 
 def ray_settings(workers: int, device: torch.device) -> RayConfig:
     """Return the settings of a Ray row; on a GPU all rows share one card."""
-    return RayConfig(workers=workers, gpus=None if device.type == "cpu" else 1 / RAY_WORKERS)
+    return RayConfig(
+        workers=workers, gpus=None if device.type == "cpu" else 1 / RAY_WORKERS, address="local"
+    )
 
 
 def settle() -> None:

@@ -160,7 +160,8 @@ class RayConfig(EngineConfig):
     Attributes:
         workers: Processes that train; None = one per free CPU (or GPU) of the cluster.
         gpus: Share of a GPU for each worker; None = 1 where the device is cuda, else 0.
-        address: Of a cluster to join (``auto``, ``host:port``); None starts one on this machine.
+        address: Of a cluster to join (``auto``, ``host:port``); None: RAY_ADDRESS; without that, or
+            with ``local``, one is started on this machine.
         retries: Workers that may die or hang in a round before the run stops.
         timeout: Seconds after which a worker that has not answered for its chunk counts as hung.
     """

@@ -18,6 +18,7 @@ from fedraclora.data.entries import picked
 from fedraclora.data.own import Brought
 from fedraclora.data.samples import ClientData, Partitioned, Samples
 from fedraclora.errors import ConfigError
+from fedraclora.imports import is_function
 from fedraclora.rng import cohort_permutations, hash_key
 
 AT_ONCE = 256  # clients whose rows are looked up together
@@ -168,6 +169,14 @@ def hold_out_of_clients(
             f"evaluate.share is {share}, of which the largest client holds no sample out: raise it"
         )
     return train, held
+
+
+def files_of(data: ClientData) -> Brought | None:
+    """Return the data of clients whose samples lie in a folder, of which they may be a part."""
+    whole = data.whole if isinstance(data, Portion) else data
+    if not isinstance(whole, Brought) or whole.source is None or is_function(whole.source):
+        return None
+    return whole
 
 
 def whole_objects(data: ClientData) -> bool:

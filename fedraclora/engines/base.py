@@ -47,9 +47,11 @@ class Grid(ABC):
         incidents: What went wrong and was mended since the strategy last looked: sentences for
             the ledger.
         traffic: What went over the wire since then; None where nothing is sent.
+        told: What a run says of where its clients are when it begins, by title.
     """
 
     def __init__(self) -> None:
+        self.told: dict[str, str] = {}
         self.incidents: list[str] = []
         self.traffic: Traffic | None = None
 

@@ -6,15 +6,25 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.experimental import get_object_locations
+from ray.job_config import JobConfig
+from ray.util.client import ray as client_of_ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from typing_extensions import override
 
 from fedraclora.config.settings import RayConfig
+from fedraclora.data.locate import file_digest
 from fedraclora.engines.private_ray import ENVIRONMENT, LastWord, cpus
-from fedraclora.engines.ray.session import RaySession, own_sigterm, refuse_open_ray
+from fedraclora.engines.ray.packages import CodePackages
+from fedraclora.engines.ray.session import LOOPBACK, RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
 
 # What `fedraclora` lies in: workers import the code that the driver runs.
@@ -24,6 +34,39 @@ CODE = str(Path(__file__).resolve().parents[3])
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 SETTINGS = b"\x04"
 PATIENCE = 10.0  # seconds in which an address must answer
+SETTLING = 2.0  # seconds in which a cluster knows that a run has ended
+ROUNDING = 1e-6  # of shares of a GPU
+SOME = 8  # hosts that a message names
+CLIENT = "ray://"
+
+
+class NoPaths(list[str]):
+    """Ray would put the script's folder and the working folder first on the path of all hosts."""
+
+    @override
+    def extend(self, _: Iterable[str]) -> None:
+        """Take none."""
+
+
+@dataclass(frozen=True)
+class RayHost:
+    """A machine of a cluster.
+
+    Attributes:
+        node: Its number in the cluster.
+        address: Where it is.
+        cores, cards: What it lends to Ray.
+        store, memory: Bytes of its object store, and of memory for processes.
+        room: Workers that find a core, and their share of a GPU, there.
+    """
+
+    node: str
+    address: str
+    cores: float
+    cards: float
+    store: float
+    memory: float
+    room: int
 
 
 class Cluster:
@@ -36,6 +79,7 @@ class Cluster:
     Attributes:
         workers: Processes to start.
         gpus: Share of a GPU of each.
+        told: What a run says of it when it begins, by title; of a Ray of this machine nothing.
 
     Raises:
         ConfigError: If more is asked for than there is.
@@ -43,40 +87,53 @@ class Cluster:
     """
 
     def __init__(self, settings: RayConfig, device: str) -> None:
+        self.settings, self.device = settings, device
         self.gpus = float(device == "cuda") if settings.gpus is None else settings.gpus
         self.joined = ray.is_initialized()
+        self.told: dict[str, str] = {}
         self._session: RaySession | None = None  # of a Ray that is started here
         self._last_word = LastWord()
+        address, said_by = address_of(settings)
+        if client_of_ray.is_connected():  # type: ignore[no-untyped-call]
+            address, said_by = f"{CLIENT}...", "the address that ray.init was given"
+            check_address(address, said_by)
         try:
             if not self.joined:
                 with own_sigterm():
-                    self._start(settings)
-            self.workers = self._count(settings)
+                    self._start(address, said_by)
+            at = ray.get_runtime_context().gcs_address
+            shared = at.rpartition(":")[0].strip("[]") not in LOOPBACK
+            self._code = CodePackages() if shared else None
+            self.hosts = self._hosts()
+            self.workers = self._count()
+            if self._code is not None:
+                by = "joined by this program" if self.joined else said_by
+                self.told |= {"cluster": f"{at} ({by}), {self._size()}", "code": self._code.told}
         except BaseException:
             self.close()
             raise
 
-    def _start(self, settings: RayConfig) -> None:
-        alone = settings.address is None
-        if settings.address is None:
+    def _start(self, address: str | None, said_by: str) -> None:
+        alone = address is None
+        if address is None:
             self._session = RaySession()
         else:
             os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
-            check_address(settings.address)
+            check_address(address, said_by)
         try:
             ray.init(
-                # Not from RAY_ADDRESS: which cluster is used stands in the config alone.
-                address="local" if settings.address is None else settings.address,
-                num_cpus=(settings.workers or cpus()) if alone else None,
+                address=address or "local",
+                num_cpus=(self.settings.workers or cpus()) if alone else None,
                 include_dashboard=False if alone else None,
+                job_config=JobConfig(_py_driver_sys_path=None if alone else NoPaths()),
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 configure_logging=False,
             )
         except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-            where = "on this machine" if alone else f"at {settings.address}"
+            where = "on this machine" if alone else f"at {address}"
             raise EngineError(
-                f"Ray cannot be reached or started {where}: {error}; check engine.address, that "
+                f"Ray cannot be reached or started {where}: {error}; check {said_by}, that "
                 "the cluster's token is here (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN), if it asks "
                 "for one, and that it runs this version of Ray and Python "
                 f"({ray.__version__}, {sys.version.split()[0]})"
@@ -84,18 +141,104 @@ class Cluster:
         if alone:
             refuse_open_ray()
 
-    def _count(self, settings: RayConfig) -> int:
-        there: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        cpus, cards = int(there.get("CPU", 0)), there.get("GPU", 0.0)
-        fit = min(cpus, int(cards / self.gpus)) if self.gpus else cpus
-        workers = fit if settings.workers is None else settings.workers
+    def _hosts(self) -> list[RayHost]:
+        """List the machines that are there now."""
+        found = []
+        for node in ray.nodes():  # type: ignore[no-untyped-call]
+            if node["Alive"]:
+                there: Mapping[str, float] = node["Resources"]
+                cores, cards = there.get("CPU", 0), there.get("GPU", 0)
+                room = int(min(cores, cards / self.gpus + ROUNDING) if self.gpus else cores)
+                sizes = there.get("object_store_memory", 0), there.get("memory", 0)
+                address = str(node["NodeManagerAddress"])
+                found.append(RayHost(str(node["NodeID"]), address, cores, cards, *sizes, room))
+        return found
+
+    def _count(self) -> int:
+        """Decide on the number of workers: all that find room, unless fewer are asked for."""
+        fit, asked = sum(host.room for host in self.hosts), self.settings.workers
+        without = [host.address for host in self.hosts if not host.cards]
+        if self.device == "cuda" and not self.gpus and len(self.hosts) > 1 and without:
+            raise ConfigError(
+                f"engine.gpus is 0, so that Ray puts workers anywhere, but the device is cuda and "
+                f"{', '.join(without[:SOME])} has no GPU: set engine.gpus to the share of a worker"
+            )
+        workers = self._free(fit) if asked is None else asked
         if not 1 <= workers <= fit:
             raise ConfigError(
-                f"engine.workers is {settings.workers} with {self.gpus:g} GPU each, but the Ray "
-                f"cluster has {cpus} CPUs and {cards:g} GPUs, enough for {fit}; lower "
+                f"engine.workers is {asked} with {self.gpus:g} GPU each, but the Ray "
+                f"cluster has {self._size()}, enough for {fit}; lower "
                 "engine.workers or engine.gpus"
             )
         return workers
+
+    def _free(self, fit: int) -> int:
+        """Count the workers that find room beside what others run: all, if there is none at all."""
+        end = time.monotonic() + SETTLING
+        while True:  # a run that has just ended gives back its cores in a moment
+            left: Mapping[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+            cards = left.get("GPU", 0) / self.gpus + ROUNDING if self.gpus else fit
+            free = int(min(fit, left.get("CPU", 0), cards))
+            if free == fit or time.monotonic() > end:
+                return free or fit
+            time.sleep(0.1)
+
+    def _size(self) -> str:
+        cores, cards = (sum(getattr(h, n) for h in self.hosts) for n in ("cores", "cards"))
+        several = f"{len(self.hosts)} hosts with " if len(self.hosts) > 1 else ""
+        return f"{several}{cores:g} CPUs and {cards:g} GPUs"
+
+    def runtime_env(self) -> dict[str, Any]:
+        """Describe what a worker runs in: threads, and where it finds the code."""
+        threads = str(self.settings.threads)
+        names = ("HF_HUB_OFFLINE", *ENVIRONMENT)
+        variables = {name: os.environ[name] for name in names if name in os.environ}
+        variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if self._code is None:
+            return {"env_vars": {**variables, "PYTHONPATH": own_path()}}
+        return {"env_vars": variables, "py_modules": self._code.uris()}
+
+    def lacking(self, folder: Path) -> list[str]:
+        """Name the hosts on which a folder is not what it is here, to the bit."""
+        if self._code is None:
+            return []
+        here = str(folder.absolute())
+        look, env = ray.remote(folder_digest), self.runtime_env()
+
+        def ask(node: str) -> Any:
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            return look.options(num_cpus=0, runtime_env=env, scheduling_strategy=there).remote(here)
+
+        asked = {host.address: ask(host.node) for host in self.hosts}
+        wanted = folder_digest(here)
+        return [address for address, found in asked.items() if ray.get(found) != wanted]
+
+    def check_memory(self, shared: Any, weights: int) -> None:
+        """Reject what a host cannot hold, as far as it can be known beforehand.
+
+        Args:
+            shared: The reference of what sites are made of.
+            weights: Bytes of the base weights.
+
+        Raises:
+            ConfigError: Naming the host, and what it lacks.
+        """
+        if self._code is None:
+            return
+        size = get_object_locations([shared])[shared]["object_size"]
+        all_ = self.workers == sum(host.room for host in self.hosts)
+        for host in self.hosts:
+            seats = host.room if all_ else min(1, host.room)
+            for need, there, what, remedy in (
+                (size, host.store, "in Ray's object store", "--object-store-memory"),
+                (seats * (size + weights), host.memory, f"for {seats} workers", "--num-cpus"),
+            ):
+                if seats and need > there:
+                    raise ConfigError(
+                        f"host {host.address} needs {need / 1e9:.2f} GB {what}, for model and data "
+                        f"of the clients, and has {there / 1e9:.2f} GB: start Ray there with "
+                        f"another {remedy}, or lower engine.workers"
+                    )
 
     def close(self) -> None:
         """End what was started, leave what was joined."""
@@ -108,8 +251,24 @@ class Cluster:
                 ray.shutdown()
 
 
-def check_address(address: str) -> None:
+def address_of(settings: RayConfig) -> tuple[str | None, str]:
+    """Find which cluster is to be joined, and what says so; None: one of this machine's own.
+
+    As with Ray itself, RAY_ADDRESS says it where the config does not; inside a job it is set.
+    """
+    named = os.environ.get("RAY_ADDRESS") or None
+    address, said_by = settings.address, "engine.address"
+    if address is None and named is not None:
+        address, said_by = named, "RAY_ADDRESS"
+    return (None if address == "local" else address), said_by
+
+
+def check_address(address: str, said_by: str = "engine.address") -> None:
     """Reject an address where no cluster is: Ray would end this process, or wait without end.
+
+    Args:
+        address: Of the cluster.
+        said_by: What names it, for messages.
 
     Raises:
         ConfigError: If it is no address of a cluster's head.
@@ -117,11 +276,18 @@ def check_address(address: str) -> None:
     """
     if address == "auto":
         return
+    if "://" in address:
+        raise ConfigError(
+            f"{said_by} is {address!r}, by which Ray is driven from outside of a cluster: send the "
+            "command to it (ray job submit --address=http://HOST:8265 --working-dir=. -- "
+            "fedraclora simulate engine=ray ...), or run it on one of the cluster's hosts with "
+            "engine.address=auto"
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in address:
         raise ConfigError(
-            f"engine.address is {address!r}; auto (a cluster of this machine), or host:port of a "
-            "cluster's head, is wanted"
+            f"{said_by} is {address!r}; auto (a cluster of this machine), or host:port of a "
+            "cluster's head, is wanted; local starts a Ray of this machine's own"
         )
     try:
         with socket.create_connection((host.strip("[]"), int(port)), PATIENCE) as link:
@@ -131,22 +297,22 @@ def check_address(address: str) -> None:
                     raise ConnectionError("what listens there is none")
     except OSError as error:
         raise EngineError(
-            f"there is no Ray cluster at {address} ({error}); start one (ray start --head), or "
-            "leave engine.address null"
+            f"there is no Ray cluster at {address} ({error}), which {said_by} names; start one "
+            "(ray start --head), or set engine.address=local"
         ) from error
 
 
-def worker_environment(threads: int) -> dict[str, str]:
-    """Build the environment of a worker: threads, and where this process finds modules.
+def own_path() -> str:
+    """Say where this process finds modules, for others of this machine.
 
     `CODE` comes last: folders of a checkout have names that folders of a user's have, too.
     """
     own = (sys.prefix, sys.base_prefix)
     path = [part or str(Path.cwd()) for part in sys.path if not part.startswith(own)]
     path += [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), CODE]
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
-        **{k: os.environ[k] for k in ("HF_HUB_OFFLINE", *ENVIRONMENT) if k in os.environ},
-    }
+    return os.pathsep.join(dict.fromkeys(path))
+
+
+def folder_digest(folder: str) -> dict[str, str]:
+    """Hash the files of a folder, by name; empty where there is none."""
+    return {path.name: file_digest(path) for path in Path(folder).glob("*") if path.is_file()}

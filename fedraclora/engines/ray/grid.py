@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +14,8 @@ from typing_extensions import override
 
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.base import Grid
-from fedraclora.engines.ray.cluster import Cluster, worker_environment
+from fedraclora.engines.ray.cluster import SOME, Cluster
+from fedraclora.engines.ray.packages import loaded_code
 from fedraclora.engines.ray.pool import Seat, WorkerPool
 from fedraclora.errors import ConfigError
 from fedraclora.imports import importing
@@ -64,6 +66,17 @@ class Done:
     stale: bool = False
 
 
+def facts() -> dict[str, Any]:
+    """Report on what the bits of this process rest."""
+    card = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return {
+        "address": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": " with ".join([torch.backends.cpu.get_cpu_capability(), *card]),
+    }
+
+
 class Resident:
     """The process of a worker: model, data and base weights stay from round to round."""
 
@@ -72,13 +85,9 @@ class Resident:
             self.site = build(ray.get(parts[0]))
         self._shared: tuple[str, dict[str, Any]] = ("", {})
 
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, Any]:
         """Report what runs here."""
-        return {
-            "node": platform.node(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        }
+        return facts() | {"node": platform.node(), "code": loaded_code()}
 
     def train(
         self, update: list[Any], shared: list[Any], rest: dict[str, Any], stored: Tree
@@ -143,29 +152,52 @@ class RayGrid(Grid):
     ) -> None:
         """Start the workers, and wait until all of them are ready."""
         shared = ray.put(parts)
-        kind = ray.remote(Resident).options(
-            num_cpus=1,
-            num_gpus=self.cluster.gpus,
-            max_restarts=0,
-            runtime_env={"env_vars": worker_environment(settings.threads)},
-        )
+        self.cluster.check_memory(shared, sum(t.nbytes for t in self.history.base.values()))
+        kind = ray.remote(Resident)
+        own = {"num_cpus": 1, "num_gpus": self.cluster.gpus, "max_restarts": 0}
+
+        def start() -> Any:
+            return kind.options(**own, runtime_env=self.cluster.runtime_env()).remote(
+                build, [shared]
+            )
+
         self.pool = WorkerPool(
-            lambda: kind.remote(build, [shared]),
+            start,
             self.cluster.workers,
             settings.retries,
             settings.timeout,
         )
         self._check(self.pool.facts())
 
-    def _check(self, found: list[dict[str, str]]) -> None:
-        here = {"python": platform.python_version(), "torch": torch.__version__}
-        for facts in found:
-            if any(facts[k] != v for k, v in here.items()):
+    def _check(self, found: list[dict[str, Any]]) -> None:
+        """Reject workers that run something else; say where they are, and what may move bits."""
+        here, code = facts(), loaded_code()
+        for there in found:
+            host = f"node {there['node']} ({there['address']})"
+            if any(there[k] != here[k] for k in ("python", "torch")):
                 raise ConfigError(
-                    f"node {facts['node']} has Python {facts['python']} and torch "
-                    f"{facts['torch']}, this process {here['python']} and {here['torch']}: bits "
+                    f"{host} has Python {there['python']} and torch "
+                    f"{there['torch']}, this process {here['python']} and {here['torch']}: bits "
                     "would depend on which worker trains; install the same versions"
                 )
+            for name, (digest, file) in there["code"].items():
+                if code.get(name, (digest,))[0] != digest:
+                    raise ConfigError(
+                        f"{host} has another {name} than this process, in {file}, which comes "
+                        "before what was sent to it: take it off Python's path there"
+                    )
+        places = Counter(there["address"] for there in found)
+        text = ", ".join(f"{count} on {address}" for address, count in places.most_common(SOME))
+        rest = f", and {len(places) - SOME} hosts more" if len(places) > SOME else ""
+        self.told = self.cluster.told and {
+            **self.cluster.told,
+            "workers": f"{len(found)}: {text}{rest}",
+        }
+        if len(kinds := {there["processor"] for there in [here, *found]}) > 1:
+            self.told["processors"] = (
+                f"{', '.join(sorted(kinds))}, which may round differently: bits may depend on "
+                "which host trains"
+            )
 
     @override
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:

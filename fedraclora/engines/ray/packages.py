@@ -1,0 +1,132 @@
+"""The code of a run, as packages that the hosts of a Ray cluster fetch: nothing by a shared path.
+
+One package holds this project, as this process runs it; one each folder that modules of the user's
+were imported from. Ray keeps them at the cluster's head, named by their content, and unpacks each
+once on a host, at the front of the path of the workers there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ray
+from ray._private.runtime_env.packaging import (
+    _dir_travel,
+    _get_excludes,
+    package_exists,
+    pin_runtime_env_uri,
+    upload_package_to_gcs,
+)
+
+from fedraclora.errors import ConfigError
+
+PROJECT = "fedraclora"
+# As in a file .rayignore. What begins with a dot: .git, .venv, caches.
+LEFT_OUT = (".?*", "__pycache__", "node_modules", "venv", f"/{PROJECT}", "/experiments/results")
+OUTPUTS = ("data", "runs", "multirun", "outputs", "wandb", "mlruns")
+LARGEST = 64 * 2**20  # bytes of the files of a folder
+EARLIEST = (1980, 1, 1, 0, 0, 0)  # so that the same files are the same package
+QUIET = logging.getLogger(f"{__name__}.files")
+QUIET.disabled = True
+
+
+class CodePackages:
+    """What this process runs, for workers of other hosts.
+
+    Attributes:
+        told: What is sent, for a reader.
+
+    Raises:
+        ConfigError: If a folder is too large to be sent.
+    """
+
+    def __init__(self) -> None:
+        folders = {Path(sys.modules[PROJECT].__file__ or "").parent: PROJECT} | _user_folders()
+        self._content: dict[str, bytes] = {}
+        told = []
+        for folder, why in folders.items():
+            content = _packed(folder, why)
+            name = hashlib.sha256(content).hexdigest()[:40]
+            self._content[f"gcs://_ray_pkg_{name}.zip"] = content
+            told.append(f"{folder if why != PROJECT else why} ({len(content) / 1e6:.2f} MB)")
+        self.told = ", ".join(told)
+
+    def uris(self) -> list[str]:
+        """Upload what the cluster lacks, and name all: those of the job that this is come last.
+
+        Ray forgets a package some minutes after its upload unless it is asked for again.
+        """
+        for uri, content in self._content.items():
+            pin_runtime_env_uri(uri)
+            if not package_exists(uri):
+                upload_package_to_gcs(uri, content)
+        return [*self._content, *ray.get_runtime_context().runtime_env.get("py_modules", [])]
+
+
+def loaded_code() -> dict[str, tuple[str, str]]:
+    """List the project's and the user's modules that this process runs: digest and file of each."""
+    files = {name: module.__file__ or "" for name, module in _modules()}
+    return {n: (hashlib.sha256(Path(f).read_bytes()).hexdigest(), f) for n, f in files.items()}
+
+
+def _modules() -> Iterator[tuple[str, ModuleType]]:
+    """List what is imported and neither Python's nor installed; the project wherever it is."""
+    theirs = (sys.prefix, sys.base_prefix)
+    for name, module in [*sys.modules.items()]:
+        file = getattr(module, "__file__", None) or ""
+        if not file.endswith(".py") or not Path(file).is_absolute() or name.startswith("__"):
+            continue
+        installed = file.startswith(theirs) or "site-packages" in file
+        if name.partition(".")[0] == PROJECT or not installed:
+            yield name, module
+
+
+def _user_folders() -> dict[Path, str]:
+    """Find the folders on the path that modules of the user's lie in, with one of these each."""
+    found: dict[Path, str] = {}
+    for name, module in _modules():
+        if not name.startswith(PROJECT) and (file := module.__file__):
+            depth = name.count(".") + (Path(file).name == "__init__.py")
+            found.setdefault(Path(file).absolute().parents[depth], name.partition(".")[0])
+    return found
+
+
+def _packed(folder: Path, why: str) -> bytes:
+    """Make a package of a folder, but for what .gitignore and .rayignore in it name."""
+    ours = why == PROJECT
+    top = folder.parent if ours else folder
+    out = [pattern for pattern in LEFT_OUT if not (ours and PROJECT in pattern)]
+    out += [f"/{n}/" for n in OUTPUTS if not ours and not (folder / n / "__init__.py").is_file()]
+    files: list[Path] = []
+    total = 0
+
+    def take(path: Path) -> None:
+        nonlocal total
+        if path.is_file():
+            files.append(path)
+            total += path.stat().st_size
+        if total > LARGEST:
+            raise ConfigError(
+                f"the module {why} is imported from {folder}, whose files go to the hosts of the "
+                f"Ray cluster, and these are more than {LARGEST >> 20} MB: name what is no code in "
+                f"{folder / '.rayignore'} (as in .gitignore), or move the modules into a folder of "
+                "their own"
+            )
+
+    ignored: list[Any] = [_get_excludes(folder, out)]
+    _dir_travel(folder, ignored, take, include_gitignore=True, logger=QUIET)
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as package:
+        for path in sorted(files):
+            entry = zipfile.ZipInfo(path.relative_to(top).as_posix(), EARLIEST)
+            entry.external_attr = 0o644 << 16
+            package.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return written.getvalue()
