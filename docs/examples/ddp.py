@@ -9,12 +9,14 @@ that holds torch already: half a second a client and round, where a spawned proc
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
@@ -37,12 +39,30 @@ def train(round: Round) -> Trained:
     """Start the ranks of one client, and answer with what rank 0 has read."""
     multiprocessing.set_forkserver_preload(HELD)
     ranks = LaunchConfig(1, 1, RANKS, run_id=f"client-{round.client}", **HERE)
-    return elastic_launch(ranks, on_rank)(round, SHARDED)[0]
+    try:
+        return elastic_launch(ranks, on_rank)(round, SHARDED)[0]
+    except ChildFailedError as error:
+        rank, found = error.get_first_failure()
+        why = found.message["message"] if isinstance(found.message, dict) else found.message
+        raise RuntimeError(f"rank {rank}, status {found.exitcode}: {why}") from error
 
 
 def on_rank(round: Round, sharded: bool) -> Trained:
-    """Train on one rank; gradients are means over the ranks."""
+    """Join the others, train, and part: only when all that `on_data` made has gone.
+
+    A DDP that outlives its group destroys it, and that waits without end for a thread of gloo that
+    waits for Python's lock.
+    """
     dist.init_process_group("gloo")
+    try:
+        return on_data(round, sharded)
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def on_data(round: Round, sharded: bool) -> Trained:
+    """Train on one rank; gradients are means over the ranks."""
     torch.manual_seed(round.seed)  # the same on each rank
     model = round.install(network())
     wrapped = fully_shard(model) if sharded else DistributedDataParallel(model)
@@ -58,9 +78,7 @@ def on_rank(round: Round, sharded: bool) -> Trained:
         total += loss.detach() / STEPS / RANKS
     dist.all_reduce(total)
     # Every rank reads; of FSDP it gathers the parts.
-    trained = round.read(model, samples=len(x), steps=STEPS, loss=total)
-    dist.destroy_process_group()
-    return trained
+    return round.read(model, samples=len(x), steps=STEPS, loss=total)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import sys
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -115,7 +117,7 @@ def alone(module: ModuleType, round_: Round) -> Trained:
 RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
-@pytest.mark.slow  # gloo waits without end now and then on a busy machine
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (1, True), (2, False), (2, True)])
 @pytest.mark.parametrize("example", ["ddp"], indirect=True)
 def test_ranks_train_as_one_process(
@@ -148,8 +150,49 @@ def test_ranks_that_have_trained_apart_are_named(
 
     def gather(every: list[Any], own: list[int]) -> None:
         every[:] = [own, [0] * len(own)]
-        torch.distributed.destroy_process_group()
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     with pytest.raises(ClientError, match=r"client 0.*rank 1 of 2 .*DistributedDataParallel"):
         run(example, tmp_path / "run", 1, train=partial(example.on_rank, sharded=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["ddp"], indirect=True)
+def test_no_ddp_outlives_its_group(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it destroys the group with Python's lock held, which a thread of gloo may wait for."""
+    for name, value in RANK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(example, "RANKS", 1)
+    alive, left = weakref.WeakSet[Any](), list[int]()
+    wrap, destroy = example.DistributedDataParallel, torch.distributed.destroy_process_group
+
+    def wrapped(model: torch.nn.Module) -> torch.nn.Module:
+        alive.add(found := wrap(model))
+        return found  # type: ignore[no-any-return]
+
+    def destroyed() -> None:
+        left.append(len(alive))
+        gc.collect()
+        destroy()
+
+    monkeypatch.setattr(example, "DistributedDataParallel", wrapped)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", destroyed)
+    run(example, tmp_path / "run", 1, train=partial(example.on_rank, sharded=False))
+    assert left == [0] * len(SIZES)
+
+
+def failing(round_: Round, sharded: bool) -> Trained:
+    """In every rank; one of them is the first."""
+    raise ValueError("no such thing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["ddp"], indirect=True)
+def test_a_rank_that_fails_is_named(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example, "on_rank", failing)
+    with pytest.raises(ClientError, match=r"client 0.*rank \d, status 1: ValueError: no such"):
+        run(example, tmp_path / "run", 1)
