@@ -7,12 +7,12 @@ reply has one record of metrics, and of training one of arrays, as FedAvg's own 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import DEFAULT_TTL, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -23,6 +23,8 @@ from fedraclora.engines.deploy.grid import Answered, DeployGrid, Letter
 from fedraclora.engines.records import from_records
 from fedraclora.engines.replies import APP_RAISED
 from fedraclora.errors import StaleError, WireError
+from fedraclora.run.client_state import ClientStore
+from fedraclora.tree import Tree
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer
 from fedraclora.wire.fields import shown
@@ -40,22 +42,30 @@ class Mail(DeployGrid):
         told: What each client is told: ``seed`` of the run, ``weight``, the name of a reply's
             weight among its metrics, and whether its weights are ``known`` to it at the start.
         timeout: Seconds to wait for whoever must be sent every weight.
+        run: Name of the run, under which nodes keep its weights.
 
     Attributes:
         config: What the app tells its clients.
         contents: What came of each client, by its number: metrics, and arrays of training.
         names: The nodes of this exchange by the number of their client.
+        numbers: Of all nodes, in the order in which they were first asked.
     """
 
     def __init__(
-        self, grid: Grid, history: WeightHistory, key: str, told: dict[str, Any], timeout: float
+        self,
+        grid: Grid,
+        history: WeightHistory,
+        key: str,
+        told: dict[str, Any],
+        timeout: float,
+        run: str,
     ) -> None:
-        run, known = os.urandom(8).hex(), bool(told["known"])
+        known = bool(told["known"])
         super().__init__(grid, history, run, DeployConfig(timeout=timeout), known=known)
         self.key, self.told, self.config = key, told, ConfigRecord()
         self.contents: dict[int, RecordDict] = {}
         self.names: dict[int, int] = {}
-        self._numbers: dict[int, int] = {}  # of nodes, in the order in which they are first asked
+        self.numbers: dict[int, int] = {}
         self._order: dict[int, tuple[int, int]] = {}
         self._letters: list[Letter] = []
 
@@ -63,8 +73,8 @@ class Mail(DeployGrid):
         """Number the nodes of an exchange; their clients in ascending order, int64 [K]."""
         there = sorted(nodes)
         for node in there:
-            self._numbers.setdefault(node, len(self._numbers))
-        self.names = {self._numbers[node]: node for node in there}
+            self.numbers.setdefault(node, len(self.numbers))
+        self.names = {self.numbers[node]: node for node in there}
         return torch.tensor(sorted(self.names), dtype=torch.int64)
 
     def write(self, asks: Sequence[Ask], kind: str, config: ConfigRecord) -> list[Message]:
@@ -146,3 +156,25 @@ class Mail(DeployGrid):
             raise WireError(f"it says {weight} {key}, and beside it {answer.samples.tolist()}")
         self.contents[client] = RecordDict({name: metrics, **content.array_records})
         return answer
+
+
+class NodeStore(ClientStore):
+    """Which nodes there are, and which version each holds, as a part of a checkpoint."""
+
+    def __init__(self, mail: Mail) -> None:
+        super().__init__()
+        self.mail = mail
+
+    @override
+    def state(self) -> Tree:
+        held = [self.mail.roster.versions.get(pair) for pair in self.mail.numbers.items()]
+        nodes = np.array([*self.mail.numbers], np.uint64).view(np.int64)
+        versions = torch.tensor([-1 if v is None else v for v in held], dtype=torch.int64)
+        return {"nodes": torch.from_numpy(nodes), "held": versions}
+
+    @override
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        nodes = tensors["nodes"].numpy().view(np.uint64).tolist()
+        self.mail.numbers = {node: k for k, node in enumerate(nodes)}
+        held = zip(self.mail.numbers.items(), tensors["held"].tolist(), strict=True)
+        self.mail.roster.versions = {pair: v if v >= 0 else None for pair, v in held}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consistency
 from torch import nn
 from typing_extensions import override
@@ -17,13 +21,14 @@ from typing_extensions import override
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.errors import ClientError, ConfigError, unknown
-from fedraclora.flower.mail import Mail
+from fedraclora.flower.mail import Mail, NodeStore
 from fedraclora.lowrank.layers import layer_view
 from fedraclora.models.built import found_head, require_numbers
 from fedraclora.narrow_weight import dense as written_out
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan
 from fedraclora.protocol.plan import make_plan, trained_of
 from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.run.folder import alone, has_checkpoint, is_ours, refuse_existing, run_id
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.base import FedStrategy, taken_traffic
@@ -56,12 +61,36 @@ class _Sampled(RoundStep):
         return self.clients
 
 
+class _Weight(Array):
+    """A weight that is computed and written out when it is read: in most rounds nobody does.
+
+    Args:
+        name: Of the weight.
+        like: One of its shape and type.
+        weights: Gives all of them.
+    """
+
+    def __init__(self, name: str, like: torch.Tensor, weights: Callable[[], Tree]) -> None:
+        none = to_numpy(torch.empty(0, dtype=wide(like.dtype)))
+        fields = {"dtype": str(none.dtype), "shape": tuple(like.shape), "stype": "numpy.ndarray"}
+        self.__dict__ |= fields
+        self._name, self._weights = name, weights
+
+    @property
+    @override
+    def data(self) -> bytes:  # type: ignore[override]
+        """The bytes of numpy's format."""
+        weight = self._weights()[self._name]
+        return Array(to_numpy(weight.to(wide(weight.dtype)))).data
+
+
 class LowRank(FedAvg):
     """FedAvg in which clients train and send a low-rank method's factors, and weights are links.
 
-    Flower samples nodes as `FedAvg` does, and `start` is Flower's. A node is sent seeds, and the
-    links of the rounds that it was not in. The weights are kept here, from the model or
-    ``initial_arrays``; each `start` begins anew. What `start` gives and ``evaluate_fn`` gets are
+    Flower samples nodes as `FedAvg` does, and its loop runs the rounds. A node is sent seeds, and
+    the links of the rounds that it was not in. The weights are kept here, from the model or
+    ``initial_arrays``; each `start` begins anew, or goes on from ``checkpoint``. What `start` gives
+    and ``evaluate_fn`` gets are
     the effective weights, under the names of ``initial_arrays`` where these are a state dict, else
     under those of the model; `load` puts them into a model.
 
@@ -80,6 +109,8 @@ class LowRank(FedAvg):
             checkpoint does: then nobody is sent these. None: where the model is a PeftModel and
             ``initial_arrays`` are its adapter. A client for whom that is wrong is sent them.
         timeout: Seconds to wait for a node that must be sent every weight.
+        checkpoint: A folder. Each round is written there, and where rounds are there already,
+            `start` goes on after them, up to ``num_rounds`` in all. None: nothing is written.
         options: Of `FedAvg`. ``arrayrecord_key`` is refused: no arrays of the app travel.
 
     Attributes:
@@ -106,6 +137,7 @@ class LowRank(FedAvg):
         min_clients: int = 1,
         same_start: bool | None = None,
         timeout: float = 3600.0,
+        checkpoint: str | Path | None = None,
         **options: Any,
     ) -> None:
         if "arrayrecord_key" in options:
@@ -121,6 +153,7 @@ class LowRank(FedAvg):
         require_numbers(model, "model")
         self.method, self.seed, self.timeout, self.same_start = method, seed, timeout, same_start
         self.wire = {"uplink": uplink, "downlink": downlink, "min_clients": min_clients}
+        self.folder = None if checkpoint is None else Path(checkpoint)
         settings = {"targets": targets, "head_policy": head, "bias_policy": bias, "dense": dense}
         self._base, self._names, self._plan, self._peft = _planned(model, settings)
         self._buffers = {*dict(model.named_buffers())}
@@ -132,12 +165,41 @@ class LowRank(FedAvg):
         self.rounds: FedStrategy | None = None
         self._given = self._shape = ArrayRecord()
         self._exchange: Exchange | None = None
+        self._before = 0  # the last round of the checkpoint from which `start` went on
+
+    @override
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run rounds as `FedAvg` does; those that the checkpoint has are passed over."""
+
+        def measured(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
+            return evaluate_fn(round_, arrays) if evaluate_fn and round_ >= self._before else None
+
+        with nullcontext() if self.folder is None else alone(self.folder):
+            self._before = self._at(1, initial_arrays, grid).done if self.folder else 0
+            if num_rounds < self._before:
+                raise ConfigError(
+                    f"num_rounds={num_rounds}, and {self.folder} has {self._before} rounds: ask "
+                    "for as many or more, or name a new folder as checkpoint"
+                )
+            configs = train_config, evaluate_config, measured if evaluate_fn else None
+            return super().start(grid, initial_arrays, num_rounds, timeout, *configs)
 
     @override
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self._exchange = None
+        if server_round <= self._before:
+            return []
         nodes = super().configure_train(server_round, ArrayRecord(), config, grid)
         rounds = self._at(server_round, arrays, grid)
         self._sampled.clients = self._mail.address(m.metadata.dst_node_id for m in nodes)
@@ -152,7 +214,7 @@ class LowRank(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         exchange, rounds = self._exchange, self.rounds
         if exchange is None or rounds is None:
-            return None, None
+            return self._given if server_round <= self._before else None, None
         self._exchange = None
 
         def send(asks: Sequence[Ask]) -> Came:
@@ -169,12 +231,7 @@ class LowRank(FedAvg):
         failed = {int(f["client"]): f["reason"] for f in row["failures"]}  # type: ignore[attr-defined]
         counted = {key: number(row, key) for key in COUNTED} | {"failures": len(failed)}
         metrics = self._aggregated(server_round, failed, self.train_metrics_aggr_fn, counted)
-        weights = written_out(self.method.weights(rounds.state, rounds.draw))
-        found = {n: Array(to_numpy(t.to(wide(t.dtype)))) for n, t in weights.items()}
-        names = self._names
-        if self._shape:  # what is no parameter stays
-            found = {n: found[names[n]] if n in names else a for n, a in self._shape.items()}
-        self._given = ArrayRecord(found)
+        self._given = self._arrays(rounds)
         return self._given, metrics
 
     @override
@@ -182,6 +239,8 @@ class LowRank(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self._exchange = None
+        if server_round < self._before:
+            return []
         nodes = super().configure_evaluate(server_round, ArrayRecord(), config, grid)
         if not nodes:
             return []
@@ -236,7 +295,7 @@ class LowRank(FedAvg):
         """Begin a run at its first round; later, see that the weights are those of here."""
         if self.rounds is None or (round_ == 1 and arrays is not self._given):
             self.rounds = self._begun(arrays, grid)
-            self._given = arrays
+            self._given = self._arrays(self.rounds) if self.rounds.done else arrays
         elif arrays is not self._given:
             raise ConfigError(
                 f"round {round_}: the arrays are not those that LowRank gave after the last: "
@@ -268,17 +327,50 @@ class LowRank(FedAvg):
             guarded=True, **self.wire,  # type: ignore[arg-type]
         )  # fmt: skip
         run = RunContext(method, local, loop, DeviceSimulator(SystemConfig(), self.seed, local))
-        state, recorder = method.init(base, plan, draw), RunRecorder(None)
-        rounds = FedStrategy(run, state, replica=history, recorder=recorder, steps=[self._sampled])
         known = is_adapter if self.same_start is None else self.same_start
         told = {"seed": self.seed, "weight": self.weighted_by_key, "known": known}
-        self._mail = Mail(grid, history, self.configrecord_key, told, self.timeout)
+        resume, name = self._found()
+        self._mail = Mail(grid, history, self.configrecord_key, told, self.timeout, name)
+        trained = trained_of(asked, plan.shapes)
+        fixed = {"method": str(method), "seed": self.seed, "trained": trained, **self.wire}
+        recorder = RunRecorder(
+            self.folder, fixed=fixed, every=1, store=NodeStore(self._mail), free=["min_clients"]
+        )
+        state = method.init(base, plan, draw)
+        rounds = FedStrategy(run, state, replica=history, recorder=recorder, steps=[self._sampled])
+        if resume:
+            restored, done = recorder.restore(state, rounds.catch_up)
+            rounds.resume(restored, done)
+            history.recall(restored.base, recorder.links(), rounds.catch_up.version)
+            log.info("\t├──> Goes on after round %d of %s", done, self.folder)
         rounds.begin(self._mail)
         held = "begin at these weights" if known else "are sent the weights when first asked"
-        log.info("\t├──> Clients train %s; they %s", trained_of(asked, plan.shapes), held)
+        log.info("\t├──> Clients train %s; they %s", trained, held)
         if self._peft and method.traits.merges:
             log.info("\t└──> Arrays are whole weights: fedraclora.flower.load, not an adapter's")
         return rounds
+
+    def _found(self) -> tuple[bool, str]:
+        """Tell whether the folder has a checkpoint, and name the run for the nodes' caches."""
+        if self.folder is None:
+            return False, os.urandom(8).hex()
+        if not is_ours(self.folder):
+            refuse_existing(self.folder)
+        resume = has_checkpoint(self.folder, 1)
+        (self.folder / "ledger.jsonl").touch()  # by it the folder is known as a run's
+        return resume, run_id(self.folder)
+
+    def _arrays(self, rounds: FedStrategy) -> ArrayRecord:
+        """Give the effective weights of now under the names of the app."""
+        method, state, draw = self.method, rounds.state, rounds.draw
+        weights = cache(lambda: written_out(method.weights(state, draw)))
+        found: dict[str, Array] = {n: _Weight(n, t, weights) for n, t in self._base.items()}
+        names = self._names
+        if self._shape:  # what is no parameter stays
+            found = {n: found[names[n]] if n in names else a for n, a in self._shape.items()}
+        given = ArrayRecord()
+        given.update(found)  # its constructor would read each
+        return given
 
     def _weights(self, arrays: ArrayRecord) -> tuple[Tree, bool]:
         """Read the weights of the app's arrays, and whether they are an adapter of PEFT."""

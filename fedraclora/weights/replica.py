@@ -65,6 +65,9 @@ class Replica(BaseWeights):
 class StoredReplica(Replica):
     """Base weights on the disk of a client: the newest version, written in one move.
 
+    What has changed since all were written last lies beside them, as long as it is the smaller
+    part: so a round writes what it trains, and nothing where no weight has changed.
+
     Args:
         folder: Where they lie; made with the first.
         plan: Of the run: how links are folded in.
@@ -73,9 +76,10 @@ class StoredReplica(Replica):
 
     def __init__(self, folder: Path, plan: Plan, device: torch.device) -> None:
         super().__init__(plan, device)
-        self.file = replica_file(folder)
-        if (found := read_stored_replica(folder)) is not None:
-            base, version, mark = found
+        self.folder = folder
+        self._whole, self._changed = "", set[str]()  # the mark of all as written, and what is later
+        if (found := _read(folder)) is not None:
+            base, version, mark, self._whole, self._changed = found
             super().take({n: t.to(device) for n, t in base.items()}, version, mark)
 
     def begin(self, base: Mapping[str, torch.Tensor]) -> None:
@@ -85,7 +89,16 @@ class StoredReplica(Replica):
 
     @override
     def take(self, base: Tree, version: int, mark: int | None) -> None:
-        save_tensors(self.file, base, {"version": version, "mark": str(mark)}, sync=True)
+        meta = {"version": version, "mark": str(mark)}
+        changed = self._changed | {n for n, t in base.items() if self.base.get(n) is not t}
+        part, rest = ({n: t for n, t in base.items() if (n in changed) is k} for k in (True, False))
+        few = sum(t.nbytes for t in part.values()) < sum(t.nbytes for t in rest.values())
+        if self._whole and few and base.keys() == self.base.keys():
+            save_tensors(changed_file(self.folder), part, meta | {"of": self._whole}, sync=True)
+            self._changed = changed
+        else:
+            save_tensors(replica_file(self.folder), base, meta, sync=True)
+            self._whole, self._changed = f"{version} {mark}", set()
         super().take(base, version, mark)
 
 
@@ -94,17 +107,35 @@ def replica_file(folder: Path) -> Path:
     return folder / "weights.safetensors"
 
 
+def changed_file(folder: Path) -> Path:
+    """Where it holds those that are newer."""
+    return folder / "changed.safetensors"
+
+
 def read_stored_replica(folder: Path) -> tuple[Tree, int, int] | None:
     """Read weights, version and fingerprint from a folder, verified; None if there are none.
 
     What is damaged is as good as nothing: the client says so, and is sent every weight.
     """
-    path = replica_file(folder)
-    if not path.is_file():
-        return None
+    found = _read(folder)
+    return None if found is None else found[:3]
+
+
+def _read(folder: Path) -> tuple[Tree, int, int, str, set[str]] | None:
+    """Read the same, and beside it what `StoredReplica` knows of the files."""
+    path, later = replica_file(folder), changed_file(folder)
     try:
+        if not path.is_file():
+            return None
         base, meta = load_tensors(path, "it is sent anew")
-        return base, int(str(meta["version"])), int(str(meta["mark"]))
+        whole, part = f"{meta['version']} {meta['mark']}", Tree()
+        if later.is_file():
+            path = later
+            changed, newer = load_tensors(path, "it is sent anew")
+            if newer["of"] == whole:  # else a kill came before the next were written
+                part, meta = changed, newer
+        version, mark = int(str(meta["version"])), int(str(meta["mark"]))
+        return base | part, version, mark, whole, set(part)
     except (CheckpointError, KeyError, ValueError) as error:
         log.warning("%s", error)
         path.unlink(missing_ok=True)

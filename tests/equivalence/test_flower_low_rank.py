@@ -21,7 +21,7 @@ import fedraclora
 from fedraclora import flower
 from fedraclora.client import Round, Trained
 from fedraclora.engines.records import message_bytes
-from fedraclora.errors import ClientError, ConfigError
+from fedraclora.errors import ClientError, ConfigError, FedRacLoraError
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.fedavg import FedAvg as FullAverage
 from fedraclora.strategies.fedavg_lora import FedAvgLora
@@ -29,7 +29,8 @@ from fedraclora.strategies.fedsa_lora import FedSaLora
 from fedraclora.strategies.pool_rac_lora import PoolRacLora
 from fedraclora.strategies.slora import SLora
 from fedraclora.tree import Tree
-from fedraclora.weights.replica import read_stored_replica, replica_file
+from fedraclora.weights.files import load_tensors
+from fedraclora.weights.replica import changed_file, read_stored_replica, replica_file
 from tests.common import normal
 from tests.flower_apps import Fault, Nodes
 
@@ -135,7 +136,6 @@ def own(round_: Round) -> Trained:
     ids=["fed_rac_lora", "links of two rounds", "fedavg_lora", "pool_rac_lora", "fedavg"],
 )
 def test_rounds_of_flowers_loop_have_the_bits_of_simulate(method: Any, tmp_path: Path) -> None:
-    assert flower.LowRank.start is FedAvg.start
     strategy, result = run(nodes_of(tmp_path), method)
     words = ("output.progress=false", "head=adapt", "bias=average")
     beside = fedraclora.simulate(
@@ -525,3 +525,99 @@ def test_an_adapter_that_has_been_trained_is_refused_as_a_start(tmp_path: Path) 
     initial = ArrayRecord(state | {name: torch.ones_like(state[name])})
     with pytest.raises(ConfigError, match="merge_and_unload"):
         flower.LowRank(FedRacLora(rank=2), llama()).start(nodes_of(tmp_path, 2), initial, 1)
+
+
+@pytest.mark.parametrize("method", [FedRacLora(rank=2, alpha=3), FedAvgLora(rank=2, alpha=3)])
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(method: Any, tmp_path: Path) -> None:
+    """A kill in round 3: the strategy is another, nodes still hold what they held."""
+    _, wanted = run(nodes_of(tmp_path / "whole", 3), method, rounds=4)
+    nodes = nodes_of(tmp_path, 3)
+
+    def killed(message: Message, answer: Callable[[], Message]) -> Message:
+        kind, settings = message.metadata.message_type, message.content["config"]
+        if (kind, settings["server-round"]) == ("train", 3):
+            raise KeyboardInterrupt
+        return answer()
+
+    measured: list[int] = []
+    options = {"checkpoint": tmp_path / "run", "fraction_evaluate": 1.0}
+    nodes.fault = killed
+    with pytest.raises(KeyboardInterrupt):
+        run(nodes, method, rounds=4, **options)
+    nodes.fault = None
+    strategy = flower.LowRank(method, network(), min_available_nodes=3, **options)
+    initial = ArrayRecord({n: t + 1 for n, t in network().state_dict().items()})  # drawn anew
+    found = strategy.start(nodes, initial, 4, evaluate_fn=lambda t, _: measured.append(t))
+    assert measured == [2, 3, 4]
+    assert sorted(found.train_metrics_clientapp) == [3, 4]
+    assert all(torch.equal(weights_of(wanted)[n], t) for n, t in weights_of(found).items())
+    assert [row["round"] for row in strategy.rounds.recorder.ledger.rows] == [0, 1, 2, 3, 4]
+    whole = sum(t.nbytes for t in weights_of(found).values())
+    assert all(m["catchup_bytes"] < whole for m in found.train_metrics_clientapp.values())
+    again = flower.LowRank(method, network(), min_available_nodes=3, **options)
+    there = again.start(nodes, initial, 4)
+    assert all(torch.equal(weights_of(wanted)[n], t) for n, t in weights_of(there).items())
+    for other, rounds, why in (
+        (method, 2, "has 4 rounds"),
+        (FedRacLora(rank=1), 4, r"method: .*rank=1"),
+    ):
+        with pytest.raises(FedRacLoraError, match=why):
+            flower.LowRank(other, network(), **options).start(nodes, initial, rounds)
+
+
+def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("kept")
+    with pytest.raises(ConfigError, match=r"letters\.txt"):
+        run(nodes_of(tmp_path / "nodes", 2), FedRacLora(rank=1), checkpoint=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"letters.txt", ".lock"}
+
+
+def test_weights_are_computed_and_written_when_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then they are those of their round, however late that is."""
+    asked, kept = list[int](), dict[int, ArrayRecord]()
+    original = FedAvgLora.weights
+
+    def counted(self: Any, state: Any, draw: Any) -> Tree:
+        asked.append(1)
+        return original(self, state, draw)
+
+    monkeypatch.setattr(FedAvgLora, "weights", counted)
+    nodes = nodes_of(tmp_path, 2)
+    strategy = flower.LowRank(FedAvgLora(rank=1), network(), fraction_evaluate=0.0)
+    initial = ArrayRecord(network().state_dict())
+    strategy.start(nodes, initial, 3, evaluate_fn=lambda t, a: kept.update({t: a}))  # type: ignore[func-returns-value]
+    assert len(asked) == 1  # Flower's last lines say how large the last are
+    for rounds in (1, 2, 3):
+        _, wanted = run(nodes_of(tmp_path / str(rounds), 2), FedAvgLora(rank=1), rounds=rounds)
+        assert all(
+            np.array_equal(a.numpy(), wanted.arrays[n].numpy()) for n, a in kept[rounds].items()
+        )
+        assert kept[rounds].count_bytes() == wanted.arrays.count_bytes()
+
+
+def test_a_node_writes_what_a_round_has_changed_alone(tmp_path: Path) -> None:
+    """Of a method that merges nothing no weight, of another what it trains."""
+
+    def wide() -> nn.Module:
+        model = nn.Sequential(network(), nn.Linear(3, 400))
+        nn.init.constant_(model[1].weight, 0.1)
+        nn.init.zeros_(model[1].bias)
+        return model
+
+    options = {"model": wide(), "targets": ["0.0"], "head": "frozen", "bias": "frozen"}
+    sizes = {}
+    for method in (FedRacLora(rank=1), FedAvgLora(rank=1)):
+        nodes = nodes_of(tmp_path / type(method).__name__, 1, app=app_of(wide))
+        options["min_train_nodes"] = options["min_evaluate_nodes"] = 1
+        strategy = flower.LowRank(method, min_available_nodes=1, fraction_evaluate=0.0, **options)
+        strategy.start(nodes, ArrayRecord(wide().state_dict()), 3)
+        (folder,) = {path.parent for path in nodes.cache.rglob("weights.safetensors")}
+        found = read_stored_replica(folder)
+        assert found is not None
+        assert found[1] == 2
+        sizes[type(method)] = {
+            n: t.nbytes for n, t in load_tensors(changed_file(folder), "")[0].items()
+        }
+    assert sizes == {FedRacLora: {"0.0.weight": 9 * 7 * 4}, FedAvgLora: {}}

@@ -17,8 +17,15 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import CatchUp
+from fedraclora.weights.files import load_tensors
 from fedraclora.weights.job import JobFolder
-from fedraclora.weights.replica import FolderReplica, Replica, StoredReplica
+from fedraclora.weights.replica import (
+    FolderReplica,
+    Replica,
+    StoredReplica,
+    changed_file,
+    read_stored_replica,
+)
 from fedraclora.weights.update import BaseWeights, WeightHistory, WeightUpdate
 
 
@@ -211,6 +218,27 @@ def test_what_is_stored_is_found_again_and_followed_on(tmp_path: Path) -> None:
     assert (again.version, again.mark) == (2, stored.mark)
     assert again.follow(told("terms", 3).since(2))
     assert digest(StoredReplica(tmp_path, PLAN, CPU).at(3, 4)) == digest(told("terms", 3).base)
+
+
+def test_what_has_changed_lies_beside_the_rest_and_never_beside_another(tmp_path: Path) -> None:
+    base = {**first(), "u": torch.ones(200)}
+    stored = StoredReplica(tmp_path, PLAN, CPU)
+    stored.take(base, 1, 11)
+    stored.take(base | {"b": base["b"] + 1}, 2, 12)
+    again = StoredReplica(tmp_path, PLAN, CPU)
+    again.take(again.base | {"w": base["w"] + 1}, 3, 13)
+    assert set(load_tensors(changed_file(tmp_path), "")[0]) == {"b", "w"}
+    known = read_stored_replica(tmp_path)
+    assert known is not None
+    assert known[1:] == (3, 13)
+    assert digest(known[0]) == digest(base | {"b": base["b"] + 1, "w": base["w"] + 1})
+    again.take({n: t + 2 for n, t in base.items()}, 4, 14)  # a kill may leave the older file
+    found = read_stored_replica(tmp_path)
+    assert found is not None
+    assert (digest(found[0]), found[1]) == (digest({n: t + 2 for n, t in base.items()}), 4)
+    again.take(again.base | {"b": base["b"]}, 5, 15)
+    changed_file(tmp_path).write_bytes(changed_file(tmp_path).read_bytes()[:-1])
+    assert read_stored_replica(tmp_path) is None  # as if nothing were there
 
 
 # --- a folder of this machine --------------------------------------------------------------------
