@@ -25,7 +25,7 @@ from fedraclora.client import Round, Trained
 RANK, ALPHA, TARGETS = 8, 16, ["q_proj", "v_proj"]
 PLAIN = {"bf16": False, "gradient_checkpointing": False}  # in TRL both are True by default
 QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-STEPS, RATE = 4, 1e-3  # steps of a client in a round, 1 or more: of 0 the trainer takes one
+STEPS, BATCH, RATE = 4, 4, 1e-3  # steps of a client in a round: of 0 the trainer takes one
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def train(round: Round, folder: str, reference: str) -> Trained:
             max_steps=STEPS,
             learning_rate=RATE * round.rate_scale,
             lr_scheduler_type="constant",  # another would start over in every round
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=BATCH,
             **PLAIN,
         )
         # A new one in each round: a trainer keeps its optimiser and its count of steps.

