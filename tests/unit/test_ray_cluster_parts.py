@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import ray
+from ray.job_config import JobConfig
 
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray import packages
 from fedraclora.engines.ray.cluster import (
     Cluster,
+    NoPaths,
     address_of,
     check_address,
     folder_digest,
@@ -203,6 +205,12 @@ def test_files_of_a_folder_are_told_apart_by_their_content(tmp_path: Path) -> No
     (tmp_path / "0.npz").write_bytes(b"two")
     assert {*before} == {*folder_digest(str(tmp_path))}
     assert before != folder_digest(str(tmp_path))
+
+
+def test_no_folder_of_this_machine_is_put_first_on_paths_elsewhere() -> None:
+    job = JobConfig(_py_driver_sys_path=NoPaths([""]))
+    job._py_driver_sys_path.extend(["/a", "/b"])  # as ray.init does
+    assert job._py_driver_sys_path == []
 
 
 def test_workers_of_this_machine_import_the_code_of_this_process(

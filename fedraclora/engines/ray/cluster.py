@@ -45,7 +45,8 @@ class NoPaths(list[str]):
 
     @override
     def extend(self, _: Iterable[str]) -> None:
-        """Take none."""
+        """Take none, and drop what there is: Ray takes an empty list for none at all."""
+        self.clear()
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Cluster:
                 address=address or "local",
                 num_cpus=(self.settings.workers or cpus()) if alone else None,
                 include_dashboard=False if alone else None,
-                job_config=JobConfig(_py_driver_sys_path=None if alone else NoPaths()),
+                job_config=JobConfig(_py_driver_sys_path=None if alone else NoPaths([""])),
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 configure_logging=False,
