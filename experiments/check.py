@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import platform
 import shutil
 import socket
@@ -201,7 +202,9 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
         raise ConfigError(f"{file} is no key that Flower reads ({error}); {make}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{file} is of a kind that Flower does not take; {make}")
-    if (mode := file.stat().st_mode & 0o777) & 0o077:
+    found = file.stat()
+    mode, group = found.st_mode & 0o777, 0o070 * (found.st_uid == os.geteuid())  # else it is for us
+    if mode & (0o007 | group):
         raise ConfigError(f"{file} has mode {mode:o}, so that others may use it: chmod 600 {file}")
     return key
 

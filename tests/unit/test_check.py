@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -178,6 +179,17 @@ def test_a_key_that_flower_or_others_could_not_take_or_could(
     found = failing(owner, capsys)
     assert [*found] == ["key"]
     assert re.search(said, found["key"])
+
+
+def test_a_key_that_a_group_of_this_user_may_read_and_another_owns(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a cluster mounts secrets."""
+    owner.key.chmod(0o440)
+    monkeypatch.setattr(os, "geteuid", lambda: owner.key.stat().st_uid + 1)
+    assert "key" not in failing(owner, capsys)
+    owner.key.chmod(0o444)
+    assert "444" in failing(owner, capsys)["key"]
 
 
 def test_files_that_are_missing(owner: Owner, capsys: pytest.CaptureFixture[str]) -> None:
