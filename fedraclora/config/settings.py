@@ -162,8 +162,9 @@ class RayConfig(EngineConfig):
         gpus: Share of a GPU for each worker; None = 1 where the device is cuda, else 0.
         address: Of a cluster to join (``auto``, ``host:port``); None: RAY_ADDRESS; without that, or
             with ``local``, one is started on this machine.
-        retries: Workers that may die or hang in a round before the run stops.
+        retries: Workers that may die or hang at the same chunk before the run stops.
         timeout: Seconds after which a worker that has not answered for its chunk counts as hung.
+        wait: Seconds to wait for a worker where none is ready, before the run stops.
     """
 
     name: ClassVar[str] = "ray"
@@ -173,6 +174,7 @@ class RayConfig(EngineConfig):
     address: str | None = None
     retries: Whole = 3
     timeout: Seconds = 3600.0
+    wait: Seconds = 300.0
 
     @property
     def share(self) -> float:

@@ -28,9 +28,10 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray may not hide GPUs from processes that ask for none, nor say that it will.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Seconds for which helpers of Ray look for one that was killed, before they end as well.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
 }
+# Seconds for which processes of Ray look for its head, before they end as well. In half of it a
+# run sees that the head was killed (`fedraclora.engines.ray.pulse`), and in the rest it ends.
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 # Ray's own name for "no cluster of several machines". It is off where Ray has no clusters, and then
 # every process listens at 127.0.0.1 alone; Ray has no other setting that it obeys.
 NO_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -97,6 +98,7 @@ class RayFolder:
             **{k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()},
             **NO_CLUSTER,
             **NO_IDLE_WORKERS,
+            RECONNECT: os.environ.get(RECONNECT, "30"),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_TMPDIR": str(self.path),  # Ray makes a folder in it that all may enter

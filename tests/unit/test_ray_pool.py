@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -78,14 +79,14 @@ def submit(seat: Seat, job: str) -> Any:
     return seat.actor.double.remote(job)
 
 
-def done(pool: WorkerPool, jobs: list[str], limit: float | None = None) -> dict[str, str]:
-    return {job: answer for job, _, answer in pool.run(jobs, submit, limit)}
+def done(pool: WorkerPool, jobs: list[str]) -> dict[str, str]:
+    return {job: answer for job, _, answer in pool.run(jobs, submit)}
 
 
 def test_every_job_is_done_once(tmp_path: Path, cluster: Cluster) -> None:
     pool = pool_of(tmp_path, cluster)
     assert len({facts["pid"] for facts in pool.facts()}) == 2
-    answers = [job for job, _, _ in pool.run([f"ok {i}" for i in range(9)], submit, None)]
+    answers = [job for job, _, _ in pool.run([f"ok {i}" for i in range(9)], submit)]
     assert sorted(answers) == [f"ok {i}" for i in range(9)]
     assert pool.incidents == []
     pool.close()
@@ -137,12 +138,25 @@ def test_an_answer_that_was_lost_with_its_node_is_made_again(
     pool.close()
 
 
-def test_what_is_not_done_in_time_yields_nothing(tmp_path: Path, cluster: Cluster) -> None:
+def test_a_stopped_worker_is_noticed_and_comes_back(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedraclora.engines.ray.pulse.QUIET", 1.5)
     pool = pool_of(tmp_path, cluster)
-    pool.facts()
-    assert done(pool, ["ok 1", "hang 2"], limit=2.0) == {"ok 1": "2"}
-    assert "was given up; hang 2" in pool.incidents[0]
-    assert done(pool, ["ok 3"]) == {"ok 3": "6"}
+    pids = [int(facts["pid"]) for facts in pool.facts()]
+    pool.check = lambda _: None
+    os.kill(pids[1], signal.SIGSTOP)
+    try:
+        assert done(pool, ["ok 1", "ok 2", "ok 3"]) == {"ok 1": "2", "ok 2": "4", "ok 3": "6"}
+    finally:
+        os.kill(pids[1], signal.SIGCONT)
+    assert any("worker 1 has been silent" in told for told in pool.incidents)
+    end = time.monotonic() + 60
+    while "worker 1 answers again" not in pool.incidents:
+        assert time.monotonic() < end
+        done(pool, ["ok 1"])
+        time.sleep(0.5)
+    assert [int(facts["pid"]) for facts in pool.facts()] == pids
     pool.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -24,16 +23,12 @@ from fedraclora.config.settings import RayConfig
 from fedraclora.data.locate import file_digest
 from fedraclora.engines.private_ray import ENVIRONMENT, LastWord, cpus
 from fedraclora.engines.ray.packages import CodePackages
+from fedraclora.engines.ray.pulse import PATIENCE, greet
 from fedraclora.engines.ray.session import LOOPBACK, RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
 
 # What `fedraclora` lies in: workers import the code that the driver runs.
 CODE = str(Path(__file__).resolve().parents[3])
-# What opens a connection of HTTP/2, and the type of the frame by which a server answers it. Ray
-# waits for ever where something listens that does not.
-HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-SETTINGS = b"\x04"
-PATIENCE = 10.0  # seconds in which an address must answer
 SETTLING = 2.0  # seconds in which a cluster knows that a run has ended
 ROUNDING = 1e-6  # of shares of a GPU
 SOME = 8  # hosts that a message names
@@ -291,11 +286,7 @@ def check_address(address: str, said_by: str = "engine.address") -> None:
             "cluster's head, is wanted; local starts a Ray of this machine's own"
         )
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), PATIENCE) as link:
-            if os.environ.get("RAY_USE_TLS", "0").lower() in {"0", "false"}:
-                link.sendall(HTTP2)
-                if link.recv(9)[3:4] != SETTINGS:  # nothing, or another protocol
-                    raise ConnectionError("what listens there is none")
+        greet(host.strip("[]"), int(port), PATIENCE)
     except OSError as error:
         raise EngineError(
             f"there is no Ray cluster at {address} ({error}), which {said_by} names; start one "

@@ -17,6 +17,7 @@ from fedraclora.engines.base import Grid
 from fedraclora.engines.ray.cluster import SOME, Cluster
 from fedraclora.engines.ray.packages import loaded_code
 from fedraclora.engines.ray.pool import Seat, WorkerPool
+from fedraclora.engines.ray.pulse import Head
 from fedraclora.errors import ConfigError
 from fedraclora.imports import importing
 from fedraclora.run.client_state import ClientStore
@@ -166,8 +167,11 @@ class RayGrid(Grid):
             self.cluster.workers,
             settings.retries,
             settings.timeout,
+            settings.wait,
+            watch=Head().check,
         )
         self._check(self.pool.facts())
+        self.pool.check = self._admit
 
     def _check(self, found: list[dict[str, Any]]) -> None:
         """Reject workers that run something else; say where they are, and what may move bits."""
@@ -199,8 +203,16 @@ class RayGrid(Grid):
                 "which host trains"
             )
 
+    def _admit(self, late: list[dict[str, Any]]) -> None:
+        """Check workers that come later, as those of the start, and say what is new of them."""
+        known = self.told.get("processors")
+        self._check(late)
+        if (now := self.told.get("processors")) and now != known:
+            self.incidents.append(f"processors: {now}")
+
     @override
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
+        # The time is not heeded: engine.timeout is that of each chunk.
         found: list[tuple[Ask, Answer | NoAnswer]] = []
         writer, shared = AskWriter(), dict[int, tuple[Content, Any]]()
         jobs = [Job(i, ask) for i, ask in enumerate(asks)]
@@ -213,11 +225,12 @@ class RayGrid(Grid):
             rest = {n: r for n, r in content.items() if n not in SHARED}
             stored = self.store.part(job.ask.clients, job.ask.request.round_)
             update = self._update(seat)
+            seat.version = self.history.version
             return seat.actor.train.remote([update], [shared[key][1]], rest, stored)
 
         while jobs:
             again = []
-            for job, seat, done in self.pool.run(jobs, submit, timeout):
+            for job, seat, done in self.pool.run(jobs, submit):
                 if done.stale:
                     self.incidents.append(
                         f"worker {seat.number} got the whole of version {self.history.version}"
@@ -225,7 +238,6 @@ class RayGrid(Grid):
                     seat.version = None
                     again.append(job)
                     continue
-                seat.version = self.history.version
                 if done.error is not None:
                     found.append((job.ask, done.error))
                 else:

@@ -1,4 +1,4 @@
-"""Resident workers that pull jobs; one that dies or hangs is replaced, and its job run again."""
+"""Resident workers that pull jobs: those that are ready; what is lost or silent holds nobody up."""
 
 from __future__ import annotations
 
@@ -6,42 +6,80 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from typing_extensions import override
 
-from fedraclora.errors import EngineError
+from fedraclora.engines.ray.pulse import QUIET, TICK, Pulse, place_of
+from fedraclora.engines.ray.session import LOOPBACK
+from fedraclora.errors import ConfigError, EngineError
 
 log = logging.getLogger(__name__)
 
 CREATION = "creation task"  # how Ray says that a worker's own start raised
+NODE = "its node has died"  # and that its host is gone
+GIVEN_UP = 60.0  # seconds after which a silent worker is replaced; Ray gives hosts up after as long
 Job = TypeVar("Job")
+Facts = dict[str, Any]
 
 
-@dataclass
+@dataclass(eq=False)
+class Task(Generic[Job]):
+    """A job, whoever is at it: it may be given to a second worker where the first is silent.
+
+    Attributes:
+        job: What is to be done.
+        lost: Workers that died or hung at it.
+        done: Whether its answer has come, or nobody waits for it any more.
+    """
+
+    job: Job
+    lost: int = 0
+    done: bool = False
+
+
+@dataclass(eq=False)
 class Seat:
     """A worker's place in the pool; its process may change.
 
     Attributes:
         number: From 0.
         actor: The process that sits in it.
-        version: Version of the base weights that it is known to hold, or None.
+        pulse: Whether this process answers.
+        version: Version of the base weights that it holds once it has done its jobs, or None.
+        facts: What the process says of itself; None: it is starting.
+        silent: Whether it has not answered for a while, so that it gets no job.
+        task: What it is at.
+        asked: Whether it has been asked for its facts.
+        since: When the task, or else the question, was handed to it.
+        failed: Processes that did not start in it, one after another.
     """
 
     number: int
     actor: Any
+    pulse: Any
     version: int | None = None
+    facts: Facts | None = None
+    silent: bool = False
+    task: Task[Any] | None = None
+    asked: bool = False
+    since: float = field(default_factory=time.monotonic)
+    failed: int = 0
 
+    @override
+    def __str__(self) -> str:
+        """Say which it is, and where, if that is another machine."""
+        address = (self.facts or {}).get("address", LOOPBACK[0])
+        return f"worker {self.number}" + ("" if address in LOOPBACK else f" on {address}")
 
-@dataclass
-class Running(Generic[Job]):
-    """A job that a worker is at."""
-
-    seat: Seat
-    job: Job
-    since: float
+    @property
+    def free(self) -> bool:
+        """Whether it can take a job."""
+        return self.facts is not None and not (self.silent or self.task or self.asked)
 
 
 class WorkerPool:
@@ -50,113 +88,259 @@ class WorkerPool:
     Args:
         start: Starts a process and gives its handle.
         workers: Processes.
-        retries: Workers that may be lost within one call of `run`.
+        retries: Workers that may die or hang at one job.
         timeout: Seconds after which a worker that is at one job counts as hung.
+        wait: Seconds to wait for a worker where none is ready.
+        watch: Looks whether Ray itself is lost; raises if so.
+        pulse_of: Makes what looks whether a process answers.
 
     Attributes:
-        incidents: Workers that were lost and replaced: one sentence each.
+        check: Looks at the facts of a worker that comes later; raises if it may not work.
+        incidents: Workers that were lost, and those that came in their place: one sentence each.
     """
 
     def __init__(
-        self, start: Callable[[], Any], workers: int, retries: int, timeout: float
+        self,
+        start: Callable[[], Any],
+        workers: int,
+        retries: int,
+        timeout: float,
+        wait: float = 300.0,
+        *,
+        watch: Callable[[], object] = lambda: None,
+        pulse_of: Callable[[Any], Any] = lambda actor: Pulse(partial(place_of, actor)),
     ) -> None:
-        self.start, self.retries, self.timeout = start, retries, timeout
+        self.start, self.retries, self.timeout, self.wait = start, retries, timeout, wait
+        self.watch, self.pulse_of = watch, pulse_of
+        self.check: Callable[[list[Facts]], object] | None = None
         self.incidents: list[str] = []
-        self.seats = [Seat(i, start()) for i in range(workers)]
+        self._queue: deque[Task[Any]] = deque()
+        self._waits: dict[Any, tuple[Seat, Task[Any] | None]] = {}  # None: for its facts
+        self._looked, self._without = time.monotonic(), 0.0
+        self.seats = [Seat(i, actor := start(), self.pulse_of(actor)) for i in range(workers)]
+        for seat in self.seats:
+            self._ask(seat)
 
-    def facts(self, timeout: float = 300.0) -> list[dict[str, str]]:
+    def facts(self, timeout: float = 300.0) -> list[Facts]:
         """Wait until every worker is ready; give what each says about itself.
 
         Raises:
             EngineError: If one did not start, with the reason.
         """
-        found: list[dict[str, str]] = []
-        lost = 0
-        while len(found) < len(self.seats):
-            seat = self.seats[len(found)]
-            try:
-                found.append(ray.get(seat.actor.facts.remote(), timeout=timeout))
-            except GetTimeoutError as error:
+        end = time.monotonic() + timeout
+        while missing := [seat for seat in self.seats if seat.facts is None]:
+            if time.monotonic() > end:
                 raise EngineError(
-                    f"worker {seat.number} of {len(self.seats)} was not ready after {timeout:g} s; "
+                    f"{missing[0]} of {len(self.seats)} was not ready after {timeout:g} s; "
                     "lower engine.workers; on a cluster Ray's log says more"
-                ) from error
-            except RayError as error:
-                lost += 1
-                if CREATION in str(error) or lost > self.retries:
-                    raise EngineError(
-                        f"a Ray worker did not start: {reason(error)}; every node needs this "
-                        "project and its packages, in the versions of this process"
-                    ) from error
-                self._replace(seat, f"worker {seat.number} died: {reason(error)}", "its start")
-        return found
+                )
+            self._step()
+        return [seat.facts for seat in self.seats if seat.facts is not None]
 
     def run(
-        self, jobs: Sequence[Job], submit: Callable[[Seat, Job], Any], limit: float | None
+        self, jobs: Sequence[Job], submit: Callable[[Seat, Job], Any]
     ) -> Iterator[tuple[Job, Seat, Any]]:
         """Run jobs, in any order.
 
         Args:
             jobs: What to do.
             submit: Hands a job to the worker of a seat; gives the reference of its answer.
-            limit: Seconds for all jobs, or None; those not done by then yield nothing.
 
         Yields:
-            The job, the seat that did it, and the answer.
+            The job, the seat that did it, and the answer; each job once.
 
         Raises:
-            EngineError: If more workers were lost than `retries`, or one raised.
+            EngineError: If one job lost more workers than `retries`, if a worker raised, or if
+                none was ready for as long as is waited.
         """
-        queue, free = deque(jobs), deque(self.seats)
-        running: dict[Any, Running[Job]] = {}
-        end = time.monotonic() + limit if limit is not None else float("inf")
-        lost = 0
+        tasks = [Task(job) for job in jobs]
+        self._queue.extend(tasks)
+        self._without = 0.0
+        self.watch()
         try:
-            while (queue or running) and time.monotonic() < end:
-                while queue and free:
-                    seat, job = free.popleft(), queue.popleft()
-                    running[submit(seat, job)] = Running(seat, job, time.monotonic())
-                oldest = min(r.since for r in running.values()) + self.timeout
-                wait = max(0.0, min(oldest, end) - time.monotonic())
-                done, _ = ray.wait(list(running), num_returns=1, timeout=wait)
-                late = time.monotonic() - self.timeout
-                for ref in done or [ref for ref, task in running.items() if task.since < late]:
-                    task = running.pop(ref)
-                    free.append(task.seat)
-                    cause = f"did not answer within {self.timeout:g} s"
-                    if done:
-                        try:
-                            answer = ray.get(ref)
-                        except RayTaskError as error:  # another worker would raise it, too
-                            raise EngineError(
-                                f"worker {task.seat.number} raised at {task.job}: {reason(error)}"
-                            ) from error
-                        except RayError as error:  # its process, its node, or what it answered
-                            cause = f"was lost: {reason(error)}"
-                        else:
-                            yield task.job, task.seat, answer
-                            continue
-                    lost += 1
-                    if lost > self.retries:
-                        raise EngineError(
-                            f"worker {task.seat.number} {cause}; engine.retries={self.retries} "
-                            f"allows no further loss in a round. It was at {task.job}"
-                        )
-                    self._replace(task.seat, f"worker {task.seat.number} {cause}", task.job)
-                    queue.appendleft(task.job)
-        except KeyboardInterrupt:  # the run ends: nothing new is started
-            running.clear()
-            raise
+            while not all(task.done for task in tasks):
+                for seat in self.seats:
+                    if seat.free and (task := self._next()):
+                        seat.task, seat.since, seat.pulse.quiet = task, time.monotonic(), 0.0
+                        self._waits[submit(seat, task.job)] = seat, task
+                yield from self._step()
         finally:
-            for task in running.values():  # out of time, or an error: nobody waits for these
-                self._replace(task.seat, f"worker {task.seat.number} was given up", task.job)
+            self._queue.clear()
+            for task in tasks:  # who answers later is not heard
+                task.done = True
 
-    def _replace(self, seat: Seat, text: str, job: object) -> None:
-        """Put a fresh process into a seat."""
-        self.incidents.append(f"{text}; {job} was run again")
-        log.warning("%s", self.incidents[-1])
+    def _next(self) -> Task[Any] | None:
+        """Take the next job that is not done."""
+        while self._queue:
+            if not (task := self._queue.popleft()).done:
+                return task
+        return None
+
+    def _step(self) -> list[tuple[Any, Seat, Any]]:
+        """Wait for an answer, or a moment; give the answer of a job that is not done."""
+        if time.monotonic() - self._looked >= TICK:
+            self._look()
+        if not self._waits:
+            time.sleep(TICK)
+            return []
+        ready, _ = ray.wait([*self._waits], num_returns=1, timeout=TICK)
+        for ref in ready:
+            seat, task = self._waits.pop(ref)
+            try:
+                answer = ray.get(ref)
+            except RayError as error:
+                self._failed(seat, task, error)
+                continue
+            if task is None:
+                self._sit(seat, answer)
+                continue
+            seat.task, seat.pulse.quiet = None, 0.0
+            if not task.done:
+                task.done = True
+                return [(task.job, seat, answer)]
+        return []
+
+    def _failed(self, seat: Seat, task: Task[Any] | None, error: RayError) -> None:
+        """Decide what becomes of a worker, and its job, where there is an error for an answer."""
+        cause = f"was lost: {reason(error)}"
+        if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+            seat.task = None
+            if task is not None and not task.done:  # another worker would raise it, too
+                raise EngineError(f"{seat} raised at {task.job}: {reason(error)}") from error
+        elif isinstance(error, ActorUnavailableError | RayTaskError):  # it may be there again soon
+            if not seat.silent and seat.facts is not None:
+                self._set_aside(seat, "cannot be reached")
+            seat.asked = seat.asked and task is not None
+            seat.task = seat.version = None
+        elif seat.facts is not None:
+            died = isinstance(error, ActorDiedError) and NODE not in str(error)
+            self._replace(seat, cause, at_fault=died and not seat.silent)
+        else:
+            seat.failed += 1
+            if CREATION in str(error) or seat.failed > self.retries:
+                self._refuse(
+                    seat,
+                    f"a Ray worker did not start: {reason(error)}; every node needs this project "
+                    "and its packages, in the versions of this process",
+                    error,
+                )
+            else:
+                self._replace(seat, f"died: {reason(error)}")
+
+    def _sit(self, seat: Seat, facts: Facts) -> None:
+        """Take in a worker that has answered, for the first time or again."""
+        began = self.check is not None
+        if self.check is not None and seat.facts is None:
+            try:
+                self.check([facts])
+            except ConfigError as error:
+                self._refuse(seat, str(error), error)
+                return
+        if seat.facts is not None:  # it does one thing after another: what it did before has ended
+            self._forget(seat)
+        word = "is ready" if seat.facts is None else "answers again"
+        seat.facts, seat.asked, seat.silent, seat.failed = facts, False, False, 0
+        seat.pulse.quiet = 0.0
+        if began:
+            self._say(f"{seat} {word}")
+
+    def _look(self) -> None:
+        """See who has become silent, who answers again, and who is to be given up."""
+        now = time.monotonic()
+        gap, self._looked = min(now - self._looked, 2 * TICK), now
+        self.watch()
+        there = any(seat.free for seat in self.seats)
+        for seat in [s for s in self.seats if not s.free]:
+            if seat.facts is None:
+                if not seat.asked:
+                    self._ask(seat)
+                continue
+            silence = seat.pulse.look()
+            there |= silence < 1 and seat.task is not None
+            if seat.task and now - seat.since > self.timeout:
+                self._replace(seat, f"did not answer within {self.timeout:g} s", at_fault=True)
+            elif silence * QUIET >= GIVEN_UP or (
+                seat.asked and not seat.task and now - seat.since > GIVEN_UP
+            ):
+                self._replace(seat, f"has been silent for {now - seat.since:.0f} s")
+            elif silence >= 1 and not seat.silent:
+                self._set_aside(seat, f"has been silent for {seat.pulse.quiet:.0f} s")
+            elif silence < 1 and seat.silent and not seat.asked:
+                self._ask(seat)
+        self._without = 0.0 if there else self._without + gap
+        if self._without > self.wait and self.check is not None:
+            raise EngineError(
+                f"none of {len(self.seats)} workers has been ready for {self.wait:g} s "
+                "(engine.wait): see that the cluster's hosts are there (ray status), and go on "
+                "with the run; what happened is in the ledger (incidents)"
+            )
+
+    def _ask(self, seat: Seat) -> None:
+        """Ask a worker for its facts, which it gives when it is ready."""
+        seat.asked, seat.since = True, seat.since if seat.task else time.monotonic()
+        self._waits[seat.actor.facts.remote()] = seat, None
+
+    def _set_aside(self, seat: Seat, cause: str) -> None:
+        """Let another worker do what this one is at; it may still answer first."""
+        seat.silent = True
+        self._say(f"{seat} {cause}{self._again(seat)}")
+
+    def _replace(self, seat: Seat, cause: str, *, at_fault: bool = False) -> None:
+        """Put a fresh process into a seat.
+
+        Args:
+            seat: The seat.
+            cause: Why.
+            at_fault: Whether it may be the job that the worker died or hung at.
+
+        Raises:
+            EngineError: If that job has lost too many.
+        """
+        task = seat.task
+        if task is not None and not task.done:
+            task.lost += at_fault
+            if task.lost > self.retries:
+                raise EngineError(
+                    f"{seat} {cause}; engine.retries={self.retries} allows no further loss at the "
+                    f"same job. It was at {task.job}"
+                )
+        self._say(f"{seat} {cause}{self._again(seat)}")
+        self._forget(seat)
         ray.kill(seat.actor, no_restart=True)
-        seat.actor, seat.version = self.start(), None
+        seat.actor = self.start()
+        seat.pulse = self.pulse_of(seat.actor)
+        seat.version, seat.facts, seat.silent = None, None, False
+        self._ask(seat)
+
+    def _refuse(self, seat: Seat, text: str, error: Exception) -> None:
+        """Do without a worker that cannot work; where none has worked yet, the run cannot begin."""
+        if self.check is None or len(self.seats) == 1:
+            raise (error if isinstance(error, ConfigError) else EngineError(text)) from error
+        self._say(f"{seat} is left out: {text}")
+        self._forget(seat)
+        ray.kill(seat.actor, no_restart=True)
+        self.seats.remove(seat)
+
+    def _again(self, seat: Seat) -> str:
+        """Put what a worker is at back into the queue, unless somebody has done it or will."""
+        if seat.facts is None:
+            return "; its start was run again"
+        if seat.task is None or seat.task.done:
+            return ""
+        if seat.task not in self._queue and not any(
+            s.task is seat.task for s in self.seats if s is not seat and not s.silent
+        ):
+            self._queue.appendleft(seat.task)
+        return f"; {seat.task.job} was run again"
+
+    def _forget(self, seat: Seat) -> None:
+        """Wait no more for anything that a seat was asked."""
+        self._waits = {ref: own for ref, own in self._waits.items() if own[0] is not seat}
+        seat.task, seat.asked = None, False
+
+    def _say(self, text: str) -> None:
+        self.incidents.append(text)
+        log.warning("%s", text)
 
     def close(self) -> None:
         """End all processes."""

@@ -1,0 +1,314 @@
+"""``python -m tests.campaigns.ray_hosts``: hosts of a Ray cluster are lost, and a run goes on.
+
+Three hosts of a bed (network namespaces) make a cluster. A run goes over it, and while it goes a
+host is killed, cut off, stopped, or comes back; the head is killed in a run of its own, which is
+gone on with on another cluster. The digests must be those of one process without faults. Of each
+fault the table has what it cost: the longest of the rounds after it, less the usual one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from fedraclora.errors import FedRacLoraError
+from fedraclora.experiments.progress import console_for_tables
+from fedraclora.run.ledger import Row, read_ledger, round_seconds
+from tests.campaigns.kill_resume import finish
+from tests.campaigns.kill_workers import JOB, WORKER
+from tests.hosts import Bed, Host, Process, why_not
+
+HERE = "tests.campaigns.ray_hosts"
+PACE = "FEDRACLORA_TEST_PACE"  # seconds that a batch takes
+PORT = 6379
+RAY = str(Path(sys.executable).parent / "ray")
+START = (RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000")
+PYTHON = [sys.executable, "-m", "fedraclora.experiments.simulate"]
+# On a busy machine a raylet takes longer than Ray waits.
+ENV = {"RAY_raylet_start_wait_time_s": "300", "RAY_USAGE_STATS_ENABLED": "0"}
+WHOLE = """if True:
+    import ray, sys, time
+    ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
+    while ray.cluster_resources().get("CPU", 0) < int(sys.argv[2]): time.sleep(0.2)
+"""
+PATIENCE = 900.0  # seconds for what must come
+
+
+@dataclass
+class Cost:
+    """One fault: what the usual round took before it, the longest after it, and what was told."""
+
+    fault: str
+    usual: float
+    longest: float
+    told: list[str]
+
+
+class Run:
+    """A run on a bed's cluster, with one CPU on the head's host and two on each other one.
+
+    Args:
+        bed: Of three hosts, whose cluster is started.
+        driver: Which host the run is started on.
+        rounds: Of the job.
+        resume: Whether it goes on.
+    """
+
+    def __init__(self, bed: Bed, driver: int, rounds: int, *, resume: bool = False) -> None:
+        self.bed, self.host = bed, bed[driver]
+        self.folder = self.host.path("run")
+        address = f"engine.address={bed[0].address}:{PORT}"
+        words = ["output.dir=/tmp/home/run", "output.sync=false", f"rounds={rounds}", address]
+        if resume:
+            words = ["resume=/tmp/home/run", address]
+        else:
+            words = [*job(rounds), "engine=ray", "engine.chunk=5", "engine.workers=5", *words]
+        self.said = self.host.path("run.log").open("a")
+        streams = {"stdout": self.said, "stderr": self.said}
+        self.process: Process = self.host.popen([*PYTHON, *words], env=ENV, **streams)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the ledger so far."""
+        with suppress(FedRacLoraError, OSError):  # a line is being written
+            return read_ledger(self.folder / "ledger.jsonl")
+        return []
+
+    def until(self, true: Callable[[], bool]) -> bool:
+        """Wait until something is true; False if the run ends first."""
+        end = time.monotonic() + PATIENCE
+        while not true():
+            if self.process.poll() is not None or time.monotonic() > end:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def told(self, since: int) -> list[str]:
+        """What the ledger says of incidents since a row."""
+        return [str(i) for row in self.rows[since:] for i in row.get("incidents", ())]  # type: ignore[attr-defined]
+
+    def suffer(self, name: str) -> Cost | None:
+        """Let one fault happen, wait for its end and some rounds more; None if the run ended."""
+        before = len(self.rows)
+        if not self.until(lambda: len(self.rows) >= before + 6):
+            return None
+        began = len(self.rows)
+        FAULTS[name](self)
+        if not self.until(lambda: len(self.rows) >= began + 6):
+            return None
+        taken = [round_seconds(row) for row in self.rows]
+        usual = statistics.median(taken[max(1, began - 20) : began])
+        return Cost(name, usual, max(taken[began:]), self.told(began))
+
+
+def job(rounds: int) -> list[str]:
+    """Rounds of eight chunks."""
+    words = [word for word in JOB if not word.startswith(("rounds", "engine"))]
+    return [*words, f"data.loss={__name__.replace('__main__', HERE)}:paced", f"rounds={rounds}"]
+
+
+def paced(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The usual loss, of a model that takes its time on a cluster's workers, and no processor."""
+    time.sleep(float(os.environ.get(PACE, "0")))
+    return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def processes(host: Host, name: bytes) -> list[int]:
+    """Give the processes of a host whose command begins with a name."""
+    found, own = [], Path(f"/proc/{host.inside.pid}/ns/net").readlink()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (entry / "cmdline").read_bytes()
+            if name in command.split(b"\0")[0] and (entry / "ns/net").readlink() == own:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def join(bed: Bed, k: int, cpus: int = 2) -> None:
+    """Start Ray on a host that joins the head's cluster."""
+    words = [f"--node-ip-address={bed[k].address}", f"--num-cpus={cpus}"]
+    where = ["--head", f"--port={PORT}", "--include-dashboard=false"]
+    if k:
+        where = [f"--address={bed[0].address}:{PORT}"]
+    said = bed[k].path("ray").open("a")
+    bed[k].popen([*START, *words, *where], env={**ENV, PACE: "0.1"}, stdout=said, stderr=said)
+
+
+def begin(bed: Bed) -> None:
+    """Start the cluster, and wait until it is whole."""
+    address = f"{bed[0].address}:{PORT}"
+    for k, cpus in enumerate((1, 2, 2)):
+        words = [sys.executable, "-c", WHOLE, address, str(1 + 2 * k)]
+        end = time.monotonic() + PATIENCE
+        while True:
+            join(bed, k, cpus)
+            try:
+                bed[0].run(words, timeout=200, env=ENV)
+                break
+            except subprocess.SubprocessError:  # on a busy machine a start may fail
+                if time.monotonic() > end:
+                    raise
+                bed[k].kill()
+
+
+def cut(seconds: float) -> Callable[[Run], None]:
+    """Cut the link of host 1 for so long."""
+
+    def fault(run: Run) -> None:
+        run.bed[1].cut()
+        run.until(hold(seconds))
+        run.bed[1].heal()
+        if seconds > 60:  # Ray has given the host up, and its processes there end themselves
+            run.until(lambda: not processes(run.bed[1], b"raylet"))
+            join(run.bed, 1)
+        if seconds > 20:
+            back(run)
+
+    return fault
+
+
+def hold(seconds: float) -> Callable[[], bool]:
+    """Be true after so long."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+def back(run: Run) -> None:
+    """Wait until the last that the ledger says of each worker is that it is there."""
+
+    def there() -> bool:
+        last = {told.split()[1]: told for told in run.told(0) if told.startswith("worker")}
+        return all("answers again" in t or "is ready" in t for t in last.values())
+
+    run.until(hold(8))
+    run.until(there)
+
+
+def kill(run: Run) -> None:
+    """Kill all processes of host 1; Ray is started there again later."""
+    run.bed[1].kill()
+    run.until(hold(20))
+    join(run.bed, 1)
+    back(run)
+
+
+def stop(name: bytes, seconds: float) -> Callable[[Run], None]:
+    """Stop a process of host 1 for so long; empty: all of them."""
+
+    def fault(run: Run) -> None:
+        pids = processes(run.bed[1], name)[: 1 if name else None]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        run.until(hold(seconds))
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        back(run)
+
+    return fault
+
+
+def slow(run: Run) -> None:
+    """Limit the link of host 1."""
+    run.bed[1].link("1mbit", "1mbit")
+    run.until(hold(10))
+    run.bed[1].link()
+
+
+FAULTS: dict[str, Callable[[Run], None]] = {
+    "nothing": lambda run: None,
+    "link of 1 Mbit/s": slow,
+    "link cut 5 s": cut(5),
+    "link cut 30 s": cut(30),
+    "worker stopped 20 s": stop(WORKER, 20),
+    "worker stopped 90 s": stop(WORKER, 90),
+    "raylet stopped 20 s": stop(b"raylet", 20),
+    "host stopped 20 s": stop(b"", 20),
+    "host killed, joins 20 s later": kill,
+    "link cut 90 s, joins": cut(90),
+}
+
+
+@contextmanager
+def cluster() -> Iterator[Bed]:
+    """Start a bed with a cluster on it."""
+    with Bed(3) as bed:
+        begin(bed)
+        yield bed
+
+
+def lose_the_head(rounds: int, driver: int) -> tuple[str, dict[str, str], float]:
+    """Kill all of the head's host but the run; give its last words, and how it ended at last."""
+    with cluster() as bed:
+        run = Run(bed, driver, rounds)
+        run.until(lambda: len(run.rows) > 8)
+        began = time.monotonic()
+        own = {run.process.inner}
+        for pid in {*processes(bed[0], b"gcs_server"), *processes(bed[0], b"raylet")} - own:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.process.wait(PATIENCE)
+        seconds = time.monotonic() - began
+        words = run.host.path("run.log").read_text().splitlines()[-1]
+        left = f"status {run.process.returncode}, {len(run.rows) - 1} rounds: {words}"
+        kept = run.host.path("run").rename(
+            Path(os.environ.get("TMPDIR", "/tmp")) / f"h{os.getpid()}"
+        )
+    with cluster() as bed:
+        kept.rename(bed[driver].path("run"))
+        run = Run(bed, driver, rounds, resume=True)
+        return left, finish(run.process, run.folder), seconds  # type: ignore[arg-type]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the faults; status 1 if a digest differs."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
+    parser.add_argument("--faults", nargs="*", default=[*FAULTS], choices=FAULTS)
+    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--driver", type=int, default=0, help="the host that the run is on")
+    parser.add_argument("--head", action="store_true", help="kill the head alone")
+    asked = parser.parse_args(words)
+    if reason := why_not():
+        print(reason)
+        return 1
+    console = console_for_tables()
+    with Bed(1) as bed:
+        alone = [*PYTHON, *job(asked.rounds), "engine=vectorised", "engine.chunk=5"]
+        process = bed[0].popen([*alone, "output.dir=/tmp/home/run"], stdout=subprocess.DEVNULL)
+        wanted = finish(process, bed[0].path("run"))  # type: ignore[arg-type]
+    if asked.head:
+        left, found, seconds = lose_the_head(asked.rounds, asked.driver)
+        console.print(f"driver on host {asked.driver}: ended after {seconds:.0f} s, {left}")
+        console.print("gone on with: same digests" if found == wanted else "DIFFERENT digests")
+        return 0 if found == wanted else 1
+    with cluster() as bed:
+        run = Run(bed, asked.driver, asked.rounds)
+        table = Table("fault", "usual round, s", "longest, s", "lost, s", "the ledger says")
+        for name in asked.faults:
+            cost = run.suffer(name)
+            if cost is None:
+                table.add_row(name, "the run ended before")
+                break
+            numbers = cost.usual, cost.longest, cost.longest - cost.usual
+            table.add_row(name, *(f"{n:.1f}" for n in numbers), "\n".join(cost.told))
+            print(name, *numbers, *cost.told, sep="\n  ", flush=True)
+        same = finish(run.process, run.folder) == wanted  # type: ignore[arg-type]
+        console.print(table)
+        console.print("same digests" if same else "DIFFERENT digests")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
