@@ -94,6 +94,18 @@ def test_a_ray_that_listens_elsewhere_is_ended(monkeypatch: pytest.MonkeyPatch) 
     assert ended
 
 
+def test_a_ray_that_starts_too_slowly_is_an_error_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(EngineError, match="timed out during startup"):
+        Cluster(RayConfig(), "cpu")
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_ray_starts_waits_and_is_an_interrupt(
     sign: int, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from ray.experimental import get_object_locations
 from ray.job_config import JobConfig
 from ray.util.client import ray as client_of_ray
@@ -126,7 +125,7 @@ class Cluster:
                 log_to_driver=False,
                 configure_logging=False,
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+        except Exception as error:  # Ray raises it bare where a part of it starts too slowly
             where = "on this machine" if alone else f"at {address}"
             raise EngineError(
                 f"Ray cannot be reached or started {where}: {error}; check {said_by}, that "
