@@ -136,10 +136,8 @@ def check_node(words: Sequence[str], file: str | None) -> int:
     Raises:
         ConfigError: If it, or ``--node-config``, cannot be read.
     """
-    args, wanted = (
-        _parse_args_run_supernode().parse_args(words),
-        dict[str, Any](versions={}, config={}),
-    )
+    args = _parse_args_run_supernode().parse_args(words)
+    wanted: dict[str, Any] = {"versions": {}, "config": {}}
     try:
         config = parse_config_args([args.node_config] if args.node_config else None)
         if file is not None:
@@ -198,10 +196,10 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
     make = 'make one: ssh-keygen -t ecdsa -b 384 -N "" -f FILE'
     try:
         key = serialization.load_ssh_private_key(file.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError("of another kind")
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: a passphrase
-        raise ConfigError(f"{file} is no key that Flower reads ({error}); {make}") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{file} is of a kind that Flower does not take; {make}")
+        raise ConfigError(f"{file} is no key that Flower takes ({error}); {make}") from error
     found = file.stat()
     mode, group = found.st_mode & 0o777, 0o070 * (found.st_uid == os.geteuid())  # else it is for us
     if mode & (0o007 | group):
