@@ -36,12 +36,15 @@ FUNCTIONS = ("model", "data")  # groups with a choice that is named function, an
 
 NODES = nodes(METHODS)
 ROWS = targets_of(METHODS)
+STORE = ConfigStore.instance()
+# Hydra copies the one store for each config that it composes, and again what it reads of it.
+STORE.__deepcopy__ = lambda _: STORE  # type: ignore[attr-defined]
 for _path, _node in NODES.items():
     _above, _, _name = _path.rpartition("/")
     _package = _above.replace("/", ".") or "_global_"
-    ConfigStore.instance().store(_name, _node, f"{ROW}{_above}".rstrip("/"), _package)
+    STORE.store(_name, _node, f"{ROW}{_above}".rstrip("/"), _package)
     if _name in ROWS.get(_above, ()) and not (CONF / f"{_path}.yaml").is_file():
-        ConfigStore.instance().store(_name, _node, _above, _package)
+        STORE.store(_name, _node, _above, _package)
 
 
 def own_node(group: str, name: str) -> dict[str, object]:
@@ -78,13 +81,11 @@ class OwnChoices(dict[str, Any]):
         """Write what is asked for."""
         node = OmegaConf.create(own_node(self.group, file.removesuffix(".yaml")))
         package = "_global_" if self.group in FUNCTIONS else self.group
-        self[file] = ConfigNode(file, node, self.group, package, None)
-        return self[file]
+        return ConfigNode(file, node, self.group, package, None)
 
 
 for _group in (*OWN_GROUPS, *FUNCTIONS):
-    _store = ConfigStore.instance().repo
-    _store[_group] = OwnChoices(_group, _store.get(_group, {}))
+    STORE.repo[_group] = OwnChoices(_group, STORE.repo.get(_group, {}))
 
 
 @cache

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
@@ -110,6 +111,10 @@ def new_panels(
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure; the folder is made where it is missing."""
+    """Write a figure; the folder is made where it is missing.
+
+    `Figure.savefig` would draw it twice, first to find what surrounds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    write: Callable[[Path], object] = FigureCanvasAgg(figure).print_png  # it has no types
+    write(path)

@@ -24,17 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
-from flwr.common.secure_aggregation.crypto.symmetric_encryption import (
-    decrypt,
-    encrypt,
-    generate_shared_key,
-)
-from flwr.supercore.primitives.asymmetric import (
-    bytes_to_public_key,
-    generate_key_pairs,
-    public_key_to_bytes,
-)
 
 from fedraclora.errors import WireError
 from fedraclora.privacy.secret import stream
@@ -85,6 +74,8 @@ def read_words(content: Content) -> torch.Tensor:
 
 def new_pair() -> tuple[str, str]:
     """Make a key pair: private and public, as text."""
+    from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+
     private, public = generate_key_pairs()
     scalar = private.private_numbers().private_value.to_bytes(SCALAR_BYTES, "big")
     return scalar.hex(), public_key_to_bytes(public).decode()
@@ -96,6 +87,8 @@ def read_public(text: object) -> ec.EllipticCurvePublicKey:
     Raises:
         WireError: If it is none, or one of another kind or curve.
     """
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key
+
     with reading("what came for a public key"):
         key = bytes_to_public_key(checked_text(text, PUBLIC_LENGTH).encode())
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != CURVE.name:
@@ -105,6 +98,8 @@ def read_public(text: object) -> ec.EllipticCurvePublicKey:
 
 def shared_key(private: str, public: str) -> bytes:
     """Agree on a key with the owner of ``public``: 32 bytes in base64, as Fernet takes them."""
+    from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
+
     own = ec.derive_private_key(int(private, 16), CURVE)
     return generate_shared_key(own, read_public(public))
 
@@ -125,6 +120,8 @@ def new_seed() -> str:
 
 def seal(key: bytes, sender: int, receiver: int, shares: list[str]) -> str:
     """Encrypt shares for a neighbour, with who sends them to whom."""
+    from flwr.common.secure_aggregation.crypto.symmetric_encryption import encrypt
+
     return encrypt(key, json.dumps([sender, receiver, *shares]).encode()).decode()
 
 
@@ -134,6 +131,8 @@ def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
     Raises:
         WireError: If it was not sealed by this sender for this receiver.
     """
+    from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt
+
     with reading(f"the sealed text of shares of client {sender}"):
         parts = json.loads(decrypt(key, text.encode()))
         found = [parts[0], parts[1], *(checked_text(share, SHARE_LENGTH) for share in parts[2:])]
@@ -164,6 +163,8 @@ def checked_text(value: object, longest: int) -> str:
 
 def split_secret(secret: str, threshold: int, count: int) -> list[str]:
     """Split a secret (hexadecimal) so that any ``threshold`` of ``count`` shares give it back."""
+    from flwr.common.secure_aggregation.crypto.shamir import create_shares
+
     return [share.hex() for share in create_shares(bytes.fromhex(secret), threshold, count)]
 
 
@@ -173,6 +174,8 @@ def combine(shares: list[str]) -> str:
     Raises:
         WireError: If the shares do not fit together.
     """
+    from flwr.common.secure_aggregation.crypto.shamir import combine_shares
+
     with reading("a secret from its shares"):
         return combine_shares([bytes.fromhex(share) for share in shares]).hex()
 

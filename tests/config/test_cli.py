@@ -17,13 +17,18 @@ import pytest
 import yaml
 from rich.table import Table as RichTable
 
+from fedraclora.clients.engines import engine_of
+from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.choices import choice
 from fedraclora.experiments.cli import COMMANDS, main
+from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.progress import RunProgress, console_for_tables, plain_console
 from fedraclora.experiments.resume import told_how_to_go_on
 from fedraclora.experiments.status import UNREAD
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.outcome import execute
 from fedraclora.weights.files import flatten
 from tests.common import summary_of
 
@@ -295,18 +300,24 @@ def test_a_run_folder_that_exists_is_not_written_over(simulate: Run, tmp_path: P
     assert after == before
 
 
-def unfinished(simulate: Run, folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two rounds, without the summary that would make it a finished one."""
-    assert simulate()[0] == 0
-    (folder / "run" / "summary.json").unlink()
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    execute(from_plain(composed([*SMALL, f"output.dir={folder}"]), METHODS), folder, engine_of)
+    (folder / "summary.json").unlink()
+    return folder.rename(folder.with_name("kept"))
+
+
+@pytest.fixture
+def run(whole: Path) -> Path:
+    """The same in the place where it ran, to be spoilt."""
+    shutil.rmtree(whole.with_name("run"), ignore_errors=True)
+    return Path(shutil.copytree(whole, whole.with_name("run")))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty"])
-def test_a_corrupt_checkpoint_is_refused(
-    simulate: Run, command: Run, damage: str, tmp_path: Path
-) -> None:
-    run = unfinished(simulate, tmp_path)
+def test_a_corrupt_checkpoint_is_refused(run: Path, command: Run, damage: str) -> None:
     path = run / "checkpoint" / "checkpoint.safetensors"
     whole = path.read_bytes()
     flipped = bytearray(whole)
@@ -318,8 +329,7 @@ def test_a_corrupt_checkpoint_is_refused(
     assert_refused(found, str(path), "damaged", "restore the file from a copy", "without resume")
 
 
-def test_a_corrupt_ledger_is_refused(simulate: Run, command: Run, tmp_path: Path) -> None:
-    run = unfinished(simulate, tmp_path)
+def test_a_corrupt_ledger_is_refused(run: Path, command: Run) -> None:
     lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
     (run / "ledger.jsonl").write_text(lines[0] + "hello\n" + lines[2])
     found = command("simulate", f"resume={run}")
@@ -327,10 +337,7 @@ def test_a_corrupt_ledger_is_refused(simulate: Run, command: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
-def test_a_ledger_behind_its_checkpoint_is_refused(
-    simulate: Run, command: Run, rows: int, tmp_path: Path
-) -> None:
-    run = unfinished(simulate, tmp_path)
+def test_a_ledger_behind_its_checkpoint_is_refused(run: Path, command: Run, rows: int) -> None:
     lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 3
     (run / "ledger.jsonl").write_text("".join(lines[:rows]))
@@ -350,10 +357,7 @@ def test_a_lost_checkpoint_does_not_cost_the_ledger(
 
 
 @pytest.mark.parametrize("text", ["", "method: 3\n", "method: [open"])
-def test_a_corrupt_config_is_refused(
-    simulate: Run, command: Run, text: str, tmp_path: Path
-) -> None:
-    run = unfinished(simulate, tmp_path)
+def test_a_corrupt_config_is_refused(run: Path, command: Run, text: str) -> None:
     (run / "config.yaml").write_text(text)
     assert_refused(command("simulate", f"resume={run}"), "config")
 
@@ -371,20 +375,18 @@ def test_a_corrupt_config_is_refused(
 )
 @pytest.mark.parametrize("how", ["auto", "folder"])
 def test_resume_under_another_config_is_refused(
-    simulate: Run, command: Run, how: str, words: list[str], said: str, tmp_path: Path
+    run: Path, command: Run, how: str, words: list[str], said: str
 ) -> None:
-    run = unfinished(simulate, tmp_path)
     kept = (run / "ledger.jsonl").read_bytes()
     if how == "auto":
-        found = simulate("resume=auto", *words)
+        found = command("simulate", *SMALL, f"output.dir={run}", "resume=auto", *words)
     else:
         found = command("simulate", f"resume={run}", *words)
     assert_refused(found, str(run), "under another config", said)
     assert (run / "ledger.jsonl").read_bytes() == kept
 
 
-def test_resume_under_the_same_config_goes_on(simulate: Run, command: Run, tmp_path: Path) -> None:
-    run = unfinished(simulate, tmp_path)
+def test_resume_under_the_same_config_goes_on(run: Path, command: Run) -> None:
     assert command("simulate", f"resume={run}", "seed=0", "method.rank=2")[0] == 0
     summary = summary_of(run)
     assert summary["rounds"] == 2
@@ -654,7 +656,7 @@ def test_the_installed_script_ends_a_diverging_run(tmp_path: Path) -> None:
 
 def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     """The main job, with pretraining and a partition of flwr-datasets; plots come at its end."""
-    heavy = ["matplotlib", "mlflow", "ray", "scipy", "seaborn", "sklearn", "sympy"]
+    heavy = ["flwr", "matplotlib", "mlflow", "ray", "scipy", "seaborn", "sklearn", "sympy"]
     heavy += ["torch._dynamo", "transformers"]
     words = ["simulate", "rounds=1", "output.plots=false", f"output.dir={tmp_path / 'run'}"]
     code = f"from fedraclora.experiments import cli\ntry: cli.main({words})\n"

@@ -10,9 +10,10 @@ from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from worlds import (
-    RAGGED,
+    FULL_BATCH,
     Run,
     World,
+    assert_equal_trees,
     assert_updates_lead_on,
     defaults_short,
     forms_short,
@@ -41,7 +42,7 @@ COHORT, ROUNDS = 3, 6
 def finished(variant: Variant, chunk: int = 1, width: int = 1, folder: Path | None = None) -> Run:
     method = make_method(variant[0], **variant[1])
     world = make_world(width=width)
-    return run(world, method, RAGGED, rounds=ROUNDS, cohort=COHORT, chunk=chunk, folder=folder)
+    return run(world, method, FULL_BATCH, rounds=ROUNDS, cohort=COHORT, chunk=chunk, folder=folder)
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=label)
@@ -168,6 +169,6 @@ def test_catch_up_is_the_links_a_client_missed_or_the_dense_weight(done: Run, fo
         assert row["catchup_bytes"] == wanted
 
 
-@pytest.mark.usefixtures("done")
-def test_an_update_is_what_is_counted_and_leads_to_the_weights(folder: Path) -> None:
-    assert_updates_lead_on(folder)
+def test_an_update_is_what_is_counted_and_leads_to_the_weights(done: Run, folder: Path) -> None:
+    """And the chain on disk leads to the bits that the server holds."""
+    assert_equal_trees(assert_updates_lead_on(folder), done.strategy.state.base)

@@ -290,6 +290,8 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(
         assert_equal_trees(left, right)
 
 
+# That the chain of each variant leads to its last base is shown where its bytes are counted.
+@defaults_short
 @every_variant
 def test_the_chain_on_disk_rebuilds_the_base_to_the_bit(
     variant: Variant, world: World, whole_run: Callable[[Variant], tuple[Run, Path]]

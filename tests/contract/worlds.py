@@ -34,13 +34,13 @@ from fedraclora.experiments.choices import choice
 from fedraclora.experiments.pages import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.link import Plan
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Memo, Method, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
-from fedraclora.run.rebuild import state_at
+from fedraclora.run.rebuild import read_states
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.base import FedStrategy
@@ -527,16 +527,16 @@ def array_bytes(content: Content) -> int:
     return sum(int(array.numpy().nbytes) for r in records for array in r.values())
 
 
-def assert_updates_lead_on(folder: Path) -> None:
+def assert_updates_lead_on(folder: Path) -> Tree:
     """Hold the updates of a run against its weights, and their bytes against what `CatchUp` says.
 
-    From every version that a client may hold to the last.
+    From every version that a client may hold to the last, whose base is returned.
     """
     links = [read_link(t, meta) for round_, t, meta in read_links(folder / "chain") if round_]
-    count = len(links)
-    start, end = state_at(folder, 0), state_at(folder, count)
+    states = [state for _, state, _ in read_states(folder, None, Memo)]
+    start, count, base = states[0], len(links), states[-1].base
     history, counted = WeightHistory(), CatchUp(start.base, count + 1)
-    history.recall(end.base, enumerate(links, start=1), count)
+    history.recall(base, enumerate(links, start=1), count)
     for version, link in enumerate(links, start=1):
         counted.add(link)
         counted.fetch(torch.arange(version, count + 1))  # client k is last seen at version k
@@ -545,9 +545,10 @@ def assert_updates_lead_on(folder: Path) -> None:
         assert update.start == held
         assert update.payload_bytes == counted.missing(torch.tensor([held])).sum()
         replica = Replica(start.plan, torch.device("cpu"))
-        replica.take(state_at(folder, held).base, held, None)
+        replica.take(states[held].base, held, None)
         assert replica.follow(update)
-        assert digest(replica.at(count, count + 1)) == digest(end.base)
+        assert digest(replica.at(count, count + 1)) == digest(base)
+    return base
 
 
 def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:
