@@ -5,6 +5,8 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=01:00:00
+# It ends with `ray stop`, which ends every Ray of yours on a host, that of another job, too.
+#SBATCH --exclusive
 set -euo pipefail
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
 # A token of this job: else whoever reaches a port of these hosts runs code as you.
