@@ -8,103 +8,97 @@ answers) gets the very same bytes if it asks the very same, and nothing if it as
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fedraclora.clients.cache import on_disk
 from fedraclora.clients.secure import MEASUREMENTS
-from fedraclora.engines.records import from_records
+from fedraclora.engines.records import from_records, to_records
 from fedraclora.errors import ClientError
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.wire.records import Content, clients_of, round_of
-from fedraclora.wire.secagg import read_stage
+from fedraclora.wire.downlink import AskWriter
+from fedraclora.wire.exchange import Answer, Ask, Stage
+from fedraclora.wire.reply import read_answer, write_answer
 
-ASKS = ("config", "arrays", "own", "chunk", "secure")  # records of a message that it answers
 # What is answered once in a round.
 ONCE = ("train", "masked", "unmask", f"{MEASUREMENTS}-masked", f"{MEASUREMENTS}-unmask")
 
 
-def kind_of(content: Content) -> str:
-    """Name what a message asks for: ``train``, or a stage of secure aggregation, of either sum."""
-    stage = read_stage(content)
+def kind_of(stage: Stage | None) -> str:
+    """Name what is asked for: ``train``, or a stage of secure aggregation, of either sum."""
     if stage is None:
         return "train"
     return f"{MEASUREMENTS}-{stage.name}" if MEASUREMENTS in stage.settings else stage.name
 
 
-def is_given(reply: Content) -> bool:
-    """Check whether a reply says more than why there is none."""
-    stage = read_stage(reply)
-    return bool(stage.data if stage is not None and stage.name == "unmask" else clients_of(reply))
+def is_given(answer: Answer) -> bool:
+    """Check whether an answer says more than why there is none."""
+    stage = answer.stage
+    return bool(stage.data if stage and stage.name == "unmask" else len(answer.clients))
 
 
-class Answers:
-    """What a client has answered last, by kind.
+class AnswerOnce:
+    """What a client has answered last to a kind of question, and whether that is the answer to one.
 
     Args:
         folder: Of the client in a run.
         rounds: The last round of the run.
+        ask: The question.
+        version: Of the base weights that come with it.
     """
 
-    def __init__(self, folder: Path, rounds: int) -> None:
-        self.folder, self.rounds = folder / "answers", rounds
+    def __init__(self, folder: Path, rounds: int, ask: Ask, version: str) -> None:
+        self.folder, self.rounds, self.ask = folder / "answers", rounds, ask
+        self.kind, self.round_ = kind_of(ask.stage), ask.request.round_
+        self.path = self.folder / f"{self.kind}.safetensors"
+        asked = recorddict_to_proto(to_records(AskWriter().write(ask)))
+        raw = asked.SerializeToString(deterministic=True)
+        self.digest = hashlib.sha256(f"{version}|".encode() + raw).hexdigest()
 
-    def once(
-        self, content: RecordDict, version: str, compute: Callable[[], RecordDict]
-    ) -> RecordDict:
-        """Return the answer to a message: the one that was sent before, or a new one.
-
-        Args:
-            content: The message.
-            version: Of the base weights that it comes with.
-            compute: Gives a new answer, once the client has noted on its disk that it did.
+    def given(self) -> Answer | None:
+        """Return the answer that was sent to the question before; None: it is to be answered.
 
         Raises:
-            ClientError: If another message of this round or of a later one was answered, or the
-                run has no such round; or if the answer cannot be kept.
+            ClientError: If another question of this round or of a later one was answered, or the
+                run has no such round.
         """
-        asked, mine = from_records(content), question(content, version)
-        kind, round_ = kind_of(asked), round_of(asked)
         # What the last round has made is measured before a round that will not be.
-        if not 1 <= round_ <= self.rounds + kind.startswith(MEASUREMENTS):
+        if not 1 <= self.round_ <= self.rounds + self.kind.startswith(MEASUREMENTS):
             raise ClientError(
-                f"round {round_} was asked for; the run has rounds 1 to {self.rounds}"
+                f"round {self.round_} was asked for; the run has rounds 1 to {self.rounds}"
             )
-        if kind not in ONCE:
-            return compute()
-        path = self.folder / f"{kind}.safetensors"
-        if path.is_file():
-            tensors, meta = load_tensors(path, "restore it, or remove the folder of this run")
-            answered = int(str(meta["round"]))
-            if answered == round_ and meta["question"] == mine:
-                raw = tensors["reply"].numpy().tobytes()
-                return recorddict_from_proto(ProtoRecordDict.FromString(raw))
-            if answered >= round_:
-                raise ClientError(
-                    f"{clients_of(asked)} of this node answered round {answered} before, and "
-                    f"another question of round {round_} came: a client answers a round once, "
-                    "since two answers could be subtracted"
-                )
-        reply = compute()
-        if is_given(from_records(reply)):  # it is kept before anybody gets it
-            raw = recorddict_to_proto(reply).SerializeToString()
-            numbers = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
-            with on_disk(self.folder):
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                meta = {"round": round_, "question": mine}
-                save_tensors(path, {"reply": numbers}, meta, sync=True)
-                path.chmod(0o600)
-        return reply
+        if self.kind not in ONCE or not self.path.is_file():
+            return None
+        tensors, meta = load_tensors(self.path, "restore it, or remove the folder of this run")
+        answered = int(str(meta["round"]))
+        if answered == self.round_ and meta["question"] == self.digest:
+            raw = tensors["reply"].numpy().tobytes()
+            found = recorddict_from_proto(ProtoRecordDict.FromString(raw))
+            return read_answer(from_records(found), self.ask)
+        if answered >= self.round_:
+            raise ClientError(
+                f"client {self.ask.clients[0]} of this node answered round {answered} before, and "
+                f"another question of round {self.round_} came: a client answers a round once, "
+                "since two answers could be subtracted"
+            )
+        return None
 
+    def keep(self, answer: Answer) -> None:
+        """Keep an answer before anybody gets it.
 
-def question(content: RecordDict, version: str) -> str:
-    """Digest what a message asks (SHA-256): how base weights travel is left out."""
-    asked = RecordDict({name: content[name] for name in ASKS if name in content})
-    raw = recorddict_to_proto(asked).SerializeToString(deterministic=True)
-    return hashlib.sha256(f"{version}|".encode() + raw).hexdigest()
+        Raises:
+            ClientError: If it cannot be kept.
+        """
+        if self.kind not in ONCE or not is_given(answer):
+            return
+        raw = recorddict_to_proto(to_records(write_answer(answer))).SerializeToString()
+        numbers = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+        with on_disk(self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            meta = {"round": self.round_, "question": self.digest}
+            save_tensors(self.path, {"reply": numbers}, meta, sync=True)
+            self.path.chmod(0o600)

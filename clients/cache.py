@@ -11,6 +11,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from fedraclora.errors import ClientError, ConfigError, WireError
 RUNS = 4  # of whose weights a cache keeps
 CACHE = "fedraclora-cache"  # inside the folder that the node's configuration names
 MARKER = ".made-by-fedraclora"
+SPAN = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)  # of a node's clients
+MANY = 10**6  # clients of a span
+FEW = 10  # clients that are named one by one
 
 
 def served(context: Context) -> list[int]:
@@ -32,15 +36,21 @@ def served(context: Context) -> list[int]:
     Raises:
         ConfigError: If the node's configuration does not name them.
     """
-    config = context.node_config
-    text = str(config.get("partition-ids", config.get("partition-id", "")))
-    ids = [int(word) for word in text.replace(",", " ").split() if word.isdecimal()]
-    if not ids:
+    key = "partition-ids" if "partition-ids" in context.node_config else "partition-id"
+    text = str(context.node_config.get(key, ""))
+    found = [SPAN.fullmatch(word) for word in text.replace(",", " ").split()]
+    spans = [(int(span[1]), int(span[2] or span[1])) for span in found if span is not None]
+    if not spans or None in found or any(not a <= b < a + MANY for a, b in spans):
         raise ConfigError(
-            f"node-config has partition-id={text!r}: the number of this node's client is wanted, "
-            "or partition-ids with several, parted by commas"
+            f"node-config has {key}={text!r:.100}: the number of this node's client is wanted, or "
+            f"of several in partition-ids, such as '0,3' or '0-124' (at most {MANY})"
         )
-    return ids
+    return [*dict.fromkeys(client for a, b in spans for client in range(a, b + 1))]
+
+
+def some(clients: list[int]) -> str:
+    """Name the clients of a node, where there are many the first and the last of them."""
+    return str(clients) if len(clients) < FEW else f"[{clients[0]}, ..., {clients[-1]}]"
 
 
 def cache_of(context: Context) -> Path:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-from fedraclora.clients.cache import cache_of, claim, on_disk, served
+from fedraclora.clients.cache import cache_of, claim, on_disk, served, some
 from fedraclora.errors import ClientError, ConfigError
 
 FOLDERS = "residents"  # in the cache, with a folder for each node
@@ -47,7 +47,7 @@ def hand_over(message: Message, context: Context) -> Message:
             folder cannot be used.
     """
     asked = message.metadata.group_id  # the round; empty for a question
-    where = f"{f'round {asked}, ' if asked else ''}clients {served(context)} of this node"
+    where = f"{f'round {asked}, ' if asked else ''}clients {some(served(context))} of this node"
     until = time.monotonic() + message.metadata.ttl  # after that nobody waits for the answer
     try:
         with open_alone(cache_of(context), context.node_id, until) as address:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedraclora.binding import Plain
-from fedraclora.clients.answers import Answers
-from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, served
+from fedraclora.clients.answers import AnswerOnce
+from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, served, some
 from fedraclora.clients.worker import Worker
 from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config.run_config import task_from_plain
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.engines.records import from_records, to_records
-from fedraclora.engines.replies import STALE
+from fedraclora.engines.replies import FORMAT, STALE
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.privacy.secret import KEY_BYTES
@@ -31,70 +33,130 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import StoredReplica, read_stored_replica
 from fedraclora.wire.downlink import AskReader
+from fedraclora.wire.exchange import Answer, Ask, NoAnswer
 from fedraclora.wire.records import clients_of
 from fedraclora.wire.reply import write_answer
+from fedraclora.wire.together import (
+    chunks_of,
+    join_answers,
+    part_of,
+    split_answer,
+    unanswered,
+)
 from fedraclora.wire.weight_update import read_weight_update
 
-KEPT = 4  # clients whose weights, and data of their own, stay in memory
+KEPT = 4  # runs and nodes whose weights and data stay in memory
 
 
 def introduce(context: Context, run: str) -> RecordDict:
-    """Report which clients this node serves, and which version of the base weights each holds."""
-    folders = [folder_of(context, run, client) for client in served(context)]
-    replicas = [
-        read_stored_replica(folder) if is_claimed(folder.parent) else None for folder in folders
-    ]
-    versions = [-1 if found is None else found[1] for found in replicas]
-    record = ConfigRecord({"ids": served(context), "held": versions})
+    """Report which clients this node serves, and which version of the base weights it holds."""
+    folder = folder_of(context, run, served(context)[0])
+    found = read_stored_replica(folder) if is_claimed(folder.parent) else None
+    version = -1 if found is None else found[1]
+    record = ConfigRecord({"ids": served(context), "held": version, "format": FORMAT})
     return RecordDict({"partition": record})
 
 
 def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
-    """Train the client of a message, on weights that its update brings to the newest version.
+    """Train the clients of a message, on weights that its update brings to the newest version.
+
+    One that fails is named in the reply; where nobody else is asked, its error is raised.
 
     Raises:
-        ClientError: If its folder cannot be written to.
+        ClientError: If a folder cannot be written to.
         WireError: If the message is for a client that is not served here.
     """
-    asked = from_records(content)
-    (client,) = clients_of(asked)
-    if client not in served(context):
+    asked, mine = from_records(content), served(context)
+    if strangers := [client for client in clients_of(asked) if client not in {*mine}]:
         raise WireError(
-            f"a message is for client {client}, but this node serves the clients {served(context)}"
+            f"a message is for the clients {some(strangers)}, but this node serves {some(mine)}"
         )
-    folder = folder_of(context, run, client)
+    folder = folder_of(context, run, mine[0])  # of weights, which all clients here have in common
     make_room(folder.parent)
     own = context.node_config.get("data")
     settings = str(context.run_config.get("cfg-json", ""))
-    if own is None:  # then a client's trainer is every client's
-        found = trainer_for(settings, None, 0, alone=False)
-    else:
-        found = trainer_for(settings, str(own), client, alone=len(served(context)) == 1)
-    trainer, terms = found
-    holding = replica_of(folder, trainer)
+    owners = () if own is None else (*mine,)  # else the data of all clients are here
+    trainer, terms = trainer_for(settings, None if own is None else str(own), owners)
+    worker, holding = worker_of(folder, trainer, terms)
     with on_disk(folder):
         followed = holding.follow(read_weight_update(asked))
     if not followed:
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
-
-    def compute() -> RecordDict:
-        # New for every answer that is computed: nothing that anybody could ask for draws it again.
-        trainer.answer_key = os.urandom(KEY_BYTES)
-        store = read_store(folder, generations(settings))
-        answer = Worker(trainer, holding, store, terms).train(AskReader().read(asked))
-        if stored := store.since(0):
-            with on_disk(folder):
-                save_tensors(store_file(folder), stored, {}, sync=True)
-                store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
-        return to_records(write_answer(answer))
-
-    if not trainer.local.answers_once and terms is None:
-        reply = compute()
-    else:
-        answers = Answers(folder, int(json.loads(settings)["rounds"]))
-        reply = answers.once(content, f"{holding.version} {holding.mark}", compute)
+    version = f"{holding.version} {holding.mark}"
+    desk = Desk(worker, version, folder.parent, json.loads(settings))
+    reply = to_records(write_answer(desk.answer(AskReader().read(asked))))
     reply["job"] = ConfigRecord({"held": holding.version, "mark": str(holding.mark)})
     return reply
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Answers what clients of this node are asked by one message.
+
+    Attributes:
+        worker: Trains them.
+        version: Of the base weights, with their fingerprint.
+        folder: Of the run: each client has one inside.
+        settings: The config of the run.
+    """
+
+    worker: Worker
+    version: str
+    folder: Path
+    settings: dict[str, Any]
+
+    def answer(self, ask: Ask) -> Answer:
+        """Answer an ask, chunk by chunk, and keep what stays with its clients."""
+        chunks = chunks_of(ask, int(self.settings["engine"]["chunk"]))
+        alone = len(ask.request.clients) == 1
+        return join_answers(ask, [a for part in chunks for a in self._tried(part, alone=alone)])
+
+    def _tried(self, ask: Ask, *, alone: bool) -> list[Answer]:
+        """Answer for a chunk; if it raises, for each half of it, until who is at fault is alone."""
+        count = len(ask.request.clients)
+        once = self.worker.trainer.local.answers_once or self.worker.terms is not None
+        try:
+            return self._once(ask) if once else [self._trained(ask)]
+        except Exception as error:
+            if alone:
+                raise
+            if count == 1:
+                return [unanswered(ask, f"{type(error).__name__}: {error}")]
+        halves = torch.arange(count).tensor_split(2)
+        return [a for half in halves for a in self._tried(part_of(ask, half), alone=False)]
+
+    def _trained(self, ask: Ask) -> Answer:
+        # New for every answer that is computed: nothing that anybody could ask for draws it again.
+        self.worker.trainer.answer_key = os.urandom(KEY_BYTES)
+        folders = {client: self.folder / str(client) for client in ask.clients}
+        rounds = generations(self.settings)
+        self.worker.store = store = ClientStore(rounds)
+        for folder in folders.values():
+            store.absorb(read_store(folder, rounds).since(0))
+        answer = self.worker.train(ask)
+        for client, folder in folders.items():
+            if stored := store.since(0, client):
+                with on_disk(folder):
+                    save_tensors(store_file(folder), stored, {}, sync=True)
+                    # Keys of secure aggregation may be among it.
+                    store_file(folder).chmod(0o600)
+        return answer
+
+    def _once(self, ask: Ask) -> list[Answer]:
+        """Give each client's answer: the one that it gave before, or a new one."""
+        rounds, singles = int(self.settings["rounds"]), chunks_of(ask, 1)
+        folders = (self.folder / str(client) for client in ask.clients)
+        pairs = zip(folders, singles, strict=True)
+        books = [AnswerOnce(folder, rounds, single, self.version) for folder, single in pairs]
+        found = [book.given() for book in books]
+        if new := [k for k, answer in enumerate(found) if answer is None]:
+            of = part_of(ask, torch.tensor(new))
+            parts = split_answer(of, self._trained(of), [singles[k] for k in new])
+            for k, (single, own) in zip(new, parts, strict=True):
+                answer = unanswered(single, own.reason) if isinstance(own, NoAnswer) else own
+                books[k].keep(answer)
+                found[k] = answer
+        return [answer for answer in found if answer is not None]
 
 
 def store_file(folder: Path) -> Path:
@@ -102,9 +164,9 @@ def store_file(folder: Path) -> Path:
     return folder / "kept.safetensors"
 
 
-def generations(settings: str) -> int:
+def generations(settings: dict[str, Any]) -> int:
     """How many rounds to keep: a server that is restored goes back to its last checkpoint."""
-    return int(json.loads(settings)["output"]["checkpoint_every"]) + 1
+    return int(settings["output"]["checkpoint_every"]) + 1
 
 
 def read_store(folder: Path, rounds: int) -> ClientStore:
@@ -125,24 +187,25 @@ def read_store(folder: Path, rounds: int) -> ClientStore:
 
 
 @lru_cache(maxsize=KEPT)
-def replica_of(folder: Path, trainer: CohortTrainer) -> StoredReplica:
-    """Read the base weights of a client, or begin with those of the model."""
+def worker_of(
+    folder: Path, trainer: CohortTrainer, terms: SecAggTerms | None
+) -> tuple[Worker, StoredReplica]:
+    """Read the base weights of a node, or begin with those of the model, and train on them."""
     holding = StoredReplica(folder, trainer.plan, trainer.device)
     holding.begin(dict(trainer.task.model.named_parameters()))
-    return holding
+    return Worker(trainer, holding, terms=terms), holding
 
 
 @lru_cache(maxsize=KEPT)
 def trainer_for(
-    settings: str, own: str | None, client: int, *, alone: bool
+    settings: str, own: str | None, clients: tuple[int, ...]
 ) -> tuple[CohortTrainer, SecAggTerms | None]:
     """Build data and model of a run, and what its clients insist on in secure aggregation.
 
     Args:
         settings: The config of the run, as JSON.
         own: What the node's configuration says of its data, or None.
-        client: Whose they are.
-        alone: Whether the node has no other client.
+        clients: Whose they are.
 
     Raises:
         ConfigError: If the run wants data of the clients' own and the node has none, or it has
@@ -159,7 +222,7 @@ def trainer_for(
         data = plain["data"]
         if data.get("samples") is None and data.get("test") is None:
             data["test_share"] = 0.0  # the server has no sample: a client's are all its own
-        data |= {"samples": own, "client": client, "alone": alone}
+        data |= {"samples": own, "served": [*clients]}
     return built_from(plain)
 
 

@@ -16,7 +16,7 @@ from fedraclora.clients import node
 from fedraclora.clients.ray_worker import Clerk
 from fedraclora.clients.worker import Worker
 from fedraclora.engines.records import folded, from_records, to_records, unfolded
-from fedraclora.engines.replies import STALE, failed
+from fedraclora.engines.replies import STALE, check_format, failed
 from fedraclora.errors import StaleError, WireError
 from fedraclora.weights.job import read_settings
 from fedraclora.weights.replica import FolderReplica
@@ -38,13 +38,14 @@ def introduced(content: RecordDict, context: Context) -> RecordDict:
     """Report which client this node is, or on a real host which it serves."""
     job = content.get("job")
     if isinstance(job, ConfigRecord):
+        check_format(job.get("format"), "the server")
         return node.introduce(context, str(job["run"]))
     record = ConfigRecord({"id": int(context.node_config["partition-id"])})
     return RecordDict({"partition": record})
 
 
 def trained(content: RecordDict, context: Context) -> RecordDict:
-    """Train the client of this node.
+    """Train clients of this node.
 
     Raises:
         WireError: If the message does not say what to do.
@@ -56,6 +57,7 @@ def trained(content: RecordDict, context: Context) -> RecordDict:
             "which says what to do: run the server and the clients from one release"
         )
     if "run" in job:
+        check_format(job.get("format"), "the server")
         return folded(node.answer(context, str(job["run"]), unfolded(content)))
     asked = from_records(content)
     reply, stored = clerk_of(str(job["folder"])).answer(asked, read_tree(asked, "kept"))

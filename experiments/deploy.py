@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
@@ -223,7 +224,8 @@ def place(
     if request.resume:
         with alone(request.folder):
             pass  # the server will hold it: better to know before all of it starts
-    served = [list(range(k, request.built.clients, local)) for k in range(local)]
+    ends = [request.built.clients * k // local for k in range(local + 1)]  # chunks stay whole
+    served = [list(range(*span)) for span in pairwise(ends)]
     data = own_data(request.config.data)
     with LocalDeployment([ids for ids in served if ids], data=data) as deployment:
         yield deployment.connection, None

@@ -152,8 +152,9 @@ def assemble_with(
             if config.engine.chunk == "auto" and stored is not None
             else plan_chunk(config.engine.chunk, trainer, base, downlink, built.cohort, **where)
         )
-        loop = loop_of(config, built, chunk.chunk, trainer.dtype)
-        came = {"chunk": loop.chunk, "device": built.device.type, "dtype": loop.dtype}
+        # Hosts of others are asked for each client by itself: so one fails alone.
+        loop = loop_of(config, built, 1 if engine.elsewhere else chunk.chunk, trainer.dtype)
+        came = {"chunk": chunk.chunk, "device": built.device.type, "dtype": loop.dtype}
         store, output = ClientStore(), config.output
         recorder = RunRecorder(
             folder,

@@ -11,10 +11,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from typing_extensions import override
 
+from fedraclora.engines.post import PostedGrid
+from fedraclora.engines.records import from_records
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.wire.downlink import AskReader, AskWriter
-from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest
+from fedraclora.wire.exchange import DTYPES, Answer, Ask, NoAnswer, TrainRequest
 from fedraclora.wire.records import Content
+from fedraclora.wire.reply import read_answer
 
 
 def become_a_task() -> None:
@@ -31,6 +34,13 @@ def unpack_downlink(content: Content) -> tuple[Downlink, TrainRequest]:
     """Read what one train message asks of its clients."""
     ask = AskReader().read(content)
     return ask.own, ask.request
+
+
+def answer_to(reply: Message, ask: Ask) -> Answer | NoAnswer:
+    """Read a reply as the grid of real hosts does."""
+    if reply.has_error():
+        return PostedGrid.refusal(reply)
+    return read_answer(from_records(reply.content), ask)
 
 
 class FakeGrid(Grid):

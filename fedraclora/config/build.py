@@ -98,7 +98,7 @@ def settled(plain: Plain) -> dict[str, object]:
     data["clients"] = clients
     if data.get("classes") is None or data.get("shape") is None:
         own, _ = parted("data", data)
-        known = bind("data", DATASETS, without(own, "client", "alone"))()  # these a node sets
+        known = bind("data", DATASETS, without(own, "served"))()  # which a node sets
         data |= {"classes": known.classes, "shape": [*known.sample_shape]}
     return {**plain, "data": data, "clients": clients}
 

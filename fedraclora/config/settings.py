@@ -208,10 +208,12 @@ class FlowerConfig(InlineConfig):
 
 
 @dataclass(frozen=True)
-class DeployConfig(InlineConfig):
+class DeployConfig(EngineConfig):
     """Real SuperNodes on hosts of their own, by `fedraclora deploy`; the bits of inline.
 
     Attributes:
+        chunk: Clients of one node that train as one batch, where they stand in one chunk of the
+            cohort; 1: one after another. With more the bits are those of ``engine=vectorised``.
         min_clients: Replies that a round needs; None = of all clients that are asked.
         wait: Seconds to wait until so many of them are connected.
         timeout: Seconds to wait for the replies of an exchange.
@@ -223,12 +225,22 @@ class DeployConfig(InlineConfig):
 
     name: ClassVar[str] = "deploy"
 
+    chunk: Chunk = 1
     min_clients: Count | None = None
     wait: Seconds = 300.0
     timeout: Seconds = 3600.0
     retries: Whole = 2
     max_samples: Count = 10_000_000
     folder: str | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk == "auto":
+            raise ConfigError(
+                "engine.chunk is auto, but with engine=deploy nobody knows the memory of all nodes "
+                "before a run: set a number of clients (1: one after another)"
+            )
 
     @override
     def waiting(self, cohort: int) -> Patience:

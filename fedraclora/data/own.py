@@ -6,7 +6,7 @@ other sample stays where it is. Nothing is trained on at the server.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,7 @@ class Brought:
         source: A folder, or ``package.module:function``; None: they are on other machines.
         num_clients: Size of the population.
         form: What samples look like.
-        only: The one client that is here; None: all are, if any.
-        alone: Whether the client that is here is its node's only one.
+        only: The clients that are here; None: all are, if any.
         share: Fraction of each client's samples that is held out, to measure on.
         split_seed: Of that choice.
         arguments: Further ones of the function, by name.
@@ -139,8 +138,7 @@ class Brought:
     source: str | None
     num_clients: int
     form: Form
-    only: int | None = None
-    alone: bool = False
+    only: Sequence[int] | None = None
     share: float = 0.0
     split_seed: int = 0
     arguments: Mapping[str, object] = field(default_factory=dict)
@@ -191,7 +189,7 @@ class Brought:
 
     def tests(self, client: int) -> Samples | None:
         """Return the test samples that a client brings; None where it has none, or is elsewhere."""
-        if self.source is None or self.only not in {None, client}:
+        if self.source is None or (self.only is not None and client not in self.only):
             return None
         if client not in self._tests and not self.objects:
             self.whole(client)
@@ -226,7 +224,7 @@ class Brought:
         if self.objects:
             return stand_in(length(self.own(client)))
         if client not in self._read:
-            alone, said = self.alone or self.num_clients == 1, self.arguments
+            alone, said = len(self.only or range(self.num_clients)) == 1, self.arguments
             found, test = read_own(self.source, client, alone=alone, arguments=said)
             self._read[client] = found
             where = f"client {client}, test (data.samples={self.source})"
@@ -241,7 +239,8 @@ class Brought:
         """Number of samples of each client: int64 [K]; 1 for those that are elsewhere."""
         known = self.source is not None
         sizes = [
-            len(self.client(c)) if known and self.only in {None, c} else 1 for c in clients.tolist()
+            len(self.client(c)) if known and (self.only is None or c in self.only) else 1
+            for c in clients.tolist()
         ]
         return torch.tensor(sizes, dtype=torch.int64, device=clients.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated
 
@@ -21,12 +22,11 @@ from fedraclora.data.own_loss import IGNORED_TOKEN, named_loss
 from fedraclora.data.partition import SIZES_SEEN, spread_clients
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import read_as
-from fedraclora.errors import ConfigError, DataError
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.imports import is_function
 from fedraclora.limits import Count, Fraction, Later, Part, limited
 
 OF_A_NODE = Part("node")  # keys that a node sets, and no choice lists
-# keys that a node sets, and no choice lists
 
 
 @limited("data")
@@ -40,8 +40,7 @@ def own_samples(
     test: str | None = None,
     test_share: Fraction | None = None,
     split_seed: int = 0,
-    client: Annotated[int | None, OF_A_NODE] = None,
-    alone: Annotated[bool, OF_A_NODE] = False,
+    served: Annotated[Sequence[int] | None, OF_A_NODE] = None,
     objects: Annotated[bool, Later()] = False,
     loss: str | Mapping[str, object] = "cross_entropy",
     metrics: Sequence[str | Mapping[str, object]] | None = None,
@@ -59,8 +58,7 @@ def own_samples(
         test_share: Without them, the fraction of each client's samples that is held out for it; 0:
             the server has no sample; None: 0.2, and 0 where it has no samples of clients.
         split_seed: Seed of that choice.
-        client: Set by a node: its client. Nothing is measured there.
-        alone: Set by a node: it serves this client only.
+        served: Set by a node: its clients. Nothing is measured there.
         objects: Whether the function ``samples`` gives what only ``local.train`` reads (texts,
             images, paths): nothing is measured then.
         loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``; a mapping of
@@ -91,19 +89,19 @@ def own_samples(
             raise ConfigError("data.objects is true, of which nobody measures: leave data.test out")
         if samples is not None and not is_function(samples):
             raise ConfigError(f"data.samples is {samples}; with data.objects a function is wanted")
-        brought = Brought(samples, count, form, client, alone, arguments=said, objects=True)
+        brought = Brought(samples, count, form, served, arguments=said, objects=True)
         info: dict[str, object] = {"source": "each client's own", "loss_from": "nobody measures"}
         nothing = stand_in(0)
         return DataSet(nothing, nothing, 1, loss, (), {}, (), brought, info=info)
-    brought = Brought(samples, count, form, client, alone, share, split_seed, said)
-    if client is None:
+    brought = Brought(samples, count, form, served, share, split_seed, said)
+    if served is None:
         brought, measured = _measured(brought, test)
         form = brought.form
     elif classes is None:
         raise ConfigError("data.classes is not set, and a node cannot know it")
     else:
-        measured = _none_of(brought.client(client))
-    labelled = form.loss == "cross_entropy" and samples is not None and client is None
+        measured = _none_of(_readable(brought, served))
+    labelled = form.loss == "cross_entropy" and samples is not None and served is None
     return DataSet(
         train=_none_of(measured),
         test=measured,
@@ -195,6 +193,14 @@ def _completed(form: Form, tables: Sequence[Samples]) -> Form:
         )
     shape = found_shape(first) if form.shape is None else form.shape
     return replace(form, shape=shape, classes=classes)
+
+
+def _readable(brought: Brought, served: Sequence[int]) -> Samples:
+    """Read the samples of the first of a node's clients that has some; raises as it does."""
+    for client in served[:-1]:
+        with suppress(FedRacLoraError):  # it is refused by name when it is asked
+            return brought.client(client)
+    return brought.client(served[-1])
 
 
 def _none_of(table: Samples) -> Samples:

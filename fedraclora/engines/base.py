@@ -31,8 +31,8 @@ class Traffic:
         fetched: Payload bytes by which clients caught up on base weights, what was sent again
             included.
         serialised: Bytes of messages in both directions, as they are written.
-        sent: Each ask that went to a client: twice where it was sent twice, and not where its
-            client was not there.
+        sent: The ask of each message: twice where it was sent twice, and not where its clients
+            were not there.
     """
 
     fetched: int = 0

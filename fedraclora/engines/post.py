@@ -10,13 +10,12 @@ from flwr.app import Message
 from flwr.serverapp import Grid as FlowerGrid
 
 from fedraclora.engines.base import Grid
-from fedraclora.engines.records import Made, from_records, to_records
+from fedraclora.engines.records import Made, to_records
 from fedraclora.engines.replies import RUN_AT_FAULT
 from fedraclora.errors import EngineError
 from fedraclora.wire.downlink import AskWriter
-from fedraclora.wire.exchange import Answer, Ask, NoAnswer
+from fedraclora.wire.exchange import Ask, NoAnswer
 from fedraclora.wire.records import Content
-from fedraclora.wire.reply import read_answer
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 WRAPPED = ("ClientAppException", "RayTaskError")
@@ -73,15 +72,9 @@ class PostedGrid(Grid):
         return Message(content, node, self.kind, group_id=round_, ttl=ttl)
 
     @staticmethod
-    def answer(reply: Message, ask: Ask) -> Answer | NoAnswer:
-        """Read a reply.
-
-        Raises:
-            WireError: If it is not one of ours.
-        """
-        if reply.has_error():
-            return NoAnswer(last_raised(str(reply.error.reason)), reply.error.code == RUN_AT_FAULT)
-        return read_answer(from_records(reply.content), ask)
+    def refusal(reply: Message) -> NoAnswer:
+        """Say why a reply is an error."""
+        return NoAnswer(last_raised(str(reply.error.reason)), reply.error.code == RUN_AT_FAULT)
 
     def wait(self, what: str) -> None:
         """Wait a moment.

@@ -5,13 +5,32 @@ from __future__ import annotations
 from flwr.app import Error, Message
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from fedraclora.errors import OF_THE_RUN
+from fedraclora.errors import OF_THE_RUN, WireError
 
 # What Flower raises where the bytes of a message are no message.
 UNREADABLE = (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError)
 APP_RAISED = 2  # Flower's code for a ClientApp that raised
 RUN_AT_FAULT = 1000  # ours, far from Flower's: it raised what no client is to blame for
+FORMAT = 2  # of messages on real hosts: a node reads those of all its clients in one
 STALE = "stale"  # the record of a reply that asks for every base weight whole
+
+
+def check_format(found: object, who: str) -> None:
+    """Reject a machine whose messages are of another format.
+
+    Args:
+        found: What it says of them; releases before the second format say nothing.
+        who: It is, to begin the sentence.
+
+    Raises:
+        WireError: If it is another.
+    """
+    if found != FORMAT:
+        came = 1 if found is None else found
+        raise WireError(
+            f"{who} writes messages of format {came!r:.20}, and format {FORMAT} is wanted here: "
+            "run the server and the nodes from one release of fedraclora"
+        )
 
 
 def failed(message: Message, raised: Exception) -> Message:

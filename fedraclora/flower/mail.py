@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
-from fedraclora.engines.deploy.grid import Answered, DeployGrid, Letter
+from fedraclora.engines.deploy.grid import DeployGrid, Letter
 from fedraclora.engines.records import from_records
 from fedraclora.engines.replies import APP_RAISED
 from fedraclora.errors import StaleError, WireError
@@ -30,6 +30,7 @@ from fedraclora.wire.exchange import Answer, Ask, NoAnswer
 from fedraclora.wire.fields import shown
 from fedraclora.wire.records import Fields
 from fedraclora.wire.reply import read_answer
+from fedraclora.wire.together import Answered
 
 
 class Mail(DeployGrid):
@@ -83,9 +84,7 @@ class Mail(DeployGrid):
         for ask in asks:
             (client,) = ask.clients
             node = self.names[client]
-            held = self.roster.versions.get((node, client))
-            held = self.first if held is None else held
-            self._letters.append(self._letter(ask, node, held, DEFAULT_TTL))
+            self._letters.append(self._letter([ask], node, DEFAULT_TTL))
         return [letter.message for letter in self._letters]
 
     def read_all(self, replies: Iterable[Message]) -> list[Answered]:
@@ -122,12 +121,12 @@ class Mail(DeployGrid):
         return RecordDict({**content, self.key: self.config})
 
     @override
-    def read(self, reply: Message, letter: Letter) -> Answer | NoAnswer | None:
+    def read(self, reply: Message, letter: Letter) -> list[Answered] | NoAnswer | None:
         if reply.has_error() and StaleError.__name__ in str(reply.error.reason):
             return None
         if reply.has_error() and reply.error.code == APP_RAISED:
             # Most often in its training, and it has the weights; else it asks for them next time.
-            self.roster.versions[letter.node, letter.ask.clients[0]] = self.history.version
+            self.roster.versions[letter.node] = self.history.version
         return super().read(reply, letter)
 
     @override
@@ -167,7 +166,7 @@ class NodeStore(ClientStore):
 
     @override
     def state(self) -> Tree:
-        held = [self.mail.roster.versions.get(pair) for pair in self.mail.numbers.items()]
+        held = [self.mail.roster.versions.get(node) for node in self.mail.numbers]
         nodes = np.array([*self.mail.numbers], np.uint64).view(np.int64)
         versions = torch.tensor([-1 if v is None else v for v in held], dtype=torch.int64)
         return {"nodes": torch.from_numpy(nodes), "held": versions}
@@ -176,5 +175,5 @@ class NodeStore(ClientStore):
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         nodes = tensors["nodes"].numpy().view(np.uint64).tolist()
         self.mail.numbers = {node: k for k, node in enumerate(nodes)}
-        held = zip(self.mail.numbers.items(), tensors["held"].tolist(), strict=True)
-        self.mail.roster.versions = {pair: v if v >= 0 else None for pair, v in held}
+        held = zip(nodes, tensors["held"].tolist(), strict=True)
+        self.mail.roster.versions = {node: v if v >= 0 else None for node, v in held}

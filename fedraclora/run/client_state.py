@@ -159,11 +159,16 @@ class ClientStore:
             for entry in entries:
                 self._keep(client, entry)
 
-    def since(self, round_: int) -> Tree:
-        """What was staged in a round or later, in the form of `state`."""
-        later = {c: [e for e in own if e.round_ >= round_] for c, own in self._entries.items()}
-        found = _packed(dict(sorted(later.items()))) | self._secrets(list(self.secrets))
-        return found | self._told(round_, [*self._states])
+    def since(self, round_: int, client: int | None = None) -> Tree:
+        """What was staged in a round or later, in the form of `state`; None: of every client."""
+        one = None if client is None else [client]
+        later = {
+            c: [e for e in own if e.round_ >= round_]
+            for c, own in self._entries.items()
+            if one is None or c in one
+        }
+        found = _packed(dict(sorted(later.items()))) | self._secrets(one or [*self.secrets])
+        return found | self._told(round_, one or [*self._states])
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""

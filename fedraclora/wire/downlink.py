@@ -38,7 +38,7 @@ COEFFICIENTS = "coefficients"  # of factors that are computed from the last link
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
 HEADER |= {"uplink", "kind", "feedback", COEFFICIENTS}
 MEASURE, WHEN = "measure", ("before", "after")  # where clients are not asked to train
-APART = ("clients", "first")  # of a request: not the same for all of an exchange
+APART = ("clients", "first", "places")  # of a request: not the same for all of an exchange
 
 
 class AskWriter:
@@ -99,13 +99,14 @@ class AskWriter:
     def _apart(self, ask: Ask, downlink: Downlink) -> Content:
         """Write what is these clients' own."""
         request, (own, layout) = ask.request, self._own
-        first, count = request.first, len(request.clients)
-        places = slice(first, first + count) if ask.apart else slice(count)
+        places = request.order if ask.apart else torch.arange(len(request.clients))
         vectors = {"clients": request.clients}
+        if request.places is not None:
+            vectors["places"] = request.places
         if downlink.ranks is not None:
             vectors["ranks"] = downlink.ranks[places]
         chunk = vector_record(vectors)
-        chunk["first"] = first
+        chunk["first"] = request.first
         found: Content = {"chunk": chunk}
         if own:
             rows = layout.pack({n: t[places] for n, t in own.items()}, lead=1)
@@ -192,6 +193,14 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
             f"a message is for the clients {shown(clients.tolist())}; ids from 0 on in ascending "
             "order are wanted"
         )
+    places = vectors.get("places")
+    if places is not None and not (
+        len(places) == len(clients) and places[0] == first and (places.diff() > 0).all()
+    ):
+        raise WireError(
+            f"the places of {len(clients)} clients in the cohort are {shown(places.tolist())}; one "
+            f"for each, from {first} on in ascending order, is wanted"
+        )
     if header["reduce"] not in WEIGHTS:
         raise WireError(f"reduce is {shown(header['reduce'])}; one of {WEIGHTS} is wanted")
     clip = header["clip"]
@@ -210,6 +219,7 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
         _kind(header["uplink"], "uplink"),
         flag(header["feedback"], "feedback"),
         measure,
+        places,
     )
 
 

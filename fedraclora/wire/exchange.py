@@ -33,6 +33,7 @@ class TrainRequest:
         rate_scale: Of the step sizes in this round.
         clients: Ids, int64 [k].
         first: Place of the first of them in the cohort.
+        places: The places of all, int64 [k]; None: they stand in a row.
         reduce: None for one row per client; ``examples`` or ``uniform`` for weighted sums of
             blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
         clip: The greatest norm of the update that a client may send; None: any.
@@ -53,6 +54,13 @@ class TrainRequest:
     uplink: str = FULL
     feedback: bool = False
     measure: str | None = None
+    places: torch.Tensor | None = None
+
+    @property
+    def order(self) -> torch.Tensor:
+        """The places of the clients in the cohort, ascending, int64 [k]."""
+        row = torch.arange(self.first, self.first + len(self.clients))
+        return row if self.places is None else self.places
 
 
 @dataclass(frozen=True)
@@ -124,10 +132,7 @@ class Ask:
         """What these clients are to train."""
         if self.downlink is None:
             return Downlink()
-        if not self.apart:
-            return self.downlink
-        first = self.request.first
-        return self.downlink.select(torch.arange(first, first + len(self.request.clients)))
+        return self.downlink.select(self.request.order) if self.apart else self.downlink
 
 
 @dataclass(frozen=True)
@@ -236,13 +241,14 @@ def coefficients(downlink: Downlink) -> Tree:
     return {name: f.coefficients for name, f in factors if f.coefficients is not None}
 
 
-def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
-    """Count the payload of a downlink to one client of a cohort.
+def payload_bytes(downlink: Downlink, cohort: int, kind: str, clients: int = 1) -> int:
+    """Count the payload of one message with a downlink to clients of a cohort.
 
     Args:
         downlink: What is sent.
         cohort: To how many.
         kind: Of its numbers: a key of `WIDTHS`, or one of `ROUNDED`.
+        clients: How many of them the message is for: what is not one's own is in it once.
 
     Returns:
         The bytes of its numbers, and 8 per seed; of what is computed from the last link those of
@@ -252,4 +258,5 @@ def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
     shared = [t.numel() for t, own in sent if not own]
     own = [t.numel() // cohort for t, own in sent if own]
     exact = sum(f.exact_bytes for f in downlink.named.values())
-    return int(packed_bytes(shared + own, kind)) + exact
+    more = (clients - 1) * int(packed_bytes(own, kind))
+    return int(packed_bytes(shared + own, kind)) + more + exact

@@ -42,6 +42,7 @@ R = TypeVar("R", Fields, Tensors)
 Content = dict[str, Fields | Tensors]
 VECTORS = {
     "clients": np.int64,
+    "places": np.int64,
     "ranks": np.int64,
     "samples": np.int64,
     "steps": np.int64,

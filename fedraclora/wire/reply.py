@@ -134,7 +134,7 @@ def _who(answer: Answer) -> str:
 def _read(content: Content, ask: Ask) -> Answer:
     """Read the fields of an answer."""
     header = message_header(content)
-    told = header.pop("metrics", {})
+    told = mapping(header.pop("metrics", {}), "metrics")
     exactly(header, HEADER, "the header of a reply")
     round_ = whole(header["round"], "its round")
     coded = ask.request.uplink != FULL
@@ -150,15 +150,13 @@ def _read(content: Content, ask: Ask) -> Answer:
         refused=_refused(header["refused"]),
         notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
         layout=read_layout(header["layout"], f"round {round_}: the layout"),
-        metrics={
-            worded(n, "a metric"): _told(n, each) for n, each in mapping(told, "metrics").items()
-        },
+        metrics={worded(n, "a metric"): _told(n, v, len(ask.clients)) for n, v in told.items()},
     )
 
 
-def _told(name: str, values: object) -> torch.Tensor:
+def _told(name: str, values: object, most: int) -> torch.Tensor:
     """Read what clients say by one name: finite numbers, or null of one that does not say it."""
-    each = [math.nan if v is None else v for v in listed(values, f"the metric {shown(name)}", MANY)]
+    each = [math.nan if v is None else v for v in listed(values, f"the metric {shown(name)}", most)]
     if not all(type(v) is float and not math.isinf(v) for v in each):
         raise WireError(f"the metric {shown(name)} has {shown(values)}; finite numbers are wanted")
     return torch.tensor(each, dtype=torch.float64)
@@ -169,11 +167,11 @@ def _read_stage(content: Content, name: str) -> Answer:
     stage, vectors = read_stage(content), read_vectors(content)
     if stage is None or stage.name != name:
         raise WireError(f"the reply is not an answer to the stage {name} of secure aggregation")
-    why = mapping(message_header(content)["failures"], "failures")
-    empty = torch.empty(0)
+    header, empty = message_header(content), torch.empty(0)
+    why = mapping(header["failures"], "failures")
     return Answer(
         round_of(content),
-        0,
+        whole(header.get("version", 0), "its version"),
         0,
         vectors["clients"],
         empty,
@@ -181,6 +179,7 @@ def _read_stage(content: Content, name: str) -> Answer:
         empty,
         pieces=(read_words(content) if name == "masked" else empty,),
         failures={int(client): str(reason) for client, reason in why.items()},
+        notes=[worded(note, "a note") for note in listed(header.get("notes", []), "notes", MANY)],
         stage=stage,
     )
 

@@ -21,7 +21,7 @@ class LoopConfig(Patience):
         rounds: Rounds to run in all.
         clients: Size of the population.
         cohort: Clients per round.
-        chunk: Clients per train message.
+        chunk: Clients per ask.
         seed: Of the run.
         weights: ``examples`` or ``uniform``.
         dtype: Of numbers on the wire, that of the base weights.

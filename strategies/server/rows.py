@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -41,14 +43,15 @@ class Cost:
                 is asked is sent its message once.
         """
         _, kind = exchange.loop.kinds
-        each = payload_bytes(exchange.downlink, len(exchange.cohort), kind)
-        times = len(exchange.asked)
-        if traffic is not None:
-            own = {id(ask.downlink) for ask in exchange.asks}
-            times = sum(id(ask.downlink) in own for ask in traffic.sent)
-            traffic.sent.clear()
+        size = partial(payload_bytes, exchange.downlink, len(exchange.cohort), kind)
         self.up += exchange.received
-        self.down += each * times
+        if traffic is None:
+            self.down += size() * len(exchange.asked)
+            return
+        own = {id(ask.downlink) for ask in exchange.asks}
+        sent = (len(ask.request.clients) for ask in traffic.sent if id(ask.downlink) in own)
+        self.down += sum(size(clients) * times for clients, times in Counter(sent).items())
+        traffic.sent.clear()
 
     def fetch(self, catch_up: CatchUp, exchange: Exchange, sent: Traffic | None) -> None:
         """Update the clients of a round to the newest version, and count what they fetched.

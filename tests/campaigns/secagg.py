@@ -27,9 +27,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, x25519
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from fedraclora.clients.answers import Answers
+from fedraclora.clients.answers import AnswerOnce
 from fedraclora.clients.secure import answer_stage, masked_vectors, of_updates
-from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.errors import FedRacLoraError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
@@ -55,7 +54,7 @@ from fedraclora.wire.secagg import (
     shared_key,
     signed,
 )
-from tests.messages import become_a_task
+from tests.messages import answer_to, become_a_task
 
 STAGES = ("keys", "shares", "masked", "unmask")
 CLIP, WEIGHT, SHAPE = 2.0, 7, (3, 2)
@@ -131,20 +130,19 @@ class Client:
             ClientStore(),
             SecAggTerms(SecAgg(CLIP, max_weight=WEIGHT), "examples", fewest),
         )
-        self.answers = None if folder is None else Answers(folder, 10)
+        self.folder = folder
 
     def answer(self, content: RecordDict) -> RecordDict:
         """Answer a message, as a node does."""
-        if self.answers is None:
-            return self.compute(content)
-        return self.answers.once(content, "0", lambda: self.compute(content))
-
-    def compute(self, content: RecordDict) -> RecordDict:
-        """Answer it anew."""
         ask = AskReader().read(from_records(content))
         if ask.stage is None:
             raise FedRacLoraError("this client masks what it sends")
-        return to_records(write_answer(self.said(ask, ask.stage)))
+        if self.folder is None:
+            return to_records(write_answer(self.said(ask, ask.stage)))
+        once = AnswerOnce(self.folder, 10, ask, "0")
+        if (answer := once.given()) is None:
+            once.keep(answer := self.said(ask, ask.stage))
+        return to_records(write_answer(answer))
 
     def said(self, ask: Ask, stage: Stage) -> Answer:
         """What it answers."""
@@ -207,7 +205,7 @@ class Wire:
 def heard(reply: Message, ask: Ask) -> Answer | NoAnswer:
     """A reply as the grid of real hosts reads it."""
     try:
-        return PostedGrid.answer(reply, ask)
+        return answer_to(reply, ask)
     except Exception as error:  # as the grid does
         return NoAnswer(f"its reply is refused: {error}")
 

@@ -34,7 +34,6 @@ from torch import nn
 from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
-from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.errors import ClientError, WireError
 from fedraclora.protocol.method import Cohort, Downlink, Draw, State
@@ -70,7 +69,7 @@ from tests.campaigns.mutants import (
     records,
     vector,
 )
-from tests.messages import become_a_task
+from tests.messages import answer_to, become_a_task
 
 SEED, ROUND, CLIENTS, BUSY = 7, 3, 5, 2
 MOMENTUM = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, moments="link")
@@ -132,7 +131,7 @@ class Scene:
             if (ask := asks.get(reply.metadata.reply_to_message_id)) is None:
                 continue
             try:
-                found.append((ask, PostedGrid.answer(reply, ask)))
+                found.append((ask, answer_to(reply, ask)))
             except Exception as error:  # as the grid does
                 found.append((ask, NoAnswer(f"its reply is refused: {error}")))
         return found

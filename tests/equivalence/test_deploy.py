@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord
 from fedraclora.clients.cache import CACHE, MARKER
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import from_plain
-from fedraclora.engines.records import message_bytes
+from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row
 from fedraclora.run.rebuild import state_at
@@ -22,6 +22,7 @@ from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import read_stored_replica, replica_file
+from fedraclora.wire.records import clients_of
 from tests.campaigns.faults.network import (
     Network,
     client,
@@ -252,11 +253,12 @@ def test_clients_are_found_wherever_they_are(tmp_path: Path) -> None:
         == inline([], tmp_path / "inline")["weights_digest"]
     )
     used = {
-        client(m): m.metadata.dst_node_id
+        m.metadata.dst_node_id: clients_of(from_records(m.content))
         for m in network.train_messages()
         if m.metadata.dst_node_id != 1
     }
-    assert used[0] == used[2] == 5
+    assert used.pop(5) == [0, 2]
+    assert [*used.values()] == [[1]]
     said = " ".join(map(str, rows(tmp_path / "run")[1]["incidents"]))  # type: ignore[call-overload]
     assert "a second node says that it serves client 1" in said
     assert "a node cannot take part: ConfigError: node-config has partition-id=''" in said

@@ -1,4 +1,4 @@
-"""A real deployment on this machine, with TLS and node authentication: the bits of inline."""
+"""A real deployment on this machine, with TLS and node keys: the bits of a simulation."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fedraclora.experiments.bench.usage import descendants
 from fedraclora.experiments.deploy import Record
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
+from fedraclora.run.ledger import number, read_ledger
 from tests.campaigns.faults.real import Drill, client_processes, wait_for
 from tests.campaigns.faults.trials import absent, final_weights
 from tests.common import summary_of
@@ -47,21 +48,21 @@ PATIENCE = 120.0  # seconds for a node that must be refused
 
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[LocalDeployment]:
-    with LocalDeployment([[0], [1]]) as running:
+    with LocalDeployment([[0, 1, 2, 3], [4, 5, 6]]) as running:
         yield running
 
 
-def test_final_weights_and_ledger_are_those_of_inline(
+def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
     deployment: LocalDeployment,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Followed from here as one on another machine would be: the server has its own folder."""
-    here, there, inline = (tmp_path / name for name in ("here", "there", "inline"))
-    request = deploy.prepare(
-        [*WORDS, "clients=2", "cohort=2", f"output.dir={here}", f"engine.folder={there}"], None
-    )
+    here, there, alone = (tmp_path / name for name in ("here", "there", "vectorised"))
+    sizes = ["clients=7", "cohort=7", "engine.chunk=4"]
+    folders = [f"output.dir={here}", f"engine.folder={there}"]
+    request = deploy.prepare([*WORDS, *sizes, *folders], None)
     words, take = set[str](), Record.take
 
     def look(record: Record, row: dict[str, object]) -> None:
@@ -74,11 +75,11 @@ def test_final_weights_and_ledger_are_those_of_inline(
     assert "--token-file" in words  # of the server; nobody can read the tokens of tasks
     assert "--token" not in words
     assert "final accuracy" in capsys.readouterr().out
-    sizes = ["clients=2", "cohort=2", "engine=inline", f"output.dir={inline}"]
-    simulate(composed([*WORDS, *sizes]), inline)
-    wanted, found = summary_of(inline), summary_of(here)
+    simulate(composed([*WORDS, *sizes, "engine=vectorised", f"output.dir={alone}"]), alone)
+    wanted, found = summary_of(alone), summary_of(here)
     assert found["weights_digest"] == wanted["weights_digest"]
-    assert found["ledger_digest"] == wanted["ledger_digest"]
+    one, both = (number(read_ledger(f / "ledger.jsonl")[2], "catchup_bytes") for f in (here, alone))
+    assert 0 < 7 * one == 2 * both  # to each node, not to each client
     assert (here / "ledger.jsonl").read_text() == (there / "ledger.jsonl").read_text()
     assert (there / "checkpoint").is_dir()
     assert not (here / "checkpoint").exists()

@@ -1,11 +1,13 @@
-"""The grid of real SuperNodes: every message brings its client's base weights up to date."""
+"""The grid of real SuperNodes: a message asks clients of a node, and updates its base weights."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid as FlowerGrid
@@ -17,25 +19,36 @@ from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy.roster import Roster
 from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import folded, from_records, message_bytes, unfolded
-from fedraclora.engines.replies import STALE, UNREADABLE
+from fedraclora.engines.replies import FORMAT, STALE, UNREADABLE
 from fedraclora.errors import ClientError
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 from fedraclora.wire.fields import printable, shown
 from fedraclora.wire.records import Content, Fields
 from fedraclora.wire.reply import read_answer
+from fedraclora.wire.together import Answered, join_asks, split_answer
 from fedraclora.wire.weight_update import add_weight_update
 
-Answered = tuple[Ask, Answer | NoAnswer]
+Queues = dict[int, list[list[Ask]]]  # of each node the asks of each message that is to go there
 Reply = tuple[str, Message | NoAnswer]  # a reply, with the number of the message it answers
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
 PAUSE = 0.1  # seconds between looks for replies: each is a request
+# Bytes that are asked and answered by one message of several chunks: both ends hold them several
+# times over, and a proxy limits the size of a request.
+MOST = 1 << 25
 
 
 @dataclass(frozen=True)
 class Letter:
-    """An ask as a message to its client's node; ``fetched``: payload of its weight update."""
+    """Asks, each of one client, as one message to their node.
 
+    Attributes:
+        asks: What is asked.
+        ask: The same as one ask.
+        fetched: Payload of its weight update.
+    """
+
+    asks: list[Ask]
     ask: Ask
     node: int
     message: Message
@@ -75,37 +88,48 @@ class DeployGrid(PostedGrid):
         self.first = 0 if known else None  # what a client holds that holds nothing
         self.traffic: Traffic = Traffic()
         self.roster = Roster(self)
-        self.one_by_one = False
+        self.one_by_one, self._cut = False, False
 
     @override
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
-        """Ask clients, each by a message of its own.
+        """Ask clients, those of a node by one message, as far as it does not grow too large.
 
         Raises:
             ClientError: If too few of the clients are connected in time.
             EngineError: If the runtime ended.
         """
         seconds = self.settings.timeout if timeout is None else timeout
-        letters, found = self.letters(asks, seconds)
-        waiting = {self._push(letter): letter for letter in letters}
-        return found + self.receive(waiting, time.monotonic() + seconds)
+        left, found = self.by_node(asks)
+        waiting, end = dict[str, Letter](), time.monotonic() + seconds
+        for node in left:
+            self._post(node, left, waiting, seconds)
+        return found + self.receive(waiting, end, left=left)
 
-    def letters(self, asks: Sequence[Ask], seconds: float) -> tuple[list[Letter], list[Answered]]:
-        """Write a message for each client that is connected; for the others say so."""
+    def by_node(self, asks: Sequence[Ask]) -> tuple[Queues, list[Answered]]:
+        """Sort asks of one client each by node, for its messages; for who is away say so."""
         nodes = self.roster.gather([client for ask in asks for client in ask.clients])
-        letters, absent = [], list[Answered]()
+        mine, absent = dict[int, list[Ask]](), list[Answered]()
         for ask in asks:
-            (client,) = ask.clients
-            if client in nodes:
-                version = self.roster.versions.get((nodes[client], client))
-                version = self.first if version is None else version
-                letters.append(self._letter(ask, nodes[client], version, seconds))
+            if (client := ask.clients[0]) in nodes:
+                mine.setdefault(nodes[client], []).append(ask)
             else:
                 absent.append((ask, NoAnswer("it is not connected")))
-        return letters, absent
+        size = int(self.settings.chunk)
+        chunks = Counter(chunk for own in mine.values() for chunk, _ in by_chunk(own, size))
+        if not self._cut and any(nodes > 1 for nodes in chunks.values()):
+            self._cut = True
+            self.incidents.append(
+                f"clients of one chunk (engine.chunk={size}) are at several nodes, and train there "
+                "apart: bits may differ from those of engine=vectorised"
+            )
+        return {node: parcels(own, size) for node, own in mine.items()}, absent
 
     def receive(
-        self, waiting: dict[str, Letter], end: float, came: Sequence[Reply] = ()
+        self,
+        waiting: dict[str, Letter],
+        end: float,
+        came: Sequence[Reply] = (),
+        left: Queues | None = None,
     ) -> list[Answered]:
         """Wait for replies; whoever asks for every weight gets them, once.
 
@@ -113,6 +137,7 @@ class DeployGrid(PostedGrid):
             waiting: What was sent, by Flower's number of it.
             end: When to give up.
             came: Replies that are here already.
+            left: What is to be sent to a node once it has replied.
         """
         found, again = list[Answered](), set[str]()
         while waiting:
@@ -124,17 +149,23 @@ class DeployGrid(PostedGrid):
                 if letter is None:
                     self.incidents.append("a second reply to a message was ignored")
                     continue
-                answer = self.read(reply, letter) if isinstance(reply, Message) else reply
-                if answer is not None:
-                    found.append((letter.ask, answer))
-                elif name in again:
-                    found.append((letter.ask, NoAnswer("it asked for every base weight twice")))
-                else:
-                    (client,), left = letter.ask.clients, max(1.0, end - time.monotonic())
-                    self.incidents.append(f"client {client} was sent every base weight")
-                    letter = self._letter(letter.ask, letter.node, None, left)
+                seconds = max(1.0, end - time.monotonic())
+                answers = self.read(reply, letter) if isinstance(reply, Message) else reply
+                if answers is None and name not in again:
+                    who = "client" if len(letter.asks) == 1 else "the node of clients"
+                    who = f"{who} {shown(letter.ask.clients)[1:-1]}"
+                    self.incidents.append(f"{who} was sent every base weight")
+                    self.roster.versions[letter.node] = None
+                    letter = self._letter(letter.asks, letter.node, seconds, whole=True)
                     again.add(new := self._push(letter))
                     waiting[new] = letter
+                    continue
+                if answers is None:
+                    answers = NoAnswer("it asked for every base weight twice")
+                if isinstance(answers, NoAnswer):
+                    answers = [(ask, answers) for ask in letter.asks]
+                found += answers
+                self._post(letter.node, left or {}, waiting, seconds)
             if time.monotonic() > end:
                 break
             if waiting and not came:
@@ -169,18 +200,28 @@ class DeployGrid(PostedGrid):
             found += [(reply.metadata.reply_to_message_id, reply) for reply in came]
         return found
 
-    def _letter(self, ask: Ask, node: int, version: int | None, seconds: float) -> Letter:
-        """Write a message with what brings its client from ``version`` to the newest."""
-        update = self.history.since(version)
+    def _post(self, node: int, left: Queues, waiting: dict[str, Letter], seconds: float) -> None:
+        """Send a node what is left for it: one message, and all once it has the newest weights."""
+        queue = left.get(node, [])
+        while queue:
+            letter = self._letter(queue.pop(0), node, seconds)
+            waiting[self._push(letter)] = letter
+            if self.roster.versions.get(node) != self.history.version:
+                return  # it brings them: they go there once
+
+    def _letter(self, asks: list[Ask], node: int, seconds: float, *, whole: bool = False) -> Letter:
+        """Write a message that brings its node's weights to the newest; ``whole``: all of them."""
+        held, ask = self.roster.versions.get(node), join_asks(asks)
+        update = self.history.since(None if whole else self.first if held is None else held)
         more: Content = {"job": self.job()}
         add_weight_update(more, update)
         message = self.message(ask, node, more, seconds)
         message.content = self.wrapped(folded(message.content))
-        return Letter(ask, node, message, update.payload_bytes)
+        return Letter(asks, ask, node, message, update.payload_bytes)
 
     def job(self) -> Fields:
         """Say what a client must know beside what it is asked."""
-        return Fields(run=self.run_id)
+        return Fields(run=self.run_id, format=FORMAT)
 
     def wrapped(self, content: RecordDict) -> RecordDict:
         """Put what is written of a message into the shape in which it is sent."""
@@ -198,16 +239,16 @@ class DeployGrid(PostedGrid):
         self.traffic.sent.append(letter.ask)
         self.traffic.fetched += letter.fetched
 
-    def read(self, reply: Message, letter: Letter) -> Answer | NoAnswer | None:
-        """Read a reply, check it against the weights, and note the version its client has now.
+    def read(self, reply: Message, letter: Letter) -> list[Answered] | NoAnswer | None:
+        """Read a reply, check it against the weights, and note the version its node has now.
 
         Returns:
-            What came; None where the client asks for every base weight whole.
+            What came; None where the node asks for every base weight whole.
         """
         if reply.has_error():
             if reply.error.code == NODE_UNAVAILABLE:
                 self.roster.forget(letter.node)
-            return self.answer(reply, letter.ask)
+            return self.refusal(reply)
         if not reply.has_content():
             return NoAnswer("its reply is empty")
         try:
@@ -222,15 +263,39 @@ class DeployGrid(PostedGrid):
                     f"it trained on weights of version and fingerprint {came}, wanted are "
                     f"{expected}"
                 )
-            (client,) = letter.ask.clients
-            self.roster.versions[letter.node, client] = newest.version
-            return self.answered(content, letter)
+            self.roster.versions[letter.node] = newest.version
+            return split_answer(letter.ask, self.answered(content, letter), letter.asks)
         except Exception as error:  # whatever another machine may send
             return NoAnswer(f"its reply is refused: {error}")
 
     def answered(self, content: RecordDict, letter: Letter) -> Answer:
-        """Read what a client answers, whose weights are those of the server."""
+        """Read what a node answers, whose weights are those of the server."""
         return read_answer(from_records(content), letter.ask)
+
+
+def by_chunk(asks: Iterable[Ask], size: int) -> Iterator[tuple[int, list[Ask]]]:
+    """Yield the asks that stand in one chunk of the cohort, with its number."""
+    for chunk, own in groupby(asks, key=lambda ask: ask.request.first // size):
+        yield chunk, [*own]
+
+
+def parcels(asks: Iterable[Ask], size: int) -> list[list[Ask]]:
+    """Part the asks of a node into those of its messages: whole chunks, together up to `MOST`."""
+    found, room = list[list[Ask]](), 0
+    for _, chunk in by_chunk(asks, size):
+        bytes_ = sum(map(_burden, chunk))
+        if bytes_ > room or not found:
+            found.append([])
+            room = MOST
+        found[-1] += chunk
+        room -= bytes_
+    return found
+
+
+def _burden(ask: Ask) -> int:
+    """Count the bytes of a client in a message and its reply, in the largest case."""
+    numbers = 0 if ask.downlink is None else 2 * ask.downlink.layout.size
+    return 4 * numbers + (0 if ask.stage is None else ask.stage.length)
 
 
 def look_again_soon() -> None:

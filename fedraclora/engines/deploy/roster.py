@@ -1,4 +1,4 @@
-"""Who is where: which node serves which clients, and which version of the weights each holds.
+"""Who is where: which node serves which clients, and which version of the weights it holds.
 
 A node is asked when it is first seen. So one that joins late, or comes back under another node id,
 is found at the next exchange.
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.engines.records import message_bytes
-from fedraclora.engines.replies import UNREADABLE
+from fedraclora.engines.replies import FORMAT, UNREADABLE, check_format
 from fedraclora.errors import ClientError, WireError
 from fedraclora.wire.fields import printable, shown, whole
 
@@ -46,12 +46,12 @@ class Roster:
         post: Sends its questions.
 
     Attributes:
-        versions: The version that a client holds at a node, by its own word; None: nothing.
+        versions: The version that a node holds, by its own word; None: nothing.
     """
 
     def __init__(self, post: Post) -> None:
         self.post = post
-        self.versions: dict[tuple[int, int], int | None] = {}
+        self.versions: dict[int, int | None] = {}
         self._serving: dict[int, list[int]] = {}  # node -> its clients, in order of appearance
         self._unfit: dict[int, str] = {}  # nodes that could not say whom they serve, and why
         self._asked: dict[str, int] = {}  # question without an answer so far -> node
@@ -104,7 +104,8 @@ class Roster:
         self._serving = {n: c for n, c in self._serving.items() if n in there}
         self._asked = {q: n for q, n in self._asked.items() if n in there}
         for node in sorted(there - self._serving.keys() - set(self._asked.values())):
-            content = RecordDict({"job": ConfigRecord({"run": post.run_id})})
+            job = ConfigRecord({"run": post.run_id, "format": FORMAT})
+            content = RecordDict({"job": job})
             query = Message(content, node, "query.partition", ttl=post.settings.timeout)
             (name,) = post.grid.push_messages([query])
             post.traffic.serialised += message_bytes(query)
@@ -117,32 +118,32 @@ class Roster:
                 for reply in post.grid.pull_messages([question]):
                     del self._asked[question]
                     post.traffic.serialised += message_bytes(reply)
-                    self._introduce(node, _read(reply))
+                    self._introduce(node, *_read(reply))
             except (*UNREADABLE, WireError) as error:
                 self._asked.pop(question, None)
                 why = printable(str(error))
                 post.incidents.append(f"a node cannot take part: {why}")
                 self._serving[node], self._unfit[node] = [], why
 
-    def _introduce(self, node: int, mine: dict[int, int]) -> None:
-        """Note whom a node serves, each with the version that it holds; -1 for none."""
-        for client in sorted(mine.keys() & {c for each in self._serving.values() for c in each}):
-            self.post.incidents.append(f"a second node says that it serves client {client}")
-        self._serving[node] = sorted(mine)
-        self.versions |= {(node, c): v if v >= 0 else None for c, v in mine.items()}
+    def _introduce(self, node: int, mine: list[int], version: int | None) -> None:
+        """Note whom a node serves, and the version that it holds."""
+        if twice := sorted({*mine} & {c for each in self._serving.values() for c in each}):
+            who = f"client {twice[0]}" if len(twice) == 1 else f"clients {shown(twice)}"
+            self.post.incidents.append(f"a second node says that it serves {who}")
+        self._serving[node] = mine
+        self.versions[node] = version
 
 
-def _read(reply: Message) -> dict[int, int]:
-    """Read whom a node serves, each with the version that it holds; -1 for none."""
+def _read(reply: Message) -> tuple[list[int], int | None]:
+    """Read whom a node serves, and the version that it holds; None for none."""
     if reply.has_error():
         raise ValueError(reply.error.reason)
     answer = reply.content["partition"]
     if not isinstance(answer, ConfigRecord):
         raise TypeError("its answer is not a record of settings")
-    ids, versions = answer["ids"], answer["held"]
-    if not isinstance(ids, list) or not isinstance(versions, list):
+    check_format(answer.get("format"), "it")
+    ids, version = answer["ids"], whole(answer["held"], "the version that it holds", -1)
+    if not isinstance(ids, list):
         raise TypeError(f"it says that it serves {shown(ids)}; a list of clients is wanted")
-    return {
-        whole(c, "a client that it serves"): whole(v, "the version that it holds", -1)
-        for c, v in zip(ids, versions, strict=True)
-    }
+    mine = sorted({whole(c, "a client that it serves") for c in ids})
+    return mine, version if version >= 0 else None

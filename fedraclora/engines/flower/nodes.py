@@ -141,7 +141,7 @@ class NodePerClient(PostedGrid):
             self.store.absorb(read_tree(content, "kept"))
             return read_answer(content, ask)
         if reply.error.code != PROCESS_DIED:
-            return self.answer(reply, ask)
+            return self.refusal(reply)
         reason = str(reply.error.reason)
         kind = reason.partition("ray.exceptions.")[2].partition("'")[0]  # no ids: those of Ray vary
         (client,) = ask.clients

@@ -126,7 +126,7 @@ class Network(FakeGrid):
         )
         asked.metadata.__dict__["_message_id"] = message.metadata.message_id
         context = Context(1, node, config, RecordDict(), self.run_config)
-        client_node.replica_of.cache_clear()  # what a node has after its process was replaced
+        client_node.worker_of.cache_clear()  # what a node has after its process was replaced
         reply = respond(asked, context)
         if reply.has_error():
             return Message(reply.error, reply_to=message)
