@@ -27,6 +27,12 @@ def descendants(top: int | None = None) -> list[int]:
     return found
 
 
+def cpu(pid: int) -> float:
+    """CPU seconds used so far by a living process, without those that it started."""
+    # The clock of another process, as clock_getcpuclockid(3) makes its number.
+    return time.clock_gettime((~pid << 3) | 2)
+
+
 def children_cpu() -> float:
     """CPU seconds used so far by the descendants of this process.
 
@@ -38,8 +44,7 @@ def children_cpu() -> float:
     for pid in descendants():
         fields = _stat(pid)
         try:
-            # The clock of another process, as clock_getcpuclockid(3) makes its number.
-            total += time.clock_gettime((~pid << 3) | 2)
+            total += cpu(pid)
         except OSError:  # it has just ended
             continue
         total += sum(int(ticks) for ticks in fields[13:15]) / TICK

@@ -1,0 +1,91 @@
+"""What a round of a deployment costs, by nodes and by clients; all of it runs on this machine.
+
+    python -m fedraclora.experiments.bench.nodes nodes=2,4,8 clients=8,100,1000
+
+Each pair is a deployment of its own, in which all clients take part in each round. Seconds are
+the median of the rounds after the first, by the ledger; processor seconds of the SuperLink, and
+requests to it, are means of these rounds. Other words are those of ``fedraclora deploy``. Keys:
+
+  nodes=    numbers of SuperNodes, with commas (2,4,8)
+  clients=  numbers of clients, with commas (8,100,1000)
+  rounds=   of each (6)
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.errors import EngineError
+from fedraclora.experiments import deploy
+from fedraclora.experiments.bench.usage import cpu
+from fedraclora.experiments.status import reported
+from fedraclora.experiments.tables import Table
+from fedraclora.experiments.words import part
+from fedraclora.run.ledger import read_ledger
+
+WORDS = ["data=digits", "data.labels=null", "pretrain=none", "partition=iid", "method.rank=2"]
+WORDS += ["output=study", "output.progress=false"]
+PAUSE = 0.1  # seconds between looks at the ledger
+
+
+def row(nodes: int, clients: int, rounds: int, words: list[str]) -> dict[str, object]:
+    """Run one deployment; give its row of the table.
+
+    Raises:
+        EngineError: If its run ends before its last round.
+    """
+    ends = [clients * k // nodes for k in range(nodes + 1)]
+    running = LocalDeployment([list(range(*span)) for span in pairwise(ends)])
+    running.environ["FLWR_LOG_LEVEL"] = "DEBUG"  # the SuperLink then writes down each request
+    with tempfile.TemporaryDirectory() as made, running:
+        folder = Path(made) / "run"
+        sizes = [f"clients={clients}", f"cohort={clients}", f"rounds={rounds}"]
+        request = deploy.prepare([*WORDS, *sizes, *words, f"output.dir={folder}"], nodes)
+        run, ledger, link = (
+            deploy.submit(request, running.connection),
+            folder / "ledger.jsonl",
+            running.link,
+        )
+        marks, rows = list[tuple[float, int]](), list[dict[str, Any]]()
+        while link is not None and len(marks) < 2:
+            time.sleep(PAUSE)
+            rows = read_ledger(ledger) if ledger.is_file() else []
+            if len(rows) > (rounds if marks else 1):
+                requests = link.file.read_text(errors="replace").count("HTTP/1.1")
+                marks.append((cpu(link.process.pid), requests))
+            elif not rows and running.connection.status(run).ended:
+                raise EngineError(f"the run ended: {link.last_words}")
+    (before, first), (after, last) = marks
+    seconds = [sum(each["seconds"].values()) for each in rows[2:]]
+    return {
+        "nodes": nodes,
+        "clients": clients,
+        "seconds a round": f"{statistics.median(seconds):.2f}",
+        "SuperLink's": f"{(after - before) / (rounds - 1):.2f}",
+        "requests": round((last - first) / (rounds - 1)),
+    }
+
+
+@reported
+def main() -> int:
+    """Run one deployment after another, each shown as it ends; print the table."""
+    own, words = part(sys.argv[1:], ("nodes", "clients", "rounds"))
+    keys = {"nodes": "2,4,8", "clients": "8,100,1000", "rounds": 6, **own}
+    many, counts = ([int(n) for n in str(keys[key]).split(",")] for key in ("nodes", "clients"))
+    records = []
+    for nodes, clients in ((n, c) for n in many for c in counts if n <= c):
+        records.append(row(nodes, clients, int(str(keys["rounds"])), words))
+        print(*records[-1].values(), flush=True)
+    print(Table.of(records).markdown())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
