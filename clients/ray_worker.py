@@ -12,7 +12,7 @@ from fedraclora.config.run_config import TaskConfig
 from fedraclora.objects import lend
 from fedraclora.protocol.method import Plan
 from fedraclora.run.client_state import ClientStore
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, fingerprint, weights_of
 from fedraclora.weights.replica import Replica
 from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.records import Content
@@ -37,6 +37,8 @@ class Site:
             lend(thing, name)
         fix_bits(parts.config.engine.threads, parts.built.device)
         self.replica = Replica(parts.plan, parts.built.device)
+        base = weights_of(parts.built.task.model)  # the server's, if it begins with them
+        self.replica.take(base, 0, fingerprint(base))
         trainer = trainer_of(parts.config, parts.built, parts.plan)
         terms = terms_of(parts.config, parts.built)
         self.clerk = Clerk(Worker(trainer, self.replica, terms=terms))

@@ -72,7 +72,7 @@ class Run:
         address = f"engine.address={bed[0].address}:{PORT}"
         words = ["output.dir=/tmp/home/run", "output.sync=false", f"rounds={rounds}", address]
         if resume:
-            words = ["resume=/tmp/home/run", address]
+            words = ["resume=/tmp/home/run", "engine=ray", "engine.chunk=5", address]
         else:
             words = [*job(rounds), "engine=ray", "engine.chunk=5", "engine.workers=5", *words]
         self.said = self.host.path("run.log").open("a")
@@ -290,7 +290,7 @@ def main(words: Sequence[str] | None = None) -> int:
         wanted = finish(process, bed[0].path("run"))  # type: ignore[arg-type]
     if asked.head:
         left, found, seconds = lose_the_head(asked.rounds, asked.driver)
-        console.print(f"driver on host {asked.driver}: ended after {seconds:.0f} s, {left}")
+        console.print(f"run on host {asked.driver}: ended after {seconds:.0f} s, {left}")
         console.print("gone on with: same digests" if found == wanted else "DIFFERENT digests")
         return 0 if found == wanted else 1
     with cluster() as bed:

@@ -170,10 +170,11 @@ def test_a_worker_that_drifted_gets_the_whole_weights(monkeypatch: pytest.Monkey
     done = assemble(from_plain(composed([*WORDS, *words, "engine=ray", *one]), METHODS), None)
     grid = done.grid
     assert isinstance(grid, RayGrid)
-    told = grid.history.since
+    told, asked = grid.history.since, list[int | None]()
 
     def lie(version: int | None) -> WeightUpdate:
         news = told(version)
+        asked.append(version)
         if version is None or version == news.version:
             return news
         return replace(news, mark=news.mark ^ 1)
@@ -182,6 +183,8 @@ def test_a_worker_that_drifted_gets_the_whole_weights(monkeypatch: pytest.Monkey
     with closing(grid):
         done.strategy.run(grid)
     assert bits(done) == in_process("rows")
+    assert asked.index(0) < asked.index(None)  # the first weights come with the model
+    assert told(0).payload_bytes < told(None).payload_bytes
     rows = done.strategy.recorder.ledger.rows
     assert any("got the whole of version" in i for row in rows for i in row.get("incidents", ()))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.experimental import get_object_locations
 from ray.job_config import JobConfig
 from ray.util.client import ray as client_of_ray
@@ -194,7 +195,11 @@ class Cluster:
         return {"env_vars": variables, "py_modules": self._code.uris()}
 
     def lacking(self, folder: Path) -> list[str]:
-        """Name the hosts on which a folder is not what it is here, to the bit."""
+        """Name the hosts on which a folder is not what it is here, to the bit.
+
+        Raises:
+            EngineError: If one cannot be asked.
+        """
         if self._code is None:
             return []
         here = str(folder.absolute())
@@ -206,14 +211,16 @@ class Cluster:
 
         asked = {host.address: ask(host.node) for host in self.hosts}
         wanted = folder_digest(here)
-        return [address for address, found in asked.items() if ray.get(found) != wanted]
+        try:
+            return [address for address, found in asked.items() if ray.get(found) != wanted]
+        except RayError as error:
+            raise EngineError(f"a host cannot say what it has of {here}: {error}") from error
 
-    def check_memory(self, shared: Any, weights: int) -> None:
+    def check_memory(self, shared: Any) -> None:
         """Reject what a host cannot hold, as far as it can be known beforehand.
 
         Args:
-            shared: The reference of what sites are made of.
-            weights: Bytes of the base weights.
+            shared: The reference of what sites are made of: one copy in the store, one a worker.
 
         Raises:
             ConfigError: Naming the host, and what it lacks.
@@ -226,7 +233,7 @@ class Cluster:
             seats = host.room if all_ else min(1, host.room)
             for need, there, what, remedy in (
                 (size, host.store, "in Ray's object store", "--object-store-memory"),
-                (seats * (size + weights), host.memory, f"for {seats} workers", "--num-cpus"),
+                (seats * size, host.memory, f"for {seats} workers", "--num-cpus"),
             ):
                 if seats and need > there:
                     raise ConfigError(

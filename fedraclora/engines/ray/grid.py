@@ -88,7 +88,8 @@ class Resident:
 
     def facts(self) -> dict[str, Any]:
         """Report what runs here."""
-        return facts() | {"node": platform.node(), "code": loaded_code()}
+        own = {"node": platform.node(), "code": loaded_code(), "mark": self.site.replica.mark}
+        return facts() | own
 
     def train(
         self, update: list[Any], shared: list[Any], rest: dict[str, Any], stored: Tree
@@ -153,7 +154,7 @@ class RayGrid(Grid):
     ) -> None:
         """Start the workers, and wait until all of them are ready."""
         shared = ray.put(parts)
-        self.cluster.check_memory(shared, sum(t.nbytes for t in self.history.base.values()))
+        self.cluster.check_memory(shared)
         kind = ray.remote(Resident)
         own = {"num_cpus": 1, "num_gpus": self.cluster.gpus, "max_restarts": 0}
 
@@ -176,6 +177,7 @@ class RayGrid(Grid):
     def _check(self, found: list[dict[str, Any]]) -> None:
         """Reject workers that run something else; say where they are, and what may move bits."""
         here, code = facts(), loaded_code()
+        (self._began,) = {there["mark"] for there in found}
         for there in found:
             host = f"node {there['node']} ({there['address']})"
             if any(there[k] != here[k] for k in ("python", "torch")):
@@ -250,10 +252,13 @@ class RayGrid(Grid):
 
     def _update(self, seat: Seat) -> Any:
         """Put what a worker lacks into the object store, once for all that hold its version."""
-        newest, key = self.history.version, (self.history.version, seat.version)
+        newest, start = self.history.version, seat.version
+        if start is None and newest == 0 and self.history.since(0).mark == self._began:
+            start = 0  # the weights came with the model
+        key = (newest, start)
         if key not in self._updates:
             self._updates = {k: ref for k, ref in self._updates.items() if k[0] == newest}
-            self._updates[key] = ray.put(self.history.since(seat.version))
+            self._updates[key] = ray.put(self.history.since(start))
         return self._updates[key]
 
     @override

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -60,14 +60,14 @@ class Seat:
     """
 
     number: int
-    actor: Any
-    pulse: Any
+    actor: Any = None
+    pulse: Any = None
     version: int | None = None
     facts: Facts | None = None
     silent: bool = False
     task: Task[Any] | None = None
     asked: bool = False
-    since: float = field(default_factory=time.monotonic)
+    since: float = 0.0
     failed: int = 0
 
     @override
@@ -117,9 +117,9 @@ class WorkerPool:
         self._queue: deque[Task[Any]] = deque()
         self._waits: dict[Any, tuple[Seat, Task[Any] | None]] = {}  # None: for its facts
         self._looked, self._without = time.monotonic(), 0.0
-        self.seats = [Seat(i, actor := start(), self.pulse_of(actor)) for i in range(workers)]
+        self.seats = [Seat(i) for i in range(workers)]
         for seat in self.seats:
-            self._ask(seat)
+            self._start(seat)
 
     def facts(self, timeout: float = 300.0) -> list[Facts]:
         """Wait until every worker is ready; give what each says about itself.
@@ -159,22 +159,16 @@ class WorkerPool:
         self.watch()
         try:
             while not all(task.done for task in tasks):
-                for seat in self.seats:
-                    if seat.free and (task := self._next()):
-                        seat.task, seat.since, seat.pulse.quiet = task, time.monotonic(), 0.0
-                        self._waits[submit(seat, task.job)] = seat, task
+                self._queue = deque(task for task in self._queue if not task.done)
+                for seat in [seat for seat in self.seats if seat.free][: len(self._queue)]:
+                    seat.task, seat.since = self._queue.popleft(), time.monotonic()
+                    seat.pulse.quiet = 0.0
+                    self._waits[submit(seat, seat.task.job)] = seat, seat.task
                 yield from self._step()
         finally:
             self._queue.clear()
             for task in tasks:  # who answers later is not heard
                 task.done = True
-
-    def _next(self) -> Task[Any] | None:
-        """Take the next job that is not done."""
-        while self._queue:
-            if not (task := self._queue.popleft()).done:
-                return task
-        return None
 
     def _step(self) -> list[tuple[Any, Seat, Any]]:
         """Wait for an answer, or a moment; give the answer of a job that is not done."""
@@ -209,7 +203,8 @@ class WorkerPool:
                 raise EngineError(f"{seat} raised at {task.job}: {reason(error)}") from error
         elif isinstance(error, ActorUnavailableError | RayTaskError):  # it may be there again soon
             if not seat.silent and seat.facts is not None:
-                self._set_aside(seat, "cannot be reached")
+                seat.silent = True
+                self._say(f"{seat} cannot be reached{self._again(seat)}")
             seat.asked = seat.asked and task is not None
             seat.task = seat.version = None
         elif seat.facts is not None:
@@ -262,9 +257,10 @@ class WorkerPool:
             elif silence * QUIET >= GIVEN_UP or (
                 seat.asked and not seat.task and now - seat.since > GIVEN_UP
             ):
-                self._replace(seat, f"has been silent for {now - seat.since:.0f} s")
+                self._replace(seat, "has been silent for too long")
             elif silence >= 1 and not seat.silent:
-                self._set_aside(seat, f"has been silent for {seat.pulse.quiet:.0f} s")
+                seat.silent = True  # others do what it is at; it may still answer first
+                self._say(f"{seat} has been silent for {seat.pulse.quiet:.0f} s{self._again(seat)}")
             elif silence < 1 and seat.silent and not seat.asked:
                 self._ask(seat)
         self._without = 0.0 if there else self._without + gap
@@ -280,22 +276,8 @@ class WorkerPool:
         seat.asked, seat.since = True, seat.since if seat.task else time.monotonic()
         self._waits[seat.actor.facts.remote()] = seat, None
 
-    def _set_aside(self, seat: Seat, cause: str) -> None:
-        """Let another worker do what this one is at; it may still answer first."""
-        seat.silent = True
-        self._say(f"{seat} {cause}{self._again(seat)}")
-
     def _replace(self, seat: Seat, cause: str, *, at_fault: bool = False) -> None:
-        """Put a fresh process into a seat.
-
-        Args:
-            seat: The seat.
-            cause: Why.
-            at_fault: Whether it may be the job that the worker died or hung at.
-
-        Raises:
-            EngineError: If that job has lost too many.
-        """
+        """Put a fresh process into a seat; raises where its job, if at fault, lost too many."""
         task = seat.task
         if task is not None and not task.done:
             task.lost += at_fault
@@ -305,20 +287,25 @@ class WorkerPool:
                     f"same job. It was at {task.job}"
                 )
         self._say(f"{seat} {cause}{self._again(seat)}")
-        self._forget(seat)
-        ray.kill(seat.actor, no_restart=True)
+        self._end(seat)
+        self._start(seat)
+
+    def _start(self, seat: Seat) -> None:
         seat.actor = self.start()
         seat.pulse = self.pulse_of(seat.actor)
         seat.version, seat.facts, seat.silent = None, None, False
         self._ask(seat)
+
+    def _end(self, seat: Seat) -> None:
+        self._forget(seat)
+        ray.kill(seat.actor, no_restart=True)
 
     def _refuse(self, seat: Seat, text: str, error: Exception) -> None:
         """Do without a worker that cannot work; where none has worked yet, the run cannot begin."""
         if self.check is None or len(self.seats) == 1:
             raise (error if isinstance(error, ConfigError) else EngineError(text)) from error
         self._say(f"{seat} is left out: {text}")
-        self._forget(seat)
-        ray.kill(seat.actor, no_restart=True)
+        self._end(seat)
         self.seats.remove(seat)
 
     def _again(self, seat: Seat) -> str:
@@ -345,7 +332,7 @@ class WorkerPool:
     def close(self) -> None:
         """End all processes."""
         for seat in self.seats:
-            ray.kill(seat.actor, no_restart=True)
+            self._end(seat)
         self.seats = []
 
 

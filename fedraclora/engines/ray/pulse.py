@@ -31,11 +31,7 @@ SLACK = 10  # the same, in times of the slowest answer: on a busy machine all ar
 
 
 def greet(host: str, port: int, patience: float) -> None:
-    """See that a server of Ray answers; under TLS that somebody listens.
-
-    Raises:
-        OSError: If it does not.
-    """
+    """See that a server of Ray answers, under TLS that somebody listens; else raise OSError."""
     with socket.create_connection((host, port), patience) as link:
         if os.environ.get("RAY_USE_TLS", "0").lower() in {"0", "false"}:
             link.sendall(HTTP2)
@@ -59,12 +55,7 @@ class Pulse:
         self._slowest, self._looked, self._asking = 0.0, time.monotonic(), False
 
     def look(self) -> float:
-        """Ask again, without waiting.
-
-        Returns:
-            How long it has been quiet, as a multiple of what a process may be: from 1 on it is
-            silent.
-        """
+        """Ask again, without waiting; give how long it has been quiet: from 1 on it is silent."""
         now = time.monotonic()
         if (gap := now - self._looked) >= TICK / 2:
             self.quiet += min(gap, 2 * TICK)
@@ -88,11 +79,7 @@ class Pulse:
 
 
 def place_of(actor: Any) -> tuple[str, int]:
-    """Find the host and the port of an actor's process, which the head knows.
-
-    Raises:
-        OSError: If it knows of none.
-    """
+    """Find host and port of an actor's process; raise OSError if the head knows of none."""
     known = state.actors(actor._actor_id.hex()).get("Address", {})  # noqa: SLF001
     if not known.get("Port"):
         raise OSError("no such process")
@@ -117,12 +104,7 @@ class Head(Pulse):
         (self.here,) = (str(n["RayletSocketName"]) for n in nodes if n["NodeID"] == own)
 
     def check(self) -> None:
-        """Look.
-
-        Raises:
-            EngineError: If one of them was ended, or the head has been silent for half as long as
-                Ray waits.
-        """
+        """Look; raises EngineError if one was ended, or the head is silent for too long."""
         why = ""
         try:
             with socket.socket(socket.AF_UNIX) as link:
