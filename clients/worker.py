@@ -17,6 +17,7 @@ from fedraclora.clients.client_state import keep, restore
 from fedraclora.clients.measure import Measurer
 from fedraclora.clients.secure import MEASUREMENTS, answer_stage, masked_vectors, of_updates
 from fedraclora.errors import OF_THE_RUN, ClientError, ConfigError, WireError
+from fedraclora.imports import told_as
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
@@ -27,7 +28,8 @@ from fedraclora.protocol.uplinks import SUM_BLOCK, Refusal, block_sums, check_ro
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult, join_results
-from fedraclora.training.memory import is_out_of_memory
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.memory import LESS, is_out_of_memory
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.update import BaseWeights
 from fedraclora.wire.changes import Changes, Coded
@@ -179,7 +181,8 @@ class Worker:
         except OF_THE_RUN:
             raise
         except Exception as error:  # whatever a model or data set raises is the client's
-            failure, starved = f"{type(error).__name__}: {error}", is_out_of_memory(error)
+            failure = f"{self.trainer.blamed(error)}{type(error).__name__}: {error}"
+            starved = is_out_of_memory(error)
             if not starved:  # what is said of a training function needs no traceback
                 shown = not isinstance(error, ClientError) or error.__cause__ is not None
                 log.warning("round %d: clients failed", request.round_, exc_info=shown)
@@ -198,10 +201,8 @@ class Worker:
                 residues = {} if left is None else left_over(residues, part, left)
             if not job.hidden:
                 keep(self.store, part, request, clients, result, base, local, residues=residues)
-            for extra in local.added:
-                result = extra.sent(result)
             job.places += places
-            job.results.append(result)
+            job.results.append(leaving(local, result))
             return []
         if starved:
             return self._shrink(job, places, failure)
@@ -221,10 +222,11 @@ class Worker:
         gc.collect()
         torch.cuda.empty_cache()
         if len(places) == 1:
+            own = self.trainer.local.is_own
             raise ConfigError(
                 f"round {round_}: client {int(job.request.clients[places[0]])} alone needs "
-                f"more memory than there is ({failure}); lower local.batch_size, the size of a "
-                "sample (data.max_length) or the model, or set precision=bf16-mixed"
+                f"more memory than there is ({failure}); "
+                + ("have your training function take smaller batches" if own else LESS)
             )
         self.limit = len(places) // 2
         text = (
@@ -345,6 +347,14 @@ def answer_of(
         notes=[printable(note) for note in notes],
         layout=layout,
     )
+
+
+def leaving(local: LocalConfig, result: LocalResult) -> LocalResult:
+    """Select what leaves the clients, as the extras of local training say."""
+    for extra in local.added:
+        with told_as(ClientError, f"{local.told(extra)}: ", "selecting what is sent"):
+            result = extra.sent(result)
+    return result
 
 
 def sent_rows(result: LocalResult, layout: Layout) -> torch.Tensor:

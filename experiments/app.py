@@ -99,7 +99,7 @@ class RunRequest:
     def conclude(self, summary: PlainDict) -> None:
         """Write the summary that the app gave into the run folder, and print the outcome."""
         write_summary(self.folder, summary)  # a bundle knows no revision: that of this checkout
-        print_outcome(summary, self.folder)
+        print_outcome(summary, self.folder, self.plain)
 
 
 def checkout() -> Path | None:

@@ -47,6 +47,7 @@ from fedraclora.experiments.study.leaderboard import compare_study, is_study
 from fedraclora.experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
+from fedraclora.protocol.uplinks import calmer
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import column, known_mean, number, round_seconds
 from fedraclora.run.stopped import stop_reason
@@ -146,7 +147,8 @@ def _metric(runs: Sequence[RunFiles], asked: str | None, notes: list[str]) -> st
         raise unknown("metric", metric, known)
     for run in runs:
         if run.diverged_at is not None:
-            advice = "it cannot go on as it is; lower local.lr or set local.clip"
+            own = run.keys.get("local.train") is not None
+            advice = f"it cannot go on as it is; {calmer(own=own)}"
             notes.append(f"warning: {run.folder}: diverged (round {run.diverged_at}), {advice}")
         elif run.unfinished:
             where = f"round {run.last} of {run.config.get('rounds')}"

@@ -33,7 +33,7 @@ TABLES = (".csv", ".tsv", ".parquet")
 # Choices whose keys an object has, too: words for these hold.
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)
-FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed")
+FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed", "split")
 KINDS = hints(load_table)  # which reads a file by the same keys
 OBJECT_KEYS = ("loss", "metrics", "classes")
 KEPT = {"data": ("labels", "validation"), "model": ("head", "targets")}

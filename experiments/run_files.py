@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedraclora.config.unread import without_idle
 from fedraclora.errors import CheckpointError, ConfigError, unknown
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.run.folder import is_finished, read_config, read_summary
@@ -48,7 +49,7 @@ class RunFiles:
     def keys(self) -> dict[str, object]:
         """The config as dotted keys, without `NOT_THE_RUN`."""
         drop = tuple(f"{key}." for key in NOT_THE_RUN)
-        flat = flatten(self.config)
+        flat = flatten(without_idle(self.config))
         return {k: v for k, v in flat.items() if not f"{k}.".startswith(drop)}
 
     @property

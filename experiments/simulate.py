@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from fedraclora.binding import PlainDict, section
+from fedraclora.binding import Plain, PlainDict, section
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
@@ -36,6 +36,7 @@ from fedraclora.experiments.progress import RunProgress, console_for_tables, siz
 from fedraclora.experiments.resume import go_on, is_done, told_how_to_go_on
 from fedraclora.experiments.run_files import ROUNDING_ERRORS
 from fedraclora.experiments.status import composing, reported, tell
+from fedraclora.protocol.uplinks import calmer
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, metrics_of, number
@@ -84,8 +85,8 @@ def simulate(plain: PlainDict, folder: Path, *, resume: bool = False) -> PlainDi
     return carry_out(plain, folder, resume=resume).summary
 
 
-def print_outcome(summary: PlainDict, folder: Path) -> None:
-    """Print the outcome of a run."""
+def print_outcome(summary: PlainDict, folder: Path, plain: Plain) -> None:
+    """Print the outcome of a run, whose config is ``plain``."""
     table = Table(show_header=False, box=None)
     table.add_column()
     table.add_column(overflow="fold")  # the folder is to be copied
@@ -94,7 +95,8 @@ def print_outcome(summary: PlainDict, folder: Path) -> None:
         for name, value in metrics.items():
             table.add_row(f"final {name}", "not finite" if value is None else f"{value:.4f}")
         if metrics.get("loss", 0.0) is None:
-            table.add_row("diverged", "lower local.lr or set local.clip; it cannot go on as it is")
+            advice = calmer(own=section(plain, "local").get("train") is not None)
+            table.add_row("diverged", f"{advice}; it cannot go on as it is")
     for name, told in metrics_of({"clients": summary.get("by_clients")}).items():
         if name.endswith((".mean", ".std", ".worst10")):
             table.add_row(name, "not finite" if told is None else f"{told:.4f}")
@@ -194,7 +196,7 @@ def run_one(plain: PlainDict, typed: list[str], sweep_job: str | None) -> PlainD
         return read_summary(folder)
     with told_how_to_go_on(folder, "simulate"):
         summary = simulate(plain, folder, resume=resume)
-    print_outcome(summary, folder)
+    print_outcome(summary, folder, plain)
     return summary
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 
 from fedraclora.errors import ConfigError, DataError, MissingKeysError, UnreadKeysError, unknown
-from fedraclora.imports import told_as
+from fedraclora.imports import is_function, told_as
 from fedraclora.limits import hints
 from fedraclora.objects import is_named, named_object
 
@@ -97,8 +97,8 @@ def _own_row(kind: str, table: Mapping[str, object], name: object) -> Callable[.
     raise ConfigError(f"{kind} is {name}, which is {_shape(found)}; {wanted} is wanted")
 
 
-def _place(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _place(kind: typing.Any) -> str:
+    return f"{kind.__module__}.{getattr(kind, '__qualname__', kind)}"
 
 
 def _shape(found: object) -> str:
@@ -129,6 +129,8 @@ def object_of(
     group = value if isinstance(value, Mapping) else {"name": value}
     name, own = group.get("name"), {**without(group, "name"), **parameters}
     found = named_object(key, name) if isinstance(name, str | None) else name
+    if inspect.isclass(found) and not own and not is_function(str(name)):
+        raise ConfigError(f"{key} is the class {found.__name__}: make one, {found.__name__}(...)")
     makes = not (any_kind := kind in {None, object}) and inspect.isroutine(found)
     if makes or (inspect.isclass(found) and issubclass(found, kind or object)):
         make = _bound(at or key, typing.cast("Callable[..., object]", found), own)
@@ -202,6 +204,12 @@ def _bound(
     if missing and whole:
         wanted = {f"{kind}.{k}": _shown(kinds.get(k, object)) for k in missing}
         lines = [f"{key} is missing; {shown} is wanted" for key, shown in wanted.items()]
+        if not of_project(target):  # a key that no page lists, with a type that may not be said
+            of = f"{_shape(target)} ({_place(target)})"
+            lines = [
+                f"{kind}.{k} is missing: {of} has no value for its parameter {k}; give it one"
+                for k in missing
+            ]
         raise MissingKeysError("\n  ".join(lines), wanted)
     return functools.partial(target, **arguments)
 
@@ -218,9 +226,14 @@ def _hints(target: Callable[..., object]) -> Mapping[str, object]:
     """Read the types of a call, as far as they are said in a way that can be read."""
     plain = inspect.isclass(target) and not is_dataclass(target)
     found = hints(target.__init__ if plain else target)
-    if str(getattr(target, "__module__", "")).startswith("fedraclora."):
+    if of_project(target):
         return found
     return {key: hint for key, hint in found.items() if all(map(_is_known, _options(hint)))}
+
+
+def of_project(target: object) -> bool:
+    """Check whether a class or function is of this project."""
+    return str(getattr(target, "__module__", "")).startswith("fedraclora.")
 
 
 def _is_known(option: object) -> bool:

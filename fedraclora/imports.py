@@ -118,13 +118,14 @@ def import_extra(package: str, purpose: str) -> Any:
         ) from error
 
 
-def check_call(key: str, function: Callable[..., object], **arguments: object) -> None:
+def check_call(key: str, function: Callable[..., object], *given: str, **named: object) -> None:
     """Reject a function that does not take these arguments, before it is called.
 
     Args:
         key: Of the config that names it, for messages.
         function: What is named.
-        **arguments: With which it is going to be called.
+        *given: What it is going to be called with, in words.
+        **named: What it is going to be called with by name.
 
     Raises:
         ConfigError: Naming the arguments that are handed over, and those that it takes.
@@ -134,11 +135,11 @@ def check_call(key: str, function: Callable[..., object], **arguments: object) -
     except ValueError:  # of some functions of C nobody knows
         return
     try:
-        signature.bind(**arguments)
+        signature.bind(*given, **named)
     except TypeError as error:
+        words = ", ".join([*given, *([f"{', '.join(named)} by name"] if named else [])])
         raise ConfigError(
-            f"{key}: the function is called with {', '.join(arguments)} by name, and takes "
-            f"{signature} ({error})"
+            f"{key}: the function is called with {words}, and takes {signature} ({error})"
         ) from error
 
 

@@ -146,6 +146,29 @@ def object_digest(thing: object) -> str:
     return hashlib.sha256(_told(thing, root, set(), ()).encode()).hexdigest()[:16]
 
 
+def held(thing: object) -> dict[str, str]:
+    """Write what an object holds, by attribute; not what is cached, or kept in ``_containers``."""
+    root = type(thing).__module__.partition(".")[0]
+    kept = {k: v for k, v in getattr(thing, "__dict__", {}).items() if not _is_cached(thing, k)}
+    seen = {k: v for k, v in kept.items() if not k.startswith("_") or isinstance(v, PLAIN)}
+    return {name: _told(value, root, set(), ()) for name, value in seen.items()}
+
+
+def refuse_changed(key: str, thing: object, before: Mapping[str, str]) -> None:
+    """Refuse an object, said by a key, that no longer holds what it did (`held`).
+
+    Raises:
+        ConfigError: Naming the attribute.
+    """
+    now = held(thing)
+    if names := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        raise ConfigError(
+            f"{key}: {type(thing).__name__} has changed its attribute {names[0]!r} in the run. "
+            "Other processes, and a run that goes on, begin with the object as it was made: let it "
+            "compute from its arguments alone"
+        )
+
+
 # Kinds of objects, and the simpler things that say what they are.
 SIMPLER: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (torch.Tensor, lambda it: digest_of({"": it})),

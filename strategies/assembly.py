@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedraclora.binding import object_of
+from fedraclora.binding import OWN_GROUPS, object_of
 from fedraclora.config.build import (
     BuiltTask,
     answering_of,
@@ -41,7 +41,13 @@ from fedraclora.run.digests import free_keys
 from fedraclora.run.initial import source_of
 from fedraclora.run.ledger import BY_CLIENTS
 from fedraclora.run.recorder import RunRecorder, resolved
-from fedraclora.strategies.server.callbacks import Evaluate, Stopping, own_callbacks
+from fedraclora.strategies.server.callbacks import (
+    Evaluate,
+    Stopping,
+    Unchanged,
+    Undefined,
+    own_callbacks,
+)
 from fedraclora.strategies.server.loop import loop_of
 from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.strategies.server.round_step import RoundStep, step_class, step_name, steps_of
@@ -190,7 +196,11 @@ def assemble_with(
             examples=lambda clients: count_examples(
                 built.task.train, clients.to(built.device)
             ).cpu(),
-            callbacks=[*watching(config, built.task, measure, measuring), *callbacks],
+            callbacks=[
+                *watching(config, built.task, measure, measuring),
+                Unchanged({group: getattr(config, group) for group in OWN_GROUPS}),
+                *callbacks,
+            ],
             measuring=measuring,
             alone=folder is not None,  # else exports of the run ask for its first weights
         )
@@ -214,7 +224,9 @@ def watching(
 ) -> list[Callback]:
     """List what measures the weights of a run, and may end it early by that."""
     split, found = config.evaluate.split, list[Callback]()
-    if len(samples := measured_samples(task, split)):
+    samples = measured_samples(task, split)
+    found.append(Undefined(samples.target))
+    if len(samples):
         answering = answering_of(config.evaluate, task, samples)
         found.append(Evaluate(measure(split), answering, config.rounds))
     elif config.evaluate.generate is not None:

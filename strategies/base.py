@@ -11,14 +11,15 @@ from torch import nn
 
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.engines.base import Grid, Traffic
-from fedraclora.errors import DivergenceError, RoundLostError
+from fedraclora.errors import ConfigError, DivergenceError, RoundLostError
+from fedraclora.imports import told_as
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, State
-from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.protocol.uplinks import Uplinks, calmer
 from fedraclora.run.callback import Callback
 from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
-from fedraclora.strategies.server.callbacks import Callbacks, in_round
+from fedraclora.strategies.server.callbacks import Callbacks, in_round, joined
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import largest, overflowing, persistently
 from fedraclora.strategies.server.measuring import Measurement
@@ -172,7 +173,9 @@ class FedStrategy:
         if self.devices.system.enabled:
             row |= fleet_columns(exchange, self.devices.clock)
         for extra in self.local.added:
-            row |= extra.columns(exchange.downlink, got)
+            told = self.local.told(extra)
+            with told_as(ConfigError, f"{told}: ", "computing its columns of the ledger"):
+                row = joined(row, extra.columns(exchange.downlink, got), told)
         self.recorder.link(round_, self.state)
         watch.lap("write")
         self._write(self.steps.added(row, columns), step, watch, grid)
@@ -239,7 +242,7 @@ class FedStrategy:
             if found is None or not (self.divisible and self.steps.repeatable):
                 raise DivergenceError(
                     f"round {exchange.round_}: {what}, after updates of clients "
-                    f"{raw.clients.tolist()}; lower local.lr or set local.clip"
+                    f"{raw.clients.tolist()}; {calmer(own=self.local.is_own)}"
                 )
             client, norm = found
             reason = f"{what}, and its update is the largest, of norm {norm:.3g}"

@@ -261,7 +261,12 @@ def opening_lines(run: Assembled) -> list[str]:
             "(pretrain=none leaves it out)"
         )
     lines |= {"steps": ", ".join(map(str, config.steps))} if config.steps else {}
+    if config.local.is_own and config.weights == "examples":
+        lines["weights"] = "the samples that your function says to round.read (or weights=uniform)"
     lines |= measured_by(run)
+    if config.evaluate.split != "test":
+        later = " (fedraclora evaluate RUN)" if len(run.built.task.test) else ""
+        lines["measured on"] = f"validation samples: the test is left for the end{later}"
     lines |= {"chunk": str(run.chunk), **run.grid.told}
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
 
@@ -276,7 +281,9 @@ def measured_by(run: Assembled) -> dict[str, str]:
     who = "the cohort" if asked.clients == "cohort" else "all clients"
     text = f"{who}, each on {asked.portion:g} of its samples, which nobody trains on"
     if own and asked.source["own_tests"]:
-        text = f"{who}, {own} on test samples of their own, others{text.removeprefix(who)[5:]}"
+        text = (
+            f"{who}, {own} on test samples of their own, others{text.removeprefix(f'{who}, each')}"
+        )
     if isinstance(held.data, Partitioned):  # others are made or read when they are asked
         small = torch.nonzero(held.data.sizes(torch.arange(run.built.clients)) == 0).flatten()
         text += f": {len(held.data.rows)} in all"

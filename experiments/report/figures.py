@@ -96,6 +96,9 @@ def figures_of(folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, float]]
             means, correlation = by_size(frame, metric)
             told |= {f"quarter {i}": mean[1] for i, mean in enumerate(means, 1)}
             told["rank correlation with size"] = correlation
+            values = frame.set_index("client")[metric]
+            low = number(figures, "worst10") <= number(figures, "best10")
+            told["worst client (partition id)"] = int(values.idxmin() if low else values.idxmax())
         found[metric] = told
     return found
 

@@ -18,7 +18,7 @@ from fedraclora.attacks.attack import AttackedOwnTrainer, AttackedTrainer
 from fedraclora.binding import Plain, bind, build, object_of, section, without
 from fedraclora.config.pretraining import pretrain_model
 from fedraclora.config.run_config import TaskConfig, parted
-from fedraclora.config.settings import EvaluateConfig, Selection
+from fedraclora.config.settings import EvaluateConfig, Patience, Selection
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form
@@ -34,7 +34,7 @@ from fedraclora.data.task import LOSSES, HeldOut, Task
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.metrics import Measure
-from fedraclora.imports import is_function
+from fedraclora.imports import check_call, is_function
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
@@ -114,8 +114,10 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
     else:
         said, at = local.parameters or {}, "local.parameters"
         function = object_of("local.train", local.train, parameters=said, at=at)
+        check_call(f"local.train={local.train.partition('@')[0]}", function, "a round")
         given |= {"function": function, "name": local.train}
         given["timeout"] = local.timeout
+        given["most"] = getattr(config.engine, "max_samples", Patience.max_samples)
     attacked, plain = KINDS[local.train is not None]
     if attack.share:
         return attacked(task, plan, local, **given, attack=attack)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedraclora.allocation.rules import Uniform
 from fedraclora.attacks.attack import Attack
-from fedraclora.binding import Plain, row_of
+from fedraclora.binding import Plain, row_of, without
 from fedraclora.config.settings import MEASURED, DeployConfig, StopConfig
 from fedraclora.data import DATASETS
 from fedraclora.data.own_loss import is_own, named_loss, short_name
@@ -136,6 +136,16 @@ RULES = (
         "stop.patience",
     ),
 )
+
+
+def without_idle(plain: Plain) -> dict[str, object]:
+    """Leave out of a config, for a reader, what nothing reads beside local=own."""
+    local, engine = (plain.get(key) for key in ("local", "engine"))
+    if not isinstance(local, Mapping) or local.get("train") is None:
+        return dict(plain)
+    kept = {key: value for key, value in local.items() if key in {"name", *READ_BY_OWN}}
+    found = {**plain, "local": kept}
+    return found | ({"engine": without(engine, "chunk")} if isinstance(engine, Mapping) else {})
 
 
 def unequal(group: Mapping[str, object]) -> bool:

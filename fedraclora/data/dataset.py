@@ -96,6 +96,7 @@ class DataSet:
         like: See `fedraclora.data.task.Task`.
         tests: Of each client the samples that it alone measures on, None where it brings none;
             empty where no client does.
+        validation: Rows that the source sets apart for it; None: it does not.
     """
 
     train: Samples
@@ -118,6 +119,7 @@ class DataSet:
     entries: Entries | None = None
     like: str = ""
     tests: Sequence[Samples | None] = ()
+    validation: Samples | None = None
 
     @property
     def on_demand(self) -> bool:
@@ -321,6 +323,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         train=train,
         test=train if data.test is data.train else relabel(data.test)[1],
         tests=[own if own is None else relabel(own)[1] for own in data.tests],
+        validation=None if data.validation is None else relabel(data.validation)[1],
         classes=len(chosen),
         columns=selected.columns | {"label": train.target.numpy()},
         info=selected.info | {"labels": chosen} | named,
@@ -345,7 +348,11 @@ def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, S
         ConfigError: If the fraction (key ``data.validation``) leaves one side empty.
     """
     if validation == 0:
-        return data, None
+        return data, data.validation
+    if data.validation is not None:
+        raise ConfigError(
+            f"data.validation={validation}, but the data say which rows are for it: leave it at 0"
+        )
     if not len(data.train):
         raise ConfigError(
             f"data.validation={validation}, but these clients bring all training samples, and none "

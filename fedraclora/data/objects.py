@@ -339,6 +339,8 @@ def data_digest(data: DataSet) -> str:
         h.update(f"{name}|{values.tolist()}".encode())
     for client, own in enumerate(data.tests):
         h.update(f"test {client}|{None if own is None else digest(own.tensors)}".encode())
+    if data.validation is not None:
+        h.update(f"validation|{digest(data.validation.tensors)}".encode())
     for each in data.entries.objects if data.entries and not data.train.inputs else ():
         h.update(str(getattr(each, "_fingerprint", None) or object_digest(each)).encode())
     h.update(repr((data.loss, data.metrics, data.classes)).encode())

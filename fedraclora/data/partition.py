@@ -226,7 +226,8 @@ def _nonempty(
             f"{leaves} ({shown}): set partition.empty=drop, or take fewer clients"
             + (" or a larger partition.alpha" if peaked else "")
         )
-    if data.tests and (name != "given" or empties):
+    kept = name in {"given", "natural"} and len(parts) == len(data.tests)
+    if data.tests and (not kept or empties):
         why = f"{leaves} ({shown})" if empties else f"partition={name} divides all rows anew"
         raise ConfigError(
             f"{why}, but clients bring test samples of their own, by number: leave partition and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,10 +26,12 @@ from fedraclora.data.frames import (
 from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
-from fedraclora.limits import Fraction, choice_of, limited
+from fedraclora.limits import Fraction, Later, choice_of, limited
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+SPLITS = ("train", "test", "validation")  # values of the column of splits
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class TableForm:
     standardise: bool = True
     missing: str = "error"
     separator: str | None = None
+    split: str | int | None = None
 
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
         """Read a file, a frame, or a frame with its file for messages."""
@@ -86,6 +89,7 @@ def load_table(
     standardise: bool = True,
     missing: Annotated[str, choice_of(("error", "drop"))] = "error",
     separator: str | None = None,
+    split: Annotated[str | int | None, Later()] = None,
 ) -> DataSet:
     """Load a table of numbers.
 
@@ -105,6 +109,8 @@ def load_table(
             training rows.
         missing: What becomes of rows in which something is missing: ``error`` or ``drop``.
         separator: What parts the columns; None: a comma, in .tsv a tab.
+        split: The column that says of each row train, test or validation. A client measures on its
+            own test rows (evaluate.clients), the server on those of all.
 
     Returns:
         Inputs ``"x"`` float32 [N, features]; targets int64 [N] (classes) or float32 [N].
@@ -119,11 +125,12 @@ def load_table(
         path = resolve(spelling, key=key, root=root)
         return read_frame(path, [str(c) for c in columns if c is not None], separator), path
 
-    table = read(str(file or ""), "data.file", label, client)
+    table = read(str(file or ""), "data.file", label, client, split)
     held_out = None if test is None else read(test, "data.test", label)
     how = TableForm(
         *(label, client, features, test_share, split_seed),
         *(task, metrics, standardise, missing, separator),
+        split=split,
     )
     return of_frames(table, held_out, how, str(file))
 
@@ -139,6 +146,8 @@ def of_frames(
         how: How they are read.
         source: What the summary calls the table.
     """
+    if how.split is not None:
+        return _of_splits(table, test, how, source)
     frame, path = table
     if how.label is None:
         raise ConfigError(
@@ -191,6 +200,32 @@ def of_frames(
         reading=reading,
         reader=how,
     )
+
+
+def _of_splits(table: NamedFrame, test: NamedFrame | None, how: TableForm, source: str) -> DataSet:
+    """Make a data set of rows that say what they are for; arguments as of `of_frames`."""
+    (frame, path), plain = table, replace(how, split=None)
+    column = _column(frame, "data.split", str(how.split), path)
+    if test is not None or how.test_share is not None:
+        raise ConfigError(f"data.split={column} says what the test is: leave data.test* out")
+    values = np.array(_written(frame[column]))
+    parts = {name: frame[values == name].drop(columns=column) for name in SPLITS}
+    if odd := sorted({*values} - {*SPLITS}) or [n for n in SPLITS[:2] if not len(parts[n])]:
+        raise DataError(
+            f"{path}: data.split={column} has {sorted({*values})}; train and test are wanted, and "
+            f"validation is known: see {odd[0]!r}"
+        )
+    found = of_frames((parts["train"], path), (parts["test"], path), plain, source)
+
+    def read(rows: DataFrame) -> Samples | None:
+        return plain((rows, path), found.reading).samples if len(rows) else None
+
+    tests: list[Samples | None] = []
+    if how.client is not None:
+        whose = np.array(_written(parts["test"][str(how.client)]))
+        clients = np.unique(found.columns["client"])
+        tests = [read(parts["test"][whose == name]) for name in clients]
+    return replace(found, tests=tests if any(tests) else (), validation=read(parts["validation"]))
 
 
 def _column(frame: DataFrame, key: str, column: str | int, path: Path) -> str:

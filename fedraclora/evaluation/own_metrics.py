@@ -17,7 +17,7 @@ from fedraclora.data.own_loss import PASSING, own_object, short_name
 from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.counts import Batch, Counted, Formula, ratio
-from fedraclora.imports import told_as
+from fedraclora.imports import check_call, told_as
 
 WANTED = (
     "a metric is a name of the project's, a metric of torchmetrics, or a function(output, target) "
@@ -69,6 +69,8 @@ def own_metric(name: str) -> Formula:
     kinds = type(metric.function).__mro__  # torchmetrics need not be there
     is_torch = any(kind.__module__ == "torchmetrics.metric" for kind in kinds)
     own = (_Torch if is_torch else _Each if metric.each else _Whole)(name, metric.function)
+    if not is_torch:
+        check_call(f"data.metrics: {own.name}", metric.function, "all outputs", "all targets")
     return Formula(own.value, frozenset(), Counted(short_name(name), own.take, own.sums), higher)
 
 
@@ -78,7 +80,7 @@ class _Whole:
     sums = False
 
     def __init__(self, name: str, function: Any) -> None:
-        self.name, self.function = name, function
+        self.name, self.function = name.partition("@")[0], function
 
     def take(self, batch: Batch) -> Any:
         """Take of a batch sums for each owner, [owners, q], or outputs, targets, and whose."""

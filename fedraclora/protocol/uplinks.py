@@ -259,6 +259,15 @@ def norms_of(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return whole
 
 
+def calmer(*, own: bool) -> str:
+    """Say what to do against numbers that grow; ``own``: where a function of the user's trains."""
+    return (
+        "take smaller steps in your training function, or clip its gradients"
+        if own
+        else f"{CALMER} or set local.clip"
+    )
+
+
 def check_rows(
     clients: torch.Tensor,
     weights: torch.Tensor,

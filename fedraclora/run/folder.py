@@ -349,4 +349,6 @@ def run_title(plain: Plain) -> str:
     data, partition, local = (section(plain, key) for key in ("data", "partition", "local"))
     division = "" if partition.get("name") == "given" else f" ({partition.get('name')})"
     named = f"{method_label(plain)} on {data['name']}{division}"
-    return f"{named}, {local.get('name', 'lr')} lr={local.get('lr')}, seed {plain.get('seed')}"
+    train = local.get("train")  # of the user's: no step size of ours is read
+    steps = f"lr={local.get('lr')}" if train is None else str(train).partition("@")[0]
+    return f"{named}, {local.get('name', 'lr')} {steps}, seed {plain.get('seed')}"

@@ -18,8 +18,10 @@ from fedraclora.errors import ConfigError, FedRacLoraError, ModelError
 from fedraclora.imports import failure_of
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.uplinks import SUM_BLOCK
+from fedraclora.training.apart import refuse_meeting
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import (
+    LESS,
     LOOKED_AT,
     MemoryModel,
     is_out_of_memory,
@@ -133,12 +135,13 @@ def plan_chunk(
     if isinstance(chunk, int) or cohort == 1:
         most = cohort if chunk == "auto" else int(chunk)
         if not elsewhere:
-            _try_one(trainer, base, downlink)
+            _try_one(trainer, base, downlink, most)
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     advice = "set engine.chunk=1, or lower local.batch_size"
-    with _explained("two clients in a batch", advice):
+    with _explained(trainer, "two clients in a batch", advice):
         memory = measure_memory(trainer, base, downlink, population)
+        refuse_meeting(trainer, base, downlink, cohort)
     device = trainer.device.type
     budget = budget_of(trainer.device, share)
     bounds = {
@@ -160,10 +163,11 @@ def plan_chunk(
 
 
 @contextmanager
-def _explained(clients: str, advice: str) -> Iterator[None]:
+def _explained(trainer: CohortTrainer, clients: str, advice: str) -> Iterator[None]:
     """Explain what to do where memory runs out, and where a step fails.
 
     Args:
+        trainer: Takes it.
         clients: Who takes the step, for the message.
         advice: What to do where that takes too much memory.
     """
@@ -174,17 +178,17 @@ def _explained(clients: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise ConfigError(f"memory runs out with {clients} ({error}); {advice}") from error
+        said = failure_of(error, "the first training step of a client")
+        if blamed := trainer.blamed(error):
+            raise ConfigError(f"{blamed}{said}") from error
         raise ModelError(
-            f"{failure_of(error, 'the first training step of a client')}. Check that the model "
+            f"{said}. Check that the model "
             "takes inputs of the data's shape, and gives what its loss takes (docs/data.md)"
         ) from error
 
 
-def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
+def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink, chunk: int) -> None:
     """Take a step of one client where nothing is measured: what cannot train is refused at once."""
-    advice = (
-        "lower local.batch_size, the size of a sample (data.max_length) or the model, or set "
-        "precision=bf16-mixed"
-    )
-    with _explained("one client", advice):
+    with _explained(trainer, "one client", LESS):
         try_step(trainer, base, downlink)
+        refuse_meeting(trainer, base, downlink, chunk)

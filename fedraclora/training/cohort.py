@@ -9,12 +9,16 @@ differently).
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
 
+from fedraclora.binding import of_project
+from fedraclora.data.own_loss import OwnLoss
 from fedraclora.data.samples import ClientData, Samples, count_examples
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
@@ -276,6 +280,20 @@ class CohortTrainer:
         # Outside, so that the loss is formed as precisely on any device.
         losses, counts = self.loss(output.to(self.dtype), samples.target)
         return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
+
+    def blamed(self, error: BaseException) -> str:
+        """Name the user's loss or extras that raised an error, for messages; empty: none did."""
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        for caller, frame in pairwise(frames):
+            by, of = (str(f.f_globals.get("__name__")) for f in (caller, frame))
+            if by == OwnLoss.__module__ != of:
+                return f"data.loss={self.task.loss.partition('@')[0]}: "
+            own = [extra for extra in self.local.added if type(extra).__module__ == of]
+            if own and by.startswith("fedraclora.training.") and not of_project(type(own[0])):
+                name = frame.f_code.co_qualname
+                inside = [extra for extra in own if name.startswith(type(extra).__qualname__)]
+                return " or ".join(map(self.local.told, inside or own)) + ": "
+        return ""
 
     def _with_pools(self, base: Tree, downlink: Downlink) -> tuple[Tree, Terms]:
         """Fold pools into the weights, once for all chunks of a round; see `fold_pools`."""

@@ -120,6 +120,11 @@ class LocalConfig(Limited, group="local"):
         """Return the extra of a kind; None if there is none."""
         return next((extra for extra in self.added if isinstance(extra, kind)), None)
 
+    def told(self, extra: LocalExtra) -> str:
+        """Name an extra for messages: one of the user's by its key and where it is defined."""
+        kind, at = type(extra), [k for k, each in enumerate(self.extras) if each is extra]
+        return f"local.extras{at}={kind.__module__}:{kind.__qualname__}" if at else extra.setting
+
     @property
     def answers_once(self) -> bool:
         """Return whether a second answer to a round would tell what the first one hides."""

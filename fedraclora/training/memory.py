@@ -34,6 +34,10 @@ from fedraclora.training.program import OpenChunk
 from fedraclora.training.schedule import StepBatch
 from fedraclora.tree import Tree
 
+LESS = (  # what to do where one client is too large
+    "lower local.batch_size, the size of a sample (data.max_length) or the model, or set "
+    "precision=bf16-mixed"
+)
 LOOKED_AT = 10_000  # clients among whom the largest is looked for
 TOGETHER = 256  # of them whose samples are looked at in one go
 LARGEST_KEPT, KEPT = 32 << 20, 256 << 20  # bytes of a piece, and of all, that are kept when freed

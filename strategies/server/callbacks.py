@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, cast
 
+import torch
 from typing_extensions import override
 
+from fedraclora.binding import of_project
 from fedraclora.config.settings import StopConfig
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.narrow_weight import dense
+from fedraclora.objects import held, refuse_changed
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import BY_CLIENTS, Row, metrics_of, number
 from fedraclora.tree import Tree
@@ -219,6 +222,38 @@ class AfterRound(Callback):
                 "which nothing reads: let it return None; what ends a run is the hook ends(rows) "
                 "of a fedraclora.Callback"
             )
+
+
+class Unchanged(Callback):
+    """Refuses objects of the user's, by what to call them, that change from round to round."""
+
+    def __init__(self, things: Mapping[str, object]) -> None:
+        own = {k: v for k, v in things.items() if not of_project(type(v))}
+        self.things = {key: (thing, held(thing)) for key, thing in own.items()}
+
+    @override
+    def row(self, row: Row) -> None:
+        for key, (thing, before) in self.things.items():
+            refuse_changed(key, thing, before)
+
+
+class Undefined(Callback):
+    """Says which metrics have no value the first time, and what they got at the server."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self.got, self.said = "samples of the clients", False
+        if len(target):
+            kind, ends = str(target.dtype).removeprefix("torch."), target.aminmax()
+            self.got = f"targets {kind} {[*target.shape]} from {ends.min:g} to {ends.max:g}"
+
+    @override
+    def row(self, row: Row) -> None:
+        found = {n: v for n, v in metrics_of(row).items() if n.endswith(".mean") or "." not in n}
+        lost = [n for n, v in found.items() if not isinstance(v, float) or not math.isfinite(v)]
+        if lost and not self.said:
+            text = "%s: no number in round %s, of %s: nothing can be chosen by what stays so"
+            log.warning(text, ", ".join(lost), row["round"], self.got)
+        self.said |= bool(found)
 
 
 class Told:

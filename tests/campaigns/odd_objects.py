@@ -923,7 +923,7 @@ PARTS: dict[str, dict[str, Kind]] = {
         "an extra": says(local={"extras": [Decay(0.01)], "lr": 0.1}),
         "an extra by name": says(local={"extras": [{"name": f"{HERE}:Decay", "rate": 0.01}]}),
         "settings": Kind(lambda _told: {"local": LocalSettings(lr=0.1, extras=[Decay(0.01)])}),
-        "a class of extras": says(local={"extras": [Decay]}),
+        "a class of extras": says("refused", local={"extras": [Decay]}),
         "an odd parameter": says(
             "refused", local={"extras": [{"name": f"{HERE}:Decay", "rat": 1}]}
         ),

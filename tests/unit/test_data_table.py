@@ -297,3 +297,55 @@ def test_half_of_an_npz_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a\.npz cannot be read: .* is the file whole\?"):
         DATASETS["arrays"](file=str(tmp_path / "a.npz"))
+
+
+FOLDS = np.where(
+    np.arange(ROWS) % 5 == 0, "test", np.where(np.arange(ROWS) % 5 == 1, "validation", "train")
+)
+
+
+def test_a_column_of_splits_gives_each_client_its_own_test_and_scales_by_training_rows(
+    tmp_path: Path,
+) -> None:
+    frame = FRAME.assign(fold=FOLDS, site=[f"site {k % 3}" for k in range(ROWS)])
+    frame.loc[(frame.site == "site 1") & (frame.fold == "test"), "fold"] = "train"
+    data = load(written(tmp_path, ".csv", frame), client="site", split="fold")
+    sizes = {name: int((frame.fold == name).sum()) for name in ("train", "test", "validation")}
+    assert data.validation is not None
+    assert (len(data.train), len(data.test), len(data.validation)) == tuple(sizes.values())
+    assert "fold" not in data.reading["features"]
+    training = frame[frame.fold == "train"]
+    assert data.reading["subtract"][0] == pytest.approx(training["age"].mean())
+    first, none, last = data.tests
+    assert none is None
+    for own, site in ((first, "site 0"), (last, "site 2")):
+        raw = frame[(frame.fold == "test") & (frame.site == site)]["age"]
+        wanted = (raw - training["age"].mean()) / training["age"].std(ddof=0)
+        assert own is not None
+        torch.testing.assert_close(own.inputs["x"][:, 0], torch.tensor(wanted.to_numpy()).float())
+    parts, _ = make_partition(data, name="natural", clients=None, seed=0)
+    assert isinstance(parts, list)
+    assert len(parts) == 3
+    with pytest.raises(ConfigError, match="by number"):
+        make_partition(data, name="iid", clients=3, seed=0)
+    with pytest.raises(ConfigError, match=r"data\.validation=0\.1.*leave it at 0"):
+        hold_out(data, 0.1, 0)
+
+
+@pytest.mark.parametrize(
+    ("fold", "words", "said"),
+    [
+        ("hidden", {}, r"data\.split=fold has .*'hidden'"),
+        ("train", {}, "train and test are wanted"),
+        ("test", {"test_share": 0.5}, r"data\.split=fold says"),
+        ("test", {"split": "folds"}, r"data\.split: .*'folds'"),
+        ("test", {"features": ["fold"]}, "fold"),
+    ],
+)
+def test_a_column_of_splits_that_says_something_else_is_refused(
+    fold: str, words: Any, said: str, tmp_path: Path
+) -> None:
+    folds = ["train"] * (ROWS - 1) + [fold]
+    path = written(tmp_path, ".csv", FRAME.assign(fold=folds))
+    with pytest.raises(FedRacLoraError, match=said):
+        load(path, **{"split": "fold"} | words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.compare import compare
 from fedraclora.experiments.report.figures import figures_of
+from fedraclora.experiments.report.page import page_of, read_shown
 from tests.common import normal
 
 SIZES = (1, 3, 10, 40)
@@ -225,6 +227,10 @@ def test_the_report_has_figures_by_the_size_of_clients(tmp_path: Path) -> None:
     last = run.clients[run.clients["round"] == 1].sort_values("samples", kind="stable")
     told = figures_of(tmp_path / "run", run.rows)["accuracy"]
     assert told["worst10"] == last["accuracy"].min()
+    worst = int(told["worst client (partition id)"])
+    assert worst == last.set_index("client")["accuracy"].idxmin()
+    page = page_of([read_shown(tmp_path / "run")])
+    assert re.search(rf"partition id.*<td[^>]*>{worst}</td>", page, re.DOTALL)
     assert told["quarter 1"] == pytest.approx(last["accuracy"][:2].mean())
     rho = scipy.stats.spearmanr(last["samples"], last["accuracy"]).statistic
     assert told["rank correlation with size"] == pytest.approx(rho)
@@ -346,11 +352,30 @@ def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_c
             run(**changed)
 
 
-def test_clients_validate_where_the_server_has_nothing_to_validate_on() -> None:
+def test_clients_validate_where_the_server_has_nothing_to_validate_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "fedraclora.experiments.progress")
     words = ("evaluate.clients=all", "evaluate.split=validation")
     run = simulated(*words, "stop.patience=2", "stop.metric=clients.loss.mean", rounds=1)
+    assert "measured on: validation" in caplog.text
     assert run.rows[1]["metrics"]["loss"] == run.rows[1]["clients"]["loss"]["pooled"]
     with pytest.raises(ConfigError, match=r"data.validation is 0.*clients.accuracy.mean"):
         simulated(*words, "stop.patience=2")
     none = fedraclora.simulate("evaluate.clients=none", model=net(), data=moons(), rounds=0)
     assert "clients" not in none.rows[0]
+
+
+def test_clients_of_a_table_measure_on_the_rows_that_its_column_of_splits_gives_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "fedraclora.experiments.progress")
+    x = np.asarray(normal(40, 3, key="table"))
+    frame = pd.DataFrame(x, columns=["a", "b", "c"]).assign(label=np.where(x[:, 0] > 0, "y", "n"))
+    frame["site"] = [f"site {k % 3}" for k in range(40)]
+    frame["fold"] = np.where(np.arange(40) % 4 == 0, "test", "train")
+    words = ("evaluate.clients=all", "data.split=fold", "output.progress=false", "pretrain=none")
+    run = fedraclora.simulate(*words, data=frame, client="site", model="mlp", rounds=0)
+    held = frame[frame.fold == "test"].groupby("site").size()
+    assert run.clients["samples"].tolist() == held.tolist()
+    assert "3 on test samples of their own, others on 0.2" in caplog.text

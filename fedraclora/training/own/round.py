@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.plan import some_of
 from fedraclora.protocol.rank_budgets import trainable
+from fedraclora.protocol.uplinks import calmer, greatest_norm
 from fedraclora.training.materialise import materialise
 from fedraclora.training.own.places import (
     Found,
@@ -28,6 +30,8 @@ from fedraclora.training.own.places import (
 from fedraclora.training.own.ranks import Sums, bits_of, check_alike
 from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree
+
+WORDS = {torch.float32: torch.int32, torch.float64: torch.int64}  # whose bits are compared
 
 
 @dataclass(eq=False)
@@ -310,6 +314,15 @@ class Asked:
             parameter.copy_(weight)
         return bits
 
+    def _is_as_was(self, name: str, now: torch.Tensor | None, bits: int) -> bool:
+        """Check that a tensor has the bits of its install: those of the base, if it is a copy."""
+        weight = self.base.get(name) if type(now) is nn.Parameter else None
+        if now is None or weight is None or not now.dtype == weight.dtype in WORDS:
+            return now is not None and int(bits_of(now)) == bits
+        if now.device != weight.device or now.data_ptr() == weight.data_ptr():  # no copy
+            return int(bits_of(now)) == bits
+        return torch.equal(now.detach().view(WORDS[now.dtype]), weight.view(WORDS[now.dtype]))
+
     def cut(self, name: str, place: Place) -> None:
         """Make gradients beyond the client's rank budget zero."""
         if name in self.masks:
@@ -330,16 +343,18 @@ class Asked:
                 raise ClientError(f"{name} of Trained.tensors is no tensor of shape {wanted[name]}")
             if not torch.isfinite(value).all():
                 raise ClientError(
-                    f"{name} has a NaN or an infinity after training: lower the step size, or "
-                    "clip gradients"
+                    f"{name} has a NaN or an infinity after training: {calmer(own=True)}"
                 )
+        norms = (torch.linalg.vector_norm(v, dtype=torch.float64) for v in found.values())
+        length = math.hypot(*map(float, norms))
+        if found and length > greatest_norm(next(iter(found.values())).dtype):
+            raise ClientError(f"its update is too long, of norm {length:.3g}: {calmer(own=True)}")
 
     def moved(self, model: nn.Module, places: Found, installed: dict[str, int]) -> list[str]:
         """List the frozen factors, untrained weights and buffers that have moved."""
         rest: Tree = {**places.parameters, **buffers_of(model)}
         found = [n for n, v in self.frozen.items() if not torch.equal(places.place(n).ours(v), v)]
-        now = {name: int(bits_of(rest[name])) for name in installed if name in rest}
-        found += [name for name, bits in installed.items() if now.get(name) != bits]
+        found += [n for n, bits in installed.items() if not self._is_as_was(n, rest.get(n), bits)]
         for name in () if found else installed.keys() & self.base.keys():
             if type(parameter := places.parameters[name]) is nn.Parameter:
                 self.sums.put(parameter, installed[name])

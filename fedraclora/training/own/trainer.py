@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import math
 import os
 import random  # noqa: TID251  (a function of the user's may draw from it)
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from fedraclora.data.samples import Samples
+from fedraclora.data.samples import Samples, count_examples
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.imports import failure_of
 from fedraclora.models.outputs import nothing_drawn
@@ -36,6 +37,7 @@ from fedraclora.training.own.round import Asked, Round
 from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree, widened
 
+log = logging.getLogger(__name__)
 Train = Callable[[Round], Trained]
 
 
@@ -46,17 +48,25 @@ class OwnTrainer(CohortTrainer):
         function: The user's.
         name: Of the function, for messages.
         timeout: Seconds that it may take for one client; None: any.
+        most: Samples that a client can claim.
 
     The others are those of `CohortTrainer`.
     """
 
     def __init__(
-        self, *given: Any, function: Train, name: str, timeout: float | None = None, **named: Any
+        self,
+        *given: Any,
+        function: Train,
+        name: str,
+        timeout: float | None = None,
+        most: int = 2**63 - 1,
+        **named: Any,
     ) -> None:
         super().__init__(*given, **named)
-        self.function, self.timeout = function, timeout
+        self.function, self.timeout, self.most = function, timeout, most
         self.sums = 0, Sums()  # of a round
         self.folded: tuple[object, Tree] = None, {}  # what pools fold into it, and the base with it
+        self.warned = False  # that clients say more samples than they have
         self.came: dict[int, list[int]] = {}  # by client, `versions` of its samples
         self.name = name.partition("@")[0]  # of one that a program lends, without its digest
 
@@ -120,12 +130,22 @@ class OwnTrainer(CohortTrainer):
                 "this call is wanted"
             )
         asked.check(found.tensors)
+        self._check_samples(found.samples, client)
         if versions(given.data) != came:
             raise ClientError(
                 f"the training function {self.name} has changed round.data in place, so that the "
                 "client's rounds would train on other samples: let it work on a copy"
             )
         return found, told_of(given.state) if given.state or kept else None
+
+    def _check_samples(self, said: int, client: int) -> None:
+        """Refuse a weight that no client can have; tell, once, that the data have fewer samples."""
+        if said > self.most:
+            raise ClientError(f"samples={said} is more than engine.max_samples, {self.most}")
+        there = int(count_examples(self.data, torch.tensor([client], device=self.device)))
+        if said > there and not self.warned:
+            self.warned, text = True, "client %d says samples=%d to round.read, and has %d: it is "
+            log.warning(text + "weighted by what it says (or weights=uniform)", client, said, there)
 
     def _data_of(self, client: int) -> Any:
         """Return the samples of one client."""
@@ -233,7 +253,8 @@ def seeded_everywhere(seed: int) -> Iterator[None]:
     """
     devices = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
     dtype, threads, folder = torch.get_default_dtype(), torch.get_num_threads(), Path.cwd()
-    with nothing_drawn(), torch.random.fork_rng(devices=devices):
+    forked = torch.random.fork_rng(devices=devices) if devices else nullcontext()
+    with nothing_drawn(), forked:
         # `torch.manual_seed` keeps the stack of its call for each GPU library that is not there.
         seeding = torch.cuda.is_available()
         (torch.manual_seed if seeding else torch.default_generator.manual_seed)(seed)  # noqa: TID251
