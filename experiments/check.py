@@ -51,7 +51,6 @@ from fedraclora.run.folder import versions_of
 from fedraclora.training.chunking import HOST_BYTES
 
 EARLY = 5  # seconds by which Flower lets the clock of a node be ahead
-LEAST = 100 << 20  # bytes of a disk that must be free
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 REFUSED = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
 ADVICE: dict[type[BaseException], str] = {
@@ -100,13 +99,7 @@ class Looks:
 
 
 def check_run(request: RunRequest, connection: Connection | None, file: str | None) -> int:
-    """Check what an operator can: a run that is composed already, and who is connected.
-
-    Args:
-        request: The run.
-        connection: Where; None for nodes of this machine.
-        file: Is written, for owners to check against: versions, and what every node is sent.
-    """
+    """Check what an operator can: a run that is composed, and who is connected; write ``file``."""
     look, plain = Looks(), request.config.plain
     versions = look.versions({})
     with look("run") as say:
@@ -116,26 +109,16 @@ def check_run(request: RunRequest, connection: Connection | None, file: str | No
         say(", ".join(f"{key}={plain[key]}" for key in ("clients", "cohort", "rounds")))
     if connection is not None:
         with look("nodes") as say:
-            states = connection.nodes()
+            states = connection.nodes()  # which clients they serve they tell a run alone
             say(", ".join(f"{states.count(each)} {each}" for each in sorted({*states})))
-            if "online" not in states:  # which clients they serve they tell a run alone
-                raise EngineError(
-                    f"{len(states)} are registered, and none is online: register the owners' keys, "
-                    "and have each run `fedraclora node --check`"
-                )
+            if "online" not in states:
+                advice = "register the owners' keys, and have each run `fedraclora node --check`"
+                raise EngineError(f"{len(states)} are registered, and none is online: {advice}")
     return look.failed
 
 
 def check_node(words: Sequence[str], file: str | None) -> int:
-    """Check what an owner can: files of a node, the way to its SuperLink, data and room for a run.
-
-    Args:
-        words: The command line of the node.
-        file: What `check_run` has written; None: versions and data are not compared with a run's.
-
-    Raises:
-        ConfigError: If it, or ``--node-config``, cannot be read.
-    """
+    """Check what an owner can, with the words of a node, and the file that `check_run` wrote."""
     args = _parse_args_run_supernode().parse_args(words)
     wanted: dict[str, Any] = {"versions": {}, "config": {}}
     try:
@@ -144,10 +127,8 @@ def check_node(words: Sequence[str], file: str | None) -> int:
             wanted = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         versions, plain = dict(wanted["versions"]), dict(wanted["config"])
     except (click.ClickException, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"--node-config {args.node_config} has keys and values, and --check={file} names what "
-            f"the operator's `fedraclora deploy --check=FILE` has written ({error})"
-        ) from error
+        meant = f"--check={file} names what the operator's `fedraclora deploy --check=FILE` wrote"
+        raise ConfigError(f"--node-config {args.node_config}, or {meant}: {error}") from error
     look = Looks()
     look.versions(versions)
     of_superlink(look, args)
@@ -208,15 +189,9 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def knock(args: Namespace, key: ec.EllipticCurvePrivateKey) -> tuple[httpx.Response, Any]:
-    """Ask a SuperLink to activate a node whose heart never beats.
+    """Ask a SuperLink to activate a node whose heart never beats; give what it says, and its proof.
 
     Flower 1.42 refuses that, whoever asks, and says whether it knows the key: nothing changes.
-
-    Returns:
-        What it says; and its certificate, None without TLS.
-
-    Raises:
-        EngineError: If it is not there, or somebody else is, or others could start runs there.
     """
     use_sockets("flower-supernode")
     roots, public = args.root_certificates, public_key_to_bytes(key.public_key())
@@ -265,7 +240,7 @@ def of_clients(look: Looks, context: Context, plain: dict[str, Any]) -> None:
         claim(folder := cache_of(context))
         with on_disk(folder), tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
-        need = max(LEAST, weights * RUNS * len(ids))
+        need = max(100 << 20, weights * RUNS * len(ids))
         say(enough(shutil.disk_usage(folder).free, need, f"on the disk of {folder}"))
     with look("memory") as say:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
