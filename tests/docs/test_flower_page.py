@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 import fedraclora
 from fedraclora.client import Round, Trained
+from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.flower.superlink import SuperLink
+from fedraclora.engines.programs import Program, end_all
+from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 
 pytestmark = pytest.mark.slow
@@ -106,6 +111,54 @@ def test_the_app_of_the_page_has_the_weights_of_simulate(
     with SuperLink(show=False) as link:
         ended = link.run_app(tmp_path / "app", tmp_path / "run.toml", {**options, **quiet})
     assert ended.word == "finished:completed", ended.log
+    check_weights(tmp_path, 3, 4, monkeypatch)
+    assert json.dumps(ended.log).count("eval_loss") >= 3
+
+
+class Nodes(LocalDeployment):
+    """SuperNodes whose configuration is the one that the app of the page reads."""
+
+    @override
+    def start_node(self, k: int) -> Program:
+        certificate, key = map(str, (self.identity.certificate, self.key(k)))
+        secure = ["--root-certificates", certificate, "--auth-supernode-private-key", key]
+        self.nodes[k] = node = self.node(secure, f"node{k}.log", f"partition-id={k}")
+        return node
+
+
+def test_on_a_superlink_a_run_that_was_stopped_goes_on_with_nodes_that_began_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are those of `simulate`."""
+    write_app(tmp_path / "app", tmp_path / "weights.pt")
+    server, ledger = tmp_path / "app" / "myapp" / "server_app.py", tmp_path / "run" / "ledger.jsonl"
+    more = f"min_available_nodes=3, checkpoint={str(tmp_path / 'run')!r}"
+    code = server.read_text().replace("min_available_nodes=4", more)
+    server.write_text(code.replace("num_rounds=3", "num_rounds=30"))
+    (tmp_path / "run.toml").write_text("")
+    with Nodes([[0], [1], [2]]) as network:
+        run = network.connection.submit(tmp_path / "app", tmp_path / "run.toml")
+        while not (ledger.is_file() and len(read_ledger(ledger)) > 2):
+            assert not network.connection.status(run).ended
+            time.sleep(0.5)
+        network.connection.stop(run)
+        end_all([node for node in network.nodes[1:2] if node])
+        network.start_node(1)
+        rounds = len(read_ledger(ledger)) + 1  # two more
+        server.write_text(code.replace("num_rounds=3", f"num_rounds={rounds}"))
+        run = network.connection.submit(tmp_path / "app", tmp_path / "run.toml")
+        while not (ended := network.connection.status(run)).ended:
+            time.sleep(0.5)
+        assert ended.completed, [*network.connection.follow(run)]
+    rows = read_ledger(ledger)
+    assert [row["round"] for row in rows] == [*range(rounds + 1)]
+    check_weights(tmp_path, rounds, 3, monkeypatch)
+
+
+def check_weights(
+    tmp_path: Path, rounds: int, clients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hold the weights that the app has kept against those of `simulate`."""
     found = torch.load(tmp_path / "weights.pt")
     monkeypatch.syspath_prepend(str(tmp_path / "app"))
     monkeypatch.delitem(sys.modules, "myapp", raising=False)
@@ -116,13 +169,12 @@ def test_the_app_of_the_page_has_the_weights_of_simulate(
         loss = task.train(model, data)
         return round_.read(model, samples=len(data), steps=1, loss=loss)
 
-    data: Any = [(task.Data(k).x, task.Data(k).y) for k in range(4)]
+    data: Any = [(task.Data(k).x, task.Data(k).y) for k in range(clients)]
     test = (task.Data(9).x, task.Data(9).y)
     run = fedraclora.simulate(
         "output.progress=false", model=task.Net(), data=data, test=test, train=own,
-        method=FedRacLora(rank=4), rounds=3,
+        method=FedRacLora(rank=4), rounds=rounds,
     )  # fmt: skip
     wanted = run.weights()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
-    assert json.dumps(ended.log).count("eval_loss") >= 3
