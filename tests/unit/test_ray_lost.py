@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -332,3 +333,11 @@ def test_time_in_which_nobody_looks_is_no_silence(monkeypatch: pytest.MonkeyPatc
         world.now += 1
         silence = pulse.look()
     assert silence >= 1
+
+
+def test_a_process_that_is_gone_is_silent_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = listener.getsockname()
+    pulse = pulses.Pulse(lambda: place)
+    pulse._ask()
+    assert pulse.look() >= 1

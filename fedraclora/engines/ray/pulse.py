@@ -69,6 +69,8 @@ class Pulse:
         began = time.monotonic()
         try:
             greet(*self.find(), PATIENCE)
+        except ConnectionRefusedError:  # its host says that it is gone: there is none to wait for
+            self.quiet = max(self.quiet, QUIET, SLACK * self._slowest)
         except OSError:
             pass
         else:
