@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from flwr.app import Message
 from typing_extensions import override
 
+from fedraclora.engines.deploy import silence
 from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.errors import ClientError
 from fedraclora.protocol.uplinks import Uplinks
@@ -21,7 +23,15 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.weights import replica
 from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.reply import read_answer
-from tests.campaigns.faults.harms import BEHAVIOURS, HARMS, Once, changed, raises, replies_twice
+from tests.campaigns.faults.harms import (
+    BEHAVIOURS,
+    HARMS,
+    Once,
+    changed,
+    raises,
+    replies_twice,
+    stays_silent,
+)
 from tests.campaigns.faults.network import (
     Network,
     client,
@@ -117,6 +127,43 @@ def test_a_node_whose_disk_is_full_says_so_in_a_sentence(
     for failure in failures:
         assert f"/{ONE}: No space left" in failure["reason"]
         assert "make room" in failure["reason"]
+
+
+def test_a_message_that_was_lost_on_the_way_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node is well and has nothing to answer: nobody waits for it until the time-out."""
+    monkeypatch.setattr(silence, "SILENT", 0.0)
+    monkeypatch.setattr(silence, "SETTLED", 0.0)
+    network = Network(tmp_path / "cache", nodes_for(3), stays_silent(Once(at_fault)))
+    deploy(["engine.timeout=20", "engine.retries=0"], tmp_path / "run", network)
+    done = rows(tmp_path / "run")
+    assert done[ROUND]["failures"] == []
+    assert f"client {ONE} was sent again" in str(done[ROUND]["incidents"])
+    assert not any(done[r].get("incidents") for r in (1, 3))
+    deploy([], tmp_path / "well", Network(tmp_path / "other", nodes_for(3)))
+    digests = [summary_of(tmp_path / name)["weights_digest"] for name in ("run", "well")]
+    assert digests[0] == digests[1]
+
+
+def test_a_client_that_replies_long_after_the_others_stands_in_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose link was cut for less than it takes to be missed."""
+    clock, looks = [0.0], list[str]()
+    monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def late(message: Message, call: Callable[[], Message]) -> list[Message]:
+        if not at_fault(message):
+            return [call()]
+        looks.append(message.metadata.message_id)
+        clock[0] += 20.0 * (len(looks) - 1)
+        return [call()] if len(looks) > 1 else []
+
+    deploy([], tmp_path / "run", Network(tmp_path / "cache", nodes_for(3), late))
+    first, second, third = (row.get("incidents") or [] for row in rows(tmp_path / "run")[1:])
+    assert first == third == []
+    assert [f"client {ONE} " in str(note) for note in second] == [True]
 
 
 def test_a_reply_that_comes_twice_counts_once(tmp_path: Path) -> None:

@@ -12,17 +12,23 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPushError,
+    ObjectUnavailableError,
+    push_object_contents_from_iterable,
+)
+from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.superlink.grid import http_grid
-from flwr.supernode import start_client_internal
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.runtime import run_clientapp
+from httpx import ConnectError
 
 from fedraclora.engines.deploy import supernode
 from fedraclora.engines.deploy.grid import PAUSE, look_again_soon
 from fedraclora.engines.deploy.local import SUPERNODE
-from fedraclora.engines.deploy.supernode import Pauses, put
+from fedraclora.engines.deploy.supernode import Pauses, going_on, patient, put
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,42 @@ def test_a_server_looks_again_soon_for_parts_of_a_reply(monkeypatch: pytest.Monk
     assert found.keywords == {"initial_backoff": PAUSE}
     assert found(["one"], pull) == {"one": b"part"}
     assert looks == ["one", "one"]
+
+
+def test_a_part_that_is_refused_keeps_no_other_part_back() -> None:
+    """It was sent a second time, since the link broke before the answer to the first came."""
+    sent = list[str]()
+
+    def push_part(name: str, content: bytes) -> None:
+        if name == "first":
+            raise ObjectPushError(name, 1, "session")
+        sent.append(name)
+
+    parts = [(name, b"part") for name in ("first", "second", "third")]
+    with pytest.raises(ObjectPushError):
+        push_object_contents_from_iterable(parts, push_part, max_concurrent_pushes=1)
+    sent.clear()
+    going_on(push_object_contents_from_iterable, ObjectPushError)(parts, push_object_fn=push_part)
+    assert sorted(sent) == ["second", "third"]
+    source = inspect.getsource(start_client_internal)
+    assert len(re.findall(r"\bpush_object_contents_from_iterable\(", source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [
+        ("_ssl.c:989: The handshake operation timed out", False),
+        ("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol", False),
+        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", True),
+        ("[SSL: WRONG_VERSION_NUMBER] wrong version number", True),
+    ],
+)
+def test_a_link_that_breaks_in_a_handshake_ends_no_node(said: str, ends: bool) -> None:
+    error = ConnectError(said)
+    assert make_simple_http_retry_invoker().should_giveup(error)
+    assert patient(make_simple_http_retry_invoker)().should_giveup(error) is ends
+    source = inspect.getsource(fleet_http_connection)
+    assert len(re.findall(r"= make_simple_http_retry_invoker\(\)", source)) == 1
 
 
 def test_a_name_that_is_not_there_is_an_error() -> None:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy.roster import Roster
+from fedraclora.engines.deploy.silence import Silence
 from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import folded, from_records, message_bytes, unfolded
 from fedraclora.engines.replies import FORMAT, STALE, UNREADABLE
@@ -53,6 +54,12 @@ class Letter:
     node: int
     message: Message
     fetched: int
+
+    @property
+    def who(self) -> str:
+        """Whom it is for, in words."""
+        who = "client" if len(self.asks) == 1 else "the node of clients"
+        return f"{who} {shown(self.ask.clients)[1:-1]}"
 
 
 class DeployGrid(PostedGrid):
@@ -139,9 +146,12 @@ class DeployGrid(PostedGrid):
             came: Replies that are here already.
             left: What is to be sent to a node once it has replied.
         """
-        found, again = list[Answered](), set[str]()
+        found, again, silence = list[Answered](), set[str](), Silence(self.roster)
         while waiting:
             came = came or self._pulled(waiting)
+            self.incidents += silence.late(
+                [waiting[name].who for name, _ in came if name in waiting]
+            )
             for name, reply in came:
                 if isinstance(reply, Message):
                     self.traffic.serialised += message_bytes(reply)
@@ -152,9 +162,7 @@ class DeployGrid(PostedGrid):
                 seconds = max(1.0, end - time.monotonic())
                 answers = self.read(reply, letter) if isinstance(reply, Message) else reply
                 if answers is None and name not in again:
-                    who = "client" if len(letter.asks) == 1 else "the node of clients"
-                    who = f"{who} {shown(letter.ask.clients)[1:-1]}"
-                    self.incidents.append(f"{who} was sent every base weight")
+                    self.incidents.append(f"{letter.who} was sent every base weight")
                     self.roster.versions[letter.node] = None
                     letter = self._letter(letter.asks, letter.node, seconds, whole=True)
                     again.add(new := self._push(letter))
@@ -171,6 +179,11 @@ class DeployGrid(PostedGrid):
             if waiting and not came:
                 self.wait("all clients had replied")
             came = ()
+            for name in silence.lost({name: letter.node for name, letter in waiting.items()}):
+                letter = waiting.pop(name)
+                self.incidents.append(f"{letter.who} was sent again what it had not received")
+                letter = self._letter(letter.asks, letter.node, max(1.0, end - time.monotonic()))
+                waiting[self._push(letter)] = letter
         return found
 
     def _pulled(self, waiting: Mapping[str, Letter]) -> list[Reply]:

@@ -60,6 +60,15 @@ class Roster:
         """Ask a node anew, if it is still there."""
         self._serving.pop(node, None)
 
+    def ask_again(self, node: int) -> str | None:
+        """Ask a node again that serves somebody; give the question, None where it does not."""
+        return self._ask(node) if self._serving.get(node) else None
+
+    def has_answered(self, question: str) -> bool:
+        """Look for answers; tell whether a question has one."""
+        self._look()
+        return question not in self._asked
+
     def gather(self, clients: Sequence[int]) -> dict[int, int]:
         """Wait until enough clients are connected; give the node of each that is.
 
@@ -104,12 +113,7 @@ class Roster:
         self._serving = {n: c for n, c in self._serving.items() if n in there}
         self._asked = {q: n for q, n in self._asked.items() if n in there}
         for node in sorted(there - self._serving.keys() - set(self._asked.values())):
-            job = ConfigRecord({"run": post.run_id, "format": FORMAT})
-            content = RecordDict({"job": job})
-            query = Message(content, node, "query.partition", ttl=post.settings.timeout)
-            (name,) = post.grid.push_messages([query])
-            post.traffic.serialised += message_bytes(query)
-            self._asked[name] = node
+            self._ask(node)
         if not self._asked:
             return
         for question, node in list(self._asked.items()):
@@ -125,8 +129,18 @@ class Roster:
                 post.incidents.append(f"a node cannot take part: {why}")
                 self._serving[node], self._unfit[node] = [], why
 
+    def _ask(self, node: int) -> str:
+        """Ask a node whom it serves; give Flower's number of the question."""
+        content = RecordDict({"job": ConfigRecord({"run": self.post.run_id, "format": FORMAT})})
+        query = Message(content, node, "query.partition", ttl=self.post.settings.timeout)
+        (name,) = self.post.grid.push_messages([query])
+        self.post.traffic.serialised += message_bytes(query)
+        self._asked[name] = node
+        return name
+
     def _introduce(self, node: int, mine: list[int], version: int | None) -> None:
         """Note whom a node serves, and the version that it holds."""
+        self._serving.pop(node, None)  # it was asked again
         if twice := sorted({*mine} & {c for each in self._serving.values() for c in each}):
             who = f"client {twice[0]}" if len(twice) == 1 else f"clients {shown(twice)}"
             self.post.incidents.append(f"a second node says that it serves {who}")

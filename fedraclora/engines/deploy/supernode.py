@@ -25,6 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -62,7 +63,13 @@ class Pauses:
 
 def run_supernode() -> None:
     """Run ``flower-supernode``."""
-    from flwr.supercore.inflatable.inflatable_utils import pull_objects
+    from flwr.supercore.inflatable.inflatable_utils import (
+        ObjectPushError,
+        pull_objects,
+        push_object_contents_from_iterable,
+    )
+    from flwr.supercore.retry import make_simple_http_retry_invoker
+    from flwr.supernode import fleet_http_connection as fleet
     from flwr.supernode import start_client_internal as loop
     from flwr.supernode.cli import flower_supernode
 
@@ -86,6 +93,9 @@ def run_supernode() -> None:
 
     put(loop, time=SimpleNamespace(sleep=pauses.sleep), subprocess=SimpleNamespace(Popen=popen))
     put(loop, _push_messages=push_messages)
+    push_parts = going_on(push_object_contents_from_iterable, ObjectPushError)
+    put(loop, push_object_contents_from_iterable=push_parts)
+    put(fleet, make_simple_http_retry_invoker=patient(make_simple_http_retry_invoker))
     # A message is given out before its parts have come; then Flower pauses for a second or more.
     put(loop, pull_objects=partial(pull_objects, initial_backoff=LEAST))
     flower_supernode()
@@ -185,6 +195,50 @@ def once(install: Callable[..., Path]) -> Callable[..., None]:
             last[:] = os.fsencode(f"{digest} {install(app, **named)}").ljust(INSTALLED, b"\0")
 
     return installed
+
+
+def going_on(push: Callable[..., None], refused: type[Exception]) -> Callable[..., None]:
+    """Send the other parts of a reply, too, where one is refused.
+
+    A part is sent again if its answer was lost with the link. The SuperLink, which has it by then,
+    refuses it; Flower would leave the rest out, and the run wait three minutes for that.
+
+    Args:
+        push: Flower's; it takes the parts, and what sends one.
+        refused: What that raises.
+    """
+
+    def push_parts(parts: object, push_object_fn: Callable[[str, bytes], None]) -> None:
+        def push_part(name: str, content: bytes) -> None:
+            with suppress(refused):
+                push_object_fn(name, content)
+
+        push(parts, push_part)
+
+    return push_parts
+
+
+def patient(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Let a node try again, too, whose link broke while it made a connection safe.
+
+    Flower takes every error with TLS in its text for a wrong certificate, and ends the node.
+
+    Args:
+        make: Flower's; it makes what tries again, and asks its ``should_giveup`` about each error.
+    """
+
+    def made() -> Any:
+        retries = make()
+        gives_up = retries.should_giveup
+
+        def should_giveup(error: Exception) -> bool:
+            broke = "handshake operation timed out" in str(error) or "EOF" in str(error)
+            return not broke and gives_up(error)
+
+        retries.should_giveup = should_giveup
+        return retries
+
+    return made
 
 
 def end_with_parent() -> None:

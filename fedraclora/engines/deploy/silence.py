@@ -1,0 +1,69 @@
+"""Messages that are without a reply for long: who is late is named, what was lost is sent again.
+
+A SuperLink counts a message as delivered when it hands it out. If the link breaks in that moment,
+or the node has another address by then, nobody has it, and the node is well: Flower says nothing.
+So a node that is silent for long is asked again whom it serves. It answers one thing after another:
+if that is answered, and what was sent before is not, it does not have it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from fedraclora.engines.deploy.roster import Roster
+
+SILENT = 60.0  # seconds without a reply: by then Flower, too, has missed a node that is gone
+SETTLED = 5.0  # seconds from the answer for replies that were under way with it
+LATE = 10.0  # seconds by which a reply is late, if that is twice what half of them took
+
+
+class Silence:
+    """Watches the messages of one exchange.
+
+    Args:
+        roster: Asks their nodes.
+    """
+
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
+        self.began = time.monotonic()
+        self.took: list[float] = []  # seconds until each reply
+        self._since: dict[str, float] = {}
+        self._asked: dict[int, tuple[str, float]] = {}  # node -> question, and when
+        self._answered: dict[int, float] = {}  # node -> when it was seen that it has answered
+
+    def lost(self, waiting: Mapping[str, int]) -> list[str]:
+        """Tell which messages their nodes do not have; these are to be sent again.
+
+        Args:
+            waiting: The messages without a reply, by Flower's number of each, with its node.
+        """
+        now, found, settled = time.monotonic(), list[str](), set[int]()
+        for name, node in waiting.items():
+            since = self._since.setdefault(name, now)
+            if node not in self._asked:
+                if now > since + SILENT and (question := self.roster.ask_again(node)):
+                    self._asked[node] = question, now
+            elif node not in self._answered:
+                if self.roster.has_answered(self._asked[node][0]):
+                    self._answered[node] = now
+            elif now >= self._answered[node] + SETTLED:
+                settled.add(node)
+                if since < self._asked[node][1]:
+                    found.append(name)
+        for node in settled:
+            del self._asked[node], self._answered[node]
+        return found
+
+    def late(self, who: Sequence[str]) -> list[str]:
+        """Note replies that came together; give a sentence if that was long after most others."""
+        took = time.monotonic() - self.began
+        self.took += [took] * len(who)
+        if not who:
+            return []
+        half = sorted(self.took)[(len(self.took) - 1) // 2]
+        if took < LATE + 2 * half:
+            return []
+        usual = f"half of all by then within {half:.0f} s"
+        return [f"{', '.join(sorted(who))} replied after {took:.0f} s, {usual}"]

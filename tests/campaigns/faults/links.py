@@ -1,0 +1,148 @@
+"""What can happen to a host of a deployment: its link, its address, its disk, its processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tests.hosts import Host
+from tests.hosts.deployment import HOME, Deployment
+
+BYTES = 15_000  # of a message that have passed when something happens in its middle
+RATE = "20mbit"
+CACHE, ROOM = f"{HOME}/cache", "12m"
+Undo = Callable[[], object]
+
+
+def nothing() -> None:
+    """Undo what needs no undoing."""
+
+
+def cut(host: Host) -> Undo:
+    """Cut the link, so that nobody is told."""
+    host.cut()
+    return host.heal
+
+
+def crawl(host: Host) -> Undo:
+    """Let 5 kB a second pass each way."""
+    host.link(up="40kbit", down="40kbit")
+    return lambda: host.link(RATE, RATE)
+
+
+def stop(host: Host) -> Undo:
+    """Stop every process; connections stay open."""
+    host.stop()
+    return host.cont
+
+
+def move(host: Host) -> Undo:
+    """Take another address, under which it stays."""
+    subnet, _, last = host.address.rpartition(".")
+    host.move(f"{subnet}.{(int(last) + 40) % 240 + 10}")
+    return nothing
+
+
+def fill(host: Host) -> Undo:
+    """Fill the disk of the node's cache."""
+    host.run(["sh", "-c", f"dd if=/dev/zero of={CACHE}/filler bs=4k 2> /dev/null || true"])
+    return lambda: host.run(["rm", "-f", f"{CACHE}/filler"])
+
+
+def kill_resident(host: Host) -> Undo:
+    """Kill the process that trains."""
+    with suppress(Exception):  # there is none, perhaps
+        host.run(["pkill", "-9", "-f", "fedraclora.clients.resident"])
+    return nothing
+
+
+# What is done, when, and for how many seconds (at least, at most); 0: until the round has ended.
+KINDS: dict[str, tuple[Callable[[Host], Undo], str, float, float]] = {
+    "cut as its reply leaves": (cut, "sent", 1, 6),
+    "cut as a message comes": (cut, "received", 1, 6),
+    "cut at any time": (cut, "", 1, 6),
+    "crawls at 40 kbit/s": (crawl, "", 2, 8),
+    "stopped": (stop, "", 1, 6),
+    "moves as its reply leaves": (move, "sent", 0, 0),
+    "moves at any time": (move, "", 0, 0),
+    "full disk": (fill, "", 0, 0),
+    "resident killed": (kill_resident, "", 0, 0),
+    "cut for 20 s": (cut, "received", 20, 20),
+    "cut for 80 s": (cut, "received", 80, 80),
+    "the server is cut": (cut, "", 2, 6),
+}
+RARE = {"cut for 20 s": 6, "cut for 80 s": 2, "the server is cut": 8, "moves at any time": 16}
+
+
+@dataclass
+class Fault:
+    """One thing that happens to a host.
+
+    Attributes:
+        kind: Of `KINDS`, or what a whole act does.
+        client: Whom it concerns; -1: the server.
+        host: Of whom.
+        when: A number in [0, 1) that says when in the round, where nothing else does.
+        seconds: For how long; 0: until the round has ended.
+        round_: In which it came; None: it has not.
+        ended: The last round in which it lasted.
+    """
+
+    kind: str
+    client: int
+    host: Host
+    when: float
+    seconds: float
+    round_: int | None = None
+    ended: int | None = None
+    began: float = 0.0
+    counters: tuple[int, int] = (0, 0)
+    undo: Undo = field(default=nothing)
+
+    def look(self, at: int, since: float, usual: float) -> None:
+        """Begin or end it if it is time.
+
+        Args:
+            at: The round that goes on.
+            since: Seconds since it began.
+            usual: Seconds that a round takes.
+        """
+        do, trigger, _, _ = KINDS[self.kind]
+        if self.round_ is None:
+            sent, received = self.host.sent(), self.host.received()
+            passed = {
+                "sent": sent - self.counters[0] > BYTES,
+                "received": received - self.counters[1] > BYTES,
+                "": since > self.when * usual,
+            }
+            if passed[trigger]:
+                self.round_, self.began, self.undo = at, time.monotonic(), do(self.host)
+        elif self.ended is None:
+            lasted = time.monotonic() - self.began
+            if (lasted >= self.seconds) if self.seconds else at > self.round_:
+                self.undo()
+                self.ended = at
+
+
+def drawn(rng: np.random.Generator, deployment: Deployment, number: int) -> Iterator[list[Fault]]:
+    """Yield what happens in each round: two things to every node, or one of them to the server."""
+    common = [kind for kind in KINDS if kind not in RARE]
+    bag = [kind for kind, times in RARE.items() for _ in range(times)]
+    bag += [common[k % len(common)] for k in range(number - len(bag))]
+    bag = [bag[k] for k in rng.permutation(len(bag))]
+    while bag:
+        here = [bag.pop() for _ in range(min(len(bag), 2 * len(deployment.owners)))]
+        faults = []
+        for k, kind in enumerate(here):
+            client = k % len(deployment.owners)
+            _, _, least, most = KINDS[kind]
+            server = kind == "the server is cut"
+            host = deployment.server if server else deployment.owners[client]
+            seconds = rng.uniform(least, most)
+            faults.append(Fault(kind, -1 if server else client, host, rng.random(), seconds))
+            faults[-1].counters = host.sent(), host.received()
+        yield faults
