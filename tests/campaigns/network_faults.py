@@ -56,7 +56,8 @@ class Campaign:
         self.rounds, self.came = rounds, list[Fault]()
         self.words = [w for w in SMALL if not w.startswith("rounds")] + WORDS
         self.words += [f"rounds={rounds}"]
-        more = [f"engine.timeout={TIMEOUT:g}", f"engine.wait={WAIT:g}", "output.progress=false"]
+        more = [f"engine.timeout={TIMEOUT:g}", f"engine.wait={WAIT:g}"]
+        more += ["output.progress=false", "output.checkpoint_every=1"]
         self.run = self.deployment.begin([*self.words, *more])
         self.deployment.until(1)
         self.usual = 10.0
