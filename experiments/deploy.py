@@ -31,7 +31,7 @@ from fedraclora.experiments.progress import RunProgress
 from fedraclora.experiments.resume import told_how_to_go_on
 from fedraclora.experiments.simulate import choose, shows_composed
 from fedraclora.experiments.status import reported
-from fedraclora.experiments.words import NODES, checked, key_values
+from fedraclora.experiments.words import NODES, check_word, key_values
 from fedraclora.imports import is_function
 from fedraclora.run.folder import alone, amend, begin_folder, method_label, run_title
 from fedraclora.run.ledger import Ledger
@@ -298,7 +298,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    words, file = checked(words)
+    words, file = check_word(words)
     own, rest = parted(words)
     if shows_composed(deployed(rest, own.get("local"))):
         return 0

@@ -12,7 +12,7 @@ import sys
 
 from fedraclora.engines.deploy.local import SUPERNODE
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.words import checked
+from fedraclora.experiments.words import check_word
 
 # Flower takes an option by its first letters, too.
 OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
@@ -32,7 +32,7 @@ def main() -> int:
                 f"{name}: the API of this node is a socket that only its own processes reach; "
                 "leave this out, or run flower-supernode, where docs/security.md says what to set"
             )
-    words, file = checked(sys.argv[1:])
+    words, file = check_word(sys.argv[1:])
     if file is not None:
         from fedraclora.experiments.check import check_node
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedraclora.config.unread import without_idle
+from fedraclora.config.unread import as_read
 from fedraclora.errors import CheckpointError, ConfigError, unknown
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.run.folder import is_finished, read_config, read_summary
@@ -49,7 +49,7 @@ class RunFiles:
     def keys(self) -> dict[str, object]:
         """The config as dotted keys, without `NOT_THE_RUN`."""
         drop = tuple(f"{key}." for key in NOT_THE_RUN)
-        flat = flatten(without_idle(self.config))
+        flat = flatten(as_read(self.config))
         return {k: v for k, v in flat.items() if not f"{k}.".startswith(drop)}
 
     @property

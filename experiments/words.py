@@ -41,11 +41,11 @@ def part(words: Sequence[str], own: Collection[str]) -> tuple[dict[str, object],
     return key_values(mine), [word for word in words if word not in mine]
 
 
-def checked(words: Sequence[str]) -> tuple[list[str], str | None]:
+def check_word(words: Sequence[str]) -> tuple[list[str], str | None]:
     """Part ``--check`` and ``--check=FILE`` from other words; None: it is not among them.
 
     Example:
-        >>> checked(["seed=1", "--check"]), checked(["--check=run.yaml"]), checked([])
+        >>> check_word(["seed=1", "--check"]), check_word(["--check=run.yaml"]), check_word([])
         ((['seed=1'], ''), ([], 'run.yaml'), ([], None))
     """
     mine = [word for word in words if word.partition("=")[0] == "--check"]

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from fedraclora.binding import section
-from fedraclora.config.unread import without_idle
+from fedraclora.config.unread import as_read
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.progress import size
@@ -172,7 +172,7 @@ class Shown(RunFiles):
     @property
     def yaml(self) -> str:
         """The config as it is written; that of a deployed run for one machine, with its bits."""
-        config = without_idle(self.config)
+        config = as_read(self.config)
         if self.deployed:
             engine = section(config, "engine")
             kept = {key: engine[key] for key in ("chunk", "threads") if key in engine}

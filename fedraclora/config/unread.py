@@ -138,7 +138,7 @@ RULES = (
 )
 
 
-def without_idle(plain: Plain) -> dict[str, object]:
+def as_read(plain: Plain) -> dict[str, object]:
     """Leave out of a config, for a reader, what nothing reads beside local=own."""
     local, engine = (plain.get(key) for key in ("local", "engine"))
     if not isinstance(local, Mapping) or local.get("train") is None:

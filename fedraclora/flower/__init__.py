@@ -11,8 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fedraclora.flower.arrays import load
     from fedraclora.flower.client import FlowerRound, round  # noqa: A004
-    from fedraclora.flower.server import LowRank, load
+    from fedraclora.flower.server import LowRank
 
 __all__ = ["FlowerRound", "LowRank", "load", "round"]
 
@@ -21,5 +22,5 @@ def __getattr__(name: str) -> object:
     """Fetch what is public when it is used first: Flower starts a process for every message."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    where = "server" if name in {"LowRank", "load"} else "client"
+    where = {"LowRank": "server", "load": "arrays"}.get(name, "client")
     return getattr(import_module(f"fedraclora.flower.{where}"), name)

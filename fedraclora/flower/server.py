@@ -21,12 +21,12 @@ from typing_extensions import override
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.errors import ClientError, ConfigError, unknown
+from fedraclora.flower.arrays import LazyWeight, planned, weights_in
 from fedraclora.flower.mail import Mail, NodeStore
-from fedraclora.lowrank.layers import layer_view
-from fedraclora.models.built import found_head, require_numbers
+from fedraclora.models.built import require_numbers
 from fedraclora.narrow_weight import dense as written_out
-from fedraclora.protocol.method import Cohort, Draw, Method, Plan
-from fedraclora.protocol.plan import make_plan, trained_of
+from fedraclora.protocol.method import Cohort, Draw, Method
+from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.run.folder import alone, has_checkpoint, is_ours, refuse_existing, run_id
 from fedraclora.run.ledger import number
@@ -38,16 +38,13 @@ from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.round_step import RoundStep, RunContext
 from fedraclora.strategies.server.rows import Cost
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.own.places import find
-from fedraclora.tree import Tree, to_numpy, wide
+from fedraclora.tree import wide
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.exchange import Ask, Came, NoAnswer, payload_bytes
 
 log = logging.getLogger("flwr")
 
 NODES = 1 << 20  # more than ever take part
-PEFT = "base_model.model."  # before the names of a PeftModel's state
-ZERO = ("lora_B.weight", "lora_embedding_A.weight")  # of a fresh adapter: so it adds nothing
 COUNTED = ("uplink_bytes", "downlink_bytes", "catchup_bytes")
 
 
@@ -61,38 +58,14 @@ class _Sampled(RoundStep):
         return self.clients
 
 
-class _Weight(Array):
-    """A weight that is computed and written out when it is read: in most rounds nobody does.
-
-    Args:
-        name: Of the weight.
-        like: One of its shape and type.
-        weights: Gives all of them.
-    """
-
-    def __init__(self, name: str, like: torch.Tensor, weights: Callable[[], Tree]) -> None:
-        none = to_numpy(torch.empty(0, dtype=wide(like.dtype)))
-        fields = {"dtype": str(none.dtype), "shape": tuple(like.shape), "stype": "numpy.ndarray"}
-        self.__dict__ |= fields
-        self._name, self._weights = name, weights
-
-    @property
-    @override
-    def data(self) -> bytes:  # type: ignore[override]
-        """The bytes of numpy's format."""
-        weight = self._weights()[self._name]
-        return Array(to_numpy(weight.to(wide(weight.dtype)))).data
-
-
 class LowRank(FedAvg):
     """FedAvg in which clients train and send a low-rank method's factors, and weights are links.
 
     Flower samples nodes as `FedAvg` does, and its loop runs the rounds. A node is sent seeds, and
     the links of the rounds that it was not in. The weights are kept here, from the model or
     ``initial_arrays``; each `start` begins anew, or goes on from ``checkpoint``. What `start` gives
-    and ``evaluate_fn`` gets are
-    the effective weights, under the names of ``initial_arrays`` where these are a state dict, else
-    under those of the model; `load` puts them into a model.
+    and ``evaluate_fn`` gets are the effective weights, under the names of ``initial_arrays`` where
+    these are a state dict, else under those of the model; `load` puts them into a model.
 
     Args:
         method: Of `fedraclora.strategies`, with rank and the rest. One whose clients need more than
@@ -155,7 +128,7 @@ class LowRank(FedAvg):
         self.wire = {"uplink": uplink, "downlink": downlink, "min_clients": min_clients}
         self.folder = None if checkpoint is None else Path(checkpoint)
         settings = {"targets": targets, "head_policy": head, "bias_policy": bias, "dense": dense}
-        self._base, self._names, self._plan, self._peft = _planned(model, settings)
+        self._base, self._names, self._plan, self._peft = planned(model, settings)
         self._buffers = {*dict(model.named_buffers())}
         if method.client_state or self._plan.local:
             raise ConfigError(
@@ -307,7 +280,7 @@ class LowRank(FedAvg):
     def _begun(self, arrays: ArrayRecord, grid: Grid) -> FedStrategy:
         """Start from the arrays of the app, or where these are an adapter's, from the model."""
         method, draw, plan = self.method, Draw(self.seed), self._plan
-        given, is_adapter = self._weights(arrays)
+        given, is_adapter = weights_in(arrays, self._base, self._names, self._buffers)
         self._shape = ArrayRecord() if is_adapter else arrays
         # Copies: the app may go on to use its model, for an evaluation say.
         base = {n: given[n] if n in given else t.clone() for n, t in self._base.items()}
@@ -364,80 +337,10 @@ class LowRank(FedAvg):
         """Give the effective weights of now under the names of the app."""
         method, state, draw = self.method, rounds.state, rounds.draw
         weights = cache(lambda: written_out(method.weights(state, draw)))
-        found: dict[str, Array] = {n: _Weight(n, t, weights) for n, t in self._base.items()}
+        found: dict[str, Array] = {n: LazyWeight(n, t, weights) for n, t in self._base.items()}
         names = self._names
         if self._shape:  # what is no parameter stays
             found = {n: found[names[n]] if n in names else a for n, a in self._shape.items()}
         given = ArrayRecord()
         given.update(found)  # its constructor would read each
         return given
-
-    def _weights(self, arrays: ArrayRecord) -> tuple[Tree, bool]:
-        """Read the weights of the app's arrays, and whether they are an adapter of PEFT."""
-        given = {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()}
-        adapter = {n: t for n, t in given.items() if ".lora_" in n}
-        if any(n.endswith(ZERO) and t.any() for n, t in adapter.items()):
-            raise ConfigError(
-                "initial_arrays are an adapter that has been trained, and low-rank rounds begin "
-                "with none: merge it into the model first (model.merge_and_unload())"
-            )
-        rest = {n.removeprefix(PEFT): t for n, t in given.items() if n not in adapter}
-        found = {self._names[n]: t for n, t in rest.items() if n in self._names}
-        odd = [n for n in rest if n not in self._names and n not in self._buffers]
-        odd += [n for n, t in found.items() if t.shape != self._base[n].shape]
-        lacking = [] if adapter or not arrays else [n for n in self._base if n not in found]
-        if odd or lacking:
-            raise ConfigError(
-                f"initial_arrays are not a state dict of the model, nor of its adapter: {odd[:3]} "
-                f"are not its, {lacking[:3]} are missing; give ArrayRecord(model.state_dict())"
-            )
-        return found, bool(adapter)
-
-
-def load(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
-    """Put the weights that `LowRank` gives into a model.
-
-    Args:
-        model: Of the app; it is changed in place. Of a PeftModel what is inside is given, without
-            the adapter, into which these weights do not fit: save it whole.
-        arrays: Of ``evaluate_fn`` or ``Result.arrays``. Those of a fresh adapter of PEFT, which
-            ``evaluate_fn`` gets in round 0, add nothing to what is inside.
-
-    Raises:
-        ConfigError: If the model has parameters that the arrays lack.
-    """
-    inside: nn.Module = model.unload() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    fresh = [array for name, array in arrays.items() if name.endswith(ZERO)]
-    if inside is not model and fresh and not any(array.numpy().any() for array in fresh):
-        return inside
-    places = find(inside, {}, "default").parameters
-    known = {id(p) for n, p in places.items() if n in arrays}
-    if lacking := [n for n, p in places.items() if id(p) not in known]:
-        raise ConfigError(f"the arrays lack weights of this model: {lacking[:3]}")
-    with torch.no_grad():
-        for name in places.keys() & arrays.keys():
-            places[name].copy_(torch.from_numpy(arrays[name].numpy()))
-    return inside
-
-
-def _planned(
-    model: nn.Module, settings: Mapping[str, Any]
-) -> tuple[Tree, dict[str, str], Plan, bool]:
-    """Say what of a model is trained how.
-
-    Returns:
-        Its parameters, by plain names; all names of each, tied ones too, with that one; the plan;
-        and whether it has LoRA layers of PEFT.
-    """
-    places = find(model, {}, "default")
-    first: dict[int, str] = {}
-    names = {n: first.setdefault(id(p), n) for n, p in places.parameters.items()}
-    once = {n: places.parameters[n] for n in first.values()}
-    base = {n: p.detach() for n, p in once.items()}
-    if not places.layers:
-        return base, names, make_plan(model, found_head(model), **settings), False
-    views = {name: layer_view(layer.base_layer) for name, layer in places.layers.items()}
-    full = tuple(n for n, p in once.items() if p.requires_grad and n not in views)
-    weights = tuple(n for n in once if not n.endswith("bias") and n not in full)
-    shapes = {n: tuple(p.shape) for n, p in once.items()}
-    return base, names, Plan(targets=views, dense=full, weights=weights, shapes=shapes), True

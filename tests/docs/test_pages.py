@@ -16,7 +16,7 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.study.file import Study
 from fedraclora.experiments.study.leaderboard import chosen, find
 from fedraclora.experiments.theory.command import TheoryConfig
-from fedraclora.experiments.words import checked, key_values
+from fedraclora.experiments.words import check_word, key_values
 from fedraclora.strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def test_each_simulation_composes(line: str) -> None:
 
 @pytest.mark.parametrize("line", DEPLOYMENTS)
 def test_each_deployment_composes(line: str) -> None:
-    own, words = deploy.parted(checked(shlex.split(line)[2:])[0])
+    own, words = deploy.parted(check_word(shlex.split(line)[2:])[0])
     deploy.prepare(words, deploy.where(own)[1])
 
 
