@@ -1,6 +1,7 @@
 """Mixed devices on a virtual clock: who is asked, who answers in time, and how long that takes.
 
-    seconds of a client = jitter (bytes down / downlink + sample passes / speed + bytes up / uplink)
+    seconds of a client =
+        jitter (latency + bytes down / downlink + sample passes / speed + bytes up / uplink)
 
 A round asks ``over_select`` times its cohort and takes the first to answer (`timeline`). Everything
 about a client is a pure function of (seed, client) and, where it changes, of the round: nothing is
@@ -19,11 +20,12 @@ from typing_extensions import override
 from fedraclora.devices.distributions import Availability, Distribution, Diurnal, LogNormal
 from fedraclora.devices.timeline import Load, Race, Timeline
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.limits import Count, Fraction, Limited, NotNegative, Seconds, number_from
+from fedraclora.limits import Count, Fraction, Later, Limited, NotNegative, Seconds, number_from
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.rng import cohort_uniforms, generator, hash_key
 
 _MEGABYTE = 1e6
+_TIMES = "system.speed, downlink, uplink or latency"
 _SEARCH = 64  # clients looked at for each one wanted, before a smaller cohort is taken
 
 
@@ -34,6 +36,8 @@ class SystemConfig(Limited, group="system"):
     Attributes:
         speed: Samples that a client trains on per virtual second; None = at once.
         downlink, uplink: Megabytes (10^6 bytes) per virtual second; None = at once.
+        latency: Virtual seconds of an exchange that are not bytes or samples: requests, pauses,
+            processes; None = none. A deployment's is measured in docs/records/slow_links.md.
         rank_budget: Share of the method's rank that a client can train; more than 1 counts as 1.
         availability: Which clients can be asked in a round; None = all.
         drop_out: Probability that a client vanishes, at a uniform moment of its round.
@@ -47,6 +51,7 @@ class SystemConfig(Limited, group="system"):
     speed: Distribution | None = None
     downlink: Distribution | None = None
     uplink: Distribution | None = None
+    latency: Annotated[Distribution | None, Later()] = None
     rank_budget: Distribution | None = None
     availability: Availability | None = None
     drop_out: Fraction = 0.0
@@ -61,13 +66,12 @@ class SystemConfig(Limited, group="system"):
         if not self.timed and (self.jitter or self.deadline is not None):
             raise ConfigError(
                 f"system.jitter is {self.jitter} and system.deadline is {self.deadline}, but no "
-                "client takes any time; set system.speed, downlink or uplink, or leave them out"
+                f"client takes any time; set {_TIMES}, or leave them out"
             )
         if isinstance(self.availability, Diurnal) and not self.timed:
             raise ConfigError(
                 "system.availability is diurnal, but no client takes any time, so that the clock "
-                "stands still and it is the same hour in every round; set system.speed, downlink "
-                "or uplink"
+                f"stands still and it is the same hour in every round; set {_TIMES}"
             )
         if self.buffer is not None:
             self._check_buffer(self.buffer)
@@ -75,8 +79,7 @@ class SystemConfig(Limited, group="system"):
     def _check_buffer(self, buffer: int) -> None:
         if not self.timed:
             raise ConfigError(
-                f"system.buffer is {buffer}, which wants clients that take time: set system.speed, "
-                "downlink or uplink"
+                f"system.buffer is {buffer}, which wants clients that take time: set {_TIMES}"
             )
         for key, plain in (("deadline", None), ("over_select", 1.0), ("rank_budget", None)):
             if getattr(self, key) != plain:
@@ -93,7 +96,8 @@ class SystemConfig(Limited, group="system"):
     @property
     def timed(self) -> bool:
         """Return whether clients take virtual time."""
-        return not (self.speed is None and self.downlink is None and self.uplink is None)
+        paces = (self.speed, self.downlink, self.uplink, self.latency)
+        return any(pace is not None for pace in paces)
 
     def ask(self, seed: int, round_: int, population: int, cohort: int, now: float) -> torch.Tensor:
         """Draw whom a round asks: uniformly among the clients that are available.
@@ -206,6 +210,8 @@ class SystemConfig(Limited, group="system"):
             if rate is not None:  # float64 first: a quotient of whole numbers would be float32
                 pace = unit * self._of_device(name, rate, seed, clients)
                 total += amount.to(torch.float64) / pace
+        if self.latency is not None:
+            total += self._of_device("latency", self.latency, seed, clients)
         if self.jitter:
             u = cohort_uniforms(hash_key(seed, "system/jitter", round_), clients)
             total *= LogNormal(1.0, self.jitter).quantile(u)

@@ -28,6 +28,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.experiments.choices import choice, groups
+from fedraclora.limits import later_keys
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.training.localconfig import LocalConfig
@@ -175,6 +176,17 @@ def test_seconds_add_up_downlink_work_and_uplink() -> None:
     found = devices.timeline(0, 1, torch.tensor([3, 8]), work, 2)
     assert found.per_client.tolist() == [0.5 + 2.0 + 2.0, 0.0 + 0.5 + 6.0]
     assert found.seconds == 6.5
+
+
+def test_latency_is_added_to_what_bytes_and_work_take() -> None:
+    work = Load(torch.tensor([100, 25]), torch.tensor([2e6, 0]), torch.tensor([1e6, 3e6]))
+    clients = torch.tensor([3, 8])
+    slow = SystemConfig(uplink=Constant(0.5), latency=Constant(1.25))
+    assert slow.timeline(0, 1, clients, work, 2).per_client.tolist() == [2.0 + 1.25, 6.0 + 1.25]
+    alone = read({"latency": {"name": "constant", "value": 1.25}, "deadline": 5.0})
+    assert alone.timed
+    assert alone.timeline(0, 1, clients, work, 2).seconds == 1.25
+    assert "latency" in later_keys(SystemConfig)
 
 
 @given(st.permutations(range(12)), st.integers(1, 12))
