@@ -316,7 +316,8 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 def git_revision() -> str | None:
     """Read the revision of the checkout that runs, with a plus where files differ from it.
 
-    None for an installed package, also where it lies in the folder of another project.
+    None for an installed package, also where it lies in the folder of another project, and where
+    there is no git, as in small images.
 
     That of the first call: what a process runs is what it has loaded.
     """
@@ -331,7 +332,7 @@ def git_revision() -> str | None:
         )
         return done.stdout.strip()
 
-    if not git("ls-files", Path(__file__).name):
+    if shutil.which("git") is None or not git("ls-files", Path(__file__).name):
         return None
     revision = git("rev-parse", "--short=12", "HEAD")
     return f"{revision}{'+' if git('status', '--porcelain', '-uno') else ''}" if revision else None

@@ -75,3 +75,10 @@ def test_installed_code_has_no_revision(tmp_path: Path, monkeypatch: pytest.Monk
         subprocess.run(["git", "-C", str(tmp_path / "project"), *words], check=True)
     monkeypatch.setattr(runfolder, "__file__", str(site / "runfolder.py"))
     assert runfolder.git_revision.__wrapped__() is None
+
+
+def test_a_machine_without_git_has_no_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runfolder.git_revision.__wrapped__() is None
