@@ -96,9 +96,8 @@ def on_the_bed(deployment: Deployment, row: str, rates: Sequence[int]) -> Iterat
         shutil.rmtree(server.path(folder), ignore_errors=True)
 
     def bytes_so_far() -> tuple[float, float]:
-        return tuple(
-            statistics.mean(getattr(o, way)() for o in owners) for way in ("sent", "received")
-        )  # type: ignore[return-value]
+        sent, received = ([getattr(o, way)() for o in owners] for way in ("sent", "received"))
+        return statistics.mean(sent), statistics.mean(received)
 
     rounds = 1 + sum(many[rate] for rate in rates)
     more = ["clients=3", "engine.chunk=1", *BRIEF, f"rounds={rounds}"]
