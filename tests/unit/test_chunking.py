@@ -66,7 +66,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Planner:
     ) -> ChunkPlan:
         monkeypatch.setattr(chunking, "budget_of", lambda *_: budget)
         population = SimpleNamespace(num_clients=cohort)
-        stub: Any = SimpleNamespace(device=device, data=population)
+        stub: Any = SimpleNamespace(device=device, data=population, local=LocalConfig())
         return plan_chunk("auto", stub, {}, Downlink(), cohort, spread=spread)
 
     return make

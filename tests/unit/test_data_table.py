@@ -336,7 +336,7 @@ def test_a_column_of_splits_gives_each_client_its_own_test_and_scales_by_trainin
     ("fold", "words", "said"),
     [
         ("hidden", {}, r"data\.split=fold has .*'hidden'"),
-        ("train", {}, "train and test are wanted"),
+        ("train", {}, "test are wanted"),
         ("test", {"test_share": 0.5}, r"data\.split=fold says"),
         ("test", {"split": "folds"}, r"data\.split: .*'folds'"),
         ("test", {"features": ["fold"]}, "fold"),
