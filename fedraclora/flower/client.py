@@ -20,7 +20,6 @@ from fedraclora.protocol.method import Plan
 from fedraclora.protocol.pool import fold_pools
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.own.places import find, inner, plain_name
-from fedraclora.training.own.ranks import Sums
 from fedraclora.training.own.round import Asked, Round
 from fedraclora.training.own.trainer import as_result, seed_of, seeded_everywhere
 from fedraclora.tree import Tree, wide
@@ -83,7 +82,7 @@ class FlowerRound:
                 )
         base, request, sent = self._replica.base, self._ask.request, self._ask.own
         weights, _ = fold_pools(base, sent.pools, self._replica.plan)
-        asked = Asked(weights, sent.beside(base), views, {}, Sums())
+        asked = Asked(weights, sent.beside(base), views, {})
         known = self._partition if isinstance(self._partition, int) else self._ask.clients[0]
         client = int(known)
         seed = seed_of(self._seed, request.round_, client)

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.weak import WeakTensorKeyDictionary
-from typing_extensions import override
 
 from fedraclora.errors import ClientError
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
 
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 WIDTH = 1024  # of the table as which the words of a tensor are summed up
 DRAWN = generator(0, "bits of a tensor").integers(2**62, size=WIDTH)
 FACTORS = torch.from_numpy(DRAWN) * 2 + 1  # of the columns of this table
@@ -48,33 +47,12 @@ def _times(table: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return table @ factors if table.device.type == "cpu" else (table * factors).sum(1)
 
 
-class Sums:
-    """Sums of the bits of tensors into which nothing was written since, as torch counts that."""
-
-    def __init__(self) -> None:
-        self.known = WeakTensorKeyDictionary()
-
-    @override
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Be empty in another process: its tensors are others."""
-        return Sums, ()
-
-    def of(self, tensor: torch.Tensor) -> int:
-        """Return the sum of a tensor, formed once."""
-        if (found := self.pop(tensor)) is None:
-            found = int(bits_of(tensor))
-        self.put(tensor, found)
-        return found
-
-    def put(self, tensor: torch.Tensor, bits: int) -> None:
-        """Keep the sum of a tensor as it is now."""
-        self.known[tensor] = (tensor.data_ptr(), tensor._version, bits)  # noqa: SLF001
-
-    def pop(self, tensor: torch.Tensor) -> int | None:
-        """Forget the sum of a tensor; give it, if it is still that of the tensor."""
-        place, version, bits = self.known.pop(tensor, (0, 0, 0))
-        now = tensor.data_ptr(), tensor._version  # noqa: SLF001
-        return bits if (place, version) == now else None
+def same_bits(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Check whether two tensors have the same type and bits, the sign of zero and NaN included."""
+    if tensor.dtype != other.dtype:
+        return False
+    words = (t.detach().view(WORDS[t.element_size()]) for t in (tensor, other.to(tensor.device)))
+    return torch.equal(*words)
 
 
 def check_alike(found: Tree) -> None:

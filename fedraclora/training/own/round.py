@@ -27,11 +27,9 @@ from fedraclora.training.own.places import (
     reset_model,
     saved_whole,
 )
-from fedraclora.training.own.ranks import Sums, bits_of, check_alike
+from fedraclora.training.own.ranks import bits_of, check_alike, same_bits, unsharded
 from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree
-
-WORDS = {torch.float32: torch.int32, torch.float64: torch.int64}  # whose bits are compared
 
 
 @dataclass(eq=False)
@@ -57,7 +55,7 @@ class Round:
     state: dict[str, Any] = field(default_factory=dict)
     _asked: Asked = field(kw_only=True, repr=False)
     _adapter: str = field(default="default", init=False, repr=False)
-    _installed: dict[str, int] | None = field(default=None, init=False, repr=False)
+    _installed: dict[str, int | None] | None = field(default=None, init=False, repr=False)
 
     def install(self, model: nn.Module, adapter: str = "default") -> nn.Module:
         """Put the weights of the round into a model, and what is to be trained.
@@ -235,7 +233,6 @@ class Asked:
         downlink: Of this client alone.
         views: Of adapted weights.
         buffers: Of the run's model, by name.
-        sums: Of the weights of the round, and of models that are known to hold them.
 
     Attributes:
         values: Where what is trained starts, by name.
@@ -249,9 +246,8 @@ class Asked:
         downlink: Downlink,
         views: Mapping[str, LayerView],
         buffers: Tree,
-        sums: Sums,
     ) -> None:
-        self.base, self.downlink, self.views, self.sums = base, downlink, views, sums
+        self.base, self.downlink, self.views = base, downlink, views
         self.buffers, self.handles = {n: b.detach() for n, b in buffers.items()}, list[Any]()
         values, _, frozen = materialise(downlink, base, torch.zeros(1, dtype=torch.int64))
         masks, device = trainable(downlink, downlink.ranks), next(iter(base.values())).device
@@ -259,11 +255,11 @@ class Asked:
         self.frozen = {n: f[0] if f.dim() > 2 else f for n, f in frozen.items()}
         self.masks = {n: mask[0].to(device) for n, mask in masks.items()}
 
-    def load(self, model: nn.Module, places: Found) -> dict[str, int]:
+    def load(self, model: nn.Module, places: Found) -> dict[str, int | None]:
         """Copy the weights of the round, and the buffers of the run's model, into a model.
 
         Returns:
-            Sums of the bits of what must not move, by name.
+            What must not move, by name: the sum of its bits, or None where these are the base's.
         """
         there = places.parameters
         lacking = sorted(self.base.keys() - there.keys())
@@ -277,7 +273,7 @@ class Asked:
                 f"{type(inner(model)).__name__} {' and '.join(what)}: give the same architecture "
                 "(where it lies inside another module, give that part of it)"
             )
-        installed: dict[str, int] = {}
+        installed: dict[str, int | None] = {}
         with torch.no_grad():
             for name, parameter in (*there.items(), *places.copies):
                 if name not in self.base:
@@ -293,35 +289,22 @@ class Asked:
                         f"{name} has the shape {tuple(parameter.shape)} in the model that is "
                         f"installed, and {tuple(self.base[name].shape)} in the run"
                     )
-                bits = self._copy(parameter, self.base[name])
+                plain = type(parameter) is nn.Parameter
+                if not (plain and same_bits(parameter, self.base[name])):
+                    parameter.copy_(self.base[name])
                 if parameter is places.parameters.get(name) and name not in self.downlink.dense:
-                    installed[name] = int(bits_of(parameter)) if bits is None else bits
+                    installed[name] = self._sum(name, parameter)
             for name, buffer in buffers_of(model).items():
                 if name in self.buffers and self.buffers[name].shape == buffer.shape:
                     buffer.copy_(self.buffers[name])
                 installed[name] = int(bits_of(buffer))
         return installed
 
-    def _copy(self, parameter: nn.Parameter, weight: torch.Tensor) -> int | None:
-        """Copy a weight, if need be; give the sum of its bits, where that cannot be another."""
-        if type(parameter) is not nn.Parameter or parameter.dtype != weight.dtype:
-            parameter.copy_(weight)
-            return None
-        bits, known = self.sums.of(weight), self.sums.pop(parameter)
-        # What writes by .data (PEFT, to merge) is not counted: a column is looked at, `read` sums.
-        one, other = (torch.atleast_1d(t)[..., :1] for t in (parameter, weight))
-        if known != bits or not torch.equal(one.to(other.device), other):
-            parameter.copy_(weight)
-        return bits
-
-    def _is_as_was(self, name: str, now: torch.Tensor | None, bits: int) -> bool:
-        """Check that a tensor has the bits of its install: those of the base, if it is a copy."""
-        weight = self.base.get(name) if type(now) is nn.Parameter else None
-        if now is None or weight is None or not now.dtype == weight.dtype in WORDS:
-            return now is not None and int(bits_of(now)) == bits
-        if now.device != weight.device or now.data_ptr() == weight.data_ptr():  # no copy
-            return int(bits_of(now)) == bits
-        return torch.equal(now.detach().view(WORDS[now.dtype]), weight.view(WORDS[now.dtype]))
+    def _sum(self, name: str, parameter: nn.Parameter) -> int | None:
+        """Sum the bits of a weight; None where it is a copy of the base, to compare with."""
+        weight = self.base[name]
+        apart = type(parameter) is nn.Parameter and parameter.data_ptr() != weight.data_ptr()
+        return None if apart and parameter.dtype == weight.dtype else int(bits_of(parameter))
 
     def cut(self, name: str, place: Place) -> None:
         """Make gradients beyond the client's rank budget zero."""
@@ -350,12 +333,16 @@ class Asked:
         if found and length > greatest_norm(next(iter(found.values())).dtype):
             raise ClientError(f"its update is too long, of norm {length:.3g}: {calmer(own=True)}")
 
-    def moved(self, model: nn.Module, places: Found, installed: dict[str, int]) -> list[str]:
+    def moved(
+        self, model: nn.Module, places: Found, installed: Mapping[str, int | None]
+    ) -> list[str]:
         """List the frozen factors, untrained weights and buffers that have moved."""
         rest: Tree = {**places.parameters, **buffers_of(model)}
         found = [n for n, v in self.frozen.items() if not torch.equal(places.place(n).ours(v), v)]
-        found += [n for n, bits in installed.items() if not self._is_as_was(n, rest.get(n), bits)]
-        for name in () if found else installed.keys() & self.base.keys():
-            if type(parameter := places.parameters[name]) is nn.Parameter:
-                self.sums.put(parameter, installed[name])
+        for name, bits in installed.items():
+            now = unsharded(rest[name].detach()) if name in rest else None
+            if bits is None and now is not None:
+                found += [] if same_bits(now, self.base[name]) else [name]
+            elif now is None or int(bits_of(now)) != bits:
+                found.append(name)
         return found

@@ -32,7 +32,6 @@ from fedraclora.rng import hash_key
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.memory import is_out_of_memory
-from fedraclora.training.own.ranks import Sums
 from fedraclora.training.own.round import Asked, Round
 from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree, widened
@@ -64,7 +63,6 @@ class OwnTrainer(CohortTrainer):
     ) -> None:
         super().__init__(*given, **named)
         self.function, self.timeout, self.most = function, timeout, most
-        self.sums = 0, Sums()  # of a round
         self.folded: tuple[object, Tree] = None, {}  # what pools fold into it, and the base with it
         self.warned = False  # that clients say more samples than they have
         self.came: dict[int, list[int]] = {}  # by client, `versions` of its samples
@@ -94,10 +92,8 @@ class OwnTrainer(CohortTrainer):
         self, base: Tree, downlink: Downlink, client: int, round_: int, rate_scale: float
     ) -> tuple[Trained, bytes | None]:
         """Train one client; give what it trained, and what it keeps."""
-        if self.sums[0] != round_:
-            self.sums = round_, Sums()
         buffers = dict(self.task.model.named_buffers())
-        asked = Asked(base, downlink, self.plan.targets, buffers, self.sums[1])
+        asked = Asked(base, downlink, self.plan.targets, buffers)
         seed = seed_of(self.seed, round_, client)
         kept = b"" if self.recall is None else self.recall(client, round_)
         given = Round(
