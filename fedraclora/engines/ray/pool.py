@@ -215,8 +215,8 @@ class WorkerPool:
             if CREATION in str(error) or seat.failed > self.retries:
                 self._refuse(
                     seat,
-                    f"a Ray worker did not start: {reason(error)}; every node needs this project "
-                    "and its packages, in the versions of this process",
+                    f"a Ray worker did not start: {reason(error)}; every host needs the "
+                    "packages of this process, in its versions",
                     error,
                 )
             else:
