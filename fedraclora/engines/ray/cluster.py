@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 from ray.experimental import get_object_locations
 from ray.job_config import JobConfig
-from ray.util.client import ray as client_of_ray
+from ray.util import client as ray_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from typing_extensions import override
 
@@ -90,7 +90,7 @@ class Cluster:
         self._session: RaySession | None = None  # of a Ray that is started here
         self._last_word = LastWord()
         address, said_by = address_of(settings)
-        if client_of_ray.is_connected():  # type: ignore[no-untyped-call]
+        if ray_client.ray.is_connected():  # type: ignore[no-untyped-call]
             address, said_by = f"{CLIENT}...", "the address that ray.init was given"
             check_address(address, said_by)
         try:
