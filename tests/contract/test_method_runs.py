@@ -116,6 +116,8 @@ def assert_same_bits(left: Run, right: Run) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
+# That a round of each variant begins there is shown by the loss of its first step, too.
+@defaults_short
 @every_variant
 def test_no_local_steps_leave_the_effective_weights(variant: Variant, world: World) -> None:
     done = run(world, method_of(variant), LocalConfig(steps=0), rounds=4)
