@@ -36,13 +36,7 @@ from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer
 from fedraclora.wire.records import clients_of
 from fedraclora.wire.reply import write_answer
-from fedraclora.wire.together import (
-    chunks_of,
-    join_answers,
-    part_of,
-    split_answer,
-    unanswered,
-)
+from fedraclora.wire.together import chunks_of, join_answers, part_of, split_answer, unanswered
 from fedraclora.wire.weight_update import read_weight_update
 
 KEPT = 4  # runs and nodes whose weights and data stay in memory

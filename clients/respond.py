@@ -15,12 +15,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from fedraclora.clients import node
 from fedraclora.clients.ray_worker import Clerk
 from fedraclora.clients.worker import Worker
-from fedraclora.engines.records import folded, from_records, to_records, unfolded
+from fedraclora.engines.records import APART, PART, folded, from_records, to_records, unfolded
 from fedraclora.engines.replies import STALE, check_format, failed
 from fedraclora.errors import StaleError, WireError
 from fedraclora.weights.job import read_settings
 from fedraclora.weights.replica import FolderReplica
-from fedraclora.wire.records import read_tree, tree_record
+from fedraclora.wire.records import clients_of, read_tree, tree_record
 
 
 def respond(message: Message, context: Context) -> Message:
@@ -58,7 +58,9 @@ def trained(content: RecordDict, context: Context) -> RecordDict:
         )
     if "run" in job:
         check_format(job.get("format"), "the server")
-        return folded(node.answer(context, str(job["run"]), unfolded(content)))
+        content = unfolded(content)
+        least = PART if len(clients_of(from_records(content))) > 1 else APART
+        return folded(node.answer(context, str(job["run"]), content), least)
     asked = from_records(content)
     reply, stored = clerk_of(str(job["folder"])).answer(asked, read_tree(asked, "kept"))
     return to_records({**reply, "kept": tree_record(stored)})

@@ -48,11 +48,8 @@ def row(nodes: int, clients: int, rounds: int, words: list[str]) -> dict[str, ob
         folder = Path(made) / "run"
         sizes = [f"clients={clients}", f"cohort={clients}", f"rounds={rounds}"]
         request = deploy.prepare([*WORDS, *sizes, *words, f"output.dir={folder}"], nodes)
-        run, ledger, link = (
-            deploy.submit(request, running.connection),
-            folder / "ledger.jsonl",
-            running.link,
-        )
+        run, ledger = deploy.submit(request, running.connection), folder / "ledger.jsonl"
+        link = running.link
         marks, rows = list[tuple[float, int]](), list[dict[str, Any]]()
         while link is not None and len(marks) < 2:
             time.sleep(PAUSE)

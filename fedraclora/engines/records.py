@@ -28,6 +28,7 @@ Made = MutableMapping[int, tuple[Tensors, ArrayRecord]]
 JOB = "job"  # the record of a message that takes the others
 RECORDS = "records"  # where in it they are
 APART = 1 << 18  # bytes of arrays from which their record stays apart
+PART = 1 << 22  # the same where nobody else is sent them: Flower would cut them soon
 
 
 def to_records(content: Content, made: Made | None = None) -> RecordDict:
@@ -91,10 +92,11 @@ def _check_bytes(data: bytes) -> None:
         )
 
 
-def folded(content: RecordDict) -> RecordDict:
+def folded(content: RecordDict, apart_from: int = APART) -> RecordDict:
     """Write the small records of a content into its record `job`; it is not modified."""
-    apart = {name: record for name, record in content.items() if name != JOB and _is_large(record)}
-    inside = {n: record for n, record in content.items() if n != JOB and n not in apart}
+    records = {name: record for name, record in content.items() if name != JOB}
+    apart = {name: record for name, record in records.items() if _size(record) >= apart_from}
+    inside = {name: record for name, record in records.items() if name not in apart}
     job = ConfigRecord(dict(content.config_records.get(JOB, {})))
     job[RECORDS] = recorddict_to_proto(RecordDict(inside)).SerializeToString()
     return RecordDict({**apart, JOB: job})
@@ -118,6 +120,6 @@ def unfolded(content: RecordDict) -> RecordDict:
     return RecordDict({**inside, **apart, **({JOB: ConfigRecord(rest)} if rest else {})})
 
 
-def _is_large(record: ArrayRecord | ConfigRecord | MetricRecord) -> bool:
-    """Check whether a record has an array, or arrays, of many bytes."""
-    return isinstance(record, ArrayRecord) and sum(len(a.data) for a in record.values()) >= APART
+def _size(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    """Count the bytes of a record's arrays."""
+    return sum(len(a.data) for a in record.values()) if isinstance(record, ArrayRecord) else 0

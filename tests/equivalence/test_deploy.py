@@ -187,7 +187,9 @@ def test_payload_of_the_ledger_is_what_is_serialised(words: list[str], tmp_path:
         assert all(len(r) == 1 for r in records)
 
 
-@pytest.mark.parametrize("words", [[], ["local=momentum", "method.resample_every=7"]])
+@pytest.mark.parametrize(
+    "words", [[], ["local=momentum", "local.moments=link", "method.resample_every=7"]]
+)
 def test_a_server_that_goes_on_from_a_checkpoint_takes_clients_back_with_it(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
 from fedraclora.clients import node as client_node
+from fedraclora.clients import respond
 from fedraclora.clients.cache import served
 from fedraclora.engines.deploy import grid
 from fedraclora.engines.records import from_records, message_bytes
@@ -126,6 +127,24 @@ def test_weights_and_what_all_share_are_sent_to_a_node_once(
     assert once == twice
     assert [7 * n for n in one] == [3 * n for n in down]
     assert several == down
+
+
+def test_a_reply_of_several_clients_is_a_message_of_one_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each record more is three objects: as many requests at each of three hops."""
+    replies = dict[int, set[tuple[str, ...]]]()
+
+    def noted(message: Message, context: Context) -> Message:
+        reply = respond.respond(message, context)
+        if message.metadata.message_type != "query.partition":
+            replies.setdefault(message.metadata.dst_node_id, set()).add((*reply.content,))
+        return reply
+
+    monkeypatch.setattr(respond, "APART", 1)
+    monkeypatch.setattr("tests.campaigns.faults.network.respond", noted)
+    deploy(SEVEN, tmp_path / "run", Network(tmp_path / "cache", NODES))
+    assert replies == {11: {("job",)}, 9: {("job",)}, 7: {("arrays", "job")}}
 
 
 def test_a_client_of_a_node_that_fails_is_left_out_alone(tmp_path: Path) -> None:
