@@ -40,7 +40,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedraclora.clients.cache import RUNS, cache_of, claim, on_disk, served
-from fedraclora.clients.node import KEPT, trainer_for
+from fedraclora.clients.node import trainer_for
 from fedraclora.data.own import read_own
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.sockets import use_sockets
@@ -231,16 +231,16 @@ def of_clients(look: Looks, context: Context, plain: dict[str, Any]) -> None:
                 shapes = ", ".join(f"{n} {list(t.shape[1:])}" for n, t in found.inputs.items())
                 kinds = len(found.target.unique())
                 say(f"client {client}: {len(found)} samples, {shapes}, {kinds} values of target")
-            if plain:
-                trainer, _ = trainer_for(json.dumps(plain), source, client, alone=alone)
-                trainer.data.sizes(torch.tensor([client]))  # reads them, as a round does
-                weights = sum(p.nbytes for p in trainer.task.model.parameters())
+        if plain:
+            trainer, _ = trainer_for(json.dumps(plain), source, tuple(ids))
+            trainer.data.sizes(torch.tensor(ids))  # reads them, as a round does
+            weights = sum(p.nbytes for p in trainer.task.model.parameters())
         say("as the run wants them" if plain else "not compared with a run (--check=FILE)")
     with look("cache") as say:
         claim(folder := cache_of(context))
         with on_disk(folder), tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
-        need = max(100 << 20, weights * RUNS * len(ids))
+        need = max(100 << 20, weights * RUNS)  # one copy of a run serves all clients
         say(enough(shutil.disk_usage(folder).free, need, f"on the disk of {folder}"))
     with look("memory") as say:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -248,7 +248,7 @@ def of_clients(look: Looks, context: Context, plain: dict[str, Any]) -> None:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
         if limit.is_file() and (most := limit.read_text().strip()).isdecimal():  # of a container
             free = min(free, int(most) - int(used.read_text()))
-        say(enough(free, HOST_BYTES + weights * min(KEPT, len(ids)), "of memory"))
+        say(enough(free, HOST_BYTES + weights, "of memory"))
 
 
 def enough(free: int, need: int, of: str) -> str:

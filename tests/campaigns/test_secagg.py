@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
 from fedraclora.clients.secure import answer_stage
 from fedraclora.errors import ClientError, RoundLostError
@@ -18,7 +18,7 @@ from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.run.client_state import ClientStore
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.strategies.steps.unmask import CulpritError
-from fedraclora.wire.exchange import Stage, TrainRequest
+from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest
 from fedraclora.wire.secagg import LARGEST, signed
 from tests.campaigns.secagg import (
     CLIP,
@@ -112,16 +112,15 @@ def test_a_round_that_failed_goes_on_and_asks_nobody_twice() -> None:
     """Four clients are cut off when vectors are gathered: the next attempt asks these alone."""
     clients, cut = six(), {0, 1, 4, 5}
     secure, wire = secure_sum(), Wire(clients)
-    whole = Client.compute
+    whole = Client.said
 
-    def cut_off(self: Client, content: RecordDict) -> RecordDict:
-        stage = stage_of(content)
-        if stage is not None and stage.name == "masked" and self.number in cut:
+    def cut_off(self: Client, ask: Ask, stage: Stage) -> Answer:
+        if stage.name == "masked" and self.number in cut:
             raise ClientError("its machine was restarted")
-        return whole(self, content)
+        return whole(self, ask, stage)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Client, "compute", cut_off)
+        patch.setattr(Client, "said", cut_off)
         _, first = sum_of(secure, wire)
     assert isinstance(first, ClientError)
     again = Wire(clients)

@@ -62,7 +62,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["local=3", "engine.min_clients=0"], "engine.min_clients is 0"),
         (["local=3", "engine.timeout=0"], "engine.timeout is 0"),
         (["local=3", "engine.max_samples=0"], "engine.max_samples is 0"),
-        (["local=3", "engine.chunk=2"], "trains one client at a time"),
+        (["local=3", "engine.chunk=auto"], "engine.chunk"),
         (["local=3", "max_failures=1"], "engine.min_clients says how many clients a round needs"),
         (["local=3", "system=phones"], "system, FedBuff too, is for simulations"),
         (["local=3", "system=buffered"], "system, FedBuff too, is for simulations"),

@@ -30,7 +30,7 @@ def test_keys_are_the_arguments(group, name):
     keys = group_of(group, name)
     kind = keys.pop("name")
     if kind == "own":
-        passed = {"client", "alone"}  # each node says which it is
+        passed = {"served"}  # each node says whose it has
     wanted = set(inspect.signature(table[kind]).parameters) - passed
     assert set(keys) == wanted | common
 

@@ -170,7 +170,7 @@ def test_files_are_counted_without_a_gap(folder: Path) -> None:
 def test_what_is_held_out_of_a_client_is_not_trained_on(folder: Path) -> None:
     data = own_samples(clients=3, samples=str(folder), test_share=0.25)
     node = own_samples(
-        clients=3, samples=str(folder), test_share=0.25, classes=3, shape=[4], client=2
+        clients=3, samples=str(folder), test_share=0.25, classes=3, shape=[4], served=[2]
     )
     rows = torch.arange(9)
     here = data.parts.gather(torch.tensor([2]), rows[None])  # type: ignore[union-attr]
