@@ -20,6 +20,8 @@ PAGE = (ROOT / "docs" / "data.md").read_text()
 # As the installed script does, which has the working folder nowhere on its path.
 PROGRAM = [sys.executable, "-P", "-c", "from fedraclora.experiments.cli import main; main()"]
 
+QUICK = ("rounds=40", "output.plots=false")  # the defaults, 150 and curves, take seconds more
+
 
 def block(language: str) -> str:
     """The first block of a language on the page."""
@@ -67,7 +69,7 @@ def test_a_table_of_ones_own_runs_at_the_first_try(tmp_path: Path) -> None:
     words = command("simulate data=table")
     assert sum("=" in word for word in words) <= 5
     write_table(tmp_path)
-    done = run(tmp_path, *words)
+    done = run(tmp_path, *words, *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     found = summary(tmp_path)
     assert found["clients"] == 5
@@ -78,7 +80,7 @@ def test_a_module_of_ones_own_runs_at_the_first_try(tmp_path: Path) -> None:
     words = command("simulate data=own")
     assert sum("=" in word for word in words) <= 5
     (tmp_path / "mine.py").write_text(block("python"))
-    done = run(tmp_path, *words, "rounds=40")  # the default, 150, takes seconds more
+    done = run(tmp_path, *words, *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary(tmp_path)["clients"] == 3
     assert summary(tmp_path)["metrics"]["accuracy"] > 0.7  # type: ignore[index]

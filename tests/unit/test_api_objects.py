@@ -146,7 +146,7 @@ def test_whole_numbers_become_fractions_where_a_model_wants_these_and_it_is_said
 def test_a_run_on_whole_numbers_goes_on(tmp_path: Path) -> None:
     for rounds in (1, 2):
         keys = {"folder": tmp_path / "run", "resume": rounds == 2, "rounds": rounds}
-        found = run(model=words(), data=TEXTS, **keys)
+        found = run(model=words(), data=TEXTS, output={"plots": False}, **keys)
     whole = run(model=words(), data=TEXTS, rounds=2)
     assert found.summary["weights_digest"] == whole.summary["weights_digest"]
 
@@ -304,10 +304,11 @@ def test_methods_are_names_or_objects() -> None:
 
 
 def test_a_run_goes_on_with_a_method_of_the_same_class_and_fields(tmp_path: Path) -> None:
-    run(data=CLIENTS, method=Mine(rank=2), folder=tmp_path)
-    assert run(data=CLIENTS, method=Mine(rank=2), folder=tmp_path, resume=True).summary
+    kept = {"data": CLIENTS, "folder": tmp_path, "output": {"plots": False}}
+    run(method=Mine(rank=2), **kept)
+    assert run(method=Mine(rank=2), **kept, resume=True).summary
     with pytest.raises(FedRacLoraError, match=r"method.digest"):
-        run(data=CLIENTS, method=Mine(rank=3), folder=tmp_path, resume=True)
+        run(method=Mine(rank=3), **kept, resume=True)
 
 
 def test_caches_and_private_notes_of_a_method_are_no_fields_of_it() -> None:
@@ -452,14 +453,14 @@ def test_a_rank_that_was_cut_is_said_once_where_a_run_begins(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     keys, words = CUT[method]
-    chosen = {"model": net(), "data": CLIENTS, "method": {"name": method, **keys}, "rounds": 1}
-    fedraclora.simulate(folder=tmp_path / "run", **chosen)
+    chosen = {"model": net(), "data": CLIENTS, "method": {"name": method, **keys}, "rounds": 0}
+    kept = {"folder": tmp_path / "run", "output": {"plots": False}}
+    fedraclora.simulate(**chosen, **kept)
     shown = capsys.readouterr().err
     assert shown.count("note: rank of 0.weight") == 1
     assert words in shown
     assert not caplog.records
-    again = chosen | {"rounds": 2, "resume": True}
-    fedraclora.simulate(folder=tmp_path / "run", **again)
+    fedraclora.simulate(**chosen | {"rounds": 1, "resume": True}, **kept)
     assert "note:" not in capsys.readouterr().err
     run(**chosen)  # without progress
     assert any(words in record.message for record in caplog.records)

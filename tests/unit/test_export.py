@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -409,28 +410,41 @@ def llama() -> nn.Module:
         return transformers.LlamaForCausalLM(config)
 
 
-@pytest.fixture
-def llama_run(tmp_path, monkeypatch):
-    monkeypatch.setitem(MODELS, "llama", (llama, next_tokens))
-    return trained("llama", "fed_rac_lora", tmp_path / "run", head="frozen")
+MODELS["llama"] = (llama, next_tokens)
 
 
-def test_gguf_of_llama_form_is_the_trained_model(llama_run, tmp_path):
-    llama_run.export(tmp_path / "gguf", "gguf")
+@pytest.fixture(scope="module")
+def llama_run(tmp_path_factory):
+    """A run that is exported by many, and read only."""
+    return trained("llama", "fed_rac_lora", tmp_path_factory.mktemp("llama") / "run", head="frozen")
+
+
+@pytest.fixture(scope="module")
+def llama_export(llama_run, tmp_path_factory):
+    """Give the folder of its export in a form, which is written once."""
+
+    @cache
+    def give(form):
+        llama_run.export(place := tmp_path_factory.mktemp("export") / form, form)
+        return place
+
+    return give
+
+
+def test_gguf_of_llama_form_is_the_trained_model(llama_run, llama_export):
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32
+        llama_export("gguf"), gguf_file="model.gguf", dtype=torch.float32
     )
     assert distance(model, llama_run.weights()) == 0
 
 
-def test_a_gguf_file_is_where_a_run_begins(llama_run, tmp_path):
-    llama_run.export(tmp_path / "gguf", "gguf")
+def test_a_gguf_file_is_where_a_run_begins(llama_run, llama_export, tmp_path):
     (inputs, target), test = texts(40), texts(20, 9)
     fit = {"input_ids": inputs["input_ids"] % 20, "attention_mask": inputs["attention_mask"]}
     run = fedraclora.simulate(
         QUIET,
         "targets=[q_proj]",
-        model={"name": "hf", "path": str(tmp_path / "gguf" / "model.gguf")},
+        model={"name": "hf", "path": str(llama_export("gguf") / "model.gguf")},
         data=[({n: t[k::2] for n, t in fit.items()}, target[k::2]) for k in range(2)],
         test=({n: t % 20 for n, t in test[0].items()}, test[1]),
         method={"name": "fed_rac_lora", "rank": 1},
@@ -458,24 +472,27 @@ def contents(place: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("form", ["peft", "hf", "state_dict", "gguf"])
-def test_the_same_export_has_the_same_bytes_and_modes_and_no_path(form, llama_run, tmp_path):
-    llama_run.export(tmp_path / "one", form)
+def test_the_same_export_has_the_same_bytes_and_modes_and_no_path(
+    form, llama_run, llama_export, tmp_path
+):
     llama_run.export(tmp_path / "two", form)
-    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    one, two = contents(llama_export(form)), contents(tmp_path / "two")
     assert one == two
     assert len({mode for mode, _ in one.values()}) == 1
     assert [n for n, (_, data) in one.items() if b".partial" in data] == []
     if form == "gguf":
-        header = read_gguf_header(tmp_path / "one" / "model.gguf", "file")
+        header = read_gguf_header(tmp_path / "two" / "model.gguf", "file")
         assert "/" not in str(header.fields["general.name"])
     if form == "peft":
-        named = json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"]
+        named = json.loads((tmp_path / "two" / "adapter_config.json").read_text())["target_modules"]
         assert named == sorted(named)
 
 
 @pytest.mark.parametrize("form", ["peft", "hf", "gguf"])
-def test_an_export_that_is_not_read_back_is_the_same(form, llama_run, tmp_path, monkeypatch):
-    llama_run.export(tmp_path / "read", form)
+def test_an_export_that_is_not_read_back_is_the_same(
+    form, llama_run, llama_export, tmp_path, monkeypatch
+):
+    read = contents(llama_export(form))
     for module in (gguf_file, peft_adapter):
         monkeypatch.setattr(module, "_hold", None)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", None)
@@ -483,7 +500,7 @@ def test_an_export_that_is_not_read_back_is_the_same(form, llama_run, tmp_path, 
     assert record["read_back"] is False
     assert "largest_difference" not in str(record)
     apart = {"README.md", "export.json"}
-    read, unread = (contents(tmp_path / name) for name in ("read", "unread"))
+    unread = contents(tmp_path / "unread")
     assert {n: f for n, f in read.items() if n not in apart} == {
         n: f for n, f in unread.items() if n not in apart
     }
@@ -511,11 +528,9 @@ def test_a_kill_leaves_no_folder_that_the_same_export_then_refuses(tmp_path, mon
     assert not (tmp_path / "out" / "half").exists()
 
 
-def test_tied_weights_come_back_tied(llama_run, tmp_path):
-    for form in ("hf", "peft"):
-        llama_run.export(tmp_path / form, form)
-    assert distance(loaded(llama_run, tmp_path / "peft"), llama_run.weights()) < 1e-6
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+def test_tied_weights_come_back_tied(llama_run, llama_export):
+    assert distance(loaded(llama_run, llama_export("peft")), llama_run.weights()) < 1e-6
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama_export("hf"))
     assert distance(model, llama_run.weights()) == 0
 
 

@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score, jaccard_score, roc_auc_score
 from torch import nn
 
 import fedraclora
+from fedraclora.data.objective import objective_of
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
@@ -121,6 +122,8 @@ CASES: dict[str, Any] = {
 }
 
 
+# That clients one after another train alike is shown below, of each.
+@pytest.mark.short(when=lambda case, engine: engine == "vectorised" or case == "labels")
 @pytest.mark.parametrize("engine", ["vectorised", "inline"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_round_of_one_client_is_a_plain_training_loop(case: str, engine: str) -> None:
@@ -245,6 +248,18 @@ GUESSED: dict[str, tuple[Any, Any, str]] = {
 
 @pytest.mark.parametrize("case", GUESSED)
 def test_a_loss_is_guessed_where_nothing_else_is_possible(case: str) -> None:
+    build, (inputs, target), loss = GUESSED[case]
+    named = inputs if isinstance(inputs, dict) else {"x": inputs}
+    tensors = {name: torch.as_tensor(value) for name, value in named.items()}
+    found, source = objective_of(None, [Samples(tensors, torch.as_tensor(target))], build())
+    assert found == loss
+    assert source.startswith("guessed")
+
+
+# One by the model, and one by the targets.
+@pytest.mark.short(when=lambda case: case in {"a token classifier", "fractions"})
+@pytest.mark.parametrize("case", GUESSED)
+def test_a_config_names_the_loss_that_was_guessed(case: str) -> None:
     build, data, loss = GUESSED[case]
     found = run(build(), [data], rounds=0, head="frozen")
     assert found.config["data"]["loss"] == loss  # type: ignore[index]
