@@ -344,7 +344,7 @@ def test_drift_of_unlike_clients_is_taken_out(name: str) -> None:
                 world,
                 make_method(name),
                 replace(STEPS, steps=20),
-                rounds=60,
+                rounds=30,
                 weights="uniform",
                 treatment={"control_variates": on},
             ).weights
