@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 AVERAGED = 20  # rounds, for the time that is left
 LEAST_BAR = 4  # characters
+TOLD = 5  # incidents of a round; the ledger has all
 QUIET = 30.0  # seconds without news, after which a line says so; then after twice as many each time
 
 
@@ -99,6 +100,9 @@ class RunProgress(Callback):
         if seconds := round_seconds(row):
             self._recent.append(seconds)
         round_, left = number(row, "round"), self._left(row)
+        incidents = row.get("incidents")
+        for text in incidents[:TOLD] if isinstance(incidents, list) else ():
+            self.say(f"round {round_:.0f}: {text}")
         self._news = time.monotonic()
         last = round_ == self.rounds
         self._doing = "closing" if last else f"in round {round_ + 1:.0f} of {self.rounds}"

@@ -51,7 +51,8 @@ class Job:
     @override
     def __str__(self) -> str:
         first, *_, last = [*self.ask.clients, *self.ask.clients]
-        return f"clients {first} to {last} of round {self.ask.request.round_}"
+        who = f"client {first}" if first == last else f"clients {first} to {last}"
+        return f"the chunk with {who} of round {self.ask.request.round_}"
 
 
 @dataclass(frozen=True)
