@@ -15,7 +15,8 @@ import pytest
 
 from tests.hosts import Bed, Host, Process
 
-PYTHON = [sys.executable, "-ISc"]
+# Not that of an environment, which a host does not see where it is in /tmp.
+PYTHON = [Path(sys.executable).resolve(), "-ISc"]
 # Says where it is, and gives back what comes.
 ECHO = """if True:
     import os, socket
