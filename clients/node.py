@@ -61,7 +61,7 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         WireError: If the message is for a client that is not served here.
     """
     asked, mine = from_records(content), served(context)
-    if strangers := [client for client in clients_of(asked) if client not in {*mine}]:
+    if strangers := sorted({*clients_of(asked)} - {*mine}):
         raise WireError(
             f"a message is for the clients {some(strangers)}, but this node serves {some(mine)}"
         )

@@ -46,10 +46,7 @@ def refuse_meeting(trainer: CohortTrainer, base: Tree, downlink: Downlink, chunk
     if not (own := [extra for extra in trainer.local.extras if isinstance(extra, LocalExtra)]):
         return
     before, said = [*map(held, own)], " and ".join(map(trainer.local.told, own))
-    ids, changes = (
-        torch.zeros(min(2, chunk), dtype=torch.int64, device=trainer.device),
-        list[Tree](),
-    )
+    ids, changes = torch.zeros(min(2, chunk)).long().to(trainer.device), list[Tree]()
     with nothing_drawn():
         for away in (0.1, 0.2, 0.1):
             pair = Pair(trainer, None)

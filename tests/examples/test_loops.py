@@ -139,14 +139,19 @@ def test_ranks_train_as_one_process(
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+def be_the_one_rank(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process be the one rank of a client."""
+    for name, value in RANK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(example, "RANKS", 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["ddp"], indirect=True)
 def test_ranks_that_have_trained_apart_are_named(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in RANK.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(example, "RANKS", 1)
+    be_the_one_rank(example, monkeypatch)
 
     def gather(every: list[Any], own: list[int]) -> None:
         every[:] = [own, [0] * len(own)]
@@ -162,9 +167,7 @@ def test_no_ddp_outlives_its_group(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it destroys the group with Python's lock held, which a thread of gloo may wait for."""
-    for name, value in RANK.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(example, "RANKS", 1)
+    be_the_one_rank(example, monkeypatch)
     alive, left = weakref.WeakSet[Any](), list[int]()
     wrap, destroy = example.DistributedDataParallel, torch.distributed.destroy_process_group
 
