@@ -82,19 +82,21 @@ def text_of(path: str) -> str:
     return file.read_text() if path.endswith(".md") else ""
 
 
+def listed(folder: str) -> list[str]:
+    """List the pages of a folder in the order of its README.md, which has a row for each."""
+    index = (ROOT / "docs" / folder / "README.md").read_text()
+    return [folder + page for page in re.findall(r"^\| \[.*?\]\((.*?)\)", index, re.MULTILINE)]
+
+
 def on_config(config: MkDocsConfig) -> None:
-    """List the pages in the order of `docs/README.md`."""
-    index = (ROOT / "docs" / "README.md").read_text()
-    parts = re.split(r"^## (?:Records|Decisions)$", index, flags=re.MULTILINE)
-    pages, records, decisions = (
-        [*dict.fromkeys(re.findall(r"^\| \[.*?\]\((.*?)\)", part, re.MULTILINE))] for part in parts
-    )
+    """List all pages in the order of the three indices."""
+    pages, records, decisions = map(listed, ("", "records/", "adr/"))
     reference = [{title: f"reference/{name}.md"} for name, (title, _) in REFERENCE.items()]
     config.nav = [
         {"Fed-RAC-LoRA": [{"What it is": "index.md"}, *pages, {"All pages": "contents.md"}]},
         {"Reference": reference},
-        {"Records": records},
-        {"Decisions": decisions},
+        {"Records": ["records/README.md", *records]},
+        {"Decisions": ["adr/README.md", *decisions]},
         {"Changing it": [place_of("CONTRIBUTING.md"), place_of("CHANGELOG.md")]},
     ]
 

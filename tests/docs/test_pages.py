@@ -20,7 +20,8 @@ from fedraclora.experiments.words import check_word, key_values
 from fedraclora.strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS = sorted((ROOT / "docs" / "records").glob("*.md"))
+RECORDS = sorted((ROOT / "docs" / "records").glob("[!R]*.md"))  # not its README.md
+INDICES = [ROOT / "docs" / folder / "README.md" for folder in ("records", "adr")]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *RECORDS]
 LINES = [
     line.partition("#")[0].strip()
@@ -78,7 +79,7 @@ def test_each_run_of_theory_is_understood(line: str) -> None:
     build("theory", TheoryConfig, key_values(shlex.split(line)[2:]))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *INDICES], ids=lambda page: page.name)
 def test_each_link_and_test_is_there(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
@@ -87,10 +88,11 @@ def test_each_link_and_test_is_there(page: Path) -> None:
         assert [*(ROOT / "tests").rglob(name)], name
 
 
-def test_every_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "README.md").read_text()
-    places = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.name != "README.md"]
-    assert [place for place in places if f"({place})" not in index] == []
+@pytest.mark.parametrize("folder", ["", "records"])
+def test_every_page_is_in_its_index(folder: str) -> None:
+    pages = sorted((ROOT / "docs" / folder).glob("[!R]*.md"))
+    index = (ROOT / "docs" / folder / "README.md").read_text()
+    assert [page.name for page in pages if f"]({page.name}) |" not in index] == []
 
 
 @pytest.mark.parametrize("page", RECORDS, ids=lambda page: page.name)
