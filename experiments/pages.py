@@ -6,12 +6,11 @@ A page holds ``<!-- table NAME/table.md -->`` or ``<!-- table NAME/budgets.md: C
 where NAME is a folder of ``experiments/results``, or, for one column of several studies side by
 side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. ``<!-- board NAME -->`` is the
 leaderboard of a study, with its figure, ``<!-- methods -->`` what the docstrings of the methods
-say, with traits, YAML and results, ``<!-- conflicts -->`` what does not go together in a round,
-``<!-- bench -->`` all tables of the benchmark, ``<!-- bench WORKLOAD, WORKLOAD -->`` some, and
-``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->`` some of their rows side by side. What stands between
-such a line and the next ``<!-- end -->`` is made here. A column is named by how its title begins;
-± is added where a column ``std`` follows. A test holds the pages to the results, so no figure is
-typed twice.
+say, with their traits, ``<!-- bench -->`` all tables of the benchmark,
+``<!-- bench WORKLOAD, WORKLOAD -->`` some, and ``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->`` some
+of their rows side by side. What stands between such a line and the next ``<!-- end -->`` is made
+here. A column is named by how its title begins; ± is added where a column ``std`` follows. A test
+holds the pages to the results, so no figure is typed twice.
 """
 
 from __future__ import annotations
@@ -33,16 +32,17 @@ from fedraclora.experiments.study.entries import DEVIATION, docstring, is_unveri
 from fedraclora.experiments.tables import Cells, Table, read_table
 from fedraclora.protocol.method import Method
 from fedraclora.strategies import METHODS
-from fedraclora.strategies.steps.conflicts import CONFLICTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     ROOT / "README.md",
     *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "records").glob("*.md")]),
 )
-SERVERS = "servers/README.md"  # seconds of a server, one matrix of 4096 x 4096
+PER_MATRIX = re.compile(" numbers per matrix( and client)?")  # once on the page
+TITLE = re.compile(r"\*[^*]+\*, ")  # of a paper, which the docstring has, too
+ARXIV = re.compile(r"(?:arXiv )?(\d{4}\.\d{5})")
 BLOCK = re.compile(
-    r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench|conflicts)(?P<words>.*?) -->\n)"
+    r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench)(?P<words>.*?) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -64,13 +64,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 def _made(found: re.Match[str], results: Path) -> str:
     head, *rest = [part.strip() for part in found["words"].split(": ")]
     if found["kind"] == "methods":
-        return methods(results)
-    if found["kind"] == "conflicts":
-        beside: dict[str, list[str]] = {}
-        for pair in CONFLICTS:
-            beside.setdefault(pair.what, []).append(pair.beside)
-        rows = tuple((what, "; ".join(others)) for what, others in beside.items())
-        return Table(("what", "does not go with"), rows, (), texts=2).markdown()
+        return methods()
     if found["kind"] == "board":
         return board(head, results)
     if found["kind"] == "bench":
@@ -145,19 +139,12 @@ def board(name: str, results: Path) -> str:
     return f"{text}\nBy {command}.\n\n{picture}\n"
 
 
-def methods(results: Path) -> str:
-    """Render a table of all methods, and of each file its formulas, what goes up, and the source.
-
-    Args:
-        results: The folder of all results.
-    """
+def methods() -> str:
+    """Render a table of all methods, and of each file its formulas, uplink and source."""
     kinds: dict[type[Method], list[str]] = {}
     for name, kind in METHODS.items():
         kinds.setdefault(kind, []).append(name)
-    costs = {row["method"]: row["close CPU s"] for row in read_table(results / SERVERS)}
-    text = [_overview(costs).markdown()]
-    text += [_section(kind, names) for kind, names in kinds.items()]
-    return "\n".join(text)
+    return "\n".join([_overview().markdown(), *(_section(*each) for each in kinds.items())])
 
 
 def method_of(name: str) -> Method:
@@ -173,28 +160,22 @@ def aliases() -> Mapping[str, str]:
     return {name: other for name, other in found.items() if name != other}
 
 
-def _overview(costs: Mapping[str, str]) -> Table:
+def _overview() -> Table:
     lines = groups()["method"]
-    records = []
+    rows = []
     for name, kind in METHODS.items():
         method = method_of(name)
-        traits = method.traits
         flags = {
-            "exact": traits.exact,
-            "linear": traits.linear,
-            "rank budgets": traits.ranks,
-            "keeps state at clients": method.client_state,
+            "exact": method.traits.exact,
+            "linear": method.traits.linear,
+            "ranks": method.traits.ranks,
+            "state": method.client_state,
         }
         title, _, what = lines[name].partition(": ")
-        records.append(
-            {
-                "`method=`": f"`{name}`" + (" †" if is_unverified(kind) else ""),
-                "what it does": (what or title).rstrip("."),
-                **{trait: "yes" if has else "no" for trait, has in flags.items()},
-                "server CPU s": costs.get(name, ""),
-            }
-        )
-    return Table.of(records)
+        mark = " †" if is_unverified(kind) else ""
+        has = ", ".join(flag for flag, is_so in flags.items() if is_so)
+        rows.append((f"`{name}`{mark}", (what or title).rstrip("."), has))
+    return Table(("`method=`", "what it does", "traits"), tuple(rows), (), texts=3)
 
 
 def _section(kind: type[Method], names: list[str]) -> str:
@@ -205,7 +186,9 @@ def _section(kind: type[Method], names: list[str]) -> str:
     text = docstring(kind)
     formulas = [part for part in text.split("\n\n") if part.startswith("    ")]
     up, source = (_bullet(text, name) for name in ("Uplink", "Source"))
-    facts = f"[{path}](../{path}){also}. Up: {re.split(r'(?<=[.;]) ', up)[0][:-1]}. {source}"
+    up = PER_MATRIX.sub("", re.split(r"(?<=[.;]) ", up)[0][:-1])
+    source = ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", TITLE.sub("", source))
+    facts = f"Up: {up}. [Code](../{path}){also}. {source}"
     return "\n\n".join((f"### {names[0]}", *formulas, facts)) + "\n"
 
 

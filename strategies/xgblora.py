@@ -7,7 +7,7 @@
 One round is one booster: it is trained on what the merged ones left. ``server_lr`` is the shrinkage
 eta of boosting: head and biases take that step too. With all layers and eta = 1 it is Fed-COLA.
 
-- Uplink: r (m + n) numbers per matrix of L_t and client. Downlink: a seed, and what the client
+- Uplink: r (m + n) numbers per matrix and client, of L_t. Downlink: a seed, and what the client
   missed: r (m + n) numbers per matrix and link that was merged, at most m n.
 - Aggregation: **not exact**: factors are averaged apart, as in FedAvg-LoRA; what is missed is
   reported each round as ``aggregation_error``. Linear.

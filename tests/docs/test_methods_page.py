@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedraclora.experiments.pages import RESULTS, ROOT, board, method_of, methods
+from fedraclora.experiments.pages import ROOT, board, method_of
 from fedraclora.strategies import METHODS
 
 PAGE = (ROOT / "docs" / "methods.md").read_text()
@@ -20,8 +20,10 @@ def test_every_method_is_there_with_its_file() -> None:
 def test_traits_and_marks_are_those_of_the_method() -> None:
     rows = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `")}
     for name in METHODS:
-        exact = [cell.strip() for cell in rows[name].split("|")][3]
-        assert exact == ("yes" if method_of(name).traits.exact else "no")
+        traits = rows[name].split("|")[3].strip()
+        assert ("exact" in traits) == method_of(name).traits.exact
+        assert ("ranks" in traits) == method_of(name).traits.ranks
+        assert ("state" in traits) == method_of(name).client_state
     assert "`fedkrso` †" in rows["fedkrso"]
     assert "†" not in rows["fedavg"]
 
@@ -33,13 +35,3 @@ def test_a_board_is_shown_once_it_is_there(tmp_path: Path) -> None:
     shown = board("small", tmp_path)
     assert "| a |" in shown
     assert "(../../experiments/results/small/leaderboard.png)" in shown
-
-
-def test_what_servers_cost_comes_from_the_record(tmp_path: Path) -> None:
-    (tmp_path / "servers").mkdir()
-    text = (RESULTS / "servers" / "README.md").read_text()
-    (tmp_path / "servers" / "README.md").write_text(
-        text.replace("| fedsvd | 0.01 |", "| fedsvd | 7 |")
-    )
-    (row,) = [line for line in methods(tmp_path).splitlines() if line.startswith("| `fedsvd`")]
-    assert row.endswith("| 7 |")
