@@ -267,8 +267,19 @@ def opening_lines(run: Assembled) -> list[str]:
     if config.evaluate.split != "test":
         later = " (fedraclora evaluate RUN)" if len(run.built.task.test) else ""
         lines["measured on"] = f"validation samples: the test is left for the end{later}"
-    lines |= {"chunk": str(run.chunk), **run.grid.told}
+    lines |= {"chunk": str(run.chunk), **run.grid.told, **idle_workers(run)}
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
+
+
+def idle_workers(run: Assembled) -> dict[str, str]:
+    """Say that a round has fewer chunks than there are workers, where smaller ones would help."""
+    cohort, workers = run.built.cohort, run.grid.workers
+    chunks, smaller = -(-cohort // run.chunk.chunk), -(-cohort // workers)
+    if chunks >= workers or smaller >= run.chunk.chunk:
+        return {}
+    text = f"{workers - chunks} of {workers} workers, as {cohort} clients a round are {chunks} "
+    text += f"chunk{'s' * (chunks > 1)}; engine.chunk={smaller} gives work to more, with other"
+    return {"idle": f"{text} last bits"}
 
 
 def measured_by(run: Assembled) -> dict[str, str]:

@@ -48,10 +48,12 @@ class Grid(ABC):
             the ledger.
         traffic: What went over the wire since then; None where nothing is sent.
         told: What a run says of where its clients are when it begins, by title.
+        workers: Processes that train its chunks.
     """
 
     def __init__(self) -> None:
         self.told: dict[str, str] = {}
+        self.workers = 1
         self.incidents: list[str] = []
         self.traffic: Traffic | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedraclora.models.built import seeded
 from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.plan import trained_of
+from fedraclora.strategies.outcome import idle_workers
 
 X = np.random.default_rng(4).normal(size=(40, 5)).astype("float32")
 CLIENTS = [(part, (part[:, 0] > 0).astype("int64")) for part in np.split(X, 4)]
@@ -45,6 +47,27 @@ def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixtur
     assert f" 0.bias, 2.bias: {count:,} numbers" in lines[3]
     begins: Any = found.summary["begins"]
     assert begins["trained"] in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("cohort", "chunk", "workers", "said"),
+    [
+        (12, 12, 5, ["4 of 5", "12 clients", "1 chunk;", "engine.chunk=3 "]),
+        (12, 4, 5, ["2 of 5", "3 chunks;", "engine.chunk=3 "]),
+        (12, 3, 5, []),  # smaller ones would take two turns
+        (40, 5, 5, []),
+        (100, 35, 3, []),
+        (3, 1, 5, []),  # there is no more to divide
+        (12, 12, 1, []),
+    ],
+)
+def test_workers_that_a_round_leaves_idle_are_told_with_the_chunk_that_uses_them(
+    cohort: int, chunk: int, workers: int, said: list[str]
+) -> None:
+    of = {"built": {"cohort": cohort}, "chunk": {"chunk": chunk}, "grid": {"workers": workers}}
+    text = idle_workers(SimpleNamespace(**{k: SimpleNamespace(**v) for k, v in of.items()}))  # type: ignore[arg-type]
+    assert bool(text) == bool(said)
+    assert all(part in text["idle"] for part in said)
 
 
 def test_without_progress_the_first_lines_are_logged_beside_the_notes(
