@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from fedraclora.config.settings import RayConfig
@@ -23,7 +24,7 @@ from fedraclora.engines.ray.cluster import (
     check_address,
     folder_digest,
 )
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, EngineError
 
 MODULE = "of_a_user"
 
@@ -168,6 +169,26 @@ def test_a_worker_needs_its_core_and_its_share_of_a_gpu_on_one_host(
         cluster(monkeypatch, nodes, device, gpus=gpus, workers=sum(wanted) + 1)._count()
 
 
+def test_a_cluster_without_its_token_is_left_before_ray_asks_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(address: str) -> None:
+        raise AuthenticationError(f"no token for {address}")
+
+    monkeypatch.setattr("fedraclora.engines.ray.cluster.check_address", lambda *_: None)
+    monkeypatch.setattr("fedraclora.engines.ray.cluster.GcsClient", refuse)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked"))
+    with pytest.raises(EngineError, match=r"10\.0\.0\.1:6379.*no token.*check engine\.address"):
+        Cluster(RayConfig(address="10.0.0.1:6379"), "cpu")
+
+
+def test_room_grows_with_hosts_that_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cluster(monkeypatch, nodes := [{"CPU": 1}, {"CPU": 2}])
+    assert made.room() == 3
+    cluster(monkeypatch, [*nodes, {"CPU": 4}])
+    assert made.room() == 7
+
+
 def test_what_others_use_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"CPU": 4}, {"CPU": 4}]
     assert cluster(monkeypatch, nodes, free={"CPU": 3.5})._count() == 3
@@ -181,21 +202,6 @@ def test_workers_that_ask_for_no_gpu_are_not_put_where_there_is_none(
     made = cluster(monkeypatch, [{"CPU": 4, "GPU": 1}, {"CPU": 4}], "cuda", gpus=0)
     with pytest.raises(ConfigError, match=r"engine.gpus is 0.*10\.0\.0\.1 has no GPU"):
         made._count()
-
-
-@pytest.mark.parametrize(("store", "memory"), [(1e9, 9e9), (9e9, 2.9e9)])
-def test_what_a_host_cannot_hold_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, store: float, memory: float
-) -> None:
-    big = {"CPU": 2, "object_store_memory": 9e9, "memory": 9e9}
-    made = cluster(monkeypatch, [big, {**big, "object_store_memory": store, "memory": memory}])
-    made._code, made.workers = object(), 4  # type: ignore[assignment]
-    sizes = {"ref": {"object_size": 1_500_000_000}}
-    monkeypatch.setattr("fedraclora.engines.ray.cluster.get_object_locations", lambda _: sizes)
-    with pytest.raises(ConfigError, match=r"10\.0\.0\.1 needs .* GB"):
-        made.check_memory("ref")
-    made.hosts = made.hosts[:1]
-    made.check_memory("ref")
 
 
 def test_files_of_a_folder_are_told_apart_by_their_content(tmp_path: Path) -> None:

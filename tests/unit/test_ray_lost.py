@@ -5,7 +5,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from ray.exceptions import (
@@ -16,6 +19,8 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from fedraclora.config.settings import RayConfig
+from fedraclora.engines.ray import grid as grids
 from fedraclora.engines.ray import pool as module
 from fedraclora.engines.ray import pulse as pulses
 from fedraclora.engines.ray.pool import Seat, WorkerPool
@@ -186,6 +191,15 @@ def test_a_silent_worker_costs_seconds_and_is_not_killed(world: World) -> None:
     assert world.now - before < 4  # it gets nothing more
 
 
+def test_a_worker_that_had_nothing_to_do_is_told_when_it_falls_silent(world: World) -> None:
+    pool = pool_of(world, workers=3)
+    world.workers[2].quiet = 0.5
+    while not pool.incidents:
+        run(pool, "a", "b")
+        assert world.now < pulses.QUIET + 4
+    assert pool.incidents[0].startswith("worker 2 on 10.0.0.2 has been silent")
+
+
 def test_a_worker_that_answers_again_works_again_and_what_it_did_is_not_heard(world: World) -> None:
     pool = pool_of(world)
     stopped = world.workers[1]
@@ -287,6 +301,21 @@ def test_without_a_worker_it_waits_and_ends_in_words(world: World, how: str) -> 
     assert 30 < world.now < 45
 
 
+def test_workers_that_are_added_get_jobs_when_they_are_ready(world: World) -> None:
+    pool = pool_of(world)
+    world.slow_start = 1.5
+    pool.add(2)
+    assert run(pool, *"abc") == {"a": "a by 0", "b": "b by 1", "c": "c by 0"}
+    assert run(pool, *"defg") == {job: f"{job} by {k}" for k, job in enumerate("defg")}
+    assert pool.incidents == [f"worker {k} on 10.0.0.{k} is ready" for k in (2, 3)]
+
+
+def test_the_heads_pulse_asks_for_room_where_it_finds_its_place() -> None:
+    head = object.__new__(pulses.Head)
+    head.address, head.room, head.count = "[::1]:6379", 0, lambda: 7
+    assert (head._place(), head.room) == ([("::1", 6379)], 7)
+
+
 def test_what_a_late_answer_raises_is_not_heard(world: World) -> None:
     pool = pool_of(world)
     late = world.workers[1]
@@ -300,9 +329,12 @@ def test_what_a_late_answer_raises_is_not_heard(world: World) -> None:
     assert world.killed == []
 
 
-def test_what_a_worker_needed_and_lost_on_its_way_is_no_fault_of_its_job(world: World) -> None:
+@pytest.mark.parametrize("cause", [RayError("gone"), BrokenPipeError("of its raylet")])
+def test_what_a_worker_needed_and_lost_on_its_way_is_no_fault_of_its_job(
+    world: World, cause: Exception
+) -> None:
     pool = pool_of(world)
-    lost = RayTaskError("train", "ObjectLostError: gone", RayError("gone"))
+    lost = RayTaskError("train", "ObjectLostError: gone", cause)
     world.at(0.5, lambda: [setattr(ref, "answer", lost) for ref in world.workers[1].refs[1:]])
     assert run(pool, "a", "b", "c").keys() == {"a", "b", "c"}
     assert "cannot be reached" in pool.incidents[0]
@@ -326,7 +358,7 @@ def test_time_in_which_nobody_looks_is_no_silence(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pulses, "time", world)
     monkeypatch.setattr(pulses, "Thread", lambda **_: world)
     monkeypatch.setattr(world, "start", lambda: None, raising=False)
-    pulse = pulses.Pulse(lambda: ("", 0))
+    pulse = pulses.Pulse(lambda: [("", 0)])
     world.now += 3600  # this process was stopped, or at other work
     assert pulse.look() < 1
     for _ in range(5):
@@ -335,9 +367,75 @@ def test_time_in_which_nobody_looks_is_no_silence(monkeypatch: pytest.MonkeyPatc
     assert silence >= 1
 
 
+@pytest.mark.parametrize(("connection", "answer", "slow"), [(7.0, 0.1, False), (0.1, 0.9, True)])
+def test_slow_answers_are_waited_for_longer_and_slow_connections_are_not(
+    monkeypatch: pytest.MonkeyPatch, connection: float, answer: float, *, slow: bool
+) -> None:
+    """A connection that was asked for while a link was cut comes when it is healed."""
+    world, link = World(), MagicMock()
+
+    def connect(*_: object) -> MagicMock:
+        world.now += connection
+        return link
+
+    def answered(_: int) -> bytes:
+        world.now += answer
+        return bytes(3) + pulses.SETTINGS
+
+    link.__enter__.return_value.recv = answered
+    monkeypatch.setattr(pulses, "time", world)
+    monkeypatch.setattr(pulses, "Thread", lambda **_: MagicMock())
+    monkeypatch.setattr(pulses.socket, "create_connection", connect)
+    pulse = pulses.Pulse(lambda: [("", 0)])
+    pulse._ask()
+    for _ in range(6):
+        world.now += 1
+        silence = pulse.look()
+    assert (silence < 1) == slow
+
+
+def test_a_worker_is_as_silent_as_the_raylet_of_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def greet(_: str, port: int, patience: float) -> float:
+        if port == 2:
+            raise TimeoutError(patience)
+        return 0.1
+
+    monkeypatch.setattr(pulses, "greet", greet)
+    for places, quiet in ([("", 1), ("", 2)], 4.0), ([("", 1), ("", 3)], 0.0):
+        pulse = pulses.Pulse(lambda places=places: places)  # type: ignore[misc]
+        pulse.quiet = 4.0
+        pulse._ask()
+        assert pulse.quiet == quiet
+
+
 def test_a_process_that_is_gone_is_silent_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         place = listener.getsockname()
-    pulse = pulses.Pulse(lambda: place)
+    pulse = pulses.Pulse(lambda: [place])
     pulse._ask()
     assert pulse.look() >= 1
+
+
+def test_what_is_loaded_by_the_first_round_is_not_searched_for_garbage_until_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray has all processes collect it again and again while a worker waits for a core."""
+    world = World()
+    monkeypatch.setattr(grids, "ray", world)
+    monkeypatch.setattr(world, "get", lambda _: None)
+    calls: list[str] = []
+    names = {name: partial(calls.append, name) for name in ("freeze", "unfreeze")}
+    frozen = {"get_freeze_count": lambda: calls.count("freeze") - 1}  # here by nobody else
+    monkeypatch.setattr(grids, "gc", SimpleNamespace(**names, **frozen))
+    grids.Resident(lambda _: None, [None])  # type: ignore[arg-type, return-value]
+    assert calls == ["freeze"]
+    for name in ("put", "remote"):
+        monkeypatch.setattr(world, name, lambda _: None, raising=False)
+    monkeypatch.setattr(grids, "Head", lambda *_: None)
+    monkeypatch.setattr(grids, "WorkerPool", MagicMock())
+    monkeypatch.setattr(grids.RayGrid, "_check", lambda *_: None)
+    given: dict[str, Any] = {"history": None, "store": None, "settings": RayConfig()}
+    grid = grids.RayGrid(MagicMock(), lambda _: None, None, **given)  # type: ignore[arg-type, return-value]
+    assert calls == ["freeze", "freeze"]
+    grid.close()
+    assert calls == ["freeze", "freeze", "unfreeze"]

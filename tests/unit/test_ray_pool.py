@@ -21,6 +21,7 @@ from ray.exceptions import ObjectLostError
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray.cluster import Cluster, check_address
 from fedraclora.engines.ray.pool import Seat, WorkerPool
+from fedraclora.engines.ray.pulse import greet, places_of
 from fedraclora.errors import ConfigError, EngineError
 
 # Workers cannot import a test module.
@@ -86,6 +87,9 @@ def done(pool: WorkerPool, jobs: list[str]) -> dict[str, str]:
 def test_every_job_is_done_once(tmp_path: Path, cluster: Cluster) -> None:
     pool = pool_of(tmp_path, cluster)
     assert len({facts["pid"] for facts in pool.facts()}) == 2
+    places = places_of(pool.seats[0].actor)
+    assert len({*places}) == 2  # its own, and that of the raylet
+    assert all(greet(*place, 60.0) < 60 for place in places)
     answers = [job for job, _, _ in pool.run([f"ok {i}" for i in range(9)], submit)]
     assert sorted(answers) == [f"ok {i}" for i in range(9)]
     assert pool.incidents == []

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services, worker
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import RayError
-from ray.experimental import get_object_locations
 from ray.job_config import JobConfig
 from ray.util import client as ray_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -52,7 +53,6 @@ class RayHost:
         node: Its number in the cluster.
         address: Where it is.
         cores, cards: What it lends to Ray.
-        store, memory: Bytes of its object store, and of memory for processes.
         room: Workers that find a core, and their share of a GPU, there.
     """
 
@@ -60,8 +60,6 @@ class RayHost:
     address: str
     cores: float
     cards: float
-    store: float
-    memory: float
     room: int
 
 
@@ -117,6 +115,10 @@ class Cluster:
             os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
             check_address(address, said_by)
         try:
+            if address is not None:  # without its token Ray would ask on for a minute
+                GcsClient(services.canonicalize_bootstrap_address(address))
+            # A run says itself what befalls its hosts, and of others, or those of before, nothing.
+            worker._worker_logs_enabled = alone  # noqa: SLF001
             ray.init(
                 address=address or "local",
                 num_cpus=(self.settings.workers or cpus()) if alone else None,
@@ -145,9 +147,8 @@ class Cluster:
                 there: Mapping[str, float] = node["Resources"]
                 cores, cards = there.get("CPU", 0), there.get("GPU", 0)
                 room = int(min(cores, cards / self.gpus + ROUNDING) if self.gpus else cores)
-                sizes = there.get("object_store_memory", 0), there.get("memory", 0)
                 address = str(node["NodeManagerAddress"])
-                found.append(RayHost(str(node["NodeID"]), address, cores, cards, *sizes, room))
+                found.append(RayHost(str(node["NodeID"]), address, cores, cards, room))
         return found
 
     def _count(self) -> int:
@@ -178,6 +179,10 @@ class Cluster:
             if free == fit or time.monotonic() > end:
                 return free or fit
             time.sleep(0.1)
+
+    def room(self) -> int:
+        """Count the workers that find room on the machines that are there now."""
+        return sum(host.room for host in self._hosts())
 
     def _size(self) -> str:
         cores, cards = (sum(getattr(h, n) for h in self.hosts) for n in ("cores", "cards"))
@@ -216,32 +221,6 @@ class Cluster:
         except RayError as error:
             raise EngineError(f"a host cannot say what it has of {here}: {error}") from error
 
-    def check_memory(self, shared: Any) -> None:
-        """Reject what a host cannot hold, as far as it can be known beforehand.
-
-        Args:
-            shared: The reference of what sites are made of: one copy in the store, one a worker.
-
-        Raises:
-            ConfigError: Naming the host, and what it lacks.
-        """
-        if self._code is None:
-            return
-        size = get_object_locations([shared])[shared]["object_size"]
-        all_ = self.workers == sum(host.room for host in self.hosts)
-        for host in self.hosts:
-            seats = host.room if all_ else min(1, host.room)
-            for need, there, what, remedy in (
-                (size, host.store, "in Ray's object store", "--object-store-memory"),
-                (seats * size, host.memory, f"for {seats} workers", "--num-cpus"),
-            ):
-                if seats and need > there:
-                    raise ConfigError(
-                        f"host {host.address} needs {need / 1e9:.2f} GB {what}, for model and data "
-                        f"of the clients, and has {there / 1e9:.2f} GB: start Ray there with "
-                        f"another {remedy}, or lower engine.workers"
-                    )
-
     def close(self) -> None:
         """End what was started, leave what was joined."""
         self._last_word.close()
@@ -251,6 +230,7 @@ class Cluster:
         elif not self.joined:
             with own_sigterm():
                 ray.shutdown()
+            worker._worker_logs_enabled = True  # noqa: SLF001
 
 
 def address_of(settings: RayConfig) -> tuple[str | None, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -85,6 +86,7 @@ class Resident:
     def __init__(self, build: Callable[[Any], WorkerSite], parts: list[Any]) -> None:
         with importing("a Ray worker"):
             self.site = build(ray.get(parts[0]))
+        gc.freeze()
         self._shared: tuple[str, dict[str, Any]] = ("", {})
 
     def facts(self) -> dict[str, Any]:
@@ -143,6 +145,7 @@ class RayGrid(Grid):
     ) -> None:
         super().__init__()
         self.cluster, self.history, self.store = cluster, history, store
+        self.workers, self._thaws = cluster.workers, not gc.get_freeze_count()
         self._updates: dict[tuple[int, int | None], Any] = {}  # to and from a version -> reference
         try:
             self._start(build, parts, settings)
@@ -155,7 +158,6 @@ class RayGrid(Grid):
     ) -> None:
         """Start the workers, and wait until all of them are ready."""
         shared = ray.put(parts)
-        self.cluster.check_memory(shared)
         kind = ray.remote(Resident)
         own = {"num_cpus": 1, "num_gpus": self.cluster.gpus, "max_restarts": 0}
 
@@ -164,15 +166,27 @@ class RayGrid(Grid):
                 build, [shared]
             )
 
+        room = self.cluster.room()
+        head = Head(self.cluster.room) if settings.workers is None else Head()
+
+        def watch() -> None:
+            nonlocal room
+            head.check()
+            more, room = head.room - room, max(room, head.room)
+            self.pool.add(max(0, more))  # a host has joined
+
         self.pool = WorkerPool(
             start,
             self.cluster.workers,
             settings.retries,
             settings.timeout,
             settings.wait,
-            watch=Head().check,
+            watch=watch,
         )
         self._check(self.pool.facts())
+        # While a worker waits for a core, Ray has all processes collect garbage, every 10 s, which
+        # takes seconds on a busy host: there is little in what a program has loaded.
+        gc.freeze()
         self.pool.check = self._admit
 
     def _check(self, found: list[dict[str, Any]]) -> None:
@@ -268,4 +282,6 @@ class RayGrid(Grid):
         if pool is not None:
             pool.close()
         self._updates = {}
+        if self._thaws:
+            gc.unfreeze()
         self.cluster.close()

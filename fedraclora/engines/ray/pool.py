@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 from typing_extensions import override
 
-from fedraclora.engines.ray.pulse import QUIET, TICK, Pulse, place_of
+from fedraclora.engines.ray.pulse import QUIET, TICK, Pulse, places_of
 from fedraclora.engines.ray.session import LOOPBACK
 from fedraclora.errors import ConfigError, EngineError
 
@@ -108,7 +108,7 @@ class WorkerPool:
         wait: float = 300.0,
         *,
         watch: Callable[[], object] = lambda: None,
-        pulse_of: Callable[[Any], Any] = lambda actor: Pulse(partial(place_of, actor)),
+        pulse_of: Callable[[Any], Any] = lambda actor: Pulse(partial(places_of, actor)),
     ) -> None:
         self.start, self.retries, self.timeout, self.wait = start, retries, timeout, wait
         self.watch, self.pulse_of = watch, pulse_of
@@ -117,8 +117,14 @@ class WorkerPool:
         self._queue: deque[Task[Any]] = deque()
         self._waits: dict[Any, tuple[Seat, Task[Any] | None]] = {}  # None: for its facts
         self._looked, self._without = time.monotonic(), 0.0
-        self.seats = [Seat(i) for i in range(workers)]
-        for seat in self.seats:
+        self.seats: list[Seat] = []
+        self.add(workers)
+
+    def add(self, workers: int) -> None:
+        """Start more of them; they get jobs when they are ready."""
+        first = 1 + max((seat.number for seat in self.seats), default=-1)
+        self.seats += (new := [Seat(first + i) for i in range(workers)])
+        for seat in new:
             self._start(seat)
 
     def facts(self, timeout: float = 300.0) -> list[Facts]:
@@ -197,7 +203,7 @@ class WorkerPool:
     def _failed(self, seat: Seat, task: Task[Any] | None, error: RayError) -> None:
         """Decide what becomes of a worker, and its job, where there is an error for an answer."""
         cause = f"was lost: {reason(error)}"
-        if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+        if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError | OSError):
             seat.task = None
             if task is not None and not task.done:  # another worker would raise it, too
                 raise EngineError(f"{seat} raised at {task.job}: {reason(error)}") from error
@@ -245,7 +251,7 @@ class WorkerPool:
         gap, self._looked = min(now - self._looked, 2 * TICK), now
         self.watch()
         there = any(seat.free for seat in self.seats)
-        for seat in [s for s in self.seats if not s.free]:
+        for seat in [*self.seats]:
             if seat.facts is None:
                 if not seat.asked:
                     self._ask(seat)

@@ -10,11 +10,13 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from threading import Thread
 from typing import Any
 
 import ray
 from ray._private import state
+from ray.exceptions import RayError
 
 from fedraclora.engines.private_ray import RECONNECT
 from fedraclora.errors import EngineError
@@ -27,30 +29,38 @@ PATIENCE = 10.0  # seconds in which an address must answer
 TICK = 1.0  # seconds between looks
 QUIET = 5.0  # seconds without an answer, after which a process counts as silent, at least
 RAYS_OWN = 60.0  # seconds for which Ray looks for the head, where nobody says otherwise
-SLACK = 10  # the same, in times of the slowest answer: on a busy machine all are slow
+SLACK = 10  # as QUIET, in times of the slowest answer: on a busy machine all are slow
+Place = tuple[str, int]  # host and port
 
 
-def greet(host: str, port: int, patience: float) -> None:
-    """See that a server of Ray answers, under TLS that somebody listens; else raise OSError."""
+def greet(host: str, port: int, patience: float) -> float:
+    """See that a server of Ray answers, under TLS that somebody listens; else raise OSError.
+
+    Returns:
+        Seconds that the answer took. Those of the connection, which are the network's, not counted:
+        after a link was cut they say nothing of how busy a host is.
+    """
     with socket.create_connection((host, port), patience) as link:
+        began = time.monotonic()
         if os.environ.get("RAY_USE_TLS", "0").lower() in {"0", "false"}:
             link.sendall(HTTP2)
             if link.recv(9)[3:4] != SETTINGS:  # nothing, or another protocol
                 raise ConnectionError("what listens there is none")
+        return time.monotonic() - began
 
 
 class Pulse:
-    """Looks again and again whether a process answers, in a thread of its own.
+    """Looks again and again whether processes answer, in a thread of its own.
 
     Args:
-        find: Gives its host and port; called in that thread.
+        find: Gives host and port of each; called in that thread.
 
     Attributes:
-        quiet: Seconds since it answered, of those in which this process looked: what passes while
+        quiet: Seconds since they answered, of those in which this process looked: what passes while
             nobody looks, or this process is stopped itself, is no silence.
     """
 
-    def __init__(self, find: Callable[[], tuple[str, int]]) -> None:
+    def __init__(self, find: Callable[[], list[Place]]) -> None:
         self.find, self.quiet = find, 0.0
         self._slowest, self._looked, self._asking = 0.0, time.monotonic(), False
 
@@ -66,26 +76,37 @@ class Pulse:
         return self.quiet / max(QUIET, SLACK * self._slowest)
 
     def _ask(self) -> None:
-        began = time.monotonic()
         try:
-            greet(*self.find(), PATIENCE)
-        except ConnectionRefusedError:  # its host says that it is gone: there is none to wait for
+            taken = max([greet(*place, PATIENCE) for place in self.find()])
+        except ConnectionRefusedError:  # its host says that one is gone: there is none to wait for
             self.quiet = max(self.quiet, QUIET, SLACK * self._slowest)
-        except OSError:
+        except (OSError, RayError):
             pass
         else:
-            self._slowest = max(0.9 * self._slowest, time.monotonic() - began)
+            self._slowest = max(0.9 * self._slowest, taken)
             self.quiet = 0.0
         finally:
             self._asking = False
 
 
-def place_of(actor: Any) -> tuple[str, int]:
-    """Find host and port of an actor's process; raise OSError if the head knows of none."""
+def places_of(actor: Any) -> list[Place]:
+    """Find an actor's process and its host's raylet, without which it gets and gives nothing.
+
+    Raises:
+        OSError: If the head knows of none.
+    """
     known = state.actors(actor._actor_id.hex()).get("Address", {})  # noqa: SLF001
     if not known.get("Port"):
         raise OSError("no such process")
-    return str(known["IPAddress"]), int(known["Port"])
+    host = str(known["IPAddress"])
+    return [(host, int(known["Port"])), (host, raylet_port(str(known["NodeID"])))]
+
+
+@lru_cache
+def raylet_port(node: str) -> int:
+    """Find where the raylet of a machine listens; it stays there."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return next(int(n["NodeManagerPort"]) for n in nodes if n["NodeID"] == node)
 
 
 class Head(Pulse):
@@ -93,17 +114,28 @@ class Head(Pulse):
 
     Ray ends this process where it misses one of them: the head after a while, and what it has here
     as soon as something large is handed to it.
+
+    Args:
+        count: Asks the head for how many workers there is room; called in the pulse's thread.
+
+    Attributes:
+        room: What it said last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: Callable[[], int] = lambda: 0) -> None:
         self.address = ray.get_runtime_context().gcs_address
-        host, _, port = self.address.rpartition(":")
-        super().__init__(lambda: (host.strip("[]"), int(port)))
+        self.count, self.room = count, 0
+        super().__init__(self._place)
         # The other half is for a checkpoint, and for the end of Ray.
         self.patience = float(os.environ.get(RECONNECT, RAYS_OWN)) / 2
         own = ray.get_runtime_context().get_node_id()
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
         (self.here,) = (str(n["RayletSocketName"]) for n in nodes if n["NodeID"] == own)
+
+    def _place(self) -> list[Place]:
+        self.room = self.count()
+        host, _, port = self.address.rpartition(":")
+        return [(host.strip("[]"), int(port))]
 
     def check(self) -> None:
         """Look; raises EngineError if one was ended, or the head is silent for too long."""
