@@ -14,18 +14,23 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import ray
 import torch
 from rich.table import Table
 
+from fedraclora.engines.ray.pulse import TICK, Pulse, places_of
 from fedraclora.errors import FedRacLoraError
 from fedraclora.experiments.progress import console_for_tables
 from fedraclora.run.ledger import Row, read_ledger, round_seconds
+from fedraclora.weights.files import load_checkpoint
 from tests.campaigns.kill_resume import finish
 from tests.campaigns.kill_workers import JOB, WORKER
 from tests.hosts import Bed, Host, Process, why_not
@@ -60,13 +65,16 @@ class Run:
     """A run on a bed's cluster, with one CPU on the head's host and two on each other one.
 
     Args:
-        bed: Of three hosts, whose cluster is started.
+        bed: Of hosts, whose cluster is started.
         driver: Which host the run is started on.
         rounds: Of the job.
+        more: What it has besides.
         resume: Whether it goes on.
     """
 
-    def __init__(self, bed: Bed, driver: int, rounds: int, *, resume: bool = False) -> None:
+    def __init__(
+        self, bed: Bed, driver: int, rounds: int, *more: str, resume: bool = False
+    ) -> None:
         self.bed, self.host = bed, bed[driver]
         self.folder = self.host.path("run")
         address = f"engine.address={bed[0].address}:{PORT}"
@@ -74,7 +82,7 @@ class Run:
         if resume:
             words = ["resume=/tmp/home/run", "engine=ray", "engine.chunk=5", address]
         else:
-            words = [*job(rounds), "engine=ray", "engine.chunk=5", "engine.workers=5", *words]
+            words = [*job(rounds), "engine=ray", "engine.chunk=5", *words, *more]
         self.said = self.host.path("run.log").open("a")
         streams = {"stdout": self.said, "stderr": self.said}
         self.process: Process = self.host.popen([*PYTHON, *words], env=ENV, **streams)
@@ -146,11 +154,11 @@ def join(bed: Bed, k: int, cpus: int = 2) -> None:
     bed[k].popen([*START, *words, *where], env={**ENV, PACE: "0.1"}, stdout=said, stderr=said)
 
 
-def begin(bed: Bed) -> None:
+def begin(bed: Bed, cores: Sequence[int]) -> None:
     """Start the cluster, and wait until it is whole."""
     address = f"{bed[0].address}:{PORT}"
-    for k, cpus in enumerate((1, 2, 2)):
-        words = [sys.executable, "-c", WHOLE, address, str(1 + 2 * k)]
+    for k, cpus in enumerate(cores):
+        words = [sys.executable, "-c", WHOLE, address, str(sum(cores[: k + 1]))]
         end = time.monotonic() + PATIENCE
         while True:
             join(bed, k, cpus)
@@ -170,9 +178,6 @@ def cut(seconds: float) -> Callable[[Run], None]:
         run.bed[1].cut()
         run.until(hold(seconds))
         run.bed[1].heal()
-        if seconds > 60:  # Ray has given the host up, and its processes there end themselves
-            run.until(lambda: not processes(run.bed[1], b"raylet"))
-            join(run.bed, 1)
         if seconds > 20:
             back(run)
 
@@ -186,9 +191,15 @@ def hold(seconds: float) -> Callable[[], bool]:
 
 
 def back(run: Run) -> None:
-    """Wait until the last that the ledger says of each worker is that it is there."""
+    """Wait until the last that the ledger says of each worker is that it is there.
+
+    Where Ray has given host 1 up, its processes there end themselves, and it is started again.
+    """
 
     def there() -> bool:
+        if not processes(run.bed[1], b"raylet"):
+            join(run.bed, 1)
+            run.until(hold(20))
         last = {told.split()[1]: told for told in run.told(0) if told.startswith("worker")}
         return all("answers again" in t or "is ready" in t for t in last.values())
 
@@ -199,8 +210,7 @@ def back(run: Run) -> None:
 def kill(run: Run) -> None:
     """Kill all processes of host 1; Ray is started there again later."""
     run.bed[1].kill()
-    run.until(hold(20))
-    join(run.bed, 1)
+    run.until(hold(12))
     back(run)
 
 
@@ -227,9 +237,16 @@ def slow(run: Run) -> None:
     run.bed[1].link()
 
 
+def late(run: Run) -> None:
+    """Let another host join, and wait for its workers."""
+    join(run.bed, 3)
+    run.until(lambda: sum(run.bed[3].address in told for told in run.told(0)) == 2)
+
+
 FAULTS: dict[str, Callable[[Run], None]] = {
     "nothing": lambda run: None,
-    "link of 1 Mbit/s": slow,
+    "link of 1 Mbit/s 10 s": slow,
+    "another host joins": late,
     "link cut 5 s": cut(5),
     "link cut 30 s": cut(30),
     "worker stopped 20 s": stop(WORKER, 20),
@@ -242,34 +259,103 @@ FAULTS: dict[str, Callable[[Run], None]] = {
 
 
 @contextmanager
-def cluster() -> Iterator[Bed]:
-    """Start a bed with a cluster on it."""
-    with Bed(3) as bed:
-        begin(bed)
+def cluster(cores: Sequence[int] = (1, 2, 2)) -> Iterator[Bed]:
+    """Start a bed with a cluster on it, and one host besides that has not joined it."""
+    with Bed(len(cores) + 1) as bed:
+        begin(bed, cores)
         yield bed
 
 
-def lose_the_head(rounds: int, driver: int) -> tuple[str, dict[str, str], float]:
-    """Kill all of the head's host but the run; give its last words, and how it ended at last."""
+def lose_the_head(rounds: int, driver: int, *, together: bool) -> tuple[str, dict[str, str]]:
+    """Kill Ray on the head's host, or all that is there; give what was left, and the last digests.
+
+    The run goes on with another cluster, whose hosts have other addresses.
+    """
     with cluster() as bed:
         run = Run(bed, driver, rounds)
         run.until(lambda: len(run.rows) > 8)
-        began = time.monotonic()
-        own = {run.process.inner}
-        for pid in {*processes(bed[0], b"gcs_server"), *processes(bed[0], b"raylet")} - own:
+        began, at = time.monotonic(), len(run.rows) - 1
+        if together:
+            bed[0].kill()
+        for pid in (*processes(bed[0], b"gcs_server"), *processes(bed[0], b"raylet")):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         run.process.wait(PATIENCE)
-        seconds = time.monotonic() - began
-        words = run.host.path("run.log").read_text().splitlines()[-1]
-        left = f"status {run.process.returncode}, {len(run.rows) - 1} rounds: {words}"
-        kept = run.host.path("run").rename(
-            Path(os.environ.get("TMPDIR", "/tmp")) / f"h{os.getpid()}"
+        words = (run.host.path("run.log").read_text().splitlines() or [""])[-1]
+        left = (
+            f"killed in round {at + 1}: status {run.process.returncode} after "
+            f"{time.monotonic() - began:.0f} s, {len(run.rows) - 1} rounds in the ledger, a "
+            f"checkpoint of round {load_checkpoint(run.folder / 'checkpoint')[1]['round']}: {words}"
         )
+        kept = run.folder.rename(Path(tempfile.gettempdir()) / f"h{os.getpid()}")
     with cluster() as bed:
         kept.rename(bed[driver].path("run"))
         run = Run(bed, driver, rounds, resume=True)
-        return left, finish(run.process, run.folder), seconds  # type: ignore[arg-type]
+        return left, finish(run.process, run.folder)  # type: ignore[arg-type]
+
+
+def traffic(rounds: int) -> tuple[Table, str]:
+    """Count what passes a link in rounds that are all trained behind it, beside the ledger."""
+    table = Table("rounds", "to the host, kB", "from it, kB", "ledger: down, kB", "up, kB")
+    with cluster((0, 2)) as bed:
+        host = bed[1]
+
+        def counts() -> list[float]:
+            return [host.received() / 1e3, host.sent() / 1e3]
+
+        first, began = counts(), time.monotonic()
+        time.sleep(20)
+        idle = [(b - a) / (time.monotonic() - began) for a, b in zip(first, counts(), strict=True)]
+        run, marks = Run(bed, 0, rounds, "model.hidden=[512]"), {-1: (time.monotonic(), counts())}
+        for mark in (0, 1, 2, rounds // 2, rounds):
+            if run.until(lambda mark=mark: len(run.rows) > mark):  # type: ignore[misc]
+                marks[len(run.rows) - 1] = time.monotonic(), counts()
+        run.process.wait(PATIENCE)
+        last, rows = -1, run.rows
+        for mark in [*marks][1:]:
+            seconds = marks[mark][0] - marks[last][0]
+            pairs = zip(marks[last][1], marks[mark][1], idle, strict=True)
+            passed = [b - a - seconds * each for a, b, each in pairs]
+            ledger = [
+                (float(rows[mark][key]) - float(rows[max(0, last)][key])) / 1e3  # type: ignore[arg-type]
+                for key in ("downlink_total", "uplink_total")
+            ]
+            which = f"{last + 1} to {mark}"
+            table.add_row(which, *(f"{number:,.0f}" for number in (*passed, *ledger)))
+            last = mark
+    return table, f"Ray alone, kB a second: {idle[0]:.1f} to the host, {idle[1]:.1f} from it"
+
+
+def heartbeat(seconds: float = 60) -> str:
+    """Measure processor seconds that looks at workers cost here and there, beside none."""
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    workers = [Resting.remote() for _ in range(8)]
+    found = []
+    for pulses in [], [Pulse(partial(places_of, worker)) for worker in workers]:
+        began = [time.process_time(), *ray.get([w.seconds.remote() for w in workers])]
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for pulse in pulses:
+                pulse.look()
+            time.sleep(TICK)
+        ended = [time.process_time(), *ray.get([w.seconds.remote() for w in workers])]
+        taken = [(b - a) * 60 / seconds for a, b in zip(began, ended, strict=True)]
+        found.append((taken[0] / len(workers), sum(taken[1:]) / len(workers)))
+    ray.shutdown()
+    (run, worker), (looked, seen) = found
+    return (
+        f"processor seconds a minute and worker: the run's process {looked:.3f} ({run:.3f} "
+        f"without looks), the worker {seen:.3f} ({worker:.3f})"
+    )
+
+
+@ray.remote(num_cpus=0)
+class Resting:
+    """A worker that does nothing."""
+
+    def seconds(self) -> float:
+        """Give the processor seconds of its process."""
+        return time.process_time()
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -278,19 +364,29 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", nargs="*", default=[*FAULTS], choices=FAULTS)
     parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--driver", type=int, default=0, help="the host that the run is on")
-    parser.add_argument("--head", action="store_true", help="kill the head alone")
+    parser.add_argument("--head", choices=["ray", "host"], help="what of the head's host to kill")
+    parser.add_argument("--bytes", action="store_true", help="count what passes a link")
+    parser.add_argument("--heartbeat", action="store_true", help="what looks at workers cost")
     asked = parser.parse_args(words)
     if reason := why_not():
         print(reason)
         return 1
     console = console_for_tables()
+    if asked.heartbeat:
+        print(heartbeat())
+        return 0
+    if asked.bytes:
+        table, idle = traffic(asked.rounds)
+        console.print(table)
+        print(idle)
+        return 0
     with Bed(1) as bed:
         alone = [*PYTHON, *job(asked.rounds), "engine=vectorised", "engine.chunk=5"]
         process = bed[0].popen([*alone, "output.dir=/tmp/home/run"], stdout=subprocess.DEVNULL)
         wanted = finish(process, bed[0].path("run"))  # type: ignore[arg-type]
     if asked.head:
-        left, found, seconds = lose_the_head(asked.rounds, asked.driver)
-        console.print(f"run on host {asked.driver}: ended after {seconds:.0f} s, {left}")
+        left, found = lose_the_head(asked.rounds, asked.driver, together=asked.head == "host")
+        console.print(f"run on host {asked.driver}, {left}")
         console.print("gone on with: same digests" if found == wanted else "DIFFERENT digests")
         return 0 if found == wanted else 1
     with cluster() as bed:
