@@ -226,7 +226,29 @@ def test_an_answer_that_never_comes_though_its_worker_is_back_is_given_up(world:
     while not pool.incidents or "answers again" not in pool.incidents[-1]:
         run(pool, "a", "b")
         assert world.now < 60
-    assert run(pool, "A", "B") == {"A": "A by 0", "B": "B by 1"}
+    assert {answer[-1] for answer in run(pool, "A", "B").values()} == {"0", "1"}
+
+
+def test_a_worker_that_is_back_and_brings_nothing_holds_nobody_up(world: World) -> None:
+    """Its port answers as soon as a link is healed; Ray's own connections may not come back."""
+    pool = pool_of(world)
+    world.workers[1].quiet = 0.5
+    world.at(10.0, lambda: setattr(world.workers[1], "quiet", NEVER))
+    world.at(10.0, lambda: setattr(world.workers[1], "slow", NEVER))
+    while not pool.incidents or "answers again" not in pool.incidents[-1]:
+        run(pool, "a", "b")
+        assert world.now < 60
+    before = world.now
+    assert run(pool, "A", "B") == {"A": "A by 0", "B": "B by 0"}
+    assert run(pool, "C", "D") == {"C": "C by 0", "D": "D by 0"}
+    assert world.now - before < 6
+    world.workers[1].slow = 1.0
+    (stuck,) = [ref for ref in world.workers[1].refs if ref.due > world.now and ref.due >= NEVER][
+        -1:
+    ]
+    stuck.due = world.now
+    assert run(pool, "E", "F", "G", "H").keys() == {*"EFGH"}
+    assert not pool.seats[1].doubted
 
 
 def test_a_slow_worker_that_answers_is_never_set_aside(world: World) -> None:
@@ -367,11 +389,17 @@ def test_time_in_which_nobody_looks_is_no_silence(monkeypatch: pytest.MonkeyPatc
     assert silence >= 1
 
 
-@pytest.mark.parametrize(("connection", "answer", "slow"), [(7.0, 0.1, False), (0.1, 0.9, True)])
-def test_slow_answers_are_waited_for_longer_and_slow_connections_are_not(
-    monkeypatch: pytest.MonkeyPatch, connection: float, answer: float, *, slow: bool
+@pytest.mark.parametrize(
+    ("connection", "answers", "slow"),
+    [
+        (7.0, [0.1, 0.1], False),  # asked for while a link was cut, it comes when it is healed
+        (0.1, [0.9, 0.9], True),
+        (0.1, [0.1, 9.0], False),  # when a stopped process goes on
+    ],
+)
+def test_slow_answers_are_waited_for_longer_and_one_that_ends_a_fault_is_none(
+    monkeypatch: pytest.MonkeyPatch, connection: float, answers: list[float], *, slow: bool
 ) -> None:
-    """A connection that was asked for while a link was cut comes when it is healed."""
     world, link = World(), MagicMock()
 
     def connect(*_: object) -> MagicMock:
@@ -379,7 +407,7 @@ def test_slow_answers_are_waited_for_longer_and_slow_connections_are_not(
         return link
 
     def answered(_: int) -> bytes:
-        world.now += answer
+        world.now += answers.pop(0)
         return bytes(3) + pulses.SETTINGS
 
     link.__enter__.return_value.recv = answered
@@ -387,6 +415,7 @@ def test_slow_answers_are_waited_for_longer_and_slow_connections_are_not(
     monkeypatch.setattr(pulses, "Thread", lambda **_: MagicMock())
     monkeypatch.setattr(pulses.socket, "create_connection", connect)
     pulse = pulses.Pulse(lambda: [("", 0)])
+    pulse._ask()
     pulse._ask()
     for _ in range(6):
         world.now += 1

@@ -53,6 +53,8 @@ class Seat:
         version: Version of the base weights that it holds once it has done its jobs, or None.
         facts: What the process says of itself; None: it is starting.
         silent: Whether it has not answered for a while, so that it gets no job.
+        doubted: Whether it was silent and has done no job since: after a link was cut a worker may
+            answer, and Ray brings neither jobs nor answers.
         task: What it is at.
         asked: Whether it has been asked for its facts.
         since: When the task, or else the question, was handed to it.
@@ -65,6 +67,7 @@ class Seat:
     version: int | None = None
     facts: Facts | None = None
     silent: bool = False
+    doubted: bool = False
     task: Task[Any] | None = None
     asked: bool = False
     since: float = 0.0
@@ -166,7 +169,10 @@ class WorkerPool:
         try:
             while not all(task.done for task in tasks):
                 self._queue = deque(task for task in self._queue if not task.done)
-                for seat in [seat for seat in self.seats if seat.free][: len(self._queue)]:
+                free = sorted((s for s in self.seats if s.free), key=lambda s: s.doubted)
+                if not self._queue:  # what those are at who are doubted others can do as well
+                    self._queue.extend(self._doubtful()[: sum(not s.doubted for s in free)])
+                for seat in free[: len(self._queue)]:
                     seat.task, seat.since = self._queue.popleft(), time.monotonic()
                     seat.pulse.quiet = 0.0
                     self._waits[submit(seat, seat.task.job)] = seat, seat.task
@@ -175,6 +181,11 @@ class WorkerPool:
             self._queue.clear()
             for task in tasks:  # who answers later is not heard
                 task.done = True
+
+    def _doubtful(self) -> list[Task[Any]]:
+        """List what only workers are at that are doubted."""
+        sure = [s.task for s in self.seats if not s.doubted]
+        return [t for s in self.seats if (t := s.task) and not t.done and t not in sure]
 
     def _step(self) -> list[tuple[Any, Seat, Any]]:
         """Wait for an answer, or a moment; give the answer of a job that is not done."""
@@ -194,7 +205,7 @@ class WorkerPool:
             if task is None:
                 self._sit(seat, answer)
                 continue
-            seat.task, seat.pulse.quiet = None, 0.0
+            seat.task, seat.pulse.quiet, seat.doubted = None, 0.0, False
             if not task.done:
                 task.done = True
                 return [(task.job, seat, answer)]
@@ -209,7 +220,7 @@ class WorkerPool:
                 raise EngineError(f"{seat} raised at {task.job}: {reason(error)}") from error
         elif isinstance(error, ActorUnavailableError | RayTaskError):  # it may be there again soon
             if not seat.silent and seat.facts is not None:
-                seat.silent = True
+                seat.silent = seat.doubted = True
                 self._say(f"{seat} cannot be reached{self._again(seat)}")
             seat.asked = seat.asked and task is not None
             seat.task = seat.version = None
@@ -265,7 +276,9 @@ class WorkerPool:
             ):
                 self._replace(seat, "has been silent for too long")
             elif silence >= 1 and not seat.silent:
-                seat.silent = True  # others do what it is at; it may still answer first
+                seat.silent = seat.doubted = (
+                    True  # others do what it is at; it may still answer first
+                )
                 self._say(f"{seat} has been silent for {seat.pulse.quiet:.0f} s{self._again(seat)}")
             elif silence < 1 and seat.silent and not seat.asked:
                 self._ask(seat)
@@ -299,7 +312,7 @@ class WorkerPool:
     def _start(self, seat: Seat) -> None:
         seat.actor = self.start()
         seat.pulse = self.pulse_of(seat.actor)
-        seat.version, seat.facts, seat.silent = None, None, False
+        seat.version, seat.facts, seat.silent, seat.doubted = None, None, False, False
         self._ask(seat)
 
     def _end(self, seat: Seat) -> None:

@@ -62,7 +62,8 @@ class Pulse:
 
     def __init__(self, find: Callable[[], list[Place]]) -> None:
         self.find, self.quiet = find, 0.0
-        self._slowest, self._looked, self._asking = 0.0, time.monotonic(), False
+        self._slowest, self._last = 0.0, 0.0
+        self._looked, self._asking = time.monotonic(), False
 
     def look(self) -> float:
         """Ask again, without waiting; give how long it has been quiet: from 1 on it is silent."""
@@ -83,7 +84,9 @@ class Pulse:
         except (OSError, RayError):
             pass
         else:
-            self._slowest = max(0.9 * self._slowest, taken)
+            # One slow answer may end a stop; on a busy machine the next one is slow, too.
+            self._slowest = max(0.9 * self._slowest, min(taken, self._last))
+            self._last = taken
             self.quiet = 0.0
         finally:
             self._asking = False
