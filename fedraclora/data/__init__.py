@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fedraclora.data.arrays import load_arrays
 from fedraclora.data.dataset import DataSet, hold_out, select_labels
 from fedraclora.data.digits import load_digits
+from fedraclora.data.fedprox_synthetic import fedprox_synthetic
 from fedraclora.data.function import load_function
 from fedraclora.data.glue_instructions import load_glue_instructions
 from fedraclora.data.instructions import load_instructions
@@ -28,6 +29,7 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
     "mnist": load_mnist,
     "least_squares": least_squares,
     "logistic_regression": logistic_regression,
+    "fedprox_synthetic": fedprox_synthetic,
     "text": load_text,
     "table": load_table,
     "arrays": load_arrays,

@@ -108,6 +108,50 @@ def test_a_thousand_clients_are_no_other_case():
     assert len(data.train) == 2000
 
 
+def published(seed: int, clients: int, alpha: float, beta: float) -> list[tuple]:
+    """Draw Synthetic(alpha, beta) one after another, as the code of FedProx's authors does."""
+    rng = np.random.RandomState(seed)
+    counts = rng.lognormal(4, 2, clients).astype(int) + 50
+    label_mean = rng.normal(0, alpha, clients)
+    input_mean = rng.normal(0, beta, clients)
+    centres = [rng.normal(input_mean[k], 1, 60) for k in range(clients)]
+    drawn = []
+    for k in range(clients):
+        weight = rng.normal(label_mean[k], 1, (60, 10))
+        bias = rng.normal(label_mean[k], 1, 10)
+        spread = np.diag([(j + 1) ** -1.2 for j in range(60)])
+        x = rng.multivariate_normal(centres[k], spread, counts[k])
+        drawn.append((x, np.array([np.argmax(row @ weight + bias) for row in x])))
+    return drawn
+
+
+@pytest.mark.parametrize(("seed", "alpha", "beta"), [(0, 1.0, 1.0), (7, 0.5, 0.0)])
+def test_synthetic_of_fedprox_has_the_draws_of_its_authors(seed, alpha, beta):
+    made = DATASETS["fedprox_synthetic"](
+        clients=5, alpha=alpha, beta=beta, seed=seed, dtype="float64"
+    )
+    before = 0
+    for rows, (x, y) in zip(made.parts, published(seed, 5, alpha, beta), strict=True):
+        kept, held = len(rows), len(x) - len(rows)
+        assert kept == int(0.9 * len(x))
+        found = made.train.take(torch.from_numpy(rows))
+        np.testing.assert_allclose(found.inputs["x"].numpy(), x[:kept], rtol=1e-9, atol=1e-12)
+        assert found.target.tolist() == y[:kept].tolist()
+        assert made.test.target[before : before + held].tolist() == y[kept:].tolist()
+        before += held
+    assert before == len(made.test)
+
+
+def test_synthetic_iid_of_fedprox_has_one_labeller():
+    made = DATASETS["fedprox_synthetic"](clients=6, alpha=None, beta=None, dtype="float64")
+    rng = np.random.RandomState(0)
+    rng.lognormal(4, 2, 6)
+    weight, bias = rng.normal(0, 1, (60, 10)), rng.normal(0, 1, 10)
+    labels = (made.train.inputs["x"].numpy() @ weight + bias).argmax(axis=1)
+    assert labels.tolist() == made.train.target.tolist()
+    assert abs(made.train.inputs["x"].mean()) < 0.02
+
+
 SEPARABLE = (np.array([[1.0, 0.2], [2.0, -1.0], [-1.0, 0.5]]), np.array([1, 1, 0]))
 DEPENDENT = (np.array([[1.0, 2.0], [-1.0, -2.0], [1.0, 2.0]]), np.array([1, 1, 0]))
 # Sample 1 pulls the second weight to infinity, the others hold the first one.
@@ -142,12 +186,13 @@ BAD = {
         {"dtype": "bfloat16"},
         "data.dtype 'bfloat16'.*float32, float64",
     ),
+    "alpha": ("fedprox_synthetic", {"clients": 2, "alpha": -1.0}, "data.alpha is -1.0"),
     "separable": ("logistic_regression", {"flip": 0.0}, "no finite minimum"),
 }
 
 
 @pytest.mark.parametrize(("name", "change", "words"), BAD.values(), ids=BAD)
 def test_bad_input_names_the_key(name, change, words):
-    base = LEAST if name == "least_squares" else LOGIT
+    base = {"least_squares": LEAST, "logistic_regression": LOGIT}.get(name, {})
     with pytest.raises(ConfigError, match=words):
         DATASETS[name](**base | change)
