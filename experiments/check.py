@@ -31,7 +31,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, RecordDict
 from flwr.common.config import parse_config_args
-from flwr.common.constant import TIMESTAMP_TOLERANCE
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -43,14 +42,14 @@ from fedraclora.clients.cache import RUNS, cache_of, claim, on_disk, served
 from fedraclora.clients.node import trainer_for
 from fedraclora.data.own import read_own
 from fedraclora.engines.deploy.control import Connection
+from fedraclora.engines.deploy.supernode import EARLY, OLDEST
 from fedraclora.engines.sockets import use_sockets
-from fedraclora.errors import ConfigError, EngineError
+from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.experiments.app import RunRequest
 from fedraclora.experiments.status import explained, in_one_piece
 from fedraclora.run.folder import versions_of
 from fedraclora.training.chunking import HOST_BYTES
 
-EARLY = 5  # seconds by which Flower lets the clock of a node be ahead
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 REFUSED = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
 ADVICE: dict[type[BaseException], str] = {
@@ -166,8 +165,8 @@ def of_superlink(look: Looks, args: Namespace) -> None:
         there = parsedate_to_datetime(found.headers["date"])
         ahead = (datetime.now(UTC) - there).total_seconds()
         told = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's"
-        if not -TIMESTAMP_TOLERANCE < ahead < EARLY:
-            limits = f"{TIMESTAMP_TOLERANCE} s behind to {EARLY} s ahead"
+        if not -OLDEST < ahead < EARLY:
+            limits = f"{OLDEST} s behind to {EARLY} s ahead"
             raise EngineError(f"{told}, and Flower takes {limits}: set it")
         say(told)
 
@@ -223,14 +222,21 @@ def of_clients(look: Looks, context: Context, plain: dict[str, Any]) -> None:
     with look("data") as say:
         ids = served(context)
         alone, source = own is not None and len(ids) == 1, None if own is None else str(own)
+        wrong = list[str]()
         for client in ids:
             if source is None or plain.get("data", {}).get("objects"):
                 say(f"client {client}")
-            else:
+                continue
+            try:
                 found, _ = read_own(source, client, alone=alone)
-                shapes = ", ".join(f"{n} {list(t.shape[1:])}" for n, t in found.inputs.items())
-                kinds = len(found.target.unique())
-                say(f"client {client}: {len(found)} samples, {shapes}, {kinds} values of target")
+            except FedRacLoraError as error:
+                wrong.append(str(error))
+                continue
+            shapes = ", ".join(f"{n} {list(t.shape[1:])}" for n, t in found.inputs.items())
+            kinds = len(found.target.unique())
+            say(f"client {client}: {len(found)} samples, {shapes}, {kinds} values of target")
+        if wrong:  # all of them at once
+            raise ConfigError("; ".join(dict.fromkeys(wrong)))
         if plain:
             trainer, _ = trainer_for(json.dumps(plain), source, tuple(ids))
             trainer.data.sizes(torch.tensor(ids))  # reads them, as a round does

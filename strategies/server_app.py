@@ -22,7 +22,8 @@ from typing_extensions import override
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, FlowerConfig
 from fedraclora.engines.base import Engine, EngineParts, Grid
-from fedraclora.engines.deploy.grid import DeployGrid, look_again_soon
+from fedraclora.engines.deploy.grid import DeployGrid
+from fedraclora.engines.deploy.pulling import pull_in_time
 from fedraclora.engines.flower.nodes import NodePerClient
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Link
@@ -101,7 +102,7 @@ class OnHosts(Engine):
 
     @override
     def make_grid(self, parts: EngineParts) -> Grid:
-        look_again_soon()
+        pull_in_time()
         name, known = run_id(self.folder), self.known
         return DeployGrid(
             self.flower, self.history, name, self.settings, known=known, ended=self.ended

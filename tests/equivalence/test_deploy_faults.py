@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Error, Message
 from typing_extensions import override
 
-from fedraclora.engines.deploy import silence
+from fedraclora.engines.deploy import grid, silence
+from fedraclora.engines.deploy.pulling import NOT_WHOLE
 from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.errors import ClientError
 from fedraclora.protocol.uplinks import Uplinks
@@ -28,6 +30,7 @@ from tests.campaigns.faults.harms import (
     HARMS,
     Once,
     changed,
+    instead,
     raises,
     replies_twice,
     stays_silent,
@@ -144,6 +147,40 @@ def test_a_message_that_was_lost_on_the_way_is_sent_again(
     deploy([], tmp_path / "well", Network(tmp_path / "other", nodes_for(3)))
     digests = [summary_of(tmp_path / name)["weights_digest"] for name in ("run", "well")]
     assert digests[0] == digests[1]
+
+
+def test_a_reply_of_which_half_came_is_asked_for_again(tmp_path: Path) -> None:
+    """Flower says so when its parts have not come for minutes."""
+    half = instead(Once(at_fault), lambda m: [Message(Error(NOT_WHOLE, "lost"), reply_to=m)])
+    deploy(["engine.retries=0"], tmp_path / "run", Network(tmp_path / "cache", nodes_for(3), half))
+    done = rows(tmp_path / "run")
+    assert done[ROUND]["failures"] == []
+    assert f"client {ONE} was asked again" in str(done[ROUND]["incidents"])
+    deploy([], tmp_path / "well", Network(tmp_path / "other", nodes_for(3)))
+    digests = [summary_of(tmp_path / name)["weights_digest"] for name in ("run", "well")]
+    assert digests[0] == digests[1]
+
+
+def test_a_reply_whose_parts_are_waited_for_until_the_end_costs_no_other_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others' have arrived meanwhile, and are read though the time is over."""
+    clock, looks = [0.0], Counter[int]()
+    monkeypatch.setattr(grid, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def slow(message: Message, call: Callable[[], Message]) -> list[Message]:
+        now = message.metadata.group_id == str(ROUND)
+        looks[k := client(message)] += now
+        if not now or looks[k] > 1:
+            return [call()]
+        clock[0] += 50.0 * (k == ONE)
+        return [Message(Error(NOT_WHOLE, "lost"), reply_to=message)] if k == ONE else []
+
+    network = Network(tmp_path / "cache", nodes_for(3), slow)
+    deploy([*WORDS, "engine.timeout=20", "engine.retries=0"], tmp_path / "run", network)
+    failures = [row["failures"] for row in rows(tmp_path / "run")[1:]]
+    assert failures == [[], [{"client": ONE, "reason": "lost"}], []]
+    check_mean_of_the_rest(tmp_path / "run", network)
 
 
 def test_a_client_that_replies_long_after_the_others_stands_in_the_ledger(

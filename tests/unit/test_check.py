@@ -75,7 +75,7 @@ class Owner:
         self.identity: Identity = make_identity(folder / "keys")
         make_node_key(folder / "node")
         self.key, self.roots = folder / "node", self.identity.certificate
-        self.data, self.cache = str(folder / "data"), folder / "cache"
+        self.data, self.cache, self.clients = str(folder / "data"), folder / "cache", "1"
         Path(self.data).mkdir()
         rng = np.random.default_rng(0)
         x, target = rng.normal(size=(7, 4)).astype(np.float32), np.arange(7) % 3
@@ -111,7 +111,7 @@ class Owner:
             str(self.key),
         ]
         words += ["--root-certificates", str(self.roots)]
-        config = f"partition-id=1 data='{self.data}' cache='{self.cache}'"
+        config = f"partition-ids='{self.clients}' data='{self.data}' cache='{self.cache}'"
         return [*words, "--node-config", config]
 
 
@@ -190,6 +190,18 @@ def test_a_key_that_a_group_of_this_user_may_read_and_another_owns(
     assert "key" not in failing(owner, capsys)
     owner.key.chmod(0o444)
     assert "444" in failing(owner, capsys)["key"]
+
+
+def test_all_files_of_a_node_that_are_broken_are_named_at_once(
+    owner: Owner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner.clients = "1-3"
+    Path(owner.data, "2.npz").write_text("no archive")
+    np.savez(Path(owner.data, "3.npz"), x=np.zeros((7, 4)))
+    found = failing(owner, capsys)
+    assert [*found] == ["data"]
+    assert re.search(r"/2\.npz .*; .*/3\.npz ", found["data"])
+    assert "/1.npz" not in found["data"]
 
 
 def test_files_that_are_missing(owner: Owner, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,15 @@ import re
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPushError,
-    ObjectUnavailableError,
     push_object_contents_from_iterable,
 )
 from flwr.supercore.retry import make_simple_http_retry_invoker
@@ -23,12 +25,11 @@ from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.superlink.grid import http_grid
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.runtime import run_clientapp
-from httpx import ConnectError
+from httpx import ConnectError, HTTPStatusError, Request, Response
 
 from fedraclora.engines.deploy import supernode
-from fedraclora.engines.deploy.grid import PAUSE, look_again_soon
 from fedraclora.engines.deploy.local import SUPERNODE
-from fedraclora.engines.deploy.supernode import Pauses, going_on, patient, put
+from fedraclora.engines.deploy.supernode import EARLY, OLDEST, Pauses, going_on, off, patient, put
 
 
 @pytest.mark.parametrize(
@@ -54,24 +55,7 @@ def test_every_message_passes_what_is_replaced() -> None:
 def test_parts_are_looked_for_with_the_pause_that_is_replaced(module: ModuleType) -> None:
     source = inspect.getsource(module)
     assert len(re.findall(r"= pull_objects\(", source)) == 1
-    assert "backoff" not in source
-
-
-def test_a_server_looks_again_soon_for_parts_of_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_grid, "pull_objects", None)  # and put back after
-    look_again_soon()
-    looks = list[str]()
-
-    def pull(name: str) -> bytes:
-        looks.append(name)
-        if len(looks) == 1:
-            raise ObjectUnavailableError(name)
-        return b"part"
-
-    found = http_grid.pull_objects  # type: ignore[attr-defined]
-    assert found.keywords == {"initial_backoff": PAUSE}
-    assert found(["one"], pull) == {"one": b"part"}
-    assert looks == ["one", "one"]
+    assert not re.findall("backoff|max_t", source)
 
 
 def test_a_part_that_is_refused_keeps_no_other_part_back() -> None:
@@ -108,6 +92,26 @@ def test_a_link_that_breaks_in_a_handshake_ends_no_node(said: str, ends: bool) -
     assert patient(make_simple_http_retry_invoker)().should_giveup(error) is ends
     source = inspect.getsource(fleet_http_connection)
     assert len(re.findall(r"= make_simple_http_retry_invoker\(\)", source)) == 1
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(3700, "ahead of"), (-3700, "behind")])
+@pytest.mark.parametrize(("path", "ends"), [("activate-node", True), ("pull-messages", False)])
+def test_a_node_whose_signatures_are_refused_says_how_far_its_clock_is_off(
+    seconds: int, told: str, path: str, ends: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that has begun is ended by Flower, by a signal."""
+    there = datetime.now(UTC) - timedelta(seconds=seconds)
+    request = Request("POST", f"https://link:8000/v1/fleet/{path}")
+    answer = Response(401, headers={"date": format_datetime(there, usegmt=True)}, request=request)
+    given_up = list[Exception]()
+    retries = SimpleNamespace(should_giveup=given_up.append)
+    found = patient(lambda: retries)().should_giveup(
+        HTTPStatusError("", request=request, response=answer)
+    )
+    assert (found, len(given_up)) == ((True, 0) if ends else (None, 1))
+    assert (EARLY, OLDEST) == (SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE)
+    assert off({"date": format_datetime(datetime.now(UTC), usegmt=True)}) == off({}) == ""
+    assert re.search(rf"clock here is 3[67]\d\d s {told} the SuperLink's", capsys.readouterr().err)
 
 
 def test_a_name_that_is_not_there_is_an_error() -> None:

@@ -6,16 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid as FlowerGrid
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
+from fedraclora.engines.deploy.pulling import PAUSE, in_part, pulled
 from fedraclora.engines.deploy.roster import Roster
 from fedraclora.engines.deploy.silence import Silence
 from fedraclora.engines.post import PostedGrid
@@ -33,7 +32,6 @@ from fedraclora.wire.weight_update import add_weight_update
 Queues = dict[int, list[list[Ask]]]  # of each node the asks of each message that is to go there
 Reply = tuple[str, Message | NoAnswer]  # a reply, with the number of the message it answers
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
-PAUSE = 0.1  # seconds between looks for replies: each is a request
 # Bytes that are asked and answered by one message of several chunks: both ends hold them several
 # times over, and a proxy limits the size of a request.
 MOST = 1 << 25
@@ -148,7 +146,8 @@ class DeployGrid(PostedGrid):
         """
         found, again, silence = list[Answered](), set[str](), Silence(self.roster)
         while waiting:
-            came = came or self._pulled(waiting)
+            last = time.monotonic() > end  # what had arrived by then is read
+            came = came or self._pulled(waiting, end)
             self.incidents += silence.late(
                 [waiting[name].who for name, _ in came if name in waiting]
             )
@@ -164,9 +163,11 @@ class DeployGrid(PostedGrid):
                 if answers is None and name not in again:
                     self.incidents.append(f"{letter.who} was sent every base weight")
                     self.roster.versions[letter.node] = None
-                    letter = self._letter(letter.asks, letter.node, seconds, whole=True)
-                    again.add(new := self._push(letter))
-                    waiting[new] = letter
+                    again.add(self._push_again(letter, waiting, seconds, whole=True))
+                    continue
+                if in_part(reply) and name not in again and seconds > 1:
+                    self.incidents.append(f"{letter.who} was asked again: half a reply came")
+                    again.add(self._push_again(letter, waiting, seconds))
                     continue
                 if answers is None:
                     answers = NoAnswer("it asked for every base weight twice")
@@ -174,7 +175,7 @@ class DeployGrid(PostedGrid):
                     answers = [(ask, answers) for ask in letter.asks]
                 found += answers
                 self._post(letter.node, left or {}, waiting, seconds)
-            if time.monotonic() > end:
+            if last:
                 break
             if waiting and not came:
                 self.wait("all clients had replied")
@@ -182,11 +183,10 @@ class DeployGrid(PostedGrid):
             for name in silence.lost({name: letter.node for name, letter in waiting.items()}):
                 letter = waiting.pop(name)
                 self.incidents.append(f"{letter.who} was sent again what it had not received")
-                letter = self._letter(letter.asks, letter.node, max(1.0, end - time.monotonic()))
-                waiting[self._push(letter)] = letter
+                self._push_again(letter, waiting, max(1.0, end - time.monotonic()))
         return found
 
-    def _pulled(self, waiting: Mapping[str, Letter]) -> list[Reply]:
+    def _pulled(self, waiting: Mapping[str, Letter], end: float) -> list[Reply]:
         """Pull the replies that have arrived, each with the number of the message it answers.
 
         Flower decodes them together: if one is damaged it gives none back, and does not say whose
@@ -199,7 +199,7 @@ class DeployGrid(PostedGrid):
         found = list[Reply]()
         for names in ([name] for name in waiting) if self.one_by_one else [list(waiting)]:
             try:
-                came = list(self.grid.pull_messages(names))
+                came = pulled(self.grid, names, end)
             except UNREADABLE as error:
                 why = printable(str(error))
                 if self.one_by_one:
@@ -231,6 +231,14 @@ class DeployGrid(PostedGrid):
         message = self.message(ask, node, more, seconds)
         message.content = self.wrapped(folded(message.content))
         return Letter(asks, ask, node, message, update.payload_bytes)
+
+    def _push_again(
+        self, letter: Letter, waiting: dict[str, Letter], seconds: float, *, whole: bool = False
+    ) -> str:
+        """Send what a letter asks in a new one; give Flower's number of it."""
+        new = self._letter(letter.asks, letter.node, seconds, whole=whole)
+        waiting[name := self._push(new)] = new
+        return name
 
     def job(self) -> Fields:
         """Say what a client must know beside what it is asked."""
@@ -309,14 +317,3 @@ def _burden(ask: Ask) -> int:
     """Count the bytes of a client in a message and its reply, in the largest case."""
     numbers = 0 if ask.downlink is None else 2 * ask.downlink.layout.size
     return 4 * numbers + (0 if ask.stage is None else ask.stage.length)
-
-
-def look_again_soon() -> None:
-    """Shorten the pause after which Flower looks again for parts of a reply, in this process.
-
-    Flower 1.42 gives a reply out as soon as it is announced, before its parts have come, and then
-    pauses for a second or more; no option changes that.
-    """
-    from flwr.superlink.grid import http_grid
-
-    http_grid.pull_objects = partial(pull_objects, initial_backoff=PAUSE)  # type: ignore[attr-defined]

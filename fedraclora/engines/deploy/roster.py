@@ -15,11 +15,13 @@ from flwr.serverapp import Grid
 
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
+from fedraclora.engines.deploy.pulling import in_part, pulled
 from fedraclora.engines.records import message_bytes
 from fedraclora.engines.replies import FORMAT, UNREADABLE, check_format
 from fedraclora.errors import ClientError, WireError
 from fedraclora.wire.fields import printable, shown, whole
 
+PARTS = 10.0  # seconds for the parts of an answer: it is small
 PATIENCE = 60.0  # seconds for nodes that are there to say whom they serve, once enough have
 
 
@@ -119,9 +121,11 @@ class Roster:
         for question, node in list(self._asked.items()):
             # One by one: Flower gives back none of several replies if one cannot be decoded.
             try:
-                for reply in post.grid.pull_messages([question]):
+                for reply in pulled(post.grid, [question], time.monotonic() + PARTS):
                     del self._asked[question]
                     post.traffic.serialised += message_bytes(reply)
+                    if in_part(reply):  # it is asked again
+                        continue
                     self._introduce(node, *_read(reply))
             except (*UNREADABLE, WireError) as error:
                 self._asked.pop(question, None)

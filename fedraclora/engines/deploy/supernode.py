@@ -24,8 +24,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +41,7 @@ ADDRESS = ("127.0.0.1", "2")  # stands for the socket of this node
 SUPEREXEC, CLIENT_APP = "flower-superexec", "flwr-clientapp"  # Flower's commands
 LONGEST_PATH = 80  # characters of a folder's: that of a socket in it may have 107
 INSTALLED = 1 << 13  # bytes of a digest and a path
+EARLY, OLDEST = 5, 300  # seconds by which Flower lets a clock be ahead, or behind
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
 LEAST = 0.1  # seconds of a pause between looks at a SuperLink: each is a request
 WITHIN = 0.005  # the same in the memory of this process
@@ -221,7 +224,8 @@ def going_on(push: Callable[..., None], refused: type[Exception]) -> Callable[..
 def patient(make: Callable[[], Any]) -> Callable[[], Any]:
     """Let a node try again, too, whose link broke while it made a connection safe.
 
-    Flower takes every error with TLS in its text for a wrong certificate, and ends the node.
+    Flower takes every error with TLS in its text for a wrong certificate, and ends the node. It
+    ends one whose signatures are refused, too; that has its reason here.
 
     Args:
         make: Flower's; it makes what tries again, and asks its ``should_giveup`` about each error.
@@ -232,6 +236,11 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
         gives_up = retries.should_giveup
 
         def should_giveup(error: Exception) -> bool:
+            answer: Any = getattr(error, "response", None)
+            if getattr(answer, "status_code", 0) == 401 and (told := off(answer.headers)):
+                sys.stderr.write(f"{told}\n")
+                if answer.request.url.path.endswith("/activate-node"):
+                    return True  # Flower ends a node that has begun, and says nothing
             broke = "handshake operation timed out" in str(error) or "EOF" in str(error)
             return not broke and gives_up(error)
 
@@ -239,6 +248,23 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
         return retries
 
     return made
+
+
+def off(headers: Mapping[str, str]) -> str:
+    """Say by how much the clock here is off, if Flower refuses signatures for that; else nothing.
+
+    Args:
+        headers: Of an answer; the date is that of the SuperLink's clock.
+    """
+    there = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
+    ahead = (datetime.now(UTC) - there).total_seconds()
+    if -OLDEST < ahead < EARLY:
+        return ""
+    told = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's"
+    return (
+        f"the SuperLink refuses what this node signs: the clock here is {told}, and Flower takes "
+        f"{OLDEST} s behind to {EARLY} s ahead: set it"
+    )
 
 
 def end_with_parent() -> None:

@@ -129,23 +129,23 @@ def changed(harm: Harm, guilty: Guilty) -> Fault:
 
 def raises(guilty: Guilty) -> Fault:
     """Reply with an error."""
-    return _instead(guilty, lambda m: [Message(Error(2, "OSError: no disk"), reply_to=m)])
+    return instead(guilty, lambda m: [Message(Error(2, "OSError: no disk"), reply_to=m)])
 
 
 def is_misconfigured(guilty: Guilty) -> Fault:
     """Reply with an error that in a simulation would be everyone's."""
-    return _instead(guilty, lambda m: [Message(Error(1000, "ConfigError: no file"), reply_to=m)])
+    return instead(guilty, lambda m: [Message(Error(1000, "ConfigError: no file"), reply_to=m)])
 
 
 def stays_silent(guilty: Guilty) -> Fault:
     """Never reply."""
-    return _instead(guilty, lambda _: [])
+    return instead(guilty, lambda _: [])
 
 
 def cannot_settle(guilty: Guilty) -> Fault:
     """Ask for every base weight, again and again."""
     stale = ConfigRecord({"held": 0})
-    return _instead(guilty, lambda m: [Message(RecordDict({STALE: stale}), reply_to=m)])
+    return instead(guilty, lambda m: [Message(RecordDict({STALE: stale}), reply_to=m)])
 
 
 def trains_and_stays_silent(guilty: Guilty) -> Fault:
@@ -181,7 +181,8 @@ def replies_twice(guilty: Guilty) -> Fault:
     return fault
 
 
-def _instead(guilty: Guilty, say: Callable[[Message], list[Message]]) -> Fault:
+def instead(guilty: Guilty, say: Callable[[Message], list[Message]]) -> Fault:
+    """Say something else to what is guilty."""
     return lambda message, call: say(message) if guilty(message) else [call()]
 
 
