@@ -56,7 +56,7 @@ class RunRequest:
         Args:
             plain: The config.
             folder: The local run folder, absolute.
-            engine: What the command is for, also where a run goes on that began elsewhere.
+            engine: To go on with where a run began on another one.
             kind: The name of the command, and of the engine that it runs with.
             there: Where the server writes.
             resume: Whether to go on with the run in the folder.
@@ -64,7 +64,8 @@ class RunRequest:
         Raises:
             FedRacLoraError: Whatever is wrong with what is asked for.
         """
-        plain = {**plain, "engine": engine}
+        if section(plain, "engine").get("name") != kind:
+            plain = {**plain, "engine": engine}
         output = {**section(plain, "output"), "dir": str(there)}
         config = config_from_text(json.dumps({**plain, "output": output}), began=resume)
         if (name := config.engine.name) != kind:

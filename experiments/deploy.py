@@ -58,9 +58,8 @@ def prepare(words: Sequence[str], local: int | None) -> RunRequest:
     plain, folder, resume = choose(asked, typed, None)
     check_own(plain, [], local)  # of a run to go on with
     folder, engine = folder.resolve(), section(asked, "engine")
-    if resume and "engine.folder" not in typed:
-        engine["folder"] = section(plain, "engine").get("folder")
-    there = folder if local else engine.get("folder") or f"~/fedraclora/{folder.name}"
+    told = section(plain, "engine").get("folder") or engine.get("folder")
+    there = folder if local else told or f"~/fedraclora/{folder.name}"
     return RunRequest.of(plain, folder, engine, "deploy", there=there, resume=resume)
 
 
@@ -185,7 +184,7 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
                 else:
                     tail.append(line)
         except KeyboardInterrupt:
-            progress.say(f"stopping run {number}")
+            progress.stopping(f"run {number}")
             connection.stop(number)
             raise
     status = connection.status(number)

@@ -80,6 +80,11 @@ class RunProgress(Callback):
         self._news = time.monotonic()
         self._write(text)
 
+    def stopping(self, what: str) -> None:
+        """Say that something is being stopped, and no longer that a round goes on."""
+        self._doing = f"stopping {what}"
+        self.say(self._doing)
+
     def _write(self, text: str) -> None:
         if self.shown:
             self.console.print(text, soft_wrap=True)

@@ -84,7 +84,8 @@ def import_object(key: str, name: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"{key} is {name!r}, which cannot be imported here ({error}): the module must lie in "
-            f"the working folder ({here}) or be installed for the Python that runs this"
+            f"the working folder ({here}) or in one of PYTHONPATH, or be installed for the Python "
+            "that runs this"
         ) from error
     except Exception as error:
         raise ConfigError(f"{key} is {name!r}, and {failure_of(error, 'importing it')}") from error

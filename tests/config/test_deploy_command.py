@@ -114,6 +114,18 @@ def test_the_server_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert asked.plain["output"]["dir"] == f"{tmp_path}/run"  # type: ignore[index]
 
 
+def test_a_run_goes_on_with_the_patience_that_it_began_with(tmp_path: Path) -> None:
+    """However many clients are enough, and where its server keeps it; unless it is typed anew."""
+    sizes = [*SMALL, "clients=3", "cohort=3", f"output.dir={tmp_path}/run"]
+    own = ["engine.min_clients=1", "engine.timeout=7", "engine.folder=/srv/run"]
+    began = deploy.prepare([*sizes, *own], None)
+    with Record(began.folder, began.plain, resume=False) as record:
+        record.take(ROWS[0])
+    found = deploy.prepare([f"resume={tmp_path}/run", "engine.timeout=8"], None).config
+    assert (found.engine.min_clients, found.engine.timeout) == (1, 8)  # type: ignore[union-attr]
+    assert found.output.dir == "/srv/run"
+
+
 class Elsewhere(Connection):
     """A SuperLink that tells of a run what a test wants."""
 

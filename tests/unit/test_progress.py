@@ -69,6 +69,9 @@ def test_a_run_that_has_no_news_says_what_it_is_at(
         bar.row(row(3))
         while not said("still closing, "):
             pass
+        bar.stopping("run 7")
+        while not said("still stopping run 7, "):
+            pass
 
 
 def test_nothing_is_shown_that_is_not_to_be(capsys: pytest.CaptureFixture[str]) -> None:
