@@ -1,11 +1,12 @@
 """Faults of networks and hosts, by the hundred, in a deployment on hosts of their own.
 
-``python -m tests.campaigns.network_faults out=DIR [faults=200] [seed=0] [faketime=LIBRARY]``: one
-run of a SuperLink and three nodes, each on a host of a bed (`tests.hosts`). Links are cut in the
-middle of a message, crawl and come back; hosts move, stop, and have no room; the SuperLink and its
-host are killed, and the run is resumed; with Debian's ``libfaketime`` nodes have clocks that are
-minutes and an hour off. The final weights must be, bit for bit, those of a run in one process that
-leaves out whom the ledger names, and no round may last longer than its time-outs.
+``python -m tests.campaigns.network_faults out=DIR [faults=200] [seed=0] [faketime=LIBRARY]``: runs
+of a SuperLink and four nodes, each on a host of a bed (`tests.hosts`), with 50 faults each. Links
+are cut in the middle of a message, crawl and come back; hosts move, stop, and have no room; in each
+run the SuperLink, or its whole host, is killed, and the run is resumed; with Debian's
+``libfaketime`` nodes of one more run have clocks that are minutes and an hour off. The final
+weights must be, bit for bit, those of a run in one process that leaves out whom the ledger names,
+and no round may last longer than its time-outs. Runs whose results are in DIR are not run again.
 """
 
 from __future__ import annotations
@@ -24,28 +25,34 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.words import key_values
 from fedraclora.run.folder import provenance
-from tests.campaigns.faults.links import CACHE, KINDS, RATE, ROOM, Fault, drawn
+from tests.campaigns.faults.links import CACHE, KINDS, RATE, ROOM, Fault, drawn, move
 from tests.campaigns.faults.network import SMALL
 from tests.campaigns.faults.trials import absent, final_weights
 from tests.common import summary_of
 from tests.hosts import Bed
-from tests.hosts.deployment import Deployment, wait_for
+from tests.hosts.deployment import HOME, Deployment, wait_for
 
 # Weights whole both ways: a message has 100 kB.
 WORDS = ["method=fedavg", "model.hidden=[256]", "engine.min_clients=1", "engine.retries=3"]
+NODES, TOGETHER = 4, 50  # nodes, and faults of a run
+WORDS += [f"clients={NODES}", f"cohort={NODES}"]
+REPLACED = {word.split("=")[0] for word in ("rounds=", *WORDS)}
 TIMEOUT, WAIT = 100.0, 300.0
 SLACK = 60.0  # seconds of a round that no time-out is said for, on a busy machine
 PATIENCE = 1800.0
 CLOCKS = ("+240", "-240", "+3600", "-3600")
 KEY_REFUSED = 60.0  # seconds after a node was killed
+RIGHT = "same weights"
 AWAY = 20.0  # seconds after which a node that was away must stand in the ledger
+
+Said = dict[str, object]
 
 
 class Campaign:
     """One run, and what happens meanwhile.
 
     Args:
-        bed: Four hosts.
+        bed: Its hosts.
         rounds: Of the run.
     """
 
@@ -54,12 +61,12 @@ class Campaign:
             owner.own(CACHE, ROOM)
         self.deployment = Deployment(bed)
         self.rounds, self.came = rounds, list[Fault]()
-        self.words = [w for w in SMALL if not w.startswith("rounds")] + WORDS
-        self.words += [f"rounds={rounds}"]
+        self.words = [w for w in SMALL if w.split("=")[0] not in REPLACED]
+        self.words += [*WORDS, f"rounds={rounds}"]
         more = [f"engine.timeout={TIMEOUT:g}", f"engine.wait={WAIT:g}"]
         more += ["output.progress=false", "output.checkpoint_every=1"]
         self.run = self.deployment.begin([*self.words, *more])
-        self.deployment.until(1)
+        self.deployment.until(1, PATIENCE)
         self.usual = 10.0
         self.lasted: dict[int, float] = {}
 
@@ -96,35 +103,44 @@ class Campaign:
         print(f"{len(self.came)}: round {at}, {kind}", flush=True)
 
     def restart_link(self, *, host: bool) -> None:
-        """Kill the SuperLink, or its whole host; start it on its database, and resume."""
-        at = len(self.deployment.rows())
-        self.deployment.server.kill() if host else self.deployment.link.kill()
+        """Kill the SuperLink, or its whole host, which moves; start it again, and resume."""
+        at, server = len(self.deployment.rows()), self.deployment.server
+        if host:
+            server.kill()
+            move(server)
+        else:
+            self.deployment.link.kill()
         self.deployment.link.wait()
         self.deployment.link = self.deployment.start_link()
         self.run.wait(PATIENCE)
         self.run = self.deployment.begin([], resume=True)
         self.deployment.until(at, PATIENCE)
-        self.note("the host of the server is killed" if host else "the SuperLink is killed", -1, at)
+        self.note(
+            "the server's host is killed, and moves" if host else "the SuperLink is killed", -1, at
+        )
 
-    def shift_clock(self, client: int, seconds: str, library: Path) -> None:
-        """Start a node again whose clock is so many seconds off; then as it was."""
-        deployment, owner = self.deployment, self.deployment.owners[client]
-        shutil.copy(library, owner.path("faketime.so"))
-        wrong = {"LD_PRELOAD": "/tmp/home/faketime.so", "FAKETIME": seconds}
-        for added in ({**wrong, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}, {}):
-            deployment.added[client] = added
+    def shift_clocks(self, library: Path) -> None:
+        """Start nodes again whose clocks are off; then as they were."""
+        deployment = self.deployment
+        for added in ({"FAKETIME_DONT_FAKE_MONOTONIC": "1"}, None):
             at = len(deployment.rows())
-            owner.kill()
+            for client, seconds in enumerate(CLOCKS):
+                owner = deployment.owners[client]
+                if added:
+                    shutil.copy(library, owner.path("faketime.so"))
+                wrong = {"LD_PRELOAD": f"{HOME}/faketime.so", "FAKETIME": seconds}
+                deployment.added[client] = {} if added is None else {**wrong, **added}
+                owner.kill()
             end = time.monotonic() + KEY_REFUSED + 30
             while time.monotonic() < end and not self.over:
                 deployment.supervise()
                 time.sleep(1)
             if not self.over:
                 deployment.until(len(deployment.rows()), PATIENCE)
-            if added:
+            for client, seconds in enumerate(CLOCKS if added else ()):
                 self.note(f"its clock is {seconds} s off", client, at)
 
-    def verdicts(self) -> list[dict[str, object]]:
+    def verdicts(self) -> list[Said]:
         """Wait for the end, and say of each fault what came of it."""
         wait_for(lambda: self.run.poll() is not None, "the end of the run", PATIENCE)
         rows = {int(str(row["round"])): row for row in self.deployment.rows()[1:]}
@@ -132,14 +148,16 @@ class Campaign:
             at: {f["client"]: f["reason"] for f in row["failures"]} for at, row in rows.items()
         }  # type: ignore[attr-defined]
         found = summary_of(self.deployment.server.path("there"))["weights_digest"]
-        wanted = final_weights(self.words, absent({at: list(m) for at, m in missing.items()}))
+        wanted = final_weights(
+            self.words, absent({at: list(m) for at, m in missing.items()}), NODES
+        )
         said = []
         for fault in self.came:
             at, last = fault.round_ or 0, fault.ended or self.rounds
             here = range(at, min(last, self.rounds) + 1)
             reasons = [missing[r][fault.client] for r in here if fault.client in missing.get(r, {})]
             notes = [str(n) for r in here for n in rows[r].get("incidents", ()) if names(n, fault)]  # type: ignore[attr-defined]
-            verdict = "same weights" if found == wanted else "other final weights"
+            verdict = RIGHT if found == wanted else "other final weights"
             longest = max((self.lasted.get(r, 0.0) for r in here), default=0.0)
             if longest > (3 + 1) * TIMEOUT + WAIT + SLACK:
                 verdict = f"a round took {longest:.0f} s"
@@ -161,7 +179,7 @@ def names(note: object, fault: Fault) -> bool:
     return f"client {fault.client} " in text or f'"client": {fault.client}' in text
 
 
-def table(said: Sequence[dict[str, object]]) -> str:
+def table(said: Sequence[Said]) -> str:
     """Write what came of the faults, one row for each kind."""
     lines = [
         "| fault | injected | ended right | left out | seconds (median, most) | reason, once |"
@@ -171,39 +189,40 @@ def table(said: Sequence[dict[str, object]]) -> str:
         mine = [s for s in said if s["kind"] == kind]
         if not mine:
             continue
-        right = sum(s["verdict"] == "same weights" for s in mine)
+        right = sum(s["verdict"] == RIGHT for s in mine)
         lost = [s["lost"][0] for s in mine if s["lost"]]  # type: ignore[index]
         seconds = sorted(float(str(s["seconds"])) for s in mine)
         took = f"{seconds[len(seconds) // 2]:.0f}, {seconds[-1]:.0f}"
         reason = str(lost[0])[:100].replace("|", "/").replace("\n", " ") if lost else ""
         lines.append(f"| {kind} | {len(mine)} | {right} | {len(lost)} | {took} | {reason} |")
-    right = sum(s["verdict"] == "same weights" for s in said)
+    right = sum(s["verdict"] == RIGHT for s in said)
     lines.append(f"| **all** | **{len(said)}** | **{right}** | | | |")
     reasons = Counter(str(r)[:80] for s in said for r in s["lost"])  # type: ignore[attr-defined]
     return "\n".join([*lines, "", *(f"- {n} times: {r}" for r, n in reasons.most_common()), ""])
 
 
-def campaign(folder: Path, number: int, seed: int, library: Path | None) -> list[dict[str, object]]:
+def sitting(folder: Path, k: int, number: int, seed: int, clocks: Path | None) -> list[Said]:
     """Inject so many faults into one run; say what came of each."""
-    rng = np.random.default_rng(seed)
-    with Bed(4, rate=RATE) as bed:
-        run = Campaign(bed, rounds=number // 6 + 12 + 3 * len(CLOCKS if library else ()))
+    rng = np.random.default_rng([seed, k])
+    with Bed(NODES + 1, rate=RATE) as bed:
+        run = Campaign(bed, rounds=number // (2 * NODES) + 4 + 30 * (clocks is not None))
         try:
             acts = list(drawn(rng, run.deployment, number))
-            for k, faults in enumerate(acts):
-                if k in (len(acts) // 3, 2 * len(acts) // 3):
-                    run.restart_link(host=k > len(acts) // 2)
+            print([len(faults) for faults in acts], flush=True)
+            for act, faults in enumerate(acts):
                 for fault in faults:
                     fault.counters = fault.host.sent(), fault.host.received()
                 run.inject(faults)
-            for k, seconds in enumerate(CLOCKS if library else ()):
-                run.shift_clock(k % 3, seconds, library)  # type: ignore[arg-type]
+                if act == len(acts) // 2:
+                    run.restart_link(host=k % 2 == 1)
+            if clocks is not None:
+                run.shift_clocks(clocks)
             return run.verdicts()
         finally:
             for host in bed:
                 for log in host.path("").glob("*.log"):
-                    shutil.copy(log, folder / f"{host.name}-{log.name}")
-            shutil.copytree(run.deployment.server.path("there"), folder / "run")
+                    shutil.copy(log, folder / f"{k}-{host.name}-{log.name}")
+            shutil.copytree(run.deployment.server.path("there"), folder / f"run{k}")
 
 
 @reported
@@ -213,16 +232,22 @@ def main(words: Sequence[str] | None = None) -> int:
     if "out" not in group or group.keys() - {"out", "faults", "seed", "faketime"}:
         raise ConfigError("network_faults takes out=DIR, faults=NUMBER, seed= and faketime=LIBRARY")
     folder = Path(str(group["out"]))
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     library = Path(str(group["faketime"])).resolve(strict=True) if "faketime" in group else None
     number, seed = int(str(group.get("faults", 200))), int(str(group.get("seed", 0)))
-    said = campaign(folder, number, seed, library)
-    (folder / "campaign.jsonl").write_text("".join(json.dumps(s) + "\n" for s in said))
-    (folder / "table.md").write_text(table(said))
+    parts = [min(TOGETHER, number - begun) for begun in range(0, number, TOGETHER)]
+    acts = [*((part, None) for part in parts), *([(0, library)] if library else [])]
+    said = list[Said]()
+    for k, (faults, clocks) in enumerate(acts):
+        if not (results := folder / f"campaign{k}.jsonl").is_file():
+            found = sitting(folder, k, faults, seed, clocks)
+            results.write_text("".join(json.dumps(s) + "\n" for s in found))
+        said += map(json.loads, results.read_text().splitlines())
+        (folder / "table.md").write_text(table(said))
     facts = {"faults": len(said), **provenance()}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(table(said))
-    return int(any(s["verdict"] != "same weights" for s in said))
+    return int(any(s["verdict"] != RIGHT for s in said))
 
 
 if __name__ == "__main__":

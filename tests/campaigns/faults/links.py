@@ -75,7 +75,8 @@ KINDS: dict[str, tuple[Callable[[Host], Undo], str, float, float]] = {
     "cut for 80 s": (cut, "received", 80, 80),
     "the server is cut": (cut, "", 2, 6),
 }
-RARE = {"cut for 20 s": 6, "cut for 80 s": 2, "the server is cut": 8, "moves at any time": 16}
+RARE = {"cut for 20 s": 2, "cut for 80 s": 1, "the server is cut": 2, "moves at any time": 3}
+AT_ONCE = 3
 
 
 @dataclass
@@ -129,20 +130,23 @@ class Fault:
 
 
 def drawn(rng: np.random.Generator, deployment: Deployment, number: int) -> Iterator[list[Fault]]:
-    """Yield what happens in each round: two things to every node, or one of them to the server."""
+    """Yield what happens in each round: to every node up to `AT_ONCE` things, each another."""
     common = [kind for kind in KINDS if kind not in RARE]
-    bag = [kind for kind, times in RARE.items() for _ in range(times)]
+    bag = [kind for kind, times in RARE.items() for _ in range(times)][:number]
     bag += [common[k % len(common)] for k in range(number - len(bag))]
     bag = [bag[k] for k in rng.permutation(len(bag))]
     while bag:
-        here = [bag.pop() for _ in range(min(len(bag), 2 * len(deployment.owners)))]
-        faults = []
-        for k, kind in enumerate(here):
-            client = k % len(deployment.owners)
-            _, _, least, most = KINDS[kind]
-            server = kind == "the server is cut"
-            host = deployment.server if server else deployment.owners[client]
-            seconds = rng.uniform(least, most)
-            faults.append(Fault(kind, -1 if server else client, host, rng.random(), seconds))
-            faults[-1].counters = host.sent(), host.received()
+        faults = list[Fault]()
+        for client, owner in enumerate(deployment.owners):
+            mine = list[str]()
+            for kind in bag:
+                done = [KINDS[each][0] for each in mine]
+                if len(mine) < AT_ONCE and KINDS[kind][0] not in done:
+                    mine.append(kind)
+            for kind in mine:
+                bag.remove(kind)
+                server = kind == "the server is cut"
+                host = deployment.server if server else owner
+                seconds = rng.uniform(*KINDS[kind][2:])
+                faults.append(Fault(kind, -1 if server else client, host, rng.random(), seconds))
         yield faults
