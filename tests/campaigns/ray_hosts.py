@@ -289,10 +289,12 @@ def lose_the_head(rounds: int, driver: int, *, together: bool) -> tuple[str, dic
             f"checkpoint of round {load_checkpoint(run.folder / 'checkpoint')[1]['round']}: {words}"
         )
         kept = run.folder.rename(Path(tempfile.gettempdir()) / f"h{os.getpid()}")
-    with cluster() as bed:
-        kept.rename(bed[driver].path("run"))
-        run = Run(bed, driver, rounds, resume=True)
-        return left, finish(run.process, run.folder)  # type: ignore[arg-type]
+        for host in bed:
+            host.kill()
+        with cluster() as new:  # the old bed holds its addresses
+            kept.rename(new[driver].path("run"))
+            run = Run(new, driver, rounds, resume=True)
+            return left, finish(run.process, run.folder)  # type: ignore[arg-type]
 
 
 def traffic(rounds: int) -> tuple[Table, str]:
