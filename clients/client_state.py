@@ -14,10 +14,10 @@ from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.extras import KEEPERS
-from fedraclora.training.gradients import mean_gradients
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import begin_moments, blank_moments
+from fedraclora.training.optimiser import mean_gradients
 from fedraclora.tree import Tree, wide
 from fedraclora.wire.exchange import TrainRequest
 from fedraclora.wire.feedback import blank_residues

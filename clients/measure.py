@@ -14,12 +14,11 @@ import torch
 from fedraclora.clients.client_state import restore
 from fedraclora.data.samples import ClientData, Samples, TableRows
 from fedraclora.errors import WireError
-from fedraclora.evaluation.clients import AFTER, ClientMeasure
-from fedraclora.evaluation.summed import SummedMeasure, write_sizes
+from fedraclora.evaluation.clients import AFTER, ClientMeasure, SummedMeasure, write_sizes
 from fedraclora.protocol.method import Downlink
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.standing import standing_weights
+from fedraclora.training.materialise import standing_weights
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.exchange import Answer, Ask, TrainRequest
 from fedraclora.wire.secagg import Words

@@ -18,8 +18,7 @@ from fedraclora.clients.worker import Worker
 from fedraclora.engines.records import APART, PART, folded, from_records, to_records, unfolded
 from fedraclora.engines.replies import STALE, check_format, failed
 from fedraclora.errors import StaleError, WireError
-from fedraclora.weights.job import read_settings
-from fedraclora.weights.replica import FolderReplica
+from fedraclora.weights.replica import FolderReplica, read_settings
 from fedraclora.wire.records import clients_of, read_tree, tree_record
 
 
@@ -71,7 +70,7 @@ def clerk_of(folder: str) -> Clerk:
     """Build data and model of a run, once in each process.
 
     Args:
-        folder: Of a `fedraclora.weights.job.JobFolder`.
+        folder: Of a `fedraclora.weights.replica.JobFolder`.
     """
     trainer, terms = node.built_from(read_settings(Path(folder)))
     replica = FolderReplica(Path(folder), trainer.plan, trainer.device)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fedraclora.aggregation.statistics import shortened
+from fedraclora.aggregation.robust import shortened
 from fedraclora.clients.client_state import keep, restore
 from fedraclora.clients.measure import Measurer
 from fedraclora.clients.secure import MEASUREMENTS, answer_stage, masked_vectors, of_updates

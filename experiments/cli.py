@@ -9,9 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 from fedraclora.errors import unknown
-from fedraclora.experiments import completion
-from fedraclora.experiments.interrupt import at_once, in_order
-from fedraclora.experiments.status import printing, reported
+from fedraclora.experiments import words as typed
+from fedraclora.experiments.status import at_once, in_order, printing, reported
 
 # Written by `experiments.pages`: what is printed first waits for no library.
 USAGE = Path(__file__).with_name("usage.txt")
@@ -20,7 +19,7 @@ COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", 
 COMMANDS += ("predict", "export")
 COMMANDS += ("compact", "report", "study", "theory", "init", "bench")
 # Commands that are a folder, and the module in it that runs them.
-FOLDERS = dict.fromkeys(("bench", "study", "theory"), ".command") | {"report": ".page"}
+FOLDERS = {"bench": ".command", "theory": ".command", "study": ".run", "report": ".page"}
 
 
 @printing()
@@ -37,8 +36,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if words[0] == "--version":
         print(f"fedraclora {metadata.version('fedraclora')}")
         return
-    if words[0] in completion.FLAGS:
-        if asked := completion.asked(words[1:], COMMANDS):
+    if words[0] in typed.FLAGS:
+        if asked := typed.asked(words[1:], COMMANDS):
             sys.argv = ["fedraclora", *asked]
             importlib.import_module("fedraclora.experiments.simulate").compose_and_run()
         return
@@ -52,7 +51,7 @@ def explain(words: Sequence[str]) -> int:
     """Print the keys of the choices and sections among some words; the help text if none is."""
     from fedraclora.experiments.choices import groups, keys_of, section_keys, sections
 
-    folders = [Path(name) for _, name in completion.part_folders(words)[0] if name]
+    folders = [Path(name) for _, name in typed.part_folders(words)[0] if name]
     found: dict[str, None] = {}  # each once, in their order
     for word in words:
         key, mark, name = word.lstrip("+").partition("=")

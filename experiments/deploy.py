@@ -33,7 +33,8 @@ from fedraclora.experiments.simulate import choose, shows_composed
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.words import NODES, check_word, key_values
 from fedraclora.imports import is_function
-from fedraclora.run.folder import alone, amend, begin_folder, method_label, run_title
+from fedraclora.run.callback import method_label, run_title
+from fedraclora.run.folder import alone, amend, begin_folder
 from fedraclora.run.ledger import Ledger
 from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 from fedraclora.temporary import PrivateFolder

@@ -38,7 +38,7 @@ class Settings:
 def draw(W: Tree, t: int, run: Settings) -> Tree:
     """Draw A_t [r, n] of each weight [m, n], with orthonormal rows: everybody can, by its seed.
 
-    `factors` of `strategies/fed_rac_lora.py` asks for it; `fedraclora/sketch/draw.py` draws.
+    `factors` of `strategies/fed_rac_lora.py` asks for it; `fedraclora/sketch/__init__.py` draws.
     """
     A = {}
     for name, w in W.items():

@@ -27,7 +27,7 @@ from fedraclora.config.unread import unknown_key
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.experiments import CONF
 from fedraclora.experiments.choices import choice, groups
-from fedraclora.experiments.completion import part_folders
+from fedraclora.experiments.words import part_folders
 from fedraclora.strategies import METHODS
 from fedraclora.weights.files import flatten
 

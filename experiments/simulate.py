@@ -24,7 +24,6 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError
 from fedraclora.experiments import CONF
-from fedraclora.experiments.interrupt import in_order
 from fedraclora.experiments.overrides import (
     flags_first,
     in_plain_words,
@@ -35,10 +34,10 @@ from fedraclora.experiments.overrides import (
 from fedraclora.experiments.progress import RunProgress, console_for_tables, size
 from fedraclora.experiments.resume import go_on, is_done, told_how_to_go_on
 from fedraclora.experiments.run_files import ROUNDING_ERRORS
-from fedraclora.experiments.status import composing, reported, tell
+from fedraclora.experiments.status import composing, in_order, reported, tell
 from fedraclora.protocol.uplinks import calmer
-from fedraclora.run.callback import Callback
-from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
+from fedraclora.run.callback import Callback, method_label
+from fedraclora.run.folder import read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, metrics_of, number
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute

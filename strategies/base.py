@@ -27,7 +27,7 @@ from fedraclora.strategies.server.quantised import DownlinkRounding
 from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
 from fedraclora.strategies.server.rows import Cost, fleet_columns, ledger_row
 from fedraclora.training.localconfig import effective_step
-from fedraclora.training.standing import standing
+from fedraclora.training.materialise import standing
 from fedraclora.tree import point_at
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.update import BaseWeights

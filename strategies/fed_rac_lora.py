@@ -18,7 +18,7 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
   group, where groups have equal weights. With fewer clients than groups some parts stay zero.
 - ``server_lr = eta``: W <- W + eta (mean of the clients' weights - W), biases and head included.
 - ``first=gradient``: a round more, which finds the factor of the first link
-  (`fedraclora.strategies.shared.gradient_first`), by which the same step size goes further.
+  (`fedraclora.strategies.shared.initials`), by which the same step size goes further.
 - Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n); the
   rest of a carried factor, which it downloads whole, stays as it is
   (`fedraclora.protocol.rank_budgets`). Exact.
@@ -45,8 +45,8 @@ from fedraclora.protocol.method import Cohort, Draw, Traits
 from fedraclora.rng import generator
 from fedraclora.sketch import Blocks, SketchSpec
 from fedraclora.strategies.shared import past
-from fedraclora.strategies.shared.drawn import Asymmetric, Side
-from fedraclora.strategies.shared.gradient_first import GradientFirst, full_factor
+from fedraclora.strategies.shared.factors import Asymmetric, Side
+from fedraclora.strategies.shared.initials import GradientFirst, full_factor
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
 

@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 

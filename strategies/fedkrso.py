@@ -27,7 +27,7 @@ from typing_extensions import override
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan, Traits
 from fedraclora.sketch import Sketch
-from fedraclora.strategies.shared.drawn import Asymmetric
+from fedraclora.strategies.shared.factors import Asymmetric
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 

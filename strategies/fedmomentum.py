@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from fedraclora.lowrank.algebra import padded_to, truncated_product
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 

@@ -32,7 +32,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Limit
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 Strength = Annotated[float, Limit("a number in (0, 1]", lambda value: 0 < value <= 1)]

@@ -27,7 +27,7 @@ from typing_extensions import override
 from fedraclora.lowrank.algebra import Product, fix_signs
 from fedraclora.protocol.link import Term, matrices
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.drawn import Drawn
+from fedraclora.strategies.shared.factors import Drawn
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from fedraclora.lowrank.algebra import balanced_factors
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 

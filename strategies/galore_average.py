@@ -15,7 +15,7 @@
 - Source: Mahla, Jadhav and Ramakrishnan, *Why gradient subspace? Identifying and mitigating LoRA's
   bottlenecks in federated fine-tuning of large language models*, arXiv 2410.23111; GaLore: Zhao et
   al., ICML 2024, arXiv 2403.03507.
-- Departures: those of `fedraclora.training.galore` from GaLore's code: Adam's eps and decay are
+- Departures: those of `fedraclora.training.moments` from GaLore's code: Adam's eps and decay are
   torch's, square matrices are projected from the left (there from the right), directions that the
   gradient has not are left out, P's signs are fixed. ``scale`` is 1, where GaLore pretrains with
   0.25.

@@ -25,23 +25,23 @@ from fedraclora.evaluation.metrics import lower_of
 from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
 from fedraclora.protocol.plan import frozen_layers, some_of, thawed
-from fedraclora.run.by_clients import read_clients, together
-from fedraclora.run.callback import Begin, Callback
+from fedraclora.run.callback import Begin, Callback, run_title
 from fedraclora.run.digests import check_data
 from fedraclora.run.folder import (
     alone,
     amend,
     begin_folder,
+    forget_stop,
     has_checkpoint,
     is_finished,
+    note_stop,
     read_config,
     read_summary,
-    run_title,
     withdrawn,
     write_summary,
 )
 from fedraclora.run.ledger import known_mean, read_ledger, round_seconds
-from fedraclora.run.stopped import forget_stop, note_stop
+from fedraclora.run.recorder import read_clients, together
 from fedraclora.strategies.assembly import Assembled, assemble_with
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.callbacks import Stopping

@@ -24,7 +24,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.drawn import Drawn
+from fedraclora.strategies.shared.factors import Drawn
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 

@@ -21,13 +21,13 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.data.dataset import Read
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.evaluation.evaluate import evaluate_task
-from fedraclora.evaluation.predict import Prediction, predict
+from fedraclora.evaluation.evaluate import Prediction, evaluate_task, predict
 from fedraclora.models.built import check_fit, dequantise
 from fedraclora.models.outputs import refuse_outputs
-from fedraclora.run.by_clients import Columns
-from fedraclora.run.folder import refuse_full, run_title
+from fedraclora.run.callback import run_title
+from fedraclora.run.folder import refuse_full
 from fedraclora.run.ledger import Row
+from fedraclora.run.recorder import Columns
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import Tree

@@ -33,7 +33,7 @@ from fedraclora.run.ledger import Row, headline, number
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.tree import Tree
-from fedraclora.weights.job import JobFolder
+from fedraclora.weights.replica import JobFolder
 from fedraclora.weights.update import WeightHistory
 
 log = logging.getLogger("flwr")  # the log that Flower streams to its user

@@ -9,7 +9,7 @@ adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f
     left:  B = [c K, F] likewise, K of left singular vectors; clients train A
 
 Each link turns the basis by the gradient once: subspace iteration with a warm start, along the
-chain. The first link is drawn, or has its K from the gradient (`strategies.shared.gradient_first`).
+chain. The first link is drawn, or has its K from the gradient (`strategies.shared.initials`).
 With ``pairs`` all other even links are drawn: each pair is one randomised range finder. With
 ``fresh = 1`` these are Fed-RAC-LoRA's links, of sides by turns.
 
@@ -47,7 +47,7 @@ from fedraclora.protocol.method import Downlink, Link, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.shared import past
-from fedraclora.strategies.shared.gradient_first import GradientFirst
+from fedraclora.strategies.shared.initials import GradientFirst
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
 

@@ -32,7 +32,7 @@ from fedraclora.limits import Chance, Positive
 from fedraclora.protocol.method import Plan, Traits
 from fedraclora.protocol.plan import Ranks
 from fedraclora.rng import generator
-from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedraclora.clients.engines import engine_of
 from fedraclora.rng import generator, torch_normal
+from fedraclora.strategies.assembly import assemble_with
+
+# A run put together, on the engine that its config names.
+assemble = partial(assemble_with, engine_of=engine_of)
 
 
 def normal(*shape: int, seed: int = 0, key: str | int = "x") -> torch.Tensor:

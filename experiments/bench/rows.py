@@ -1,4 +1,7 @@
-"""The rows of the table that run in this process, by name."""
+"""The rows of the table that run in this process, by name.
+
+Their yardstick is one low-rank adapter trained on the samples of the whole cohort (`Central`).
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,229 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from typing_extensions import override
 
+from fedraclora.data.task import LOSSES, Task, forward
+from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.experiments.bench import late
-from fedraclora.experiments.bench.central import Central, OwnLoop, PeftLoop, PlainLoop
 from fedraclora.experiments.bench.runs import (
     RAY_WORKERS,
     BenchRow,
     federated_row,
     lapped,
+    opened,
     ray_settings,
+    trainer_maker,
 )
 from fedraclora.experiments.bench.usage import Laps, peak, reset_peak
-from fedraclora.experiments.bench.workloads import RAY, Case, Workload
+from fedraclora.experiments.bench.workloads import LR, RAY, Case, Workload, all_linear_plan
+from fedraclora.sketch import SketchSpec
+from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.strategies.fedavg_lora import FedAvgLora
-from fedraclora.training.precision import BF16_MIXED, FLOAT32
+from fedraclora.training.extra import Trained
+from fedraclora.training.own.round import Round
+from fedraclora.training.precision import BF16_MIXED, FLOAT32, products_in
+from fedraclora.training.program import copied_layers
+from fedraclora.tree import Tree
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear layer with one low-rank term, B trained and A frozen."""
+
+    def __init__(self, inner: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.inner = inner
+        m, n = inner.weight.shape
+        rank = min(rank, n)
+        rows = torch.linalg.qr(torch.ones(n, rank) + torch.eye(n, rank))[0].T
+        self.A = rows.contiguous().to(inner.weight)
+        self.B = nn.Parameter(inner.weight.new_zeros(m, rank))
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [N, ..., in] to [N, ..., out]."""
+        out: torch.Tensor = self.inner(x)
+        return out + F.linear(F.linear(x, self.A), self.B)
+
+
+class Central:
+    """One model with one adapter, trained for as many steps as a client takes.
+
+    Args:
+        workload: Rank, batch and steps.
+        task: The model and the data of all clients.
+        at_once: Samples of this many clients go through the model at a time; gradients of a
+            step are added up.
+    """
+
+    def __init__(self, workload: Workload, task: Task, at_once: int) -> None:
+        plan = all_linear_plan(task)
+        model = copied_layers(task.model).requires_grad_(requires_grad=False).eval()
+        for name in plan.targets:
+            owner = name.rpartition(".")[0]
+            inner = model.get_submodule(owner)
+            if isinstance(inner, nn.Linear):
+                model.set_submodule(owner, LowRankLinear(inner, workload.rank))
+        self.workload, self.task, self.model, self.at_once = workload, task, model, at_once
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    def round(self) -> None:
+        """Start from B = 0 and take the steps, each on one batch of every client."""
+        workload, data = self.workload, self.task.train
+        optimiser = torch.optim.SGD(self.trained, lr=LR)
+        clients = torch.arange(data.num_clients, device=self.trained[0].device)
+        with torch.no_grad():
+            for factor in self.trained:
+                factor.zero_()
+        for step in range(workload.steps):
+            optimiser.zero_grad()
+            for part in clients.split(self.at_once):
+                places = torch.arange(workload.batch, device=clients.device) + step * workload.batch
+                batch = data.gather(part, places.expand(len(part), -1)).trim()
+                if (head := output_layer(self.model, self.task.loss)) is not None:
+                    losses, _ = token_losses(self.model, head, batch, self.trained[0].dtype)
+                else:
+                    outputs = forward(self.model, batch.inputs)
+                    losses, _ = LOSSES[self.task.loss](outputs, batch.target)
+                (losses.sum() / (len(clients) * workload.batch)).backward()
+            optimiser.step()
+
+
+class PlainLoop:
+    """One module, one optimiser per client, a running sum.
+
+    Args:
+        workload: Whose local work is done.
+        task: The task of the workload.
+
+    Attributes:
+        state: The weights after the last round.
+    """
+
+    def __init__(self, workload: Workload, task: Task) -> None:
+        self.workload, self.task = workload, task
+        self.state = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+
+    def round(self) -> None:
+        """Train every client in turn and average."""
+        model, data = self.task.model.train(), self.task.train
+        sums = {n: torch.zeros_like(t) for n, t in self.state.items()}
+        device = next(model.parameters()).device
+        places = torch.arange(self.workload.samples, device=device).split(self.workload.batch)
+        for client in torch.arange(data.num_clients, device=device).split(1):
+            model.load_state_dict(self.state)
+            optimiser = torch.optim.SGD(model.parameters(), lr=LR)
+            for place in places:
+                batch = data.gather(client, place[None])
+                optimiser.zero_grad()
+                F.cross_entropy(forward(model, batch.inputs), batch.target).backward()
+                optimiser.step()
+            for name, value in model.named_parameters():
+                sums[name] += value.detach()
+        self.state = {n: t / data.num_clients for n, t in sums.items()}
+
+
+class OwnLoop:
+    """A training function of a user's (`fedraclora.client`): one model, plain SGD.
+
+    Args:
+        case: Whose local work is done.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.model = case, case.model.eval()
+
+    def train(self, round_: Round) -> Trained:
+        """Train one client for one round."""
+        model, workload, data = round_.install(self.model), self.case.workload, round_.data
+        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+        total = torch.zeros(())
+        for place in torch.arange(workload.samples).split(workload.batch):
+            batch = data.take(place).trim()
+            losses, counts = LOSSES[self.case.task.loss](forward(model, batch.inputs), batch.target)
+            loss = losses.sum() / counts.sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.detach()
+        loss = total / workload.steps
+        return round_.read(model, samples=len(data), steps=workload.steps, loss=loss.item())
+
+
+DEFAULT = "default"  # PEFT's name of the one adapter
+
+
+class PeftLoop:
+    """One model with one adapter, one client after another, a running sum, a merge.
+
+    Args:
+        case: Whose local work is done, under the sketches of the vectorised row.
+        precision: Of the matrix products.
+    """
+
+    def __init__(self, case: Case, precision: str = FLOAT32) -> None:
+        import peft
+
+        self.case, self.precision, self.done = case, precision, 0
+        method = FedRacLora(rank=case.workload.rank)
+        _, downlink = opened(method, trainer_maker(case, method)(), case.workload.cohort)
+        self.sketches: dict[str, SketchSpec] = {}
+        self.scales: dict[str, float] = {}
+        for weight, adapter in downlink.adapters.items():
+            name, spec = weight.removesuffix(".weight"), adapter.factors["A"].drawing
+            if spec is not None:
+                self.sketches[name], self.scales[name] = spec, adapter.scale
+        config = peft.LoraConfig(
+            target_modules=[*self.sketches],
+            rank_pattern={name: spec.rank for name, spec in self.sketches.items()},
+            alpha_pattern={n: self.scales[n] * spec.rank for n, spec in self.sketches.items()},
+        )
+        inner = case.model.train()
+        self.model: Any = peft.get_peft_model(inner, config)  # it replaces layers of `inner`
+        self.layers: dict[str, Any] = {name: inner.get_submodule(name) for name in self.sketches}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+
+    def weights(self) -> Tree:
+        """Return the weights after the last round."""
+        merged = {f"{n}.weight": layer.base_layer.weight for n, layer in self.layers.items()}
+        return dict(self.case.task.model.named_parameters()) | merged
+
+    def round(self) -> None:
+        """Draw A, train B from zero at each client in turn, average, and merge."""
+        data, workload = self.case.task.train, self.case.workload
+        B = {name: layer.lora_B[DEFAULT].weight for name, layer in self.layers.items()}
+        sums = {name: torch.zeros_like(factor) for name, factor in B.items()}
+        with torch.no_grad():
+            for name, spec in self.sketches.items():
+                drawn = replace(spec, index=self.done).draw()
+                self.layers[name].lora_A[DEFAULT].weight.copy_(drawn)
+        places = torch.arange(workload.samples, device=self.case.device).split(workload.batch)
+        for client in torch.arange(workload.clients, device=self.case.device).split(1):
+            with torch.no_grad():
+                for factor in B.values():
+                    factor.zero_()
+            optimiser = torch.optim.SGD(B.values(), lr=LR)
+            for place in places:
+                batch = data.gather(client, place[None]).trim()  # to its own longest text
+                optimiser.zero_grad()
+                with products_in(self.precision, self.case.device):
+                    loss = self.model(**batch.inputs, labels=batch.target).loss
+                loss.backward()
+                optimiser.step()
+            for name, factor in B.items():
+                sums[name] += factor.detach()
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                A, mean = layer.lora_A[DEFAULT].weight, sums[name] / workload.clients
+                layer.base_layer.weight.addmm_(mean, A, alpha=self.scales[name])
+        self.done += 1
 
 
 def loop(case: Case) -> BenchRow:

@@ -12,8 +12,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from fedraclora.plots.axes import COLOURS, Values
-from fedraclora.run.by_clients import read_clients
 from fedraclora.run.ledger import Row, column, number
+from fedraclora.run.recorder import read_clients
 
 if TYPE_CHECKING:
     from pandas import DataFrame

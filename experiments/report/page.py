@@ -28,9 +28,9 @@ from fedraclora.experiments.run_files import ROUNDING_ERRORS, RunFiles, read_fil
 from fedraclora.experiments.status import reported
 from fedraclora.objects import NAME
 from fedraclora.plots.axes import MEGABYTE, Values
-from fedraclora.run.folder import method_label, run_title
+from fedraclora.run.callback import method_label, run_title
+from fedraclora.run.folder import stop_reason
 from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds
-from fedraclora.run.stopped import stop_reason
 from fedraclora.weights.files import flatten
 
 ALONE = ("output.dir", "resume")  # keys in which runs of one table may differ unnoticed

@@ -16,6 +16,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.experiments.choices import groups
 from fedraclora.experiments.study.entries import (
     DEVIATION,
+    Done,
     Entry,
     entries,
     first_reaching,
@@ -23,12 +24,13 @@ from fedraclora.experiments.study.entries import (
     notes_of,
     of_all,
     shown_error,
+    shown_value,
     traffic,
+    tuned_by,
     uplink,
 )
 from fedraclora.experiments.study.file import Study
 from fedraclora.experiments.study.run import refuse_failed, run_study
-from fedraclora.experiments.study.tuning import Done, shown_value, tuned_by
 from fedraclora.experiments.tables import Table
 from fedraclora.experiments.words import key_values, part
 from fedraclora.plots.axes import MEGABYTE

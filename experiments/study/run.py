@@ -1,10 +1,19 @@
-"""Running a study: every row tuned alike, then its seeds; each run that ends is one line.
+"""Tune every row of a study alike, and run its seeds.
 
-`run_study` goes on where it stopped, from the lines of ``runs.jsonl``.
+    fedraclora study STUDY.yaml [KEY=VALUE ...]
+
+A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
+split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value, and
+``--tuned-by`` takes what another study has tuned, of the same rows on a like task. ``--tuning``
+gives overrides to the tuning runs alone, and ``--row`` runs some of the rows; what is written shows
+all that have run. Every run that ends adds one line to ``runs.jsonl``;
+started again, the study goes on where it stopped. ``fedraclora compare experiment=STUDY`` does the
+same and makes a leaderboard of it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -19,14 +28,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError, DataError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import lower_of
-from fedraclora.experiments.assemble import Assembled, assemble
+from fedraclora.experiments import RESULTS
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.run_files import refuse_overwriting
-from fedraclora.experiments.status import explained
+from fedraclora.experiments.status import explained, in_order, reported
+from fedraclora.experiments.study.entries import (
+    Done,
+    Line,
+    read_lines,
+    score,
+    tried_values,
+    tuned_by,
+    tuned_value,
+)
 from fedraclora.experiments.study.file import (
     Job,
     Study,
@@ -36,16 +55,9 @@ from fedraclora.experiments.study.file import (
     row_config,
 )
 from fedraclora.experiments.study.tables import write_results
-from fedraclora.experiments.study.tuning import (
-    Done,
-    Line,
-    read_lines,
-    score,
-    tried_values,
-    tuned_value,
-)
 from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, known_mean, metrics_of, round_seconds
+from fedraclora.strategies.assembly import Assembled, assemble_with
 from fedraclora.wire.fields import printable
 
 PHASES = ("tune", "final")
@@ -132,7 +144,7 @@ def run_job(job: Job) -> Line:
     line: Line = {**vars(job), "key": job.key}
     if files := data_files(config.data):
         line["data_files"] = files
-    run = assemble(config, None)
+    run = assemble_with(config, None, engine_of=engine_of)
     if job.phase == "final":
         line |= {"config": config.digested, **provenance(), "client_bytes": client_bytes(run)}
     try:
@@ -307,7 +319,7 @@ def check_first_runs(study: Study, rows: Sequence[str], done: Done) -> None:
 
 
 def _check_start(study: Study, phase: str, config: RunConfig) -> None:
-    run = assemble(replace(config, pretrain=PretrainConfig()), None)
+    run = assemble_with(replace(config, pretrain=PretrainConfig()), None, engine_of=engine_of)
     run.close()
     answers = {"exact_match"} if config.evaluate.generate else set()
     task = run.built.task
@@ -345,3 +357,32 @@ def _changed(line: Line, found: Mapping[str, Mapping[str, str]]) -> list[str]:
     now = {(key, name): d for key, files in found.items() for name, d in files.items()}
     pairs = [pair for pair in dict.fromkeys([*then, *now]) if then.get(pair) != now.get(pair)]
     return [f"data.{key} ({name})" for key, name in pairs]
+
+
+@reported
+@in_order()
+def main() -> int:
+    """Run a study to its end."""
+    parser = argparse.ArgumentParser(prog="fedraclora study", description=__doc__)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
+    parser.add_argument("--metric", help="in place of the study's own")
+    parser.add_argument(
+        "--tuning", nargs="+", default=[], metavar="KEY=VALUE", help="of the tuning runs alone"
+    )
+    parser.add_argument("--tuned-by", metavar="FOLDER", type=Path, help="take that study's values")
+    parser.add_argument("--out", type=Path, help="default: experiments/results/<name>")
+    parser.add_argument(
+        "--row", action="append", default=[], help="run this one of its rows, and others so named"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="write the tables only")
+    arguments = parser.parse_args()
+    out = arguments.out or RESULTS / arguments.study.stem
+    study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
+    if arguments.tuned_by:
+        study = tuned_by(study, arguments.tuned_by)
+    only = arguments.table
+    _, failed = run_study(study, out, arguments.jobs, rows=arguments.row, table_only=only)
+    refuse_failed(failed)
+    return 0

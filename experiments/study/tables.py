@@ -11,17 +11,21 @@ from fedraclora.experiments.run_files import ROUNDING_ERRORS
 from fedraclora.experiments.study.entries import (
     DEVIATION,
     UNTRAINED,
+    Done,
     Entry,
+    diverged,
     finals,
     first_reaching,
     mean_and_deviation,
     notes_of,
     of_runs,
+    score,
+    shown_value,
     traffic,
+    tried_values,
     uplink,
 )
 from fedraclora.experiments.study.file import Study
-from fedraclora.experiments.study.tuning import Done, diverged, score, shown_value, tried_values
 from fedraclora.experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.run.ledger import Row, number

@@ -34,9 +34,7 @@ from fedraclora.binding import build
 from fedraclora.config.build import fix_bits
 from fedraclora.experiments.progress import plain_console
 from fedraclora.experiments.status import reported
-from fedraclora.experiments.theory import counter_example as example
-from fedraclora.experiments.theory import noise_example as noise
-from fedraclora.experiments.theory import verdict
+from fedraclora.experiments.theory import examples, verdict
 from fedraclora.experiments.theory.cases import all_cases
 from fedraclora.experiments.theory.figures import (
     bounds_table,
@@ -66,22 +64,22 @@ def run(config: TheoryConfig) -> int:
     """Run every case, write the folder, print the tables; give the exit status."""
     began = time.perf_counter()
     cases, seeds = all_cases(config.size), range(config.seeds)
-    trials = example.trials(config.size, config.seeds)
-    noises = noise.trials(config.size, config.seeds)
+    trials = {name: examples.trials(name, config.size, config.seeds) for name in examples.EXAMPLES}
     with workers(config.jobs) as pool:
         jobs = [(case, seed) for case in cases for seed in seeds]
         curves = pool.map(verdict.run, *zip(*jobs, strict=True), chunksize=4)
         paths = list(_shown(curves, len(jobs), "curves"))
-        ends = list(_shown(pool.map(example.run, trials), len(trials), "counter-example"))
-        noisy = list(_shown(pool.map(noise.run, noises), len(noises), "a noisy basis"))
+        found, lost = (
+            examples.summarise(some, [*_shown(pool.map(examples.run, some), len(some), name)])
+            for name, some in trials.items()
+        )
     judged = [judge(c, paths[i * len(seeds) : (i + 1) * len(seeds)]) for i, c in enumerate(cases)]
-    found, lost = example.summarise(trials, ends), example.summarise(noises, noisy)
     slow = slowdowns(judged)
     out = Path(config.out or f"runs/theory/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     out.mkdir(parents=True, exist_ok=True)
     tables = [
         bounds_table(judged),
-        example_table("3 x 3, rank 1", found, example.CHAIN, example.START),
+        example_table("3 x 3, rank 1", found, examples.CHAIN, examples.START),
         example_table("3 x 3, noise in one entry", lost, 1, 1.0),
         slowdown_table(slow),
     ]

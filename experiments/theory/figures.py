@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from fedraclora.experiments.tables import Table
-from fedraclora.experiments.theory.counter_example import CHAIN, Outcome
+from fedraclora.experiments.theory.examples import CHAIN, Outcome
 from fedraclora.experiments.theory.verdict import ERRORS, Curve, Judged
 from fedraclora.plots.comparison import Measured, Panel, bounds_figure
 

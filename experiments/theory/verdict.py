@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.theory.bounds.descent import Descent, Given
-from fedraclora.experiments.theory.bounds.theorems import (
+from fedraclora.experiments.theory.bounds import (
+    Descent,
+    Given,
     cover,
     federated,
     gd,
@@ -20,8 +21,7 @@ from fedraclora.experiments.theory.bounds.theorems import (
     sgd,
 )
 from fedraclora.experiments.theory.cases import TheoryCase
-from fedraclora.experiments.theory.problems import MEASURES, problem
-from fedraclora.experiments.theory.runs import federate, start_of
+from fedraclora.experiments.theory.problems import MEASURES, federate, problem, start_of
 from fedraclora.protocol.quantised import FULL
 from fedraclora.run.ledger import column
 

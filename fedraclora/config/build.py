@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from threadpoolctl import threadpool_limits
 
-from fedraclora.attacks.attack import AttackedOwnTrainer, AttackedTrainer
+from fedraclora.attacks import AttackedOwnTrainer, AttackedTrainer
 from fedraclora.binding import Plain, bind, build, object_of, section, without
 from fedraclora.config.pretraining import pretrain_model
 from fedraclora.config.run_config import TaskConfig, parted
@@ -23,8 +23,7 @@ from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form
 from fedraclora.data.gguf_header import read_gguf_header
-from fedraclora.data.held import Portion, hold_out_of_clients, numbered, without_held
-from fedraclora.data.leak import refuse_shared
+from fedraclora.data.held import Portion, hold_out_of_clients, numbered, refuse_shared, without_held
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import judged_by, refuse_contradiction
 from fedraclora.data.own import Brought, counted

@@ -16,8 +16,8 @@ from typing import Annotated
 from fedraclora.aggregation.base import Aggregator
 from fedraclora.aggregation.robust import AGGREGATORS
 from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS, ServerOptimiser
-from fedraclora.allocation.rules import ALLOCATIONS, Uniform
-from fedraclora.attacks.attack import ATTACKS, Attack
+from fedraclora.allocation import ALLOCATIONS, Uniform
+from fedraclora.attacks import ATTACKS, Attack
 from fedraclora.binding import Plain, bind, build, coerce, row_of, section, without
 from fedraclora.config.settings import (
     ENGINES,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from fedraclora.allocation.rules import Uniform
-from fedraclora.attacks.attack import Attack
+from fedraclora.allocation import Uniform
+from fedraclora.attacks import Attack
 from fedraclora.binding import Plain, row_of, without
 from fedraclora.config.settings import MEASURED, DeployConfig, StopConfig
 from fedraclora.data import DATASETS
@@ -21,8 +21,7 @@ from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import Method
-from fedraclora.training.extras.sample_level import SampleLevel
-from fedraclora.training.extras.settings import LocalSettings
+from fedraclora.training.extras.settings import LocalSettings, SampleLevel
 
 if TYPE_CHECKING:
     from fedraclora.config.run_config import RunConfig

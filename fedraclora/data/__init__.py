@@ -8,11 +8,10 @@ from fedraclora.data.arrays import load_arrays
 from fedraclora.data.dataset import DataSet, hold_out, select_labels
 from fedraclora.data.digits import load_digits
 from fedraclora.data.fedprox_synthetic import fedprox_synthetic
-from fedraclora.data.function import load_function
 from fedraclora.data.glue_instructions import load_glue_instructions
 from fedraclora.data.instructions import load_instructions
 from fedraclora.data.mnist import load_mnist, load_mnist_5k
-from fedraclora.data.objects import lent_data
+from fedraclora.data.objects import lent_data, load_function
 from fedraclora.data.own_set import own_samples
 from fedraclora.data.partition import PARTITIONS, make_partition
 from fedraclora.data.shakespeare import load_shakespeare

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.entries import Entries
-from fedraclora.data.samples import ClientData, Samples
+from fedraclora.data.samples import ClientData, Entries, Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Composed, Fraction, Limit, choice_of, limited
 from fedraclora.rng import generator

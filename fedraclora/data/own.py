@@ -17,10 +17,9 @@ import torch
 from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
 from fedraclora.data.dataset import RowNumbers, split_rows, take
-from fedraclora.data.entries import Entries, length, parts_of, stand_in
 from fedraclora.data.fit import Form, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.locate import user_path
-from fedraclora.data.samples import Samples
+from fedraclora.data.samples import Entries, Samples, length, parts_of, stand_in
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import is_function
 from fedraclora.rng import generator

@@ -13,14 +13,13 @@ import torch
 from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
 from fedraclora.data.dataset import OF_RUN, TEST_SHARE, Clients, DataSet, refuse_both
-from fedraclora.data.entries import stand_in
 from fedraclora.data.fit import Form, found_shape, gathered, scale_of_bytes
 from fedraclora.data.locate import user_path
 from fedraclora.data.objective import said_like, usual_metrics
 from fedraclora.data.own import ARGUMENTS, Brought, counted
 from fedraclora.data.own_loss import IGNORED_TOKEN, named_loss
 from fedraclora.data.partition import SIZES_SEEN, spread_clients
-from fedraclora.data.samples import Samples
+from fedraclora.data.samples import Samples, stand_in
 from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.imports import is_function

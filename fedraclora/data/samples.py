@@ -1,12 +1,16 @@
-"""Samples, and their division among clients."""
+"""Samples, their division among clients, and what clients brought beside the table made of it.
+
+A training function of the user's gets its client's own object: the entry itself where all of it is
+to train on, else the same kind of object with the rows that are.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -254,3 +258,90 @@ def count_labels(data: ClientData, clients: torch.Tensor, classes: int) -> npt.N
         found = (owner * classes + target)[place < sizes].bincount(minlength=len(ids) * classes)
         counts[start : start + COUNTED_AT_ONCE] = found.reshape(-1, classes).cpu()
     return counts.numpy()
+
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Objects of a program, and which of their rows a table has.
+
+    Attributes:
+        objects: One for each client, or one that is divided.
+        starts: The row of all objects together where each begins, and the end, int64.
+        rows: Of the table: which of these rows each is, int64.
+    """
+
+    objects: Sequence[Any]
+    starts: Rows
+    rows: Rows
+
+    @classmethod
+    def of(cls, objects: Sequence[Any], sizes: Sequence[int]) -> Entries:
+        """Take objects whose rows are a table, one after another."""
+        starts = np.cumsum([0, *sizes])
+        return cls(objects, starts, np.arange(starts[-1]))
+
+    def keep(self, rows: Rows) -> Entries:
+        """Follow the table to some of its rows."""
+        return replace(self, rows=self.rows[rows])
+
+    def client_of(self, parts: Sequence[Rows], client: int) -> Any:
+        """Return the object of a client: an entry, or some rows of one.
+
+        Args:
+            parts: The rows of the table that each client has.
+            client: The id.
+        """
+        rows = self.rows[parts[client]]
+        place = int(np.searchsorted(self.starts, rows[0], side="right")) - 1
+        own, first, end = self.objects[place], self.starts[place], self.starts[place + 1]
+        return own if np.array_equal(rows, np.arange(first, end)) else picked(own, rows - first)
+
+
+def picked(found: Any, rows: Rows) -> Any:
+    """Pick rows of samples, in their own form.
+
+    Example:
+        >>> picked((["a", "b", "c"], np.array([1, 2, 3])), np.array([0, 2]))
+        (['a', 'c'], array([1, 3]))
+    """
+    if isinstance(found, Samples):
+        return found.take(torch.from_numpy(rows))
+    if hasattr(found, "select") and hasattr(found, "column_names"):  # of Hugging Face
+        return found.select(rows)
+    if isinstance(found, torch.utils.data.Dataset):
+        return torch.utils.data.Subset(found, rows.tolist())
+    if isinstance(found, tuple | list):
+        inputs, target = found
+        return type(found)((_columns(inputs, rows), _rows(target, rows)))
+    return _columns(found, rows)
+
+
+def _columns(found: Any, rows: Rows) -> Any:
+    if isinstance(found, Mapping):
+        return {name: _rows(column, rows) for name, column in found.items()}
+    return _rows(found, rows)
+
+
+def _rows(found: Any, rows: Rows) -> Any:
+    if isinstance(found, torch.Tensor):
+        return found[torch.from_numpy(rows).to(found.device)]
+    return [found[row] for row in rows] if isinstance(found, list | tuple) else found[rows]
+
+
+def parts_of(found: Any) -> tuple[Any, Any]:
+    """Part what a client brings into what is trained on, and a test of its own, if any."""
+    both = isinstance(found, Mapping) and {*found} == {"train", "test"}
+    return (found["train"], found["test"]) if both else (found, None)
+
+
+def length(found: Any) -> int:
+    """Count the samples of an object that no table holds; one that has no length is one."""
+    return len(found) if hasattr(found, "__len__") else 1
+
+
+def stand_in(count: int) -> Samples:
+    """Make a table without numbers, with a row for each sample of objects that no table holds."""
+    return Samples({}, torch.zeros(count, dtype=torch.int64))

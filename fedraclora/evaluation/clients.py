@@ -3,13 +3,20 @@
 A client sends the sums of which metrics are made (`fedraclora.evaluation.metrics`), by which the
 server has each metric of each client, and by their sum that of all samples together. Of a metric
 that needs every score it sends the value alone, and of all samples together nobody knows it.
+
+Under secure sums the server sees no client's own numbers, but a sum of vectors of whole numbers. A
+client sends the sums of which metrics are made; of each metric m a one, m and m squared, or zeros
+where it is not defined; and a one in the place of a histogram into which its m falls. Numbers have
+128 bits, 40 of them behind the point, in pieces of 16, whose sums fit into 32-bit words. So mean
+and deviation over clients are those of the open sums but for 2^-40 a client; percentiles are of the
+histogram, below the true ones by less than a place.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +25,7 @@ import torch
 
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
+from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.evaluate import state_of
 from fedraclora.evaluation.metrics import Measure, Owners, higher_is_better
 from fedraclora.tree import Layout, Tree
@@ -138,3 +146,132 @@ def spread(
         "worst10": worst,
         "best10": best,
     }
+
+
+Words = npt.NDArray[np.uint32]
+PIECES, BITS, POINT = 8, 16, 40  # of a number: pieces, bits of each, bits behind the point
+MOST_CLIENTS = 2**BITS  # whose pieces do not run over
+LARGEST = 2.0 ** (PIECES * BITS - POINT - 1 - BITS)  # of a number of one client
+WHOLE = 2 ** (PIECES * BITS)
+SHIFTS = np.arange(0, PIECES * BITS, BITS).astype(object)
+BINS = 512  # of m / (1 + |m|), from -1 to 1: of accuracies 0.004 to 0.016 wide
+_PLACES = np.maximum(np.arange(BINS), 0.5) / (BINS / 2) - 1
+BEGINS = _PLACES / (1 - abs(_PLACES))  # the m where each place of a histogram begins
+
+
+@dataclass(frozen=True)
+class SummedMeasure:
+    """The vectors of a run.
+
+    Attributes:
+        measure: The metrics.
+        layout: Of the sums that a client sends of a point of a round.
+        points: What is before the names of each point.
+    """
+
+    measure: ClientMeasure
+    layout: Layout
+    points: tuple[str, ...]
+
+    @property
+    def _sums(self) -> Layout:
+        named = self.layout.shapes
+        return Layout(tuple(pair for pair in named if not pair[0].startswith(OF_ONE)))
+
+    @property
+    def _numbers(self) -> int:
+        return 2 + len(self.points) * (self._sums.size + 3 * len(self.measure.measure.metrics))
+
+    @property
+    def size(self) -> int:
+        """Words of a vector."""
+        bins = len(self.points) * len(self.measure.measure.metrics) * BINS
+        return PIECES * self._numbers + bins
+
+    def words(self, sent: Tree, samples: torch.Tensor) -> Words:
+        """Write what clients send.
+
+        Args:
+            sent: [K, q] by name, of all points.
+            samples: That they measured on, int64 [K]; 0 for one that has none, whose numbers in
+                ``sent`` are not read.
+
+        Returns:
+            Words [K, size].
+
+        Raises:
+            ClientError: If a sum is not finite, or too large.
+        """
+        has = (samples > 0).numpy()
+        columns: list[Floats] = [has.astype(np.float64), samples.double().numpy()]
+        bins: list[Words] = []
+        for point in self.points:
+            own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(point)}
+            columns += [t for n, _ in self._sums.shapes for t in own[point + n].double().numpy().T]
+            for value in self.measure.values(own, point)[0].values():
+                known = has & np.isfinite(value)
+                m = np.where(known, value, 0.0)
+                columns += [known.astype(np.float64), m, m * m]
+                places = np.clip((m / (1 + abs(m)) + 1) * (BINS / 2), 0, BINS - 1).astype(np.int64)
+                bins.append((np.arange(BINS) == places[:, None]) & known[:, None])
+        numbers = np.stack(columns, axis=1) * has[:, None]
+        if not np.all(abs(numbers) < LARGEST):
+            raise ClientError("what it measured has a NaN, an infinity or too large a number")
+        whole = np.frompyfunc(lambda x: round(x * 2**POINT), 1, 1)(numbers).astype(object)
+        pieces = ((whole[:, :, None] >> SHIFTS) % 2**BITS).reshape(len(has), -1)
+        return np.concatenate([pieces.astype(np.uint32), *bins], axis=1, dtype=np.uint32)
+
+    def row(self, total: Words, clients: int) -> dict[str, object]:
+        """Describe the metrics over clients, from the sum of their vectors.
+
+        Args:
+            total: Words [size].
+            clients: Who are in the sum.
+
+        Returns:
+            By metric what `spread` gives; how many measured (``n``), and on how many samples.
+
+        Raises:
+            WireError: If so many clients cannot have sent it.
+        """
+        pieces, bins = np.split(total, [PIECES * self._numbers])
+        whole = (pieces.astype(object).reshape(-1, PIECES) << SHIFTS).sum(axis=1)
+        signed = (whole + WHOLE // 2) % WHOLE - WHOLE // 2
+        numbers = signed.astype(np.float64) / 2**POINT
+        n, samples = numbers[:2].tolist()
+        own, row = iter(numbers[2:].reshape(len(self.points), -1)), dict[str, object]()
+        counts = iter(bins.astype(np.int64).reshape(-1, BINS))
+        for point in self.points:
+            sums, moments = np.split(next(own), [self._sums.size])
+            state = self._sums.unpack(torch.from_numpy(sums[None]))
+            pooled = self.measure.measure.values(state)[0]
+            for metric, told in zip(pooled, moments.reshape(-1, 3).tolist(), strict=True):
+                (known, first, second), histogram = told, next(counts)
+                if not (known == histogram.sum() and 0 <= known <= n <= clients):
+                    raise WireError(
+                        f"{known:g} of {clients} clients have {metric}, {n:g} have samples, and "
+                        f"the histogram has {histogram.sum()}: some client sent what it may not"
+                    )
+                mean = first / known if known else math.nan
+                std = math.sqrt(max(0.0, second / known - mean * mean)) if known else math.nan
+                lower, values = self.measure.measure.lower, np.repeat(BEGINS, histogram)
+                found = spread(metric, values, pooled[metric], lower)
+                row[point + metric] = found | {"mean": mean, "std": std}
+        return row | {"n": int(n), "samples": int(samples)}
+
+
+def read_sizes(told: object) -> Layout:
+    """Read a layout that a client tells beside its vector.
+
+    Raises:
+        WireError: If it is none.
+    """
+    pairs = told.items() if isinstance(told, Mapping) else [("", 0)]
+    if not all(isinstance(size, int) and 0 < size < 2**20 for _, size in pairs):
+        raise WireError(f"{str(told)[:50]!r} is no layout of sums")
+    return Layout(tuple((str(name), (size,)) for name, size in pairs))
+
+
+def write_sizes(layout: Layout) -> Mapping[str, int]:
+    """Write a layout as `read_sizes` reads it."""
+    return {name: size for (name, _), size in zip(layout.shapes, layout.sizes, strict=True)}

@@ -14,10 +14,9 @@ import yaml
 from jinja2 import Environment, PackageLoader
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.export.gguf_file import write_gguf
-from fedraclora.export.hf_folder import write_hf, write_state_dict
 from fedraclora.export.peft_adapter import write_peft
 from fedraclora.export.trained import ExportRecord, Order, TrainedModel, is_hugging_face
+from fedraclora.export.whole_weights import write_gguf, write_hf, write_state_dict
 from fedraclora.run.folder import refuse_full, versions_of
 
 FACTS = "export.json"

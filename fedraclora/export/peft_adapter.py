@@ -115,7 +115,7 @@ def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:
             here = Path(trained.source)  # one on this machine is found from any folder
             return str(here.resolve()) if here.is_dir() else trained.source, found
     if is_hugging_face(model):
-        from fedraclora.export.hf_folder import save_model
+        from fedraclora.export.whole_weights import save_model
 
         save_model(trained.at(trained.start), folder / BASE, trained)
         return BASE, trained.start

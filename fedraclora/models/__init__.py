@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedraclora.models.built import Built, check_fit
-from fedraclora.models.causal import build_causal_lm, build_gpt
-from fedraclora.models.cnn import build_cnn
-from fedraclora.models.hf import build_hf, build_transformer
-from fedraclora.models.mlp import build_linear, build_mlp
+from fedraclora.models.hf import build_causal_lm, build_gpt, build_hf, build_transformer
+from fedraclora.models.networks import build_cnn, build_linear, build_mlp
 from fedraclora.models.objects import build_function, build_object
 
 __all__ = ["MODELS", "Built", "check_fit"]

@@ -134,7 +134,7 @@ def build_function(
             data and with ``arguments``, and gives a `torch.nn.Module`. Its draws from torch's
             global generator are fixed by the seed of the run. Dropout must be a module
             (`torch.nn.Dropout`): as a function it would stay off, and is refused
-            (`fedraclora.models.dropout`). Layers of BatchNorm must be frozen, that is in evaluation
+            (`fedraclora.models.built`). Layers of BatchNorm must be frozen, that is in evaluation
             mode, with statistics of their own.
         head: Name prefixes of the final layer; empty where there is nothing but one layer.
         shape: Shape of one input.

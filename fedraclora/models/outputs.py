@@ -27,7 +27,7 @@ from fedraclora.data.task import forward, read_as
 from fedraclora.errors import DataError, ModelError
 from fedraclora.imports import told_as
 from fedraclora.lowrank.layers import is_batch_norm
-from fedraclora.models.dropout import refuse_functions
+from fedraclora.models.built import refuse_functions
 from fedraclora.tree import Tree
 
 CLOSE = 1e-3  # relative: rounding differs by batch, statistics of a batch differ by far more

@@ -4,7 +4,7 @@
 
 g_i is the gradient of one sample over all that the client trains, as one vector. A factor is small,
 so the gradients of all samples are simply formed: every sample is run as a client of its own
-(`fedraclora.training.extras.sample_level`), which is exact for any layer and for sequences.
+(`fedraclora.training.extras.settings`), which is exact for any layer and for sequences.
 
 Batches are those of reshuffled epochs, not Poisson samples, so nothing is gained from sampling: in
 each pass over the data a sample is in one batch, and a pass costs one Gaussian release. Neighbours

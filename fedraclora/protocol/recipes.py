@@ -157,7 +157,7 @@ class Recipe:
         fixes: Whether some entries of what is trained have no gradient, ever: they stay as they
             are, unless something else than a gradient moves them.
         projects: Whether the optimiser projects the gradients of whole weights
-            (`fedraclora.training.galore`). Its arguments are ``gap``, the local steps that a
+            (`fedraclora.training.moments`). Its arguments are ``gap``, the local steps that a
             projection serves; ``scale``, of what is projected back; ``rank/<weight>`` for each
             weight that is projected; ``turned/<weight>`` for those stored (in, out).
     """

@@ -1,4 +1,4 @@
-"""What watches a run, or ends it before its last round."""
+"""What watches a run, or ends it before its last round; and the line by which a run is named."""
 
 # ruff: noqa: ARG002
 from __future__ import annotations
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedraclora.binding import Plain, section
 from fedraclora.run.ledger import Row
 from fedraclora.tree import Tree
 
@@ -76,3 +77,20 @@ class Callback:
             summary: The final figures; empty where there are none.
             failed: Whether the run stopped before its end.
         """
+
+
+def method_label(plain: Plain) -> str:
+    """Name a run in one or two words."""
+    method = section(plain, "method")
+    rank = f" r={method['rank']}" if "rank" in method else ""
+    return f"{method['name']}{rank}"
+
+
+def run_title(plain: Plain) -> str:
+    """Name a run as the title of a picture does: method, data and division, step size, seed."""
+    data, partition, local = (section(plain, key) for key in ("data", "partition", "local"))
+    division = "" if partition.get("name") == "given" else f" ({partition.get('name')})"
+    named = f"{method_label(plain)} on {data['name']}{division}"
+    train = local.get("train")  # of the user's: no step size of ours is read
+    steps = f"lr={local.get('lr')}" if train is None else str(train).partition("@")[0]
+    return f"{named}, {local.get('name', 'lr')} {steps}, seed {plain.get('seed')}"

@@ -1,8 +1,12 @@
-"""The folder of a run: made and held for one process, and closed with a summary."""
+"""The folder of a run: made and held for one process, and closed with a summary.
+
+Why a run stopped before its end stands in one file of it, which is gone once the run goes on.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import re
 import secrets
 import shutil
@@ -16,7 +20,7 @@ from pathlib import Path
 import yaml
 
 from fedraclora.binding import Plain, section
-from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
+from fedraclora.errors import CheckpointError, ConfigError, DivergenceError, FedRacLoraError
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
 from fedraclora.run.ledger import number, read_ledger, seals
 from fedraclora.run.recorder import RESUMED_FROM
@@ -338,18 +342,59 @@ def git_revision() -> str | None:
     return f"{revision}{'+' if git('status', '--porcelain', '-uno') else ''}" if revision else None
 
 
-def method_label(plain: Plain) -> str:
-    """Name a run in one or two words."""
-    method = section(plain, "method")
-    rank = f" r={method['rank']}" if "rank" in method else ""
-    return f"{method['name']}{rank}"
+STOPPED = "stopped.json"
 
 
-def run_title(plain: Plain) -> str:
-    """Name a run as the title of a picture does: method, data and division, step size, seed."""
-    data, partition, local = (section(plain, key) for key in ("data", "partition", "local"))
-    division = "" if partition.get("name") == "given" else f" ({partition.get('name')})"
-    named = f"{method_label(plain)} on {data['name']}{division}"
-    train = local.get("train")  # of the user's: no step size of ours is read
-    steps = f"lr={local.get('lr')}" if train is None else str(train).partition("@")[0]
-    return f"{named}, {local.get('name', 'lr')} {steps}, seed {plain.get('seed')}"
+def note_stop(folder: Path, done: int, error: BaseException) -> None:
+    """Write how a run ended that did not come to its end.
+
+    Args:
+        folder: The run folder.
+        done: The last round that was closed.
+        error: What ended it.
+    """
+    kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    if isinstance(error, DivergenceError):
+        kind = "diverged"
+    told = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
+    found = {"kind": kind, "round": done, "reason": "; ".join(told)}
+    write_text(folder / STOPPED, json.dumps(found, indent=1) + "\n")
+
+
+def forget_stop(folder: Path) -> None:
+    """Remove what an earlier attempt left, since the run goes on."""
+    (folder / STOPPED).unlink(missing_ok=True)
+
+
+def divergence(folder: Path) -> int | None:
+    """Read the round in which a stopped run diverged; None if it did not.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    found = _read(folder)
+    return found[1] + 1 if found is not None and found[0] == "diverged" else None
+
+
+def stop_reason(folder: Path) -> str | None:
+    """Read in words why a run stopped before its end; None if nothing says so.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    found = _read(folder)
+    return None if found is None else found[2]
+
+
+def _read(folder: Path) -> tuple[str, int, str] | None:
+    """Read kind, last round and reason of a stop; None if there was none."""
+    path = folder / STOPPED
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return str(found["kind"]), int(found["round"]), str(found.get("reason", ""))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error!r}); remove it, and the run counts as unfinished"
+        ) from error

@@ -1,22 +1,22 @@
-"""What a run writes while it runs: ledger rows, links of the chain, checkpoints."""
+"""What a run writes as it goes: ledger, links of the chain, checkpoints, figures of clients."""
 
 from __future__ import annotations
 
 import hashlib
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedraclora.codec import split
 from fedraclora.errors import CheckpointError
 from fedraclora.privacy.secret import KEY_FILE as KEY
 from fedraclora.protocol.method import Link, State
-from fedraclora.run.by_clients import CLIENTS_FILE, Columns, read_clients, write_clients
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import CARRIED, ModelSource, checkpoint_base, is_small
 from fedraclora.run.ledger import Ledger, read_ledger, seals
@@ -24,12 +24,11 @@ from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
 from fedraclora.weights.files import (
     ADVICE,
+    CHECKPOINT,
     config_difference,
     load_checkpoint,
+    replacing,
     save_checkpoint,
-)
-from fedraclora.weights.files import (
-    FILE as CHECKPOINT,
 )
 from fedraclora.weights.links import (
     append_link,
@@ -39,6 +38,50 @@ from fedraclora.weights.links import (
     read_links,
     stored_digest,
 )
+
+CLIENTS_FILE = "clients.parquet"
+Columns = Mapping[str, Any]  # by name, one value for each client
+
+
+def together(parts: Sequence[Columns]) -> Columns:
+    """Join the parts of the table, one for each measurement.
+
+    Columns are ``round``, ``client``, ``samples``, ``steps``, ``when`` (before or after local
+    training), and a metric each; a metric that a part lacks is NaN there.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    lacking = [np.full(len(part["round"]), np.nan) for part in parts]
+    pairs = [*zip(parts, lacking, strict=True)]
+    return {n: np.concatenate([part.get(n, none) for part, none in pairs]) for n in names}
+
+
+def write_clients(folder: Path, parts: Sequence[Columns]) -> None:
+    """Write the table, if there is any."""
+    if not parts:
+        return
+    from pyarrow import parquet, table
+
+    with replacing(folder / CLIENTS_FILE) as path:
+        parquet.write_table(table(together(parts)), path)
+
+
+def read_clients(folder: Path) -> Columns:
+    """Read the table of a run folder; no column where no client has measured.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    path = folder / CLIENTS_FILE
+    if not path.is_file():
+        return {}
+    from pyarrow import ArrowException, parquet
+
+    try:
+        found = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {ADVICE}") from error
+    return {name: found[name].to_numpy() for name in found.column_names}
+
 
 # Files of a run folder that a run which goes on rests on, beside the config and these three.
 RESUMED_FROM = (str(KEY), "run_id")

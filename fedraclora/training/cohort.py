@@ -31,14 +31,24 @@ from fedraclora.protocol.recipes import RECIPES, keep_gradient
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import generator, hash_key
 from fedraclora.training.extra import Hook, LocalResult, Optimiser, When
-from fedraclora.training.galore import GaLore
-from fedraclora.training.gradients import clip_per_client, correcting, written_out_gradients
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import arrange, materialise
-from fedraclora.training.optimiser import CohortOptimiser, GradientMean
+from fedraclora.training.moments import GaLore
+from fedraclora.training.optimiser import (
+    ROW_SLOT,
+    CohortOptimiser,
+    GradientMean,
+    clip_per_client,
+    correcting,
+    taken_rows,
+)
 from fedraclora.training.precision import FLOAT32, check_precision, products_in
-from fedraclora.training.program import CohortProgram, OpenChunk, refuse_mixing
-from fedraclora.training.row_moments import ROW_SLOT, taken_rows
+from fedraclora.training.program import (
+    CohortProgram,
+    OpenChunk,
+    refuse_mixing,
+    written_out_gradients,
+)
 from fedraclora.training.schedule import Schedule, StepBatch
 from fedraclora.training.vmapped import vmapped_forward
 from fedraclora.tree import Tree, wide, widened

@@ -1,7 +1,7 @@
-"""The seam of local training: what a chunk of clients brings back, and what a setting may add.
+"""The seam of local training: what clients bring back, and what a setting may add.
 
 The core calls `LocalExtra` and `Keeper` and knows none of those that there are; they are in
-`fedraclora.training.extras`.
+`fedraclora.training.extras`. A training function of the user's brings `Trained`.
 """
 
 # A hook has arguments that an override uses.
@@ -9,13 +9,16 @@ The core calls `LocalExtra` and `Keeper` and knows none of those that there are;
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
+from fedraclora.errors import ClientError
 from fedraclora.limits import Limited
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.uplinks import Uplinks
@@ -43,6 +46,62 @@ class LocalResult:
     moments: Tree = field(default_factory=dict)
     states: dict[int, bytes] = field(default_factory=dict)
     metrics: Tree = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client has trained: what `Round.read` gives, and a training function returns.
+
+    Attributes:
+        client, number: Whose, and of which round.
+        tensors: By the names of the method, in its shapes.
+        samples: That it trained on: its weight in the mean.
+        steps: Optimiser steps that it took.
+        loss: Mean training loss; None: it does not say.
+        metrics: Further numbers of its training, by name.
+    """
+
+    client: int
+    number: int
+    tensors: Tree
+    samples: int
+    steps: int
+    loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reject numbers that cannot be.
+
+        Raises:
+            ClientError: Naming the number.
+        """
+        if not isinstance(self.metrics, Mapping):
+            raise ClientError(f"metrics is {self.metrics!r:.100}; a dict of numbers is wanted")
+        told = {str(n): _number(f"metrics[{n!r}]", v) for n, v in self.metrics.items()}
+        counts = {key: _count(key, getattr(self, key)) for key in ("samples", "steps")}
+        loss = None if self.loss is None else _number("loss", self.loss)
+        vars(self).update(counts, loss=loss, metrics=told)
+
+
+def _count(name: str, value: Any) -> int:
+    """Take a whole number, also one of numpy or a tensor."""
+    try:
+        found = 0 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):
+        found = 0
+    if not 1 <= found < 2**63:
+        raise ClientError(f"{name} is {value!r:.100}; a whole number, 1 or more, is wanted")
+    return found
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ClientError(f"{name} is {value!r:.100}; a finite number is wanted")
+    return found
 
 
 def join_results(results: Sequence[LocalResult]) -> LocalResult | None:
@@ -230,5 +289,5 @@ class Keeper(Protocol):
             stored: What they kept so far, [K, ...]. Not modified.
             sent: Of `begin`.
             directions: Of the mean local step, as the server sees it, by trained name, [K, ...]
-                (`fedraclora.training.gradients.mean_gradients`).
+                (`fedraclora.training.optimiser.mean_gradients`).
         """

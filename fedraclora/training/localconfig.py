@@ -49,7 +49,7 @@ class LocalConfig(Limited, group="local"):
     Attributes:
         optimiser: ``sgd`` or ``adamw``.
         moments: How long its moments live: ``round``, ``link`` or ``run`` (`moments`); or ``rows``:
-            second moments of rows are averaged and go on (`row_moments`).
+            second moments of rows are averaged and go on (`optimiser`).
         moments_kept: Share of them that outlives a link; for ``link`` only.
         lr: Step size of what the method trains.
         dense_lr: Step size of head and biases trained in full beside it; None = ``lr``.

@@ -1,4 +1,4 @@
-"""A model rewritten so that one batch can hold many clients."""
+"""A model rewritten so that one batch can hold many clients, and its gradients without autograd."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedraclora.data.samples import ClientData, Samples
-from fedraclora.data.task import Task
+from fedraclora.data.task import SLOPES, Task
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
 from fedraclora.models.packed import Packer
@@ -198,6 +198,32 @@ class OpenChunk(ClientChunk):
         if self.program.packer is not None:
             self.program.pack(packed_layout(samples, valid, *batch[4:]))
         return samples, valid
+
+
+def written_out_gradients(
+    network: FeedForward, task: Task, chunk: OpenChunk, leaves: Tree, step: int, batch: StepBatch
+) -> tuple[torch.Tensor, Tree]:
+    """Compute mean losses, [active], and gradients, [active, ...] by name, without autograd.
+
+    Those of weights that take their steps in here (`FeedForward.descend`) are left out.
+
+    Args:
+        network: Of the chunk.
+        task: Its loss and client data.
+        chunk: Of `CohortTrainer.open`.
+        leaves: What is trained, of the active clients.
+        step: The local step, from 0.
+        batch: Of `Schedule.plan`.
+    """
+    with torch.no_grad():
+        samples, valid = chunk.samples(task.train, step, batch)
+        output = network.forward(samples.inputs["x"], leaves, batch.active)
+        losses, slope = SLOPES[task.loss](output, samples.target)
+        share = valid.to(losses.dtype)
+        share = share / share.sum(dim=1, keepdim=True)
+        gradients = network.backward(slope.mul_(share.reshape(-1, 1)))
+        loss = (losses.reshape(share.shape) * share).sum(dim=1)
+    return loss, {n: gradients[n] for n in leaves if n in gradients}
 
 
 def copied_layers(model: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.narrow_weight import in_parts, rejoined
 from fedraclora.tree import Tree
 
-FILE = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 ADVICE = "restore the file from a copy, or start the run anew without resume"
 _ABSENT = "(absent)"
 
@@ -95,7 +95,7 @@ def save_checkpoint(folder: Path, tensors: Tree, meta: dict[str, object]) -> Non
     Raises:
         CheckpointError: If ``meta`` is not JSON.
     """
-    save_tensors(folder / FILE, tensors, meta, sync=True)
+    save_tensors(folder / CHECKPOINT, tensors, meta, sync=True)
 
 
 def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
@@ -107,7 +107,7 @@ def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
     Raises:
         CheckpointError: If the file is missing, cut short or changed.
     """
-    path = folder / FILE
+    path = folder / CHECKPOINT
     if not path.is_file():
         raise CheckpointError(
             f"there is no checkpoint {path}: give resume the folder of a run that has one, "

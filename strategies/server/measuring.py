@@ -18,9 +18,8 @@ from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Refusal
-from fedraclora.run.by_clients import Columns
 from fedraclora.run.ledger import BY_CLIENTS, Row, number
-from fedraclora.run.recorder import RunRecorder
+from fedraclora.run.recorder import Columns, RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig

@@ -189,7 +189,7 @@ def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
 
     Over the draw, whole is unbiased. Of several steps these are energies of the way that clients
     went; steps whose size does not follow the gradient's (adaptive ones, preconditioned ones) say
-    nothing of it, and the ledger then has no such figure (`fedraclora.strategies.steps.energy`).
+    nothing of it, and the ledger then has no such figure (`fedraclora.strategies.steps.local`).
 
     Args:
         term: Of the link: two factors and s.

@@ -14,17 +14,14 @@ from fedraclora.aggregation.base import Mean
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.strategies.steps.account import SampleAccount
-from fedraclora.strategies.steps.attackers import Attackers
 from fedraclora.strategies.steps.conflicts import Fits
-from fedraclora.strategies.steps.energy import NoEnergy, follows_gradient
 from fedraclora.strategies.steps.fedopt import OptimisedServer
+from fedraclora.strategies.steps.local import NoEnergy, RowMoments, SampleAccount, follows_gradient
 from fedraclora.strategies.steps.private import PrivateRounds
-from fedraclora.strategies.steps.robust import RobustRule
-from fedraclora.strategies.steps.row_moments import RowMoments
+from fedraclora.strategies.steps.robust import Attackers, RobustRule
 from fedraclora.strategies.steps.scaffold import ControlVariates
 from fedraclora.strategies.steps.secure import SecureSum
-from fedraclora.training.extras.sample_level import SampleLevel
+from fedraclora.training.extras.settings import SampleLevel
 
 # In the order in which updates pass them, which columns of the ledger follow, too: a key of the
 # config, and the step that its value asks for.

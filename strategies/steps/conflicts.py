@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, Mean
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
-from fedraclora.attacks.attack import Attack
+from fedraclora.attacks import Attack
 from fedraclora.config.unread import keeps_rows
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.lowrank.dora import magnitudes
@@ -36,9 +36,9 @@ from fedraclora.strategies.wrappers.allocated import Allocated
 from fedraclora.strategies.wrappers.around import innermost
 from fedraclora.strategies.wrappers.pruned import Pruned
 from fedraclora.training.extras.prox import Prox
-from fedraclora.training.extras.sample_level import SampleLevel
+from fedraclora.training.extras.settings import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.row_moments import row_slots
+from fedraclora.training.optimiser import row_slots
 
 # What keys say that have chosen no step.
 UNCHOSEN = {

@@ -8,11 +8,10 @@ import torch
 from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, rows_of, starts
-from fedraclora.aggregation.statistics import shortened
+from fedraclora.aggregation.robust import shortened
 from fedraclora.errors import CheckpointError
 from fedraclora.privacy.accountant import Releases
-from fedraclora.privacy.client_level import NORM_SLACK, ClientLevel, Mechanism
-from fedraclora.privacy.noisy_means import NoisyMeans
+from fedraclora.privacy.client_level import NORM_SLACK, ClientLevel, Mechanism, NoisyMeans
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum

@@ -1,13 +1,54 @@
-"""A robust rule in the place of the mean."""
+"""Attackers of a simulation, and a robust rule in the place of the mean.
+
+Attackers who know each other's updates act where all are known.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from typing_extensions import override
 
-from fedraclora.aggregation.base import AggregationContext, Aggregator
+from fedraclora.aggregation.base import AggregationContext, Aggregator, rows_of
+from fedraclora.attacks import Attack, same_shape
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import Row
+from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import RoundStep
+
+
+class Attackers(RoundStep):
+    """Changes what came of the attackers, and counts them.
+
+    Args:
+        attack: What they do.
+    """
+
+    attackers: torch.Tensor  # their ids, int64
+
+    def __init__(self, attack: Attack) -> None:
+        self.attack, self.individuals = attack, attack.colludes
+
+    @override
+    def begin(self, state: State) -> None:
+        self.attackers = self.attack.attackers(self.run.loop.seed, self.run.loop.clients)
+
+    @override
+    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        if not self.attack.colludes:
+            return got
+        rows = rows_of(got)
+        agreed = self.attack.colluded(rows, torch.isin(got.clients, self.attackers))
+        return replace(got, stacked=same_shape(self.attack, agreed, rows))
+
+    @override
+    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+        if not self.attack.share:
+            return {}
+        asked = exchange.first.cohort.clients
+        return {"attackers": int(torch.isin(asked, self.attackers).sum())}
 
 
 class RobustRule(RoundStep):

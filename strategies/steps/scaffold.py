@@ -28,7 +28,7 @@ from fedraclora.training.extras.variates import (
     variates_of,
     with_variates,
 )
-from fedraclora.training.gradients import mean_gradients
+from fedraclora.training.optimiser import mean_gradients
 from fedraclora.tree import Tree
 
 

@@ -10,8 +10,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, RoundLostError, WireError
-from fedraclora.evaluation.clients import usual
-from fedraclora.evaluation.summed import BINS, MOST_CLIENTS, SummedMeasure, read_sizes
+from fedraclora.evaluation.clients import BINS, MOST_CLIENTS, SummedMeasure, read_sizes, usual
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.uplinks import Refusal, Uplinks

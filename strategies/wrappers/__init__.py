@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from fedraclora.allocation.synflow import flows
+from fedraclora.allocation import flows
 from fedraclora.config.run_config import RunConfig
 from fedraclora.data.task import Task
 from fedraclora.protocol.method import Method

@@ -1,4 +1,4 @@
-"""A method whose adapted layers are chosen by an `fedraclora.allocation.rules` rule.
+"""A method whose adapted layers are chosen by an `fedraclora.allocation` rule.
 
 HeteroLoRA (``allocation=heterolora``), in round 1, or every so many rounds:
 
@@ -29,7 +29,7 @@ from typing import ClassVar, cast
 
 from typing_extensions import override
 
-from fedraclora.allocation.rules import SYNFLOW, AdaLora, HeteroLora, Uniform
+from fedraclora.allocation import SYNFLOW, AdaLora, HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import (
     Cohort,

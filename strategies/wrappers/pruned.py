@@ -4,7 +4,7 @@
         I = |theta_before g|;  I_bar, U_bar smoothed;  an entry scores I_bar U_bar
         a component scores the mean over its column of B plus the mean over its row of A
     the b(t) components of highest score over all layers are kept
-    (`fedraclora.allocation.rules.AdaLora`) the others are merged: W <- W + s B_out A_out, and B is
+    (`fedraclora.allocation.AdaLora`) the others are merged: W <- W + s B_out A_out, and B is
     scaled by s / s' where alpha / r changes
 
 - Bytes: those of the method at the ranks that are left, and r (m + n) numbers to catch up for each
@@ -27,7 +27,7 @@ from typing import ClassVar, cast
 import torch
 from typing_extensions import override
 
-from fedraclora.allocation.rules import AdaLora, component_scores, kept_components
+from fedraclora.allocation import AdaLora, component_scores, kept_components
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.protocol.method import (

@@ -26,7 +26,7 @@ from fedraclora.training.extras.variates import (
     variates_of,
     with_variates,
 )
-from fedraclora.training.gradients import correcting, mean_gradients
+from fedraclora.training.optimiser import correcting, mean_gradients
 from fedraclora.tree import Tree
 from tests.campaigns.planting import Planting, defect, defects_of
 

@@ -24,7 +24,7 @@ from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.steps import scaffold
 from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
 from fedraclora.training.extras.variates import is_lifted
-from fedraclora.training.galore import GaLore, Projection
+from fedraclora.training.moments import GaLore, Projection
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import LinkSizes
 from fedraclora.weights.update import WeightHistory, WeightUpdate

@@ -37,7 +37,7 @@ from torch.utils.data import (
 )
 
 from fedraclora import RoundStep
-from fedraclora.attacks.attack import Attack
+from fedraclora.attacks import Attack
 from fedraclora.data.samples import Samples
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import Traits

@@ -34,8 +34,7 @@ from torch import nn
 from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.errors import FedRacLoraError
 from fedraclora.models.built import seeded
-from fedraclora.models.causal import build_causal_lm
-from fedraclora.models.hf import build_hf
+from fedraclora.models.hf import build_causal_lm, build_hf
 from fedraclora.models.pretrained import assumed
 from fedraclora.rng import generator
 

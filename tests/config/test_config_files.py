@@ -17,12 +17,12 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.errors import DataError
 from fedraclora.experiments import CONF
-from fedraclora.experiments.assemble import assemble
 from fedraclora.experiments.choices import NODES, choice, groups, lineage, meaning
 from fedraclora.experiments.pages import aliases, method_of
 from fedraclora.strategies import METHODS
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.files import flatten
+from tests.common import assemble
 
 FILES = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
 CHOICES = ["config", *(f"{group}/{name}" for group, names in groups().items() for name in names)]

@@ -17,14 +17,13 @@ from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.experiments import deploy
-from fedraclora.experiments.assemble import assemble
 from fedraclora.experiments.deploy import Record
 from fedraclora.experiments.overrides import composed
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
-from tests.common import summary_of
+from tests.common import assemble, summary_of
 
 SMALL = ["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[6]", "output=study"]
 SMALL += ["method.rank=2", "rounds=2"]

@@ -62,7 +62,7 @@ def test_a_curve_that_crosses_its_bound_fails_the_command(
 ) -> None:
     cases = command.all_cases("small")[:2]
     monkeypatch.setattr(command, "all_cases", lambda size: cases)
-    monkeypatch.setattr(command.example, "trials", lambda size, seeds: [])
+    monkeypatch.setattr(command.examples, "trials", lambda name, size, seeds: [])
     monkeypatch.setattr(Judged, "holds", property(lambda self: self.case.name != cases[1].name))
     assert status_of("size=small", "seeds=2", "jobs=1", f"out={tmp_path}") == 1
     assert f"error: {cases[1].name} crosses its bound" in capsys.readouterr().err

@@ -23,8 +23,7 @@ from worlds import (
     run,
 )
 
-from fedraclora.allocation.rules import AdaLora, HeteroLora, Uniform
-from fedraclora.allocation.synflow import flows
+from fedraclora.allocation import AdaLora, HeteroLora, Uniform, flows
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.strategies import METHODS

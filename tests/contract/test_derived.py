@@ -12,7 +12,7 @@ import torch
 from worlds import Run, assert_equal_trees, assert_updates_lead_on, make_world, run
 
 from fedraclora.aggregation.server_optimisers import Momentum
-from fedraclora.allocation.rules import HeteroLora
+from fedraclora.allocation import HeteroLora
 from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.lowrank.layers import LayerView

@@ -30,7 +30,7 @@ from worlds import (
 
 from fedraclora.aggregation.base import Total
 from fedraclora.aggregation.server_optimisers import Momentum
-from fedraclora.allocation.rules import HeteroLora
+from fedraclora.allocation import HeteroLora
 from fedraclora.devices.distributions import LogNormal
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError

@@ -23,7 +23,7 @@ from worlds import (
 )
 
 from fedraclora.aggregation.server_optimisers import Momentum
-from fedraclora.allocation.rules import HeteroLora, Uniform
+from fedraclora.allocation import HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import SEED_BYTES
 from fedraclora.protocol.link import Plan

@@ -23,7 +23,7 @@ from fedraclora.data.task import HeldOut
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.standing import standing, standing_weights
+from fedraclora.training.materialise import standing, standing_weights
 from fedraclora.wire.downlink import AskReader, AskWriter
 from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest
 from fedraclora.wire.reply import write_answer

@@ -37,8 +37,8 @@ from worlds import (
 
 from fedraclora.aggregation.base import Total
 from fedraclora.errors import CheckpointError
+from fedraclora.experiments.compact import compact
 from fedraclora.protocol.method import Draw, Method, State
-from fedraclora.run.compact import compact
 from fedraclora.run.rebuild import state_at, weights_at
 from fedraclora.strategies.fed_sb import FedSb
 from fedraclora.training.localconfig import LocalConfig

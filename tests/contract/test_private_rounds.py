@@ -28,7 +28,7 @@ from worlds import (
 
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.aggregation.robust import Median
-from fedraclora.attacks.attack import SignFlip
+from fedraclora.attacks import SignFlip
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.accountant import epsilon
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
@@ -40,9 +40,9 @@ from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import number
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.steps.account import SampleAccount
-from fedraclora.strategies.steps.attackers import Attackers
+from fedraclora.strategies.steps.local import SampleAccount
 from fedraclora.strategies.steps.private import PrivateRounds
+from fedraclora.strategies.steps.robust import Attackers
 from fedraclora.strategies.steps.secure import SecureSum
 
 Variant = tuple[str, dict[str, Any]]

@@ -23,7 +23,7 @@ from worlds import (
     some_cohort,
 )
 
-from fedraclora.allocation.rules import AdaLora
+from fedraclora.allocation import AdaLora
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw, State
 from fedraclora.strategies.wrappers.allocated import allocated

@@ -28,8 +28,7 @@ from worlds import (
 )
 
 from fedraclora.aggregation.base import AggregationContext
-from fedraclora.aggregation.robust import Median
-from fedraclora.aggregation.statistics import shortened
+from fedraclora.aggregation.robust import Median, shortened
 from fedraclora.devices.distributions import Choice
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError

@@ -12,7 +12,7 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext, starts
 from fedraclora.aggregation.robust import Median
 from fedraclora.aggregation.server_optimisers import Momentum
-from fedraclora.attacks.attack import ALittleIsEnough, SignFlip
+from fedraclora.attacks import ALittleIsEnough, SignFlip
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg

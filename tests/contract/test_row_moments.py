@@ -33,7 +33,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.row_moments import ROW_SLOT
+from fedraclora.training.optimiser import ROW_SLOT
 from tests.messages import unpack_downlink
 
 ADAMW = LocalSettings(optimiser="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9)

@@ -25,7 +25,7 @@ from worlds import (
 )
 
 from fedraclora.aggregation.robust import Median
-from fedraclora.attacks.attack import ALittleIsEnough
+from fedraclora.attacks import ALittleIsEnough
 from fedraclora.clients.worker import Worker
 from fedraclora.errors import ClientError, ConfigError, WireError
 from fedraclora.privacy.client_level import ClientLevel, Mechanism

@@ -27,7 +27,7 @@ from fedraclora.aggregation.robust import (
     NormBound,
     TrimmedMean,
 )
-from fedraclora.attacks.attack import ALittleIsEnough, Attack, AttackedTrainer, SignFlip
+from fedraclora.attacks import ALittleIsEnough, Attack, AttackedTrainer, SignFlip
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.training.localconfig import LocalConfig

@@ -25,7 +25,7 @@ from worlds import (
     some_cohort,
 )
 
-from fedraclora.allocation.rules import HeteroLora
+from fedraclora.allocation import HeteroLora
 from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError

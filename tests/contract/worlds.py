@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, Aggregator, mean
-from fedraclora.attacks.attack import Attack
+from fedraclora.attacks import Attack
 from fedraclora.clients.engines import Arrange, InProcess
 from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples

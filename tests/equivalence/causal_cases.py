@@ -10,7 +10,7 @@ from vectorised_cases import SEED, SIZES, Case, task_of
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.task import Task
 from fedraclora.models.built import held_in
-from fedraclora.models.causal import build_causal_lm
+from fedraclora.models.hf import build_causal_lm
 from fedraclora.rng import generator
 
 TOKENS, WIDTH = 23, 9

@@ -18,18 +18,19 @@ from vectorised_settings import ALSO, WIDELY
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ClientError
-from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.simulate import run_one
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.tree import Tree, digest
+from tests.common import assemble
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ROUNDS, CLIENTS, COHORT = 6, 9, 5

@@ -11,15 +11,16 @@ import torch
 
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ClientError
-from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree, digest
+from tests.common import assemble
 
 WORDS = (
     "data=digits",

@@ -18,9 +18,9 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower.superlink import Ended, SuperLink
 from fedraclora.experiments import flower
 from fedraclora.experiments.app import copy_app
-from fedraclora.experiments.interrupt import STATUS
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
+from fedraclora.experiments.status import STATUS
 from fedraclora.run.ledger import Row
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute

@@ -27,17 +27,18 @@ from vectorised_settings import WIDELY
 
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
-from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import LiveTensors, measure_memory
 from fedraclora.tree import Tree, digest
+from tests.common import assemble
 
 JOB = [
     "data=digits",

@@ -104,7 +104,7 @@ def test_peers_are_left_out_on_a_card(card: Card, tmp_path: Path) -> None:
 
 
 def test_central_trains_where_its_model_lies(card: Card) -> None:
-    from fedraclora.experiments.bench.central import Central
+    from fedraclora.experiments.bench.rows import Central
 
     case = Case(SMALL, THERE)
     limit = Central(SMALL, replace(case.task, model=copy.deepcopy(case.task.model)), 3)

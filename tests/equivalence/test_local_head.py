@@ -15,11 +15,12 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.evaluation.evaluate import class_accuracies, personal_accuracy
-from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import aliases
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.tree import digest
+from tests.common import assemble
 
 JOB = [
     "data=digits",

@@ -14,7 +14,7 @@ from vectorised_cases import SEED, SIZES, Case, bert, cnn, gpt2, mlp
 
 from fedraclora.aggregation.robust import Median
 from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS
-from fedraclora.attacks.attack import AttackedOwnTrainer, AttackedTrainer, SignFlip
+from fedraclora.attacks import AttackedOwnTrainer, AttackedTrainer, SignFlip
 from fedraclora.client import Round, Trained
 from fedraclora.clients.engines import InProcess
 from fedraclora.data.task import Task, forward, loss_function

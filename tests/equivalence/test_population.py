@@ -20,15 +20,16 @@ from fedraclora.data.partitioners import bootstrap
 from fedraclora.data.samples import ClientData
 from fedraclora.data.task import Task
 from fedraclora.data.virtual import virtual
-from fedraclora.experiments.assemble import Assembled, assemble
-from fedraclora.models.mlp import build_mlp
+from fedraclora.models.networks import build_mlp
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
+from tests.common import assemble
 from tests.reference.client import train_one
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

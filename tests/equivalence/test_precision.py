@@ -12,15 +12,16 @@ from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
 from fedraclora.tree import Tree
+from tests.common import assemble
 from tests.reference.client import train_one
 
 BITS = 2.0**-8  # of bfloat16: one rounding loses up to half of this share

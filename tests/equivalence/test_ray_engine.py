@@ -24,14 +24,14 @@ from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray import Cluster, RayGrid
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.experiments.assemble import Assembled, assemble
-from fedraclora.experiments.interrupt import STATUS
 from fedraclora.experiments.overrides import composed
+from fedraclora.experiments.status import STATUS
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.run.client_state import ClientStore
+from fedraclora.run.folder import stop_reason
 from fedraclora.run.ledger import read_ledger
-from fedraclora.run.stopped import stop_reason
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.files import load_checkpoint
 from fedraclora.weights.replica import Replica
@@ -39,6 +39,7 @@ from fedraclora.weights.update import WeightHistory, WeightUpdate
 from fedraclora.wire.exchange import Ask, NoAnswer, TrainRequest
 from fedraclora.wire.records import Content
 from tests.campaigns import kill_workers
+from tests.common import assemble
 
 SLOW = pytest.mark.slow
 # Workers cannot import a test module.

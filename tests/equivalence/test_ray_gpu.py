@@ -18,12 +18,13 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.engines.ray import Cluster
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.bench.runs import RAY_WORKERS, ray_settings
 from fedraclora.experiments.bench.workloads import WORKLOADS, Case
 from fedraclora.experiments.overrides import composed
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.tree import digest
+from tests.common import assemble
 
 WORDS = (
     "data=digits",

@@ -14,9 +14,9 @@ from torch.func import functional_call
 
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task, squared_error
-from fedraclora.experiments.theory import runs
-from fedraclora.experiments.theory.runs import start_of
-from fedraclora.models.mlp import build_mlp
+from fedraclora.experiments.theory import problems as runs
+from fedraclora.experiments.theory.problems import start_of
+from fedraclora.models.networks import build_mlp
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Draw, Memo, Method
 from fedraclora.sketch import SKETCHES

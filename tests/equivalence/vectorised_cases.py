@@ -14,10 +14,8 @@ from typing_extensions import override
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
-from fedraclora.models.causal import build_gpt
-from fedraclora.models.cnn import build_cnn
-from fedraclora.models.hf import build_transformer
-from fedraclora.models.mlp import build_mlp
+from fedraclora.models.hf import build_gpt, build_transformer
+from fedraclora.models.networks import build_cnn, build_mlp
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator

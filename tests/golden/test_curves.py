@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments.assemble import assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import aliases
 from fedraclora.run.ledger import column
 from fedraclora.strategies import METHODS
+from tests.common import assemble
 
 GOLDEN = Path(__file__).parent
 JOB = [

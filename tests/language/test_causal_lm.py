@@ -18,7 +18,7 @@ from fedraclora.data.locate import package_path
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.experiments.choices import choice
-from fedraclora.models.causal import build_causal_lm
+from fedraclora.models.hf import build_causal_lm
 from fedraclora.run.ledger import read_ledger
 from tests.common import summary_of
 

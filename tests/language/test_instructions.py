@@ -130,7 +130,7 @@ def test_a_client_of_whom_all_is_cut_away_is_named(
 
 def test_packed_conversations_do_not_see_each_other(questions: Path, tokenizer: str) -> None:
     """The logits of packed tokens are those of the conversations alone."""
-    from fedraclora.models.causal import build_causal_lm
+    from fedraclora.models.hf import build_causal_lm
 
     given = {"client": "who", "test": 0.25}
     alone = load(questions, tokenizer, **given)

@@ -1,6 +1,6 @@
 """GaLore for one client, written to be read: matrices in NumPy, one after another.
 
-It shares no code with `fedraclora.training.galore`, whose oracle it is. The lines are those of
+It shares no code with `fedraclora.training.moments`, whose oracle it is. The lines are those of
 algorithm 2 of arXiv 2403.03507, with the optimiser of ``torch.optim`` for rho.
 """
 

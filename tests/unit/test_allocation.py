@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.allocation.rules import (
+from fedraclora.allocation import (
     ALLOCATIONS,
     PROXIES,
     AdaLora,
     HeteroLora,
     component_scores,
+    flows,
     gradient_norm,
     kept_components,
     snip,
 )
-from fedraclora.allocation.synflow import flows
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView

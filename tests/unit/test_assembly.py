@@ -12,16 +12,15 @@ from fedraclora.config import pretraining
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
-from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.recorder import resolved
 from fedraclora.strategies import METHODS
-from fedraclora.strategies.assembly import loop_of
+from fedraclora.strategies.assembly import Assembled, loop_of
 from fedraclora.training import chunking
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
-from tests.common import summary_of
+from tests.common import assemble, summary_of
 
 WORDS = (
     "data=digits",

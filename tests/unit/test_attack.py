@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedraclora.attacks.attack import (
+from fedraclora.attacks import (
     ATTACKS,
     ALittleIsEnough,
     Attack,

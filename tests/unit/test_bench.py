@@ -19,20 +19,27 @@ import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench import command, late
-from fedraclora.experiments.bench.bounds import BOUNDS, disagreements, judge_rows
 from fedraclora.experiments.bench.command import (
     BenchConfig,
     largest,
     largest_chunk,
     measure,
     parse,
+    profile,
     run,
     timed,
 )
 from fedraclora.experiments.bench.launch import environment, interpreter, run_peer
-from fedraclora.experiments.bench.phases import profile
 from fedraclora.experiments.bench.rows import BUILDERS
-from fedraclora.experiments.bench.table import Report, side_by_side, table, tables
+from fedraclora.experiments.bench.table import (
+    BOUNDS,
+    Report,
+    disagreements,
+    judge_rows,
+    side_by_side,
+    table,
+    tables,
+)
 from fedraclora.experiments.bench.timing import training_loss
 from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import (

@@ -10,7 +10,7 @@ import pytest
 from flwr_datasets.partitioner import IidPartitioner
 
 import fedraclora
-from fedraclora.attacks.attack import Attack
+from fedraclora.attacks import Attack
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.experiments.choices import keys_of
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import fedraclora
-from fedraclora.attacks.attack import Attack
+from fedraclora.attacks import Attack
 from fedraclora.limits import NotNegative
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerUpdate

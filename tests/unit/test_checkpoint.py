@@ -14,7 +14,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.tree import Tree
 from fedraclora.weights import files
 from fedraclora.weights.files import (
-    FILE,
+    CHECKPOINT,
     config_difference,
     flatten,
     load_checkpoint,
@@ -75,7 +75,7 @@ def test_what_was_saved_does_not_change_with_the_tensors(tmp_path: Path) -> None
 def test_any_flipped_byte_is_refused_by_name(tmp_path: Path) -> None:
     state = {"w": torch.arange(4.0), "b": torch.tensor([1.5], dtype=torch.bfloat16)}
     save_checkpoint(tmp_path, state, META)
-    path = tmp_path / FILE
+    path = tmp_path / CHECKPOINT
     whole = path.read_bytes()
     for index in range(len(whole)):
         damaged = bytearray(whole)
@@ -87,9 +87,9 @@ def test_any_flipped_byte_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_any_truncated_file_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"w": torch.arange(4.0)}, META)
-    whole = (tmp_path / FILE).read_bytes()
+    whole = (tmp_path / CHECKPOINT).read_bytes()
     for length in range(len(whole)):
-        (tmp_path / FILE).write_bytes(whole[:length])
+        (tmp_path / CHECKPOINT).write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match="without resume"):
             load_checkpoint(tmp_path)
 
@@ -97,7 +97,7 @@ def test_any_truncated_file_is_refused(tmp_path: Path) -> None:
 def test_a_safetensors_file_of_others_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({"w": torch.ones(2)}, tmp_path / FILE)
+    save_file({"w": torch.ones(2)}, tmp_path / CHECKPOINT)
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_checkpoint(tmp_path)
 
@@ -121,17 +121,17 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, {"w": torch.ones(2)}, {"round": 2})
     assert load_checkpoint(tmp_path)[1] == {"round": 1}
-    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
 
 
 def test_a_leftover_of_a_killed_writer_is_written_over(tmp_path: Path) -> None:
-    with replacing(tmp_path / FILE) as partial:
+    with replacing(tmp_path / CHECKPOINT) as partial:
         name = partial
         partial.write_bytes(b"")
     name.write_bytes(b"torn")
     save_checkpoint(tmp_path, {"w": torch.ones(2)}, META)
     assert load_checkpoint(tmp_path)[1] == META
-    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
 
 
 def test_the_file_is_flushed_before_it_is_renamed(

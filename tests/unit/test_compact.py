@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from fedraclora.errors import CheckpointError
-from fedraclora.experiments.compact import main
+from fedraclora.experiments.compact import compact, main
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Memo, State
 from fedraclora.protocol.quantised import decode, encode
-from fedraclora.run.compact import compact
 from fedraclora.run.folder import alone
 from fedraclora.run.initial import base_at
 from fedraclora.run.rebuild import kept_rounds, state_at

@@ -12,11 +12,10 @@ import pytest
 
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.compare import main
-from fedraclora.experiments.study.entries import Entry, entries, is_unverified
+from fedraclora.experiments.study.entries import Entry, entries, is_unverified, read_lines
 from fedraclora.experiments.study.file import Study, check_same
 from fedraclora.experiments.study.leaderboard import STUDIES, chosen, find, leaderboard
 from fedraclora.experiments.study.run import run_jobs
-from fedraclora.experiments.study.tuning import read_lines
 from fedraclora.strategies import METHODS
 
 TINY = """

@@ -15,7 +15,7 @@ from fedraclora.config.build import build_task, settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.fit import Form, gathered
-from fedraclora.data.leak import refuse_shared
+from fedraclora.data.held import refuse_shared
 from fedraclora.data.own import read_own
 from fedraclora.data.own_set import own_samples
 from fedraclora.data.samples import Samples

@@ -10,14 +10,13 @@ from torch import nn
 
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.assemble import assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from fedraclora.training.extras.settings import Magnitudes
-from tests.common import normal
+from tests.common import assemble, normal
 
 SMALL = ["data=digits", "pretrain=none", "clients=6", "cohort=3", "rounds=1", "model.hidden=[9]"]
 

@@ -26,9 +26,9 @@ from fedraclora.data.task import forward
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.experiments import export as command
-from fedraclora.export import FORMATS, gguf_file, peft_adapter
+from fedraclora.export import FORMATS, peft_adapter, whole_weights
 from fedraclora.models.built import seeded
-from fedraclora.models.causal import build_gpt
+from fedraclora.models.hf import build_gpt
 from fedraclora.run.folder import read_config
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import finished
@@ -493,7 +493,7 @@ def test_an_export_that_is_not_read_back_is_the_same(
     form, llama_run, llama_export, tmp_path, monkeypatch
 ):
     read = contents(llama_export(form))
-    for module in (gguf_file, peft_adapter):
+    for module in (whole_weights, peft_adapter):
         monkeypatch.setattr(module, "_hold", None)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", None)
     record = llama_run.export(tmp_path / "unread", form, check=False)

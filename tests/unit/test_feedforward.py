@@ -19,9 +19,8 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.training import feedforward
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.feedforward import THIN, FeedForward, written_out
-from fedraclora.training.gradients import written_out_gradients
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.program import OpenChunk
+from fedraclora.training.program import OpenChunk, written_out_gradients
 from fedraclora.tree import Tree
 from tests.common import normal
 

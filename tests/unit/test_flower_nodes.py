@@ -20,7 +20,7 @@ from fedraclora.errors import ClientError, ConfigError, EngineError
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.link import Link
 from fedraclora.run.client_state import ClientStore
-from fedraclora.weights.job import JobFolder
+from fedraclora.weights.replica import JobFolder
 from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer, TrainRequest
 from fedraclora.wire.records import read_tree, tree_record

@@ -12,8 +12,15 @@ from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import to_train
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.galore import GaLore, Projection, leading_vectors, projections
-from fedraclora.training.moments import begin_moments, blank_moments, moment_shapes
+from fedraclora.training.moments import (
+    GaLore,
+    Projection,
+    begin_moments,
+    blank_moments,
+    leading_vectors,
+    moment_shapes,
+    projections,
+)
 from fedraclora.tree import Tree
 from tests.reference.galore import LocalGalore
 

@@ -25,7 +25,7 @@ from fedraclora.strategies.fedavg_lora import FedAvgLora
 from fedraclora.strategies.fedex_lora import FedExLora
 from fedraclora.strategies.flexlora import FlexLora
 from fedraclora.strategies.flora_stacking import FloraStacking
-from fedraclora.strategies.shared.factored import Factored
+from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.initials import GAMMA, STARTS, gradient_factors, orthogonal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings

@@ -25,7 +25,6 @@ from typing_extensions import override
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
-from fedraclora.experiments.assemble import Assembled, assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_transformer
@@ -34,6 +33,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
@@ -41,6 +41,7 @@ from fedraclora.training.localconfig import moment_kinds
 from fedraclora.training.memory import LiveTensors, MemoryModel, longest, measure_memory, owned
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree, digest
+from tests.common import assemble
 
 CPU = torch.device("cpu")
 KB = 1024

@@ -17,8 +17,7 @@ from fedraclora.data.task import forward
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.lowrank.layers import find_targets, is_head
 from fedraclora.models import MODELS, check_fit
-from fedraclora.models.built import seeded
-from fedraclora.models.dropout import refuse_functions
+from fedraclora.models.built import refuse_functions, seeded
 from fedraclora.models.hf import set_dropout
 from fedraclora.tree import digest
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 import fedraclora
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.accountant import epsilon
-from fedraclora.privacy.client_level import ClientLevel
-from fedraclora.privacy.noisy_means import NoisyMeans
+from fedraclora.privacy.client_level import ClientLevel, NoisyMeans
 from fedraclora.privacy.secret import Secret
 from tests.unit.test_measuring import moons, net
 

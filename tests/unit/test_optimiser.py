@@ -13,8 +13,7 @@ from torch import nn
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.gradients import clip_per_client
-from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.optimiser import CohortOptimiser, clip_per_client
 from fedraclora.tree import Tree
 
 SETTINGS: list[dict[str, Any]] = [

@@ -12,7 +12,7 @@ import torch
 import fedraclora
 from fedraclora.client import Round, Trained
 from fedraclora.errors import ClientError
-from fedraclora.training.own.ranks import bits_of
+from fedraclora.training.own.places import bits_of
 from tests.common import normal
 
 pytest.importorskip("peft")

@@ -22,7 +22,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.data.text import TextReader
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
-from fedraclora.evaluation.predict import _Words, predict
+from fedraclora.evaluation.evaluate import _Words, predict
 from fedraclora.experiments.cli import main
 
 QUIET = "output.progress=false"

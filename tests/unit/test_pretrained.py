@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import fedraclora
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.models.causal import build_causal_lm
-from fedraclora.models.hf import build_hf
+from fedraclora.models.hf import build_causal_lm, build_hf
 from tests.campaigns.stored_models import bert, gguf_of, llama, write_gguf
 from tests.unit.test_export import texts
 

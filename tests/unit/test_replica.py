@@ -18,9 +18,9 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.files import load_tensors
-from fedraclora.weights.job import JobFolder
 from fedraclora.weights.replica import (
     FolderReplica,
+    JobFolder,
     Replica,
     StoredReplica,
     changed_file,

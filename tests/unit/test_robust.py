@@ -18,8 +18,6 @@ from fedraclora.aggregation.robust import (
     MultiKrum,
     NormBound,
     TrimmedMean,
-)
-from fedraclora.aggregation.statistics import (
     geometric_median,
     krum_order,
     median,

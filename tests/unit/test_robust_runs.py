@@ -7,10 +7,10 @@ from functools import cache
 import pytest
 
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments.assemble import assemble
 from fedraclora.experiments.overrides import composed
 from fedraclora.run.ledger import Row, number
 from fedraclora.strategies import METHODS
+from tests.common import assemble
 
 SMALL = [
     *("data=digits", "partition=iid", "pretrain=none", "model.hidden=[32]"),

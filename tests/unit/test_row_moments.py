@@ -10,8 +10,7 @@ from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.optimiser import CohortOptimiser
-from fedraclora.training.row_moments import ROW_SLOT, row_slots, taken_rows
+from fedraclora.training.optimiser import ROW_SLOT, CohortOptimiser, row_slots, taken_rows
 from fedraclora.tree import Tree
 from tests.common import normal
 

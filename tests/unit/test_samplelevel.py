@@ -18,7 +18,7 @@ from fedraclora.protocol.method import State
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.round_step import RunContext
-from fedraclora.strategies.steps.account import SampleAccount
+from fedraclora.strategies.steps.local import SampleAccount
 from fedraclora.training.extras.settings import LocalSettings
 from tests.contract.worlds import make_method
 

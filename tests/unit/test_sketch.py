@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedraclora import sketch as draw
 from fedraclora.errors import ConfigError
 from fedraclora.rng import hash_key
-from fedraclora.sketch import SKETCHES, SketchSpec, check_sketch, constants, draw
+from fedraclora.sketch import SKETCHES, SketchSpec, check_sketch, constants
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sketches.json"
 KINDS = sorted(SKETCHES)

@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.experiments.interrupt import at_once, in_order
-from fedraclora.experiments.status import composing, explained, reported, tell
+from fedraclora.experiments.status import at_once, composing, explained, in_order, reported, tell
 
 
 def of_config(**keys: object) -> OmegaConfBaseException:

@@ -12,8 +12,8 @@ import pytest
 from fedraclora.errors import ClientError, DivergenceError
 from fedraclora.experiments.deploy import Record
 from fedraclora.protocol.uplinks import Refusal, too_many
-from fedraclora.run.folder import run_title
-from fedraclora.run.stopped import FILE, divergence
+from fedraclora.run.callback import run_title
+from fedraclora.run.folder import STOPPED, divergence
 from fedraclora.strategies import outcome
 from fedraclora.strategies.outcome import stopping_noted
 from fedraclora.strategies.server.callbacks import Callbacks
@@ -55,13 +55,13 @@ def test_a_run_that_stops_leaves_the_reason_and_its_curves(
 ) -> None:
     with pytest.raises(type(error)), stopping_noted(assembled(ROWS), tmp_path):
         raise error
-    found = json.loads((tmp_path / FILE).read_text())
+    found = json.loads((tmp_path / STOPPED).read_text())
     assert (found["kind"], found["round"]) == (kind, 2)
     assert divergence(tmp_path) == diverged
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     with stopping_noted(assembled(ROWS), tmp_path):
-        assert not (tmp_path / FILE).exists()  # it goes on
-    assert not (tmp_path / FILE).exists()
+        assert not (tmp_path / STOPPED).exists()  # it goes on
+    assert not (tmp_path / STOPPED).exists()
 
 
 def test_a_run_that_stops_before_its_first_row_leaves_nothing(tmp_path: Path) -> None:

@@ -9,19 +9,18 @@ from typing import Any
 import pytest
 
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
-from fedraclora.experiments.study.command import main
-from fedraclora.experiments.study.entries import cost
-from fedraclora.experiments.study.file import Study
-from fedraclora.experiments.study.run import refuse_failed, run_job, run_jobs, run_study
-from fedraclora.experiments.study.tables import budgets, results, write_results
-from fedraclora.experiments.study.tuning import (
+from fedraclora.experiments.study.entries import (
     Line,
+    cost,
     is_tuned,
     read_lines,
     score,
     tuned_by,
     tuned_value,
 )
+from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.run import main, refuse_failed, run_job, run_jobs, run_study
+from fedraclora.experiments.study.tables import budgets, results, write_results
 
 TEXT = """
 experiment: null

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from fedraclora.errors import ClientError, WireError
-from fedraclora.evaluation.clients import AFTER, OF_ONE, ClientMeasure, spread
+from fedraclora.evaluation.clients import (
+    AFTER,
+    BINS,
+    OF_ONE,
+    ClientMeasure,
+    SummedMeasure,
+    read_sizes,
+    spread,
+    write_sizes,
+)
 from fedraclora.evaluation.metrics import METRICS, Measure
-from fedraclora.evaluation.summed import BINS, SummedMeasure, read_sizes, write_sizes
 from fedraclora.tree import Layout, Tree
 
 MEASURE = ClientMeasure(Measure.of(("accuracy", "loss", "auc"), "logistic"))

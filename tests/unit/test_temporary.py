@@ -13,7 +13,7 @@ import pytest
 
 from fedraclora.engines.private_ray import RayFolder
 from fedraclora.temporary import MARKER, PREFIX, PrivateFolder
-from fedraclora.weights.job import JobFolder
+from fedraclora.weights.replica import JobFolder
 
 HOLDER = """
 import sys, time

@@ -16,19 +16,20 @@ import pytest
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.theory.bounds.descent import Given, logistic_pl
-from fedraclora.experiments.theory.bounds.spectrum import beside_kept, of_downlink, over_layers
-from fedraclora.experiments.theory.bounds.theorems import (
+from fedraclora.experiments.theory.bounds import (
+    Given,
     cover,
     federated,
     gd,
     gd_link,
     local_step_limit,
+    logistic_pl,
     noisy_link,
     reshuffling,
     sampling,
     sgd,
 )
+from fedraclora.experiments.theory.cases import beside_kept, of_downlink, over_layers
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants

@@ -10,13 +10,20 @@ from torch.func import functional_call
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.theory import counter_example as example
-from fedraclora.experiments.theory import noise_example as noise
+from fedraclora.experiments.theory import examples
 from fedraclora.experiments.theory.cases import SCALE, TheoryCase, all_cases
 from fedraclora.experiments.theory.command import TheoryConfig
+from fedraclora.experiments.theory.examples import Trial
 from fedraclora.experiments.theory.figures import slowdowns
-from fedraclora.experiments.theory.problems import MEASURES, PROBLEMS, WEIGHT, Problem, problem
-from fedraclora.experiments.theory.runs import federate, start_of
+from fedraclora.experiments.theory.problems import (
+    MEASURES,
+    PROBLEMS,
+    WEIGHT,
+    Problem,
+    federate,
+    problem,
+    start_of,
+)
 from fedraclora.experiments.theory.verdict import Curve, Path, judge, run, theorem
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.rng import generator, torch_normal
@@ -205,23 +212,23 @@ def test_rounds_and_uplink_to_an_accuracy_are_read_off_the_curves() -> None:
 
 
 def test_the_regression_is_the_quadratic_of_the_paper() -> None:
-    task = example.task()
+    task = examples.quadratic()
     data = task.train
     assert isinstance(data, Partitioned)
-    M = example.M
+    M = examples.M
     W = torch_normal(generator(4, "test"), 3, 3)
     output = functional_call(task.model, {WEIGHT: W}, (data.samples.inputs["x"],))
     loss = float(LOSSES[task.loss](output, data.samples.target)[0].mean())
     quadratic = float((M * W.square() + W).sum())
     rest = float((1 / (4 * M)).sum())  # f* is its negative
     assert loss == pytest.approx(quadratic + rest)
-    assert example.measure({WEIGHT: W})["gap"] == pytest.approx(quadratic + rest)
-    assert example.measure(start_of(task))["gap"] == pytest.approx(example.START)
+    assert examples.from_optimum({WEIGHT: W})["gap"] == pytest.approx(quadratic + rest)
+    assert examples.from_optimum(start_of(task))["gap"] == pytest.approx(examples.START)
 
 
 def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -> None:
     gaps = {
-        m: example.run(example.Trial(m, 1.0, 20, 0))[-1]
+        m: examples.run(Trial("counter-example", m, 1.0, 20, 0))[-1]
         for m in ("full", "RAC-LoRA", "asymmetric LoRA")
     }
     assert gaps["full"] < 1e-10
@@ -230,16 +237,18 @@ def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -
 
 
 def test_paths_that_diverge_are_counted() -> None:
-    trials = [example.Trial("LoRA", 1.0, 2, seed) for seed in range(3)]
+    trials = [Trial("counter-example", "LoRA", 1.0, 2, seed) for seed in range(3)]
     gaps = [np.array(g) for g in ([2.0, 1.0, 0.5], [2.0, np.inf, np.inf], [2.0, 1.5, 0.7])]
-    (found,) = example.summarise(trials, gaps)
+    (found,) = examples.summarise(trials, gaps)
     assert (found.seeds, found.diverged) == (3, 1)
     assert found.median == [2.0, 1.5, 0.7]
     assert (found.best, found.worst) == (0.5, np.inf)
 
 
 def test_a_basis_of_noisy_links_alone_ends_beside_the_optimum() -> None:
-    gaps = {m: noise.run(example.Trial(m, noise.SHARE, 30, 1)) for m in noise.METHODS}
+    name = "a noisy basis"
+    methods = examples.EXAMPLES[name].methods
+    gaps = {m: examples.run(Trial(name, m, 0.5, 30, 1)) for m in methods}
     kept = gaps.pop("kept, r = 1")
     assert kept[30] == pytest.approx(kept[15], rel=1e-6)
     assert kept[30] > 0.5
@@ -247,15 +256,15 @@ def test_a_basis_of_noisy_links_alone_ends_beside_the_optimum() -> None:
 
 
 def test_the_noise_of_the_example_has_mean_zero_and_no_loss() -> None:
-    task = noise.task()
+    task = examples.noisy()
     data = task.train
     assert isinstance(data, Partitioned)
     W = torch_normal(generator(4, "test"), 3, 3)
     output = functional_call(task.model, {WEIGHT: W}, (data.samples.inputs["x"],))
-    losses, _ = noise.loss(output, data.samples.target)
-    assert float(losses.mean()) == pytest.approx(noise.measure({WEIGHT: W})["gap"])
-    assert float(losses[0] - losses[1]) == pytest.approx(2 * noise.SIGMA * float(W[0, 0]))
-    assert noise.measure(start_of(task)) == {"gap": 1.0}
+    losses, _ = examples.loss(output, data.samples.target)
+    assert float(losses.mean()) == pytest.approx(examples.beside_noise({WEIGHT: W})["gap"])
+    assert float(losses[0] - losses[1]) == pytest.approx(2 * examples.SIGMA * float(W[0, 0]))
+    assert examples.beside_noise(start_of(task)) == {"gap": 1.0}
 
 
 def test_links_on_the_last_have_the_constants_of_both_sides() -> None:

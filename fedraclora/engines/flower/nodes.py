@@ -21,7 +21,7 @@ from fedraclora.engines.records import from_records
 from fedraclora.engines.replies import is_stale
 from fedraclora.errors import ClientError, EngineError
 from fedraclora.run.client_state import ClientStore
-from fedraclora.weights.job import JobFolder
+from fedraclora.weights.replica import JobFolder
 from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 from fedraclora.wire.fields import printable
 from fedraclora.wire.records import Content, Fields, read_tree, tree_record

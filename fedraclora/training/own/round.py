@@ -16,19 +16,22 @@ from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.plan import some_of
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import calmer, greatest_norm
+from fedraclora.training.extra import Trained
 from fedraclora.training.materialise import materialise
 from fedraclora.training.own.places import (
     Found,
     Place,
     attach,
+    bits_of,
     buffers_of,
+    check_alike,
     find,
     inner,
     reset_model,
+    same_bits,
     saved_whole,
+    unsharded,
 )
-from fedraclora.training.own.ranks import bits_of, check_alike, same_bits, unsharded
-from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree
 
 

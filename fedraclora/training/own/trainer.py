@@ -30,10 +30,9 @@ from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import hash_key
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult
+from fedraclora.training.extra import LocalResult, Trained
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.training.own.round import Asked, Round
-from fedraclora.training.own.trained import Trained
 from fedraclora.tree import Tree, widened
 
 log = logging.getLogger(__name__)

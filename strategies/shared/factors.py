@@ -1,29 +1,105 @@
-"""Methods whose clients train both factors of every adapter: what they have in common.
+"""Methods by what their factors are: one is a drawing, or clients train both.
 
     client k: (B_k, A_k) from (B_0, A_0), local steps on both;  effective weight W + s B A
     server:   per weight, what the next round starts from and what is folded into W
 
-A method says the second line in its ``update``; how the factors start is here.
+A method says the second line in its ``update``; how the factors start is here. A drawing stays for
+as long as a link lives, or is a factor's first value only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Count, choice_of
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, State
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.sketch import Normalise, Sketch, SketchSpec, check_sketch
 from fedraclora.strategies.shared import initials
 from fedraclora.strategies.shared.common import closed
-from fedraclora.strategies.shared.drawn import Drawn, Side
-from fedraclora.strategies.shared.layerwise import Factors, Layer, Round
+from fedraclora.strategies.shared.initials import check_start
+from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerMethod, Round
 from fedraclora.tree import Tree
+
+# What is drawn: A (right), B (left), or the larger factor.
+Side = Annotated[str, choice_of(("right", "left", "auto"))]
+
+
+@dataclass(frozen=True)
+class Asymmetric(LayerMethod):
+    """Hyperparameters that all of them have, beside those of `LowRankMethod`.
+
+    The rank is bounded by a part of the drawn side: n / G where A is drawn.
+
+    Attributes:
+        sketch: A key of `fedraclora.sketch.SKETCHES`.
+        normalise: ``rows``, ``identity`` (of each part) or ``none`` (`fedraclora.sketch`).
+        sketches: G, equal parts of one drawing, of the rank each.
+    """
+
+    draws = "right"
+    parts_are = "sketches (method.sketches, times method.pool where there is one)"
+
+    sketch: Sketch = "orthonormal"
+    normalise: Normalise = "rows"
+    sketches: Count = 1
+
+    @override
+    def __post_init__(self) -> None:
+        """Reject impossible hyperparameters."""
+        super().__post_init__()
+        check_sketch(self.sketch, self.normalise, getattr(self, "blocks", "independent"))
+
+    def sides(self, shape: tuple[int, int]) -> tuple[str, str]:
+        """Return the labels of the factor that is drawn and of the one that is trained."""
+        return ("A", "B") if self.drawn(shape) == "A" else ("B", "A")
+
+    @property
+    @override
+    def parts(self) -> int:
+        return self.sketches
+
+    @override
+    def scale_of(self, rank: int) -> float:
+        # E[A^T A] = I is that of all rows together, and each part has a G-th of it.
+        parts = self.sketches**0.5 if self.normalise == "identity" else 1.0
+        return super().scale_of(rank) * parts
+
+
+@dataclass(frozen=True)
+class Drawn(LayerMethod):
+    """Hyperparameters that all of them have, beside those of `LowRankMethod`.
+
+    The rank is bounded by the drawn side: n where A is drawn.
+
+    Attributes:
+        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+    """
+
+    draws: ClassVar[str | None] = "right"
+
+    initial: str = "kaiming_uniform"
+
+    @override
+    def __post_init__(self) -> None:
+        """Reject impossible hyperparameters."""
+        super().__post_init__()
+        self.check_initial()
+
+    def check_initial(self) -> None:
+        """Reject an `initial` that does not exist, or does not fit."""
+        check_start(self.initial, fits=False, why=f"{type(self).__name__} has none such")
+
+    def first(self, layer: Layer, now: Round, label: str = "A", index: int = 0) -> SketchSpec:
+        """Draw a factor as it begins; another ``index`` is another drawing."""
+        return now.sketch(layer, label, self.initial, index=index)
 
 
 @dataclass(frozen=True)

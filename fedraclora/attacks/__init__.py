@@ -1,1 +1,0 @@
-"""What clients that want to do harm send in a simulation."""

@@ -1,0 +1,126 @@
+"""Steps that local settings ask for: an account of privacy, moments of rows, and no energy.
+
+Second moments of rows are sent with each round, and averaged as they come back; the formulas are in
+`fedraclora.training.optimiser`. They travel as tensors that clients train, so that every engine and
+every rule for those serves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from typing_extensions import override
+
+from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.protocol.method import Downlink, State
+from fedraclora.protocol.recipes import RECIPES
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import Row
+from fedraclora.run.recorder import RunRecorder
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import CloseRound, CohortOf, RoundStep
+from fedraclora.strategies.shared.past import ENERGY
+from fedraclora.strategies.steps.conflicts import ROW_MOMENTS, TWICE, refused
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.optimiser import ROW_SLOT, row_slots
+
+
+def follows_gradient(local: LocalConfig) -> bool:
+    """Check whether a component moves by a multiple of its gradient, the same for all of a client.
+
+    Adam's steps have one size whatever a row sees, and a preconditioner divides by the lengths of
+    rows, so that `strategies.shared.past.energies` would read its own step size back; a layer that
+    is clipped by itself would count for too little beside the others.
+    """
+    return local.optimiser == "sgd" and not local.added and local.clip_by == "all"
+
+
+class NoEnergy(RoundStep):
+    """Leaves ``energy_seen`` out of the ledger."""
+
+    @override
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        after = close(got)
+        return replace(after, report={n: x for n, x in after.report.items() if n != ENERGY})
+
+
+@dataclass
+class SampleAccount(RoundStep):
+    """Counts the passes that clients have made over their data.
+
+    Attributes:
+        dp: Clip and noise.
+        passes: Of each client so far, int64 [N]; by `begin`.
+    """
+
+    dp: SampleNoise
+    passes: torch.Tensor = field(init=False)
+
+    spent = "sample_privacy"
+
+    @override
+    def begin(self, state: State) -> None:
+        self.passes = torch.zeros(self.run.loop.clients, dtype=torch.int64)
+
+    @override
+    def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
+        for round_ in range(1, done + 1):
+            self._count(partial(cohort_of, round_))
+
+    @override
+    def bound(self, *, first: bool) -> float | None:
+        if not first:
+            raise refused(TWICE, "local.dp")
+        return None
+
+    @override
+    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+        self._count(lambda: exchange.first.cohort.clients)
+        return {"train_loss": None, "sample_privacy": self.row()}
+
+    def _count(self, asked: Callable[[], torch.Tensor]) -> None:
+        """Count a round; where devices differ, as if all clients had taken part."""
+        everyone = torch.arange(len(self.passes))
+        self.add(everyone if self.run.devices.system.enabled else asked())
+
+    def add(self, clients: torch.Tensor) -> None:
+        """Count a round that these clients (ids, int64) took part in."""
+        local = self.run.local
+        if local.steps is None:
+            self.passes[clients] += local.epochs
+            return
+        samples = self.run.sizes(clients).clamp(min=1)
+        batch = torch.full_like(samples, local.batch_size) if local.batch_size else samples
+        each = (samples + batch - 1) // batch  # steps of a pass
+        self.passes[clients] += (local.steps + each - 1) // each
+
+    def row(self) -> Row:
+        """What the ledger says: the cost to the samples of the client with the most passes."""
+        most = int(self.passes.max())
+        return {"epsilon": self.dp.epsilon(most), "delta": self.dp.delta, "passes": most}
+
+
+class RowMoments(RoundStep):
+    """Keeps them with the moments of the state."""
+
+    @override
+    def send(self, sent: Downlink, state: State) -> Downlink:
+        if not RECIPES[sent.recipe].steps:  # gradients alone are asked for
+            return sent
+        return replace(sent, dense=sent.dense | row_slots(sent, state.moments))
+
+    @override
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        after, sent = close(got), exchange.downlink
+        names = [name for name in sent.dense if name.startswith(ROW_SLOT)]
+        if not names and RECIPES[sent.recipe].steps:
+            raise refused(ROW_MOMENTS, TWICE)
+        if not names or not len(got.clients):
+            return after
+        mean, dtype = got.mean(), next(iter(state.base.values())).dtype
+        # An attacker, or a rule that cuts updates apart, may leave less than nothing.
+        moments = {n: mean[n].clamp(min=0).to("cpu", dtype) for n in names}
+        return replace(after, moments=after.moments | moments)
