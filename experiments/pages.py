@@ -184,7 +184,8 @@ def _section(kind: type[Method], names: list[str]) -> str:
     others = [f"`{n}`" + (f" (= `{same[n]}`)" if n in same else "") for n in names[1:]]
     also = f"; also {', '.join(others)}" if others else ""
     text = docstring(kind)
-    formulas = [part for part in text.split("\n\n") if part.startswith("    ")]
+    parts = text.replace("sum_k p_k", "mean_k").split("\n\n")
+    formulas = [part for part in parts if part.startswith("    ")]
     up, source = (_bullet(text, name) for name in ("Uplink", "Source"))
     up = PER_MATRIX.sub("", re.split(r"(?<=[.;]) ", up)[0][:-1])
     source = ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", TITLE.sub("", source))

@@ -1,8 +1,8 @@
 """Bernoulli-LoRA, federated: a coin says for each round which factor is drawn and which trained.
 
     c_t = 1 with probability p, the same for all clients
-    c_t = 1: B_t drawn, client k: A_k = 0, local steps on A_k;  W <- W + s B_t sum_k p_k A_k
-    c_t = 0: A_t drawn, client k: B_k = 0, local steps on B_k;  W <- W + s (sum_k p_k B_k) A_t
+    c_t = 1: B_t drawn, client k: trains A_k from 0;  W <- W + s B_t sum_k p_k A_k
+    c_t = 0: A_t drawn, client k: trains B_k from 0;  W <- W + s (sum_k p_k B_k) A_t
 
 - Uplink: r n numbers per matrix and client where c_t = 1, r m where c_t = 0. Downlink: a seed, and
   what the client missed: as many numbers per link as were sent up, at most m n.

@@ -2,7 +2,7 @@
 
 Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r:
 
-    A_t ~ D (r x n), drawn from a seed;  client k: B_k = 0, local steps on B_k only
+    A_t ~ D (r x n), drawn from a seed;  client k: trains B_k from 0
     B_bar = sum_k p_k B_k;               W <- W + s B_bar A_t
 
 A left sketch draws B_t (m x r) and trains A_k (r x n). ``resample_every = k`` carries the trained

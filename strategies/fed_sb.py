@@ -1,6 +1,6 @@
 """Fed-SB: a small core is trained between two frozen factors.
 
-    B (m x r) and A (r x n) drawn once;  client k: local steps on R_k (r x r) from R
+    B (m x r) and A (r x n) drawn once;  client k: trains R_k (r x r) from R
     R <- sum_k p_k R_k;   effective weight W + s B R A, with R = 0 at the start
 
 - Uplink: r^2 numbers per matrix and client. Downlink: two seeds, and r^2 numbers after the first

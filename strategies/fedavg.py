@@ -1,6 +1,6 @@
 """FedAvg on full weights, the yardstick of every low-rank method.
 
-    client k: W_k = W, local steps on every weight;   W <- sum_k p_k W_k
+    client k: trains all of W_k from W;   W <- sum_k p_k W_k
 
 - Uplink: m n numbers per matrix. Downlink: what the client missed, at most m n.
 - Aggregation: exact and linear.

@@ -1,6 +1,6 @@
 """FedAvg-LoRA (FedIT), and in links COLA and ReLoRA: both factors trained, averaged separately.
 
-    client k: (B_k, A_k) from (B_bar, A_bar), local steps on both
+    client k: trains (B_k, A_k) from (B_bar, A_bar)
     B_bar <- sum_k p_k B_k;   A_bar <- sum_k p_k A_k;   effective weight W + s B_bar A_bar
     every ``resample_every`` rounds: W <- W + s B_bar A_bar, and both factors begin anew
 

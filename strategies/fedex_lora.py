@@ -1,6 +1,6 @@
 """FedEx-LoRA: FedAvg-LoRA with what separate averages miss added to the base weights.
 
-    client k: (B_k, A_k) from (B_bar, A_bar), local steps on both
+    client k: trains (B_k, A_k) from (B_bar, A_bar)
     B_bar <- sum_k p_k B_k;   A_bar <- sum_k p_k A_k
     W <- W + s (sum_k p_k B_k A_k - B_bar A_bar)
 

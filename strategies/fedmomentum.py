@@ -1,6 +1,6 @@
 """FedMomentum: the leading part of the mean product is carried on, the rest is merged.
 
-    client k: (B_k, A_k) from (B, A), local steps on both
+    client k: trains (B_k, A_k) from (B, A)
     sum_k p_k B_k A_k = U S V^T;   B <- U_r S_r^(1/2),  A <- S_r^(1/2) V_r^T
     W <- W + s (sum_k p_k B_k A_k - B A)
 

@@ -1,6 +1,6 @@
 """FedRot-LoRA: FedAvg-LoRA whose clients' factors are turned towards the last ones before the mean.
 
-    client k: (B_k, A_k) from (B, A), local steps on both
+    client k: trains (B_k, A_k) from (B, A)
     R_k = argmin ||R^T A_k - A||_F  or  argmin ||B_k R - B||_F  over rotations, the rounds in turn
         = U V^T of  A_k A^T = U S V^T,  or of  B_k^T B = U S V^T  (the last column turned, det = 1)
     R_k <- the rotation nearest to (1 - strength) I + strength R_k

@@ -1,6 +1,6 @@
 """FedSA-LoRA: both factors trained, A averaged, B kept by each client.
 
-    client k: (B_k, A_k) from (its own B_k, A), local steps on both;   A <- sum_k p_k A_k
+    client k: trains (B_k, A_k) from (its own B_k, A);   A <- sum_k p_k A_k
     effective weight of client k: W + s B_k A
 
 - Uplink: r n numbers per matrix and client. Downlink: a seed in the first round, then r n.

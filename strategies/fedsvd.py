@@ -1,6 +1,6 @@
 """FedSVD: B trained and averaged, then both factors taken anew from the SVD of their product.
 
-    client k: local steps on B_k from B under A;   B_bar = sum_k p_k B_k
+    client k: trains B_k from B under A;   B_bar = sum_k p_k B_k
     B_bar A = U S V^T;   B <- U S,  A <- V^T;   effective weight W + s B A
 
 A keeps r orthonormal rows, and they span what they did before: the SVD turns the basis, and no new

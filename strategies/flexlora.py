@@ -1,6 +1,6 @@
 """FlexLoRA: the mean of the clients' products, cut to rank r and handed out again.
 
-    client k: (B_k, A_k) from the first r_k components of (B, A), local steps on both
+    client k: trains (B_k, A_k) from the first r_k components of (B, A)
     sum_k p_k B_k A_k = U S V^T;   B <- U_r S_r^(1/2),  A <- S_r^(1/2) V_r^T
     effective weight W + s B A
 

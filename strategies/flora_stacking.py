@@ -1,6 +1,6 @@
 """FLoRA, by stacking: both factors trained anew in every round, their products merged exactly.
 
-    client k: B_k = 0, A_k = A_0 (drawn for the round), local steps on both
+    client k: B_k = 0, A_k = A_0 (drawn for the round), trains both
     W <- W + s [p_1 B_1, .., p_K B_K] [A_1; ..; A_K] = W + s sum_k p_k B_k A_k
 
 - Uplink: r (m + n) numbers per matrix and client; r_k (m + n) under rank budgets. Downlink: a seed,

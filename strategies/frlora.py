@@ -2,7 +2,7 @@
 
     once:     W = U S V^T;  B_0 = U_r (S_r / s)^(1/2),  A_0 = (S_r / s)^(1/2) V_r^T
               W <- W - s B_0 A_0
-    client k: (B_k, A_k) from (B_0, A_0), local steps on both;  effective weight W + s B A
+    client k: trains (B_k, A_k) from (B_0, A_0);  effective weight W + s B A
     B_bar = sum_k p_k B_k;  A_bar = sum_k p_k A_k;  W <- W + s (B_bar A_bar - B_0 A_0)
 
 - Uplink: r (m + n) numbers per matrix and client. Downlink: the same, also in the first round, and

@@ -1,6 +1,6 @@
 """HetLoRA: factors of several ranks, padded with zeros and averaged by the norms of their products.
 
-    client k: (B_k, A_k) from the first r_k components of (B, A), local steps on both
+    client k: trains (B_k, A_k) from the first r_k components of (B, A)
     w_k = p_k ||B_k A_k||_F / sum_j p_j ||B_j A_j||_F
     B <- sum_k w_k B_k;  A <- sum_k w_k A_k, padded;   effective weight W + s B A
 

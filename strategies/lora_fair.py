@@ -1,6 +1,6 @@
 """LoRA-FAIR: FedAvg-LoRA with a correction of B that is fitted on the server.
 
-    client k: (B_k, A_k) from (B, A), local steps on both
+    client k: trains (B_k, A_k) from (B, A)
     B_bar = sum_k p_k B_k;   A <- sum_k p_k A_k;   R = sum_k p_k B_k A_k - B_bar A
     D = argmin ||R - D A||_F^2 + ridge ||D||_F^2 = R A^T (A A^T + ridge I)^(-1);   B <- B_bar + D
     effective weight W + s B A

@@ -1,7 +1,7 @@
 """RAVAN: several heads, each with a small trained core between two frozen factors.
 
     B_i (m x r) and A_i (r x n) drawn once for the heads i = 1..h
-    client k: local steps on all cores H_ik (r x r) from H_i;   H_i <- sum_k p_k H_ik
+    client k: trains all cores H_ik (r x r) from H_i;   H_i <- sum_k p_k H_ik
     effective weight W + s sum_i B_i H_i A_i, with H_i = 0 at the start
 
 The heads are the diagonal blocks of one core of h r rows: the rank is h r for h r^2 parameters.

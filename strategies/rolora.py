@@ -1,7 +1,7 @@
 """RoLoRA: B and A trained in turn, each under the mean of the other.
 
-    odd rounds:  client k: local steps on B_k from B under A;   B <- sum_k p_k B_k
-    even rounds: client k: local steps on A_k from A under B;   A <- sum_k p_k A_k
+    odd rounds:  client k: trains B_k from B under A;   B <- sum_k p_k B_k
+    even rounds: client k: trains A_k from A under B;   A <- sum_k p_k A_k
     effective weight W + s B A, with B = 0 and A drawn at the start
 
 - Uplink: r m numbers per matrix and client in odd rounds, r n in even ones. Downlink: a seed in the

@@ -1,6 +1,6 @@
 """SLoRA: a few rounds of sparse full weights, whose change then begins the factors of FedAvg-LoRA.
 
-    rounds 1..R: client k: local steps on the entries of W that a shared mask of density d keeps
+    rounds 1..R: client k: trains the entries of W that a shared mask of density d keeps
                  W <- sum_k p_k W_k
     after R:     (W - W_0) / s = U S V^T;  B = U_r S_r^(1/2),  A = S_r^(1/2) V_r^T;  W <- W - s B A
     then:        FedAvg-LoRA from (B, A);  effective weight W + s B A

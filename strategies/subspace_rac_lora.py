@@ -5,7 +5,7 @@ adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f
 
     right: A = [c K; F], K the k leading right singular vectors of the last link's change of W,
            F the rows of a drawing made orthonormal to K and to one another
-           client i: local steps on B_i from B;  B = sum_i p_i B_i;  last round: W <- W + s B A
+           client i: trains B_i from B;  B = sum_i p_i B_i;  last round: W <- W + s B A
     left:  B = [c K, F] likewise, K of left singular vectors; clients train A
 
 Each link turns the basis by the gradient once: subspace iteration with a warm start, along the

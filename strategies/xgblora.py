@@ -1,7 +1,7 @@
 """XGBLoRA: boosters of rank 1 on a few layers drawn at random, shrunk, merged, and begun anew.
 
     round t: L_t, a random subset of the adapted layers;  A_0 drawn, B_0 = 0 for each of them
-    client k: (B_k, A_k) from (B_0, A_0), local steps on both;  effective weight W + s B A
+    client k: trains (B_k, A_k) from (B_0, A_0);  effective weight W + s B A
     W <- W + eta s B_bar A_bar for the layers of L_t;  B_bar = sum_k p_k B_k, A_bar likewise
 
 One round is one booster: it is trained on what the merged ones left. ``server_lr`` is the shrinkage

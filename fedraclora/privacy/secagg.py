@@ -1,4 +1,20 @@
-"""Settings of secure aggregation, and what follows from them: neighbours, threshold, steps."""
+"""Settings of secure aggregation, and what follows from them: neighbours, threshold, steps.
+
+The protocol is SecAgg+; ECDH, Shamir's sharing and Fernet are Flower's, masks are ChaCha20 streams.
+A round has four exchanges:
+
+- ``keys``: a client sends two public keys (P-384), and a commitment to the seed of its own mask.
+- ``shares``: it gets its neighbours' keys, and sends for each, encrypted, a share of that seed and
+  one of its mask key.
+- ``masked``: it gets what to train and the encrypted shares, and sends its vector modulo 2^32, with
+  its own mask and those of its neighbours.
+- ``unmask``: it learns who is in the sum and who is not, and sends shares of the seeds of the
+  former and of the keys of the latter.
+
+Neighbours are all others, or the nearest on a ring that is drawn anew each round. A secret needs t
+shares, more than half of the neighbours. Since a client commits in advance to all that it reveals
+later, who misbehaves can be named.
+"""
 
 from __future__ import annotations
 
