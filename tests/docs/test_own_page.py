@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.overrides import composed
 from fedraclora.strategies import METHODS
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "own.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-MINE = [block for block in BLOCKS if block.startswith("# mine.py\n")]
-PROGRAM = [block for block in BLOCKS if block not in MINE]
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (DOCS / "own.md").read_text()
+PROGRAM = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [
     line
     for block in re.findall(r"```bash[^\n]*\n(.*?)```", PAGE, re.DOTALL)
@@ -27,7 +27,7 @@ COMMANDS = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "mine.py").write_text("\n".join(MINE))
+    shutil.copy(DOCS / "examples" / "mine.py", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
@@ -41,7 +41,7 @@ def test_the_program_of_the_page_runs(folder: Path) -> None:
 
 
 def test_the_program_of_the_page_on_training_runs() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    page = (DOCS / "training.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(program, "training.md", "exec"), names)
