@@ -174,13 +174,17 @@ class Host:
 
 
 def _limit(where: Namespaces, device: str, rate: str | None) -> None:
-    """Let a device send no faster than at a rate, in bursts of 10 ms or 16 kB."""
+    """Let a device send no faster than at a rate, in bursts of 10 ms or 16 kB.
+
+    What waits there is lost. If it stayed, a segment of up to 64 kB (the kernel cuts them to the
+    burst as they come) could be longer than the new burst: nothing would ever pass again.
+    """
+    where.run(["sh", "-c", f"tc qdisc del dev {device} root 2> /dev/null || true"])
     if rate is None:
-        where.run(["sh", "-c", f"tc qdisc del dev {device} root 2> /dev/null || true"])
         return
     found = re.fullmatch(r"([\d.]+)([kmg]bit)", rate)
     if found is None:
         raise ValueError(f"rate is {rate!r}; 10mbit, 500kbit or 1gbit are wanted")
     burst = max(16_000, int(float(found[1]) * UNITS[found[2]] / 8 / 100))
     limits = f"tbf rate {rate} burst {burst} latency 300ms"
-    where.run(["tc", "qdisc", "replace", "dev", device, "root", *limits.split()])
+    where.run(["tc", "qdisc", "add", "dev", device, "root", *limits.split()])

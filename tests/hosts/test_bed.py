@@ -37,6 +37,16 @@ WRITE = """if True:
         count -= len(line.recv(1 << 16))
     print(time.monotonic() - began, flush=True)
 """
+# For two seconds sends megabytes to an address, each when the one before is back.
+SEND = """if True:
+    import socket, sys, time
+    line, end = socket.create_connection((sys.argv[1], 7000)), time.monotonic() + 2
+    while time.monotonic() < end:
+        line.sendall(bytes(1 << 20))
+        left = 1 << 20
+        while left:
+            left -= len(line.recv(1 << 16))
+"""
 
 
 def echo(host: Host) -> Process:
@@ -74,6 +84,16 @@ def test_hosts_reach_each_other_and_this_process_reaches_them_by_address(three: 
     subprocess.run([*PYTHON, WRITE, two.address, "1"], check=True, capture_output=True)
     assert one.run(["hostname"]) == "host0\n"
     assert "host2" not in Path("/etc/hosts").read_text()
+
+
+def test_what_is_on_its_way_arrives_when_its_link_becomes_slower(three: Bed) -> None:
+    one, two, _ = three
+    before, sending = one.sent(), one.popen([*PYTHON, SEND, two.address])
+    assert soon(lambda: one.sent() > before + 5_000_000)
+    for rate in ("100mbit", "40mbit"):
+        one.link(rate)
+    assert sending.wait(20) == 0
+    one.link()
 
 
 def test_a_rate_holds_for_its_direction_and_bytes_are_counted(three: Bed) -> None:
