@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPushError,
     push_object_contents_from_iterable,
@@ -24,12 +25,31 @@ from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.superlink.grid import http_grid
 from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.runtime import run_clientapp
-from httpx import ConnectError, HTTPStatusError, Request, Response
+from httpx import (
+    BaseTransport,
+    Client,
+    ConnectError,
+    HTTPStatusError,
+    Request,
+    Response,
+    SyncByteStream,
+)
 
 from fedraclora.engines.deploy import supernode
 from fedraclora.engines.deploy.local import SUPERNODE
-from fedraclora.engines.deploy.supernode import EARLY, OLDEST, Pauses, going_on, off, patient, put
+from fedraclora.engines.deploy.supernode import (
+    EARLY,
+    OLDEST,
+    PART,
+    Pauses,
+    going_on,
+    in_parts,
+    off,
+    patient,
+    put,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +76,24 @@ def test_parts_are_looked_for_with_the_pause_that_is_replaced(module: ModuleType
     source = inspect.getsource(module)
     assert len(re.findall(r"= pull_objects\(", source)) == 1
     assert not re.findall("backoff|max_t", source)
+
+
+def test_a_request_is_written_in_parts_each_with_its_own_time() -> None:
+    written = list[bytes]()
+
+    class Link(BaseTransport):
+        def handle_request(self, request: Request) -> Response:
+            assert isinstance(request.stream, SyncByteStream)
+            written.extend(request.stream)
+            assert request.headers["content-length"] == str(sum(map(len, written)))
+            return Response(200, content=PushObjectResponse(stored=True).SerializeToString())
+
+    client = in_parts(FleetHttpClient)("http://link")
+    client._client = Client(transport=Link())
+    asked = PushObjectRequest(object_content=os.urandom(3 * PART))
+    assert client.PushObject(asked).stored
+    assert PushObjectRequest.FromString(b"".join(written)) == asked
+    assert max(map(len, written)) <= PART
 
 
 def test_a_part_that_is_refused_keeps_no_other_part_back() -> None:
