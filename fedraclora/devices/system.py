@@ -35,7 +35,8 @@ class SystemConfig(Limited, group="system"):
 
     Attributes:
         speed: Samples that a client trains on per virtual second; None = at once.
-        downlink, uplink: Megabytes (10^6 bytes) per virtual second; None = at once.
+        downlink, uplink: Megabytes (10^6 bytes) of payload per virtual second: 0.95 of what a link
+            carries, or what a server can serve; None = at once.
         latency: Virtual seconds of an exchange that are not bytes or samples: requests, pauses,
             processes; None = none. A deployment's is measured in docs/records/slow_links.md.
         rank_budget: Share of the method's rank that a client can train; more than 1 counts as 1.

@@ -7,6 +7,8 @@ pair a client: three nodes share the cores of this machine here, so that trainin
 by the processor seconds that the study's runs took. Then the same rounds on the virtual clock
 (``system=``). What ``runs.jsonl`` has is not measured again; ``rates=`` alone writes the tables.
 
+Instead of that, ``whole=RATE`` runs the study's own run of each of the rows until its target.
+
 Rounds to the target are those of the study: ``deploy`` and ``simulate`` have the same weights.
 """
 
@@ -31,7 +33,7 @@ from fedraclora.experiments.simulate import carry_out
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.tables import Table
 from fedraclora.experiments.words import key_values
-from fedraclora.plots.comparison import Measured, Panel, bounds_figure
+from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 from fedraclora.run.folder import provenance
 from fedraclora.run.ledger import read_ledger, round_seconds
 from tests.hosts import Bed
@@ -48,11 +50,14 @@ LABELS = {  # of rows of the study
     "fedavg": "FedAvg, all weights",
 }
 CLIENTS, RATES, DOWN = 3, (100, 10, 1), 10
-ROUNDS = {100: 5, 10: 5, 1: 3}
-OF_ALL_WEIGHTS = {100: 2, 10: 1, 1: 1}  # at 1 Mbit/s a round takes a quarter of an hour
+ROUNDS = {100: 8, 10: 8, 1: 5}
+OF_ALL_WEIGHTS = {100: 5, 10: 3, 1: 1}  # at 1 Mbit/s a round takes a quarter of an hour
 QUIET = ["data.validation=0.01", "evaluate.split=validation", "evaluate.every=1000"]
 QUIET += ["output.progress=false"]  # the server measures on few rows
 BRIEF = ["local.steps=1", "local.batch_size=2", *QUIET]
+# Of a link's bytes TCP, IP and Ethernet take 66 of 1,514, and TLS 22 of 16,406.
+PAYLOAD = 1448 / 1514 * 16384 / 16406
+FITTED = ("fed_rac_lora", 100)  # the cell by which the clock gets its latency
 PATIENCE = 3600.0  # seconds of a round: no measure, it ends what hangs
 Row = dict[str, object]
 
@@ -111,8 +116,8 @@ def on_the_bed(deployment: Deployment, row: str, rates: Sequence[int]) -> Iterat
     deployment.until(1, PATIENCE)
     first = deployment.rows()[1]
     for rate in rates:
-        link(deployment, rate)
         began, (sent, received) = len(deployment.rows()), bytes_so_far()
+        link(deployment, rate)
         deployment.until(began + many[rate] - 1, PATIENCE)
         now, rows = bytes_so_far(), deployment.rows()[began : began + many[rate]]
         means = {
@@ -125,7 +130,7 @@ def on_the_bed(deployment: Deployment, row: str, rates: Sequence[int]) -> Iterat
             **means,
             "sent": (now[0] - sent) / len(rows), "received": (now[1] - received) / len(rows),
             "first": {"seconds": without_measuring(first), "catchup_bytes": first["catchup_bytes"]},
-            "incidents": [i for r in rows for i in r.get("incidents", ())],  # type: ignore[attr-defined]
+            "incidents": what_went_wrong(rows),
             "load": os.getloadavg()[0], **provenance(),
         }  # fmt: skip
     link(deployment, None)
@@ -135,6 +140,31 @@ def on_the_bed(deployment: Deployment, row: str, rates: Sequence[int]) -> Iterat
 def without_measuring(row: Mapping[str, object]) -> float:
     """Give the seconds of a round but for those in which the server measures."""
     return round_seconds(row) - float(row["seconds"].get("evaluate", 0.0))  # type: ignore[attr-defined]
+
+
+def whole(deployment: Deployment, row: str, rate: int) -> Row:
+    """Run the first of the study's runs of a row until its target; give seconds by round."""
+    for folder in ("run", "there"):
+        shutil.rmtree(deployment.server.path(folder), ignore_errors=True)
+    link(deployment, rate)
+    words = words_of(row, ["clients=3", "engine.chunk=1", "output.progress=false"])
+    run = deployment.begin(words)
+    curve = {p["round"]: p["metrics"][METRIC] for p in finals(row)[0]["curve"]}  # type: ignore[attr-defined]
+    deployment.until(min(k for k, y in curve.items() if y >= TARGET), PATIENCE)
+    rows = deployment.rows()[1:]
+    run.terminate()
+    mine = {r["round"]: r["metrics"][METRIC] for r in rows if r["metrics"]}  # type: ignore[index, call-overload]
+    return {
+        "kind": "whole", "row": row, "rate": rate,
+        "seconds": [round(without_measuring(r), 3) for r in rows],
+        "curve": mine, "study": {k: curve[k] for k in mine},
+        "incidents": what_went_wrong(rows), "load": os.getloadavg()[0], **provenance(),
+    }  # fmt: skip
+
+
+def what_went_wrong(rows: Sequence[Mapping[str, object]]) -> list[object]:
+    """Give the incidents and failures of some rounds."""
+    return [i for r in rows for key in ("incidents", "failures") for i in r.get(key, ())]  # type: ignore[attr-defined]
 
 
 def link(deployment: Deployment, rate: int | None) -> None:
@@ -187,61 +217,53 @@ class Record:
             file.write(json.dumps(row) + "\n")
         print(row["kind"], row["row"], row.get("rate", ""), row["seconds"], flush=True)
 
-    def find(self, kind: str, row: str, rate: int | None = None) -> Row | None:
+    def find(self, kind: str, row: str = "", rate: int | None = None) -> Row | None:
         """Find the last row of a kind."""
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        wanted = {"kind": kind, "row": row, **({} if rate is None else {"rate": rate})}
+        wanted = {"kind": kind, **({"row": row} if row else {})}
+        wanted |= {} if rate is None else {"rate": rate}
         rows = [r for r in map(json.loads, lines) if wanted.items() <= r.items()]
         return rows[-1] if rows else None
 
     def median(self, row: str, rate: int) -> float:
-        """Give the median seconds of a round on the bed; NaN: not measured."""
-        found = self.find("bed", row, rate)
-        return statistics.median(found["seconds"]) if found else float("nan")  # type: ignore[arg-type]
+        """Give the median seconds of a round on the bed; NaN: not measured.
 
-    def cells(self) -> list[Row]:
-        """Give what was measured on the bed, once for each method and rate."""
-        found = (self.find("bed", row, rate) for row in LABELS for rate in RATES)
-        return [cell for cell in found if cell]
+        In the first round, of several, the links changed.
+        """
+        if (found := self.find("bed", row, rate)) is None:
+            return float("nan")
+        seconds: list[float] = found["seconds"]  # type: ignore[assignment]
+        return statistics.median(seconds[1:] or seconds)
 
-    def on_the_wire(self) -> float:
-        """Give the bytes on a link, over the payload in them; NaN: nothing was measured."""
-        found = [float(str(c["sent"])) / float(str(c["uplink_bytes"])) for c in self.cells()]
-        return statistics.median(found) if found else float("nan")
+    def clock(self, row: str, rate: int) -> float:
+        """Give the seconds of a round on the virtual clock, with a link's share of payload.
+
+        Its seconds are those of bytes alone: a smaller pace is as good as a division. NaN: not run.
+        """
+        found = self.find("clock", row, rate)
+        return float(str(found["seconds"])) / PAYLOAD if found else float("nan")
+
+    def seconds(self, row: str, rate: int) -> tuple[float, str]:
+        """Give the seconds of a round; with a star where they are computed.
+
+        They are those of its bytes, and of what a round on the links before took beside its bytes.
+        """
+        if self.find("bed", row, rate):
+            return self.median(row, rate), ""
+        before = RATES[RATES.index(rate) - 1]
+        beside = self.median(row, before) - self.clock(row, before)
+        return self.clock(row, rate) + beside, " *"
 
     def latency(self) -> float:
-        """Give what a round takes beside its bytes: the median of what was measured."""
-        found = []
-        for cell in self.cells():
-            row, rate = str(cell["row"]), int(str(cell["rate"]))
-            found.append(self.median(row, rate) - self.on_the_wire() * of_bytes(row, rate))
-        return statistics.median(found) if found else float("nan")
-
-    def star(self, row: str, rates: Sequence[int]) -> str:
-        """Mark what was not measured at each of these rates."""
-        return "" if all(self.find("bed", row, rate) for rate in rates) else " *"
-
-    def seconds(self, row: str, rate: int) -> float:
-        """Give the seconds of a round: measured, or those of its bytes and the latency."""
-        if self.find("bed", row, rate):
-            return self.median(row, rate)
-        return self.on_the_wire() * of_bytes(row, rate) + self.latency()
-
-
-def of_bytes(row: str, rate: int) -> float:
-    """Give the seconds that the payload of a client takes, up and then down."""
-    run = finals(row)[0]
-    rounds, totals = int(str(run["rounds"])), [run["uplink_total"], run["downlink_total"]]
-    up, down = (float(str(t)) / CLIENTS * 8e-6 for t in totals)  # the first round sends none down
-    return up / rounds / rate + down / (rounds - 1) / rate / DOWN
+        """Give what a round takes beside its bytes, by one cell."""
+        return self.median(*FITTED) - self.clock(*FITTED)
 
 
 def table_of_rounds(record: Record) -> Table:
     """Tabulate a round of each method: bytes, training, and seconds at each rate."""
     rows = []
     for row, label in LABELS.items():
-        found = [record.find("bed", row, rate) for rate in RATES]
-        one: Row = next((f for f in found if f), {})
+        one = record.find("bed", row, RATES[1]) or {}
         columns: Row = {"method": label}
         for name, keys in (
             ("MB up", ["uplink_bytes"]),
@@ -251,13 +273,10 @@ def table_of_rounds(record: Record) -> Table:
             columns[name] = sum(float(str(one.get(key, "nan"))) for key in keys) / 1e6
         columns["training, s"] = training(row)
         for rate in RATES:
-            seconds = shown(record.seconds(row, rate))
-            columns[f"s a round at {rate} Mbit/s"] = seconds + record.star(row, [rate])
+            seconds, star = record.seconds(row, rate)
+            columns[f"s a round at {rate} Mbit/s"] = shown(seconds) + star
         rows.append(columns)
-    note = (
-        f"* Not measured: {record.on_the_wire():.3f} of its payload, and {record.latency():.1f} s."
-    )
-    return Table.of(rows, [note], text=shown)
+    return Table.of(rows, text=shown)
 
 
 def table_of_targets(record: Record) -> Table:
@@ -272,31 +291,52 @@ def table_of_targets(record: Record) -> Table:
         }
         for rate in RATES:
             seconds = shown(seconds_to_target(record, row, rate))
-            columns[f"s to it at {rate} Mbit/s"] = seconds + record.star(row, [rate])
+            columns[f"s to it at {rate} Mbit/s"] = seconds + record.seconds(row, rate)[1]
         rows.append(columns)
     return Table.of(rows, text=shown)
 
 
 def table_of_clocks(record: Record) -> Table:
-    """Tabulate how far a round on the virtual clock is from one on the bed, in percent."""
+    """Tabulate how far a round on the virtual clock is from one on the bed."""
     rows = []
     for row, label in LABELS.items():
         columns: Row = {"method": label}
-        for what in ("", " with latency"):
-            for rate in RATES:
-                found, real = record.find("clock", row, rate), record.median(row, rate)
-                key, off = f"{rate} Mbit/s{what}", float("nan")
-                if found is not None:
-                    seconds = float(str(found["seconds"])) + (record.latency() if what else 0.0)
-                    off = 100 * (seconds / real - 1)
-                columns[key] = f"{off:+.0f} %" if off == off else None  # noqa: PLR0124
+        for rate in RATES:
+            real, clock = record.median(row, rate), record.clock(row, rate) + record.latency()
+            off = f"{clock - real:+.1f} s, {100 * (clock / real - 1):+.0f} %"
+            known = "" if real != real else off  # noqa: PLR0124
+            columns[f"{rate} Mbit/s"] = "fitted" if (row, rate) == FITTED else known
         rows.append(columns)
-    return Table.of(rows)
+    return Table.of(rows, [f"system.latency is {record.latency():.2f} s."])
+
+
+def table_of_wholes(record: Record) -> Table:
+    """Tabulate runs of the study as deployments, beside the sum of their rounds.
+
+    In the sum nodes train as here, on fewer cores than there are nodes.
+    """
+    rows, cores = [], os.cpu_count() or 1
+    for row, label in LABELS.items():
+        for rate in RATES:
+            if (found := record.find("whole", row, rate)) is None:
+                continue
+            seconds: list[float] = found["seconds"]  # type: ignore[assignment]
+            each = record.median(row, rate) + CLIENTS / cores * training(row)
+            rows.append(
+                {
+                    "method": label,
+                    "Mbit/s up": rate,
+                    "rounds after the first": len(seconds) - 1,
+                    "s measured": sum(seconds[1:]),
+                    "s, sum": (len(seconds) - 1) * each,
+                }
+            )
+    return Table.of(rows, text=shown)
 
 
 def seconds_to_target(record: Record, row: str, rate: int) -> float:
     """Give rounds to the target times the seconds of a round and of its training."""
-    return statistics.mean(rounds_to_target(row)) * (record.seconds(row, rate) + training(row))
+    return statistics.mean(rounds_to_target(row)) * (record.seconds(row, rate)[0] + training(row))
 
 
 def shown(value: object) -> str:
@@ -307,18 +347,26 @@ def shown(value: object) -> str:
 
 
 def figure(record: Record) -> None:
-    """Draw the seconds until the target against the rate."""
-    curves = {
-        label + record.star(row, RATES): Measured(
-            np.array([float(rate) for rate in RATES]),
-            np.array([seconds_to_target(record, row, rate) for rate in RATES]),
-        )
-        for row, label in LABELS.items()
-    }
-    labels = ("Mbit/s up at a node, ten times that down", f"seconds until {METRIC} {TARGET:g}")
-    panel = Panel("", labels, curves, log="xy", marks=True)
-    title = "Time to target by bandwidth\n(* in part computed)"
-    bounds_figure(title, [panel], 1, record.folder / "slow_links.png")
+    """Draw the seconds until the target, a line for each method and a mark for each rate."""
+    drawn = new_figure(5.0, 3.9)  # a README shows it on a telephone, too
+    stars = ["".join(record.seconds(row, rate)[1] for rate in RATES) for row in LABELS]
+    title = "Time to target by bandwidth" + (" (* in part computed)" if any(stars) else "")
+    drawn.suptitle(title, fontsize=13)
+    panel = drawn.subplots()
+    for colour, mark, rate in zip(COLOURS, "osD", RATES, strict=False):
+        seconds = [seconds_to_target(record, row, rate) for row in LABELS]
+        panel.plot(seconds, range(len(LABELS)), mark, color=colour, label=f"{rate}", markersize=8)
+    for place, row in enumerate(LABELS):
+        ends = [seconds_to_target(record, row, rate) for rate in RATES]
+        panel.plot([min(ends), max(ends)], [place, place], color="#999999", zorder=0)
+    label_axes(panel, f"seconds until {METRIC} {TARGET:g}", "")
+    make_logarithmic(panel, "x")
+    panel.set_xticks([50, 100, 300, 1000, 3000, 10000])
+    names = [x.replace(", ", ",\n", 1) for x in LABELS.values()]
+    panel.set_yticks(range(len(LABELS)), [a + b for a, b in zip(names, stars, strict=True)])
+    panel.invert_yaxis()
+    drawn.legend(loc="outside lower center", ncols=3, frameon=False, title="Mbit/s up at a node")
+    write_png(drawn, record.folder / "slow_links.png")
 
 
 def report(record: Record) -> None:
@@ -327,31 +375,41 @@ def report(record: Record) -> None:
         "rounds": table_of_rounds(record),
         "table": table_of_targets(record),
         "clocks": table_of_clocks(record),
+        **({"wholes": table_of_wholes(record)} if record.find("whole") else {}),
     }.items():
         table.write(record.folder, name)
         print(table.markdown())
     figure(record)
 
 
+def measured(record: Record, rows: Sequence[str], rates: Sequence[int], at: int) -> Iterator[Row]:
+    """Measure on the bed what is asked for, or else what is missing."""
+    missing = {row: [r for r in rates if not record.find("bed", row, r)] for row in rows}
+    if not at and not any(missing.values()):
+        return
+    with Bed(1 + CLIENTS) as bed:
+        deployment = Deployment(bed)
+        for row, mine in missing.items():
+            if at:
+                yield whole(deployment, row, at)
+            elif mine:
+                yield from on_the_bed(deployment, row, mine)
+
+
 @reported
 def main(words: Sequence[str] | None = None) -> int:
     """Measure what is missing, and write the tables and the figure."""
     group = key_values(sys.argv[1:] if words is None else words)
-    if "out" not in group or group.keys() - {"out", "rows", "rates"}:
-        raise ConfigError("slow_links takes out=DIR, rows=NAME,... and rates=NUMBER,...")
+    if "out" not in group or group.keys() - {"out", "rows", "rates", "whole"}:
+        raise ConfigError("slow_links takes out=DIR, rows=NAME,..., rates=NUMBER,..., whole=NUMBER")
     record = Record(Path(str(group["out"])))
     rows = str(group["rows"]).split(",") if "rows" in group else [*LABELS]
     wanted = {int(rate) for rate in str(group.get("rates", "1,10,100")).split(",") if rate}
     if (unknown := {*rows} - LABELS.keys()) or wanted - {*RATES}:
         raise ConfigError(f"rows are {', '.join(LABELS)}, and rates {RATES}; not {unknown}")
     rates = [rate for rate in RATES if rate in wanted]
-    missing = {row: [r for r in rates if not record.find("bed", row, r)] for row in rows}
-    if any(missing.values()):
-        with Bed(1 + CLIENTS) as bed:
-            deployment = Deployment(bed)
-            for row, mine in missing.items():
-                for found in on_the_bed(deployment, row, mine) if mine else ():
-                    record.add(found)
+    for found in measured(record, rows, rates, int(str(group.get("whole", 0)))):
+        record.add(found)
     for row in rows:
         for rate in rates:
             if not record.find("clock", row, rate):
