@@ -64,7 +64,8 @@ class WireConfig(Limited, group="wire"):
     """How numbers go up and down: as they are trained, or rounded to fewer bits without bias.
 
     Attributes:
-        uplink: Rounded at random; int8 and int4 with a scale for each block.
+        uplink: Rounded at random; int8 and int4 with a scale for each block, eden4 to eden1 in 4 to
+            1 bits after a random rotation.
         downlink: The same, on the way to the clients.
         feedback: What rounding left is added to what is sent next (error feedback).
     """

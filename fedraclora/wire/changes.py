@@ -8,9 +8,9 @@ changes, and so is what rounding adds to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
+from math import isfinite, prod
 
 import torch
 
@@ -23,7 +23,8 @@ from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
 
-Part = tuple[slice | torch.Tensor, list[int]]  # which numbers of its row a client sends, by tensor
+Kept = slice | torch.Tensor  # which numbers of its row a client sends
+AT_ONCE = 1 << 20  # numbers that are rounded together
 
 
 @dataclass
@@ -77,24 +78,23 @@ class Changes:
         Returns:
             The rows as the server will read them, float64 [K, P].
         """
-        found = rows.clone()
-        starts, parts = self._starts(self.clients), _parts(self.sent, len(self.clients))
-        left: Iterable[torch.Tensor | None] = [None] * len(rows) if residues is None else residues
-        for client, row, start, e, (kept, sizes) in zip(
-            self.clients.tolist(), found, starts, left, parts, strict=True
-        ):
-            rng, change = None, row[kept] - start[kept]
-            if e is None:
-                rng = generator(seed, "uplink", round_, self.sent.recipe, client)
-            else:
-                change += e[kept]
-            coded.codes.append(encode(change, sizes, self.kind, rng))
-            back = decode(coded.codes[-1], sizes, self.kind)
-            row[kept] = start[kept] + back
-            if e is not None:
-                e[kept] = change - back
-            error = (back - change).norm() / change.norm()
-            coded.errors.append(float(error) if error.isfinite() else 0.0)
+        found, starts = rows.clone(), self._starts(self.clients)
+        purpose = seed, "uplink", round_, self.sent.recipe
+        for index, kept, sizes in self._alike(torch.arange(len(rows))):
+            change = (rows[index] - starts[index])[:, kept]
+            if residues is not None:
+                change += residues[index][:, kept]
+            rngs = [generator(*purpose, client) for client in self.clients[index].tolist()]
+            nearest = residues is not None
+            codes = encode(change, sizes, self.kind, rngs, nearest=nearest, again=False)
+            back = decode(codes, sizes, self.kind, axes=2, again=False)
+            put(found, index, kept, starts[index][:, kept] + back)
+            if residues is not None:
+                put(residues, index, kept, change - back)
+            coded.codes += codes
+            for was, now in zip(change, back, strict=True):
+                error = float((now - was).norm() / was.norm())
+                coded.errors.append(error if isfinite(error) else 0.0)
         return found
 
     def decode(self, raw: torch.Tensor, clients: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -112,23 +112,36 @@ class Changes:
             WireError: If there are not as many bytes as these clients send.
         """
         places = torch.searchsorted(self.clients, clients)
-        parts = [*_parts(self.sent, len(self.clients))]
-        size = sum(int(packed_bytes(parts[i][1], self.kind)) for i in places.tolist())
+        parts = [
+            (index, kept, sizes, int(packed_bytes(sizes, self.kind)))
+            for index, kept, sizes in self._alike(places)
+        ]
+        size = sum(len(index) * each for index, *_, each in parts)
         if raw.dtype != torch.uint8 or tuple(raw.shape) != (size,):
             raise WireError(
                 f"numbers of the kind {self.kind} came as {raw.dtype} of the shape "
                 f"{tuple(raw.shape)}; {size} bytes are wanted"
             )
-        found, at = [torch.zeros(0, dtype=dtype)], 0
-        for i, start in zip(places.tolist(), self._starts(clients), strict=True):
-            kept, sizes = parts[i]
-            end = at + int(packed_bytes(sizes, self.kind))
-            change = decode(raw[at:end], sizes, self.kind)
-            found.append((start[kept] + change).to(dtype))
+        found, starts, at = [torch.zeros(0, dtype=dtype)], self._starts(self.clients), 0
+        for index, kept, sizes, each in parts:
+            end = at + len(index) * each
+            rows = raw[at:end].reshape(len(index), each)
+            change = decode(rows, sizes, self.kind, axes=2, again=False)
+            found.append((starts[index][:, kept] + change).to(dtype).flatten())
             at = end
         numbers = torch.cat(found)
         whole = self.sent.ranks is None
         return numbers.reshape(len(clients), self.sent.layout.size) if whole else numbers
+
+    def _alike(self, places: torch.Tensor) -> Iterator[tuple[torch.Tensor, Kept, list[int]]]:
+        """Group clients, by their places, who send the same numbers, and not too many at once."""
+        if self.sent.ranks is None:
+            size = max(1, AT_ONCE // max(1, self.sent.layout.size))
+            for index in places.split(size):
+                yield index, slice(None), self.sent.layout.sizes
+            return
+        parts = [*_parts(self.sent, len(self.clients))]
+        yield from ((place[None], *parts[place]) for place in places)
 
     def _starts(self, clients: torch.Tensor) -> torch.Tensor:
         """Compute where these clients start, float64 [k, P]."""
@@ -147,7 +160,7 @@ def uploaded_bytes(sent: Downlink, cohort: int, kind: str) -> torch.Tensor:
     return torch.tensor(each, dtype=torch.int64)
 
 
-def _parts(sent: Downlink, cohort: int) -> Iterator[Part]:
+def _parts(sent: Downlink, cohort: int) -> Iterator[tuple[Kept, list[int]]]:
     """Yield for each client which numbers of its row it sends, and how many of each tensor."""
     sizes = [prod(slot.shape) for slot in sent.uploaded().values()]
     masks = uploaded_mask(sent, torch.arange(cohort))
@@ -156,3 +169,10 @@ def _parts(sent: Downlink, cohort: int) -> Iterator[Part]:
         return
     for mask in masks:
         yield mask, [int(part.sum()) for part in mask.split(sizes)]
+
+
+def put(rows: torch.Tensor, index: torch.Tensor, kept: Kept, values: torch.Tensor) -> None:
+    """Put values into some rows, in the places that are kept of each."""
+    some = rows[index]
+    some[:, kept] = values
+    rows[index] = some

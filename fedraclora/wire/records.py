@@ -152,11 +152,7 @@ def read_array(content: Content, name: str, key: str = "flat") -> torch.Tensor:
 
 def packed_numbers(numbers: torch.Tensor, layout: Layout, kind: str) -> torch.Tensor:
     """Pack numbers [..., P] as they travel."""
-    if kind == FULL:
-        return numbers
-    if numbers.dim() == 1:
-        return encode(numbers, layout.sizes, kind)
-    return torch.stack([encode(row, layout.sizes, kind) for row in numbers])
+    return numbers if kind == FULL else encode(numbers, layout.sizes, kind)
 
 
 def read_numbers(
@@ -164,10 +160,8 @@ def read_numbers(
 ) -> torch.Tensor:
     """Read an array of the numbers that travel, [k, P] or [P]."""
     found = read_array(content, record)
-    if kind != FULL and axes == 1:
-        found = decode(found, layout.sizes, kind)
-    elif kind != FULL:
-        found = torch.stack([decode(row, layout.sizes, kind) for row in found])
+    if kind != FULL:
+        found = decode(found, layout.sizes, kind, axes)
     if found.dim() != axes or found.dtype not in DTYPES.values():
         raise WireError(
             f"the record {record} has the shape {tuple(found.shape)} and the type {found.dtype}; "

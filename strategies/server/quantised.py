@@ -174,8 +174,8 @@ class DownlinkRounding:
         apart: bool = False,
         nearest: bool = False,
     ) -> torch.Tensor:
-        rng = None if nearest else generator(self.seed, "downlink", round_, *keys)
-        return rounded(tensor, self.kind, rng, len(tensor) if apart else 1)
+        rng = generator(self.seed, "downlink", round_, *keys)
+        return rounded(tensor, self.kind, rng, len(tensor) if apart else 1, nearest=nearest)
 
 
 def summed(name: str, term: Term, moments: Tree, sent: Downlink) -> Term:

@@ -239,6 +239,12 @@ SETTINGS = {
     "feedback of a pool": Setting(
         "pool_rac_lora", {"rank": 2, "pool": 2}, kinds=("int4", "int8"), feedback=True
     ),
+    "after a rotation": Setting(
+        "fed_rac_lora", {"rank": 6, "resample_every": 3}, kinds=("eden3", "eden2")
+    ),
+    "rotated, of a pool": Setting(
+        "pool_rac_lora", {"rank": 3, "pool": 2}, kinds=("eden1", "eden4"), feedback=True
+    ),
     "sums of blocks": Setting("fed_rac_lora", {"rank": 2}, cohort=70, chunk=32, reduce=True),
 }
 

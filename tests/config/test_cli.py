@@ -458,7 +458,7 @@ def test_help_with_a_section_explains_its_keys(capsys: pytest.CaptureFixture[str
         lines = [" ".join(line.split()) for line in printed.splitlines()]
         assert printed.startswith("wire\n  How numbers go up and down.\n")
         assert [line for line in lines if line.startswith("wire.uplink=float32 Rounded")]
-        assert "float32, bfloat16, int8, int4" in " ".join(lines)
+        assert "float32, bfloat16, int8, int4, eden4, eden3, eden2, eden1" in " ".join(lines)
         assert "groups:" not in printed
     main(["simulate", "evaluate.every=2", "local=momentum", "evaluate.split=test", "--help"])
     parts = capsys.readouterr().out.split("\n\n")

@@ -50,7 +50,9 @@ from tests.messages import unpack_downlink
 COHORT, ROUNDS = 3, 3
 SHORT = {"fed_rac_lora", "fedavg", "fedavg_lora", "fedsa_lora", "fedsvd", "flora_stacking", "slora"}
 SHORT |= {"pool_rac_lora"}
-BITS = {"uplink": "int8", "downlink": "int4"}
+BITS: dict[str, Any] = {"uplink": "int8", "downlink": "int4"}
+ROTATED: dict[str, Any] = {"uplink": "eden3", "downlink": "eden2", "width": 8}
+KINDS = {"scaled": BITS, "rotated": ROTATED}
 EXACT = [n for n in sorted(distinct()) if make_method(n).traits.exact and not is_personal((n, {}))]
 
 
@@ -61,8 +63,8 @@ class Individuals(RoundStep):
 
 
 def finished(name: str, **more: Any) -> Run:
-    more = {"rounds": ROUNDS, "cohort": COHORT} | more
-    return run(make_world(), make_method(name), RAGGED, **more)
+    more = {"rounds": ROUNDS, "cohort": COHORT, "width": 1} | more
+    return run(make_world(width=more.pop("width")), make_method(name), RAGGED, **more)
 
 
 def seeds(content: Content) -> int:
@@ -70,18 +72,21 @@ def seeds(content: Content) -> int:
     return sum(f.sketch is not None for f in downlink.named.values())
 
 
-@pytest.mark.short(when=lambda name: name in SHORT)
+@pytest.mark.short(
+    when=lambda name, kinds: name in (SHORT if kinds == "scaled" else {"fedavg", "pool_rac_lora"})
+)
+@pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("name", sorted({*distinct()} - {"frlora"}))  # its downlink is in full
 def test_bytes_are_those_of_messages_and_everyone_has_the_servers_bits(
-    name: str, tmp_path: Path
+    name: str, kinds: str, tmp_path: Path
 ) -> None:
-    done = finished(name, chunk=1, folder=tmp_path, **BITS)
+    done = finished(name, chunk=1, folder=tmp_path, **KINDS[kinds])
     asked, answered = done.worker.asked, done.worker.answered
     down = sum(array_bytes(c) + SEED_BYTES * seeds(c) for c in asked)
     assert sum(row["downlink_bytes"] for row in done.rows) == down
     assert sum(row["uplink_bytes"] for row in done.rows) == sum(map(array_bytes, answered))
     for row in done.rows:
-        assert 0 < row["rounding_up"] < 0.05
+        assert 0 < row["rounding_up"] < (0.05 if kinds == "scaled" else 0.3)
         assert 0 < row["rounding_down"] < 0.9
     assert_updates_lead_on(tmp_path)  # the chain, late joiners, and what they fetch
     strategy = done.strategy
@@ -134,10 +139,11 @@ def test_what_is_exact_is_exact_of_what_was_sent(name: str) -> None:
         assert off <= most * distance(old, wanted, list(old))
 
 
+@pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg", "fedavg_lora"])
-def test_sums_of_clients_are_sums_of_what_they_send(name: str) -> None:
-    together = finished(name, chunk=COHORT, **BITS)
-    rows = finished(name, chunk=COHORT, steps=[Individuals()], **BITS)
+def test_sums_of_clients_are_sums_of_what_they_send(name: str, kinds: str) -> None:
+    together = finished(name, chunk=COHORT, **KINDS[kinds])
+    rows = finished(name, chunk=COHORT, steps=[Individuals()], **KINDS[kinds])
     assert_equal_trees(together.weights, rows.weights)
     assert [r["rounding_up"] for r in together.rows] == [r["rounding_up"] for r in rows.rows]
 
@@ -147,10 +153,11 @@ def test_sums_of_clients_are_sums_of_what_they_send(name: str) -> None:
     [
         *product(["fed_rac_lora", "fedavg", "hetlora"], [BITS, {"downlink": "bfloat16"}, {}]),
         *product(["pool_rac_lora", "subspace_rac_lora"], [BITS, {"downlink": "bfloat16"}, {}]),
+        *product(["fed_rac_lora", "hetlora", "pool_rac_lora"], [ROTATED]),
     ],
 )
 def test_messages_that_are_written_change_no_bit(
-    name: str, bits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    name: str, bits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = finished(name, **bits)
     put_on_the_wire(monkeypatch)
@@ -160,19 +167,26 @@ def test_messages_that_are_written_change_no_bit(
         assert [r.get(column) for r in held.rows] == [r.get(column) for r in written.rows]
 
 
-@pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg_lora", "hetlora", "pool_rac_lora"])
-def test_a_run_that_goes_on_is_the_run(name: str, tmp_path: Path) -> None:
-    whole = finished(name, **BITS)
-    finished(name, rounds=2, folder=tmp_path, **BITS)
-    assert_equal_trees(finished(name, folder=tmp_path, resume=True, **BITS).weights, whole.weights)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *product(["fed_rac_lora", "fedavg_lora", "hetlora", "pool_rac_lora"], [BITS]),
+        *product(["fed_rac_lora", "pool_rac_lora"], [ROTATED]),
+    ],
+)
+def test_a_run_that_goes_on_is_the_run(name: str, bits: dict[str, Any], tmp_path: Path) -> None:
+    whole = finished(name, **bits)
+    finished(name, rounds=2, folder=tmp_path, **bits)
+    assert_equal_trees(finished(name, folder=tmp_path, resume=True, **bits).weights, whole.weights)
 
 
-def test_budgets_cut_what_is_rounded() -> None:
-    system = SystemConfig(rank_budget=Choice([0.34, 1.0]))
-    rows = finished("fed_rac_lora", system=system, chunk=1, **BITS)
+@pytest.mark.parametrize("kinds", KINDS)
+def test_budgets_cut_what_is_rounded(kinds: str) -> None:
+    system, bits = SystemConfig(rank_budget=Choice([0.34, 1.0])), KINDS[kinds]
+    rows = finished("fed_rac_lora", system=system, chunk=1, **bits)
     sent = sum(map(array_bytes, rows.worker.answered))
     assert sent == sum(row["uplink_bytes"] for row in rows.rows)
-    assert sent < sum(r["uplink_bytes"] for r in finished("fed_rac_lora", **BITS).rows)
+    assert sent < sum(r["uplink_bytes"] for r in finished("fed_rac_lora", **bits).rows)
 
 
 class Seen(RoundStep):
@@ -208,7 +222,7 @@ def test_a_rule_works_on_what_was_read(name: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(mean, read.median(dim=0).values, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("up", ["int8", "int4"])
+@pytest.mark.parametrize("up", ["int8", "int4", "eden2"])
 def test_what_rounding_lengthened_is_shortened_again_before_noise(
     up: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +237,7 @@ def test_what_rounding_lengthened_is_shortened_again_before_noise(
     monkeypatch.setattr(private_step, "shortened", heard)
     level = ClientLevel(clip=clip, noise_multiplier=0.5, delta=1e-3)
     private = {"privacy": level, "secret": Secret(bytes(range(32)))}
-    done = finished("fed_rac_lora", treatment=private, weights="uniform", uplink=up)
+    done = finished("fed_rac_lora", treatment=private, weights="uniform", uplink=up, width=8)
     assert {row.get("rounding_up") for row in done.rows} == {None}
     assert float(torch.cat(came).max()) > clip * (1 + 1e-6)
     assert float(torch.cat(used).max()) <= clip * (1 + 1e-12)
@@ -240,7 +254,8 @@ def test_noise_is_rounded_and_its_rounding_not_told() -> None:
 
 def test_a_secure_sum_has_steps_of_its_own() -> None:
     secure = {"secure": SecAgg(clip=1.0, max_weight=9)}
-    with pytest.raises(ConfigError, match=r"secure=secagg .* wire\.uplink"):
-        finished("fed_rac_lora", treatment=secure, cohort=5, **BITS)
+    for bits in (BITS, ROTATED):
+        with pytest.raises(ConfigError, match=r"secure=secagg .* wire\.uplink"):
+            finished("fed_rac_lora", treatment=secure, cohort=5, **bits)
     done = finished("fed_rac_lora", treatment=secure, cohort=5, downlink="int8")
     assert done.rows[-1]["rounding_down"] > 0

@@ -61,7 +61,7 @@ def base_at(folder: Path, version: int) -> str:
             marks=pytest.mark.slow,
         ),
         [
-            "wire.uplink=int4",
+            "wire.uplink=eden3",
             "wire.downlink=int8",
             "wire.feedback=true",
             "method.resample_every=2",

@@ -98,8 +98,8 @@ RUNS = {
         "method=pool_rac_lora",
         "method.pool=2",
         "engine.chunk=9",
-        "wire.uplink=int4",
-        "wire.downlink=int8",
+        "wire.uplink=eden3",
+        "wire.downlink=eden4",
         "wire.feedback=true",
     ),
 }

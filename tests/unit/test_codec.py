@@ -75,7 +75,7 @@ def again(value: Any) -> Any:
     return join(type(value), from_bytes(raw, table), plain, "top")
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4", "eden2"])
 def test_what_is_split_comes_back(kind: str) -> None:
     one = outer(kind)
     found = again(one)
@@ -92,7 +92,7 @@ def test_what_is_split_comes_back(kind: str) -> None:
     assert found.trees["g"] == {}
     rest = ("pair", "words", "nothing", "maybe", "flag", "anything")
     assert [getattr(found, n) for n in rest] == [getattr(one, n) for n in rest]
-    sizes = {"float32": 140, "bfloat16": 70, "int8": 37, "int4": 20}
+    sizes = {"float32": 140, "bfloat16": 70, "int8": 37, "int4": 20, "eden2": 16}
     assert split(one)[0]["parts/7/numbers/0"].nbytes == sizes[kind]
 
 

@@ -38,6 +38,7 @@ from fedraclora.experiments.choices import CONF, NODES, choice
 from fedraclora.experiments.values import is_whole
 from fedraclora.limits import Later, choice_of, later_keys
 from fedraclora.protocol.method import Method
+from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.strategies import METHODS
 from fedraclora.training.extras.settings import LocalSettings
 
@@ -152,7 +153,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"local__lr": "fast"}, "local.lr is 'fast'; float is wanted"),
         (
             {"wire": {"uplink": 8}},
-            "wire.uplink is 8; one of float32, bfloat16, int8, int4 is wanted",
+            f"wire.uplink is 8; one of float32, {', '.join(ROUNDED)} is wanted",
         ),
         (
             {"output__dir": 42},

@@ -1,0 +1,189 @@
+"""What a kind of numbers in fewer bits is, and those that round each number by itself.
+
+    Q(x) = s floor(x / s + u),  u uniform in [0, 1):   E Q(x) = x,   E (Q(x) - x)^2 <= s^2 / 4
+
+Of int8 and int4 each block of `BLOCK` numbers has a scale s, the smallest power of two with
+max |x| <= L s, where L is 127 or 7; a block lies within one tensor, whose last one may be shorter.
+It is sent as its exponent, in one byte. Since s is a power of two, what was rounded is read back
+without another error, and is left as it is by rounding it again: what is merged, written to disk
+and sent anew has the same bits. Of bfloat16 s is the last bit of each number.
+
+References:
+    Open Compute Project, *Microscaling formats (MX)*, version 1.0, 2023: blocks of 32 with a scale
+    of eight bits, of which 255 is no number. Rounding at random: Alistarh et al., *QSGD*, 2017,
+    arXiv 1610.02132.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from typing_extensions import override
+
+from fedraclora.errors import WireError
+
+BLOCK = 32
+ZERO, NO_NUMBER = 127, 255  # of a scale's byte: that of the scale 1, and of numbers not finite
+KEPT_BITS = 45  # of the 52 of a float64, those that bfloat16 does not have
+
+Floats = npt.NDArray[np.float64]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How numbers are rounded.
+
+    Attributes:
+        rngs: What each row is drawn by; empty: nothing is drawn.
+        nearest: Whether to the nearest, with the least error, and not at random without bias.
+        again: Whether what is rounded may be rounded again, as the server's numbers are, which it
+            sends on. What is of the kind already is then left as it is; and a kind whose error is
+            that of whole blocks takes the least, since without bias it would lengthen a factor in
+            each round.
+    """
+
+    rngs: Sequence[np.random.Generator] = ()
+    nearest: bool = True
+    again: bool = True
+
+    def u(self, shape: tuple[int, int]) -> Floats:
+        """Draw u for the numbers of all rows, in steps of 2^-32; to the nearest it is 1/2."""
+        if self.nearest or not self.rngs:
+            return np.full(shape, 0.5)
+        drawn = np.stack([rng.integers(1 << 32, size=shape[1]) for rng in self.rngs])
+        return drawn.astype(np.float64) * 2.0**-32
+
+
+class Kind(ABC):
+    """A kind of numbers: how rows of tensors, one after another, become bytes.
+
+    Attributes:
+        name: In settings, messages and files.
+        added: The mean square of what rounding adds is at most this times that of the numbers.
+    """
+
+    def __init__(self, name: str, added: float) -> None:
+        self.name, self.added = name, added
+
+    @abstractmethod
+    def size(self, sizes: torch.Tensor) -> torch.Tensor:
+        """Count the bytes of tensors with so many numbers: int64 [..., T] to [...]."""
+
+    @abstractmethod
+    def encode(self, x: Floats, sizes: Sequence[int], draws: Draws) -> Bytes:
+        """Round rows [K, P], and pack each of them [K, bytes]."""
+
+    @abstractmethod
+    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Floats:
+        """Read rows [K, P] back.
+
+        Raises:
+            WireError: If there is something that `encode` does not give, with ``again`` as there.
+        """
+
+    def refused(self, what: str) -> WireError:
+        """Say what `encode` does not give."""
+        return WireError(f"{what} of the kind {self.name} is one that none may be")
+
+
+class Short(Kind):
+    """bfloat16: the upper half of a float32."""
+
+    def __init__(self) -> None:
+        super().__init__("bfloat16", 2.0**-16)
+
+    @override
+    def size(self, sizes: torch.Tensor) -> torch.Tensor:
+        return sizes.sum(-1) * 2
+
+    @override
+    def encode(self, x: Floats, sizes: Sequence[int], draws: Draws) -> Bytes:
+        bits = x.view(np.int64) + (draws.u(x.shape) * 2.0**KEPT_BITS).astype(np.int64)
+        kept = (bits >> KEPT_BITS << KEPT_BITS).view(np.float64)
+        with np.errstate(over="ignore"):
+            return (kept.astype(np.float32).view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+
+    @override
+    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Floats:
+        wide = packed.view("<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).astype(np.float64)
+
+
+class Scaled(Kind):
+    """int8, int4: whole numbers from -L to L, and a power of two for each block."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits, self.levels = bits, (1 << bits - 1) - 1
+        super().__init__(f"int{bits}", BLOCK / self.levels**2)
+
+    @override
+    def size(self, sizes: torch.Tensor) -> torch.Tensor:
+        return ((sizes + BLOCK - 1) // BLOCK).sum(-1) + (sizes.sum(-1) * self.bits + 7) // 8
+
+    @override
+    def encode(self, x: Floats, sizes: Sequence[int], draws: Draws) -> Bytes:
+        starts, lengths = _blocks(sizes)
+        scales = _scales(np.maximum.reduceat(np.abs(x), starts, axis=1), self.levels)
+        with np.errstate(invalid="ignore"):
+            steps = x / np.repeat(_powers(scales), lengths, axis=1)
+            whole = np.floor(steps + draws.u(x.shape))
+        codes = np.nan_to_num(whole).clip(-self.levels, self.levels).astype(np.int8)
+        return np.concatenate([scales, pack(codes.view(np.uint8), self.bits)], axis=1)
+
+    @override
+    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Floats:
+        _, lengths = _blocks(sizes)
+        scales, codes = np.split(packed, [len(lengths)], axis=1)
+        left = 8 - self.bits
+        whole = (unpack(codes, self.bits, sum(sizes)) << left).view(np.int8) >> left
+        if (whole < -self.levels).any():
+            raise self.refused(f"a number below -{self.levels}")
+        return whole.astype(np.float64) * np.repeat(_powers(scales), lengths, axis=1)
+
+
+def pack(codes: Bytes, bits: int) -> Bytes:
+    """Pack the low bits of codes [K, P], the first ones lowest; each row begins with a byte."""
+    if bits == 8:
+        return codes
+    low = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(low.reshape(len(codes), -1), axis=-1, bitorder="little")
+
+
+def unpack(packed: Bytes, bits: int, count: int) -> Bytes:
+    """Read ``count`` codes of each row back, [K, count]."""
+    if bits == 8:
+        return packed
+    low = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
+    each = low.reshape(len(packed), count, bits)
+    return np.packbits(each, axis=-1, bitorder="little")[..., 0]
+
+
+def _blocks(sizes: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Compute where blocks begin, and the numbers in each."""
+    each = np.asarray(sizes, np.int64)
+    ends = np.cumsum(each)
+    starts = [np.arange(end - n, end, BLOCK) for n, end in zip(each, ends, strict=True)]
+    first = np.concatenate([*starts, np.zeros(0, np.int64)])
+    return first, np.diff(first, append=each.sum())
+
+
+def _scales(largest: Floats, levels: int) -> Bytes:
+    """Choose the exponents of blocks by their largest numbers, as bytes."""
+    fraction, exponent = np.frexp(largest / levels)
+    least = exponent - (fraction == 0.5)
+    found: Bytes = np.clip(least + ZERO, 0, NO_NUMBER).astype(np.uint8)
+    found[~np.isfinite(largest)] = NO_NUMBER
+    return found
+
+
+def _powers(scales: Bytes) -> Floats:
+    """Compute scales from their bytes."""
+    found = np.ldexp(1.0, scales.astype(np.int64) - ZERO)
+    found[scales == NO_NUMBER] = np.nan
+    return found

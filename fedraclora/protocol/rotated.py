@@ -1,0 +1,359 @@
+"""eden4 to eden1: b bits a number, rounded after a random rotation.
+
+    z = H D x,  q_i the level nearest to g z_i / |x|,  x~ = s D H q
+
+D are random signs and H is the Hadamard matrix of entries 1 and -1, after which numbers are close
+to normal whatever they were; levels are those of Lloyd and Max for a normal number.
+s = |x|^2 / <q, z> makes <x~, x> = |x|^2, and the mean of x~ over D is x: so clients round, whose
+errors then fall with their number. s = <q, z> / (d |q|^2) has the least error: so the server
+rounds, and clients under feedback. Their squared errors, of |x|^2 and for large d:
+
+    bits            4      3      2      1
+    without bias    0.010  0.036  0.133  0.571
+    least           0.010  0.035  0.117  0.363
+
+**Equal bits.** Levels are whole numbers up to 63, and s has 8 bits and an exponent. So in x~ of a
+block of up to 1024 numbers all is a whole number below 2^24 times one power of two: float32 has it,
+and no order of summing, library or host can give another one. Rounding itself works on x in 26
+bits, and so on whole numbers, too.
+
+**Blocks.** The first numbers of a tensor lie in blocks of 1024, the others in one block each of
+512, 256, 128, 64 and 32, as their number written in twos says; the rest of less than 32 numbers is
+a block of int8. Nothing is padded.
+
+**Signs** are those of a number of two bytes, drawn for each tensor and sent with it. It is one of
+`FOUND` where x~ is rounded anew before it is sent on or written: each of these is tried, and if x
+is s D H q for one of them, that is its code.
+
+    a row:  the signs of each tensor | s of each block, as exponent and 8 bits | q | the rest
+
+References:
+    Vargaftik et al., *DRIVE*, 2021, arXiv 2105.08339; *EDEN*, 2022, arXiv 2108.08842. Departures:
+    their s is a float32 and a tensor is padded to a power of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from typing_extensions import override
+
+from fedraclora.protocol.kinds import BLOCK, Bytes, Draws, Floats, Kind, Scaled, pack, unpack
+from fedraclora.rng import generator
+
+LENGTHS = (1024, 512, 256, 128, 64, BLOCK)  # of blocks
+LEVELS = {  # of either sign, and g: the value of one standard deviation
+    1: ((1,), 1.0),
+    2: ((3, 10), 6.623),
+    3: ((7, 22, 39, 63), 29.09),
+    4: ((3, 9, 15, 22, 29, 37, 48, 63), 23.07),
+}
+ADDED = {1: 0.571, 2: 0.133, 3: 0.036, 4: 0.01}
+FINE = 26  # bits of x
+AT_ONCE = 1 << 20  # numbers of a row that are rotated together
+LOWEST, TOP, NO_NUMBER = -149, 254, (255, 128)  # exponents of s: the first, and how many more
+SIGNS, FOUND = 1 << 16, 16  # how many sets of signs there are, and how many of them are tried
+REST = Scaled(8)
+
+Whole = npt.NDArray[np.int64]
+
+
+class Rotated(Kind):
+    """Numbers of ``bits`` bits, 1 to 4.
+
+    Attributes:
+        levels: What each code stands for [2^bits].
+        table: The code of the level nearest to (i - 128) / 2 and a bit, for i from 0 to 255.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(f"eden{bits}", ADDED[bits])
+        self.bits, above = bits, np.array(LEVELS[bits][0], np.float64)
+        self.levels = np.concatenate([-above[::-1], above])
+        middle = [a + b for a, b in pairwise(self.levels)]  # twice what lies between two
+        self.table = np.searchsorted(middle, np.arange(-128, 128), side="right").astype(np.uint8)
+
+    @override
+    def size(self, sizes: torch.Tensor) -> torch.Tensor:
+        rotated, scales = sizes - sizes % BLOCK, sizes // LENGTHS[0]
+        for length in LENGTHS[1:]:
+            scales = scales + sizes // length % 2
+        rest = REST.size(sizes % BLOCK)
+        return ((rotated > 0) * 2 + scales * 2 + rotated * self.bits // 8).sum(-1) + rest
+
+    @override
+    def encode(self, x: Floats, sizes: Sequence[int], draws: Draws) -> Bytes:
+        plan, K = _plan(tuple(sizes)), len(x)
+        known = np.full((K, plan.tensors), -1)
+        if draws.again:
+            known[:] = [self._known(row, plan) for row in x]
+        turns = np.zeros_like(known)
+        for row, rng in zip(turns, draws.rngs, strict=False):
+            row[:] = rng.integers(FOUND if draws.again else SIGNS, size=plan.tensors)
+        turns = np.where(known < 0, turns, known)
+        u, signs = draws.u((K, plan.blocks)), _signs(turns)
+        scales, coded = [np.zeros((K, 0, 2), np.uint8)], [np.zeros((K, 0), np.uint8)]
+        for part in plan.parts:
+            here = _Blocks.of(part.cut(x), signs[:, part.tensors, : part.length])
+            s, codes = self._rounded(here, draws.nearest or draws.again, u[:, part.place])
+            if (kept := known[:, part.tensors] >= 0).any():
+                rows = np.nonzero(kept)
+                which, exact_s, exact = self._exact(here[rows])
+                where = rows[0][which], rows[1][which]
+                s[where], codes[where] = exact_s, exact
+            scales.append(s)
+            coded.append(codes.reshape(K, -1))
+        all_s, all_codes = np.concatenate(scales, axis=1), np.concatenate(coded, axis=1)
+        parts = [turns.astype("<u2").view(np.uint8), all_s.reshape(K, -1)]
+        parts.append(pack(all_codes, self.bits))
+        if plan.rests:
+            parts.append(REST.encode(x[:, plan.rest], plan.rests, draws))
+        return np.concatenate(parts, axis=1)
+
+    @override
+    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Floats:
+        plan, K = _plan(tuple(sizes)), len(packed)
+        ends = np.cumsum([2 * plan.tensors, 2 * plan.blocks, plan.rotated * self.bits // 8])
+        told, s, codes, rest = (np.ascontiguousarray(p) for p in np.split(packed, ends, axis=1))
+        turns = told.view("<u2")
+        if again and (turns >= FOUND).any():
+            raise self.refused(f"a number of signs above {FOUND - 1}, of what is sent on,")
+        signs, scales = _signs(turns), self._read(s.reshape(K, plan.blocks, 2))
+        q, at = self.levels[unpack(codes, self.bits, plan.rotated)], 0
+        x = np.empty((K, sum(sizes)))
+        for part in plan.parts:
+            end = at + len(part.tensors) * part.length
+            each = hadamard(q[:, at:end].reshape(K, -1, part.length))
+            each *= signs[:, part.tensors, : part.length]
+            part.put(x, each * scales[:, part.place, None] + 0.0)  # of -0 makes 0
+            at = end
+        if plan.rests:
+            x[:, plan.rest] = REST.decode(rest, plan.rests)
+        return x
+
+    def _rounded(self, x: _Blocks, least: bool, u: Floats) -> tuple[Bytes, Bytes]:
+        """Round blocks: scales [K, b, 2], and codes [K, b, d]."""
+        norm = x.norm.astype(np.float64)
+        some = norm > 0
+        g = np.divide(2 * LEVELS[self.bits][1], np.sqrt(norm), where=some, out=np.zeros_like(norm))
+        codes = self._nearest(x.z * g[..., None])
+        q = self.levels[codes]
+        along = np.einsum("...i,...i", q, x.z)
+        over = (x.z.shape[-1] * np.einsum("...i,...i", q, q), along) if least else (along, norm)
+        s = np.divide(over[1], over[0], where=some, out=np.zeros_like(norm))
+        found = _scales(x.scaled(s), u)
+        found[~x.finite] = NO_NUMBER
+        return found, codes
+
+    def _exact(self, x: _Blocks) -> tuple[Whole, Bytes, Bytes]:
+        """Find which blocks of [N, d] are s D H q, and give their places, s and q."""
+        largest, d = np.abs(x.z).max(-1), x.z.shape[-1]
+        codes, s = np.zeros(x.z.shape, np.uint8), np.zeros((len(x.z), 2), np.uint8)
+        fits = x.finite & (largest == 0)
+        for level in LEVELS[self.bits][0][::-1]:  # the largest number may be any of them
+            rows = np.flatnonzero(~fits & x.finite)
+            scales = _scales(x.scaled(largest[rows] / (d * level), rows), np.array(0.5))
+            same = self._read(scales) * (d * level) == x.scaled(largest[rows], rows)
+            rows, scales = rows[same], scales[same]
+            found = codes[:0]
+            for columns in (slice(8), slice(None)):  # most that are not end here
+                z, most = x.z[rows, columns], largest[rows, None]
+                found = self._nearest(z * (2 * level / most))
+                same = (z * level == most * self.levels[found]).all(-1)
+                rows, scales, found = rows[same], scales[same], found[same]
+            fits[rows], s[rows], codes[rows] = True, scales, found
+        where = np.flatnonzero(fits)
+        return where, s[where], codes[where]
+
+    def _known(self, row: Floats, plan: _Plan) -> list[int]:
+        """Find for each tensor the signs under which it has been rounded before; -1: none."""
+        left = [np.arange(FOUND) for _ in range(plan.tensors)]
+        tried = set()
+        for part in plan.parts:
+            for tensor, block in zip(part.tensors, part.cut(row[None])[0], strict=True):
+                if tensor in tried and len(left[tensor]) < 2:
+                    continue
+                if not (block.any() and np.isfinite(block).all()):
+                    continue
+                tried.add(tensor)
+                signs = _signs(left[tensor][None])[0, :, : part.length]
+                fits, *_ = self._exact(_Blocks.of(np.broadcast_to(block, signs.shape), signs))
+                left[tensor] = left[tensor][fits]
+        return [int(each[0]) if len(each) else -1 for each in left]
+
+    def _nearest(self, doubled: Floats) -> Bytes:
+        """The codes of the nearest levels to numbers, which come times 2."""
+        return self.table[(np.floor(doubled).clip(-128, 127) + 128).astype(np.uint8)]
+
+    def _read(self, s: Bytes) -> Floats:
+        """Read scales [..., 2]."""
+        exponent, whole = s[..., 0].astype(np.int64), s[..., 1]
+        none = (s == NO_NUMBER).all(-1)
+        if (((exponent > 0) & (whole < 128)) | ((exponent > TOP) & ~none)).any():
+            raise self.refused("a scale")
+        found = np.ldexp(whole.astype(np.float64), exponent + LOWEST)
+        found[none] = np.nan
+        return found
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks [..., d] in whole numbers, rotated.
+
+    Attributes:
+        z: H D x.
+        norm: |x|^2.
+        exponent: Of the power of two that x was divided by.
+        finite: Whether x is; else it is taken for 0.
+    """
+
+    z: Floats
+    norm: Whole
+    exponent: Whole
+    finite: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, x: Floats, signs: npt.NDArray[np.int8]) -> _Blocks:
+        largest = np.abs(x).max(-1)
+        finite = np.isfinite(largest)
+        _, exponent = np.frexp(np.where(finite, largest, 0.0))
+        exponent = exponent.astype(np.int64) - FINE
+        whole = np.rint(np.ldexp(np.where(finite[..., None], x, 0.0), -exponent[..., None]))
+        squares = whole.astype(np.int64)
+        return cls(
+            hadamard(whole * signs), np.einsum("...i,...i", squares, squares), exponent, finite
+        )
+
+    def __getitem__(self, rows: Any) -> _Blocks:
+        return _Blocks(*(each[rows] for each in vars(self).values()))
+
+    def scaled(self, value: Floats, rows: Any = ...) -> Floats:
+        """Multiply whole numbers of blocks by what x was divided by."""
+        found: Floats = np.ldexp(value, self.exponent[rows])
+        return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The blocks of one length.
+
+    Attributes:
+        length: d.
+        spans: From where to where they lie in a row, of each tensor that has some.
+        tensors: Of each block the number of its tensor.
+        place: Of their scales among those of all blocks.
+    """
+
+    length: int
+    spans: list[tuple[int, int]]
+    tensors: Whole
+    place: slice
+
+    def cut(self, x: Floats) -> Floats:
+        """Cut blocks out of rows: [K, P] to [K, b, d]."""
+        parts = [x[:, a:b].reshape(len(x), -1, self.length) for a, b in self.spans]
+        return np.concatenate(parts, axis=1)
+
+    def put(self, x: Floats, blocks: Floats) -> None:
+        """Put blocks [K, b, d] into rows [K, P]."""
+        at = 0
+        for a, b in self.spans:
+            end = at + (b - a) // self.length
+            x[:, a:b] = blocks[:, at:end].reshape(len(x), -1)
+            at = end
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How rows of some tensors are cut.
+
+    Attributes:
+        parts: Their blocks, the longest first.
+        tensors, blocks, rotated: How many tensors have blocks, how many these are, of how many
+            numbers.
+        rest: The places of the other numbers.
+        rests: How many of these each tensor has.
+    """
+
+    parts: list[_Part]
+    tensors: int
+    blocks: int
+    rotated: int
+    rest: Whole
+    rests: list[int]
+
+
+@lru_cache(maxsize=64)
+def _plan(sizes: tuple[int, ...]) -> _Plan:
+    """Plan how tensors of these sizes are cut."""
+    starts = np.cumsum([0, *sizes])[:-1].tolist()
+    rotated = [(start, n) for start, n in zip(starts, sizes, strict=True) if n >= BLOCK]
+    parts, blocks, firsts = [], 0, [start for start, _ in rotated]
+    for length in LENGTHS:
+        spans = list[tuple[int, int, int]]()
+        for i, (start, n) in enumerate(rotated):
+            first, end = firsts[i], start + n // length * length
+            firsts[i] = end
+            spans += [(i, a, min(a + AT_ONCE, end)) for a in range(first, end, AT_ONCE)]
+        while spans:
+            some = [spans.pop(0)]
+            while spans and sum(b - a for _, a, b in [*some, spans[0]]) <= AT_ONCE:
+                some.append(spans.pop(0))
+            tensors = [i for i, a, b in some for _ in range(a, b, length)]
+            place = slice(blocks, blocks + len(tensors))
+            parts.append(_Part(length, [(a, b) for _, a, b in some], np.array(tensors), place))
+            blocks += len(tensors)
+    rest = [np.arange(s + n - n % BLOCK, s + n) for s, n in zip(starts, sizes, strict=True)]
+    places = np.concatenate([*rest, np.zeros(0, np.int64)])
+    rests = [n % BLOCK for n in sizes if n % BLOCK]
+    return _Plan(parts, len(rotated), blocks, sum(sizes) - len(places), places, rests)
+
+
+def _scales(s: Floats, u: Floats) -> Bytes:
+    """Round scales to 8 bits and an exponent, [...] to [..., 2]; NaN and what is too large, too."""
+    _, exponent = np.frexp(s)
+    exponent = np.where(s > 0, np.maximum(exponent.astype(np.int64) - 8, LOWEST), LOWEST)
+    whole = np.floor(np.ldexp(s, -exponent) + u)
+    up = whole == 256
+    found = np.stack([exponent - LOWEST + up, np.where(up, 128, whole)], axis=-1)
+    found[found[..., 0] > TOP] = NO_NUMBER
+    return found.astype(np.uint8)
+
+
+def _signs(turns: npt.NDArray[np.integer]) -> npt.NDArray[np.int8]:
+    """Draw sets of signs by their numbers: [K, T] to [K, T, 1024]."""
+    each = [_sign_set(turn) for turn in turns.flat]
+    return np.array(each, np.int8).reshape(*turns.shape, LENGTHS[0])
+
+
+@lru_cache(maxsize=4096)
+def _sign_set(turn: int) -> npt.NDArray[np.int8]:
+    raw = np.frombuffer(generator(0, "signs", turn).bytes(LENGTHS[0] // 8), np.uint8)
+    return np.unpackbits(raw).astype(np.int8) * 2 - 1
+
+
+def hadamard(x: Floats) -> Floats:
+    """Multiply each of the last axis, of d numbers, by the matrix H of d x d signs.
+
+    By H_d = H_a (x) H_c with d = a c: two products of small matrices.
+    """
+    *lead, d = x.shape
+    a, c = _matrix(d.bit_length() - 1 >> 1), _matrix(d.bit_length() >> 1)
+    z = (x.reshape(-1, len(c)) @ c).reshape(-1, len(a), len(c)).swapaxes(1, 2)
+    z = (z.reshape(-1, len(a)) @ a).reshape(-1, len(c), len(a)).swapaxes(1, 2)
+    return z.reshape(*lead, d)
+
+
+@cache
+def _matrix(k: int) -> Floats:
+    found = np.ones((1, 1))
+    for _ in range(k):
+        found = np.block([[found, found], [found, -found]])
+    return found
