@@ -157,7 +157,7 @@ def whole(deployment: Deployment, row: str, rate: int) -> Row:
     return {
         "kind": "whole", "row": row, "rate": rate,
         "seconds": [round(without_measuring(r), 3) for r in rows],
-        "curve": mine, "study": {k: curve[k] for k in mine},
+        "curve": mine, "study": {k: curve[k] for k in mine}, "cores": os.cpu_count() or 1,
         "incidents": what_went_wrong(rows), "load": os.getloadavg()[0], **provenance(),
     }  # fmt: skip
 
@@ -315,13 +315,13 @@ def table_of_wholes(record: Record) -> Table:
 
     In the sum nodes train as here, on fewer cores than there are nodes.
     """
-    rows, cores = [], os.cpu_count() or 1
+    rows = []
     for row, label in LABELS.items():
         for rate in RATES:
             if (found := record.find("whole", row, rate)) is None:
                 continue
             seconds: list[float] = found["seconds"]  # type: ignore[assignment]
-            each = record.median(row, rate) + CLIENTS / cores * training(row)
+            each = record.median(row, rate) + CLIENTS / int(str(found["cores"])) * training(row)
             rows.append(
                 {
                     "method": label,

@@ -17,7 +17,7 @@ FOLDER = slow_links.STUDY.parent / "slow_links"
 def test_the_tables_of_record_are_made_from_the_runs_of_record(tmp_path: Path) -> None:
     shutil.copy(FOLDER / "runs.jsonl", tmp_path)
     slow_links.report(slow_links.Record(tmp_path))
-    for name in ("rounds.md", "table.md", "clocks.md"):
+    for name in ("rounds.md", "table.md", "clocks.md", "wholes.md"):
         assert (tmp_path / name).read_text() == (FOLDER / name).read_text()
 
 
