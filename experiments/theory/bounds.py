@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from math import exp, sqrt
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.quantised import FULL, KINDS
+from fedraclora.protocol.quantised import FULL, ROUNDINGS
 
 STEP_ROUNDING = 1e-9  # a step of 1 / L, computed, may be larger than 1 / L by rounding
 
@@ -178,7 +178,7 @@ def rounding(uplink: str, downlink: str) -> float:
         >>> round(rounding("int8", "float32"), 5)
         0.00198
     """
-    added = {FULL: 0.0} | {name: kind.added for name, kind in KINDS.items()}
+    added = {FULL: 0.0} | {name: kind.added for name, kind in ROUNDINGS.items()}
     return (1 + added[uplink]) * (1 + added[downlink]) - 1
 
 

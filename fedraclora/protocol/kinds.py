@@ -31,7 +31,7 @@ BLOCK = 32
 ZERO, NO_NUMBER = 127, 255  # of a scale's byte: that of the scale 1, and of numbers not finite
 KEPT_BITS = 45  # of the 52 of a float64, those that bfloat16 does not have
 
-Floats = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -52,7 +52,7 @@ class Draws:
     nearest: bool = True
     again: bool = True
 
-    def u(self, shape: tuple[int, int]) -> Floats:
+    def u(self, shape: tuple[int, int]) -> Doubles:
         """Draw u for the numbers of all rows, in steps of 2^-32; to the nearest it is 1/2."""
         if self.nearest or not self.rngs:
             return np.full(shape, 0.5)
@@ -76,11 +76,11 @@ class Kind(ABC):
         """Count the bytes of tensors with so many numbers: int64 [..., T] to [...]."""
 
     @abstractmethod
-    def encode(self, x: Floats, sizes: Sequence[int], draws: Draws) -> Bytes:
+    def encode(self, x: Doubles, sizes: Sequence[int], draws: Draws) -> Bytes:
         """Round rows [K, P], and pack each of them [K, bytes]."""
 
     @abstractmethod
-    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Floats:
+    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Doubles:
         """Read rows [K, P] back.
 
         Raises:
@@ -103,14 +103,14 @@ class Short(Kind):
         return sizes.sum(-1) * 2
 
     @override
-    def encode(self, x: Floats, sizes: Sequence[int], draws: Draws) -> Bytes:
+    def encode(self, x: Doubles, sizes: Sequence[int], draws: Draws) -> Bytes:
         bits = x.view(np.int64) + (draws.u(x.shape) * 2.0**KEPT_BITS).astype(np.int64)
         kept = (bits >> KEPT_BITS << KEPT_BITS).view(np.float64)
         with np.errstate(over="ignore"):
             return (kept.astype(np.float32).view(np.uint32) >> 16).astype("<u2").view(np.uint8)
 
     @override
-    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Floats:
+    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Doubles:
         wide = packed.view("<u2").astype(np.uint32) << 16
         return wide.view(np.float32).astype(np.float64)
 
@@ -127,7 +127,7 @@ class Scaled(Kind):
         return ((sizes + BLOCK - 1) // BLOCK).sum(-1) + (sizes.sum(-1) * self.bits + 7) // 8
 
     @override
-    def encode(self, x: Floats, sizes: Sequence[int], draws: Draws) -> Bytes:
+    def encode(self, x: Doubles, sizes: Sequence[int], draws: Draws) -> Bytes:
         starts, lengths = _blocks(sizes)
         scales = _scales(np.maximum.reduceat(np.abs(x), starts, axis=1), self.levels)
         with np.errstate(invalid="ignore"):
@@ -137,7 +137,7 @@ class Scaled(Kind):
         return np.concatenate([scales, pack(codes.view(np.uint8), self.bits)], axis=1)
 
     @override
-    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Floats:
+    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Doubles:
         _, lengths = _blocks(sizes)
         scales, codes = np.split(packed, [len(lengths)], axis=1)
         left = 8 - self.bits
@@ -173,7 +173,7 @@ def _blocks(sizes: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np
     return first, np.diff(first, append=each.sum())
 
 
-def _scales(largest: Floats, levels: int) -> Bytes:
+def _scales(largest: Doubles, levels: int) -> Bytes:
     """Choose the exponents of blocks by their largest numbers, as bytes."""
     fraction, exponent = np.frexp(largest / levels)
     least = exponent - (fraction == 0.5)
@@ -182,7 +182,7 @@ def _scales(largest: Floats, levels: int) -> Bytes:
     return found
 
 
-def _powers(scales: Bytes) -> Floats:
+def _powers(scales: Bytes) -> Doubles:
     """Compute scales from their bytes."""
     found = np.ldexp(1.0, scales.astype(np.int64) - ZERO)
     found[scales == NO_NUMBER] = np.nan

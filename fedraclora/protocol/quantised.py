@@ -19,8 +19,8 @@ from fedraclora.protocol.rotated import Rotated
 FULL = "float32"  # numbers as they are trained
 WIDTHS = {"float32": 4, "float64": 8}  # bytes of a number
 _KINDS = (Short(), Scaled(8), Scaled(4), *map(Rotated, (4, 3, 2, 1)))
-KINDS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
-ROUNDED = tuple(KINDS)
+ROUNDINGS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
+ROUNDED = tuple(ROUNDINGS)
 
 Sizes = Sequence[int] | torch.Tensor
 Rng = np.random.Generator | Sequence[np.random.Generator] | None
@@ -41,7 +41,7 @@ def packed_bytes(sizes: Sizes, kind: str) -> torch.Tensor:
         25
     """
     each = torch.as_tensor(sizes, dtype=torch.int64)
-    return each.sum(-1) * WIDTHS[kind] if kind in WIDTHS else KINDS[kind].size(each)
+    return each.sum(-1) * WIDTHS[kind] if kind in WIDTHS else ROUNDINGS[kind].size(each)
 
 
 def encode(
@@ -72,7 +72,7 @@ def encode(
     rngs = [] if rng is None else [rng] if isinstance(rng, np.random.Generator) else rng
     draws = Draws(rngs, nearest or rng is None, again)
     rows = np.ascontiguousarray(np.atleast_2d(x))
-    packed = torch.from_numpy(KINDS[kind].encode(rows, [*map(int, sizes)], draws))
+    packed = torch.from_numpy(ROUNDINGS[kind].encode(rows, [*map(int, sizes)], draws))
     return packed[0] if x.ndim == 1 else packed
 
 
@@ -91,7 +91,7 @@ def decode(
             f"{size} bytes are wanted"
         )
     packed = np.ascontiguousarray(np.atleast_2d(raw.cpu().numpy()))
-    found = torch.from_numpy(KINDS[kind].decode(packed, [*map(int, sizes)], again))
+    found = torch.from_numpy(ROUNDINGS[kind].decode(packed, [*map(int, sizes)], again))
     return found[0] if axes == 1 else found
 
 

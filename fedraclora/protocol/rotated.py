@@ -45,7 +45,7 @@ import numpy.typing as npt
 import torch
 from typing_extensions import override
 
-from fedraclora.protocol.kinds import BLOCK, Bytes, Draws, Floats, Kind, Scaled, pack, unpack
+from fedraclora.protocol.kinds import BLOCK, Bytes, Doubles, Draws, Kind, Scaled, pack, unpack
 from fedraclora.rng import generator
 
 LENGTHS = (1024, 512, 256, 128, 64, BLOCK)  # of blocks
@@ -89,7 +89,7 @@ class Rotated(Kind):
         return ((rotated > 0) * 2 + scales * 2 + rotated * self.bits // 8).sum(-1) + rest
 
     @override
-    def encode(self, x: Floats, sizes: Sequence[int], draws: Draws) -> Bytes:
+    def encode(self, x: Doubles, sizes: Sequence[int], draws: Draws) -> Bytes:
         plan, K = _plan(tuple(sizes)), len(x)
         known = np.full((K, plan.tensors), -1)
         if draws.again:
@@ -118,7 +118,7 @@ class Rotated(Kind):
         return np.concatenate(parts, axis=1)
 
     @override
-    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Floats:
+    def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Doubles:
         plan, K = _plan(tuple(sizes)), len(packed)
         ends = np.cumsum([2 * plan.tensors, 2 * plan.blocks, plan.rotated * self.bits // 8])
         told, s, codes, rest = (np.ascontiguousarray(p) for p in np.split(packed, ends, axis=1))
@@ -138,7 +138,7 @@ class Rotated(Kind):
             x[:, plan.rest] = REST.decode(rest, plan.rests)
         return x
 
-    def _rounded(self, x: _Blocks, least: bool, u: Floats) -> tuple[Bytes, Bytes]:
+    def _rounded(self, x: _Blocks, least: bool, u: Doubles) -> tuple[Bytes, Bytes]:
         """Round blocks: scales [K, b, 2], and codes [K, b, d]."""
         norm = x.norm.astype(np.float64)
         some = norm > 0
@@ -172,7 +172,7 @@ class Rotated(Kind):
         where = np.flatnonzero(fits)
         return where, s[where], codes[where]
 
-    def _known(self, row: Floats, plan: _Plan) -> list[int]:
+    def _known(self, row: Doubles, plan: _Plan) -> list[int]:
         """Find for each tensor the signs under which it has been rounded before; -1: none."""
         left = [np.arange(FOUND) for _ in range(plan.tensors)]
         tried = set()
@@ -188,11 +188,11 @@ class Rotated(Kind):
                 left[tensor] = left[tensor][fits]
         return [int(each[0]) if len(each) else -1 for each in left]
 
-    def _nearest(self, doubled: Floats) -> Bytes:
+    def _nearest(self, doubled: Doubles) -> Bytes:
         """The codes of the nearest levels to numbers, which come times 2."""
         return self.table[(np.floor(doubled).clip(-128, 127) + 128).astype(np.uint8)]
 
-    def _read(self, s: Bytes) -> Floats:
+    def _read(self, s: Bytes) -> Doubles:
         """Read scales [..., 2]."""
         exponent, whole = s[..., 0].astype(np.int64), s[..., 1]
         none = (s == NO_NUMBER).all(-1)
@@ -214,13 +214,13 @@ class _Blocks:
         finite: Whether x is; else it is taken for 0.
     """
 
-    z: Floats
+    z: Doubles
     norm: Whole
     exponent: Whole
     finite: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, x: Floats, signs: npt.NDArray[np.int8]) -> _Blocks:
+    def of(cls, x: Doubles, signs: npt.NDArray[np.int8]) -> _Blocks:
         largest = np.abs(x).max(-1)
         finite = np.isfinite(largest)
         _, exponent = np.frexp(np.where(finite, largest, 0.0))
@@ -234,9 +234,9 @@ class _Blocks:
     def __getitem__(self, rows: Any) -> _Blocks:
         return _Blocks(*(each[rows] for each in vars(self).values()))
 
-    def scaled(self, value: Floats, rows: Any = ...) -> Floats:
+    def scaled(self, value: Doubles, rows: Any = ...) -> Doubles:
         """Multiply whole numbers of blocks by what x was divided by."""
-        found: Floats = np.ldexp(value, self.exponent[rows])
+        found: Doubles = np.ldexp(value, self.exponent[rows])
         return found
 
 
@@ -256,12 +256,12 @@ class _Part:
     tensors: Whole
     place: slice
 
-    def cut(self, x: Floats) -> Floats:
+    def cut(self, x: Doubles) -> Doubles:
         """Cut blocks out of rows: [K, P] to [K, b, d]."""
         parts = [x[:, a:b].reshape(len(x), -1, self.length) for a, b in self.spans]
         return np.concatenate(parts, axis=1)
 
-    def put(self, x: Floats, blocks: Floats) -> None:
+    def put(self, x: Doubles, blocks: Doubles) -> None:
         """Put blocks [K, b, d] into rows [K, P]."""
         at = 0
         for a, b in self.spans:
@@ -316,7 +316,7 @@ def _plan(sizes: tuple[int, ...]) -> _Plan:
     return _Plan(parts, len(rotated), blocks, sum(sizes) - len(places), places, rests)
 
 
-def _scales(s: Floats, u: Floats) -> Bytes:
+def _scales(s: Doubles, u: Doubles) -> Bytes:
     """Round scales to 8 bits and an exponent, [...] to [..., 2]; NaN and what is too large, too."""
     _, exponent = np.frexp(s)
     exponent = np.where(s > 0, np.maximum(exponent.astype(np.int64) - 8, LOWEST), LOWEST)
@@ -339,7 +339,7 @@ def _sign_set(turn: int) -> npt.NDArray[np.int8]:
     return np.unpackbits(raw).astype(np.int8) * 2 - 1
 
 
-def hadamard(x: Floats) -> Floats:
+def hadamard(x: Doubles) -> Doubles:
     """Multiply each of the last axis, of d numbers, by the matrix H of d x d signs.
 
     By H_d = H_a (x) H_c with d = a c: two products of small matrices.
@@ -352,7 +352,7 @@ def hadamard(x: Floats) -> Floats:
 
 
 @cache
-def _matrix(k: int) -> Floats:
+def _matrix(k: int) -> Doubles:
     found = np.ones((1, 1))
     for _ in range(k):
         found = np.block([[found, found], [found, -found]])
