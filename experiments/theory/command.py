@@ -70,7 +70,9 @@ def run(config: TheoryConfig) -> int:
         curves = pool.map(verdict.run, *zip(*jobs, strict=True), chunksize=4)
         paths = list(_shown(curves, len(jobs), "curves"))
         found, lost = (
-            examples.summarise(some, [*_shown(pool.map(examples.run, some), len(some), name)])
+            examples.outcomes_of(
+                some, [*_shown(pool.map(examples.run_trial, some), len(some), name)]
+            )
             for name, some in trials.items()
         )
     judged = [judge(c, paths[i * len(seeds) : (i + 1) * len(seeds)]) for i, c in enumerate(cases)]

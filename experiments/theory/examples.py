@@ -178,7 +178,7 @@ class Trial:
     seed: int
 
 
-def run(trial: Trial) -> Array:
+def run_trial(trial: Trial) -> Array:
     """Run the method, and return the gap after each link; infinite from where the path diverged."""
     example, gaps = EXAMPLES[trial.example], list[float]()
     local = LocalConfig(lr=trial.share / example.smoothness, **example.local)  # type: ignore[arg-type]
@@ -232,7 +232,7 @@ class Outcome:
     worst: float
 
 
-def summarise(trials: Sequence[Trial], gaps: Sequence[Array]) -> list[Outcome]:
+def outcomes_of(trials: Sequence[Trial], gaps: Sequence[Array]) -> list[Outcome]:
     """Gather the paths of a method and a step."""
     found = []
     for method, share in dict.fromkeys((t.method, t.share) for t in trials):

@@ -154,7 +154,7 @@ def shortened(rows: torch.Tensor, start: torch.Tensor, bound: float) -> torch.Te
 
 
 # How many attackers a rule withstands: a share of those that answered, or a number of clients.
-Attackers = Annotated[
+_Attackers = Annotated[
     float,
     Limit(
         "a share in [0, 0.5) or a number of clients",
@@ -204,7 +204,7 @@ class TrimmedMean(Estimate):
 
     name: ClassVar[str] = "trimmed_mean"
 
-    attackers: Attackers = 0.2
+    attackers: _Attackers = 0.2
 
     @override
     def estimate(self, rows: torch.Tensor) -> torch.Tensor:
@@ -244,7 +244,7 @@ class MultiKrum(Aggregator):
     name: ClassVar[str] = "multi_krum"
     compares: ClassVar[bool] = True
 
-    attackers: Attackers = 0.2
+    attackers: _Attackers = 0.2
     kept: Count | None = None
 
     def choose(self, rows: torch.Tensor) -> torch.Tensor:

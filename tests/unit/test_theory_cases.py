@@ -228,7 +228,7 @@ def test_the_regression_is_the_quadratic_of_the_paper() -> None:
 
 def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -> None:
     gaps = {
-        m: examples.run(Trial("counter-example", m, 1.0, 20, 0))[-1]
+        m: examples.run_trial(Trial("counter-example", m, 1.0, 20, 0))[-1]
         for m in ("full", "RAC-LoRA", "asymmetric LoRA")
     }
     assert gaps["full"] < 1e-10
@@ -239,7 +239,7 @@ def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -
 def test_paths_that_diverge_are_counted() -> None:
     trials = [Trial("counter-example", "LoRA", 1.0, 2, seed) for seed in range(3)]
     gaps = [np.array(g) for g in ([2.0, 1.0, 0.5], [2.0, np.inf, np.inf], [2.0, 1.5, 0.7])]
-    (found,) = examples.summarise(trials, gaps)
+    (found,) = examples.outcomes_of(trials, gaps)
     assert (found.seeds, found.diverged) == (3, 1)
     assert found.median == [2.0, 1.5, 0.7]
     assert (found.best, found.worst) == (0.5, np.inf)
@@ -248,7 +248,7 @@ def test_paths_that_diverge_are_counted() -> None:
 def test_a_basis_of_noisy_links_alone_ends_beside_the_optimum() -> None:
     name = "a noisy basis"
     methods = examples.EXAMPLES[name].methods
-    gaps = {m: examples.run(Trial(name, m, 0.5, 30, 1)) for m in methods}
+    gaps = {m: examples.run_trial(Trial(name, m, 0.5, 30, 1)) for m in methods}
     kept = gaps.pop("kept, r = 1")
     assert kept[30] == pytest.approx(kept[15], rel=1e-6)
     assert kept[30] > 0.5
