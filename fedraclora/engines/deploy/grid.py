@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
-from fedraclora.engines.deploy.pulling import PAUSE, in_part, pulled
+from fedraclora.engines.deploy.pulling import LOOKS, in_part, pulled
 from fedraclora.engines.deploy.roster import Roster
 from fedraclora.engines.deploy.silence import Silence
 from fedraclora.engines.post import PostedGrid
@@ -86,7 +86,7 @@ class DeployGrid(PostedGrid):
         *,
         known: bool,
         ended: Callable[[], bool] = lambda: False,
-        pause: float = PAUSE,
+        pause: float = LOOKS,
     ) -> None:
         super().__init__(grid, ended=ended, pause=pause)
         self.history, self.run_id, self.settings = history, run_id, settings

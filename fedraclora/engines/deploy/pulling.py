@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 NOT_WHOLE = 3  # Flower's code for a reply whose parts have not come
-PAUSE = 0.1  # seconds between looks for replies: each is a request
+LOOKS = 0.1  # seconds between looks for replies: each is a request
 LONGEST = 2.0  # seconds between looks for a part, and by which a reply is waited for too long
 UNTIL = ContextVar("UNTIL", default=math.inf)
 
@@ -47,7 +47,7 @@ def in_part(reply: object) -> bool:
 def pull_parts(**named: Any) -> dict[str, bytes]:
     """Pull the parts of a reply; ``named`` is what Flower names of its `pull_objects`."""
     seconds = max(0.0, UNTIL.get() - time.monotonic())
-    pauses: dict[str, Any] = {"initial_backoff": PAUSE, "backoff_cap": LONGEST}
+    pauses: dict[str, Any] = {"initial_backoff": LOOKS, "backoff_cap": LONGEST}
     return pull_objects(**named, **pauses, max_time=seconds, max_tries_per_object=None)
 
 
