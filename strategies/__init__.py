@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from fedraclora.protocol.method import Method
 from fedraclora.strategies.bernoulli_lora import BernoulliLora
+from fedraclora.strategies.decomfl import DeComFl
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.fed_sb import FedSb
 from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.strategies.fedavg_lora import FedAvgLora
 from fedraclora.strategies.fedex_lora import FedExLora
 from fedraclora.strategies.fedkrso import FedKrso
+from fedraclora.strategies.fedkseed import FedKSeed
 from fedraclora.strategies.fedmomentum import FedMomentum
 from fedraclora.strategies.fedrot_lora import FedRotLora
 from fedraclora.strategies.fedsa_lora import FedSaLora
 from fedraclora.strategies.fedsvd import FedSvd
+from fedraclora.strategies.ferret import Ferret
 from fedraclora.strategies.flexlora import FlexLora
 from fedraclora.strategies.flora_stacking import FloraStacking
 from fedraclora.strategies.frlora import FrLora
@@ -33,10 +36,13 @@ METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "fedavg_lora": FedAvgLora,
     "bernoulli_lora": BernoulliLora,
+    "decomfl": DeComFl,
     "fed_sb": FedSb,
     "fedex_lora": FedExLora,
     "fedkrso": FedKrso,
+    "fedkseed": FedKSeed,
     "fedmomentum": FedMomentum,
+    "ferret": Ferret,
     "fedrot_lora": FedRotLora,
     "fedsa_lora": FedSaLora,
     "fedsvd": FedSvd,

@@ -81,7 +81,7 @@ class FlowerRound:
                     "that the server takes this node to hold; it sends them anew"
                 )
         base, request, sent = self._replica.base, self._ask.request, self._ask.own
-        weights, _ = fold_pools(base, sent.pools, self._replica.plan)
+        weights, _ = fold_pools(base, sent.pools, self._replica.plan, sent.walk)
         asked = Asked(weights, sent.beside(base), views, {})
         known = self._partition if isinstance(self._partition, int) else self._ask.clients[0]
         client = int(known)

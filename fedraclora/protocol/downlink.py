@@ -12,8 +12,10 @@ from functools import cached_property
 
 import torch
 
+from fedraclora.errors import WireError
 from fedraclora.protocol.factor import Factor, FactorLike, past_name
 from fedraclora.protocol.pool import Pool
+from fedraclora.protocol.walk import Walk
 from fedraclora.tree import Layout, Tree
 
 
@@ -53,6 +55,7 @@ class Downlink:
         extras: What clients add to gradients beside, by the name of the extra that sends it: by
             trained name, in its shape, or [K, *shape] at the clients.
         pools: By weight, what stands beside it at every replica, adapted in this round or not.
+        walk: Along which directions clients move whole weights, or send how these moved.
         turn: Of a pool: the place of the sketch whose turn it is, of how many, and in which era.
     """
 
@@ -65,6 +68,20 @@ class Downlink:
     extras: dict[str, Tree] = field(default_factory=dict)
     pools: dict[str, Pool] = field(default_factory=dict)
     turn: tuple[int, int, int] | None = None
+    walk: Walk | None = None
+
+    @property
+    def directions(self) -> Walk:
+        """The walk that its recipe asks for.
+
+        Raises:
+            WireError: If it has none.
+        """
+        if self.walk is None:
+            raise WireError(
+                f"a message has the recipe {self.recipe}, but says no directions for it"
+            )
+        return self.walk
 
     @property
     def frame(self) -> tuple[int, int, int]:

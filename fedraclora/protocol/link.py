@@ -13,6 +13,7 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.narrow_weight import QuantisedWeight, base_name
 from fedraclora.protocol.factor import Factor, FactorLike, past_name
 from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.walk import Walk
 from fedraclora.tree import Tree
 
 
@@ -93,12 +94,19 @@ class Link:
             keep beside them (`fedraclora.protocol.pool`, `fedraclora.protocol.factor`).
         rest: Further changes of the same round, in order: a weight may have a term in each.
         kind: In which the new values travel, as in `Term`; that of `rest` is its own.
+        walks: Steps of whole weights along drawn directions, each of other weights.
     """
 
     terms: dict[str, Term] = field(default_factory=dict)
     dense: Tree = field(default_factory=dict, metadata={"kind": "kind"})
     rest: tuple[Link, ...] = ()
     kind: str = FULL
+    walks: tuple[Walk, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Return whether it changes anything."""
+        return bool(self.terms or self.dense or self.rest or self.walks)
 
     def parts(self) -> tuple[Link, ...]:
         """Split the link into the changes of the round, in order."""
@@ -152,6 +160,8 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
             out[past_name(name)] = term.kept.to(out[name])
     for name, value in link.dense.items():
         out[name] = value.to(base[name]) if name in base else value
+    for walk in link.walks:
+        out |= walk.taken(out)
     for part in link.rest:
         out = apply_link(out, part, plan)
     return out

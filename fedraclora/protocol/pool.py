@@ -20,6 +20,7 @@ import torch
 from fedraclora.narrow_weight import is_narrow
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
+from fedraclora.protocol.walk import Walk
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
@@ -80,13 +81,16 @@ def added(part: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
     return (part.to("cpu", torch.float64) + more.to("cpu", torch.float64)).to(more.dtype)
 
 
-def fold_pools(base: Tree, pools: Mapping[str, Pool], plan: Plan) -> tuple[Tree, Terms]:
+def fold_pools(
+    base: Tree, pools: Mapping[str, Pool], plan: Plan, walk: Walk | None = None
+) -> tuple[Tree, Terms]:
     """Fold pools into the weights from which clients train, where these are float32 or wider.
 
     Args:
         base: Of a replica, with the parts. Not modified.
         pools: By weight.
         plan: Gives each weight's (out, in) view.
+        walk: What clients walk along; one that stands beside the weights is taken first.
 
     Returns:
         The parameters, rounded once; and the terms of narrower ones, which stay beside them.
@@ -94,4 +98,5 @@ def fold_pools(base: Tree, pools: Mapping[str, Pool], plan: Plan) -> tuple[Tree,
     terms = {name: pool.term(name, base) for name, pool in pools.items()}
     narrow = {n: t for n, t in terms.items() if is_narrow(base[n])}
     folded = Link({n: t for n, t in terms.items() if n not in narrow})
-    return apply_link(parameters(base), folded, plan), narrow
+    gone = walk.taken(base) if walk is not None and walk.standing else {}
+    return apply_link(parameters(base | gone), folded, plan), narrow

@@ -160,12 +160,20 @@ class Recipe:
             (`fedraclora.training.moments`). Its arguments are ``gap``, the local steps that a
             projection serves; ``scale``, of what is projected back; ``rank/<weight>`` for each
             weight that is projected; ``turned/<weight>`` for those stored (in, out).
+        walks: Whether clients move the whole weights that `Downlink.walk` names, and send numbers
+            along its directions in their place (`fedraclora.training.walks`).
+        forwards: Whether these numbers are what is trained, by differences of losses alone. The
+            arguments are then ``eps``; ``directions`` of a local step; ``pool``, how many
+            directions there are for all rounds, or 0; ``pairs``, whether a number is sent for each
+            local step, of which there are no more then, or for each direction; ``round``.
     """
 
     gradient: Prepare = lambda *_: keep_gradient
     steps: bool = True
     fixes: bool = False
     projects: bool = False
+    walks: bool = False
+    forwards: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -176,4 +184,6 @@ RECIPES: dict[str, Recipe] = {
     "sparse": Recipe(gradient=sparse, fixes=True),
     "galore": Recipe(projects=True),
     "gradient": Recipe(steps=False),
+    "forwards": Recipe(walks=True, forwards=True),
+    "projected_update": Recipe(walks=True),
 }

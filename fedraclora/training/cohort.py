@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Link, apply_link, matrices
 from fedraclora.protocol.method import Downlink, Plan
-from fedraclora.protocol.pool import Pool, Terms, fold_pools, parameters
+from fedraclora.protocol.pool import Terms, fold_pools, parameters
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
 from fedraclora.protocol.recipes import RECIPES, keep_gradient
 from fedraclora.protocol.uplinks import UNSAID
@@ -51,6 +52,7 @@ from fedraclora.training.program import (
 )
 from fedraclora.training.schedule import Schedule, StepBatch
 from fedraclora.training.vmapped import vmapped_forward
+from fedraclora.training.walks import Forwards, projected, whole
 from fedraclora.tree import Tree, wide, widened
 
 PROGRAMS_KEPT = 4  # each holds the base weights that it last trained from
@@ -94,7 +96,7 @@ class CohortTrainer:
         self.check(precision)
         self.former = next((e for e in local.added if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], CohortProgram] = {}
-        self._pools: tuple[Tree, dict[str, Pool], tuple[Tree, Terms]] | None = None
+        self._pools: tuple[Tree, object, tuple[Tree, Terms]] | None = None
 
     def check(self, precision: str) -> None:
         """Refuse a model that cannot be trained so; raises as the class does."""
@@ -125,12 +127,13 @@ class CohortTrainer:
         Returns:
             What came out, in the order of ``clients``.
         """
-        downlink, rows = taken_rows(downlink)
-        chunk = self.open(base, downlink, clients, round_=round_)
+        asked, rows = taken_rows(downlink)
+        chunk = self.open(base, asked, clients, round_=round_)
+        downlink, recipe = chunk.downlink, RECIPES[asked.recipe]
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
         rates = {n: self.local.rate(s.main, rate_scale) for n, s in downlink.trained().items()}
         carried = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
-        recipe, hooks = RECIPES[downlink.recipe], self._hooks(chunk)
+        hooks = self._hooks(chunk)
         if recipe.projects:
             plain: CohortOptimiser = GaLore(self.local, values, rates, carried, downlink)
         else:
@@ -150,6 +153,8 @@ class CohortTrainer:
             chunk.program.context.clear()
         if isinstance(optimiser, GradientMean):
             values = optimiser.means(schedule.steps)
+        elif downlink is not asked:
+            values = projected(asked, chunk.program.base, values)
         losses[losses == UNSAID] = math.nan  # this one has been computed
         moments = optimiser.moments(schedule.steps)
         values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
@@ -165,17 +170,22 @@ class CohortTrainer:
         self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int
     ) -> OpenChunk:
         """Lay out the local steps of a chunk, and make what it trains; see `train`."""
+        held, inner, forwards = base, whole(downlink, self.plan), RECIPES[downlink.recipe].forwards
+        downlink = downlink if forwards else inner
         clients = clients.to(self.device)
         sizes = self.data.sizes(clients)
         key = hash_key(self.seed, "shuffle", round_)
         schedule = Schedule.of(clients, sizes, self.local, key)
+        if forwards and downlink.arguments["pairs"]:
+            numbers = downlink.layout.size // int(downlink.arguments["directions"])
+            schedule = schedule.until(numbers)
         base, narrow = self._with_pools(base, downlink)
         order, back = torch.argsort(schedule.steps, descending=True, stable=True), None
         if not torch.equal(order, places := torch.arange(len(order)).to(order)):
             back = torch.empty_like(order).index_copy_(0, order, places)
             clients, sizes, schedule = clients[order], sizes[order], schedule.select(order)
         values, starts, frozen = materialise(downlink, base, order)
-        program = self._program(downlink, base)
+        program = self._program(inner, base)
         if narrow and not program.folded:  # there weights are dense all the same
             program.base = apply_link(widened(base), Link(narrow), self.plan)
         program.context.pools = {
@@ -185,9 +195,9 @@ class CohortTrainer:
         program.context.seed, program.context.round_ = self.seed, round_
         program.context.scalings = self.local.scalings
         program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
-        plain = self.precision == FLOAT32 and self.former is None and not narrow
+        plain = self.precision == FLOAT32 and self.former is None and not narrow and not forwards
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
-        return OpenChunk(
+        chunk = OpenChunk(
             downlink=downlink,
             clients=clients,
             seed=self.seed,
@@ -204,7 +214,12 @@ class CohortTrainer:
             order=order,
             back=back,
             network=program.network(downlink, frozen) if plain else None,
+            former=self.former,
         )
+        if not forwards:
+            return chunk
+        along = Forwards(chunk, held | program.base, int(schedule.steps.max()))
+        return replace(chunk, former=along)
 
     def _hooks(self, chunk: OpenChunk) -> list[Hook]:
         """List what changes the gradients of every step, in order; where two meet, the core's."""
@@ -232,9 +247,10 @@ class CohortTrainer:
         """Take one local step of the clients that still train; give their losses, [active]."""
         network = chunk.network
         leaves = chunk.leaves(batch.active) if network is None else chunk.trained(batch.active)
-        if self.former is not None:
-            run = partial(self._forward, chunk, step, batch)
-            loss, gradients = self.former.gradients(chunk, run, batch.active, batch.width, step)
+        if chunk.former is not None:
+            held = replace(chunk, downlink=whole(chunk.downlink, self.plan))
+            run = partial(self._forward, held, step, batch)
+            loss, gradients = chunk.former.gradients(chunk, run, batch.active, batch.width, step)
         elif network is not None:
             loss, gradients = written_out_gradients(network, self.task, chunk, leaves, step, batch)
         else:
@@ -307,11 +323,13 @@ class CohortTrainer:
 
     def _with_pools(self, base: Tree, downlink: Downlink) -> tuple[Tree, Terms]:
         """Fold pools into the weights, once for all chunks of a round; see `fold_pools`."""
+        walk = downlink.walk if downlink.walk is not None and downlink.walk.standing else None
         pools, known = downlink.pools, self._pools
-        if not pools:
+        if not pools and walk is None:
             return parameters(base), {}
-        if known is None or known[0] is not base or known[1] != pools:
-            self._pools = known = (base, pools, fold_pools(base, pools, self.plan))
+        if known is None or known[0] is not base or known[1] != (pools, walk):
+            found = fold_pools(base, pools, self.plan, walk)
+            self._pools = known = (base, (pools, walk), found)
         return known[2]
 
     def _program(self, downlink: Downlink, base: Tree) -> CohortProgram:

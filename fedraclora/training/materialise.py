@@ -125,7 +125,7 @@ def standing_weights(
         Every parameter by name, in stored layout. Products are formed in float64, and rounded once.
     """
     asked = start_from(own, downlink)
-    base, narrow = fold_pools(base, asked.pools, plan)
+    base, narrow = fold_pools(base, asked.pools, plan, asked.walk)
     terms = {
         name: Term(tuple(adapter.factors.values()), adapter.scale)
         for name, adapter in asked.adapters.items()

@@ -25,9 +25,10 @@ from fedraclora.training.cohort_layers import (
     CohortLayerNorm,
     CohortLinear,
 )
-from fedraclora.training.extra import ClientChunk
+from fedraclora.training.extra import ClientChunk, LocalExtra
 from fedraclora.training.feedforward import FeedForward, written_out
 from fedraclora.training.schedule import Schedule, StepBatch
+from fedraclora.training.walks import Forwards
 from fedraclora.tree import Tree, point_at
 
 COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
@@ -151,6 +152,7 @@ class OpenChunk(ClientChunk):
         order: Places among those that were asked, int64 [K]: those still training are a prefix.
         back: The places of those that were asked in this order; None where it is the same.
         network: The network with its gradients written out, where it is plain enough.
+        former: What forms gradients in the place of those of the loss; None: nothing does.
     """
 
     program: CohortProgram
@@ -159,6 +161,7 @@ class OpenChunk(ClientChunk):
     order: torch.Tensor
     back: torch.Tensor | None
     network: FeedForward | None
+    former: LocalExtra | Forwards | None = None
 
     def trained(self, active: int) -> Tree:
         """Return what the first ``active`` clients train, [active, ...]: views."""

@@ -46,6 +46,10 @@ class Schedule:
         """Take the clients at these places, int64, in their order."""
         return Schedule(self.positions[order], self.valid[order], self.steps[order])
 
+    def until(self, most: int) -> Schedule:
+        """Leave out the local steps after the first ``most`` of each client."""
+        return Schedule(self.positions[:, :most], self.valid[:, :most], self.steps.clamp(max=most))
+
     def plan(self, lengths: torch.Tensor | None) -> list[StepBatch]:
         """Compute for every step how much of the batch takes part.
 

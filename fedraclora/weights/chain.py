@@ -18,6 +18,7 @@ from fedraclora.codec import join, split
 from fedraclora.protocol.factor import past_name, pasts, weight_of
 from fedraclora.protocol.method import Link, Plan, Term
 from fedraclora.protocol.quantised import FULL, packed_bytes
+from fedraclora.protocol.walk import Walk
 from fedraclora.tree import Tree, below
 
 
@@ -44,6 +45,8 @@ class LinkSizes:
 
     What the last link trained of a weight (`fedraclora.protocol.factor`) comes with its terms; to
     whoever fetches the weight whole it is sent beside it, and is a part of what that costs.
+
+    Weights that walk together (`fedraclora.protocol.walk`) are followed or fetched together.
 
     Args:
         base: The weights at version 0.
@@ -86,11 +89,24 @@ class LinkSizes:
                     self._stays(past_name(name), term.kept, term.kind)
             for name, value in part.dense.items():
                 row[self.place[weight_of(name) or name]] += self._stays(name, value, part.kind)
+            for walk in part.walks:
+                row[self._together(walk)] += walk.payload_bytes
         self.sums.append(self.sums[-1] + row)
         # A weight whose size changes comes whole in a link that is as large: a floor stays one.
         while len(self.sums) > 1 and self._is_floor(self.sums[1]):
             del self.sums[0]
             self.floor += 1
+
+    def _together(self, walk: Walk) -> int:
+        """Count weights that share the numbers of a walk as one; return its place."""
+        places = sorted({self.place[name] for name in walk.names})
+        for sizes in (self.dense, self.beside, *self.sums):
+            sizes[places[0]] = sizes[places].sum()
+            sizes[places[1:]] = 0
+        self.place |= dict.fromkeys(walk.names, places[0])
+        if walk.momentum:
+            self.beside[places[0]] = self.dense[places[0]]
+        return places[0]
 
     def _stays(self, name: str, value: torch.Tensor, kind: str) -> int:
         """Take over the size of a new value, or of what stands beside a weight; return it."""

@@ -50,8 +50,9 @@ class WeightUpdate:
         parts = [part for _, link in self.links for part in link.parts()]
         terms = sum(term_bytes(term) for part in parts for term in part.terms.values())
         values = sum(value_bytes(t, part.kind) for part in parts for t in part.dense.values())
+        walks = sum(walk.payload_bytes for part in parts for walk in part.walks)
         whole = (value_bytes(t, self.kinds.get(n, FULL)) for n, t in self.dense.items())
-        return terms + values + sum(whole)
+        return terms + values + walks + sum(whole)
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
@@ -132,7 +133,7 @@ class WeightHistory(BaseWeights):
             self._links.append(link or Link())
             del self._links[: self._sizes.floor + len(self._links) - self._sizes.version]
             for i, known in enumerate(self._links):
-                if known.terms or known.dense or known.rest:
+                if known.changes:
                     self._links[i] = _terms(known, self._sizes.followed(self._sizes.floor + i))
         elif not self.base or version != self.version:
             self.oldest, self._links, self._sizes = version, [], LinkSizes(base)
@@ -166,7 +167,7 @@ class WeightHistory(BaseWeights):
         after = enumerate(self._links[first - self._sizes.floor :], start=self.oldest + first + 1)
         links = ((version, _terms(link, names)) for version, link in after)
         dense = {name: t for name, t in self.base.items() if name not in names}
-        kept = tuple((v, link) for v, link in links if link.terms or link.dense)
+        kept = tuple((v, link) for v, link in links if link.changes)
         return WeightUpdate(self.version, self._mark, start, kept, dense, kinds)
 
 
@@ -179,7 +180,8 @@ def _terms(link: Link, names: frozenset[str]) -> Link:
     for part in link.parts():
         terms = {n: t for n, t in part.terms.items() if n in names}
         values = {n: t for n, t in part.dense.items() if (weight_of(n) or n) in names}
-        if terms or values:
-            parts.append(Link(terms, values, kind=part.kind))
+        walks = tuple(walk for walk in part.walks if names.issuperset(walk.names))
+        if terms or values or walks:
+            parts.append(Link(terms, values, kind=part.kind, walks=walks))
     first, *rest = parts or [Link()]
     return replace(first, rest=tuple(rest))

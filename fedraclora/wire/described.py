@@ -13,7 +13,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.recipes import RECIPES
-from fedraclora.sketch import SketchSpec
+from fedraclora.sketch import SketchSpec, check_sketch
 from fedraclora.tree import Tree
 from fedraclora.wire.fields import reading, shown, whole
 from fedraclora.wire.records import read_shape
@@ -59,6 +59,12 @@ def _check(downlink: Downlink) -> None:
     whole(downlink.link, "its link")
     for weight, pool in downlink.pools.items():
         _check_sketch(pool.first, pool.count, f"the pool of {weight}")
+    if (
+        walk := downlink.directions if RECIPES[downlink.recipe].walks else downlink.walk
+    ) is not None:
+        whole(walk.seed, "the seed of its directions")
+        whole(walk.first, "the number of its first direction")
+        check_sketch(walk.law, "identity", "independent")
     if downlink.turn is not None:
         place, count, era = downlink.turn
         drawn = (f.drawing for f in downlink.factors().values())

@@ -258,5 +258,6 @@ def payload_bytes(downlink: Downlink, cohort: int, kind: str, clients: int = 1) 
     shared = [t.numel() for t, own in sent if not own]
     own = [t.numel() // cohort for t, own in sent if own]
     exact = sum(f.exact_bytes for f in downlink.named.values())
+    exact += 0 if downlink.walk is None else downlink.walk.payload_bytes
     more = (clients - 1) * int(packed_bytes(own, kind))
     return int(packed_bytes(shared + own, kind)) + more + exact

@@ -241,6 +241,12 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
         (s.run.method.traits.merges or s.run.method.traits.pools)
         and next(iter(s.sent.adapters), "")
     ),
+    "a method whose clients send numbers along drawn directions": lambda s: (
+        s.recipe.walks and f"the recipe {s.sent.recipe}"
+    ),
+    "a method whose clients train by differences of losses": lambda s: s.recipe.forwards,
+    "momentum that is kept over rounds": lambda s: bool(s.sent.walk and s.sent.walk.momentum),
+    "local.momentum": lambda s: s.run.local.momentum > 0,
     "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
     "a method whose next link begins with what the last left": lambda s: _goes_on(
         innermost(s.run.method)

@@ -147,13 +147,39 @@ def in_stages(method: Any, plan: Plan, round_: int) -> Count:
     return sum(prod(plan.shapes[n]) for n in plan.targets) + dense(plan), 0
 
 
+def by_steps(method: Any, plan: Plan, round_: int) -> Count:
+    """K P numbers up; a seed down."""
+    return method.steps * method.directions, 0
+
+
+def by_seeds(method: Any, plan: Plan, round_: int) -> Count:
+    """K sums up, or a number for each of tau steps; a seed down."""
+    return method.seeds if method.steps is None else method.steps, 0
+
+
+def by_blocks(method: Any, plan: Plan, round_: int) -> Count:
+    """Of each block its share of the directions, two at least; in this world each weight is one
+    but for small ones, which are joined until they have 0.9 of the median size."""
+    sizes = [prod(plan.shapes[n]) for n in (*plan.weights, *plan.dense)]
+    enough, blocks = 0.9 * sorted(sizes)[len(sizes) // 2], [0]
+    if len(sizes) % 2 == 0:
+        enough = 0.45 * sum(sorted(sizes)[len(sizes) // 2 - 1 : len(sizes) // 2 + 1])
+    for size in sizes:
+        blocks = [*blocks, 0] if blocks[-1] >= enough else blocks
+        blocks[-1] += size
+    return sum(max(method.directions * size // max(blocks), 2) for size in blocks), 0
+
+
 FORMULAS: dict[str, Callable[[Any, Plan, int], Count]] = {
     "fed_rac_lora": one_factor,
     "fedavg": full,
     "galore_average": full,
     "fedavg_lora": in_links,
     "bernoulli_lora": by_coin,
+    "decomfl": by_steps,
     "fed_sb": cores,
+    "fedkseed": by_seeds,
+    "ferret": by_blocks,
     "ravan": cores,
     "fedex_lora": both,
     "fedmomentum": both,

@@ -26,6 +26,7 @@ from worlds import (
     equal_clients,
     every_variant,
     forms_short,
+    goes_its_own_way,
     has_field,
     label,
     least_squares,
@@ -33,6 +34,7 @@ from worlds import (
     make_method,
     make_world,
     run,
+    sends_a_shadow,
 )
 
 from fedraclora.aggregation.base import Total
@@ -132,7 +134,8 @@ def test_a_round_starts_from_the_weights_that_the_server_holds(
     alone, seen = equal_clients(world, 1), [world.loss(world.base)]
     done = run(alone, method_of(variant), FULL_BATCH, rounds=5)
     seen += [row["metrics"]["loss"] for row in done.rows]
-    assert [row["train_loss"] for row in done.rows] == pytest.approx(seen[:-1], rel=1e-12)
+    rel = 1e-12 if not has_field(method_of(variant), "eps") else 1e-8  # a mean around W
+    assert [row["train_loss"] for row in done.rows] == pytest.approx(seen[:-1], rel=rel)
 
 
 @pytest.mark.short(when=lambda variant, layer: layer is linear or variant[0] in FORMS)
@@ -146,12 +149,15 @@ def test_the_server_ends_with_the_weights_that_a_client_trained_to(
     A scale or a layout that client and server do not share breaks the equation.
     """
     alone, method = equal_clients(make_world(layer), 1), method_of(variant)
+    if sends_a_shadow(method):
+        pytest.skip("the server cannot know where a client is")
     one = run(alone, method, FULL_BATCH, rounds=1)
     two = run(alone, method, replace(FULL_BATCH, steps=2), rounds=1)
     step = method.traits.step  # the server went that much further than the client
     reached = {n: w + (one.weights[n] - w) / step for n, w in alone.base.items()}
     wanted = (alone.loss(alone.base) + alone.loss(reached)) / 2
-    assert two.rows[0]["train_loss"] == pytest.approx(wanted, rel=1e-12)
+    rel = 1e-12 if not has_field(method, "eps") else 1e-8
+    assert two.rows[0]["train_loss"] == pytest.approx(wanted, rel=rel)
 
 
 @forms_short
@@ -160,6 +166,8 @@ def test_equal_clients_are_one_client(variant: Variant, world: World) -> None:
     method = method_of(variant)
     if "server_lr" in vars(method) and getattr(method, "sketches", 1) > 1:
         pytest.skip("clients of different groups train different columns")
+    if goes_its_own_way(method):
+        pytest.skip("each client draws directions of its own")
     local = replace(FULL_BATCH, steps=3)
     many = run(equal_clients(world, 4), method, local, rounds=4, chunk=3)
     one = run(equal_clients(world, 1), method, local, rounds=4)

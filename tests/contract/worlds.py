@@ -37,7 +37,9 @@ from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Memo, Method, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
+from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.protocol.walk import CHANCES, MOVES, SUMS, blocks, visited
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.rebuild import read_states
@@ -66,6 +68,12 @@ from fedraclora.wire.reply import read_answer, write_answer
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
 FULL_BATCH = LocalSettings(lr=0.1, steps=1, batch_size=0, shuffle=False)
+WALKS = {
+    "seeds": 6,
+    "steps": 6,
+    "eps": 1e-5,
+    "directions": 12,
+}  # as many steps as there are anywhere below
 RAGGED = LocalSettings(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
 
 
@@ -86,8 +94,10 @@ def make_method(name: str, **changes: Any) -> Method:
     """A method with its YAML's defaults, at rank 3 and alpha 5 where it has them."""
     group = yaml_of(name)
     table_key = group.pop("name")
-    wanted = {"rank": RANK, "alpha": ALPHA, "sparse_rounds": 2, "pool": 2} | changes
-    return METHODS[table_key](**group | {k: v for k, v in wanted.items() if k in group})
+    wanted = {"rank": RANK, "alpha": ALPHA, "sparse_rounds": 2, "pool": 2, **WALKS} | changes
+    asked = group | {k: v for k, v in changes.items() if k in group}  # None stays None
+    known = {k: v for k, v in wanted.items() if asked.get(k) is not None}
+    return METHODS[table_key](**asked | known)
 
 
 def distinct() -> list[str]:
@@ -102,7 +112,7 @@ POOLS = (
 )
 
 
-def variants() -> Iterator[tuple[str, dict[str, Any]]]:
+def variants() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912  a list
     """Every distinct method, and what of each class changes what travels or is merged."""
     seen = set()
     for name in sorted(distinct()):
@@ -138,8 +148,13 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"gap": 1}
         if "residual_rank" in group:
             yield name, {"residual_rank": 2}
+        if "seeds" in group:
+            yield name, {"steps": 6, "pro": True}
         if "server_lr" in group:
-            yield name, {"server_lr": 1.75, "resample_every": 1}
+            yield (
+                name,
+                {"server_lr": 1.75} | ({} if "directions" in group else {"resample_every": 1}),
+            )
 
 
 def is_personal(variant: tuple[str, dict[str, Any]]) -> bool:
@@ -160,6 +175,17 @@ defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 # Where no method has code of its own either, it has one method for each form of what is trained.
 FORMS = {"fed_rac_lora", "fedavg", "fedavg_lora", "rolora", "fed_sb", "ravan", "flora_stacking"}
 forms_short = pytest.mark.short(when=lambda variant: not variant[1] and variant[0] in FORMS)
+
+
+def goes_its_own_way(method: Method) -> bool:
+    """Whether each client draws directions of its own, so that equal clients are not alike."""
+    return has_field(method, "seeds")
+
+
+def sends_a_shadow(method: Method) -> bool:
+    """Whether what clients send stands for their weights, and is not these."""
+    recipe = RECIPES.get(getattr(method, "recipe", "plain"), RECIPES["plain"])
+    return recipe.walks and not recipe.forwards
 
 
 def has_field(method: Method, name: str) -> bool:
@@ -382,6 +408,34 @@ def with_pools(played: Played) -> Tree:
     return base
 
 
+def walked(played: Played, k: int, base: Tree) -> Tree:
+    """Weights of a client that sends numbers along directions: each of these, times its number."""
+    walk, out = played.sent.walk, dict(base)
+    if walk is None:
+        return out
+    moves, arguments = played.got.stack()[MOVES][k].double().flatten(), played.sent.arguments
+    sums, along = base.get(SUMS, torch.zeros(0)).double(), torch.arange(len(moves))
+    if arguments.get("pool") and arguments["pairs"]:
+        chances = base[CHANCES] if CHANCES in base else torch.zeros(0)
+        chances = chances if len(chances) else torch.ones(int(arguments["pool"]))
+        who = played.got.clients[k : k + 1]
+        along = visited(walk.seed, int(arguments["round"]), who, len(moves), chances)[0]
+    parts = [(walk.names, len(moves))]
+    if played.sent.recipe == "projected_update":
+        parts = blocks({n: tuple(base[n].shape) for n in walk.names}, int(arguments["directions"]))
+        along = torch.cat([torch.arange(count) for _, count in parts])
+    for names, count in parts:
+        for name in names:
+            each = [
+                *enumerate(sums.tolist()),
+                *zip(along.tolist()[:count], moves.tolist(), strict=False),
+            ]
+            z = [c * walk.direction(name, base[name], j) for j, c in each]
+            out[name] = base[name] + torch.stack(z).sum(dim=0).to(base[name])
+        along, moves = along[count:], moves[count:]
+    return out
+
+
 def client_weights(played: Played, k: int) -> Tree:
     """Dense effective weights of the client at place ``k``: W + scale F_1 F_2, written out.
 
@@ -389,7 +443,7 @@ def client_weights(played: Played, k: int) -> Tree:
     """
     base, plan = with_pools(played), played.before.plan
     rows = played.got.stack()
-    out = dict(base)
+    out = walked(played, k, base)
     for weight, adapter in played.sent.adapters.items():
         product: torch.Tensor | None = None
         for name, factor in adapter.factors.items():
@@ -402,7 +456,7 @@ def client_weights(played: Played, k: int) -> Tree:
         assert product is not None
         transposed = plan.targets[weight].kind == "conv1d"
         out[weight] = base[weight] + adapter.scale * (product.T if transposed else product)
-    return out | {name: rows[name][k] for name in played.sent.dense}
+    return out | {name: rows[name][k] for name in played.sent.dense if name in out}
 
 
 def mean_weights(played: Played) -> Tree:

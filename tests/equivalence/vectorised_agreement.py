@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -41,7 +42,11 @@ read = cache(choice)
 def method_of(name: str, **changes: object) -> Method:
     """The method as its YAML has it, but with alpha apart from a rank that fits small layers."""
     group = read("method", name)
-    wanted = {"rank": 3, "alpha": 2.0, **changes}
+    wanted = {"rank": 3, "alpha": 2.0, "directions": 3, "eps": 1e-2, **changes}
+    if "directions" in group and "server_lr" in group:
+        wanted["server_lr"] = 0.02  # few directions for many weights
+    if group.get("steps") is not None:  # of which numbers are sent
+        wanted["steps"] = 16
     return bind("method", METHODS, group | {k: v for k, v in wanted.items() if k in group})()
 
 
@@ -142,6 +147,8 @@ def run(
         name: Of the case, if it is always the same under this name.
     """
     plan, draw = case.plan(), Draw(SEED)
+    if hasattr(method, "eps"):  # along a direction slopes are as large as it is long
+        local, name = replace(local, lr=local.lr / 100, dense_lr=None), ""
     state = method.init(base_of(case.task), plan, draw)
     trainer = trainer_of(case.task, plan, local)
     for round_ in range(1, rounds + 1):

@@ -49,7 +49,8 @@ def curves_of(name: str, local: list[str], prefix: str) -> dict[str, list[float]
     wanted = {"rank": 3, "alpha": 4.0, "sparse_rounds": 3}
     fields = {f.name for f in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
     extra = [f"method.{key}={value}" for key, value in wanted.items() if key in fields]
-    plain = composed([*JOB, f"method={name}", *extra, *local])
+    extra += ["local.lr=0.005"] if "eps" in fields else []  # slopes grow with the weights
+    plain = composed([*JOB, f"method={name}", *local, *extra])
     run = assemble(from_plain(plain, METHODS), None)
     run.strategy.run(run.grid)
     rows = run.strategy.recorder.ledger.rows

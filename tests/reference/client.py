@@ -20,15 +20,18 @@ from fedraclora.protocol.method import Adapter, Downlink, Plan
 from fedraclora.protocol.pool import fold_pools
 from fedraclora.protocol.rank_budgets import rank_axes, spans
 from fedraclora.protocol.recipes import RECIPES, GradientHook
+from fedraclora.protocol.walk import MOVES
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.vmapped import adapted_weights, effective_weights
+from fedraclora.training.walks import whole
 from fedraclora.tree import Tree
 from tests.reference.dp_sgd import set_noisy_gradients
 from tests.reference.galore import LocalGalore
 from tests.reference.pairs import LocalGates, LocalRite, adjust_gradients
+from tests.reference.walking import along, gone, room, shadow, slopes
 
 
 def train_one(
@@ -63,8 +66,14 @@ def train_one(
     Returns:
         The trained tensors, and the mean loss over the local steps.
     """
+    if RECIPES[downlink.recipe].walks and not RECIPES[downlink.recipe].forwards:
+        inner = whole(downlink, plan)
+        given = {"client": client, "place": place, "round_": round_, "seed": seed}
+        after, mean = train_one(task, plan, local, base, inner, **given, rate_scale=rate_scale)
+        return {MOVES: shadow(downlink, base, after)}, mean
     starts, frozen = own_tensors(downlink, base, place)
-    base, values = fold_pools(base, downlink.pools, plan)[0], starts
+    held, values = base, starts
+    base = fold_pools(base, downlink.pools, plan, downlink.walk)[0]
     own = None if downlink.ranks is None else downlink.ranks[place : place + 1]
     if own is not None:
         base, values, frozen = within_budget(base, downlink, plan, values, frozen, own)
@@ -79,14 +88,27 @@ def train_one(
     start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
     clients, losses = torch.tensor([client]), []
     samples = task.train.gather(clients, torch.arange(int(task.train.sizes(clients)))[None])
-    for step, rows in enumerate(batches(len(samples), client, local, seed, round_)):
+    most = room(downlink) if recipe.forwards else None
+    for step, rows in enumerate(batches(len(samples), client, local, seed, round_)[:most]):
         context.step, context.rows = step, len(rows)
         weights = effective_weights(base, downlink, plan, values, frozen, local.scalings)
+        if recipe.forwards:
+            weights = gone(downlink, held, base, client, values[MOVES].detach())
         each, counts = sample_losses(model, weights, samples.take(rows), task.loss, precision)
         loss = each.sum() / counts.sum().clamp(min=1)
         losses.append(float(loss.detach()))
         optimiser.zero_grad()
-        if local.dp is None:
+        if recipe.forwards:
+            at = along(downlink, held, client, len(values[MOVES].flatten()), step)
+
+            def there(z: Tree, by: float, now: Tree = weights, rows: torch.Tensor = rows) -> float:
+                moved = {n: w + by * z[n] for n, w in now.items()}
+                each, counts = sample_losses(model, moved, samples.take(rows), task.loss, precision)
+                return float(each.sum() / counts.sum().clamp(min=1))
+
+            gradient, losses[-1] = slopes(downlink, weights, at, there)
+            values[MOVES].grad = gradient.view_as(values[MOVES]).to(values[MOVES])
+        elif local.dp is None:
             loss.backward(retain_graph=True)
         else:
             like = {n: start[None] for n, start in starts.items()}

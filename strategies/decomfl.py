@@ -1,0 +1,67 @@
+"""DeComFL: local steps by differences of losses, along directions that all clients share.
+
+    client i: in local steps k = 1..K, for p = 1..P:
+              g_kp = (L(W + eps z_kp) - L(W - eps z_kp)) / (2 eps),   c_kp = -lr g_kp / P
+              W_i <- W_i + sum_p c_kp z_kp,  the z of all (round, k, p) drawn from one seed
+    server:   W <- W + sum_k sum_p (sum_i p_i c_ikp) z_kp
+
+With ``momentum``, V <- momentum V + sum_p c_kp z_kp and W <- W + V, at clients and at the server; V
+goes on from round to round, and stands beside the weights at every replica.
+
+- Uplink: K P numbers per client. Downlink: a seed, and for each round that the client missed K P
+  numbers and a seed, by which it takes the same steps; or all weights, with V, where that is less.
+- Aggregation: exact and linear: directions are common.
+- Server and each client that was away: K P d draws a missed round, d the number of all weights.
+- Client: 2 P forward passes a local step, no backward pass; K P d draws.
+- Source: Li et al., *Achieving dimension-free communication in federated learning via zeroth-order
+  optimization*, ICLR 2025, arXiv 2405.15861, and its code (``cezo_fl``).
+- Departures: what is sent is the step c, and not g, so that the server needs no step size, and
+  under a schedule V holds the steps as they were taken (torch multiplies V by the step size of
+  now). The mean has the run's ``weights``; the code's is ``weights=uniform``. Weight decay is
+  refused: the code's 1e-5 is a replayed step of the server. The difference is central; the code has
+  a forward one as well. A seed a round is sent, where the code sends K. Clients of fewer steps
+  than K send zeros for the rest, and their V stands still meanwhile. The virtual clock (``system``)
+  counts the steps that ``local`` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from typing_extensions import override
+
+from fedraclora.limits import Count, Fraction, Limited, Positive
+from fedraclora.protocol.method import Draw, Plan, Traits
+from fedraclora.protocol.walk import Walk
+from fedraclora.strategies.shared.walking import Walking
+
+
+@dataclass(frozen=True)
+class DeComFl(Limited, Walking, group="method"):
+    """DeComFL: steps by forward passes along shared directions; scalars travel, both ways.
+
+    Attributes:
+        steps: K, after which local training ends, whatever local.steps or epochs say.
+        directions: P, of each local step.
+        eps: How far a client looks along a direction (the code's mu).
+        momentum: Of the steps, kept over rounds; beside it local.momentum is to be 0.
+    """
+
+    traits = Traits(exact=True, linear=True, merges=True, varies=True)
+
+    steps: Count = 1
+    directions: Count = 10
+    eps: Positive = 1e-3
+    momentum: Fraction = 0.0
+
+    @override
+    def shape(self, plan: Plan) -> tuple[int, ...]:
+        return self.steps, self.directions
+
+    @override
+    def arguments(self, round_: int) -> dict[str, float | int]:
+        return {"eps": self.eps, "directions": self.directions, "pool": 0, "pairs": 1}
+
+    @override
+    def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:
+        return replace(super().walk(plan, round_, draw), momentum=self.momentum)

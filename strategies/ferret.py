@@ -1,0 +1,81 @@
+"""Ferret: plain local training, whose change travels as its shadow on directions drawn from a seed.
+
+    client i: local steps on every weight;  D_i = its change
+              gamma_ij = <D_i, z_j> / n_l for the n_l directions of each block l of weights
+    server:   W <- W + server_lr sum_j (sum_i p_i gamma_ij) z_j,  block by block
+
+With ``server_lr=1`` the step is unbiased for the mean change, and its squared error is d_l / n_l
+times the square of that: smaller steps are the rule where directions are few.
+
+- Uplink: sum_l n_l numbers per client; n_l = ``directions`` times the block's share of the largest
+  one, 2 at least. Downlink: a seed; of each round that the client missed, and each block, n_l
+  numbers and a seed, or its weights where they are less.
+- Aggregation: exact and linear in what is sent. A client's own weights are not what it sends: where
+  it stands is known up to the shadow alone.
+- Server and each client that was away: n_l d_l draws a block and missed round.
+- Client: its local training, and as many draws.
+- Source: Shu et al., *Ferret: federated full-parameter tuning at scale for large language models*,
+  ICML 2025, arXiv 2409.06277, and its code.
+- Departures: z has E[z z^T] = I, by which gamma is unbiased as in the paper; the code's v, within
+  +-1/sqrt(d), has E[v v^T] = I / (3 d), so that it recovers server_lr / 3 of a change: its 10 is
+  10/3 here. Directions are new in each round, and a block has its own; the code draws all of them
+  from one fixed set, a subspace that is never left, whose indices it does not count. Its clip of
+  each step at 10, which is not linear, and its momentum of gamma are left out. Blocks are the
+  code's: consecutive weights up to nine tenths of the median size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from typing_extensions import override
+
+from fedraclora.limits import Count, Limited, Positive
+from fedraclora.protocol.method import Draw, Plan, Traits
+from fedraclora.protocol.walk import Walk, blocks
+from fedraclora.strategies.shared.walking import Walking
+
+
+@dataclass(frozen=True)
+class Ferret(Limited, Walking, group="method"):
+    """Ferret: plain local training; of the change, products with drawn directions travel.
+
+    Attributes:
+        directions: Numbers that are sent of the largest block of weights (the paper's K).
+        server_lr: Of the step that the server takes along the mean.
+    """
+
+    recipe = "projected_update"
+
+    directions: Count = 256
+    server_lr: Positive = 1.0
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=True, linear=True, merges=True, varies=True, step=self.server_lr)
+
+    def blocks(self, plan: Plan) -> list[tuple[tuple[str, ...], int]]:
+        """Return names and number of directions of each block."""
+        return blocks({n: plan.shapes[n] for n in (*plan.weights, *plan.dense)}, self.directions)
+
+    @override
+    def shape(self, plan: Plan) -> tuple[int, ...]:
+        return (sum(count for _, count in self.blocks(plan)),)
+
+    @override
+    def arguments(self, round_: int) -> dict[str, float | int]:
+        return {"directions": self.directions}
+
+    @override
+    def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:
+        return replace(super().walk(plan, round_, draw), law="kaiming_uniform")
+
+    @override
+    def gone(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:
+        found, parts = list[Walk](), self.blocks(plan)
+        moves = (self.server_lr * mean).split([count for _, count in parts])
+        for (names, _), scalars in zip(parts, moves, strict=True):
+            found.append(replace(walk, names=names, scalars=scalars.clone()))
+        return tuple(found)
