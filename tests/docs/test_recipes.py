@@ -33,6 +33,7 @@ DOCUMENTS = [
     for file in sorted(FOLDER.rglob("*.yaml"))
     for document in yaml.safe_load_all(file.read_text())
 ]
+PAUSE = ["sleep", "infinity"]  # of what holds a network, and never ends
 DOCKERFILE = (FOLDER / "Dockerfile").read_text()
 
 
@@ -58,7 +59,7 @@ def commands() -> list[list[str]]:
         (line,) = re.findall(r"^ExecStart=(.*)$", "\n".join(joined(unit.read_text())), re.MULTILINE)
         found.append(shlex.split(line))
     found += [shlex.split(job) for _, d in DOCUMENTS for job in inside(d, "entrypoint")]
-    return [[Path(words[0]).name, *words[1:]] for words in found]
+    return [[Path(words[0]).name, *words[1:]] for words in found if words != PAUSE]
 
 
 COMMANDS = commands()
@@ -96,6 +97,14 @@ def test_each_command_is_one_and_takes_its_flags(
     else:
         assert words[:2] == ["fedraclora", "simulate"]
         from_plain(composed(words[2:]), METHODS)
+
+
+def test_the_run_that_a_comment_starts_is_one() -> None:
+    text = (FOLDER / "compose.yaml").read_text().replace("\\\n#", " ")
+    (line,) = re.findall(r"exec superlink fedraclora deploy connection=house (.*)", text)
+    words = shlex.split(line)
+    assert {"data=own", "clients=3"} <= {*words}
+    from_plain(composed(["engine=deploy", *words]), METHODS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -153,7 +162,17 @@ def test_services_and_secrets_that_are_named_are_there() -> None:
         assert {*service.get("depends_on", [])} <= {*compose["services"]}
         named = [s if isinstance(s, str) else s["source"] for s in service.get("secrets", [])]
         assert {*named} <= {*compose["secrets"]}
-    assert (FOLDER / compose["configs"]["nginx"]["file"]).is_file()
+        # What Compose refuses, once something runs: docker compose config takes it.
+        wanted = service.get("configs", []) if service.get("read_only") else []
+        for config in wanted:
+            assert not {"uid", "gid", "mode"} & {*config}
+            assert "content" not in compose["configs"][config["source"]]
+        if shared := service.get("network_mode", "").partition("service:")[2]:
+            owner = compose["services"][shared]  # whose restart would cut the others off for good
+            assert owner["command"] == PAUSE
+            assert not {"ports", "networks"} & {*service}
+    for config in compose["configs"].values():
+        assert (FOLDER / config["file"]).is_file()
     for _, document in DOCUMENTS:
         volumes = {v["name"] for part in inside(document, "volumes") if isinstance(part, list)
                    for v in part if isinstance(v, dict)}  # fmt: skip
