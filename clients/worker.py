@@ -33,6 +33,7 @@ from fedraclora.training.memory import LESS, is_out_of_memory
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.update import BaseWeights
 from fedraclora.wire.changes import Changes, Coded
+from fedraclora.wire.coding import NONE, compressed
 from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest
 from fedraclora.wire.feedback import left_over, to_add
 from fedraclora.wire.fields import printable
@@ -328,7 +329,11 @@ def answer_of(
         missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
         pieces = (F.pad(sums, (0, 0, 0, missing)) if missing else sums,)
     elif coded is not None:
-        pieces = (torch.cat([torch.zeros(0, dtype=torch.uint8), *coded.codes]),)
+        codes = coded.codes
+        if request.coding != NONE:
+            codes = compressed(codes)
+            vectors["sizes"] = torch.tensor([len(code) for code in codes], dtype=torch.int64)
+        pieces = (torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]),)
     elif mask is not None:
         numbers = layout.pack(trained, lead=1)
         pieces = (numbers[mask.to(numbers.device)],)

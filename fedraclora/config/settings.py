@@ -28,6 +28,7 @@ from fedraclora.limits import (
     choice_of,
 )
 from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.wire.coding import NONE, ZSTD
 
 MEASURED = (*METRICS, "gap", *(f"personal_{name}" for name in METRICS))
 MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
@@ -68,20 +69,27 @@ class WireConfig(Limited, group="wire"):
             1 bits after a random rotation.
         downlink: The same, on the way to the clients.
         feedback: What rounding left is added to what is sent next (error feedback).
+        uplink_coding: Lossless coding of what goes up in fewer bits.
     """
 
     uplink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
     downlink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
     feedback: bool = False
+    uplink_coding: Annotated[str, choice_of((NONE, ZSTD)), Later()] = NONE
 
     @override
     def __post_init__(self) -> None:
-        """Reject feedback of numbers that are not rounded."""
+        """Reject feedback and coding of numbers that are not rounded."""
         super().__post_init__()
         if self.feedback and self.uplink == self.downlink == FULL:
             raise ConfigError(
                 "wire.feedback is true, but with wire.uplink=float32 and wire.downlink=float32 "
                 f"rounding leaves nothing; set one of them to one of {', '.join(ROUNDED)}"
+            )
+        if self.uplink_coding != NONE and self.uplink == FULL:
+            raise ConfigError(
+                f"wire.uplink_coding is {self.uplink_coding}, but with wire.uplink=float32 nothing "
+                f"is gained by it; set wire.uplink to one of {', '.join(ROUNDED)}"
             )
 
 

@@ -22,6 +22,7 @@ from fedraclora.protocol.rank_budgets import uploaded_mask, uploaded_numbers
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
+from fedraclora.wire.coding import decompressed
 
 Kept = slice | torch.Tensor  # which numbers of its row a client sends
 AT_ONCE = 1 << 20  # numbers that are rounded together
@@ -97,25 +98,35 @@ class Changes:
                 coded.errors.append(error if isfinite(error) else 0.0)
         return found
 
-    def decode(self, raw: torch.Tensor, clients: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def decode(
+        self,
+        raw: torch.Tensor,
+        clients: torch.Tensor,
+        dtype: torch.dtype,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Read the rows of some clients from their bytes, one client after another.
 
         Args:
             raw: uint8 [bytes].
             clients: Their ids, int64 [k].
             dtype: Of the rows.
+            lengths: How many bytes each sent, int64 [k], where these are coded.
 
         Returns:
             [k, P]; under rank budgets what is sent of the rows, one after another.
 
         Raises:
-            WireError: If there are not as many bytes as these clients send.
+            WireError: If there are not as many bytes as these clients send, or a frame is damaged.
         """
         places = torch.searchsorted(self.clients, clients)
         parts = [
             (index, kept, sizes, int(packed_bytes(sizes, self.kind)))
             for index, kept, sizes in self._alike(places)
         ]
+        if lengths is not None:
+            wanted = [each for index, *_, each in parts for _ in index]
+            raw = decompressed(raw, lengths, clients, wanted)
         size = sum(len(index) * each for index, *_, each in parts)
         if raw.dtype != torch.uint8 or tuple(raw.shape) != (size,):
             raise WireError(

@@ -12,6 +12,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.tree import Layout, Tree
+from fedraclora.wire.coding import NONE, ZSTD
 from fedraclora.wire.described import ASKED, describe, described_downlink
 from fedraclora.wire.exchange import Ask, TrainRequest, coefficients, sent_tensors
 from fedraclora.wire.fields import exactly, flag, reading, real, shown, whole
@@ -38,6 +39,7 @@ COEFFICIENTS = "coefficients"  # of factors that are computed from the last link
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
 HEADER |= {"uplink", "kind", "feedback", COEFFICIENTS}
 MEASURE, WHEN = "measure", ("before", "after")  # where clients are not asked to train
+CODING = "coding"  # where what they send is coded
 APART = ("clients", "first", "places")  # of a request: not the same for all of an exchange
 
 
@@ -90,6 +92,7 @@ class AskWriter:
             "own": own_layout.shapes,
             COEFFICIENTS: beside.shapes,
         } | ({} if request.measure is None else {MEASURE: request.measure})
+        header |= {} if request.coding == NONE else {CODING: request.coding}
         arrays = {"flat": packed_numbers(layout.pack(shared), layout, ask.kind)}
         if beside.size:
             arrays[COEFFICIENTS] = beside.pack(numbers)
@@ -157,7 +160,9 @@ class AskReader:
         """Read what all messages of an exchange share."""
         self._arrays = None  # a message that is refused is not remembered
         self._header = header = message_header(content)
-        exactly(header, HEADER | (header.keys() & {MEASURE}), "the header of a train message")
+        exactly(
+            header, HEADER | (header.keys() & {MEASURE, CODING}), "the header of a train message"
+        )
         layout = read_layout(header["layout"], "the layout")
         flat = read_numbers(content, "arrays", 1, layout, _kind(header["kind"], "its kind"))
         if len(flat) != layout.size:
@@ -208,6 +213,8 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
         raise WireError(f"clip is {shown(clip)}; a positive number is wanted")
     if (measure := header.get(MEASURE)) not in (None, *WHEN):
         raise WireError(f"measure is {shown(measure)}; one of {WHEN} is wanted")
+    if (coding := header.get(CODING, NONE)) not in (NONE, ZSTD):
+        raise WireError(f"coding is {shown(coding)}; {ZSTD} is wanted, or nothing")
     return TrainRequest(
         whole(header["round"], "its round"),
         whole(header["version"], "its version"),
@@ -220,6 +227,7 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
         flag(header["feedback"], "feedback"),
         measure,
         places,
+        coding,
     )
 
 

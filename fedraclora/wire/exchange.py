@@ -19,6 +19,7 @@ from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.quantised import FULL, packed_bytes
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.tree import Layout, Tree
+from fedraclora.wire.coding import NONE
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -38,6 +39,7 @@ class TrainRequest:
             blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
         clip: The greatest norm of the update that a client may send; None: any.
         uplink: How the clients' numbers travel (`fedraclora.protocol.quantised`).
+        coding: And how these are coded (`fedraclora.wire.coding`).
         feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
         measure: None: to train. ``before``: to measure the weights from which the round begins, on
             samples that they do not train on, and to send the sums; ``after``: to train them, too,
@@ -55,6 +57,7 @@ class TrainRequest:
     feedback: bool = False
     measure: str | None = None
     places: torch.Tensor | None = None
+    coding: str = NONE
 
     @property
     def order(self) -> torch.Tensor:
@@ -152,6 +155,7 @@ class Answer:
         notes: Sentences for the ledger.
         rounding: What rounding added to the change of each client, relative to it [k]; None where
             numbers are sent as they are.
+        sizes: How many bytes each client sent, int64 [k]; None where they are not coded.
         layout: What each client sends.
         stage: What clients say of secure aggregation, where numbers are masked; None without it.
         metrics: What a user's training function says of its training, float64 [k] by name.
@@ -170,6 +174,7 @@ class Answer:
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rounding: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
     layout: Layout = Layout(())  # noqa: RUF009
     stage: Stage | None = None
     metrics: Tree = field(default_factory=dict)
@@ -191,8 +196,9 @@ class Answer:
     @property
     def vectors(self) -> dict[str, torch.Tensor]:
         """What has one value per client."""
-        found = {name: getattr(self, name) for name in ("clients", "losses", "samples", "steps")}
-        return found if self.rounding is None else found | {"rounding": self.rounding}
+        names = ("clients", "losses", "samples", "steps", "rounding", "sizes")
+        each = {name: getattr(self, name) for name in names}
+        return {name: vector for name, vector in each.items() if vector is not None}
 
     def select(self, kept: torch.Tensor) -> Answer:
         """Keep some of the clients, bool [k], in everything but their numbers."""

@@ -45,6 +45,7 @@ VECTORS = {
     "places": np.int64,
     "ranks": np.int64,
     "samples": np.int64,
+    "sizes": np.int64,
     "steps": np.int64,
     "losses": np.float64,
     "rounding": np.float64,

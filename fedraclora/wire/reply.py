@@ -13,6 +13,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.tree import Layout, difference
+from fedraclora.wire.coding import NONE
 from fedraclora.wire.exchange import Answer, Ask
 from fedraclora.wire.fields import (
     MANY,
@@ -96,7 +97,7 @@ def checked(
     answer: Answer,
     layout: Layout,
     ranks: torch.Tensor | None = None,
-    read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    read: Callable[..., torch.Tensor] | None = None,
 ) -> Answer:
     """Check the numbers of an answer, and read them where they came in fewer bits.
 
@@ -105,8 +106,8 @@ def checked(
         layout: What a client sends, budgets aside.
         ranks: The cohort's rank budgets, if it has any: then rows are cut, and their sizes are
             left to `fedraclora.protocol.rank_budgets.widen`.
-        read: Gives the numbers of some clients from their bytes and their ids; None: the numbers
-            came as they are.
+        read: Gives the numbers of some clients from their bytes and their ids, and from `lengths`,
+            the bytes of each, where these are coded; None: the numbers came as they are.
 
     Raises:
         WireError: Saying what came and what was wanted.
@@ -114,7 +115,8 @@ def checked(
     if read is not None and not answer.reduced:
         with reading("a reply"):
             try:
-                answer = replace(answer, pieces=(read(answer.numbers, answer.clients),))
+                numbers = read(answer.numbers, answer.clients, lengths=answer.sizes)
+                answer = replace(answer, pieces=(numbers,))
             except WireError as error:
                 raise WireError(f"{_who(answer)} sent what cannot be read: {error}") from error
     if answer.layout != layout:
@@ -137,8 +139,9 @@ def _read(content: Content, ask: Ask) -> Answer:
     told = mapping(header.pop("metrics", {}), "metrics")
     exactly(header, HEADER, "the header of a reply")
     round_ = whole(header["round"], "its round")
-    coded = ask.request.uplink != FULL
-    vectors: dict[str, Any] = _vectors(content, round_, WANTED | {"rounding"} if coded else WANTED)
+    wanted = WANTED if ask.request.uplink == FULL else WANTED | {"rounding"}
+    wanted = wanted if ask.request.coding == NONE else wanted | {"sizes"}
+    vectors: dict[str, Any] = _vectors(content, round_, wanted)
     return Answer(
         round_,
         whole(header["version"], "its version"),

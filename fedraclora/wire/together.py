@@ -18,6 +18,7 @@ from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.tree import difference
 from fedraclora.wire.changes import uploaded_bytes
+from fedraclora.wire.coding import NONE
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage, sent_tensors
 from fedraclora.wire.fields import MANY, printable, shown
 
@@ -80,6 +81,7 @@ def unanswered(ask: Ask, why: str) -> Answer:
         pieces=(torch.zeros(0, 0).double(),),
         failures=dict.fromkeys(ask.clients, printable(why)),
         rounding=None if request.uplink == FULL else none.double(),
+        sizes=None if request.coding == NONE else none,
         stage=None if ask.stage is None else Stage(ask.stage.name, {}, {}),
     )
 
@@ -184,8 +186,10 @@ def _rows(ask: Ask, answer: Answer) -> list[torch.Tensor]:
         return [*numbers.split(1)]
     own, kind, asked = ask.own, ask.request.uplink, ask.request.clients
     coded = kind != FULL
-    sizes = uploaded_bytes(own, len(asked), kind) if coded else uploaded_numbers(own, len(asked))
-    each = sizes[torch.isin(asked, clients)].tolist()
-    if numbers.dim() != 1 or sum(each) != len(numbers):
+    if (sizes := answer.sizes) is None:
+        many = uploaded_bytes(own, len(asked), kind) if coded else uploaded_numbers(own, len(asked))
+        sizes = many[torch.isin(asked, clients)]
+    each = sizes.tolist()
+    if numbers.dim() != 1 or min(each) < 0 or sum(each) != len(numbers):
         raise WireError(f"{tuple(numbers.shape)} numbers came, but {sum(each)} are wanted")
     return [*numbers.split(each)]

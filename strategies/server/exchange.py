@@ -29,6 +29,7 @@ from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Tree
 from fedraclora.wire.changes import Changes, uploaded_bytes
+from fedraclora.wire.coding import NONE
 from fedraclora.wire.exchange import (
     DTYPES,
     Answer,
@@ -59,6 +60,7 @@ class Exchange:
         failures: Clients whose reply is not used.
         received: Bytes of the numbers that clients sent, those of refused clients included, as far
             as their replies could be read.
+        sizes: Of these the bytes of each client, by id, where they are coded.
         asks: What was asked of each chunk of clients.
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used, with their
@@ -87,6 +89,7 @@ class Exchange:
     replies: list[Answer] = field(default_factory=list)
     failures: list[Refusal] = field(default_factory=list)
     received: int = 0
+    sizes: dict[int, int] = field(default_factory=dict)
     asks: list[Ask] = field(default_factory=list)
     mean_loss: float = float("nan")
     metrics: dict[str, float] = field(default_factory=dict)
@@ -111,8 +114,9 @@ class Exchange:
     def ask(self) -> list[Ask]:
         """Say what each chunk of the cohort is asked."""
         loop, clients = self.loop, self.cohort.clients
-        # Sums of blocks: only where no block lies in two chunks.
-        self.reduced = self.reduce and loop.whole_blocks(len(clients))
+        coding = NONE if loop.uplink == FULL else loop.coding
+        # Sums of blocks: only where no block lies in two chunks, and no bytes are to be counted.
+        self.reduced = self.reduce and coding == NONE and loop.whole_blocks(len(clients))
         request = TrainRequest(
             self.round_,
             self.version,
@@ -123,6 +127,7 @@ class Exchange:
             uplink=loop.uplink,
             feedback=loop.feedback and loop.uplink != FULL,
             measure=self.measure,
+            coding=coding,
         )
         downlink = self.downlink.to(DTYPES[loop.dtype])
         own = any(each for _, each in sent_tensors(downlink).values())
@@ -218,11 +223,13 @@ class Exchange:
 
     def _bytes_of(self, reply: Answer) -> int:
         """Count the bytes of the numbers in a reply, those included that a sum leaves out."""
-        if self.downlink.ranks is None:  # each sends as many
-            return (len(reply.clients) + len(reply.refused)) * int(self._each[0])
         out = torch.tensor([f.client for f in reply.refused], dtype=torch.int64)
-        came = torch.searchsorted(self.cohort.clients, torch.cat([reply.clients, out]))
-        return int(self._each[came].sum())
+        came = torch.cat([reply.clients, out])
+        if reply.sizes is not None:
+            return sum(self.sizes[client] for client in came.tolist())
+        if self.downlink.ranks is None:  # each sends as many
+            return len(came) * int(self._each[0])
+        return int(self._each[torch.searchsorted(self.cohort.clients, came)].sum())
 
     @cached_property
     def _each(self) -> torch.Tensor:
@@ -313,6 +320,9 @@ class Exchange:
                 f"{reply.version}, but were asked for round {self.round_} from version "
                 f"{self.version}"
             )
+        if reply.sizes is not None:
+            ids = reply.clients.tolist()
+            self.sizes |= dict(zip(ids, reply.sizes.tolist(), strict=True))
         return reply
 
     def _take(self, reply: Answer | None) -> None:

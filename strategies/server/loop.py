@@ -11,6 +11,7 @@ from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import Patience
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import SUM_BLOCK
+from fedraclora.wire.coding import NONE
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LoopConfig(Patience):
         uplink, downlink: How they travel: as they are, or rounded to fewer bits
             (`fedraclora.protocol.quantised`).
         feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
+        coding: How what they send in fewer bits is coded (`fedraclora.wire.coding`).
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         max_failures: Clients that may fail in a round before the run stops.
     """
@@ -42,6 +44,7 @@ class LoopConfig(Patience):
     uplink: str = FULL
     downlink: str = FULL
     feedback: bool = False
+    coding: str = NONE
     evaluate_every: int = 1
     max_failures: int = 0
 
@@ -86,6 +89,7 @@ def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype)
         uplink=config.wire.uplink,
         downlink=config.wire.downlink,
         feedback=config.wire.feedback,
+        coding=config.wire.uplink_coding,
         evaluate_every=config.evaluate.every,
         max_failures=config.max_failures,
         **vars(config.engine.waiting(built.cohort)),

@@ -215,6 +215,8 @@ class Setting:
     dtype: torch.dtype = torch.float32
     kinds: tuple[str, str] = (FULL, FULL)
     feedback: bool = False
+    coding: str = "none"
+    width: int = 6
 
 
 SETTINGS = {
@@ -245,6 +247,7 @@ SETTINGS = {
     "rotated, of a pool": Setting(
         "pool_rac_lora", {"rank": 3, "pool": 2}, kinds=("eden1", "eden4"), feedback=True
     ),
+    "coded": Setting("fed_rac_lora", {"rank": 3}, kinds=("int4", "int8"), coding="zstd", width=600),
     "sums of blocks": Setting("fed_rac_lora", {"rank": 2}, cohort=70, chunk=32, reduce=True),
 }
 
@@ -263,9 +266,9 @@ class Failing:
         return self.data.gather(clients, positions)
 
 
-def task_of(clients: int, dtype: torch.dtype) -> Task:
-    """7 -> 6 -> 4 with tanh; a client has two samples or three."""
-    model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4)).to(dtype)
+def task_of(clients: int, dtype: torch.dtype, width: int) -> Task:
+    """7 -> width -> 4 with tanh; a client has two samples or three."""
+    model = nn.Sequential(nn.Linear(7, width), nn.Tanh(), nn.Linear(width, 4)).to(dtype)
     for name, parameter in model.named_parameters():
         drawn = torch_normal(generator(SEED, name), *parameter.shape) / 2
         parameter.data.copy_(drawn)
@@ -285,13 +288,14 @@ def scene_of(name: str) -> Scene:
     """Run the rounds before the one that is attacked, and have honest clients answer it."""
     setting = SETTINGS[name]
     method = METHODS[setting.method](**setting.changes)
-    task = task_of(setting.cohort, setting.dtype)
+    task = task_of(setting.cohort, setting.dtype, setting.width)
     plan = make_plan(task.model, task.head, head_policy="average", bias_policy="average")
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
     loop = LoopConfig(
         rounds=9, clients=setting.cohort, cohort=setting.cohort, chunk=setting.chunk, seed=SEED,
         dtype=str(setting.dtype).removeprefix("torch."), guarded=True, min_clients=1,
         uplink=setting.kinds[0], downlink=setting.kinds[1], feedback=setting.feedback,
+        coding=setting.coding,
     )  # fmt: skip
     replica = BaseWeights(base)
     trainer = CohortTrainer(task, plan, setting.local, seed=SEED, device=torch.device("cpu"))
@@ -487,7 +491,9 @@ def check_taken(scene: Scene, place: int, outcome: Outcome, content: RecordDict)
         clients = exchange.cohort.clients
         changes = Changes(exchange.loop.uplink, exchange.downlink, exchange.base, clients)
         raw_, who = torch.from_numpy(numbers), got.clients[mine]
-        numbers = changes.decode(raw_, who, got.rows().dtype).numpy()
+        sizes = np.frombuffer(chunk["sizes"], np.int64) if exchange.loop.coding == "zstd" else None
+        lengths = None if sizes is None else torch.from_numpy(sizes.copy())
+        numbers = changes.decode(raw_, who, got.rows().dtype, lengths).numpy()
     must(bool(np.isfinite(numbers).all()), "numbers that are none")
     if scene.exchange.reduced:
         blocks = [plain(read(data))[2] for data in scene.replies]

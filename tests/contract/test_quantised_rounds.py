@@ -52,7 +52,8 @@ SHORT = {"fed_rac_lora", "fedavg", "fedavg_lora", "fedsa_lora", "fedsvd", "flora
 SHORT |= {"pool_rac_lora"}
 BITS: dict[str, Any] = {"uplink": "int8", "downlink": "int4"}
 ROTATED: dict[str, Any] = {"uplink": "eden3", "downlink": "eden2", "width": 8}
-KINDS = {"scaled": BITS, "rotated": ROTATED}
+CODED: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "width": 8, "coding": "zstd"}
+KINDS = {"scaled": BITS, "rotated": ROTATED, "coded": CODED}
 EXACT = [n for n in sorted(distinct()) if make_method(n).traits.exact and not is_personal((n, {}))]
 
 
@@ -148,10 +149,24 @@ def test_sums_of_clients_are_sums_of_what_they_send(name: str, kinds: str) -> No
     assert [r["rounding_up"] for r in together.rows] == [r["rounding_up"] for r in rows.rows]
 
 
+@pytest.mark.parametrize(("name", "chunk"), [("fedavg", 2), ("pool_rac_lora", 3), ("hetlora", 3)])
+def test_coding_changes_what_goes_up_and_nothing_else(name: str, chunk: int) -> None:
+    """Also where sums of clients would do, and where a client's rows are cut."""
+    system = SystemConfig(rank_budget=Choice([0.34, 1.0])) if name == "hetlora" else None
+    more = CODED | {"chunk": chunk, "system": system, "width": 16}
+    coded, plain = finished(name, **more), finished(name, **more | {"coding": "none"})
+    assert_equal_trees(coded.weights, plain.weights)
+    for mine, others in zip(coded.rows, plain.rows, strict=True):
+        assert 0 < mine["uplink_bytes"] < others["uplink_bytes"]
+        for column in ("train_loss", "downlink_total", "rounding_up", "rounding_down", "report"):
+            assert mine[column] == others[column]
+
+
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
         *product(["fed_rac_lora", "fedavg", "hetlora"], [BITS, {"downlink": "bfloat16"}, {}]),
+        *product(["fed_rac_lora", "hetlora", "pool_rac_lora"], [CODED]),
         *product(["pool_rac_lora", "subspace_rac_lora"], [BITS, {"downlink": "bfloat16"}, {}]),
         *product(["fed_rac_lora", "hetlora", "pool_rac_lora"], [ROTATED]),
     ],

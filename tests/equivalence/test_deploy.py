@@ -62,6 +62,7 @@ def base_at(folder: Path, version: int) -> str:
         ),
         [
             "wire.uplink=eden3",
+            "wire.uplink_coding=zstd",
             "wire.downlink=int8",
             "wire.feedback=true",
             "method.resample_every=2",

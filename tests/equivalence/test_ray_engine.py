@@ -99,6 +99,7 @@ RUNS = {
         "method.pool=2",
         "engine.chunk=9",
         "wire.uplink=eden3",
+        "wire.uplink_coding=zstd",
         "wire.downlink=eden4",
         "wire.feedback=true",
     ),
