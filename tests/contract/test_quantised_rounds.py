@@ -54,6 +54,7 @@ BITS: dict[str, Any] = {"uplink": "int8", "downlink": "int4"}
 ROTATED: dict[str, Any] = {"uplink": "eden3", "downlink": "eden2", "width": 8}
 CODED: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "width": 8, "coding": "zstd"}
 KINDS = {"scaled": BITS, "rotated": ROTATED, "coded": CODED}
+IN_FULL = {"frlora", "fedkseed", "decomfl", "ferret"}  # their downlink
 EXACT = [n for n in sorted(distinct()) if make_method(n).traits.exact and not is_personal((n, {}))]
 
 
@@ -77,7 +78,7 @@ def seeds(content: Content) -> int:
     when=lambda name, kinds: name in (SHORT if kinds == "scaled" else {"fedavg", "pool_rac_lora"})
 )
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("name", sorted({*distinct()} - {"frlora"}))  # its downlink is in full
+@pytest.mark.parametrize("name", sorted({*distinct()} - IN_FULL))
 def test_bytes_are_those_of_messages_and_everyone_has_the_servers_bits(
     name: str, kinds: str, tmp_path: Path
 ) -> None:
