@@ -6,11 +6,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from math import isqrt
+from typing import Annotated
 
 from torch import nn
 
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Count, Fraction, limited
+from fedraclora.limits import Count, Fraction, Later, Limit, limited
 from fedraclora.models.built import Built, require_input, seeded
 
 
@@ -90,20 +91,22 @@ def build_cnn(
     classes: int,
     seed: int,
     channels: Sequence[Count] = (16, 32),
-    hidden: Count = 64,
+    hidden: Count | None = 64,
     dropout: Fraction = 0.0,
+    kernel: Annotated[Count, Limit("odd", lambda size: size % 2 == 1), Later()] = 3,
 ) -> Built:
     """Build convolutions ``conv1``, ... and two linear layers, with ReLU between all.
 
-    Each convolution is 3 x 3 and is followed by pooling, which halves the image.
+    Each convolution keeps the size of the image and is followed by pooling, which halves the image.
 
     Args:
         shape: (pixels,) of a square grey image, or (channels, height, width).
         classes: Number of outputs.
         seed: The seed of the run.
         channels: Channels after each convolution.
-        hidden: Width of the linear layer ``fc1`` before the head ``fc2``.
+        hidden: Width of the linear layer ``fc1`` before the head ``fc2``; None: no ``fc1``.
         dropout: Probability of dropping a unit of ``fc1``.
+        kernel: Pixels of a side of each convolution.
 
     Returns:
         The model, with torch's default initialisation; convolutions are among the targets.
@@ -126,15 +129,17 @@ def build_cnn(
         layers["image"] = nn.Unflatten(1, image)
     with seeded(seed, "model"):
         for index, (before, after) in enumerate(pairwise([image[0], *channels]), start=1):
-            layers[f"conv{index}"] = nn.Conv2d(before, after, kernel_size=3, padding=1)
+            layers[f"conv{index}"] = nn.Conv2d(before, after, kernel, padding=kernel // 2)
             layers[f"relu{index}"] = nn.ReLU()
             layers[f"pool{index}"] = nn.MaxPool2d(2)
         layers["flatten"] = nn.Flatten()
-        layers["fc1"] = nn.Linear(channels[-1] * height * width, hidden)
-        layers["relu"] = nn.ReLU()
-        if dropout:
-            layers["dropout"] = nn.Dropout(dropout)
-        layers["fc2"] = nn.Linear(hidden, classes)
+        features = channels[-1] * height * width
+        if hidden is not None:
+            layers["fc1"] = nn.Linear(features, hidden)
+            layers["relu"] = nn.ReLU()
+            if dropout:
+                layers["dropout"] = nn.Dropout(dropout)
+        layers["fc2"] = nn.Linear(hidden or features, classes)
     return Built(nn.Sequential(layers), head=("fc2",), targets="all")
 
 

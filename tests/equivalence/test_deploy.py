@@ -56,6 +56,15 @@ def base_at(folder: Path, version: int) -> str:
         ["method=pool_rac_lora", "method.pool=2", "clients=5", "cohort=2"],
         ["method=fedavg_lora"],
         ["method=fedavg"],
+        *(
+            pytest.param([f"method={name}", *more, "clients=5", "cohort=2"], marks=pytest.mark.slow)
+            for name, *more in (
+                ("decomfl", "method.steps=2", "method.momentum=0.9", "local.lr=0.002"),
+                ("fedkseed", "method.seeds=64", "local.lr=0.002"),
+                ("fedkseed", "method.steps=3", "method.seeds=64", "method.pro=true"),
+                ("ferret", "method.directions=16", "method.server_lr=0.05"),
+            )
+        ),
         pytest.param(
             ["method=subspace_rac_lora", "rounds=5", "clients=5", "cohort=2"],
             marks=pytest.mark.slow,

@@ -94,6 +94,23 @@ RUNS = {
         "local=adamw",
         "local.moments=rows",
     ),
+    "replayed scalars": (
+        "method=decomfl",
+        "method.steps=2",
+        "method.momentum=0.9",
+        "local.momentum=0",
+        "local.lr=0.002",
+        "engine.chunk=16",
+    ),
+    "chances of seeds": (
+        "method=fedkseed",
+        "method.steps=3",
+        "method.seeds=64",
+        "method.pro=true",
+        "local.lr=0.002",
+        "engine.chunk=16",
+    ),
+    "blocks": ("method=ferret", "method.server_lr=0.02", "engine.chunk=32"),
     "fewer bits": (
         "method=pool_rac_lora",
         "method.pool=2",

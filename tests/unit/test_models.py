@@ -19,6 +19,7 @@ from fedraclora.lowrank.layers import find_targets, is_head
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import refuse_functions, seeded
 from fedraclora.models.hf import set_dropout
+from fedraclora.models.networks import build_cnn
 from fedraclora.tree import digest
 
 SMALL = {"hidden": 8, "layers": 2, "heads": 2, "intermediate": 12, "vocab": 20, "max_length": 9}
@@ -387,3 +388,12 @@ def test_a_head_that_names_no_layer_with_weights_is_refused(head, monkeypatch):
     with pytest.raises(ConfigError, match=r"layer as model.head .* There are: body, head"):
         MODELS["function"](**arguments, head=["head", head])
     assert MODELS["function"](**arguments, head=["head"]).head == ("head",)
+
+
+def test_a_cnn_may_have_wider_kernels_and_no_hidden_layer() -> None:
+    """As in DeComFL's code, which counts 28,938 numbers."""
+    model = build_cnn(shape=(1, 28, 28), classes=10, seed=0, hidden=None, kernel=5).model
+    assert sum(p.numel() for p in model.parameters()) == 28_938
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    with pytest.raises(ConfigError, match="kernel"):
+        build_cnn(shape=(1, 28, 28), classes=10, seed=0, kernel=4)

@@ -39,13 +39,14 @@ SMALL = [
 ]
 
 RANK = ["method.rank=2", "method.alpha=3"]
+RANKLESS = {"method=fedavg", "method=decomfl", "method=fedkseed", "method=ferret"}
 
 Fault = Callable[[Message, Callable[[], Message]], list[Message]]
 
 
 def small(words: Sequence[str], folder: Path, engine: str) -> dict[str, object]:
     """The config of a small run."""
-    rank = [] if "method=fedavg" in words else RANK
+    rank = [] if RANKLESS & {*words} else RANK
     return composed([*SMALL, *rank, f"engine={engine}", f"output.dir={folder}", *words])
 
 
