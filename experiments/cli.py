@@ -17,9 +17,10 @@ USAGE = Path(__file__).with_name("usage.txt")
 # What each is for stands in usage.tmpl.
 COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "evaluate")
 COMMANDS += ("predict", "export")
-COMMANDS += ("compact", "report", "study", "theory", "init", "bench")
+COMMANDS += ("compact", "report", "study", "tune", "theory", "init", "bench")
 # Commands that are a folder, and the module in it that runs them.
-FOLDERS = {"bench": ".command", "theory": ".command", "study": ".run", "report": ".page"}
+FOLDERS = {"bench": ".command", "theory": ".command", "tune": ".command"}
+FOLDERS |= {"study": ".run", "report": ".page"}
 
 
 @printing()

@@ -1,7 +1,8 @@
 """Fed-RAC-LoRA: federated fine-tuning by a chain of randomised low-rank links.
 
 ``fedraclora.simulate(...)`` runs a method on a task in this process and gives a `Run`;
-``fedraclora.read_run(folder)`` reads one. See `fedraclora.api`.
+``fedraclora.read_run(folder)`` reads one, and ``fedraclora.tune(...)`` finds settings. See
+`fedraclora.api`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedraclora.api import Callback, Metric, RoundStep, Run, read_run, simulate
+    from fedraclora.api import Callback, Metric, RoundStep, Run, Tuned, read_run, simulate, tune
 
-__all__ = ["Callback", "Metric", "RoundStep", "Run", "read_run", "simulate"]
+__all__ = ["Callback", "Metric", "RoundStep", "Run", "Tuned", "read_run", "simulate", "tune"]
 
 # What a node of a deployment, which has no entry points, may take from here.
 HOMES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -20,6 +21,8 @@ from fedraclora.experiments.lending import lend_all, trained_by
 from fedraclora.experiments.resume import is_done
 from fedraclora.experiments.simulate import carry_out, choose
 from fedraclora.experiments.status import explained
+from fedraclora.experiments.tune.command import tune_task
+from fedraclora.experiments.tune.result import Tuned
 from fedraclora.experiments.values import config_of, is_whole
 from fedraclora.imports import refuse_run
 from fedraclora.run.callback import Callback
@@ -31,7 +34,7 @@ from fedraclora.strategies.server.callbacks import each_of, own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
 from fedraclora.strategies.start import settled_start
 
-__all__ = ["Callback", "Metric", "RoundStep", "Run", "read_run", "simulate"]
+__all__ = ["Callback", "Metric", "RoundStep", "Run", "Tuned", "read_run", "simulate", "tune"]
 
 
 def simulate(
@@ -139,24 +142,23 @@ def simulate(
     refuse_run()
     if not isinstance(resume, bool):
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
-    beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
-    whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
-    keys |= {"method": method, "partition": partition}
-    own = {group: keys.pop(group, None) for group in OWN_GROUPS}
-    lent = lend_all(model, data, own, beside, whole=whole, own=train is not None)
-    if train is not None:
-        lent.words.append("local=own")
-    plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
-    plain = trained_by(train, lent.put_into(plain, typed))
-    words = {"steps": [*each_of(steps)], "callbacks": [*each_of(callbacks)]}
-    given, named = own_steps(steps), (str, Mapping)
-    if words["steps"]:
-        told = iter(map(described, given))
-        plain["steps"] = [x if isinstance(x, named) else next(told) for x in words["steps"]]
-    watching = [x for x in words["callbacks"] if not isinstance(x, named)]
-    if len(watching) < len(words["callbacks"]):
-        plain["callbacks"] = [x for x in words["callbacks"] if isinstance(x, named)]
-    watching = [*own_callbacks("callbacks", watching), *own_callbacks("on_round", on_round)]
+    plain, typed, watching, given = _asked(
+        *choices,
+        model=model,
+        data=data,
+        method=method,
+        partition=partition,
+        test=test,
+        train=train,
+        client=client,
+        target=target,
+        loss=loss,
+        metrics=metrics,
+        steps=steps,
+        callbacks=callbacks,
+        on_round=on_round,
+        **keys,
+    )
     output = section(plain, "output")
     place = place_of(plain, output, folder)
     if place is None:
@@ -182,6 +184,93 @@ def simulate(
         if goes_on and is_done(place, found):
             return finished(from_plain(found, METHODS, began=True), place)
         return carry_out(found, place, resume=goes_on, callbacks=watching, steps=given)
+
+
+def tune(
+    *choices: str | Mapping[str, object],
+    tune: Mapping[str, object] | None = None,
+    folder: str | Path | None = None,
+    **given: Any,
+) -> Tuned:
+    """Find settings of a task that no other beats in metric and bytes at once.
+
+    Args:
+        choices: As for `simulate`, and ``"tune.KEY=VALUE"`` (``fedraclora tune``). What is said
+            for the run is not tuned.
+        tune: Keys of ``conf/tune.yaml``, such as ``{"runs": 20, "lr": [1e-3, 1]}``.
+        folder: Where all is kept; the same call with the same objects goes on. None: ``runs/tune``.
+        given: Model, data and further arguments of `simulate`.
+
+    Returns:
+        ``frontier`` (a pandas frame), ``configs`` (what `simulate` takes, by MB a client),
+        ``test``, ``folder``.
+
+    Raises:
+        FedRacLoraError: As `simulate`; ConfigError where Optuna is not installed
+            (``fedraclora[tune]``), or the task has nothing to tune on but its test.
+    """
+    refuse_run()
+    if [c for c in choices if isinstance(c, Mapping) and is_whole(c)]:
+        raise ConfigError("tune wants words or some keys: a whole config leaves nothing to tune")
+    own = [c for c in choices if isinstance(c, str) and c.startswith("tune.")]
+    rest = [c for c in choices if c not in own]
+    plain, typed, watching, steps = _asked(*rest, **given)
+    output = section(plain, "output")
+    place = place_of(plain, output, folder)
+    plain["output"] = {**output, "dir": None if place is None else str(place)}
+    said = {*typed}
+    for group in OWN_GROUPS:
+        if not isinstance(given.get(group), str | Mapping | None):  # an object has all its keys
+            said |= {group, *(f"{group}.{key}" for key in section(plain, group))}
+    return tune_task(plain, said, own, tune, steps=steps, callbacks=watching)
+
+
+class Asked(NamedTuple):
+    """What the arguments of `simulate` say: the config, the keys typed, who watches, own steps."""
+
+    plain: PlainDict
+    typed: list[str]
+    watching: list[Callback]
+    steps: list[RoundStep]
+
+
+def _asked(
+    *choices: str | Mapping[str, object],
+    model: nn.Module | str | Mapping[str, object] | None = None,
+    data: object = None,
+    method: object = None,
+    partition: object = None,
+    test: object = None,
+    train: Callable[..., object] | str | None = None,
+    client: str | None = None,
+    target: str | None = None,
+    loss: object = None,
+    metrics: object = None,
+    steps: object = (),
+    callbacks: object = (),
+    on_round: object = (),
+    **keys: object,
+) -> Asked:
+    """Compose what is asked for, its objects lent; see `simulate`."""
+    beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
+    whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
+    keys |= {"method": method, "partition": partition}
+    own = {group: keys.pop(group, None) for group in OWN_GROUPS}
+    lent = lend_all(model, data, own, beside, whole=whole, own=train is not None)
+    if train is not None:
+        lent.words.append("local=own")
+    plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
+    plain = trained_by(train, lent.put_into(plain, typed))
+    words = {"steps": [*each_of(steps)], "callbacks": [*each_of(callbacks)]}
+    given, named = own_steps(steps), (str, Mapping)
+    if words["steps"]:
+        told = iter(map(described, given))
+        plain["steps"] = [x if isinstance(x, named) else next(told) for x in words["steps"]]
+    watching = [x for x in words["callbacks"] if not isinstance(x, named)]
+    if len(watching) < len(words["callbacks"]):
+        plain["callbacks"] = [x for x in words["callbacks"] if isinstance(x, named)]
+    watching = [*own_callbacks("callbacks", watching), *own_callbacks("on_round", on_round)]
+    return Asked(plain, typed, watching, given)
 
 
 def read_run(folder: str | Path) -> Run:

@@ -26,7 +26,8 @@ from tests.common import assemble
 
 FILES = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
 CHOICES = ["config", *(f"{group}/{name}" for group, names in groups().items() for name in names)]
-SHARED = sorted({*FILES} - {*CHOICES})  # what choices build on, and no choice
+# What choices build on, and no choice; `tune` is read by that command alone.
+SHARED = sorted({*FILES} - {*CHOICES, "tune"})
 
 TINY = ["rounds=1", "clients=10", "cohort=3"]
 DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's data.labels

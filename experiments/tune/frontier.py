@@ -1,0 +1,69 @@
+"""The settings that no other beats in metric and bytes at once."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a run had after a round.
+
+    Attributes:
+        round: Of the run.
+        bytes: Of all clients both ways, so far.
+        score: The metric.
+        trial: Number of the run.
+    """
+
+    round: int
+    bytes: float
+    score: float
+    trial: int = -1
+
+
+def frontier(points: Iterable[Point], *, higher: bool) -> list[Point]:
+    """List the points that none beats: no other has as good a metric at as few bytes.
+
+    Args:
+        points: Of points that are equal in both, the first is kept.
+        higher: Whether more of the metric is better.
+
+    Returns:
+        By bytes; the metric gets better from one to the next.
+
+    Example:
+        >>> points = [Point(1, 10, 0.5), Point(2, 20, 0.4), Point(3, 30, 0.9)]
+        >>> [point.bytes for point in frontier(points, higher=True)]
+        [10, 30]
+    """
+    sign = 1 if higher else -1
+    found: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.bytes, -sign * p.score)):
+        if not found or sign * point.score > sign * found[-1].score:
+            found.append(point)
+    return found
+
+
+def ranks(points: Sequence[Point], *, higher: bool) -> list[int]:
+    """Give each point its Pareto rank: 0 on the frontier, 1 on that of the others, and so on."""
+    found, left, rank = [0] * len(points), {*range(len(points))}, 0
+    while left:
+        front = {(p.bytes, p.score) for p in frontier([points[i] for i in left], higher=higher)}
+        here = {i for i in left if (points[i].bytes, points[i].score) in front}
+        for index in here:
+            found[index] = rank
+        left, rank = left - here, rank + 1
+    return found
+
+
+def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
+    """Average the curves of several seeds at the rounds that all of them measured."""
+    tables = [{point.round: point for point in curve} for curve in curves]
+    common = [r for r in tables[0] if all(r in table for table in tables)] if tables else []
+    mean = statistics.fmean
+    return [
+        Point(r, mean(t[r].bytes for t in tables), mean(t[r].score for t in tables)) for r in common
+    ]
