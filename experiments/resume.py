@@ -12,8 +12,14 @@ from fedraclora.config.build import pick_device
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.errors import CheckpointError, ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.digests import free_keys, known_data, plans_rounds
-from fedraclora.run.folder import has_begun, is_finished, read_config, read_summary, resume_word
-from fedraclora.run.ledger import number, read_ledger
+from fedraclora.run.folder import (
+    has_begun,
+    is_finished,
+    reached_round,
+    read_config,
+    read_summary,
+    resume_word,
+)
 from fedraclora.run.recorder import checkpoint_meta, resolved
 from fedraclora.strategies import METHODS
 from fedraclora.weights.files import config_difference, flatten
@@ -101,14 +107,21 @@ def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Ite
 
 
 def _standing(folder: Path, *, there: bool) -> str:
-    done = number(read_ledger(folder / "ledger.jsonl")[-1], "round")
-    if there:
-        stands = "and the server keeps its checkpoint"
+    done, config = reached_round(folder), read_config(folder)
+    every = int(str(section(config, "output")["checkpoint_every"]))
+    if there and (last := done - done % every) < done:
+        stands = (
+            f"and goes on after round {last}, the server's last regular checkpoint: rounds "
+            f"{last + 1} to {done} are trained again, unless it saved one at its end "
+            f"(output.checkpoint_every is {every}; with 1 no round is lost)"
+        )
+    elif there:
+        stands = "where the server has a checkpoint"
     elif (kept := checkpoint_meta(folder).get("round")) is None:
         stands = "before its first checkpoint, so that it will begin again"
     else:
-        stands = f"with a checkpoint after round {kept}: {done - kept:g} will be run again"
-    return f"after round {done:g} of {read_config(folder).get('rounds')}, {stands}"
+        stands = f"with a checkpoint after round {kept}: {done - int(str(kept))} will be run again"
+    return f"after round {done} of {config.get('rounds')}, {stands}"
 
 
 def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -> bool:

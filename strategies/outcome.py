@@ -35,6 +35,7 @@ from fedraclora.run.folder import (
     has_checkpoint,
     is_finished,
     note_stop,
+    reached_round,
     read_config,
     read_summary,
     withdrawn,
@@ -111,12 +112,13 @@ def execute(
     began = time.perf_counter()
     watched = (logging_to(config.output.loggers), *callbacks)
     with ExitStack() as stack:
-        goes_on = False
+        goes_on, reached = False, 0
         if folder is not None:
             stack.enter_context(alone(folder) if resume else withdrawn(folder))
         if resume and folder is not None:
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
+            reached = reached_round(folder)
             goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
         run = assemble_with(
             config, folder, engine_of=engine_of, resume=goes_on, callbacks=watched, steps=steps
@@ -128,9 +130,12 @@ def execute(
             else:
                 stack.enter_context(alone(folder))
                 begin_folder(folder, config.plain)
+        if (done := run.strategy.done) < reached:
+            again = f"went on after round {done}: rounds {done + 1} to {reached} were run again"
+            run.strategy.recorder.incidents.append(f"the run {again}")
         before = math.fsum(map(round_seconds, run.strategy.recorder.ledger.rows))
         stack.enter_context(stopping_noted(run, folder))
-        title, done = run_title(config.plain), run.strategy.done
+        title = run_title(config.plain)
         said = opening_lines(run), notes_of(run)
         run.strategy.callbacks.begin(Begin(title, config.plain, folder, done, *said))
         run.start()

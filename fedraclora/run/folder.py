@@ -204,6 +204,13 @@ def amend(folder: Path, plain: Plain) -> list[str]:
     return [f"goes on with {x}" for x in changed if not x.startswith(("output.", "resume:"))]
 
 
+def reached_round(folder: Path) -> int:
+    """Return the last round that the ledger of a run has; 0 where it has none."""
+    ledger = folder / "ledger.jsonl"
+    rows = read_ledger(ledger) if ledger.is_file() else []
+    return int(number(rows[-1], "round")) if rows else 0
+
+
 def has_checkpoint(folder: Path, every: int) -> bool:
     """Check whether a run can go on, or was killed so early that it must start again.
 
@@ -219,11 +226,9 @@ def has_checkpoint(folder: Path, every: int) -> bool:
     """
     if (folder / "checkpoint" / "checkpoint.safetensors").is_file():
         return True
-    ledger = folder / "ledger.jsonl"
-    rows = read_ledger(ledger) if ledger.is_file() else []
-    if rows and number(rows[-1], "round") > every:
+    if (reached := reached_round(folder)) > every:
         raise CheckpointError(
-            f"{folder} has no checkpoint, though its ledger reaches round {rows[-1]['round']}; "
+            f"{folder} has no checkpoint, though its ledger reaches round {reached}; "
             "restore the checkpoint from a copy, or start anew in another folder"
         )
     for name in ("ledger.jsonl", *RESUMED_FROM):
@@ -260,7 +265,8 @@ def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"output.dir: cannot make the folder {folder} ({error}); choose another one"
+            f"cannot make the folder {folder} ({error}); choose another one, by output.dir, or "
+            "by engine.folder where it is that of the server of `fedraclora deploy connection=`"
         ) from error
 
 

@@ -27,6 +27,7 @@ from fedraclora.experiments.resume import told_how_to_go_on
 from fedraclora.experiments.status import UNREAD
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
+from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.weights.files import flatten
@@ -434,9 +435,20 @@ def test_an_interrupt_says_where_the_run_stands_and_how_it_goes_on(
     with pytest.raises(KeyboardInterrupt) as ended, elsewhere:
         raise KeyboardInterrupt
     (note,) = ended.value.__notes__
-    assert note.startswith("after round 3 of 4")
+    last = 3 - 3 % every
+    assert note.startswith(f"after round 3 of 4, and goes on after round {last}, ")
+    assert f" rounds {last + 1} to 3 are trained again" in note
     assert note.endswith(f"fedraclora deploy connection=x {hint}")
     assert simulate(*words, f"resume={tmp_path / 'run'}") == (0, "")
+    noted = {
+        r["round"]: r["incidents"]
+        for r in read_ledger(tmp_path / "run" / "ledger.jsonl")
+        if "incidents" in r
+    }
+    first = last + 1 if last else 0
+    assert noted == {
+        first: [f"the run went on after round {last}: rounds {last + 1} to 3 were run again"]
+    }
 
 
 def test_help_lists_the_groups_with_one_line_each(
