@@ -1,6 +1,7 @@
 """``--check`` of `node` and `deploy`: what would fail, told before a run. Nothing is begun or sent.
 
-Each look is a line: a tick and what was found, or a cross and what to do.
+Each look is a line: a tick and what was found, a cross and what to do, or, with an exclamation
+mark, what may be wrong and cannot be known from here.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedraclora.clients.cache import RUNS, cache_of, claim, on_disk, served
 from fedraclora.clients.node import trainer_for
+from fedraclora.config.build import measured_samples
 from fedraclora.data.own import read_own
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.deploy.supernode import EARLY, OLDEST
@@ -48,6 +50,7 @@ from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.experiments.app import RunRequest
 from fedraclora.experiments.status import explained, in_one_piece
 from fedraclora.run.folder import versions_of
+from fedraclora.strategies.outcome import BY_CLIENTS, UNMEASURED
 from fedraclora.training.chunking import HOST_BYTES
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -77,6 +80,8 @@ class Looks:
         mark = "\N{CHECK MARK}"
         try:
             yield told.append
+        except UserWarning as doubt:
+            mark, told = "!", [doubt]
         except Exception as error:
             if (why := explained(error)) is None:
                 raise
@@ -105,7 +110,25 @@ def check_run(request: RunRequest, connection: Connection | None, file: str | No
         if file is not None:
             text = yaml.safe_dump({"versions": versions, "config": plain})
             Path(file).write_text(text, encoding="utf-8")
-        say(", ".join(f"{key}={plain[key]}" for key in ("clients", "cohort", "rounds")))
+        built, rounds = request.built, plain["rounds"]
+        say(f"clients={built.clients}, cohort={built.cohort}, rounds={rounds}")
+    with look("metrics") as say:
+        known = measured_samples(built.task, request.config.evaluate.split)
+        if not len(known) and built.task.held is None:
+            raise UserWarning(UNMEASURED + BY_CLIENTS)
+        say(", ".join(built.task.measured))
+    at = None if connection is None else str(connection.known().get(connection.name, ""))
+    if at is None or at.rpartition(":")[0].strip("[]") in LOOPBACK:
+        with look("folder") as say:
+            folder = Path(str(request.config.output.dir)).expanduser()
+            near = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+            if not (near.is_dir() and os.access(near, os.W_OK | os.X_OK)):
+                why = f"this user cannot write it, as {near} is no folder, or closed"
+                if at is None:
+                    raise ConfigError(f"{folder}: {why}; choose another output.dir")
+                why += "; the SuperLink's user must, who may be another: choose engine.folder"
+                raise UserWarning(f"{folder}: {why}")
+            say(folder)
     if connection is not None:
         with look("nodes") as say:
             states = connection.nodes()  # which clients they serve they tell a run alone
@@ -113,6 +136,11 @@ def check_run(request: RunRequest, connection: Connection | None, file: str | No
             if "online" not in states:
                 advice = "register the owners' keys, and have each run `fedraclora node --check`"
                 raise EngineError(f"{len(states)} are registered, and none is online: {advice}")
+            if (online := states.count("online")) < built.clients:
+                raise UserWarning(
+                    f"{online} online for {built.clients} clients: some must serve several "
+                    "(partition-ids), and whom they serve nodes tell a run alone"
+                )
     return look.failed
 
 
@@ -152,6 +180,8 @@ def of_superlink(look: Looks, args: Namespace) -> None:
     if found is None:
         return
     with look("SuperLink") as say:
+        if key is None and args.auth_supernode_private_key is not None:
+            raise UserWarning("not asked whether it knows the key, which cannot be read")
         error = FlowerError.from_json(found.text)
         code = 0 if error is None else error.code
         if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED and key is not None:

@@ -1,8 +1,8 @@
 """``fedraclora node``: a SuperNode that answers sooner than Flower's, with the words of that.
 
 Its own API is a socket in a private folder: words that say where it listens and who may call it
-are refused. See `fedraclora.engines.deploy.supernode`. ``--check`` starts nothing, and says what
-would fail; ``--check=FILE`` with the file of the operator's ``fedraclora deploy --check=FILE``.
+are refused. ``--check`` starts nothing, and says what would fail; ``--check=FILE`` compares with
+the run, too, of which the operator's ``fedraclora deploy --check=FILE`` wrote that file.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def main() -> int:
                 "leave this out, or run flower-supernode, where docs/security.md says what to set"
             )
     words, file = check_word(sys.argv[1:])
+    if {"-h", "--help"} & {*words}:
+        print(f"{__doc__}\nThe other words, which are those of flower-supernode:\n", flush=True)
     if file is not None:
         from fedraclora.experiments.check import check_node
 

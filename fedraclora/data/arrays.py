@@ -36,7 +36,7 @@ from fedraclora.data.frames import (
     supervised,
     target_of,
 )
-from fedraclora.data.locate import Root, resolve
+from fedraclora.data.locate import Root, resolve, unread
 from fedraclora.data.mnist import parse_idx, read_packed
 from fedraclora.data.samples import Samples
 from fedraclora.data.tables import is_columns, table_of
@@ -165,7 +165,7 @@ def read_arrays(path: Path, do: str, where: object = "data") -> dict[str, AnyArr
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except BROKEN_FILE as error:
-        raise DataError(f"{path} cannot be read: {error}; is the file whole?") from error
+        raise unread(path, error) from error
 
 
 def read_npz(path: Path, where: str) -> Samples:

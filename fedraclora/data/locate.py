@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -260,3 +261,13 @@ def check_sha256(name: str, found: str, expected: str, get: str = "get it again"
             f"{name} has sha256 {found}, not {expected}: it is another file or a damaged one. "
             f"Remove it and {get}"
         )
+
+
+def unread(path: Path, error: Exception) -> DataError:
+    """Say that a file cannot be read, and what may be wrong with it."""
+    ask = "is the file whole?"
+    if isinstance(error, PermissionError):
+        found = path.stat()
+        of = f"user {found.st_uid}, group {found.st_gid}, mode {found.st_mode & 0o777:o}"
+        ask = f"user {os.geteuid()} reads it, and it has {of}: let that user read it"
+    return DataError(f"{path} cannot be read: {error}; {ask}")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import DataSet, classification, train_test
-from fedraclora.data.locate import Root, check_file, check_sha256, install_command, resolve
+from fedraclora.data.locate import Root, check_file, check_sha256, install_command, resolve, unread
 from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
 from fedraclora.limits import Fraction, limited
@@ -35,7 +35,7 @@ def read_packed(path: Path) -> bytes:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}; is the file whole?") from error
+        raise unread(path, error) from error
 
 
 def parse_idx(data: bytes, name: str) -> npt.NDArray[Any]:

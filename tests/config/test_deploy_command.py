@@ -244,7 +244,7 @@ def program(folder: Path, text: str) -> dict[str, str]:
     path = folder / "flwr"
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return {"PATH": f"{folder}:/usr/bin:/bin"}
+    return {"PATH": f"{folder}:/usr/bin:/bin", "FLWR_HOME": str(folder)}  # names no connection
 
 
 def test_the_command_line_of_flower_is_read(
@@ -270,6 +270,7 @@ def refusing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put a Flower in the path that cannot reach its SuperLink."""
     monkeypatch.setenv("PATH", program(folder, "echo no such host >&2; exit 1")["PATH"])
     monkeypatch.setattr(deploy, "command_line", dict)
+    monkeypatch.setenv("FLWR_HOME", str(folder))
 
 
 def test_a_run_that_is_not_taken_leaves_nothing(

@@ -17,7 +17,7 @@ from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -31,7 +31,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.deploy.local import Identity, LocalDeployment, make_identity, make_node_key
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, EngineError
 from fedraclora.experiments import check, deploy, node
 
 KNOWN, UNKNOWN = (
@@ -208,6 +208,9 @@ def test_files_that_are_missing(owner: Owner, capsys: pytest.CaptureFixture[str]
     owner.key, owner.roots, owner.data = Path("/no/key"), Path("/no/ca.crt"), "/no/data"
     found = failing(owner, capsys)
     assert {*found} == {"key", "address", "data"}
+    owner.roots = owner.identity.certificate
+    owner.check()
+    assert "! SuperLink: not asked" in capsys.readouterr().out
     assert all(file in "".join(found.values()) for file in ("/no/key", "/no/ca.crt", "/no/data"))
 
 
@@ -382,6 +385,59 @@ def test_nodes_that_are_not_there(
     monkeypatch.setattr(Connection, "nodes", lambda _: ["registered"])
     assert deploy.main([*WORDS, "connection=house", "--check"]) == 1
     assert "none is online" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("handed")
+def test_what_may_be_wrong_with_a_run_has_no_tick(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Connection, "known", lambda _: {"house": "127.0.0.1:8000"})
+    file = owner.folder / "file"
+    file.touch()
+    words = [*WORDS, "clients=5", f"engine.folder={file}/run", "connection=house", "--check"]
+    assert deploy.main(words) == 0
+    lines = dict(x.split(": ", 1) for x in capsys.readouterr().out.splitlines())
+    assert "2 online for 5 clients" in lines["! nodes"]
+    assert "data.test" in lines["! metrics"]
+    assert f"{file} is no folder" in lines["! folder"]
+    assert "engine.folder" in lines["! folder"]
+
+
+def test_a_connection_that_is_not_named_is_told_which_are(tmp_path: Path) -> None:
+    text = '[superlink]\ndefault = "a"\n[superlink.house]\naddress = "127.0.0.1:8000"\n'
+    (tmp_path / "config.toml").write_text(text)
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no")
+    for name, said in (("houses", r"connection=houses: .*it names house$"), ("house", "silent")):
+        connection = Connection(name, {"FLWR_HOME": str(tmp_path)})
+        with pytest.raises(EngineError, match=said):
+            connection._read(failed, "nodes", "is silent")
+
+
+def test_a_file_that_a_user_may_not_read_is_told_who_may(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, read = Path(owner.data, "1.npz"), Path.open
+    file.chmod(0o600)
+
+    def closed(path: Path, *words: Any, **named: Any) -> Any:
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *words, **named)
+
+    monkeypatch.setattr(Path, "open", closed)
+    told = failing(owner, capsys)["data"]
+    assert f"user {os.geteuid()} reads it" in told
+    assert "mode 600" in told
+    assert "whole" not in told
+
+
+def test_help_of_a_node_has_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedraclora node", "--help"])
+    monkeypatch.setattr(os, "execv", lambda *_: 0)
+    node.main()
+    assert "--check=FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["a: [", "a: 1", "versions: 1\nconfig: {}"])

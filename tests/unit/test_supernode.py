@@ -152,6 +152,17 @@ def test_a_node_whose_signatures_are_refused_says_how_far_its_clock_is_off(
     assert re.search(rf"clock here is 3[67]\d\d s {told} the SuperLink's", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("code", [2004, 2003])
+def test_a_node_whose_key_is_not_registered_says_so(
+    code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = Request("POST", "https://link:8000/v1/fleet/activate-node")
+    answer = Response(400, json={"code": code, "detail": "Failed"}, request=request)
+    error = HTTPStatusError("", request=request, response=answer)
+    patient(make_simple_http_retry_invoker)().should_giveup(error)
+    assert ("not registered" in capsys.readouterr().err) is (code == 2004)
+
+
 def test_a_name_that_is_not_there_is_an_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         put(SimpleNamespace(time=1), no_such_name=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ class Connection:
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
         self.name, self.environ = name, {**environ, "PYTHONUNBUFFERED": "1"}
+        self.home = Path(environ.get("FLWR_HOME") or Path.home() / ".flwr")
 
     def submit(self, app: Path, run_config: Path) -> int:
         """Start a run of a Flower app; give its number.
@@ -76,10 +78,27 @@ class Connection:
         listed = self._read(flwr(words, self.environ, stderr=subprocess.PIPE), "nodes", "is silent")
         return [str(node["status"]) for node in listed]
 
+    def known(self) -> dict[str, object]:
+        """Read which connections there are, each with its address; none from no or a broken file.
+
+        Flower says itself what is wrong with that.
+        """
+        try:
+            found = tomllib.loads((self.home / "config.toml").read_text(encoding="utf-8"))
+            named = {n: c for n, c in found["superlink"].items() if isinstance(c, dict)}
+        except (OSError, ValueError, KeyError, AttributeError):
+            return {}
+        return {name: entry.get("address") for name, entry in named.items()}
+
     def _read(self, done: subprocess.CompletedProcess[str], key: str, failed: str) -> Any:
         found = _json(done.stdout)
         if key in found:
             return found[key]
+        if (names := self.known()) and self.name not in names:
+            raise EngineError(
+                f"connection={self.name}: {self.home / 'config.toml'} has no "
+                f"[superlink.{self.name}]; it names {', '.join(names)}"
+            )
         reason = found.get("error-message") or f"{done.stdout}{done.stderr}".strip()
         raise EngineError(
             f"the SuperLink of connection {self.name} {failed}: {reason} (address and "

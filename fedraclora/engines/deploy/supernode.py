@@ -42,6 +42,11 @@ SUPEREXEC, CLIENT_APP = "flower-superexec", "flwr-clientapp"  # Flower's command
 LONGEST_PATH = 80  # characters of a folder's: that of a socket in it may have 107
 INSTALLED = 1 << 13  # bytes of a digest and a path
 EARLY, OLDEST = 5, 300  # seconds by which Flower lets a clock be ahead, or behind
+STRANGER = (
+    "the SuperLink refuses this node: its key is not registered (send the public part to the "
+    "operator, who runs `flwr supernode register`), or a node with this key was killed less than a "
+    "minute ago"
+)
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
 LEAST = 0.1  # seconds of a pause between looks at a SuperLink: each is a request
 WITHIN = 0.005  # the same in the memory of this process
@@ -252,6 +257,7 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
     Args:
         make: Flower's; it makes what tries again, and asks its ``should_giveup`` about each error.
     """
+    from flwr.supercore.error import ApiErrorCode, FlowerError
 
     def made() -> Any:
         retries = make()
@@ -263,6 +269,9 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
                 sys.stderr.write(f"{told}\n")
                 if answer.request.url.path.endswith("/activate-node"):
                     return True  # Flower ends a node that has begun, and says nothing
+            code = getattr(FlowerError.from_json(getattr(answer, "text", None)), "code", 0)
+            if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                sys.stderr.write(f"{STRANGER}\n")
             broke = "handshake operation timed out" in str(error) or "EOF" in str(error)
             return not broke and gives_up(error)
 
