@@ -19,11 +19,24 @@ from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import headline, number, round_seconds
 
 log = logging.getLogger(__name__)
+PROJECT = logging.getLogger("fedraclora")
 
 AVERAGED = 20  # rounds, for the time that is left
 LEAST_BAR = 4  # characters
 TOLD = 5  # incidents of a round; the ledger has all
 QUIET = 30.0  # seconds without news, after which a line says so; then after twice as many each time
+
+
+class Heard(logging.Handler):
+    """Remembers what this project's log has said: that is not shown once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: set[str] = set()
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.add(record.getMessage())
 
 
 class RunProgress(Callback):
@@ -50,11 +63,13 @@ class RunProgress(Callback):
         )
         self.task = self.bar.add_task("", total=rounds, text=label)
         self._news, self._doing = time.monotonic(), "starting"
-        self._ended = threading.Event()
+        self._ended, self._heard = threading.Event(), Heard()
 
     def __enter__(self) -> RunProgress:
         """Start drawing."""
         self.bar.start()
+        if PROJECT.hasHandlers():  # else Python prints what has no other handler
+            PROJECT.addHandler(self._heard)
         if self.shown:
             threading.Thread(target=self._break_silence, daemon=True).start()
         return self
@@ -62,6 +77,7 @@ class RunProgress(Callback):
     def __exit__(self, *_: object) -> None:
         """Stop drawing, whatever happened."""
         self._ended.set()
+        PROJECT.removeHandler(self._heard)
         self.bar.stop()
 
     @override
@@ -106,7 +122,8 @@ class RunProgress(Callback):
             self._recent.append(seconds)
         round_, left = number(row, "round"), self._left(row)
         incidents = row.get("incidents")
-        for text in incidents[:TOLD] if isinstance(incidents, list) else ():
+        told = incidents if isinstance(incidents, list) else []
+        for text in [text for text in told if text not in self._heard.texts][:TOLD]:
             self.say(f"round {round_:.0f}: {text}")
         self._news = time.monotonic()
         last = round_ == self.rounds

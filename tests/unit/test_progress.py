@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_off_a_terminal_each_round_is_one_plain_line(capsys: pytest.CaptureFixtu
         "round 2 of 100: training loss 0.2500, f1 not finite, up 3.00 MB, down 6.00 GB, 3 min left",
         "round 100 of 100: training loss 0.2500, accuracy 0.5000, up 150.00 MB, down 300.00 GB",
     ]
+
+
+def test_what_the_log_has_said_is_not_said_once_more(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunProgress(9, shown=True, label="fedavg") as bar:
+        logging.getLogger("fedraclora.engines.ray.pool").warning("worker %d was lost", 1)
+        bar.row(row(1) | {"incidents": ["worker 1 was lost", "worker 2 is ready"]})
+    lines = capsys.readouterr().err.splitlines()
+    assert "round 1: worker 2 is ready" in lines
+    assert "round 1: worker 1 was lost" not in lines
 
 
 def test_a_run_that_is_resumed_is_timed_by_its_own_rounds(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -116,6 +117,7 @@ class Cluster:
             check_address(address, said_by)
         try:
             if address is not None:  # without its token Ray would ask on for a minute
+                address = address if address == "auto" else numeric(address)
                 GcsClient(services.canonicalize_bootstrap_address(address))
             # A run says itself what befalls its hosts, and of others, or those of before, nothing.
             worker._worker_logs_enabled = alone  # noqa: SLF001
@@ -182,7 +184,15 @@ class Cluster:
 
     def room(self) -> int:
         """Count the workers that find room on the machines that are there now."""
-        return sum(host.room for host in self._hosts())
+        self.there = self._hosts()
+        return sum(host.room for host in self.there)
+
+    def newcomers(self) -> list[RayHost]:
+        """Find the machines of the last count of room that are new; each is named once."""
+        known = {host.node for host in self.hosts}
+        new = [host for host in self.there if host.node not in known]
+        self.hosts += new
+        return new
 
     def _size(self) -> str:
         cores, cards = (sum(getattr(h, n) for h in self.hosts) for n in ("cores", "cards"))
@@ -278,6 +288,18 @@ def check_address(address: str, said_by: str = "engine.address") -> None:
             f"there is no Ray cluster at {address} ({error}), which {said_by} names; start one "
             "(ray start --head), or set engine.address=local"
         ) from error
+
+
+def numeric(address: str) -> str:
+    """Put the IP address in place of a host's name.
+
+    Ray's processes ask a name server for it, and do not read /etc/hosts.
+    """
+    host, _, port = address.rpartition(":")
+    kind = socket.SOCK_STREAM
+    found = socket.getaddrinfo(host.strip("[]"), int(port), socket.AF_UNSPEC, kind)
+    ip = str(min(found, key=lambda each: each[0] != socket.AF_INET)[4][0])  # Ray's own are of IPv4
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
 def own_path() -> str:

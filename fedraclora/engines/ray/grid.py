@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -173,7 +174,10 @@ class RayGrid(Grid):
             nonlocal room
             head.check()
             more, room = head.room - room, max(room, head.room)
-            self.pool.add(max(0, more))  # a host has joined
+            for host in self.cluster.newcomers():
+                text = f"host {host.address} joined, with room for {host.room} workers"
+                self.pool.say(text, logging.INFO)
+            self.pool.add(max(0, more))
 
         self.pool = WorkerPool(
             start,

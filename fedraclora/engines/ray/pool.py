@@ -221,7 +221,7 @@ class WorkerPool:
         elif isinstance(error, ActorUnavailableError | RayTaskError):  # it may be there again soon
             if not seat.silent and seat.facts is not None:
                 seat.silent = seat.doubted = True
-                self._say(f"{seat} cannot be reached{self._again(seat)}")
+                self.say(f"{seat} cannot be reached{self._again(seat)}")
             seat.asked = seat.asked and task is not None
             seat.task = seat.version = None
         elif seat.facts is not None:
@@ -254,7 +254,7 @@ class WorkerPool:
         seat.facts, seat.asked, seat.silent, seat.failed = facts, False, False, 0
         seat.pulse.quiet = 0.0
         if began:
-            self._say(f"{seat} {word}")
+            self.say(f"{seat} {word}", logging.INFO)
 
     def _look(self) -> None:
         """See who has become silent, who answers again, and who is to be given up."""
@@ -274,12 +274,12 @@ class WorkerPool:
             elif silence * QUIET >= GIVEN_UP or (
                 seat.asked and not seat.task and now - seat.since > GIVEN_UP
             ):
-                self._replace(seat, "has been silent for too long")
+                self._replace(seat, f"has been silent for {GIVEN_UP:g} s: another is started")
             elif silence >= 1 and not seat.silent:
                 seat.silent = seat.doubted = (
                     True  # others do what it is at; it may still answer first
                 )
-                self._say(f"{seat} has been silent for {seat.pulse.quiet:.0f} s{self._again(seat)}")
+                self.say(f"{seat} has been silent for {seat.pulse.quiet:.0f} s{self._again(seat)}")
             elif silence < 1 and seat.silent and not seat.asked:
                 self._ask(seat)
         self._without = 0.0 if there else self._without + gap
@@ -305,7 +305,7 @@ class WorkerPool:
                     f"{seat} {cause}; engine.retries={self.retries} allows no further loss at the "
                     f"same job. It was at {task.job}"
                 )
-        self._say(f"{seat} {cause}{self._again(seat)}")
+        self.say(f"{seat} {cause}{self._again(seat)}")
         self._end(seat)
         self._start(seat)
 
@@ -323,7 +323,7 @@ class WorkerPool:
         """Do without a worker that cannot work; where none has worked yet, the run cannot begin."""
         if self.check is None or len(self.seats) == 1:
             raise (error if isinstance(error, ConfigError) else EngineError(text)) from error
-        self._say(f"{seat} is left out: {text}")
+        self.say(f"{seat} is left out: {text}")
         self._end(seat)
         self.seats.remove(seat)
 
@@ -344,9 +344,10 @@ class WorkerPool:
         self._waits = {ref: own for ref, own in self._waits.items() if own[0] is not seat}
         seat.task, seat.asked = None, False
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str, level: int = logging.WARNING) -> None:
+        """Take down what happened, for the ledger and at once for the log."""
         self.incidents.append(text)
-        log.warning("%s", text)
+        log.log(level, "%s", text)
 
     def close(self) -> None:
         """End all processes."""
