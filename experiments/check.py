@@ -50,7 +50,7 @@ from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.experiments.app import RunRequest
 from fedraclora.experiments.status import explained, in_one_piece
 from fedraclora.run.folder import versions_of
-from fedraclora.strategies.outcome import BY_CLIENTS, UNMEASURED
+from fedraclora.strategies.outcome import OR_CLIENTS, UNMEASURED
 from fedraclora.training.chunking import HOST_BYTES
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -115,7 +115,7 @@ def check_run(request: RunRequest, connection: Connection | None, file: str | No
     with look("metrics") as say:
         known = measured_samples(built.task, request.config.evaluate.split)
         if not len(known) and built.task.held is None:
-            raise UserWarning(UNMEASURED + BY_CLIENTS)
+            raise UserWarning(UNMEASURED + OR_CLIENTS)
         say(", ".join(built.task.measured))
     at = None if connection is None else str(connection.known().get(connection.name, ""))
     if at is None or at.rpartition(":")[0].strip("[]") in LOOPBACK:

@@ -93,13 +93,8 @@ class FedKSeed(Limited, Walking, group="method"):
     @override
     def arguments(self, round_: int) -> dict[str, float | int]:
         pairs = int(self.steps is not None)
-        return {
-            "eps": self.eps,
-            "directions": 1,
-            "pool": self.seeds,
-            "pairs": pairs,
-            "round": round_,
-        }
+        look: dict[str, float | int] = {"eps": self.eps, "directions": 1, "pool": self.seeds}
+        return look | {"pairs": pairs, "round": round_}
 
     @override
     def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:

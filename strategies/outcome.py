@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 SHOWN = 1000  # clients in partition.png, spread over the population
 NAMED = 8  # notes of a run that begins
 UNMEASURED = "none: the server has no test samples (data.test), so that nobody measures"
-BY_CLIENTS = " (evaluate.clients=cohort: clients do, on samples of their own)"
+OR_CLIENTS = " (evaluate.clients=cohort: clients do, on samples of their own)"
 TITLE = 13  # characters, so that what follows stands in one column
 
 
@@ -315,7 +315,7 @@ def introduction(run: Assembled) -> dict[str, str]:
     """Name loss, metrics, optimiser and what is trained, by title: for the summary, too."""
     task = run.built.task
     known = len(measured_samples(task, run.config.evaluate.split))
-    hint = "" if whole_objects(task.train) else BY_CLIENTS
+    hint = "" if whole_objects(task.train) else OR_CLIENTS
     return {
         "loss": f"{task.loss.partition('@')[0]} ({task.info['loss_from']})"
         + (f", its outputs read as those of {task.like}" if task.like else ""),

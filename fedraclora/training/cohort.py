@@ -52,7 +52,7 @@ from fedraclora.training.program import (
 )
 from fedraclora.training.schedule import Schedule, StepBatch
 from fedraclora.training.vmapped import vmapped_forward
-from fedraclora.training.walks import Forwards, projected, whole
+from fedraclora.training.walks import Forwards, as_held, shadows
 from fedraclora.tree import Tree, wide, widened
 
 PROGRAMS_KEPT = 4  # each holds the base weights that it last trained from
@@ -154,7 +154,7 @@ class CohortTrainer:
         if isinstance(optimiser, GradientMean):
             values = optimiser.means(schedule.steps)
         elif downlink is not asked:
-            values = projected(asked, chunk.program.base, values)
+            values = shadows(asked, chunk.program.base, values)
         losses[losses == UNSAID] = math.nan  # this one has been computed
         moments = optimiser.moments(schedule.steps)
         values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
@@ -170,7 +170,8 @@ class CohortTrainer:
         self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int
     ) -> OpenChunk:
         """Lay out the local steps of a chunk, and make what it trains; see `train`."""
-        held, inner, forwards = base, whole(downlink, self.plan), RECIPES[downlink.recipe].forwards
+        held, inner = base, as_held(downlink, self.plan)
+        forwards = RECIPES[downlink.recipe].forwards
         downlink = downlink if forwards else inner
         clients = clients.to(self.device)
         sizes = self.data.sizes(clients)
@@ -248,7 +249,7 @@ class CohortTrainer:
         network = chunk.network
         leaves = chunk.leaves(batch.active) if network is None else chunk.trained(batch.active)
         if chunk.former is not None:
-            held = replace(chunk, downlink=whole(chunk.downlink, self.plan))
+            held = replace(chunk, downlink=as_held(chunk.downlink, self.plan))
             run = partial(self._forward, held, step, batch)
             loss, gradients = chunk.former.gradients(chunk, run, batch.active, batch.width, step)
         elif network is not None:

@@ -30,7 +30,7 @@ from fedraclora.training.extra import ClientChunk, Forward
 from fedraclora.tree import Tree
 
 
-def whole(downlink: Downlink, plan: Plan) -> Downlink:
+def as_held(downlink: Downlink, plan: Plan) -> Downlink:
     """Say what clients hold who walk, as a downlink: whole weights; any other as it is."""
     if not RECIPES[downlink.recipe].walks:
         return downlink
@@ -125,7 +125,7 @@ class Forwards:
                 part.add_(self.moving[name][:active])
 
 
-def projected(downlink: Downlink, before: Tree, after: Tree) -> Tree:
+def shadows(downlink: Downlink, before: Tree, after: Tree) -> Tree:
     """Compute what clients send of the change of their weights, by name, [K, ...].
 
     Args:

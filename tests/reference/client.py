@@ -26,7 +26,7 @@ from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.vmapped import adapted_weights, effective_weights
-from fedraclora.training.walks import whole
+from fedraclora.training.walks import as_held
 from fedraclora.tree import Tree
 from tests.reference.dp_sgd import set_noisy_gradients
 from tests.reference.galore import LocalGalore
@@ -67,7 +67,7 @@ def train_one(
         The trained tensors, and the mean loss over the local steps.
     """
     if RECIPES[downlink.recipe].walks and not RECIPES[downlink.recipe].forwards:
-        inner = whole(downlink, plan)
+        inner = as_held(downlink, plan)
         given = {"client": client, "place": place, "round_": round_, "seed": seed}
         after, mean = train_one(task, plan, local, base, inner, **given, rate_scale=rate_scale)
         return {MOVES: shadow(downlink, base, after)}, mean
