@@ -266,13 +266,17 @@ def test_a_worker_that_hangs_is_replaced_after_the_time_of_a_chunk(world: World)
     assert world.killed == [world.workers[1]]
 
 
-def test_a_worker_that_stays_silent_is_replaced_and_the_new_one_is_told(world: World) -> None:
+def test_a_worker_that_stays_silent_is_replaced_and_the_new_one_is_told(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     pool = pool_of(world)
     world.workers[1].quiet, world.slow_start = 0.5, 5.0
     while len(world.workers) < 3 or pool.seats[1].facts is None:
         run(pool, "a", "b")
         assert world.now < 90
     assert world.now > module.GIVEN_UP
+    assert any("silent for 60 s: another is started" in told for told in pool.incidents)
+    assert not any("is ready" in record.message for record in caplog.records), "it is no warning"
     assert world.killed == [world.workers[1]]
     assert pool.incidents[-1] == "worker 1 on 10.0.0.2 is ready"
 
