@@ -148,7 +148,8 @@ def _of_system(error: OSError) -> str:
     if error.errno in FULL:
         return f"{what}; make room there before you run this again"
     if error.errno in CLOSED:
-        return f"{what}; choose another output.dir, or have its owner let you write there"
+        user = f"user {os.geteuid()}"  # of a service, it may not be whom one thinks
+        return f"{what}; have its owner let {user} read or write it, or choose another output.dir"
     if error.errno == errno.ENAMETOOLONG:
         return f"{what}; choose a shorter name"
     return what

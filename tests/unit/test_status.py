@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -40,6 +41,10 @@ FORESEEN: dict[str, tuple[Exception, list[str]]] = {
     "memory of torch": (
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         ["memory ran out", "allocate 9 bytes"],
+    ),
+    "closed to this user": (
+        PermissionError(13, "Permission denied", "/etc/flower/node"),
+        ["/etc/flower/node: Permission denied", f"user {os.geteuid()} read"],
     ),
     "missing value": (of_config(seed="???"), ["seed is ???", "set seed=VALUE"]),
     "unknown reference": (of_config(rank="${foo}"), ["rank takes its value", "'foo' not found"]),
