@@ -117,17 +117,16 @@ def check_run(request: RunRequest, connection: Connection | None, file: str | No
         if not len(known) and built.task.held is None:
             raise UserWarning(UNMEASURED + OR_CLIENTS)
         say(", ".join(built.task.measured))
-    at = None if connection is None else str(connection.known().get(connection.name, ""))
-    if at is None or at.rpartition(":")[0].strip("[]") in LOOPBACK:
+    at = "" if connection is None else str(connection.known().get(connection.name, ""))
+    if at.rpartition(":")[0].strip("[]") in LOOPBACK:
         with look("folder") as say:
             folder = Path(str(request.config.output.dir)).expanduser()
             near = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
             if not (near.is_dir() and os.access(near, os.W_OK | os.X_OK)):
-                why = f"this user cannot write it, as {near} is no folder, or closed"
-                if at is None:
-                    raise ConfigError(f"{folder}: {why}; choose another output.dir")
-                why += "; the SuperLink's user must, who may be another: choose engine.folder"
-                raise UserWarning(f"{folder}: {why}")
+                raise UserWarning(
+                    f"{folder}: this user cannot write it, as {near} is no folder, or closed; the "
+                    "SuperLink's user must, who may be another: choose engine.folder"
+                )
             say(folder)
     if connection is not None:
         with look("nodes") as say:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from logging.handlers import BufferingHandler
 
 from rich.console import Console  # noqa: TID251  here it is made plain
 from rich.progress import BarColumn, Progress, TextColumn
@@ -20,23 +21,12 @@ from fedraclora.run.ledger import headline, number, round_seconds
 
 log = logging.getLogger(__name__)
 PROJECT = logging.getLogger("fedraclora")
+RECENT = 1000  # records of its log
 
 AVERAGED = 20  # rounds, for the time that is left
 LEAST_BAR = 4  # characters
 TOLD = 5  # incidents of a round; the ledger has all
 QUIET = 30.0  # seconds without news, after which a line says so; then after twice as many each time
-
-
-class Heard(logging.Handler):
-    """Remembers what this project's log has said: that is not shown once more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: set[str] = set()
-
-    @override
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.add(record.getMessage())
 
 
 class RunProgress(Callback):
@@ -63,7 +53,7 @@ class RunProgress(Callback):
         )
         self.task = self.bar.add_task("", total=rounds, text=label)
         self._news, self._doing = time.monotonic(), "starting"
-        self._ended, self._heard = threading.Event(), Heard()
+        self._ended, self._heard = threading.Event(), BufferingHandler(RECENT)
 
     def __enter__(self) -> RunProgress:
         """Start drawing."""
@@ -123,7 +113,8 @@ class RunProgress(Callback):
         round_, left = number(row, "round"), self._left(row)
         incidents = row.get("incidents")
         told = incidents if isinstance(incidents, list) else []
-        for text in [text for text in told if text not in self._heard.texts][:TOLD]:
+        heard = {record.getMessage() for record in self._heard.buffer}  # the log has said it
+        for text in [text for text in told if text not in heard][:TOLD]:
             self.say(f"round {round_:.0f}: {text}")
         self._news = time.monotonic()
         last = round_ == self.rounds

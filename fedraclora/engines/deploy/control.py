@@ -79,16 +79,13 @@ class Connection:
         return [str(node["status"]) for node in listed]
 
     def known(self) -> dict[str, object]:
-        """Read which connections there are, each with its address; none from no or a broken file.
-
-        Flower says itself what is wrong with that.
-        """
+        """Read addresses of connections by name; none where Flower says what is wrong itself."""
         try:
             found = tomllib.loads((self.home / "config.toml").read_text(encoding="utf-8"))
-            named = {n: c for n, c in found["superlink"].items() if isinstance(c, dict)}
+            entries = found["superlink"].items()
+            return {n: c.get("address") for n, c in entries if isinstance(c, dict)}
         except (OSError, ValueError, KeyError, AttributeError):
             return {}
-        return {name: entry.get("address") for name, entry in named.items()}
 
     def _read(self, done: subprocess.CompletedProcess[str], key: str, failed: str) -> Any:
         found = _json(done.stdout)

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,9 @@ class Cluster:
             check_address(address, said_by)
         try:
             if address is not None:  # without its token Ray would ask on for a minute
-                address = address if address == "auto" else numeric(address)
+                host, _, port = address.rpartition(":")
+                with suppress(OSError):  # Ray's processes ask a name server, not /etc/hosts
+                    address = f"{socket.gethostbyname(host)}:{port}" if host else address
                 GcsClient(services.canonicalize_bootstrap_address(address))
             # A run says itself what befalls its hosts, and of others, or those of before, nothing.
             worker._worker_logs_enabled = alone  # noqa: SLF001
@@ -288,18 +291,6 @@ def check_address(address: str, said_by: str = "engine.address") -> None:
             f"there is no Ray cluster at {address} ({error}), which {said_by} names; start one "
             "(ray start --head), or set engine.address=local"
         ) from error
-
-
-def numeric(address: str) -> str:
-    """Put the IP address in place of a host's name.
-
-    Ray's processes ask a name server for it, and do not read /etc/hosts.
-    """
-    host, _, port = address.rpartition(":")
-    kind = socket.SOCK_STREAM
-    found = socket.getaddrinfo(host.strip("[]"), int(port), socket.AF_UNSPEC, kind)
-    ip = str(min(found, key=lambda each: each[0] != socket.AF_INET)[4][0])  # Ray's own are of IPv4
-    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
 def own_path() -> str:
