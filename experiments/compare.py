@@ -311,13 +311,6 @@ def _shown(
         "rank": text("rank"),
         "group": str(record["label"]),
         f"{record['metric']} (mean ± std)": mean,
-        "seeds": text("seeds"),
-        "rounds": text("rounds"),
-        "MB up": text("uplink_mb"),
-        "MB up per client and round": text("uplink_mb_per_client_round"),
-        "MB down with catch-up": text("downlink_mb"),
-        "MB both ways": text("traffic_mb"),
-        "floats up per client and round": text("uplink_floats"),
     }
     if (target := wanted.target) is not None:
         there = record["target_reached"]
@@ -332,7 +325,16 @@ def _shown(
             if key in measured:
                 reached = text(f"target_{key}") + missed if there else "not reached"
                 shown[f"{title} to {target:g}"] = reached
-    shown["MB down per client and round"] = text("downlink_mb_per_client_round")
+    shown |= {
+        "seeds": text("seeds"),
+        "rounds": text("rounds"),
+        "MB up": text("uplink_mb"),
+        "MB up per client and round": text("uplink_mb_per_client_round"),
+        "MB down with catch-up": text("downlink_mb"),
+        "MB both ways": text("traffic_mb"),
+        "floats up per client and round": text("uplink_floats"),
+        "MB down per client and round": text("downlink_mb_per_client_round"),
+    }
     within = int(number(record, "within_traffic"))
     at_budget = text("metric_at_traffic") + of_all(within, runs) if within else UNTRAINED
     shown[f"{wanted.metric} at {wanted.budget / MEGABYTE:.4g} MB both ways"] = at_budget

@@ -34,6 +34,7 @@ from fedraclora.experiments.status import reported
 from fedraclora.experiments.words import NODES, check_word, key_values
 from fedraclora.imports import is_function
 from fedraclora.run.callback import method_label, run_title
+from fedraclora.run.digests import PATHS
 from fedraclora.run.folder import alone, amend, begin_folder
 from fedraclora.run.ledger import Ledger
 from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
@@ -243,8 +244,11 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | No
     """Check that it is said where the clients' own samples are, and once.
 
     Raises:
-        ConfigError: If nodes of this machine are told nothing, or others twice.
+        ConfigError: If nodes of this machine are told nothing, or others twice, or what others need
+            too has a path that they cannot find.
     """
+    if not local:
+        check_files(plain)
     data = section(plain, "data")
     if data.get("name") != "own":
         return
@@ -258,6 +262,26 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | No
             f"data.samples={data['samples']} is for simulate and local=: at a connection each node "
             "says where its samples are, by data in its node-config; leave it out"
         )
+
+
+def check_files(plain: Mapping[str, object]) -> None:
+    """Check that files of a run elsewhere are named as they are found from any folder.
+
+    Raises:
+        ConfigError: If a path is relative to this folder, which the server does not start in.
+    """
+    data, model = section(plain, "data"), section(plain, "model")
+    named = {f"data.{key}": data.get(key) for key in PATHS if key != "samples"}  # a node says those
+    named["model.path"] = model.get("path")
+    root = str(data.get("root") or "")
+    for key, value in named.items():
+        text = value if isinstance(value, str) and ":" not in value else ""
+        under = key != "model.path" and Path(root).is_absolute() and (Path(root) / text).exists()
+        if text and not (under or Path(text).expanduser().is_absolute()):
+            raise ConfigError(
+                f"{key}={text} is relative to this folder, but server and nodes read it, each on "
+                "its host: give the absolute path that it has on all of them"
+            )
 
 
 def parted(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:

@@ -4,6 +4,7 @@
 
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from torch import nn
 from torchmetrics import AUROC
@@ -23,6 +24,13 @@ def net(shape, classes):
 def samples(client):
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(client))
     return x, (x[:, 0] > 0).long()
+
+
+def patients(client):  # of one owner's CSV, on its node; means and deviations are agreed on before
+    table = pd.read_csv(f"/srv/records/{client}.csv")
+    means, deviations = {"age": 52.0, "marker": 1.3}, {"age": 17.0, "marker": 0.4}
+    x = (table[[*means]] - pd.Series(means)) / pd.Series(deviations)
+    return x.to_numpy("float32"), (table["outcome"] == "ill").to_numpy("int64")
 
 
 def train(round):

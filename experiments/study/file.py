@@ -219,7 +219,7 @@ def refuse_lower(where: object, metric: str, lower: Collection[str]) -> None:
     if not higher_is_better(metric, lower):
         raise ConfigError(
             f"{where} has the metric {metric}, of which less is better; studies choose the "
-            "greatest value: take a score, accuracy for one"
+            "greatest value: take a score, of classes accuracy, of numbers pearson or spearman"
         )
 
 

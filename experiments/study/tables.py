@@ -157,8 +157,8 @@ def _difference(entry: Entry, other: Entry) -> str:
     theirs = dict(zip(other.seeds, other.scores, strict=True))
     mine = zip(entry.seeds, entry.scores, strict=True)
     found = [score - theirs[seed] for seed, score in mine if seed in theirs]
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    return f"{statistics.fmean(found):+.4f} ± {error:.4f}"
+    error = f"{statistics.stdev(found) / math.sqrt(len(found)):.4f}" if len(found) > 1 else "-"
+    return f"{statistics.fmean(found):+.4f} ± {error}"
 
 
 def _share(entry: Entry, other: Entry, way: Callable[[Row], float]) -> str:

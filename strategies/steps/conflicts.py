@@ -146,6 +146,14 @@ def _begun(factor: Factor) -> bool:
     return factor.sketch is not None if factor.numbers is None else bool(factor.numbers.any())
 
 
+def _method(method: Method) -> str:
+    """Name a method as a config does: ours that are not linear have the name of their module."""
+    kind = type(innermost(method))
+    package, _, module = kind.__module__.rpartition(".")
+    ours = package == "fedraclora.strategies"
+    return f"method={module if ours else f'{kind.__module__}:{kind.__qualname__}'}"
+
+
 # What a run may have, by name: whether it has it, or the value that it has; empty: it has not.
 FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     "engine=deploy": lambda s: s.run.loop.guarded,
@@ -222,7 +230,9 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     ),
     "factors or lengths that hold a part of the weights": _part_of_weights,
     "an allocation of ranks": lambda s: isinstance(s.run.method, Allocated | Pruned),
-    "a method that needs each client's own update": lambda s: not s.run.method.traits.linear,
+    "a method that needs each client's own update": lambda s: (
+        not s.run.method.traits.linear and _method(s.run.method)
+    ),
     "a method of which a part stays at each client": lambda s: s.run.method.client_state,
     "a method that trains other tensors from round to round": lambda s: s.run.method.traits.varies,
     "a method some of whose numbers are never trained": lambda s: s.recipe.fixes,

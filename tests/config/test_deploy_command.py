@@ -67,6 +67,8 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["local=3", "system=buffered"], "system, FedBuff too, is for simulations"),
         (["connection=x", "clients=3", "cohort=3", "system=buffered"], "has system=none"),
         (["local=3", "head=local"], "head is local"),
+        (["connection=x", "data=table", "data.file=a.csv"], "data.file=a.csv is relative"),
+        (["connection=x", "data=own", "data.test=a.npz"], "data.test=a.npz is relative"),
         (["connection=x", "engine.folder=here"], "engine.folder is 'here'; an absolute path"),
         (["local=3", "resume=nowhere"], "nowhere is no run folder"),
     ],
@@ -313,6 +315,26 @@ def test_a_folder_of_somebody_elses_is_refused_before_anything_starts(
     assert deploy.main([*WORDS, f"output.dir={folder}"]) == 1
     assert "and no run" in capsys.readouterr().err
     assert {p.name: p.read_text() for p in folder.iterdir()} == {"config.yaml": "mine: 1"}
+
+
+def test_files_that_are_found_from_any_folder_go_to_a_connection(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n")
+    for data in (
+        {"file": str(tmp_path / "a.csv"), "root": None, "samples": "here"},
+        {"file": "a.csv", "root": str(tmp_path), "test": "mine:held_out"},
+        {"file": "package:mlxtend/a.csv", "tokenizer": "hub:bert"},
+    ):
+        deploy.check_files({"data": data, "model": {"path": "package:minilm/model"}})
+    with pytest.raises(ConfigError, match=r"data\.test_file=b\.csv is relative"):
+        deploy.check_files({"data": {"test_file": "b.csv", "root": str(tmp_path)}, "model": {}})
+    with pytest.raises(ConfigError, match=r"model\.path=bert is relative"):
+        deploy.check_files({"data": {}, "model": {"path": "bert"}})
+
+
+def test_nodes_are_not_asked_for_without_a_file_of_connections(tmp_path: Path) -> None:
+    link = Connection("house", program(tmp_path, "touch started") | {"FLWR_HOME": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"there is no .*config\.toml.* \[superlink\.house\]"):
+        link.nodes()
 
 
 def test_a_superlink_that_does_not_answer_is_given_up(

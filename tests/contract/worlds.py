@@ -6,6 +6,7 @@ whole way through exchanges and local training.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -23,6 +24,7 @@ from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, Aggregator, mean
 from fedraclora.attacks import Attack
+from fedraclora.binding import row_of
 from fedraclora.clients.engines import Arrange, InProcess
 from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
@@ -67,6 +69,9 @@ from fedraclora.wire.reply import read_answer, write_answer
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
+OWN = os.environ.get("FEDRACLORA_METHOD", "")  # module:Class, which is tested as ours are
+if OWN:
+    METHODS[OWN] = row_of("method", METHODS, OWN)
 FULL_BATCH = LocalSettings(lr=0.1, steps=1, batch_size=0, shuffle=False)
 WALKS = {
     "seeds": 6,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedraclora.engines.programs import flwr, flwr_of
-from fedraclora.errors import EngineError
+from fedraclora.errors import ConfigError, EngineError
 
 COMPLETED = "finished:completed"
 LOST = 60.0  # seconds for which a SuperLink may not answer
@@ -72,8 +72,15 @@ class Connection:
         """List what its registered nodes are: online, offline or registered.
 
         Raises:
+            ConfigError: If there is no file of connections, where Flower would write one.
             EngineError: If it does not answer.
         """
+        file = Path(self.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "config.toml"
+        if not file.is_file():
+            raise ConfigError(
+                f"connection={self.name}: there is no {file}; write it with address and "
+                f"root-certificates below [superlink.{self.name}], or set FLWR_HOME to its folder"
+            )
         words = ["supernode", "list", self.name, "--format", "json"]
         listed = self._read(flwr(words, self.environ, stderr=subprocess.PIPE), "nodes", "is silent")
         return [str(node["status"]) for node in listed]
