@@ -75,8 +75,7 @@ class Connection:
             ConfigError: If there is no file of connections, where Flower would write one.
             EngineError: If it does not answer.
         """
-        file = Path(self.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "config.toml"
-        if not file.is_file():
+        if not (file := self.home / "config.toml").is_file():
             raise ConfigError(
                 f"connection={self.name}: there is no {file}; write it with address and "
                 f"root-certificates below [superlink.{self.name}], or set FLWR_HOME to its folder"
