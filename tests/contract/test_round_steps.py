@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,3 +161,11 @@ def test_the_energy_seen_is_told_where_steps_follow_the_gradient(
 ) -> None:
     done = run(make_world(), make_method("subspace_rac_lora"), local, rounds=2, cohort=3)
     assert ("energy_seen" in done.rows[-1]["report"]) == told
+
+
+@pytest.mark.parametrize("name", ["fedex_lora", "hetlora", "flexlora"])
+def test_a_method_that_needs_single_updates_is_named(name: str) -> None:
+    setup = SimpleNamespace(run=SimpleNamespace(method=make_method(name)))
+    what = "a method that needs each client's own update"
+    assert FEATURES[what](setup) == f"method={name}"  # type: ignore[arg-type]
+    assert "linear" in instead_of(what)
