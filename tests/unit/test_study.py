@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from fedraclora.experiments.study.entries import (
 )
 from fedraclora.experiments.study.file import Study
 from fedraclora.experiments.study.run import main, refuse_failed, run_job, run_jobs, run_study
-from fedraclora.experiments.study.tables import budgets, results, write_results
+from fedraclora.experiments.study.tables import _difference, budgets, results, write_results
 
 TEXT = """
 experiment: null
@@ -541,3 +542,8 @@ def test_the_values_of_a_study_tuned_on_its_test_set_are_not_taken(tmp_path: Pat
     (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ConfigError, match=r"measured on evaluate\.split=test"):
         tuned_by(study(tmp_path), tmp_path)
+
+
+def test_a_difference_over_one_seed_has_no_error() -> None:
+    ours, theirs = (SimpleNamespace(seeds=[0], scores=[score]) for score in (0.5, 0.4))
+    assert _difference(ours, theirs) == "+0.1000 ± -"  # type: ignore[arg-type]
