@@ -15,11 +15,11 @@ from fedraclora.run.digests import free_keys, known_data, plans_rounds
 from fedraclora.run.folder import (
     has_begun,
     is_finished,
-    reached_round,
     read_config,
     read_summary,
     resume_word,
 )
+from fedraclora.run.ledger import reached_round
 from fedraclora.run.recorder import checkpoint_meta, resolved
 from fedraclora.strategies import METHODS
 from fedraclora.weights.files import config_difference, flatten

@@ -35,13 +35,12 @@ from fedraclora.run.folder import (
     has_checkpoint,
     is_finished,
     note_stop,
-    reached_round,
     read_config,
     read_summary,
     withdrawn,
     write_summary,
 )
-from fedraclora.run.ledger import known_mean, read_ledger, round_seconds
+from fedraclora.run.ledger import known_mean, reached_round, read_ledger, round_seconds
 from fedraclora.run.recorder import read_clients, together
 from fedraclora.strategies.assembly import Assembled, assemble_with
 from fedraclora.strategies.run import Run

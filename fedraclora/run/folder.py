@@ -22,7 +22,7 @@ import yaml
 from fedraclora.binding import Plain, section
 from fedraclora.errors import CheckpointError, ConfigError, DivergenceError, FedRacLoraError
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
-from fedraclora.run.ledger import number, read_ledger, seals
+from fedraclora.run.ledger import reached_round, read_ledger, seals
 from fedraclora.run.recorder import RESUMED_FROM
 from fedraclora.weights.files import config_difference, write_text
 
@@ -202,13 +202,6 @@ def amend(folder: Path, plain: Plain) -> list[str]:
     # Keys that one side lacks came or went with the choice of their group, which is named.
     changed = [line for line in config_difference(stored, plain) if "(absent)" not in line]
     return [f"goes on with {x}" for x in changed if not x.startswith(("output.", "resume:"))]
-
-
-def reached_round(folder: Path) -> int:
-    """Return the last round that the ledger of a run has; 0 where it has none."""
-    ledger = folder / "ledger.jsonl"
-    rows = read_ledger(ledger) if ledger.is_file() else []
-    return int(number(rows[-1], "round")) if rows else 0
 
 
 def has_checkpoint(folder: Path, every: int) -> bool:

@@ -127,6 +127,13 @@ def read_ledger(path: Path) -> list[Row]:
     return _parse(path.read_bytes(), path)
 
 
+def reached_round(folder: Path) -> int:
+    """Return the last round that the ledger of a run has; 0 where it has none."""
+    ledger = folder / "ledger.jsonl"
+    rows = read_ledger(ledger) if ledger.is_file() else []
+    return int(number(rows[-1], "round")) if rows else 0
+
+
 def digest_rows(rows: Iterable[Mapping[str, object]]) -> str:
     """Hash rows without their `NONDETERMINISTIC` columns (SHA-256, hexadecimal).
 
