@@ -30,6 +30,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, Sta
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import server_step
+from fedraclora.strategies.shared.walking import Walking
 from fedraclora.strategies.wrappers.allocated import Allocated
 from fedraclora.strategies.wrappers.around import Around
 from fedraclora.tree import Tree
@@ -47,7 +48,7 @@ class Dora(Around):
 
     def __post_init__(self) -> None:
         """Reject settings that do not fit together."""
-        if self.inner.traits.merges:
+        if self.inner.traits.merges or isinstance(self.inner, Walking):
             raise ConfigError(
                 f"dora is true, but does not fit {type(self.inner).__name__}: it folds updates "
                 f"into W, and a rescaled weight is no W + s B A; {INSTEAD}"

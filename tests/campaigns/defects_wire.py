@@ -49,8 +49,10 @@ GALORE = ("tests/unit/test_galore.py",)
     BITS,
 )
 def rounded_without_a_draw(planting: Planting) -> None:
-    def biased(numbers: torch.Tensor, sizes: Any, kind: str, _rng: Any = None) -> torch.Tensor:
-        return encode(numbers, sizes, kind)
+    def biased(
+        numbers: torch.Tensor, sizes: Any, kind: str, _rng: Any = None, **named: Any
+    ) -> torch.Tensor:
+        return encode(numbers, sizes, kind, **named)
 
     planting.function(encode, biased)
 

@@ -39,8 +39,8 @@ from fedraclora.rng import generator
 from fedraclora.run.client_state import ClientStore
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.steps.secagg_session import CulpritError
 from fedraclora.strategies.steps.secure import SecureSum
+from fedraclora.strategies.steps.unmask import CulpritError
 from fedraclora.wire.downlink import AskReader, AskWriter
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage
 from fedraclora.wire.reply import write_answer

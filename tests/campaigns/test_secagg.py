@@ -16,8 +16,8 @@ from fedraclora.clients.secure import answer_stage
 from fedraclora.errors import ClientError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.run.client_state import ClientStore
-from fedraclora.strategies.steps.secagg_session import CulpritError
 from fedraclora.strategies.steps.secure import SecureSum
+from fedraclora.strategies.steps.unmask import CulpritError
 from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest
 from fedraclora.wire.secagg import LARGEST, signed
 from tests.campaigns.secagg import (

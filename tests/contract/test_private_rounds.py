@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from worlds import (
+    BY_LOSSES,
     RAGGED,
     World,
     assert_close_trees,
@@ -234,6 +235,10 @@ def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
 def test_samples_have_an_account_and_losses_stay_at_home(variant: Variant, world: World) -> None:
     name, changes = variant
     local = replace(RAGGED, dp=SampleNoise(0.5, 1.0))
+    if name in BY_LOSSES:
+        with pytest.raises(ConfigError, match="no gradient of a sample"):
+            run(world, make_method(name, **changes), local, rounds=1)
+        return
     found = run(world, make_method(name, **changes), local, rounds=3, cohort=2)
     taken = torch.zeros(5, dtype=torch.int64)
     for round_, row in enumerate(found.rows, start=1):

@@ -46,6 +46,8 @@ def test_of_clients_that_agree_every_rule_makes_their_update(
     same = equal_clients(world, 5)
     local = LocalConfig(lr=0.1, steps=2, batch_size=0, shuffle=False)
     name, changes = variant
+    if name == "fedkseed":
+        pytest.skip("each client draws directions of its own, so equal clients send other numbers")
     method, draw = make_method(name, **changes), Draw(1)
     plain = run(same, method, local, rounds=2, chunk=5)
     state = method.init(same.base, same.plan, draw)

@@ -79,6 +79,8 @@ WALKS = {
     "eps": 1e-5,
     "directions": 12,
 }  # as many steps as there are anywhere below
+WALKING = {"fedkseed", "decomfl", "ferret"}  # whole weights, along directions from a seed
+BY_LOSSES = WALKING - {"ferret"}  # without gradients
 RAGGED = LocalSettings(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
 
 

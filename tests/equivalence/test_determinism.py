@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from itertools import permutations
 from pathlib import Path
@@ -25,7 +26,6 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
-from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
@@ -104,7 +104,8 @@ def configs() -> dict[str, Plain]:
     found: dict[str, Plain] = {}
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         for name, words in RUNS.items():
-            rank = [] if METHODS.get(name) is FedAvg else ["method.rank=2"]
+            known = {f.name for f in fields(METHODS[name])} if name in METHODS else {"rank"}
+            rank = ["method.rank=2"] if "rank" in known else []
             cfg = compose("config", overrides=[*words[:1], *SMALL, *rank, *words[1:]])
             plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             assert isinstance(plain, dict)

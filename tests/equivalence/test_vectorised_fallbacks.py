@@ -17,6 +17,7 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.shared.walking import Walking
 from fedraclora.training.extras.settings import LocalSettings
 
 
@@ -31,7 +32,9 @@ def test_tied_weights_fall_back_to_vmap(local: LocalSettings) -> None:
     run(case, method, local, rounds=2, check={2})
 
 
-@pytest.mark.parametrize("name", [n for n, k in METHODS.items() if not issubclass(k, FedAvg)])
+@pytest.mark.parametrize(
+    "name", [n for n, k in METHODS.items() if not issubclass(k, FedAvg | Walking)]
+)
 def test_tied_weights_that_stay_frozen_are_folded(name: str) -> None:
     case = Case(reader(tied=True), targets="mix", head="frozen", dense="norm")
     method = method_of(name)

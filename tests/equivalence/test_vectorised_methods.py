@@ -20,7 +20,7 @@ from vectorised_agreement import (
 from vectorised_cases import CASES, SEED, SIZES, Case, mlp, scaled
 from vectorised_settings import ALSO, WIDELY
 
-from fedraclora.protocol.method import Cohort, Draw, Plan
+from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.pool import Pool, Terms, parameters
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
@@ -95,7 +95,7 @@ def test_a_pool_may_stand_beside_weights_that_it_is_not_folded_into(
 
     folded = trained()
 
-    def apart(base: Tree, pools: dict[str, Pool], _: Plan) -> tuple[Tree, Terms]:
+    def apart(base: Tree, pools: dict[str, Pool], *_: object) -> tuple[Tree, Terms]:
         return parameters(base), {name: pool.term(name, base) for name, pool in pools.items()}
 
     monkeypatch.setattr("fedraclora.training.cohort.fold_pools", apart)

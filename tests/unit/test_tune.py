@@ -333,7 +333,7 @@ def test_links_are_tuned_where_a_method_has_some(links: str, wanted: bool) -> No
         (["tune.metric=f1"], "accuracy"),
         (["tune.lr=[0.1,1]", "local.lr=1"], "both said"),
         (["evaluate.split=test"], "set by tune"),
-        (["evaluate.clients=all"], "test samples of other seeds"),
+        (["evaluate.clients=all"], "other seeds"),
         (["tune.runs={"], "cannot be read"),
     ],
 )
