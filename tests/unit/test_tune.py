@@ -244,6 +244,7 @@ def test_a_run_that_diverges_is_a_bad_one(tmp_path: Path, monkeypatch: pytest.Mo
     assert {*found.frontier["run"]} == {0}
 
 
+@pytest.mark.slow  # it draws until two fit
 def test_what_cannot_be_run_is_left_out_and_told_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
