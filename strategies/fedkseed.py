@@ -38,7 +38,7 @@ from fedraclora.limits import Count, Limited, Positive
 from fedraclora.protocol.method import Downlink, Draw, Link, Plan, State, Traits
 from fedraclora.protocol.pool import parameters
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
-from fedraclora.protocol.walk import CHANCES, MOVES, SUMS, Walk, visited
+from fedraclora.protocol.walk import CHANCES, MOVES, SUMS, Walk, chances_in, visited
 from fedraclora.strategies.shared.walking import Walking, stored
 from fedraclora.tree import Tree, wide
 
@@ -123,12 +123,6 @@ class FedKSeed(Limited, Walking, group="method"):
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         return parameters(state.base | self.walk(state.plan, 1, draw).taken(state.base))
-
-
-def chances_in(base: Tree, count: int) -> torch.Tensor:
-    """Return the chances of directions as they stand beside base weights; equal at the start."""
-    known = base.get(CHANCES, torch.zeros(0))
-    return known if known.numel() else torch.ones(count)
 
 
 def history(carried: Tree, at: torch.Tensor, steps: torch.Tensor) -> Tree:

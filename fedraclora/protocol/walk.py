@@ -97,6 +97,12 @@ class Walk:
         return out
 
 
+def chances_in(base: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
+    """Return the chances of directions as they stand beside base weights; equal at the start."""
+    known = base.get(CHANCES, torch.zeros(0))
+    return known if known.numel() else torch.ones(count)
+
+
 def visited(
     seed: int, round_: int, clients: torch.Tensor, steps: int, chances: torch.Tensor
 ) -> torch.Tensor:

@@ -25,7 +25,7 @@ from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import past_name, to_train
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.recipes import RECIPES
-from fedraclora.protocol.walk import CHANCES, MOVES, blocks, visited
+from fedraclora.protocol.walk import MOVES, blocks, chances_in, visited
 from fedraclora.training.extra import ClientChunk, Forward
 from fedraclora.tree import Tree
 
@@ -59,8 +59,7 @@ class Forwards:
         self.numbers = torch.arange(size)[None]
         self.drawn = self.numbers
         if self.pool:
-            chances = base.get(CHANCES, torch.ones(self.pool))
-            chances = chances if chances.numel() else torch.ones(self.pool)
+            chances = chances_in(base, self.pool)
             who, turn = chunk.clients, int(arguments["round"])
             self.drawn = visited(walk.seed, turn, who, size if self.pairs else steps, chances)
             self.numbers = self.drawn if self.pairs else self.numbers

@@ -276,9 +276,8 @@ class WorkerPool:
             ):
                 self._replace(seat, f"has been silent for {GIVEN_UP:g} s: another is started")
             elif silence >= 1 and not seat.silent:
-                seat.silent = seat.doubted = (
-                    True  # others do what it is at; it may still answer first
-                )
+                # Others do what it is at; it may still answer first.
+                seat.silent = seat.doubted = True
                 self.say(f"{seat} has been silent for {seat.pulse.quiet:.0f} s{self._again(seat)}")
             elif silence < 1 and seat.silent and not seat.asked:
                 self._ask(seat)
