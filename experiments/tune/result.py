@@ -22,12 +22,11 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.tables import Table
 from fedraclora.experiments.tune.frontier import Point, frontier
-from fedraclora.experiments.tune.search import Search, done, shown
+from fedraclora.experiments.tune.search import Search, done, score_of, shown
 from fedraclora.experiments.tune.space import KEYS
 from fedraclora.objects import LENT, NAME
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.run.digests import plans_rounds
-from fedraclora.run.ledger import metrics_of
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 
@@ -245,9 +244,8 @@ def test_once(search: Search, study: Study, point: Point, config: PlainDict) -> 
                 ).summary
             except ClientError:  # as in `Search`
                 found = {}
-            table = metrics_of(found)
-            score = table.get(search.metric, table.get(f"personal_{search.metric}"))
-            scores.append(float(str(score)) if score is not None else math.nan)
+            score = score_of(found, search.metric)
+            scores.append(math.nan if score is None else score)
         earlier = [*before.get("earlier", []), *([before["of"]] if before else [])]
         before = {"of": key, "seeds": seeds, "scores": scores, "earlier": earlier}
         study.set_user_attr("tested", before)

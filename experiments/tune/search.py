@@ -14,7 +14,7 @@ import fcntl
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -28,6 +28,7 @@ from fedraclora.binding import PlainDict
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import digested, from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
+from fedraclora.evaluation.clients import AFTER
 from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.tune.frontier import Point, mean_curve, ranks
 from fedraclora.experiments.tune.space import Space, TuneConfig
@@ -60,7 +61,7 @@ class Watch(Callback):
     """
 
     def __init__(self, metric: str, ends: Callable[[Watch], bool]) -> None:
-        self.names, self.ask = (metric, f"personal_{metric}"), ends
+        self.metric, self.ask = metric, ends
         self.points: list[Point] = []
         self.round, self.bytes, self.last = 0, 0.0, 0.0  # last: bytes of the last round
         self.lost = False  # whether what was measured last is no number
@@ -74,12 +75,10 @@ class Watch(Callback):
     def row(self, row: Row) -> None:
         before, self.bytes = self.bytes, number(row, "uplink_total") + number(row, "downlink_total")
         self.round, self.last = int(number(row, "round")), self.bytes - before
-        found = metrics_of(row)
-        if name := next((name for name in self.names if name in found), None):
-            score = found[name]
-            self.lost = not (isinstance(score, float | int) and math.isfinite(score))
+        if (score := score_of(row, self.metric)) is not None:
+            self.lost = not math.isfinite(score)
             if not self.lost:
-                self.points.append(Point(self.round, self.bytes, float(str(score))))
+                self.points.append(Point(self.round, self.bytes, score))
 
     @override
     def ends(self, rows: Sequence[Row]) -> bool:
@@ -342,6 +341,16 @@ class Search:
     def _spent(self, trial: Trial, runs: Sequence[Watch], began: float) -> None:
         trial.set_user_attr("bytes", sum(run.bytes for run in runs))
         trial.set_user_attr("core_seconds", time.process_time() - began)
+
+
+def score_of(row: Mapping[str, object], metric: str) -> float | None:
+    """Return what a round or a run measured, NaN if that is no number; None: nothing."""
+    found = metrics_of(row)
+    for name in (metric, f"{AFTER}{metric}"):
+        if name in found:
+            score = found[name]
+            return float(score) if isinstance(score, float | int) else math.nan
+    return None
 
 
 def done(study: Study) -> list[FrozenTrial]:
