@@ -16,6 +16,7 @@ from fedraclora.binding import Plain, bind, section
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import higher_is_better, lower_of
 from fedraclora.experiments.study.file import Study, check_split, row_config
+from fedraclora.experiments.tune.frontier import Point, ranks
 from fedraclora.protocol.method import Method
 from fedraclora.run.ledger import Row, number
 from fedraclora.strategies import METHODS
@@ -132,6 +133,33 @@ def is_tuned(study: Study, row: str, done: Done) -> bool:
         return all(job.key in done for job in study.jobs("tune", row, values))
 
     return ran(study.values(row)) and ran(tried_values(study, row, done))
+
+
+def dropped(study: Study, done: Done) -> list[str]:
+    """List the rows that get no final runs: others of their method beat them in the tuning runs.
+
+    Beaten is a row outside of the first ``final.ranks`` Pareto ranks, by the bytes both ways and
+    what the study chooses by, at the tuned value. The reference is never dropped.
+    """
+    kept = study.final.get("ranks")
+    if kept is None or study.tune is None:
+        return []
+    rows = [row for row in study.rows if is_tuned(study, row, done)]
+    groups: dict[str, list[Point]] = {}
+    for place, row in enumerate(rows):
+        value = tuned_value(study, row, done)
+        lines = [done[job.key] for job in study.jobs("tune", row, [value])]
+        config = row_config(study, row, "tune")
+        good = mean_score(study, row, value, done)
+        if config is not None and math.isfinite(good):
+            sent = statistics.fmean(traffic(line) for line in lines)
+            groups.setdefault(config.chosen("method"), []).append(Point(0, sent, good, place))
+    return [
+        rows[point.trial]
+        for points in groups.values()
+        for point, rank in zip(points, ranks(points, higher=True), strict=True)
+        if rank >= kept and rows[point.trial] != study.reference
+    ]
 
 
 def final_lines(study: Study, row: str, done: Done) -> list[Line]:
@@ -336,8 +364,14 @@ def notes_of(
         failed: Why rows failed just now, by row.
     """
     there = {entry.row for entry in shown}
-    missing = [row for row in study.rows if row not in there and row not in failed]
+    beaten = [row for row in dropped(study, done) if row not in there]
+    missing = [row for row in study.rows if row not in {*there, *failed, *beaten}]
     notes = [f"Failed: {why}." for why in failed.values()]
+    if beaten:
+        notes.append(
+            "Not run to the end, since other rows of their method were as good in fewer bytes "
+            f"where all were tuned: {', '.join(beaten)}."
+        )
     if missing:
         notes.append(f"Not run to the end, or diverged at every value: {', '.join(missing)}.")
     return [*notes, spent] if (spent := cost(done)) else notes

@@ -23,7 +23,7 @@ OPTIONAL |= {"target", "varied", "budget", "more", "only"}
 SECTIONS = {  # by name: the keys that each must have, and those that it may have
     "grid": ({"key", "values"}, {"refine", "scale"}),
     "tune": ({"seeds"}, {"overrides", "by"}),
-    "final": ({"seeds"}, {"overrides", "more"}),
+    "final": ({"seeds"}, {"overrides", "more", "ranks"}),
 }
 
 
@@ -51,7 +51,9 @@ class Study:
         experiment: Preset that all runs start from.
         metric: What is tuned and reported.
         grid: The tuned key and its values; ``refine``, multiples of the best; ``scale``, by row.
-        final: Seeds and overrides of the final runs; ``more``, further seeds of some rows.
+        final: Seeds and overrides of the final runs; ``more``, further seeds of some rows;
+            ``ranks``, how many Pareto ranks of each method's rows, by bytes and metric where they
+            were tuned, get final runs (None: all do).
         rows: What is compared: overrides, by name.
         text: The file.
         tune: Seeds and overrides of the tuning runs, and ``by``, what values are chosen by, for

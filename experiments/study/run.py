@@ -40,6 +40,7 @@ from fedraclora.experiments.status import explained, in_order, reported
 from fedraclora.experiments.study.entries import (
     Done,
     Line,
+    dropped,
     read_lines,
     score,
     tried_values,
@@ -102,7 +103,8 @@ def run_study(
         check_first_runs(study, [*(rows or study.rows)], done)
 
     def run(phase: str, values: Callable[[str], list[float]]) -> bool:
-        left = [row for row in rows or study.rows if row not in failed]
+        out_of_it = {*failed, *(dropped(study, done) if phase == "final" else ())}
+        left = [row for row in rows or study.rows if row not in out_of_it]
         jobs = [job for row in left for job in study.jobs(phase, row, values(row))]
         return run_jobs(jobs, done, path, workers, study.metric, failed)
 

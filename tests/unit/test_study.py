@@ -13,7 +13,9 @@ from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.experiments.study.entries import (
     Line,
     cost,
+    dropped,
     is_tuned,
+    notes_of,
     read_lines,
     score,
     tuned_by,
@@ -547,3 +549,23 @@ def test_the_values_of_a_study_tuned_on_its_test_set_are_not_taken(tmp_path: Pat
 def test_a_difference_over_one_seed_has_no_error() -> None:
     ours, theirs = (SimpleNamespace(seeds=[0], scores=[score]) for score in (0.5, 0.4))
     assert _difference(ours, theirs) == "+0.1000 ± -"  # type: ignore[arg-type]
+
+
+def test_rows_that_their_own_method_beats_where_all_are_tuned_get_no_final_runs(
+    tmp_path: Path,
+) -> None:
+    text = TEXT.replace("seeds: [0, 1], overrides", "seeds: [0, 1], ranks: 1, overrides")
+    rows = "  small: [method.rank=2]\n  dear: [method.rank=9]\n  theirs: [method=fedavg_lora]\n"
+    text = text.replace("refine: [0.5]", "refine: []") + rows
+    plan = study(tmp_path, text)
+    found = {"ours": (0.8, 8), "small": (0.7, 4), "dear": (0.75, 16), "theirs": (0.6, 32)}
+    done = {
+        job.key: line(found[row][0], uplink_total=found[row][1])
+        for row in plan.rows
+        for job in plan.jobs("tune", row, plan.values(row))
+    }
+    assert dropped(plan, done) == ["dear"]  # theirs is of another method
+    assert dropped(plan.changed(reference="dear"), done) == []
+    notes = " ".join(notes_of(plan, [], done, {}))
+    assert "as good in fewer bytes where all were tuned: dear." in notes
+    assert "diverged at every value: ours, small, theirs." in notes
