@@ -8,11 +8,31 @@ from itertools import pairwise
 from math import isqrt
 from typing import Annotated
 
+import torch
 from torch import nn
+from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Fraction, Later, Limit, limited
 from fedraclora.models.built import Built, require_input, seeded
+
+
+class Halve(nn.MaxPool2d):
+    """Maxima over squares of two pixels; without gradients in an eighth of torch's time on a CPU.
+
+    Two elementwise maxima give the same values. Their gradient does not, since they share it where
+    pixels are equal and torch gives it to the first, so that training pools by torch.
+    """
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool [..., h, w] to [..., h // 2, w // 2]."""
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            pooled: torch.Tensor = super().forward(x)
+            return pooled
+        height, width = (size // 2 * 2 for size in x.shape[-2:])
+        pairs = torch.maximum(x[..., :height, 0:width:2], x[..., :height, 1:width:2])
+        return torch.maximum(pairs[..., 0::2, :], pairs[..., 1::2, :])
 
 
 @limited("model")
@@ -131,7 +151,7 @@ def build_cnn(
         for index, (before, after) in enumerate(pairwise([image[0], *channels]), start=1):
             layers[f"conv{index}"] = nn.Conv2d(before, after, kernel, padding=kernel // 2)
             layers[f"relu{index}"] = nn.ReLU()
-            layers[f"pool{index}"] = nn.MaxPool2d(2)
+            layers[f"pool{index}"] = Halve(2)
         layers["flatten"] = nn.Flatten()
         features = channels[-1] * height * width
         if hidden is not None:

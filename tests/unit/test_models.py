@@ -19,7 +19,7 @@ from fedraclora.lowrank.layers import find_targets, is_head
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import refuse_functions, seeded
 from fedraclora.models.hf import set_dropout
-from fedraclora.models.networks import build_cnn
+from fedraclora.models.networks import Halve, build_cnn
 from fedraclora.tree import digest
 
 SMALL = {"hidden": 8, "layers": 2, "heads": 2, "intermediate": 12, "vocab": 20, "max_length": 9}
@@ -118,6 +118,26 @@ def test_images_with_channels_are_taken_as_they_are():
     flat = build("mlp", shape=(2, 3, 4))
     assert tuple(flat.model(torch.rand(4, 2, 3, 4)).shape) == (4, 3)
     assert tuple(build("linear", shape=(2, 3)).model(torch.rand(4, 2, 3)).shape) == (4, 3)
+
+
+@pytest.mark.parametrize("way", [lambda pool: pool, torch.func.vmap], ids=["plain", "vmapped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_pooling_has_the_bits_of_torch_in_values_and_gradients(way, dtype):
+    assert isinstance(build("cnn").model.pool1, Halve)
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 5, 9, 12, generator=draw).relu().to(dtype)  # most ties are zeros
+    images[0, 0], images[1, 1], images[2, 2, 3, 4] = 1.5, -torch.inf, torch.nan
+    found = list[tuple[torch.Tensor, ...]]()
+    for pool in map(way, (Halve(2), nn.MaxPool2d(2))):
+        with torch.no_grad():
+            seen = pool(images)
+        x = images.clone().requires_grad_()
+        trained = pool(x)
+        g = torch.randn(trained.shape, generator=draw.manual_seed(1)).to(dtype)
+        found.append((seen, trained.detach(), *torch.autograd.grad(trained, x, g)))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.is_contiguous() == theirs.is_contiguous()
+        assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
 
 
 def test_samples_do_not_interact():
