@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,17 @@ def frontier(points: Iterable[Point], *, higher: bool) -> list[Point]:
 
 def ranks(points: Sequence[Point], *, higher: bool) -> list[int]:
     """Give each point its Pareto rank: 0 on the frontier, 1 on that of the others, and so on."""
-    found, left, rank = [0] * len(points), {*range(len(points))}, 0
-    while left:
-        front = {(p.bytes, p.score) for p in frontier([points[i] for i in left], higher=higher)}
-        here = {i for i in left if (points[i].bytes, points[i].score) in front}
-        for index in here:
-            found[index] = rank
-        left, rank = left - here, rank + 1
-    return found
+    front = {(point.bytes, point.score) for point in frontier(points, higher=higher)}
+    is_first = [(point.bytes, point.score) in front for point in points]
+    left = [point for point, first in zip(points, is_first, strict=True) if not first]
+    others = iter(ranks(left, higher=higher) if left else ())
+    return [0 if first else next(others) + 1 for first in is_first]
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
     """Average the curves of several seeds at the rounds that all of them measured."""
-    tables = [{point.round: point for point in curve} for curve in curves]
-    common = [r for r in tables[0] if all(r in table for table in tables)] if tables else []
-    mean = statistics.fmean
+    common = set.intersection(*({point.round for point in curve} for curve in curves))
+    alike = zip(*([p for p in curve if p.round in common] for curve in curves), strict=True)
     return [
-        Point(r, mean(t[r].bytes for t in tables), mean(t[r].score for t in tables)) for r in common
+        Point(at[0].round, fmean(p.bytes for p in at), fmean(p.score for p in at)) for at in alike
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -12,13 +12,13 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from fedraclora.binding import PlainDict, build, section
-from fedraclora.config.settings import WireConfig
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.experiments import CONF
 from fedraclora.experiments.choices import choice
 from fedraclora.experiments.resume import laid_over
-from fedraclora.limits import Chance, Count, Inner, Limit, Limited, Positive, hints
+from fedraclora.limits import Chance, Count, Inner, Limit, Limited, Positive, Whole, choice_of
 from fedraclora.objects import is_named
+from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.strategies import METHODS
 from fedraclora.weights.files import flatten
 
@@ -35,6 +35,10 @@ KEYS = {
 }
 WIDE = (1 / 32, 8)  # times the task's own learning rate
 SET_BY_TUNE = ("evaluate.split", "seed", "resume")
+SOME = Limit("a list of one or more", lambda values: values != [])
+RISING = Limit("[least, greatest]", lambda lr: lr is None or (len(lr) == 2 and lr[0] < lr[1]))
+Kinds = Annotated[list[Annotated[str, choice_of((FULL, *ROUNDED))]] | None, SOME]
+Counts = Annotated[list[Count], SOME]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +48,22 @@ class TuneConfig(Limited, group="tune"):
     runs: Count | None
     core_hours: Positive | None
     megabytes: Positive | None
-    method: list[str]
-    lr: list[float] | None
-    rank: list[int]
-    uplink: list[str] | None
-    downlink: list[str] | None
-    links: list[int]
+    method: Annotated[list[Annotated[str, choice_of((*METHODS,))]], SOME]
+    lr: Annotated[list[Positive] | None, RISING]
+    rank: Counts
+    uplink: Kinds
+    downlink: Kinds
+    links: Counts
     more: Mapping[str, list[object]]
     first: list[dict[str, object]]
     never: list[list[str]]
     metric: str | None
     validation: Inner
-    seeds: list[int]
-    test_seeds: list[int]
-    rungs: list[float]
+    seeds: Annotated[list[Whole], SOME]
+    test_seeds: Annotated[list[Whole], SOME]
+    rungs: list[Inner]
     keep: Chance
-    sizes: list[float]
+    sizes: Annotated[list[Positive], SOME]
 
     @override
     def __post_init__(self) -> None:
@@ -70,19 +74,9 @@ class TuneConfig(Limited, group="tune"):
                 "tune.runs, tune.core_hours and tune.megabytes are null, so that it would never "
                 "end: set one of them"
             )
-        if self.lr is not None and not (len(self.lr) == 2 and 0 < self.lr[0] < self.lr[1]):
-            raise ConfigError(f"tune.lr is {self.lr}; [least, greatest] above 0 is wanted")
-        for key in ("method", "rank", "uplink", "downlink", "links", "seeds", "sizes"):
-            if getattr(self, key) == []:
-                raise ConfigError(f"tune.{key} is []; a list of what to try is wanted")
-        for key in ("rank", "links", "sizes", "rungs"):
-            if wrong := [x for x in getattr(self, key) if x <= 0 or (key == "rungs" and x >= 1)]:
-                within = " below 1" if key == "rungs" else ""
-                raise ConfigError(f"tune.{key} has {wrong[0]}; numbers above 0{within} are wanted")
         if both := sorted({*self.seeds} & {*self.test_seeds}):
             raise ConfigError(
-                f"tune.seeds and tune.test_seeds have both {both[0]}: the winner is tested on "
-                "seeds that were not tuned on"
+                f"tune.seeds and tune.test_seeds have both {both[0]}: test on seeds of their own"
             )
 
 
@@ -103,8 +97,7 @@ def settings(words: Sequence[str], given: Mapping[str, object]) -> TuneConfig:
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         told = " ".join(str(error).split())
         raise ConfigError(f"{' '.join(words)} cannot be read as tune.KEY=VALUE: {told}") from error
-    config: TuneConfig = build("tune", TuneConfig, {str(k): v for k, v in dict(plain).items()})  # type: ignore[arg-type]
-    return config
+    return build("tune", TuneConfig, {str(k): v for k, v in dict(plain).items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -121,7 +114,7 @@ class Space:
     plain: PlainDict
     methods: Mapping[str, PlainDict]
     tuned: Mapping[str, list[Any]]
-    rates: tuple[float, float] | None
+    rates: Sequence[float] | None
 
     @classmethod
     def of(
@@ -140,31 +133,20 @@ class Space:
         """
         names = {**KEYS, "method": "method", **{key: key for key in config.more}}
         if twice := [key for key in names if names[key] in said and key in asked]:
-            raise ConfigError(
-                f"tune.{twice[0]} and {names[twice[0]]} are both said: leave one of them out"
-            )
+            raise ConfigError(f"tune.{twice[0]} and {names[twice[0]]} are both said: take one")
         if wrong := [key for key in SET_BY_TUNE if key in said]:
-            raise ConfigError(
-                f"{wrong[0]} is set by tune (tune.seeds, tune.validation): leave it out"
-            )
-        tuned = {k: [*dict.fromkeys(v)] for k, v in _values(plain, config).items() if k not in said}
-        own, flat = section(plain, "method"), flatten(plain)
+            raise ConfigError(f"{wrong[0]} is set by tune (conf/tune.yaml): leave it out")
+        own, flat, local = section(plain, "method"), flatten(plain), section(plain, "local")
         for key in config.more:
             if key not in flat and not key.startswith("method."):
                 raise unknown("key in tune.more", key, flat)
-        for name in config.method:
-            if name not in METHODS:
-                raise unknown("method in tune.method", name, METHODS)
-        fixed = {
-            k.partition(".")[2]: flat[k] for k in said if k.startswith("method.") and k in flat
-        }
+        tuned = {key: values for key, values in _values(plain, config).items() if key not in said}
+        fixed = {k[7:]: flat[k] for k in said if k.startswith("method.") and k in flat}
         listed = [str(own["name"])] if "method" in said else [*dict.fromkeys(config.method)]
         methods = {n: own if n == own["name"] else _method(n, fixed) for n in listed}
-        rates, local = None, section(plain, "local")
-        if LR not in said and local.get("train") is None and not is_named(local.get("name")):
-            lr = float(str(local["lr"]))
-            low, high = config.lr or (lr * WIDE[0], lr * WIDE[1])
-            rates = float(low), float(high)
+        rate = float(str(local["lr"]))
+        has_rate = local.get("train") is None and not is_named(local.get("name"))
+        rates = config.lr or [rate * wide for wide in WIDE] if has_rate and LR not in said else None
         return cls(plain, methods, tuned, rates)
 
     def suggest(self, trial: BaseTrial) -> PlainDict:
@@ -183,38 +165,37 @@ class Space:
 
     def first(self, listed: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
         """List the settings to begin with that lie in this space, at the task's learning rate."""
-        found = []
         known = {**self.tuned, "method": [*self.methods]}
+        rate = float(str(section(self.plain, "local")["lr"]))
+        near = {LR: rate} if self.rates and self.rates[0] <= rate <= self.rates[1] else {}
+        found: list[dict[str, Any]] = []
         for given in listed:
-            names = {KEYS.get(key, key): value for key, value in given.items()}
-            own = {key: value for key, value in names.items() if key in known}
-            if all(value in known[key] for key, value in own.items()):
-                lr = float(str(section(self.plain, "local").get("lr")))
-                near = self.rates is not None and self.rates[0] <= lr <= self.rates[1]
-                own |= {LR: lr} if near else {}
-                found += [own] if own and own not in found else []
+            own = {KEYS.get(k, k): v for k, v in given.items() if KEYS.get(k, k) in known} | near
+            if own not in found and all(own[key] in known[key] for key in own.keys() - {LR}):
+                found.append(own)
         return found
 
     def told(self) -> dict[str, str]:
         """Say what is tried, by key."""
-        found = {"method": ", ".join(self.methods)}
-        if self.rates is not None:
-            found[LR] = f"{self.rates[0]:.3g} to {self.rates[1]:.3g}, log-uniform"
-        return found | {key: ", ".join(map(str, values)) for key, values in self.tuned.items()}
+        rates = self.rates and {LR: "{:.3g} to {:.3g}, log-uniform".format(*self.rates)}
+        values = {key: ", ".join(map(str, values)) for key, values in self.tuned.items()}
+        return {"method": ", ".join(self.methods)} | (rates or {}) | values
 
 
 def _values(plain: PlainDict, config: TuneConfig) -> dict[str, list[Any]]:
     """List the values of each key that may be tuned."""
-    marks = get_args(hints(WireConfig)["uplink"])  # has all kinds of numbers that there are
-    kinds = next([*mark.choices] for mark in marks if isinstance(mark, Limit))
     rounds, never = int(str(plain["rounds"])), {tuple(words) for words in config.never}
-    found: dict[str, list[Any]] = {KEYS["rank"]: config.rank, **config.more}
-    found[KEYS["links"]] = [k for k in config.links if k <= rounds] or [1]
-    for way, listed in (("uplink", config.uplink), ("downlink", config.downlink)):
-        if wrong := [kind for kind in listed or () if kind not in kinds]:
-            raise unknown(f"kind of numbers in tune.{way}", wrong[0], kinds)
-        found[f"wire.{way}"] = listed or kinds
-    found = {k: [v for v in vs if (f"{k}={v}",) not in never] for k, vs in found.items()}
+    found: dict[str, list[Any]] = {
+        KEYS["rank"]: config.rank,
+        **config.more,
+        KEYS["links"]: [k for k in config.links if k <= rounds] or [1],
+        KEYS["uplink"]: config.uplink or [FULL, *ROUNDED],
+        KEYS["downlink"]: config.downlink or [FULL, *ROUNDED],
+    }
+    found = {
+        key: [value for value in dict.fromkeys(values) if (f"{key}={value}",) not in never]
+        for key, values in found.items()
+    }
     if empty := [key for key, values in found.items() if not values]:
         raise ConfigError(f"tune.never leaves nothing of {empty[0]} to try: name another value")
     return found
