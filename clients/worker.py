@@ -19,6 +19,7 @@ from fedraclora.clients.secure import MEASUREMENTS, answer_stage, masked_vectors
 from fedraclora.errors import OF_THE_RUN, ClientError, ConfigError, WireError
 from fedraclora.imports import told_as
 from fedraclora.privacy.secagg import SecAggTerms
+from fedraclora.protocol.coding import NONE, compressed
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
@@ -33,7 +34,6 @@ from fedraclora.training.memory import LESS, is_out_of_memory
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.update import BaseWeights
 from fedraclora.wire.changes import Changes, Coded
-from fedraclora.wire.coding import NONE, compressed
 from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest
 from fedraclora.wire.feedback import left_over, to_add
 from fedraclora.wire.fields import printable

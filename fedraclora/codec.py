@@ -27,7 +27,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from fedraclora.errors import WireError
 from fedraclora.narrow_weight import in_parts, rejoined
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import OUTER
 from fedraclora.protocol.quantised import FULL, ROUNDED, decode, encode
 from fedraclora.tree import Tree, below
@@ -39,12 +41,13 @@ KINDS = NUMBERS | {"bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS |= {k: getattr(torch, k) for k in ("int8", "int16", "int32", "int64", "uint8", "bool")}
 
 
-def split(value: object, path: str = "") -> tuple[Tree, Any]:
+def split(value: object, path: str = "", *, coding: str = NONE) -> tuple[Tree, Any]:
     """Split a dataclass, or a list or a dict of such, into tensors and plain JSON.
 
     Args:
         value: What is written. Its tensors are not copied.
         path: In front of the names of the tensors.
+        coding: Of those in few bits (`fedraclora.protocol.coding`).
 
     Returns:
         The tensors by path, with codes and scales in the place of narrow weights, and the JSON.
@@ -57,7 +60,7 @@ def split(value: object, path: str = "") -> tuple[Tree, Any]:
 'scale': 2.0})
     """
     tensors: Tree = {}
-    plain = _split(value, path, FULL, tensors)
+    plain = _split(value, path, FULL, tensors, coding)
     return in_parts(tensors), plain
 
 
@@ -113,7 +116,7 @@ def from_bytes(raw: torch.Tensor, table: object) -> Tree:
     return found
 
 
-def _split(value: object, path: str, kind: Any, tensors: Tree) -> Any:
+def _split(value: object, path: str, kind: Any, tensors: Tree, coding: str) -> Any:
     """Write a value: its tensors among ``tensors``, the rest as the result."""
     if isinstance(value, torch.Tensor):
         if path in tensors:
@@ -121,24 +124,24 @@ def _split(value: object, path: str, kind: Any, tensors: Tree) -> Any:
         if kind == FULL:
             tensors[path] = value
             return []
-        tensors[path] = encode(value.reshape(-1), [value.numel()], kind)
+        tensors[path] = encode(value.reshape(-1), [value.numel()], kind, coding=coding)
         return [kind, list(value.shape), str(value.dtype)[6:]]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            name: _split(inner, _at(path, name), _kind_of(value, field, kind), tensors)
+            name: _split(inner, _at(path, name), _kind_of(value, field, kind), tensors, coding)
             for name, field in _fields(type(value)).items()
             if not _is_default(field, inner := getattr(value, name))
         }
     if isinstance(value, Mapping):
         kinds = kind if isinstance(kind, Mapping) else dict.fromkeys(value, kind)
         parts = {
-            str(key): _split(inner, _at(path, key), kinds.get(key, FULL), tensors)
+            str(key): _split(inner, _at(path, key), kinds.get(key, FULL), tensors, coding)
             for key, inner in value.items()
         }
         is_tree = all(isinstance(inner, torch.Tensor) for inner in value.values())
         return {k: v for k, v in parts.items() if v} if is_tree else parts
     if isinstance(value, list | tuple):
-        return [_split(inner, _at(path, i), kind, tensors) for i, inner in enumerate(value)]
+        return [_split(inner, _at(path, i), kind, tensors, coding) for i, inner in enumerate(value)]
     return value
 
 
@@ -201,7 +204,10 @@ def _tensor(tensors: Mapping[str, torch.Tensor], told: list[Any], path: str) -> 
     kind, shape, dtype = _join(tuple[str, tuple[int, ...], str], {}, told, path)
     if kind not in ROUNDED or dtype not in NUMBERS or any(size < 0 for size in shape):
         raise ValueError(f"{path} is {told!s:.60}; a kind, a shape and a type are wanted")
-    return decode(tensors[path], [prod(shape)], kind).reshape(shape).to(NUMBERS[dtype])
+    try:
+        return decode(tensors[path], [prod(shape)], kind).reshape(shape).to(NUMBERS[dtype])
+    except WireError as error:
+        raise WireError(f"{path}: {error}") from error
 
 
 def _plain(kind: type, value: object) -> Any:

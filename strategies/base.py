@@ -73,7 +73,8 @@ class FedStrategy:
         self.parameters = {} if model is None else dict(model.named_parameters())
         self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed, self.loop.feedback)
         self.steps = RoundSteps(steps, run, state)
-        self.catch_up, self.done = CatchUp(state.base, self.loop.clients), 0
+        coding = replica.coding = self.loop.downlink_coding
+        self.catch_up, self.done = CatchUp(state.base, self.loop.clients, coding), 0
 
     def resume(self, state: State, done: int) -> None:
         """Go on after round ``done`` from a restored state (`catch_up` is restored in place)."""

@@ -91,7 +91,7 @@ class BufferedStrategy(FedStrategy):
 
         def load(clients: torch.Tensor) -> Load:
             down = torch.full((len(clients),), payload_bytes(sent, len(clients), down_kind))
-            down += torch.from_numpy(self.catch_up.missing(clients))
+            down += torch.from_numpy(self.catch_up.missing(clients, coded=False))
             up = uploaded_bytes(sent, len(clients), up_kind)
             return Load(devices.passes(self.sizes(clients)), down, up)
 

@@ -27,8 +27,8 @@ from fedraclora.limits import (
     Whole,
     choice_of,
 )
+from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.quantised import FULL, ROUNDED
-from fedraclora.wire.coding import NONE, ZSTD
 
 MEASURED = (*METRICS, "gap", *(f"personal_{name}" for name in METRICS))
 MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
@@ -70,12 +70,14 @@ class WireConfig(Limited, group="wire"):
         downlink: The same, on the way to the clients.
         feedback: What rounding left is added to what is sent next (error feedback).
         uplink_coding: Lossless coding of what goes up in fewer bits.
+        downlink_coding: The same, of what goes down, catch-up included.
     """
 
     uplink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
     downlink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
     feedback: bool = False
     uplink_coding: Annotated[str, choice_of((NONE, ZSTD)), Later()] = NONE
+    downlink_coding: Annotated[str, choice_of((NONE, ZSTD)), Later()] = NONE
 
     @override
     def __post_init__(self) -> None:
@@ -86,11 +88,13 @@ class WireConfig(Limited, group="wire"):
                 "wire.feedback is true, but with wire.uplink=float32 and wire.downlink=float32 "
                 f"rounding leaves nothing; set one of them to one of {', '.join(ROUNDED)}"
             )
-        if self.uplink_coding != NONE and self.uplink == FULL:
-            raise ConfigError(
-                f"wire.uplink_coding is {self.uplink_coding}, but with wire.uplink=float32 nothing "
-                f"is gained by it; set wire.uplink to one of {', '.join(ROUNDED)}"
-            )
+        for way in ("uplink", "downlink"):
+            coding = getattr(self, f"{way}_coding")
+            if coding != NONE and getattr(self, way) == FULL:
+                raise ConfigError(
+                    f"wire.{way}_coding is {coding}, but with wire.{way}=float32 nothing is "
+                    f"gained by it; set wire.{way} to one of {', '.join(ROUNDED)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,16 +18,18 @@ from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consis
 from torch import nn
 from typing_extensions import override
 
+from fedraclora.config.settings import WireConfig
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Traffic
-from fedraclora.errors import ClientError, ConfigError, unknown
+from fedraclora.errors import ClientError, ConfigError
 from fedraclora.flower.arrays import LazyWeight, planned, weights_in
 from fedraclora.flower.mail import Mail, NodeStore
 from fedraclora.models.built import require_numbers
 from fedraclora.narrow_weight import dense as written_out
+from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.protocol.plan import trained_of
-from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.protocol.quantised import FULL
 from fedraclora.run.folder import alone, has_checkpoint, is_ours, refuse_existing, run_id
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder
@@ -40,7 +42,7 @@ from fedraclora.strategies.server.rows import Cost
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import wide
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.exchange import Ask, Came, NoAnswer, payload_bytes
+from fedraclora.wire.exchange import Ask, Came, NoAnswer
 
 log = logging.getLogger("flwr")
 
@@ -77,6 +79,7 @@ class LowRank(FedAvg):
         seed: Of all sketches, and of the clients' seeds.
         uplink, downlink: How numbers travel: ``float32`` (as they are), or in fewer bits, a key of
             `fedraclora.protocol.quantised.ROUNDED`.
+        uplink_coding, downlink_coding: ``zstd`` codes these without loss; ``none``: as they are.
         min_clients: Nodes whose replies a round needs.
         same_start: Whether each client's own model begins at the server's weights, as one from a
             checkpoint does: then nobody is sent these. None: where the model is a PeftModel and
@@ -107,6 +110,8 @@ class LowRank(FedAvg):
         seed: int = 0,
         uplink: str = FULL,
         downlink: str = FULL,
+        uplink_coding: str = NONE,
+        downlink_coding: str = NONE,
         min_clients: int = 1,
         same_start: bool | None = None,
         timeout: float = 3600.0,
@@ -120,12 +125,11 @@ class LowRank(FedAvg):
             raise ConfigError(
                 f"method is {method!r:.80}; an instance is wanted: FedRacLora(rank=8)"
             )
-        for key, kind in (("uplink", uplink), ("downlink", downlink)):
-            if kind not in (FULL, *ROUNDED):
-                raise unknown(key, kind, (FULL, *ROUNDED))
+        wire = WireConfig(uplink, downlink, False, uplink_coding, downlink_coding)
         require_numbers(model, "model")
         self.method, self.seed, self.timeout, self.same_start = method, seed, timeout, same_start
-        self.wire = {"uplink": uplink, "downlink": downlink, "min_clients": min_clients}
+        codings = {key: how for key, how in vars(wire).items() if how == ZSTD}
+        self.wire = {"uplink": uplink, "downlink": downlink, "min_clients": min_clients, **codings}
         self.folder = None if checkpoint is None else Path(checkpoint)
         settings = {"targets": targets, "head_policy": head, "bias_policy": bias, "dense": dense}
         self._base, self._names, self._plan, self._peft = planned(model, settings)
@@ -238,8 +242,7 @@ class LowRank(FedAvg):
         failed |= {ask.clients[0]: a.reason for ask, a in found if isinstance(a, NoAnswer)}
         failed = {c: reason for c, reason in failed.items() if c not in self._mail.contents}
         traffic = taken_traffic(self._mail) or Traffic()
-        each = payload_bytes(exchange.downlink, len(exchange.cohort), exchange.loop.kinds[1])
-        down = each * len(traffic.sent)
+        down = exchange.payload_bytes() * len(traffic.sent)
         counted = {"downlink_bytes": down, "catchup_bytes": traffic.fetched}
         return self._aggregated(server_round, failed, self.evaluate_metrics_aggr_fn, counted)
 
@@ -297,7 +300,7 @@ class LowRank(FedAvg):
         local, history, self._sampled = LocalConfig(), WeightHistory(), _Sampled()
         loop = LoopConfig(
             rounds=NODES, clients=NODES, cohort=1, chunk=1, seed=self.seed, dtype=dtype,
-            guarded=True, **self.wire,  # type: ignore[arg-type]
+            guarded=True, **self.wire,
         )  # fmt: skip
         run = RunContext(method, local, loop, DeviceSimulator(SystemConfig(), self.seed, local))
         known = is_adapter if self.same_start is None else self.same_start

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fedraclora.errors import WireError
+from fedraclora.protocol.coding import NONE, compressed, unframed
 from fedraclora.protocol.kinds import Draws, Kind, Scaled, Short
 from fedraclora.protocol.rotated import Rotated
 
@@ -52,6 +53,7 @@ def encode(
     *,
     nearest: bool = False,
     again: bool = True,
+    coding: str = NONE,
 ) -> torch.Tensor:
     """Round the numbers of some tensors and pack them.
 
@@ -63,17 +65,29 @@ def encode(
             nearest: numbers that have been rounded before need no draw.
         nearest: To the nearest all the same: under feedback what is left is made up for.
         again: Whether they may have been rounded before, or be rounded again (`Draws`).
+        coding: How the bytes are coded, of numbers [P] (`fedraclora.protocol.coding`).
 
     Returns:
-        uint8, of each row as many as `packed_bytes` counts. A block with a number that is not
-        finite, or too large, becomes one of NaN.
+        uint8, of each row as many as `packed_bytes` counts; coded, less or as many. A block with a
+        number that is not finite, or too large, becomes one of NaN.
     """
     x = numbers.detach().cpu().double().numpy()
     rngs = [] if rng is None else [rng] if isinstance(rng, np.random.Generator) else rng
     draws = Draws(rngs, nearest or rng is None, again)
     rows = np.ascontiguousarray(np.atleast_2d(x))
     packed = torch.from_numpy(ROUNDINGS[kind].encode(rows, [*map(int, sizes)], draws))
-    return packed[0] if x.ndim == 1 else packed
+    if x.ndim > 1:
+        return packed
+    return packed[0] if coding == NONE else compressed([packed[0]])[0]
+
+
+def sent_bytes(tensors: Sequence[torch.Tensor], kind: str, coding: str = NONE) -> int:
+    """Count the bytes of tensors that travel together: of coded ones those of their frame."""
+    sizes = [tensor.numel() for tensor in tensors]
+    if coding == NONE or kind in WIDTHS:
+        return int(packed_bytes(sizes, kind))
+    flat = torch.cat([torch.zeros(0), *(tensor.detach().cpu().flatten() for tensor in tensors)])
+    return len(encode(flat, sizes, kind, coding=coding))
 
 
 def decode(
@@ -81,10 +95,18 @@ def decode(
 ) -> torch.Tensor:
     """Read what `encode` packed, float64 [P] or, of two axes, [K, P]; ``again`` as it was there.
 
+    What is coded is shorter than what is not, and so is known.
+
     Raises:
-        WireError: If it is of another size or type, or has something that `encode` does not give.
+        WireError: If it is of another size or type, has something that `encode` does not give, or
+            is coded and damaged.
     """
     size = int(packed_bytes(sizes, kind))
+    if axes == raw.dim() == 1 and raw.dtype == torch.uint8 and len(raw) < size:
+        try:
+            raw = unframed(raw, size)
+        except WireError as error:
+            raise WireError(f"numbers of the kind {kind} came as {error}") from error
     if raw.dtype != torch.uint8 or raw.dim() != axes or raw.shape[-1] != size:
         raise WireError(
             f"numbers of the kind {kind} came as {raw.dtype} of the shape {tuple(raw.shape)}; "

@@ -15,23 +15,24 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.codec import join, split
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import past_name, pasts, weight_of
 from fedraclora.protocol.method import Link, Plan, Term
-from fedraclora.protocol.quantised import FULL, packed_bytes
+from fedraclora.protocol.quantised import FULL, sent_bytes
 from fedraclora.protocol.walk import Walk
 from fedraclora.tree import Tree, below
 
 
-def term_bytes(term: Term) -> int:
+def term_bytes(term: Term, coding: str = NONE) -> int:
     """Count the payload bytes of a term: its matrices, coefficients, and 8 for each seed."""
     numbers = [f.numbers for f in term.factors if f.numbers is not None]
     exact = sum(f.exact_bytes for f in term.factors)
-    return exact + sum(value_bytes(tensor, term.kind) for tensor in numbers)
+    return exact + sum(value_bytes(tensor, term.kind, coding) for tensor in numbers)
 
 
-def value_bytes(value: torch.Tensor, kind: str) -> int:
+def value_bytes(value: torch.Tensor, kind: str, coding: str = NONE) -> int:
     """Count the payload bytes of a new value."""
-    return value.nbytes if kind == FULL else int(packed_bytes([value.numel()], kind))
+    return value.nbytes if kind == FULL else sent_bytes([value], kind, coding)
 
 
 class LinkSizes:
@@ -48,29 +49,35 @@ class LinkSizes:
 
     Weights that walk together (`fedraclora.protocol.walk`) are followed or fetched together.
 
+    What is smaller is told by bytes without coding: so no choice, and no number that comes of it,
+    depends on the version of a coder. Where bytes are coded, counts have two rows: without, with.
+
     Args:
         base: The weights at version 0.
+        coding: Of what is in few bits (`fedraclora.protocol.coding`).
 
     Attributes:
-        dense: Bytes of each weight as it is now, whole [W].
-        beside: Bytes of what the last link trained of it, and the next may need [W].
+        dense: Bytes of each weight as it is now, whole [1 or 2, W].
+        beside: Bytes of what the last link trained of it, and the next may need [1 or 2, W].
         floor: The version up to which all need the same.
         kinds: In which weights travel whole, by name; those that are not here, as they are.
-        sums: For each version from the floor on the bytes of all links up to it [W].
+        sums: For each version from the floor on the bytes of all links up to it [1 or 2, W].
     """
 
-    def __init__(self, base: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, base: Mapping[str, torch.Tensor], coding: str = NONE) -> None:
         self.place = {name: i for i, name in enumerate(n for n in base if weight_of(n) is None)}
-        self.dense = np.array([base[name].nbytes for name in self.place], np.int64)
+        self.codings = (NONE,) if coding == NONE else (NONE, coding)
+        whole = [[base[name].nbytes for name in self.place]] * len(self.codings)
+        self.dense = np.array(whole, np.int64)
         self.beside = np.zeros_like(self.dense)
         for weight, past in pasts(base).items():
-            self.beside[self.place[weight]] = past.nbytes
+            self.beside[:, self.place[weight]] = past.nbytes
         self.kinds: dict[str, str] = {}
         self.floor, self.sums = 0, [np.zeros_like(self.dense)]
 
     @property
     def whole(self) -> npt.NDArray[np.int64]:
-        """Bytes that each weight costs where it is fetched whole [W]."""
+        """Bytes that each weight costs where it is fetched whole [1 or 2, W]."""
         found: npt.NDArray[np.int64] = self.dense + self.beside
         return found
 
@@ -84,13 +91,13 @@ class LinkSizes:
         row = np.zeros_like(self.dense)
         for part in () if link is None else link.parts():
             for name, term in part.terms.items():
-                row[self.place[name]] += term_bytes(term)
+                row[:, self.place[name]] += [term_bytes(term, each) for each in self.codings]
                 if term.kept is not None:
                     self._stays(past_name(name), term.kept, term.kind)
             for name, value in part.dense.items():
-                row[self.place[weight_of(name) or name]] += self._stays(name, value, part.kind)
+                row[:, self.place[weight_of(name) or name]] += self._stays(name, value, part.kind)
             for walk in part.walks:
-                row[self._together(walk)] += walk.payload_bytes
+                row[:, self._together(walk)] += walk.payload_bytes
         self.sums.append(self.sums[-1] + row)
         # A weight whose size changes comes whole in a link that is as large: a floor stays one.
         while len(self.sums) > 1 and self._is_floor(self.sums[1]):
@@ -101,28 +108,28 @@ class LinkSizes:
         """Count weights that share the numbers of a walk as one; return its place."""
         places = sorted({self.place[name] for name in walk.names})
         for sizes in (self.dense, self.beside, *self.sums):
-            sizes[places[0]] = sizes[places].sum()
-            sizes[places[1:]] = 0
+            sizes[:, places[0]] = sizes[:, places].sum(1)
+            sizes[:, places[1:]] = 0
         self.place |= dict.fromkeys(walk.names, places[0])
         if walk.momentum:
-            self.beside[places[0]] = self.dense[places[0]]
+            self.beside[:, places[0]] = self.dense[:, places[0]]
         return places[0]
 
-    def _stays(self, name: str, value: torch.Tensor, kind: str) -> int:
+    def _stays(self, name: str, value: torch.Tensor, kind: str) -> list[int]:
         """Take over the size of a new value, or of what stands beside a weight; return it."""
         weight = weight_of(name)
-        size = value_bytes(value, kind)
-        (self.dense if weight is None else self.beside)[self.place[weight or name]] = size
+        size = [value_bytes(value, kind, coding) for coding in self.codings]
+        (self.dense if weight is None else self.beside)[:, self.place[weight or name]] = size
         if kind != FULL:
             self.kinds[name] = kind
         return size
 
     def _is_floor(self, until: npt.NDArray[np.int64]) -> bool:
-        """Check whether older versions need what this one needs, given the bytes up to it [W]."""
-        return bool(((self.sums[-1] - until >= self.whole) | (until == 0)).all())
+        """Check whether older versions need what this one needs, given the bytes up to it."""
+        return bool(((self.sums[-1] - until >= self.whole) | (until == 0))[0].all())
 
     def since(self, version: int) -> npt.NDArray[np.int64]:
-        """Count the bytes of the links after a version, or the floor if it lies below it [W]."""
+        """Count the bytes of the links after a version, or the floor below it [1 or 2, W]."""
         after: npt.NDArray[np.int64] = self.sums[-1] - self.sums[max(version - self.floor, 0)]
         return after
 
@@ -132,9 +139,9 @@ class LinkSizes:
         Returns:
             These, and the names of what the last link trained of them, where it stands beside them.
         """
-        smaller = self.since(version) < self.whole
+        smaller = (self.since(version) < self.whole)[0]
         found = [name for name, i in self.place.items() if smaller[i]]
-        beside = [past_name(name) for name in found if self.beside[self.place[name]]]
+        beside = [past_name(name) for name in found if self.beside[0, self.place[name]]]
         return frozenset([*found, *beside])
 
 
@@ -148,24 +155,29 @@ class CatchUp(LinkSizes):
     Args:
         base: The initial weights (their sizes bound what a weight can cost).
         num_clients: Size of the population.
+        coding: As in `LinkSizes`.
     """
 
-    def __init__(self, base: Mapping[str, torch.Tensor], num_clients: int) -> None:
-        super().__init__(base)
+    def __init__(
+        self, base: Mapping[str, torch.Tensor], num_clients: int, coding: str = NONE
+    ) -> None:
+        super().__init__(base, coding)
         self.versions: npt.NDArray[np.int32] = np.zeros(num_clients, np.int32)
 
-    def missing(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
-        """Count the bytes that each client needs to come to the current version [K]."""
+    def missing(self, clients: torch.Tensor, *, coded: bool = True) -> npt.NDArray[np.int64]:
+        """Count the bytes, as they are sent, that each client needs to be up to date [K]."""
         if not len(clients):
             return np.zeros(0, dtype=np.int64)
         versions = np.maximum(self.versions[clients.numpy()], self.floor)
         if (versions == versions[0]).all():  # as where everybody is asked in every round
-            each = np.minimum(self.since(int(versions[0])), self.whole).sum()
-            return np.full(len(versions), each)
+            return np.full(len(versions), self._missing(versions[0], coded))
         present, inverse = np.unique(versions, return_inverse=True)
-        missing = np.stack([self.since(v) for v in present])
-        cost: npt.NDArray[np.int64] = np.minimum(missing, self.whole).sum(axis=1)[inverse]
-        return cost
+        return np.array([self._missing(version, coded) for version in present], np.int64)[inverse]
+
+    def _missing(self, version: int, coded: bool) -> int:
+        links = self.since(version)
+        each = np.where((links < self.whole)[0], links, self.whole)
+        return int(each[-1 if coded else 0].sum())
 
     def fetch(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
         """Update clients to the current version; return the bytes that each of them fetched [K]."""
@@ -181,9 +193,9 @@ class CatchUp(LinkSizes):
         seen = seen[above]
         return {
             "catch_up/floor": torch.tensor([self.floor]),
-            "catch_up/sums": torch.from_numpy(np.stack(self.sums)),
-            "catch_up/dense": torch.from_numpy(self.dense),
-            "catch_up/beside": torch.from_numpy(self.beside),
+            "catch_up/sums": torch.from_numpy(np.stack(self.sums).reshape(len(self.sums), -1)),
+            "catch_up/dense": torch.from_numpy(self.dense.reshape(-1)),
+            "catch_up/beside": torch.from_numpy(self.beside.reshape(-1)),
             "catch_up/clients": torch.from_numpy(seen),
             "catch_up/versions": torch.from_numpy(self.versions[seen]),
         }
@@ -191,14 +203,15 @@ class CatchUp(LinkSizes):
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back; those of older releases have all versions."""
         self.floor = int(tensors["catch_up/floor"]) if "catch_up/floor" in tensors else 0
-        self.sums = list(tensors["catch_up/sums"].numpy().copy())
+        shape = self.dense.shape
+        self.sums = list(tensors["catch_up/sums"].numpy().copy().reshape(-1, *shape))
         if (dense := tensors.get("catch_up/dense")) is not None:
-            self.dense = dense.numpy().copy()
+            self.dense = dense.numpy().copy().reshape(shape)
         if (beside := tensors.get("catch_up/beside")) is not None:
-            self.beside = beside.numpy().copy()
+            self.beside = beside.numpy().copy().reshape(shape)
         for name, i in self.place.items() if dense is None else ():  # of an older release
             if (now := tensors.get(f"base/{name}")) is not None:
-                self.dense[i] = now.nbytes
+                self.dense[:, i] = now.nbytes
         self.versions = np.zeros_like(self.versions)
         self.versions[tensors["catch_up/clients"].numpy()] = tensors["catch_up/versions"].numpy()
 

@@ -227,11 +227,11 @@ class JobFolder(WeightHistory):
         if update.start is None or self._size >= sum(t.nbytes for t in base.values()):
             self.write_whole()
         else:
-            save_tensors(self._path, *split(update), sync=False)
+            save_tensors(self._path, *split(update, coding=self.coding), sync=False)
 
     def write_whole(self) -> None:
         """Begin the folder anew with the newest weights."""
-        save_tensors(self._path, *split(self.since(None)), sync=False)
+        save_tensors(self._path, *split(self.since(None), coding=self.coding), sync=False)
         self._size = 0
         for path in self.folder.glob("*.safetensors"):
             if path != self._path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from fedraclora.codec import join, split
 from fedraclora.errors import WireError
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.link import Link
 from fedraclora.protocol.quantised import FULL
@@ -35,6 +37,7 @@ class WeightUpdate:
         links: Versions in ascending order, each with the terms that lead to it.
         dense: Weights that are sent whole, and what stands beside them.
         kinds: In which these travel, by name; those that are not here, as they are.
+        coding: How what is in few bits is coded, a tensor by itself.
     """
 
     version: int
@@ -43,21 +46,22 @@ class WeightUpdate:
     links: tuple[tuple[int, Link], ...] = ()
     dense: Tree = field(default_factory=dict, metadata={"kind": "kinds"})
     kinds: Mapping[str, str] = field(default_factory=dict)
+    coding: str = NONE
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         """Bytes of its numbers, and 8 for each seed."""
         parts = [part for _, link in self.links for part in link.parts()]
-        terms = sum(term_bytes(term) for part in parts for term in part.terms.values())
-        values = sum(value_bytes(t, part.kind) for part in parts for t in part.dense.values())
+        terms = [term_bytes(t, self.coding) for part in parts for t in part.terms.values()]
+        values = [(t, part.kind) for part in parts for t in part.dense.values()]
+        values += [(t, self.kinds.get(n, FULL)) for n, t in self.dense.items()]
         walks = sum(walk.payload_bytes for part in parts for walk in part.walks)
-        whole = (value_bytes(t, self.kinds.get(n, FULL)) for n, t in self.dense.items())
-        return terms + values + walks + sum(whole)
+        return sum(terms) + walks + sum(value_bytes(*each, self.coding) for each in values)
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
         """Be pickled as numpy arrays, which go to other processes with one copy."""
-        tensors, plain = split(self)
+        tensors, plain = split(self, coding=self.coding)
         return _from_arrays, ({name: to_numpy(t) for name, t in tensors.items()}, plain)
 
 
@@ -72,10 +76,14 @@ class BaseWeights:
 
     In one process the server and the workers share one such object: the server publishes, the
     workers read, and nothing is copied.
+
+    Attributes:
+        coding: Of what workers elsewhere are sent.
     """
 
     base: Tree
     version: int = 0
+    coding: str = NONE
 
     def publish(  # an override uses the link
         self,
@@ -125,6 +133,7 @@ class WeightHistory(BaseWeights):
         self._links: list[Link] = []  # to each version above the floor, as far as they are kept
         self._sizes = LinkSizes({})
         self._mark: int | None = None
+        self._updates: dict[int | None, WeightUpdate] = {}
 
     @override
     def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
@@ -136,8 +145,9 @@ class WeightHistory(BaseWeights):
                 if known.changes:
                     self._links[i] = _terms(known, self._sizes.followed(self._sizes.floor + i))
         elif not self.base or version != self.version:
-            self.oldest, self._links, self._sizes = version, [], LinkSizes(base)
-        self._mark = None
+            self.oldest, self._links = version, []
+            self._sizes = LinkSizes(base, self.coding)
+        self._mark, self._updates = None, {}
         super().publish(base, version)
 
     def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
@@ -157,6 +167,11 @@ class WeightHistory(BaseWeights):
 
     def since(self, start: int | None) -> WeightUpdate:
         """Collect what a replica at version ``start`` needs; None for one that has no weights."""
+        if start not in self._updates:
+            self._updates[start] = replace(self._since(start), coding=self.coding)
+        return self._updates[start]
+
+    def _since(self, start: int | None) -> WeightUpdate:
         if self._mark is None:
             self._mark = fingerprint(self.base)
         kinds = self._sizes.kinds

@@ -15,6 +15,7 @@ from math import isfinite, prod
 import torch
 
 from fedraclora.errors import WireError
+from fedraclora.protocol.coding import decompressed
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.quantised import WIDTHS, decode, encode, packed_bytes
@@ -22,7 +23,6 @@ from fedraclora.protocol.rank_budgets import uploaded_mask, uploaded_numbers
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
-from fedraclora.wire.coding import decompressed
 
 Kept = slice | torch.Tensor  # which numbers of its row a client sends
 AT_ONCE = 1 << 20  # numbers that are rounded together

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fedraclora.errors import WireError
+from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.coding import NONE, ZSTD
 from fedraclora.wire.described import ASKED, describe, described_downlink
 from fedraclora.wire.exchange import Ask, TrainRequest, coefficients, sent_tensors
 from fedraclora.wire.fields import exactly, flag, reading, real, shown, whole
@@ -22,6 +22,7 @@ from fedraclora.wire.records import (
     array_record,
     header_record,
     message_header,
+    of_message,
     packed_numbers,
     read_array,
     read_first,
@@ -93,7 +94,7 @@ class AskWriter:
             COEFFICIENTS: beside.shapes,
         } | ({} if request.measure is None else {MEASURE: request.measure})
         header |= {} if request.coding == NONE else {CODING: request.coding}
-        arrays = {"flat": packed_numbers(layout.pack(shared), layout, ask.kind)}
+        arrays = {"flat": packed_numbers(layout.pack(shared), layout, ask.kind, ask.coding)}
         if beside.size:
             arrays[COEFFICIENTS] = beside.pack(numbers)
         self._own = own, own_layout
@@ -164,7 +165,9 @@ class AskReader:
             header, HEADER | (header.keys() & {MEASURE, CODING}), "the header of a train message"
         )
         layout = read_layout(header["layout"], "the layout")
-        flat = read_numbers(content, "arrays", 1, layout, _kind(header["kind"], "its kind"))
+        kind = _kind(header["kind"], "its kind")
+        with of_message(content):
+            flat = read_numbers(content, "arrays", 1, layout, kind)
         if len(flat) != layout.size:
             raise WireError(f"a message has {len(flat)} numbers, but its layout has {layout.size}")
         self._tensors = layout.unpack(flat)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from fedraclora.errors import OF_THE_RUN
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.quantised import FULL, packed_bytes
+from fedraclora.protocol.quantised import FULL, packed_bytes, sent_bytes
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.coding import NONE
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -39,7 +39,7 @@ class TrainRequest:
             blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
         clip: The greatest norm of the update that a client may send; None: any.
         uplink: How the clients' numbers travel (`fedraclora.protocol.quantised`).
-        coding: And how these are coded (`fedraclora.wire.coding`).
+        coding: And how these are coded (`fedraclora.protocol.coding`).
         feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
         measure: None: to train. ``before``: to measure the weights from which the round begins, on
             samples that they do not train on, and to send the sums; ``after``: to train them, too,
@@ -114,6 +114,7 @@ class Ask:
         downlink: What to train, its numbers as they travel; None: nothing, in a stage of secure
             aggregation.
         kind: How its numbers travel; they have been rounded to it.
+        coding: How those that all clients share are coded; what is read tells it by its length.
         apart: Whether it is that of the whole cohort, and not the same to all.
         stage: Of secure aggregation; None: there is none.
     """
@@ -123,6 +124,7 @@ class Ask:
     kind: str = FULL
     apart: bool = False
     stage: Stage | None = None
+    coding: str = NONE
 
     @property
     def clients(self) -> list[int]:
@@ -247,7 +249,9 @@ def coefficients(downlink: Downlink) -> Tree:
     return {name: f.coefficients for name, f in factors if f.coefficients is not None}
 
 
-def payload_bytes(downlink: Downlink, cohort: int, kind: str, clients: int = 1) -> int:
+def payload_bytes(
+    downlink: Downlink, cohort: int, kind: str, clients: int = 1, coding: str = NONE
+) -> int:
     """Count the payload of one message with a downlink to clients of a cohort.
 
     Args:
@@ -255,15 +259,15 @@ def payload_bytes(downlink: Downlink, cohort: int, kind: str, clients: int = 1) 
         cohort: To how many.
         kind: Of its numbers: a key of `WIDTHS`, or one of `ROUNDED`.
         clients: How many of them the message is for: what is not one's own is in it once.
+        coding: Of what is not one's own.
 
     Returns:
         The bytes of its numbers, and 8 per seed; of what is computed from the last link those of
         the coefficients and of a seed.
     """
     sent = sent_tensors(downlink).values()
-    shared = [t.numel() for t, own in sent if not own]
-    own = [t.numel() // cohort for t, own in sent if own]
+    shared = sent_bytes([t for t, own in sent if not own], kind, coding)
+    each = packed_bytes([t.numel() // cohort for t, own in sent if own], kind)
     exact = sum(f.exact_bytes for f in downlink.named.values())
     exact += 0 if downlink.walk is None else downlink.walk.payload_bytes
-    more = (clients - 1) * int(packed_bytes(own, kind))
-    return int(packed_bytes(shared + own, kind)) + more + exact
+    return shared + clients * int(each) + exact

@@ -7,7 +7,8 @@ known to `fedraclora.engines.records` alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import WireError
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.quantised import FULL, decode, encode
 from fedraclora.tree import Layout, Tree, to_numpy
 from fedraclora.wire.exchange import DTYPES
@@ -135,6 +137,16 @@ def clients_of(content: Content) -> list[int]:
     return ids
 
 
+@contextmanager
+def of_message(content: Content) -> Iterator[None]:
+    """Name round and clients of a message in the error of what is read of it."""
+    try:
+        yield
+    except WireError as error:
+        who = f"round {round_of(content)}, clients {shown(clients_of(content))}"
+        raise WireError(f"{who}: {error}") from error
+
+
 def read_array(content: Content, name: str, key: str = "flat") -> torch.Tensor:
     """Read an array of the record ``name``; the tensor may lie anywhere in memory.
 
@@ -151,9 +163,11 @@ def read_array(content: Content, name: str, key: str = "flat") -> torch.Tensor:
         return record[key]
 
 
-def packed_numbers(numbers: torch.Tensor, layout: Layout, kind: str) -> torch.Tensor:
+def packed_numbers(
+    numbers: torch.Tensor, layout: Layout, kind: str, coding: str = NONE
+) -> torch.Tensor:
     """Pack numbers [..., P] as they travel."""
-    return numbers if kind == FULL else encode(numbers, layout.sizes, kind)
+    return numbers if kind == FULL else encode(numbers, layout.sizes, kind, coding=coding)
 
 
 def read_numbers(

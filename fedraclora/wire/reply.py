@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from fedraclora.errors import WireError
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.tree import Layout, difference
-from fedraclora.wire.coding import NONE
 from fedraclora.wire.exchange import Answer, Ask
 from fedraclora.wire.fields import (
     MANY,

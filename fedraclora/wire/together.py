@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from fedraclora.errors import WireError
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.tree import difference
 from fedraclora.wire.changes import uploaded_bytes
-from fedraclora.wire.coding import NONE
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage, sent_tensors
 from fedraclora.wire.fields import MANY, printable, shown
 

@@ -24,7 +24,8 @@ class DeviceSimulator:
     """A fleet of devices on the virtual clock of one run.
 
     Who will be late or vanish is known before anyone trains, so only clients whose replies count
-    are trained; the bytes that went down to the others are counted.
+    are trained; the bytes that went down to the others are counted. Time is that of bytes without
+    coding: who is late must not depend on the version of a coder.
 
     Attributes:
         system: What devices are like.
@@ -92,7 +93,7 @@ class DeviceSimulator:
         sent, kind = loop.kinds
         down = torch.full((len(asked),), payload_bytes(downlink, len(asked), kind))
         if catch_up is not None:
-            down += torch.from_numpy(catch_up.missing(asked.clients))
+            down += torch.from_numpy(catch_up.missing(asked.clients, coded=False))
         up = uploaded_bytes(downlink, len(asked), sent)
         load = Load(self.passes(sizes(asked.clients)), down, up)
         needed = len(asked) if catch_up is None else loop.cohort

@@ -11,6 +11,7 @@ import torch
 
 from fedraclora.devices.timeline import Timeline
 from fedraclora.errors import ClientError, FedRacLoraError, WireError
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.quantised import FULL
@@ -29,7 +30,6 @@ from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Tree
 from fedraclora.wire.changes import Changes, uploaded_bytes
-from fedraclora.wire.coding import NONE
 from fedraclora.wire.exchange import (
     DTYPES,
     Answer,
@@ -37,6 +37,7 @@ from fedraclora.wire.exchange import (
     Came,
     NoAnswer,
     TrainRequest,
+    payload_bytes,
     sent_tensors,
 )
 from fedraclora.wire.fields import printable
@@ -114,7 +115,7 @@ class Exchange:
     def ask(self) -> list[Ask]:
         """Say what each chunk of the cohort is asked."""
         loop, clients = self.loop, self.cohort.clients
-        coding = NONE if loop.uplink == FULL else loop.coding
+        coding = NONE if loop.uplink == FULL else loop.uplink_coding
         # Sums of blocks: only where no block lies in two chunks, and no bytes are to be counted.
         self.reduced = self.reduce and coding == NONE and loop.whole_blocks(len(clients))
         request = TrainRequest(
@@ -138,10 +139,16 @@ class Exchange:
                 downlink,
                 loop.downlink,
                 apart,
+                coding=loop.downlink_coding,
             )
             for first in range(0, len(clients), loop.chunk)
         ]
         return self.asks
+
+    def payload_bytes(self, clients: int = 1) -> int:
+        """Count the payload of one message to so many of its clients."""
+        (_, kind), coding = self.loop.kinds, self.loop.downlink_coding
+        return payload_bytes(self.downlink, len(self.cohort), kind, clients, coding)
 
     def collect(self, came: Came) -> Uplinks:
         """Read, check and sort the replies.

@@ -9,9 +9,9 @@ import torch
 from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import Patience
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import SUM_BLOCK
-from fedraclora.wire.coding import NONE
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class LoopConfig(Patience):
         uplink, downlink: How they travel: as they are, or rounded to fewer bits
             (`fedraclora.protocol.quantised`).
         feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
-        coding: How what they send in fewer bits is coded (`fedraclora.wire.coding`).
+        uplink_coding, downlink_coding: How what is in fewer bits is coded
+            (`fedraclora.protocol.coding`).
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         max_failures: Clients that may fail in a round before the run stops.
     """
@@ -44,7 +45,8 @@ class LoopConfig(Patience):
     uplink: str = FULL
     downlink: str = FULL
     feedback: bool = False
-    coding: str = NONE
+    uplink_coding: str = NONE
+    downlink_coding: str = NONE
     evaluate_every: int = 1
     max_failures: int = 0
 
@@ -86,10 +88,7 @@ def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype)
         seed=config.seed,
         weights=config.weights,
         dtype=str(dtype).removeprefix("torch."),
-        uplink=config.wire.uplink,
-        downlink=config.wire.downlink,
-        feedback=config.wire.feedback,
-        coding=config.wire.uplink_coding,
+        **vars(config.wire),
         evaluate_every=config.evaluate.every,
         max_failures=config.max_failures,
         **vars(config.engine.waiting(built.cohort)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 
 import torch
 
@@ -14,7 +14,6 @@ from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import Stopwatch
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.weights.chain import CatchUp
-from fedraclora.wire.exchange import payload_bytes
 
 
 @dataclass
@@ -42,8 +41,7 @@ class Cost:
             traffic: What went over the wire since; None in a simulation, where each client that
                 is asked is sent its message once.
         """
-        _, kind = exchange.loop.kinds
-        size = partial(payload_bytes, exchange.downlink, len(exchange.cohort), kind)
+        size = cache(exchange.payload_bytes)
         self.up += exchange.received
         if traffic is None:
             self.down += size() * len(exchange.asked)

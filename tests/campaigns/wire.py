@@ -32,10 +32,12 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from torch import nn
 
 from fedraclora.clients.worker import Worker
+from fedraclora.codec import split
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.errors import ClientError, WireError
+from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.method import Cohort, Downlink, Draw, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.quantised import FULL
@@ -51,11 +53,13 @@ from fedraclora.strategies.server.rows import Cost, ledger_row
 from fedraclora.strategies.steps.scaffold import open_corrected
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.weights.update import BaseWeights, WeightHistory
+from fedraclora.tree import Tree
+from fedraclora.weights.update import BaseWeights, WeightHistory, WeightUpdate
 from fedraclora.wire.changes import Changes
 from fedraclora.wire.downlink import COEFFICIENTS, AskReader, AskWriter
-from fedraclora.wire.exchange import Answer, NoAnswer
+from fedraclora.wire.exchange import Answer, Ask, NoAnswer
 from fedraclora.wire.fields import LONGEST
+from fedraclora.wire.records import read_array
 from fedraclora.wire.reply import write_answer
 from fedraclora.wire.weight_update import HEADER, NUMBERS, add_weight_update, read_weight_update
 from tests.campaigns.mutants import (
@@ -215,7 +219,7 @@ class Setting:
     dtype: torch.dtype = torch.float32
     kinds: tuple[str, str] = (FULL, FULL)
     feedback: bool = False
-    coding: str = "none"
+    coding: str = NONE
     width: int = 6
 
 
@@ -247,7 +251,13 @@ SETTINGS = {
     "rotated, of a pool": Setting(
         "pool_rac_lora", {"rank": 3, "pool": 2}, kinds=("eden1", "eden4"), feedback=True
     ),
-    "coded": Setting("fed_rac_lora", {"rank": 3}, kinds=("int4", "int8"), coding="zstd", width=600),
+    "coded": Setting("fed_rac_lora", {"rank": 3}, kinds=("int4", "int8"), coding=ZSTD, width=600),
+    "coded, both factors": Setting(
+        "fedavg_lora", {"rank": 3}, kinds=("bfloat16", "int4"), coding=ZSTD, width=200
+    ),
+    "coded, of a pool": Setting(
+        "pool_rac_lora", {"rank": 3, "pool": 2}, kinds=("eden4", "int4"), coding=ZSTD, width=900
+    ),
     "sums of blocks": Setting("fed_rac_lora", {"rank": 2}, cohort=70, chunk=32, reduce=True),
 }
 
@@ -295,7 +305,7 @@ def scene_of(name: str) -> Scene:
         rounds=9, clients=setting.cohort, cohort=setting.cohort, chunk=setting.chunk, seed=SEED,
         dtype=str(setting.dtype).removeprefix("torch."), guarded=True, min_clients=1,
         uplink=setting.kinds[0], downlink=setting.kinds[1], feedback=setting.feedback,
-        coding=setting.coding,
+        uplink_coding=setting.coding, downlink_coding=setting.coding,
     )  # fmt: skip
     replica = BaseWeights(base)
     trainer = CohortTrainer(task, plan, setting.local, seed=SEED, device=torch.device("cpu"))
@@ -491,8 +501,8 @@ def check_taken(scene: Scene, place: int, outcome: Outcome, content: RecordDict)
         clients = exchange.cohort.clients
         changes = Changes(exchange.loop.uplink, exchange.downlink, exchange.base, clients)
         raw_, who = torch.from_numpy(numbers), got.clients[mine]
-        sizes = np.frombuffer(chunk["sizes"], np.int64) if exchange.loop.coding == "zstd" else None
-        lengths = None if sizes is None else torch.from_numpy(sizes.copy())
+        sizes = chunk.get("sizes") if exchange.loop.uplink_coding == ZSTD else None
+        lengths = None if sizes is None else torch.from_numpy(np.frombuffer(sizes, np.int64).copy())
         numbers = changes.decode(raw_, who, got.rows().dtype, lengths).numpy()
     must(bool(np.isfinite(numbers).all()), "numbers that are none")
     if scene.exchange.reduced:
@@ -522,8 +532,12 @@ DOWN: dict[str, Change] = REPLY | {
     "what clients do not share": array_values("own"),
     "a value of an update": header(HEADER),
     "the text of an update": header_text(HEADER),
-    "numbers of an update": array_bytes(NUMBERS),
+    "values of an update": array_values(NUMBERS),
+    "bytes of an update": array_bytes(NUMBERS),
 }
+
+
+FRAMES = {f"{what} of {i}" for what in ("values", "bytes") for i in ("the array", "an update")}
 
 
 def check_downlink(scene: Scene, random: Random) -> str:
@@ -532,23 +546,29 @@ def check_downlink(scene: Scene, random: Random) -> str:
     Returns:
         ``refused`` or ``taken``, each of a downlink.
     """
-    message, _ = scene.chunks[int(random.integers(len(scene.chunks)))]
+    place = int(random.integers(len(scene.chunks)))
+    message, _ = scene.chunks[place]
     content = read(raw(message.content))
     history = WeightHistory()
+    history.coding = scene.exchange.loop.downlink_coding
     history.publish(scene.state.base, 0)
     history.publish(scene.state.base, 1, scene.state.link)
     more = from_records(content)
-    add_weight_update(more, history.since(pick(random, [None, 0])))
+    update = history.since(pick(random, [None, 0]))
+    add_weight_update(more, update)
     content = to_records(more)
     kind = pick(random, list(DOWN))
     content = changed([DOWN[kind]] * pick(random, [1, 1, 2]), random, content)
     try:
         ask = AskReader().read(from_records(content))
+        found = update
         if HEADER in content:
-            read_weight_update(from_records(content))
+            found = read_weight_update(from_records(content))
     except WireError as error:
         must(str(error).isprintable() and len(str(error)) < 12 * LONGEST, "the error's text")
         return "refused"
+    if kind in FRAMES:
+        check_frames(scene.exchange.asks[place], ask, update, found)
     loop = scene.exchange.loop
     again = to_records(AskWriter().write(ask))
     for record in ("config", "chunk"):
@@ -568,6 +588,23 @@ def check_downlink(scene: Scene, random: Random) -> str:
             same = np.array_equal(came.astype(back.dtype), back, equal_nan=True)
             must(same, f"{record} is read as another one")
     return "taken"
+
+
+def check_frames(honest: Ask, found: Ask, sent: WeightUpdate, came: WeightUpdate) -> None:
+    """See that what was sent as a frame is what was read, where no header has changed."""
+    for coding, whole, now in (
+        (honest.coding, *(written(replace(ask, coding=NONE)) for ask in (honest, found))),
+        (sent.coding, *(split(update)[0] for update in (sent, came))),
+    ):
+        frames = written(honest) if whole.keys() == {"flat"} else split(sent, coding=coding)[0]
+        for name, frame in frames.items():
+            if len(frame) < len(whole[name]):
+                must(torch.equal(whole[name], now[name]), f"a frame of {name} is read as another")
+
+
+def written(ask: Ask) -> Tree:
+    """The array that clients share."""
+    return {"flat": read_array(AskWriter().write(ask), "arrays")}
 
 
 def tensors(downlink: Downlink) -> list[torch.Tensor]:
@@ -641,8 +678,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=30_000)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--only", default="", help="what the names of settings begin with")
     words = parser.parse_args()
-    counts = campaign(words.times, first=words.first, tell=True)
+    names = [name for name in SETTINGS if name.startswith(words.only)]
+    counts = campaign(words.times, names, words.first, tell=True)
     told = ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
     sys.stdout.write(f"{told}\n")
     return int(counts["wrong"] > 0)

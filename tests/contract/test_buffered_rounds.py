@@ -179,12 +179,23 @@ def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> N
     assert len(sketches) > 3
 
 
-@pytest.mark.parametrize(("name", "feedback"), [("fed_rac_lora", False), ("ffa_lora", True)])
+SCALED: dict[str, Any] = {"uplink": "int4", "downlink": "int8"}
+ROTATED: dict[str, Any] = {"uplink": "eden3", "downlink": "eden3"}
+BOTH = {"uplink_coding": "zstd", "downlink_coding": "zstd"}
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("fed_rac_lora", SCALED),
+        ("ffa_lora", SCALED | {"feedback": True}),
+        pytest.param("fed_rac_lora", ROTATED | BOTH, marks=pytest.mark.slow),
+    ],
+)
 def test_in_fewer_bits_a_run_goes_on_and_is_that_of_any_order(
-    name: str, feedback: bool, tmp_path: Path
+    name: str, bits: dict[str, Any], tmp_path: Path
 ) -> None:
-    bits: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "feedback": feedback}
-    world = make_world(dtype=torch.float32)
+    world = make_world(dtype=torch.float32, width=8 if "uplink_coding" in bits else 1)
     whole = go(world, (name, {}), 7, **bits)
     go(world, (name, {}), 4, folder=tmp_path, **bits)
     rest = go(world, (name, {}), 7, folder=tmp_path, resume=True, **bits)
@@ -193,6 +204,23 @@ def test_in_fewer_bits_a_run_goes_on_and_is_that_of_any_order(
         assert_equal_trees(other.strategy.state.base, whole.strategy.state.base)
         assert_equal_trees(other.strategy.state.carried, whole.strategy.state.carried)
     assert all(row["rounding_up"] > 0 for row in whole.rows)
+    assert_updates_lead_on(tmp_path, bits.get("downlink_coding", "none"))
+
+
+@pytest.mark.short(when=lambda kinds: kinds is SCALED)
+@pytest.mark.parametrize("kinds", [SCALED, ROTATED], ids=["scaled", "rotated"])
+def test_coding_moves_neither_weights_nor_the_clock(kinds: dict[str, Any]) -> None:
+    """Who is late must not depend on the version of a coder: time is that of bytes without."""
+    world = make_world(dtype=torch.float32, width=64 if kinds is SCALED else 8)
+    slow = replace(UNEVEN, downlink=LogNormal(2000.0, 0.3), uplink=LogNormal(2000.0, 0.3))
+    more = {"system": slow, **kinds}
+    plain, coded = (go(world, ("fed_rac_lora", {}), 5, **more, **way) for way in ({}, BOTH))
+    assert_equal_trees(coded.strategy.state.base, plain.strategy.state.base)
+    clocks = [[row["virtual_seconds"] for row in each.rows] for each in (coded, plain)]
+    assert clocks[0] == clocks[1]
+    for way in ("uplink_total", "downlink_total"):
+        few, many = coded.rows[-1][way], plain.rows[-1][way]
+        assert few < many if kinds is SCALED else few <= many
 
 
 @pytest.mark.parametrize("rule", [Momentum(beta=0.5), None], ids=["momentum", "none"])

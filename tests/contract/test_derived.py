@@ -136,7 +136,7 @@ def test_coefficients_are_all_that_is_sent_and_counted() -> None:
     assert int(counted.missing(torch.tensor([0]))[0]) == sum(each)
     counted.versions[:] = [0, 1, 2]
     assert counted.missing(torch.arange(3)).tolist() == [sum(each), sum(each[1:]), each[2]]
-    assert counted.whole.tolist() == [4 * M * N + 4 * R * M]
+    assert counted.whole.tolist() == [[4 * M * N + 4 * R * M]]
     again = CatchUp({"w": torch.zeros(M, N)}, 3)
     again.restore(counted.state())
     assert again.whole.tolist() == counted.whole.tolist()

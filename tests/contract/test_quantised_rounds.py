@@ -29,6 +29,7 @@ from worlds import (
 
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.aggregation.robust import Median, shortened
+from fedraclora.attacks import ALittleIsEnough
 from fedraclora.devices.distributions import Choice
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
@@ -43,6 +44,7 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.steps import private as private_step
 from fedraclora.strategies.steps.robust import RobustRule
+from fedraclora.tree import digest
 from fedraclora.wire.changes import Changes
 from fedraclora.wire.records import Content
 from tests.messages import unpack_downlink
@@ -52,10 +54,12 @@ SHORT = {"fed_rac_lora", "fedavg", "fedavg_lora", "fedsa_lora", "fedsvd", "flora
 SHORT |= {"pool_rac_lora"}
 BITS: dict[str, Any] = {"uplink": "int8", "downlink": "int4"}
 ROTATED: dict[str, Any] = {"uplink": "eden3", "downlink": "eden2", "width": 8}
-CODED: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "width": 8, "coding": "zstd"}
+BOTH = {"uplink_coding": "zstd", "downlink_coding": "zstd"}
+CODED: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "width": 8, **BOTH}
 KINDS = {"scaled": BITS, "rotated": ROTATED, "coded": CODED}
 IN_FULL = {"frlora", "fedkseed", "decomfl", "ferret"}  # their downlink
-EXACT = [n for n in sorted(distinct()) if make_method(n).traits.exact and not is_personal((n, {}))]
+ALL = sorted({*distinct()} - IN_FULL)
+EXACT = [n for n in ALL if make_method(n).traits.exact and not is_personal((n, {}))]
 
 
 class Individuals(RoundStep):
@@ -78,7 +82,7 @@ def seeds(content: Content) -> int:
     when=lambda name, kinds: name in (SHORT if kinds == "scaled" else {"fedavg", "pool_rac_lora"})
 )
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("name", sorted({*distinct()} - IN_FULL))
+@pytest.mark.parametrize("name", ALL)
 def test_bytes_are_those_of_messages_and_everyone_has_the_servers_bits(
     name: str, kinds: str, tmp_path: Path
 ) -> None:
@@ -90,7 +94,8 @@ def test_bytes_are_those_of_messages_and_everyone_has_the_servers_bits(
     for row in done.rows:
         assert 0 < row["rounding_up"] < (0.05 if kinds == "scaled" else 0.3)
         assert 0 < row["rounding_down"] < 0.9
-    assert_updates_lead_on(tmp_path)  # the chain, late joiners, and what they fetch
+    # The chain, late joiners, and what they fetch.
+    assert_updates_lead_on(tmp_path, done.strategy.loop.downlink_coding)
     strategy = done.strategy
     assert_equal_trees(state_at(tmp_path, ROUNDS).base, strategy.state.base)
     some = Cohort(torch.arange(2), torch.ones(2))
@@ -150,17 +155,33 @@ def test_sums_of_clients_are_sums_of_what_they_send(name: str, kinds: str) -> No
     assert [r["rounding_up"] for r in together.rows] == [r["rounding_up"] for r in rows.rows]
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("fedavg", 2), ("pool_rac_lora", 3), ("hetlora", 3)])
-def test_coding_changes_what_goes_up_and_nothing_else(name: str, chunk: int) -> None:
-    """Also where sums of clients would do, and where a client's rows are cut."""
-    system = SystemConfig(rank_budget=Choice([0.34, 1.0])) if name == "hetlora" else None
-    more = CODED | {"chunk": chunk, "system": system, "width": 16}
-    coded, plain = finished(name, **more), finished(name, **more | {"coding": "none"})
+BUDGETS = SystemConfig(rank_budget=Choice([0.34, 1.0]))
+COLLUDES = ALittleIsEnough(0.67, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("fedavg", {"chunk": 2, "width": 16}),
+        ("pool_rac_lora", {"chunk": 3}),
+        ("hetlora", {"chunk": 3, "system": BUDGETS}),
+        ("fed_rac_lora", {"chunk": 1, "attack": COLLUDES}),
+    ],
+)
+def test_coding_changes_bytes_and_nothing_else(name: str, more: dict[str, Any]) -> None:
+    """Also where sums of clients would do, where a client's rows are cut, and under attack."""
+    more = CODED | {"width": 64} | more
+    coded, plain = finished(name, **more), finished(name, **more | dict.fromkeys(BOTH, "none"))
     assert_equal_trees(coded.weights, plain.weights)
     for mine, others in zip(coded.rows, plain.rows, strict=True):
         assert 0 < mine["uplink_bytes"] < others["uplink_bytes"]
-        for column in ("train_loss", "downlink_total", "rounding_up", "rounding_down", "report"):
+        assert mine["downlink_total"] <= others["downlink_total"]
+        for column in ("train_loss", "rounding_up", "rounding_down", "report"):
             assert mine[column] == others[column]
+    if "attack" in more:
+        honest = finished(name, **more | {"attack": None})
+        assert digest(honest.weights) != digest(coded.weights)
+    assert 0 < coded.rows[-1]["downlink_total"] < plain.rows[-1]["downlink_total"]
 
 
 @pytest.mark.parametrize(
@@ -187,13 +208,16 @@ def test_messages_that_are_written_change_no_bit(
     ("name", "bits"),
     [
         *product(["fed_rac_lora", "fedavg_lora", "hetlora", "pool_rac_lora"], [BITS]),
-        *product(["fed_rac_lora", "pool_rac_lora"], [ROTATED]),
+        *product(["fed_rac_lora", "pool_rac_lora"], [ROTATED, CODED]),
     ],
 )
 def test_a_run_that_goes_on_is_the_run(name: str, bits: dict[str, Any], tmp_path: Path) -> None:
     whole = finished(name, **bits)
     finished(name, rounds=2, folder=tmp_path, **bits)
-    assert_equal_trees(finished(name, folder=tmp_path, resume=True, **bits).weights, whole.weights)
+    rest = finished(name, folder=tmp_path, resume=True, **bits)
+    assert_equal_trees(rest.weights, whole.weights)
+    for column in ("uplink_total", "downlink_total"):
+        assert rest.rows[-1][column] == whole.rows[-1][column]
 
 
 @pytest.mark.parametrize("kinds", KINDS)

@@ -35,6 +35,7 @@ from fedraclora.engines.records import from_records, to_records
 from fedraclora.experiments.choices import choice
 from fedraclora.experiments.pages import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
+from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Memo, Method, State
 from fedraclora.protocol.plan import make_plan
@@ -61,11 +62,12 @@ from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import CatchUp, read_link
 from fedraclora.weights.links import read_links
 from fedraclora.weights.replica import Replica
-from fedraclora.weights.update import BaseWeights, WeightHistory
+from fedraclora.weights.update import BaseWeights, WeightHistory, WeightUpdate
 from fedraclora.wire.downlink import AskReader, AskWriter
 from fedraclora.wire.exchange import Answer, Ask
 from fedraclora.wire.records import Content
 from fedraclora.wire.reply import read_answer, write_answer
+from fedraclora.wire.weight_update import add_weight_update, read_weight_update
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
@@ -588,15 +590,24 @@ def array_bytes(content: Content) -> int:
     return sum(int(array.numpy().nbytes) for r in records for array in r.values())
 
 
-def assert_updates_lead_on(folder: Path) -> Tree:
+def seeds_of(update: WeightUpdate) -> int:
+    """Count the seeds in an update."""
+    parts = [part for _, link in update.links for part in link.parts()]
+    terms = (term for part in parts for term in part.terms.values())
+    drawn = sum(f.sketch is not None for term in terms for f in term.factors)
+    return drawn + sum(len(part.walks) for part in parts)
+
+
+def assert_updates_lead_on(folder: Path, coding: str = NONE) -> Tree:
     """Hold the updates of a run against its weights, and their bytes against what `CatchUp` says.
 
-    From every version that a client may hold to the last, whose base is returned.
+    As they are written, from every version that a client may hold to the last; give its base.
     """
     links = [read_link(t, meta) for round_, t, meta in read_links(folder / "chain") if round_]
     states = [state for _, state, _ in read_states(folder, None, Memo)]
     start, count, base = states[0], len(links), states[-1].base
-    history, counted = WeightHistory(), CatchUp(start.base, count + 1)
+    history, counted = WeightHistory(), CatchUp(start.base, count + 1, coding)
+    history.coding = coding
     history.recall(base, enumerate(links, start=1), count)
     for version, link in enumerate(links, start=1):
         counted.add(link)
@@ -605,6 +616,9 @@ def assert_updates_lead_on(folder: Path) -> Tree:
         update = history.since(held)
         assert update.start == held
         assert update.payload_bytes == counted.missing(torch.tensor([held])).sum()
+        add_weight_update(content := {}, update)
+        assert update.payload_bytes == array_bytes(content) + 8 * seeds_of(update)
+        update = read_weight_update(from_records(to_records(content)))
         replica = Replica(start.plan, torch.device("cpu"))
         replica.take(states[held].base, held, None)
         assert replica.follow(update)

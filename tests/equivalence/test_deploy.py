@@ -73,9 +73,21 @@ def base_at(folder: Path, version: int) -> str:
             "wire.uplink=eden3",
             "wire.uplink_coding=zstd",
             "wire.downlink=int8",
+            "wire.downlink_coding=zstd",
             "wire.feedback=true",
             "method.resample_every=2",
         ],
+        pytest.param(
+            [
+                "wire.uplink=eden2",
+                "wire.uplink_coding=zstd",
+                "wire.downlink=eden2",
+                "wire.downlink_coding=zstd",
+                "clients=5",
+                "cohort=2",
+            ],
+            marks=pytest.mark.slow,
+        ),
         ["local=momentum", "rounds=4", "clients=5", "cohort=2"],
         pytest.param(
             ["local.moments=rows", "local=adamw", "clients=5", "cohort=2"],
@@ -84,6 +96,7 @@ def base_at(folder: Path, version: int) -> str:
         pytest.param(
             [
                 "wire.downlink=int8",
+                "wire.downlink_coding=zstd",
                 "method=pool_rac_lora",
                 "method.refresh=4",
                 "rounds=6",

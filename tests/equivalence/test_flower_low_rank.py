@@ -181,9 +181,15 @@ def test_a_node_that_was_away_fetches_links_and_all_hold_the_servers_weights(
         assert all(torch.equal(server[version][n], t) for n, t in base.items())
 
 
-def test_counted_bytes_are_the_messages_but_for_their_headers(tmp_path: Path) -> None:
+CODED = {"uplink_coding": "zstd", "downlink": "int8", "downlink_coding": "zstd"}
+
+
+@pytest.mark.parametrize("more", [{}, CODED], ids=["as they are", "coded"])
+def test_counted_bytes_are_the_messages_but_for_their_headers(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
     nodes = nodes_of(tmp_path, 3)
-    strategy, _ = run(nodes, FedRacLora(rank=2, alpha=3), uplink="int8")
+    strategy, _ = run(nodes, FedRacLora(rank=2, alpha=3), uplink="int8", **more)
     rows = strategy.rounds.recorder.ledger.rows[1:]
     payload = sum(
         row["uplink_bytes"] + row["downlink_bytes"] + row["catchup_bytes"] for row in rows
@@ -364,7 +370,8 @@ def test_options_of_fedavg_go_on_to_work(tmp_path: Path, caplog: pytest.LogCaptu
         ({"method": FedRacLora(rank=1, first="gradient")}, "recipe gradient"),
         ({"method": FedRacLora}, "an instance"),
         ({"arrayrecord_key": "weights"}, "arrayrecord_key"),
-        ({"uplink": "int7"}, "uplink 'int7'.*int8"),
+        ({"uplink": "int7"}, "uplink.*int7.*int8"),
+        ({"uplink": "int8", "downlink_coding": "zstd"}, "downlink_coding.*float32"),
         ({"head": "local"}, "local"),
     ],
 )

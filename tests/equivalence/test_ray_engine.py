@@ -111,6 +111,16 @@ RUNS = {
         "engine.chunk=16",
     ),
     "blocks": ("method=ferret", "method.server_lr=0.02", "engine.chunk=32"),
+    "coded, and attacked": (
+        "method.rank=2",
+        "engine.chunk=9",
+        "attack=sign_flip",
+        "aggregator=median",
+        "wire.uplink=eden2",
+        "wire.uplink_coding=zstd",
+        "wire.downlink=eden2",
+        "wire.downlink_coding=zstd",
+    ),
     "fewer bits": (
         "method=pool_rac_lora",
         "method.pool=2",
@@ -118,6 +128,7 @@ RUNS = {
         "wire.uplink=eden3",
         "wire.uplink_coding=zstd",
         "wire.downlink=eden4",
+        "wire.downlink_coding=zstd",
         "wire.feedback=true",
     ),
 }

@@ -1,4 +1,4 @@
-"""Coding of what goes up: nothing is lost, and nothing is taken that is not what was sent."""
+"""Coding of what is sent: nothing is lost, and nothing is taken that is not what was sent."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ import zstandard
 
 from fedraclora.config.settings import WireConfig
 from fedraclora.errors import ConfigError, WireError
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.coding import ZSTD, compressed, decompressed
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.quantised import ROUNDED, encode, packed_bytes
+from fedraclora.protocol.quantised import ROUNDED, decode, encode, packed_bytes
 from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
+from fedraclora.weights.chain import CatchUp
+from fedraclora.weights.replica import Replica
+from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.changes import Changes, Coded
-from fedraclora.wire.coding import ZSTD, compressed, decompressed
 from fedraclora.wire.downlink import HEADER, AskReader, AskWriter
-from fedraclora.wire.exchange import Answer, Ask, TrainRequest
-from fedraclora.wire.records import read_json
+from fedraclora.wire.exchange import Answer, Ask, TrainRequest, payload_bytes
+from fedraclora.wire.records import Tensors, read_json
 from fedraclora.wire.reply import checked, read_answer, write_answer
+from fedraclora.wire.weight_update import add_weight_update, read_weight_update
 
 COUNT, CLIENTS = 3000, torch.tensor([2, 4, 9])
 kinds = pytest.mark.parametrize("kind", ROUNDED)
@@ -138,3 +145,95 @@ def test_without_coding_messages_are_what_they_were() -> None:
 def test_coding_of_full_numbers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"wire.uplink_coding.*wire.uplink=float32"):
         WireConfig(downlink="int8", uplink_coding=ZSTD)
+    with pytest.raises(ConfigError, match=r"wire.downlink_coding.*wire.downlink=float32"):
+        WireConfig(uplink="int8", downlink_coding=ZSTD)
+
+
+def sent_down(m: int = 70, n: int = 40, own: int = 5) -> Downlink:
+    """A factor that all are sent, and one of each client's own."""
+    shared = decode(packed("int4", m * n), [m * n], "int4").float().reshape(m, n)
+    return Downlink(
+        {}, {"B": to_train((m, n), shared), "c": to_train((own,), torch.ones(len(CLIENTS), own))}
+    )
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_an_ask_is_coded_and_counted_as_it_is_sent(clients: int) -> None:
+    """What is a client's own is not: it would have another size for each."""
+    sent, request = sent_down(), TrainRequest(7, 6, 1.0, CLIENTS[:clients])
+    ask = Ask(request, sent.select(torch.arange(clients)), "int4", coding=ZSTD)
+    content = AskWriter().write(ask)
+    count = sum(array.nbytes for name in ("arrays", "own") for array in content[name].values())
+    assert count == payload_bytes(sent, 3, "int4", clients, ZSTD)
+    assert count < payload_bytes(sent, 3, "int4", clients) - 100
+    assert torch.equal(AskReader().read(content).own.dense["B"].draw(), sent.dense["B"].draw())
+    plain = AskWriter().write(replace(ask, coding="none"))
+    assert content["config"] == plain["config"]
+    assert torch.equal(content["own"]["flat"], plain["own"]["flat"])
+
+
+def test_an_ask_that_is_damaged_names_clients_and_round() -> None:
+    ask = Ask(TrainRequest(7, 6, 1.0, CLIENTS), sent_down(), "int4", apart=True, coding=ZSTD)
+    content = AskWriter().write(ask)
+    frame = content["arrays"]["flat"]
+    for damaged in (flipped(frame, 60), frame[:-1], frame[1:], torch.cat([frame, frame[:1]])):
+        wrong = content | {"arrays": Tensors(content["arrays"] | {"flat": damaged})}
+        with pytest.raises(WireError, match=r"round 7, clients \[2, 4, 9\].*int4"):
+            AskReader().read(wrong)
+
+
+def flipped(frame: torch.Tensor, place: int) -> torch.Tensor:
+    found = frame.clone()
+    found[place] ^= 4
+    return found
+
+
+def linked(rounds: int, m: int = 60, n: int = 50) -> tuple[WeightHistory, CatchUp, Plan]:
+    """Links of a few large numbers and many zeros, which coding makes very short."""
+    B = torch.zeros(m, 4)
+    B[0] = torch.tensor([1.0, -2.0, 0.5, 4.0])
+    spec = SketchSpec("gaussian", "right", 4, n, seed=1, index=0)
+    link = Link({"w": Term.of((B, spec), 0.75, "int8")})
+    plan, base = Plan({"w": LayerView("linear", (m, n))}), {"w": torch.ones(m, n)}
+    history, counted = WeightHistory(), CatchUp(base, 2, ZSTD)
+    history.coding = ZSTD
+    history.publish(base, 0)
+    for version in range(1, rounds + 1):
+        base = apply_link(base, link, plan)
+        history.publish(base, version, link)
+        counted.add(link)
+    return history, counted, plan
+
+
+def test_links_are_coded_counted_and_chosen_by_their_size_without() -> None:
+    history, counted, plan = linked(3)
+    update, client = history.since(0), torch.tensor([0])
+    add_weight_update(content := {}, update)
+    count = len(content["parcel-numbers"]["flat"]) + 3 * 8
+    assert int(counted.missing(client)[0]) == update.payload_bytes == count < 3 * 60
+    assert int(counted.missing(client, coded=False)[0]) == 3 * (240 + 8 + 8)
+    found = read_weight_update(content)
+    assert found.coding == ZSTD
+    assert found.payload_bytes == count
+    replica = Replica(plan, torch.device("cpu"))
+    replica.take({"w": torch.ones(60, 50)}, 0, None)
+    assert replica.follow(found)
+    # 47 links are 12,032 bytes without coding, and the weight is 12,000: it is sent whole.
+    history, counted, _ = linked(47)
+    assert not history.since(0).links
+    assert int(counted.missing(client)[0]) == history.since(0).payload_bytes == 12_000
+    again = CatchUp({"w": torch.ones(60, 50)}, 2, ZSTD)
+    again.restore(counted.state())
+    assert np.array_equal(again.sums, counted.sums)
+
+
+def test_a_link_that_is_damaged_is_named_with_clients_and_round() -> None:
+    history, _, _ = linked(2)
+    ask = Ask(TrainRequest(7, 6, 1.0, CLIENTS), Downlink())
+    content = AskWriter().write(ask)
+    add_weight_update(content, history.since(0))
+    raw = content["parcel-numbers"]["flat"]
+    for place in (20, len(raw) - 2):  # of the first, and the second
+        wrong = content | {"parcel-numbers": Tensors(flat=flipped(raw, place))}
+        with pytest.raises(WireError, match=r"round 7, clients \[2, 4, 9\]: links/./1/terms/w"):
+            read_weight_update(wrong)

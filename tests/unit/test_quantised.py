@@ -294,5 +294,5 @@ def test_a_link_in_fewer_bits_is_read_back_and_counted() -> None:
     assert [term_bytes(term) for term in again.terms.values()] == [1 + 11 + 8, 1 + 4]
     sizes = LinkSizes(base)
     sizes.add(link)
-    assert sizes.since(0).tolist() == [20, 5]
+    assert sizes.since(0).tolist() == [[20, 5]]
     assert sizes.followed(0) == {"w", "b"}

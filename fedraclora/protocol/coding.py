@@ -1,4 +1,7 @@
-"""Entropy coding of what clients send in fewer bits: each client's bytes as one frame of zstd.
+"""Entropy coding of numbers in fewer bits: bytes as one frame of zstd, without loss.
+
+Up, that is what each client sends; down, what all that are asked share, and each tensor of links
+and of weights, whose bytes are counted one by one.
 
 No number changes. A frame that is not shorter is not sent, but the bytes themselves: so whoever
 reads tells them by their length, since he knows how many bytes there are without coding. A frame
@@ -54,24 +57,31 @@ def decompressed(
         raise WireError(f"coded numbers came as {raw.dtype} of the shape {tuple(raw.shape)}")
     if len(each) != len(sizes) or sum(each) != len(raw):
         raise WireError(f"{len(raw)} bytes came, of {len(sizes)} clients who have {each}")
-    reader = zstandard.ZstdDecompressor()
     found = [torch.zeros(0, dtype=torch.uint8)]
     for part, client, size in zip(raw.split(each), clients.tolist(), sizes, strict=True):
-        if len(part) == size:
-            found.append(part)
-            continue
         try:
-            found.append(_read(reader, part.numpy().tobytes(), size))
-        except (zstandard.ZstdError, WireError) as error:
+            found.append(unframed(part, size))
+        except WireError as error:
             raise WireError(f"the coded numbers of client {client}: {error}") from error
     return torch.cat(found)
 
 
-def _read(reader: zstandard.ZstdDecompressor, frame: bytes, size: int) -> torch.Tensor:
-    """Read one frame, which has to have so many bytes."""
-    told = zstandard.get_frame_parameters(frame) if len(frame) < size else None
-    if told is None or told.content_size != size or not told.has_checksum:
-        came = "none" if told is None else f"one of {told.content_size}"
-        raise WireError(f"a frame of {size} bytes, shorter than these, is wanted; {came} came")
-    whole = reader.decompress(frame, max_output_size=size, allow_extra_data=False)
+def unframed(raw: torch.Tensor, size: int) -> torch.Tensor:
+    """Read so many bytes, uint8 [size], from a shorter frame of them; or they are there as such.
+
+    Raises:
+        WireError: If it is neither, or the frame is damaged.
+    """
+    if len(raw) == size:
+        return raw
+    frame, wanted = raw.cpu().numpy().tobytes(), f"{size} bytes, or a shorter frame of these,"
+    try:
+        told = zstandard.get_frame_parameters(frame) if len(frame) < size else None
+        if told is None or told.content_size != size or not told.has_checksum:
+            found = "" if told is None else f", framed {told.content_size}"
+            raise WireError(f"{len(frame)} bytes{found}, where {wanted} are wanted")
+        reader = zstandard.ZstdDecompressor()
+        whole = reader.decompress(frame, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise WireError(f"{len(frame)} bytes, where {wanted} are wanted ({error})") from error
     return torch.from_numpy(np.frombuffer(whole, np.uint8).copy())
