@@ -24,7 +24,7 @@ from fedraclora.data.partitioners import (
 )
 from fedraclora.errors import ConfigError, FedRacLoraError, unknown
 from fedraclora.imports import check_call, failure_of
-from fedraclora.limits import Count, choice_of, limited
+from fedraclora.limits import Count, Later, choice_of, limited
 from fedraclora.objects import is_named
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,13 @@ SIZES_SEEN = 1000  # clients made on demand whose sizes the summary tells
 
 @limited("partition")
 def natural(
-    data: DataSet, *, clients: int | None, seed: int, column: str = "client", least: Count = 1
+    data: DataSet,
+    *,
+    clients: int | None,
+    seed: int,
+    column: str = "client",
+    least: Count = 1,
+    largest: Annotated[Count | None, Later()] = None,
 ) -> list[RowNumbers]:
     """Make one client of each value of a column (a film, a source), in sorted order.
 
@@ -43,6 +49,7 @@ def natural(
         seed: Not used: nothing is drawn.
         column: The column.
         least: Samples that a client has at least; the rows of smaller ones are left out.
+        largest: How many clients, those with the most samples; None: all.
 
     Returns:
         Rows of each client.
@@ -60,6 +67,14 @@ def natural(
             f"samples; the largest has {max(map(len, every))}"
         )
     enough = f", {len(parts)} with at least {least} samples" if least > 1 else ""
+    if largest is not None:
+        if largest > len(parts):
+            raise ConfigError(
+                f"partition.largest={largest}, but {column} has {len(every)} values{enough}: set "
+                f"partition.largest={len(parts)} or less"
+            )
+        order = np.argsort([-len(part) for part in parts], kind="stable")[:largest]
+        parts, enough = [parts[place] for place in np.sort(order)], f", {largest} asked for"
     named = "the column of data.client" if column == "client" else f"partition.column={column}"
     reason = f"{named} has {len(every)} values{enough}"
     _require_number(clients, len(parts), reason)

@@ -130,6 +130,15 @@ def test_natural_clients_are_the_values_in_sorted_order(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_largest_natural_clients_are_kept_in_sorted_order():
+    names, counts = np.unique(DATA.columns["film"], return_counts=True)
+    large = np.sort(np.argsort(-counts, kind="stable")[:4])
+    assert large.tolist() != [0, 1, 2, 3]
+    parts, info = make_partition(DATA, name="natural", clients=4, seed=0, column="film", largest=4)
+    assert [{*DATA.columns["film"][part]} for part in parts] == [{names[k]} for k in large]
+    assert info["rows_left_out"] == counts.sum() - counts[large].sum()
+
+
 def test_small_natural_clients_are_left_out():
     counts = np.unique(DATA.columns["film"], return_counts=True)[1]
     least = int(np.median(counts))
@@ -198,6 +207,10 @@ BAD = {
     "natural enough": (
         {"name": "natural", "column": "film", "least": 2, "clients": 4},
         "clients=4, but .* has 9 values, 9 with at least 2 samples",
+    ),
+    "largest": (
+        {"name": "natural", "column": "film", "largest": 10, "clients": None},
+        "partition.largest=10, but film has 9 values.*largest=9",
     ),
     "least": ({"name": "natural", "column": "film", "least": 0}, "partition.least is 0"),
     "given": ({"name": "given"}, "brings no division"),
