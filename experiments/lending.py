@@ -29,7 +29,7 @@ from fedraclora.protocol.method import check_method
 from fedraclora.strategies import METHODS
 from fedraclora.training.localconfig import LocalConfig
 
-TABLES = (".csv", ".tsv", ".parquet")
+TABLES = (".csv", ".tsv", ".tab", ".parquet")
 # Choices whose keys an object has, too: words for these hold.
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)

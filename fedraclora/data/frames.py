@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 NamedFrame = tuple["DataFrame", Path]  # rows, and where they are from, for messages
 Named = tuple[str, str | int]  # a key of the config, and the column that it names
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
@@ -86,8 +86,8 @@ def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataF
     try:
         if kind is None:
             raise ConfigError(
-                f"{path}: a name that ends in .csv, .tsv (packed or not) or .parquet is wanted; "
-                "for .npz and IDX files there is data=arrays"
+                f"{path}: a name that ends in .csv, .tsv, .tab (packed or not) or .parquet is "
+                "wanted; for .npz and IDX files there is data=arrays"
             )
         if kind == ".parquet":
             frame = pd.read_parquet(path)
@@ -121,7 +121,7 @@ def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[
     A TSV is read with quoting off, for sentences hold lone quotes. A byte-order mark is skipped.
 
     Args:
-        path: A file whose name ends in .tsv or .csv, with .gz or .bz2 after that or not.
+        path: A file whose name ends in .tsv, .tab or .csv, with .gz or .bz2 after that or not.
         columns: Pairs of the configuration key (for messages) and a column: its name in the
             header, or its number from 0.
         header: Whether the first row holds names; without it columns are numbers.
@@ -137,7 +137,7 @@ def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[
     kind = path.name.removesuffix(packed)[-4:]
     if kind not in SEPARATORS:
         raise ConfigError(
-            f"{path}: a name that ends in .tsv or .csv, or in one of them and .gz or .bz2, is "
+            f"{path}: a name that ends in .tsv, .tab or .csv, or one of them and .gz or .bz2, is "
             "wanted"
         )
     try:

