@@ -154,7 +154,7 @@ def config_of(search: Search, study: Study, point: Point) -> PlainDict:
 
 
 def write_preset(search: Search, config: PlainDict, found: PlainDict, title: str) -> None:
-    """Write a config as a preset: what it chooses, and all of the groups that differ from that.
+    """Write a config as a preset: what it chooses, what differs from that, and what was tuned.
 
     Objects of a Python program are left out: they are given beside it.
     """
@@ -163,10 +163,13 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, title: str
     drop |= {key for key, name in named.items() if name == NAME or LENT.fullmatch(name)}
     chosen = {group: named[group] for group in sorted(groups().keys() & named.keys() - drop)}
     base = composed([f"{group}={name}" for group, name in chosen.items()])
-    tuned = {key.partition(".")[0] for key in search.space.told()}
-    left = {key: value for key, value in config.items() if key not in drop}
+    tuned = search.space.told()
     keys: PlainDict = {"defaults": ["_self_", *({f"override /{k}": v} for k, v in chosen.items())]}
-    keys |= {k: v for k, v in left.items() if k in tuned or v != base.get(k, ...)}
+    for key in [key for key in config if key not in drop]:
+        new, old = config[key], base.get(key, ...)
+        if isinstance(new, dict) and isinstance(old, dict):
+            new = {k: v for k, v in new.items() if f"{key}.{k}" in tuned or v != old.get(k, ...)}
+        keys |= {} if new in ({}, old) else {key: new}
     told = ", ".join(f"{key} {value}" for key, value in found.items() if value != "")
     text = f"# @package _global_\n# By fedraclora tune: {told}\n"
     path = search.folder / "experiment" / f"{title}.yaml"

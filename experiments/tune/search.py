@@ -160,7 +160,7 @@ class Search:
         from optuna.samplers import TPESampler
 
         refused = list[str]()  # since one could be run
-        told = set[str]()
+        told = dict[str, int]()  # by which trial first
         with self.turn():
             study = self.study()
         while len(refused) < REFUSED:
@@ -177,8 +177,7 @@ class Search:
                     stack.enter_context(self._runs_here(trial.number))
                 reason = self._try(study, trial, plain)
             refused = [*refused, reason] if reason else []
-            if reason and reason not in told:
-                told.add(reason)
+            if reason and told.setdefault(reason, trial.number) == trial.number:
                 self.say(f"left out: {reason}")
         raise ConfigError(
             f"{REFUSED} settings in a row cannot be run or are never to be tried, the last since "

@@ -38,7 +38,6 @@ SET_BY_TUNE = ("evaluate.split", "seed", "resume")
 SOME = Limit("a list of one or more", lambda values: values != [])
 RISING = Limit("[least, greatest]", lambda lr: lr is None or (len(lr) == 2 and lr[0] < lr[1]))
 Kinds = Annotated[list[Annotated[str, choice_of((FULL, *ROUNDED))]] | None, SOME]
-Counts = Annotated[list[Count], SOME]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +49,10 @@ class TuneConfig(Limited, group="tune"):
     megabytes: Positive | None
     method: Annotated[list[Annotated[str, choice_of((*METHODS,))]], SOME]
     lr: Annotated[list[Positive] | None, RISING]
-    rank: Counts
+    rank: Annotated[list[Count], SOME]
     uplink: Kinds
     downlink: Kinds
-    links: Counts
+    links: Annotated[list[Count], SOME]
     more: Mapping[str, list[object]]
     first: list[dict[str, object]]
     never: list[list[str]]

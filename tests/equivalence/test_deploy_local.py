@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import fedraclora
 from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment, make_identity, make_node_key
@@ -83,6 +84,26 @@ def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
     assert (here / "ledger.jsonl").read_text() == (there / "ledger.jsonl").read_text()
     assert (there / "checkpoint").is_dir()
     assert not (here / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_a_preset_of_tune_is_deployed_with_the_bits_of_simulate(
+    deployment: LocalDeployment, tmp_path: Path
+) -> None:
+    """By its name alone, as it was written."""
+    tuned, here, there, alone = (tmp_path / name for name in ("tuned", "here", "there", "alone"))
+    task = ["data=digits", "data.labels=null", "model.hidden=[12]", "clients=7", "cohort=7"]
+    task += ["rounds=2", "output.progress=false"]
+    limits = {"runs": 2, "sizes": [1], "test_seeds": [0]}
+    fedraclora.tune(*task, tune=limits, folder=tuned)
+    words = ["--config-dir", str(tuned), "experiment=at_1MB", "output=study"]
+    folders = [f"output.dir={here}", f"engine.folder={there}"]
+    request = deploy.prepare([*words, *folders], None)
+    with Record(here, request.plain, resume=False) as record:
+        deploy.run(request, deployment.connection, record)
+    simulated = fedraclora.simulate(*words, folder=alone)
+    assert summary_of(here)["weights_digest"] == simulated.summary["weights_digest"]
+    assert summary_of(here)["rounds"] == simulated.summary["rounds"]
 
 
 def command_of(pid: int) -> list[str]:

@@ -175,9 +175,12 @@ def test_what_is_found_runs_by_its_name_alone(twice: tuple[Path, list[Any], Tune
 
 def test_no_test_sample_is_looked_at_before_the_end(tmp_path: Path) -> None:
     """With other test samples every trial and the frontier are the same, and the test is not."""
-    x = torch.randn(150, 6, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 6, generator=draw)
     y = (x[:, 0] > 0).long()
     net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=draw)
     clients = list(zip(x[:100].split(25), y[:100].split(25), strict=True))
     given_: dict[str, Any] = {
         "model": net,
