@@ -15,12 +15,16 @@ from worlds import (
     LocalSettings,
     Run,
     World,
+    assert_close_trees,
     assert_updates_lead_on,
     make_world,
     run,
 )
 
 from fedraclora.errors import ConfigError
+from fedraclora.privacy.client_level import ClientLevel, Mechanism
+from fedraclora.privacy.secagg import SecAgg
+from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.walk import SUMS
 from fedraclora.rng import cohort_bits, generator, hash_key
@@ -237,9 +241,37 @@ def test_local_training_ends_where_there_are_no_more_numbers() -> None:
         assert torch.equal(value, none.weights[name])
 
 
+@pytest.mark.parametrize(
+    "method",
+    [DeComFl(steps=2, directions=2, momentum=0.9), FedKSeed(seeds=5), Ferret(directions=3)],
+    ids=["decomfl", "fedkseed", "ferret"],
+)
+def test_sums_of_scalars_may_be_secret_and_private(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the noise they are the plain mean; single steps are refused, with what to take."""
+    monkeypatch.setattr(Mechanism, "noisy_sum", lambda self, total, *rest: total)
+    secure, private = SecAgg(clip=50.0), ClientLevel(clip=50.0, noise_multiplier=2.0, delta=1e-3)
+    both = {"secure": secure, "privacy": private, "secret": Secret(bytes(32))}
+    world, keys = make_world(), {"rounds": 2, "weights": "uniform"}
+    plain = run(world, method, STEPS, **keys)
+    found = run(world, method, STEPS, **keys, treatment=both)
+    assert_close_trees(found.weights, plain.weights, 1e-5)
+    for row in found.rows:
+        assert row["privacy"]["epsilon"] > 0
+        assert row["secure"]["clients"] == len(SIZES)
+        assert row["train_loss"] is None
+    for treatment in ({"secure": secure}, {"privacy": private}):
+        with pytest.raises(ConfigError, match=r"method=fedkseed.*fedkseed without method\.steps"):
+            run(world, FedKSeed(seeds=5, steps=2), STEPS, **keys, treatment=treatment)
+
+
 def test_what_does_not_go_with_walking_is_refused() -> None:
     with pytest.raises(ConfigError, match="weight_decay"):
         run(make_world(), DeComFl(steps=3), LocalSettings(steps=3, weight_decay=0.1), rounds=1)
+    for method in (DeComFl(steps=3), FedKSeed(steps=3)):
+        with pytest.raises(ConfigError, match=r"local\.steps is 2.*local\.steps=null"):
+            run(make_world(), method, STEPS2, rounds=1)
     with pytest.raises(ConfigError, match="momentum"):
         run(
             make_world(),
