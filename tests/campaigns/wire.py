@@ -251,12 +251,19 @@ SETTINGS = {
     "rotated, of a pool": Setting(
         "pool_rac_lora", {"rank": 3, "pool": 2}, kinds=("eden1", "eden4"), feedback=True
     ),
-    "coded": Setting("fed_rac_lora", {"rank": 3}, kinds=("int4", "int8"), coding=ZSTD, width=600),
+    "coded": Setting(
+        "fed_rac_lora", {"rank": 3}, cohort=3, width=400, kinds=("int4", "int8"), coding=ZSTD
+    ),
     "coded, both factors": Setting(
-        "fedavg_lora", {"rank": 3}, kinds=("bfloat16", "int4"), coding=ZSTD, width=200
+        "fedavg_lora", {"rank": 3}, cohort=3, width=200, kinds=("bfloat16", "int4"), coding=ZSTD
     ),
     "coded, of a pool": Setting(
-        "pool_rac_lora", {"rank": 3, "pool": 2}, kinds=("eden4", "int4"), coding=ZSTD, width=900
+        "pool_rac_lora",
+        {"rank": 3, "pool": 2},
+        cohort=3,
+        width=400,
+        kinds=("eden4", "int4"),
+        coding=ZSTD,
     ),
     "sums of blocks": Setting("fed_rac_lora", {"rank": 2}, cohort=70, chunk=32, reduce=True),
 }

@@ -71,7 +71,13 @@ def test_a_run_that_began_in_process_goes_on_as_an_app(tmp_path: Path) -> None:
     [
         ("method=pool_rac_lora", "method.pool=2", "method.refresh=3", "local.moments=link"),
         ("secure=secagg", "weights=uniform", "head=frozen"),
-        ("method=ffa_lora", "wire.uplink=int4", "wire.downlink=eden2", "wire.feedback=true"),
+        (
+            "method=ffa_lora",
+            "wire.uplink=int4",
+            "wire.downlink=eden2",
+            "wire.feedback=true",
+            "wire.downlink_coding=zstd",
+        ),
     ],
     ids=["pool", "secure", "fewer bits"],
 )
