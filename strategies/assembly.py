@@ -28,7 +28,8 @@ from fedraclora.data.samples import count_examples
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.evaluation.evaluate import evaluate_task, personal_accuracy
+from fedraclora.evaluation.choices import measure_of
+from fedraclora.evaluation.evaluate import personal_accuracy
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.objects import code_digests, object_digest
 from fedraclora.privacy.client_level import ClientLevel
@@ -229,11 +230,12 @@ def watching(
     if len(samples):
         answering = answering_of(config.evaluate, task, samples)
         found.append(Evaluate(measure(split), answering, config.rounds))
-    elif config.evaluate.generate is not None:
-        raise ConfigError(
-            f"evaluate.generate is {config.evaluate.generate}, but the server has no test samples "
-            "with prompts: leave it out, or give it some (data.test)"
-        )
+    for key in ("choices", "generate"):
+        if (asked := getattr(config.evaluate, key)) is not None and not len(samples):
+            raise ConfigError(
+                f"evaluate.{key} is {asked}, but the server has no test samples with prompts: "
+                "leave it out, or give it some (data.test)"
+            )
     if config.stop.patience is not None:
         metric = config.stop.metric
         by_clients = metric.startswith(BY_CLIENTS)
@@ -286,8 +288,7 @@ def measurement(
         counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
         return personal_accuracy(task.model, weights, owned, samples, counts, batch)
 
-    def shared(weights: Tree) -> dict[str, float]:
-        return evaluate_task(task, weights, samples, batch)
+    shared = measure_of(task, samples, batch)
 
     def each(weights: Tree) -> dict[str, float]:
         owned = store.latest(count).values()

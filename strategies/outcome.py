@@ -21,6 +21,7 @@ from fedraclora.data.held import whole_objects
 from fedraclora.data.partition import spread_clients
 from fedraclora.data.samples import Partitioned
 from fedraclora.engines.base import MakeEngine
+from fedraclora.evaluation.choices import Questions
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
@@ -268,6 +269,9 @@ def opening_lines(run: Assembled) -> list[str]:
     if config.local.is_own and config.weights == "examples":
         lines["weights"] = "the samples that your function says to round.read (or weights=uniform)"
     lines |= measured_by(run)
+    if run.built.task.choices is not None:
+        samples = measured_samples(run.built.task, config.evaluate.split)
+        lines["choices"] = Questions.of(run.built.task, samples).told
     if config.evaluate.split != "test":
         later = " (fedraclora evaluate RUN)" if len(run.built.task.test) else ""
         lines["measured on"] = f"validation samples: the test is left for the end{later}"

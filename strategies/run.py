@@ -21,7 +21,8 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.data.dataset import Read
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.evaluation.evaluate import Prediction, evaluate_task, predict
+from fedraclora.evaluation.choices import measure_of
+from fedraclora.evaluation.evaluate import Prediction, predict
 from fedraclora.models.built import check_fit, dequantise
 from fedraclora.models.outputs import refuse_outputs
 from fedraclora.run.callback import run_title
@@ -149,7 +150,7 @@ class Run:
         """
         weights, asked, task = self._whole(round), self.settings.evaluate, self.built().task
         read = self.read(data, target=target)
-        found = evaluate_task(task, weights, read.samples, asked.batch_size)
+        found = measure_of(task, read.samples, asked.batch_size)(weights)
         if (answering := answering_of(asked, task, read.samples)) is not None:
             found |= answering.columns(weights)[0]
         return found

@@ -300,6 +300,7 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
         f"{metric} by traffic, both ways": ("MB, up and down", metric, (), ("metrics", metric)),
         "loss": ("round", "loss", ("round",), ("metrics", "loss")),
         "exact match of answers": ("round", "share", ("round",), ("metrics", "exact_match")),
+        "answers by likelihood": ("round", "share", ("round",), ("metrics", "choice_accuracy")),
         "training loss": ("round", "loss", ("round",), ("train_loss",)),
         "gradient energy in the basis": ("round", "share", ("round",), ("report", "energy_seen")),
         "sent by clients, in all": ("round", "MB", ("round",), ("uplink_total",)),

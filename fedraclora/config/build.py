@@ -265,6 +265,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         like=data.like,
         brought=_brought(data, train),
         held=None if held is None else HeldOut(held.to(device), asked.batch_size),
+        choices=asked.choices,
     )
     labelled = "label" in data.columns and data.classes > 1
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.evaluation.metrics import METRICS
+from fedraclora.evaluation.metrics import MEASURED
 from fedraclora.limits import (
     Count,
     Fraction,
@@ -30,7 +30,6 @@ from fedraclora.limits import (
 from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.quantised import FULL, ROUNDED
 
-MEASURED = (*METRICS, "gap", *(f"personal_{name}" for name in METRICS))
 MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
 Threads = Annotated[int, Limit(f"1 to {MOST_THREADS}", lambda count: 1 <= count <= MOST_THREADS)]
 Chunk = Annotated[
@@ -327,8 +326,8 @@ class EvaluateConfig(Limited, group="evaluate"):
             its own test samples where the data have them, else 0.2.
         clients_every: Rounds between measurements of the clients.
         personal: Whether these train in between, and measure again after it.
-        generate: Of language models: rounds between greedy answers to prompts of that split; None:
-            it never answers.
+        choices: Questions answered by the likeliest of their choices (data.choices); None: none.
+        generate: Of language models: rounds between greedy answers to prompts; None: none.
         answers: How many prompts are answered.
         new_tokens: Of an answer at most.
         shown: Answers that the ledger keeps.
@@ -341,6 +340,7 @@ class EvaluateConfig(Limited, group="evaluate"):
     share: Annotated[Inner | None, Later()] = None
     clients_every: Annotated[Count, Later()] = 1
     personal: Annotated[bool, Later()] = False
+    choices: Annotated[Count | None, Later()] = None
     generate: Count | None = None
     answers: Count = 64
     new_tokens: Count = 32

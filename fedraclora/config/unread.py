@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from fedraclora.allocation import Uniform
 from fedraclora.attacks import Attack
 from fedraclora.binding import Plain, row_of, without
-from fedraclora.config.settings import MEASURED, DeployConfig, StopConfig
+from fedraclora.config.settings import DeployConfig, StopConfig
 from fedraclora.data import DATASETS
 from fedraclora.data.own_loss import is_own, named_loss, short_name
 from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
+from fedraclora.evaluation.metrics import MEASURED
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import Method
 from fedraclora.training.extras.settings import LocalSettings, SampleLevel
@@ -127,6 +128,7 @@ RULES = (
         lambda c: c.evaluate.generate is not None,
         "evaluate.generate",
     ),
+    Rule(["data.choices"], lambda c: c.evaluate.choices is not None, "evaluate.choices"),
     Rule(["partition.spread"], lambda c: unequal(c.partition), UNEQUAL),
     Rule(["data.spread"], lambda c: unequal(c.data), UNEQUAL),
     Rule(

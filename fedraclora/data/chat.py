@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,22 @@ class Encoded:
 
     ids: list[int]
     labels: list[int]
+    choices: tuple[Choice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An answer that the last of a conversation could be: its tokens, without what ends them.
+
+    Attributes:
+        ids: Of the tokens.
+        characters: Of the text.
+        right: Whether it is the answer.
+    """
+
+    ids: list[int]
+    characters: int
+    right: bool
 
 
 class Chat:
@@ -62,7 +78,31 @@ class Chat:
         pieces = [self.pieces(conversation) for conversation in conversations]
         texts = [text for whole in pieces for text, _ in whole]
         tokens = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        return [self._joined([(next(tokens), answer) for _, answer in whole]) for whole in pieces]
+        found = [self._joined([(next(tokens), answer) for _, answer in whole]) for whole in pieces]
+        choices = self._choices(conversations, [whole[-1][0] for whole in pieces])
+        return [replace(one, choices=own) for one, own in zip(found, choices, strict=True)]
+
+    def _choices(
+        self, conversations: Sequence[Conversation], written: Sequence[str]
+    ) -> list[tuple[Choice, ...]]:
+        """Put each choice where the template has written the answer; none where it is not there."""
+        spoken, tokens = [], dict[str, list[int]]()
+        for conversation, text in zip(conversations, written, strict=True):
+            answer = conversation.messages[-1]["content"].strip()
+            before, _, after = text.partition(answer)
+            there = len(before) + len(after) < len(text) and (
+                not before.strip() or text.count(answer) == 1
+            )
+            own = {before + choice: choice for choice in conversation.choices if there}
+            spoken.append((own, answer))
+            tokens |= {written: [] for written in own}
+        if tokens:
+            ids = self.tokenizer([*tokens], add_special_tokens=False)["input_ids"]
+            tokens = dict(zip(tokens, ids, strict=True))
+        return [
+            tuple(Choice(tokens[t], len(choice), choice == answer) for t, choice in own.items())
+            for own, answer in spoken
+        ]
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """Cut the text of a conversation into prompts and answers, in turn."""
@@ -150,7 +190,7 @@ def cut_to_length(
     """
     kept, places, cut = [], [], 0
     for place, whole in enumerate(encoded):
-        part = Encoded(whole.ids[:max_length], whole.labels[:max_length])
+        part = Encoded(whole.ids[:max_length], whole.labels[:max_length], whole.choices)
         none_left = all(label == IGNORED_TOKEN for label in part.labels[1:])
         if none_left if answered else len(whole.ids) >= max_length:
             if not drop:
@@ -174,7 +214,9 @@ def padded(encoded: Sequence[Encoded], pad: int) -> Samples:
     """Give conversations as one table, each row padded to the longest.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` int64 [N, T]; labels int64 [N, T].
+        ``input_ids`` and ``attention_mask`` int64 [N, T]; labels int64 [N, T]. Beside them, where
+        there are choices: ``choices`` int64 [N, C, L], `IGNORED_TOKEN` behind each and where a
+        question has fewer; ``characters`` int64 [N, C], -1 there, and ``right`` bool [N, C].
     """
     longest = max(len(one.ids) for one in encoded)
     ids = np.full((len(encoded), longest), pad, dtype=np.int64)
@@ -183,7 +225,24 @@ def padded(encoded: Sequence[Encoded], pad: int) -> Samples:
         length = len(one.ids)
         ids[row, :length], labels[row, :length], mask[row, :length] = one.ids, one.labels, 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    return Samples({n: torch.from_numpy(v) for n, v in inputs.items()}, torch.from_numpy(labels))
+    found = Samples({n: torch.from_numpy(v) for n, v in inputs.items()}, torch.from_numpy(labels))
+    return replace(found, beside=_beside(encoded))
+
+
+def _beside(encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    most = max(len(one.choices) for one in encoded)
+    if not most:
+        return {}
+    size = len(encoded), most
+    length = max(len(choice.ids) for one in encoded for choice in one.choices)
+    choices = np.full((*size, length), IGNORED_TOKEN, dtype=np.int64)
+    characters, right = np.full(size, -1, dtype=np.int64), np.zeros(size, dtype=bool)
+    for row, one in enumerate(encoded):
+        for place, choice in enumerate(one.choices):
+            choices[row, place, : len(choice.ids)] = choice.ids
+            characters[row, place], right[row, place] = choice.characters, choice.right
+    tables = {"choices": choices, "characters": characters, "right": right}
+    return {name: torch.from_numpy(table) for name, table in tables.items()}
 
 
 def packed(

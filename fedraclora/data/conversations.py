@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ class Conversation:
         where: File and row, for messages of errors.
         client: Whose it is, or None.
         answered: Whether the last answer is there; else it is to be generated.
+        choices: The answers that the last could be, itself among them; none where nothing says.
     """
 
     messages: tuple[Message, ...]
     where: str
     client: str | None = None
     answered: bool = True
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a conversation that there is nothing to learn from."""
@@ -64,6 +67,8 @@ class RowForm:
         answers: What the values of ``response`` are written as (``{"0": "negative"}``), or None.
         client: The column that says whose a row is, or None.
         answered: Whether the last answer is read; else it need not be there.
+        choices: The answers that it could be, or the column that lists those of a row; None: the
+            texts of ``answers``, if any.
     """
 
     prompt: str | None = None
@@ -71,6 +76,7 @@ class RowForm:
     answers: Mapping[str, str] | None = None
     client: str | None = None
     answered: bool = True
+    choices: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse half a form."""
@@ -93,7 +99,33 @@ class RowForm:
                 f"{where}: the column {self.client} (data.client) is empty, so that the row is no "
                 "client's: fill it or leave the row out"
             )
-        return Conversation(tuple(self._messages(row, where)), where, client, self.answered)
+        messages = tuple(self._messages(row, where))
+        choices = self._choices(row, messages[-1:], where) if self.answered else ()
+        return Conversation(messages, where, client, self.answered, choices)
+
+    def _choices(
+        self, row: Mapping[str, Any], answer: Sequence[Message], where: str
+    ) -> tuple[str, ...]:
+        """Give the answers that the last one could be, each once, in their order."""
+        found: Any = (self.answers or {}).values() if self.choices is None else self.choices
+        if isinstance(self.choices, str):
+            listed = text_of(row, self.choices, "data.choices", where)  # there is such a column
+            found = row[self.choices]
+            with suppress(ValueError):
+                found = json.loads(listed) if isinstance(found, str) else found
+            if isinstance(found, str | Mapping) or not hasattr(found, "__iter__"):
+                raise DataError(
+                    f"{where}: {self.choices} (data.choices) is {listed[:60]!r}; a list of answers "
+                    "is wanted, in a .csv or .tsv as JSON"
+                )
+        choices = tuple(dict.fromkeys(str(text).strip() for text in found))
+        if self.choices is not None and answer and answer[0]["content"].strip() not in choices:
+            raise DataError(
+                f"{where}: the response {answer[0]['content'][:60]!r} is none of the choices "
+                f"{', '.join(map(repr, choices))[:200]} (data.choices): the text of one of them is "
+                "wanted, no number and no letter, since nothing says how these count"
+            )
+        return choices
 
     def _messages(self, row: Mapping[str, Any], where: str) -> list[Message]:
         if self.prompt is not None and self.response is not None:

@@ -18,7 +18,7 @@ from fedraclora.data.conversations import (
 from fedraclora.data.dataset import DataSet, Read, divide
 from fedraclora.data.locate import Root, check_file, require_tokenizer, resolve
 from fedraclora.data.samples import Samples
-from fedraclora.limits import Composed, Count, Fraction, choice_of, limited, whole_from
+from fedraclora.limits import Composed, Count, Fraction, Later, choice_of, limited, whole_from
 from fedraclora.rng import generator
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def load_instructions(
     prompt: str | None = None,
     response: str | None = None,
     answers: Mapping[str, object] | None = None,
+    choices: Annotated[str | Sequence[str] | None, Later()] = None,
     header: bool = True,
     client: str | int | None = None,
     template: str | None = None,
@@ -66,6 +67,8 @@ def load_instructions(
         prompt: A column, or a text with columns in braces; None: by the columns above.
         response: The same for the answer.
         answers: What the values of ``response`` are written as, or None.
+        choices: The answers that a response could be, or the column that lists them, for
+            evaluate.choices; None: the texts of ``answers``.
         header: Whether the first row of a .csv or .tsv names the columns; else 0, 1, ...
         client: The column of the natural client, or None.
         template: A Jinja chat template, or a file with one; None: the tokenizer's own.
@@ -90,7 +93,8 @@ def load_instructions(
     """
     chat = Chat(require_tokenizer(tokenizer), root=root, template=template)
     texts = None if answers is None else {str(k): str(v) for k, v in answers.items()}
-    form = RowForm(prompt, response, texts, None if client is None else str(client))
+    owner = None if client is None else str(client)
+    form = RowForm(prompt, response, texts, owner, choices=choices)
     reader = InstructionReader(form, header, chat, max_length, cut_away == "drop")
 
     def read(spelling: str, key: str, pin: str | None, form: RowForm) -> list[Conversation]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -28,10 +28,13 @@ class Samples:
 
     ``inputs`` maps the model's argument names to tensors [N, ...]; the single name ``"x"`` is
     passed by position. ``target`` is [N] (classes, int64) or [N, ...] (regression, tokens).
+    ``beside`` is what no model is given, [N, ...]: the answers that a question may have
+    (`fedraclora.data.chat.padded`).
     """
 
     inputs: dict[str, torch.Tensor]
     target: torch.Tensor
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.target.shape[0])
@@ -50,12 +53,14 @@ class Samples:
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Samples:
         """Change every tensor alike."""
-        return Samples({n: change(t) for n, t in self.inputs.items()}, change(self.target))
+        inputs, beside = (
+            {n: change(t) for n, t in of.items()} for of in (self.inputs, self.beside)
+        )
+        return Samples(inputs, change(self.target), beside)
 
     def take(self, rows: torch.Tensor) -> Samples:
         """Select rows (int64 [n]) into a new table."""
-        inputs = {k: v.index_select(0, rows) for k, v in self.inputs.items()}
-        return Samples(inputs, self.target.index_select(0, rows))
+        return self.mapped(lambda t: t.index_select(0, rows))
 
     @cached_property
     def lengths(self) -> torch.Tensor | None:
@@ -104,7 +109,7 @@ class Samples:
         }
         tokens = self.target.dim() == 2 and self.target.shape[1] == whole
         tokens = tokens and not self.target.is_floating_point()
-        return Samples(inputs, self.target[:, :length] if tokens else self.target)
+        return Samples(inputs, self.target[:, :length] if tokens else self.target, self.beside)
 
     def clone(self) -> Samples:
         """Copy into memory of torch's own, whose alignment is always the same.

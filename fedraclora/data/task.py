@@ -127,6 +127,7 @@ class Loss:
         return self.function(output, target)
 
 
+CHOICE_METRICS = ("choice_accuracy", "choice_accuracy_norm")  # of questions with choices
 _OF_CLASSES = ("accuracy", "loss")
 LOSSES = {
     "cross_entropy": Loss(
@@ -224,6 +225,7 @@ class Task:
         held: What each client measures on; None: none measures.
         like: The loss of `LOSSES` for which targets and outputs are read, where ``loss`` is the
             user's own; empty where nothing is known of them.
+        choices: How many questions are answered by the likeliest of their choices; None: none.
     """
 
     model: nn.Module
@@ -242,11 +244,13 @@ class Task:
     brought: Callable[[int], Any] | None = None
     held: HeldOut | None = None
     like: str = ""
+    choices: int | None = None
 
     @property
     def measured(self) -> tuple[str, ...]:
         """The names of its metrics, as ledgers have them."""
-        return tuple(short_name(name) if is_own(name) else name for name in self.metrics)
+        more = () if self.choices is None else CHOICE_METRICS
+        return (*(short_name(name) if is_own(name) else name for name in self.metrics), *more)
 
     @property
     def reads(self) -> str:

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from fedraclora.data.fit import as_unscaled
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import LOSSES, Task, forward
+from fedraclora.data.task import LOSSES, forward
 from fedraclora.data.token_losses import Labelled, output_layer
 from fedraclora.errors import ConfigError, DataError, ShapeError, unknown
 from fedraclora.evaluation.metrics import METRICS, OF_CLASSES, ONE, Measure, Owners
@@ -75,19 +75,6 @@ def evaluate(
     """
     measure = Measure.of(metrics, loss, like)
     return measure.values(state_of(model, weights, samples, measure, batch_size))[0]
-
-
-def evaluate_task(task: Task, weights: Tree, samples: Samples, batch_size: int) -> dict[str, float]:
-    """Measure the model of a task as its run does: by `evaluate`, and by ``gap`` where it is known.
-
-    The gap is what the loss on the task's own samples is above the least that there is.
-    """
-    asked = task.loss, task.metrics, batch_size, task.like
-    found = evaluate(task.model, weights, samples, *asked)
-    is_own = any(samples is own for own in (task.test, task.validation))
-    if task.optimum is not None and "loss" in found and is_own:
-        found["gap"] = found["loss"] - task.optimum
-    return found
 
 
 def state_of(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fedraclora.data.own_loss import is_own, short_name
-from fedraclora.data.task import LOSSES, LossFunction, Task, loss_function
+from fedraclora.data.task import CHOICE_METRICS, LOSSES, LossFunction, Task, loss_function
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.counts import (
     CORRECT,
@@ -260,6 +260,7 @@ METRICS: dict[str, Formula] = {
     "pearson": Formula(partial(_correlation, name="pearsonr"), _NUMBERS, NUMBERS),
     "spearman": Formula(partial(_correlation, name="spearmanr"), _NUMBERS, NUMBERS),
 }
+MEASURED = (*METRICS, "gap", *(f"personal_{name}" for name in METRICS), *CHOICE_METRICS)
 
 
 def lower_of(facts: object) -> list[str]:
