@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,17 +166,31 @@ def test_a_run_answers_by_likelihood_from_its_start_to_its_folder(
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", ROWS)
     words = ("data.choices=options", "evaluate.choices=5", "evaluate.every=1")
-    whole = run(file, tokenizer, *words, folder=tmp_path / "run")
+    stop = ("data.validation=0.3", "stop.patience=9", "stop.metric=choice_accuracy")
+    whole = run(file, tokenizer, *words, *stop, folder=tmp_path / "run")
     names = ["perplexity", "token_accuracy", "loss", "choice_accuracy", "choice_accuracy_norm"]
     assert [list(row["metrics"]) for row in whole.rows] == [names] * 3
     read = fedraclora.read_run(tmp_path / "run")
     assert read.evaluate() == whole.summary["metrics"]
-    again = read.evaluate(str(file))
-    assert list(again) == names
+    assert list(read.evaluate(str(file))) == names
     assert read.predict(ROWS[:2])["prediction"].notna().all()  # no choices are needed
-    stopped = ("data.validation=0.3", "stop.patience=1", "stop.metric=choice_accuracy")
-    assert len(run(file, tokenizer, *words, *stopped).rows) >= 2
     with pytest.raises(ConfigError, match=r"evaluate\.choices=5 wants questions"):
         run(file, tokenizer, "evaluate.choices=5")
     with pytest.raises(ConfigError, match=r"data\.choices.*evaluate\.choices"):
         run(file, tokenizer, "data.choices=options")
+
+
+def test_questions_of_a_run_are_a_task_of_the_harness(tmp_path: Path, tokenizer: str) -> None:
+    """The page shows the task as it is written; each answer is read as the run has read it."""
+    root = Path(__file__).resolve().parents[2]
+    task = asking(tmp_path, tokenizer)
+    run_of = SimpleNamespace(built=lambda: SimpleNamespace(task=task))
+    runpy.run_path(str(root / "docs" / "examples" / "harness.py"))["write"](run_of, tmp_path / "t")
+    lines = (tmp_path / "t" / "questions.jsonl").read_text().splitlines()
+    for line, row in zip(map(json.loads, lines), ROWS, strict=True):
+        assert line["prompt"] == f"user {row['prompt']} assistant"
+        assert line["choices"] == row["options"]
+        assert line["choices"][line["right"]] == row["response"]
+    text = (tmp_path / "t" / "questions.yaml").read_text()
+    shown = text.replace(str(tmp_path / "t" / "questions.jsonl"), "questions.jsonl")
+    assert f"```yaml\n{shown}```" in (root / "docs" / "language-models.md").read_text()
