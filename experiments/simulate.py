@@ -41,6 +41,7 @@ from fedraclora.run.folder import read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, metrics_of, number
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.rate import settled_rate
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import settled_start
@@ -145,7 +146,7 @@ def choose(
     if resume not in {None, "auto"}:
         folder = user_path("resume", resume)
         return go_on(folder, read_config(folder), plain, typed), folder, True
-    plain = settled_start(settled(plain))
+    plain = settled_rate(settled_start(settled(plain)), print)
     folder = run_folder(section(plain, "output"), sweep_job)
     if resume == "auto" and (folder / "config.yaml").is_file():
         return go_on(folder, read_config(folder), plain, None), folder, True

@@ -29,6 +29,7 @@ from fedraclora.run.callback import Callback
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import finished
+from fedraclora.strategies.rate import settled_rate
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.callbacks import each_of, own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
@@ -171,7 +172,8 @@ def simulate(
                 f"{', '.join(idle)}: a run in memory writes nothing; say folder=... too, or leave "
                 "it out"
             )
-        return carry_out(settled_start(settled(plain)), None, callbacks=watching, steps=given)
+        plain = settled_rate(settled_start(settled(plain)), print)
+        return carry_out(plain, None, callbacks=watching, steps=given)
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     with usable(place):
         if not resume and has_begun(place):

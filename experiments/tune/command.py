@@ -27,9 +27,10 @@ from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.status import in_order, reported
 from fedraclora.experiments.tune.result import Tuned, outcome
 from fedraclora.experiments.tune.search import Search
-from fedraclora.experiments.tune.space import Space, TuneConfig, settings
+from fedraclora.experiments.tune.space import KEYS, Space, TuneConfig, settings
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import make
+from fedraclora.strategies.rate import rate_where_known, settled_rate
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import settled_start
 
@@ -63,14 +64,15 @@ def tune_task(
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        need = "fedraclora tune needs Optuna: pip install 'fedraclora[tune]'"
-        raise ConfigError(f"{need} ({error})") from error
+        raise ConfigError(f"tune needs Optuna: pip install 'fedraclora[tune]' ({error})") from error
     asked = settings(words, given or {})
     typed = {word.removeprefix("tune.").partition("=")[0] for word in words} | {*(given or ())}
     output = section(plain, "output")
     folder = user_path("output.dir", output.get("dir") or FOLDER)
     plain = {**settled_start(settled(plain)), "output": {**output, "dir": None}}
     Space.of(plain, said, asked, typed)  # what is wrong with the words is said first
+    by_rule = settled_rate if {KEYS["lr"], "experiment"} & {*said} else rate_where_known
+    plain = by_rule(plain, print)
     share = held_out(task_from_plain(plain), asked)
     final = {"evaluate.split": "test", "data.validation": section(plain, "data")["validation"]}
     plain = laid_over(plain, {"evaluate.split": "validation", "data.validation": share})

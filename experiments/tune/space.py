@@ -143,9 +143,8 @@ class Space:
         fixed = {k[7:]: flat[k] for k in said if k.startswith("method.") and k in flat}
         listed = [str(own["name"])] if "method" in said else [*dict.fromkeys(config.method)]
         methods = {n: own if n == own["name"] else _method(n, fixed) for n in listed}
-        rate = float(str(local["lr"]))
-        has_rate = local.get("train") is None and not is_named(local.get("name"))
-        rates = config.lr or [rate * wide for wide in WIDE] if has_rate and LR not in said else None
+        free = LR not in said and local.get("train") is None and not is_named(local.get("name"))
+        rates = (config.lr or [float(str(local["lr"])) * k for k in WIDE]) if free else None
         return cls(plain, methods, tuned, rates)
 
     def suggest(self, trial: BaseTrial) -> PlainDict:

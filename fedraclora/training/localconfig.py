@@ -51,7 +51,7 @@ class LocalConfig(Limited, group="local"):
         moments: How long its moments live: ``round``, ``link`` or ``run`` (`moments`); or ``rows``:
             second moments of rows are averaged and go on (`optimiser`).
         moments_kept: Share of them that outlives a link; for ``link`` only.
-        lr: Step size of what the method trains.
+        lr: Step size of what the method trains; auto: by a rule (docs/local.md).
         dense_lr: Step size of head and biases trained in full beside it; None = ``lr``.
         epochs: Local epochs, if ``steps`` is None.
         steps: Local steps, or None.

@@ -18,6 +18,7 @@ from fedraclora.experiments.study.leaderboard import chosen, find
 from fedraclora.experiments.theory.command import TheoryConfig
 from fedraclora.experiments.words import check_word, key_values
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.rate import settled_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((ROOT / "docs" / "records").glob("[!R]*.md"))  # not its README.md
@@ -45,7 +46,7 @@ BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 @pytest.mark.parametrize("line", SIMULATIONS)
 def test_each_simulation_composes(line: str) -> None:
     words = shlex.split(line)[2:]
-    from_plain(composed(words), METHODS)
+    from_plain(settled_rate(composed(words), print), METHODS)
 
 
 @pytest.mark.parametrize("line", DEPLOYMENTS)

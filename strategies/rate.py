@@ -1,0 +1,122 @@
+"""The learning rate of a run that says ``local.lr=auto``: a rule for low-rank layers.
+
+Under AdamW every number of a factor moves by about the rate, so that rank r, the scale s and rows
+of A of length a move an output by about ``lr s a r`` in a step. The rate is therefore c / (s a r),
+and less where layers are wide (as in muP) and where a round has many steps:
+
+    AdamW:  c / (s a r w sqrt(h))      w: the smaller side of W;  h: steps of a round
+    SGD:    c / (s a)^2                since W moves by lr s^2 a^2 times the projected gradient
+
+c was fitted to tuned rates (docs/records/rates.md): of AdamW on pretrained transformers, of SGD on
+images of digits alone. The rate is the median over layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from statistics import median
+
+import torch
+
+from fedraclora.binding import PlainDict, section
+from fedraclora.config.build import BuiltTask, build_task, plan_of
+from fedraclora.config.run_config import from_plain
+from fedraclora.config.settings import PretrainConfig
+from fedraclora.errors import ConfigError
+from fedraclora.objects import is_named
+from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.strategies import METHODS
+from fedraclora.strategies.wrappers import method_of
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.tree import weights_of
+
+# c, by the optimiser and the factors that clients train.
+FITTED = {"adamw": {"B": 55.0, "A": 55.0, "BA": 27.5}, "sgd": {"B": 1.1, "A": 0.2, "BA": 0.1}}
+KNOWN = "the rule knows sgd and adamw without momentum, clipping or extras, on two factors a layer"
+
+
+def settled_rate(plain: Mapping[str, object], say: Callable[[str], object]) -> PlainDict:
+    """Write the rate of the rule in the place of ``local.lr=auto``, and say it.
+
+    Args:
+        plain: The config of a new run.
+        say: Is told the rate and what it follows from, where progress is shown.
+
+    Raises:
+        ConfigError: If the rule does not know such a run.
+    """
+    local = section(plain, "local")
+    if local.get("lr") != "auto":
+        return dict(plain)
+    own = local.get("train") is not None or is_named(local.get("name"))
+    config = from_plain({**plain, "local": {**local, "lr": LocalConfig.lr}}, METHODS)
+    if own or not is_known(config.local):
+        raise ConfigError(f"local.lr is auto, but {KNOWN}: say local.lr=NUMBER")
+    built = build_task(replace(config, pretrain=PretrainConfig()))
+    plan, draw, base = plan_of(config, built.task), Draw(config.seed), weights_of(built.task.model)
+    method = method_of(config, built.task)
+    cohort = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
+    downlink = method.open_round(method.init(base, plan, draw), 1, cohort, draw)
+    steps = steps_of(config.local, built)
+    rate = float(f"{rate_of(downlink, config.local.optimiser, steps):.2g}")
+    sketch = f"{kind} of " if (kind := section(plain, "method").get("sketch")) else ""
+    ranks = {f.shape[1] for a in downlink.adapters.values() for f in [*a.factors.values()][:1]}
+    if config.output.progress:
+        say(
+            f"learning rate {rate:g}, by the rule for {config.chosen('method')}, {sketch}rank "
+            f"{', '.join(map(str, sorted(ranks)))}, under {config.local.optimiser}, {steps:g} "
+            "steps a round (docs/local.md)"
+        )
+    return {**plain, "local": {**local, "lr": rate}}
+
+
+def rate_where_known(plain: PlainDict, say: Callable[[str], object]) -> PlainDict:
+    """Write the rate of the rule into a config, if it knows such a run; see `settled_rate`."""
+    with suppress(ConfigError):
+        return settled_rate({**plain, "local": {**section(plain, "local"), "lr": "auto"}}, say)
+    return plain
+
+
+def is_known(local: LocalConfig) -> bool:
+    """Return whether the rule was fitted to such local steps."""
+    plain = local.momentum == 0 and local.clip is None and not local.added
+    return plain and local.optimiser in FITTED
+
+
+def steps_of(local: LocalConfig, built: BuiltTask) -> float:
+    """Count the local steps of a round, as the mean over clients."""
+    if local.steps is not None:
+        return local.steps
+    sizes = built.task.train.sizes(torch.arange(built.clients)).double()
+    batches = (sizes / (local.batch_size or sizes.clamp(min=1))).ceil()
+    return round(local.epochs * float(batches.mean()), 1)
+
+
+def rate_of(downlink: Downlink, optimiser: str, steps: float) -> float:
+    """Compute the rate of the rule.
+
+    Args:
+        downlink: Of the first round.
+        optimiser: ``adamw`` or ``sgd``.
+        steps: Of a client in a round.
+
+    Raises:
+        ConfigError: If layers have none, or more, than two factors.
+    """
+    rates = []
+    for adapter in downlink.adapters.values():
+        factors = [*adapter.factors.values()]
+        trained = "".join(label for label, f in adapter.factors.items() if f.trained)
+        if len(factors) != 2 or trained not in FITTED[optimiser]:
+            break
+        rank, width = factors[0].shape[1], min(factors[0].shape[0], factors[1].shape[1])
+        length = math.prod(spec.gram_scale for f in factors if (spec := f.drawing)) ** 0.5
+        scale, rate = adapter.scale * length, FITTED[optimiser][trained]
+        wide = rank * width * math.sqrt(steps)
+        rates.append(rate / (scale * wide) if optimiser == "adamw" else rate / scale**2)
+    if not rates or len(rates) < len(downlink.adapters):
+        raise ConfigError(f"local.lr is auto, but {KNOWN}: say local.lr=NUMBER")
+    return median(rates)
