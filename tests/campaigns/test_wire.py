@@ -13,13 +13,19 @@ from fedraclora.engines.records import from_records
 from fedraclora.run.ledger import Ledger
 from fedraclora.wire.reply import read_answer
 from tests.campaigns.mutants import claimed, deep, stored
-from tests.campaigns.wire import Case, campaign, collected, judged, read, scene_of
+from tests.campaigns.wire import Case, campaign, collected, frames, judged, read, scene_of
 from tests.messages import become_a_task
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(1500, marks=pytest.mark.slow)])
 def test_mutants(count: int) -> None:
     assert sum(campaign(count, first=100_000).values()) == count
+
+
+def test_damaged_frames() -> None:
+    counts = frames(800)
+    assert sum(counts.values()) == 800
+    assert counts["frame refused"] > 700
 
 
 ENDED = {

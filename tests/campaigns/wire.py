@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -37,10 +38,10 @@ from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.errors import ClientError, WireError
-from fedraclora.protocol.coding import NONE, ZSTD
+from fedraclora.protocol.coding import NONE, ZSTD, compressed, unframed
 from fedraclora.protocol.method import Cohort, Downlink, Draw, State
 from fedraclora.protocol.plan import make_plan
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantised import FULL, encode
 from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
@@ -675,6 +676,43 @@ def campaign(
     return counts
 
 
+def frames(times: int, count: int = 6000) -> Counter[str]:
+    """Change bytes of coded numbers: they are refused, or still the same; give how many were what.
+
+    Args:
+        times: How many.
+        count: Of numbers.
+    """
+    counts: Counter[str] = Counter()
+    for number in range(times):
+        kind = ("bfloat16", "int8", "int4", "eden4")[number % 4]
+        frame, whole = (made.numpy() for made in frame_of(kind, count))
+        random, damaged = generator(SEED, "frame", number), frame
+        for _ in range(pick(random, [1, 1, 1, 2, 5])):
+            at = int(random.integers(min(len(damaged), pick(random, [40, len(damaged)]))))
+            byte, piece = np.uint8(random.integers(256)), frame[int(random.integers(len(frame))) :]
+            change = int(random.integers(4))
+            middle = (damaged[at : at + 1] ^ byte, damaged[:0], [byte], piece[:40])[change]
+            end = damaged[at + (1, 1, 0, 40)[change] :]
+            damaged = np.concatenate([damaged[:at], middle, end]).astype(np.uint8)
+        try:
+            found = unframed(torch.from_numpy(damaged), len(whole)).numpy()
+        except WireError:
+            counts["frame refused"] += 1
+        else:
+            must(len(damaged) == len(whole) or np.array_equal(found, whole), f"frame {number}")
+            counts["frame taken"] += 1
+    return counts
+
+
+@cache
+def frame_of(kind: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal numbers, coded and not."""
+    rng = generator(SEED, kind)
+    whole = encode(torch_normal(rng, count), [count], kind, rng, again=False)
+    return compressed([whole])[0], whole
+
+
 def ledger_bytes(folder: str) -> bytes:
     """The bytes of a ledger, but for the ends of its lines."""
     return (Path(folder) / "ledger.jsonl").read_bytes().replace(b"\n", b"")
@@ -688,7 +726,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="what the names of settings begin with")
     words = parser.parse_args()
     names = [name for name in SETTINGS if name.startswith(words.only)]
-    counts = campaign(words.times, names, words.first, tell=True)
+    counts = campaign(words.times, names, words.first, tell=True) + frames(words.times)
     told = ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
     sys.stdout.write(f"{told}\n")
     return int(counts["wrong"] > 0)
