@@ -4,7 +4,7 @@ Under AdamW every number of a factor moves by about the rate, so that rank r, th
 of A of length a move an output by about ``lr s a r`` in a step. The rate is therefore c / (s a r),
 and less where layers are wide (as in muP) and where a round has many steps:
 
-    AdamW:  c / (s a r w sqrt(h))      w: the smaller side of W;  h: steps of a round
+    AdamW:  c / (s a r w sqrt(h))      w: the smaller side of W, or 96;  h: steps of a round
     SGD:    c / (s a)^2                since W moves by lr s^2 a^2 times the projected gradient
 
 c was fitted to tuned rates (docs/records/rates.md): of AdamW on pretrained transformers, of SGD on
@@ -35,6 +35,7 @@ from fedraclora.tree import weights_of
 
 # c, by the optimiser and the factors that clients train.
 FITTED = {"adamw": {"B": 55.0, "A": 55.0, "BA": 27.5}, "sgd": {"B": 1.1, "A": 0.2, "BA": 0.1}}
+NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have huge rates
 KNOWN = "the rule knows sgd and adamw without momentum, clipping or extras, on two factors a layer"
 
 
@@ -112,7 +113,8 @@ def rate_of(downlink: Downlink, optimiser: str, steps: float) -> float:
         trained = "".join(label for label, f in adapter.factors.items() if f.trained)
         if len(factors) != 2 or trained not in FITTED[optimiser]:
             break
-        rank, width = factors[0].shape[1], min(factors[0].shape[0], factors[1].shape[1])
+        rank = factors[0].shape[1]
+        width = max(NARROWEST, min(factors[0].shape[0], factors[1].shape[1]))
         length = math.prod(spec.gram_scale for f in factors if (spec := f.drawing)) ** 0.5
         scale, rate = adapter.scale * length, FITTED[optimiser][trained]
         wide = rank * width * math.sqrt(steps)

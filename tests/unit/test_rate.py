@@ -90,6 +90,18 @@ def test_other_constants_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
         test_the_rule_is_within_a_factor_of_two_of_what_was_tuned("CoLA", ONE)
 
 
+def test_layers_narrower_than_any_that_was_tuned_have_no_higher_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {"method": {"name": "ffa_lora", "rank": 2}, "model": {"name": "mlp"}}
+    local = {"optimiser": "adamw", "steps": 4}
+    found = []
+    for shapes in ([(96, 97)], [(12, 9)]):
+        monkeypatch.setitem(SHAPES, "mlp", shapes)
+        found.append(rule({**config, "local": local}))
+    assert found[0] == found[1] == pytest.approx(55 / (2 * 96 * 2))
+
+
 WORDS = ("rounds=1", "data=digits", "model.hidden=[12]", "clients=4", "cohort=4")
 
 
