@@ -326,11 +326,11 @@ def _check_start(study: Study, phase: str, config: RunConfig) -> None:
     answers = {"exact_match"} if config.evaluate.generate else set()
     task = run.built.task
     known = {*task.measured, "gap"} | answers
-    wanted = study.chosen_by if phase == "tune" else study.metric
-    if wanted not in known:
+    wanted = [study.metric, *([study.chosen_by] if phase == "tune" else [])]
+    if lacking := [name for name in wanted if name not in known]:
         raise ConfigError(
-            f"{wanted} is not measured; its metrics are {', '.join(task.measured)}: name one of "
-            "them as the study's metric, or as tune.by"
+            f"{lacking[0]} is not measured; its metrics are {', '.join(task.measured)}: name one "
+            "of them as the study's metric, or as tune.by"
         )
     refuse_lower("the study", study.metric, lower_of(task.info))
 

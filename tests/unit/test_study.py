@@ -496,6 +496,13 @@ rows:
         (("rounds=1", "evaluate.split=validation, rounds=1"), "measured on eval"),
         (("seeds: [7]", "seeds: [7], by: exact_match"), "exact_match is not measured"),
         (
+            (
+                "seeds: [7], overrides: [",
+                'seeds: [7], by: loss, overrides: ["data.metrics=[loss]", ',
+            ),
+            "accuracy is not measured",
+        ),
+        (
             ("narrow: [method=fedavg_lora", "narrow: [method=pool_rac_lora"),
             "2 dimensions of fc1.weight",
         ),
