@@ -1,7 +1,6 @@
 """Settings of a run, group by group: frozen dataclasses that refuse what cannot run."""
 
-# A hook has arguments that an override uses.
-# ruff: noqa: ARG002
+# ruff: noqa: ARG002  (a hook has arguments that an override uses)
 
 from __future__ import annotations
 
@@ -34,10 +33,7 @@ MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends 
 Threads = Annotated[int, Limit(f"1 to {MOST_THREADS}", lambda count: 1 <= count <= MOST_THREADS)]
 Chunk = Annotated[
     int | str,
-    Limit(
-        "auto, or a number of clients,",
-        lambda value: value == "auto" or (isinstance(value, int) and value >= 1),
-    ),
+    Limit("auto, or a number of clients,", lambda n: n == "auto" or (isinstance(n, int) and n > 0)),
 ]
 
 

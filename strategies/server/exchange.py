@@ -109,8 +109,7 @@ class Exchange:
         self.layout = self.downlink.layout
         # Where a client may fail, a round may have to be closed again without its row.
         if self.reduce and not self.loop.guarded and not self.loop.max_failures:
-            weighting, size = self.loop.weights, self.layout.size
-            self.sum = CohortSum(self.downlink, self.cohort, weighting, size)
+            self.sum = CohortSum(self.downlink, self.cohort, self.loop.weights, self.layout.size)
 
     def ask(self) -> list[Ask]:
         """Say what each chunk of the cohort is asked."""
@@ -205,12 +204,13 @@ class Exchange:
         self.failures.sort(key=lambda f: f.client)
         if len(self.all_failures) > allowed or len(refused) == len(clients):
             raise too_many(self.all_failures, self.round_, self.loop.rule)
+        total = sum_blocks(numbers) if summed and self.sum is None else None
         got = Uplinks(
             clients,
             weights,
             self.layout,
             stacked=None if summed else numbers,
-            summed=self._total(numbers) if summed else None,
+            summed=total if self.sum is None else self.sum.value(),
             versions=torch.full_like(clients, self.version),
             places=places,
         )
@@ -218,10 +218,6 @@ class Exchange:
             got = got.select(~torch.isin(clients, torch.tensor([r.client for r in refused])))
         self._measure(got.clients, got.weights)
         return got
-
-    def _total(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Compute the sum of the cohort: of what was added as it came, or of sums of blocks."""
-        return sum_blocks(blocks) if self.sum is None else self.sum.value()
 
     def _joined(self, name: str) -> torch.Tensor:
         """Join what all replies have of one name, in the order of the replies."""
@@ -328,8 +324,7 @@ class Exchange:
                 f"{self.version}"
             )
         if reply.sizes is not None:
-            ids = reply.clients.tolist()
-            self.sizes |= dict(zip(ids, reply.sizes.tolist(), strict=True))
+            self.sizes |= dict(zip(reply.clients.tolist(), reply.sizes.tolist(), strict=True))
         return reply
 
     def _take(self, reply: Answer | None) -> None:
