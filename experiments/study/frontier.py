@@ -116,8 +116,6 @@ class Task:
         shared: dict[str, object] = {}
         for folder in told["studies"]:
             path = results / folder
-            if not (path / "runs.jsonl").is_file():
-                continue
             for entry in entries(Study.read(path / "study.yaml"), read_lines(path / "runs.jsonl")):
                 if entry.row in curves:
                     raise ConfigError(f"{folder}: another study of {name} has a row {entry.row!r}")
@@ -237,6 +235,11 @@ def draw_shares(tasks: Sequence[Task], path: Path) -> None:
     shares_figure(found, [task.name for task in tasks], path)
 
 
+def has_run(studies: Iterable[str], results: Path = RESULTS) -> bool:
+    """Tell whether all runs of some studies are there: its table is written at a study's end."""
+    return all((results / folder / "table.md").is_file() for folder in studies)
+
+
 @reported
 def main() -> int:
     """Write tables and figures of all tasks that have run."""
@@ -244,7 +247,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "frontier")
     out = parser.parse_args().out
     told = yaml.safe_load(Path(__file__).with_name("frontier.yaml").read_text(encoding="utf-8"))
-    tasks = [Task.read(name, how) for name, how in told.items()]
+    whole = {name: how for name, how in told.items() if has_run(how["studies"])}
+    tasks = [Task.read(name, how) for name, how in whole.items()]
+    if left := [name for name in told if name not in whole]:
+        print(f"left out, since not all of their studies have run: {', '.join(left)}")
     out.mkdir(parents=True, exist_ok=True)
     for name, records in (
         ("shares", [shares(task) for task in tasks]),

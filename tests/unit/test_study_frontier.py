@@ -14,6 +14,7 @@ from fedraclora.experiments.study.frontier import (
     Task,
     draw_shares,
     draw_task,
+    has_run,
     shares,
     winners,
 )
@@ -65,7 +66,7 @@ def both(tmp_path: Path) -> Task:
         clients=4,
         later=1,  # a key that runs of the other study lack
     )
-    return Task.read("digits", {**told, "studies": ["a", "b", "not run"]}, tmp_path)
+    return Task.read("digits", {**told, "studies": ["a", "b"]}, tmp_path)
 
 
 def test_a_share_is_what_is_sent_until_the_final_metric_of_the_reference(tmp_path: Path) -> None:
@@ -101,6 +102,9 @@ def test_rows_that_are_not_compared_alike_and_missing_references_are_refused(
         Task.read("digits", {**told, "studies": ["b"]}, tmp_path)
     with pytest.raises(ConfigError, match="'theirs'"):
         Task.read("digits", {**told, "studies": ["a", "a"]}, tmp_path)
+    assert not has_run(["a"], tmp_path)
+    (tmp_path / "a" / "table.md").touch()
+    assert has_run(["a"], tmp_path)
 
 
 def test_the_figures_are_drawn(tmp_path: Path) -> None:
