@@ -210,11 +210,6 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     "devices that take time": lambda s: s.run.devices.system.timed,
     "system.buffer": lambda s: s.run.devices.system.buffer is not None,
     "local moments that live on": lambda s: _moments(s.run.local),
-    "local.steps below method.steps": lambda s: (
-        s.run.local.steps is not None
-        and s.run.local.steps < (getattr(innermost(s.run.method), "steps", None) or 0)
-        and f"local.steps is {s.run.local.steps}"
-    ),
     "local.weight_decay": lambda s: (
         s.run.local.weight_decay > 0 and f"local.weight_decay is {s.run.local.weight_decay}"
     ),

@@ -11,6 +11,7 @@ from functools import partial
 from fedraclora.allocation import flows
 from fedraclora.config.run_config import RunConfig
 from fedraclora.data.task import Task
+from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Method
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.strategies.wrappers.dora import Dora
@@ -26,6 +27,12 @@ def method_of(config: RunConfig, task: Task | None = None) -> Method:
     Raises:
         ConfigError: If they do not fit.
     """
+    taken, sent = config.local.steps, getattr(config.method, "steps", None)  # of scalars
+    if taken is not None and sent is not None and taken < sent:
+        raise ConfigError(
+            f"local.steps is {taken}, but clients send the scalars of method.steps={sent} steps: "
+            "they would send zeros for the others; take local.steps=null, or no less than that"
+        )
     fixed = config.control_variates or config.server_optimiser.space == "factors"
     flow = None if task is None else partial(flows, task.model, task.test)
     method = allocated(config.method, config.allocation, flow, fixed=fixed)

@@ -503,7 +503,9 @@ def test_help_with_a_choice_explains_its_keys_wherever_they_stand(
     main(["simulate", "--config-dir", str(tmp_path), "local=mine", "--help"])
     printed = capsys.readouterr().out
     assert "  Mine.\n" in printed
-    assert re.search(r"local\.lr=0\.1 +Step size of what the method trains\.\n", printed)
+    assert re.search(
+        r"local\.lr=0\.1 +Step size of what the method trains; auto: by a rule", printed
+    )
     assert re.search(r"local\.momentum=0\.9 +Heavy-ball", printed)
     # A file of one group that builds on one of the whole config: each has its own place.
     (tmp_path / "data").mkdir()

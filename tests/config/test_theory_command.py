@@ -57,6 +57,7 @@ def test_a_small_run_holds_and_writes_everything(
     assert all(name in (out / "table.md").read_text() for name in cases)
 
 
+@pytest.mark.slow
 def test_a_curve_that_crosses_its_bound_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

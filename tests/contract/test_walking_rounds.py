@@ -21,16 +21,20 @@ from worlds import (
     run,
 )
 
+from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.overrides import composed
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.walk import SUMS
 from fedraclora.rng import cohort_bits, generator, hash_key
+from fedraclora.strategies import METHODS
 from fedraclora.strategies.decomfl import DeComFl
 from fedraclora.strategies.fedkseed import FedKSeed
 from fedraclora.strategies.ferret import Ferret
+from fedraclora.strategies.wrappers import method_of
 
 Array = npt.NDArray[np.float64]
 Weights = dict[str, Array]
@@ -269,9 +273,10 @@ def test_sums_of_scalars_may_be_secret_and_private(
 def test_what_does_not_go_with_walking_is_refused() -> None:
     with pytest.raises(ConfigError, match="weight_decay"):
         run(make_world(), DeComFl(steps=3), LocalSettings(steps=3, weight_decay=0.1), rounds=1)
-    for method in (DeComFl(steps=3), FedKSeed(steps=3)):
+    for name in ("decomfl", "fedkseed"):
+        words = [f"method={name}", "method.steps=3", "local.steps=2", "data=digits"]
         with pytest.raises(ConfigError, match=r"local\.steps is 2.*local\.steps=null"):
-            run(make_world(), method, STEPS2, rounds=1)
+            method_of(from_plain(composed([*words, "pretrain=none"]), METHODS))
     with pytest.raises(ConfigError, match="momentum"):
         run(
             make_world(),

@@ -159,11 +159,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912  a list
             yield name, {"residual_rank": 2}
         if "seeds" in group:
             yield name, {"steps": 6, "pro": True}
-        if "server_lr" in group:
-            yield (
-                name,
-                {"server_lr": 1.75} | ({} if "directions" in group else {"resample_every": 1}),
-            )
+        if "server_lr" in group and "directions" not in group:
+            yield name, {"server_lr": 1.75, "resample_every": 1}
 
 
 def is_personal(variant: tuple[str, dict[str, Any]]) -> bool:

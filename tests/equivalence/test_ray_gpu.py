@@ -74,6 +74,7 @@ def all_is_taken() -> bool:
     return time.monotonic() < deadline
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_card_and_give_the_same_bits(device: str) -> None:
     where = f"device={device}"
     alone = bits(job(where, "engine.chunk=32"))

@@ -129,16 +129,16 @@ def test_choices_are_a_column_or_the_answers_of_the_task(
 @pytest.mark.parametrize(
     ("change", "given", "said"),
     [
-        ({"options": ["blue", "green"]}, {}, r"row 2: the response 'red' is none of the choices"),
-        ({"options": "red"}, {}, r"row 2: options \(data\.choices\) is 'red'; a list"),
-        ({"options": 3}, {}, r"row 2: options \(data\.choices\) is '3'; a list"),
+        ({"options": ["blue", "green"]}, {}, r"row 2.*'red'.*choices"),
+        ({"options": "red"}, {}, r"row 2.*data\.choices.*'red'.*a list"),
+        ({"options": 3}, {}, r"row 2.*data\.choices.*'3'.*a list"),
         ({}, {"choices": "option"}, r"data\.choices.*unknown column 'option'.*options"),
-        ({"options": ["red"]}, {}, "has the choices 'red', as .*two or more"),
-        ({"options": ["red", "who", "whom"]}, {}, "choices 'red', '<unk>', '<unk>', as .*differ"),
+        ({"options": ["red"]}, {}, "'red'.*two or more"),
+        ({"options": ["red", "who", "whom"]}, {}, "'red', '<unk>', '<unk>'.*differ"),
         ({"options": ["red", ""]}, {}, "choices 'red', '', as .*none of them empty"),
         ({}, {"choices": None}, r"evaluate\.choices=2 wants questions .*data\.choices"),
         ({}, {"template": TEMPLATE.replace("m['content']", "m['content'][::-1]")}, "as it is"),
-        ({"options": ["red", "red " * 9]}, {}, "12 tokens, but the model reads 9 at most"),
+        ({"options": ["red", "red " * 9]}, {}, "12 tokens.*9 at most"),
     ],
 )
 def test_choices_that_cannot_be_known_are_refused(

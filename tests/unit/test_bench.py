@@ -463,6 +463,7 @@ def peer_python(tmp_path: Path) -> Path:
     return script
 
 
+@pytest.mark.slow
 def test_a_peer_gets_the_work_and_gives_its_weights(tmp_path: Path, peer_python: Path) -> None:
     (tmp_path / "peer.py").write_text(
         "import sys\n"

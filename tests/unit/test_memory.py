@@ -262,7 +262,9 @@ WORLDS: dict[str, Callable[[], World]] = {
 }
 
 
-@pytest.mark.short(when=lambda name: name != "transformer-adamw")  # each is there beside the other
+@pytest.mark.short(
+    when=lambda name: name not in {"transformer-adamw", "transformer-mixed"}
+)  # each is there beside the other
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_model_is_what_training_takes(name: str) -> None:
     """For as many clients as one likes: never too little, and less than a third too much."""
