@@ -72,14 +72,15 @@ def tune_task(
     plain = {**settled_start(settled(plain)), "output": {**output, "dir": None}}
     Space.of(plain, said, asked, typed)  # what is wrong with the words is said first
     by_rule = settled_rate if {KEYS["lr"], "experiment"} & {*said} else rate_where_known
+    if section(plain, "local").get("lr") == "auto":  # is no rate: it is tuned around the rule's
+        said = {*said} - {KEYS["lr"]}
     plain = by_rule(plain, print)
     share = held_out(task_from_plain(plain), asked)
     final = {"evaluate.split": "test", "data.validation": section(plain, "data")["validation"]}
     plain = laid_over(plain, {"evaluate.split": "validation", "data.validation": share})
     space = Space.of(plain, said, asked, typed)
     built = build_task(replace(task_from_plain(plain), pretrain=PretrainConfig()))
-    task = built.task
-    metric = asked.metric or task.measured[0]
+    task, metric = built.task, asked.metric or built.task.measured[0]
     if metric not in task.measured:
         raise unknown("tune.metric", metric, task.measured)
     higher = higher_is_better(metric, lower_of(task.info))

@@ -464,3 +464,9 @@ def test_without_optuna_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"fedraclora\[tune\]"):
         tuned(tmp_path)
+
+
+def test_the_rate_is_tuned_around_that_of_the_rule_where_auto_is_said(tmp_path: Path) -> None:
+    tuned(tmp_path, "local.lr=auto", "tune.runs=2", "tune.test_seeds=[0]", "tune.first=[]")
+    rates = {trial.params["local.lr"] for trial in ended(tmp_path)}
+    assert len(rates) == 2
