@@ -27,7 +27,7 @@ from fedraclora.experiments.status import reported
 from fedraclora.experiments.study.entries import Entry, entries, read_lines, score, traffic
 from fedraclora.experiments.study.file import SHARED, Study
 from fedraclora.experiments.tables import Table
-from fedraclora.experiments.tune.frontier import Point, mean_curve
+from fedraclora.experiments.tune.frontier import Point, frontier, mean_curve
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.frontier import shares_figure, task_figure
 from fedraclora.run.ledger import number
@@ -45,7 +45,7 @@ FAMILIES = {
 OTHER = "other rivals"
 ORDER = (*dict.fromkeys(FAMILIES.values()), OTHER)  # so that a family has one colour everywhere
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the reference's traffic
-FREE = ("evaluate.every", "evaluate.test")  # of the groups that rows share: when they are measured
+FREE = "evaluate.every"  # of the groups that rows share: when they are measured
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,7 @@ def shares(task: Task) -> dict[str, object]:
             f"{title}, %": f"{100 * point.bytes / task.whole:.2g}",
             f"{title}, points there": difference(curve.scores_at(point.round), end),
         }
-    both = ours is not None and rivals is not None
-    record["ours / rival"] = f"{ours[1].bytes / rivals[1].bytes:.2f}" if both else ""  # type: ignore[index]
+    record["ours / rival"] = f"{ours[1].bytes / rivals[1].bytes:.2f}" if ours and rivals else ""
     return record
 
 
@@ -217,11 +216,17 @@ def winners(task: Task) -> list[dict[str, object]]:
 
 def draw_task(task: Task, path: Path) -> None:
     """Draw the rows of a task by family."""
-    groups: dict[str, list[list[tuple[float, float]]]] = {family: [] for family in ORDER}
-    for curve in task.curves:
-        groups[curve.family].append([(p.bytes / MEGABYTE, p.score) for p in curve.points])
+    groups = {}
+    for family in ORDER:
+        rows = [curve.points for curve in task.curves if curve.family == family]
+        best = frontier([point for row in rows for point in row], higher=True)
+        groups[family] = [_xy(row) for row in rows], _xy(best)
     metric = task.reference.entry.study.metric
     task_figure(groups, (task.whole / MEGABYTE, task.target), metric, path)
+
+
+def _xy(points: Iterable[Point]) -> list[tuple[float, float]]:
+    return [(point.bytes / MEGABYTE, point.score) for point in points]
 
 
 def draw_shares(tasks: Sequence[Task], path: Path) -> None:

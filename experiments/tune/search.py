@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from fedraclora.binding import PlainDict
+from fedraclora.binding import PlainDict, section
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import digested, from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
@@ -133,7 +133,7 @@ class Search:
         tried = {"tried": self.space.told(), "metric": self.metric}
         told: dict[str, object] = {
             "task": digested(self.space.plain, METHODS),
-            "files": data_files(dict(self.space.plain["data"])),  # type: ignore[call-overload]
+            "files": data_files(section(self.space.plain, "data")),
             "tune": {**tried, "seeds": self.config.seeds, "rungs": self.config.rungs},
         }
         if (known := study.user_attrs.get("of")) is None:

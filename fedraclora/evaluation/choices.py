@@ -89,7 +89,7 @@ class Questions:
         taken = taken.to("cpu")
         rows, owner = list[Encoded](), list[int]()
         slots: list[dict[tuple[int, int], int]] = []
-        for number, choices in enumerate(_choices(task, taken)):
+        for number, choices in enumerate(known := _choices(task, taken)):
             ids = taken.inputs["input_ids"][number]
             prompt = cut(ids, taken.target[number])[0].tolist()
             served: list[tuple[list[int], dict[tuple[int, int], int]]] = []
@@ -115,7 +115,7 @@ class Questions:
                 f"{table.padded} tokens, but the model reads {most} at most: lower data.max_length"
             )
         told = f"{asked} questions, each by the likeliest of its answers, such as " + " or ".join(
-            repr(task.tokenizer.decode(choice)) for choice in _choices(task, taken)[0]
+            repr(task.tokenizer.decode(choice)) for choice in known[0]
         )
         beside = taken.beside["characters"], taken.beside["right"]
         return cls(table, torch.tensor(owner), wanted, *beside, f"{told}, without what ends them")

@@ -12,37 +12,35 @@ from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_fig
 MARKS = ("o", "s", "^", "D", "v", "P")
 GOOD, LESS = 0.1, 0.5  # shares that are marked; part of the metric's range that is drawn
 
-Curves = Sequence[Sequence[tuple[float, float]]]
+Points = Sequence[tuple[float, float]]
 
 
 def task_figure(
-    groups: Mapping[str, Curves], reference: tuple[float, float], metric: str, path: Path
+    groups: Mapping[str, tuple[Sequence[Points], Points]],
+    reference: tuple[float, float],
+    metric: str,
+    path: Path,
 ) -> None:
     """Draw every row of a task, thin, and over those of a family what none of them beats.
 
     Args:
-        groups: By family, of each row the MB both ways and the metric after each measured round;
-            the place of a family is its colour.
+        groups: By family, of each row the MB both ways and the metric after each measured round,
+            and those of these points that none of the family beats; its place is its colour.
         reference: All MB of the row that the others are held against, and its metric at the end.
         metric: Its name.
         path: The PNG to write.
     """
     figure = new_figure(7.5, 4.5)
     panel = figure.subplots()
-    for index, (family, rows) in enumerate(groups.items()):
+    for index, (family, (rows, best)) in enumerate(groups.items()):
         if not rows:
             continue
         colour = COLOURS[index % len(COLOURS)]
         for row in rows:
             panel.plot(*zip(*row, strict=True), color=colour, linewidth=0.7, alpha=0.35)
-        best, line = -float("inf"), []
-        for x, y in sorted(point for row in rows for point in row):
-            if y > best:
-                best = y
-                line.append((x, y))
         ends = max(point[0] for row in rows for point in row)
         panel.plot(
-            *zip(*line, (ends, best), strict=True),
+            *zip(*best, (ends, best[-1][1]), strict=True),
             color=colour,
             linewidth=2,
             drawstyle="steps-post",
@@ -51,7 +49,7 @@ def task_figure(
     whole, target = reference
     label_axes(panel, "MB both ways, with catch-up, of all clients", metric, legend=True)
     make_logarithmic(panel, "x")
-    finals = [target, *(max(y for _, y in row) for rows in groups.values() for row in rows)]
+    finals = [target, *(max(y for _, y in row) for rows, _ in groups.values() for row in rows)]
     low, high = min(finals), max(finals)
     panel.set_ylim(low - LESS * (high - low), high + 0.1 * (high - low))
     panel.axhline(target, color="#555555", linestyle="--", linewidth=1)
