@@ -29,7 +29,7 @@ from fedraclora.experiments.study.file import SHARED, Study
 from fedraclora.experiments.tables import Table
 from fedraclora.experiments.tune.frontier import Point, frontier, mean_curve
 from fedraclora.plots.axes import MEGABYTE
-from fedraclora.plots.frontier import shares_figure, task_figure
+from fedraclora.plots.frontier import GOOD, frontier_figure, shares_figure
 from fedraclora.run.ledger import number
 from fedraclora.weights.files import flatten
 
@@ -222,7 +222,9 @@ def draw_task(task: Task, path: Path) -> None:
         best = frontier([point for row in rows for point in row], higher=True)
         groups[family] = [_xy(row) for row in rows], _xy(best)
     metric = task.reference.entry.study.metric
-    task_figure(groups, (task.whole / MEGABYTE, task.target), metric, path)
+    labels = "MB both ways, with catch-up, of all clients", metric
+    marks = [GOOD * task.whole / MEGABYTE]
+    frontier_figure(groups, labels, path, marks=marks, level=task.target)
 
 
 def _xy(points: Iterable[Point]) -> list[tuple[float, float]]:

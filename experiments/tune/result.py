@@ -26,7 +26,7 @@ from fedraclora.experiments.tune.search import DIVERGED, HALVED, Search, done, s
 from fedraclora.experiments.tune.space import KEYS
 from fedraclora.objects import LENT, NAME
 from fedraclora.plots.axes import MEGABYTE
-from fedraclora.plots.comparison import frontier_figure
+from fedraclora.plots.frontier import frontier_figure
 from fedraclora.run.digests import plans_rounds
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ def outcome(search: Search, *, clients: int, over: bool, has_test: bool) -> Tune
     Table.of(records).write(folder, "frontier")
     if best:
         runs, sizes = [xy(curve, unit) for curve in curves], search.config.sizes
-        frontier_figure(runs, xy(best, unit), sizes, search.metric, folder / "frontier.png")
+        labels = "MB a client, both ways", f"{search.metric}, validation"
+        groups = {"frontier": (runs, xy(best, unit))}
+        frontier_figure(groups, labels, folder / "frontier.png", marks=sizes)
     search.say(f"written to {folder}: frontier.csv, frontier.png, experiment/at_...MB.yaml")
     test = None
     if winner is not None:

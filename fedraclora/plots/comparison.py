@@ -285,40 +285,6 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
     write_png(figure, path)
 
 
-def frontier_figure(
-    runs: Sequence[Sequence[tuple[float, float]]],
-    best: Sequence[tuple[float, float]],
-    sizes: Sequence[float],
-    metric: str,
-    path: Path,
-) -> None:
-    """Draw a metric against bytes: every run in grey, and over them the frontier.
-
-    Args:
-        runs: Of each, MB a client and the metric after each measured round.
-        best: The points that none beats, by MB.
-        sizes: MB a client that are marked, where they lie among the points.
-        metric: Its name.
-        path: The PNG to write.
-    """
-    figure = new_figure(7.5, 4.5)
-    panel = figure.subplots()
-    for run in runs:
-        panel.plot(
-            *zip(*run, strict=True), color="#AAAAAA", linewidth=0.8, marker=".", markersize=3
-        )
-    x, y = zip(*best, strict=True)
-    (line,) = panel.plot(x, y, color=COLOURS[0], drawstyle="steps-post", label="frontier")
-    line.set(marker=marker(np.array(x)), markersize=4)
-    label_axes(panel, "MB a client, both ways", f"{metric}, validation", legend=True)
-    make_logarithmic(panel, "x")
-    low, high = panel.get_xlim()
-    for size in sizes:
-        if low < size < high:
-            panel.axvline(size, color=COLOURS[1], linestyle=":", linewidth=1)
-    write_png(figure, path)
-
-
 def spanned(entrants: Sequence[Entrant]) -> tuple[float, float]:
     """Choose the range of the metric that is drawn, with a margin.
 

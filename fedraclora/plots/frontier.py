@@ -10,25 +10,28 @@ from matplotlib.ticker import FuncFormatter
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 
 MARKS = ("o", "s", "^", "D", "v", "P")
-GOOD, LESS = 0.1, 0.5  # shares that are marked; part of the metric's range that is drawn
+GOOD, LESS = 0.1, 0.5  # the share that is marked; part of the metric's range that is drawn
 
 Points = Sequence[tuple[float, float]]
 
 
-def task_figure(
+def frontier_figure(
     groups: Mapping[str, tuple[Sequence[Points], Points]],
-    reference: tuple[float, float],
-    metric: str,
+    labels: tuple[str, str],
     path: Path,
+    *,
+    marks: Sequence[float] = (),
+    level: float | None = None,
 ) -> None:
-    """Draw every row of a task, thin, and over those of a family what none of them beats.
+    """Draw a metric against bytes: every row, thin, and over those of a group what none beats.
 
     Args:
-        groups: By family, of each row the MB both ways and the metric after each measured round,
-            and those of these points that none of the family beats; its place is its colour.
-        reference: All MB of the row that the others are held against, and its metric at the end.
-        metric: Its name.
+        groups: By name, of each row the MB and the metric after each measured round, and those of
+            these points that none of the group beats; its place is its colour.
+        labels: Of the axes.
         path: The PNG to write.
+        marks: MB that are marked, where they lie among the points.
+        level: Of the metric: it is marked, and what lies far below it is not shown.
     """
     figure = new_figure(7.5, 4.5)
     panel = figure.subplots()
@@ -46,14 +49,17 @@ def task_figure(
             drawstyle="steps-post",
             label=family,
         )
-    whole, target = reference
-    label_axes(panel, "MB both ways, with catch-up, of all clients", metric, legend=True)
+    label_axes(panel, *labels, legend=True)
     make_logarithmic(panel, "x")
-    finals = [target, *(max(y for _, y in row) for rows, _ in groups.values() for row in rows)]
-    low, high = min(finals), max(finals)
-    panel.set_ylim(low - LESS * (high - low), high + 0.1 * (high - low))
-    panel.axhline(target, color="#555555", linestyle="--", linewidth=1)
-    panel.axvline(GOOD * whole, color="#555555", linestyle=":", linewidth=1)
+    if level is not None:
+        finals = [level, *(max(y for _, y in row) for rows, _ in groups.values() for row in rows)]
+        low, high = min(finals), max(finals)
+        panel.set_ylim(low - LESS * (high - low), high + 0.1 * (high - low))
+        panel.axhline(level, color="#555555", linestyle="--", linewidth=1)
+    least, most = panel.get_xlim()
+    for mark in marks:
+        if least < mark < most:
+            panel.axvline(mark, color="#555555", linestyle=":", linewidth=1)
     write_png(figure, path)
 
 
