@@ -342,7 +342,7 @@ def _shown(hint: object) -> str:
     if hint is type(None):
         return "null"
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in {Mapping, Sequence}:
+    if origin in {Mapping, Sequence, list}:
         listed = f"a list of {' or '.join(map(_shown, parts))}, in brackets,"
         return "a mapping" if origin is Mapping else listed
     return str(hint) if parts else getattr(hint, "__name__", str(hint))

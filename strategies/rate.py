@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from statistics import median
 
@@ -23,7 +22,7 @@ import torch
 
 from fedraclora.binding import PlainDict, section
 from fedraclora.config.build import BuiltTask, build_task, plan_of
-from fedraclora.config.run_config import from_plain
+from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError
 from fedraclora.objects import is_named
@@ -52,33 +51,45 @@ def settled_rate(plain: Mapping[str, object], say: Callable[[str], object]) -> P
     local = section(plain, "local")
     if local.get("lr") != "auto":
         return dict(plain)
+    config = ruled(plain)
+    rate, told = rate_for(config, build_task(replace(config, pretrain=PretrainConfig())))
+    if config.output.progress:
+        say(f"learning rate {rate:g}, by the rule for {told} (docs/local.md)")
+    return {**plain, "local": {**local, "lr": rate}}
+
+
+def ruled(plain: Mapping[str, object]) -> RunConfig:
+    """Parse the config of a run whose rate the rule is to give.
+
+    Raises:
+        ConfigError: If the rule does not know its local steps.
+    """
+    local = section(plain, "local")
     own = local.get("train") is not None or is_named(local.get("name"))
     config = from_plain({**plain, "local": {**local, "lr": LocalConfig.lr}}, METHODS)
     if own or not is_known(config.local):
         raise ConfigError(f"local.lr is auto, but {KNOWN}: say local.lr=NUMBER")
-    built = build_task(replace(config, pretrain=PretrainConfig()))
+    return config
+
+
+def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
+    """Compute the rate of the rule for a run of a task, and say what it follows from.
+
+    Raises:
+        ConfigError: If the rule does not know its method.
+    """
     plan, draw, base = plan_of(config, built.task), Draw(config.seed), weights_of(built.task.model)
     method = method_of(config, built.task)
     cohort = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
     downlink = method.open_round(method.init(base, plan, draw), 1, cohort, draw)
     steps = steps_of(config.local, built)
     rate = float(f"{rate_of(downlink, config.local.optimiser, steps):.2g}")
-    sketch = f"{kind} of " if (kind := section(plain, "method").get("sketch")) else ""
+    sketch = f"{kind} of " if (kind := section(config.plain, "method").get("sketch")) else ""
     ranks = {f.shape[1] for a in downlink.adapters.values() for f in [*a.factors.values()][:1]}
-    if config.output.progress:
-        say(
-            f"learning rate {rate:g}, by the rule for {config.chosen('method')}, {sketch}rank "
-            f"{', '.join(map(str, sorted(ranks)))}, under {config.local.optimiser}, {steps:g} "
-            "steps a round (docs/local.md)"
-        )
-    return {**plain, "local": {**local, "lr": rate}}
-
-
-def rate_where_known(plain: PlainDict, say: Callable[[str], object]) -> PlainDict:
-    """Write the rate of the rule into a config, if it knows such a run; see `settled_rate`."""
-    with suppress(ConfigError):
-        return settled_rate({**plain, "local": {**section(plain, "local"), "lr": "auto"}}, say)
-    return plain
+    return rate, (
+        f"{config.chosen('method')}, {sketch}rank {', '.join(map(str, sorted(ranks)))}, under "
+        f"{config.local.optimiser}, {steps:g} steps a round"
+    )
 
 
 def is_known(local: LocalConfig) -> bool:

@@ -16,7 +16,7 @@ from fedraclora.binding import Plain, bind, section
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import higher_is_better, lower_of
 from fedraclora.experiments.study.file import Study, check_split, row_config
-from fedraclora.experiments.tune.frontier import Point, ranks
+from fedraclora.experiments.tune.frontier import ranks
 from fedraclora.protocol.method import Method
 from fedraclora.run.ledger import Row, number
 from fedraclora.strategies import METHODS
@@ -145,20 +145,20 @@ def dropped(study: Study, done: Done) -> list[str]:
     if kept is None or study.tune is None:
         return []
     rows = [row for row in study.rows if is_tuned(study, row, done)]
-    groups: dict[str, list[Point]] = {}
-    for place, row in enumerate(rows):
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in rows:
         value = tuned_value(study, row, done)
         lines = [done[job.key] for job in study.jobs("tune", row, [value])]
         config = row_config(study, row, "tune")
         good = mean_score(study, row, value, done)
         if config is not None and math.isfinite(good):
             sent = statistics.fmean(traffic(line) for line in lines)
-            groups.setdefault(config.chosen("method"), []).append(Point(0, sent, good, place))
+            groups.setdefault(config.chosen("method"), {})[row] = good, -sent
     return [
-        rows[point.trial]
-        for points in groups.values()
-        for point, rank in zip(points, ranks(points, higher=True), strict=True)
-        if rank >= kept and rows[point.trial] != study.reference
+        row
+        for found in groups.values()
+        for row, rank in zip(found, ranks([*found.values()]), strict=True)
+        if rank >= kept and row != study.reference
     ]
 
 

@@ -25,14 +25,15 @@ from fedraclora.evaluation.metrics import higher_is_better, lower_of
 from fedraclora.experiments.overrides import composed, is_override, key_of
 from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.status import in_order, reported
+from fedraclora.experiments.tune.rates import LR
 from fedraclora.experiments.tune.result import Tuned, outcome
 from fedraclora.experiments.tune.search import Search
-from fedraclora.experiments.tune.space import KEYS, Space, TuneConfig, settings
+from fedraclora.experiments.tune.space import Space, TuneConfig, settings
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import make
-from fedraclora.strategies.rate import rate_where_known, settled_rate
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import settled_start
+from fedraclora.training.localconfig import LocalConfig
 
 FOLDER = "runs/tune"
 
@@ -70,28 +71,25 @@ def tune_task(
     output = section(plain, "output")
     folder = user_path("output.dir", output.get("dir") or FOLDER)
     plain = {**settled_start(settled(plain)), "output": {**output, "dir": None}}
-    Space.of(plain, said, asked, typed)  # what is wrong with the words is said first
-    by_rule = settled_rate if {KEYS["lr"], "experiment"} & {*said} else rate_where_known
-    if section(plain, "local").get("lr") == "auto":  # is no rate: it is tuned around the rule's
-        said = {*said} - {KEYS["lr"]}
-    plain = by_rule(plain, print)
+    if is_auto := section(plain, "local").get("lr") == "auto":  # is no rate
+        said, plain = {*said} - {LR}, laid_over(plain, {LR: LocalConfig.lr})
+    space = Space.of(plain, said, asked, typed)
     share = held_out(task_from_plain(plain), asked)
     final = {"evaluate.split": "test", "data.validation": section(plain, "data")["validation"]}
     plain = laid_over(plain, {"evaluate.split": "validation", "data.validation": share})
-    space = Space.of(plain, said, asked, typed)
     built = build_task(replace(task_from_plain(plain), pretrain=PretrainConfig()))
+    space = space.of_task(plain, built, auto=is_auto, preset="experiment" in said)
     task, metric = built.task, asked.metric or built.task.measured[0]
     if metric not in task.measured:
         raise unknown("tune.metric", metric, task.measured)
     higher = higher_is_better(metric, lower_of(task.info))
     make(folder)
     say = print if output.get("progress") else lambda _: None
-    search = Search(space, asked, metric, higher, folder, final, say, steps, callbacks)
-    whose = "held out of the training samples" if share else "those of the data"
-    samples = f"{len(task.validation or ())} validation samples, {whose}"
-    for title, text in assumed(search, samples).items():
+    whose = space, asked, metric, higher, built.clients, folder
+    search = Search(*whose, final, say, steps, callbacks)
+    for title, text in assumed(search, len(task.validation or ()), share).items():
         say(f"{title + ':':<24}{text}")
-    found = partial(outcome, search, clients=built.clients, has_test=len(task.test) > 0)
+    found = partial(outcome, search, has_test=len(task.test) > 0)
     try:
         alone = search.run()
     except KeyboardInterrupt as error:
@@ -127,19 +125,22 @@ def held_out(config: TaskConfig, asked: TuneConfig) -> float:
     return float(str(beside.get("validation") or asked.validation))
 
 
-def assumed(search: Search, samples: str) -> dict[str, str]:
-    """Say what a tuning assumes."""
+def assumed(search: Search, samples: int, share: float) -> dict[str, str]:
+    """Say what a tuning assumes, of so many validation samples, and the share that was held out."""
+    whose = "held out of the training samples" if share else "those of the data"
     config, direction = search.config, "more" if search.higher else "less"
     units = ("runs", "core-hours", "MB both ways, of all clients")
     limits = zip((config.runs, config.core_hours, config.megabytes), units, strict=True)
     rungs = [str(round(share * search.rounds) or 1) for share in sorted(config.rungs)]
-    seeds, tests = (", ".join(map(str, s)) for s in (config.seeds, config.test_seeds))
+    listed = (config.seeds, config.test_seeds, config.sizes)
+    seeds, tests, sizes = (", ".join(map("{:g}".format, values)) for values in listed)
     ends = f"at {', '.join(rungs)} all but the best {config.keep:g} end" if rungs else "none ends"
     return {
-        "metric": f"{search.metric}, of which {direction} is better, and bytes both ways",
-        "measured on": f"{samples}; the test samples are left for the end",
+        "metric": f"{search.metric}, of which {direction} is better",
+        "measured on": f"{samples} validation samples, {whose}; test samples are left for the end",
         "budget": ", ".join(f"{most:g} {unit}" for most, unit in limits if most),
         "rounds": f"{search.rounds}; {ends}",
+        "sizes": f"{sizes} MB a client, both ways: at each a run counts at its last round there",
         "seeds": f"{seeds}; tested on {tests}",
         **search.space.told(),
         "never": "; ".join(" ".join(line) for line in config.never) or "nothing",

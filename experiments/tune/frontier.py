@@ -47,13 +47,28 @@ def frontier(points: Iterable[Point], *, higher: bool) -> list[Point]:
     return found
 
 
-def ranks(points: Sequence[Point], *, higher: bool) -> list[int]:
-    """Give each point its Pareto rank: 0 on the frontier, 1 on that of the others, and so on."""
-    front = {(point.bytes, point.score) for point in frontier(points, higher=higher)}
-    is_first = [(point.bytes, point.score) in front for point in points]
-    left = [point for point, first in zip(points, is_first, strict=True) if not first]
-    others = iter(ranks(left, higher=higher) if left else ())
-    return [0 if first else next(others) + 1 for first in is_first]
+def ranks(values: Sequence[Sequence[float]]) -> list[int]:
+    """Give each its Pareto rank: 0 where no other has as much of all and more of some, and so on.
+
+    Example:
+        >>> ranks([(3, 1), (2, 2), (2, 1), (1, 1)])
+        [0, 0, 1, 2]
+    """
+    found, left = dict[int, int](), [*range(len(values))]
+
+    def beats(one: Sequence[float], other: Sequence[float]) -> bool:
+        return all(a >= b for a, b in zip(one, other, strict=True)) and [*one] != [*other]
+
+    while left:
+        first = [k for k in left if not any(beats(values[j], values[k]) for j in left)]
+        found |= dict.fromkeys(first, max(found.values(), default=-1) + 1)
+        left = [k for k in left if k not in found]
+    return [found[k] for k in range(len(values))]
+
+
+def within(curve: Sequence[Point], most: float) -> Point:
+    """Return the last point of at most so many bytes; the first one, where all have more."""
+    return [curve[0], *(point for point in curve if point.bytes <= most)][-1]
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:

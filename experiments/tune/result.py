@@ -21,13 +21,12 @@ from fedraclora.experiments.choices import groups
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.tables import Table
-from fedraclora.experiments.tune.frontier import Point, frontier
+from fedraclora.experiments.tune.frontier import Point, frontier, within
 from fedraclora.experiments.tune.search import DIVERGED, HALVED, Search, done, score_of, shown
 from fedraclora.experiments.tune.space import KEYS
 from fedraclora.objects import LENT, NAME
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.frontier import frontier_figure
-from fedraclora.run.digests import plans_rounds
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -56,18 +55,17 @@ class Tuned:
     test: list[float] | None
 
 
-def outcome(search: Search, *, clients: int, over: bool, has_test: bool) -> Tuned:
+def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     """Print and write what was found so far.
 
     Args:
         search: The tuning.
-        clients: Of the task.
         over: Whether all is run, so that the winner may be tested.
         has_test: Whether there are test samples.
     """
     from pandas import DataFrame
 
-    study, unit, folder = search.study(), MEGABYTE * clients, search.folder
+    study, unit, folder = search.study(), MEGABYTE * search.clients, search.folder
     curves = points_of(search, study)
     every = frontier([p for curve in curves for p in curve], higher=search.higher)
     best = [point for point in every if point.round]  # what is no better than untrained is no use
@@ -76,13 +74,13 @@ def outcome(search: Search, *, clients: int, over: bool, has_test: bool) -> Tune
     Table.of(sorted(last.values(), key=itemgetter(SIZE)), [note(search, study, best)]).print()
     shutil.rmtree(folder / "experiment", ignore_errors=True)  # of fewer runs, other sizes
     configs, rows, winner = dict[float, PlainDict](), list[dict[str, object]](), None
-    for size in sorted(search.config.sizes):
-        within = [pair for pair in zip(best, records, strict=True) if pair[0].bytes <= size * unit]
-        rows.append({"at": f"{size:g} MB" + ("" if within else ": all need more")})
-        if within:
-            winner, found = within[-1]
+    for size, most in search.sizes.items():
+        taken = taken_within(most, curves, higher=search.higher)
+        rows.append({"at": f"{size:g} MB" + ("" if taken else ": all need more")})
+        if taken:
+            winner, found = taken, record(search, study, taken, unit)
             rows[-1] |= found
-            configs[size] = config_of(search, study, winner)
+            configs[size] = config_of(search, study, taken)
             write_preset(search, configs[size], found, f"at_{size:g}MB")
     Table.of(DataFrame(rows, dtype=object).fillna("").to_dict("records")).print()
     Table.of(records).write(folder, "frontier")
@@ -108,14 +106,26 @@ def points_of(search: Search, study: Study) -> list[list[Point]]:
 
     Where the number of rounds decides what each of them does, a run counts at its end alone.
     """
-    whole = plans_rounds(search.space.plain) is not None
-    found = []
+    whole, found = search.is_whole, []
     for trial in done(study):
         ended = trial.user_attrs["ended"]
         curve = [replace(Point(**p), trial=trial.number) for p in trial.user_attrs["curve"]]
         if ended != DIVERGED and not (whole and ended):
             found.append([p for p in curve if not whole or p.round in {0, search.rounds}])
     return found
+
+
+def taken_within(most: float, curves: Sequence[Sequence[Point]], *, higher: bool) -> Point | None:
+    """Choose what to take within so many bytes: the best of the runs, each at its last round there.
+
+    The best of many rounds would be a lucky one. A run that is no better there than the untrained
+    model is not taken.
+    """
+    sign, found = 1 if higher else -1, list[Point]()
+    for curve in curves:
+        last = within(curve, most)
+        found += [last] if sign * last.score > sign * curve[0].score else []
+    return max(found, key=lambda point: (sign * point.score, -point.bytes), default=None)
 
 
 def xy(points: Sequence[Point], unit: float) -> list[tuple[float, float]]:
@@ -126,12 +136,13 @@ def xy(points: Sequence[Point], unit: float) -> list[tuple[float, float]]:
 def record(search: Search, study: Study, point: Point, unit: float) -> dict[str, object]:
     """Describe a point of the frontier; what its method does not have is empty."""
     short, params = {key: name for name, key in KEYS.items()}, study.trials[point.trial].params
+    values = search.space.values(params, config_of(search, study, point))
     return {
         "run": point.trial,
         SIZE: float(f"{point.bytes / unit:.4g}"),
         search.metric: round(point.score, 4),
         "rounds": point.round,
-        **{short.get(k, k): shown(params.get(k, "")) for k in search.space.told()},
+        **{short.get(k, k): shown(values.get(k, "")) for k in search.space.told()},
     }
 
 
@@ -151,7 +162,7 @@ def config_of(search: Search, study: Study, point: Point) -> PlainDict:
     """Return the config of a point of the frontier, as it is to be run: trained on all samples."""
     from optuna.trial import FixedTrial
 
-    config = search.space.suggest(FixedTrial(study.trials[point.trial].params))
+    config = search.space.rated(search.space.suggest(FixedTrial(study.trials[point.trial].params)))
     return laid_over(config, {**search.final, "rounds": point.round})
 
 

@@ -1,22 +1,22 @@
 """Runs of a tuning: which settings come next, when one ends, what the budget still allows.
 
-Optuna's sampler chooses, with two aims: the metric, and the bytes of all clients both ways. Optuna
-prunes nothing that has two aims. So a run is ended here, by successive halving of Pareto ranks: at
-a rung it goes on if it is among the best `keep` of all runs that got there, ranked by metric and
-bytes together. To the sampler it then counts with its metric so far, at the bytes of all rounds; in
-the frontier every measured round counts for what it was. Of a run that diverged the metric is that
-of the untrained model.
+Optuna's sampler chooses, with one aim for each of ``tune.sizes``: the metric of the last round that
+keeps to so many bytes of all clients both ways. Optuna prunes nothing that has several aims. So a
+run is ended here, by successive halving of Pareto ranks: at a rung it goes on if it is among the
+best `keep` of all runs that got there, ranked by all aims together. To the sampler it then counts
+with what it measured so far; in the frontier every measured round counts for what it was. Of a run
+that diverged the metric is that of the untrained model.
 """
 
 from __future__ import annotations
 
 import fcntl
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
@@ -29,11 +29,12 @@ from fedraclora.config.run_config import digested, from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
 from fedraclora.evaluation.clients import AFTER
 from fedraclora.experiments.resume import laid_over
-from fedraclora.experiments.tune.frontier import Point, mean_curve, ranks
+from fedraclora.experiments.tune.frontier import Point, mean_curve, ranks, within
 from fedraclora.experiments.tune.space import Space, TuneConfig
+from fedraclora.plots.axes import MEGABYTE
 from fedraclora.rng import generator
 from fedraclora.run.callback import Callback
-from fedraclora.run.digests import data_files
+from fedraclora.run.digests import data_files, plans_rounds
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import Row, metrics_of, number
 from fedraclora.strategies import METHODS
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
 
 FEW = 4  # runs at a rung, before which none is ended there
 REFUSED = 100  # settings in a row, after which nothing is left to try
-BUDGET, DIVERGED, HALVED = "the budget is spent", "diverged", "halved"  # what may end a run
+# What may end a run.
+BUDGET, DIVERGED, HALVED = "the budget is spent", "diverged", "halved"
+BEYOND = "the next round is beyond the largest size"
 
 
 class Watch(Callback):
@@ -87,6 +90,7 @@ class Search:
         config: The settings.
         metric: By which settings are judged.
         higher: Whether more of it is better.
+        clients: Of the task.
         folder: Where the trials are kept, in ``tune.db``.
         final: Keys in which the runs of what was found differ: those of the split.
         say: Is told what happens.
@@ -97,6 +101,7 @@ class Search:
     config: TuneConfig
     metric: str
     higher: bool
+    clients: int
     folder: Path
     final: PlainDict
     say: Callable[[str], object]
@@ -107,6 +112,27 @@ class Search:
     def rounds(self) -> int:
         """Of a run that nothing ends."""
         return int(str(self.space.plain["rounds"]))
+
+    @cached_property
+    def sizes(self) -> dict[float, float]:
+        """Bytes of all clients, by ``tune.sizes``."""
+        return {size: size * MEGABYTE * self.clients for size in sorted(self.config.sizes)}
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether a run counts at its end alone: its number of rounds decides what each does."""
+        return plans_rounds(self.space.plain) is not None
+
+    def worth(self, curve: Sequence[Point]) -> list[float]:
+        """Give the metric of a run at each of ``tune.sizes``: that of its last round there.
+
+        Where the first round is larger it is that of the untrained model. A run that counts as a
+        whole has the metric so far, at the bytes of all rounds.
+        """
+        if self.is_whole:
+            size = curve[-1].bytes * self.rounds / max(curve[-1].round, 1)
+            curve = [curve[0], replace(curve[-1], bytes=size)]
+        return [within(curve, most).score for most in self.sizes.values()]
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -127,14 +153,14 @@ class Search:
         study = optuna.create_study(
             study_name="tune",
             storage=f"sqlite:///{self.folder / 'tune.db'}",
-            directions=["maximize" if self.higher else "minimize", "minimize"],
+            directions=["maximize" if self.higher else "minimize"] * len(self.sizes),
             load_if_exists=True,
         )
         tried = {"tried": self.space.told(), "metric": self.metric}
         told: dict[str, object] = {
             "task": digested(self.space.plain, METHODS),
             "files": data_files(section(self.space.plain, "data")),
-            "tune": {**tried, "seeds": self.config.seeds, "rungs": self.config.rungs},
+            "tune": {key: getattr(self.config, key) for key in ("seeds", "rungs", "sizes")} | tried,
         }
         if (known := study.user_attrs.get("of")) is None:
             study.set_user_attr("of", told)
@@ -211,6 +237,7 @@ class Search:
     def _try(self, study: Study, trial: Trial, plain: PlainDict) -> str | None:
         """Run one trial; give the reason where it was refused."""
         try:
+            plain = self.space.rated(plain)
             self._refuse_never(plain)
             runs, ended = self._runs(study, trial, plain)
         except (ConfigError, ModelError) as error:
@@ -226,17 +253,13 @@ class Search:
             raise ConfigError(
                 f"{self.metric} is no number before round 1: take another tune.metric"
             )
-        reached = max(run.round for run in runs)
-        cost = statistics.fmean(run.bytes for run in runs)
-        cost *= self.rounds / max(reached, 1) if ended else 1
-        if ended == DIVERGED:  # maybe in round 1, of which no bytes are known
-            cost = max([cost, *(other.values[1] for other in done(study))])
         trial.set_user_attr("curve", [vars(point) for point in curve])
         trial.set_user_attr("ended", ended)
-        study.tell(trial, [score, cost])
-        why = f", ended ({ended}) after round {reached}" if ended else ""
+        study.tell(trial, [score] * len(self.sizes) if ended == DIVERGED else self.worth(curve))
+        why = f", ended ({ended}) after round {max(run.round for run in runs)}" if ended else ""
         why += f" ({shorten(failed, 100)})" if (failed := trial.user_attrs.get("failed")) else ""
-        words = " ".join(f"{k}={shown(v)}" for k, v in trial.params.items())
+        values = self.space.values(trial.params, plain)
+        words = " ".join(f"{k}={shown(v)}" for k, v in values.items())
         self.say(f"run {trial.number}: {self.metric} {score:.4f}{why}: {words}")
         return None
 
@@ -257,8 +280,11 @@ class Search:
                 # The next round may take as much as this one did.
                 if watch.round < last and (cores <= 0 or size < watch.last):
                     last, ended = 0, BUDGET
-            if watch is runs[0] and last and not self._goes_on(study, trial, watch):
-                last, ended = watch.round, HALVED  # other seeds run as long as the first one
+            if watch is runs[0] and last and watch.round < last:
+                too_large = watch.bytes + watch.last > max(self.sizes.values())
+                if too_large or not self._goes_on(study, trial, watch):
+                    # Other seeds run as long as the first one.
+                    last, ended = watch.round, BEYOND if too_large else HALVED
             return watch.round >= last
 
         try:
@@ -286,9 +312,10 @@ class Search:
         key, measured = f"rung {rung - 1}", [p for p in watch.points if p.round == watch.round]
         if not rung or not measured or key in trial.user_attrs:
             return True
-        trial.set_user_attr(key, [watch.bytes, measured[0].score])
+        trial.set_user_attr(key, self.worth(watch.points))
         there = [t for t in study.get_trials(deepcopy=False) if key in t.user_attrs]
-        found = ranks([Point(0, *t.user_attrs[key]) for t in there], higher=self.higher)
+        sign = 1 if self.higher else -1
+        found = ranks([[sign * score for score in t.user_attrs[key]] for t in there])
         own = next(r for t, r in zip(there, found, strict=True) if t.number == trial.number)
         return len(there) < FEW or sum(r < own for r in found) < self.config.keep * len(found)
 

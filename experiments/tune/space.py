@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
@@ -12,10 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from fedraclora.binding import PlainDict, build, section
+from fedraclora.config.build import BuiltTask
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.experiments import CONF
 from fedraclora.experiments.choices import choice
 from fedraclora.experiments.resume import laid_over
+from fedraclora.experiments.tune.rates import LR, TIMES, Rates
 from fedraclora.limits import Chance, Count, Inner, Limit, Limited, Positive, Whole, choice_of
 from fedraclora.objects import is_named
 from fedraclora.protocol.quantised import FULL, ROUNDED
@@ -25,7 +27,6 @@ from fedraclora.weights.files import flatten
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
-LR = "local.lr"
 KEYS = {
     "lr": LR,
     "rank": "method.rank",
@@ -33,9 +34,9 @@ KEYS = {
     "uplink": "wire.uplink",
     "downlink": "wire.downlink",
 }
-WIDE = (1 / 32, 8)  # times the task's own learning rate
 SET_BY_TUNE = ("evaluate.split", "seed", "resume")
 SOME = Limit("a list of one or more", lambda values: values != [])
+FEW = Limit("a list of one to four", lambda values: 1 <= len(values) <= 4)
 RISING = Limit("[least, greatest]", lambda lr: lr is None or (len(lr) == 2 and lr[0] < lr[1]))
 Kinds = Annotated[list[Annotated[str, choice_of((FULL, *ROUNDED))]] | None, SOME]
 
@@ -62,7 +63,7 @@ class TuneConfig(Limited, group="tune"):
     test_seeds: Annotated[list[Whole], SOME]
     rungs: list[Inner]
     keep: Chance
-    sizes: Annotated[list[Positive], SOME]
+    sizes: Annotated[list[Positive], FEW]
 
     @override
     def __post_init__(self) -> None:
@@ -107,13 +108,13 @@ class Space:
         plain: The config of the task.
         methods: By name, with their keys; those that the user said hold for each that has them.
         tuned: The keys that are tuned, and their values.
-        rates: The least and the greatest learning rate; None: it is not tuned.
+        rates: The learning rates; None: they are not tuned.
     """
 
     plain: PlainDict
     methods: Mapping[str, PlainDict]
     tuned: Mapping[str, list[Any]]
-    rates: Sequence[float] | None
+    rates: Rates | None
 
     @classmethod
     def of(
@@ -144,11 +145,22 @@ class Space:
         listed = [str(own["name"])] if "method" in said else [*dict.fromkeys(config.method)]
         methods = {n: own if n == own["name"] else _method(n, fixed) for n in listed}
         free = LR not in said and local.get("train") is None and not is_named(local.get("name"))
-        rates = (config.lr or [float(str(local["lr"])) * k for k in WIDE]) if free else None
+        rates = (Rates.between(*config.lr) if config.lr else Rates()) if free else None
         return cls(plain, methods, tuned, rates)
 
+    def of_task(self, plain: PlainDict, built: BuiltTask, *, auto: bool, preset: bool) -> Space:
+        """Give the same space for the whole config of a task, its rates around that of the rule.
+
+        Raises:
+            ConfigError: See `Rates.by_rule`.
+        """
+        rates = self.rates
+        if rates and rates.key == TIMES:
+            rates = Rates.by_rule(plain, built, self.methods, auto=auto, preset=preset)
+        return replace(self, plain=plain, rates=rates)
+
     def suggest(self, trial: BaseTrial) -> PlainDict:
-        """Let a trial choose its settings; give the config that they make of the task's."""
+        """Let a trial draw its settings; give the config that they make, not yet `rated`."""
         name = trial.suggest_categorical("method", [*self.methods])
         method = dict(self.methods[str(name)])
         config = {**self.plain, "method": method}
@@ -158,24 +170,41 @@ class Space:
             if leaf == key or method.get(leaf) is not None:
                 config = laid_over(config, {key: trial.suggest_categorical(key, values)})
         if self.rates is not None:
-            config = laid_over(config, {LR: trial.suggest_float(LR, *self.rates, log=True)})
+            least, greatest = self.rates.least, self.rates.greatest
+            drawn = trial.suggest_float(self.rates.key, least, greatest, log=True)
+            config = laid_over(config, {LR: drawn})
         return config
 
+    def rated(self, config: PlainDict) -> PlainDict:
+        """Write the learning rate into a config whose rate was drawn.
+
+        Raises:
+            ConfigError: If the rule does not know such a run.
+        """
+        if self.rates is None:
+            return config
+        rate = float(str(section(config, "local")["lr"])) * self.rates.around(config)
+        return laid_over(config, {LR: float(f"{rate:.4g}")})
+
+    def values(self, params: Mapping[str, object], config: PlainDict) -> dict[str, object]:
+        """List what was drawn, by key, with the learning rate that came of it."""
+        rate = {LR: section(config, "local")["lr"]} if self.rates else {}
+        return {key: value for key, value in params.items() if key != TIMES} | rate
+
     def first(self, listed: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
-        """List the settings to begin with that lie in this space, at the task's learning rate."""
+        """List the settings to begin with that lie in this space, at the rates of the rule."""
         known = {**self.tuned, "method": [*self.methods]}
-        rate = float(str(section(self.plain, "local")["lr"]))
-        near = {LR: rate} if self.rates and self.rates[0] <= rate <= self.rates[1] else {}
+        near = {TIMES: 1.0} if self.rates and self.rates.key == TIMES else {}
         found: list[dict[str, Any]] = []
         for given in listed:
             own = {KEYS.get(k, k): v for k, v in given.items() if KEYS.get(k, k) in known} | near
-            if own not in found and all(own[key] in known[key] for key in own.keys() - {LR}):
+            if own not in found and all(own[key] in known[key] for key in own.keys() - {TIMES}):
                 found.append(own)
         return found
 
     def told(self) -> dict[str, str]:
         """Say what is tried, by key."""
-        rates = self.rates and {LR: "{:.3g} to {:.3g}, log-uniform".format(*self.rates)}
+        rates = self.rates and {LR: f"{self.rates.told}, log-uniform"}
         values = {key: ", ".join(map(str, values)) for key, values in self.tuned.items()}
         return {"method": ", ".join(self.methods)} | (rates or {}) | values
 

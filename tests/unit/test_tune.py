@@ -23,12 +23,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedraclora
-from fedraclora.binding import PlainDict
+from fedraclora.binding import PlainDict, section
+from fedraclora.config.build import build_task
+from fedraclora.config.run_config import task_from_plain
 from fedraclora.errors import CheckpointError, ConfigError, DivergenceError
 from fedraclora.experiments.overrides import composed, key_of
+from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.tune import command, search
 from fedraclora.experiments.tune.frontier import Point, frontier, ranks
-from fedraclora.experiments.tune.result import Tuned, points_of
+from fedraclora.experiments.tune.rates import LR, TIMES, Rates
+from fedraclora.experiments.tune.result import Tuned, points_of, taken_within
 from fedraclora.experiments.tune.space import Space, settings
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.run.folder import alone
@@ -86,13 +90,16 @@ def feeding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Feeding:
     def make(
         fed: Fed, *words: str, study: optuna.Study | None = None
     ) -> tuple[search.Search, optuna.Study]:
-        trials = study or optuna.create_study(directions=["maximize", "minimize"])
         monkeypatch.setattr(search.Search, "study", lambda _: trials)
         monkeypatch.setattr(search.Search, "execute", lambda _, *given: fed.run(*given))
         monkeypatch.setattr(search, "time", SimpleNamespace(process_time=lambda: fed.now))
         space = replace(space_of(), plain={**space_of().plain, "rounds": 4})
-        config = settings(words, {})
-        return search.Search(space, config, "accuracy", True, tmp_path, {}, fed.told.append), trials
+        config = settings(["tune.sizes=[1e6]", *words], {})
+        aims = ["maximize"] * len(config.sizes)
+        trials = study or optuna.create_study(directions=aims)
+        return search.Search(
+            space, config, "accuracy", True, 4, tmp_path, {}, fed.told.append
+        ), trials
 
     return make
 
@@ -120,7 +127,8 @@ def test_the_frontier_is_what_no_other_point_beats(drawn: list[tuple[int, int]],
     all_ = [Point(1, size, score) for size, score in drawn]
     found = [(p.bytes, p.score) for p in frontier(all_, higher=up)]
     assert found == sorted(wanted)
-    rank = dict(zip(drawn, ranks(all_, higher=up), strict=True))
+    signed = [(-size, score if up else -score) for size, score in drawn]
+    rank = dict(zip(drawn, ranks(signed), strict=True))
     assert {p for p in drawn if rank[p] == 0} == wanted
     assert all(rank[a] < rank[b] for a in drawn for b in drawn if beats(a, b))
 
@@ -129,9 +137,10 @@ def test_the_frontier_is_what_no_other_point_beats(drawn: list[tuple[int, int]],
 def twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], Tuned]:
     """A tuning that went on with the same command: its folder, what it knew, what it found."""
     folder = tmp_path_factory.mktemp("tune") / "twice"
-    tuned(folder, "tune.runs=3")
+    sizes = "tune.sizes=[0.001,1]"
+    tuned(folder, "tune.runs=3", sizes)
     known = [trial.params for trial in ended(folder)]
-    return folder, known, tuned(folder, "tune.runs=4", "tune.sizes=[0.001,1]")
+    return folder, known, tuned(folder, "tune.runs=4", sizes)
 
 
 def test_it_goes_on_with_the_same_command(
@@ -144,7 +153,8 @@ def test_it_goes_on_with_the_same_command(
     assert found.frontier["run"].isin([t.number for t in ended(folder)]).all()
     with monkeypatch.context() as patched:
         patched.setattr(search.Search, "execute", lambda *_: pytest.fail("it runs again"))
-        assert tuned(folder, "tune.runs=4").test == found.test is not None
+        again = tuned(folder, "tune.runs=4", "tune.sizes=[0.001,1]")
+        assert again.test == found.test is not None
     with pytest.raises(CheckpointError, match="rounds"):
         tuned(folder, "rounds=3")
     with pytest.raises(CheckpointError, match=r"method\.rank"):
@@ -240,7 +250,7 @@ def test_a_run_that_was_killed_is_tried_again(tmp_path: Path) -> None:
     plain = composed([*TASK, slow, f"output.dir={tmp_path}"])
     space = Space.of(plain, {key_of(word) for word in TASK}, settings(["tune.rungs=[]"], {}), set())
     asked = settings(["tune.runs=1"], {})
-    made = search.Search(space, asked, "accuracy", True, tmp_path, {}, print)
+    made = search.Search(space, asked, "accuracy", True, 4, tmp_path, {}, print)
     study = optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'tune.db'}")
     made._take_up(study)
     (failed,) = ended(tmp_path, "FAIL")
@@ -257,7 +267,6 @@ def test_the_budget_in_bytes_is_kept_to_a_round(feeding: Feeding) -> None:
     assert made.run()
     assert [trial.user_attrs["bytes"] for trial in study.trials] == [12e5, 9e5]
     assert [trial.user_attrs["ended"] for trial in study.trials] == ["", search.BUDGET]
-    assert study.trials[1].values == [0.5, 12e5]  # to the sampler it has the bytes of all rounds
 
 
 def test_the_core_hours_end_the_run_and_the_tuning(feeding: Feeding) -> None:
@@ -293,9 +302,11 @@ def best_share(there: Sequence[tuple[float, float]], keep: float) -> bool:
 def obeys(feeding: Feeding, keep: float) -> bool:
     """Whether runs that get to a rung one after another go on exactly as the law says."""
     rng = np.random.default_rng(round(100 * keep))
-    drawn = [(float(rng.integers(1, 9)), float(rng.integers(-3, 4))) for _ in range(12)]
+    drawn = [(float(rng.choice((2, 4, 6))), float(rng.integers(-3, 4))) for _ in range(12)]
     fed = Fed([[(0.0, -9.0), *[point] * 4] for point in drawn])
-    made, study = feeding(fed, f"tune.runs={len(drawn)}", "tune.rungs=[0.25]", f"tune.keep={keep}")
+    words = [f"tune.runs={len(drawn)}", "tune.rungs=[0.25]", f"tune.keep={keep}"]
+    sizes = [size / 4e6 for size in (2, 4, 6, 99)]  # a client's; there are four
+    made, study = feeding(fed, *words, f"tune.sizes={sizes}")
     made.run()
     wanted = [best_share(drawn[: k + 1], keep) for k in range(len(drawn))]
     assert not all(wanted)
@@ -311,16 +322,18 @@ def test_a_run_goes_on_exactly_when_it_is_among_the_best_at_a_rung(
     assert obeys(feeding, keep)
 
 
-@pytest.mark.parametrize("defect", ["by score", "by bytes", "worst first", "of few"])
+@pytest.mark.parametrize(
+    "defect", ["by the largest size", "by the least size", "worst first", "of few"]
+)
 def test_the_law_of_rungs_sees_a_defect(
     defect: str, feeding: Feeding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(points: Sequence[Point], *, higher: bool) -> list[int]:
-        keys = {"by score": lambda p: -p.score, "by bytes": lambda p: p.bytes}
-        if defect in keys:
-            order = sorted({keys[defect](p) for p in points})
-            return [order.index(keys[defect](p)) for p in points]
-        return [-rank for rank in ranks(points, higher=higher)]
+    def wrong(values: Sequence[Sequence[float]]) -> list[int]:
+        places = {"by the largest size": -1, "by the least size": 0}
+        if defect in places:
+            order = sorted({-value[places[defect]] for value in values})
+            return [order.index(-value[places[defect]]) for value in values]
+        return [-rank for rank in ranks(values)]
 
     if defect == "of few":
         monkeypatch.setattr(search, "FEW", 2)
@@ -337,7 +350,7 @@ def test_a_run_that_diverges_has_the_metric_of_the_untrained_model(feeding: Feed
     made, study = feeding(fed, "tune.runs=3", "tune.rungs=[]")
     made.run()
     assert [t.user_attrs["ended"] for t in study.trials] == ["", *[search.DIVERGED] * 2]
-    assert [t.values for t in study.trials] == [[0.5, 20.0], [0.1, 20.0], [0.125, 20.0]]
+    assert [t.values for t in study.trials] == [[0.5], [0.1], [0.125]]
     (curve,) = points_of(made, study)
     assert {point.trial for point in curve} == {0}
     assert "not finite" in fed.told[1]
@@ -409,7 +422,7 @@ def test_numbers_in_few_bits_are_those_that_the_wire_has() -> None:
 
 @pytest.mark.parametrize(("links", "wanted"), [("ffa_lora", False), ("fed_rac_lora", True)])
 def test_links_are_tuned_where_a_method_has_some(links: str, wanted: bool) -> None:
-    params = {"method": links, "method.rank": 3, "method.resample_every": 2, "local.lr": 0.1}
+    params = {"method": links, "method.rank": 3, "method.resample_every": 2, LR: 0.1}
     params |= {"wire.uplink": "int8", "wire.downlink": "int8"}
     space = space_of("tune.rank=[3]", "tune.lr=[1e-3,1]")
     config = space.suggest(optuna.trial.FixedTrial(params))
@@ -466,7 +479,75 @@ def test_without_optuna_it_says_what_to_install(
         tuned(tmp_path)
 
 
-def test_the_rate_is_tuned_around_that_of_the_rule_where_auto_is_said(tmp_path: Path) -> None:
-    tuned(tmp_path, "local.lr=auto", "tune.runs=2", "tune.test_seeds=[0]", "tune.first=[]")
-    rates = {trial.params["local.lr"] for trial in ended(tmp_path)}
-    assert len(rates) == 2
+@pytest.mark.parametrize("said", [(), ("local.lr=auto",)])
+def test_the_rate_is_tuned_around_that_of_the_rule_for_each_run(
+    said: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["tune.runs=2", "tune.rank=[2,8]", "tune.method=[ffa_lora]", "method.alpha=4"]
+    tuned(tmp_path, *said, *words, "tune.first=[{rank: 8}]", "output.progress=true")
+    assert (8, 1.0) in {(t.params["method.rank"], t.params[TIMES]) for t in ended(tmp_path)}
+    text = capsys.readouterr().out
+    assert "times that of the rule for a run's method and rank" in text
+    # SGD's rule goes with the square of rank / alpha.
+    assert f"local.lr={1.1 * 4:.4g}" in text
+
+
+def test_the_rate_of_a_preset_is_moved_to_the_rank_of_a_run(tmp_path: Path) -> None:
+    plain = composed([*TASK, "method=ffa_lora", "local.lr=0.3", "method.rank=4", "method.alpha=4"])
+    built = build_task(task_from_plain(plain))
+    at = {r: laid_over(plain, {"method.rank": r}) for r in (2, 4, 8)}
+    given_ = plain, built, {"ffa_lora": section(plain, "method")}
+    moved = Rates.by_rule(*given_, auto=False, preset=True)
+    assert [moved.around(at[r]) for r in (4, 8)] == pytest.approx([0.3, 1.2], rel=0.02)
+    ruled = Rates.by_rule(*given_, auto=False, preset=False)
+    assert ruled.around(at[4]) == pytest.approx(1.1, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"), [(["tune.method=[fedavg]"], "fedavg: "), (["local=momentum"], "momentum")]
+)
+def test_where_the_rule_knows_no_rate_it_says_so(
+    words: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"tune\.lr"):
+        tuned(tmp_path / "none", *words, "local.lr=auto")
+    tuned(tmp_path, *words, "tune.runs=1", "output.progress=true")
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("local.lr:"))
+    assert "for all; " in line
+    assert why in line
+
+
+def test_within_a_size_a_run_counts_at_its_last_round_there() -> None:
+    lucky = [Point(k, k, s, 0) for k, s in enumerate((0.1, 0.9, 0.5, 0.6, 0.2))]
+    steady = [Point(k, 2 * k, s, 1) for k, s in enumerate((0.1, 0.7, 0.8))]
+    curves = [lucky, steady]
+    taken = [taken_within(most, curves, higher=True) for most in (0.5, 1, 3, 4, 9)]
+    assert taken == [None, lucky[1], steady[1], steady[2], steady[2]]
+    flipped = [[replace(p, score=-p.score) for p in curve] for curve in curves]
+    assert taken_within(3, flipped, higher=False) == replace(steady[1], score=-0.7)
+    assert taken_within(9, [[*lucky[:1], replace(lucky[4], score=0.1)]], higher=True) is None
+
+
+def test_a_run_counts_at_each_size_and_ends_where_the_next_round_is_beyond_all(
+    feeding: Feeding,
+) -> None:
+    curve = [(1e6 * size, 0.1 * size) for size in range(5)]  # of four clients
+    made, study = feeding(Fed([curve]), "tune.runs=1", "tune.sizes=[0.7,0.2,0.5]")
+    made.run()
+    assert study.trials[0].values == pytest.approx([0.0, 0.2, 0.2])
+    assert study.trials[0].user_attrs["ended"] == search.BEYOND
+    assert [len(curve) for curve in points_of(made, study)] == [3]
+
+
+def test_a_run_under_a_schedule_counts_as_a_whole(feeding: Feeding) -> None:
+    curve = [(1e6 * size, 0.1 * size) for size in range(5)]
+    made, _ = feeding(Fed([]), "tune.sizes=[0.9,1]")
+    made.space.plain["local"] = {**section(made.space.plain, "local"), "schedule": "cosine"}
+    points = [Point(k, *point) for k, point in enumerate(curve)]
+    assert made.worth(points) == pytest.approx([0.0, 0.4])
+    assert made.worth(points[:3]) == pytest.approx([0.0, 0.2])  # at the bytes of all rounds
+
+
+def test_going_on_with_other_sizes_is_refused(twice: tuple[Path, list[Any], Tuned]) -> None:
+    with pytest.raises(CheckpointError, match="sizes"):
+        tuned(twice[0], "tune.runs=9", "tune.sizes=[2]")
