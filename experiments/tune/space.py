@@ -36,7 +36,7 @@ KEYS = {
 }
 SET_BY_TUNE = ("evaluate.split", "seed", "resume")
 SOME = Limit("a list of one or more", lambda values: values != [])
-FEW = Limit("a list of one to four", lambda values: 1 <= len(values) <= 4)
+UP_TO_FOUR = Limit("a list of one to four", lambda values: 1 <= len(values) <= 4)
 RISING = Limit("[least, greatest]", lambda lr: lr is None or (len(lr) == 2 and lr[0] < lr[1]))
 Kinds = Annotated[list[Annotated[str, choice_of((FULL, *ROUNDED))]] | None, SOME]
 
@@ -63,7 +63,7 @@ class TuneConfig(Limited, group="tune"):
     test_seeds: Annotated[list[Whole], SOME]
     rungs: list[Inner]
     keep: Chance
-    sizes: Annotated[list[Positive], FEW]
+    sizes: Annotated[list[Positive], UP_TO_FOUR]
 
     @override
     def __post_init__(self) -> None:
