@@ -3,9 +3,10 @@
     python -m fedraclora.experiments.study.frontier [--out FOLDER]
 
 ``frontier.yaml`` names the tasks. Of each row the mean over its seeds is taken, round by round, of
-the metric and of the bytes both ways with catch-up. The reference is FedAvg-LoRA in float32; a
-share is what a row has sent where its mean first is as good as the reference's at the end, over all
-that the reference sends. The best rows are chosen by what is shown, on either side.
+the metric (beside the reference's on the same seeds) and of the bytes both ways with catch-up. The
+reference is FedAvg-LoRA in float32; a share is what a row has sent where its mean first is as good
+as the reference's at the end, over all that the reference sends. The best rows are chosen by what
+is shown, on either side.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,21 @@ class Curve:
             for curve in entry.curves
         ]
         return cls(entry, [p for p in mean_curve(runs) if p.round])
+
+    def beside(self, reference: Curve) -> Curve:
+        """Add what the reference's end has on all of its seeds beyond that on this row's.
+
+        So a row of fewer seeds is held against the same runs.
+
+        Raises:
+            ConfigError: If the two have no seed in common.
+        """
+        end = reference.scores_at(reference.points[-1].round)
+        own = [end[seed] for seed in self.entry.seeds if seed in end]
+        if not own:
+            raise ConfigError(f"row {self.entry.row!r} has no seed of {reference.entry.row!r}")
+        more = statistics.fmean(end.values()) - statistics.fmean(own)
+        return replace(self, points=[replace(p, score=p.score + more) for p in self.points])
 
     @property
     def family(self) -> str:
@@ -130,7 +146,8 @@ class Task:
                 curves[entry.row] = Curve.of(entry)
         if told["reference"] not in curves:
             raise ConfigError(f"{name}: the runs of {told['reference']!r} are not there")
-        return cls(name, [*curves.values()], curves[told["reference"]])
+        reference = curves[told["reference"]]
+        return cls(name, [curve.beside(reference) for curve in curves.values()], reference)
 
     @cached_property
     def whole(self) -> float:
@@ -153,7 +170,7 @@ class Task:
 
     def sides(self) -> tuple[list[Curve], list[Curve]]:
         """Part ours from the rivals, without the reference itself."""
-        others = [curve for curve in self.curves if curve is not self.reference]
+        others = [c for c in self.curves if c.entry.row != self.reference.entry.row]
         ours = [curve for curve in others if curve.family == OURS]
         return ours, [curve for curve in others if curve.family != OURS]
 
@@ -236,7 +253,7 @@ def draw_shares(tasks: Sequence[Task], path: Path) -> None:
     found: dict[str, dict[str, float]] = {family: {} for family in ORDER}
     for task in tasks:
         for family, shares_ in found.items():
-            rows = (c for c in task.curves if c is not task.reference and c.family == family)
+            rows = (c for side in task.sides() for c in side if c.family == family)
             if (best := task.leading(rows)) is not None:
                 shares_[task.name] = best[1].bytes / task.whole
     shares_figure(found, [task.name for task in tasks], path)

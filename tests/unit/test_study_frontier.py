@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,16 @@ METHODS = {"ours": "fed_rac_lora", "theirs": "fedavg_lora", "few": "fedavg_lora"
 
 
 def write_study(
-    folder: Path, rows: dict[str, tuple[float, list[float]]], **config: object
+    folder: Path,
+    rows: dict[str, tuple[float, list[float]]],
+    *,
+    seeds: Sequence[int] = (0, 1),
+    **config: object,
 ) -> dict[str, Any]:
     """Write a study whose rows send so many MB a round, up as down, and score so."""
-    text = TEXT + "".join(f"  {row}: [method={METHODS[row]}]\n" for row in rows)
+    text = TEXT.replace("[0, 1]", f"{[*seeds]}") + "".join(
+        f"  {row}: [method={METHODS[row]}]\n" for row in rows
+    )
     folder.mkdir()
     (folder / "study.yaml").write_text(text)
     plan = Study.read(folder / "study.yaml")
@@ -77,6 +84,17 @@ def test_a_share_is_what_is_sent_until_the_final_metric_of_the_reference(tmp_pat
     assert (record["best rival"], record["best rival, %"]) == ("few", "20")
     assert record["ours / rival"] == "0.50"
     assert record["FedAvg-LoRA, float32"] == "0.510"
+
+
+def test_a_row_of_fewer_seeds_is_held_against_the_same_runs(tmp_path: Path) -> None:
+    told = write_study(tmp_path / "a", {"theirs": (10, [0.1, 0.4, 0.5])}, clients=4)
+    write_study(tmp_path / "b", {"ours": (1, [0.1, 0.5])}, seeds=[1], clients=4)
+    task = Task.read("digits", {**told, "studies": ["a", "b"]}, tmp_path)
+    (ours,), _ = task.sides()
+    assert ours.points[-1].score == pytest.approx(task.target)  # on seed 1 both have 0.52
+    write_study(tmp_path / "c", {"few": (1, [0.1, 0.5])}, seeds=[7], clients=4)
+    with pytest.raises(ConfigError, match="no seed"):
+        Task.read("digits", {**told, "studies": ["a", "c"]}, tmp_path)
 
 
 def test_winners_are_the_best_of_each_side_within_a_share_of_the_traffic(tmp_path: Path) -> None:
