@@ -15,6 +15,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.overrides import composed
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.rate import settled_rate
 from fedraclora.weights.files import flatten
 
 KEYS = {"experiment", "metric", "grid", "final", "rows"}
@@ -337,4 +338,9 @@ def check_split(study: Study, phase: str, config: RunConfig) -> None:
 def row_config(study: Study, row: str, phase: str) -> RunConfig | None:
     """Compose the first run of a row in a phase; None where it has none."""
     jobs = study.jobs(phase, row, study.values(row)[:1])
-    return from_plain(composed(jobs[0].overrides), METHODS) if jobs else None
+    return config_of(jobs[0]) if jobs else None
+
+
+def config_of(job: Job) -> RunConfig:
+    """Compose the config of a run."""
+    return from_plain(settled_rate(composed(job.overrides), print), METHODS)

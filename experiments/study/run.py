@@ -34,7 +34,6 @@ from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError, DataError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.experiments import RESULTS
-from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.run_files import refuse_overwriting
 from fedraclora.experiments.status import explained, in_order, reported
 from fedraclora.experiments.study.entries import (
@@ -52,6 +51,7 @@ from fedraclora.experiments.study.file import (
     Study,
     check_same,
     check_split,
+    config_of,
     refuse_lower,
     row_config,
 )
@@ -136,13 +136,11 @@ def refuse_failed(failed: Mapping[str, str]) -> None:
 
 def run_job(job: Job) -> Line:
     """Run one job in memory and give its line for runs.jsonl."""
-    from fedraclora.config.run_config import from_plain
     from fedraclora.run.folder import provenance
-    from fedraclora.strategies import METHODS
     from fedraclora.strategies.outcome import summarise
 
     began, used = time.perf_counter(), time.process_time()
-    config = from_plain(composed(job.overrides), METHODS)
+    config = config_of(job)
     line: Line = {**vars(job), "key": job.key}
     if files := data_files(config.data):
         line["data_files"] = files

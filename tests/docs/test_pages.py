@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedraclora.binding import build
+from fedraclora.binding import build, section
 from fedraclora.config.run_config import from_plain
 from fedraclora.experiments import deploy
 from fedraclora.experiments.bench.command import parse
@@ -18,7 +18,7 @@ from fedraclora.experiments.study.leaderboard import chosen, find
 from fedraclora.experiments.theory.command import TheoryConfig
 from fedraclora.experiments.words import check_word, key_values
 from fedraclora.strategies import METHODS
-from fedraclora.strategies.rate import settled_rate
+from fedraclora.strategies.rate import ruled
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((ROOT / "docs" / "records").glob("[!R]*.md"))  # not its README.md
@@ -46,7 +46,11 @@ BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 @pytest.mark.parametrize("line", SIMULATIONS)
 def test_each_simulation_composes(line: str) -> None:
     words = shlex.split(line)[2:]
-    from_plain(settled_rate(composed(words), print), METHODS)
+    plain = composed(words)
+    if section(plain, "local").get("lr") == "auto":
+        ruled(plain)
+    else:
+        from_plain(plain, METHODS)
 
 
 @pytest.mark.parametrize("line", DEPLOYMENTS)

@@ -15,7 +15,7 @@ import fedraclora
 from fedraclora.binding import bind
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.study.entries import is_tuned, read_lines, tried_values, tuned_value
-from fedraclora.experiments.study.file import Study
+from fedraclora.experiments.study.file import Study, row_config
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.protocol.plan import make_plan
 from fedraclora.strategies import METHODS
@@ -125,3 +125,13 @@ def test_what_the_rule_does_not_know_is_refused(word: str) -> None:
 def test_own_training_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"local\.lr is auto"):
         fedraclora.simulate(*WORDS, "local.lr=auto", train=print)
+
+
+def test_a_study_takes_the_rate_of_the_rule_for_each_row(tmp_path: Path) -> None:
+    text = "experiment: null\nmetric: accuracy\ngrid: {key: method.alpha, values: [4]}\n"
+    text += "overrides: [data=digits, local.lr=auto]\nfinal: {seeds: [0], overrides: []}\n"
+    (tmp_path / "a.yaml").write_text(text + "rows: {four: [method.rank=4], eight: []}\n")
+    plan = Study.read(tmp_path / "a.yaml")
+    found = [row_config(plan, row, "final") for row in plan.rows]
+    rates = [config.local.lr for config in found if config is not None]
+    assert rates == pytest.approx([1.1, 4.4])  # the scale is 1, and one half
