@@ -56,6 +56,7 @@ def prepare(words: Sequence[str], local: int | None) -> RunRequest:
     words = searched(words)
     typed = [key_of(word) for word in words]
     asked = composed(deployed(words, local))
+    check_preset(words, typed, local)
     check_own(asked, typed, local)
     plain, folder, resume = choose(asked, typed, None)
     check_own(plain, [], local)  # of a run to go on with
@@ -238,6 +239,21 @@ def own_data(data: Mapping[str, object]) -> str | None:
         return None
     samples = str(data["samples"])
     return samples if is_function(samples) else str(Path(samples).expanduser().resolve())
+
+
+def check_preset(words: Sequence[str], typed: Sequence[str], local: int | None) -> None:
+    """Check that a client for each node of this machine is as many as a preset has.
+
+    Raises:
+        ConfigError: If it has others, which would silently be another run.
+    """
+    if local and "experiment" in typed and not {"clients", "resume"} & {*typed}:
+        clients = composed(["engine=deploy", *words])["clients"]
+        if isinstance(clients, int) and clients != local:
+            raise ConfigError(
+                f"local={local} gives each node a client, but the preset has clients={clients}: "
+                f"add clients={local}, or clients={clients} for nodes of several"
+            )
 
 
 def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | None) -> None:

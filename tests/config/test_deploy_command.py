@@ -107,6 +107,16 @@ def test_how_clients_train_is_chosen_beside_the_number_of_nodes(words: list[str]
     assert deploy.prepare(rest, 3).config.local.optimiser == "adamw"
 
 
+def test_other_nodes_than_a_preset_has_clients_are_said(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "four.yaml").write_text("# @package _global_\nclients: 4\n")
+    words = [*SMALL, "cohort=2", "--config-dir", str(tmp_path), "experiment=four"]
+    with pytest.raises(ConfigError, match=r"clients=4.*clients=2"):
+        deploy.prepare(words, 2)
+    assert deploy.prepare(words, 4).config.clients == 4
+    assert deploy.prepare([*words, "clients=2"], 2).config.clients == 2
+
+
 def test_the_server_has_a_folder_of_its_own(tmp_path: Path) -> None:
     words = [*SMALL, "clients=3", "cohort=3", f"output.dir={tmp_path}/run"]
     assert deploy.prepare(words, None).config.output.dir == "~/fedraclora/run"
