@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from chats import TEMPLATE, WORDS, write_rows
 
 import fedraclora
@@ -181,7 +182,7 @@ def test_a_run_answers_by_likelihood_from_its_start_to_its_folder(
 
 
 def test_questions_of_a_run_are_a_task_of_the_harness(tmp_path: Path, tokenizer: str) -> None:
-    """The page shows the task as it is written; each answer is read as the run has read it."""
+    """Each prompt and each answer is read as the run has read it."""
     root = Path(__file__).resolve().parents[2]
     task = asking(tmp_path, tokenizer)
     run_of = SimpleNamespace(built=lambda: SimpleNamespace(task=task))
@@ -191,6 +192,9 @@ def test_questions_of_a_run_are_a_task_of_the_harness(tmp_path: Path, tokenizer:
         assert line["prompt"] == f"user {row['prompt']} assistant"
         assert line["choices"] == row["options"]
         assert line["choices"][line["right"]] == row["response"]
-    text = (tmp_path / "t" / "questions.yaml").read_text()
-    shown = text.replace(str(tmp_path / "t" / "questions.jsonl"), "questions.jsonl")
-    assert f"```yaml\n{shown}```" in (root / "docs" / "language-models.md").read_text()
+    written = yaml.safe_load((tmp_path / "t" / "questions.yaml").read_text())
+    file = written["dataset_kwargs"]["data_files"]["test"]
+    assert Path(file) == tmp_path / "t" / "questions.jsonl"
+    parts = [written[f"doc_to_{part}"] for part in ("text", "choice", "target")]
+    assert parts == ["{{prompt}}", "{{choices}}", "{{right}}"]
+    assert written["target_delimiter"] == " "
