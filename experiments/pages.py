@@ -182,15 +182,15 @@ def _section(kind: type[Method], names: list[str]) -> str:
     path = kind.__module__.removeprefix("fedraclora.").replace(".", "/") + ".py"
     same = aliases()
     others = [f"`{n}`" + (f" (= `{same[n]}`)" if n in same else "") for n in names[1:]]
-    also = f"; also {', '.join(others)}" if others else ""
+    also = f" Also {', '.join(others)}." if others else ""
     text = docstring(kind)
     parts = text.replace("sum_k p_k", "mean_k").split("\n\n")
     formulas = [part for part in parts if part.startswith("    ")]
     up, source = (_bullet(text, name) for name in ("Uplink", "Source"))
     up = PER_MATRIX.sub("", re.split(r"(?<=[.;]) ", up)[0][:-1])
     source = ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", TITLE.sub("", source))
-    facts = f"Up: {up}. [Code](../{path}){also}. {source}"
-    return "\n\n".join((f"### {names[0]}", *formulas, facts)) + "\n"
+    facts = f"Up: {up}.{also} {source}"
+    return "\n\n".join((f"### [{names[0]}](../{path})", *formulas, facts)) + "\n"
 
 
 def _bullet(text: str, name: str) -> str:
