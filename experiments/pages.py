@@ -185,7 +185,7 @@ def _section(kind: type[Method], names: list[str]) -> str:
     also = f" Also {', '.join(others)}." if others else ""
     text = docstring(kind)
     parts = text.replace("sum_k p_k", "mean_k").split("\n\n")
-    formulas = [part for part in parts if part.startswith("    ")]
+    formulas = [part.replace("``", "") for part in parts if part.startswith("    ")]
     up, source = (_bullet(text, name) for name in ("Uplink", "Source"))
     up = PER_MATRIX.sub("", re.split(r"(?<=[.;]) ", up)[0][:-1])
     source = ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", TITLE.sub("", source))
