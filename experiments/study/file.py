@@ -338,9 +338,9 @@ def check_split(study: Study, phase: str, config: RunConfig) -> None:
 def row_config(study: Study, row: str, phase: str) -> RunConfig | None:
     """Compose the first run of a row in a phase; None where it has none."""
     jobs = study.jobs(phase, row, study.values(row)[:1])
-    return config_of(jobs[0]) if jobs else None
+    return composed_run(jobs[0]) if jobs else None
 
 
-def config_of(job: Job) -> RunConfig:
+def composed_run(job: Job) -> RunConfig:
     """Compose the config of a run."""
     return from_plain(settled_rate(composed(job.overrides), print), METHODS)

@@ -51,7 +51,7 @@ from fedraclora.experiments.study.file import (
     Study,
     check_same,
     check_split,
-    config_of,
+    composed_run,
     refuse_lower,
     row_config,
 )
@@ -140,7 +140,7 @@ def run_job(job: Job) -> Line:
     from fedraclora.strategies.outcome import summarise
 
     began, used = time.perf_counter(), time.process_time()
-    config = config_of(job)
+    config = composed_run(job)
     line: Line = {**vars(job), "key": job.key}
     if files := data_files(config.data):
         line["data_files"] = files

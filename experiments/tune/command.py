@@ -16,21 +16,23 @@ from functools import partial
 
 from fedraclora.binding import PlainDict, bind, section
 from fedraclora.config.build import build_task, settled
-from fedraclora.config.run_config import TaskConfig, parted, task_from_plain
+from fedraclora.config.run_config import TaskConfig, from_plain, parted, task_from_plain
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.data import DATASETS
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.metrics import higher_is_better, lower_of
+from fedraclora.experiments import CONF
 from fedraclora.experiments.overrides import composed, is_override, key_of
 from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.status import in_order, reported
-from fedraclora.experiments.tune.rates import LR
+from fedraclora.experiments.tune.rates import RATE_KEY
 from fedraclora.experiments.tune.result import Tuned, outcome
 from fedraclora.experiments.tune.search import Search
 from fedraclora.experiments.tune.space import Space, TuneConfig, settings
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import make
+from fedraclora.strategies import METHODS
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import settled_start
 from fedraclora.training.localconfig import LocalConfig
@@ -72,8 +74,9 @@ def tune_task(
     folder = user_path("output.dir", output.get("dir") or FOLDER)
     plain = {**settled_start(settled(plain)), "output": {**output, "dir": None}}
     if is_auto := section(plain, "local").get("lr") == "auto":  # is no rate
-        said, plain = {*said} - {LR}, laid_over(plain, {LR: LocalConfig.lr})
+        said, plain = {*said} - {RATE_KEY}, laid_over(plain, {RATE_KEY: LocalConfig.lr})
     space = Space.of(plain, said, asked, typed)
+    from_plain(plain, METHODS)  # what is wrong with the task, no run can mend
     share = held_out(task_from_plain(plain), asked)
     final = {"evaluate.split": "test", "data.validation": section(plain, "data")["validation"]}
     plain = laid_over(plain, {"evaluate.split": "validation", "data.validation": share})
@@ -94,7 +97,7 @@ def tune_task(
         alone = search.run()
     except KeyboardInterrupt as error:
         found(over=False)
-        error.add_note("; the same command goes on")
+        error.add_note("with what was found so far; the same command goes on")
         raise
     if not alone:
         say("another process still runs: the last one tests the winner")
@@ -140,7 +143,7 @@ def assumed(search: Search, samples: int, share: float) -> dict[str, str]:
         "measured on": f"{samples} validation samples, {whose}; test samples are left for the end",
         "budget": ", ".join(f"{most:g} {unit}" for most, unit in limits if most),
         "rounds": f"{search.rounds}; {ends}",
-        "sizes": f"{sizes} MB a client, both ways: at each a run counts at its last round there",
+        "sizes": f"{sizes} MB a client, both ways: at each a run counts at its last rounds there",
         "seeds": f"{seeds}; tested on {tests}",
         **search.space.told(),
         "never": "; ".join(" ".join(line) for line in config.never) or "nothing",
@@ -154,7 +157,7 @@ def main() -> int:
     """Tune what the words ask for."""
     words = sys.argv[1:]
     if {"-h", "--help"} & {*words}:
-        print(__doc__)
+        print(__doc__, (CONF / "tune.yaml").read_text(encoding="utf-8"), sep="\n", end="")
         return 0
     own = [word for word in words if word.startswith("tune.")]
     rest = [word for word in words if word not in own]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
+
+STEADY = 5
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,17 @@ def ranks(values: Sequence[Sequence[float]]) -> list[int]:
     return [found[k] for k in range(len(values))]
 
 
-def within(curve: Sequence[Point], most: float) -> Point:
-    """Return the last point of at most so many bytes; the first one, where all have more."""
-    return [curve[0], *(point for point in curve if point.bytes <= most)][-1]
+def last_within(curve: Sequence[Point], most: float) -> Point:
+    """Return the last point of at most so many bytes, with the mean score of the last quarter.
+
+    One round is lucky or unlucky: the last quarter of the trained points there counts, at most
+    `STEADY` of them. Where all have more bytes it is the first point, of the untrained model.
+    """
+    there = [point for point in curve if point.bytes <= most and point.round]
+    if not there:
+        return curve[0]
+    last = there[-min(STEADY, math.ceil(len(there) / 4)) :]
+    return replace(last[-1], score=fmean(point.score for point in last))
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from fedraclora.binding import PlainDict, section
 from fedraclora.config.build import BuiltTask
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.resume import laid_over
 from fedraclora.strategies.rate import rate_for, ruled
+from fedraclora.training.localconfig import LocalConfig
 
-LR = "local.lr"
-TIMES = f"{LR} / rule"  # what is drawn where rates are tuned around those of the rule
+RATE_KEY = "local.lr"
+TIMES = f"{RATE_KEY} / rule"  # what is drawn where rates are tuned around those of the rule
 
 
 @dataclass(frozen=True)
-class Rates:
+class RateRange:
     """The learning rates that are tried.
 
     Attributes:
@@ -28,14 +30,14 @@ class Rates:
 
     key: str = TIMES
     least: float = 1 / 16
-    greatest: float = 4
+    greatest: float = 3
     around: Callable[[PlainDict], float] = lambda _: 1.0
     told: str = ""
 
     @classmethod
-    def between(cls, least: float, greatest: float) -> Rates:
+    def between(cls, least: float, greatest: float) -> RateRange:
         """The same rates for each run."""
-        return cls(LR, least, greatest, told=f"{least:.3g} to {greatest:.3g}")
+        return cls(RATE_KEY, least, greatest, told=f"{least:.3g} to {greatest:.3g}")
 
     @classmethod
     def by_rule(
@@ -46,8 +48,8 @@ class Rates:
         *,
         auto: bool,
         preset: bool,
-    ) -> Rates:
-        """Rates around that of the rule for each run's own method and rank.
+    ) -> RateRange:
+        """RateRange around that of the rule for each run's own method and rank.
 
         Args:
             plain: The config of the task.
@@ -65,6 +67,8 @@ class Rates:
         known = dict[str, tuple[float, str]]()
 
         def rule(config: PlainDict) -> tuple[float, str]:
+            # Clipping moves the best rate too little to matter to what is tuned around it.
+            config = laid_over(config, {"local.clip": None, "local.clip_by": LocalConfig.clip_by})
             key = json.dumps([config["method"], config["local"]], default=str)
             if key not in known:
                 known[key] = rate_for(ruled(config), built)
@@ -79,7 +83,7 @@ class Rates:
         except ConfigError as error:
             if auto:
                 raise ConfigError(f"{at}{error}, or tune.lr=[LEAST, GREATEST]") from error
-            why = str(error).partition(", but ")[2].partition(": say")[0]
+            why = str(error).rpartition(", but ")[2].partition(": say")[0]
             return cls(around=lambda _: own, told=f"{text}{own:g} for all; {at}{why}")
         level = 1.0
         if preset and not auto:

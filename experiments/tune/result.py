@@ -21,7 +21,7 @@ from fedraclora.experiments.choices import groups
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.tables import Table
-from fedraclora.experiments.tune.frontier import Point, frontier, within
+from fedraclora.experiments.tune.frontier import Point, frontier, last_within
 from fedraclora.experiments.tune.search import DIVERGED, HALVED, Search, done, score_of, shown
 from fedraclora.experiments.tune.space import KEYS
 from fedraclora.objects import LENT, NAME
@@ -45,14 +45,14 @@ class Tuned:
         frontier: A frame of all points that none beats: ``run``, ``rounds``, ``MB a client``, the
             metric on the validation split, and the settings.
         configs: What to take at each of ``tune.sizes``: a config that `fedraclora.simulate` takes.
-        test: The metric of the last of these on the test samples, one for each of
-            ``tune.test_seeds``; None: it was not tested.
+        test: Their metric on the test samples, one for each of ``tune.test_seeds``; empty where
+            they were not tested.
     """
 
     folder: Path
     frontier: DataFrame
     configs: Mapping[float, PlainDict]
-    test: list[float] | None
+    test: Mapping[float, list[float]]
 
 
 def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
@@ -60,7 +60,7 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
 
     Args:
         search: The tuning.
-        over: Whether all is run, so that the winner may be tested.
+        over: Whether all is run, so that what is taken may be tested.
         has_test: Whether there are test samples.
     """
     from pandas import DataFrame
@@ -73,16 +73,18 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     last = {found["run"]: found for found in records}  # of each run the best point
     Table.of(sorted(last.values(), key=itemgetter(SIZE)), [note(search, study, best)]).print()
     shutil.rmtree(folder / "experiment", ignore_errors=True)  # of fewer runs, other sizes
-    configs, rows, winner = dict[float, PlainDict](), list[dict[str, object]](), None
+    configs, rows = dict[float, PlainDict](), list[dict[str, object]]()
+    chosen = dict[float, Point]()
     for size, most in search.sizes.items():
         taken = taken_within(most, curves, higher=search.higher)
         rows.append({"at": f"{size:g} MB" + ("" if taken else ": all need more")})
         if taken:
-            winner, found = taken, record(search, study, taken, unit)
+            chosen[size], found = taken, record(search, study, taken, unit)
             rows[-1] |= found
             configs[size] = config_of(search, study, taken)
             write_preset(search, configs[size], found, f"at_{size:g}MB")
-    Table.of(DataFrame(rows, dtype=object).fillna("").to_dict("records")).print()
+    said = f"What to take: {search.metric} is the mean of a run's last rounds within the size."
+    Table.of(DataFrame(rows, dtype=object).fillna("").to_dict("records"), [said]).print()
     Table.of(records).write(folder, "frontier")
     if best:
         runs, sizes = [xy(curve, unit) for curve in curves], search.config.sizes
@@ -90,15 +92,20 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
         groups = {"frontier": (runs, xy(best, unit))}
         frontier_figure(groups, labels, folder / "frontier.png", marks=sizes)
     search.say(f"written to {folder}: frontier.csv, frontier.png, experiment/at_...MB.yaml")
-    test = None
-    if winner is not None:
+    if chosen:
         words = f"--config-dir {folder} experiment=at_{max(configs):g}MB"
         search.say(f"to run it: fedraclora simulate {words}")
-        if over and has_test:
-            test = test_once(search, study, winner, configs[max(configs)])
+    tests = dict[float, list[float]]()
+    if over and has_test:
+        for size, point in chosen.items():
+            tests[size] = test_once(search, study, point, configs[size])
+            search.say(f"at {size:g} MB: {tested(search, point, tests[size])}")
+        known = {place(point) for point in chosen.values()}
+        if others := len(study.user_attrs.get("tested", {}).keys() - known):
+            search.say(f"the test samples were looked at before, for {others} others")
     if over and not has_test:
         search.say("not tested: the task has no test samples")
-    return Tuned(folder, DataFrame(records), configs, test)
+    return Tuned(folder, DataFrame(records), configs, tests)
 
 
 def points_of(search: Search, study: Study) -> list[list[Point]]:
@@ -123,7 +130,7 @@ def taken_within(most: float, curves: Sequence[Sequence[Point]], *, higher: bool
     """
     sign, found = 1 if higher else -1, list[Point]()
     for curve in curves:
-        last = within(curve, most)
+        last = last_within(curve, most)
         found += [last] if sign * last.score > sign * curve[0].score else []
     return max(found, key=lambda point: (sign * point.score, -point.bytes), default=None)
 
@@ -190,27 +197,30 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, title: str
     path.write_text(text + yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
 
 
+def place(point: Point) -> str:
+    """Name a point in what is kept."""
+    return f"run {point.trial}, {point.round} rounds"
+
+
 def test_once(search: Search, study: Study, point: Point, config: PlainDict) -> list[float]:
-    """Run the winner on seeds that were not tuned on, measured on the test samples, and say it.
+    """Run what is taken on seeds that were not tuned on, measured on the test samples.
 
     What has been tested is kept, and not run again.
     """
-    key, seeds = [point.trial, point.round], search.config.test_seeds
-    tested = study.user_attrs.get("tested") or {"earlier": []}
-    if (tested.get("of"), tested.get("seeds")) != (key, seeds):
-        scores = [math.nan] * len(seeds)
-        for place, seed in enumerate(seeds):
+    known, seeds = study.user_attrs.get("tested", {}), search.config.test_seeds
+    scores = dict[str, float](known.get(place(point), {}))
+    for seed in seeds:
+        if str(seed) not in scores:
+            scores[str(seed)] = math.nan
             with suppress(ClientError):  # as in `Search`
                 found = score_of(search.execute(config, seed).summary, search.metric)
-                scores[place] = math.nan if found is None else found
-        earlier = [*tested["earlier"], *([tested["of"]] if "of" in tested else [])]
-        tested = {"of": key, "seeds": seeds, "scores": scores, "earlier": earlier}
-        study.set_user_attr("tested", tested)
-    scores, looks = [float(score) for score in tested["scores"]], len(tested["earlier"])
+                scores[str(seed)] = math.nan if found is None else found
+            study.set_user_attr("tested", {**known, place(point): scores})
+    return [float(scores[str(seed)]) for seed in seeds]
+
+
+def tested(search: Search, point: Point, scores: Sequence[float]) -> str:
+    """Say how a point did on the test samples."""
     spread = f" ± {stdev(scores):.4f}" if len(scores) > 1 else ""
-    others = f"; the test samples were looked at {looks} times before, for others" if looks else ""
-    search.say(
-        f"test {search.metric} of run {point.trial}, {point.round} rounds: "
-        f"{fmean(scores):.4f}{spread} (seeds {', '.join(map(str, seeds))}{others})"
-    )
-    return scores
+    seeds = ", ".join(map(str, search.config.test_seeds))
+    return f"test {search.metric} of {place(point)}: {fmean(scores):.4f}{spread} (seeds {seeds})"

@@ -29,7 +29,7 @@ from fedraclora.config.run_config import digested, from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
 from fedraclora.evaluation.clients import AFTER
 from fedraclora.experiments.resume import laid_over
-from fedraclora.experiments.tune.frontier import Point, mean_curve, ranks, within
+from fedraclora.experiments.tune.frontier import Point, last_within, mean_curve, ranks
 from fedraclora.experiments.tune.space import Space, TuneConfig
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.rng import generator
@@ -132,7 +132,7 @@ class Search:
         if self.is_whole:
             size = curve[-1].bytes * self.rounds / max(curve[-1].round, 1)
             curve = [curve[0], replace(curve[-1], bytes=size)]
-        return [within(curve, most).score for most in self.sizes.values()]
+        return [last_within(curve, most).score for most in self.sizes.values()]
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -257,10 +257,12 @@ class Search:
         trial.set_user_attr("ended", ended)
         study.tell(trial, [score] * len(self.sizes) if ended == DIVERGED else self.worth(curve))
         why = f", ended ({ended}) after round {max(run.round for run in runs)}" if ended else ""
-        why += f" ({shorten(failed, 100)})" if (failed := trial.user_attrs.get("failed")) else ""
+        why += f" ({shorten(failed, 160)})" if (failed := trial.user_attrs.get("failed")) else ""
         values = self.space.values(trial.params, plain)
         words = " ".join(f"{k}={shown(v)}" for k, v in values.items())
-        self.say(f"run {trial.number}: {self.metric} {score:.4f}{why}: {words}")
+        sent = curve[-1].bytes / MEGABYTE / self.clients
+        told = f"{self.metric} {score:.4f} at {sent:.3g} MB a client"
+        self.say(f"run {trial.number}: {told}{why}: {words}")
         return None
 
     def _runs(self, study: Study, trial: Trial, plain: PlainDict) -> tuple[list[Watch], str]:

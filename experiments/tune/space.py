@@ -17,7 +17,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.experiments import CONF
 from fedraclora.experiments.choices import choice
 from fedraclora.experiments.resume import laid_over
-from fedraclora.experiments.tune.rates import LR, TIMES, Rates
+from fedraclora.experiments.tune.rates import RATE_KEY, TIMES, RateRange
 from fedraclora.limits import Chance, Count, Inner, Limit, Limited, Positive, Whole, choice_of
 from fedraclora.objects import is_named
 from fedraclora.protocol.quantised import FULL, ROUNDED
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 KEYS = {
-    "lr": LR,
+    "lr": RATE_KEY,
     "rank": "method.rank",
     "links": "method.resample_every",
     "uplink": "wire.uplink",
@@ -114,7 +114,7 @@ class Space:
     plain: PlainDict
     methods: Mapping[str, PlainDict]
     tuned: Mapping[str, list[Any]]
-    rates: Rates | None
+    rates: RateRange | None
 
     @classmethod
     def of(
@@ -144,19 +144,21 @@ class Space:
         fixed = {k[7:]: flat[k] for k in said if k.startswith("method.") and k in flat}
         listed = [str(own["name"])] if "method" in said else [*dict.fromkeys(config.method)]
         methods = {n: own if n == own["name"] else _method(n, fixed) for n in listed}
-        free = LR not in said and local.get("train") is None and not is_named(local.get("name"))
-        rates = (Rates.between(*config.lr) if config.lr else Rates()) if free else None
+        free = (
+            RATE_KEY not in said and local.get("train") is None and not is_named(local.get("name"))
+        )
+        rates = (RateRange.between(*config.lr) if config.lr else RateRange()) if free else None
         return cls(plain, methods, tuned, rates)
 
     def of_task(self, plain: PlainDict, built: BuiltTask, *, auto: bool, preset: bool) -> Space:
         """Give the same space for the whole config of a task, its rates around that of the rule.
 
         Raises:
-            ConfigError: See `Rates.by_rule`.
+            ConfigError: See `RateRange.by_rule`.
         """
         rates = self.rates
         if rates and rates.key == TIMES:
-            rates = Rates.by_rule(plain, built, self.methods, auto=auto, preset=preset)
+            rates = RateRange.by_rule(plain, built, self.methods, auto=auto, preset=preset)
         return replace(self, plain=plain, rates=rates)
 
     def suggest(self, trial: BaseTrial) -> PlainDict:
@@ -172,7 +174,7 @@ class Space:
         if self.rates is not None:
             least, greatest = self.rates.least, self.rates.greatest
             drawn = trial.suggest_float(self.rates.key, least, greatest, log=True)
-            config = laid_over(config, {LR: drawn})
+            config = laid_over(config, {RATE_KEY: drawn})
         return config
 
     def rated(self, config: PlainDict) -> PlainDict:
@@ -184,11 +186,11 @@ class Space:
         if self.rates is None:
             return config
         rate = float(str(section(config, "local")["lr"])) * self.rates.around(config)
-        return laid_over(config, {LR: float(f"{rate:.4g}")})
+        return laid_over(config, {RATE_KEY: float(f"{rate:.4g}")})
 
     def values(self, params: Mapping[str, object], config: PlainDict) -> dict[str, object]:
         """List what was drawn, by key, with the learning rate that came of it."""
-        rate = {LR: section(config, "local")["lr"]} if self.rates else {}
+        rate = {RATE_KEY: section(config, "local")["lr"]} if self.rates else {}
         return {key: value for key, value in params.items() if key != TIMES} | rate
 
     def first(self, listed: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
@@ -204,7 +206,7 @@ class Space:
 
     def told(self) -> dict[str, str]:
         """Say what is tried, by key."""
-        rates = self.rates and {LR: f"{self.rates.told}, log-uniform"}
+        rates = self.rates and {RATE_KEY: f"{self.rates.told}, log-uniform"}
         values = {key: ", ".join(map(str, values)) for key, values in self.tuned.items()}
         return {"method": ", ".join(self.methods)} | (rates or {}) | values
 
