@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fedraclora.data.conversations import Conversation
 from fedraclora.data.locate import load_tokenizer, user_path
@@ -165,51 +166,6 @@ def _template(template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def cut_to_length(
-    encoded: Sequence[Encoded],
-    wheres: Sequence[str],
-    max_length: int,
-    *,
-    drop: bool,
-    answered: bool = True,
-) -> tuple[list[Encoded], list[int], int]:
-    """Cut conversations to a length.
-
-    Args:
-        encoded: Conversations.
-        wheres: Where each comes from, for messages.
-        max_length: Tokens that are kept.
-        drop: Leave out conversations whose answer is cut away whole; else they are refused.
-        answered: Whether they have an answer; else there must be room for one.
-
-    Returns:
-        What is left, the places of that among ``encoded``, and how many were cut.
-
-    Raises:
-        DataError: Naming the first conversation of which no answer is left.
-    """
-    kept, places, cut = [], [], 0
-    for place, whole in enumerate(encoded):
-        part = Encoded(whole.ids[:max_length], whole.labels[:max_length], whole.choices)
-        none_left = all(label == IGNORED_TOKEN for label in part.labels[1:])
-        if none_left if answered else len(whole.ids) >= max_length:
-            if not drop:
-                raise DataError(
-                    f"{wheres[place]}: the prompt fills data.max_length={max_length} tokens (the "
-                    f"whole has {len(whole.ids)}), so that nothing of the response is left: raise "
-                    "data.max_length, or set data.cut_away=drop to leave such rows out"
-                )
-            continue
-        cut += len(part.ids) < len(whole.ids)
-        kept.append(part)
-        places.append(place)
-    if not kept:
-        raise DataError(
-            f"data.max_length={max_length} leaves no response of {len(encoded)} conversations"
-        )
-    return kept, places, cut
-
-
 def padded(encoded: Sequence[Encoded], pad: int) -> Samples:
     """Give conversations as one table, each row padded to the longest.
 
@@ -218,15 +174,18 @@ def padded(encoded: Sequence[Encoded], pad: int) -> Samples:
         there are choices: ``choices`` int64 [N, C, L], `IGNORED_TOKEN` behind each and where a
         question has fewer; ``characters`` int64 [N, C], -1 there, and ``right`` bool [N, C].
     """
-    longest = max(len(one.ids) for one in encoded)
-    ids = np.full((len(encoded), longest), pad, dtype=np.int64)
-    labels, mask = np.full_like(ids, IGNORED_TOKEN), np.zeros_like(ids)
-    for row, one in enumerate(encoded):
-        length = len(one.ids)
-        ids[row, :length], labels[row, :length], mask[row, :length] = one.ids, one.labels, 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    found = Samples({n: torch.from_numpy(v) for n, v in inputs.items()}, torch.from_numpy(labels))
-    return replace(found, beside=_beside(encoded))
+    inputs = {
+        "input_ids": _filled([one.ids for one in encoded], pad),
+        "attention_mask": _filled([[1] * len(one.ids) for one in encoded], 0),
+    }
+    labels = _filled([one.labels for one in encoded], IGNORED_TOKEN)
+    return Samples(inputs, labels, _beside(encoded))
+
+
+def _filled(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
+    """Fill rows up to the longest: int64 [N, T]."""
+    numbers = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(numbers, batch_first=True, padding_value=fill)
 
 
 def _beside(encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
@@ -267,18 +226,13 @@ def packed(
             rows.append([])
             of.append(owner)
         rows[place].append(one)
-    longest = max(sum(len(one.ids) for one in together) for together in rows)
-    ids = np.full((len(rows), longest), pad, dtype=np.int64)
-    labels, positions = np.full_like(ids, IGNORED_TOKEN), np.zeros_like(ids)
-    for row, together in enumerate(rows):
-        start = end = 0
-        for one in together:
-            start, end = end, end + len(one.ids)
-            ids[row, start:end], labels[row, start:end] = one.ids, one.labels
-            labels[row, start] = IGNORED_TOKEN  # what stands before it is another conversation
-            positions[row, start:end] = np.arange(end - start)
+    ids = _filled([[i for one in together for i in one.ids] for together in rows], pad)
+    # What stands before the first token of each is another conversation.
+    own = [[i for one in together for i in [IGNORED_TOKEN, *one.labels[1:]]] for together in rows]
+    positions = []
+    for *before, _ in ([len(one.ids) for one in together] for together in rows):
         # Padding goes on: at another position 0 one more conversation would seem to begin.
-        positions[row, end:] = np.arange(longest - end) + end - start
-    inputs = {"input_ids": ids, "position_ids": positions}
-    table = Samples({n: torch.from_numpy(v) for n, v in inputs.items()}, torch.from_numpy(labels))
-    return table, of
+        sizes = [*before, ids.shape[1] - sum(before)]
+        positions.append([place for size in sizes for place in range(size)])
+    inputs = {"input_ids": ids, "position_ids": torch.tensor(positions)}
+    return Samples(inputs, _filled(own, IGNORED_TOKEN)), of

@@ -9,15 +9,12 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from fedraclora.data.chat import Chat, Encoded, cut_to_length, packed, padded
-from fedraclora.data.conversations import (
-    Conversation,
-    RowForm,
-    read_conversations,
-)
+from fedraclora.data.chat import Chat, Encoded, packed, padded
+from fedraclora.data.conversations import Conversation, RowForm, read_conversations
 from fedraclora.data.dataset import DataSet, Read, divide
 from fedraclora.data.locate import Root, check_file, require_tokenizer, resolve
-from fedraclora.data.samples import Samples
+from fedraclora.data.own_loss import IGNORED_TOKEN
+from fedraclora.errors import DataError
 from fedraclora.limits import Composed, Count, Fraction, Later, choice_of, limited, whole_from
 from fedraclora.rng import generator
 
@@ -148,7 +145,6 @@ def instruction_set(
         table, owners = packed(rows, owners, reader.max_length, pad)
     else:
         table = padded(rows, pad)
-    measured: Samples = padded(held, pad)
     labels = int((table.target >= 0).sum())
     info = {**info, "conversations": len(rows), "response_tokens": labels}
     info |= {"truncated": cut + held_cut, "cut_away": lost}
@@ -157,7 +153,7 @@ def instruction_set(
         info["packed"] = f"{len(rows)} conversations in {len(table)} samples"
     return DataSet(
         train=table,
-        test=measured,
+        test=padded(held, pad),
         classes=len(tokenizer),
         loss="next_token",
         metrics=tuple(metrics or ANSWER_METRICS),
@@ -203,11 +199,37 @@ class InstructionReader:
         return int((end or 0) if pad is None else pad)
 
     def fit(self, conversations: Sequence[Conversation]) -> tuple[list[Encoded], list[int], int]:
-        """Tokenise and cut conversations, as `fedraclora.data.chat.cut_to_length` does."""
-        wheres = [conversation.where for conversation in conversations]
-        encoded = self.chat.encode(conversations)
-        answered = conversations[0].answered
-        return cut_to_length(encoded, wheres, self.max_length, drop=self.drop, answered=answered)
+        """Tokenise conversations, and cut them to `max_length`.
+
+        Returns:
+            What is left, the places of that among them, and how many were cut.
+
+        Raises:
+            DataError: Naming the first conversation of which no answer is left, or in which there
+                is no room for one that is to be generated.
+        """
+        kept, places, cut = [], [], 0
+        for place, whole in enumerate(self.chat.encode(conversations)):
+            one, size = conversations[place], len(whole.ids)
+            labels = whole.labels[: self.max_length]
+            unlabelled = all(label == IGNORED_TOKEN for label in labels[1:])
+            if unlabelled if one.answered else size >= self.max_length:
+                if not self.drop:
+                    raise DataError(
+                        f"{one.where}: the prompt fills data.max_length={self.max_length} tokens "
+                        f"(the whole has {size}), so that nothing of the response is left: raise "
+                        "data.max_length, or set data.cut_away=drop to leave such rows out"
+                    )
+                continue
+            cut += size > self.max_length
+            kept.append(replace(whole, ids=whole.ids[: self.max_length], labels=labels))
+            places.append(place)
+        if not kept:
+            raise DataError(
+                f"data.max_length={self.max_length} leaves no response of {len(conversations)} "
+                "conversations"
+            )
+        return kept, places, cut
 
 
 def _say_cut(max_length: int, cut: int, total: int, lost: int) -> None:
