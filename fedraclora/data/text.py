@@ -180,18 +180,34 @@ class TextReader:
 
     def rows(self, found: Any, *, owner: str | int | None = None, target: bool = True) -> Cleaned:
         """Take texts, then labels where they are wanted, then owners where they have a column."""
-        count = len(self.text)
+        count, file = len(self.text), isinstance(found, Path)
         named: list[Named] = [("data.text", column) for column in self.text]
         named += [("data.label", self.label)] if target else []
         named += [] if owner is None else [("data.client", owner)]
-        if isinstance(found, Path):
-            columns = read_columns(found, named, header=self.header)
-        else:
-            columns = _columns_of(found, named, count)
-        cleaned = _clean(columns, count, self.values if target else None)
-        gaps = [name for key, name in named if key != "data.text"]
-        _refuse_gaps(cleaned.table, count, gaps, found if isinstance(found, Path) else "data")
-        return cleaned
+        columns = (
+            read_columns(found, named, header=self.header)
+            if file
+            else _columns_of(found, named, count)
+        )
+        table = np.array(columns, dtype=object).T
+        filled = np.array([all(text.strip() for text in row[:count]) for row in table], dtype=bool)
+        asked = np.ones(len(table), dtype=bool)
+        if target and self.values is not None:
+            asked = np.isin(table[:, count], [str(value) for value in self.values])
+        rows = np.flatnonzero(asked & filled)
+        if not len(rows):
+            raise DataError(
+                f"no usable row among {len(table)}: check data.text, data.label and data.values"
+            )
+        # An empty label or owner would be a class, or a client, of its own.
+        for (_, name), column in zip(named[count:], table[rows, count:].T, strict=True):
+            if empty := sum(not value.strip() for value in column):
+                raise DataError(
+                    f"{found if file else 'data'}: the column {name} is empty in {empty} rows: "
+                    "fill them in, or leave the rows out"
+                )
+        dropped = int((asked & ~filled).sum())
+        return Cleaned(table[rows], rows, dropped, len(table), columns[-1])
 
     def samples(self, table: TextRows, names: Sequence[str] | None) -> Samples:
         """Tokenise rows; ``names`` are those of the classes, and None where nothing is wanted."""
@@ -239,28 +255,3 @@ def _columns_of(found: Any, named: Sequence[Named], texts: int) -> list[list[str
             + ("" if len(named) > texts else f", or a list with {texts} text(s) a row")
         )
     return [[str(row[place]) for row in rows] for place in range(texts)]
-
-
-def _refuse_gaps(table: TextRows, texts: int, names: Sequence[str | int], path: object) -> None:
-    """Refuse labels and owners that are empty: each would be a class, or a client, of its own."""
-    for column, name in zip(table[:, texts:].T, names, strict=True):
-        if empty := sum(not value.strip() for value in column):
-            raise DataError(
-                f"{path}: the column {name} is empty in {empty} rows: fill them in, or leave the "
-                "rows out"
-            )
-
-
-def _clean(columns: list[list[str]], texts: int, values: Sequence[str] | None) -> Cleaned:
-    """Leave out rows with an empty text (counted) or with a label that is not asked for."""
-    allowed = None if values is None else {str(value) for value in values}
-    whole = enumerate(zip(*columns, strict=True))
-    asked = [(n, row) for n, row in whole if allowed is None or row[texts] in allowed]
-    filled = [(n, row) for n, row in asked if all(text.strip() for text in row[:texts])]
-    if not filled:
-        raise DataError(
-            f"no usable row among {len(columns[0])}: check data.text, data.label and data.values"
-        )
-    table = np.array([row for _, row in filled], dtype=object)
-    rows, total = np.array([n for n, _ in filled]), len(columns[0])
-    return Cleaned(table, rows, len(asked) - len(filled), total, columns[-1])
