@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,15 @@ import numpy as np
 import torch
 
 from fedraclora.binding import call_function
-from fedraclora.data.dataset import TEST_SHARE, DataSet, RowNumbers, keep_rows, split_rows, take
+from fedraclora.data.dataset import (
+    TEST_SHARE,
+    Column,
+    DataSet,
+    RowNumbers,
+    keep_rows,
+    split_rows,
+    take,
+)
 from fedraclora.data.fit import Form, found_shape, outputs_for, said_of_inputs, scale_of_bytes
 from fedraclora.data.objective import (
     check_names,
@@ -89,13 +98,18 @@ def data_of(
     if is_share(test):
         share, test, frame = float(test), None, {**(frame or {}), "test_share": float(test)}
     if is_frame(data):
-        columns = {"client": client, "target": target, "loss": loss, "metrics": metrics}
-        return of_frame(data, test, **columns, **(frame or {}))  # type: ignore[arg-type]
+        named = {"client": client, "target": target, "loss": loss, "metrics": metrics}
+        return of_frame(data, test, **named, **(frame or {}))  # type: ignore[arg-type]
     brought = data
     data, tests = parted(data)
-    if own and not is_table(data, target):
+    objects = listed_tables(data)
+    if own and not is_table(objects[0], target):
         return unread(brought, test, partitioner, client, target, loss, metrics)
-    tables, parts, owners = samples_of(data, partitioner, client, target)
+    names = [f"data, client {k}" for k in range(len(objects))] if is_clients(data) else ["data"]
+    columns, given = owners_of(data, client), objects
+    if columns:
+        given = [data.remove_columns([client])]  # type: ignore[attr-defined]
+    tables = [table_of(p, n, target) for p, n in zip(given, names, strict=True)]
     held_out = None if test is None else table_of(test, "test", target)
     loss, source = objective_of(loss, tables, model)
     own_tests = {k: table_of(t, f"data, client {k}, test", target) for k, t in tests.items()}
@@ -105,11 +119,9 @@ def data_of(
     like = said_like(loss)
     reads = like or loss
     form = Form(shape, reads, classes or outputs_for(seen, reads))
-    names = [f"data, client {k}" for k in range(len(tables))] if len(tables) > 1 else ["data"]
+    names = names if len(tables) > 1 else ["data"]
     fitted = [form.fit(table, name) for table, name in zip(tables, names, strict=True)]
-    table = stacked(fitted, names)
-    if is_clients(data):
-        parts = np.split(np.arange(len(table)), np.cumsum([len(t) for t in fitted])[:-1])
+    table, sizes = stacked(fitted, names), [*map(len, fitted)]
     of_tests = [f"data, client {k}, test" for k in own_tests]
     own_tests = {k: form.fit(t, n) for (k, t), n in zip(own_tests.items(), of_tests, strict=True)}
     stacked([table.take(torch.arange(0)), *own_tests.values()], ["data", *of_tests])  # are alike
@@ -119,21 +131,16 @@ def data_of(
         classes=int(form.classes or 1),
         loss=loss,
         metrics=metrics or usual_metrics(loss, table.target),
-        columns={} if owners is None else {"client": owners},
+        columns=columns | ({"label": table.target.numpy()} if reads == "cross_entropy" else {}),
         sample_shape=() if whole else found_shape(table),
-        parts=parts,
+        parts=parts_of_rows(data, sizes, partitioner),
         info={"source": "a Python program", "loss_from": source} | said_of_inputs(tables[0], table),
         reading=({} if whole else scale_of_bytes(tables[0])) | named_classes(data, target),
         like=like,
         tests=[own_tests.get(k) for k in range(len(tables))] if own_tests else (),
+        entries=Entries.of(objects, sizes),
     )
-    objects = listed_tables(data) if is_clients(data) else [data]
-    found = replace(found, entries=Entries.of(objects, [len(each) for each in fitted]))
-    if reads == "cross_entropy":
-        found = replace(found, columns=found.columns | {"label": table.target.numpy()})
-    if held_out is None and share:
-        found = without_test(found, share)
-    return found
+    return without_test(found, share) if held_out is None and share else found
 
 
 def parted(data: object) -> tuple[object, dict[int, Any]]:
@@ -204,45 +211,38 @@ def lent_data(
     return found
 
 
-def samples_of(
-    data: object, partitioner: Any, client: str | None, target: str | None
-) -> tuple[list[Samples], list[RowNumbers] | None, np.ndarray[Any, Any] | None]:
-    """Read tables, and with one table the rows of each client or the owner of each row."""
-    if is_clients(data):
-        parts = listed_tables(data)
-        if client is not None:
-            raise ConfigError(
-                "data is a list, one entry for each client, so that nothing is left to divide: "
-                "leave client out"
-            )
-        if not parts:
-            raise DataError("data is an empty list; the samples of one or more clients are wanted")
-        names = [f"data, client {k}" for k in range(len(parts))]
-        return [table_of(p, n, target) for p, n in zip(parts, names, strict=True)], None, None
-    if partitioner is not None:
-        return [table_of(data, "data", target)], divided_by(data, partitioner), None
+def owners_of(data: object, client: str | None) -> dict[str, Column]:
+    """Take the column that says whose a row is, if there is one, as a column of the data set."""
     if client is None:
-        return [table_of(data, "data", target)], None, None
+        return {}
+    if is_clients(data):
+        raise ConfigError(
+            "data is a list, one entry for each client, so that nothing is left to divide: "
+            "leave client out"
+        )
     if not is_columns(data):
         raise ConfigError(
             f"client={client!r} names a column, but data is a {type(data).__name__}: give a "
             "table with columns, or a list with the samples of each client"
         )
-    owners = np.asarray(column_of(data, client, "client"))
-    rest = data.remove_columns([client])  # type: ignore[attr-defined]
-    return [table_of(rest, "data", target)], None, owners
+    return {"client": np.asarray(column_of(data, client, "client"))}
 
 
-def is_table(data: object, target: str | None) -> bool:
+def parts_of_rows(data: object, sizes: Sequence[int], partitioner: Any) -> list[RowNumbers] | None:
+    """Give the rows of each client of a list, or as a partitioner divides; None: undivided."""
+    if is_clients(data):
+        return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    return None if partitioner is None else divided_by(data, partitioner)
+
+
+def is_table(found: object, target: str | None) -> bool:
     """Tell whether samples are rows of numbers, or pairs, which are to be rows of numbers."""
-    first = (listed_tables(data) or [None])[0] if is_clients(data) else data
-    if isinstance(first, tuple | list | Samples):
+    if isinstance(found, tuple | list | Samples):
         return True
-    try:
-        table_of(first, "data", target)
-    except DataError:
-        return False
-    return True
+    with suppress(DataError):
+        table_of(found, "data", target)
+        return True
+    return False
 
 
 def unread(
@@ -261,20 +261,10 @@ def unread(
     """
     if test is not None and loss is None:
         raise ConfigError("test=... is measured with a loss, and no table tells it: say loss=...")
-    objects = listed_tables(data) if is_clients(data) else [data]
-    if not objects:
-        raise DataError("data is an empty list; the samples of one or more clients are wanted")
+    objects = listed_tables(data)
     sizes = [*map(length, objects)]
     if not all(sizes):
         raise DataError(f"data, client {sizes.index(0)}: it has no samples; one or more are wanted")
-    parts: list[RowNumbers] | None = None
-    columns = {}
-    if is_clients(data):
-        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-    elif partitioner is not None:
-        parts = divided_by(data, partitioner)
-    elif client is not None:
-        columns = {"client": np.asarray(column_of(data, client, "client"))}
     measured = stand_in(0) if test is None else table_of(test, "test", target)
     loss = loss or "cross_entropy"
     usual = usual_metrics(loss, measured.target)
@@ -286,9 +276,9 @@ def unread(
         classes=int(classes or 1),
         loss=loss,
         metrics=tuple(metrics or usual) if test is not None else (),
-        columns=columns,
+        columns={} if is_clients(data) else owners_of(data, client),
         sample_shape=(),
-        parts=parts,
+        parts=parts_of_rows(data, sizes, partitioner),
         info={
             "source": "objects of a Python program, which your training function reads",
             "loss_from": source,

@@ -44,14 +44,22 @@ def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:
     return isinstance(data, Mapping | list) and not is_columns(data)
 
 
-def listed_tables(data: Mapping[Any, Any] | list[Any]) -> list[Any]:
-    """List the tables of several clients."""
+def listed_tables(data: object) -> list[Any]:
+    """List the tables of several clients, or the one table.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if not is_clients(data):
+        return [data]
+    if not data:
+        raise DataError("data is an empty list; the samples of one or more clients are wanted")
     return list(data.values()) if isinstance(data, Mapping) else data
 
 
 def named_classes(data: Any, target: str | None) -> dict[str, object]:
     """Take the names of the classes that a ``Dataset`` of Hugging Face has (`DataSet.reading`)."""
-    first = listed_tables(data)[0] if is_clients(data) else data
+    first = listed_tables(data)[0]
     if not is_columns(first):
         return {}
     name = found_target(first.column_names, target)
