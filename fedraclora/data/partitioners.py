@@ -274,15 +274,6 @@ class Resampled(OfLaw, TableRows):
         places = first + pick(words[..., 0], self.offsets[classes + 1] - first)
         return self.rows[places].reshape(positions.shape)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Resampled:
-        """Move tables to a device; floating samples take ``dtype`` when given."""
-        return Resampled(
-            self.samples.to(device, dtype),
-            self.law.to(device),
-            self.rows.to(device),
-            self.offsets.to(device),
-        )
-
 
 @limited("partition")
 def bootstrap(

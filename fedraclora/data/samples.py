@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,24 @@ COUNTED_AT_ONCE = 16  # clients
 
 
 @dataclass(frozen=True)
-class Samples:
+class Movable:
+    """Something that holds tensors, by themselves, in dicts or in others of its kind."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move every tensor to a device; floating ones take ``dtype`` when given."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(each) for name, each in value.items()}
+            if isinstance(value, torch.Tensor):
+                return value.to(device, dtype if value.is_floating_point() else None)
+            return value.to(device, dtype) if isinstance(value, Movable) else value
+
+        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Samples(Movable):
     """A table of samples held as tensors.
 
     ``inputs`` maps the model's argument names to tensors [N, ...]; the single name ``"x"`` is
@@ -119,10 +136,6 @@ class Samples:
         """
         return self.mapped(torch.clone)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Samples:
-        """Move to a device; floating tensors take ``dtype`` when it is given."""
-        return self.mapped(lambda t: t.to(device, dtype if t.is_floating_point() else None))
-
 
 class ClientData(Protocol):
     """The training data of all clients. Client ids are partition ids, 0..num_clients-1."""
@@ -148,7 +161,7 @@ class ClientData(Protocol):
 
 
 @dataclass(frozen=True)
-class TableRows(ABC):
+class TableRows(Movable, ABC):
     """Client data that are rows of one table."""
 
     samples: Samples
@@ -217,12 +230,6 @@ class Partitioned(TableRows):
     def client(self, client: int) -> Samples:
         """All samples of one client, in stored order."""
         return self.samples.take(self.rows[self.offsets[client] : self.offsets[client + 1]])
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Partitioned:
-        """Move samples and indices to a device; floating samples take ``dtype`` when given."""
-        return Partitioned(
-            self.samples.to(device, dtype), self.rows.to(device), self.offsets.to(device)
-        )
 
 
 def count_examples(data: ClientData, clients: torch.Tensor) -> torch.Tensor:

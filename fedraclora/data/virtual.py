@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import FLOAT_TYPES, OF_RUN, Clients, DataSet, Dtype, classification
-from fedraclora.data.samples import Samples
+from fedraclora.data.samples import Movable, Samples
 from fedraclora.limits import Count, NotNegative, Positive, choice_of, limited, whole_from
 from fedraclora.rng import generator, hash_key, position_bits
 
@@ -44,7 +44,7 @@ def pick(words: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class ClientLaw:
+class ClientLaw(Movable):
     """How many samples a client has, and of which classes.
 
     Attributes:
@@ -85,12 +85,8 @@ class ClientLaw:
         classes = torch.searchsorted(mixes, words[..., 0].contiguous(), right=True)
         return classes, words[..., 1:], own[:, 2:]
 
-    def to(self, device: torch.device | str) -> ClientLaw:
-        """Move the tables to a device."""
-        return replace(self, quantiles=self.quantiles.to(device), mixes=self.mixes.to(device))
 
-
-class OfLaw:
+class OfLaw(Movable):
     """Clients whose number and sizes are those of a law."""
 
     law: ClientLaw
@@ -185,15 +181,6 @@ class Mixture(OfLaw):
         """Sum two rows of the pool: words [..., 2] -> [..., features]."""
         rows = pick(words, len(self.pool))
         return self.pool[rows[..., 0]].add_(self.pool[rows[..., 1]])
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Mixture:
-        """Move the tables to a device; floating ones take ``dtype`` when given."""
-        return replace(
-            self,
-            law=self.law.to(device),
-            centres=self.centres.to(device, dtype),
-            pool=self.pool.to(device, dtype),
-        )
 
 
 @limited("data")
