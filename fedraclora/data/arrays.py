@@ -234,10 +234,8 @@ def _require_pairs(found: dict[str, AnyArray], path: Path, names: list[str]) -> 
 
 def _classes(target: AnyArray, task: str, source: str) -> list[str]:
     """Name the classes; [] for a regression."""
-    if task != "classification":
-        return []
-    if target.dtype.kind not in "biuUS":
-        return []  # refused where it is fitted, in words
+    if task != "classification" or target.dtype.kind not in "biuUS":
+        return []  # the latter are refused where they are fitted, in words
     names = class_names([str(label) for label in np.unique(target)])
     if len(names) < 2:
         raise DataError(
@@ -252,8 +250,7 @@ def _samples(x: AnyArray, target: AnyArray, names: list[str], task: str, source:
     if names and target.ndim == 2 and target.shape[1] == 1:
         target = target[:, 0]
     if names and target.ndim == 1:
-        texts = [str(label) for label in target.tolist()]
-        return gathered((channels_first(x), target_of(texts, names, task)), source)
+        target = target_of([str(label) for label in target.tolist()], names, task).numpy()
     return gathered((channels_first(x), target), source)
 
 
@@ -299,18 +296,15 @@ class ArrayReader:
             found, where = _from_file(found, target=target), str(found)
         names = [str(name) for name in reading.get("classes", [])]
         form = replace(self.form, classes=len(names)) if names else self.form
-        if not target:
-            samples = _inputs_of(found, where, self.column)
-        else:
+        if target:
             if isinstance(found, tuple | list) and len(found) == 2:
                 found = found[0], self._numbered(found[1], names)
             samples = table_of(found, where, self.column)
+        else:
+            samples = _inputs_of(found, where, self.column)
+            form = replace(form, loss=":", classes=None)  # for which every target will do
         inputs = {n: self._raw(n, t, reading, where) for n, t in samples.inputs.items()}
-        if target:
-            fitted = form.fit(Samples(inputs, samples.target), where)
-        else:  # a target that passes every check
-            wanted = torch.zeros(len(samples), dtype=torch.int64)
-            fitted = replace(form, loss=":", classes=None).fit(Samples(inputs, wanted), where)
+        fitted = form.fit(Samples(inputs, samples.target), where)
         return Read(fitted, np.arange(len(fitted)), len(fitted))
 
     def _numbered(self, target: Any, names: list[str]) -> Any:
@@ -366,16 +360,15 @@ def _from_file(path: Path, *, target: bool) -> Any:
 def _inputs_of(found: Any, where: str, column: str | None) -> Samples:
     """Take inputs alone: arrays, the first of a pair, or a data set, whose target is left aside."""
     if is_columns(found):
-        present = [n for n in (column, *TARGET_NAMES) if n in found.column_names]
-        if present:
-            return table_of(found, where, present[0])
-        return table_of(found.add_column(TARGET_NAMES[0], [0] * len(found)), where)
-    if isinstance(found, torch.utils.data.Dataset):
-        return table_of(found, where, column)
-    if isinstance(found, tuple) and len(found) == 2:
-        found = found[0]
-    inputs = found if isinstance(found, dict) else {"x": found}
-    tensors = {str(name): as_tensor(array, f"{where}: {name}") for name, array in inputs.items()}
+        known = [n for n in (column, *TARGET_NAMES) if n in found.column_names]
+        found = found if known else found.add_column(TARGET_NAMES[0], [0] * len(found))
+        column = next(iter(known), None)
+    if is_columns(found) or isinstance(found, torch.utils.data.Dataset):
+        tensors = table_of(found, where, column).inputs
+    else:
+        found = found[0] if isinstance(found, tuple) and len(found) == 2 else found
+        inputs = found if isinstance(found, dict) else {"x": found}
+        tensors = {str(name): as_tensor(each, f"{where}: {name}") for name, each in inputs.items()}
     sizes = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
     if len({*sizes.values()}) != 1 or 0 in sizes.values():
         raise DataError(f"{where}: the inputs have {sizes} samples; as many of each are wanted")

@@ -41,14 +41,14 @@ def named_loss(value: object) -> str:
     return f"{value.get('name')} {json.dumps(rest)}" if rest else str(value.get("name"))
 
 
-def own_object(key: str, name: str, kind: type | None = None) -> Any:
+def own_object(key: str, name: str) -> Any:
     """Give the object that a name of `named_loss` stands for.
 
     Raises:
         ConfigError: If there is none, or it does not take the parameters.
     """
     name, _, rest = name.partition(" ")
-    return object_of(key, {"name": name} | (json.loads(rest) if rest else {}), kind)
+    return object_of(key, {"name": name} | (json.loads(rest) if rest else {}))
 
 
 def short_name(name: str) -> str:
