@@ -55,11 +55,11 @@ class Chat:
         tokenizer: Of transformers.
 
     Raises:
-        ConfigError: If there is no template, or no file of this name.
+        ConfigError: If there is no tokenizer, no template, or no file of its name.
         DataError: If there is no such tokenizer.
     """
 
-    def __init__(self, tokenizer: str, *, root: str | None, template: str | None) -> None:
+    def __init__(self, tokenizer: str | None, *, root: str | None, template: str | None) -> None:
         self.tokenizer = load_tokenizer(tokenizer, root)
         self.template = self.tokenizer.chat_template if template is None else _template(template)
         if not self.template:

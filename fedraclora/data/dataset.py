@@ -260,10 +260,8 @@ def train_test(
     Raises:
         ConfigError: If the fraction leaves one side empty.
     """
-    rng, share = (
-        generator(split_seed, "split", "test"),
-        TEST_SHARE if fraction is None else fraction,
-    )
+    rng = generator(split_seed, "split", "test")
+    share = TEST_SHARE if fraction is None else fraction
     training, held_out = divide(key, share, len(samples), rng, labels=labels)
     return take(samples, training), take(samples, held_out), training
 

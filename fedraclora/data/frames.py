@@ -140,10 +140,20 @@ def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[
             f"{path}: a name that ends in .tsv, .tab or .csv, or one of them and .gz or .bz2, is "
             "wanted"
         )
+    rows, found = read_cells(path, SEPARATORS[kind]), [list[str]() for _ in columns]
     try:
-        return _read(read_cells(path, SEPARATORS[kind]), path, columns, header)
+        _, names = next(rows, (0, [])) if header else (0, [])
+        places = [_place(key, column, names, header) for key, column in columns]
+        for line, row in rows:
+            if short := [place for place in places if place >= len(row)]:
+                raise DataError(
+                    f"{path}, line {line}: {len(row)} fields, column {short[0]} is wanted"
+                )
+            for place, values in zip(places, found, strict=True):
+                values.append(row[place])
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a table: {error}") from error
+    return found
 
 
 def open_text(path: Path) -> TextIO:
@@ -162,20 +172,6 @@ def read_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         )
         for cells in filter(None, reader):  # without blank lines, as at the end of a file
             yield reader.line_num, cells
-
-
-def _read(
-    rows: Iterator[tuple[int, list[str]]], path: Path, columns: Sequence[Named], header: bool
-) -> list[list[str]]:
-    _, names = next(rows, (0, [])) if header else (0, [])
-    places = [_place(key, column, names, header) for key, column in columns]
-    found: list[list[str]] = [[] for _ in columns]
-    for line, row in rows:
-        for place, values in zip(places, found, strict=True):
-            if place >= len(row):
-                raise DataError(f"{path}, line {line}: {len(row)} fields, column {place} is wanted")
-            values.append(row[place])
-    return found
 
 
 def _place(key: str, column: str | int, names: list[str], header: bool) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -59,10 +60,10 @@ class Header:
     @property
     def kinds(self) -> str:
         """The types of numbers, the most used first, for example ``Q4_1, F32``."""
-        sizes: dict[str, int] = {}
+        sizes = Counter[str]()
         for tensor in self.tensors.values():
-            sizes[tensor.kind] = sizes.get(tensor.kind, 0) + tensor.count
-        return ", ".join(sorted(sizes, key=lambda kind: -sizes[kind]))
+            sizes[tensor.kind] += tensor.count
+        return ", ".join(kind for kind, _ in sizes.most_common())
 
 
 def read_gguf_header(path: Path, key: str) -> Header:

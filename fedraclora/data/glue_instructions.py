@@ -17,7 +17,7 @@ from fedraclora.data.instructions import (
     Tokenizer,
     instruction_set,
 )
-from fedraclora.data.locate import Root, check_file, require_tokenizer, resolve
+from fedraclora.data.locate import Root, check_file, resolve
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import Count, limited
 from fedraclora.rng import generator
@@ -114,7 +114,7 @@ def load_glue_instructions(
     References:
         Wang et al., *GLUE*, ICLR 2019, arXiv 1804.07461.
     """
-    chat = Chat(require_tokenizer(tokenizer), root=root, template=template)
+    chat = Chat(tokenizer, root=root, template=template)
     reader = InstructionReader(RowForm(), header=True, chat=chat, max_length=max_length, drop=False)
     train: list[Conversation] = []
     test: list[Conversation] = []

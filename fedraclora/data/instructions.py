@@ -12,7 +12,7 @@ import numpy as np
 from fedraclora.data.chat import Chat, Encoded, packed, padded
 from fedraclora.data.conversations import Conversation, RowForm, read_conversations
 from fedraclora.data.dataset import DataSet, Read, divide
-from fedraclora.data.locate import Root, check_file, require_tokenizer, resolve
+from fedraclora.data.locate import Root, check_file, resolve
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.errors import DataError
 from fedraclora.limits import Composed, Count, Fraction, Later, choice_of, limited, whole_from
@@ -88,7 +88,7 @@ def load_instructions(
         ConfigError: If a key is wrong, naming it, or there is no chat template.
         DataError: If a file or a tokenizer is missing, or a row cannot be used, which is named.
     """
-    chat = Chat(require_tokenizer(tokenizer), root=root, template=template)
+    chat = Chat(tokenizer, root=root, template=template)
     texts = None if answers is None else {str(k): str(v) for k, v in answers.items()}
     owner = None if client is None else str(client)
     form = RowForm(prompt, response, texts, owner, choices=choices)

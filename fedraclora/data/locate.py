@@ -213,26 +213,18 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
         ) from error
 
 
-def require_tokenizer(tokenizer: str | None) -> str:
-    """Give the name of a tokenizer.
+def load_tokenizer(tokenizer: str | None, root: str | None) -> Any:
+    """Load a tokenizer of transformers, by a spelling as for `model_source`.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If none is named.
+        DataError: If there is none.
     """
     if tokenizer is None:
         raise ConfigError(
             "data.tokenizer is not set: name the folder of a tokenizer; it is that of model.path "
             "where that is set"
         )
-    return tokenizer
-
-
-def load_tokenizer(tokenizer: str, root: str | None) -> Any:
-    """Load a tokenizer of transformers, by a spelling as for `model_source`.
-
-    Raises:
-        DataError: If there is none.
-    """
     from transformers import AutoTokenizer
 
     source, local = model_source(tokenizer, key="data.tokenizer", root=root)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedraclora.binding import call_function
@@ -19,7 +18,7 @@ from fedraclora.data.arrays import read_npz
 from fedraclora.data.dataset import RowNumbers, split_rows, take
 from fedraclora.data.fit import Form, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.locate import user_path
-from fedraclora.data.samples import Entries, Samples, length, parts_of, stand_in
+from fedraclora.data.samples import Samples, length, parts_of, picked, stand_in
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import is_function
 from fedraclora.rng import generator
@@ -95,24 +94,19 @@ def read_own(
     where = f"client {client} (data.samples={source})"
     if is_function(source):
         found = call_function("data.samples", source, client, parameters=arguments, at=ARGUMENTS)
-        train, test = parts_of(found)
-        return gathered(train, where), None if test is None else gathered(test, f"{where}, test")
+        train, own = parts_of(found)
+        return gathered(train, where), None if own is None else gathered(own, f"{where}, test")
     folder = _folder(source)
     named, only = folder / f"{client}.npz", folder / ONLY_FILE
-    if named.is_file():
-        return _with_test(named, folder / f"{client}.test.npz", where)
-    if not only.is_file():
+    file, beside = (named, f"{client}.test.npz") if named.is_file() else (only, "test.npz")
+    if not file.is_file():
         raise DataError(f"{where} has no samples: neither {named} nor {only} is there")
-    if not alone or _numbers(folder):
+    if file == only and (not alone or _numbers(folder)):
         raise DataError(
             f"{where} has no samples: {named} is not there, and {only} is one client's alone; with "
             "several clients each has its own file, 0.npz, 1.npz, ..."
         )
-    return _with_test(only, folder / "test.npz", where)
-
-
-def _with_test(file: Path, test: Path, where: str) -> tuple[Samples, Samples | None]:
-    found = read_npz(file, where)
+    found, test = read_npz(file, where), folder / beside
     return found, read_npz(test, f"{where}, test") if test.is_file() else None
 
 
@@ -179,11 +173,10 @@ class Brought:
             found = call_function(
                 "data.samples", str(self.source), client, parameters=self.arguments, at=ARGUMENTS
             )
-            found, _ = (found, None) if self.objects else parts_of(found)
+            found = found if self.objects else parts_of(found)[0]
             size = length(found) if self.objects else len(self.whole(client))
             rows = self._training(size, client)[0]
-            each = Entries.of([found], [size]).keep(rows)
-            self._own[client] = each.client_of([np.arange(len(rows))], 0)
+            self._own[client] = found if len(rows) == size else picked(found, rows)
         return self._own[client]
 
     def tests(self, client: int) -> Samples | None:

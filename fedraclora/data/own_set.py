@@ -139,12 +139,12 @@ def _share(test: str | None, share: float | None, samples: str | None) -> float:
 def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
     """Find what is measured on, and with it what samples look like."""
     named, where = None, f"data.test={test}"
-    if test is not None and is_function(test):
-        found = call_function("data.test", test, parameters=brought.arguments, at=ARGUMENTS)
-        named = gathered(found, where)
-    elif test is not None:
-        named = read_npz(user_path("data.test", test), where)
-    if named is not None:
+    if test is not None:
+        if is_function(test):
+            found = call_function("data.test", test, parameters=brought.arguments, at=ARGUMENTS)
+            named = gathered(found, where)
+        else:
+            named = read_npz(user_path("data.test", test), where)
         brought.reading.update(scale_of_bytes(named))
     if brought.form.classes is None or brought.form.shape is None:
         tables = [] if named is None else [brought.form.fit(named, where)]

@@ -183,10 +183,8 @@ def of_frames(
     info: dict[str, object] = {"source": source, "rows_dropped": dropped} | _told(reading)
     info["features"] = used if len(used) <= MOST_NAMED else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
-    if owners is not None:
-        info["clients"] = np.unique(owners).tolist()[
-            :MOST_NAMED
-        ]  # by number: client 0 is the first
+    if owners is not None:  # by number: client 0 is the first
+        info["clients"] = np.unique(owners).tolist()[:MOST_NAMED]
     return supervised(
         train,
         held_out,

@@ -22,7 +22,7 @@ from fedraclora.data.frames import (
     supervised,
     target_of,
 )
-from fedraclora.data.locate import Root, check_file, load_tokenizer, require_tokenizer, resolve
+from fedraclora.data.locate import Root, check_file, load_tokenizer, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.limits import Composed, Count, Fraction, limited
@@ -228,7 +228,7 @@ class TextReader:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        loaded = load_tokenizer(require_tokenizer(self.tokenizer), self.root)
+        loaded = load_tokenizer(self.tokenizer, self.root)
         if loaded.pad_token is None:
             if loaded.eos_token is None:
                 raise DataError(

@@ -25,9 +25,7 @@ from fedraclora.data.task import forward
 
 MANY_OUTPUTS = 1024  # outputs from which on it pays
 PIECE = 32 << 20  # bytes of outputs that are formed at a time
-PLAIN_MODELS: WeakSet[nn.Module] = (
-    WeakSet()
-)  # models known to leave the outputs of their last layer alone
+PLAIN_MODELS = WeakSet[nn.Module]()  # that leave the outputs of their last layer alone
 
 
 def output_layer(model: nn.Module, loss: str) -> nn.Linear | None:
@@ -68,7 +66,7 @@ class Labelled:
         wanted = samples.target[:, 1:]
         kept = wanted != IGNORED_TOKEN
         if model not in PLAIN_MODELS:
-            found, outputs = _run(model, head, samples, _first)
+            found, outputs = _run(model, head, samples, lambda states: states[:, :1])
             with torch.no_grad():
                 if torch.equal(head(found[:, :1]), outputs) and _hands_on(model, head, samples):
                     PLAIN_MODELS.add(model)
@@ -87,10 +85,6 @@ class Labelled:
         yield from zip(self.states.split(rows), self.wanted.split(rows), strict=True)
 
 
-def _first(states: torch.Tensor) -> torch.Tensor:
-    return states[:, :1]
-
-
 def _hands_on(model: nn.Module, head: nn.Linear, samples: Samples) -> bool:
     """Check that a model hands on outputs of any size: small ones pass a soft cap unchanged."""
     made: list[torch.Tensor] = []
@@ -103,7 +97,7 @@ def _hands_on(model: nn.Module, head: nn.Linear, samples: Samples) -> bool:
 
     hook = head.register_forward_hook(answer)
     try:
-        _, outputs = _run(model, head, samples, _first)
+        _, outputs = _run(model, head, samples, lambda states: states[:, :1])
     finally:
         hook.remove()
     return torch.equal(made[0], outputs)
