@@ -12,7 +12,7 @@ import torch
 
 from fedraclora.data.dataset import DataSet, RowNumbers
 from fedraclora.data.fit import found_target, gathered, of_dataset
-from fedraclora.data.frames import named_table
+from fedraclora.data.frames import Table
 from fedraclora.data.objective import INPUT_IDS, judged_by
 from fedraclora.data.own_loss import is_own
 from fedraclora.data.samples import Samples
@@ -94,13 +94,13 @@ def of_frame(
         raise ConfigError(
             f"loss is {loss}; of a frame classes or numbers are predicted: leave it out"
         )
-    rows = named_table(data, "data")
-    held_out = None if test is None else named_table(test, "test")
-    name = found_target(rows[0].columns, target)
-    numbers = name in rows[0].columns and rows[0][name].dtype.kind == "f"
-    if numbers and loss is None and bool((rows[0][name].dropna() % 1 == 0).all()):
+    rows = Table.of(data, "data")
+    held_out = None if test is None else Table.of(test, "test")
+    name = found_target(rows.frame.columns, target)
+    numbers = name in rows.frame.columns and rows.frame[name].dtype.kind == "f"
+    if numbers and loss is None and bool((rows.frame[name].dropna() % 1 == 0).all()):
         raise DataError(
-            f"the column {name!r} holds whole numbers as {rows[0][name].dtype}, which does not "
+            f"the column {name!r} holds whole numbers as {rows.frame[name].dtype}, which does not "
             "tell whether they are classes: say loss='squared_error' if they are numbers to "
             "predict, else convert them to int64"
         )

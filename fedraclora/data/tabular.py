@@ -14,23 +14,22 @@ from fedraclora.data.dataset import MOST_NAMED, DataSet, Read, RowNumbers, refus
 from fedraclora.data.fit import as_scaled, scale_of
 from fedraclora.data.frames import (
     SEPARATORS,
-    NamedFrame,
+    Table,
     TaskName,
     as_values,
     found_classes,
-    named_table,
-    read_frame,
     supervised,
     target_of,
 )
 from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
-from fedraclora.errors import ConfigError, DataError, unknown
+from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Fraction, Later, choice_of, limited
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+Columns = str | int | Sequence[str | int]
 SPLITS = ("train", "test", "validation")  # values of the column of splits
 
 
@@ -43,7 +42,7 @@ class TableForm:
 
     label: str | int | None
     client: str | int | None = None
-    features: str | int | Sequence[str | int] | None = None
+    features: Columns | None = None
     test_share: float | None = None
     split_seed: int = 0
     task: str = "classification"
@@ -54,23 +53,19 @@ class TableForm:
     split: str | int | None = None
 
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
-        """Read a file, a frame, or a frame with its file for messages."""
-        frame, path = self._table(found)
-        label = _column(frame, "data.label", str(self.label), path) if target else None
-        features = [_column(frame, "data", name, path) for name in reading["features"]]
-        x, labels, _, kept = _rows(frame, features, label, None, self.missing, path)
+        """Read a file, a frame, or a table."""
+        if isinstance(found, Path):
+            table = Table.read(found, [str(self.label)], self.separator)
+        else:
+            table = found if isinstance(found, Table) else Table.of(found, "data")
+        label = table.column("data.label", str(self.label)) if target else None
+        features = [table.column("data", name) for name in reading["features"]]
+        x, labels, _, kept = _rows(table, features, label, None, self.missing)
         wanted = torch.zeros(len(x))
         if target:
             names = [*map(str, reading.get("classes", []))]
-            wanted = target_of(labels, names, self.task, path, kept.tolist())
-        return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(frame))
-
-    def _table(self, found: Any) -> NamedFrame:
-        if isinstance(found, tuple) and isinstance(found[-1], Path):
-            return found  # a frame that was read
-        if isinstance(found, Path):
-            return read_frame(found, [str(self.label)], self.separator), found
-        return named_table(found, "data")
+            wanted = target_of(labels, names, self.task, table.path, kept.tolist())
+        return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(table.frame))
 
 
 @limited("data")
@@ -79,7 +74,7 @@ def load_table(
     file: str | None = None,
     label: str | int | None = None,
     client: str | int | None = None,
-    features: str | int | Sequence[str | int] | None = None,
+    features: Columns | None = None,
     root: Root = None,
     test: str | None = None,
     test_share: Fraction | None = None,
@@ -121,9 +116,9 @@ def load_table(
     """
     refuse_both(test, test_share)
 
-    def read(spelling: str, key: str, *columns: str | int | None) -> NamedFrame:
+    def read(spelling: str, key: str, *columns: str | int | None) -> Table:
         path = resolve(spelling, key=key, root=root)
-        return read_frame(path, [str(c) for c in columns if c is not None], separator), path
+        return Table.read(path, [str(c) for c in columns if c is not None], separator)
 
     table = read(str(file or ""), "data.file", label, client, split)
     held_out = None if test is None else read(test, "data.test", label)
@@ -135,9 +130,7 @@ def load_table(
     return of_frames(table, held_out, how, str(file))
 
 
-def of_frames(
-    table: NamedFrame, test: NamedFrame | None, how: TableForm, source: str = "a frame"
-) -> DataSet:
+def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a frame") -> DataSet:
     """Make a data set of rows; errors as of `load_table`.
 
     Args:
@@ -148,17 +141,17 @@ def of_frames(
     """
     if how.split is not None:
         return _of_splits(table, test, how, source)
-    frame, path = table
+    frame, path = table.frame, table.path
     if how.label is None:
         raise ConfigError(
             f"data.label is not set: name the column to predict; {path} has {[*frame.columns]}"
         )
-    named = _column(frame, "data.label", how.label, path)
-    owner = None if how.client is None else _column(frame, "data.client", how.client, path)
+    named = table.column("data.label", how.label)
+    owner = None if how.client is None else table.column("data.client", how.client)
     if owner == named:
         raise ConfigError(f"data.client={owner} is data.label, too: name another column, or none")
-    used, left_out = _features(frame, how.features, named, owner, path)
-    x, labels, clients, kept = _rows(frame, used, named, owner, how.missing, path)
+    used, left_out = _features(table, how.features, named, owner)
+    x, labels, clients, kept = _rows(table, used, named, owner, how.missing)
     dropped = len(frame) - len(kept)
     classes = found_classes(labels, named, how.task, path)
     train = Samples({"x": x}, target_of(labels, classes, how.task))
@@ -200,23 +193,23 @@ def of_frames(
     )
 
 
-def _of_splits(table: NamedFrame, test: NamedFrame | None, how: TableForm, source: str) -> DataSet:
+def _of_splits(table: Table, test: Table | None, how: TableForm, source: str) -> DataSet:
     """Make a data set of rows that say what they are for; arguments as of `of_frames`."""
-    (frame, path), plain = table, replace(how, split=None)
-    column = _column(frame, "data.split", str(how.split), path)
+    plain, column = replace(how, split=None), table.column("data.split", str(how.split))
     if test is not None or how.test_share is not None:
         raise ConfigError(f"data.split={column} says what the test is: leave data.test* out")
-    values = np.array(_written(frame[column]))
-    parts = {name: frame[values == name].drop(columns=column) for name in SPLITS}
+    values = np.array(_written(table.frame[column]))
+    parts = {n: table.frame[values == n].drop(columns=column) for n in SPLITS}
     if odd := sorted({*values} - {*SPLITS}) or [n for n in SPLITS[:2] if not len(parts[n])]:
         raise DataError(
-            f"{path}: data.split={column} has {sorted({*values})}; train and test are wanted, and "
-            f"validation is known: see {odd[0]!r}"
+            f"{table.path}: data.split={column} has {sorted({*values})}; train and test are "
+            f"wanted, and validation is known: see {odd[0]!r}"
         )
-    found = of_frames((parts["train"], path), (parts["test"], path), plain, source)
+    train, tested = (Table(parts[name], table.path) for name in ("train", "test"))
+    found = of_frames(train, tested, plain, source)
 
     def read(rows: DataFrame) -> Samples | None:
-        return plain((rows, path), found.reading).samples if len(rows) else None
+        return plain(Table(rows, table.path), found.reading).samples if len(rows) else None
 
     tests: list[Samples | None] = []
     if how.client is not None:
@@ -226,49 +219,38 @@ def _of_splits(table: NamedFrame, test: NamedFrame | None, how: TableForm, sourc
     return replace(found, tests=tests if any(tests) else (), validation=read(parts["validation"]))
 
 
-def _column(frame: DataFrame, key: str, column: str | int, path: Path) -> str:
-    if str(column) not in frame.columns:
-        raise ConfigError(f"{key}: {path}: {unknown('column', column, [*frame.columns])}")
-    return str(column)
-
-
 def _features(
-    frame: DataFrame,
-    asked: str | int | Sequence[str | int] | None,
-    label: str,
-    client: str | None,
-    path: Path,
+    table: Table, asked: Columns | None, label: str, client: str | None
 ) -> tuple[list[str], list[str]]:
     """Choose the columns to predict from; give those that are left out, too."""
     from pandas.api.types import is_numeric_dtype
 
-    numeric = {str(name) for name in frame.columns if is_numeric_dtype(frame[name])}
-    others = [str(name) for name in frame.columns if name not in {label, client}]
+    numeric = {str(name) for name, kind in table.frame.dtypes.items() if is_numeric_dtype(kind)}
+    others = [str(name) for name in table.frame.columns if name not in {label, client}]
     if asked is None:
         used = [name for name in others if name in numeric]
         for name in others:
             if name not in numeric:
-                _refuse_spoilt(frame, name, path)
+                _refuse_spoilt(table, name)
     else:
         named = [asked] if isinstance(asked, str | int) else asked
-        used = [_column(frame, "data.features", name, path) for name in named]
+        used = [table.column("data.features", name) for name in named]
     words = [name for name in used if name not in numeric]
     if label in used or words or not used or len(set(used)) < len(used):
         raise ConfigError(
             f"data.features={used}: different columns of numbers, without the label, are wanted; "
-            f"{path} has {[name for name in others if name in numeric]}"
+            f"{table.path} has {[name for name in others if name in numeric]}"
             + (f", and words in {words}" if words else "")
         )
     return used, [name for name in others if name not in used]
 
 
-def _refuse_spoilt(frame: DataFrame, name: str, path: Path, share: float = 0.5) -> None:
+def _refuse_spoilt(table: Table, name: str, share: float = 0.5) -> None:
     """Reject a column of numbers with a cell that is none: it would be left out in silence.
 
     Args:
-        frame: The rows.
+        table: The rows.
         name: A column that does not hold numbers alone.
-        path: Where it is from, for messages.
         share: Of its cells that are numbers, above which the others are faults.
 
     Raises:
@@ -276,39 +258,36 @@ def _refuse_spoilt(frame: DataFrame, name: str, path: Path, share: float = 0.5) 
     """
     import pandas as pd
 
-    cells = frame[name].reset_index(drop=True).dropna().astype(str)
-    if pd.to_numeric(cells, errors="coerce").notna().mean() > share:
-        row = pd.to_numeric(cells, errors="coerce").isna().idxmax()
+    cells = table.frame[name].reset_index(drop=True).dropna().astype(str)
+    numbers = pd.to_numeric(cells, errors="coerce").notna()
+    if numbers.mean() > share:
+        row = numbers.idxmin()
         raise DataError(
-            f"{path}: column {name} holds numbers, but {cells[row]!r} in row {int(row) + 1}: mend "
-            "the cell (leave it empty if it is missing), or list columns in data.features"
+            f"{table.path}: column {name} holds numbers, but {cells[row]!r} in row {int(row) + 1}: "
+            "mend the cell (leave it empty if it is missing), or list columns in data.features"
         )
     if pd.to_numeric(cells.str.replace(",", "."), errors="coerce").notna().mean() > 0.5:
         raise DataError(
-            f"{path}: column {name} holds numbers with decimal commas, such as {cells.iloc[0]!r}: "
-            "write them with points"
+            f"{table.path}: column {name} holds numbers with decimal commas, such as "
+            f"{cells.iloc[0]!r}: write them with points"
         )
 
 
 def _rows(
-    frame: DataFrame,
-    features: list[str],
-    label: str | None,
-    client: str | None,
-    missing: str,
-    path: Path,
+    table: Table, features: list[str], label: str | None, client: str | None, missing: str
 ) -> tuple[torch.Tensor, list[str], list[str] | None, RowNumbers]:
     """Take the columns that are used, and refuse or drop rows that miss something.
 
     Returns:
         Features float64 [N, d], labels and clients as they are written, and which rows they are.
     """
+    frame, path = table.frame, table.path
     try:
         x = frame[features].to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:
         for name in features:
             if frame[name].dtype.kind not in "biuf":
-                _refuse_spoilt(frame, name, path, share=-1.0)
+                _refuse_spoilt(table, name, share=-1.0)
         raise DataError(f"{path}: {features} do not all hold numbers: {error}") from error
     gaps = {name: ~np.isfinite(x[:, place]) for place, name in enumerate(features)}
     gaps |= {name: frame[name].isna().to_numpy() for name in (label, client) if name is not None}

@@ -15,9 +15,9 @@ import torch
 from fedraclora.data.dataset import TEST_SHARE, DataSet, Read, RowNumbers, divide
 from fedraclora.data.frames import (
     Named,
+    Table,
     TaskName,
     found_classes,
-    named_table,
     read_columns,
     supervised,
     target_of,
@@ -241,7 +241,7 @@ class TextReader:
 def _columns_of(found: Any, named: Sequence[Named], texts: int) -> list[list[str]]:
     """Take columns of a frame, or texts of a list, which has no others."""
     if hasattr(found, "iloc"):
-        frame, _ = named_table(found, "data")
+        frame = Table.of(found, "data").frame
         for key, name in named:
             if str(name) not in frame.columns:
                 raise ConfigError(f"{key}: {unknown('column', name, [*frame.columns])}")
