@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedraclora.data.frames import Table, open_text, read_cells
+from fedraclora.data.frames import NamedTable, open_text, read_cells
 from fedraclora.errors import ConfigError, DataError, unknown
 
 Message = dict[str, str]
@@ -248,7 +248,7 @@ def program_rows(found: Any, form: RowForm) -> list[Mapping[str, Any]]:
         DataError: If they are something else.
     """
     if hasattr(found, "iloc"):
-        return [*Table.of(found, "data").frame.to_dict("records")]
+        return [*NamedTable.of(found, "data").frame.to_dict("records")]
     texts = isinstance(found, list) and all(isinstance(row, str) for row in found)
     columns = ["prompt"] if form.prompt is None else _PLACE.findall(form.prompt) or [form.prompt]
     if texts and not form.answered and len(set(columns)) == 1:

@@ -16,6 +16,7 @@ from fedraclora.limits import Composed, Fraction, Limit, choice_of, limited
 from fedraclora.rng import generator
 
 RowNumbers = npt.NDArray[np.int64]
+Split = tuple[RowNumbers, RowNumbers]  # kept rows and held-out rows, both ascending
 Column = npt.NDArray[Any]
 MOST_NAMED = 50  # columns or clients that the summary names
 TEST_SHARE = 0.2  # of the samples, held out where there are no test samples
@@ -149,7 +150,7 @@ def classification(
 
 def split_rows(
     rows: int, fraction: float, rng: np.random.Generator, labels: Column | None = None
-) -> tuple[RowNumbers, RowNumbers]:
+) -> Split:
     """Choose rows to hold out, the same fraction of every label where there are labels.
 
     Args:
@@ -175,9 +176,7 @@ def split_rows(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def split_owners(
-    owners: Column, fraction: float, rng: np.random.Generator
-) -> tuple[RowNumbers, RowNumbers]:
+def split_owners(owners: Column, fraction: float, rng: np.random.Generator) -> Split:
     """Choose owners whose rows are held out, in random order, until they fill the fraction.
 
     Args:
@@ -208,7 +207,7 @@ def divide(
     *,
     labels: Column | None = None,
     owners: Column | None = None,
-) -> tuple[RowNumbers, RowNumbers]:
+) -> Split:
     """Hold rows out by `split_owners` where there are owners, else by `split_rows`; none by 0.
 
     Raises:

@@ -42,7 +42,7 @@ ArrayTask = Annotated[str, choice_of((*OBJECTIVES, *OF_ARRAYS))]
 
 
 @dataclass(frozen=True)
-class Table:
+class NamedTable:
     """Rows with a name for each column.
 
     Attributes:
@@ -54,7 +54,7 @@ class Table:
     path: Path
 
     @classmethod
-    def of(cls, found: object, where: str) -> Table:
+    def of(cls, found: object, where: str) -> NamedTable:
         """Take a frame of a program as a table, its columns by text.
 
         Raises:
@@ -75,7 +75,7 @@ class Table:
         return cls(frame, Path(where))
 
     @classmethod
-    def read(cls, path: Path, words: Sequence[str], separator: str | None) -> Table:
+    def read(cls, path: Path, words: Sequence[str], separator: str | None) -> NamedTable:
         """Read a whole table.
 
         Args:

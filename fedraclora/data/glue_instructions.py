@@ -15,7 +15,6 @@ from fedraclora.data.instructions import (
     InstructionReader,
     SampleLength,
     Tokenizer,
-    instruction_set,
 )
 from fedraclora.data.locate import Root, check_file, resolve
 from fedraclora.errors import ConfigError, unknown
@@ -126,7 +125,7 @@ def load_glue_instructions(
         drawn = generator(split_seed, "split", "test", name).permutation(len(held))[:test_rows]
         test += [replace(held[row], client=None) for row in np.sort(drawn)]
     info: dict[str, object] = {"source": "glue", "tasks": [*tasks]}
-    return instruction_set(train, test, reader, metrics, info, packing=packing)
+    return reader.data_set(train, test, metrics, info, packing=packing)
 
 
 def _read(task: GlueTask, place: int, root: str | None) -> list[Conversation]:

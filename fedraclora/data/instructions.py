@@ -111,58 +111,11 @@ def load_instructions(
     if subsample is not None:
         drawn = generator(split_seed, "split", "subsample").permutation(len(whole))[:subsample]
         whole = [whole[row] for row in np.sort(drawn)]
-    data = instruction_set(whole, held, reader, metrics, {"source": str(file)}, packing=packing)
+    data = reader.data_set(whole, held, metrics, {"source": str(file)}, packing=packing)
     if client is None:
         return data
     columns = {str(client): data.columns["client"], **data.columns}
     return replace(data, columns=columns, clients=everyone)
-
-
-def instruction_set(
-    train: Sequence[Conversation],
-    test: Sequence[Conversation],
-    reader: InstructionReader,
-    metrics: Sequence[str] | None,
-    info: dict[str, object],
-    *,
-    packing: bool,
-) -> DataSet:
-    """Tokenise conversations into a data set; see `load_instructions`.
-
-    Args:
-        train: Conversations to train on; either all have a client or none has.
-        test: Conversations to measure on; they are never packed.
-        reader: How, for those that come later, too.
-        metrics: Names of metrics, the headline first; None: the usual ones.
-        info: Facts for the summary, to which what was cut and left out is added.
-        packing: Whether training samples hold several conversations.
-    """
-    pad, tokenizer = reader.pad, reader.chat.tokenizer
-    (rows, places, cut), (held, held_places, held_cut) = reader.fit(train), reader.fit(test)
-    owners: list[str | None] = [train[place].client for place in places]
-    lost = len(train) + len(test) - len(places) - len(held_places)
-    if packing:
-        table, owners = packed(rows, owners, reader.max_length, pad)
-    else:
-        table = padded(rows, pad)
-    labels = int((table.target >= 0).sum())
-    info = {**info, "conversations": len(rows), "response_tokens": labels}
-    info |= {"truncated": cut + held_cut, "cut_away": lost}
-    _say_cut(reader.max_length, cut + held_cut, len(train) + len(test), lost)
-    if packing:
-        info["packed"] = f"{len(rows)} conversations in {len(table)} samples"
-    return DataSet(
-        train=table,
-        test=padded(held, pad),
-        classes=len(tokenizer),
-        loss="next_token",
-        metrics=tuple(metrics or ANSWER_METRICS),
-        columns={} if owners[0] is None else {"client": np.array(owners)},
-        sample_shape=(),
-        tokenizer=tokenizer,
-        info=info,
-        reader=reader,
-    )
 
 
 @dataclass(frozen=True)
@@ -191,6 +144,51 @@ class InstructionReader:
         rows, places, cut = self.fit(conversations)
         _say_cut(self.max_length, cut, len(conversations), len(conversations) - len(rows))
         return Read(padded(rows, self.pad), np.array(places), len(conversations))
+
+    def data_set(
+        self,
+        train: Sequence[Conversation],
+        test: Sequence[Conversation],
+        metrics: Sequence[str] | None,
+        source: dict[str, object],
+        *,
+        packing: bool,
+    ) -> DataSet:
+        """Tokenise conversations into a data set; see `load_instructions`.
+
+        Args:
+            train: Conversations to train on; either all have a client or none has.
+            test: Conversations to measure on; they are never packed.
+            metrics: Names of metrics, the headline first; None: the usual ones.
+            source: Facts for the summary, to which what was cut and left out is added.
+            packing: Whether training samples hold several conversations.
+        """
+        (rows, places, cut), (held, held_places, held_cut) = self.fit(train), self.fit(test)
+        cut, total = cut + held_cut, len(train) + len(test)
+        lost = total - len(places) - len(held_places)
+        owners: list[str | None] = [train[place].client for place in places]
+        if packing:
+            table, owners = packed(rows, owners, self.max_length, self.pad)
+        else:
+            table = padded(rows, self.pad)
+        labels = int((table.target >= 0).sum())
+        info = {**source, "conversations": len(rows), "response_tokens": labels}
+        info |= {"truncated": cut, "cut_away": lost}
+        if packing:
+            info["packed"] = f"{len(rows)} conversations in {len(table)} samples"
+        _say_cut(self.max_length, cut, total, lost)
+        return DataSet(
+            train=table,
+            test=padded(held, self.pad),
+            classes=len(self.chat.tokenizer),
+            loss="next_token",
+            metrics=tuple(metrics or ANSWER_METRICS),
+            columns={} if owners[0] is None else {"client": np.array(owners)},
+            sample_shape=(),
+            tokenizer=self.chat.tokenizer,
+            info=info,
+            reader=self,
+        )
 
     @property
     def pad(self) -> int:

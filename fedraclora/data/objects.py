@@ -47,6 +47,7 @@ from fedraclora.data.tables import (
     of_frame,
     table_of,
 )
+from fedraclora.data.tabular import TableForm
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Count, limited
 from fedraclora.objects import lend, lent, object_digest
@@ -98,19 +99,19 @@ def data_of(
     if is_share(test):
         share, test, frame = float(test), None, {**(frame or {}), "test_share": float(test)}
     if is_frame(data):
-        named = {"client": client, "target": target, "loss": loss, "metrics": metrics}
-        return of_frame(data, test, **named, **(frame or {}))  # type: ignore[arg-type]
+        how = TableForm(target, client, metrics=metrics, **(frame or {}))
+        return of_frame(data, test, loss, how)
     brought = data
     data, tests = parted(data)
     objects = listed_tables(data)
+    held_out = None if test is None else table_of(test, "test", target)
     if own and not is_table(objects[0], target):
-        return unread(brought, test, partitioner, client, target, loss, metrics)
+        return unread(brought, held_out, partitioner, client, loss, metrics)
     names = [f"data, client {k}" for k in range(len(objects))] if is_clients(data) else ["data"]
     columns, given = owners_of(data, client), objects
     if columns:
         given = [data.remove_columns([client])]  # type: ignore[attr-defined]
     tables = [table_of(p, n, target) for p, n in zip(given, names, strict=True)]
-    held_out = None if test is None else table_of(test, "test", target)
     loss, source = objective_of(loss, tables, model)
     own_tests = {k: table_of(t, f"data, client {k}, test", target) for k, t in tests.items()}
     seen = [*tables, *([] if held_out is None else [held_out]), *own_tests.values()]
@@ -246,36 +247,34 @@ def is_table(found: object, target: str | None) -> bool:
 
 
 def unread(
-    data: Any,
-    test: object,
+    data: object,
+    held_out: Samples | None,
     partitioner: Any,
     client: str | None,
-    target: str | None,
     loss: str | None,
     metrics: Sequence[str] | None,
 ) -> DataSet:
     """Take objects as they are, which a training function alone reads: texts, images, paths.
 
     A stand-in has a row for each of theirs, by which they are divided. The arguments are those of
-    `lend_data`.
+    `data_of`; ``held_out`` is its ``test``, read.
     """
-    if test is not None and loss is None:
+    if held_out is not None and loss is None:
         raise ConfigError("test=... is measured with a loss, and no table tells it: say loss=...")
     objects = listed_tables(data)
     sizes = [*map(length, objects)]
     if not all(sizes):
         raise DataError(f"data, client {sizes.index(0)}: it has no samples; one or more are wanted")
-    measured = stand_in(0) if test is None else table_of(test, "test", target)
-    loss = loss or "cross_entropy"
-    usual = usual_metrics(loss, measured.target)
-    classes = None if test is None else outputs_for([measured], loss)
-    source = "said" if test is not None else "no test samples, so none is measured"
+    loss, classes, source = loss or "cross_entropy", None, "no test samples, so none is measured"
+    if held_out is not None:
+        classes, source = outputs_for([held_out], loss), "said"
+        metrics = metrics or usual_metrics(loss, held_out.target)
     return DataSet(
         train=stand_in(sum(sizes)),
-        test=measured,
+        test=stand_in(0) if held_out is None else held_out,
         classes=int(classes or 1),
         loss=loss,
-        metrics=tuple(metrics or usual) if test is not None else (),
+        metrics=() if held_out is None else tuple(metrics or ()),
         columns={} if is_clients(data) else owners_of(data, client),
         sample_shape=(),
         parts=parts_of_rows(data, sizes, partitioner),

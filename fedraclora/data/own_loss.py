@@ -19,6 +19,8 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.imports import told_as
 from fedraclora.objects import is_named
 
+# Of each sample: its loss, summed over its parts, and how many parts it has; [N] each.
+Losses = tuple[torch.Tensor, torch.Tensor]
 IGNORED_TOKEN = -100  # target of a token or pixel that has no loss, as in torch's cross_entropy
 PASSING = (FedRacLoraError, MemoryError, torch.OutOfMemoryError)  # of what a user's function raises
 WANTED = (
@@ -88,9 +90,7 @@ class OwnLoss:
         """
         return cls(name.partition("@")[0], own_object("data.loss", name))
 
-    def __call__(
-        self, output: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
         """Call it, and read what it gives."""
         return self.read(self.call(output, target), output, target)
 
@@ -104,9 +104,7 @@ class OwnLoss:
             output, target = output.reshape(target.shape), target.to(output.dtype)
         return self.function(output, target)
 
-    def read(
-        self, found: Any, output: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, found: Any, output: torch.Tensor, target: torch.Tensor) -> Losses:
         """Read what it gave; its own error would blame the model.
 
         Raises:

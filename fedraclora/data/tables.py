@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
 
@@ -12,7 +12,7 @@ import torch
 
 from fedraclora.data.dataset import DataSet, RowNumbers
 from fedraclora.data.fit import found_target, gathered, of_dataset
-from fedraclora.data.frames import Table
+from fedraclora.data.frames import NamedTable
 from fedraclora.data.objective import INPUT_IDS, judged_by
 from fedraclora.data.own_loss import is_own
 from fedraclora.data.samples import Samples
@@ -73,17 +73,14 @@ def is_frame(found: object) -> bool:
     return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "columns")
 
 
-def of_frame(
-    data: Any,
-    test: Any,
-    *,
-    client: str | None,
-    target: str | None,
-    loss: str | None,
-    metrics: Sequence[str] | None,
-    **options: Any,
-) -> DataSet:
+def of_frame(data: Any, test: Any, loss: str | None, how: TableForm) -> DataSet:
     """Read a frame as `fedraclora.data.tabular.load_table` reads a file: words become classes.
+
+    Args:
+        data: The frame.
+        test: One to measure on, or None.
+        loss: Its name, or None: what the column to predict tells.
+        how: How rows are read; the label may be None, and the task is found here.
 
     Raises:
         ConfigError: If a column or the loss is none that there is.
@@ -94,9 +91,9 @@ def of_frame(
         raise ConfigError(
             f"loss is {loss}; of a frame classes or numbers are predicted: leave it out"
         )
-    rows = Table.of(data, "data")
-    held_out = None if test is None else Table.of(test, "test")
-    name = found_target(rows.frame.columns, target)
+    rows = NamedTable.of(data, "data")
+    held_out = None if test is None else NamedTable.of(test, "test")
+    name = found_target(rows.frame.columns, how.label)
     numbers = name in rows.frame.columns and rows.frame[name].dtype.kind == "f"
     if numbers and loss is None and bool((rows.frame[name].dropna() % 1 == 0).all()):
         raise DataError(
@@ -107,10 +104,9 @@ def of_frame(
     task = (
         "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"
     )
-    how = TableForm(name, client, task=task, metrics=metrics, **options)
-    found = of_frames(rows, held_out, how)
+    found = of_frames(rows, held_out, replace(how, label=name, task=task))
     kind = "numbers" if numbers else "classes"
-    found = judged_by(found, own, metrics)
+    found = judged_by(found, own, how.metrics)
     source = "said" if loss or own else f"guessed from the column {name!r}: {kind}"
     return replace(found, info=found.info | {"loss_from": source})
 

@@ -14,7 +14,7 @@ from fedraclora.data.dataset import MOST_NAMED, DataSet, Read, RowNumbers, refus
 from fedraclora.data.fit import as_scaled, scale_of
 from fedraclora.data.frames import (
     SEPARATORS,
-    Table,
+    NamedTable,
     TaskName,
     as_values,
     found_classes,
@@ -29,7 +29,7 @@ from fedraclora.limits import Fraction, Later, choice_of, limited
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-Columns = str | int | Sequence[str | int]
+ColumnNames = str | int | Sequence[str | int]
 SPLITS = ("train", "test", "validation")  # values of the column of splits
 
 
@@ -42,7 +42,7 @@ class TableForm:
 
     label: str | int | None
     client: str | int | None = None
-    features: Columns | None = None
+    features: ColumnNames | None = None
     test_share: float | None = None
     split_seed: int = 0
     task: str = "classification"
@@ -55,9 +55,9 @@ class TableForm:
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
         """Read a file, a frame, or a table."""
         if isinstance(found, Path):
-            table = Table.read(found, [str(self.label)], self.separator)
+            table = NamedTable.read(found, [str(self.label)], self.separator)
         else:
-            table = found if isinstance(found, Table) else Table.of(found, "data")
+            table = found if isinstance(found, NamedTable) else NamedTable.of(found, "data")
         label = table.column("data.label", str(self.label)) if target else None
         features = [table.column("data", name) for name in reading["features"]]
         x, labels, _, kept = _rows(table, features, label, None, self.missing)
@@ -74,7 +74,7 @@ def load_table(
     file: str | None = None,
     label: str | int | None = None,
     client: str | int | None = None,
-    features: Columns | None = None,
+    features: ColumnNames | None = None,
     root: Root = None,
     test: str | None = None,
     test_share: Fraction | None = None,
@@ -116,9 +116,9 @@ def load_table(
     """
     refuse_both(test, test_share)
 
-    def read(spelling: str, key: str, *columns: str | int | None) -> Table:
+    def read(spelling: str, key: str, *columns: str | int | None) -> NamedTable:
         path = resolve(spelling, key=key, root=root)
-        return Table.read(path, [str(c) for c in columns if c is not None], separator)
+        return NamedTable.read(path, [str(c) for c in columns if c is not None], separator)
 
     table = read(str(file or ""), "data.file", label, client, split)
     held_out = None if test is None else read(test, "data.test", label)
@@ -130,7 +130,9 @@ def load_table(
     return of_frames(table, held_out, how, str(file))
 
 
-def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a frame") -> DataSet:
+def of_frames(
+    table: NamedTable, test: NamedTable | None, how: TableForm, source: str = "a frame"
+) -> DataSet:
     """Make a data set of rows; errors as of `load_table`.
 
     Args:
@@ -193,7 +195,7 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
     )
 
 
-def _of_splits(table: Table, test: Table | None, how: TableForm, source: str) -> DataSet:
+def _of_splits(table: NamedTable, test: NamedTable | None, how: TableForm, source: str) -> DataSet:
     """Make a data set of rows that say what they are for; arguments as of `of_frames`."""
     plain, column = replace(how, split=None), table.column("data.split", str(how.split))
     if test is not None or how.test_share is not None:
@@ -205,11 +207,11 @@ def _of_splits(table: Table, test: Table | None, how: TableForm, source: str) ->
             f"{table.path}: data.split={column} has {sorted({*values})}; train and test are "
             f"wanted, and validation is known: see {odd[0]!r}"
         )
-    train, tested = (Table(parts[name], table.path) for name in ("train", "test"))
+    train, tested = (NamedTable(parts[name], table.path) for name in ("train", "test"))
     found = of_frames(train, tested, plain, source)
 
     def read(rows: DataFrame) -> Samples | None:
-        return plain(Table(rows, table.path), found.reading).samples if len(rows) else None
+        return plain(NamedTable(rows, table.path), found.reading).samples if len(rows) else None
 
     tests: list[Samples | None] = []
     if how.client is not None:
@@ -220,7 +222,7 @@ def _of_splits(table: Table, test: Table | None, how: TableForm, source: str) ->
 
 
 def _features(
-    table: Table, asked: Columns | None, label: str, client: str | None
+    table: NamedTable, asked: ColumnNames | None, label: str, client: str | None
 ) -> tuple[list[str], list[str]]:
     """Choose the columns to predict from; give those that are left out, too."""
     from pandas.api.types import is_numeric_dtype
@@ -245,7 +247,7 @@ def _features(
     return used, [name for name in others if name not in used]
 
 
-def _refuse_spoilt(table: Table, name: str, share: float = 0.5) -> None:
+def _refuse_spoilt(table: NamedTable, name: str, share: float = 0.5) -> None:
     """Reject a column of numbers with a cell that is none: it would be left out in silence.
 
     Args:
@@ -274,7 +276,7 @@ def _refuse_spoilt(table: Table, name: str, share: float = 0.5) -> None:
 
 
 def _rows(
-    table: Table, features: list[str], label: str | None, client: str | None, missing: str
+    table: NamedTable, features: list[str], label: str | None, client: str | None, missing: str
 ) -> tuple[torch.Tensor, list[str], list[str] | None, RowNumbers]:
     """Take the columns that are used, and refuse or drop rows that miss something.
 

@@ -14,35 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedraclora.data.own_loss import IGNORED_TOKEN, OwnLoss, is_own, short_name
+from fedraclora.data.own_loss import IGNORED_TOKEN, Losses, OwnLoss, is_own, short_name
 from fedraclora.data.samples import ClientData, Samples
 from fedraclora.errors import unknown
 
-# (output, target) -> (loss summed over the parts of each sample [N], number of parts [N])
-LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-SlopeFunction = LossFunction  # (output, target) -> (losses [N], their slopes at the output)
+LossFunction = Callable[[torch.Tensor, torch.Tensor], Losses]
+Slopes = tuple[torch.Tensor, torch.Tensor]  # losses [N], and their slopes at the output
+SlopeFunction = Callable[[torch.Tensor, torch.Tensor], Slopes]
 
 
-def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> Losses:
     """Cross-entropy of logits [N, classes] against classes [N]."""
     return F.cross_entropy(output, target, reduction="none"), torch.ones_like(target)
 
 
-def squared_error(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def squared_error(output: torch.Tensor, target: torch.Tensor) -> Losses:
     """Half the squared error: output [N, d] or [N], target [N, d] or [N]; summed over d."""
     gap = (output.reshape(target.shape) - target).reshape(target.shape[0], -1)
     ones = torch.ones(target.shape[0], dtype=torch.int64, device=target.device)
     return 0.5 * (gap * gap).sum(dim=1), ones
 
 
-def logistic(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def logistic(output: torch.Tensor, target: torch.Tensor) -> Losses:
     """Logistic loss of a score [N, 1] or [N] against labels 0 and 1 [N]."""
     score = output.reshape(target.shape)
     loss = F.binary_cross_entropy_with_logits(score, target.to(score.dtype), reduction="none")
     return loss, torch.ones(target.shape[0], dtype=torch.int64, device=target.device)
 
 
-def multi_label(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def multi_label(output: torch.Tensor, target: torch.Tensor) -> Losses:
     """Logistic loss of every output: scores [N, C] (or [N]) against 0 and 1 [N, C].
 
     The parts of a sample are its outputs, so that a mean is that of torch's
@@ -54,25 +54,23 @@ def multi_label(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tenso
     return loss.sum(dim=1), parts
 
 
-def next_token(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def next_token(output: torch.Tensor, target: torch.Tensor) -> Losses:
     """Cross-entropy of the next token: logits [N, T, V], tokens [N, T] (-100 has no loss)."""
     return token_classes(output[:, :-1], target[:, 1:])
 
 
-def token_classes(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def token_classes(output: torch.Tensor, target: torch.Tensor) -> Losses:
     """Cross-entropy of each token's own class: logits [N, L, C], classes [N, L] (-100: no loss)."""
     return pixel_classes(output.transpose(1, 2), target)
 
 
-def pixel_classes(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pixel_classes(output: torch.Tensor, target: torch.Tensor) -> Losses:
     """Cross-entropy of every pixel: logits [N, C, H, W], classes [N, H, W] (-100 has no loss)."""
     loss = F.cross_entropy(output, target, reduction="none", ignore_index=IGNORED_TOKEN)
     return loss.flatten(1).sum(dim=1), (target != IGNORED_TOKEN).flatten(1).sum(dim=1)
 
 
-def cross_entropy_slope(
-    output: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_entropy_slope(output: torch.Tensor, target: torch.Tensor) -> Slopes:
     """Losses [N] of `cross_entropy` and their slopes [N, classes], softmax less one-hot."""
     # In elementwise steps: torch's softmax over a few classes is several times as slow.
     shifted = output - output.amax(dim=1, keepdim=True)
@@ -83,15 +81,13 @@ def cross_entropy_slope(
     return (total.log() - of_target).squeeze(1), slope
 
 
-def squared_error_slope(
-    output: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def squared_error_slope(output: torch.Tensor, target: torch.Tensor) -> Slopes:
     """Losses [N] of `squared_error` and their slopes, shaped like the output."""
     losses, _ = squared_error(output, target)
     return losses, output - target.reshape(output.shape)
 
 
-def logistic_slope(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def logistic_slope(output: torch.Tensor, target: torch.Tensor) -> Slopes:
     """Losses [N] of `logistic` and their slopes, shaped like the output."""
     losses, _ = logistic(output, target)
     return losses, output.sigmoid() - target.reshape(output.shape).to(output.dtype)
@@ -120,9 +116,7 @@ class Loss:
     axis: int | None = None
     each: str = ""
 
-    def __call__(
-        self, output: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
         """Give the loss of each sample, summed over its parts, and how many parts it has."""
         return self.function(output, target)
 

@@ -15,7 +15,7 @@ import torch
 from fedraclora.data.dataset import TEST_SHARE, DataSet, Read, RowNumbers, divide
 from fedraclora.data.frames import (
     Named,
-    Table,
+    NamedTable,
     TaskName,
     found_classes,
     read_columns,
@@ -241,7 +241,7 @@ class TextReader:
 def _columns_of(found: Any, named: Sequence[Named], texts: int) -> list[list[str]]:
     """Take columns of a frame, or texts of a list, which has no others."""
     if hasattr(found, "iloc"):
-        frame = Table.of(found, "data").frame
+        frame = NamedTable.of(found, "data").frame
         for key, name in named:
             if str(name) not in frame.columns:
                 raise ConfigError(f"{key}: {unknown('column', name, [*frame.columns])}")
