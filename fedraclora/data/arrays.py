@@ -108,15 +108,13 @@ def load_arrays(
         arrays |= {"test_x": other["x"], "test_target": other["target"]}
     names = _classes(arrays["target"], task, source)
     form = Form(None, (OBJECTIVES | OF_ARRAYS)[task][0])
-    raw = _samples(arrays["x"], arrays["target"], names, task, source)
+    raw = _samples(arrays["x"], arrays["target"], names, source)
     train = form.fit(raw, source)
     everyone = owners = _owners(arrays, len(train), source)
     if "test_x" in arrays:
         where = source if test is None else f"data.test={test}"
         form = replace(form, shape=found_shape(train))
-        held_out = form.fit(
-            _samples(arrays["test_x"], arrays["test_target"], names, task, where), where
-        )
+        held_out = form.fit(_samples(arrays["test_x"], arrays["test_target"], names, where), where)
     else:
         labels = train.target.numpy() if task == "classification" else None
         train, held_out, rows = train_test(train, "data.test_share", test_share, split_seed, labels)
@@ -245,12 +243,12 @@ def _classes(target: AnyArray, task: str, source: str) -> list[str]:
     return names
 
 
-def _samples(x: AnyArray, target: AnyArray, names: list[str], task: str, source: str) -> Samples:
+def _samples(x: AnyArray, target: AnyArray, names: list[str], source: str) -> Samples:
     """Put channels first, and number the labels."""
     if names and target.ndim == 2 and target.shape[1] == 1:
         target = target[:, 0]
     if names and target.ndim == 1:
-        target = target_of([str(label) for label in target.tolist()], names, task).numpy()
+        target = target_of([str(label) for label in target.tolist()], names).numpy()
     return gathered((channels_first(x), target), source)
 
 
@@ -314,7 +312,7 @@ class ArrayReader:
             return target
         if self.numbered and array.dtype.kind in "biu":
             return target
-        return target_of([str(name) for name in array.ravel().tolist()], names, "classification")
+        return target_of([str(name) for name in array.ravel().tolist()], names)
 
     def _raw(
         self, name: str, value: torch.Tensor, reading: Mapping[str, Any], where: str

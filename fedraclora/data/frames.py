@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import Column, DataSet, SampleReader
+from fedraclora.data.dataset import Column, DataSet, RowNumbers
 from fedraclora.data.fit import found_shape, outputs_for
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
@@ -293,16 +293,14 @@ def found_classes(
 def target_of(
     labels: Sequence[str],
     names: Sequence[str],
-    task: str,
     where: object = "test",
-    rows: Sequence[int] | None = None,
+    rows: RowNumbers | None = None,
 ) -> torch.Tensor:
     """Turn labels into classes by their place in ``names``, or into scores.
 
     Args:
         labels: Of each row.
-        names: Of the classes, in their order.
-        task: A key of `OBJECTIVES`.
+        names: Of the classes, in their order; none where numbers are predicted.
         where: What has the labels, for messages.
         rows: Its rows that they stand in, from 0; None: all.
 
@@ -312,7 +310,7 @@ def target_of(
     Raises:
         DataError: If a label is none of the classes, or a score no finite number.
     """
-    if task == "regression":
+    if not names:
         scores = np.zeros(len(labels), dtype=np.float32)
         for row, label in enumerate(labels):
             try:
@@ -346,11 +344,10 @@ def supervised(
     *,
     metrics: Sequence[str] | None,
     owners: Column | None,
-    clients: Column | None = None,
     client: str = "client",
     info: dict[str, object],
-    reading: dict[str, object] | None = None,
-    reader: SampleReader | None = None,
+    reading: dict[str, object],
+    **more: Any,
 ) -> DataSet:
     """Build a data set of samples with classes or with numbers to predict.
 
@@ -361,12 +358,11 @@ def supervised(
         task: A key of `OBJECTIVES` or `OF_ARRAYS`.
         metrics: Names of metrics, the headline first; None for those usual for the task.
         owners: The client of each training row, or None.
-        clients: See `DataSet`.
         client: The name of that column in the table.
         info: Facts for the summary.
         reading: See `DataSet`; the classes are added where they are missing, as `as_values` has
             those of a file.
-        reader: See `DataSet`.
+        **more: Other fields of `DataSet`.
     """
     loss, usual = (OBJECTIVES | OF_ARRAYS)[task]
     usual = ("loss",) if task == "regression" and train.target.dim() > 1 else usual
@@ -381,7 +377,6 @@ def supervised(
         columns=columns | ({"label": train.target.numpy()} if names else {}),
         sample_shape=found_shape(train),
         info=info | named,
-        reading=({"classes": as_values(names)} if names else {}) | (reading or {}),
-        reader=reader,
-        clients=clients,
+        reading=({"classes": as_values(names)} if names else {}) | reading,
+        **more,
     )

@@ -132,13 +132,7 @@ class Portion:
 
 
 def hold_out_of_clients(
-    data: ClientData,
-    share: float | None,
-    seed: int,
-    split: str = "test",
-    *,
-    own_tests: bool = False,
-    listed: Sequence[Samples | None] = (),
+    data: ClientData, share: float | None, seed: int, split: str = "test", **tests: Any
 ) -> tuple[ClientData, ClientData | None]:
     """Part each client's samples into what it trains on and what it measures on.
 
@@ -148,8 +142,7 @@ def hold_out_of_clients(
             one to train on. None: nothing is held out.
         seed: Of the run.
         split: As in `Portion`.
-        own_tests: As in `Portion`.
-        listed: As in `Portion`.
+        **tests: Its ``own_tests`` and ``listed``.
 
     Returns:
         Both, over the same samples. What a client has of each is a function of the seed, its id and
@@ -165,9 +158,7 @@ def hold_out_of_clients(
             "evaluate.clients is set, but the clients' samples are objects that no tensors were "
             "made of, on which nobody can measure: set evaluate.clients=none"
         )
-    parts = tuple(
-        Portion(data, share, seed, held, split, own_tests, listed) for held in (False, True)
-    )
+    parts = tuple(Portion(data, share, seed, held, split, **tests) for held in (False, True))
     train, held = (_rows_of(data, p) for p in parts) if isinstance(data, Partitioned) else parts
     if isinstance(held, Partitioned) and not len(held.rows):
         raise ConfigError(

@@ -172,11 +172,7 @@ def _get(root: str) -> str:
     )
 
 
-def _samples(
-    pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32],
-    labels: npt.NDArray[np.uint8] | npt.NDArray[np.float32],
-    normalise: bool,
-) -> Samples:
+def _samples(pixels: npt.NDArray[Any], labels: npt.NDArray[Any], normalise: bool) -> Samples:
     x = torch.from_numpy(pixels.astype(np.float32)).div_(255)
     if normalise:
         x.sub_(MEAN).div_(STD)

@@ -124,19 +124,19 @@ def of_columns(found: Any, where: str, target: str | None) -> Samples:
         raise DataError(
             f"{where}: the columns are {names}; name the one to predict with target=..."
         )
-    inputs = [name for name in names if name != target_name]
+    inputs = {n: column_of(found, n, where) for n in names if n != target_name}
     if INPUT_IDS not in inputs and len(inputs) > 1:
-        rows = [np.asarray(column_of(found, name, where)) for name in inputs]
-        flat = [name for name, row in zip(inputs, rows, strict=True) if row.ndim != 1]
-        if flat or any(row.dtype.kind not in "biuf" for row in rows):
-            words = [n for n, r in zip(inputs, rows, strict=True) if r.dtype.kind not in "biuf"]
+        rows = {name: np.asarray(column) for name, column in inputs.items()}
+        words = [name for name, row in rows.items() if row.dtype.kind not in "biuf"]
+        flat = [name for name, row in rows.items() if row.ndim != 1]
+        if words or flat:
             raise DataError(
                 f"{where}: the columns {words or flat} are no plain numbers; keep one column of "
                 "inputs, columns of numbers alone, or input_ids and attention_mask of a tokenizer"
             )
-        return gathered((np.stack(rows, axis=1).astype(np.float32), found[target_name][:]), where)
-    arrays = {name: column_of(found, name, where) for name in inputs}
-    given = arrays if INPUT_IDS in arrays else next(iter(arrays.values()))
+        x = np.stack([*rows.values()], axis=1).astype(np.float32)
+        return gathered((x, found[target_name][:]), where)
+    given = inputs if INPUT_IDS in inputs else next(iter(inputs.values()))
     return gathered((given, column_of(found, target_name, where)), where)
 
 

@@ -64,7 +64,7 @@ class TableForm:
         wanted = torch.zeros(len(x))
         if target:
             names = [*map(str, reading.get("classes", []))]
-            wanted = target_of(labels, names, self.task, table.path, kept.tolist())
+            wanted = target_of(labels, names, table.path, kept)
         return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(table.frame))
 
 
@@ -156,7 +156,7 @@ def of_frames(
     x, labels, clients, kept = _rows(table, used, named, owner, how.missing)
     dropped = len(frame) - len(kept)
     classes = found_classes(labels, named, how.task, path)
-    train = Samples({"x": x}, target_of(labels, classes, how.task))
+    train = Samples({"x": x}, target_of(labels, classes))
     owners = None if clients is None else np.array(clients)
     everyone = None if owner is None else np.array(_written(frame[owner].dropna()))
     if test is None:

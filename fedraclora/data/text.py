@@ -214,7 +214,7 @@ class TextReader:
         count = len(self.text)
         wanted = torch.zeros(len(table))
         if names is not None:
-            wanted = target_of(table[:, count].tolist(), names, self.task)
+            wanted = target_of(table[:, count].tolist(), names)
         texts = table[:, :count].T.tolist() if len(table) else [[""]] * count  # it wants a row
         batch = self._tokenizer(
             *texts,
