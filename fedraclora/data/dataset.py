@@ -304,22 +304,23 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
     renumber = np.full(max(chosen) + 1, -1, dtype=np.int64)
     renumber[chosen] = np.arange(len(chosen))
 
-    def relabel(samples: Samples) -> tuple[RowNumbers, Samples]:
-        rows = np.flatnonzero(np.isin(samples.target.numpy(), chosen))
-        selected = take(samples, rows)
-        return rows, Samples(selected.inputs, torch.from_numpy(renumber)[selected.target])
+    def rows_of(samples: Samples) -> RowNumbers:
+        return np.flatnonzero(np.isin(samples.target.numpy(), chosen))
 
-    rows, train = relabel(data.train)
-    selected = keep_rows(data, rows)
+    def relabel(samples: Samples) -> Samples:
+        selected = take(samples, rows_of(samples))
+        return replace(selected, target=torch.from_numpy(renumber)[selected.target])
+
+    train, selected = relabel(data.train), keep_rows(data, rows_of(data.train))
     known = data.reading.get("classes")
     names = [known[k] if isinstance(known, list) else k for k in chosen]
     named: dict[str, object] = {"classes": [*map(str, names)]} if "classes" in selected.info else {}
     return replace(
         selected,
         train=train,
-        test=train if data.test is data.train else relabel(data.test)[1],
-        tests=[own if own is None else relabel(own)[1] for own in data.tests],
-        validation=None if data.validation is None else relabel(data.validation)[1],
+        test=train if data.test is data.train else relabel(data.test),
+        tests=[own if own is None else relabel(own) for own in data.tests],
+        validation=None if data.validation is None else relabel(data.validation),
         classes=len(chosen),
         columns=selected.columns | {"label": train.target.numpy()},
         info=selected.info | {"labels": chosen} | named,

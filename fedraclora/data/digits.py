@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from fedraclora.data.dataset import DataSet, classification, train_test
+from fedraclora.data.locate import package_path
 from fedraclora.data.samples import Samples
 from fedraclora.limits import Fraction, limited
 
-DIGITS_FILE = ("datasets", "data", "digits.csv.gz")
+DIGITS_FILE = "datasets/data/digits.csv.gz"
 
 
 @limited("data")
@@ -48,12 +47,10 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
 
     From scikit-learn's file: to import the library for it takes a second.
     """
-    package = find_spec("sklearn")
-    places = [] if package is None else package.submodule_search_locations or []
-    for place in places:
-        if (file := Path(place, *DIGITS_FILE)).is_file():
-            table = np.loadtxt(file, delimiter=",")
-            return table[:, :-1], table[:, -1]
+    file = package_path("sklearn", DIGITS_FILE)
+    if file is not None and file.is_file():
+        table = np.loadtxt(file, delimiter=",")
+        return table[:, :-1], table[:, -1]
     from sklearn import datasets
 
     images, labels = datasets.load_digits(return_X_y=True)

@@ -329,8 +329,7 @@ def is_binary(target: torch.Tensor) -> bool:
 
 def scale_of_bytes(samples: Samples) -> dict[str, object]:
     """Say what `Form.fit` does to the numbers of images, given as they came (`DataSet.reading`)."""
-    x = samples.inputs.get("x")
-    if set(samples.inputs) != {"x"} or x is None or x.dtype != torch.uint8:
+    if set(samples.inputs) != {"x"} or samples.inputs["x"].dtype != torch.uint8:
         return {}
     return {"subtract": 0.0, "divide_by": 255.0}
 

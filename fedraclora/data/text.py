@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,24 +30,7 @@ from fedraclora.rng import generator
 
 # Rows of a table: one column or two of text, the label and, where it is asked for, the client.
 TextRows = npt.NDArray[Any]
-
-
-class Cleaned(NamedTuple):
-    """Rows with a text and a label that is asked for.
-
-    Attributes:
-        table: Their cells.
-        rows: Which of the source they are.
-        dropped: How many had an empty text.
-        total: Rows of the source.
-        last: The last column of all of these.
-    """
-
-    table: TextRows
-    rows: RowNumbers
-    dropped: int
-    total: int
-    last: list[str]
+Cleaned = tuple[TextRows, RowNumbers, int]
 
 
 @limited("data")
@@ -119,16 +102,17 @@ def load_text(
         path = check_file(resolve(spelling, key=key, root=root), pin)
         return reader.rows(path, owner=owner)
 
-    table, _, dropped, _, everyone = read(file, "data.file", sha256, client)
+    whole, kept, dropped = read(file, "data.file", sha256, client)
+    table = whole[kept]
     if test_file:
-        held_out, _, dropped_test, *_ = read(test_file, "data.test_file", test_sha256, None)
-        dropped += dropped_test
+        others, kept, more = read(test_file, "data.test_file", test_sha256, None)
+        held_out, dropped = others[kept], dropped + more
     else:
         rng = generator(split_seed, "split", "test")
         strata = np.array(table[:, count].tolist()) if task == "classification" else None
         owners = np.array(table[:, -1].tolist()) if test_by_client else None
-        rows, others = divide("data.test", test, len(table), rng, labels=strata, owners=owners)
-        table, held_out = table[rows], table[others]
+        rows, out = divide("data.test", test, len(table), rng, labels=strata, owners=owners)
+        table, held_out = table[rows], table[out]
     if subsample is not None:
         if subsample > len(table):
             raise ConfigError(
@@ -146,7 +130,7 @@ def load_text(
         task,
         metrics=metrics,
         owners=None if client is None else np.array(table[:, -1].tolist()),
-        clients=None if client is None else np.array(everyone),
+        clients=None if client is None else np.array(whole[:, -1].tolist()),
         client=str(client),
         info={"source": file, "rows_dropped": dropped},
         reading={"tokenizer": tokenizer, "max_length": max_length},
@@ -174,12 +158,17 @@ class TextReader:
 
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
         """Read a file, a frame with its columns, or a list of texts (or of pairs of them)."""
-        cleaned = self.rows(found, target=target)
+        table, kept, _ = self.rows(found, target=target)
         names = [*map(str, reading.get("classes", []))] if target else None
-        return Read(self.samples(cleaned.table, names), cleaned.rows, cleaned.total)
+        return Read(self.samples(table[kept], names), kept, len(table))
 
     def rows(self, found: Any, *, owner: str | int | None = None, target: bool = True) -> Cleaned:
-        """Take texts, then labels where they are wanted, then owners where they have a column."""
+        """Take texts, then labels where they are wanted, then owners where they have a column.
+
+        Returns:
+            All rows; which of them have a text and a label that is asked for; and how many of those
+            that are asked for have no text.
+        """
         count, file = len(self.text), isinstance(found, Path)
         named: list[Named] = [("data.text", column) for column in self.text]
         named += [("data.label", self.label)] if target else []
@@ -207,7 +196,7 @@ class TextReader:
                     "fill them in, or leave the rows out"
                 )
         dropped = int((asked & ~filled).sum())
-        return Cleaned(table[rows], rows, dropped, len(table), columns[-1])
+        return table, rows, dropped
 
     def samples(self, table: TextRows, names: Sequence[str] | None) -> Samples:
         """Tokenise rows; ``names`` are those of the classes, and None where nothing is wanted."""

@@ -114,7 +114,7 @@ def test_digits_are_split_by_class_and_do_not_depend_on_the_run():
 def test_digits_come_through_the_library_where_their_file_is_elsewhere(monkeypatch):
     read = digits._read.__wrapped__
     found = read()
-    monkeypatch.setattr(digits, "DIGITS_FILE", ("gone.csv.gz",))
+    monkeypatch.setattr(digits, "DIGITS_FILE", "gone.csv.gz")
     assert all(np.array_equal(*pair) for pair in zip(found, read(), strict=True))
 
 
