@@ -1,4 +1,24 @@
-"""Data sets, by name."""
+"""Data sets, by name, and the way from what there is to what clients train on.
+
+==========================================  ==========================  ==========================
+what comes in                               is read by                  and becomes samples by
+==========================================  ==========================  ==========================
+arrays: ``.npz``, IDX                       `arrays`                    `fit`
+tables of numbers: CSV, Parquet, frames     `frames`                    `tabular`
+tables of texts                             `frames`                    `text`, a tokenizer
+conversations: JSONL, CSV, Parquet          `conversations`             `chat`, `instructions`
+arrays and data sets of a Python program    `objects`, `tables`         `fit`
+files or functions that each client has     `own`                       `fit`, `own_set`
+a package, or numbers that are drawn        `digits`, `mnist`, `shakespeare`, `synthetic`, ...
+==========================================  ==========================  ==========================
+
+Each way ends in a `dataset.DataSet`: samples, and what a model and a partition need to know of
+them. `partition` says whose each row is, in the ways of `partitioners`; what comes of that, as
+clients made on demand (`virtual`) and samples that clients bring (`own`), is `samples.ClientData`.
+`held` parts it into what a client trains on and what it alone measures on. What is learnt from
+samples stands in `task`: its losses, with those of the user's own (`own_loss`) and for language
+models (`token_losses`); `objective` finds out which is meant. `locate` finds files.
+"""
 
 from __future__ import annotations
 

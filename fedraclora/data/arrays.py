@@ -18,7 +18,6 @@ import torch
 
 from fedraclora.data.dataset import DataSet, Read, refuse_both, train_test
 from fedraclora.data.fit import (
-    TARGET_NAMES,
     Form,
     as_scaled,
     as_tensor,
@@ -39,7 +38,7 @@ from fedraclora.data.frames import (
 from fedraclora.data.locate import Root, resolve, unread
 from fedraclora.data.mnist import parse_idx, read_packed
 from fedraclora.data.samples import Samples
-from fedraclora.data.tables import is_columns, table_of
+from fedraclora.data.tables import TARGET_NAMES, is_columns, table_of
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Fraction, limited
 

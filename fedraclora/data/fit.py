@@ -7,7 +7,7 @@ what to write instead.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -19,12 +19,10 @@ from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, read_as
 from fedraclora.errors import DataError
-from fedraclora.imports import told_as
 
 # What torch has little of.
 WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64", "float16": "float32"}
 LARGEST_INTEGER = 2**63 - 1
-TARGET_NAMES = ("label", "labels", "target")  # where the caller names no column
 
 
 @dataclass(frozen=True)
@@ -224,46 +222,6 @@ def gathered(found: object, where: str) -> Samples:
             "each, and at least one, are wanted"
         )
     return samples
-
-
-def of_dataset(found: Any, where: str, target: str | None) -> Samples:
-    """Read a map-style dataset of torch: pairs, or dicts with a target among them."""
-    try:
-        count = len(found)
-    except Exception as error:
-        raise DataError(
-            f"{where}: {type(found).__name__} has no length ({error}); a map-style dataset is "
-            "wanted (list(...) of an iterable one makes one)"
-        ) from error
-    if not count:
-        raise DataError(f"{where} holds no sample")
-    rows = []
-    for row in range(count):
-        with told_as(DataError, f"{where}: ", f"reading sample {row}"):
-            rows.append(found[row])
-        if is_masked(rows[-1]):
-            raise DataError(f"{where}: sample {row} is masked in part: fill it, or leave it out")
-    try:
-        samples = torch.utils.data.default_collate(rows)
-    except Exception as error:  # of whatever somebody else's type raises
-        raise DataError(
-            f"{where}: its samples cannot be put into one array ({error}); give inputs of one "
-            "shape: pad texts, resize images"
-        ) from error
-    if isinstance(samples, dict):
-        name = found_target(samples, target)
-        if name not in samples:
-            raise DataError(
-                f"{where}: its samples have {[*samples]}; name the target with target=..."
-            )
-        rest = {n: t for n, t in samples.items() if n != name}
-        samples = (rest if len(rest) > 1 else next(iter(rest.values())), samples[name])
-    return gathered(samples, where)
-
-
-def found_target(names: Collection[str], said: str | None) -> str | None:
-    """Find the column to predict: what the caller said, else one of the usual names."""
-    return said or next((name for name in TARGET_NAMES if name in names), None)
 
 
 def as_tensor(value: Any, where: str) -> torch.Tensor:

@@ -85,11 +85,6 @@ class Portion:
             return self.whole.tests(client)
         return self.listed[client] if self.listed else None
 
-    def _tests(self, clients: torch.Tensor) -> list[Samples | None]:
-        """List `tests` of clients; empty where none can have any."""
-        some = self.own_tests and (self.listed or isinstance(self.whole, Brought))
-        return [self.tests(client) for client in clients.tolist()] if some else []
-
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Take samples by position in the part: ids [K], positions [K, b] -> K * b rows."""
         if self.held and (own := self.tests(int(clients[0]))) is not None:  # one at a time
@@ -122,8 +117,10 @@ class Portion:
     def _bounds(self, clients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find where the part begins and ends in the order of each client, int64 [K] each."""
         sizes = self.whole.sizes(clients)
-        counts = [-1 if own is None else len(own) for own in self._tests(clients)]
-        tests = sizes.new_tensor(counts) if counts else torch.full_like(sizes, -1)
+        tests = torch.full_like(sizes, -1)  # without tests of its own
+        if self.own_tests and (self.listed or isinstance(self.whole, Brought)):
+            own = map(self.tests, clients.tolist())
+            tests = sizes.new_tensor([-1 if each is None else len(each) for each in own])
         wanted = (sizes.double() * self.share + 0.5).long().masked_fill(tests >= 0, 0)
         first, end = torch.zeros_like(sizes), wanted.minimum(sizes - 1).clamp(min=0)
         if self.split != "test":  # something is left to train on

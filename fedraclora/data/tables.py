@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
 
@@ -11,14 +11,16 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import DataSet, RowNumbers
-from fedraclora.data.fit import found_target, gathered, of_dataset
+from fedraclora.data.fit import gathered, is_masked
 from fedraclora.data.frames import NamedTable
 from fedraclora.data.objective import INPUT_IDS, judged_by
 from fedraclora.data.own_loss import is_own
 from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import TableForm, of_frames
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.imports import failure_of
+from fedraclora.imports import failure_of, told_as
+
+TARGET_NAMES = ("label", "labels", "target")  # where the caller names no column
 
 
 def table_of(found: object, where: str, target: str | None = None) -> Samples:
@@ -37,6 +39,46 @@ def table_of(found: object, where: str, target: str | None = None) -> Samples:
             "of Hugging Face, or a list with one of them for each client is wanted"
         )
     return gathered(found, where)
+
+
+def of_dataset(found: Any, where: str, target: str | None) -> Samples:
+    """Read a map-style dataset of torch: pairs, or dicts with a target among them."""
+    try:
+        count = len(found)
+    except Exception as error:
+        raise DataError(
+            f"{where}: {type(found).__name__} has no length ({error}); a map-style dataset is "
+            "wanted (list(...) of an iterable one makes one)"
+        ) from error
+    if not count:
+        raise DataError(f"{where} holds no sample")
+    rows = []
+    for row in range(count):
+        with told_as(DataError, f"{where}: ", f"reading sample {row}"):
+            rows.append(found[row])
+        if is_masked(rows[-1]):
+            raise DataError(f"{where}: sample {row} is masked in part: fill it, or leave it out")
+    try:
+        samples = torch.utils.data.default_collate(rows)
+    except Exception as error:  # of whatever somebody else's type raises
+        raise DataError(
+            f"{where}: its samples cannot be put into one array ({error}); give inputs of one "
+            "shape: pad texts, resize images"
+        ) from error
+    if isinstance(samples, dict):
+        name = found_target(samples, target)
+        if name not in samples:
+            raise DataError(
+                f"{where}: its samples have {[*samples]}; name the target with target=..."
+            )
+        rest = {n: t for n, t in samples.items() if n != name}
+        samples = (rest if len(rest) > 1 else next(iter(rest.values())), samples[name])
+    return gathered(samples, where)
+
+
+def found_target(names: Collection[str], said: str | None) -> str | None:
+    """Find the column to predict: what the caller said, else one of the usual names."""
+    return said or next((name for name in TARGET_NAMES if name in names), None)
 
 
 def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:
