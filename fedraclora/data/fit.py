@@ -54,7 +54,12 @@ class Form:
         """
         inputs = {n: self._input(n, t, samples, where) for n, t in samples.inputs.items()}
         fitted = Samples(inputs, self._target(samples, where)).clone()
-        self._require_shape(fitted, where)
+        x = inputs.get("x")
+        if self.shape and (x is None or tuple(x.shape[1:]) != self.shape):
+            came = [*inputs] if x is None else tuple(x.shape[1:])
+            raise DataError(
+                f"{where}: one input has {came}; x of shape {self.shape} is wanted (data.shape)"
+            )
         return fitted
 
     def nothing(self) -> Samples:
@@ -77,14 +82,6 @@ class Form:
                 "or leave the rows out"
             )
         return value
-
-    def _require_shape(self, samples: Samples, where: str) -> None:
-        x = samples.inputs.get("x")
-        if self.shape and (x is None or tuple(x.shape[1:]) != self.shape):
-            came = [*samples.inputs] if x is None else tuple(x.shape[1:])
-            raise DataError(
-                f"{where}: one input has {came}; x of shape {self.shape} is wanted (data.shape)"
-            )
 
     def _target(self, samples: Samples, where: str) -> torch.Tensor:
         target = samples.target

@@ -168,7 +168,8 @@ def of_frames(
     named_as = as_values(classes, None if texts else frame[named].dropna().tolist())
     reading: dict[str, Any] = {"features": used} | ({"classes": named_as} if classes else {})
     if how.standardise:
-        reading |= _scales(train)
+        x, y = train.inputs["x"], train.target
+        reading |= scale_of(x) | ({"target": scale_of(y)} if y.is_floating_point() else {})
     if test is None:
         held_out = _scaled(held_out, reading)
     else:
@@ -316,13 +317,6 @@ def _written(column: object) -> list[str]:
     values = np.asarray(column, dtype=object)
     whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in values)
     return [str(value).strip() for value in whole]
-
-
-def _scales(train: Samples) -> dict[str, Any]:
-    """Find the scale of features, and of a number to predict, by the training rows."""
-    y = train.target
-    numbers = {"target": scale_of(y)} if y.is_floating_point() else {}
-    return scale_of(train.inputs["x"]) | numbers
 
 
 def _scaled(samples: Samples, reading: Mapping[str, Any]) -> Samples:
