@@ -104,14 +104,15 @@ def data_of(
     brought = data
     data, tests = parted(data)
     objects = listed_tables(data)
-    held_out = None if test is None else table_of(test, "test", target)
     if own and not is_table(objects[0], target):
+        held_out = None if test is None else table_of(test, "test", target)
         return unread(brought, held_out, partitioner, client, loss, metrics)
     names = [f"data, client {k}" for k in range(len(objects))] if is_clients(data) else ["data"]
     columns, given = owners_of(data, client), objects
     if columns:
         given = [data.remove_columns([client])]  # type: ignore[attr-defined]
     tables = [table_of(p, n, target) for p, n in zip(given, names, strict=True)]
+    held_out = None if test is None else table_of(test, "test", target)
     loss, source = objective_of(loss, tables, model)
     own_tests = {k: table_of(t, f"data, client {k}, test", target) for k, t in tests.items()}
     seen = [*tables, *([] if held_out is None else [held_out]), *own_tests.values()]
@@ -265,16 +266,18 @@ def unread(
     sizes = [*map(length, objects)]
     if not all(sizes):
         raise DataError(f"data, client {sizes.index(0)}: it has no samples; one or more are wanted")
-    loss, classes, source = loss or "cross_entropy", None, "no test samples, so none is measured"
-    if held_out is not None:
-        classes, source = outputs_for([held_out], loss), "said"
-        metrics = metrics or usual_metrics(loss, held_out.target)
+    loss = loss or "cross_entropy"
+    classes = None if held_out is None else outputs_for([held_out], loss)
+    if held_out is None:
+        metrics, source = (), "no test samples, so none is measured"
+    else:
+        metrics, source = metrics or usual_metrics(loss, held_out.target), "said"
     return DataSet(
         train=stand_in(sum(sizes)),
         test=stand_in(0) if held_out is None else held_out,
         classes=int(classes or 1),
         loss=loss,
-        metrics=() if held_out is None else tuple(metrics or ()),
+        metrics=tuple(metrics),
         columns={} if is_clients(data) else owners_of(data, client),
         sample_shape=(),
         parts=parts_of_rows(data, sizes, partitioner),

@@ -135,7 +135,7 @@ def of_frame(data: Any, test: Any, loss: str | None, how: TableForm) -> DataSet:
         )
     rows = NamedTable.of(data, "data")
     held_out = None if test is None else NamedTable.of(test, "test")
-    name = found_target(rows.frame.columns, how.label)
+    name = found_target(rows.frame.columns, None if how.label is None else str(how.label))
     numbers = name in rows.frame.columns and rows.frame[name].dtype.kind == "f"
     if numbers and loss is None and bool((rows.frame[name].dropna() % 1 == 0).all()):
         raise DataError(
