@@ -214,7 +214,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         seed=config.seed,
     )()
     brought = [data.train, *(parts.found if isinstance(parts, Brought) else ())]
-    if not data.measures_training:
+    if data.test is not data.train:  # else the figure of merit is the training objective
         refuse_shared(brought, data.test)
     tables = [table for table in (*brought, data.test) if len(table) and table.inputs]
     for table in tables:

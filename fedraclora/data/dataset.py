@@ -67,8 +67,8 @@ class DataSet:
     Attributes:
         train: Training samples; beside ``parts`` that are made or found on demand, samples to
             pretrain on, or none.
-        test: Held-out samples, which may be none; the object ``train`` itself where
-            ``measures_training``.
+        test: Held-out samples, which may be none; the object ``train`` itself where the figure of
+            merit is the training objective (synthetic data).
         classes: Number of outputs: classes, or 1 for a scalar regression or a binary score.
         loss: A key of `fedraclora.data.task.LOSSES`, or the name of one of the user's own.
         metrics: Names of metrics, the headline first.
@@ -82,7 +82,6 @@ class DataSet:
             where rows are.
         aside: Training and test samples that no client has, for pretraining; None where there
             are none.
-        measures_training: Whether the figure of merit is the training objective (synthetic data).
         tokenizer: Of transformers, where samples are texts whose answers can be generated.
         info: Facts for the summary.
         reading: How raw samples become those of the model, and its outputs answers, in plain JSON:
@@ -110,7 +109,6 @@ class DataSet:
     optimum: float | None = None
     held_out_by: str | None = None
     aside: tuple[Samples, Samples] | None = None
-    measures_training: bool = False
     tokenizer: Any = None
     info: dict[str, object] = field(default_factory=dict)
     reading: dict[str, object] = field(default_factory=dict)

@@ -144,7 +144,6 @@ def _problem(
         sample_shape=tuple(table.inputs["x"].shape[1:]),
         parts=[*parts],
         optimum=optimum,
-        measures_training=True,
         info={"source": f"synthetic {name}", **info},
     )
 
