@@ -84,7 +84,7 @@ def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
     downlink = method.open_round(method.init(base, plan, draw), 1, cohort, draw)
     steps = steps_of(config.local, built)
     rate = float(f"{rate_of(downlink, config.local.optimiser, steps):.2g}")
-    sketch = f"{kind} of " if (kind := section(config.plain, "method").get("sketch")) else ""
+    sketch = f"{kind} of " if (kind := getattr(config.method, "sketch", None)) else ""
     ranks = {f.shape[1] for a in downlink.adapters.values() for f in [*a.factors.values()][:1]}
     return rate, (
         f"{config.chosen('method')}, {sketch}rank {', '.join(map(str, sorted(ranks)))}, under "

@@ -13,6 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from fedraclora.binding import section
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.errors import DataError
@@ -20,6 +21,7 @@ from fedraclora.experiments import CONF
 from fedraclora.experiments.choices import NODES, choice, groups, lineage, meaning
 from fedraclora.experiments.pages import aliases, method_of
 from fedraclora.strategies import METHODS
+from fedraclora.strategies.rate import ruled
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.files import flatten
 from tests.common import assemble
@@ -145,7 +147,8 @@ def stored(name: str) -> dict[str, object]:
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_choice_composes_into_settings(name: str) -> None:
     plain = composed(name, words_of(name))
-    config = from_plain(plain, METHODS)
+    by_rule = section(plain, "local").get("lr") == "auto"
+    config = ruled(plain) if by_rule else from_plain(plain, METHODS)
     silent = [key for key in flatten(plain) if not key.endswith("name") and not meaning(key, plain)]
     assert silent == []  # of each there is a line of help
     assert set(plain) == set(inspect.signature(RunConfig).parameters) - {"plain"}
