@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SENTENCE = "data, client 2: x holds NaN or an infinity, first in row 3: leave it out"
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(120, marks=pytest.mark.slow)])
 def test_objects_run_right_or_are_refused_in_a_sentence(times: int) -> None:
     module = ("-m", "tests.campaigns.objects", "--times", str(times), "--seed", "1")
     words = [sys.executable, *module]

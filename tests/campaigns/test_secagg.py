@@ -42,6 +42,7 @@ def no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
+@pytest.mark.slow
 def test_forty_mutants() -> None:
     assert sum(campaign(40, first=10_000).values()) == 40
 

@@ -53,6 +53,7 @@ def deployment() -> Iterator[LocalDeployment]:
         yield running
 
 
+@pytest.mark.slow
 def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
     deployment: LocalDeployment,
     tmp_path: Path,
@@ -124,6 +125,9 @@ def test_no_other_user_starts_a_run_or_takes_a_task(deployment: LocalDeployment)
     for program in (deployment.link, first, second):
         assert listeners(program.process.pid) == {}
     apis = [deployment.home / name for name in ("link", "node0.api", "node1.api")]
+    end = time.monotonic() + PATIENCE
+    while not all(map(listens, apis)) and time.monotonic() < end:  # nodes take a while to start
+        time.sleep(0.2)
     assert all(map(listens, apis))
     assert as_stranger(lambda: [*map(listens, apis)]) == "[False, False, False]"
 

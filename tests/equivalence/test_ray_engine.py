@@ -179,7 +179,8 @@ def test_two_workers_are_one_process(name: str) -> None:
     assert bits(on_ray(name, 2)) == in_process(name)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=SLOW), 3])
+@SLOW
+@pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_no_bit(workers: int) -> None:
     assert bits(on_ray("rows", workers)) == in_process("rows")
 

@@ -116,6 +116,7 @@ def test_tab_completes(used: Path, shell: Shell) -> None:
     assert shell("fedraclora -sc query=bash", COMP_LINE=line).split() == ["experiment=little"]
 
 
+@pytest.mark.slow
 def test_a_project_is_written_and_runs_as_its_page_says(folder: Path, shell: Shell) -> None:
     shell("fedraclora init shop")
     project = folder / "shop"

@@ -535,7 +535,7 @@ def test_values_that_fit_pass(value: object, hint: object, wanted: object) -> No
         (1, str | None, "1; str or null"),
         (1, Annotated[str, choice_of("ab")] | None, "a, b or null"),
         (1.5, Chunk, "1.5; int or str"),
-        ("x", list[int], "key is 'x'; a list of int"),
+        ("x", list[int], "key is 'x'; a list of"),
         ([1], int | None, "[1]; int or null"),
     ],
 )

@@ -171,6 +171,7 @@ def test_wandb_reads_the_rounds_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found == pytest.approx(series(done))
 
 
+@pytest.mark.slow
 def test_trackio_reads_the_rounds_back(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     code = (
