@@ -49,7 +49,7 @@ class RateRange:
         auto: bool,
         preset: bool,
     ) -> RateRange:
-        """RateRange around that of the rule for each run's own method and rank.
+        """Give rates around that of the rule for each run's own method and rank.
 
         Args:
             plain: The config of the task.
