@@ -100,7 +100,7 @@ def tune_task(
         error.add_note("with what was found so far; the same command goes on")
         raise
     if not alone:
-        say("another process still runs: the last one tests the winner")
+        say("another process still runs: the last one tests what is taken")
     with search.turn():
         return found(over=alone)
 

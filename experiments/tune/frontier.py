@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-STEADY = 5
+STEADY = 5  # measured rounds that are averaged, at most
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from fedraclora.experiments.tune.frontier import Point, frontier, last_within
 from fedraclora.experiments.tune.search import DIVERGED, HALVED, Search, done, score_of, shown
 from fedraclora.experiments.tune.space import KEYS
 from fedraclora.objects import LENT, NAME
-from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.frontier import frontier_figure
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     """
     from pandas import DataFrame
 
-    study, unit, folder = search.study(), MEGABYTE * search.clients, search.folder
+    study, unit, folder = search.study(), search.unit, search.folder
     curves = points_of(search, study)
     every = frontier([p for curve in curves for p in curve], higher=search.higher)
     best = [point for point in every if point.round]  # what is no better than untrained is no use
@@ -73,15 +72,14 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     last = {found["run"]: found for found in records}  # of each run the best point
     Table.of(sorted(last.values(), key=itemgetter(SIZE)), [note(search, study, best)]).print()
     shutil.rmtree(folder / "experiment", ignore_errors=True)  # of fewer runs, other sizes
-    configs, rows = dict[float, PlainDict](), list[dict[str, object]]()
-    chosen = dict[float, Point]()
-    for size, most in search.sizes.items():
-        taken = taken_within(most, curves, higher=search.higher)
+    within = {s: taken_within(b, curves, higher=search.higher) for s, b in search.sizes.items()}
+    chosen = {size: point for size, point in within.items() if point}
+    configs = {size: config_of(search, study, point) for size, point in chosen.items()}
+    rows: list[dict[str, object]] = []
+    for size, taken in within.items():
         rows.append({"at": f"{size:g} MB" + ("" if taken else ": all need more")})
         if taken:
-            chosen[size], found = taken, record(search, study, taken, unit)
-            rows[-1] |= found
-            configs[size] = config_of(search, study, taken)
+            rows[-1] |= (found := record(search, study, taken, unit))
             write_preset(search, configs[size], found, f"at_{size:g}MB")
     said = f"What to take: {search.metric} is the mean of a run's last rounds within the size."
     Table.of(DataFrame(rows, dtype=object).fillna("").to_dict("records"), [said]).print()

@@ -1,8 +1,8 @@
 """Runs of a tuning: which settings come next, when one ends, what the budget still allows.
 
-Optuna's sampler chooses, with one aim for each of ``tune.sizes``: the metric of the last round that
-keeps to so many bytes of all clients both ways. Optuna prunes nothing that has several aims. So a
-run is ended here, by successive halving of Pareto ranks: at a rung it goes on if it is among the
+Optuna's sampler chooses, with one aim for each of ``tune.sizes``: the metric of the last rounds
+that keep to so many bytes of all clients both ways. Optuna prunes nothing that has several aims. So
+a run is ended here, by successive halving of Pareto ranks: at a rung it goes on if it is among the
 best `keep` of all runs that got there, ranked by all aims together. To the sampler it then counts
 with what it measured so far; in the frontier every measured round counts for what it was. Of a run
 that diverged the metric is that of the untrained model.
@@ -113,10 +113,15 @@ class Search:
         """Of a run that nothing ends."""
         return int(str(self.space.plain["rounds"]))
 
+    @property
+    def unit(self) -> float:
+        """Bytes of all clients that are a megabyte of each."""
+        return MEGABYTE * self.clients
+
     @cached_property
     def sizes(self) -> dict[float, float]:
         """Bytes of all clients, by ``tune.sizes``."""
-        return {size: size * MEGABYTE * self.clients for size in sorted(self.config.sizes)}
+        return {size: size * self.unit for size in sorted(self.config.sizes)}
 
     @cached_property
     def is_whole(self) -> bool:
@@ -124,7 +129,7 @@ class Search:
         return plans_rounds(self.space.plain) is not None
 
     def worth(self, curve: Sequence[Point]) -> list[float]:
-        """Give the metric of a run at each of ``tune.sizes``: that of its last round there.
+        """Give the metric of a run at each of ``tune.sizes``: that of its last rounds there.
 
         Where the first round is larger it is that of the untrained model. A run that counts as a
         whole has the metric so far, at the bytes of all rounds.
@@ -260,8 +265,7 @@ class Search:
         why += f" ({shorten(failed, 160)})" if (failed := trial.user_attrs.get("failed")) else ""
         values = self.space.values(trial.params, plain)
         words = " ".join(f"{k}={shown(v)}" for k, v in values.items())
-        sent = curve[-1].bytes / MEGABYTE / self.clients
-        told = f"{self.metric} {score:.4f} at {sent:.3g} MB a client"
+        told = f"{self.metric} {score:.4f} at {curve[-1].bytes / self.unit:.3g} MB a client"
         self.say(f"run {trial.number}: {told}{why}: {words}")
         return None
 
