@@ -251,7 +251,8 @@ def opening_lines(run: Assembled) -> list[str]:
     """Say what a run begins with, beside `notes_of`."""
     config, model, lines = run.config, run.built.task.model, dict(introduction(run))
     told = run.built.task.info
-    known = ("inputs", "weights", "new_head")
+    lines |= samples_of(run)
+    known = ("texts", "inputs", "weights", "new_head")
     lines |= {n.replace("_", " "): str(told[n]) for n in known if n in told}
     if config.own_model and (frozen := frozen_layers(model, run.plan)):
         lines["not trained"] = (
@@ -277,6 +278,18 @@ def opening_lines(run: Assembled) -> list[str]:
         lines["measured on"] = f"validation samples: the test is left for the end{later}"
     lines |= {"chunk": str(run.chunk), **run.grid.told, **idle_workers(run)}
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
+
+
+def samples_of(run: Assembled) -> dict[str, str]:
+    """Say how many samples are trained and tested on; nothing where clients hold them unseen."""
+    told = run.built.task.info
+    if "train" not in told:
+        return {}
+    text = f"{told['train']:,} training samples of {run.built.clients:,} clients"
+    text += f", {told['test']:,} test samples"
+    if share := told.get("held_out"):
+        text += f" ({share:g} of all, held out by a seed)"
+    return {"data": text}
 
 
 def idle_workers(run: Assembled) -> dict[str, str]:

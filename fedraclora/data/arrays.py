@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import DataSet, Read, refuse_both, train_test
+from fedraclora.data.dataset import TEST_SHARE, DataSet, Read, refuse_both, train_test
 from fedraclora.data.fit import (
     Form,
     as_scaled,
@@ -109,6 +109,7 @@ def load_arrays(
     form = Form(None, (OBJECTIVES | OF_ARRAYS)[task][0])
     raw = _samples(arrays["x"], arrays["target"], names, source)
     train = form.fit(raw, source)
+    info = {"source": str(file)} | said_of_inputs(raw, train)
     everyone = owners = _owners(arrays, len(train), source)
     if "test_x" in arrays:
         where = source if test is None else f"data.test={test}"
@@ -116,9 +117,10 @@ def load_arrays(
         held_out = form.fit(_samples(arrays["test_x"], arrays["test_target"], names, where), where)
     else:
         labels = train.target.numpy() if task == "classification" else None
-        train, held_out, rows = train_test(train, "data.test_share", test_share, split_seed, labels)
+        share = TEST_SHARE if test_share is None else test_share
+        train, held_out, rows = train_test(train, "data.test_share", share, split_seed, labels)
+        info["held_out"] = share
         owners = owners if owners is None else owners[rows]
-    info = {"source": str(file)} | said_of_inputs(raw, train)
     return supervised(
         train,
         held_out,

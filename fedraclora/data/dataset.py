@@ -240,14 +240,14 @@ def refuse_both(test: str | None, test_share: float | None) -> None:
 
 
 def train_test(
-    samples: Samples, key: str, fraction: float | None, split_seed: int, labels: Column | None
+    samples: Samples, key: str, fraction: float, split_seed: int, labels: Column | None
 ) -> tuple[Samples, Samples, RowNumbers]:
     """Split samples into train and test, stratified by label where there are labels.
 
     Args:
         samples: All samples.
         key: Of the config, for messages.
-        fraction: Fraction to hold out, 0 for nothing; None: `TEST_SHARE`.
+        fraction: Fraction to hold out, 0 for nothing.
         split_seed: Seed of the choice.
         labels: Of each sample, or None.
 
@@ -258,8 +258,7 @@ def train_test(
         ConfigError: If the fraction leaves one side empty.
     """
     rng = generator(split_seed, "split", "test")
-    share = TEST_SHARE if fraction is None else fraction
-    training, held_out = divide(key, share, len(samples), rng, labels=labels)
+    training, held_out = divide(key, fraction, len(samples), rng, labels=labels)
     return take(samples, training), take(samples, held_out), training
 
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import MOST_NAMED, DataSet, Read, RowNumbers, refuse_both, train_test
+from fedraclora.data.dataset import (
+    MOST_NAMED,
+    TEST_SHARE,
+    DataSet,
+    Read,
+    RowNumbers,
+    refuse_both,
+    train_test,
+)
 from fedraclora.data.fit import as_scaled, scale_of
 from fedraclora.data.frames import (
     SEPARATORS,
@@ -159,9 +167,10 @@ def of_frames(
     train = Samples({"x": x}, target_of(labels, classes))
     owners = None if clients is None else np.array(clients)
     everyone = None if owner is None else np.array(_written(frame[owner].dropna()))
+    share = TEST_SHARE if how.test_share is None else how.test_share
     if test is None:
         strata = np.array(labels) if how.task == "classification" else None
-        split = ("data.test_share", how.test_share, how.split_seed, strata)
+        split = ("data.test_share", share, how.split_seed, strata)
         train, held_out, rows = train_test(train, *split)
         owners = owners if owners is None else owners[rows]
     texts = bool(SEPARATORS.keys() & {*path.suffixes})  # such a file has no types
@@ -177,6 +186,7 @@ def of_frames(
         held_out, dropped = read.samples, dropped + read.total - len(read.rows)
     train = _scaled(train, reading)
     info: dict[str, object] = {"source": source, "rows_dropped": dropped} | _told(reading)
+    info |= {"held_out": share} if test is None else {}
     info["features"] = used if len(used) <= MOST_NAMED else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
     if owners is not None:  # by number: client 0 is the first

@@ -132,7 +132,9 @@ def load_text(
         owners=None if client is None else np.array(table[:, -1].tolist()),
         clients=None if client is None else np.array(whole[:, -1].tolist()),
         client=str(client),
-        info={"source": file, "rows_dropped": dropped},
+        info={"source": file, "rows_dropped": dropped}
+        | ({} if test_file else {"held_out": test})
+        | {"texts": reader.told(train)},
         reading={"tokenizer": tokenizer, "max_length": max_length},
         reader=reader,
     )
@@ -214,6 +216,14 @@ class TextReader:
         )
         ids = {name: batch[name][: len(table)].to(torch.int64) for name in batch}
         return Samples(ids, wanted)
+
+    def told(self, texts: Samples) -> str:
+        """Say how long texts may be, and how many are as long, and may have been cut."""
+        full = int((texts.inputs["attention_mask"].sum(dim=1) == self.max_length).sum())
+        return (
+            f"up to {self.max_length} tokens each, of which {full} of {len(texts)} have as many: "
+            "what is longer is cut (data.max_length)"
+        )
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -74,6 +74,8 @@ def test_a_table_of_ones_own_runs_at_the_first_try(tmp_path: Path) -> None:
     found = summary(tmp_path)
     assert found["clients"] == 5
     assert found["metrics"]["accuracy"] > 0.7  # type: ignore[index]
+    (split,) = re.findall("^data: .*samples.*$", PAGE, re.MULTILINE)
+    assert split in done.stdout + done.stderr  # what was held out is not known otherwise
 
 
 def test_a_module_of_ones_own_runs_at_the_first_try(tmp_path: Path) -> None:
