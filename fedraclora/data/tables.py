@@ -167,6 +167,8 @@ def of_columns(found: Any, where: str, target: str | None) -> Samples:
             f"{where}: the columns are {names}; name the one to predict with target=..."
         )
     inputs = {n: column_of(found, n, where) for n in names if n != target_name}
+    if not inputs:
+        raise DataError(f"{where}: {target_name!r} is the only column; inputs are wanted, too")
     if INPUT_IDS not in inputs and len(inputs) > 1:
         rows = {name: np.asarray(column) for name, column in inputs.items()}
         words = [name for name, row in rows.items() if row.dtype.kind not in "biuf"]

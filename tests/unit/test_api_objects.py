@@ -398,6 +398,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": CLIENTS, "folder": "~nobody-here/x"}, ConfigError, "folder is"),
     ({"data": CLIENTS, "folder": "/dev/null/run"}, ConfigError, "/dev/null/run"),
     ({"data": CLIENTS, "folder": "x" * 300}, ConfigError, "choose a shorter name"),
+    ({"data": [datasets.Dataset.from_dict({"label": Y})] * 2}, DataError, "only column"),
     ({"data": datasets.DatasetDict({"a": FORMS["Hugging Face"][0]})}, ConfigError, "splits"),
 ]
 
