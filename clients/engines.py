@@ -34,13 +34,16 @@ class InProcessGrid(Grid):
 
     Args:
         worker: Trains them.
-        arrange: Changes what comes, and its order (tests do); the order is that of the asks
-            otherwise.
+
+    Attributes:
+        arrange: Changes what comes, and its order (tests do); None: it is that of the asks.
     """
 
-    def __init__(self, worker: Worker, arrange: Arrange | None = None) -> None:
+    arrange: Arrange | None = None
+
+    def __init__(self, worker: Worker) -> None:
         super().__init__()
-        self.worker, self.arrange = worker, arrange
+        self.worker = worker
 
     @override
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
@@ -55,69 +58,47 @@ class InProcessGrid(Grid):
             return NoAnswer.of(error)
 
 
-class InProcess(Engine):
-    """Clients in this process, one chunk after another; they read the server's own weights.
+def in_process() -> Engine:
+    """Make the engine of clients in this process, which read the server's own weights."""
+    weights = BaseWeights({})
 
-    Args:
-        arrange: Changes what comes; see `InProcessGrid`.
-    """
+    def make_grid(parts: EngineParts) -> Grid:
+        return InProcessGrid(Worker(parts.trainer, weights, parts.store, parts.terms))
 
-    def __init__(self, arrange: Arrange | None = None) -> None:
-        super().__init__(BaseWeights({}))
-        self.arrange = arrange
-
-    @override
-    def make_grid(self, parts: EngineParts) -> Grid:
-        return InProcessGrid(self.make_worker(parts), self.arrange)
-
-    def make_worker(self, parts: EngineParts) -> Worker:
-        """Make what answers the messages."""
-        return Worker(parts.trainer, self.replica, parts.store, parts.terms)
+    return Engine(weights, make_grid)
 
 
-class OnRay(Engine):
-    """Chunks of clients on resident Ray workers, which follow the server's weights by links.
+def on_ray(
+    settings: RayConfig,
+    site: Callable[[Any], WorkerSite],
+    given: Callable[[EngineParts], object],
+) -> Engine:
+    """Make the engine of resident Ray workers, which follow the server's weights by links.
 
     Args:
         settings: How many workers, of which cluster.
         site: Makes what a worker holds between rounds; importable on every node.
         given: Gives what sites are made of; it travels once to each machine.
     """
+    history = WeightHistory()
 
-    spread = True
-
-    def __init__(
-        self,
-        settings: RayConfig,
-        site: Callable[[Any], WorkerSite],
-        given: Callable[[EngineParts], object],
-    ) -> None:
-        self.settings, self.site, self.given = settings, site, given
-        self.share, self.history = settings.share, WeightHistory()
-        super().__init__(self.history)
-
-    @override
-    def make_grid(self, parts: EngineParts) -> Grid:
+    def make_grid(parts: EngineParts) -> Grid:
         from fedraclora.engines.ray import Cluster, RayGrid
 
         with ExitStack() as failed:
-            cluster = Cluster(self.settings, parts.built.device.type)
+            cluster = Cluster(settings, parts.built.device.type)
             failed.callback(cluster.close)
             files = files_of(parts.built.task.train)
             if files is not None and (without := cluster.lacking(here := Path(files.source or ""))):
                 files.sizes(torch.arange(files.num_clients))  # read here, they travel as they are
                 text = f"sent to all hosts, since {here} is not the same on {', '.join(without)}"
                 cluster.told["samples"] = text
-            grid = RayGrid(
-                cluster,
-                self.site,
-                self.given(parts),
-                history=self.history,
-                store=parts.store,
-                settings=self.settings,
-            )
+            own, store = given(parts), parts.store
+            grid = RayGrid(cluster, site, own, history=history, store=store, settings=settings)
             failed.pop_all()
             return grid
+
+    return Engine(history, make_grid, spread=True, share=settings.share)
 
 
 def _parts_of(config: RunConfig, parts: EngineParts) -> SiteParts:
@@ -140,11 +121,11 @@ def engine_of(config: RunConfig) -> Engine:
                 "or with local=3 for three nodes on this machine"
             )
         case RayConfig() as settings:
-            return OnRay(settings, Site, partial(_parts_of, config))
+            return on_ray(settings, Site, partial(_parts_of, config))
         case FlowerConfig():
             raise ConfigError(
                 "engine=flower is for Flower's own simulation: run `fedraclora flower` with the "
                 "same words, or take engine=ray (many processes) or inline (this one; same bits)"
             )
         case _:
-            return InProcess()
+            return in_process()

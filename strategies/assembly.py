@@ -147,11 +147,7 @@ def assemble_with(
         check_base(base, (*plan.dense, *plan.local), changes)
         trainer = trainer_of(config, built, plan)
         stored = resolved(folder, "chunk") if resume and folder is not None else None
-        where: dict[str, Any] = {
-            "share": engine.share,
-            "spread": engine.spread,
-            "elsewhere": engine.elsewhere,
-        }
+        where: dict[str, Any] = {k: getattr(engine, k) for k in ("share", "spread", "elsewhere")}
         chunk = (
             ChunkPlan(1, "local.train trains one client at a time")
             if config.local.train is not None

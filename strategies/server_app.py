@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,11 @@ from fedraclora.engines.deploy.grid import DeployGrid
 from fedraclora.engines.deploy.pulling import pull_in_time
 from fedraclora.engines.flower.nodes import NodePerClient
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.link import Link
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.folder import run_id
 from fedraclora.run.ledger import Row, headline, number
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
-from fedraclora.tree import Tree
 from fedraclora.weights.replica import JobFolder
 from fedraclora.weights.update import WeightHistory
 
@@ -61,8 +59,8 @@ def main(grid: FlowerGrid, context: Context) -> None:
         settings = settings_of(config)
         if isinstance(settings, DeployConfig):
             known = not config.pretrain.epochs
-            return OnHosts(grid, settings, folder, known=known, ended=ended)
-        return InServerApp(grid, settings, config, ended=ended)
+            return on_hosts(grid, settings, folder, known=known, ended=ended)
+        return in_server_app(grid, settings, config, ended=ended)
 
     told = [LogLines(deployed)]
     run = execute(config, folder, engine_of, resume=resume, callbacks=told)
@@ -70,77 +68,50 @@ def main(grid: FlowerGrid, context: Context) -> None:
         write_line(SUMMARY, run.summary)
 
 
-class OnHosts(Engine):
-    """Real SuperNodes; each message brings what its client's base weights lack.
+def on_hosts(
+    flower: FlowerGrid,
+    settings: DeployConfig,
+    folder: Path,
+    *,
+    known: bool,
+    ended: Callable[[], bool],
+) -> Engine:
+    """Make the engine of real SuperNodes; each message brings what its client's weights lack.
 
     Args:
-        grid: Flower's own.
+        flower: Flower's own grid.
         settings: How long to wait, and how many clients are enough.
         folder: Of the run, whose name clients know it by.
         known: Whether clients can make the initial weights themselves.
         ended: Tells whether the runtime has ended.
     """
+    history = WeightHistory()
 
-    elsewhere = True
-
-    def __init__(
-        self,
-        grid: FlowerGrid,
-        settings: DeployConfig,
-        folder: Path,
-        *,
-        known: bool,
-        ended: Callable[[], bool],
-    ) -> None:
-        self.flower, self.settings, self.folder = grid, settings, folder
-        self.known, self.ended, self.history = known, ended, WeightHistory()
-        super().__init__(self.history)
-
-    @override
-    def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
-        self.history.recall(base, links, version)
-
-    @override
-    def make_grid(self, parts: EngineParts) -> Grid:
+    def make_grid(_: EngineParts) -> Grid:
         pull_in_time()
-        name, known = run_id(self.folder), self.known
-        return DeployGrid(
-            self.flower, self.history, name, self.settings, known=known, ended=self.ended
-        )
+        return DeployGrid(flower, history, run_id(folder), settings, known=known, ended=ended)
+
+    return Engine(history, make_grid, history.recall, elsewhere=True)
 
 
-class InServerApp(Engine):
-    """Flower's simulation, started by ``flwr run`` with this process in it.
+def in_server_app(
+    flower: FlowerGrid, settings: FlowerConfig, config: RunConfig, *, ended: Callable[[], bool]
+) -> Engine:
+    """Make the engine of Flower's simulation, started by ``flwr run`` with this process in it.
 
     Args:
-        grid: Flower's own.
+        flower: Flower's own grid.
         settings: How long to wait.
         config: Of the run; the processes read it from a folder.
         ended: Tells whether the runtime has ended.
     """
+    job, timeout = JobFolder(config.plain), settings.timeout
 
-    def __init__(
-        self,
-        grid: FlowerGrid,
-        settings: FlowerConfig,
-        config: RunConfig,
-        *,
-        ended: Callable[[], bool],
-    ) -> None:
-        self.flower, self.settings, self.ended = grid, settings, ended
-        self.job = JobFolder(config.plain)
-        super().__init__(self.job)
+    def make_grid(parts: EngineParts) -> Grid:
+        clients, store = parts.built.clients, parts.store
+        return NodePerClient(flower, clients, job, store=store, timeout=timeout, ended=ended)
 
-    @override
-    def make_grid(self, parts: EngineParts) -> Grid:
-        return NodePerClient(
-            self.flower,
-            parts.built.clients,
-            self.job,
-            store=parts.store,
-            timeout=self.settings.timeout,
-            ended=self.ended,
-        )
+    return Engine(job, make_grid)
 
 
 def config_from_text(text: str, *, began: bool = False) -> RunConfig:

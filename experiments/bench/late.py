@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from fedraclora.clients.engines import InProcess
+from fedraclora.clients.engines import in_process
 from fedraclora.engines.base import EngineParts
 from fedraclora.experiments.bench.runs import ENDLESS, BenchRow, opened, settle, trainer_maker
 from fedraclora.experiments.bench.timing import Rows
@@ -51,7 +51,7 @@ def late(case: Case, clients: int, asked: int, round_: int) -> BenchRow:
     # Checkpoints come at the end of each start, which is that of a lap.
     recorder = RunRecorder(folder, every=ENDLESS, sync=False)
     parts = EngineParts.of(trainer, asked)
-    run = wire(method, parts, loop, InProcess(), state=state, recorder=recorder)
+    run = wire(method, parts, loop, in_process(), state=state, recorder=recorder)
     run.start(round_ - LAP)
     facts: dict[str, float] = {}
 

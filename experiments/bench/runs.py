@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fedraclora.clients.engines import InProcess, OnRay
+from fedraclora.clients.engines import in_process, on_ray
 from fedraclora.clients.ray_worker import Clerk
 from fedraclora.clients.worker import Worker
 from fedraclora.config.build import fix_bits
@@ -175,7 +175,7 @@ def federated_row(
     recorder = RunRecorder(None, sync=False)  # no folder: no chain, no checkpoints
     recorder.ledger = Ledger(crew / "ledger.jsonl")
     given = make_trainer, case.device, crew
-    engine = OnRay(settings, BenchSite, lambda _: given) if workers else InProcess()
+    engine = on_ray(settings, BenchSite, lambda _: given) if workers else in_process()
     parts = EngineParts.of(trainer, cohort)
     run = wire(method, parts, loop, engine, state=state, recorder=recorder, alone=case.alone)
 

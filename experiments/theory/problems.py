@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import yaml
 
-from fedraclora.clients.engines import InProcess
+from fedraclora.clients.engines import in_process
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.synthetic import least_squares, logistic_regression
@@ -74,7 +74,7 @@ def federate(
     )
     trainer = CohortTrainer(task, plan_of(task), local, seed=seed, device=torch.device("cpu"))
     callbacks = [] if measure is None else [Evaluate(measure)]
-    run = wire(method, EngineParts.of(trainer, cohort), loop, InProcess(), callbacks=callbacks)
+    run = wire(method, EngineParts.of(trainer, cohort), loop, in_process(), callbacks=callbacks)
     run.start()
     return run.strategy
 

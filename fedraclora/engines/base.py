@@ -110,25 +110,32 @@ class EngineParts:
         return self.trainer.plan
 
 
-class Engine(ABC):
+Recall = Callable[[Tree, Iterable[tuple[int, Link]], int], None]
+
+
+@dataclass
+class Engine:
     """Where the clients of one run train.
 
-    Args:
-        replica: Where the strategy publishes base weights, and clients find them.
-
     Attributes:
+        replica: Where the strategy publishes base weights, and clients find them.
+        make_grid: Starts what runs clients.
+        recall: Takes over the history of a run that goes on, where clients may hold its older
+            weights: its weights now, the links of its rounds in order, and where it stands. None:
+            its clients end with the run, so that there is nothing to do.
         spread: Whether several processes train the chunks of a round at the same time.
         share: Share of a GPU that each of these processes has; None: this process trains.
         elsewhere: Whether clients train on other machines, with samples that are not here.
+        grid: What was started.
     """
 
+    replica: BaseWeights
+    make_grid: Callable[[EngineParts], Grid]
+    recall: Recall | None = None
     spread: bool = False
     share: float | None = None
     elsewhere: bool = False
-
-    def __init__(self, replica: BaseWeights) -> None:
-        self.replica = replica
-        self._grid: Grid | None = None
+    grid: Grid | None = field(default=None, init=False)
 
     def start(self, parts: EngineParts) -> Grid:
         """Start what runs clients.
@@ -136,29 +143,14 @@ class Engine(ABC):
         Raises:
             FedRacLoraError: If it does not start, or there is less than is asked for.
         """
-        self._grid = self.make_grid(parts)
-        return self._grid
-
-    def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:  # noqa: B027
-        """Take over the history of a run that goes on, where clients may hold its older weights.
-
-        Most clients end with the run: then there is nothing to do.
-
-        Args:
-            base: Its weights now.
-            links: Of its rounds, in order; read where they are of use.
-            version: Where it stands.
-        """
-
-    @abstractmethod
-    def make_grid(self, parts: EngineParts) -> Grid:
-        """Make the grid that `start` gives."""
+        self.grid = self.make_grid(parts)
+        return self.grid
 
     def close(self) -> None:
         """End what was started, however far it came; a second call does nothing."""
-        if self._grid is not None:
-            self._grid.close()
-            self._grid = None
+        if self.grid is not None:
+            self.grid.close()
+            self.grid = None
         self.replica.close()
 
 

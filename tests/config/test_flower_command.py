@@ -20,7 +20,7 @@ from flwr.cli.config_utils import load_and_validate
 from flwr.common.config import flatten_dict, fuse_dicts, parse_config_args
 
 import fedraclora
-from fedraclora.clients.engines import InProcess
+from fedraclora.clients.engines import in_process
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower.superlink import SuperLink
 from fedraclora.engines.programs import TETHERED
@@ -207,7 +207,7 @@ def test_a_run_of_the_engine_that_simulate_had_goes_on_with_another(tmp_path: Pa
 
     config = from_plain(composed([*words, "engine=flower"]), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        execute(config, old, lambda _: InProcess(), callbacks=own_callbacks("callbacks", stop))
+        execute(config, old, lambda _: in_process(), callbacks=own_callbacks("callbacks", stop))
     assert [row["round"] for row in read_ledger(old / "ledger.jsonl")] == [0, 1]
     with pytest.raises(ConfigError, match=r"engine=flower .* engine=ray .* inline"):
         fedraclora.simulate(*words, "engine=flower", folder=old, resume=True)

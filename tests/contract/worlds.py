@@ -25,7 +25,7 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext, Aggregator, mean
 from fedraclora.attacks import Attack
 from fedraclora.binding import row_of
-from fedraclora.clients.engines import Arrange, InProcess
+from fedraclora.clients.engines import Arrange, InProcessGrid, in_process
 from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, Task
@@ -550,18 +550,6 @@ def put_on_the_wire(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Worker, "train", train)
 
 
-class Recording(InProcess):
-    """The engine of this process, with such a worker."""
-
-    worker: RecordingWorker
-
-    @override
-    def make_worker(self, parts: EngineParts) -> Worker:
-        """Make the worker, and keep it."""
-        self.worker = RecordingWorker(parts.trainer, self.replica, parts.store, parts.terms)
-        return self.worker
-
-
 @dataclass(frozen=True)
 class Run:
     """A run that has ended."""
@@ -670,7 +658,7 @@ def run(
         max_failures=max_failures,
         **numbers,  # type: ignore[arg-type]
     )
-    engine = Recording(arrange)
+    engine = in_process()
     device = torch.device("cpu")
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
     treatment = treatment or {"aggregator": aggregator, "attack": attack or Attack()}
@@ -699,5 +687,8 @@ def run(
         system=system,
         kind=kind,
     )
+    assert isinstance(wired.grid, InProcessGrid)
+    worker = RecordingWorker(trainer, engine.replica, parts.store, terms)
+    wired.grid.worker, wired.grid.arrange = worker, arrange
     wired.start()
-    return Run(wired.strategy, engine.worker)
+    return Run(wired.strategy, worker)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.clients.engines import InProcess
+from fedraclora.clients.engines import in_process
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts
@@ -75,7 +75,7 @@ def trained(
         task = replace(task, train=train)
     trainer = CohortTrainer(task, plan, local, seed=SEED, device=torch.device("cpu"))
     loop = LoopConfig(rounds, clients, clients, chunk=2, seed=SEED, dtype="float64")
-    run = wire(method, EngineParts.of(trainer, clients), loop, InProcess())
+    run = wire(method, EngineParts.of(trainer, clients), loop, in_process())
     run.start()
     return run.strategy
 

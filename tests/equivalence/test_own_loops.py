@@ -16,7 +16,7 @@ from fedraclora.aggregation.robust import Median
 from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS
 from fedraclora.attacks import AttackedOwnTrainer, AttackedTrainer, SignFlip
 from fedraclora.client import Round, Trained
-from fedraclora.clients.engines import InProcess
+from fedraclora.clients.engines import in_process
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.devices.distributions import Choice
 from fedraclora.devices.system import SystemConfig
@@ -91,7 +91,7 @@ def run(case: Case, method: Any, train: Any = None, **more: Any) -> tuple[Tree, 
     sizes = {"rounds": 3, "clients": len(SIZES), "cohort": 4, "chunk": 1, "seed": SEED}
     loop = LoopConfig(**sizes, dtype="float64", **more)
     parts = replace(EngineParts.of(trainer, 4), terms=terms)
-    wired = wire(method, parts, loop, InProcess(), steps=steps, system=system)
+    wired = wire(method, parts, loop, in_process(), steps=steps, system=system)
     try:
         wired.start()
         return wired.weights(), wired

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.clients.engines import InProcess, OnRay, engine_of
+from fedraclora.clients.engines import engine_of, in_process
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, Patience
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engines.base import EngineParts
+from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.plan import make_plan
@@ -28,7 +28,7 @@ from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.wiring import Wired, wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.weights.update import WeightHistory
+from fedraclora.weights.update import BaseWeights, WeightHistory
 
 LOOP = LoopConfig(rounds=1, clients=3, cohort=2, chunk=2, seed=4)
 
@@ -48,18 +48,19 @@ def parts() -> EngineParts:
     return EngineParts.of(trainer, 2)
 
 
-class Watched(InProcess):
-    """Notes its end, and starts only where it is told to."""
+class Watched(Engine):
+    """An engine of this process that notes its end, and starts only where it is told to."""
 
     def __init__(self, *, starts: bool = True) -> None:
-        super().__init__()
+        inner = in_process()
+        super().__init__(inner.replica, inner.make_grid)
         self.starts, self.ended = starts, 0
 
     @override
-    def make_grid(self, parts: EngineParts):
+    def start(self, parts: EngineParts) -> Grid:
         if not self.starts:
             raise EngineError("nobody is there")
-        return super().make_grid(parts)
+        return super().start(parts)
 
     @override
     def close(self) -> None:
@@ -113,11 +114,10 @@ def test_what_is_not_of_this_process_is_refused_with_its_command(name: str, comm
 
 def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
     found = engine_of(config("engine=ray", "engine.gpus=0.5"))
-    assert isinstance(found, OnRay)
     assert isinstance(found.replica, WeightHistory)
     assert (found.spread, found.share) == (True, 0.5)
     here = engine_of(config("engine=inline"))
-    assert isinstance(here, InProcess)
+    assert type(here.replica) is BaseWeights
     assert (here.spread, here.share) == (False, None)
 
 
