@@ -51,7 +51,7 @@ class FedSb(Drawn):
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
-        rank, own = self.core_rank(layer), now.draw.sketch_seed(f"{layer.name}/B")
+        rank, own = self.parts * layer.rank, now.draw.sketch_seed(f"{layer.name}/B")
         return {
             "B": now.sketch(layer, "B", self.initial, rank=rank, seed=own),
             "R": layer.trained("R", rank=rank),
@@ -61,7 +61,3 @@ class FedSb(Drawn):
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(carried={"R": replies.mean("R")})  # R <- sum_k p_k R_k
-
-    def core_rank(self, layer: Layer) -> int:
-        """Compute the number of rows of the core of one layer."""
-        return layer.rank

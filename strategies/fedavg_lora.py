@@ -56,11 +56,6 @@ class FedAvgLora(Factored):
 
     @property
     @override
-    def lives_on(self) -> bool:
-        return self.resample_every is None
-
-    @property
-    @override
     def traits(self) -> Traits:
         merges = self.resample_every is not None
         return Traits(exact=False, linear=True, merges=merges)

@@ -38,7 +38,7 @@ class FedMomentum(Factored):
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         left, right = replies.product()
         u, s, vt = truncated_product(left, right, left.shape[1])
-        root, r = s.sqrt(), replies.rank
+        root, r = s.sqrt(), layer.rank
         B, A = u * root, root[:, None] * vt
         first = padded_to(B[:, :r], A[:r], r)
         return LayerUpdate(carried=dict(zip("BA", first, strict=True)), merged=(B[:, r:], A[r:]))

@@ -74,8 +74,6 @@ class Ferret(Limited, Walking, group="method"):
 
     @override
     def gone(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:
-        found, parts = list[Walk](), self.blocks(plan)
-        moves = (self.server_lr * mean).split([count for _, count in parts])
-        for (names, _), scalars in zip(parts, moves, strict=True):
-            found.append(replace(walk, names=names, scalars=scalars.clone()))
-        return tuple(found)
+        names, counts = zip(*self.blocks(plan), strict=True)
+        parts = zip(names, (self.server_lr * mean).split([*counts]), strict=True)
+        return tuple(replace(walk, names=n, scalars=part.clone()) for n, part in parts)

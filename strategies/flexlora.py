@@ -25,7 +25,6 @@ from typing_extensions import override
 from fedraclora.lowrank.algebra import balanced_factors
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.shared.factors import Factored
-from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
@@ -37,10 +36,10 @@ class FlexLora(Factored):
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        B, A = balanced_factors(*replies.product(), replies.rank)  # U_r S_r^(1/2), S_r^(1/2) V_r^T
+        B, A = balanced_factors(*replies.product(), layer.rank)  # U_r S_r^(1/2), S_r^(1/2) V_r^T
         return LayerUpdate(carried={"B": B, "A": A})
 
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=False, linear=False, merges=False, ranks=self.initial not in STARTS)
+        return Traits(exact=False, linear=False, merges=False, ranks=not self.begins_carried)

@@ -29,7 +29,6 @@ from typing_extensions import override
 from fedraclora.lowrank.algebra import product_norm
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.shared.factors import Factored
-from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
@@ -56,4 +55,4 @@ class HetLora(Factored):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=False, linear=False, merges=False, ranks=self.initial not in STARTS)
+        return Traits(exact=False, linear=False, merges=False, ranks=not self.begins_carried)

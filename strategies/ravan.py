@@ -28,7 +28,6 @@ from typing_extensions import override
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.strategies.fed_sb import FedSb
-from fedraclora.strategies.shared.layerwise import Layer
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,10 @@ class Ravan(FedSb):
     heads: Count = 2
 
     @override
-    def core_rank(self, layer: Layer) -> int:
-        return self.heads * layer.rank  # the heads are the diagonal blocks of one core
-
-    @override
     def arguments(self, plan: Plan) -> dict[str, float | int]:
         return {"blocks": self.heads}
 
     @property
     @override
     def parts(self) -> int:
-        return self.heads
+        return self.heads  # the diagonal blocks of one core

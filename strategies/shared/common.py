@@ -21,10 +21,8 @@ from fedraclora.tree import Tree
 def dense_slots(state: State) -> dict[str, Factor]:
     """Head, biases and other tensors that the plan trains in full, averaged or kept by clients."""
     plan, shapes = state.plan, state.plan.shapes
-    averaged = {name: to_train(shapes[name], main=False) for name in plan.dense}
-    return averaged | {
-        name: to_train(shapes[name], main=False, upload=False) for name in plan.local
-    }
+    names = (*plan.dense, *plan.local)
+    return {n: to_train(shapes[n], main=False, upload=n not in plan.local) for n in names}
 
 
 def dense_means(state: State, mean: Tree, step: float = 1.0) -> Tree:

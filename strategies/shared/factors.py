@@ -9,6 +9,7 @@ as long as a link lives, or is a factor's first value only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -17,14 +18,21 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, choice_of
+from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, State
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
-from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import Normalise, Sketch, SketchSpec, check_sketch
-from fedraclora.strategies.shared import initials
 from fedraclora.strategies.shared.common import closed
-from fedraclora.strategies.shared.initials import check_start
+from fedraclora.strategies.shared.initials import (
+    STARTS,
+    Probing,
+    begin,
+    begun,
+    bounded,
+    check_start,
+    gradient_factors,
+)
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerMethod, Round
 from fedraclora.tree import Tree
 
@@ -103,7 +111,7 @@ class Drawn(LayerMethod):
 
 
 @dataclass(frozen=True)
-class Factored(Drawn):
+class Factored(Probing, Drawn):
     """Hyperparameters that all of them have, beside those of `LowRankMethod`.
 
     Attributes:
@@ -122,12 +130,12 @@ class Factored(Drawn):
     @property
     def lives_on(self) -> bool:
         """Return whether the factors are never begun anew."""
-        return self.carries
+        return self.carries or self.link_rounds is None
 
     @property
     @override
     def begins_carried(self) -> bool:
-        return self.initial in initials.STARTS
+        return self.initial in STARTS
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -139,10 +147,8 @@ class Factored(Drawn):
 
     @override
     def check_initial(self) -> None:
-        initials.check_start(
-            self.initial, fits=self.lives_on, why="here they begin anew in each link"
-        )
-        if self.initial in initials.STARTS and self.side != "right":
+        check_start(self.initial, fits=self.lives_on, why="here they begin anew in each link")
+        if self.begins_carried and self.side != "right":
             raise ConfigError(
                 f"method.side is {self.side}, which says what is drawn, but method.initial is "
                 f"{self.initial}, with which neither factor is; leave it at right"
@@ -151,49 +157,42 @@ class Factored(Drawn):
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
         found = super().layer_rank(plan, name)
-        return initials.bounded(self.initial, found, plan, name, cap=self.cap)
+        return bounded(self.initial, found, plan, name, cap=self.cap)
 
     @override
     def drawn(self, shape: tuple[int, int]) -> str | None:
-        return None if self.initial in initials.STARTS else super().drawn(shape)
+        return None if self.begins_carried else super().drawn(shape)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         state = super().init(base, plan, draw)
-        if self.initial in initials.STARTS and not self.probes(state):
-            return initials.begin(state, self.initial, *self.ranks_and_scales(plan), draw)
+        if self.begins_carried and not self.probe_rounds:
+            return begin(state, self.initial, *self.ranks_and_scales(plan), draw)
         return state
-
-    # LoRA-GA begins with two exchanges in which clients send gradients.
-
-    def probes(self, state: State) -> bool:
-        """Return whether the next round asks for gradients, from which the factors will begin."""
-        return self.initial == "lora_ga" and not state.memo.sketch
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        if self.probes(state):
-            return initials.first_probe(state.plan, self.ranks_and_scales(state.plan)[0], draw)
         sent = super().open_round(state, round_, cohort, draw)
         return truncated(sent, sent.ranks) if self.truncates and sent.ranks is not None else sent
 
+    # LoRA-GA begins with a probe.
+
+    @property
     @override
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
-        return initials.second_probe(sent, got) if self.probes(state) else None
+    def probe_rounds(self) -> int:
+        return int(self.initial == "lora_ga")
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        if not self.probes(state):
-            return super().close_round(state, sent, got)
-        carried, link = initials.probed(state, sent, got, *self.ranks_and_scales(state.plan))
+    def started(self, state: State, gradients: Mapping[str, Product]) -> State:
+        ranks, scales = self.ranks_and_scales(state.plan)
+        found = {n: gradient_factors(*pair, ranks[n]) for n, pair in gradients.items()}
+        carried, link = begun(state, found, scales)
         return closed(state, link, carried=carried)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        if self.initial != "lora_ga":
+        if not self.probe_rounds or round_ == 1:
             return super().floats(plan, round_)
-        if round_ == 1:
-            return initials.probe_floats(plan, self.ranks_and_scales(plan)[0])
         return replace(self, initial="pissa", rank=self.ranks_and_scales(plan)[0]).floats(plan, 2)
 
 

@@ -55,7 +55,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from typing_extensions import override
@@ -79,7 +79,7 @@ from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
-from fedraclora.strategies.shared import initials, past
+from fedraclora.strategies.shared import past
 from fedraclora.strategies.shared.common import closed
 from fedraclora.strategies.shared.layerwise import Layer, LayerMethod
 from fedraclora.tree import Tree
@@ -215,14 +215,14 @@ def probe_floats(plan: Plan, ranks: Mapping[str, int]) -> tuple[int, int]:
     return up, down
 
 
-def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw, purpose: str = "") -> Downlink:
+def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw, purpose: str) -> Downlink:
     """Ask for ``G_k Omega^T``: the gradient of B = 0 under A = Omega, with the scale 1.
 
     Args:
         plan: Of the run.
         ranks: Vectors wanted of each layer.
         draw: The method's randomness.
-        purpose: Parts Omega from what else is drawn of a layer.
+        purpose: `Probing.purpose`.
     """
     adapters = {}
     for name, rank in ranks.items():
@@ -245,31 +245,71 @@ def second_probe(sent: Downlink, got: Uplinks) -> Downlink | None:
     return Downlink(adapters, recipe="gradient")
 
 
-def probed(
-    state: State,
-    sent: Downlink,
-    got: Uplinks,
-    ranks: Mapping[str, int],
-    scales: Mapping[str, float],
-) -> tuple[Tree, Link]:
-    """Compute LoRA-GA's factors from the replies to `second_probe`, as `begun` does."""
-    mean, found = got.mean(), {}
-    for name, rank in ranks.items():
-        Q = sent.adapters[name].factors["B"].draw()
-        found[name] = gradient_factors(Q, mean[f"{name}/A"].to("cpu"), rank)
-    return begun(state, found, scales)
+@dataclass(frozen=True)
+class Probing(LayerMethod):
+    """A method that may begin with a round that asks for the gradient alone, in two exchanges."""
+
+    purpose: ClassVar[str] = ""
+    """Parts what the probe draws from what else is drawn of a layer."""
+
+    @property
+    def probe_rounds(self) -> int:
+        """Count the rounds that ask for the gradient: 0 or 1."""
+        raise NotImplementedError
+
+    def started(self, state: State, gradients: Mapping[str, Product]) -> State:
+        """Build the state after the probe.
+
+        Args:
+            state: Before it.
+            gradients: Of each weight, as a product [m, q] [q, n] in float64, on the CPU.
+        """
+        raise NotImplementedError
+
+    def probes(self, state: State) -> bool:
+        """Return whether the next round asks for gradients."""
+        begun = state.memo.sketch or state.memo.age or state.carried
+        return bool(self.probe_rounds) and not begun
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        if not self.probes(state):
+            return super().open_round(state, round_, cohort, draw)
+        return first_probe(state.plan, self.ranks_and_scales(state.plan)[0], draw, self.purpose)
+
+    @override
+    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+        return second_probe(sent, got) if self.probes(state) else None
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        if not self.probes(state):
+            return super().close_round(state, sent, got)
+        mean, found = got.mean(), dict[str, Product]()
+        for name, adapter in sent.adapters.items():
+            Q = adapter.factors["B"].draw().to("cpu", torch.float64)
+            found[name] = Q, mean[f"{name}/A"].to("cpu")
+        return self.started(state, found)
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        if self.probe_rounds and round_ == 1:
+            return probe_floats(plan, self.ranks_and_scales(plan)[0])
+        return super().floats(plan, round_)
 
 
 FIRST = ("drawn", "gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientFirst(LayerMethod):
+class GradientFirst(Probing):
     """Hyperparameters of them, beside those of `LowRankMethod`.
 
     Attributes:
         first: Where the frozen factor of the first link comes from: ``drawn``, or ``gradient``.
     """
+
+    purpose = "/probe"
 
     first: Annotated[str, choice_of(FIRST)] = "drawn"
 
@@ -293,43 +333,22 @@ class GradientFirst(LayerMethod):
         raise NotImplementedError
 
     @property
+    @override
     def probe_rounds(self) -> int:
-        """Count the rounds before the first link."""
         return int(self.first == "gradient")
 
-    def probes(self, state: State) -> bool:
-        """Return whether the next round asks for gradients."""
-        begun = state.memo.sketch or state.memo.age or state.carried
-        return self.first == "gradient" and not begun
-
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        if not self.probes(state):
-            return super().open_round(state, round_, cohort, draw)
-        ranks, _ = self.ranks_and_scales(state.plan)
-        return initials.first_probe(state.plan, ranks, draw, purpose="/probe")
-
-    @override
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
-        return initials.second_probe(sent, got) if self.probes(state) else None
-
-    @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        if not self.probes(state):
-            return super().close_round(state, sent, got)
-        mean, carried = got.mean(), Tree()
+    def started(self, state: State, gradients: Mapping[str, Product]) -> State:
+        carried: Tree = {}
         for layer in self.layers_of(state):
-            Q = sent.adapters[layer.name].factors["B"].draw().to("cpu", torch.float64)
-            found = self.first_factor(layer, (Q, mean[f"{layer.name}/A"].to("cpu")))
+            found = self.first_factor(layer, gradients[layer.name])
             carried |= {f"{layer.name}/{k}": t.to(layer.dtype) for k, t in found.items()}
         return replace(closed(state, Link(), carried=carried), memo=state.memo)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        if not self.probe_rounds:
+        if not self.probe_rounds or round_ == 1:
             return super().floats(plan, round_)
-        if round_ == 1:
-            return initials.probe_floats(plan, self.ranks_and_scales(plan)[0])
         drawn = replace(self, first="drawn")
         up, down = LayerMethod.floats(drawn, plan, round_ - 1)
         if self.link_rounds is None or round_ - 1 <= self.link_rounds:

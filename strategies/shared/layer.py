@@ -309,11 +309,6 @@ class Replies:
         return self.mean("B"), self.mean("A")
 
     @property
-    def rank(self) -> int:
-        """Components of the adapter."""
-        return self.B.shape[2]
-
-    @property
     def p(self) -> torch.Tensor:
         """Aggregation weights with sum 1, [K]."""
         got, came = self.all.got, next(iter(self.all.stack.values()))

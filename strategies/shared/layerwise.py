@@ -208,15 +208,13 @@ class LayerMethod(LowRankMethod):
         ranks = {name: self.rank_of(plan, name) for name in plan.targets}
         return ranks, {name: self.scale_of(rank) for name, rank in ranks.items()}
 
-    def layers_of(self, state: State, plan: Plan | None = None) -> Iterator[Layer]:
-        """Yield the adapted matrices of a state, or of a part of its plan."""
-        plan = state.plan if plan is None else plan
-        for name in plan.targets:
-            yield self.layer(state, plan, name)
+    def layers_of(self, state: State) -> Iterator[Layer]:
+        """Yield the adapted matrices of a state."""
+        return (self.layer(state, name) for name in state.plan.targets)
 
-    def layer(self, state: State, plan: Plan, name: str) -> Layer:
+    def layer(self, state: State, name: str) -> Layer:
         """Return one adapted matrix as the method sees it."""
-        keys = {label: f"{name}/{label}" for label in LABELS}
+        plan, keys = state.plan, {label: f"{name}/{label}" for label in LABELS}
         rank = self.rank_of(plan, name)
         return Layer(
             name=name,
@@ -240,7 +238,7 @@ class LayerMethod(LowRankMethod):
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         now, plan = Round(round_, draw), self.subset(state.plan, round_)
         return Downlink(
-            {layer.name: self.adapter(layer, now) for layer in self.layers_of(state, plan)},
+            {name: self.adapter(self.layer(state, name), now) for name in plan.targets},
             dense_slots(state),
             recipe=self.recipe,
             arguments=self.arguments(plan),
@@ -251,7 +249,10 @@ class LayerMethod(LowRankMethod):
     def adapter(self, layer: Layer, now: Round) -> Adapter:
         """Return the factors of one matrix in the order of their product."""
         found = self.factors(layer, now)
-        adapter = Adapter.of({k: found[k] for k in sorted(found, key=_place)}, layer.scale)
+        adapter = Adapter.of(
+            {k: found[k] for k in sorted(found, key=lambda label: LABELS.index(known(label)))},
+            layer.scale,
+        )
         stays = [label for label, asked in adapter.factors.items() if not asked.upload]
         if stays and not self.client_state:
             raise ConfigError(
@@ -268,7 +269,7 @@ class LayerMethod(LowRankMethod):
         carried: Tree = {}
         terms: dict[str, Term] = {}
         for name, adapter in sent.adapters.items():
-            layer = self.layer(state, state.plan, name)
+            layer = self.layer(state, name)
             replies = Replies(came, name)
             update = sound_update(self.update(layer, replies), layer, type(self).__name__)
             if error is not None:
@@ -350,11 +351,6 @@ class LayerMethod(LowRankMethod):
 
 # For a round of which only the size is asked.
 NOBODY = Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
-
-
-def _place(label: str) -> int:
-    """Give the place of a factor in the product."""
-    return LABELS.index(known(label))
 
 
 def _kept(update: LayerUpdate, layer: Layer) -> int | None:

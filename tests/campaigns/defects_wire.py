@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedraclora.protocol.factor import weight_of
-from fedraclora.protocol.method import Downlink, Link, Plan, State, Term
+from fedraclora.protocol.method import Downlink, Link, State, Term
 from fedraclora.protocol.pool import added
 from fedraclora.protocol.quantised import encode
 from fedraclora.protocol.uplinks import Uplinks
@@ -179,8 +179,8 @@ def basis_of_what_was_not_sent(planting: Planting) -> None:
                 means[name] = term.kept
         return after
 
-    def layer(self: SubspaceRacLora, state: State, plan: Plan, name: str) -> Layer:
-        found = LayerMethod.layer(self, state, plan, name)
+    def layer(self: SubspaceRacLora, state: State, name: str) -> Layer:
+        found = LayerMethod.layer(self, state, name)
         return found if found.past is None else replace(found, past=means[name])
 
     planting.put(SubspaceRacLora, "close_round", close_round)

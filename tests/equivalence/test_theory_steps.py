@@ -97,7 +97,7 @@ def sketch(strategy: FedStrategy, name: str, round_: int = 1) -> torch.Tensor:
     method, state = strategy.method, strategy.state
     assert isinstance(method, FedRacLora)
     before = replace(state, memo=Memo(sketch=round_ - 1))
-    layer = method.layer(before, state.plan, name)
+    layer = method.layer(before, name)
     drawn, _ = method.sides(layer.shape)
     spec = method.factors(layer, Round(round_, Draw(SEED)))[drawn]
     return Factor.of(spec).draw()
