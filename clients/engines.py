@@ -26,20 +26,12 @@ if TYPE_CHECKING:  # Ray is imported where it is started
     from fedraclora.engines.ray import WorkerSite
 
 
-Arrange = Callable[[list[tuple[Ask, Answer | NoAnswer]]], Came]
-
-
 class InProcessGrid(Grid):
     """Asks clients of this process, one chunk after another.
 
     Args:
         worker: Trains them.
-
-    Attributes:
-        arrange: Changes what comes, and its order (tests do); None: it is that of the asks.
     """
-
-    arrange: Arrange | None = None
 
     def __init__(self, worker: Worker) -> None:
         super().__init__()
@@ -48,8 +40,7 @@ class InProcessGrid(Grid):
     @override
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
         # The time is not heeded: a client that hangs in this process hangs the process.
-        came = ((ask, self._one(ask)) for ask in asks)  # each is read before the next is asked for
-        return came if self.arrange is None else self.arrange([*came])
+        return ((ask, self._one(ask)) for ask in asks)  # each is read before the next is asked for
 
     def _one(self, ask: Ask) -> Answer | NoAnswer:
         try:

@@ -30,6 +30,7 @@ from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.privacy.secret import KEY_BYTES
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.tree import Tree
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import StoredReplica, read_stored_replica
 from fedraclora.wire.downlink import AskReader
@@ -123,10 +124,11 @@ class Desk:
         # New for every answer that is computed: nothing that anybody could ask for draws it again.
         self.worker.trainer.answer_key = os.urandom(KEY_BYTES)
         folders = {client: self.folder / str(client) for client in ask.clients}
-        rounds = generations(self.settings)
-        self.worker.store = store = ClientStore(rounds)
+        # A server that is restored goes back to its last checkpoint.
+        store = ClientStore(int(self.settings["output"]["checkpoint_every"]) + 1)
+        self.worker.store = store
         for folder in folders.values():
-            store.absorb(read_store(folder, rounds).since(0))
+            store.absorb(read_store(folder))
         answer = self.worker.train(ask)
         for client, folder in folders.items():
             if stored := store.since(0, client):
@@ -158,26 +160,18 @@ def store_file(folder: Path) -> Path:
     return folder / "kept.safetensors"
 
 
-def generations(settings: dict[str, Any]) -> int:
-    """How many rounds to keep: a server that is restored goes back to its last checkpoint."""
-    return int(settings["output"]["checkpoint_every"]) + 1
-
-
-def read_store(folder: Path, rounds: int) -> ClientStore:
+def read_store(folder: Path) -> Tree:
     """Read what stays at a client; nothing where it has trained nothing so far.
 
     Args:
         folder: Of the client.
-        rounds: How many of them to keep.
 
     Raises:
         CheckpointError: If the file is damaged: what is in it is nowhere else.
     """
-    store, path = ClientStore(rounds), store_file(folder)
-    if path.is_file():
-        tensors, _ = load_tensors(path, f"restore it, or remove it and begin anew: {path}")
-        store.restore(tensors)
-    return store
+    if not (path := store_file(folder)).is_file():
+        return {}
+    return load_tensors(path, f"restore it, or remove it and begin anew: {path}")[0]
 
 
 @lru_cache(maxsize=KEPT)

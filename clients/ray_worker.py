@@ -29,25 +29,6 @@ class SiteParts:
     lent: Mapping[str, Any] = field(default_factory=dict)  # objects of the program, by name
 
 
-class Site:
-    """Trains clients on a replica that follows the server's."""
-
-    def __init__(self, parts: SiteParts) -> None:
-        for name, thing in parts.lent.items():
-            lend(thing, name)
-        fix_bits(parts.config.engine.threads, parts.built.device)
-        self.replica = Replica(parts.plan, parts.built.device)
-        base = weights_of(parts.built.task.model)  # the server's, if it begins with them
-        self.replica.take(base, 0, fingerprint(base))
-        trainer = trainer_of(parts.config, parts.built, parts.plan)
-        terms = terms_of(parts.config, parts.built)
-        self.clerk = Clerk(Worker(trainer, self.replica, terms=terms))
-
-    def train(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
-        """Answer a message; see `Clerk`."""
-        return self.clerk.answer(content, stored)
-
-
 class Clerk:
     """Answers the messages of clients whose own tensors come with them.
 
@@ -58,7 +39,7 @@ class Clerk:
     def __init__(self, worker: Worker) -> None:
         self.worker, self._reader = worker, AskReader()
 
-    def answer(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
+    def train(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
         """Answer a message.
 
         Args:
@@ -73,3 +54,17 @@ class Clerk:
         ask = self._reader.read(content)
         reply = write_answer(self.worker.train(ask))
         return reply, store.since(ask.request.round_)
+
+
+class Site(Clerk):
+    """Trains clients on a replica that follows the server's."""
+
+    def __init__(self, parts: SiteParts) -> None:
+        for name, thing in parts.lent.items():
+            lend(thing, name)
+        fix_bits(parts.config.engine.threads, parts.built.device)
+        self.replica = Replica(parts.plan, parts.built.device)
+        base = weights_of(parts.built.task.model)  # the server's, if it begins with them
+        self.replica.take(base, 0, fingerprint(base))
+        trainer = trainer_of(parts.config, parts.built, parts.plan)
+        super().__init__(Worker(trainer, self.replica, terms=terms_of(parts.config, parts.built)))

@@ -61,7 +61,7 @@ def trained(content: RecordDict, context: Context) -> RecordDict:
         least = PART if len(clients_of(from_records(content))) > 1 else APART
         return folded(node.answer(context, str(job["run"]), content), least)
     asked = from_records(content)
-    reply, stored = clerk_of(str(job["folder"])).answer(asked, read_tree(asked, "kept"))
+    reply, stored = clerk_of(str(job["folder"])).train(asked, read_tree(asked, "kept"))
     return to_records({**reply, "kept": tree_record(stored)})
 
 

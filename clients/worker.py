@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.protocol.rank_budgets import uploaded_mask
-from fedraclora.protocol.uplinks import SUM_BLOCK, Refusal, block_sums, check_rows
+from fedraclora.protocol.uplinks import SUM_BLOCK, block_sums, check_rows
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult, join_results
@@ -46,8 +45,9 @@ class Job:
     """What clients are asked to train, and how far that has come.
 
     Attributes:
-        downlink, request: What is asked.
+        request: What is asked.
         base: The weights that they start from.
+        downlink: What they train, from what they hold.
         moments: With which their optimisers begin, [K, ...] by name.
         residues: What rounding left of what they sent last, [K, ...] by name; none is kept: {}.
         hidden: Whether what they send is rounded and masked, and only then known to be sent.
@@ -57,9 +57,9 @@ class Job:
         coded: Their rows in fewer bits; None where these are sent as they are.
     """
 
-    downlink: Downlink
     request: TrainRequest
     base: Tree
+    downlink: Downlink
     moments: Tree
     residues: Tree
     hidden: bool
@@ -133,7 +133,7 @@ class Worker:
                 f"a message asks clients to {'train' if ask.request.measure is None else 'measure'}"
                 ", under masks that they agreed on for the other"
             )
-        downlink, request = ask.own, ask.request
+        request = ask.request
         base = self.replica.at(request.version, request.round_)
         if request.measure is not None:
             answer = self.measurer.answer(ask, base, self.store)
@@ -141,13 +141,10 @@ class Worker:
                 return answer
             vectors, told = self.measurer.vectors(request, answer)
             return masked_vectors(request, stage, self.store, vectors, {}, told=told)
-        downlink = downlink.beside(base)
         self.trainer.recall = self.store.recall
-        held = restore(self.store, downlink, request, base, self.trainer.local)
-        downlink, moments, residues = held
-        coded = Coded() if request.uplink in ROUNDED else None
-        hidden = stage is not None
-        job = Job(downlink, request, base, moments, residues, hidden=hidden, coded=coded)
+        held = restore(self.store, ask.own.beside(base), request, base, self.trainer.local)
+        job = Job(request, base, *held, hidden=stage is not None)
+        job.coded = Coded() if request.uplink in ROUNDED else None
         waiting = [list(range(len(request.clients)))]
         while waiting:
             places = waiting.pop()
@@ -264,11 +261,10 @@ class Worker:
     def _reply(job: Job) -> Answer:
         downlink, request = job.downlink, job.request
         places = torch.tensor(job.places, dtype=torch.int64)
-        whole = len(places) == len(request.clients)  # parts are tried in order
         return answer_of(
             join_results(job.results),
             request,
-            request.clients if whole else request.clients[places],
+            request.clients[places],
             downlink.layout,
             job.failures,
             job.notes,
@@ -307,13 +303,23 @@ def answer_of(
             {n: torch.empty(0, *s) for n, s in layout.shapes}, none.double(), none, none
         )
     trained = {n: result.trained[n] for n, _ in layout.shapes}
-    refused: list[Refusal] = []
-    vectors: dict[str, Any] = {"clients": clients, "losses": result.losses}
-    vectors |= {"samples": result.samples, "steps": result.steps}
-    if coded is not None:
-        vectors["rounding"] = torch.tensor(coded.errors, dtype=torch.float64)
+    answer = Answer(
+        request.round_,
+        request.version,
+        request.first,
+        clients,
+        result.losses,
+        result.samples,
+        result.steps,
+        pieces=(),
+        reduced=request.reduce is not None,
+        metrics=result.metrics,
+        failures={client: printable(reason) for client, reason in failures.items()},
+        notes=[printable(note) for note in notes],
+        rounding=None if coded is None else torch.tensor(coded.errors, dtype=torch.float64),
+        layout=layout,
+    )
     pieces: tuple[torch.Tensor, ...]
-    told = result.metrics
     if request.reduce is not None:
         numbers = layout.pack(trained, lead=1)
         weights = client_weights(request.reduce, result.samples)
@@ -321,10 +327,9 @@ def answer_of(
         if refused:
             kept = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
             numbers, weights = numbers[kept.to(numbers.device)], weights[kept]
-            vectors = {name: vector[kept] for name, vector in vectors.items()}
-            told = {name: metric[kept] for name, metric in told.items()}
+            answer = replace(answer.select(kept), refused=refused)
         whole = len(numbers) == len(request.clients)
-        places = None if whole else torch.searchsorted(request.clients, vectors["clients"])
+        places = None if whole else torch.searchsorted(request.clients, answer.clients)
         sums = block_sums(numbers, weights, places)
         missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
         pieces = (F.pad(sums, (0, 0, 0, missing)) if missing else sums,)
@@ -332,26 +337,14 @@ def answer_of(
         codes = coded.codes
         if request.coding != NONE:
             codes = compressed(codes)
-            vectors["sizes"] = torch.tensor([len(code) for code in codes], dtype=torch.int64)
+            answer = replace(answer, sizes=torch.tensor([*map(len, codes)], dtype=torch.int64))
         pieces = (torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]),)
     elif mask is not None:
         numbers = layout.pack(trained, lead=1)
         pieces = (numbers[mask.to(numbers.device)],)
     else:
         pieces = layout.pieces(trained)
-    return Answer(
-        request.round_,
-        request.version,
-        request.first,
-        **vectors,
-        pieces=tuple(piece.detach().cpu() for piece in pieces),
-        reduced=request.reduce is not None,
-        metrics=told,
-        failures={client: printable(reason) for client, reason in failures.items()},
-        refused=refused,
-        notes=[printable(note) for note in notes],
-        layout=layout,
-    )
+    return replace(answer, pieces=tuple(piece.detach().cpu() for piece in pieces))
 
 
 def leaving(local: LocalConfig, result: LocalResult) -> LocalResult:

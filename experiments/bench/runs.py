@@ -34,7 +34,6 @@ from fedraclora.training.own.trainer import OwnTrainer, Train
 from fedraclora.training.precision import FLOAT32
 from fedraclora.tree import Tree, weights_of
 from fedraclora.weights.replica import Replica
-from fedraclora.wire.records import Content
 
 ENDLESS = 1 << 30
 RAY_WORKERS = 5  # of all Ray rows of a workload, which are there at the same time
@@ -85,7 +84,7 @@ def lapped(work: Callable[[], None]) -> Callable[[Laps], None]:
     return round_
 
 
-class BenchSite:
+class BenchSite(Clerk):
     """What a Ray worker holds between rounds.
 
     Args:
@@ -98,12 +97,8 @@ class BenchSite:
         fix_bits(1, device)
         trainer = make_trainer()
         self.replica = Replica(trainer.plan, device)
-        self.clerk = Clerk(Worker(trainer, self.replica))
+        super().__init__(Worker(trainer, self.replica))
         (crew / f"{os.getpid()}.pid").touch()
-
-    def train(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
-        """Answer a message; these clients keep nothing."""
-        return self.clerk.answer(content, stored)
 
 
 def trainer_maker(

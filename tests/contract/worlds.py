@@ -25,7 +25,7 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext, Aggregator, mean
 from fedraclora.attacks import Attack
 from fedraclora.binding import row_of
-from fedraclora.clients.engines import Arrange, InProcessGrid, in_process
+from fedraclora.clients.engines import InProcessGrid, in_process
 from fedraclora.clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, Task
@@ -68,6 +68,7 @@ from fedraclora.wire.exchange import Answer, Ask
 from fedraclora.wire.records import Content
 from fedraclora.wire.reply import read_answer, write_answer
 from fedraclora.wire.weight_update import add_weight_update, read_weight_update
+from tests.common import Arrange, arranged
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
@@ -688,7 +689,8 @@ def run(
         kind=kind,
     )
     assert isinstance(wired.grid, InProcessGrid)
-    worker = RecordingWorker(trainer, engine.replica, parts.store, terms)
-    wired.grid.worker, wired.grid.arrange = worker, arrange
+    wired.grid.worker = worker = RecordingWorker(trainer, engine.replica, parts.store, terms)
+    if arrange is not None:
+        arranged(wired.grid, arrange)
     wired.start()
     return Run(wired.strategy, worker)

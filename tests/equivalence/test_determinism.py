@@ -30,7 +30,7 @@ from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extra import LocalResult
 from fedraclora.tree import Tree, digest
-from tests.common import assemble
+from tests.common import arranged, assemble
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ROUNDS, CLIENTS, COHORT = 6, 9, 5
@@ -205,7 +205,7 @@ def test_the_order_of_replies_changes_no_bit(
         return [replies[i] for i in orders[0]]
 
     run = prepared(configs[name])
-    run.grid.arrange = shuffle
+    arranged(run.grid, shuffle)
     run.strategy.run(run.grid)
     assert_same(run, whole(name))
 

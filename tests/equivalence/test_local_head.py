@@ -20,7 +20,7 @@ from fedraclora.experiments.pages import aliases
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
 from fedraclora.tree import digest
-from tests.common import assemble
+from tests.common import arranged, assemble
 
 JOB = [
     "data=digits",
@@ -102,7 +102,7 @@ def test_a_failed_round_does_not_move_a_head() -> None:
     def lose(messages: list[Any]) -> list[Any]:
         return []
 
-    run.grid.arrange = lose
+    arranged(run.grid, lose)
     with pytest.raises(ClientError, match="no client replied"):
         run.strategy.run(run.grid, last=3)
     after = store.read(clients, 3, default)
