@@ -26,7 +26,7 @@ from fedraclora.lowrank.dora import magnitudes
 from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.factor import Factor
-from fedraclora.protocol.method import Cohort, Downlink, Method, State
+from fedraclora.protocol.method import Cohort, Downlink, Method, State, Traits
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES, Recipe
 from fedraclora.protocol.uplinks import Uplinks
@@ -47,23 +47,31 @@ UNCHOSEN = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Setup:
+@dataclass(frozen=True, kw_only=True)
+class Setup(RunContext):
     """A run, and what is asked in one of its rounds.
 
     Attributes:
         steps: What happens to a round besides.
-        run: The run.
         sent: What is asked.
     """
 
     steps: Sequence[RoundStep]
-    run: RunContext
     sent: Downlink
 
     def __getitem__(self, key: str) -> Any:
         """Give what a key of the config says of its step."""
         return next((step.settings for step in self.steps if step.key == key), UNCHOSEN[key])
+
+    @property
+    def traits(self) -> Traits:
+        """What the method promises."""
+        return self.method.traits
+
+    @property
+    def inner(self) -> Method:
+        """The method, without what is put around it."""
+        return innermost(self.method)
 
     @property
     def recipe(self) -> Recipe:
@@ -131,7 +139,7 @@ def _part_of_weights(setup: Setup) -> str:
     That is a product, or a tensor trained in full with a start of its own, which is not zero before
     anything was trained.
     """
-    initial = getattr(innermost(setup.run.method), "initial", None)
+    initial = getattr(setup.inner, "initial", None)
     if initial in STARTS:  # of which one begins with a probe
         return f"method.initial is {initial}"
     for name, adapter in setup.sent.adapters.items():
@@ -148,7 +156,7 @@ def _begun(factor: Factor) -> bool:
 
 def _method(method: Method) -> str:
     """Name a method as a config does: ours that are not linear have the name of their module."""
-    kind = type(innermost(method))
+    kind = type(method)
     package, _, module = kind.__module__.rpartition(".")
     ours = package == "fedraclora.strategies"
     return f"method={module if ours else f'{kind.__module__}:{kind.__qualname__}'}"
@@ -156,8 +164,8 @@ def _method(method: Method) -> str:
 
 # What a run may have, by name: whether it has it, or the value that it has; empty: it has not.
 FEATURES: dict[str, Callable[[Setup], bool | str]] = {
-    "engine=deploy": lambda s: s.run.loop.guarded,
-    "local=own": lambda s: s.run.local.is_own,
+    "engine=deploy": lambda s: s.loop.guarded,
+    "local=own": lambda s: s.local.is_own,
     "an attack": lambda s: s["attack"].share > 0 and f"attack={s['attack'].name}",
     "an attack whose clients collude": lambda s: (
         s["attack"].colludes and f"attack={s['attack'].name}"
@@ -176,65 +184,61 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     ),
     "privacy=client_level": lambda s: s["privacy"] is not None,
     "privacy.quantile": lambda s: getattr(s["privacy"], "quantile", None) is not None,
-    "local.dp": lambda s: s.run.local.extra_of(SampleLevel) is not None,
+    "local.dp": lambda s: s.local.extra_of(SampleLevel) is not None,
     "secure=secagg": lambda s: s.max_weight > 0,
     "wire.uplink in fewer bits": lambda s: (
-        s.run.loop.uplink != FULL and f"wire.uplink is {s.run.loop.uplink}"
+        s.loop.uplink != FULL and f"wire.uplink is {s.loop.uplink}"
     ),
-    "wire.feedback=true": lambda s: s.run.loop.feedback,
+    "wire.feedback=true": lambda s: s.loop.feedback,
     "wire.downlink in fewer bits": lambda s: (
-        s.run.loop.downlink != FULL and f"wire.downlink is {s.run.loop.downlink}"
+        s.loop.downlink != FULL and f"wire.downlink is {s.loop.downlink}"
     ),
-    "local.moments=rows": lambda s: s.run.local.moments == "rows",
+    "local.moments=rows": lambda s: s.local.moments == "rows",
     "secure.max_weight=1": lambda s: s.max_weight == 1,
     "secure.max_weight above 1": lambda s: (
         s.max_weight > 1 and f"secure.max_weight is {s.max_weight}"
     ),
-    "weights=uniform": lambda s: s.run.loop.weights == "uniform",
-    "weights=examples": lambda s: s.run.loop.weights == "examples",
+    "weights=uniform": lambda s: s.loop.weights == "uniform",
+    "weights=examples": lambda s: s.loop.weights == "examples",
     "a cohort of two or less": lambda s: (
-        s.run.loop.cohort < LEAST_CLIENTS and f"cohort is {s.run.loop.cohort}"
+        s.loop.cohort < LEAST_CLIENTS and f"cohort is {s.loop.cohort}"
     ),
     "control_variates=true": lambda s: s["control_variates"],
     "server_optimiser.space=weights": lambda s: s.server_space == "weights",
     "server_optimiser.space=factors": lambda s: s.server_space == "factors",
     "server_optimiser.space=weights beside links that end": lambda s: (
         s.server_space == "weights"
-        and s.run.method.traits.merges
-        and getattr(innermost(s.run.method), "link_rounds", None) is not None
+        and s.traits.merges
+        and getattr(s.inner, "link_rounds", None) is not None
     ),
     "an adaptive server_optimiser with space=factors": lambda s: (
         s.server_space == "factors" and s["server_optimiser"].adapts
     ),
-    "system": lambda s: s.run.devices.system.enabled,
-    "devices that take time": lambda s: s.run.devices.system.timed,
-    "system.buffer": lambda s: s.run.devices.system.buffer is not None,
-    "local moments that live on": lambda s: _moments(s.run.local),
+    "system": lambda s: s.devices.system.enabled,
+    "devices that take time": lambda s: s.devices.system.timed,
+    "system.buffer": lambda s: s.devices.system.buffer is not None,
+    "local moments that live on": lambda s: _moments(s.local),
     "local.weight_decay": lambda s: (
-        s.run.local.weight_decay > 0 and f"local.weight_decay is {s.run.local.weight_decay}"
+        s.local.weight_decay > 0 and f"local.weight_decay is {s.local.weight_decay}"
     ),
-    "local.prox": lambda s: (found := s.run.local.extra_of(Prox)) is not None and found.setting,
-    "local epochs in the place of steps": lambda s: not s.run.local.steps,
-    "local steps that are not plain SGD": lambda s: _beside_plain_sgd(s.run.local),
+    "local.prox": lambda s: (found := s.local.extra_of(Prox)) is not None and found.setting,
+    "local epochs in the place of steps": lambda s: not s.local.steps,
+    "local steps that are not plain SGD": lambda s: _beside_plain_sgd(s.local),
     "a method whose links last one round": lambda s: (
-        not s.run.method.traits.pools and getattr(s.run.method, "link_rounds", None) == 1
+        not s.traits.pools and getattr(s.method, "link_rounds", None) == 1
     ),
     "a method whose links last several rounds": lambda s: (
-        s.run.method.traits.merges
-        and not s.run.method.traits.pools
-        and (getattr(innermost(s.run.method), "link_rounds", None) or 1) > 1
+        s.traits.merges and not s.traits.pools and (getattr(s.inner, "link_rounds", None) or 1) > 1
     ),
     "dora=true": lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)),
-    "method.blocks=cover": lambda s: (
-        getattr(innermost(s.run.method), "blocks", "") == "cover" and s.run.method.traits.merges
-    ),
+    "method.blocks=cover": lambda s: getattr(s.inner, "blocks", "") == "cover" and s.traits.merges,
     "factors or lengths that hold a part of the weights": _part_of_weights,
-    "an allocation of ranks": lambda s: isinstance(s.run.method, Allocated | Pruned),
+    "an allocation of ranks": lambda s: isinstance(s.method, Allocated | Pruned),
     "a method that needs each client's own update": lambda s: (
-        not s.run.method.traits.linear and _method(s.run.method)
+        not s.traits.linear and _method(s.inner)
     ),
-    "a method of which a part stays at each client": lambda s: s.run.method.client_state,
-    "a method that trains other tensors from round to round": lambda s: s.run.method.traits.varies,
+    "a method of which a part stays at each client": lambda s: s.method.client_state,
+    "a method that trains other tensors from round to round": lambda s: s.traits.varies,
     "a method some of whose numbers are never trained": lambda s: s.recipe.fixes,
     "a method that trains a share of the entries of full weights": lambda s: (
         s.recipe.fixes and not s.sent.adapters
@@ -244,23 +248,20 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
         s.recipe.steps and not row_slots(s.sent, {})
     ),
     "a method whose factors begin anew with each link": lambda s: (
-        s.run.method.traits.merges
+        s.traits.merges
         and next((n for n, a in s.sent.adapters.items() if held_beside(a) is None), "")
     ),
     "a method whose factors stand beside others in each link": lambda s: (
-        (s.run.method.traits.merges or s.run.method.traits.pools)
-        and next(iter(s.sent.adapters), "")
+        (s.traits.merges or s.traits.pools) and next(iter(s.sent.adapters), "")
     ),
     "a method whose clients send numbers along drawn directions": lambda s: (
         s.recipe.walks and f"the recipe {s.sent.recipe}"
     ),
     "a method whose clients train by differences of losses": lambda s: s.recipe.forwards,
     "momentum that is kept over rounds": lambda s: bool(s.sent.walk and s.sent.walk.momentum),
-    "local.momentum": lambda s: s.run.local.momentum > 0,
-    "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
-    "a method whose next link begins with what the last left": lambda s: _goes_on(
-        innermost(s.run.method)
-    ),
+    "local.momentum": lambda s: s.local.momentum > 0,
+    "a method with a pool of sketches": lambda s: s.traits.pools,
+    "a method whose next link begins with what the last left": lambda s: _goes_on(s.inner),
     # These three a step finds when it computes.
     "a method whose trained factors begin anew": lambda _: False,
     "a method whose frozen factors have changed": lambda _: False,
@@ -281,48 +282,6 @@ IN_ROUNDS: dict[str, Callable[[Setup], bool | str]] = {
 FEATURES |= IN_ROUNDS
 
 
-@dataclass(frozen=True)
-class Conflict:
-    """Two things that do not go together.
-
-    Attributes:
-        what, beside: Their names, keys of `FEATURES`.
-        why: The reason.
-    """
-
-    what: str
-    beside: str
-    why: str
-
-    @property
-    def in_rounds(self) -> bool:
-        """Return whether it may come up in any round."""
-        return self.what in IN_ROUNDS or self.beside in IN_ROUNDS
-
-    @property
-    def instead(self) -> str:
-        """What to take: something else than the one, or than the other."""
-        return f"{instead_of(self.beside)}, or {instead_of(self.what)}"
-
-    def check(self, setup: Setup) -> None:
-        """Reject a run that has both.
-
-        Raises:
-            ConfigError: Saying why, and what to take.
-        """
-        one, other = FEATURES[self.what], FEATURES[self.beside]
-        if (what := one(setup)) and (beside := other(setup)):
-            raise self.error(what, beside)
-
-    def error(self, *found: bool | str) -> ConfigError:
-        """Build the error; ``found`` are the values that were met, where there are several."""
-        met = ", ".join(value for value in found if isinstance(value, str))
-        return ConfigError(
-            f"{self.what} does not go with {self.beside}{met and f' ({met})'}: {self.why}; "
-            f"take {self.instead}"
-        )
-
-
 # Names that steps use which come upon one of them.
 TWICE, ROW_MOMENTS = "a method that asks twice in a round", "local.moments=rows"
 SECURE, PRIVATE, VARIATES = "secure=secagg", "privacy=client_level", "control_variates=true"
@@ -331,10 +290,8 @@ ADAPTIVE = "an adaptive server_optimiser with space=factors"
 TABLE = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
 WHY: dict[str, dict[str, str]] = yaml.safe_load(TABLE)
 INSTEAD = WHY.pop("instead")
-CONFLICTS = tuple(
-    Conflict(what, beside, why) for what, row in WHY.items() for beside, why in row.items()
-)
-IN_EACH_ROUND = tuple(row for row in CONFLICTS if row.in_rounds)
+CONFLICTS = tuple((what, beside) for what, row in WHY.items() for beside in row)
+IN_EACH_ROUND = tuple(pair for pair in CONFLICTS if {*pair} & IN_ROUNDS.keys())
 
 
 def instead_of(name: str) -> str:
@@ -342,9 +299,16 @@ def instead_of(name: str) -> str:
     return INSTEAD.get(name, "another method")
 
 
-def refused(what: str, beside: str, found: bool | str = True) -> ConfigError:
-    """Build the error of a pair that a step has come upon; ``found`` names the value."""
-    return Conflict(what, beside, WHY[what][beside]).error(found)
+def refused(what: str, beside: str, *found: bool | str) -> ConfigError:
+    """Build the error of a pair; ``found`` are the values that were met, where there are several.
+
+    It says why, and what to take: something else than the one, or than the other.
+    """
+    met = ", ".join(value for value in found if isinstance(value, str))
+    return ConfigError(
+        f"{what} does not go with {beside}{met and f' ({met})'}: {WHY[what][beside]}; "
+        f"take {instead_of(beside)}, or {instead_of(what)}"
+    )
 
 
 class Fits(RoundStep):
@@ -364,8 +328,7 @@ class Fits(RoundStep):
         ranks = torch.ones(2, dtype=torch.int64) if budgets else None
         some = Cohort(torch.arange(2), torch.ones(2), ranks)
         sent = self.run.method.open_round(state, 1, some, self.run.draw)
-        self._check(CONFLICTS, sent)
-        setup = Setup(self.steps, self.run, sent)
+        setup = self._check(CONFLICTS, sent)
         for step in self.steps:
             for beside, why in step.avoids.items():
                 if beside not in FEATURES:
@@ -388,7 +351,9 @@ class Fits(RoundStep):
             self._check(IN_EACH_ROUND, context.sent)
         return got
 
-    def _check(self, rows: Iterable[Conflict], sent: Downlink) -> None:
-        setup = Setup(self.steps, self.run, sent)
-        for row in rows:
-            row.check(setup)
+    def _check(self, pairs: Iterable[tuple[str, str]], sent: Downlink) -> Setup:
+        setup = Setup(**vars(self.run), steps=self.steps, sent=sent)
+        for what, beside in pairs:
+            if (one := FEATURES[what](setup)) and (other := FEATURES[beside](setup)):
+                raise refused(what, beside, one, other)
+        return setup

@@ -27,7 +27,7 @@ from fedraclora.strategies.steps.conflicts import (
     CONFLICTS,
     FEATURES,
     INSTEAD,
-    Conflict,
+    WHY,
     instead_of,
     refused,
 )
@@ -131,19 +131,22 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
 
 
 def test_every_feature_has_a_row_and_every_row_its_features() -> None:
-    used = {name for row in CONFLICTS for name in (row.what, row.beside)}
+    used = {name for pair in CONFLICTS for name in pair}
     assert used == {*FEATURES}
     assert {*INSTEAD} <= {*FEATURES}
-    pairs = [frozenset((row.what, row.beside)) for row in CONFLICTS]
+    pairs = [frozenset(pair) for pair in CONFLICTS]
     assert len(pairs) == len(set(pairs)), "a pair stands in the table twice"
 
 
-@pytest.mark.parametrize("row", CONFLICTS, ids=lambda row: f"{row.what} x {row.beside}")
-def test_an_error_names_both_and_both_ways_out(row: Conflict) -> None:
-    told = str(refused(row.what, row.beside, "it is 7"))
-    assert told.startswith(f"{row.what} does not go with {row.beside} (it is 7): {row.why}; take ")
-    assert instead_of(row.what) in told
-    assert instead_of(row.beside) in told
+@pytest.mark.parametrize("pair", CONFLICTS, ids=" x ".join)
+def test_an_error_names_both_and_both_ways_out(pair: tuple[str, str]) -> None:
+    what, beside = pair
+    told = str(refused(what, beside, "it is 7"))
+    assert told.startswith(
+        f"{what} does not go with {beside} (it is 7): {WHY[what][beside]}; take "
+    )
+    assert instead_of(what) in told
+    assert instead_of(beside) in told
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,8 @@ def test_the_energy_seen_is_told_where_steps_follow_the_gradient(
 
 @pytest.mark.parametrize("name", ["fedex_lora", "hetlora", "flexlora"])
 def test_a_method_that_needs_single_updates_is_named(name: str) -> None:
-    setup = SimpleNamespace(run=SimpleNamespace(method=make_method(name)))
+    method = make_method(name)
+    setup = SimpleNamespace(inner=method, traits=method.traits)
     what = "a method that needs each client's own update"
     assert FEATURES[what](setup) == f"method={name}"  # type: ignore[arg-type]
     assert "linear" in instead_of(what)
