@@ -45,6 +45,7 @@ class BernoulliLora(LowRankMethod):
     """
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
+    link_rounds = 1  # a coin is thrown for each
 
     sketch: Sketch = "orthonormal"
     normalise: Normalise = "rows"
@@ -66,11 +67,6 @@ class BernoulliLora(LowRankMethod):
         """Build Fed-RAC-LoRA with one of the two sides."""
         shared = {f.name for f in fields(FedRacLora)} & vars(self).keys()
         return FedRacLora(side=side, **{name: getattr(self, name) for name in shared})
-
-    @property
-    def link_rounds(self) -> int:
-        """Rounds of a link: a coin is thrown for each."""
-        return 1
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:

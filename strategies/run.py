@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -323,7 +323,8 @@ class Run:
         from fedraclora.strategies.trained import trained_model
 
         task, facts = self.built().task, self._facts(round)
-        trained = trained_model(self.config, self.folder, task, self.effective, facts, round)
+        weights = partial(self.weights, round)
+        trained = trained_model(self.config, self.folder, task, weights, facts, round)
         place = user_path("folder", folder)
         record = export(trained, place, format, rank, check=check)
         return {**record, "warnings": list(trained.warnings), "folder": str(place)}

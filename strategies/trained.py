@@ -53,7 +53,7 @@ def trained_model(
         plain: The config of the run.
         folder: Its folder; None: it ran in memory.
         task: Its task, the model at W_0.
-        effective: Gives the weights of the end, for a run in memory.
+        effective: Gives the weights, for a run in memory.
         facts: What the card says of it; the digest of the weights is added.
         round_: Of the weights, from the chain; None: those of the end.
 
@@ -74,11 +74,6 @@ def trained_model(
     held = dict(task.model.named_parameters())
     model = dequantise(copy.deepcopy(task.model).cpu().eval())
     if folder is None:
-        if round_ is not None:
-            raise ConfigError(
-                f"round is {round_}, but a run in memory has its last weights alone: run it with "
-                "folder=..."
-            )
         plan = plan_of(config, task)
         start = {n: p.detach().cpu().clone() for n, p in held.items()}
         weights = effective()
@@ -188,15 +183,13 @@ def _bounded(change: Product) -> Product:
 
 def _sources(plain: Mapping[str, object]) -> tuple[str | None, str | None]:
     """Give where the pretrained model and its tokenizer are, for ``from_pretrained``."""
-    model, data = section(plain, "model"), section(plain, "data")
-    found: list[str | None] = []
-    for path, key in ((model.get("path"), "model.path"), (data.get("tokenizer"), "data.tokenizer")):
-        source = None
-        if isinstance(path, str) and path:
-            root = data.get("root") if key == "data.tokenizer" else None
-            source = model_source(path, key=key, root=None if root is None else str(root))[0]
-        found.append(source)
-    return found[0], found[1] or found[0]
+    path, data = section(plain, "model").get("path"), section(plain, "data")
+    name, root = data.get("tokenizer"), data.get("root")
+    source = model_source(str(path), key="model.path", root=None)[0] if path else None
+    if not name:
+        return source, source
+    folder = None if root is None else str(root)
+    return source, model_source(str(name), key="data.tokenizer", root=folder)[0] or source
 
 
 def _warnings(plan: Plan, held: Mapping[str, torch.Tensor]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ With SYNFLOW there is no first exchange: the server scores the model without dat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
@@ -101,7 +101,8 @@ class Allocated(Around):
     @override
     def at(self, state: State) -> tuple[Method, State]:
         """Return the method, and the state with the layers that were chosen last."""
-        return self.inner, narrowed(state)
+        adapted = cast(Chosen, state.memo).adapted
+        return self.inner, narrowed(state, {n for n in state.plan.targets if adapted.get(n, 1)})
 
     @override
     def in_force(self, state: State) -> tuple[Method, State]:
@@ -194,11 +195,7 @@ def refused(
     )
 
 
-def narrowed(state: State, names: Iterable[str] | None = None) -> State:
-    """Restrict the state to the layers that are named, or else those that were chosen last."""
-    chosen = set(state.plan.targets if names is None else names)
-    if names is None:
-        adapted = cast(Chosen, state.memo).adapted
-        chosen = {name for name in chosen if adapted.get(name, 1)}
-    kept = {name: view for name, view in state.plan.targets.items() if name in chosen}
+def narrowed(state: State, names: Collection[str]) -> State:
+    """Restrict the state to the layers that are named."""
+    kept = {name: view for name, view in state.plan.targets.items() if name in names}
     return replace(state, plan=replace(state.plan, targets=kept))
