@@ -45,13 +45,13 @@ from fedraclora.run.recorder import RunRecorder, resolved
 from fedraclora.strategies.server.callbacks import (
     Evaluate,
     Stopping,
-    Unchanged,
     Undefined,
     own_callbacks,
+    unchanged,
 )
 from fedraclora.strategies.server.loop import loop_of
 from fedraclora.strategies.server.measuring import Measuring
-from fedraclora.strategies.server.round_step import RoundStep, step_class, step_name, steps_of
+from fedraclora.strategies.server.round_step import RoundStep, step_name, step_of, steps_of
 from fedraclora.strategies.start import begin_from
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.wiring import Wired, wire
@@ -195,7 +195,7 @@ def assemble_with(
             ).cpu(),
             callbacks=[
                 *watching(config, built.task, measure, measuring),
-                Unchanged({group: getattr(config, group) for group in OWN_GROUPS}),
+                unchanged({group: getattr(config, group) for group in OWN_GROUPS}),
                 *callbacks,
             ],
             measuring=measuring,
@@ -257,7 +257,7 @@ def watching(
 
 def code_of(config: RunConfig, steps: Sequence[RoundStep]) -> dict[str, dict[str, str]]:
     """Hash the code that a user has brought: of what the config names, and of the steps."""
-    code = {step_name(step): object_digest(step_class(step)) for step in steps}
+    code = {step_name(step): object_digest(type(step_of(step))) for step in steps}
     code |= code_digests(config.plain)
     return {"code": code} if code else {}
 

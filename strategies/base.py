@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.engines.base import Grid, Traffic
-from fedraclora.errors import ConfigError, DivergenceError, RoundLostError
+from fedraclora.errors import ClientError, ConfigError, DivergenceError, RoundLostError
 from fedraclora.imports import told_as
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, State
@@ -21,11 +21,11 @@ from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.strategies.server.callbacks import Callbacks, in_round, joined
 from fedraclora.strategies.server.exchange import Exchange
-from fedraclora.strategies.server.guard import largest, overflowing, persistently
+from fedraclora.strategies.server.guard import largest, overflowing
 from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.strategies.server.quantised import DownlinkRounding
 from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
-from fedraclora.strategies.server.rows import Cost, fleet_columns, ledger_row
+from fedraclora.strategies.server.rows import Cost, ledger_row
 from fedraclora.training.localconfig import effective_step
 from fedraclora.training.materialise import standing
 from fedraclora.tree import point_at
@@ -95,23 +95,17 @@ class FedStrategy:
         self.begin(grid)
         last = self.loop.rounds if last is None else last
         for round_ in range(self.done + 1, last + 1):
-            with self.saving(), in_round(round_):
-                if self.callbacks.ends(self.recorder.ledger.rows):
-                    break
-                run = partial(self._attempt, grid, round_, Cost())
-                persistently(run, self.loop.retries, grid.incidents)
+            try:
+                with in_round(round_):
+                    if self.callbacks.ends(self.recorder.ledger.rows):
+                        break
+                    self._attempt(grid, round_)
+            except Exception:
+                # A checkpoint ahead of the ledger, whose row failed, could not be resumed.
+                if number(self.recorder.ledger.rows[-1], "round") == self.done:
+                    self.recorder.save(self.state, self.done, self.catch_up)
+                raise
         self.recorder.save(self.state, self.done, self.catch_up)
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Save a checkpoint where a round that is run inside fails."""
-        try:
-            yield
-        except Exception:
-            # A checkpoint ahead of the ledger, whose row failed, could not be resumed.
-            if number(self.recorder.ledger.rows[-1], "round") == self.done:
-                self.recorder.save(self.state, self.done, self.catch_up)
-            raise
 
     def begin(self, grid: Grid) -> None:
         """Publish the weights that the next round begins from; write row 0 where there is none."""
@@ -128,11 +122,23 @@ class FedStrategy:
                 row |= {"uplink_total": cost.up, "downlink_total": cost.down + cost.fetched}
                 self._publish_row(row | self.devices.clock)
 
-    def _attempt(self, grid: Grid, round_: int, cost: Cost) -> None:
-        """Run one round."""
-        exchange = self.open(round_)
-        cost.watch.lap("open")
-        self.close(exchange, partial(grid.ask, timeout=self.loop.timeout), grid, cost)
+    def _attempt(self, grid: Grid, round_: int) -> None:
+        """Run one round, and run it again if too few clients answered: it has changed nothing.
+
+        Raises:
+            ClientError: That of the last time.
+        """
+        cost, send = Cost(), partial(grid.ask, timeout=self.loop.timeout)
+        for left in reversed(range(self.loop.retries + 1)):
+            try:
+                exchange = self.open(round_)
+                cost.watch.lap("open")
+                self.close(exchange, send, grid, cost)
+                return
+            except ClientError as error:
+                if not left:
+                    raise
+                grid.incidents.append(f"run again: {error}")
 
     def close(self, exchange: Exchange, send: Send, grid: Grid, cost: Cost) -> None:
         """Run a round that has been opened to its end.
@@ -172,7 +178,8 @@ class FedStrategy:
         row = ledger_row(exchange, self.state, measured, cost, self.recorder.totals())
         row |= self.rounding.columns
         if self.devices.system.enabled:
-            row |= fleet_columns(exchange, self.devices.clock)
+            dropped = [vars(refusal) for refusal in exchange.dropped]
+            row |= {"asked": len(exchange.first.asked), "dropped": dropped, **self.devices.clock}
         for extra in self.local.added:
             told = self.local.told(extra)
             with told_as(ConfigError, f"{told}: ", "computing its columns of the ledger"):
@@ -309,20 +316,17 @@ class FedStrategy:
         in_time, downlink, timeline = self.devices.race(
             round_, cohort, downlink, self.sizes, None if before else self.catch_up, self.loop
         )
-        exchange = Exchange(
-            downlink,
-            round_,
-            self.catch_up.version,
-            in_time,
-            cohort,
-            self.loop,
-            rate_scale=self.local.rate_scale(round_, self.loop.rounds),
-            reduce=self.steps.sums_are_enough,
-            before=before,
-            clip=self.steps.bound(first=before is None),
-            timeline=timeline,
-            base=self.state.base,
-        )
+        clip, reduce = self.steps.bound(first=before is None), self.steps.sums_are_enough
+        more = {"clip": clip, "reduce": reduce, "before": before, "timeline": timeline}
+        return self._asked(downlink, round_, in_time, cohort, **more)
+
+    def _asked(
+        self, sent: Downlink, round_: int, counted: Cohort, asked: Cohort, **more: Any
+    ) -> Exchange:
+        """Make an exchange of this run; ``more`` are attributes of it."""
+        version, rate_scale = self.catch_up.version, self.local.rate_scale(round_, self.loop.rounds)
+        more |= {"rate_scale": rate_scale, "base": self.state.base}
+        exchange = Exchange(sent, round_, version, counted, asked, self.loop, **more)
         exchange.ask()
         return exchange
 

@@ -44,8 +44,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.tree import Layout, Tree, below
-from fedraclora.wire.changes import uploaded_bytes
-from fedraclora.wire.exchange import DTYPES, payload_bytes
+from fedraclora.wire.exchange import DTYPES
 
 PREFIX = "buffer/"  # of the moments that are replies on their way
 
@@ -59,44 +58,28 @@ class BufferedStrategy(FedStrategy):
     @override
     def open(self, round_: int) -> Exchange:
         """Advance the clock by the round, and ask those who start in it."""
-        loop, draw = self.loop, self.draw
         any_ = Cohort(torch.arange(1), torch.ones(1, dtype=torch.float64))
-        sent = self.method.open_round(self.state, round_, any_, draw)
+        sent = self.method.open_round(self.state, round_, any_, self.draw)
         sent = self.rounding.sent(self.steps.send(sent, self.state), round_)
         self._leg = leg = self._passed(round_, sent)
         started = sorted(leg.started, key=lambda flight: flight.client)
         clients = torch.tensor([f.client for f in started], dtype=torch.int64)
-        asked = Cohort(clients, client_weights(loop.weights, self.examples(clients)))
+        asked = Cohort(clients, client_weights(self.loop.weights, self.examples(clients)))
         answers = torch.tensor([not f.lost for f in started], dtype=torch.bool)
         took = torch.tensor([f.lands for f in started], dtype=torch.float64) - self.devices.now
         kept = torch.nonzero(answers).flatten()
-        exchange = Exchange(
-            sent,
-            round_,
-            self.catch_up.version,
-            asked.select(answers),
-            asked,
-            loop,
-            rate_scale=self.local.rate_scale(round_, loop.rounds),
-            base=self.state.base,
-            timeline=Timeline(kept, list(leg.dropped), leg.end - self.devices.now, took, []),
-        )
-        exchange.ask()
-        return exchange
+        timeline = Timeline(kept, list(leg.dropped), leg.end - self.devices.now, took, [])
+        return self._asked(sent, round_, asked.select(answers), asked, timeline=timeline)
 
     def _passed(self, round_: int, sent: Downlink) -> AsyncStep:
         """Find who starts in a round, and who answers."""
         devices, loop = self.devices, self.loop
-        up_kind, down_kind = loop.kinds
 
         def load(clients: torch.Tensor) -> Load:
-            down = torch.full((len(clients),), payload_bytes(sent, len(clients), down_kind))
-            down += torch.from_numpy(self.catch_up.missing(clients, coded=False))
-            up = uploaded_bytes(sent, len(clients), up_kind)
-            return Load(devices.passes(self.sizes(clients)), down, up)
+            return devices.load(clients, sent, self.sizes, self.catch_up, loop)
 
-        batches, lost = read_batches(self.state)
-        flying = (*(f for batch in batches for f in batch.flights), *lost)
+        waiting = read_batches(self.state)
+        flying = (*(f for batch in waiting.batches for f in batch.flights), *waiting.lost)
         space = AsyncClock(devices.system, devices.seed, round_, loop.clients, loop.cohort, load)
         return space.fly(devices.now, flying, devices.system.buffer or 1)
 
@@ -106,7 +89,7 @@ class BufferedStrategy(FedStrategy):
         leg, before = self._leg, self.state
         if leg is None:
             raise ConfigError("replies came before a round was opened")
-        batches, _ = read_batches(before)
+        batches = [*read_batches(before).batches]
         if len(got.clients):
             batches.append(batch_of(got, exchange.downlink, before.base, leg.started))
         landed, flying = frozenset(leg.landed), frozenset(leg.flying)
@@ -180,7 +163,7 @@ def batch_of(got: Uplinks, sent: Downlink, base: Tree, started: tuple[PendingCli
 class Waiting:
     """What is on its way: batches in ascending order of round, and clients that will vanish."""
 
-    batches: tuple[Batch, ...]
+    batches: tuple[Batch, ...] = ()
     lost: tuple[PendingClient, ...] = ()
 
 
@@ -204,29 +187,27 @@ def write_batches(batches: list[Batch], lost: tuple[PendingClient, ...], dtype: 
     return tensors | {f"{PREFIX}fields": torch.tensor([*text], dtype=torch.uint8)}
 
 
-def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
-    """Read the batches of `write_batches`, in ascending order of round, and who will vanish."""
+def read_batches(state: State) -> Waiting:
+    """Read what `write_batches` wrote."""
     stored = below(state.moments, PREFIX)
     if not stored:
-        return [], ()
+        return Waiting()
     if "fields" not in stored:
         return _read_older(stored)
-    found = join(Waiting, stored, json.loads(bytes(stored["fields"].tolist())))
-    return [*found.batches], found.lost
+    return join(Waiting, stored, json.loads(bytes(stored["fields"].tolist())))
 
 
-def _read_older(stored: Tree) -> tuple[list[Batch], tuple[PendingClient, ...]]:
+def _read_older(stored: Tree) -> Waiting:
     """Read what an older release wrote: the downlink as a header and one row of numbers."""
     batches = []
     for round_ in sorted({int(n.partition("/")[0]) for n in stored if not n.startswith("lost/")}):
         own = below(stored, f"{round_}/")
         header = json.loads(bytes(own["header"].tolist()))
-        pairs = [("layout", own["numbers"]), ("coefficients", own.get("coefficients"))]
         numbers: Tree = {}
-        for key, flat in pairs:
-            if flat is not None:
+        for key, flat in {"layout": "numbers", "coefficients": "coefficients"}.items():
+            if flat in own:
                 layout = Layout(tuple((name, tuple(shape)) for name, shape in header[key]))
-                numbers |= {name: t.clone() for name, t in layout.unpack(flat).items()}
+                numbers |= {name: t.clone() for name, t in layout.unpack(own[flat]).items()}
         flights = zip(own["lands"].tolist(), own["clients"].tolist(), strict=True)
         batch = Batch(
             round_,
@@ -236,10 +217,9 @@ def _read_older(stored: Tree) -> tuple[list[Batch], tuple[PendingClient, ...]]:
             own["weights"],
         )
         batches.append(batch)
-    if "lost/who" not in stored:
-        return batches, ()
-    gone = zip(stored["lost/lands"].tolist(), stored["lost/who"].tolist(), strict=True)
-    return batches, tuple(PendingClient(at, k, round_, lost=True) for at, (k, round_) in gone)
+    gone = [stored.get(f"lost/{name}", torch.zeros(0)).tolist() for name in ("lands", "who")]
+    lost = (PendingClient(at, k, r, lost=True) for at, (k, r) in zip(*gone, strict=True))
+    return Waiting(tuple(batches), tuple(lost))
 
 
 def _older_downlink(header: dict[str, Any], numbers: Tree) -> Downlink:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -170,7 +171,7 @@ class Stopping(Callback):
     @override
     def ends(self, rows: Sequence[Row]) -> bool:
         """Check whether the last ``patience`` evaluations have not improved on one before them."""
-        costs = [self._cost(row) for row in rows if self._measured(row)]
+        costs = [cost for row in rows if (cost := self._cost(row)) is not None]
         if self.config.patience is None or not costs:
             return False
         least, after = costs[0], 0
@@ -183,24 +184,18 @@ class Stopping(Callback):
 
     def best(self, rows: Sequence[Row]) -> Row | None:
         """Find the row of the best evaluation, the first of equals; None without any."""
-        measured = [row for row in rows if self._measured(row)]
-        return min(measured, key=self._cost, default=None)
+        measured = [(cost, row) for row in rows if (cost := self._cost(row)) is not None]
+        return min(measured, key=itemgetter(0), default=(0.0, None))[1]
 
-    @property
-    def _path(self) -> tuple[str, str]:
-        own = self.config.metric.startswith(BY_CLIENTS)
-        return "metrics" if own else "validation", self.config.metric
-
-    def _measured(self, row: Row) -> bool:
-        """Check whether a row says how good it is."""
-        place, metric = self._path
-        return place in row if place == "validation" else metric in metrics_of(row)
-
-    def _cost(self, row: Row) -> float:
-        value = number(row, *self._path)
+    def _cost(self, row: Row) -> float | None:
+        """Say how bad a row is; None: it does not say."""
+        metric, by_clients = self.config.metric, self.config.metric.startswith(BY_CLIENTS)
+        if metric not in metrics_of(row) if by_clients else "validation" not in row:
+            return None
+        value = number(row, "metrics" if by_clients else "validation", metric)
         if math.isnan(value):
             return math.inf
-        return -value if higher_is_better(self.config.metric, self.lower) else value
+        return -value if higher_is_better(metric, self.lower) else value
 
 
 @dataclass
@@ -224,17 +219,15 @@ class AfterRound(Callback):
             )
 
 
-class Unchanged(Callback):
-    """Refuses objects of the user's, by what to call them, that change from round to round."""
+def unchanged(things: Mapping[str, object]) -> Callback:
+    """Refuse objects of the user's, by what to call them, that change from round to round."""
+    own = {key: (it, held(it)) for key, it in things.items() if not of_project(type(it))}
 
-    def __init__(self, things: Mapping[str, object]) -> None:
-        own = {k: v for k, v in things.items() if not of_project(type(v))}
-        self.things = {key: (thing, held(thing)) for key, thing in own.items()}
-
-    @override
-    def row(self, row: Row) -> None:
-        for key, (thing, before) in self.things.items():
+    def check(_: Row) -> None:
+        for key, (thing, before) in own.items():
             refuse_changed(key, thing, before)
+
+    return AfterRound(check)
 
 
 class Undefined(Callback):

@@ -11,10 +11,10 @@ from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.rank_budgets import widen
 from fedraclora.protocol.uplinks import RunningSum, check_rows, norms_of
-from fedraclora.wire.exchange import Answer
+from fedraclora.wire.exchange import Answer, Ask
 
 
-class CohortSum:
+class CohortSum(RunningSum):
     """Adds rows in the order of clients; a reply that comes early waits for its turn.
 
     Args:
@@ -28,21 +28,20 @@ class CohortSum:
     """
 
     def __init__(self, downlink: Downlink, cohort: Cohort, weighting: str, size: int) -> None:
+        super().__init__(size)
         self.downlink, self.cohort, self.weighting = downlink, cohort, weighting
-        self.sum = RunningSum(size)
         self.waiting: dict[int, tuple[Sequence[int], Answer | None]] = {}
         self.turn = 0
         self.longest: tuple[int, float] | None = None
 
-    def take(self, place: int, asked: Sequence[int], reply: Answer | None) -> Iterator[Answer]:
-        """Take what answers a message, and yield the replies whose rows have been added by it.
+    def take(self, ask: Ask, reply: Answer | None) -> Iterator[Answer]:
+        """Take what answers an ask, and yield the replies whose rows have been added by it.
 
         Args:
-            place: Of the first client that was asked, in the cohort.
-            asked: Whom the message asked.
-            reply: What came; None where they failed.
+            ask: What was asked.
+            reply: What came; None where its clients failed.
         """
-        self.waiting[place] = asked, reply
+        self.waiting[ask.request.first] = ask.clients, reply
         while self.turn in self.waiting:
             asked, reply = self.waiting.pop(self.turn)
             self.turn += len(asked)
@@ -64,7 +63,7 @@ class CohortSum:
         if not set(reply.clients.tolist()) <= set(asked):
             return reply
         if reply.reduced:
-            self.sum.add_blocks(reply.numbers)
+            self.add_blocks(reply.numbers)
             return replace(reply, pieces=(reply.numbers.new_empty(0, reply.shape[1]),))
         places = torch.searchsorted(self.cohort.clients, reply.clients)
         pieces = reply.pieces
@@ -78,13 +77,9 @@ class CohortSum:
             pieces = tuple(piece[kept] for piece in pieces)
             weights, places, norms = weights[kept], places[kept], norms[kept]
         if len(norms):
-            self.sum.add(pieces, weights, places)
+            self.add(pieces, weights, places)
             found = int(reply.clients[norms.argmax()]), float(norms.max())
             # Of equal norms that of the first client.
             self.longest = max(self.longest or found, found, key=lambda pair: pair[1])
         width = sum(piece.shape[1] for piece in pieces)
         return replace(reply, pieces=(pieces[0].new_empty(0, width),))
-
-    def value(self) -> torch.Tensor:
-        """Return the sum, float64 [P]; nothing comes after it."""
-        return self.sum.value()

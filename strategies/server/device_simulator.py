@@ -54,10 +54,6 @@ class DeviceSimulator:
             check_ranks(method)
             self._rank(method)
 
-    def ask(self, round_: int, population: int, cohort: int) -> torch.Tensor:
-        """Draw whom a round asks; ids in ascending order, int64."""
-        return self.system.ask(self.seed, round_, population, cohort, self.now)
-
     def ranks(self, clients: torch.Tensor, method: Method) -> torch.Tensor | None:
         """Draw the rank budgets of clients, int64 [K], or None."""
         if self.system.rank_budget is None:
@@ -90,12 +86,7 @@ class DeviceSimulator:
         """
         if not self.system.enabled:
             return asked, downlink, None
-        sent, kind = loop.kinds
-        down = torch.full((len(asked),), payload_bytes(downlink, len(asked), kind))
-        if catch_up is not None:
-            down += torch.from_numpy(catch_up.missing(asked.clients, coded=False))
-        up = uploaded_bytes(downlink, len(asked), sent)
-        load = Load(self.passes(sizes(asked.clients)), down, up)
+        load = self.load(asked.clients, downlink, sizes, catch_up, loop)
         needed = len(asked) if catch_up is None else loop.cohort
         timeline = self.system.timeline(self.seed, round_, asked.clients, load, needed)
         self.now += timeline.seconds
@@ -104,6 +95,22 @@ class DeviceSimulator:
         chosen = torch.zeros(len(asked), dtype=torch.bool)
         chosen[timeline.kept] = True
         return asked.select(chosen), downlink.select(timeline.kept), timeline
+
+    def load(
+        self,
+        clients: torch.Tensor,
+        downlink: Downlink,
+        sizes: Callable[[torch.Tensor], torch.Tensor],
+        catch_up: CatchUp | None,
+        loop: LoopConfig,
+    ) -> Load:
+        """Compute what is asked of clients (ids, int64 [K]); arguments as for `race`."""
+        (up, down), count = loop.kinds, len(clients)
+        fetched = torch.full((count,), payload_bytes(downlink, count, down))
+        if catch_up is not None:
+            fetched += torch.from_numpy(catch_up.missing(clients, coded=False))
+        sent = uploaded_bytes(downlink, count, up)
+        return Load(self.passes(sizes(clients)), fetched, sent)
 
     def passes(self, sizes: torch.Tensor) -> torch.Tensor:
         """Count the samples that clients pass over in a round, int64 [K]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -183,7 +183,6 @@ class Exchange:
         if not len(self.cohort):  # the coins of Poisson sampling may choose nobody
             none = torch.zeros(0, dtype=torch.int64)
             return Uplinks(none, none.double(), self.layout, torch.zeros(0, self.layout.size))
-        allowed = self.loop.allowed(len(self.first.cohort))
         if not self.replies and self.failures:
             raise too_many(self.all_failures, self.round_, self.loop.rule)
         if not self.replies:
@@ -200,10 +199,7 @@ class Exchange:
         if not summed:
             numbers = widen(numbers, self.downlink, places)
         refused = [] if summed else check_rows(clients, weights, losses, [numbers])
-        self.failures += refused
-        self.failures.sort(key=lambda f: f.client)
-        if len(self.all_failures) > allowed or len(refused) == len(clients):
-            raise too_many(self.all_failures, self.round_, self.loop.rule)
+        self.fail(refused, nobody=len(refused) == len(clients))
         total = sum_blocks(numbers) if summed and self.sum is None else None
         got = Uplinks(
             clients,
@@ -218,6 +214,16 @@ class Exchange:
             got = got.select(~torch.isin(clients, torch.tensor([r.client for r in refused])))
         self._measure(got.clients, got.weights)
         return got
+
+    def fail(self, refused: Iterable[Refusal], *, nobody: bool = False) -> None:
+        """Note clients whose replies are not used; ``nobody``: none is left.
+
+        Raises:
+            ClientError: If more clients failed than allowed, or none is left.
+        """
+        self.failures = sorted([*self.failures, *refused], key=lambda f: f.client)
+        if nobody or len(self.all_failures) > self.loop.allowed(len(self.first.cohort)):
+            raise too_many(self.all_failures, self.round_, self.loop.rule)
 
     def _joined(self, name: str) -> torch.Tensor:
         """Join what all replies have of one name, in the order of the replies."""
@@ -269,25 +275,20 @@ class Exchange:
 
     def _read_all(self, came: Came) -> None:
         """Read each answer, and note whose ask it answers."""
-        left = {id(ask): ask for ask in self.asks}
+        left = {id(ask) for ask in self.asks}
         for ask, answer in came:
-            clients, first = ask.clients, ask.request.first
-            asked = id(ask) in left
+            clients, asked = ask.clients, id(ask) in left
             if self.sum is not None and asked:
-                for added in self.sum.take(first, clients, self._read(answer, clients)):
+                for added in self.sum.take(ask, self._read(answer, clients)):
                     self._take(added)
             elif not self.loop.guarded:
                 self._take(self._read(answer, clients if asked else []))
             elif asked:
-                del left[id(ask)]  # whatever else answers it is a replay
+                left.remove(id(ask))  # whatever else answers it is a replay
                 try:
                     reply = self._read(answer, clients)
                     if reply is not None:
-                        counts = self.counts[first : first + len(clients)]
-                        reduced = self.reduced
-                        check_reply(
-                            reply, clients, first, self.loop, reduced=reduced, counts=counts
-                        )
+                        check_reply(reply, ask, self.loop, self.counts[ask.request.order])
                 except Exception as error:  # whatever another machine may send
                     why = printable(f"its reply is refused: {error}")
                     self.failures += [Refusal(c, why) for c in clients]
@@ -353,10 +354,7 @@ class Exchange:
         Raises:
             ClientError: If more clients failed than allowed, or none is left.
         """
-        self.failures = sorted([*self.failures, Refusal(client, reason)], key=lambda f: f.client)
-        failed = len(self.all_failures)
-        if failed > self.loop.allowed(len(self.first.cohort)) or len(got.clients) == 1:
-            raise too_many(self.all_failures, self.round_, self.loop.rule)
+        self.fail([Refusal(client, reason)], nobody=len(got.clients) == 1)
         got = got.select(got.clients != client)
         self._measure(got.clients, got.weights)
         return got

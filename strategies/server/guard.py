@@ -3,51 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 
 from fedraclora.aggregation.base import AggregationContext, rows_of, starts
-from fedraclora.errors import ClientError, WireError
+from fedraclora.errors import WireError
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import SUM_BLOCK, Uplinks, finite, greatest_norm
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.wire.exchange import DTYPES, Answer
-
-T = TypeVar("T")
+from fedraclora.wire.exchange import DTYPES, Answer, Ask
 
 
-def check_reply(
-    reply: Answer,
-    clients: Sequence[int],
-    first: int,
-    loop: LoopConfig,
-    *,
-    reduced: bool,
-    counts: torch.Tensor,
-) -> None:
+def check_reply(reply: Answer, ask: Ask, loop: LoopConfig, counts: torch.Tensor) -> None:
     """Check a reply against the message that it answers.
 
     Args:
         reply: What came; its fields and its layout have been checked.
-        clients: Whom the message asked.
-        first: Place of the first of them in the cohort.
+        ask: What was asked.
         loop: Settings: the kind of numbers, and the most samples of a client.
-        reduced: Whether sums were asked for.
         counts: How many numbers each of these clients is to send, int64 [k].
 
     Raises:
         WireError: Saying what came and what was wanted.
     """
+    clients, first, reduced = ask.clients, ask.request.first, ask.request.reduce is not None
     answered = reply.clients.tolist()
     named = [*answered, *reply.failures, *(r.client for r in reply.refused)]
     if sorted(named) != sorted(clients):
-        raise WireError(f"the reply is of clients {sorted(named)}, but {[*clients]} were asked")
+        raise WireError(f"the reply is of clients {sorted(named)}, but {clients} were asked")
     if answered != [client for client in clients if client in set(answered)]:
         raise WireError(
-            f"the reply is of clients {answered}, in another order than they were asked: "
-            f"{[*clients]}"
+            f"the reply is of clients {answered}, in another order than they were asked: {clients}"
         )
     if reply.reduced != reduced or reply.first != first:
         raise WireError(
@@ -73,7 +60,7 @@ def check_reply(
     if reduced:
         _check_sums(reply, clients)
     else:
-        sent = int(counts[torch.isin(torch.tensor([*clients]), reply.clients)].sum())
+        sent = int(counts[torch.isin(ask.request.clients, reply.clients)].sum())
         if reply.numbers.numel() != sent:
             raise WireError(
                 f"{len(answered)} clients sent {reply.numbers.numel()} numbers in all, but {sent} "
@@ -90,25 +77,6 @@ def _check_sums(reply: Answer, clients: Sequence[int]) -> None:
         raise WireError("a sum of the reply or one of its losses has a NaN or an infinity")
     if not len(reply.clients) and reply.numbers.any():
         raise WireError("the reply has a sum that is not zero, but no client in it")
-
-
-def persistently(run: Callable[[], T], retries: int, incidents: list[str]) -> T:
-    """Run a round, and run it again if too few clients answered.
-
-    Args:
-        run: Runs it; a round that fails has changed nothing.
-        retries: Times that it is run again.
-        incidents: Takes a sentence for the ledger each time.
-
-    Raises:
-        ClientError: That of the last time.
-    """
-    for _ in range(retries):
-        try:
-            return run()
-        except ClientError as error:
-            incidents.append(f"run again: {error}")
-    return run()
 
 
 def overflowing(after: State, before: State) -> list[str]:

@@ -170,8 +170,8 @@ class Measurement(Exchange):
         if [name for name, _ in answer.layout.shapes] != (names if len(answer.clients) else []):
             raise WireError(f"it has {answer.layout.shapes}; {names} are wanted")
         answer, sizes = checked(answer, answer.layout), torch.tensor([answer.layout.size])
-        loop, counts = replace(self.loop, dtype="float64"), sizes.expand(len(ask.clients))
-        check_reply(answer, ask.clients, ask.request.first, loop, reduced=False, counts=counts)
+        loop = replace(self.loop, dtype="float64")
+        check_reply(answer, ask, loop, counts=sizes.expand(len(ask.clients)))
         # Where noise covers what each client sends, none may take those of its chunk with it.
         finite = self.measuring.noisy or torch.isfinite(answer.numbers).all()
         if loop.guarded and not finite:

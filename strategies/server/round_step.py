@@ -182,14 +182,14 @@ class RoundStep:
         return {}
 
 
-def step_class(step: object) -> type:
-    """Give the class of a step, which may be a program's own."""
-    return type(step.inner if isinstance(step, Told) else step)
+def step_of(step: object) -> object:
+    """Give the step itself, where it is a program's own."""
+    return step.inner if isinstance(step, Told) else step
 
 
 def step_name(step: object) -> str:
     """Name a step for a reader."""
-    return step_class(step).__qualname__
+    return type(step_of(step)).__qualname__
 
 
 def described(step: object) -> str:
@@ -197,7 +197,7 @@ def described(step: object) -> str:
 
     That is what it keeps under the names of its arguments. By this a run that goes on knows it.
     """
-    inner = step.inner if isinstance(step, Told) else step
+    inner = step_of(step)
     kept = [name for name in signature(type(inner)).parameters if name in vars(inner)]
     values = [(name, vars(inner)[name]) for name in kept]
     told = [
@@ -295,7 +295,8 @@ class RoundSteps:
         for step in self.steps:
             if (drawn := step.cohort(round_)) is not None:
                 return drawn
-        return self.run.devices.ask(round_, self.run.loop.clients, self.run.loop.cohort)
+        loop, devices = self.run.loop, self.run.devices
+        return devices.system.ask(loop.seed, round_, loop.clients, loop.cohort, devices.now)
 
     def send(self, sent: Downlink, state: State) -> Downlink:
         """Pass what the method sends to the cohort through all steps."""

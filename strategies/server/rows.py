@@ -115,14 +115,3 @@ def ledger_row(
         "report": state.report,
         "notes": [*state.notes, *exchange.notes],
     }
-
-
-def fleet_columns(exchange: Exchange, clock: Row) -> Row:
-    """What the ledger says besides where devices differ: who was asked and dropped, and the clock.
-
-    Args:
-        exchange: The last exchange of the round.
-        clock: The column of virtual seconds; empty where nothing takes time.
-    """
-    dropped = [vars(refusal) for refusal in exchange.dropped]
-    return {"asked": len(exchange.first.asked), "dropped": dropped, **clock}

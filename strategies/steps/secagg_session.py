@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,13 +10,14 @@ import torch
 
 from fedraclora.errors import ClientError, WireError
 from fedraclora.privacy.secagg import LEAST_CLIENTS
-from fedraclora.protocol.uplinks import Refusal, too_many
+from fedraclora.protocol.uplinks import Refusal
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import Send
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage
 
 Check = Callable[[int, Any, Any], None]
 Said = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
+NOTHING: Mapping[str, Any] = {}
 LONGEST_REASON = 500  # characters of what a client says of its failure
 
 
@@ -79,12 +80,7 @@ class SecAggSession:
                     bad[client] = f"its reply is refused: {error!r}"
             return found, bad
 
-        asks = []
-        for ask in self.exchange.asks:
-            if part := {c: data[c] for c in ask.clients if c in data}:
-                request = replace(ask.request, clients=torch.tensor([*part]))
-                asks.append(Ask(request, stage=Stage(stage, self.settings, part).heard))
-        return self._talk(asks, read)
+        return self._talk(stage, data, read)
 
     def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Said:
         """Ask clients to train; return their masked vectors, or whose shares they could not open.
@@ -93,7 +89,6 @@ class SecAggSession:
             pending: What each client is told of its neighbours, by id.
             settings: What all are told.
         """
-        settings = self.settings | settings
 
         def read(said: dict[int, Any], answer: Answer) -> Said:
             rows, clients = answer.numbers.numpy(), answer.clients.tolist()
@@ -108,15 +103,16 @@ class SecAggSession:
                     found[client] = closed
             return found | dict(zip(clients, rows, strict=True)), {}
 
-        asks = [
-            replace(ask, stage=Stage("masked", settings, part).heard)
-            for ask in self.exchange.asks
-            if (part := {c: pending[c] for c in ask.clients if c in pending})
-        ]
-        found, failures = self._talk(asks, read)
+        found, failures = self._talk("masked", pending, read, settings)
         return {c: part for c, part in found.items() if c in pending}, failures
 
-    def _talk(self, asks: Sequence[Ask], read: Callable[[dict[int, Any], Answer], Said]) -> Said:
+    def _talk(
+        self,
+        name: str,
+        data: dict[int, Any],
+        read: Callable[[dict[int, Any], Answer], Said],
+        settings: Mapping[str, Any] = NOTHING,
+    ) -> Said:
         """Ask clients; give what they said, and why others did not.
 
         What cannot be read, or comes from another client than was asked, is a failure of those
@@ -125,7 +121,13 @@ class SecAggSession:
         Raises:
             ClientError: If a client met what is no client's fault.
         """
-        self.texts.down += sum(ask.stage.length for ask in asks if ask.stage is not None)
+        asks = []
+        for ask in self.exchange.asks:
+            if part := {c: data[c] for c in ask.clients if c in data}:
+                stage = Stage(name, {**self.settings, **settings}, part).heard
+                alone = Ask(replace(ask.request, clients=torch.tensor([*part])), stage=stage)
+                asks.append(replace(ask, stage=stage) if name == "masked" else alone)
+                self.texts.down += stage.length
         left = {id(ask): ask.clients for ask in asks}
         answers: dict[int, Any] = {}
         failures: dict[int, str] = {}
@@ -135,12 +137,12 @@ class SecAggSession:
                 failures |= dict.fromkeys(asked, self.exchange.failed(answer))
                 continue
             try:
-                stage = answer.stage
-                if stage is None or ask.stage is None or stage.name != ask.stage.name:
+                said = answer.stage
+                if said is None or said.name != name:
                     raise WireError("the reply is not one of secure aggregation, or of its stage")
-                found, why = read(stage.data, answer)
+                found, why = read(said.data, answer)
                 why |= answer.failures
-                self.texts.up += stage.length
+                self.texts.up += said.length
             except Exception as error:  # whatever another machine may send
                 why, found = dict.fromkeys(asked, f"its reply is refused: {error!r}"), {}
             answers |= {c: part for c, part in found.items() if c in asked}
@@ -159,13 +161,9 @@ class SecAggSession:
         Raises:
             ClientError: If more clients failed than allowed.
         """
-        for client in sorted(asked.keys() - answers.keys()):
-            why = failures.get(client, "no reply in time")
-            self.exchange.failures.append(Refusal(client, f"secure aggregation, {stage}: {why}"))
-        exchange, loop = self.exchange, self.exchange.loop
-        exchange.failures.sort(key=lambda f: f.client)
-        if len(exchange.all_failures) > loop.allowed(len(exchange.first.cohort)):
-            raise too_many(exchange.all_failures, exchange.round_, loop.rule)
+        left = {c: failures.get(c, "no reply in time") for c in asked.keys() - answers.keys()}
+        said = f"secure aggregation, {stage}"
+        self.exchange.fail(Refusal(c, f"{said}: {why}") for c, why in left.items())
 
     def name(self, leaves: dict[int, str]) -> list[Refusal]:
         """Note who leaves, and why; give what was noted."""

@@ -191,7 +191,6 @@ class SecureSum(RoundStep):
         session = Session(
             exchange.round_,
             keys,
-            sealed,
             self.config.shares(min(map(len, graph.values()))),
             self.config.step(len(exchange.cohort), clip, LARGEST),
             {c: {**shares, "without": []} for c, shares in inbox.items()},

@@ -38,7 +38,6 @@ class Session:
     Attributes:
         round_: From 1.
         keys: What each client said of its keys.
-        sealed: What each client sealed for its neighbours, with marks.
         threshold: Shares that bring a secret back.
         step: Of the whole numbers.
         messages: What each client is told of its neighbours: ``shares`` by sender, and ``without``,
@@ -52,7 +51,6 @@ class Session:
 
     round_: int
     keys: dict[int, Any]
-    sealed: dict[int, Any]
     threshold: int
     step: float
     messages: dict[int, Any]

@@ -149,7 +149,7 @@ def test_a_reply_is_merged_once_and_waits_until_then() -> None:
     legs = [leg for _, _, leg in strategy.seen]
     started = [f for leg in legs for f in leg.started]
     merged = [f for leg in legs for f in leg.landed]
-    waiting = [f for batch in read_batches(strategy.state)[0] for f in batch.flights]
+    waiting = [f for batch in read_batches(strategy.state).batches for f in batch.flights]
     assert sorted(merged + waiting) == sorted(started)
     assert len(set(started)) == len(started) > len(merged) > 0
 

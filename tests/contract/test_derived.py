@@ -212,7 +212,8 @@ def test_what_waits_for_a_buffered_round_keeps_its_coefficients() -> None:
     flights = (PendingClient(1.5, 0, 2), PendingClient(2.5, 1, 2))
     rows = torch.zeros(2, sent.layout.size)
     stored = write_batches([Batch(2, sent, flights, rows, torch.ones(2))], (), "float32")
-    ((again,), lost) = read_batches(State({}, PLAN, moments=stored))
+    waiting = read_batches(State({}, PLAN, moments=stored))
+    (again,), lost = waiting.batches, waiting.lost
     assert (again.flights, lost) == (flights, ())
     assert torch.equal(computed(again.sent).coefficients, computed(sent).coefficients)
 
