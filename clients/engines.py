@@ -96,7 +96,7 @@ def _parts_of(config: RunConfig, parts: EngineParts) -> SiteParts:
     """Collect what a worker is made of; data and model travel in the task."""
     judges = {key: config.data.get(key) for key in ("loss", "metrics")}
     own = {"local": config.plain.get("local"), **judges}
-    return SiteParts(config, parts.built, parts.plan, named_by(own))
+    return SiteParts(config, parts.built, parts.trainer.plan, named_by(own))
 
 
 def engine_of(config: RunConfig) -> Engine:

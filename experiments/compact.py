@@ -26,7 +26,8 @@ from fedraclora.experiments.status import reported
 from fedraclora.protocol.link import Link, Plan, apply_link
 from fedraclora.protocol.method import Memo, State
 from fedraclora.run.folder import alone, read_config, resume_word
-from fedraclora.run.rebuild import kept_rounds, read_states, state_at
+from fedraclora.run.initial import read_states
+from fedraclora.run.rebuild import kept_rounds, state_at
 from fedraclora.run.recorder import carried_change, checkpoint_meta
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import link_tensors, read_link

@@ -126,7 +126,7 @@ def wire(
         if resume:
             restored, done = recorder.restore(state, strategy.catch_up)
             strategy.resume(restored, done)
-            if recorder.keep_chain and engine.recall is not None:
+            if recorder.chain is not None and engine.recall is not None:
                 engine.recall(restored.base, recorder.links(), strategy.catch_up.version)
         wired = Wired(strategy, engine, engine.start(parts))
         failed.pop_all()

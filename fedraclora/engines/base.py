@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
 from fedraclora.privacy.secagg import SecAggTerms
-from fedraclora.protocol.link import Link, Plan
+from fedraclora.protocol.link import Link
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
@@ -103,11 +103,6 @@ class EngineParts:
         """
         clients = trainer.task.train.num_clients
         return cls(BuiltTask(trainer.task, clients, cohort, 0, trainer.device), trainer)
-
-    @property
-    def plan(self) -> Plan:
-        """Which weights are trained how."""
-        return self.trainer.plan
 
 
 Recall = Callable[[Tree, Iterable[tuple[int, Link]], int], None]

@@ -32,12 +32,15 @@ ENVIRONMENT = {
 # Seconds for which processes of Ray look for its head, before they end as well. In half of it a
 # run sees that the head was killed (`fedraclora.engines.ray.pulse`), and in the rest it ends.
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
-# Ray's own name for "no cluster of several machines". It is off where Ray has no clusters, and then
-# every process listens at 127.0.0.1 alone; Ray has no other setting that it obeys.
-NO_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# Ray starts a worker for each CPU beforehand, in its own environment: those that train have
-# another one, so all of them would be started for nothing.
-NO_IDLE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
+PRIVATE = {
+    # Ray's own name for "no cluster of several machines". It is off where Ray has no clusters, and
+    # then every process listens at 127.0.0.1 alone; Ray has no other setting that it obeys.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray starts a worker for each CPU beforehand, in its own environment: those that train have
+    # another one, so all of them would be started for nothing.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_AUTH_MODE": "token",
+}
 # Characters of the folder's path: that of a socket below it has 68 more, and may have 103.
 LONGEST = 34
 KILLED = (
@@ -96,10 +99,8 @@ class RayFolder:
         self.path = self._made.path
         self.environ = {
             **{k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()},
-            **NO_CLUSTER,
-            **NO_IDLE_WORKERS,
+            **PRIVATE,
             RECONNECT: os.environ.get(RECONNECT, "30"),
-            "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_TMPDIR": str(self.path),  # Ray makes a folder in it that all may enter
         }

@@ -1,4 +1,4 @@
-"""Base weights that a run folder does not hold twice: rebuilt from the chain, or built anew.
+"""The chain of a run folder, read back: base weights that it does not hold twice.
 
 The first link of the chain holds the initial weights, but for those that a package or the hub has:
 they are named with their digest, and built anew from the model's config where they are read. The
@@ -8,8 +8,8 @@ checkpoint of a large model leaves to the chain what its links hold in fewer byt
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from fedraclora.binding import bind
 from fedraclora.data.locate import HUB, PACKAGE
 from fedraclora.errors import CheckpointError, FedRacLoraError
 from fedraclora.models import MODELS
-from fedraclora.protocol.link import Plan, apply_link
-from fedraclora.tree import Tree, digest
-from fedraclora.weights.chain import read_link
+from fedraclora.protocol.method import Memo, Plan, State, apply_link
+from fedraclora.run.ledger import read_ledger
+from fedraclora.tree import Tree, below, digest
+from fedraclora.weights.chain import read_link, read_plan
 from fedraclora.weights.links import read_links
 
 LARGE = 16 * 2**20  # bytes of base weights; below, every file stands alone
@@ -111,39 +112,94 @@ def _built(model: str) -> Tree:
     return {n: p.detach() for n, p in network.named_parameters()}
 
 
-def base_at(chain: Path, round_: int, plan: Plan) -> Tree:
-    """Rebuild the base weights after a round from the chain.
+def read_states(
+    folder: Path, plan: Plan | None, kind: type[Memo]
+) -> Iterator[tuple[int, State, dict[str, Any]]]:
+    """Follow the chain of a run folder from the initial state on.
+
+    Args:
+        folder: The run folder.
+        plan: As for `state_at`.
+        kind: In which the method keeps what is no tensor.
+
+    Yields:
+        The round of each link (the last one, where several were folded), the state after it with
+        the link, and the link's meta data.
 
     Raises:
-        CheckpointError: If a link is damaged or missing.
+        CheckpointError: If a file is damaged, missing or of another run.
     """
-    base, last = Tree(), -1
+    chain, last, state = folder / "chain", -1, State({}, Plan({}))
     for number, tensors, meta in read_links(chain):
-        if number > round_ or meta.get("first", number) != last + 1:
-            break
-        if number:
-            base = apply_link(base, read_link(tensors, meta), plan)
+        _check_gap(folder, last, meta.get("first", number))
+        link = None
+        if number == 0:
+            base = initial_weights(tensors, meta, chain / "000000.safetensors")
+            state = State(base, plan or plan_in(meta, chain))
         else:
-            base = initial_weights(tensors, meta, chain / f"{number:06d}.safetensors")
-        last = number
-    if last < round_:
+            link = read_link(tensors, meta)
+            base = apply_link(state.base, link, state.plan)
+        kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
+        carried, memo = kept | below(tensors, CARRIED), kind.read(meta.get("memo", {}))
+        last, state = number, State(base, state.plan, carried, memo, link)
+        yield number, state, meta
+
+
+def _check_gap(folder: Path, last: int, number: int) -> None:
+    """Reject a chain in which a round is missing; older releases left out those of nobody."""
+    for round_ in range(last + 1, number):
+        rows = {row["round"]: row for row in read_ledger(folder / "ledger.jsonl")}
+        if last < 0 or rows.get(round_, {}).get("cohort") != 0:
+            path = folder / "chain" / f"{round_:06d}.safetensors"
+            raise CheckpointError(f"{path} is missing: restore it from a copy")
+
+
+def plan_in(meta: Mapping[str, Any], path: Path) -> Plan:
+    """Read the plan of a run from what a file of it says; ``path`` names that for messages."""
+    if not isinstance(stored := meta.get("plan"), Mapping):
         raise CheckpointError(
-            f"{chain} reaches round {last}, and the checkpoint beside it rests on round {round_}: "
-            "restore the files from a copy"
+            f"{path} was written by an older release, which kept no plan: hand the plan of the run "
+            "in, or go on with the run (resume=...)"
         )
-    return base
+    return read_plan(stored)
 
 
-def checkpoint_base(stored: Tree, meta: Mapping[str, Any], chain: Path, plan: Plan) -> Tree:
+def state_after(
+    folder: Path, round_: int, plan: Plan | None, kind: type[Memo]
+) -> tuple[State, dict[str, Any]]:
+    """Follow the chain of a run folder up to a round; arguments as for `read_states`.
+
+    Returns:
+        The state, and the meta data of the last link.
+
+    Raises:
+        CheckpointError: If a file is damaged, missing or of another run.
+    """
+    chain, last, state, said = folder / "chain", -1, State({}, Plan({})), dict[str, Any]()
+    beyond = False
+    for number, after, meta in read_states(folder, plan, kind):
+        if beyond := number > round_:
+            break
+        last, state, said = number, replace(after, link=None), meta
+    if last < 0 or (last < round_ and not beyond):
+        reached = "no round" if last < 0 else f"round {last}"
+        missing = chain / f"{last + 1:06d}.safetensors"
+        raise CheckpointError(
+            f"{chain} reaches {reached}, but not round {round_}: {missing} is missing"
+        )
+    return state, said
+
+
+def checkpoint_base(stored: Tree, meta: Mapping[str, Any], folder: Path, plan: Plan) -> Tree:
     """Give the base weights of a checkpoint, what it has left to the chain from there.
 
     Args:
         stored: Those that it holds.
         meta: Its meta data.
-        chain: The folder of the chain beside it.
+        folder: Of the run.
         plan: Of the run.
     """
     if (order := meta.get("base_order")) is None:
         return stored
-    rebuilt = base_at(chain, meta["round"], plan)
+    rebuilt = state_after(folder, meta["round"], plan, Memo)[0].base
     return {n: stored[n] if n in stored else rebuilt[n] for n in order}

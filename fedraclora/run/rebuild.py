@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from fedraclora.errors import CheckpointError
-from fedraclora.protocol.method import Draw, Memo, Method, Plan, State, apply_link
-from fedraclora.run.initial import CARRIED, checkpoint_base, initial_weights
-from fedraclora.run.ledger import read_ledger
+from fedraclora.protocol.method import Draw, Memo, Method, Plan, State
+from fedraclora.run.initial import checkpoint_base, plan_in, state_after
 from fedraclora.run.recorder import checkpoint_meta, hold_chain, hold_checkpoint
 from fedraclora.tree import Tree, below
-from fedraclora.weights.chain import read_link, read_plan
+from fedraclora.weights.chain import read_plan
 from fedraclora.weights.files import load_checkpoint
 from fedraclora.weights.links import link_files, read_links
 
@@ -46,65 +42,22 @@ def state_at(
     kind = Memo if method is None else method.memo
     if round_ is None:
         tensors, meta = load_checkpoint(folder / "checkpoint")
-        plan = plan or _stored_plan(meta, folder / "checkpoint")
+        plan = plan or plan_in(meta, folder / "checkpoint")
         carried = below(tensors, "carried/")
         hold_checkpoint(folder, tensors, meta)
-        base = checkpoint_base(below(tensors, "base/"), meta, folder / "chain", plan)
+        base = checkpoint_base(below(tensors, "base/"), meta, folder, plan)
         return State(base, plan, carried, kind.read(meta["memo"]))
-    chain, last, state = folder / "chain", -1, State({}, Plan({}))
+    chain = folder / "chain"
     _check_kept(chain, round_)
-    beyond, memo = False, {}
-    for number, after, meta in read_states(folder, plan, kind):
-        if beyond := number > round_:
-            break
-        last, state, memo = number, replace(after, link=None), meta.get("memo", {})
-    if last < 0 or (last < round_ and not beyond):
-        reached = "no round" if last < 0 else f"round {last}"
-        missing = chain / f"{last + 1:06d}.safetensors"
-        raise CheckpointError(
-            f"{chain} reaches {reached}, but not round {round_}: {missing} is missing"
-        )
+    state, meta = state_after(folder, round_, plan, kind)
     hold_chain(folder, checkpoint_meta(folder))
-    if not memo and method is not None and type(method).weights is not Method.weights:
+    if not meta.get("memo") and method is not None and type(method).weights is not Method.weights:
         raise CheckpointError(
             f"{chain} was written by an older release, which kept the base weights alone "
             "(fedraclora.run.rebuild.state_at gives them); only the weights of the last checkpoint "
             "can be read"
         )
     return state
-
-
-def read_states(
-    folder: Path, plan: Plan | None, kind: type[Memo]
-) -> Iterator[tuple[int, State, dict[str, Any]]]:
-    """Follow the chain of a run folder from the initial state on.
-
-    Args:
-        folder: The run folder.
-        plan: As for `state_at`.
-        kind: In which the method keeps what is no tensor.
-
-    Yields:
-        The round of each link (the last one, where several were folded), the state after it with
-        the link, and the link's meta data.
-
-    Raises:
-        CheckpointError: If a file is damaged, missing or of another run.
-    """
-    chain, last, state = folder / "chain", -1, State({}, Plan({}))
-    for number, tensors, meta in read_links(chain):
-        _check_gap(folder, last, meta.get("first", number))
-        link = None
-        if number == 0:
-            base = initial_weights(tensors, meta, chain / "000000.safetensors")
-            state = State(base, plan or _stored_plan(meta, chain))
-        else:
-            link = read_link(tensors, meta)
-            base = apply_link(state.base, link, state.plan)
-        kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
-        carried, memo = kept | below(tensors, CARRIED), kind.read(meta.get("memo", {}))
-        last, state = number, State(base, state.plan, carried, memo, link)
-        yield number, state, meta
 
 
 def kept_rounds(chain: Path) -> str:
@@ -146,24 +99,6 @@ def stored_plan(folder: Path) -> Plan | None:
     metas = [meta for number, _, meta in islice(read_links(folder / "chain"), 1) if number == 0]
     stored = [meta["plan"] for meta in (*metas, checkpoint_meta(folder)) if "plan" in meta]
     return read_plan(stored[0]) if stored else None
-
-
-def _check_gap(folder: Path, last: int, number: int) -> None:
-    """Reject a chain in which a round is missing; older releases left out those of nobody."""
-    for round_ in range(last + 1, number):
-        rows = {row["round"]: row for row in read_ledger(folder / "ledger.jsonl")}
-        if last < 0 or rows.get(round_, {}).get("cohort") != 0:
-            path = folder / "chain" / f"{round_:06d}.safetensors"
-            raise CheckpointError(f"{path} is missing: restore it from a copy")
-
-
-def _stored_plan(meta: Mapping[str, Any], path: Path) -> Plan:
-    if not isinstance(stored := meta.get("plan"), Mapping):
-        raise CheckpointError(
-            f"{path} was written by an older release, which kept no plan: hand the plan of the run "
-            "in, or go on with the run (resume=...)"
-        )
-    return read_plan(stored)
 
 
 def weights_at(

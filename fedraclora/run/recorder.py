@@ -137,6 +137,7 @@ class RunRecorder:
         source: Where the initial weights are, if a package or the hub has them.
 
     Attributes:
+        chain: The folder of the links; None where none are kept.
         incidents: Sentences for the next row: under what other settings the run goes on.
         by_clients: What single clients measured, of each measurement.
     """
@@ -154,7 +155,7 @@ class RunRecorder:
         source: ModelSource | None = None,
     ) -> None:
         self.folder, self.fixed, self.every = folder, dict(fixed or {}), every
-        self.sync, self.keep_chain = sync, chain and folder is not None
+        self.sync, self.chain = sync, folder / "chain" if folder is not None and chain else None
         self.store = ClientStore() if store is None else store
         self.ledger = Ledger(None if folder is None else folder / "ledger.jsonl")
         self.free, self.source = tuple(f"{key}:" for key in free), source
@@ -167,12 +168,12 @@ class RunRecorder:
 
         Links that an earlier attempt has left, which was killed before its first checkpoint, go.
         """
-        if self.keep_chain and self.folder is not None:
-            cut_links(self.folder / "chain", -1)
+        if self.chain is not None:
+            cut_links(self.chain, -1)
             meta: dict[str, object] = {"initial": True, "plan": plan_meta(state.plan)}
             base, elsewhere = self.source.refer(state.base) if self.source else (state.base, {})
             self.source = None  # it would hold the initial weights for the whole run
-            self._keep(0, state, dict(base), meta | elsewhere)
+            self._keep(self.chain, 0, state, dict(base), meta | elsewhere)
 
     def totals(self) -> tuple[int, int]:
         """Bytes up and down (with catch-up) over all rounds so far."""
@@ -193,28 +194,27 @@ class RunRecorder:
 
         Every round has one: where nothing changed it is empty, so that a missing one is seen.
         """
-        if self.keep_chain:
-            self._keep(round_, state, *link_tensors(state.link or Link()))
+        if self.chain is not None:
+            self._keep(self.chain, round_, state, *link_tensors(state.link or Link()))
 
     def links(self) -> Iterator[tuple[int, Link]]:
         """Read back the links after the last that were folded, each with its round.
 
         There are none where none are kept.
         """
-        if self.keep_chain and self.folder is not None:
-            chain = self.folder / "chain"
-            folded = max((f.last for f in link_files(chain) if f.first < f.last), default=0)
-            for number, tensors, meta in read_links(chain):
+        if self.chain is not None:
+            folded = max((f.last for f in link_files(self.chain) if f.first < f.last), default=0)
+            for number, tensors, meta in read_links(self.chain):
                 if number > folded:  # 0 is the initial weights
                     yield number, read_link(tensors, meta)
 
-    def _keep(self, round_: int, state: State, tensors: Tree, meta: dict[str, object]) -> None:
+    def _keep(
+        self, chain: Path, round_: int, state: State, tensors: Tree, meta: dict[str, object]
+    ) -> None:
         """Write a link, with what the method carries where that is not what it was."""
-        if self.folder is None:
-            return
         new = dict(state.carried)
         changed, gone = carried_change(self._carried, new)
-        meta, chain = meta | {"memo": state.memo.stored()} | gone, self.folder / "chain"
+        meta = meta | {"memo": state.memo.stored()} | gone
         path = append_link(
             chain, round_, tensors | changed, meta, previous=self._link, sync=self.sync
         )
@@ -230,7 +230,7 @@ class RunRecorder:
             return
         write_clients(self.folder, self.by_clients)
         # Large weights that the links of the chain give are not written once more.
-        whole = is_small(state.base) or not self.keep_chain
+        whole = is_small(state.base) or self.chain is None
         left = frozenset() if whole else catch_up.followed(0)
         base = {n: t for n, t in state.base.items() if n not in left}
         tensors, _ = split({"base": base, "carried": state.carried, "moments": state.moments})
@@ -242,7 +242,7 @@ class RunRecorder:
             "plan": plan_meta(state.plan),
             "weights": WEIGHTS,
             "ledger": self.ledger.seal(round_),
-            "chain": self._link if self.keep_chain else None,
+            "chain": None if self.chain is None else self._link,
             "files": beside(self.folder),
         } | ({"base_order": list(state.base)} if left else {})
         tensors |= catch_up.state() | self.store.state()
@@ -278,7 +278,7 @@ class RunRecorder:
         if not isinstance(memo, dict):
             raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
         round_ = meta["round"]
-        self._verify(meta, round_)
+        self._verify(self.folder, meta, round_)
         self.ledger.cut(round_)
         found = read_clients(self.folder)
         kept = {name: column[found["round"] <= round_] for name, column in found.items()}
@@ -287,20 +287,20 @@ class RunRecorder:
         catch_up.restore(tensors)
         self.store.restore(tensors)
         device = next(iter(start.base.values())).device
-        base = checkpoint_base(below(tensors, "base/"), meta, self.folder / "chain", start.plan)
+        base = checkpoint_base(below(tensors, "base/"), meta, self.folder, start.plan)
         if digest(base) != meta.get("base_digest", digest(base)):
             self.incidents.append("weights were rebuilt from the chain, and round otherwise here")
         base = {n: t.to(device) for n, t in base.items()}
         carried, moments = below(tensors, "carried/"), below(tensors, "moments/")
-        if self.keep_chain:
-            self._link = link_digest(self.folder / "chain")
+        if self.chain is not None:
+            self._link = link_digest(self.chain)
             # The links of older releases lack what is carried: the next one has all of it.
             self._carried = dict(carried) if isinstance(meta.get("chain"), str) else {}
         return State(
             base, start.plan, carried, type(start.memo).read(memo), moments=moments
         ), round_
 
-    def _verify(self, meta: Mapping[str, Any], round_: int) -> None:
+    def _verify(self, folder: Path, meta: Mapping[str, Any], round_: int) -> None:
         """Check what the run rests on against the digests in its checkpoint, before any cut.
 
         Checkpoints of older releases name none.
@@ -308,8 +308,7 @@ class RunRecorder:
         Raises:
             CheckpointError: Naming the file that is damaged, missing or of another run.
         """
-        assert self.folder is not None  # noqa: S101
-        path = self.folder / "ledger.jsonl"
+        path = folder / "ledger.jsonl"
         if round_ not in {row["round"] for row in self.ledger.rows[: round_ + 1]}:
             raise CheckpointError(
                 f"{path} ends before round {round_}, where the checkpoint stands; {ADVICE}"
@@ -319,18 +318,18 @@ class RunRecorder:
                 f"{path} is not the ledger that the checkpoint of round {round_} belongs to; "
                 f"{ADVICE}"
             )
-        if self.keep_chain and meta.get("chain", "") is None:
+        if self.chain is not None and meta.get("chain", "") is None:
             raise CheckpointError(
-                f"{self.folder} keeps no chain, and one that begins at round {round_ + 1} has no "
+                f"{folder} keeps no chain, and one that begins at round {round_ + 1} has no "
                 "initial weights; go on with output.chain=false"
             )
-        if self.keep_chain:
-            hold_chain(self.folder, meta)
-        found = beside(self.folder)
+        if self.chain is not None:
+            hold_chain(folder, meta)
+        found = beside(folder)
         for name, recorded in meta.get("files", {}).items():
             if found.get(name) != recorded:
                 raise CheckpointError(
-                    f"{self.folder / name} is missing, or is not what it was when the checkpoint "
+                    f"{folder / name} is missing, or is not what it was when the checkpoint "
                     f"was written; {ADVICE}"
                 )
 

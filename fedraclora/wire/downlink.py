@@ -37,10 +37,10 @@ from fedraclora.wire.secagg import read_stage
 
 WEIGHTS = (None, "examples", "uniform")
 COEFFICIENTS = "coefficients"  # of factors that are computed from the last link, in float64
-HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
-HEADER |= {"uplink", "kind", "feedback", COEFFICIENTS}
-MEASURE, WHEN = "measure", ("before", "after")  # where clients are not asked to train
-CODING = "coding"  # where what they send is coded
+REQUEST = ("round", "version", "rate_scale", "reduce", "clip", "uplink", "feedback")
+UNUSUAL: dict[str, Any] = {"measure": None, "coding": NONE}  # said where they are something else
+HEADER = ASKED | {*REQUEST, "kind", "layout", "own", COEFFICIENTS}
+WHEN = (None, "before", "after")
 APART = ("clients", "first", "places")  # of a request: not the same for all of an exchange
 
 
@@ -79,21 +79,16 @@ class AskWriter:
         layout, own_layout = Layout.of(shared), Layout.of(own, skip=1)
         numbers = coefficients(downlink)
         beside = Layout.of(numbers)
+        said = {**vars(request), "round": request.round_}
         header = {
-            "round": request.round_,
-            "version": request.version,
-            "rate_scale": request.rate_scale,
-            "reduce": request.reduce,
-            "clip": request.clip,
-            "uplink": request.uplink,
-            "feedback": request.feedback,
+            **{name: said[name] for name in REQUEST},
             "kind": ask.kind,
             **describe(downlink),
             "layout": layout.shapes,
             "own": own_layout.shapes,
             COEFFICIENTS: beside.shapes,
-        } | ({} if request.measure is None else {MEASURE: request.measure})
-        header |= {} if request.coding == NONE else {CODING: request.coding}
+            **{name: said[name] for name, usual in UNUSUAL.items() if said[name] != usual},
+        }
         arrays = {"flat": packed_numbers(layout.pack(shared), layout, ask.kind, ask.coding)}
         if beside.size:
             arrays[COEFFICIENTS] = beside.pack(numbers)
@@ -161,9 +156,8 @@ class AskReader:
         """Read what all messages of an exchange share."""
         self._arrays = None  # a message that is refused is not remembered
         self._header = header = message_header(content)
-        exactly(
-            header, HEADER | (header.keys() & {MEASURE, CODING}), "the header of a train message"
-        )
+        known = HEADER | (header.keys() & UNUSUAL.keys())
+        exactly(header, known, "the header of a train message")
         layout = read_layout(header["layout"], "the layout")
         kind = _kind(header["kind"], "its kind")
         with of_message(content):
@@ -214,9 +208,10 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
     clip = header["clip"]
     if clip is not None and not real(clip, "clip") > 0:
         raise WireError(f"clip is {shown(clip)}; a positive number is wanted")
-    if (measure := header.get(MEASURE)) not in (None, *WHEN):
+    measure, coding = (header.get(name, usual) for name, usual in UNUSUAL.items())
+    if measure not in WHEN:
         raise WireError(f"measure is {shown(measure)}; one of {WHEN} is wanted")
-    if (coding := header.get(CODING, NONE)) not in (NONE, ZSTD):
+    if coding not in (NONE, ZSTD):
         raise WireError(f"coding is {shown(coding)}; {ZSTD} is wanted, or nothing")
     return TrainRequest(
         whole(header["round"], "its round"),

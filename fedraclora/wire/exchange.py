@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from fedraclora.errors import OF_THE_RUN
 from fedraclora.protocol.coding import NONE
@@ -125,6 +126,12 @@ class Ask:
     apart: bool = False
     stage: Stage | None = None
     coding: str = NONE
+
+    @override
+    def __str__(self) -> str:
+        first, *_, last = [*self.clients, *self.clients]
+        who = f"client {first}" if first == last else f"clients {first} to {last}"
+        return f"the chunk with {who} of round {self.request.round_}"
 
     @property
     def clients(self) -> list[int]:

@@ -141,7 +141,11 @@ def _read(content: Content, ask: Ask) -> Answer:
     round_ = whole(header["round"], "its round")
     wanted = WANTED if ask.request.uplink == FULL else WANTED | {"rounding"}
     wanted = wanted if ask.request.coding == NONE else wanted | {"sizes"}
-    vectors: dict[str, Any] = _vectors(content, round_, wanted)
+    vectors: dict[str, Any] = read_vectors(content)
+    if vectors.keys() != wanted:
+        raise WireError(
+            f"round {round_}: a reply has the vectors {[*vectors]}; {sorted(wanted)} are wanted"
+        )
     return Answer(
         round_,
         whole(header["version"], "its version"),
@@ -171,7 +175,6 @@ def _read_stage(content: Content, name: str) -> Answer:
     if stage is None or stage.name != name:
         raise WireError(f"the reply is not an answer to the stage {name} of secure aggregation")
     header, empty = message_header(content), torch.empty(0)
-    why = mapping(header["failures"], "failures")
     return Answer(
         round_of(content),
         whole(header.get("version", 0), "its version"),
@@ -181,20 +184,10 @@ def _read_stage(content: Content, name: str) -> Answer:
         empty,
         empty,
         pieces=(read_words(content) if name == "masked" else empty,),
-        failures={int(client): str(reason) for client, reason in why.items()},
+        failures=_failures(header["failures"]),
         notes=[worded(note, "a note") for note in listed(header.get("notes", []), "notes", MANY)],
         stage=stage,
     )
-
-
-def _vectors(content: Content, round_: int, wanted: set[str]) -> dict[str, torch.Tensor]:
-    """Read the vectors of a reply, all of them."""
-    vectors = read_vectors(content)
-    if vectors.keys() != wanted:
-        raise WireError(
-            f"round {round_}: a reply has the vectors {[*vectors]}; {sorted(wanted)} are wanted"
-        )
-    return vectors
 
 
 def _failures(value: object) -> dict[int, str]:

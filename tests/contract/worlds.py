@@ -45,7 +45,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.protocol.walk import CHANCES, MOVES, SUMS, blocks, visited
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
-from fedraclora.run.rebuild import read_states
+from fedraclora.run.initial import read_states
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.base import FedStrategy

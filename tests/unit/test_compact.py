@@ -15,7 +15,7 @@ from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Memo, State
 from fedraclora.protocol.quantised import decode, encode
 from fedraclora.run.folder import alone
-from fedraclora.run.initial import base_at
+from fedraclora.run.initial import state_after
 from fedraclora.run.rebuild import kept_rounds, state_at
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.sketch import SketchSpec
@@ -59,7 +59,7 @@ def test_kept_rounds_come_back_and_folded_ones_are_refused(tmp_path: Path) -> No
     compact(folder, 8)
     assert names(folder) == ["000000", "000001-000008", "000009"]
     assert_kept(folder, [0, 8, 9])
-    rebuilt = base_at(folder / "chain", 8, PLAN)  # as for the checkpoint of a large model
+    rebuilt = state_after(folder, 8, PLAN, Memo)[0].base  # as for the checkpoint of a large model
     assert digest(rebuilt) == digest(states(0.5)[8].base)
 
 

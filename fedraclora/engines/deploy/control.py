@@ -64,8 +64,7 @@ class Connection:
         Raises:
             EngineError: If it was not taken.
         """
-        words = ["run", str(app), self.name, "-c", str(run_config), "--format", "json"]
-        run = flwr(words, self.environ, stderr=subprocess.PIPE)
+        run = self._call("run", str(app), self.name, "-c", str(run_config))
         return int(str(self._read(run, "run-id", "took no run")))
 
     def nodes(self) -> list[str]:
@@ -80,8 +79,7 @@ class Connection:
                 f"connection={self.name}: there is no {file}; write it with address and "
                 f"root-certificates below [superlink.{self.name}], or set FLWR_HOME to its folder"
             )
-        words = ["supernode", "list", self.name, "--format", "json"]
-        listed = self._read(flwr(words, self.environ, stderr=subprocess.PIPE), "nodes", "is silent")
+        listed = self._read(self._call("supernode", "list", self.name), "nodes", "is silent")
         return [str(node["status"]) for node in listed]
 
     def known(self) -> dict[str, object]:
@@ -92,6 +90,9 @@ class Connection:
             return {n: c.get("address") for n, c in entries if isinstance(c, dict)}
         except (OSError, ValueError, KeyError, AttributeError):
             return {}
+
+    def _call(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return flwr([*words, "--format", "json"], self.environ, stderr=subprocess.PIPE)
 
     def _read(self, done: subprocess.CompletedProcess[str], key: str, failed: str) -> Any:
         found = _json(done.stdout)
@@ -116,8 +117,7 @@ class Connection:
         """
         end = time.monotonic() + LOST
         while True:
-            words = ["list", self.name, "--run-id", str(run), "--format", "json"]
-            listed = flwr(words, self.environ, stderr=subprocess.PIPE)
+            listed = self._call("list", self.name, "--run-id", str(run))
             runs = _json(listed.stdout).get("runs")
             if isinstance(runs, list) and runs:
                 return Status(str(runs[0]["status"]), str(runs[0].get("status-details") or ""))

@@ -70,7 +70,6 @@ class DeployGrid(PostedGrid):
         settings: Seconds to wait, and how many clients are enough.
         known: Whether clients can make the initial weights themselves.
         ended: Tells whether the runtime has ended.
-        pause: Seconds between looks for replies.
 
     Attributes:
         roster: Who is where, and holds which version.
@@ -86,9 +85,8 @@ class DeployGrid(PostedGrid):
         *,
         known: bool,
         ended: Callable[[], bool] = lambda: False,
-        pause: float = LOOKS,
     ) -> None:
-        super().__init__(grid, ended=ended, pause=pause)
+        super().__init__(grid, ended=ended, pause=LOOKS)
         self.history, self.run_id, self.settings = history, run_id, settings
         self.first = 0 if known else None  # what a client holds that holds nothing
         self.traffic: Traffic = Traffic()

@@ -66,13 +66,43 @@ class NodePerClient(PostedGrid):
         self._nodes: list[int] = []
 
     def nodes(self) -> list[int]:
-        """Return the node of each client, in the order of their ids.
+        """Return the node of each client, in the order of their ids: each is asked, once.
 
         Raises:
             EngineError: If nodes are missing, or their processes cannot run this project.
         """
-        if not self._nodes:
-            self._nodes = self._find_nodes()
+        if self._nodes:
+            return self._nodes
+        patience = min(PATIENCE, self.timeout)
+        came, end = 0, time.monotonic() + patience
+        while len(ids := list(self.grid.get_node_ids())) < self.clients:
+            self.wait("its nodes were there")
+            if len(ids) > came:
+                came, end = len(ids), time.monotonic() + patience
+            if time.monotonic() > end:
+                raise EngineError(
+                    f"{len(ids)} nodes are there, and no other came in {patience:g} s, but "
+                    f"{self.clients} are wanted: one for each client; with `flwr run`, "
+                    "num-supernodes must be that number"
+                )
+
+        def question(node: int, seconds: float) -> Message:
+            return Message(RecordDict(), node, "query.partition", ttl=seconds)
+
+        found = {}
+        for _, reply in self._exchange(deque(ids), question, self.timeout):
+            if reply.has_error():
+                raise EngineError(
+                    f"Flower's processes cannot run this project: {reply.error.reason}"
+                )
+            found[int(str(reply.content["partition"]["id"]))] = reply.metadata.src_node_id
+        if sorted(found) != list(range(self.clients)):
+            raise EngineError(
+                f"{len(ids)} nodes serve the partitions {sorted(found)[:5]}..., but each from 0 to "
+                f"{self.clients - 1} must be served once; with `flwr run`, num-supernodes must be "
+                f"{self.clients}"
+            )
+        self._nodes = [found[k] for k in range(self.clients)]
         return self._nodes
 
     @override
@@ -152,36 +182,3 @@ class NodePerClient(PostedGrid):
             "stops here: mend what killed it (memory?) and go on with resume, or use engine=ray, "
             "which replaces processes"
         )
-
-    def _find_nodes(self) -> list[int]:
-        """Wait for the nodes, and ask each for its partition id."""
-        patience = min(PATIENCE, self.timeout)
-        came, end = 0, time.monotonic() + patience
-        while len(ids := list(self.grid.get_node_ids())) < self.clients:
-            self.wait("its nodes were there")
-            if len(ids) > came:
-                came, end = len(ids), time.monotonic() + patience
-            if time.monotonic() > end:
-                raise EngineError(
-                    f"{len(ids)} nodes are there, and no other came in {patience:g} s, but "
-                    f"{self.clients} are wanted: one for each client; with `flwr run`, "
-                    "num-supernodes must be that number"
-                )
-
-        def question(node: int, seconds: float) -> Message:
-            return Message(RecordDict(), node, "query.partition", ttl=seconds)
-
-        found = {}
-        for _, reply in self._exchange(deque(ids), question, self.timeout):
-            if reply.has_error():
-                raise EngineError(
-                    f"Flower's processes cannot run this project: {reply.error.reason}"
-                )
-            found[int(str(reply.content["partition"]["id"]))] = reply.metadata.src_node_id
-        if sorted(found) != list(range(self.clients)):
-            raise EngineError(
-                f"{len(ids)} nodes serve the partitions {sorted(found)[:5]}..., but each from 0 to "
-                f"{self.clients - 1} must be served once; with `flwr run`, num-supernodes must be "
-                f"{self.clients}"
-            )
-        return [found[k] for k in range(self.clients)]

@@ -37,12 +37,6 @@ class Ended(Status):
     log: str
 
 
-def environment(home: Path, ray: RayFolder) -> dict[str, str]:
-    """Build the environment for Flower's programs where they start a Ray of their own."""
-    inherited = {k: v for k, v in programs.environment(home).items() if k != "RAY_ADDRESS"}
-    return {**inherited, **ray.environ}
-
-
 class SuperLink:
     """A SuperLink in simulation mode; as a context it runs inside, and is gone after.
 
@@ -54,21 +48,29 @@ class SuperLink:
         self.show = show
         self._made = PrivateFolder(longest=programs.LONGEST)
         self.home = self._made.path
-        self._ray = RayFolder()
+        self._ray = RayFolder()  # of the Ray that Flower's programs start
+        self.environ = programs.environment(self.home) | self._ray.environ
+        self.environ.pop("RAY_ADDRESS", None)
         self._program: programs.Program | None = None
 
     def __enter__(self) -> SuperLink:
         """Start it, and wait until it listens."""
         try:
-            self._start()
+            words, trust = ["--insecure", "--simulation"], "insecure = true"
+            self._program = programs.superlink(self.home, words, self.environ, trust)
+            self._program.await_listening(self.home / "link")
         except BaseException:
-            self._end()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it."""
-        self._end()
+        """End it with all that it has started, and remove its folders."""
+        if self._program is not None:
+            self._program.end()
+            self._program = None
+        self._ray.close()
+        self._made.cleanup()
 
     def run_app(self, app: Path, run_config: Path, options: Options) -> Ended:
         """Run a Flower app to its end, whatever that is.
@@ -85,14 +87,13 @@ class SuperLink:
             EngineError: If it did not begin, or the SuperLink is gone.
         """
         words = ["run", str(app), programs.CONNECTION, "--stream", "-c", str(run_config)]
-        environ = environment(self.home, self._ray)
         run = programs.flwr(
             [*words, "--federation-config", option_words(options)],
-            environ,
+            self.environ,
             stdout=None if self.show else subprocess.PIPE,
             stderr=None if self.show else subprocess.STDOUT,
         )
-        listed = programs.flwr(["list", programs.CONNECTION, "--format", "json"], environ)
+        listed = programs.flwr(["list", programs.CONNECTION, "--format", "json"], self.environ)
         try:
             (found,) = json.loads(listed.stdout)["runs"]
         except (ValueError, KeyError) as error:
@@ -102,19 +103,6 @@ class SuperLink:
                 f"the last words of that: {last}"
             ) from error
         return Ended(str(found["status"]), str(found["status-details"]), run.stdout or "")
-
-    def _start(self) -> None:
-        words, environ = ["--insecure", "--simulation"], environment(self.home, self._ray)
-        self._program = programs.superlink(self.home, words, environ, "insecure = true")
-        self._program.await_listening(self.home / "link")
-
-    def _end(self) -> None:
-        """End it with all that it has started, and remove its folders."""
-        if self._program is not None:
-            self._program.end()
-            self._program = None
-        self._ray.close()
-        self._made.cleanup()
 
 
 def run_options(settings: FlowerConfig, device: str, clients: int) -> Options:

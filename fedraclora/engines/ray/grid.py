@@ -44,20 +44,6 @@ class WorkerSite(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
-    """One ask, and which of the call's it is."""
-
-    place: int
-    ask: Ask
-
-    @override
-    def __str__(self) -> str:
-        first, *_, last = [*self.ask.clients, *self.ask.clients]
-        who = f"client {first}" if first == last else f"clients {first} to {last}"
-        return f"the chunk with {who} of round {self.ask.request.round_}"
-
-
-@dataclass(frozen=True)
 class Done:
     """What a worker gives back: the reply, or why there is none.
 
@@ -236,35 +222,35 @@ class RayGrid(Grid):
         # The time is not heeded: engine.timeout is that of each chunk.
         found: list[tuple[Ask, Answer | NoAnswer]] = []
         writer, shared = AskWriter(), dict[int, tuple[Content, Any]]()
-        jobs = [Job(i, ask) for i, ask in enumerate(asks)]
 
-        def submit(seat: Seat, job: Job) -> Any:
-            content = writer.write(job.ask)
+        def submit(seat: Seat, ask: Ask) -> Any:
+            content = writer.write(ask)
             key, common = id(content["arrays"]), {name: content[name] for name in SHARED}
             if key not in shared:  # kept: else their id is given again
                 shared[key] = common, ray.put(common)
             rest = {n: r for n, r in content.items() if n not in SHARED}
-            stored = self.store.part(job.ask.clients, job.ask.request.round_)
+            stored = self.store.part(ask.clients, ask.request.round_)
             update = self._update(seat)
             seat.version = self.history.version
             return seat.actor.train.remote([update], [shared[key][1]], rest, stored)
 
-        while jobs:
+        left = [*asks]
+        while left:
             again = []
-            for job, seat, done in self.pool.run(jobs, submit):
+            for ask, seat, done in self.pool.run(left, submit):
                 if done.stale:
                     self.incidents.append(
                         f"worker {seat.number} got the whole of version {self.history.version}"
                     )
                     seat.version = None
-                    again.append(job)
+                    again.append(ask)
                     continue
                 if done.error is not None:
-                    found.append((job.ask, done.error))
+                    found.append((ask, done.error))
                 else:
                     self.store.absorb(done.kept)
-                    found.append((job.ask, read_answer(done.content, job.ask)))
-            jobs = again
+                    found.append((ask, read_answer(done.content, ask)))
+            left = again
         self.incidents += self.pool.incidents
         self.pool.incidents = []
         return found

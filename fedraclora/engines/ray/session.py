@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -17,7 +17,6 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from fedraclora.engines.private_ray import RayFolder, put_back
 from fedraclora.errors import EngineError
 
-Handler = Callable[[int, FrameType | None], object] | int | None
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -44,12 +43,9 @@ class RaySession:
             with own_sigterm():
                 ray.shutdown()
         finally:
-            self._restore()
-
-    def _restore(self) -> None:
-        self._folder.close()
-        put_back(self._environ)
-        self._read_environment(clusters=self._clusters)
+            self._folder.close()
+            put_back(self._environ)
+            self._read_environment(clusters=self._clusters)
 
     def _read_environment(self, *, clusters: bool) -> None:
         """Have Ray read again what it reads once, when it is imported or first used."""
@@ -106,14 +102,9 @@ def own_sigterm() -> Iterator[None]:
         yield
     finally:
         utils.set_sigterm_handler = asked
-        set_sigterm(before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         for number, handler in others.items():
             signal.signal(number, handler)
         if came:
             raise KeyboardInterrupt
-
-
-def set_sigterm(handler: Handler) -> None:
-    """Set the handler of SIGTERM, where this thread may: Ray sets none in Python in others."""
-    if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGTERM, handler)
