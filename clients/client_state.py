@@ -13,7 +13,13 @@ from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.extra import LocalResult
-from fedraclora.training.extras import KEEPERS
+from fedraclora.training.extras.variates import (
+    EXTRAS,
+    begin_variates,
+    blank_variates,
+    end_variates,
+    variates_of,
+)
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import begin_moments, blank_moments
@@ -36,18 +42,17 @@ def restore(
         local: Says whether moments live on.
 
     Returns:
-        The downlink, where what stays at a client starts from what it holds, as keepers have it;
-        the moments with which clients begin, and what rounding left of what they sent
-        (`fedraclora.wire.feedback`), [K, ...] by name.
+        The downlink, where what stays at a client starts from what it holds, and control variates
+        are what it adds to gradients; the moments with which clients begin, and what rounding left
+        of what they sent (`fedraclora.wire.feedback`), [K, ...] by name.
 
     Raises:
         WireError: If something travels beside the downlink that no client reads.
     """
-    known = [name for keeper in KEEPERS for name in keeper.extras]
-    if unknown := downlink.extras.keys() - {*known}:
+    if unknown := downlink.extras.keys() - {*EXTRAS}:
         raise WireError(
             f"a downlink has the extras {sorted(unknown)}, which this client does not know (it "
-            f"knows {known}): run the server and the clients from one release"
+            f"knows {[*EXTRAS]}): run the server and the clients from one release"
         )
     dtype = wide(next(iter(base.values())).dtype)
     default: Tree = {}
@@ -58,17 +63,16 @@ def restore(
             default[name] = base.get(name, zeros) if opening is None else opening.to(dtype)
     steps = RECIPES[downlink.recipe].steps  # without, nothing has moments
     blank = blank_moments(local, downlink, dtype) if steps else {}
-    blanks = [keeper.blank(downlink, dtype) for keeper in KEEPERS]
+    variates = blank_variates(downlink, dtype) if variates_of(downlink) else {}
     rounded = blank_residues(downlink, dtype) if request.feedback else {}
-    initial = default | blank | {n: t for stored in blanks for n, t in stored.items()} | rounded
+    initial = default | blank | variates | rounded
     if not initial:
         return downlink, {}, {}
     link = downlink.link if local.moments == "link" else None
     found = store.read(request.clients, request.round_, initial, link)
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
-    for keeper, stored in zip(KEEPERS, blanks, strict=True):
-        if stored:
-            downlink = keeper.begin({n: found[n] for n in stored}, downlink)
+    if variates:
+        downlink = begin_variates({n: found[n] for n in variates}, downlink)
     downlink = start_from({n: found[n] for n in default}, downlink)
     return downlink, moments, {n: found[n] for n in rounded}
 
@@ -100,11 +104,11 @@ def keep(
     """
     own = {n: result.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
     stored = own | {n: t.cpu() for n, t in result.moments.items()} | (residues or {})
-    for keeper in KEEPERS:
-        if blank := keeper.blank(downlink, wide(next(iter(base.values())).dtype)):
-            before = store.read(clients, request.round_, blank)
-            directions = _directions(downlink, request.rate_scale, result, base, local)
-            stored |= keeper.end(before, downlink, directions)
+    if variates_of(downlink):
+        blank = blank_variates(downlink, wide(next(iter(base.values())).dtype))
+        before = store.read(clients, request.round_, blank)
+        directions = _directions(downlink, request.rate_scale, result, base, local)
+        stored |= end_variates(before, downlink, directions)
     if not stored:
         return
     sound = result.losses < math.inf  # a NaN is not

@@ -14,7 +14,8 @@ import torch
 from fedraclora.clients.client_state import restore
 from fedraclora.data.samples import ClientData, Samples, TableRows
 from fedraclora.errors import WireError
-from fedraclora.evaluation.clients import AFTER, ClientMeasure, SummedMeasure, write_sizes
+from fedraclora.evaluation.clients import AFTER, SummedMeasure, sums_of, write_sizes
+from fedraclora.evaluation.metrics import Measure
 from fedraclora.protocol.method import Downlink
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
@@ -36,7 +37,7 @@ class Measurer:
 
     def __init__(self, trainer: CohortTrainer) -> None:
         self.trainer, self.task = trainer, trainer.task
-        self.measure = ClientMeasure.of(self.task)
+        self.measure = Measure.of_task(self.task)
         self._layout = Layout(())  # of what a client sends; known once it is wanted
         self._shared: tuple[Tree, Downlink | None, Tree] = ({}, None, {})
 
@@ -148,7 +149,7 @@ class Measurer:
         return self._apart(base, downlink, each, samples)
 
     def _standing(self, base: Tree, downlink: Downlink, own: Tree) -> Tree:
-        return standing_weights(base, downlink, self.trainer.plan, own, self.trainer.local.scalings)
+        return standing_weights(base, downlink, self.trainer.plan, own)
 
     def _apart(self, base: Tree, downlink: Downlink, each: Iterable[Tree], samples: Owned) -> Tree:
         """Measure on the samples of each client weights that have values of its own."""
@@ -162,7 +163,7 @@ class Measurer:
 
     def _sent(self, weights: Tree, samples: Samples, counts: torch.Tensor) -> Tree:
         size = 1 if self.task.held is None else self.task.held.batch_size
-        return self.measure.sent(self.task, weights, samples, counts, size)
+        return sums_of(self.measure, self.task, weights, samples, counts, size)
 
 
 def joined(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> Samples:

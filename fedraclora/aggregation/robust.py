@@ -73,39 +73,6 @@ def median(rows: torch.Tensor) -> torch.Tensor:
     return trimmed_mean(rows, (len(rows) - 1) // 2)
 
 
-def geometric_median(
-    rows: torch.Tensor, *, smoothing: float, tolerance: float, iterations: int
-) -> torch.Tensor:
-    """Find the point of least total distance to the rows, by the smoothed Weiszfeld algorithm.
-
-    Withstands fewer than half of the clients.
-
-    Args:
-        rows: float64 [K, P].
-        smoothing: Distances below it count as it: no division by zero at a client's own point.
-        tolerance: Stop once the total distance falls by less than this share of itself.
-        iterations: The most there may be.
-
-    Returns:
-        float64 [P].
-
-    References:
-        Pillutla et al., *Robust aggregation for federated learning*, arXiv 1912.13445 (RFA).
-        Departures: equal weights; begins at the coordinate-wise median, which no attacker moves
-        far, and not at the mean.
-    """
-    point = median(rows)
-    distances = torch.linalg.vector_norm(rows - point, dim=1)
-    for _ in range(iterations):
-        pull = 1 / distances.clamp(min=smoothing)
-        point = (pull[:, None] * rows).sum(dim=0) / pull.sum()
-        before = float(distances.sum())
-        distances = torch.linalg.vector_norm(rows - point, dim=1)
-        if before - float(distances.sum()) <= tolerance * before:
-            break
-    return point
-
-
 def krum_order(rows: torch.Tensor, attackers: int) -> torch.Tensor:
     """Order clients by their score, the least first.
 
@@ -215,10 +182,18 @@ class TrimmedMean(Estimate):
 class GeometricMedian(Estimate):
     """Geometric median (RFA, Weiszfeld); clients count alike.
 
+    The point of least total distance to the rows, by the smoothed Weiszfeld algorithm. It
+    withstands fewer than half of the clients.
+
     Attributes:
         smoothing: Distances below it count as it.
         tolerance: Stop once the total distance falls by less than this share of itself.
         iterations: The most there may be.
+
+    References:
+        Pillutla et al., *Robust aggregation for federated learning*, arXiv 1912.13445 (RFA).
+        Departures: equal weights; begins at the coordinate-wise median, which no attacker moves
+        far, and not at the mean.
     """
 
     name: ClassVar[str] = "geometric_median"
@@ -229,7 +204,17 @@ class GeometricMedian(Estimate):
 
     @override
     def estimate(self, rows: torch.Tensor) -> torch.Tensor:
-        return geometric_median(rows, **vars(self))
+        point = median(rows)
+        distances = torch.linalg.vector_norm(rows - point, dim=1)
+        for _ in range(self.iterations):
+            # No division by zero at a client's own point.
+            pull = 1 / distances.clamp(min=self.smoothing)
+            point = (pull[:, None] * rows).sum(dim=0) / pull.sum()
+            before = float(distances.sum())
+            distances = torch.linalg.vector_norm(rows - point, dim=1)
+            if before - float(distances.sum()) <= self.tolerance * before:
+                break
+        return point
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,7 @@ from typing_extensions import override
 from fedraclora.limits import Fraction, Limited, Positive, choice_of
 from fedraclora.tree import Tree
 
-SPACES = ("weights", "factors")
-Space = Annotated[str, choice_of(SPACES)]
+Space = Annotated[str, choice_of(("weights", "factors"))]
 
 
 @dataclass(frozen=True)

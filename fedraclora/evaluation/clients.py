@@ -35,70 +35,67 @@ AFTER = "personal_"  # of what was measured after local training
 OF_ONE = "value/"  # of a metric of which its value alone is sent
 
 
-@dataclass(frozen=True)
-class ClientMeasure:
-    """The metrics of clients, and what they send of them.
+def scored(measure: Measure) -> list[str]:
+    """Name the metrics of which a client sends the value alone."""
+    return [n for n, metric in measure.metrics.items() if not metric.count.sums]
 
-    Attributes:
+
+def sums_of(
+    measure: Measure,
+    task: Task,
+    weights: Tree,
+    samples: Samples,
+    counts: torch.Tensor,
+    batch_size: int,
+) -> Tree:
+    """Measure the same weights on samples of several clients, in batches of all of them.
+
+    Args:
         measure: The metrics.
+        task: Has the model.
+        weights: Parameters by name.
+        samples: Of one client after another.
+        counts: How many of each, int64 [K].
+        batch_size: Samples of a forward pass.
+
+    Returns:
+        What clients send, float64 [K, q] by name.
     """
+    count = len(counts)
+    whose = Owners(count, torch.arange(count).repeat_interleave(counts))
+    state = state_of(task.model, weights, samples, measure, batch_size, whose)
+    sums, alone = {n: t.cpu() for n, t in state.items() if "/" not in n}, scored(measure)
+    each = measure.values(state, count) if alone else []
+    values = {n: torch.tensor([v[n] for v in each]).double()[:, None] for n in alone}
+    return sums | {OF_ONE + name: value for name, value in values.items()}
 
-    measure: Measure
 
-    @classmethod
-    def of(cls, task: Task) -> ClientMeasure:
-        """Take what a task is measured by."""
-        return cls(Measure.of_task(task))
+def sums_named(measure: Measure, when: Iterable[str]) -> list[str]:
+    """Name what a client sends that measures at these points of a round."""
+    sums = [count.name for count in measure.counts if count.sums]
+    own = [*sums, *(OF_ONE + name for name in scored(measure))]
+    return [point + name for point in when for name in own]
 
-    @property
-    def _scored(self) -> list[str]:
-        return [n for n, metric in self.measure.metrics.items() if not metric.count.sums]
 
-    def sent(
-        self, task: Task, weights: Tree, samples: Samples, counts: torch.Tensor, batch_size: int
-    ) -> Tree:
-        """Measure the same weights on samples of several clients, in batches of all of them.
+def values_of(
+    measure: Measure, sent: Tree, when: str
+) -> tuple[dict[str, Floats], dict[str, float]]:
+    """Compute the metrics of each client, and of all samples together.
 
-        Args:
-            task: Has the model.
-            weights: Parameters by name.
-            samples: Of one client after another.
-            counts: How many of each, int64 [K].
-            batch_size: Samples of a forward pass.
+    Args:
+        measure: The metrics.
+        sent: What clients sent, [K, q] by name.
+        when: What is before the names of that which was measured at a point of a round.
 
-        Returns:
-            What clients send, float64 [K, q] by name.
-        """
-        count = len(counts)
-        whose = Owners(count, torch.arange(count).repeat_interleave(counts))
-        state = state_of(task.model, weights, samples, self.measure, batch_size, whose)
-        sums = {n: t.cpu() for n, t in state.items() if "/" not in n}
-        each = self.measure.values(state, count) if self._scored else []
-        values = {n: torch.tensor([v[n] for v in each]).double()[:, None] for n in self._scored}
-        return sums | {OF_ONE + name: value for name, value in values.items()}
-
-    def names(self, when: Iterable[str]) -> list[str]:
-        """Name what a client sends that measures at these points of a round."""
-        sums = [count.name for count in self.measure.counts if count.sums]
-        own = [*sums, *(OF_ONE + name for name in self._scored)]
-        return [point + name for point in when for name in own]
-
-    def values(self, sent: Tree, when: str) -> tuple[dict[str, Floats], dict[str, float]]:
-        """Compute the metrics of each client, and of all samples together.
-
-        Args:
-            sent: What clients sent, [K, q] by name.
-            when: What is before the names of that which was measured at a point of a round.
-
-        Returns:
-            By metric, of the clients in their order [K], and of all; NaN where it has no value.
-        """
-        own = {n.removeprefix(when): t for n, t in sent.items()}
-        state = {count.name: own[count.name] for count in self.measure.counts if count.sums}
-        each = self.measure.values(state, len(next(iter(sent.values()))))
-        whole = self.measure.values(self.measure.pooled(state))[0]
-        found = {n: np.array([v[n] for v in each], np.float64) for n in self.measure.metrics}
-        return found | {n: own[OF_ONE + n][:, 0].numpy() for n in self._scored}, whole
+    Returns:
+        By metric, of the clients in their order [K], and of all; NaN where it has no value.
+    """
+    own = {n.removeprefix(when): t for n, t in sent.items()}
+    state = {count.name: own[count.name] for count in measure.counts if count.sums}
+    each = measure.values(state, len(next(iter(sent.values()))))
+    whole = measure.values(measure.pooled(state))[0]
+    found = {n: np.array([v[n] for v in each], np.float64) for n in measure.metrics}
+    return found | {n: own[OF_ONE + n][:, 0].numpy() for n in scored(measure)}, whole
 
 
 def usual(layouts: Sequence[Layout]) -> Layout:
@@ -169,7 +166,7 @@ class SummedMeasure:
         points: What is before the names of each point.
     """
 
-    measure: ClientMeasure
+    measure: Measure
     layout: Layout
     points: tuple[str, ...]
 
@@ -180,12 +177,12 @@ class SummedMeasure:
 
     @property
     def _numbers(self) -> int:
-        return 2 + len(self.points) * (self._sums.size + 3 * len(self.measure.measure.metrics))
+        return 2 + len(self.points) * (self._sums.size + 3 * len(self.measure.metrics))
 
     @property
     def size(self) -> int:
         """Words of a vector."""
-        bins = len(self.points) * len(self.measure.measure.metrics) * BINS
+        bins = len(self.points) * len(self.measure.metrics) * BINS
         return PIECES * self._numbers + bins
 
     def words(self, sent: Tree, samples: torch.Tensor) -> Words:
@@ -208,7 +205,7 @@ class SummedMeasure:
         for point in self.points:
             own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(point)}
             columns += [t for n, _ in self._sums.shapes for t in own[point + n].double().numpy().T]
-            for value in self.measure.values(own, point)[0].values():
+            for value in values_of(self.measure, own, point)[0].values():
                 known = has & np.isfinite(value)
                 m = np.where(known, value, 0.0)
                 columns += [known.astype(np.float64), m, m * m]
@@ -244,7 +241,7 @@ class SummedMeasure:
         for point in self.points:
             sums, moments = np.split(next(own), [self._sums.size])
             state = self._sums.unpack(torch.from_numpy(sums[None]))
-            pooled = self.measure.measure.values(state)[0]
+            pooled = self.measure.values(state)[0]
             for metric, told in zip(pooled, moments.reshape(-1, 3).tolist(), strict=True):
                 (known, first, second), histogram = told, next(counts)
                 if not (known == histogram.sum() and 0 <= known <= n <= clients):
@@ -254,7 +251,7 @@ class SummedMeasure:
                     )
                 mean = first / known if known else math.nan
                 std = math.sqrt(max(0.0, second / known - mean * mean)) if known else math.nan
-                lower, values = self.measure.measure.lower, np.repeat(BEGINS, histogram)
+                lower, values = self.measure.lower, np.repeat(BEGINS, histogram)
                 found = spread(metric, values, pooled[metric], lower)
                 row[point + metric] = found | {"mean": mean, "std": std}
         return row | {"n": int(n), "samples": int(samples)}

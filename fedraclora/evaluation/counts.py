@@ -76,7 +76,9 @@ class Batch:
         predicted = output.argmax(dim=over)
         if self.reads == "next_token":
             predicted, target = predicted[:, :-1], target[:, 1:]
-        return predicted.flatten(), target.flatten(), output.shape[over], self._of_parts(target)
+        rows = torch.arange(len(target), device=target.device)
+        owners = self.owners.repeated(rows.repeat_interleave(target[:1].numel()))
+        return predicted.flatten(), target.flatten(), output.shape[over], owners
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor, Owners]:
         """Give outputs and targets for metrics of the user's own.
@@ -95,10 +97,6 @@ class Batch:
             shape = (len(target), *(() if target[0].numel() == 1 else target.shape[1:]))
             output, target = output.reshape(shape), target.reshape(shape)
         return output, target, owners
-
-    def _of_parts(self, target: torch.Tensor) -> Owners:
-        rows = torch.arange(len(target), device=target.device)
-        return self.owners.repeated(rows.repeat_interleave(target[:1].numel()))
 
 
 # A batch -> sums [owners, q]; or outputs and targets that are kept [P, ...], and whose they are

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -288,8 +287,7 @@ def predict(
         alone.
     """
     reading = {"classes": named_outputs(model, loss), **reading}
-    call = partial(_answered, loss=loss, reading=reading, batch_size=batch_size)
-    return with_weights(model, weights, call, samples)
+    return with_weights(model, weights, _answered, samples, loss, reading, batch_size)
 
 
 def named_outputs(model: nn.Module, loss: str) -> list[str]:
@@ -301,7 +299,7 @@ def named_outputs(model: nn.Module, loss: str) -> list[str]:
 
 
 def _answered(
-    model: nn.Module, samples: Samples, *, loss: str, reading: Mapping[str, Any], batch_size: int
+    model: nn.Module, samples: Samples, loss: str, reading: Mapping[str, Any], batch_size: int
 ) -> list[Prediction]:
     device = next(model.parameters(), samples.target).device
     found: dict[int, Prediction] = {}

@@ -61,8 +61,8 @@ class Measure:
         >>> state = measure.join([measure.take(output, target, two)])  # of one batch, or of many
         >>> [round(each["accuracy"], 2) for each in measure.values(state, 2)]
         [0.67, 1.0]
-        >>> round(measure.values(measure.pooled(state))[0]["accuracy"], 2), measure.sums
-        (0.75, True)
+        >>> round(measure.values(measure.pooled(state))[0]["accuracy"], 2)
+        0.75
     """
 
     metrics: Mapping[str, Formula]
@@ -117,11 +117,6 @@ class Measure:
     def lower(self) -> list[str]:
         """The metrics of the user's own of which less is better."""
         return [n for n, m in self.metrics.items() if n not in METRICS and not m.higher_is_better]
-
-    @property
-    def sums(self) -> bool:
-        """Whether sums are enough for all metrics."""
-        return all(count.sums for count in self.counts)
 
     def take(
         self, output: torch.Tensor, target: torch.Tensor, owners: Owners = ONE, loss: str = ""

@@ -136,6 +136,8 @@ def export(
         raise unknown("format", form, FORMATS)
     if rank is not None and (isinstance(rank, bool) or rank < 1):
         raise ConfigError(f"rank is {rank}; a whole number of at least 1 is wanted")
+    if rank is not None and form != "peft":
+        raise ConfigError(f"--rank {rank} is of --format peft; with {form} the weights are whole")
     folder = folder.resolve()
     try:
         str(folder).encode()

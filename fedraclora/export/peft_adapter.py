@@ -200,22 +200,17 @@ def _further(trained: TrainedModel, modules: dict[str, nn.Module]) -> dict[str, 
 
 def _adaptable(name: str, modules: dict[str, nn.Module]) -> str:
     """Refuse a layer that PEFT cannot adapt."""
-    module = modules[name]
-    why = None
-    if not name:
-        why = "is the whole model, and PEFT adapts layers inside one"
-    elif isinstance(module, nn.Conv2d) and module.groups != 1:
-        why = "is a convolution in groups"
-    if why is not None:
-        raise ModelError(f"layer {name!r} {why}: take --format state_dict")
-    return name
+    if name and getattr(modules[name], "groups", 1) == 1:
+        return name
+    whole = "is the whole model, and PEFT adapts layers inside one"
+    why = "is a convolution in groups" if name else whole
+    raise ModelError(f"layer {name!r} {why}: take --format state_dict")
 
 
 def _factored(trained: TrainedModel, name: str, view: LayerView, rank: int | None) -> ChangeFactors:
     if name in trained.magnitudes and name not in trained.changes:
         matrix = view.matrix(trained.start[name])
-        empty = matrix.new_zeros(matrix.shape[0], 1), matrix.new_zeros(1, matrix.shape[1])
-        return factors_of_product(empty, rank)
+        return factors_of_product((matrix[:, :0], matrix[:0]), rank)
     if name in trained.changes:
         return factors_of_product(trained.changes[name], rank)
     new, old = view.matrix(trained.weights[name]), view.matrix(trained.start[name])

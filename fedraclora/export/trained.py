@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedraclora.lowrank.algebra import Product, fix_signs, truncated_product
+from fedraclora.lowrank.algebra import Product, fix_signs, padded_to, truncated_product
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.tree import Tree
 
@@ -131,10 +131,8 @@ def factors_of_product(change: Product, rank: int | None) -> ChangeFactors:
         rank: Singular values to keep at most; None: all that are not rounding.
     """
     left, right = (part.to(torch.float64) for part in change)
-    inner = max(1, left.shape[1])
-    if not left.shape[1]:
-        left, right = left.new_zeros(left.shape[0], 1), right.new_zeros(1, right.shape[1])
-    u, s, vt = truncated_product(left, right, inner)
+    left, right = padded_to(left, right, 1)  # where there are no components
+    u, s, vt = truncated_product(left, right, left.shape[1])
     floor = torch.finfo(torch.float64).eps * max(*left.shape, *right.shape) * float(s[0])
     return _kept(u, s, vt, floor, rank)
 

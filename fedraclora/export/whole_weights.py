@@ -30,13 +30,12 @@ def write_hf(trained: TrainedModel, order: Order) -> ExportRecord:
 
     Args:
         trained: What the run trained.
-        order: Where to; without a rank: the weights are whole.
+        order: Where to.
 
     Raises:
-        ConfigError: If the model is none of transformers', or a rank is given.
+        ConfigError: If the model is none of transformers'.
         ModelError: If transformers does not read back what was written.
     """
-    no_rank(order.rank, "hf")
     model: Any = trained.model
     if not is_hugging_face(model):
         raise ConfigError(
@@ -55,16 +54,6 @@ def write_hf(trained: TrainedModel, order: Order) -> ExportRecord:
                 "weight): take --format state_dict"
             )
     return {}
-
-
-def no_rank(rank: int | None, form: str) -> None:
-    """Refuse a rank where weights are whole.
-
-    Raises:
-        ConfigError: Naming the format.
-    """
-    if rank is not None:
-        raise ConfigError(f"--rank {rank} is of --format peft; with {form} the weights are whole")
 
 
 def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
@@ -96,12 +85,8 @@ def write_state_dict(trained: TrainedModel, order: Order) -> ExportRecord:
 
     Args:
         trained: What the run trained.
-        order: Where to; without a rank: the weights are whole.
-
-    Raises:
-        ConfigError: If a rank is given.
+        order: Where to.
     """
-    no_rank(order.rank, "state_dict")
     tensors = trained.model.state_dict()
     digest = {"weights_digest": trained.facts.get("weights_digest")}
     save_tensors(order.folder / "model.safetensors", tensors, digest, sync=False)
@@ -120,14 +105,13 @@ def write_gguf(trained: TrainedModel, order: Order) -> ExportRecord:
 
     Args:
         trained: What the run trained.
-        order: Where to; without a rank: the weights are whole.
+        order: Where to.
 
     Raises:
-        ConfigError: If the model is of another form, its tokenizer cannot be written, the package
-            gguf is not installed, or a rank is given.
+        ConfigError: If the model is of another form, its tokenizer cannot be written, or the
+            package gguf is not installed.
         ModelError: If transformers does not read back what was written.
     """
-    no_rank(order.rank, "gguf")
     gguf = import_extra("gguf", "--format gguf")
     config = _config(trained)
     writer: Any = gguf.GGUFWriter(order.folder / GGUF_FILE, "llama")

@@ -130,9 +130,8 @@ class Packer:
             hook.remove()
 
     def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        del module
         if self.layout is None:
             return None
         rest = {name: self._packed(value) for name, value in kwargs.items()}
@@ -151,8 +150,7 @@ class Packer:
             return layout.pack(value)
         return value
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        del module, args
+    def _leave(self, _: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if self.layout is None:
             return None
         if isinstance(output, tuple):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from typing_extensions import override
 
 from fedraclora.data.samples import Samples
@@ -23,7 +22,10 @@ WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs w
 
 
 class TakeRows(torch.autograd.Function):
-    """Take rows, where each row but those of zero slope is taken once: so back, rows are taken."""
+    """Take the rows ``there`` of x; ``back`` holds, for each row of x, where it came to.
+
+    Each row but those of zero slope is taken once: so on the way back, too, rows are taken.
+    """
 
     @override
     @staticmethod
@@ -37,11 +39,8 @@ class TakeRows(torch.autograd.Function):
         return slope.index_select(0, ctx.back), None, None
 
 
-def take_rows(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-    """Take the rows ``there`` of x; ``back`` holds, for each row of x, where it came to."""
-    # Some releases of torch type `apply` and some do not: with our own type both check alike.
-    apply: Callable[..., torch.Tensor] = TakeRows.apply
-    return apply(x, there, back)
+# Some releases of torch type `apply` and some do not: with our own type both check alike.
+take_rows: Callable[..., torch.Tensor] = TakeRows.apply
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,13 @@ class Bucket:
     Attributes:
         count, tokens: Samples, and the tokens of the longest.
         lengths: Of each, int64 [count].
+        places: Of each token in the packed batch, int64 [count, tokens].
     """
 
     count: int
     tokens: int
     lengths: torch.Tensor
+    places: torch.Tensor
 
     def hidden(self) -> torch.Tensor:
         """Tell which keys no query may see, bool [count, 1, 1, tokens]."""
@@ -73,10 +74,7 @@ class PackedLayout:
         back: For each token of the padded batch, its place in the packed one, int64 [N * T].
         tokens: T.
         buckets: The samples, longest first.
-        bucketed: For each token of the buckets, in order, its place in the packed batch, int64.
-        slot: For each packed token, its place among those; beyond the last for padding.
-        first, stride, place: For each token of the buckets: where its sample begins, the tokens
-            of its bucket, and its place in the sample, int64.
+        heads: What `of_heads` has found, by their number.
     """
 
     clients: int
@@ -85,11 +83,6 @@ class PackedLayout:
     back: torch.Tensor
     tokens: int
     buckets: tuple[Bucket, ...]
-    bucketed: torch.Tensor
-    slot: torch.Tensor
-    first: torch.Tensor
-    stride: torch.Tensor
-    place: torch.Tensor
     heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -131,33 +124,12 @@ class PackedLayout:
 
         order = torch.argsort(lengths, descending=True, stable=True)
         parts = order.split(-(-N // len(tops)))
-        buckets, found, total = [], [], 0
+        buckets = []
         for part, top in zip(parts, tops, strict=True):
-            at = place[:top].expand(len(part), -1)
-            inside = at < lengths[part, None]
-            token = torch.where(inside, start[part, None] + at, spare)
-            first = total + torch.arange(len(part), device=device)[:, None] * top
-            whole = (token, first.expand_as(at), torch.full_like(at, top), at, inside)
-            found.append(torch.stack([t.reshape(-1) for t in whole]))
-            buckets.append(Bucket(len(part), top, lengths[part]))
-            total += len(part) * top
-        bucketed, firsts, stride, at, inside = torch.cat(found, dim=1)
-        slot = torch.full((clients * length + 1,), total, device=device)
-        target = torch.where(inside.bool(), bucketed, clients * length)
-        slot = slot.index_copy(0, target, torch.arange(total, device=device))[:-1]
-        return cls(
-            clients,
-            length,
-            there,
-            back,
-            tokens,
-            tuple(buckets),
-            bucketed,
-            slot,
-            firsts,
-            stride,
-            at,
-        )
+            at, own = place[:top], lengths[part]
+            token = torch.where(at < own[:, None], start[part, None] + at, spare)
+            buckets.append(Bucket(len(part), top, own, token))
+        return cls(clients, length, there, back, tokens, tuple(buckets))
 
     def holds(self, x: torch.Tensor) -> bool:
         """Tell whether a tensor is of the packed batch."""
@@ -182,19 +154,23 @@ class PackedLayout:
             There and back; in the buckets one more row, which is padding, comes last.
         """
         if heads not in self.heads:
-            head = torch.arange(heads, device=self.slot.device)
-            total = len(self.bucketed)
-            first, stride, place = (F.pad(t, (0, 1)) for t in (self.first, self.stride, self.place))
-            at = (first * heads + place)[self.slot, None] + stride[self.slot, None] * head
-            at = torch.where((self.slot == total)[:, None], total * heads, at)
+            device, count = self.there.device, len(self.there)
+            head = torch.arange(heads, device=device)
+            end = heads * sum(bucket.count * bucket.tokens for bucket in self.buckets)
+            begin, stride = torch.tensor([[end], [0]], device=device).repeat(1, count + 1)
             there, done = [], 0
             for bucket in self.buckets:
-                size = bucket.count * bucket.tokens
-                token = self.bucketed[done : done + size].reshape(bucket.count, 1, -1)
-                there.append((token * heads + head[:, None]).reshape(-1))
-                done += size
-            spare = torch.full((1,), (self.length - 1) * heads, device=head.device)
-            self.heads[heads] = torch.cat([*there, spare]), at.reshape(-1)
+                there.append((bucket.places[:, None] * heads + head[:, None]).reshape(-1))
+                # Padding writes, too: to a place beyond the end.
+                target = bucket.places.masked_fill(bucket.hidden()[:, 0, 0], count)
+                place = torch.arange(bucket.tokens, device=device)
+                sample = torch.arange(bucket.count, device=device)[:, None] * heads * bucket.tokens
+                begin[target] = done + sample + place
+                stride[target] = bucket.tokens
+                done += len(there[-1])
+            back = begin[:count, None] + stride[:count, None] * head
+            spare = torch.full((1,), (self.length - 1) * heads, device=device)
+            self.heads[heads] = torch.cat([*there, spare]), back.reshape(-1)
         return self.heads[heads]
 
 

@@ -167,9 +167,7 @@ class Mechanism:
 
     def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
         """Draw the cohort of a round: each client by its own coin; ids ascending, int64."""
-        if self.sampling >= 1:
-            return torch.arange(clients)
-        return torch.nonzero(secret.uniforms(clients, "cohort", round_) < self.sampling).flatten()
+        return secret.chosen(clients, self.sampling, "cohort", round_)
 
     def noisy_sum(
         self, total: torch.Tensor, clip: float, secret: Secret, round_: int
@@ -254,10 +252,7 @@ class NoisyMeans:
 
     def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
         """Draw who measures after a round; ids ascending, int64."""
-        if self.sampling >= 1:
-            return torch.arange(clients)
-        coins = secret.uniforms(clients, "measurers", round_)
-        return torch.nonzero(coins < self.sampling).flatten()
+        return secret.chosen(clients, self.sampling, "measurers", round_)
 
     def releases(self, count: int) -> Releases:
         """Say what a number of measurements is to the accountant."""

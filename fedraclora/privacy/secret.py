@@ -91,11 +91,12 @@ class Secret:
         text = f"{purpose}|{round_}|".encode() + hashlib.sha256(data).digest()
         return hmac.digest(self._key, text, "sha256")
 
-    def uniforms(
-        self, count: int, purpose: str, round_: int, about: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Draw float64 [count] in (0, 1), from 52 bits each; arguments as for `derive`."""
-        return uniforms_of(stream(self.derive(purpose, round_, about), 8 * count))
+    def chosen(self, count: int, chance: float, purpose: str, round_: int) -> torch.Tensor:
+        """Choose among ``count`` clients, each by a coin of its own: ids ascending, int64."""
+        if chance >= 1:
+            return torch.arange(count)
+        coins = uniforms_of(stream(self.derive(purpose, round_), 8 * count))
+        return torch.nonzero(coins < chance).flatten()
 
     def normals(
         self, count: int, purpose: str, round_: int, about: torch.Tensor | None = None

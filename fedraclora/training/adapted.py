@@ -50,7 +50,7 @@ def times(x: torch.Tensor, factor: torch.Tensor, K: int) -> torch.Tensor:
 
 
 def add_product(
-    out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, K: int, scale: float = 1.0
+    out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, K: int, scale: float
 ) -> None:
     """Add ``scale * x @ factor.T`` per sample to ``out``, in place; see `times`."""
     if factor.dim() == 2:
@@ -61,13 +61,7 @@ def add_product(
         wide.baddbmm_(x.reshape(K, -1, x.shape[-1]), factor.mT, alpha=scale)
 
 
-def adapted_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    term: BatchTerm,
-    factors: list[torch.Tensor],
-) -> torch.Tensor:
+class AdaptedLinear(torch.autograd.Function):
     """Apply the layer; padding, where it is known, has the low-rank term alone.
 
     Args:
@@ -80,12 +74,7 @@ def adapted_linear(
     Returns:
         [K * b, ..., m].
     """
-    # Some releases of torch type `apply` and some do not: with our own type both check alike.
-    apply: Callable[..., torch.Tensor] = _Adapted.apply
-    return apply(x, weight, bias, term, *factors)
 
-
-class _Adapted(torch.autograd.Function):
     @override
     @staticmethod
     def forward(
@@ -147,3 +136,7 @@ class _Adapted(torch.autograd.Function):
         of_bias = rows.sum(dim=0) if to_bias else None
         of_x = None if of_x is None else of_x.view(ctx.shape)
         return of_x, of_weight, of_bias, None, *of_factors
+
+
+# Some releases of torch type `apply` and some do not: with our own type both check alike.
+adapted_linear: Callable[..., torch.Tensor] = AdaptedLinear.apply

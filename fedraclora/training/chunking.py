@@ -8,7 +8,7 @@ once, and stored. In the user's own parts of a local step no clients may meet: a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,12 +27,10 @@ from fedraclora.training.extra import LocalExtra
 from fedraclora.training.memory import (
     LESS,
     LOOKED_AT,
-    Enough,
     MemoryModel,
     Probe,
     is_out_of_memory,
     measure_memory,
-    owned,
     try_step,
 )
 from fedraclora.training.program import OpenChunk
@@ -70,8 +68,7 @@ def refuse_meeting(trainer: CohortTrainer, base: Tree, downlink: Downlink, chunk
         for away in (0.1, 0.2, 0.1):
             pair = Pair(trainer, None)
             pair.away = away
-            with suppress(Enough):
-                pair.train(base, owned(downlink, len(ids)), ids, round_=1, rate_scale=1.0)
+            pair.run(base, downlink, ids)
             values, starts = pair.chunk.values, pair.chunk.starts
             changes.append({name: value[0] - starts[name][0] for name, value in values.items()})
     for extra, then in zip(own, before, strict=True):
@@ -198,8 +195,10 @@ def plan_chunk(
     """
     if isinstance(chunk, int) or cohort == 1:
         most = cohort if chunk == "auto" else int(chunk)
-        if not elsewhere:
-            _try_one(trainer, base, downlink, most)
+        if not elsewhere:  # nothing is measured: what cannot train is refused at once
+            with _explained(trainer, "one client", LESS):
+                try_step(trainer, base, downlink)
+                refuse_meeting(trainer, base, downlink, most)
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     advice = "set engine.chunk=1, or lower local.batch_size"
@@ -249,10 +248,3 @@ def _explained(trainer: CohortTrainer, clients: str, advice: str) -> Iterator[No
             f"{said}. Check that the model "
             "takes inputs of the data's shape, and gives what its loss takes (docs/data.md)"
         ) from error
-
-
-def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink, chunk: int) -> None:
-    """Take a step of one client where nothing is measured: what cannot train is refused at once."""
-    with _explained(trainer, "one client", LESS):
-        try_step(trainer, base, downlink)
-        refuse_meeting(trainer, base, downlink, chunk)

@@ -31,7 +31,8 @@ from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
 from fedraclora.protocol.recipes import RECIPES, keep_gradient
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import generator, hash_key
-from fedraclora.training.extra import Hook, LocalResult, Optimiser, When
+from fedraclora.training.extra import Hook, LocalResult, Optimiser, When, mean_losses
+from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import arrange, materialise
 from fedraclora.training.moments import GaLore
@@ -90,9 +91,8 @@ class CohortTrainer:
         self.loss = loss_function(task.loss)
         self.dtype = wide(next(task.model.parameters()).dtype)
         self.answer_key: bytes | None = None  # a real client puts one of its own here
-        self.recall: Callable[[int, int], bytes] | None = (
-            None  # what its clients kept, from a store
-        )
+        # What its clients kept, from a store.
+        self.recall: Callable[[int, int], bytes] | None = None
         self.check(precision)
         self.former = next((e for e in local.added if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], CohortProgram] = {}
@@ -194,9 +194,11 @@ class CohortTrainer:
             for name, term in narrow.items()
         }
         program.context.seed, program.context.round_ = self.seed, round_
-        program.context.scalings = self.local.scalings
         program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
-        plain = self.precision == FLOAT32 and self.former is None and not narrow and not forwards
+        plain, network = program.plain, None
+        special = self.precision != FLOAT32 or self.former is not None or narrow or forwards
+        if plain is not None and not special:
+            network = FeedForward(plain, downlink, program.base, frozen)
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
         chunk = OpenChunk(
             downlink=downlink,
@@ -214,7 +216,7 @@ class CohortTrainer:
             sizes=sizes,
             order=order,
             back=back,
-            network=program.network(downlink, frozen) if plain else None,
+            network=network,
             former=self.former,
         )
         if not forwards:
@@ -276,9 +278,7 @@ class CohortTrainer:
             step: The local step, from 0.
             batch: Of `Schedule.plan`.
         """
-        losses, counts, valid = self._forward(chunk, step, batch, leaves, chunk.frozen)
-        mask = valid.to(losses.dtype)
-        return (losses * mask).sum(dim=1) / (counts * mask).sum(dim=1).clamp(min=1)
+        return mean_losses(*self._forward(chunk, step, batch, leaves, chunk.frozen))
 
     def _forward(
         self, chunk: OpenChunk, step: int, batch: StepBatch, leaves: Tree, frozen: Tree

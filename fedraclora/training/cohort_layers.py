@@ -8,7 +8,6 @@ are replaced by the classes here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -18,11 +17,11 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.errors import ModelError
+from fedraclora.lowrank.dora import magnitude_of, row_lengths
 from fedraclora.lowrank.layers import layer_view
 from fedraclora.models.packed_layout import PackedLayout, Places
 from fedraclora.rng import cohort_bits, hash_key
 from fedraclora.training.adapted import BatchTerm, adapted_linear, times
-from fedraclora.training.extra import Scaling
 from fedraclora.tree import Tree
 
 
@@ -41,7 +40,6 @@ class CohortContext:
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
         pools: Two more factors, 2-D, of weights beside which a pool stands.
         scales: Scale of each low-rank term.
-        scalings: What may scale the outputs of a layer (`fedraclora.training.extra.Scaling`).
         narrowed: Frozen weights in the precision of products, where that is another, by layer.
         clients: Ids of the clients in the batch, for dropout masks.
         step: The local step, for dropout masks.
@@ -58,7 +56,6 @@ class CohortContext:
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     pools: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
-    scalings: Sequence[Scaling] = ()
     narrowed: Tree = field(default_factory=dict)
     clients: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     step: int = 0
@@ -131,16 +128,18 @@ class CohortLayer(nn.Module):
     def rescale(self) -> torch.Tensor | None:
         """Compute the factor on the outputs of each client, [K, out]; None where there is none.
 
-        It is formed in the precision of the weights, whatever that of the products.
+        It brings rows to their trained lengths (DoRA), and is formed in the precision of the
+        weights, whatever that of the products.
         """
-        for scaling in self.context.scalings:
-            own = self.context.dense.get(scaling.name_of(f"{self.layer}.weight"))
-            if own is not None:
-                weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
-                with torch.autocast(weight.device.type, enabled=False):
-                    W = layer_view(self.inner).matrix(weight)
-                    return scaling.outputs(own, W, self.low_rank())
-        return None
+        own = self.context.dense.get(magnitude_of(f"{self.layer}.weight"))
+        if own is None:
+            return None
+        weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
+        with torch.autocast(weight.device.type, enabled=False):
+            with torch.no_grad():  # lengths are constants in the gradient
+                W = layer_view(self.inner).matrix(weight)
+                lengths = row_lengths(W, *(self.low_rank() or ()))
+            return own / lengths
 
 
 class CohortLinear(CohortLayer):
@@ -160,7 +159,8 @@ class CohortLinear(CohortLayer):
             factors, scale = self.low_rank() or ([], 1.0)
             shared = self.shared(weight)
             term = BatchTerm(K, scale, self.context.places_in(x))
-            out = adapted_linear(x, shared.mT if transposed else shared, frozen_bias, term, factors)
+            shared = shared.mT if transposed else shared
+            out = adapted_linear(x, shared, frozen_bias, term, *factors)
         else:
             out = times(x, weight.mT if transposed else weight, K)
             out = out if frozen_bias is None else out + frozen_bias.to(out.dtype)

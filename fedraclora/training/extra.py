@@ -1,6 +1,6 @@
 """The seam of local training: what clients bring back, and what a setting may add.
 
-The core calls `LocalExtra` and `Keeper` and knows none of those that there are; they are in
+The core calls `LocalExtra` and knows none of those that there are; they are in
 `fedraclora.training.extras`. A training function of the user's brings `Trained`.
 """
 
@@ -116,13 +116,18 @@ def join_results(results: Sequence[LocalResult]) -> LocalResult | None:
     )
 
 
-FactorTerm = tuple[Sequence[torch.Tensor], float]  # factors and scale
 Rates = dict[str, float]  # step size of each trained tensor
 # From gradients and values, [active, ...] by name, to new gradients.
 Hook = Callable[[Tree, Tree], Tree]
 # From values and frozen factors to loss and count of each sample, and whether it is one, [active,
 # width].
 Forward = Callable[[Tree, Tree], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def mean_losses(losses: torch.Tensor, counts: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Compute the mean loss of each client, [active], from what a `Forward` gives."""
+    mask = valid.to(losses.dtype)
+    return (losses * mask).sum(dim=1) / (counts * mask).sum(dim=1).clamp(min=1)
 
 
 class When(IntEnum):
@@ -241,53 +246,3 @@ class LocalExtra(Limited, group="local.extras"):
     def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
         """Compute the ledger's columns of a round, from what was asked and what came back."""
         return {}
-
-
-class Scaling(Protocol):
-    """What scales the outputs of an adapted layer, and so the rows of its effective weight.
-
-    By a tensor that clients train beside the layer, [K, out]; a layer without one is as it is.
-    """
-
-    def name_of(self, weight: str) -> str:
-        """Name that tensor among what is trained in full: no parameter has the name."""
-
-    def outputs(
-        self, own: torch.Tensor, matrix: torch.Tensor, term: FactorTerm | None
-    ) -> torch.Tensor:
-        """Compute what the outputs of K clients are multiplied by, [K, out], before the bias.
-
-        Args:
-            own: What clients train, [K, out].
-            matrix: W, [out, in].
-            term: The low-rank term on it, if there is one: its factors, 2-D or [K, ...], its scale.
-        """
-
-    def rows(self, own: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """Scale the rows of one client's weight with its term, [out, in]."""
-
-
-class Keeper(Protocol):
-    """What clients keep from round to round for an exchange that asks for it.
-
-    Attributes:
-        extras: Names in `Downlink.extras` that it reads.
-    """
-
-    extras: tuple[str, ...]
-
-    def blank(self, sent: Downlink, dtype: torch.dtype) -> Tree:
-        """Build the state that a client begins with, by the names of its storage; {}: none."""
-
-    def begin(self, stored: Tree, sent: Downlink) -> Downlink:
-        """Merge clients' stored state, [K, ...] by the names of `blank`, into the downlink."""
-
-    def end(self, stored: Tree, sent: Downlink, directions: Tree) -> Tree:
-        """Compute the state that clients store from here on.
-
-        Args:
-            stored: What they kept so far, [K, ...]. Not modified.
-            sent: Of `begin`.
-            directions: Of the mean local step, as the server sees it, by trained name, [K, ...]
-                (`fedraclora.training.optimiser.mean_gradients`).
-        """

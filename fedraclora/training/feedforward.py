@@ -11,8 +11,6 @@ does not fit in here is left to autograd, with the same result but for rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,65 +19,33 @@ from torch import nn
 from fedraclora.data.task import SLOPES, Task
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.adapted import times
+from fedraclora.training.materialise import factor_of
 from fedraclora.tree import Tree
 
 THIN = 64  # outputs up to which a layer's weight and sketch are stacked into one product
+aten = torch.ops.aten
 PADDING = 16  # BLAS is up to twice as fast where the width of a thin product is a multiple
-# Written out by torch itself: one pass, where comparing and multiplying takes three.
-relu_back = partial(torch.ops.aten.threshold_backward, threshold=0)
-tanh_back = torch.ops.aten.tanh_backward
 
 
-class NetworkStage(Protocol):
-    """One layer on the way there and back."""
-
-    def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
-        """Map [K * b, ...]; ``values`` are the trained tensors of the K clients."""
-
-    def backward(
-        self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
-    ) -> torch.Tensor | None:
-        """Add the gradients of what is trained here; give that of the input, where it is wanted."""
-
-
-class Flatten:
-    """A layer of `SHAPE_LAYERS`: `torch.nn.Flatten` of all axes but the first, or none of them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.flat = isinstance(module, nn.Flatten)
-        self.shape: torch.Size | None = None
-
-    def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
-        """See `NetworkStage.forward`."""
-        self.shape = x.shape
-        return x.flatten(1) if self.flat else x
-
-    def backward(
-        self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
-    ) -> torch.Tensor | None:
-        """See `NetworkStage.backward`."""
-        return slope.reshape(self.shape) if to_input and self.shape is not None else None
-
-
-class Activation:
-    """An elementwise function whose slope is a function of its output."""
+class Weightless:
+    """A layer without weights: a function, and its way back from slope, input and output."""
 
     def __init__(
         self, there: Callable[..., torch.Tensor], back: Callable[..., torch.Tensor]
     ) -> None:
         self.there, self.back = there, back
-        self.output: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
-        """See `NetworkStage.forward`."""
+        """See `Linear.forward`."""
+        self.x = x
         self.output = self.there(x)
         return self.output
 
     def backward(
         self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
     ) -> torch.Tensor | None:
-        """See `NetworkStage.backward`."""
-        return self.back(slope, self.output) if to_input else None
+        """See `Linear.backward`."""
+        return self.back(slope, self.x, self.output) if to_input else None
 
 
 class Linear:
@@ -117,15 +83,8 @@ class Linear:
             if self.bias is not None:
                 self.stacked_bias = F.pad(self.bias, (0, len(self.stack) - self.outputs))
 
-    def factor(self, name: str, values: Tree, K: int) -> torch.Tensor:
-        """Return a factor: [K, ...] where clients have their own, 2-D where they share it."""
-        if name in values:
-            return values[name]
-        found = self.frozen[name]
-        return found[:K] if found.dim() == 3 else found
-
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
-        """See `NetworkStage.forward`."""
+        """Map [K * b, ...]; ``values`` are the trained tensors of the K clients."""
         self.x, self.K, self.values = x, K, values
         W, bias = values.get(self.weight_name), values.get(self.bias_name)
         if self.stack is not None:
@@ -137,7 +96,7 @@ class Linear:
             out, wide = times(x, W, K), None
             out = out if self.bias is None else out.add_(self.bias)
         if self.scale:
-            B, A = self.factor(self.B_name, values, K), self.factor(self.A_name, values, K)
+            B, A = (factor_of(n, values, self.frozen, K) for n in (self.B_name, self.A_name))
             self.z = times(x, A, K) if wide is None else wide[:, : A.shape[0]]
             if B.dim() == 2:
                 out = torch.addmm(out, self.z, B.mT, alpha=self.scale)
@@ -155,7 +114,7 @@ class Linear:
     def backward(
         self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
     ) -> torch.Tensor | None:
-        """See `NetworkStage.backward`."""
+        """Add the gradients of what is trained here; give that of the input, where it is wanted."""
         values, rows = self.values, self.split(slope)
         if self.bias_name in values:
             gradients[self.bias_name] = rows.sum(dim=1)
@@ -192,7 +151,7 @@ class Linear:
             gradients[self.B_name] = torch.bmm(self.split(self.z).mT, rows).mul_(self.scale).mT
         if back is None and self.A_name not in values:
             return None
-        B, A = (self.factor(n, values, self.K) for n in (self.B_name, self.A_name))
+        B, A = (factor_of(n, values, self.frozen, self.K) for n in (self.B_name, self.A_name))
         narrow = slope @ B if B.dim() == 2 else torch.bmm(rows, B).flatten(0, 1)
         narrow = narrow.mul_(self.scale)
         if self.A_name in values:
@@ -205,13 +164,18 @@ class Linear:
         return back
 
 
-SHAPE_LAYERS = (nn.Flatten, nn.Identity)
-ACTIVATIONS: dict[type[nn.Module], Callable[[], Activation]] = {
-    nn.ReLU: lambda: Activation(torch.relu_, relu_back),
-    nn.Tanh: lambda: Activation(torch.tanh_, tanh_back),
+def _reshaped(slope: torch.Tensor, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return slope.reshape(x.shape)
+
+
+# The slopes of activations, from their outputs, are written out by torch itself: one pass, where
+# comparing and multiplying takes three.
+WEIGHTLESS: dict[type[nn.Module], tuple[Callable[..., torch.Tensor], ...]] = {
+    nn.Flatten: (lambda x: x.flatten(1), _reshaped),
+    nn.Identity: (lambda x: x, _reshaped),
+    nn.ReLU: (torch.relu_, lambda slope, _, out: aten.threshold_backward(slope, out, 0)),
+    nn.Tanh: (torch.tanh_, lambda slope, _, out: aten.tanh_backward(slope, out)),
 }
-
-
 LARGE, ALIGNED = 1 << 20, 64  # bytes of a weight that fills a core's own cache; of a vector
 
 
@@ -221,11 +185,7 @@ def written_out(task: Task, downlink: Downlink) -> bool:
     if type(model) is not nn.Sequential or task.loss not in SLOPES or set(inputs) != {"x"}:
         return False
     kinds = {name: type(module) for name, module in model.named_children()}
-    if len(kinds) < len(model) or not set(kinds.values()) <= {
-        nn.Linear,
-        *SHAPE_LAYERS,
-        *ACTIVATIONS,
-    }:
+    if len(kinds) < len(model) or not set(kinds.values()) <= {nn.Linear, *WEIGHTLESS}:
         return False  # a layer that occurs twice, or one that is not known here
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if len(every) > len(list(model.parameters())):
@@ -251,15 +211,13 @@ class FeedForward:
     """
 
     def __init__(self, model: nn.Module, downlink: Downlink, base: Tree, frozen: Tree) -> None:
-        self.stages: list[NetworkStage] = []
+        self.stages: list[Linear | Weightless] = []
         self.at_once = 0  # bytes of a client's gradients that are never there all together
         for name, module in model.named_children():
             if isinstance(module, nn.Linear):
                 self.stages.append(Linear(name, downlink, base, frozen))
-            elif type(module) in ACTIVATIONS:
-                self.stages.append(ACTIVATIONS[type(module)]())
             else:
-                self.stages.append(Flatten(module))
+                self.stages.append(Weightless(*WEIGHTLESS[type(module)]))
         trained = {n.rpartition(".")[0] for n in (*downlink.adapters, *downlink.dense)}
         names = [name for name, _ in model.named_children()]
         # Nothing before the first layer that is trained has gradients.

@@ -28,7 +28,7 @@ from fedraclora.limits import (
     whole_from,
 )
 from fedraclora.protocol.method import Downlink
-from fedraclora.training.extra import LocalExtra, Scaling
+from fedraclora.training.extra import LocalExtra
 
 Extra = TypeVar("Extra", bound=LocalExtra)
 ADAPTIVE_KEYS = Part("adaptive")  # keys that choices without such an optimiser do not list
@@ -76,8 +76,6 @@ class LocalConfig(Limited, group="local"):
     """
 
     OPTIMISERS: ClassVar[tuple[str, ...]] = ("sgd", "adamw")
-    # What may scale the outputs of adapted layers, where an exchange asks for it.
-    scalings: ClassVar[tuple[Scaling, ...]] = ()
 
     optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
     moments: Annotated[str, choice_of(("round", "link", "run", "rows"))] = "round"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
+from fedraclora.lowrank.dora import magnitudes, rescaled
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
-from fedraclora.protocol.method import Adapter, Downlink, Factor
+from fedraclora.protocol.method import Downlink, Factor
 from fedraclora.protocol.pool import fold_pools
-from fedraclora.training.extra import Scaling
 from fedraclora.tree import Tree, wide, widened
 
 
@@ -75,21 +74,28 @@ def start_from(own: Tree, downlink: Downlink) -> Downlink:
     )
 
 
+def factor_of(name: str, leaves: Tree, frozen: Tree, active: int) -> torch.Tensor:
+    """Return a factor of the active clients, [active, ., .], or 2-D where they share it.
+
+    Args:
+        name: ``"<weight>/<label>"``.
+        leaves: What is trained, [active, ...] by name.
+        frozen: Factors that are not, 2-D or [K, ., .] by name.
+        active: Clients that still train: the first ones.
+    """
+    if name in leaves:
+        return leaves[name]
+    return frozen[name][:active] if frozen[name].dim() == 3 else frozen[name]
+
+
 def arrange(
     downlink: Downlink, leaves: Tree, frozen: Tree, active: int
 ) -> tuple[dict[str, list[torch.Tensor]], Tree]:
     """Sort tensors into low-rank terms and dense ones, cut to the active clients."""
-
-    def find(weight: str, label: str) -> torch.Tensor:
-        name = f"{weight}/{label}"
-        if name in leaves:
-            return leaves[name]
-        return frozen[name][:active] if frozen[name].dim() == 3 else frozen[name]
-
-    def chain(weight: str, adapter: Adapter) -> list[torch.Tensor]:
-        return [find(weight, label) for label in adapter.factors]
-
-    factors = {w: chain(w, a) for w, a in downlink.adapters.items()}
+    factors = {
+        weight: [factor_of(f"{weight}/{k}", leaves, frozen, active) for k in adapter.factors]
+        for weight, adapter in downlink.adapters.items()
+    }
     return factors, {n: leaves[n] for n in downlink.dense}
 
 
@@ -109,9 +115,7 @@ def standing(downlink: Downlink) -> Downlink:
     return replace(kept, recipe="plain", arguments={}, turn=None)
 
 
-def standing_weights(
-    base: Tree, downlink: Downlink, plan: Plan, own: Tree, scalings: Iterable[Scaling] = ()
-) -> Tree:
+def standing_weights(base: Tree, downlink: Downlink, plan: Plan, own: Tree) -> Tree:
     """Compute the weights of one client, to the bit as a server does that has the same factors.
 
     Args:
@@ -119,7 +123,6 @@ def standing_weights(
         downlink: What it was asked to train, without values of other clients.
         plan: Views of the adapted matrices.
         own: Values of its own in the place of those from which it starts, by name.
-        scalings: What may scale rows.
 
     Returns:
         Every parameter by name, in stored layout. Products are formed in float64, and rounded once.
@@ -134,10 +137,8 @@ def standing_weights(
     wide = widened(base | dense({name: base[name] for name in asked.adapters}))
     out = apply_link(apply_link(wide, Link(narrow), plan), Link(terms), plan)
     whole = {n: start for n, slot in asked.dense.items() if (start := slot.opening()) is not None}
-    for scaling in scalings:
-        for weight, view in plan.targets.items():
-            if (lengths := whole.pop(scaling.name_of(weight), None)) is not None:
-                known = out[weight]
-                rows = scaling.rows(lengths.to(known).double(), view.matrix(known).double())
-                out[weight] = view.stored(rows.to(known.dtype), known)
+    for weight, name in magnitudes(plan.targets, whole).items():
+        known, view = out[weight], plan.targets[weight]
+        rows = rescaled(view.matrix(known).double(), whole.pop(name).to(known).double())
+        out[weight] = view.stored(rows.to(known.dtype), known)
     return out | {name: value.to(out[name]) for name, value in whole.items() if name in out}

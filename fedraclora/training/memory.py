@@ -110,11 +110,10 @@ class LiveTensors(TorchDispatchMode):
     ) -> Any:
         if QuantisedWeight in types:
             return NotImplemented  # it dequantises first, by operators that are counted here
-        kwargs = kwargs or {}
+        named = kwargs or {}
         # What comes in without having come out of anything was there before.
-        self._see(args, counted=False)
-        self._see(tuple(kwargs.values()), counted=False)
-        out = func(*args, **kwargs)
+        self._see((*args, *named.values()), counted=False)
+        out = func(*args, **named)
         self._see(out, counted=True)
         return out
 
@@ -198,8 +197,8 @@ def measure_memory(
 
     def count(k: int, *, steps: bool = True) -> Probe:
         probe = Probe(trainer, length, steps=steps)
-        with suppress(Enough), uncompiled(), probe.live:
-            probe.train(base, owned(downlink, k), largest.expand(k), round_=1, rate_scale=1.0)
+        with uncompiled(), probe.live:
+            probe.run(base, downlink, largest.expand(k))
         return probe
 
     one, two, three, four = count(1), count(2), count(3, steps=False), count(4, steps=False)
@@ -226,9 +225,7 @@ def try_step(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
 
     Arguments as for `measure_memory`, which does it as well.
     """
-    client = torch.zeros(1, dtype=torch.int64, device=trainer.device)
-    with suppress(Enough):
-        Probe(trainer, None).train(base, owned(downlink, 1), client, round_=1, rate_scale=1.0)
+    Probe(trainer, None).run(base, downlink, torch.zeros(1).long().to(trainer.device))
 
 
 def uncompiled() -> AbstractContextManager[None]:
@@ -265,6 +262,12 @@ class Probe(CohortTrainer):
         self.length, self.steps = length, steps
         self.live = LiveTensors(trainer.device)
         self.laid_out = self.resident = self.at_once = self.formed = self.stepped = 0
+
+    def run(self, base: Tree, downlink: Downlink, clients: torch.Tensor) -> None:
+        """Train some clients until enough is counted; `owned` says from which downlink."""
+        with suppress(Enough):
+            own = owned(downlink, len(clients))
+            self.train(base, own, clients, round_=1, rate_scale=1.0)
 
     @override
     def _step(

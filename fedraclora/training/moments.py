@@ -173,11 +173,6 @@ class GaLore(CohortOptimiser):
         self.bases = self._of_kind("basis")
         self.due: list[int] = []  # places of the clients that take their P anew in this step
 
-    @property
-    @override
-    def is_plain(self) -> bool:
-        return False
-
     @override
     def step(self, gradients: Tree) -> None:
         active = len(next(iter(gradients.values())))

@@ -79,18 +79,6 @@ def taken_rows(sent: Downlink) -> tuple[Downlink, Tree]:
     return replace(sent, dense=dense), rows
 
 
-def row_entries(name: str, rows: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Compute the second moments with which clients begin, [K, ...] as ``like``, and 1 - w."""
-    v = rows[:-1].to(like).unsqueeze(_axis(name))
-    return v.expand_as(like).clone(), 1 - float(rows[-1])
-
-
-def of_rows(name: str, second: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
-    """Compute what clients send of second moments [K, ...], [K, m + 1]; ``unseen`` are 1 - w."""
-    v = second.mean(dim=_axis(name) + 1)
-    return torch.cat([v, (1 - unseen).to(v)[:, None]], dim=1)
-
-
 def _axis(name: str) -> int:
     """Give the axis of a factor's components: the second one of B, the first one of A."""
     return 1 if name.endswith("/B") else 0
@@ -124,7 +112,9 @@ class CohortOptimiser:
         self.second = self._of_kind("second")
         self.unseen: dict[str, float] = {}  # 1 - w of second moments that do not begin at zero
         for name, row in (rows or {}).items():
-            self.second[name], self.unseen[name] = row_entries(name, row, values[name])
+            v = row[:-1].to(values[name]).unsqueeze(_axis(name))
+            self.second[name] = v.expand_as(values[name]).clone()
+            self.unseen[name] = 1 - float(row[-1])
         if self.stored:
             steps = self.stored["moments/steps"].to(torch.float64)
             alike = bool((steps == steps[0]).all())
@@ -133,9 +123,8 @@ class CohortOptimiser:
     @property
     def is_plain(self) -> bool:
         """Return whether a step is the gradient times its rate, and nothing else."""
-        return self.config.optimiser == "sgd" and not (
-            self.config.momentum or self.config.weight_decay
-        )
+        config, derived = self.config, type(self) is not CohortOptimiser
+        return config.optimiser == "sgd" and not (config.momentum or config.weight_decay or derived)
 
     def _of_kind(self, kind: str) -> Tree:
         prefix = f"moments/{kind}/"
@@ -150,15 +139,18 @@ class CohortOptimiser:
         return {n: t + steps if n == "moments/steps" else t for n, t in self.stored.items()}
 
     def rows(self, steps: torch.Tensor) -> Tree:
-        """Return the second moments of rows as they are now, by the names they came by, [K, ...].
+        """Return the second moments of rows as they are now, [K, m + 1] by the names they came by.
 
         Args:
             steps: Steps that each client has taken, int64 [K].
         """
         if not self.unseen:
             return {}
-        left = self.config.beta2 ** steps.to(torch.float64)
-        return {n: of_rows(n, self.second[n], u * left) for n, u in self.unseen.items()}
+        left, found = self.config.beta2 ** steps.to(torch.float64), Tree()
+        for name, unseen in self.unseen.items():
+            v = self.second[name].mean(dim=_axis(name) + 1)
+            found[name] = torch.cat([v, (1 - unseen * left).to(v)[:, None]], dim=1)
+        return found
 
     def step(self, gradients: Tree) -> None:
         """Take one step for the clients that still train: the first rows of each tensor.
@@ -231,11 +223,6 @@ class GradientMean(CohortOptimiser):
     The batches are those of its local training. The mean over the cohort is then the gradient of
     the loss that the server minimises, up to the batches; it is as large as what would be trained.
     """
-
-    @property
-    @override
-    def is_plain(self) -> bool:
-        return False
 
     @override
     def step(self, gradients: Tree) -> None:

@@ -123,12 +123,6 @@ class CohortProgram:
             module.training = True  # its own flag alone: else it keeps everything
         return cls(copied, True, context, parameters, {}, plain, packer)
 
-    def network(self, downlink: Downlink, frozen: Tree) -> FeedForward | None:
-        """Return the network with its gradients written out, if it fits."""
-        if self.plain is None:
-            return None
-        return FeedForward(self.plain, downlink, self.base, frozen)
-
     def pack(self, layout: PackedLayout | None) -> None:
         """Pack the blocks' batches from here on, where there is a layout."""
         if self.packer is not None:

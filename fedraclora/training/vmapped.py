@@ -10,17 +10,16 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
 from typing import Any
 
 import torch
 from torch.func import functional_call, vmap
 
 from fedraclora.data.samples import Samples
+from fedraclora.lowrank.dora import magnitude_of, rescaled
 from fedraclora.protocol.method import Downlink, Plan
-from fedraclora.training.extra import Scaling
 from fedraclora.training.program import CohortProgram
 from fedraclora.tree import Tree
 
@@ -31,12 +30,7 @@ REFUSED = ("vmap: ", "Batching rule not implemented", "accessing `data` under vm
 
 
 def effective_weights(
-    base: Tree,
-    downlink: Downlink,
-    plan: Plan,
-    values: Tree,
-    frozen: Tree,
-    scalings: Iterable[Scaling] = (),
+    base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree
 ) -> Tree:
     """Compute the dense effective weights of one client.
 
@@ -46,30 +40,19 @@ def effective_weights(
         plan: Views of the adapted matrices.
         values: Trained tensors of the client, without a client axis.
         frozen: Frozen factors of the client, 2-D.
-        scalings: What may scale rows.
 
     Returns:
         Every parameter by name, in stored layout; differentiable in ``values``.
     """
-    out = adapted_weights(base, downlink, plan, values, frozen)
-    dense = {n: values[n] for n in downlink.dense}
-    for weight, scaling in product(downlink.adapters, scalings):
-        if (trained := dense.pop(scaling.name_of(weight), None)) is not None:
-            view = plan.targets[weight]
-            rows = scaling.rows(trained, view.matrix(out[weight]))
-            out[weight] = view.stored(rows, base[weight])
-    return out | dense
-
-
-def adapted_weights(base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree) -> Tree:
-    """Compute the weights of one client with the low-rank terms alone; see `effective_weights`."""
-    out = dict(base)
+    out, dense = dict(base), {n: values[n] for n in downlink.dense}
     for weight, adapter in downlink.adapters.items():
         names = [f"{weight}/{label}" for label in adapter.factors]
-        term = torch.linalg.multi_dot([values.get(n, frozen.get(n)) for n in names])
+        term = torch.linalg.multi_dot([(values | frozen)[n] for n in names])
         view = plan.targets[weight]
         out[weight] = view.stored(view.matrix(base[weight]) + adapter.scale * term, base[weight])
-    return out
+        if (lengths := dense.pop(magnitude_of(weight), None)) is not None:
+            out[weight] = view.stored(rescaled(view.matrix(out[weight]), lengths), base[weight])
+    return out | dense
 
 
 def vmapped_forward(
@@ -85,16 +68,14 @@ def vmapped_forward(
 
     The weights are formed in their own precision, the forward pass in that of ``products``.
     """
-    K, scalings = next(iter(leaves.values())).shape[0], program.context.scalings
+    K = next(iter(leaves.values())).shape[0]
 
-    def split(t: torch.Tensor) -> torch.Tensor:
-        return t.reshape(K, -1, *t.shape[1:])
-
+    inputs = {n: t.reshape(K, -1, *t.shape[1:]) for n, t in batch.inputs.items()}
     per_client = {n: f[:K] for n, f in frozen.items() if f.dim() == 3}
     shared = {n: f for n, f in frozen.items() if f.dim() == 2}
 
     def one(values: Tree, own: Tree, inputs: Tree) -> torch.Tensor:
-        weights = effective_weights(program.base, downlink, plan, values, shared | own, scalings)
+        weights = effective_weights(program.base, downlink, plan, values, shared | own)
         plain = set(inputs) == {"x"}
         with products:
             output = functional_call(
@@ -106,7 +87,6 @@ def vmapped_forward(
         logits: torch.Tensor = getattr(output, "logits", output)
         return logits
 
-    inputs = {n: split(v) for n, v in batch.inputs.items()}
     if not program.in_turn:
         try:
             with masks_written_out(), warnings.catch_warnings():

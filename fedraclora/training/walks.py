@@ -26,7 +26,7 @@ from fedraclora.protocol.factor import past_name, to_train
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.walk import MOVES, blocks, chances_in, visited
-from fedraclora.training.extra import ClientChunk, Forward
+from fedraclora.training.extra import ClientChunk, Forward, mean_losses
 from fedraclora.tree import Tree
 
 
@@ -97,9 +97,7 @@ class Forwards:
         """Compute the mean loss of each client on its batch, eps along its direction."""
         with torch.no_grad():
             there = {n: torch.add(w[:active], z[n], alpha=eps) for n, w in self.weights.items()}
-            losses, counts, valid = forward(there, {})
-            mask = valid.to(losses.dtype)
-            return (losses * mask).sum(dim=1) / (counts * mask).sum(dim=1).clamp(min=1)
+            return mean_losses(*forward(there, {}))
 
     def _stacked(self, name: str, drawn: torch.Tensor) -> torch.Tensor:
         """Draw a direction of a weight for each client, [active or 1, ...]."""

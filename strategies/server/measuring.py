@@ -13,7 +13,8 @@ from fedraclora.config.build import measured_samples
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, WireError
-from fedraclora.evaluation.clients import AFTER, ClientMeasure, Floats, spread, usual
+from fedraclora.evaluation.clients import AFTER, Floats, spread, sums_named, usual, values_of
+from fedraclora.evaluation.metrics import Measure
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES
@@ -35,13 +36,13 @@ class Measuring:
 
     Attributes:
         asked: The settings.
-        measure: What they send.
+        measure: The metrics.
         alone: Whether the server has no samples: then the metrics of a row are theirs.
         noisy: Whether noisy means are all that is kept.
     """
 
     asked: EvaluateConfig
-    measure: ClientMeasure
+    measure: Measure
     alone: bool = False
     noisy: bool = False
 
@@ -51,12 +52,12 @@ class Measuring:
         if not asked.by_clients:
             return None
         alone = not len(measured_samples(task, asked.split))
-        return cls(asked, ClientMeasure.of(task), alone, noisy)
+        return cls(asked, Measure.of_task(task), alone, noisy)
 
     @property
     def names(self) -> list[str]:
         """Names of the metrics, the headline first."""
-        return [*self.measure.measure.metrics]
+        return [*self.measure.metrics]
 
     @property
     def points(self) -> list[str]:
@@ -166,7 +167,7 @@ class Measurement(Exchange):
                 f"it is of round {answer.round_} and version {answer.version}, but "
                 f"{self.round_} and {self.version} were asked for"
             )
-        names = self.measuring.measure.names(self.when.values())
+        names = sums_named(self.measuring.measure, self.when.values())
         if [name for name, _ in answer.layout.shapes] != (names if len(answer.clients) else []):
             raise WireError(f"it has {answer.layout.shapes}; {names} are wanted")
         answer, sizes = checked(answer, answer.layout), torch.tensor([answer.layout.size])
@@ -205,7 +206,7 @@ class Measurement(Exchange):
         sent = self.layout.unpack(self._joined("numbers"))
         for prefix in self.when.values():
             own = {n: t for n, t in sent.items() if n.startswith(AFTER) == bool(prefix)}
-            yield self.measuring.measure.values(own, prefix)
+            yield values_of(self.measuring.measure, own, prefix)
 
     def own(self) -> dict[str, Floats]:
         """Compute the metrics of clients, by the names that the row has; empty of nobody."""
@@ -218,7 +219,7 @@ class Measurement(Exchange):
     def _described(self) -> tuple[Row, list[Columns]]:
         clients, samples, steps = map(self._joined, ("clients", "samples", "steps"))
         column, parts = Row(), list[Columns]()
-        lower = self.measuring.measure.measure.lower
+        lower = self.measuring.measure.lower
         for (when, prefix), (values, pooled) in zip(self.when.items(), self.values(), strict=True):
             column |= {prefix + n: spread(n, v, pooled[n], lower) for n, v in values.items()}
             told = {"client": clients, "samples": samples}

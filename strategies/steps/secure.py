@@ -10,7 +10,14 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, RoundLostError, WireError
-from fedraclora.evaluation.clients import BINS, MOST_CLIENTS, SummedMeasure, read_sizes, usual
+from fedraclora.evaluation.clients import (
+    BINS,
+    MOST_CLIENTS,
+    SummedMeasure,
+    read_sizes,
+    sums_named,
+    usual,
+)
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.uplinks import Refusal, Uplinks
@@ -58,8 +65,8 @@ class MeasureSession(SecAggSession):
     @override
     def size(self, answer: Answer) -> int:
         told = read_sizes(answer.stage and answer.stage.settings.get("layout"))
-        if [name for name, _ in told.shapes] != self.measure.names([""]):
-            raise WireError(f"it measured {told.shapes}; {self.measure.names([''])} are wanted")
+        if [name for name, _ in told.shapes] != (names := sums_named(self.measure, [""])):
+            raise WireError(f"it measured {told.shapes}; {names} are wanted")
         self.told |= dict.fromkeys(answer.clients.tolist(), told)
         return SummedMeasure(self.measure, told, self.points).size
 

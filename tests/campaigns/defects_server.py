@@ -20,7 +20,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.buffered import Batch, batch_of, merge
 from fedraclora.strategies.steps.fedopt import step_in_weights
 from fedraclora.training.extras.variates import (
-    VariateKeeper,
+    end_variates,
     is_lifted,
     moved_by,
     variates_of,
@@ -181,12 +181,10 @@ def correction_taken_away(planting: Planting) -> None:
 
 @defect(SCAFFOLD, "option II: c_k <- (x - y) / (K eta), without c_k - c", DRIFT)
 def correction_counted_as_gradient(planting: Planting) -> None:
-    sound = VariateKeeper.end
+    def end(kept: Tree, sent: Downlink, directions: Tree) -> Tree:
+        return end_variates(kept, changed(sent, torch.zeros_like), directions)
 
-    def end(self: VariateKeeper, kept: Tree, sent: Downlink, *given: Any) -> Tree:
-        return sound(self, kept, changed(sent, torch.zeros_like), *given)
-
-    planting.put(VariateKeeper, "end", end)
+    planting.function(end_variates, end)
 
 
 @defect(SCAFFOLD, "a variate of B kept as it is while A is drawn anew", DRIFT)

@@ -47,7 +47,7 @@ def test_the_start_of_a_round_has_the_weights_of_the_server(variant: Variant, wo
     for own in [{}, *ran.worker.store.latest(1).values()]:
         slots = sent.trained()
         stays = {n: t for n, t in own.items() if n in slots and not slots[n].upload}
-        found = standing_weights(state.base, heard.of_one(0), world.plan, stays, LOCAL.scalings)
+        found = standing_weights(state.base, heard.of_one(0), world.plan, stays)
         wanted = method.weights(state, draw, stays) | {n: stays[n] for n in stays if n in names}
         assert_close_trees({n: found[n] for n in names}, {n: wanted[n] for n in names})
 

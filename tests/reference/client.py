@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, products_in
-from fedraclora.training.vmapped import adapted_weights, effective_weights
+from fedraclora.training.vmapped import effective_weights
 from fedraclora.training.walks import as_held
 from fedraclora.tree import Tree
 from tests.reference.dp_sgd import set_noisy_gradients
@@ -84,14 +85,14 @@ def train_one(
     hook, sums = recipe.gradient(frozen, downlink.arguments, None), dict[str, torch.Tensor]()
     model, context = with_seeded_dropout(task.model, client, seed, round_)
     optimiser = make_optimiser(local, downlink, values, frozen, rate_scale)
-    start_weights = effective_weights(base, downlink, plan, values, frozen, local.scalings)
+    start_weights = effective_weights(base, downlink, plan, values, frozen)
     start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
     clients, losses = torch.tensor([client]), []
     samples = task.train.gather(clients, torch.arange(int(task.train.sizes(clients)))[None])
     most = room(downlink) if recipe.forwards else None
     for step, rows in enumerate(batches(len(samples), client, local, seed, round_)[:most]):
         context.step, context.rows = step, len(rows)
-        weights = effective_weights(base, downlink, plan, values, frozen, local.scalings)
+        weights = effective_weights(base, downlink, plan, values, frozen)
         if recipe.forwards:
             weights = gone(downlink, held, base, client, values[MOVES].detach())
         each, counts = sample_losses(model, weights, samples.take(rows), task.loss, precision)
@@ -183,9 +184,10 @@ def within_budget(
                     out[name] = out[name][window(adapter, label, out[name].shape, ranks)]
         return out
 
-    whole = adapted_weights(base, downlink, plan, values, frozen)
+    terms = replace(downlink, dense={})  # alone
+    whole = effective_weights(base, terms, plan, values, frozen)
     values, frozen = cut(values), cut(frozen)
-    part = adapted_weights(base, downlink, plan, values, frozen)
+    part = effective_weights(base, terms, plan, values, frozen)
     rest = {weight: base[weight] + (whole[weight] - part[weight]) for weight in downlink.adapters}
     return base | rest, values, frozen
 

@@ -15,7 +15,6 @@ from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
-from fedraclora.training.extras.settings import Magnitudes
 from tests.common import assemble, normal
 
 SMALL = ["data=digits", "pretrain=none", "clients=6", "cohort=3", "rounds=1", "model.hidden=[9]"]
@@ -54,7 +53,7 @@ def test_outputs_are_scaled_in_the_precision_of_the_weights() -> None:
     layer = nn.Linear(7, 5)
     context = CohortContext(active=2, rows=6, scales={"fc.weight": 0.5})
     context.factors = {"fc.weight": [normal(2, 5, 3).float(), normal(3, 7).float()]}
-    context.dense, context.scalings = {"fc.magnitude": normal(2, 5).float()}, (Magnitudes(),)
+    context.dense = {"fc.magnitude": normal(2, 5).float()}
     cohort = CohortLinear(layer, "fc", context)
     wide = cohort.rescale()
     with torch.autocast("cpu", torch.bfloat16):

@@ -8,7 +8,7 @@ import torch
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extras.gates import CohortGates, pruned
+from fedraclora.training.extras.gates import CohortGates, Gates
 from fedraclora.training.extras.pairs import Pair
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
@@ -83,5 +83,6 @@ def test_what_no_client_kept_is_reported(label: str) -> None:
         layout,
         layout.pack({f"w/{label}": rows}, lead=1),
     )
-    assert pruned(sent, got) == {"pruned": pytest.approx(1 / R)}
-    assert pruned(Downlink(), got) == {}
+    gates = Gates(0.4, LocalConfig())
+    assert gates.columns(sent, got) == {"pruned": pytest.approx(1 / R)}
+    assert gates.columns(Downlink(), got) == {}

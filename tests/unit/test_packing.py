@@ -93,7 +93,8 @@ def test_layer_and_gradients_are_those_of_autograd_at_real_tokens(
         for factor in factors:
             product = product @ factor
         plain = plain + 0.7 * (x @ product.mT)
-    found = adapted_linear(x, weight, shift, BatchTerm(3, 0.7, PLACES if packed else None), factors)
+    term = BatchTerm(3, 0.7, PLACES if packed else None)
+    found = adapted_linear(x, weight, shift, term, *factors)
     real = MASK.bool()
     assert torch.allclose(plain[real], found[real], rtol=0, atol=1e-13)
     assert factors or not packed or not found[~real].any()

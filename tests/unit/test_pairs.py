@@ -18,9 +18,8 @@ from fedraclora.training.extra import ClientChunk, When
 from fedraclora.training.extras.pairs import (
     Adjustment,
     Pair,
+    Precondition,
     lora_pro,
-    pairs_of,
-    preconditioner,
     riemannian,
 )
 from fedraclora.training.extras.settings import LocalSettings
@@ -142,20 +141,23 @@ def test_a_budget_is_a_smaller_pair(rule: Rule) -> None:
         assert torch.count_nonzero(found["w/A"][k, ~at]) == 0
 
 
-def test_what_belongs_to_no_adapter_keeps_its_gradient() -> None:
-    chunk = ClientChunk(
-        downlink=downlink_of(BOTH),
+def chunk_of(downlink: Downlink, frozen: Tree | None = None) -> ClientChunk:
+    return ClientChunk(
+        downlink=downlink,
         clients=torch.arange(K),
         seed=0,
         round_=1,
         key=None,
         values=VALUES,
         starts=VALUES,
-        frozen={},
+        frozen=frozen or {},
         ranks=None,
         masks={},
     )
-    adjust = Adjustment("riemannian", 1e-6).hooks(chunk)[When.BUDGET]
+
+
+def test_what_belongs_to_no_adapter_keeps_its_gradient() -> None:
+    adjust = Adjustment("riemannian", 1e-6).hooks(chunk_of(downlink_of(BOTH)))[When.BUDGET]
     plain = gradients_of(VALUES) | {"head.bias": normal(K, 4)}
     found = adjust(plain, VALUES)
     assert list(found) == list(plain)
@@ -188,7 +190,7 @@ CORE: dict[str, Factor] = {
 @pytest.mark.parametrize(
     ("factors", "recipe", "words"),
     [
-        ({}, "plain", "local.x=y works on the"),
+        ({}, "plain", "local.precondition=true works on the"),
         (
             CORE,
             "plain",
@@ -201,23 +203,24 @@ def test_what_it_does_not_fit_is_refused(
     factors: dict[str, Factor], recipe: str, words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        pairs_of(downlink_of(factors, recipe), {}, None, "local.x=y")
+        Precondition().pairs(chunk_of(downlink_of(factors, recipe)))
     assert words in str(caught.value)
 
 
 def test_a_probe_has_nothing_to_adjust() -> None:
     probe = Downlink(dense={"w": to_train((M, N))}, recipe="gradient")
-    assert pairs_of(probe, {}, None, "local.x=y") == []
+    assert Precondition().pairs(chunk_of(probe)) == []
 
 
 def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
     """The gradients of two trained factors would silently stay as they are."""
     A = VALUES["w/A"]
-    kept = preconditioner([Pair("w", S, {"w/A": A})], None)({"w/B": VALUES["w/B"]})["w/B"]
+    one = chunk_of(downlink_of({"B": to_train((M, R)), "A": A[0]}), {"w/A": A})
+    hook = Precondition().hooks(one)[When.RECIPE]
+    kept = hook({"w/B": VALUES["w/B"]}, VALUES)["w/B"]
     torch.testing.assert_close(kept @ (A @ A.mT), VALUES["w/B"], **TIGHT)
-    pairs = pairs_of(downlink_of(BOTH), {}, None, "local.precondition=true")
     with pytest.raises(ConfigError, match=r"both of w .*local\.adjust=riemannian"):
-        preconditioner(pairs, None)
+        Precondition().hooks(chunk_of(downlink_of(BOTH)))
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,16 @@ from fedraclora.evaluation.clients import (
     AFTER,
     BINS,
     OF_ONE,
-    ClientMeasure,
     SummedMeasure,
     read_sizes,
     spread,
+    values_of,
     write_sizes,
 )
 from fedraclora.evaluation.metrics import METRICS, Measure
 from fedraclora.tree import Layout, Tree
 
-MEASURE = ClientMeasure(Measure.of(("accuracy", "loss", "auc"), "logistic"))
+MEASURE = Measure.of(("accuracy", "loss", "auc"), "logistic")
 LAYOUT = Layout((("correct", (2,)), ("loss", (2,)), (f"{OF_ONE}auc", (1,))))
 SAMPLES = torch.tensor([4, 9, 0, 2, 60])
 
@@ -53,7 +53,7 @@ def test_a_sum_has_the_means_and_deviations_of_the_open_numbers() -> None:
     assert (row["n"], row["samples"]) == (4, 75)
     kept = torch.tensor([0, 1, 3, 4])
     for point, own in (("", sent(0)), (AFTER, sent(1))):
-        values, pooled = MEASURE.values({n: t[kept] for n, t in own.items()}, "")
+        values, pooled = values_of(MEASURE, {n: t[kept] for n, t in own.items()}, "")
         for metric, value in values.items():
             wanted, found = spread(metric, value, pooled[metric]), row[point + metric]
             for key in ("mean", "std", "pooled"):
@@ -76,7 +76,7 @@ def test_clients_who_measured_nothing_add_nothing() -> None:
 @pytest.mark.parametrize("value", [-1.0, -0.25, 0.0, 1.0])
 def test_numbers_of_either_sign_come_back_and_stay_in_their_range(value: float) -> None:
     """Of a coefficient from -1 to 1: the pieces of negative numbers add up modulo 2^128."""
-    measure = ClientMeasure(Measure.of(("pearson",), "squared_error"))
+    measure = Measure.of(("pearson",), "squared_error")
     summed = SummedMeasure(measure, Layout(((f"{OF_ONE}pearson", (1,)),)), ("",))
     own = {f"{OF_ONE}pearson": torch.full((3, 1), value).double()}
     row: Any = summed.row(total(summed.words(own, torch.ones(3))), 3)
@@ -90,7 +90,7 @@ def test_the_worst_tenth_follows_the_direction_of_a_metric_of_the_users_own() ->
         "accuracy": METRICS["accuracy"],
         "mine": replace(METRICS["accuracy"], higher_is_better=False),
     }
-    measure = ClientMeasure(replace(MEASURE.measure, metrics=names))
+    measure = replace(MEASURE, metrics=names)
     summed = SummedMeasure(measure, Layout(LAYOUT.shapes[:1]), ("",))
     own = {name: t for name, t in sent().items() if name == "correct"}
     row: Any = summed.row(total(summed.words(own, SAMPLES)), 5)

@@ -60,7 +60,15 @@ class Gates(FactorStep):
 
     @override
     def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
-        return pruned(sent, got)
+        """Compute the share of components that no client kept, over all adapters: ``pruned``."""
+        mean = got.mean()  # which is enough
+        closed = total = 0
+        for weight in sent.adapters:
+            name = next(n for n in (f"{weight}/B", f"{weight}/A") if n in sent.trained())
+            if name in mean:
+                empty = (along_gate(name, mean[name]) == 0).all(dim=-1)
+                closed, total = closed + int(empty.sum()), total + empty.numel()
+        return {"pruned": closed / total} if total else {}
 
 
 class CohortGates(CohortOptimiser):
@@ -85,17 +93,13 @@ class CohortGates(CohortOptimiser):
     ) -> None:
         self.penalty = penalty
         # The factor that has gates is B, or A where that alone is trained.
-        self.products = {
-            n: values[n] for n in (next(n for n in pair.names if n in values) for pair in pairs)
-        }
-        raw = dict(values)
-        self.gates: dict[str, str] = {}
-        for name, product in self.products.items():
-            self.gates[name] = f"{name}/gate"
-            raw[name] = product.clone()
-            raw[self.gates[name]] = torch.ones_like(along_gate(name, product)[..., 0])
-        gate_rates = {gate: rates[name] for name, gate in self.gates.items()}
-        super().__init__(config, raw, rates | gate_rates)
+        gated = [next(n for n in pair.names if n in values) for pair in pairs]
+        self.products = {name: values[name] for name in gated}
+        self.gates = {name: f"{name}/gate" for name in gated}
+        raw = values | {name: values[name].clone() for name in gated}
+        for name, gate in self.gates.items():
+            raw[gate] = torch.ones_like(along_gate(name, values[name])[..., 0])
+        super().__init__(config, raw, rates | {g: rates[n] for n, g in self.gates.items()})
 
     @override
     def step(self, gradients: Tree) -> None:
@@ -118,20 +122,3 @@ class CohortGates(CohortOptimiser):
 def along_gate(name: str, factor: torch.Tensor) -> torch.Tensor:
     """Turn a factor [..., m, r] of the name B so that components come first; A is as it is."""
     return factor.mT if name.endswith("/B") else factor
-
-
-def pruned(sent: Downlink, got: Uplinks) -> dict[str, float]:
-    """Compute the share of components that no client kept, over all adapters, for the ledger.
-
-    Args:
-        sent: What was asked.
-        got: What came back; a mean is enough.
-    """
-    mean = got.mean()
-    closed = total = 0
-    for weight in sent.adapters:
-        name = next(n for n in (f"{weight}/B", f"{weight}/A") if n in sent.trained())
-        if name in mean:
-            empty = (along_gate(name, mean[name]) == 0).all(dim=-1)
-            closed, total = closed + int(empty.sum()), total + empty.numel()
-    return {"pruned": closed / total} if total else {}

@@ -169,7 +169,11 @@ class CohortRite(CohortOptimiser):
             if moving:
                 self.bases[name] = partner.new_zeros(K, *partner.shape[1:])
         M, V, e = (tensors[name][:active] for tensors in (self.first, self.second, self.escaped))
-        b1, b2 = (self._decay(beta) for beta in (self.config.beta1, self.config.beta2))
+        # Decays that make means from the first step on, as Adam's correction does.
+        b1, b2 = (
+            beta * (1 - beta ** (self.count - 1)) / (1 - beta**self.count)
+            for beta in (self.config.beta1, self.config.beta2)
+        )
         if moving:
             old = self.bases[name][:active]
             P = basis.mT @ old
@@ -184,7 +188,3 @@ class CohortRite(CohortOptimiser):
         whitening = inverse_root(V, negligible(rows, g.dtype), e, self.config.eps)[1]
         M.lerp_(g @ whitening.to(g.dtype), 1 - b1)
         return M @ inverse
-
-    def _decay(self, beta: float) -> float:
-        """Compute the decay that makes a mean from its first step on, as Adam's correction does."""
-        return beta * (1 - beta ** (self.count - 1)) / (1 - beta**self.count)

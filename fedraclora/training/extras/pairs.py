@@ -41,10 +41,10 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import sylvester
-from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.rank_budgets import within
-from fedraclora.protocol.recipes import RECIPES, GradientHook, projected
+from fedraclora.protocol.recipes import RECIPES, projected
 from fedraclora.training.extra import ClientChunk, Hook, LocalExtra, When
+from fedraclora.training.materialise import factor_of
 from fedraclora.tree import Tree
 
 
@@ -79,76 +79,11 @@ class Pair:
             [active, m, r] and [active, r, n], or 2-D where clients share them.
         """
         active = next(len(values[n]) for n in self.names if n in values)
-        B, A = (self._factor(name, values, active) for name in self.names)
+        B, A = (factor_of(name, values, self.frozen, active) for name in self.names)
         if self.budget is None:
             return B, A
         budget = self.budget[:active].to(B)
         return B * budget[:, None], A * budget[..., None]
-
-    def _factor(self, name: str, values: Tree, active: int) -> torch.Tensor:
-        if name in values:
-            return values[name]
-        found = self.frozen[name]
-        return found[:active] if found.dim() == 3 else found
-
-
-def pairs_of(
-    downlink: Downlink, frozen: Tree, ranks: torch.Tensor | None, setting: str
-) -> list[Pair]:
-    """List the adapters of an exchange, each a product of two factors; none of a probe.
-
-    Args:
-        downlink: Says what is trained.
-        frozen: Factors that are not, by name.
-        ranks: Rank budgets of the clients (`fedraclora.protocol.rank_budgets.spans`), or None.
-        setting: What needs them, for messages.
-
-    Raises:
-        ConfigError: Where the setting does not fit what the method trains.
-    """
-    if not RECIPES[downlink.recipe].steps:
-        return []  # a probe, which is not followed by a step
-    if not downlink.adapters:
-        raise ConfigError(
-            f"{setting} works on the factors of adapters, but this method trains whole weights: "
-            "take a method with adapters, or leave the setting out"
-        )
-    if downlink.recipe != "plain":
-        raise ConfigError(
-            f"{setting} mixes the components of a factor, but this method limits which of them a "
-            f"step may move (its recipe is {downlink.recipe}): leave one of the two out"
-        )
-    pairs = []
-    for weight, adapter in downlink.adapters.items():
-        if tuple(adapter.factors) != ("B", "A"):
-            raise ConfigError(
-                f"{setting} is defined for adapters B A, but that of {weight} is a product of "
-                f"{', '.join(adapter.factors)}: take a method that trains B, A or both"
-            )
-        fixed = {n: frozen[n] for n in (f"{weight}/B", f"{weight}/A") if n in frozen}
-        budget = None if ranks is None else within(ranks, adapter.factors["A"].shape[0])
-        pairs.append(Pair(weight, adapter.scale, fixed, budget))
-    return pairs
-
-
-def preconditioner(pairs: list[Pair], ranks: torch.Tensor | None) -> GradientHook:
-    """Build the hook of ``local.precondition``, `fedraclora.protocol.recipes.projected`.
-
-    Args:
-        pairs: The adapters.
-        ranks: Rank budgets of the clients, or None.
-
-    Raises:
-        ConfigError: If an adapter has no frozen factor by which to precondition the other one.
-    """
-    for pair in pairs:
-        if not pair.frozen:
-            raise ConfigError(
-                f"local.precondition=true inverts the frozen factor of an adapter, but both of "
-                f"{pair.weight} are trained: take local.adjust=riemannian, by which each has the "
-                "other's inverse, or leave it out"
-            )
-    return projected({n: f for pair in pairs for n, f in pair.frozen.items()}, ranks=ranks)
 
 
 def gram(tall: torch.Tensor) -> torch.Tensor:
@@ -207,19 +142,62 @@ class FactorStep(LocalExtra):
     takes_factor_step: ClassVar[bool] = True
 
     def pairs(self, chunk: ClientChunk) -> list[Pair]:
-        """List the adapters of a chunk, see `pairs_of`."""
-        return pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
+        """List the adapters of a chunk, each a product of two factors; none of a probe.
+
+        Raises:
+            ConfigError: Where the setting does not fit what the method trains.
+        """
+        downlink = chunk.downlink
+        if not RECIPES[downlink.recipe].steps:
+            return []  # a probe, which is not followed by a step
+        if not downlink.adapters:
+            raise ConfigError(
+                f"{self.setting} works on the factors of adapters, but this method trains whole "
+                "weights: take a method with adapters, or leave the setting out"
+            )
+        if downlink.recipe != "plain":
+            raise ConfigError(
+                f"{self.setting} mixes the components of a factor, but this method limits which of "
+                f"them a step may move (its recipe is {downlink.recipe}): leave one of the two out"
+            )
+        pairs = []
+        for weight, adapter in downlink.adapters.items():
+            if tuple(adapter.factors) != ("B", "A"):
+                raise ConfigError(
+                    f"{self.setting} is defined for adapters B A, but that of {weight} is a "
+                    f"product of {', '.join(adapter.factors)}: take a method that trains B, A or "
+                    "both"
+                )
+            fixed = {n: f for n, f in chunk.frozen.items() if n in (f"{weight}/B", f"{weight}/A")}
+            rank, ranks = adapter.factors["A"].shape[0], chunk.ranks
+            budget = None if ranks is None else within(ranks, rank)
+            pairs.append(Pair(weight, adapter.scale, fixed, budget))
+        return pairs
 
 
 @dataclass(frozen=True)
 class Precondition(FactorStep):
-    """The inverse Gram matrix of a frozen factor."""
+    """The inverse Gram matrix of a frozen factor (`fedraclora.protocol.recipes.projected`)."""
 
     form: ClassVar[str] = "local.precondition=true"
 
     @override
     def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
-        hook = preconditioner(self.pairs(chunk), chunk.ranks)
+        """See `LocalExtra.hooks`.
+
+        Raises:
+            ConfigError: If an adapter has no frozen factor by which to precondition the other one.
+        """
+        pairs = self.pairs(chunk)
+        for pair in pairs:
+            if not pair.frozen:
+                raise ConfigError(
+                    f"local.precondition=true inverts the frozen factor of an adapter, but both of "
+                    f"{pair.weight} are trained: take local.adjust=riemannian, by which each has "
+                    "the other's inverse, or leave it out"
+                )
+        frozen = {n: f for pair in pairs for n, f in pair.frozen.items()}
+        hook = projected(frozen, ranks=chunk.ranks)
         return {When.RECIPE: lambda gradients, _: hook(gradients)}
 
     @override

@@ -15,6 +15,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.training.extra import ClientChunk, Hook, LocalExtra, When
+from fedraclora.training.materialise import factor_of
 from fedraclora.tree import Tree
 
 
@@ -55,33 +56,25 @@ def with_prox(
     References:
         Li et al., *Federated optimization in heterogeneous networks*, arXiv 1812.06127.
     """
-    out = dict(gradients)
+    out, active = dict(gradients), len(next(iter(leaves.values()), ()))
+    begun = {n: t[:active] for n, t in starts.items()}
     for name in downlink.dense:
-        active = leaves[name].shape[0]
-        out[name] = gradients[name] + mu * (leaves[name] - starts[name][:active])
+        out[name] = gradients[name] + mu * (leaves[name] - begun[name])
     for weight, adapter in downlink.adapters.items():
-        if _is_core(weight, adapter, leaves):
-            name = f"{weight}/R"
-            R, left, right = leaves[name], frozen[f"{weight}/B"], frozen[f"{weight}/A"]
-            left, right = (f[: len(R)] if f.dim() == 3 else f for f in (left, right))
-            moved = left.mT @ left @ (R - starts[name][: len(R)]) @ right @ right.mT
-            out[name] = gradients[name] + mu * adapter.scale**2 * moved
-            continue
-        if tuple(adapter.factors) != ("B", "A"):
+        is_core = _is_core(weight, adapter, leaves)
+        if tuple(adapter.factors) != ("B", "A") and not is_core:
             raise ConfigError(
                 "local.prox is defined for adapters B A, but one of this method is a product of "
                 f"{', '.join(adapter.factors)}: set local.prox=0, or take another method"
             )
-        nb, na = f"{weight}/B", f"{weight}/A"
-        active = leaves[nb if nb in leaves else na].shape[0]
-        B, A, B0, A0 = (
-            now.get(n, frozen.get(n))
-            for now, n in ((leaves, nb), (leaves, na), (starts, nb), (starts, na))
-        )
-        if B is None or A is None or B0 is None or A0 is None:
+        names, pull = [f"{weight}/{label}" for label in adapter.factors], mu * adapter.scale**2
+        now, then = ([factor_of(n, own, frozen, active) for n in names] for own in (leaves, begun))
+        if is_core:
+            left, R, right = now
+            moved = left.mT @ left @ (R - then[1]) @ right @ right.mT
+            out[names[1]] = gradients[names[1]] + pull * moved
             continue
-        B, A, B0, A0 = (f[:active] if f.dim() == 3 else f for f in (B, A, B0, A0))
-        pull = mu * adapter.scale**2
+        (nb, na), (B, A), (B0, A0) = names, now, then
         if nb in gradients:
             out[nb] = gradients[nb] + pull * (B @ (A @ A.mT) - B0 @ (A0 @ A.mT))
         if na in gradients:

@@ -10,16 +10,14 @@ import torch
 from typing_extensions import override
 
 from fedraclora.limits import Later, NotNegative, Part, Positive, Seconds, choice_of
-from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
 from fedraclora.protocol.rank_budgets import cut_gradients
 from fedraclora.training.extra import (
     ClientChunk,
-    FactorTerm,
     Forward,
     LocalExtra,
     LocalResult,
-    Scaling,
+    mean_losses,
 )
 from fedraclora.training.extras.gates import Gates
 from fedraclora.training.extras.lora_rite import LoraRite
@@ -66,7 +64,7 @@ class SampleLevel(LocalExtra):
         key = seed_key(chunk.seed) if chunk.key is None else chunk.key
         keys = answer_keys(key, chunk.round_, chunk.clients[:active])
         noise = self.noise.noise(like, keys, step)
-        total = (losses.detach() * valid).sum(dim=1) / (counts * valid).sum(dim=1).clamp(min=1)
+        total = mean_losses(losses.detach(), counts, valid)
         return total, self.noise.gradients(own, valid, noise)
 
     @override
@@ -76,26 +74,6 @@ class SampleLevel(LocalExtra):
 
 
 OWN_KEYS = Part("own")  # keys that choices with the project's loop do not list
-
-
-class Magnitudes(Scaling):
-    """Rows have the lengths that are trained beside them, whatever their adapter adds."""
-
-    @override
-    def name_of(self, weight: str) -> str:
-        return magnitude_of(weight)
-
-    @override
-    def outputs(
-        self, own: torch.Tensor, matrix: torch.Tensor, term: FactorTerm | None
-    ) -> torch.Tensor:
-        with torch.no_grad():  # they are constants in the gradient
-            lengths = row_lengths(matrix, *(term or ()))
-        return own / lengths
-
-    @override
-    def rows(self, own: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        return rescaled(matrix, own)
 
 
 @dataclass(frozen=True)
@@ -116,7 +94,6 @@ class LocalSettings(LocalConfig):
     """
 
     OPTIMISERS: ClassVar[tuple[str, ...]] = (*LocalConfig.OPTIMISERS, "lora_rite")
-    scalings: ClassVar[tuple[Scaling, ...]] = (Magnitudes(),)
 
     optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
     dp: SampleNoise | None = None

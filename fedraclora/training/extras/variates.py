@@ -31,11 +31,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from typing_extensions import override
 
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import Adapter, Downlink
-from fedraclora.training.extra import Keeper
 from fedraclora.tree import Tree
 
 EXTRAS = PLAIN, LIFTED = "variates", "lifted_variates"
@@ -116,25 +114,29 @@ def moved_by(stored: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tre
     return out
 
 
-class VariateKeeper(Keeper):
-    """What clients keep where a round sends variates."""
+def begin_variates(stored: Tree, sent: Downlink) -> Downlink:
+    """Turn the variates of a downlink, c, into what clients add: c - c_k, [K, ...].
 
-    extras = EXTRAS
+    Args:
+        stored: What they kept, [K, ...] by the names of `blank_variates`.
+        sent: What came.
+    """
+    own = seen(stored, sent)
+    corrections = {n: c.cpu() - own[n] for n, c in variates_of(sent).items()}
+    return with_variates(sent, corrections, lifted=is_lifted(sent))
 
-    @override
-    def blank(self, sent: Downlink, dtype: torch.dtype) -> Tree:
-        return blank_variates(sent, dtype) if variates_of(sent) else {}
 
-    @override
-    def begin(self, stored: Tree, sent: Downlink) -> Downlink:
-        own = seen(stored, sent)
-        corrections = {n: c.cpu() - own[n] for n, c in variates_of(sent).items()}
-        return with_variates(sent, corrections, lifted=is_lifted(sent))
+def end_variates(stored: Tree, sent: Downlink, directions: Tree) -> Tree:
+    """Compute the variates that clients store from here on.
 
-    @override
-    def end(self, stored: Tree, sent: Downlink, directions: Tree) -> Tree:
-        added = variates_of(sent)
-        return moved_by(stored, sent, {n: g - added[n].cpu() for n, g in directions.items()})
+    Args:
+        stored: What they kept so far, [K, ...]. Not modified.
+        sent: Of `begin_variates`.
+        directions: Of the mean local step, as the server sees it, by trained name, [K, ...]
+            (`fedraclora.training.optimiser.mean_gradients`).
+    """
+    added = variates_of(sent)
+    return moved_by(stored, sent, {n: g - added[n].cpu() for n, g in directions.items()})
 
 
 def _variates(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
