@@ -235,8 +235,7 @@ class MultiKrum(Aggregator):
     def choose(self, rows: torch.Tensor) -> torch.Tensor:
         """Choose the clients to keep, as places in ascending order, from rows float64 [K, P]."""
         f = share_of(len(rows), self.attackers)
-        order = krum_order(rows, f)
-        return order[: self.kept or len(rows) - f].sort().values
+        return krum_order(rows, f)[: self.kept or len(rows) - f].sort().values
 
     @override
     def check(self, cohort: int) -> None:

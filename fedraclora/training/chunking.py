@@ -31,7 +31,6 @@ from fedraclora.training.memory import (
     Probe,
     is_out_of_memory,
     measure_memory,
-    try_step,
 )
 from fedraclora.training.program import OpenChunk
 from fedraclora.tree import Tree
@@ -197,7 +196,8 @@ def plan_chunk(
         most = cohort if chunk == "auto" else int(chunk)
         if not elsewhere:  # nothing is measured: what cannot train is refused at once
             with _explained(trainer, "one client", LESS):
-                try_step(trainer, base, downlink)
+                one = torch.zeros(1, dtype=torch.int64, device=trainer.device)
+                Probe(trainer, None).run(base, downlink, one)
                 refuse_meeting(trainer, base, downlink, most)
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))

@@ -220,14 +220,6 @@ def measure_memory(
     )
 
 
-def try_step(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
-    """Take the first step of one client, so that what cannot train is refused before a run begins.
-
-    Arguments as for `measure_memory`, which does it as well.
-    """
-    Probe(trainer, None).run(base, downlink, torch.zeros(1).long().to(trainer.device))
-
-
 def uncompiled() -> AbstractContextManager[None]:
     """Run what somebody has compiled as it was before: the compiler would compile the counting."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds

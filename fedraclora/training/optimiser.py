@@ -254,7 +254,9 @@ def clip_per_client(gradients: Tree, largest: float, by: str = "all") -> Tree:
             factors of its weights and its bias.
     """
     squares: Tree = {}
-    owners = {n: layer_of(n) if by == "layer" else "" for n in gradients}
+    # The module of a trained tensor: ``fc`` of ``fc.weight/B``.
+    layers = {n: n.partition("/")[0].rpartition(".")[0] for n in gradients}
+    owners = layers if by == "layer" else dict.fromkeys(gradients, "")
     for name, gradient in gradients.items():
         square = gradient.reshape(gradient.shape[0], -1).square().sum(dim=1)
         before = squares.get(owners[name])
@@ -263,11 +265,6 @@ def clip_per_client(gradients: Tree, largest: float, by: str = "all") -> Tree:
     return {
         n: g * factors[owners[n]].reshape(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()
     }
-
-
-def layer_of(name: str) -> str:
-    """Return the module to which a trained tensor belongs: ``fc`` for ``fc.weight/B``."""
-    return name.partition("/")[0].rpartition(".")[0]
 
 
 def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
