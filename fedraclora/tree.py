@@ -7,7 +7,7 @@ Flower deployment pays per array (500 small arrays cost 126 s a round where one 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import groupby, zip_longest
@@ -34,6 +34,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
         (torch.float32, torch.float64)
     """
     return torch.promote_types(dtype, torch.float32)
+
+
+def join_columns(parts: Sequence[tuple[Tree, int]]) -> Tree:
+    """Join columns of numbers of several groups: NaN for a group that does not have one.
+
+    Args:
+        parts: Of each group its columns, float64 [K] by name, and K.
+    """
+    gaps = [torch.full((size,), torch.nan, dtype=torch.float64) for _, size in parts]
+    each = [(columns, gap) for (columns, _), gap in zip(parts, gaps, strict=True)]
+    names = dict.fromkeys(name for columns, _ in parts for name in columns)
+    return {n: torch.cat([columns.get(n, gap) for columns, gap in each]) for n in names}
 
 
 def widened(tree: Tree) -> Tree:

@@ -22,7 +22,7 @@ from fedraclora.errors import ClientError
 from fedraclora.limits import Limited
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, join_columns
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ def join_results(results: Sequence[LocalResult]) -> LocalResult | None:
         torch.cat([t.losses for t in results]),
         torch.cat([t.steps for t in results]),
         torch.cat([t.samples for t in results]),
+        metrics=join_columns([(t.metrics, len(t.losses)) for t in results]),
     )
 
 

@@ -6,7 +6,6 @@ trained as one batch, as ``engine=vectorised`` trains the chunk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.rank_budgets import uploaded_numbers
-from fedraclora.tree import difference
+from fedraclora.tree import difference, join_columns
 from fedraclora.wire.changes import uploaded_bytes
 from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage, sent_tensors
 from fedraclora.wire.fields import MANY, printable, shown
@@ -98,11 +97,6 @@ def join_answers(ask: Ask, answers: Sequence[Answer]) -> Answer:
         why = f"it sent {difference(answer.layout, first.layout)}"
         failures |= dict.fromkeys(answer.clients.tolist(), why)
     vectors: dict[str, Any] = {n: torch.cat([a.vectors[n] for a in used]) for n in first.vectors}
-    metrics = {}
-    for name in dict.fromkeys(n for a in used for n in a.metrics):
-        unsaid = (torch.full((len(a.clients),), math.nan, dtype=torch.float64) for a in used)
-        told = zip(used, unsaid, strict=True)
-        metrics[name] = torch.cat([a.metrics.get(name, none) for a, none in told])
     said = {c: told for a in answers if a.stage for c, told in a.stage.data.items()}
     return replace(
         first,
@@ -112,7 +106,7 @@ def join_answers(ask: Ask, answers: Sequence[Answer]) -> Answer:
         failures=failures,
         refused=[refusal for a in answers for refusal in a.refused],
         notes=[*dict.fromkeys(note for a in answers for note in a.notes)][:MANY],
-        metrics=metrics,
+        metrics=join_columns([(a.metrics, len(a.clients)) for a in used]),
         stage=None if first.stage is None else replace(first.stage, data=said),
     )
 

@@ -28,7 +28,7 @@ from fedraclora.protocol.uplinks import (
 from fedraclora.strategies.server.cohort_sum import CohortSum
 from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, join_columns
 from fedraclora.wire.changes import Changes, uploaded_bytes
 from fedraclora.wire.exchange import (
     DTYPES,
@@ -255,10 +255,9 @@ class Exchange:
             return self._joined(name)[used]
 
         self.mean_loss = mean_said(of("losses"), weights, UNSAID)
-        for name in sorted({name for reply in self.replies for name in reply.metrics}):
-            unsaid = [torch.full((len(r.clients),), math.nan) for r in self.replies]
-            told = [r.metrics.get(name, none) for r, none in zip(self.replies, unsaid, strict=True)]
-            self.metrics[name] = mean_said(torch.cat(told)[used], weights, math.nan)
+        told = join_columns([(reply.metrics, len(reply.clients)) for reply in self.replies])
+        for name in sorted(told):
+            self.metrics[name] = mean_said(told[name][used], weights, math.nan)
         self.steps = int(of("steps").sum())
         if self.loop.uplink != FULL:
             self.rounding = float(of("rounding").mean())

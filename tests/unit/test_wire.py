@@ -20,7 +20,7 @@ from fedraclora.protocol.method import Adapter, Downlink, Factor
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.run.client_state import ClientStore
 from fedraclora.sketch import SketchSpec
-from fedraclora.training.extra import LocalResult
+from fedraclora.training.extra import LocalResult, join_results
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.downlink import AskReader, AskWriter
@@ -275,6 +275,13 @@ def result(count: int, dtype: torch.dtype = torch.float64) -> LocalResult:
     trained: Tree = {n: normal(count, *s).to(dtype) for n, s in LAYOUT.shapes}
     trained["private"] = normal(count, 4)  # stays at the client
     return LocalResult(trained, normal(count).abs(), torch.arange(count), torch.arange(count) + 1)
+
+
+def test_what_a_part_of_a_chunk_says_is_kept() -> None:
+    told = replace(result(2), metrics={"reward": torch.tensor([1.0, 2.0]).double()})
+    joined = join_results([result(1), told])
+    assert joined is not None
+    assert [f"{number:g}" for number in joined.metrics["reward"]] == ["nan", "1", "2"]
 
 
 @given(st.integers(1, K), st.sampled_from([torch.float32, torch.float64]))
