@@ -19,9 +19,12 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import aliases
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.shared.walking import Walking
 from fedraclora.tree import digest
 from tests.common import arranged, assemble
 
+# Clients and server go along the same directions of all weights, so that none stays at home.
+REFUSED = [name for name, kind in METHODS.items() if issubclass(kind, Walking)]
 JOB = [
     "data=digits",
     "pretrain=none",
@@ -46,7 +49,7 @@ def store_digest(run: Assembled) -> str:
 
 
 @pytest.mark.short(when=lambda method: method in WIDELY | ALSO)  # factors of every form
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in aliases()])
+@pytest.mark.parametrize("method", [n for n in METHODS if n not in {*aliases(), *REFUSED}])
 def test_heads_stay_at_home_and_differ(method: str) -> None:
     run = job(f"method={method}")
     assert set(run.plan.local) == {"fc2.weight", "fc2.bias"}
@@ -61,6 +64,12 @@ def test_heads_stay_at_home_and_differ(method: str) -> None:
     assert row["uplink_bytes"] == 4 * 4 * run.config.method.floats(run.plan, row["round"])[0]
     accuracy: Any = row["metrics"]
     assert 0.3 < accuracy["personal_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_a_head_that_would_move_with_the_rest_is_refused(method: str) -> None:
+    with pytest.raises(ConfigError, match="head is local"):
+        job(f"method={method}", "local.steps=1")
 
 
 def test_a_resumed_run_has_the_same_heads(tmp_path: Path) -> None:
