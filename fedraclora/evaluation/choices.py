@@ -122,15 +122,18 @@ class Questions:
 
     def metrics(self, model: nn.Module, weights: Tree, batch_size: int) -> dict[str, float]:
         """Answer at the given weights; give the share of right answers, by sum and by character."""
-        sums = with_weights(model, weights, self._scores, batch_size)
+        sums = self.scores(model, weights, batch_size)
         found = sums, sums / self.characters.clamp(min=1)
         # numpy's argmax is the first of equal ones, torch's is any.
         best = (torch.from_numpy(score.numpy().argmax(axis=1)) for score in found)
         shares = [float(self.right.gather(1, each[:, None]).double().mean()) for each in best]
         return dict(zip(CHOICE_METRICS, shares, strict=True))
 
-    def _scores(self, model: nn.Module, batch_size: int) -> torch.Tensor:
+    def scores(self, model: nn.Module, weights: Tree, batch_size: int) -> torch.Tensor:
         """Sum the log-likelihoods of each answer, float64 [N, C]; -inf where there is none."""
+        return with_weights(model, weights, self._scores, batch_size)
+
+    def _scores(self, model: nn.Module, batch_size: int) -> torch.Tensor:
         sums = torch.zeros(self.right.shape, dtype=torch.float64)
         device = next(model.parameters()).device
         for rows, batch in numbered_batches(self.rows, batch_size):

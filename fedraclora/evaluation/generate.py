@@ -20,6 +20,20 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Generated:
+    """A prompt with the answer that stands in the data, and the one that was generated."""
+
+    prompt: str
+    wanted: str
+    answer: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the two are the same but for space around them."""
+        return self.wanted.strip() == self.answer.strip()
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A prompt, the answer in the data, and how many of its tokens are compared; None: all."""
 
@@ -96,17 +110,24 @@ class Answering:
         return round_ % self.every == 0 or round_ == last
 
     def columns(self, weights: Tree) -> tuple[dict[str, float], list[dict[str, str]]]:
-        """Give the metric ``exact_match``, and the texts of the first prompts and answers.
+        """Give the metric ``exact_match`` of all answers, and the texts of the first of them."""
+        found = self.answers(weights)
+        match = sum(answer.right for answer in found) / len(found)
+        return {"exact_match": match}, [vars(answer) for answer in found[: self.shown]]
 
-        It is the share of answers that are those of the data but for space around them.
-        """
-        decode, found = self.tokenizer.decode, list[dict[str, str]]()
-        for one, own in zip(self.asked, self.written(weights), strict=True):
-            pair = (tokens[: one.compared] for tokens in (one.wanted, own))
-            wanted, answer = (decode(tokens, skip_special_tokens=True) for tokens in pair)
-            found.append({"prompt": decode(one.prompt), "wanted": wanted, "answer": answer})
-        right = [one["wanted"].strip() == one["answer"].strip() for one in found]
-        return {"exact_match": sum(right) / len(found)}, found[: self.shown]
+    def answers(self, weights: Tree) -> list[Generated]:
+        """Generate at the given weights, and put each answer beside that of the data."""
+        decode, given = self.tokenizer.decode, self.written(weights)
+        return [
+            Generated(
+                decode(one.prompt),
+                *(
+                    decode(tokens[: one.compared], skip_special_tokens=True)
+                    for tokens in (one.wanted, own)
+                ),
+            )
+            for one, own in zip(self.asked, given, strict=True)
+        ]
 
     def texts(self, weights: Tree) -> list[str]:
         """Generate at the given weights; give whole answers alone."""

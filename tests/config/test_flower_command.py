@@ -70,7 +70,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: SuperLink) -> None:
         raise AssertionError("a SuperLink was started")
 
-    monkeypatch.setattr(SuperLink, "_start", fail)
+    monkeypatch.setattr(SuperLink, "__enter__", fail)
 
 
 @pytest.mark.usefixtures("started")

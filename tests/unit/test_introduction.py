@@ -35,9 +35,9 @@ def run(**keys: Any) -> fedraclora.Run:
 def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixture[str]) -> None:
     found = run(local={"lr": 0.25, "momentum": 0.5, "steps": 3, "batch_size": 4})
     lines = capsys.readouterr().err.splitlines()
-    titles = ["loss", "metrics", "optimiser", "trained", "chunk"]
-    assert [line.partition(":")[0] for line in lines[:5]] == titles
-    assert len({len(line) - len(line.partition(":")[2].lstrip()) for line in lines[:5]}) == 1
+    titles = ["loss", "metrics", "optimiser", "trained", "data", "chunk"]
+    assert [line.partition(":")[0] for line in lines[:6]] == titles
+    assert len({len(line) - len(line.partition(":")[2].lstrip()) for line in lines[:6]}) == 1
     assert lines[0].split()[1:3] == ["cross_entropy", "(guessed"]
     assert lines[1].endswith("accuracy, loss")
     for part in ("sgd", "0.25", "momentum 0.5", "3 steps", "batches of 4"):
@@ -45,6 +45,7 @@ def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixtur
     count = found.summary["uplink_floats"]
     assert "rank 2 of layers 0, 2; " in lines[3]
     assert f" 0.bias, 2.bias: {count:,} numbers" in lines[3]
+    assert "32 training samples of 4 clients, 8 test samples (0.2 of all" in lines[4]
     begins: Any = found.summary["begins"]
     assert begins["trained"] in lines[3]
 
@@ -82,7 +83,7 @@ def test_without_progress_the_first_lines_are_logged_beside_the_notes(
     notes = [f"note: {r.message}" for r in caplog.records if r.levelname == "WARNING"]
     lines = [record.message for record in caplog.records if record.levelname == "INFO"]
     assert [*lines, *notes] == shown[: len(lines) + len(notes)]
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert notes
 
 
