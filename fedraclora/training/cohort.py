@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -262,9 +262,10 @@ class CohortTrainer:
             gradients = dict(zip(leaves, found, strict=True))
         with torch.no_grad():
             for hook in hooks:
+                given = shapes_of(gradients)
                 gradients = hook(gradients, leaves)
                 if step == 0:
-                    refuse_other(gradients, leaves)
+                    refuse_other(gradients, given)
             optimiser.step(gradients)
             hold(chunk.values, chunk.starts, chunk.masks, batch.active)
         return loss.detach()
@@ -345,16 +346,25 @@ class CohortTrainer:
         return self._programs[names]
 
 
-def refuse_other(gradients: object, leaves: Tree) -> None:
+def shapes_of(gradients: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """Give the shapes of gradients by name; of what is no tensor that of a number."""
+    return {name: tuple(getattr(each, "shape", ())) for name, each in gradients.items()}
+
+
+def refuse_other(gradients: object, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse what a part of a local step gives in the place of gradients, one for each client.
+
+    Args:
+        gradients: What it gave.
+        wanted: The shapes of those that it was given; a large weight that took its step while its
+            gradient was formed is not among them.
 
     Raises:
         ConfigError: Saying what came and what was wanted: torch would stretch, or leave out.
     """
-    wanted = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     came: object = type(gradients).__name__
     if isinstance(gradients, dict):
-        came = {n: tuple(getattr(g, "shape", ())) for n, g in gradients.items()}
+        came = shapes_of(gradients)
     if came != wanted:
         raise ConfigError(
             f"a part of the local step (local.extras) gives {came!s:.200}; the gradients that it "

@@ -51,6 +51,13 @@ def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixtur
     assert begins["trained"] in lines[3]
 
 
+def test_full_weights_of_a_large_layer_are_measured_and_trained() -> None:
+    """Its weight takes its step while its gradient is formed, so that no gradient of it is left."""
+    wide = nn.Sequential(nn.Linear(5, 60_000), nn.ReLU(), nn.Linear(60_000, 2))
+    found = run(model=wide, method="fedavg", local={"lr": 0.1})
+    assert found.rows[-1]["metrics"]["accuracy"] > 0.5
+
+
 @pytest.mark.parametrize(
     ("cohort", "chunk", "workers", "said"),
     [
