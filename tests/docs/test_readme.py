@@ -93,10 +93,10 @@ SHOWN = {
         "coordinate r=32 links of 8 int4",
         "FedAvg-LoRA",
     ),
-    "CoLA": ("cola_links", "Fed-RAC-LoRA r=32 int8", "FedAvg-LoRA"),
 }
 APART = {  # of two studies of a task
     "MNIST": ("Fed-RAC-LoRA r=64 eden2", "FedAvg", ["frontier_mnist", "mnist_dirichlet_0.1"]),
+    "CoLA": ("Fed-RAC-LoRA r=32 eden2", "FedAvg-LoRA", ["frontier_cola", "cola_links"]),
     "Shakespeare": (
         "links of 8 r=32 eden3",
         "FedAvg-LoRA",
