@@ -7,11 +7,10 @@ what is merged, written to disk and sent anew has the same bits. So what a kind 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedraclora.errors import WireError
 from fedraclora.protocol.coding import NONE, compressed, unframed
@@ -23,9 +22,6 @@ WIDTHS = {"float32": 4, "float64": 8}  # bytes of a number
 _KINDS = (Short(), Scaled(8), Scaled(4), *map(Rotated, (4, 3, 2, 1)))
 ROUNDINGS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
 ROUNDED = tuple(ROUNDINGS)
-
-# Bytes that tensors take coded: links are counted by several, and coding costs more than a look.
-_CODED: MutableMapping[torch.Tensor, dict[object, int]] = WeakTensorKeyDictionary()
 
 Sizes = Sequence[int] | torch.Tensor
 Rng = np.random.Generator | Sequence[np.random.Generator] | None
@@ -90,11 +86,6 @@ def sent_bytes(tensors: Sequence[torch.Tensor], kind: str, coding: str = NONE) -
     sizes = [tensor.numel() for tensor in tensors]
     if coding == NONE or kind in WIDTHS:
         return int(packed_bytes(sizes, kind))
-    if len(tensors) == 1:
-        known, key = _CODED.setdefault(tensors[0], {}), (kind, coding, tensors[0]._version)  # noqa: SLF001
-        if key not in known:
-            known[key] = len(encode(tensors[0].flatten(), sizes, kind, coding=coding))
-        return known[key]
     flat = torch.cat([torch.zeros(0), *(tensor.detach().cpu().flatten() for tensor in tensors)])
     return len(encode(flat, sizes, kind, coding=coding))
 

@@ -262,9 +262,9 @@ class CohortTrainer:
             gradients = dict(zip(leaves, found, strict=True))
         with torch.no_grad():
             for hook in hooks:
-                given = shapes_of(gradients)
+                given = shapes_of(gradients) if step == 0 else None
                 gradients = hook(gradients, leaves)
-                if step == 0:
+                if given is not None:
                     refuse_other(gradients, given)
             optimiser.step(gradients)
             hold(chunk.values, chunk.starts, chunk.masks, batch.active)

@@ -45,9 +45,10 @@ def effective_weights(
         Every parameter by name, in stored layout; differentiable in ``values``.
     """
     out, dense = dict(base), {n: values[n] for n in downlink.dense}
+    known = frozen | values
     for weight, adapter in downlink.adapters.items():
         names = [f"{weight}/{label}" for label in adapter.factors]
-        term = torch.linalg.multi_dot([(values | frozen)[n] for n in names])
+        term = torch.linalg.multi_dot([known[n] for n in names])
         view = plan.targets[weight]
         out[weight] = view.stored(view.matrix(base[weight]) + adapter.scale * term, base[weight])
         if (lengths := dense.pop(magnitude_of(weight), None)) is not None:

@@ -227,19 +227,6 @@ def test_links_are_coded_counted_and_chosen_by_their_size_without() -> None:
     assert np.array_equal(again.sums, counted.sums)
 
 
-def test_the_bytes_of_a_link_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    coded: list[int] = []
-
-    def noted(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        coded.append(len(parts))
-        return compressed(parts)
-
-    monkeypatch.setattr("fedraclora.protocol.quantised.compressed", noted)
-    history, counted, _ = linked(3)
-    assert int(counted.missing(torch.tensor([0]))[0]) == history.since(0).payload_bytes
-    assert len(coded) == 1  # of one tensor, by two who count and the update itself
-
-
 def test_a_link_that_is_damaged_is_named_with_clients_and_round() -> None:
     history, _, _ = linked(2)
     ask = Ask(TrainRequest(7, 6, 1.0, CLIENTS), Downlink())
