@@ -120,10 +120,19 @@ def diverged(study: Study, row: str, value: float, done: Done) -> bool:
 
 
 def shown_value(study: Study, row: str, value: float, done: Done) -> str:
-    """Write a tuned value, marked where the grid ends there: a better one may lie beyond it."""
+    """Write a tuned value, marked where tuning could not tell that it is the best.
+
+    Where the grid ends there, a better one may lie beyond it; where others are as good (all are
+    where nothing was learnt), it was taken for being the smallest.
+    """
+    if study.tune is None:
+        return f"{value:g}"
     tried = tried_values(study, row, done)
-    edge = study.tune is not None and value in {min(tried), max(tried)}
-    return f"{value:g}{' (edge of the grid)' if edge else ''}"
+    good = mean_score(study, row, value, done)
+    level = {v for v in tried if v != value and mean_score(study, row, v, done) == good}
+    marks = ["edge of the grid"] if value in {min(tried), max(tried)} else []
+    marks += [f"tied with {', '.join(f'{v:g}' for v in sorted(level))}"] if level else []
+    return f"{value:g} ({'; '.join(marks)})" if marks else f"{value:g}"
 
 
 def is_tuned(study: Study, row: str, done: Done) -> bool:

@@ -18,6 +18,7 @@ from fedraclora.experiments.study.entries import (
     notes_of,
     read_lines,
     score,
+    shown_value,
     tuned_by,
     tuned_value,
 )
@@ -112,6 +113,15 @@ def test_the_best_of_the_grid_and_its_refinement_is_chosen(tmp_path: Path) -> No
     done |= tuned(plan, {0.2: 0.8})
     assert is_tuned(plan, "ours", done)
     assert tuned_value(plan, "ours", done) == 0.2
+    assert shown_value(plan, "ours", 0.2, done) == "0.2"
+
+
+def test_a_value_that_tuning_did_not_part_from_another_is_marked(tmp_path: Path) -> None:
+    plan = study(tmp_path)
+    done = tuned(plan, {0.1: 0.7, 0.4: 0.7, 0.05: 0.6})
+    value = tuned_value(plan, "ours", done)
+    assert shown_value(plan, "ours", value, done) == "0.1 (tied with 0.4)"
+    assert shown_value(plan, "ours", 0.4, done) == "0.4 (edge of the grid; tied with 0.1)"
 
 
 def test_values_may_be_those_that_another_study_has_tuned(tmp_path: Path) -> None:
