@@ -18,6 +18,8 @@ USAGE = Path(__file__).with_name("usage.txt")
 COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "evaluate")
 COMMANDS += ("predict", "export")
 COMMANDS += ("compact", "report", "study", "tune", "theory", "init", "bench")
+HELP = {"-h", "--help"}
+TOLD = ("deploy", "theory", "bench")  # whose help is the docstring of their module
 # Commands that are a folder, and the module in it that runs them.
 FOLDERS = {"bench": ".command", "theory": ".command", "tune": ".command"}
 FOLDERS |= {"study": ".run", "report": ".page"}
@@ -27,10 +29,10 @@ FOLDERS |= {"study": ".run", "report": ".page"}
 def main(words: Sequence[str] | None = None) -> None:
     """Run a subcommand, and end with its status; `experiments.status` says what went wrong."""
     words = sys.argv[1:] if words is None else list(words)
-    if not words or words[0] in {"-h", "--help", "help"}:
+    if not words or words[0] in {*HELP, "help"}:
         print(USAGE.read_text(encoding="utf-8"), end="")
         return
-    if {"-h", "--help"} & set(words) and words[0] == "simulate":
+    if HELP & {*words} and words[0] == "simulate":
         if status := explain(words[1:]):
             sys.exit(status)
         return
@@ -65,17 +67,19 @@ def explain(words: Sequence[str]) -> int:
 
 
 @reported
-def run(command: str, rest: Sequence[str]) -> int:
-    """Run a subcommand; give its status."""
+def run(command: str, words: Sequence[str]) -> int:
+    """Run a subcommand; give its status: that of its ``main``, or 0 where that gives none."""
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
-    sys.argv = [f"fedraclora {command}", *rest]
+    sys.argv = [f"fedraclora {command}", *words]  # where Hydra looks
     with at_once():
         module = importlib.import_module(
             f"fedraclora.experiments.{command}{FOLDERS.get(command, '')}"
         )
-    status = module.main()
-    return status if isinstance(status, int) else 0
+    if HELP & {*words} and command in TOLD:
+        print(module.__doc__)
+        return 0
+    return int(module.main(words) or 0)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ whoever reads the chain comes to the same bits, at the rounds that were kept.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from rich.table import Table
 
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.experiments.progress import console_for_tables
-from fedraclora.experiments.status import reported
 from fedraclora.protocol.link import Link, Plan, apply_link
 from fedraclora.protocol.method import Memo, State
 from fedraclora.run.folder import alone, read_config, resume_word
@@ -149,14 +147,13 @@ def _folded(start: State, end: State, history: WeightHistory) -> tuple[Tree, dic
     return tensors | changed, meta | gone
 
 
-@reported
-def main() -> int:
+def main(words: Sequence[str]) -> None:
     """Compact the run that is named."""
     parser = argparse.ArgumentParser("fedraclora compact", description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run that is not running")
     every = "keep each N-th round (100), beside the first and the last checkpoint"
     parser.add_argument("--every", type=int, default=100, metavar="N", help=every)
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     folder = asked.run.expanduser()
     if asked.every < 1:
         raise ConfigError(f"--every is {asked.every}; a number of rounds from 1 on is wanted")
@@ -169,8 +166,3 @@ def main() -> int:
         table.add_row(when, f"{size:,}", f"{files:,}")
     console_for_tables().print(table)
     print(f"rounds that can be exported: {done.rounds}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,6 @@ from fedraclora.experiments.run_files import (
     refuse_overwriting,
     values,
 )
-from fedraclora.experiments.status import reported
 from fedraclora.experiments.study.entries import (
     UNTRAINED,
     is_exact,
@@ -351,16 +349,8 @@ def _shown(
     return shown | {"seconds of rounds": text("round_seconds")}
 
 
-@reported
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; see the module's docstring.
-
-    Args:
-        argv: Arguments; None for those of the process.
-
-    Returns:
-        The exit status: 0, or 1 after an error that was printed.
-    """
+def main(words: Sequence[str]) -> None:
+    """Run the command; see the module's docstring."""
     parser = argparse.ArgumentParser(
         prog="fedraclora compare",
         description="Compare and rank runs: table.md, table.csv, compare.png.",
@@ -371,13 +361,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--metric", help="metric to compare (the runs' first one)")
     parser.add_argument("--target", type=float, help="value of the metric to be reached")
     parser.add_argument("--by", default="", metavar="KEY[,KEY]", help="config keys to group by")
-    words = sys.argv[1:] if argv is None else argv
     if is_study(words):
         compare_study(words)
-        return 0
+        return
     chosen = parser.parse_args(words)
     by = [key.strip() for key in chosen.by.split(",") if key.strip()]
     table = compare(chosen.runs, chosen.out, chosen.metric, chosen.target, by)
     table.print()
     print(f"written: {chosen.out}/table.md, table.csv, compare.png")  # with every column
-    return 0

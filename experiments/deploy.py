@@ -30,7 +30,6 @@ from fedraclora.experiments.overrides import composed, is_override, key_of, sear
 from fedraclora.experiments.progress import RunProgress
 from fedraclora.experiments.resume import told_how_to_go_on
 from fedraclora.experiments.simulate import choose, shows_composed
-from fedraclora.experiments.status import reported
 from fedraclora.experiments.words import NODES, check_word, key_values
 from fedraclora.imports import is_function
 from fedraclora.run.callback import method_label, run_title
@@ -331,13 +330,8 @@ def where(own: Mapping[str, object]) -> tuple[str, int | None]:
     return name, local
 
 
-@reported
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Do what the command line asks for; the status is that of the run."""
-    words = sys.argv[1:] if words is None else list(words)
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return 0
     words, file = check_word(words)
     own, rest = parted(words)
     if shows_composed(deployed(rest, own.get("local"))):

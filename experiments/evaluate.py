@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -14,7 +14,6 @@ from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
 from fedraclora.experiments.progress import console_for_tables
-from fedraclora.experiments.status import reported
 from fedraclora.run.folder import is_finished, read_config, resume_word
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import finished
@@ -60,13 +59,12 @@ def measuring_run(folder: Path, round_: int | None) -> Run:
     return run
 
 
-@reported
-def main() -> int:
+def main(words: Sequence[str]) -> None:
     """Measure what the command line asks for."""
     parser = run_parser("evaluate", __doc__)
     parser.add_argument("--data", default="test", help="a file, or test or validation of the run")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     run = measuring_run(asked.run, asked.round)
     read = run.read(asked.data)
     metrics = run.evaluate(read, round=asked.round)
@@ -74,14 +72,9 @@ def main() -> int:
     if asked.json:
         finite = {n: value if math.isfinite(value) else None for n, value in metrics.items()}
         print(json.dumps({"metrics": finite, "samples": len(read.rows), "left_out": left_out}))
-        return 0
+        return
     table = Table(show_header=False, box=None)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}" if math.isfinite(value) else "not finite")
     table.add_row("samples", f"{len(read.rows)}" + (f", {left_out} left out" if left_out else ""))
     console_for_tables().print(table)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from fedraclora.experiments.evaluate import run_parser, stored_run
 from fedraclora.experiments.progress import console_for_tables
-from fedraclora.experiments.status import reported
 from fedraclora.export import FORMATS
 
 
-@reported
-def main() -> int:
+def main(words: Sequence[str]) -> None:
     """Export what the command line asks for."""
     parser = run_parser("export", __doc__)
     parser.add_argument("--format", choices=FORMATS, default="peft")
@@ -22,7 +20,7 @@ def main() -> int:
     quick = "do not read back what was written: twice as fast for a large model"
     parser.add_argument("--no-check", dest="check", action="store_false", help=quick)
     parser.add_argument("--out", type=Path, help="a new folder; else RUN/export/FORMAT")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     run = stored_run(asked.run, asked.round)
     out = asked.out or asked.run.expanduser() / "export" / asked.format
     record = run.export(out, asked.format, rank=asked.rank, round=asked.round, check=asked.check)
@@ -36,8 +34,3 @@ def main() -> int:
     for sentence in record.get("warnings", ()):  # type: ignore[attr-defined]
         print(f"note: {sentence}")
     print(f"written to {out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,7 +22,6 @@ from fedraclora.experiments.app import RunRequest, checkout, copy_app
 from fedraclora.experiments.overrides import composed, key_of, searched
 from fedraclora.experiments.resume import told_how_to_go_on
 from fedraclora.experiments.simulate import choose, shows_composed
-from fedraclora.experiments.status import reported
 from fedraclora.run.folder import is_finished, read_summary
 
 FAILED = "Simulation failed with exception: "  # how Flower begins
@@ -79,8 +78,7 @@ def write(request: RunRequest, path: Path) -> None:
     print(f"flwr run {places} --federation-config {shlex.quote(option_words(options))}")
 
 
-@reported
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> None:
     """Do what the command line asks for; the status is that of the run."""
     parser = argparse.ArgumentParser(
         prog="fedraclora flower", description=str(__doc__).partition(": ")[2]
@@ -93,9 +91,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config-dir", "-cd", metavar="DIR", help="a folder with config files of your own"
     )
-    words = sys.argv[1:] if words is None else list(words)
     if shows_composed(["engine=flower", *words]):
-        return 0
+        return
     asked = parser.parse_intermixed_args(words)
     folder = [] if asked.config_dir is None else ["--config-dir", asked.config_dir]
     request = prepare([*folder, *asked.overrides])
@@ -104,4 +101,3 @@ def main(words: Sequence[str] | None = None) -> int:
     elif not request.is_done():
         with told_how_to_go_on(request.folder, "flower"):
             run(request)
-    return 0

@@ -6,7 +6,6 @@ It has samples, a model, a preset, a script and a test; its README says how to r
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -51,21 +50,13 @@ def write_project(name: str, where: Path) -> Path:
     return folder
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; see the module's docstring.
-
-    Args:
-        argv: Arguments; None for those of the process.
-
-    Returns:
-        The exit status.
-    """
+def main(words: Sequence[str]) -> None:
+    """Run the command; see the module's docstring."""
     parser = argparse.ArgumentParser(
         prog="fedraclora init", description="Write a small project that runs as it is."
     )
     parser.add_argument("name", metavar="NAME", help="of the project and of its folder, made here")
-    name = parser.parse_args(sys.argv[1:] if argv is None else argv).name
+    name = parser.parse_args(words).name
     write_project(name, Path())
     print(f"written: {name}. To run it:")
     print(f"  cd {name} && fedraclora simulate --config-dir conf experiment={name}")
-    return 0

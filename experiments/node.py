@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from fedraclora.engines.deploy.local import SUPERNODE
 from fedraclora.errors import ConfigError
@@ -19,20 +20,20 @@ OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
 OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
 
 
-def main() -> int:
+def main(words: Sequence[str]) -> int:
     """Become the SuperNode of the command line, or check what it would fail at.
 
     Raises:
         ConfigError: If it says where the node's own API listens.
     """
-    for word in sys.argv[1:]:
+    for word in words:
         name = word.partition("=")[0]
         if name.startswith("--") and any(option.startswith(name) for option in OF_THE_API):
             raise ConfigError(
                 f"{name}: the API of this node is a socket that only its own processes reach; "
                 "leave this out, or run flower-supernode, where docs/security.md says what to set"
             )
-    words, file = check_word(sys.argv[1:])
+    words, file = check_word(words)
     if {"-h", "--help"} & {*words}:
         print(f"{__doc__}\nThe other words, which are those of flower-supernode:\n", flush=True)
     if file is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.evaluate import measuring_run, run_parser
-from fedraclora.experiments.status import reported
 from fedraclora.weights.files import write_text
 
 if TYPE_CHECKING:
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 KINDS = (".csv", ".jsonl")
 
 
-@reported
-def main() -> int:
+def main(words: Sequence[str]) -> None:
     """Answer what the command line asks."""
     parser = run_parser("predict", __doc__)
     parser.add_argument("--data", required=True, help="a file, or test or validation of the run")
     parser.add_argument("--out", type=Path, help="a new .csv or .jsonl; else they are printed")
     parser.add_argument("--json", action="store_true", help="print JSON lines, not CSV")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     out: Path | None = None if asked.out is None else asked.out.expanduser()
     if out is not None:
         _check_place(out)
@@ -43,7 +42,6 @@ def main() -> int:
             "such rows out",
             file=sys.stderr,
         )
-    return 0
 
 
 def _check_place(out: Path) -> None:
@@ -70,7 +68,3 @@ def _cell(value: object) -> object:
     if isinstance(value, list):
         return json.dumps(value)
     return str(value) if isinstance(value, int) else value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -34,7 +34,7 @@ from fedraclora.experiments.overrides import (
 from fedraclora.experiments.progress import RunProgress, console_for_tables, size
 from fedraclora.experiments.resume import go_on, is_done, told_how_to_go_on
 from fedraclora.experiments.run_files import ROUNDING_ERRORS
-from fedraclora.experiments.status import composing, in_order, reported, tell
+from fedraclora.experiments.status import composing, tell
 from fedraclora.protocol.uplinks import calmer
 from fedraclora.run.callback import Callback, method_label
 from fedraclora.run.folder import read_config, read_summary, refuse_existing
@@ -200,13 +200,11 @@ def run_one(plain: PlainDict, typed: list[str], sweep_job: str | None) -> PlainD
     return summary
 
 
-@reported
-@in_order()
-def main() -> int:
+def main(words: Sequence[str]) -> int:
     """Run what the command line asks for."""
     FAILED.clear()
     with composing():
-        by_hydra(sys.argv[1:])
+        by_hydra(words)
     return 1 if FAILED else 0
 
 
@@ -245,7 +243,3 @@ def compose_and_run(cfg: DictConfig) -> float | None:
         return None
     name = headline([summary])
     return None if name is None else number(summary, "metrics", name)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -51,7 +51,6 @@ from fedraclora.experiments.bench.table import (
 from fedraclora.experiments.bench.timing import Figures, figures, interleaved, training_loss
 from fedraclora.experiments.bench.usage import PROC, Laps
 from fedraclora.experiments.bench.workloads import PEERS, RAY, WORKLOADS, Case
-from fedraclora.experiments.status import reported
 from fedraclora.experiments.words import key_values
 from fedraclora.limits import Count, Limited
 from fedraclora.protocol.link import apply_link
@@ -73,13 +72,9 @@ NOT_INSTALLED = "not installed; `make bench-peers` installs the peers"
 PRECISION_OF = {"vectorised": FLOAT32, "bf16": BF16_MIXED}
 
 
-@reported
-def main() -> int:
-    """Time the workloads; status 1 for a broken bound under ``check=true`` and for bad input."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    return run(parse(sys.argv[1:]))
+def main(words: Sequence[str]) -> int:
+    """Time the workloads; status 1 for a broken bound under ``check=true``."""
+    return run(parse(words))
 
 
 def run(config: BenchConfig) -> int:
@@ -238,7 +233,7 @@ class BenchConfig(Limited):
         return self.rows == "all" or row in self.rows.split(",")
 
 
-def parse(words: list[str]) -> BenchConfig:
+def parse(words: Sequence[str]) -> BenchConfig:
     """Read ``key=value`` words.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,6 @@ from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.progress import size
 from fedraclora.experiments.report.figures import as_html, colour_of, figures_of, spread_figures
 from fedraclora.experiments.run_files import ROUNDING_ERRORS, RunFiles, read_files
-from fedraclora.experiments.status import reported
 from fedraclora.objects import NAME
 from fedraclora.plots.axes import MEGABYTE, Values
 from fedraclora.run.callback import method_label, run_title
@@ -347,14 +345,13 @@ def drawn(lines: Lines, x_name: str, y_name: str) -> str:
     return as_html(figure, x_name, y_name, legend=len(lines) > 1)
 
 
-@reported
-def main() -> int:
+def main(words: Sequence[str]) -> None:
     """Write the report of the runs that are named."""
     parser = argparse.ArgumentParser(prog="fedraclora report", description="One HTML file of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--out", type=Path, help=f"default: {FILE} in the first run folder")
     parser.add_argument("--title", help="default: the method and data of the runs")
-    arguments = parser.parse_args(sys.argv[1:])
+    arguments = parser.parse_args(words)
     folders = [folder.expanduser() for folder in arguments.runs]
     if twice := {str(f) for f in folders if folders.count(f) > 1}:
         raise ConfigError(f"{', '.join(sorted(twice))} is named twice; name each run once")
@@ -363,4 +360,3 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page_of(shown, arguments.title), encoding="utf-8")
     print(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")
-    return 0

@@ -35,7 +35,7 @@ from fedraclora.errors import ConfigError, DataError, DivergenceError, FedRacLor
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.experiments import RESULTS
 from fedraclora.experiments.run_files import refuse_overwriting
-from fedraclora.experiments.status import explained, in_order, reported
+from fedraclora.experiments.status import explained
 from fedraclora.experiments.study.entries import (
     Done,
     Line,
@@ -359,9 +359,7 @@ def _changed(line: Line, found: Mapping[str, Mapping[str, str]]) -> list[str]:
     return [f"data.{key} ({name})" for key, name in pairs]
 
 
-@reported
-@in_order()
-def main() -> int:
+def main(words: Sequence[str]) -> None:
     """Run a study to its end."""
     parser = argparse.ArgumentParser(prog="fedraclora study", description=__doc__)
     parser.add_argument("study", type=Path)
@@ -377,7 +375,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="write the tables only")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     out = arguments.out or RESULTS / arguments.study.stem
     study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
     if arguments.tuned_by:
@@ -385,4 +383,3 @@ def main() -> int:
     only = arguments.table
     _, failed = run_study(study, out, arguments.jobs, rows=arguments.row, table_only=only)
     refuse_failed(failed)
-    return 0

@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -33,7 +33,6 @@ from rich.progress import track
 from fedraclora.binding import build
 from fedraclora.config.build import fix_bits
 from fedraclora.experiments.progress import plain_console
-from fedraclora.experiments.status import reported
 from fedraclora.experiments.theory import examples, verdict
 from fedraclora.experiments.theory.cases import all_cases
 from fedraclora.experiments.theory.figures import (
@@ -51,13 +50,9 @@ from fedraclora.run.folder import provenance
 T = TypeVar("T")
 
 
-@reported
-def main() -> int:
-    """Run it; status 1 for a curve that crosses its bound, and for bad input."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    return run(build("theory", TheoryConfig, key_values(sys.argv[1:])))
+def main(words: Sequence[str]) -> int:
+    """Run it; status 1 for a curve that crosses its bound."""
+    return run(build("theory", TheoryConfig, key_values(words)))
 
 
 def run(config: TheoryConfig) -> int:

@@ -9,7 +9,6 @@ which budget, and what never is stands in conf/tune.yaml. Everything is kept in 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,6 @@ from fedraclora.evaluation.metrics import higher_is_better, lower_of
 from fedraclora.experiments import CONF
 from fedraclora.experiments.overrides import composed, is_override, key_of
 from fedraclora.experiments.resume import laid_over
-from fedraclora.experiments.status import in_order, reported
 from fedraclora.experiments.tune.rates import RATE_KEY
 from fedraclora.experiments.tune.result import Tuned, outcome
 from fedraclora.experiments.tune.search import Search
@@ -151,15 +149,11 @@ def assumed(search: Search, samples: int, share: float) -> dict[str, str]:
     }
 
 
-@reported
-@in_order()
-def main() -> int:
+def main(words: Sequence[str]) -> None:
     """Tune what the words ask for."""
-    words = sys.argv[1:]
     if {"-h", "--help"} & {*words}:
         print(__doc__, (CONF / "tune.yaml").read_text(encoding="utf-8"), sep="\n", end="")
-        return 0
+        return
     own = [word for word in words if word.startswith("tune.")]
     rest = [word for word in words if word not in own]
     tune_task(composed(rest), {key_of(word) for word in rest if is_override(word)}, own)
-    return 0

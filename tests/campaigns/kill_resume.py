@@ -94,7 +94,7 @@ def launch(job: Sequence[str], folder: Path, *, resume: bool) -> subprocess.Pope
     words = [*job, f"output.dir={folder}", *(["resume=auto"] if resume else [])]
     with folder.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "fedraclora.experiments.simulate", *words],
+            [sys.executable, "-m", "fedraclora.experiments.cli", "simulate", *words],
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=folder.parent,

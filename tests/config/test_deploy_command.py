@@ -16,7 +16,7 @@ from fedraclora.engines.deploy import control
 from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
-from fedraclora.experiments import deploy
+from fedraclora.experiments import cli, deploy
 from fedraclora.experiments.deploy import Record
 from fedraclora.experiments.overrides import composed
 from fedraclora.run.folder import alone
@@ -76,7 +76,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_run_is_refused_in_one_message(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert deploy.main([*SMALL, f"output.dir={tmp_path / 'run'}", *words]) == 1
+    assert cli.run("deploy", [*SMALL, f"output.dir={tmp_path / 'run'}", *words]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -292,7 +292,7 @@ def test_a_run_that_is_not_taken_leaves_nothing(
     (tmp_path / "runs").mkdir()
     words = [*WORDS, f"output.dir={tmp_path}/runs/new/run"]
     for _ in range(2):  # what the first call left would be in the way of the second
-        assert deploy.main(words) == 1
+        assert cli.run("deploy", words) == 1
         assert "no such host" in capsys.readouterr().err
         assert [*(tmp_path / "runs").iterdir()] == []
 
@@ -304,13 +304,13 @@ def test_a_run_that_is_not_taken_leaves_what_was_there(
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".notes").write_text("mine")
-    assert deploy.main([*WORDS, f"output.dir={folder}"]) == 1
+    assert cli.run("deploy", [*WORDS, f"output.dir={folder}"]) == 1
     assert [p.name for p in folder.iterdir()] == [".notes"]
     asked = deploy.prepare([*WORDS[:-1], f"output.dir={folder}"], None)
     with Record(folder, asked.plain, resume=False) as record:
         record.take(ROWS[0])
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert deploy.main([*SMALL[-2:], "connection=house", f"resume={folder}"]) == 1
+    assert cli.run("deploy", [*SMALL[-2:], "connection=house", f"resume={folder}"]) == 1
     assert capsys.readouterr().err.count("no such host") == 2
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -322,7 +322,7 @@ def test_a_folder_of_somebody_elses_is_refused_before_anything_starts(
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text("mine: 1")
-    assert deploy.main([*WORDS, f"output.dir={folder}"]) == 1
+    assert cli.run("deploy", [*WORDS, f"output.dir={folder}"]) == 1
     assert "and no run" in capsys.readouterr().err
     assert {p.name: p.read_text() for p in folder.iterdir()} == {"config.yaml": "mine: 1"}
 

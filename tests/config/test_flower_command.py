@@ -25,7 +25,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower.superlink import SuperLink
 from fedraclora.engines.programs import TETHERED
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.experiments import flower
+from fedraclora.experiments import cli, flower
 from fedraclora.experiments.app import copy_app
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
@@ -57,7 +57,7 @@ def call(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Called:
     """Call the command; give its status and what it wrote to stdout and stderr."""
 
     def call(*words: str) -> tuple[int, str, str]:
-        status = flower.main([*SMALL, f"output.dir={tmp_path / 'run'}", *words])
+        status = cli.run("flower", [*SMALL, f"output.dir={tmp_path / 'run'}", *words])
         return (status, *capsys.readouterr())
 
     return call

@@ -16,7 +16,7 @@ import pytest
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower.superlink import Ended, SuperLink
-from fedraclora.experiments import flower
+from fedraclora.experiments import cli, flower
 from fedraclora.experiments.app import copy_app
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
@@ -59,7 +59,7 @@ def test_a_run_that_began_in_process_goes_on_as_an_app(tmp_path: Path) -> None:
     config = from_plain(composed([*inline, f"output.dir={cut}"]), METHODS)
     with pytest.raises(KeyboardInterrupt):
         execute(config, cut, engine_of, callbacks=[AfterRound(stop)])
-    assert flower.main([f"resume={cut}", "engine.workers=2"]) == 0
+    assert cli.run("flower", [f"resume={cut}", "engine.workers=2"]) == 0
     found, wanted = summary_of(cut), summary_of(whole)
     assert [found[name] for name in DIGESTS] == [wanted[name] for name in DIGESTS]
     assert found["git"] == wanted["git"]
@@ -84,7 +84,7 @@ def test_a_run_that_began_in_process_goes_on_as_an_app(tmp_path: Path) -> None:
 def test_nodes_are_one_process(words: tuple[str, ...], tmp_path: Path) -> None:
     app, here = tmp_path / "app", tmp_path / "here"
     more = [*WORDS, "local=momentum", *words]
-    assert flower.main([*more, "engine.workers=2", f"output.dir={app}"]) == 0
+    assert cli.run("flower", [*more, "engine.workers=2", f"output.dir={app}"]) == 0
     simulate(composed([*more, "engine=inline"]), here)
     assert [summary_of(app)[name] for name in DIGESTS] == [
         summary_of(here)[name] for name in DIGESTS
@@ -96,7 +96,7 @@ def test_a_run_that_fails_has_its_words_and_its_status(
 ) -> None:
     folder = tmp_path / "run"
     words = [*WORDS, "local.lr=1e30", "engine.workers=1", f"output.dir={folder}"]
-    assert flower.main(words) == 1
+    assert cli.run("flower", words) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: round 1: 4 client(s) failed")
     assert "its training loss is" in last

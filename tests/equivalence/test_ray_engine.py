@@ -313,7 +313,8 @@ def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
             [
                 sys.executable,
                 "-m",
-                "fedraclora.experiments.simulate",
+                "fedraclora.experiments.cli",
+                "simulate",
                 *words,
                 f"output.dir={folder / 'run'}",
             ],
@@ -352,7 +353,7 @@ def test_a_run_whose_ray_is_killed_ends_with_a_checkpoint(server: str, tmp_path:
     words += ["engine.workers=1", f"output.dir={folder}"]
     with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as made:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fedraclora.experiments.simulate", *words],
+            [sys.executable, "-m", "fedraclora.experiments.cli", "simulate", *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

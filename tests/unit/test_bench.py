@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from fedraclora.errors import ConfigError
+from fedraclora.experiments import cli
 from fedraclora.experiments.bench import command, late
 from fedraclora.experiments.bench.command import (
     BenchConfig,
@@ -420,13 +421,11 @@ def test_rows_of_several_workloads_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_bad_words_end_with_a_status_and_help_is_printed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "size=Z"])
-    assert command.main() == 1
+    assert cli.run("bench", ["size=Z"]) == 1
     assert "error: " in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
-    assert command.main() == 0
+    assert cli.run("bench", ["--help"]) == 0
     assert "profile=true" in capsys.readouterr().out
 
 

@@ -9,7 +9,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -32,7 +31,7 @@ from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.deploy.local import Identity, LocalDeployment, make_identity, make_node_key
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.experiments import check, deploy, node
+from fedraclora.experiments import check, cli, node
 
 KNOWN, UNKNOWN = (
     ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL,
@@ -356,7 +355,7 @@ def handed(
     monkeypatch.setattr(Connection, "nodes", lambda _: ["online", "offline", "online"])
     owner.file = owner.folder / "run.yaml"
     words = [*WORDS, f"output.dir={owner.folder}/run", "connection=house", f"--check={owner.file}"]
-    assert deploy.main(words) == 0
+    assert cli.run("deploy", words) == 0
     assert "✓ nodes: 1 offline, 2 online" in capsys.readouterr().out
     assert not (owner.folder / "run").exists()
     return owner.file
@@ -383,7 +382,7 @@ def test_nodes_that_are_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Connection, "nodes", lambda _: ["registered"])
-    assert deploy.main([*WORDS, "connection=house", "--check"]) == 1
+    assert cli.run("deploy", [*WORDS, "connection=house", "--check"]) == 1
     assert "none is online" in capsys.readouterr().out
 
 
@@ -395,7 +394,7 @@ def test_what_may_be_wrong_with_a_run_has_no_tick(
     file = owner.folder / "file"
     file.touch()
     words = [*WORDS, "clients=5", f"engine.folder={file}/run", "connection=house", "--check"]
-    assert deploy.main(words) == 0
+    assert cli.run("deploy", words) == 0
     lines = dict(x.split(": ", 1) for x in capsys.readouterr().out.splitlines())
     assert "2 online for 5 clients" in lines["! nodes"]
     assert "data.test" in lines["! metrics"]
@@ -434,9 +433,8 @@ def test_a_file_that_a_user_may_not_read_is_told_who_may(
 def test_help_of_a_node_has_its_own_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["fedraclora node", "--help"])
     monkeypatch.setattr(os, "execv", lambda *_: 0)
-    node.main()
+    node.main(["--help"])
     assert "--check=FILE" in capsys.readouterr().out
 
 
@@ -459,8 +457,7 @@ def test_the_command_of_a_node_is_checked_with_one_word_more(
 ) -> None:
     came = []
     monkeypatch.setattr(check, "check_node", lambda *words: came.append(words) or 1)
-    monkeypatch.setattr(sys, "argv", ["fedraclora node", *owner.words(1), "--check=run.yaml"])
-    assert node.main() == 1
+    assert node.main([*owner.words(1), "--check=run.yaml"]) == 1
     assert came == [(owner.words(1), "run.yaml")]
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedraclora.errors import CheckpointError
-from fedraclora.experiments.compact import compact, main
+from fedraclora.experiments import cli
+from fedraclora.experiments.compact import compact
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Memo, State
@@ -158,7 +159,7 @@ def test_a_replica_elsewhere_follows_from_the_last_fold_on() -> None:
 
 
 def test_a_folder_that_cannot_be_compacted_says_why(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = written(tmp_path / "it")
     with alone(folder), pytest.raises(CheckpointError, match="another process is running"):
@@ -176,8 +177,7 @@ def test_a_folder_that_cannot_be_compacted_says_why(
         ([str(folder), "--every", "0"], "--every is 0"),
         ([str(folder)], "has no config.yaml"),
     ):
-        monkeypatch.setattr("sys.argv", ["fedraclora compact", *words])
-        assert main() == 1
+        assert cli.run("compact", words) == 1
         assert said in capsys.readouterr().err
     assert len(names(folder)) == ROUNDS + 1
 

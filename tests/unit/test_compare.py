@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.experiments import cli
 from fedraclora.experiments import compare as comparing
-from fedraclora.experiments.compare import compare, main
+from fedraclora.experiments.compare import compare
 from fedraclora.experiments.run_files import find_runs, read_files
 from fedraclora.experiments.tables import Table, read_table
 from fedraclora.run.ledger import Ledger, Row
@@ -541,25 +542,25 @@ def test_a_comparison_may_be_made_again_of_all_that_lies_beside_it(
     def words() -> list[str]:  # as the shell reads sweep/*
         return [str(path) for path in sorted(sweep.iterdir())]
 
-    assert main([*words(), "--out", str(out)]) == 0
+    assert cli.run("compare", [*words(), "--out", str(out)]) == 0
     assert "passed over" not in capsys.readouterr().out
     table = (out / "table.md").read_text()
     study = sweep / "compared" / "mine"
     study.mkdir(parents=True)
     (study / "study.yaml").write_text("grid: {}")
-    assert main([*words(), "--out", str(out)]) == 0
+    assert cli.run("compare", [*words(), "--out", str(out)]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "passed over" in x]
     assert line.endswith(f"{out}, {study.parent}")
     assert (out / "table.md").read_text() == table
     # So is an empty folder and a file; a command that names no run at all is an error.
     (sweep / "empty").mkdir()
     (sweep / "notes.txt").write_text("mine")
-    assert main([*words(), "--out", str(out)]) == 0
+    assert cli.run("compare", [*words(), "--out", str(out)]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "passed over" in x]
     assert line.endswith(f"{out}, {study.parent}, {sweep}/empty, {sweep}/notes.txt")
-    assert main([str(out), "--out", str(out)]) == 1
+    assert cli.run("compare", [str(out), "--out", str(out)]) == 1
     assert f"no run in {out} " in capsys.readouterr().err
-    assert main([str(sweep / "notes.txt"), "--out", str(out)]) == 1
+    assert cli.run("compare", [str(sweep / "notes.txt"), "--out", str(out)]) == 1
     assert f"no run in {sweep}/notes.txt " in capsys.readouterr().err
 
 
@@ -590,11 +591,11 @@ def test_the_command_prints_the_table_or_the_error(
         make(f"rank{rank}", rac(rank))
     out = str(tmp_path / "out")
     words = [str(tmp_path / "sweep"), "--out", out, "--target", "0.4", "--by", "method.rank"]
-    assert main([*words, "--metric", "accuracy"]) == 0
+    assert cli.run("compare", [*words, "--metric", "accuracy"]) == 0
     printed = capsys.readouterr().out
     assert "fed_rac_lora rank=8" in printed
     assert "rounds to 0.4" in (tmp_path / "out" / "table.md").read_text()
-    assert main([str(tmp_path / "absent")]) == 1
+    assert cli.run("compare", [str(tmp_path / "absent")]) == 1
     assert "error: " in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.compare import main
+from fedraclora.experiments import cli
 from fedraclora.experiments.study.entries import Entry, entries, is_unverified, read_lines
 from fedraclora.experiments.study.file import Study, check_same
 from fedraclora.experiments.study.leaderboard import STUDIES, chosen, find, leaderboard
@@ -41,7 +41,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny study, run by the command."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "tiny.yaml").write_text(TINY)
-    assert main([f"experiment={folder}/tiny.yaml", f"out={folder}/out", "local.batch_size=8"]) == 0
+    words = [f"experiment={folder}/tiny.yaml", f"out={folder}/out", "local.batch_size=8"]
+    assert cli.run("compare", words) == 0
     return folder
 
 
@@ -97,7 +98,7 @@ def test_a_value_at_the_edge_of_its_grid_is_marked_in_every_table(
     ran: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [f"experiment={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=8", "table=true"]
-    assert main(words) == 0
+    assert cli.run("compare", words) == 0
     printed = capsys.readouterr().out.splitlines()[-1]
     assert printed.startswith(f"written: {ran}/out/leaderboard.md, ")
     assert "budgets.md, compare.png" in printed
@@ -113,15 +114,16 @@ def test_a_value_at_the_edge_of_its_grid_is_marked_in_every_table(
 def test_what_has_run_is_not_run_again(ran: Path) -> None:
     before = (ran / "out" / "runs.jsonl").read_bytes()
     words = [f"experiment={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=8"]
-    assert main(words) == 0
-    assert main([*words, "table=true"]) == 0
+    assert cli.run("compare", words) == 0
+    assert cli.run("compare", [*words, "table=true"]) == 0
     assert (ran / "out" / "runs.jsonl").read_bytes() == before
 
 
 def test_results_of_other_settings_are_not_taken_for_these(
     ran: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([f"experiment={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=4"]) == 1
+    words = [f"experiment={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=4"]
+    assert cli.run("compare", words) == 1
     said = capsys.readouterr().err
     assert "local.batch_size=8" in said
     assert "take another folder" in said
@@ -174,7 +176,7 @@ def test_a_row_of_another_task_is_refused_unless_the_study_is_about_it(tmp_path:
 def test_wrong_words_end_in_one_line(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([word.format(here=tmp_path) for word in words]) == 1
+    assert cli.run("compare", [word.format(here=tmp_path) for word in words]) == 1
     assert said in capsys.readouterr().err
 
 
@@ -275,6 +277,6 @@ def test_a_study_overwrites_no_file_of_somebody_elses(
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine: 1\n")
-    assert main([f"experiment={tmp_path}/tiny.yaml", f"out={tmp_path}/out"]) == 1
+    assert cli.run("compare", [f"experiment={tmp_path}/tiny.yaml", f"out={tmp_path}/out"]) == 1
     assert name in capsys.readouterr().err
     assert [p.read_text() for p in (tmp_path / "out").iterdir()] == ["mine: 1\n"]

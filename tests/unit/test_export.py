@@ -25,7 +25,7 @@ from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.task import forward
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.evaluation.evaluate import evaluate
-from fedraclora.experiments import export as command
+from fedraclora.experiments import cli
 from fedraclora.export import FORMATS, peft_adapter, whole_weights
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_gpt
@@ -597,20 +597,18 @@ def plain_run(tmp_path_factory):
     )
 
 
-def test_the_command_prints_errors_by_layer_and_writes_beside_the_run(
-    plain_run, monkeypatch, capsys
-):
-    monkeypatch.setattr("sys.argv", ["fedraclora export", str(plain_run.folder), "--rank", "2"])
-    assert command.main() == 0
+def test_the_command_prints_errors_by_layer_and_writes_beside_the_run(plain_run, capsys):
+    words = [str(plain_run.folder), "--rank", "2"]
+    assert cli.run("export", words) == 0
     out = plain_run.folder / "export" / "peft"
     assert "relative error" in (said := capsys.readouterr().out)
     assert re.search(r"\b2\s+4\s+\d\.\d\de", said)
     assert (out / "adapter_model.safetensors").is_file()
-    assert command.main() == 1
+    assert cli.run("export", words) == 1
     assert "holds something already" in capsys.readouterr().err
 
 
-def test_the_command_says_what_it_cannot_export(plain_run, tmp_path, monkeypatch, capsys):
+def test_the_command_says_what_it_cannot_export(plain_run, tmp_path, capsys):
     stopped = tmp_path / "stopped"
     shutil.copytree(plain_run.folder, stopped, ignore=shutil.ignore_patterns("export"))
     (stopped / "summary.json").unlink()
@@ -620,20 +618,18 @@ def test_the_command_says_what_it_cannot_export(plain_run, tmp_path, monkeypatch
         "empty": "is no run folder: it has no config.yaml",
         "missing": "there is no run folder",
     }.items():
-        monkeypatch.setattr("sys.argv", ["fedraclora export", str(tmp_path / name)])
-        assert command.main() == 1
+        assert cli.run("export", [str(tmp_path / name)]) == 1
         assert words in capsys.readouterr().err
         assert not (tmp_path / name / "export").exists()
 
 
-def test_a_run_that_was_stopped_gives_the_rounds_that_it_has(plain_run, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_gives_the_rounds_that_it_has(plain_run, tmp_path):
     stopped, out = tmp_path / "stopped", tmp_path / "out"
     shutil.copytree(plain_run.folder, stopped, ignore=shutil.ignore_patterns("export"))
     (stopped / "summary.json").unlink()
     shutil.rmtree(stopped / "checkpoint")
     words = ["--round", "1", "--format", "state_dict", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["fedraclora export", str(stopped), *words])
-    assert command.main() == 0
+    assert cli.run("export", [str(stopped), *words]) == 0
     found, wanted = load_file(out / "model.safetensors"), load_weights(plain_run.folder, 1)
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
     facts = json.loads((out / "export.json").read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,11 @@ import yaml
 
 import fedraclora
 from fedraclora.errors import CheckpointError
+from fedraclora.experiments import cli
 from fedraclora.experiments.report.figures import last_measured, spread_figures
 from fedraclora.experiments.report.page import (
     Shown,
     differences,
-    main,
     page_of,
     read_shown,
     results,
@@ -42,11 +41,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.Run]:
         )
         for name, bits in wires.items()
     }
-
-
-def report(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["fedraclora report", *words])
-    return main()
 
 
 def measured(shown: Shown, folder: Path, shift: float) -> Shown:
@@ -97,11 +91,9 @@ def outside(text: str) -> list[str]:
     return re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?https?:[^"')\s]*""", own)
 
 
-def test_a_report_of_one_run(
-    runs: dict[str, fedraclora.Run], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_a_report_of_one_run(runs: dict[str, fedraclora.Run], capsys: Any) -> None:
     run = runs["fed_rac_lora"]
-    assert report(str(run.folder), monkeypatch=monkeypatch) == 0
+    assert cli.run("report", [str(run.folder)]) == 0
     assert run.folder is not None
     text = (run.folder / "report.html").read_text()
     assert "written to" in capsys.readouterr().out
@@ -198,7 +190,7 @@ def test_bad_folders_are_refused(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert report(*words, monkeypatch=monkeypatch) == 1
+    assert cli.run("report", words) == 1
     error = capsys.readouterr().err
     assert "nowhere holds no run" in error or "named twice" in error
 

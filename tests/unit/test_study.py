@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.experiments import cli
 from fedraclora.experiments.study.entries import (
     Line,
     cost,
@@ -23,7 +24,7 @@ from fedraclora.experiments.study.entries import (
     tuned_value,
 )
 from fedraclora.experiments.study.file import Study
-from fedraclora.experiments.study.run import main, refuse_failed, run_job, run_jobs, run_study
+from fedraclora.experiments.study.run import refuse_failed, run_job, run_jobs, run_study
 from fedraclora.experiments.study.tables import _difference, budgets, results, write_results
 
 TEXT = """
@@ -363,10 +364,9 @@ def test_final_runs_need_no_overrides(tmp_path: Path) -> None:
 
 
 def test_a_study_that_does_not_exist_ends_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "none.yaml")])
-    assert main() == 1
+    assert cli.run("study", [str(tmp_path / "none.yaml")]) == 1
     assert "there is no study" in capsys.readouterr().err
 
 
