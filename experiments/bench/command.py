@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import CodeType
+from typing import Annotated
 
 import torch
 from typing_extensions import override
@@ -34,6 +35,7 @@ from typing_extensions import override
 from fedraclora.binding import build
 from fedraclora.clients.worker import answer_of
 from fedraclora.config.build import fix_bits, pick_device
+from fedraclora.config.run_config import DEVICES
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import cross_entropy, cross_entropy_slope, forward
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError, unknown
@@ -52,7 +54,7 @@ from fedraclora.experiments.bench.timing import Figures, figures, interleaved, t
 from fedraclora.experiments.bench.usage import PROC, Laps
 from fedraclora.experiments.bench.workloads import PEERS, RAY, WORKLOADS, Case
 from fedraclora.experiments.words import key_values
-from fedraclora.limits import Count, Limited
+from fedraclora.limits import Count, Limited, choice_of
 from fedraclora.protocol.link import apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Ledger
@@ -196,7 +198,7 @@ class BenchConfig(Limited):
         table: Print the tables of a folder of JSON files, instead.
     """
 
-    device: str = "auto"
+    device: Annotated[str, choice_of(DEVICES)] = "auto"
     size: str = "all"
     rows: str = "all"
     rounds: Count | None = None

@@ -67,7 +67,7 @@ PHASES = ("tune", "final")
 def run_study(
     study: Study,
     out: Path,
-    workers: int = 1,
+    workers: object = 1,
     *,
     rows: Sequence[str] = (),
     table_only: bool = False,
@@ -79,7 +79,7 @@ def run_study(
     Args:
         study: What to run.
         out: Folder of the results; what has run there is not run again.
-        workers: Runs at a time, each in a process of its own.
+        workers: Runs at a time, each in a process of its own, as they were said.
         rows: Those to run; none: all of them. What is written shows every row that has run.
         table_only: Write table, budgets and figure of what has run, and run nothing.
 
@@ -88,8 +88,10 @@ def run_study(
 
     Raises:
         ConfigError: Rows would not be compared alike, a row cannot begin, or the folder has runs of
-            another study, or somebody else's files; or there is no row of a name.
+            another study, or somebody else's files; or there is no row of a name, or no process.
     """
+    if not isinstance(workers, int) or workers < 1:
+        raise ConfigError(f"jobs is {workers!r}; runs at a time, 1 or more, are wanted")
     for row in rows:
         if row not in study.rows:
             raise unknown("row", row, study.rows)

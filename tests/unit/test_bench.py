@@ -342,6 +342,7 @@ def test_stored_results_make_tables_and_agree() -> None:
         ("size=D", "unknown size 'D'"),
         ("rows=vectorized", "did you mean 'vectorised'"),
         ("rounds=0", "1 or more"),
+        ("device=tpu", "unknown device 'tpu'"),
         ("size", "key=value"),
     ],
 )

@@ -370,6 +370,12 @@ def test_a_study_that_does_not_exist_ends_in_one_line(
     assert "there is no study" in capsys.readouterr().err
 
 
+def test_runs_are_one_at_a_time_or_more(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(TEXT)
+    assert cli.run("study", [str(tmp_path / "a.yaml"), "--jobs", "0"]) == 1
+    assert "jobs is 0; " in capsys.readouterr().err
+
+
 UNTUNED = """
 experiment: null
 metric: accuracy
