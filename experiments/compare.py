@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
+from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.run_files import (
     BEGINS,
@@ -76,9 +76,11 @@ def compare(
 
     Raises:
         CheckpointError: If no path has a run with rounds.
-        ConfigError: If the metric or a key of ``by`` does not exist, or ``out`` holds somebody
-            else's files.
+        ConfigError: If the metric or a key of ``by`` does not exist, the target is no number, or
+            ``out`` holds somebody else's files.
     """
+    if target is not None and not math.isfinite(target):
+        raise ConfigError(f"--target is {target}; a value of the metric is wanted")
     if not is_result(out):
         refuse_overwriting(out, ("table.md", "table.csv", "compare.png"))
     runs, notes = _read(paths)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,8 +209,17 @@ def _sections(path: Path, loaded: dict[str, Any]) -> None:
             raise unknown(f"key of {name}", min(map(str, extra)), needed | more)
         if "overrides" in more:
             loaded[name] = section = {"overrides": [], **section}
-        for key in {"values", "refine", "seeds", "overrides"} & section.keys():
-            _list(section[key], f"{name}.{key} of {path}")
+        if "overrides" in more:
+            _list(section["overrides"], f"{name}.overrides of {path}")
+        for key in {"values", "refine", "seeds"} & section.keys():
+            where = f"{name}.{key} of {path}"
+            _numbers(section[key], where, int if key == "seeds" else float)
+            if not section[key] and key != "refine":
+                raise ConfigError(f"{where} is empty; one or more are wanted")
+    for key in {"overrides", "varied"} & loaded.keys():
+        _list(loaded[key], f"{key} of {path}")
+    if loaded.get("target") is not None:
+        _numbers([loaded["target"]], f"target of {path}", float)
     loaded["rows"] = loaded["rows"] or {}
     if not isinstance(loaded["rows"], Mapping):
         raise ConfigError(f"rows of {path} is {loaded['rows']!r:.200}; a mapping is wanted")
@@ -268,6 +278,17 @@ def _list(value: object, where: str = "a key of a study") -> list[object]:
     if not isinstance(value, list):
         raise ConfigError(f"{where} is {value!r:.200}; a list is wanted")
     return value
+
+
+def _numbers(value: object, where: str, kind: Callable[[str], float]) -> None:
+    """Check that all of a list are numbers; YAML reads 1e-3 as text, which is taken for one."""
+    wanted = "whole numbers" if kind is int else "numbers"
+    try:
+        right = all(math.isfinite(kind(str(number))) for number in _list(value, where))
+    except ValueError:
+        right = False
+    if not right:
+        raise ConfigError(f"{where} is {value!r:.200}; {wanted} are wanted")
 
 
 SHARED: list[str] = yaml.safe_load(

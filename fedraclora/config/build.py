@@ -361,7 +361,7 @@ def measured_samples(task: Task, split: str) -> Samples:
         return task.test.mapped(itemgetter(slice(0)))
     if task.validation is None:
         raise ConfigError(
-            "the validation split is asked for (by evaluate.split or stop.patience), but "
-            "data.validation is 0; set it above 0"
+            "the validation split is asked for, but data.validation is 0: set it above 0, or "
+            "measure on test (evaluate.split, --data) and stop by nothing (stop.patience)"
         )
     return task.validation

@@ -181,11 +181,15 @@ def state_after(
         if beyond := number > round_:
             break
         last, state, said = number, replace(after, link=None), meta
-    if last < 0 or (last < round_ and not beyond):
-        reached = "no round" if last < 0 else f"round {last}"
+    if last < 0:
+        raise CheckpointError(
+            f"round {round_} is read from {chain}, which has no round: they were not kept "
+            "(output.chain=false), or are to be restored from a copy"
+        )
+    if last < round_ and not beyond:
         missing = chain / f"{last + 1:06d}.safetensors"
         raise CheckpointError(
-            f"{chain} reaches {reached}, but not round {round_}: {missing} is missing"
+            f"{chain} reaches round {last}, but not round {round_}: {missing} is missing"
         )
     return state, said
 

@@ -578,6 +578,8 @@ def test_an_unknown_metric_names_the_known_ones(make: Make, tmp_path: Path) -> N
     make("a", rac())
     with pytest.raises(ConfigError, match="There are: accuracy, loss"):
         compare([tmp_path / "sweep"], tmp_path / "out", "acuracy")
+    with pytest.raises(ConfigError, match="target is nan"):
+        compare([tmp_path / "sweep"], tmp_path / "out", "accuracy", float("nan"))
 
 
 def test_the_command_prints_the_table_or_the_error(

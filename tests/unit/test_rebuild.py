@@ -124,6 +124,13 @@ def test_a_gap_in_an_older_chain_is_a_round_of_nobody_or_an_error(tmp_path: Path
         state_at(older(tmp_path / "gap", rounds, 3), ROUNDS - 1, PLAN)
 
 
+def test_that_no_chain_was_kept_is_said(tmp_path: Path) -> None:
+    folder = older(tmp_path, [], 3)
+    (folder / "chain" / "000000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"round 2 .*output\.chain=false"):
+        state_at(folder, 2, PLAN)
+
+
 def test_links_that_follow_those_of_an_older_release_name_the_last_of_them(tmp_path: Path) -> None:
     folder = older(tmp_path, [1, 2], 3)
     chain, last = folder / "chain", link_digest(folder / "chain")
