@@ -76,8 +76,14 @@ def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
     """Compute the rate of the rule for a run of a task, and say what it follows from.
 
     Raises:
-        ConfigError: If the rule does not know its method.
+        ConfigError: If the rule does not know its method, or numbers are predicted under SGD.
     """
+    # SGD's rates follow the scale of gradients, which that of a cross-entropy bounds.
+    if config.local.optimiser == "sgd" and built.task.loss == "squared_error":
+        raise ConfigError(
+            "local.lr is auto, but of SGD the rule knows rates for classes, not for squared_error: "
+            "say local.lr=NUMBER"
+        )
     plan, draw, base = plan_of(config, built.task), Draw(config.seed), weights_of(built.task.model)
     method = method_of(config, built.task)
     cohort = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))

@@ -70,6 +70,8 @@ def tune_task(
     typed = {word.removeprefix("tune.").partition("=")[0] for word in words} | {*(given or ())}
     output = section(plain, "output")
     folder = user_path("output.dir", output.get("dir") or FOLDER)
+    if (folder / "ledger.jsonl").exists():
+        raise ConfigError(f"{folder} holds a run: name another folder (output.dir) for the tuning")
     plain = {**settled_start(settled(plain)), "output": {**output, "dir": None}}
     if is_auto := section(plain, "local").get("lr") == "auto":  # is no rate
         said, plain = {*said} - {RATE_KEY}, laid_over(plain, {RATE_KEY: LocalConfig.lr})

@@ -77,7 +77,9 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     configs = {size: config_of(search, study, point) for size, point in chosen.items()}
     rows: list[dict[str, object]] = []
     for size, taken in within.items():
-        rows.append({"at": f"{size:g} MB" + ("" if taken else ": all need more")})
+        rows.append(
+            {"at": f"{size:g} MB" + ("" if taken else f": {lacking(search, size, curves)}")}
+        )
         if taken:
             rows[-1] |= (found := record(search, study, taken, unit))
             write_preset(search, configs[size], found, f"at_{size:g}MB")
@@ -90,20 +92,24 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
         groups = {"frontier": (runs, xy(best, unit))}
         frontier_figure(groups, labels, folder / "frontier.png", marks=sizes)
     search.say(f"written to {folder}: frontier.csv, frontier.png, experiment/at_...MB.yaml")
-    if chosen:
-        words = f"--config-dir {folder} experiment=at_{max(configs):g}MB"
-        search.say(f"to run it: fedraclora simulate {words}")
-    tests = dict[float, list[float]]()
-    if over and has_test:
-        for size, point in chosen.items():
-            tests[size] = test_once(search, study, point, configs[size])
-            search.say(f"at {size:g} MB: {tested(search, point, tests[size])}")
-        known = {place(point) for point in chosen.values()}
-        if others := len(study.user_attrs.get("tested", {}).keys() - known):
-            search.say(f"the test samples were looked at before, for {others} others")
+    if configs:
+        search.say(how_to_run(folder, configs))
+        most = max(point.bytes for curve in curves for point in curve)
+        if most < min(search.sizes.values()):
+            search.say(f"no run took over {most / unit:.3g} MB a client: name smaller tune.sizes")
+    tests = test_chosen(search, study, chosen, configs) if over and has_test else {}
     if over and not has_test:
         search.say("not tested: the task has no test samples")
     return Tuned(folder, DataFrame(records), configs, tests)
+
+
+def how_to_run(folder: Path, configs: Mapping[float, PlainDict]) -> str:
+    """Say how what is taken at the largest size is run; beside objects, if the task has some."""
+    title, lent = f"experiment=at_{max(configs):g}MB", lent_in(configs[max(configs)])
+    if not lent:
+        return f"to run it: fedraclora simulate --config-dir {folder} {title}"
+    given = "".join(f", {key}=..." for key in lent)
+    return f"to run it: fedraclora.simulate('--config-dir', '{folder}', '{title}'{given})"
 
 
 def points_of(search: Search, study: Study) -> list[list[Point]]:
@@ -131,6 +137,14 @@ def taken_within(most: float, curves: Sequence[Sequence[Point]], *, higher: bool
         last = last_within(curve, most)
         found += [last] if sign * last.score > sign * curve[0].score else []
     return max(found, key=lambda point: (sign * point.score, -point.bytes), default=None)
+
+
+def lacking(search: Search, size: float, curves: Sequence[Sequence[Point]]) -> str:
+    """Say why nothing is to be taken at a size."""
+    if not curves:
+        return "no run came to an end that counts (all diverged?): say a smaller tune.lr"
+    fits = any(last_within(curve, search.sizes[size]).round for curve in curves)
+    return "none is better than the untrained model" if fits else "all need more"
 
 
 def xy(points: Sequence[Point], unit: float) -> list[tuple[float, float]]:
@@ -171,14 +185,21 @@ def config_of(search: Search, study: Study, point: Point) -> PlainDict:
     return laid_over(config, {**search.final, "rounds": point.round})
 
 
+def lent_in(config: PlainDict) -> list[str]:
+    """List the groups of a config that stand for objects of a Python program."""
+    named = [(k, str(v["name"])) for k, v in config.items() if isinstance(v, dict) and "name" in v]
+    return [key for key, name in named if name == NAME or LENT.fullmatch(name)]
+
+
 def write_preset(search: Search, config: PlainDict, found: PlainDict, title: str) -> None:
     """Write a config as a preset: what it chooses, what differs from that, and what was tuned.
 
-    Objects of a Python program are left out: they are given beside it.
+    Objects of a Python program are given beside it. Without them it is refused, and does not train
+    on other data.
     """
     drop = {*NOT_WRITTEN, *(("steps", "callbacks") if search.steps or search.callbacks else ())}
     named = {k: str(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
-    drop |= {key for key, name in named.items() if name == NAME or LENT.fullmatch(name)}
+    drop |= {*(lent := lent_in(config))}
     chosen = {group: named[group] for group in sorted(groups().keys() & named.keys() - drop)}
     base = composed([f"{group}={name}" for group, name in chosen.items()])
     tuned = search.space.told()
@@ -188,6 +209,7 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, title: str
         if isinstance(new, dict) and isinstance(old, dict):
             new = {k: v for k, v in new.items() if f"{key}.{k}" in tuned or v != old.get(k, ...)}
         keys |= {} if new in ({}, old) else {key: new}
+    keys |= {key: {"name": f"what the program gives: simulate({key}=...)"} for key in lent}
     told = ", ".join(f"{key} {value}" for key, value in found.items() if value != "")
     text = f"# @package _global_\n# By fedraclora tune: {told}\n"
     path = search.folder / "experiment" / f"{title}.yaml"
@@ -198,6 +220,20 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, title: str
 def place(point: Point) -> str:
     """Name a point in what is kept."""
     return f"run {point.trial}, {point.round} rounds"
+
+
+def test_chosen(
+    search: Search, study: Study, chosen: Mapping[float, Point], configs: Mapping[float, PlainDict]
+) -> dict[float, list[float]]:
+    """Test what is taken at each size, and say how it did, and whether others were tested."""
+    tests = dict[float, list[float]]()
+    for size, point in chosen.items():
+        tests[size] = test_once(search, study, point, configs[size])
+        search.say(f"at {size:g} MB: {tested(search, point, tests[size])}")
+    known = {place(point) for point in chosen.values()}
+    if others := len(study.user_attrs.get("tested", {}).keys() - known):
+        search.say(f"the test samples were looked at before, for {others} others")
+    return tests
 
 
 def test_once(search: Search, study: Study, point: Point, config: PlainDict) -> list[float]:

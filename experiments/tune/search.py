@@ -262,10 +262,14 @@ class Search:
         trial.set_user_attr("ended", ended)
         study.tell(trial, [score] * len(self.sizes) if ended == DIVERGED else self.worth(curve))
         why = f", ended ({ended}) after round {max(run.round for run in runs)}" if ended else ""
+        if ended == DIVERGED and (lower := self.space.lower(trial.params)):
+            study.enqueue_trial(lower, skip_if_exists=True)
+            why += "; a quarter of the rate is tried next"
         why += f" ({shorten(failed, 160)})" if (failed := trial.user_attrs.get("failed")) else ""
         values = self.space.values(trial.params, plain)
         words = " ".join(f"{k}={shown(v)}" for k, v in values.items())
         told = f"{self.metric} {score:.4f} at {curve[-1].bytes / self.unit:.3g} MB a client"
+        told += f" in {trial.user_attrs['core_seconds']:.3g} s"
         self.say(f"run {trial.number}: {told}{why}: {words}")
         return None
 

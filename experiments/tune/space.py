@@ -204,6 +204,13 @@ class Space:
                 found.append(own)
         return found
 
+    def lower(self, params: Mapping[str, object]) -> dict[str, object]:
+        """Give what was drawn with a quarter of its rate; nothing where that is not tried."""
+        if self.rates is None or self.rates.key not in params:
+            return {}
+        rate = float(str(params[self.rates.key])) / 4
+        return {**params, self.rates.key: rate} if rate >= self.rates.least else {}
+
     def told(self) -> dict[str, str]:
         """Say what is tried, by key."""
         rates = self.rates and {RATE_KEY: f"{self.rates.told}, log-uniform"}

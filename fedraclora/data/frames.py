@@ -285,6 +285,12 @@ def found_classes(
             f"data.label={label}: the values ({', '.join(names[:3])}, ...) are fractions, not "
             "classes; to predict a number set data.task=regression"
         )
+    whole = all(name.lstrip("-").isdigit() for name in names)
+    if whole and len(names) > max(100, len(labels) / 10):
+        raise ConfigError(
+            f"data.label={label}: {len(names)} whole numbers in {len(labels)} rows are hardly "
+            "classes; to predict a number set data.task=regression (classes may be words)"
+        )
     if len(names) < 2:
         raise ConfigError(f"data.label={label}: {source} has the one value {names} only")
     return names

@@ -189,6 +189,14 @@ def test_a_wrong_key_is_named(tmp_path: Path, words: dict[str, Any], said: str) 
         load(written(tmp_path, ".csv"), **words)
 
 
+def test_many_whole_numbers_are_no_classes(tmp_path: Path) -> None:
+    prices = pd.DataFrame({"carat": np.linspace(0, 1, 303), "price": np.arange(303) // 3 + 900})
+    with pytest.raises(ConfigError, match=r"101 whole numbers in 303 rows.*data\.task=regression"):
+        load(written(tmp_path, ".csv", prices), label="price")
+    few = prices.assign(price=prices["price"] % 100)
+    assert load(written(tmp_path, ".csv", few), label="price").classes == 100
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

@@ -122,6 +122,12 @@ def test_what_the_rule_does_not_know_is_refused(word: str) -> None:
         fedraclora.simulate(*WORDS, "local.lr=auto", word)
 
 
+def test_numbers_to_predict_are_refused_under_sgd() -> None:
+    words = ["data=least_squares", "model=linear", "clients=4", "cohort=4", "local.lr=auto"]
+    with pytest.raises(ConfigError, match=r"not for squared_error: say local\.lr="):
+        fedraclora.simulate(*words, "pretrain=none")
+
+
 def test_own_training_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"local\.lr is auto"):
         fedraclora.simulate(*WORDS, "local.lr=auto", train=print)

@@ -32,7 +32,7 @@ from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.tune import command, search
 from fedraclora.experiments.tune.frontier import Point, frontier, ranks
 from fedraclora.experiments.tune.rates import RATE_KEY, TIMES, RateRange
-from fedraclora.experiments.tune.result import Tuned, points_of, taken_within
+from fedraclora.experiments.tune.result import Tuned, lacking, points_of, taken_within
 from fedraclora.experiments.tune.space import Space, settings
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.run.folder import alone
@@ -208,6 +208,8 @@ def test_no_test_sample_is_looked_at_before_the_end(tmp_path: Path) -> None:
     words = ["--config-dir", str(tmp_path / "one"), "experiment=at_1MB", "output.progress=false"]
     again = fedraclora.simulate(*words, model=net, data=clients, test=(x[100:], y[100:]))
     assert again.summary["metrics"]["accuracy"] == one.test[1.0][0]  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"unknown data .*simulate\(data=\.\.\.\)"):
+        fedraclora.simulate(*words, clients=4)  # on other data it would train without a word
     again = fedraclora.simulate(one.configs[1.0])
     assert again.summary["metrics"]["accuracy"] == one.test[1.0][0]  # type: ignore[index]
 
@@ -348,8 +350,13 @@ def test_a_run_that_diverges_has_the_metric_of_the_untrained_model(feeding: Feed
     fed = Fed([whole, whole[:1], lost], breaks=broken)
     made, study = feeding(fed, "tune.runs=3", "tune.rungs=[]")
     made.run()
-    assert [t.user_attrs["ended"] for t in study.trials] == ["", *[search.DIVERGED] * 2]
-    assert [t.values for t in study.trials] == [[0.5], [0.1], [0.125]]
+    ran = study.trials[:3]
+    assert [t.user_attrs["ended"] for t in ran] == ["", *[search.DIVERGED] * 2]
+    assert [t.values for t in ran] == [[0.5], [0.1], [0.125]]
+    # What diverged is tried again at a quarter of its rate, for as long as that is tried at all.
+    tried = [t.system_attrs["fixed_params"] for t in study.trials[3:]]
+    assert tried == [{**ran[2].params, TIMES: ran[2].params[TIMES] / 4}]
+    assert ran[1].params[TIMES] / 4 < RateRange.least
     (curve,) = points_of(made, study)
     assert {point.trial for point in curve} == {0}
     assert "not finite" in fed.told[1]
@@ -465,6 +472,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert not (tmp_path / "none").exists()
 
 
+def test_the_folder_of_a_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").touch()
+    with pytest.raises(ConfigError, match="holds a run"):
+        tuned(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.jsonl"]
+
+
 def test_data_that_only_clients_have_are_refused(tmp_path: Path) -> None:
     for client in range(2):
         x = np.random.default_rng(client).normal(size=(20, 3))
@@ -520,6 +534,15 @@ def test_where_the_rule_knows_no_rate_it_says_so(
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("local.lr:"))
     assert "for all; " in line
     assert why in line
+
+
+def test_why_nothing_is_taken_at_a_size_is_said(feeding: Feeding) -> None:
+    made, _ = feeding(Fed([]), "tune.sizes=[10]")
+    size = made.sizes[10]
+    assert "diverged" in lacking(made, 10, [])
+    assert lacking(made, 10, [[Point(0, 0, 0.1), Point(1, 2 * size, 0.9)]]) == "all need more"
+    worse = [Point(0, 0, 0.5), Point(1, size / 2, 0.3)]
+    assert "untrained" in lacking(made, 10, [worse])
 
 
 def test_one_unlucky_round_does_not_decide() -> None:
