@@ -124,7 +124,7 @@ def test_what_the_rule_does_not_know_is_refused(word: str) -> None:
 
 def test_numbers_to_predict_are_refused_under_sgd() -> None:
     words = ["data=least_squares", "model=linear", "clients=4", "cohort=4", "local.lr=auto"]
-    with pytest.raises(ConfigError, match=r"not for squared_error: say local\.lr="):
+    with pytest.raises(ConfigError, match="squared_error"):
         fedraclora.simulate(*words, "pretrain=none", "partition=iid")
 
 
