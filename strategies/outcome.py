@@ -289,6 +289,10 @@ def samples_of(run: Assembled) -> dict[str, str]:
     text += f", {told['test']:,} test samples"
     if share := told.get("held_out"):
         text += f" ({share:g} of all, held out by a seed)"
+    for title, key in (("features", "features"), ("left out", "columns_left_out")):
+        if isinstance(names := told.get(key), list):
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            text += f"; {title} {', '.join(map(str, names[:NAMED]))}{more}"
     return {"data": text}
 
 
