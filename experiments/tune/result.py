@@ -77,12 +77,11 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     configs = {size: config_of(search, study, point) for size, point in chosen.items()}
     rows: list[dict[str, object]] = []
     for size, taken in within.items():
-        rows.append(
-            {"at": f"{size:g} MB" + ("" if taken else f": {lacking(search, size, curves)}")}
-        )
-        if taken:
-            rows[-1] |= (found := record(search, study, taken, unit))
-            write_preset(search, configs[size], found, f"at_{size:g}MB")
+        if taken is None:
+            rows.append({"at": f"{size:g} MB: {lacking(search, size, curves)}"})
+            continue
+        rows.append({"at": f"{size:g} MB"} | (found := record(search, study, taken, unit)))
+        write_preset(search, configs[size], found, f"at_{size:g}MB")
     said = f"What to take: {search.metric} is the mean of a run's last rounds within the size."
     Table.of(DataFrame(rows, dtype=object).fillna("").to_dict("records"), [said]).print()
     Table.of(records).write(folder, "frontier")
