@@ -304,6 +304,8 @@ def _resolve(key: str, runs: Sequence[RunFiles]) -> str:
     known = {name for run in runs for name in run.keys}
     found = [key] if key in known else sorted(n for n in known if n.endswith(f".{key}"))
     if not found:
+        if key.partition(".")[0] in NOT_THE_RUN:
+            raise ConfigError(f"runs that differ in {key!r} alone are of one group; leave it out")
         raise unknown("config key", key, known)
     if len(found) > 1:
         raise ConfigError(f"config key {key!r} may mean {' or '.join(found)}; write it in full")

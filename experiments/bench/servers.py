@@ -28,6 +28,7 @@ from fedraclora.binding import bind, row_of
 from fedraclora.experiments.status import reported
 from fedraclora.experiments.tables import Table
 from fedraclora.experiments.words import key_values
+from fedraclora.limits import Count
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
@@ -74,14 +75,20 @@ def row(name: str, method: Method, size: int, clients: int) -> dict[str, object]
 
 @reported
 def main() -> int:
+    """Time what the words ask for."""
+    bind("bench", {"servers": measure}, {"name": "servers", **key_values(sys.argv[1:])})()
+    return 0
+
+
+def measure(
+    size: Count = 4096, rank: Count = 16, clients: Count = 50, only: str = "", out: str = ""
+) -> None:
     """Time one method after another, each named as it is measured; print the table."""
-    keys = {"size": 4096, "rank": 16, "clients": 50, **key_values(sys.argv[1:])}
-    size, rank, clients = (int(str(keys[key])) for key in ("size", "rank", "clients"))
     torch.set_num_threads(1)
     records: dict[type[Method], dict[str, object]] = {}
-    for name in str(keys.get("only", ",".join(METHODS))).split(","):
+    for name in (only or ",".join(METHODS)).split(","):
         kind = row_of("method", METHODS, name)
-        if kind in records or ("only" not in keys and issubclass(kind, FedAvg | SLora)):
+        if kind in records or (not only and issubclass(kind, FedAvg | SLora)):
             continue
         given = {"rank": rank} if "rank" in signature(kind).parameters else {}
         method = bind("method", METHODS, {"name": name, **given})()
@@ -89,9 +96,8 @@ def main() -> int:
         print(*records[kind].values(), flush=True)
     text = Table.of(list(records.values())).markdown()
     print(text)
-    if "out" in keys:
-        Path(str(keys["out"])).write_text(text)
-    return 0
+    if out:
+        Path(out).write_text(text)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ which budget, and what never is stands in conf/tune.yaml. Everything is kept in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -92,17 +92,28 @@ def tune_task(
     search = Search(*whose, final, say, steps, callbacks)
     for title, text in assumed(search, len(task.validation or ()), share).items():
         say(f"{title + ':':<24}{text}")
-    found = partial(outcome, search, has_test=len(task.test) > 0)
+    return ended(search, partial(outcome, search, has_test=len(task.test) > 0))
+
+
+def ended(search: Search, found: Callable[..., Tuned]) -> Tuned:
+    """Run what is left to run, and print and write what was found.
+
+    Raises:
+        KeyboardInterrupt: Once what was found so far is printed and written.
+    """
     try:
-        alone = search.run()
+        try:
+            alone = search.run()
+        except KeyboardInterrupt:
+            found(over=False)
+            raise
+        if not alone:
+            search.say("another process still runs: the last one tests what is taken")
+        with search.turn():
+            return found(over=alone)
     except KeyboardInterrupt as error:
-        found(over=False)
         error.add_note("with what was found so far; the same command goes on")
         raise
-    if not alone:
-        say("another process still runs: the last one tests what is taken")
-    with search.turn():
-        return found(over=alone)
 
 
 def held_out(config: TaskConfig, asked: TuneConfig) -> float:

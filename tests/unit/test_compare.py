@@ -301,6 +301,8 @@ def test_by_parts_the_groups_and_says_what_it_pools(make: Make, tmp_path: Path) 
         compare([tmp_path / "sweep"], tmp_path / "out", by=["rnk"])
     with pytest.raises(ConfigError, match="may mean"):
         compare([tmp_path / "sweep"], tmp_path / "out", by=["name"])
+    with pytest.raises(ConfigError, match="one group"):
+        compare([tmp_path / "sweep"], tmp_path / "out", by=["seed"])
 
 
 def test_a_loss_reaches_a_target_from_above(make: Make, tmp_path: Path) -> None:

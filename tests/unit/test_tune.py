@@ -375,6 +375,28 @@ def test_what_was_running_is_tried_again_after_an_interruption(feeding: Feeding)
     assert [t.params for t in study.trials[2:]].count(cut.params) == 1
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_an_interruption_tells_what_was_found_and_how_to_go_on(
+    feeding: Feeding, *, running: bool
+) -> None:
+    """While a run is tried, and while what is taken is tested."""
+    curve = [(float(size), 0.5) for size in range(5)]
+    fed = Fed([curve], breaks={0: KeyboardInterrupt()} if running else {})
+    made, _ = feeding(fed, "tune.runs=1")
+    told = list[bool]()
+
+    def found(*, over: bool) -> Tuned:
+        told.append(over)
+        if over:
+            raise KeyboardInterrupt
+        return Tuned(made.folder, None, {}, {})
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        command.ended(made, found)
+    assert told == [not running]
+    assert any("the same command" in note for note in raised.value.__notes__)
+
+
 def test_a_run_whose_process_is_dead_is_tried_again(feeding: Feeding, tmp_path: Path) -> None:
     curve = [(float(size), 0.5) for size in range(5)]
     made, study = feeding(Fed([curve] * 5), "tune.runs=2")
