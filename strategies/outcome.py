@@ -256,8 +256,8 @@ def opening_lines(run: Assembled) -> list[str]:
     lines |= {n.replace("_", " "): str(told[n]) for n in known if n in told}
     if config.own_model and (frozen := frozen_layers(model, run.plan)):
         lines["not trained"] = (
-            f"{some_of(frozen, 'layer')} (targets=all adds convolutions and embeddings, "
-            "dense=[NAME] trains a layer in full)"
+            f"{some_of(frozen, 'layer')} (targets=all adds convolutions, targets=[NAME] adapts an "
+            "embedding, dense=[NAME] trains a layer in full)"
         )
     if epochs := config.pretrain.epochs:
         of = config.pretrain.labels

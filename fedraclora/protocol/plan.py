@@ -91,7 +91,7 @@ def make_plan(
         raise ConfigError(
             f"nothing is left to train with targets={targets}, head={head_policy}, "
             f"bias={bias_policy}, dense={dense}: head=adapt trains the head, targets=all adapts "
-            "convolutions and embeddings too, dense=[NAME] trains a layer in full"
+            "convolutions too, targets=[NAME] an embedding, dense=[NAME] trains a layer in full"
         )
     weights = [
         n

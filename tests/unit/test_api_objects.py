@@ -428,7 +428,9 @@ def test_layers_that_are_not_trained_are_named(capsys: pytest.CaptureFixture[str
         ]
     model = nn.Sequential(*layers)
     simulated = fedraclora.simulate(model=model, data=CLIENTS, rounds=1)
-    assert "not trained: layer 1 (targets=all" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "not trained: layer 1 (targets=all" in told
+    assert "targets=all adds convolutions, targets=[NAME]" in told, "all has no embedding"
     before = dict(model.named_parameters())
     assert torch.equal(simulated.weights()["1.weight"], before["1.weight"])
     whole = fedraclora.simulate(model=model, data=CLIENTS, rounds=1, targets="all")
