@@ -1,9 +1,9 @@
 """Fed-RAC-LoRA on a pool of K sketches that recur: links under one sketch add up.
 
-Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r; j = (t - 1) mod K:
+Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r:
 
     W_t = W_0 + s sum_j B^(j) A_j        A_0 .. A_{K-1} (r x n) drawn from a seed
-    client k: trains B_k from 0 under W_t + s B_k A_j
+    j = (t - 1) mod K;  client k: trains B_k from 0 under W_t + s B_k A_j
     B^(j) <- B^(j) + sum_k p_k B_k
 
 ``refresh = E`` folds the pool into W after E rounds, an era, and draws K new sketches; None never
