@@ -71,8 +71,8 @@ class LocalConfig(Limited, group="local"):
         final: Factor that cosine and linear fall to: the round after the last would have it.
         step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds, the
             warm-up not counted.
-        extras: Steps of your own: `fedraclora.LocalExtra` by ``module:name``, with parameters
-            ``{name: module:name, key: value}``.
+        extras: Steps of your own: `fedraclora.training.extra.LocalExtra` by ``module:name``, with
+            parameters ``{name: module:name, key: value}``.
     """
 
     OPTIMISERS: ClassVar[tuple[str, ...]] = ("sgd", "adamw")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import pkgutil
+import re
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +20,16 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.errors import DataError
 from fedraclora.experiments import CONF
-from fedraclora.experiments.choices import NODES, choice, groups, lineage, meaning
+from fedraclora.experiments.choices import (
+    NODES,
+    choice,
+    groups,
+    keys_of,
+    lineage,
+    meaning,
+    section_keys,
+    sections,
+)
 from fedraclora.experiments.pages import aliases, method_of
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.rate import ruled
@@ -285,6 +296,15 @@ def test_the_first_comment_says_what_the_choice_is(name: str) -> None:
     group, _, choice = name.rpartition("/")
     if group:
         assert groups()[group][choice] == first.removeprefix("# ")
+
+
+def test_what_the_help_of_keys_names_is_there() -> None:
+    told = [keys_of(group, name) for group, names in groups().items() for name in names]
+    told += map(section_keys, sections())
+    found = {name for text in told for name in re.findall(r"\bfedraclora(?:\.\w+)+", text)}
+    assert "fedraclora.RoundStep" in found
+    for name in found:
+        assert pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("data", ["text", "glue_stsb", "shakespeare", "least_squares", "table"])
