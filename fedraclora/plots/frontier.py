@@ -25,6 +25,8 @@ def frontier_figure(
 ) -> None:
     """Draw a metric against bytes: every row, thin, and over those of a group what none beats.
 
+    A row's end is a dot: one that was measured at its end alone is that.
+
     Args:
         groups: By name, of each row the MB and the metric after each measured round, and those of
             these points that none of the group beats; its place is its colour.
@@ -40,7 +42,14 @@ def frontier_figure(
             continue
         colour = COLOURS[index % len(COLOURS)]
         for row in rows:
-            panel.plot(*zip(*row, strict=True), color=colour, linewidth=0.7, alpha=0.35)
+            panel.plot(
+                *zip(*row, strict=True),
+                color=colour,
+                linewidth=0.7,
+                alpha=0.35,
+                marker=".",
+                markevery=[-1],
+            )
         ends = max(point[0] for row in rows for point in row)
         panel.plot(
             *zip(*best, (ends, best[-1][1]), strict=True),
