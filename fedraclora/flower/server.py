@@ -143,6 +143,7 @@ class LowRank(FedAvg):
         self._given = self._shape = ArrayRecord()
         self._exchange: Exchange | None = None
         self._before = 0  # the last round of the checkpoint from which `start` went on
+        self._started = False
 
     @override
     def start(
@@ -160,6 +161,7 @@ class LowRank(FedAvg):
         def measured(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
             return evaluate_fn(round_, arrays) if evaluate_fn and round_ >= self._before else None
 
+        self._started = True
         with nullcontext() if self.folder is None else alone(self.folder):
             self._before = self._at(1, initial_arrays, grid).done if self.folder else 0
             if num_rounds < self._before:
@@ -174,6 +176,13 @@ class LowRank(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        if not self._started:
+            raise ConfigError(
+                "LowRank is inside another strategy, which runs the rounds: what that one does to "
+                "arrays and replies (Flower's differential privacy clips them and adds noise) "
+                "would not reach the weights, which LowRank keeps. Call LowRank's own start; "
+                "privacy is of `fedraclora deploy`"
+            )
         self._exchange = None
         if server_round <= self._before:
             return []

@@ -13,7 +13,14 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    Result,
+)
 from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consistency
 from torch import nn
 
@@ -402,6 +409,26 @@ def test_arrays_that_another_changed_between_rounds_are_refused(tmp_path: Path) 
     strategy = Changing(FedRacLora(rank=1), network(), fraction_evaluate=0.0)
     with pytest.raises(ConfigError, match="round 2: the arrays"):
         strategy.start(nodes_of(tmp_path, 2), ArrayRecord(network().state_dict()), 2)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        DifferentialPrivacyServerSideFixedClipping,
+        DifferentialPrivacyClientSideFixedClipping,
+        DifferentialPrivacyServerSideAdaptiveClipping,
+        DifferentialPrivacyClientSideAdaptiveClipping,
+    ],
+)
+def test_privacy_of_flower_that_would_reach_no_weight_is_refused(
+    wrapper: Any, tmp_path: Path
+) -> None:
+    """A wrapper's noise is on arrays that `LowRank` gives, and never takes back."""
+    inner = flower.LowRank(FedRacLora(rank=1), network(), fraction_evaluate=0.0)
+    clipping = {"clipping_norm": 1.0} if "Fixed" in wrapper.__name__ else {}
+    outer = wrapper(inner, noise_multiplier=0.1, num_sampled_clients=2, **clipping)
+    with pytest.raises(ConfigError, match=r"another strategy.*fedraclora deploy"):
+        outer.start(nodes_of(tmp_path, 2), ArrayRecord(network().state_dict()), 1)
 
 
 def test_a_message_of_another_strategy_is_refused_by_name(tmp_path: Path) -> None:
