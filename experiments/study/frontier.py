@@ -135,7 +135,8 @@ class Task:
             for entry in entries(Study.read(path / "study.yaml"), read_lines(path / "runs.jsonl")):
                 if entry.row in curves:
                     raise ConfigError(f"{folder}: another study of {name} has a row {entry.row!r}")
-                config = {k: v for k, v in flatten(entry.lines[0]["config"]).items() if _shared(k)}
+                told_by = flatten(entry.lines[0]["config"])
+                config = {k: _alone(v) for k, v in told_by.items() if _shared(k)}
                 known = shared.keys() & config.keys()  # rows of before lack later keys
                 if wrong := sorted(key for key in known if shared[key] != config[key]):
                     raise ConfigError(
@@ -173,6 +174,11 @@ class Task:
         others = [c for c in self.curves if c.entry.row != self.reference.entry.row]
         ours = [curve for curve in others if curve.family == OURS]
         return ours, [curve for curve in others if curve.family != OURS]
+
+
+def _alone(value: object) -> object:
+    """Take a word out of a list of one, as older rows have it."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _shared(key: str) -> bool:
