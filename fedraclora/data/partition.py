@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -174,8 +174,8 @@ def make_partition(
     Returns:
         Rows of each client (ascending, int64) or clients made on demand, and facts for the
         summary: clients asked for, kept and dropped, least, median and largest number of samples
-        (of a thousand clients, where they are made on demand), rows left out; and the clients
-        of whom no row is left.
+        (of a thousand clients, where they are made on demand), rows left out; and of natural
+        clients the names by number, and those of whom no row is left.
 
     Raises:
         ConfigError: If the name or an argument is wrong or the division is impossible, naming
@@ -226,7 +226,7 @@ def make_partition(
     asked = clients if clients is not None else len(parts)
     facts = _facts(name, asked, len(parts) - len(nonempty), sizes)
     facts |= {"rows_left_out": len(data.train) - int(sizes.sum())}
-    return nonempty, facts | (_without_rows(data, **args) if name == "natural" else {})
+    return nonempty, facts | (_named(data, nonempty, **args) if name == "natural" else {})
 
 
 def _nonempty(
@@ -278,15 +278,18 @@ def _checked_rows(name: str, parts: object, count: int) -> list[RowNumbers]:
     return found
 
 
-def _without_rows(data: DataSet, column: str = "client", **_: object) -> dict[str, object]:
-    """Name those who are in the source and of whom no training row is left, aloud too."""
-    if data.clients is None or not np.array_equal(
-        data.columns[str(column)], data.columns["client"]
-    ):
-        return {}
+def _named(
+    data: DataSet, parts: Sequence[RowNumbers], column: str = "client", **_: object
+) -> dict[str, object]:
+    """Name clients by number; aloud those in the source of whom no training row is left."""
+    values = data.columns[str(column)]
+    firsts = [int(part[0]) for part in parts[:MOST_NAMED]]
+    found: dict[str, object] = {"names": values[firsts].tolist()}
+    if data.clients is None or not np.array_equal(values, data.columns["client"]):
+        return found
     gone: list[str] = np.setdiff1d(data.clients, data.columns["client"]).tolist()
     if not gone:
-        return {}
+        return found
     log.warning(
         "%d of the clients that the data name have no training row left (all were cut away, left "
         "out or held out) and take no part: %s%s",
@@ -294,7 +297,7 @@ def _without_rows(data: DataSet, column: str = "client", **_: object) -> dict[st
         ", ".join(map(str, gone[:MOST_NAMED])),
         ", ..." if len(gone) > MOST_NAMED else "",
     )
-    return {"clients_without_rows": len(gone), "without_rows": gone[:MOST_NAMED]}
+    return found | {"clients_without_rows": len(gone), "without_rows": gone[:MOST_NAMED]}
 
 
 def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:

@@ -189,8 +189,6 @@ def of_frames(
     info |= {"held_out": share} if test is None else {}
     info["features"] = used if len(used) <= MOST_NAMED else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
-    if owners is not None:  # by number: client 0 is the first
-        info["clients"] = np.unique(owners).tolist()[:MOST_NAMED]
     return supervised(
         train,
         held_out,

@@ -136,6 +136,7 @@ def test_the_largest_natural_clients_are_kept_in_sorted_order():
     assert large.tolist() != [0, 1, 2, 3]
     parts, info = make_partition(DATA, name="natural", clients=4, seed=0, column="film", largest=4)
     assert [{*DATA.columns["film"][part]} for part in parts] == [{names[k]} for k in large]
+    assert info["names"] == [names[k] for k in large]
     assert info["rows_left_out"] == counts.sum() - counts[large].sum()
 
 
@@ -146,6 +147,7 @@ def test_small_natural_clients_are_left_out():
         DATA, name="natural", clients=None, seed=0, column="film", least=least
     )
     assert [len(part) for part in parts] == counts[counts >= least].tolist()
+    assert info["names"] == [f"film {k}" for k in np.flatnonzero(counts >= least)]
     assert info["rows_left_out"] == counts[counts < least].sum() > 0
 
 
