@@ -317,8 +317,7 @@ class EvaluateConfig(Limited, group="evaluate"):
         batch_size: Samples of a forward pass.
         split: test or validation.
         clients: Who measures on own samples, which nobody trains on: none, cohort or all; a number:
-            none, but where a part of the model stays at each client (head=local, fedsa_lora) the
-            server measures the models of so many.
+            none, but with head=local or fedsa_lora the server measures so many clients' models.
         share: Of each client's samples, the part that it measures on and never trains on; None:
             its own test samples where the data have them, else 0.2.
         clients_every: Rounds between measurements of the clients.
