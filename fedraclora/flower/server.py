@@ -143,7 +143,7 @@ class LowRank(FedAvg):
         self._given = self._shape = ArrayRecord()
         self._exchange: Exchange | None = None
         self._before = 0  # the last round of the checkpoint from which `start` went on
-        self._started = False
+        self._running = False
 
     @override
     def start(
@@ -161,22 +161,25 @@ class LowRank(FedAvg):
         def measured(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
             return evaluate_fn(round_, arrays) if evaluate_fn and round_ >= self._before else None
 
-        self._started = True
-        with nullcontext() if self.folder is None else alone(self.folder):
-            self._before = self._at(1, initial_arrays, grid).done if self.folder else 0
-            if num_rounds < self._before:
-                raise ConfigError(
-                    f"num_rounds={num_rounds}, and {self.folder} has {self._before} rounds: ask "
-                    "for as many or more, or name a new folder as checkpoint"
-                )
-            configs = train_config, evaluate_config, measured if evaluate_fn else None
-            return super().start(grid, initial_arrays, num_rounds, timeout, *configs)
+        self._running = True
+        try:
+            with nullcontext() if self.folder is None else alone(self.folder):
+                self._before = self._at(1, initial_arrays, grid).done if self.folder else 0
+                if num_rounds < self._before:
+                    raise ConfigError(
+                        f"num_rounds={num_rounds}, and {self.folder} has {self._before} rounds: "
+                        "ask for as many or more, or name a new folder as checkpoint"
+                    )
+                configs = train_config, evaluate_config, measured if evaluate_fn else None
+                return super().start(grid, initial_arrays, num_rounds, timeout, *configs)
+        finally:
+            self._running = False
 
     @override
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        if not self._started:
+        if not self._running:
             raise ConfigError(
                 "LowRank is inside another strategy, which runs the rounds: what that one does to "
                 "arrays and replies (Flower's differential privacy clips them and adds noise) "

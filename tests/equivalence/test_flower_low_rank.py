@@ -427,8 +427,10 @@ def test_privacy_of_flower_that_would_reach_no_weight_is_refused(
     inner = flower.LowRank(FedRacLora(rank=1), network(), fraction_evaluate=0.0)
     clipping = {"clipping_norm": 1.0} if "Fixed" in wrapper.__name__ else {}
     outer = wrapper(inner, noise_multiplier=0.1, num_sampled_clients=2, **clipping)
+    given = nodes_of(tmp_path, 2), ArrayRecord(network().state_dict()), 1
+    inner.start(*given)  # once by itself changes nothing
     with pytest.raises(ConfigError, match=r"another strategy.*fedraclora deploy"):
-        outer.start(nodes_of(tmp_path, 2), ArrayRecord(network().state_dict()), 1)
+        outer.start(*given)
 
 
 def test_a_message_of_another_strategy_is_refused_by_name(tmp_path: Path) -> None:
