@@ -28,6 +28,7 @@ from fedraclora.experiments.tune.rates import RATE_KEY
 from fedraclora.experiments.tune.result import Tuned, outcome
 from fedraclora.experiments.tune.search import Search
 from fedraclora.experiments.tune.space import Space, TuneConfig, settings
+from fedraclora.experiments.tune.storage import keeping
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import make
 from fedraclora.strategies import METHODS
@@ -59,7 +60,8 @@ def tune_task(
 
     Raises:
         ConfigError: If Optuna is not installed, or there is nothing to tune on or by.
-        CheckpointError: If the folder holds a tuning of something else.
+        CheckpointError: If the folder holds a tuning of something else, or a damaged one.
+        OSError: If it cannot be written; finished runs are kept.
         KeyboardInterrupt: Once what was found so far is printed and written.
     """
     try:
@@ -92,7 +94,8 @@ def tune_task(
     search = Search(*whose, final, say, steps, callbacks)
     for title, text in assumed(search, len(task.validation or ()), share).items():
         say(f"{title + ':':<24}{text}")
-    return ended(search, partial(outcome, search, has_test=len(task.test) > 0))
+    with keeping(folder):
+        return ended(search, partial(outcome, search, has_test=len(task.test) > 0))
 
 
 def ended(search: Search, found: Callable[..., Tuned]) -> Tuned:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -44,8 +44,8 @@ class Tuned:
         frontier: A frame of all points that none beats: ``run``, ``rounds``, ``MB a client``, the
             metric on the validation split, and the settings.
         configs: What to take at each of ``tune.sizes``: a config that `fedraclora.simulate` takes.
-        test: Their metric on the test samples, one for each of ``tune.test_seeds``; empty where
-            they were not tested.
+        test: Their metric on the test samples, one for each of ``tune.test_seeds``, NaN for a run
+            that diverged; empty where they were not tested.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
             rows.append({"at": f"{size:g} MB: {lacking(search, size, curves)}"})
             continue
         rows.append({"at": f"{size:g} MB"} | (found := record(search, study, taken, unit)))
-        write_preset(search, configs[size], found, f"at_{size:g}MB")
+        write_preset(search, configs[size], found, size)
     said = f"What to take: {search.metric} is the mean of a run's last rounds within the size."
     Table.of(DataFrame(rows, dtype=object).fillna("").to_dict("records"), [said]).print()
     Table.of(records).write(folder, "frontier")
@@ -92,19 +92,24 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
         frontier_figure(groups, labels, folder / "frontier.png", marks=sizes)
     search.say(f"written to {folder}: frontier.csv, frontier.png, experiment/at_...MB.yaml")
     if configs:
-        search.say(how_to_run(folder, configs))
         most = max(point.bytes for curve in curves for point in curve)
         if most < min(search.sizes.values()):
             search.say(f"no run took over {most / unit:.3g} MB a client: name smaller tune.sizes")
-    tests = test_chosen(search, study, chosen, configs) if over and has_test else {}
-    if over and not has_test:
-        search.say("not tested: the task has no test samples")
+    tests = test_chosen(search, study, chosen, configs, over=over, has_test=has_test)
     return Tuned(folder, DataFrame(records), configs, tests)
 
 
-def how_to_run(folder: Path, configs: Mapping[float, PlainDict]) -> str:
-    """Say how what is taken at the largest size is run; beside objects, if the task has some."""
-    title, lent = f"experiment=at_{max(configs):g}MB", lent_in(configs[max(configs)])
+def how_to_run(
+    folder: Path, configs: Mapping[float, PlainDict], tests: Mapping[float, Sequence[float]]
+) -> str:
+    """Say how to run what is taken at the largest size at which no test diverged."""
+    stable = [size for size in configs if all(map(math.isfinite, tests.get(size, ())))]
+    if not stable:
+        return (
+            "every setting diverged on a test seed: tune again with a smaller tune.lr in another "
+            "folder (output.dir)"
+        )
+    title, lent = f"experiment=at_{max(stable):g}MB", lent_in(configs[max(stable)])
     if not lent:
         return f"to run it: fedraclora simulate --config-dir {folder} {title}"
     given = "".join(f", {key}=..." for key in lent)
@@ -141,7 +146,7 @@ def taken_within(most: float, curves: Sequence[Sequence[Point]], *, higher: bool
 def lacking(search: Search, size: float, curves: Sequence[Sequence[Point]]) -> str:
     """Say why nothing is to be taken at a size."""
     if not curves:
-        return "no run came to an end that counts (all diverged?): say a smaller tune.lr"
+        return "no run came to an end that counts (all diverged?): smaller tune.lr, new output.dir"
     fits = any(last_within(curve, search.sizes[size]).round for curve in curves)
     return "none is better than the untrained model" if fits else "all need more"
 
@@ -190,7 +195,7 @@ def lent_in(config: PlainDict) -> list[str]:
     return [key for key, name in named if name == NAME or LENT.fullmatch(name)]
 
 
-def write_preset(search: Search, config: PlainDict, found: PlainDict, title: str) -> None:
+def write_preset(search: Search, config: PlainDict, found: PlainDict, size: float) -> None:
     """Write a config as a preset: what it chooses, what differs from that, and what was tuned.
 
     Objects of a Python program are given beside it. Without them it is refused, and does not train
@@ -211,9 +216,21 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, title: str
     keys |= {key: {"name": f"what the program gives: simulate({key}=...)"} for key in lent}
     told = ", ".join(f"{key} {value}" for key, value in found.items() if value != "")
     text = f"# @package _global_\n# By fedraclora tune: {told}\n"
-    path = search.folder / "experiment" / f"{title}.yaml"
+    path = preset_path(search.folder, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
+
+
+def preset_path(folder: Path, size: float) -> Path:
+    """Name the file of the preset at a size."""
+    return folder / "experiment" / f"at_{size:g}MB.yaml"
+
+
+def add_to_preset(folder: Path, size: float, said: str) -> None:
+    """Write how a preset did on the test samples into its head."""
+    path = preset_path(folder, size)
+    package, found, keys = path.read_text(encoding="utf-8").split("\n", 2)
+    path.write_text("\n".join([package, found, f"# {said}", keys]), encoding="utf-8")
 
 
 def place(point: Point) -> str:
@@ -222,15 +239,29 @@ def place(point: Point) -> str:
 
 
 def test_chosen(
-    search: Search, study: Study, chosen: Mapping[float, Point], configs: Mapping[float, PlainDict]
+    search: Search,
+    study: Study,
+    chosen: Mapping[float, Point],
+    configs: Mapping[float, PlainDict],
+    *,
+    over: bool,
+    has_test: bool,
 ) -> dict[float, list[float]]:
-    """Test what is taken at each size, and say how it did, and whether others were tested."""
+    """Test what is taken at each size, and say how it did and how to run it."""
     tests = dict[float, list[float]]()
-    for size, point in chosen.items():
-        tests[size] = test_once(search, study, point, configs[size])
-        search.say(f"at {size:g} MB: {tested(search, point, tests[size])}")
+    try:
+        for size, point in chosen.items() if over and has_test else ():
+            tests[size] = test_once(search, study, point, configs[size])
+            said = tested(search, point, tests[size])
+            search.say(f"at {size:g} MB: {said}")
+            add_to_preset(search.folder, size, said)
+    finally:  # an interrupted test takes nothing back
+        if configs:
+            search.say(how_to_run(search.folder, configs, tests))
+    if over and not has_test:
+        search.say("not tested: the task has no test samples")
     known = {place(point) for point in chosen.values()}
-    if others := len(study.user_attrs.get("tested", {}).keys() - known):
+    if tests and (others := len(study.user_attrs.get("tested", {}).keys() - known)):
         search.say(f"the test samples were looked at before, for {others} others")
     return tests
 
@@ -253,7 +284,16 @@ def test_once(search: Search, study: Study, point: Point, config: PlainDict) -> 
 
 
 def tested(search: Search, point: Point, scores: Sequence[float]) -> str:
-    """Say how a point did on the test samples."""
-    spread = f" ± {stdev(scores):.4f}" if len(scores) > 1 else ""
-    seeds = ", ".join(map(str, search.config.test_seeds))
-    return f"test {search.metric} of {place(point)}: {fmean(scores):.4f}{spread} (seeds {seeds})"
+    """Say how a point did on the test samples: its mean, and the seeds on which it diverged."""
+    runs = dict(zip(search.config.test_seeds, scores, strict=True))
+    finite = {seed: score for seed, score in runs.items() if math.isfinite(score)}
+    spread = f" ± {stdev(finite.values()):.4f}" if len(finite) > 1 else ""
+    parts = [f"{fmean(finite.values()):.4f}{spread} ({seeds_of(finite)})"] if finite else []
+    if lost := runs.keys() - finite.keys():
+        parts.append(f"DIVERGED ({seeds_of(sorted(lost))}): lower local.lr before you use it")
+    return f"test {search.metric} of {place(point)}: {', '.join(parts)}"
+
+
+def seeds_of(seeds: Iterable[int]) -> str:
+    """List seeds in words."""
+    return f"seeds {', '.join(map(str, seeds))}"
