@@ -85,8 +85,6 @@ class Lent:
             old = composed if isinstance(composed, Mapping) else {}
             kept = {key: old[key] for key in KEPT.get(name, ()) if key in old}
             found[name] = {"name": NAME, **kept, **group}
-        if "model" in groups and "model.head" not in typed:
-            found["model"] = {**section(found, "model"), "head": None}  # it is looked for
         return found
 
     def _read(self, plain: PlainDict, typed: Sequence[str]) -> dict[str, Any]:

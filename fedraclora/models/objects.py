@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -71,8 +71,7 @@ def build_object(
 
     Args:
         digest: Which, by `lend_model`.
-        head: Name prefixes of the final layer; None: the last layer that could be adapted, or what
-            a model of Hugging Face has beside its encoder; empty: there is none.
+        head: As of `build_function`.
         shape: Not used: the module is as it is.
         classes: Not used.
         seed: Not used: nothing is drawn.
@@ -83,24 +82,21 @@ def build_object(
         ModelError: If a frozen layer of BatchNorm has never seen a batch, or it cannot be copied.
     """
     del shape, classes, seed
-    model = take_module(copy_of(lent("model", digest), digest), "model")
-    every = model.named_parameters(remove_duplicate=False)  # a tied head is a head
-    pattern = targets if isinstance(targets, str) else ",".join(targets)
-    return _with_head(model, found_head(model) if head is None else head, every, pattern)
+    return _taken(copy_of(lent("model", digest), digest), "model", head, targets)
 
 
-def _with_head(
-    model: nn.Module,
-    head: Sequence[str],
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    targets: str,
+def _taken(
+    model: object, where: str, head: Sequence[str] | None, targets: str | Sequence[str]
 ) -> Built:
-    """Say what a model's head is; refuse a name that none of its layers has."""
-    layers = {name.rpartition(".")[0] for name, _ in parameters} - {""}
-    for name in head:
+    """Take a module, given or built, and find its head; refuse a name that no layer has."""
+    module = take_module(model, where)
+    every = module.named_parameters(remove_duplicate=False)  # a tied head is a head
+    layers = {name.rpartition(".")[0] for name, _ in every} - {""}
+    for name in head or ():
         if not any(is_head(layer, (name,)) for layer in layers):
             raise unknown("layer as model.head", name, layers)
-    return Built(model, tuple(head), targets)
+    pattern = targets if isinstance(targets, str) else ",".join(targets)
+    return Built(module, found_head(module) if head is None else tuple(head), pattern)
 
 
 def require_module(model: object) -> nn.Module:
@@ -120,12 +116,12 @@ def require_module(model: object) -> nn.Module:
 def build_function(
     *,
     function: str = "",
-    head: Sequence[str] = (),
+    head: Sequence[str] | None = None,
     shape: tuple[int, ...],
     classes: int,
     seed: int,
     arguments: Mapping[str, object] | None = None,
-    targets: str = "all-linear",
+    targets: str | Sequence[str] = "all-linear",
 ) -> Built:
     """Build what a function of another package gives.
 
@@ -136,7 +132,8 @@ def build_function(
             (`torch.nn.Dropout`): as a function it would stay off, and is refused
             (`fedraclora.models.built`). Layers of BatchNorm must be frozen, that is in evaluation
             mode, with statistics of their own.
-        head: Name prefixes of the final layer; empty where there is nothing but one layer.
+        head: Name prefixes of the final layer; None: the last layer that could be adapted, or what
+            a model of Hugging Face has beside its encoder; empty: there is none.
         shape: Shape of one input.
         classes: Number of outputs.
         seed: The seed of the run.
@@ -156,5 +153,4 @@ def build_function(
         told_as(ModelError, f"model.function={function}: ", "calling it"),
     ):
         model = build(shape=shape, classes=classes)
-    model = take_module(model, f"model.function={function}")
-    return _with_head(model, head, model.named_parameters(), targets)
+    return _taken(model, f"model.function={function}", head, targets)

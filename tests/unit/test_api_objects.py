@@ -506,6 +506,13 @@ def test_a_config_with_objects_is_the_same_run_with_them() -> None:
     )
 
 
+def test_the_head_that_a_config_names_holds_for_an_object_given_beside_it() -> None:
+    first = run(data=CLIENTS, head="average", **{"model.head": ["0"]})
+    again = fedraclora.simulate(first.config, model=net(), data=CLIENTS)
+    assert again.config["model"] == first.config["model"]
+    assert again.summary["weights_digest"] == first.summary["weights_digest"]
+
+
 def test_keys_of_tables_hold_for_frames() -> None:
     frame = pd.DataFrame({f"f{i}": X[:, i] for i in range(5)} | {"label": Y})
     frame.loc[3, "f0"] = np.nan

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from flwr_datasets.partitioner import IidPartitioner
 
 import fedraclora
 from fedraclora.attacks import Attack
+from fedraclora.binding import OWN_GROUPS
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.experiments.choices import keys_of
@@ -28,6 +31,8 @@ import torch
 from torch import nn
 
 import fedraclora
+from fedraclora.aggregation.robust import Median
+from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.attacks import Attack
 from fedraclora.limits import NotNegative
 from fedraclora.strategies.fed_rac_lora import FedRacLora
@@ -62,6 +67,17 @@ class Louder(Attack):
 
     def sent(self, updates, clients, key):
         return self.times * FACTOR * updates
+
+@dataclass(frozen=True)
+class Middle(Median):
+    share: float = 0.5
+
+    def estimate(self, rows):
+        return self.share * super().estimate(rows)
+
+@dataclass(frozen=True)
+class Heavy(Momentum):
+    beta: float = 0.5
 
 @dataclass(frozen=True)
 class Poison(Attack):
@@ -122,6 +138,25 @@ class Lost(LocalExtra):
 def clients(*, tilt: float = 0.0):
     x, y = table(tilt=tilt)
     return list(zip(x.split(20), y.split(20)))
+
+def part(client):
+    return clients()[client]
+
+def held():
+    return table(tilt=1.0)
+
+def wrong(output, target):
+    return float((output.argmax(dim=1) != target).float().mean())
+
+wrong.higher_is_better = False
+
+def train(round):
+    model = round.install(net((3,), 2))
+    x, y = round.data
+    nn.functional.cross_entropy(model(x), y).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.optim.SGD(trained, lr=0.5).step()
+    return round.read(model, samples=len(y), steps=1)
 """
 
 
@@ -143,11 +178,42 @@ def digest(run: fedraclora.Run) -> object:
 
 def run(*words: Any, **keys: Any) -> fedraclora.Run:
     given = {"model": "brought_parts:net", "data": "brought_parts:clients", "rounds": 2}
+    given = {k: v for k, v in given.items() if f"{k}=own" not in words}
     return fedraclora.simulate("output.progress=false", *words, **{**given, **keys})
 
 
-# A kind of part: how it is said as an object, and as words.
+def network(mine: Any) -> Any:
+    with seeded(0, "model"):
+        return mine.net((3,), 2)
+
+
+# A kind of part: how it is said as an object, and as words. Other keys come first in their names.
 KINDS: dict[str, tuple[Any, list[Any]]] = {
+    "model": (lambda m: {"model": network(m)}, ["model=brought_parts:net"]),
+    "data": (lambda m: {"data": m.clients()}, ["data=brought_parts:clients"]),
+    "loss": (
+        lambda m: {"loss": partial(m.steep, by=2.0)},
+        ["data.loss={name:brought_parts:steep,by:2.0}"],
+    ),
+    "test": (
+        lambda m: {"data": m.clients(), "test": m.table(tilt=1.0)},
+        [
+            "data=own",
+            "data.samples=brought_parts:part",
+            "data.test=brought_parts:held",
+            "clients=4",
+        ],
+    ),
+    "metrics": (lambda m: {"metrics": [m.wrong]}, ["data.metrics=[brought_parts:wrong]"]),
+    "train": (lambda m: {"train": m.train}, ["local=own", "local.train=brought_parts:train"]),
+    "aggregator": (
+        lambda m: {"aggregator": m.Middle(share=0.7)},
+        ["aggregator=brought_parts:Middle", "aggregator.share=0.7"],
+    ),
+    "server_optimiser": (
+        lambda m: {"server_optimiser": m.Heavy(lr=0.5)},
+        ["server_optimiser=brought_parts:Heavy", "server_optimiser.lr=0.5"],
+    ),
     "method": (
         lambda m: {"method": m.Method(rank=2, boost=2.0)},
         ["method=brought_parts:Method", "method.rank=2", "method.boost=2"],
@@ -160,28 +226,29 @@ KINDS: dict[str, tuple[Any, list[Any]]] = {
         lambda m: {"local": m.Local(pull=0.3, lr=0.2)},
         ["local=brought_parts:Local", "local.pull=0.3", "local.lr=0.2"],
     ),
-    "extras": (
+    "local.extras": (
         lambda m: {"local": {"extras": [m.Decay(0.3)]}},
         ["local.extras=[{name:brought_parts:Decay,rate:0.3}]"],
     ),
-    "settings": (
+    "local.settings": (
         lambda m: {"local": m.LocalSettings(extras=[m.Decay(0.3)], lr=0.5)},
         ["local.extras=[{name:brought_parts:Decay,rate:0.3}]"],
     ),
-    "step": (
+    "steps": (
         lambda m: {"steps": [m.Halved(4.0)]},
         ["steps=[{name:brought_parts:Halved,by:4}]"],
     ),
-    "callback": (lambda m: {"callbacks": [m.Watch()]}, ["callbacks=[brought_parts:Watch]"]),
+    "callbacks": (lambda m: {"callbacks": [m.Watch()]}, ["callbacks=[brought_parts:Watch]"]),
     "partition": (
         lambda m: {"partition": m.split},
         ["partition=brought_parts:split"],
     ),
-    "partitioner": (
+    "partition.er": (
         lambda _: {"partition": IidPartitioner(4)},
         ["partition=flwr_datasets.partitioner:IidPartitioner", "partition.num_partitions=4"],
     ),
 }
+SAME = {"model", "data", "metrics", "test", "partition.er"}  # as what runs without (iid)
 
 
 @pytest.mark.short(when=lambda kind: kind == "extras")
@@ -193,14 +260,53 @@ def test_an_object_gives_the_bits_of_its_name(mine: Any, kind: str) -> None:
     assert digest(by_object) == digest(by_name)
     columns = {*by_object.history.columns}
     assert columns == {*by_name.history.columns}
-    if kind in {"step", "callback"}:
+    if kind in {"steps", "callbacks"}:
         assert {"halved", "watched"} & columns
-    elif kind != "partitioner":  # which divides like partition=iid
+    elif kind not in SAME:
         assert digest(by_name) != digest(run(**({"partition": "iid"} | divided if divided else {})))
     # What a run says of itself is a whole config, which gives the same.
     assert digest(run_again(by_name, {})) == digest(by_name)
-    if kind not in {"step", "callback"}:  # these objects are given anew
+    if kind not in {"steps", "callbacks", "model", "data", "test"}:  # these are given anew
         assert digest(run_again(by_object, {})) == digest(by_object)
+
+
+# What may be said beside a part, and must mean the same for an object and for its name.
+BESIDE = [
+    "head=average", "head=frozen", "head=local", "bias=frozen", "targets=all", "targets=['0']",
+    "dense=['0']", "model.head=['0']", "model.head=[]", "model.targets=['0']", "weights=uniform",
+    "wire.uplink=int8",
+]  # fmt: skip
+
+
+@pytest.mark.short(when=lambda kind, beside: kind == "model")
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_said_beside_a_part_holds_for_an_object_and_its_name(
+    mine: Any, kind: str, beside: str
+) -> None:
+    """``head=average`` and ``head=frozen`` did nothing for a model by its name."""
+    make, words = KINDS[kind]
+    divided = {"data": "brought_parts:table", "clients": 4} if "partition" in kind else {}
+    others = [word for word in words if word.partition("=")[0] != beside.partition("=")[0]]
+    by_object = ended(beside, **make(mine), **divided)
+    by_name = ended(beside, *others, **divided)
+    assert by_object == by_name
+    assert by_name[0] != "ConfigError" or kind != "model"
+
+
+def ended(*words: str, **keys: Any) -> tuple[object, object]:
+    """Give digest and uplink of a run; what it is refused by, and its key."""
+    try:
+        found = run(*words, **keys)
+    except ConfigError as error:
+        return "ConfigError", str(error).split(" ")[0]
+    return digest(found), found.rows[-1]["uplink_bytes"]
+
+
+def test_each_key_that_takes_an_object_is_among_these() -> None:
+    said = {"choices", "client", "target", "folder", "resume", "keys", "on_round"}  # no objects
+    wanted = {*signature(fedraclora.simulate).parameters} - said | {*OWN_GROUPS}
+    assert wanted == {kind.partition(".")[0] for kind in KINDS}
 
 
 def run_again(before: fedraclora.Run, keys: dict[str, Any]) -> fedraclora.Run:
@@ -363,7 +469,7 @@ def test_help_lists_the_keys_of_a_part_of_ones_own(mine: Any) -> None:
     assert "method.rank=8" in text
 
 
-@pytest.mark.parametrize("kind", ["extras", "attack", "settings", "method"])
+@pytest.mark.parametrize("kind", ["local.extras", "attack", "local.settings", "method"])
 @pytest.mark.slow
 def test_ray_has_the_bits_of_parts_of_ones_own(mine: Any, kind: str) -> None:
     make, words = KINDS[kind]
