@@ -22,7 +22,8 @@ from fedraclora.data.partition import spread_clients
 from fedraclora.data.samples import Partitioned
 from fedraclora.engines.base import MakeEngine
 from fedraclora.evaluation.choices import Questions
-from fedraclora.evaluation.metrics import lower_of
+from fedraclora.evaluation.clients import scored
+from fedraclora.evaluation.metrics import Measure, lower_of
 from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
 from fedraclora.protocol.plan import frozen_layers, some_of, thawed
@@ -328,6 +329,8 @@ def measured_by(run: Assembled) -> dict[str, str]:
                 "..." if small[NAMED:].any() else ""
             )
             text += f"; {len(small)} of {run.built.clients} have too few to hold any out ({some})"
+    if unknown := ", ".join(scored(Measure.of_task(run.built.task))):
+        text += f"; no value over all samples of {unknown}, which need every output"
     return {"measured by": text}
 
 

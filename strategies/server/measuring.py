@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,15 @@ from fedraclora.config.build import measured_samples
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, WireError
-from fedraclora.evaluation.clients import AFTER, Floats, spread, sums_named, usual, values_of
+from fedraclora.evaluation.clients import (
+    AFTER,
+    Floats,
+    scored,
+    spread,
+    sums_named,
+    usual,
+    values_of,
+)
 from fedraclora.evaluation.metrics import Measure
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.quantised import FULL
@@ -58,6 +65,12 @@ class Measuring:
     def names(self) -> list[str]:
         """Names of the metrics, the headline first."""
         return [*self.measure.metrics]
+
+    @property
+    def pooled(self) -> list[str]:
+        """Names of the metrics that sums tell of all samples together; of noise, of all clients."""
+        unknown = [] if self.noisy else scored(self.measure)
+        return [name for name in self.names if name not in unknown]
 
     @property
     def points(self) -> list[str]:
@@ -198,7 +211,9 @@ class Measurement(Exchange):
         row: Row = {"clients": column | took | ({"failures": failed} if failed else {})}
         row |= self.beside
         if self.measuring.alone:
-            row["metrics"] = {n: known(column, n) for n in self.measuring.names if n in column}
+            kind = "mean" if self.measuring.noisy else "pooled"
+            pooled = [name for name in self.measuring.pooled if name in column]
+            row["metrics"] = {name: number(column, name, kind) for name in pooled}
         return row
 
     def values(self) -> Iterator[tuple[dict[str, Floats], dict[str, float]]]:
@@ -228,9 +243,3 @@ class Measurement(Exchange):
             row |= {name: numbers.numpy() for name, numbers in told.items()}
             parts.append(row | {"when": np.full(len(clients), when)} | values)
         return column | {"n": len(clients), "samples": int(samples.sum())}, parts
-
-
-def known(column: Row, metric: str) -> float:
-    """Give a metric of all samples together; where sums do not tell it, its mean over clients."""
-    pooled, mean = (number(column, metric, key) for key in ("pooled", "mean"))
-    return pooled if math.isfinite(pooled) else mean

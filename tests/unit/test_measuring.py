@@ -124,6 +124,51 @@ def test_the_metrics_of_clients_pooled_are_those_of_their_samples_together(metho
     assert (column["n"], column["samples"]) == (6, sum(sizes))
 
 
+def furthest(output: torch.Tensor, target: torch.Tensor) -> float:
+    return float((output.flatten() - target).abs().amax())
+
+
+def area(score: Any, target: Any) -> float:
+    """The share of pairs of both classes whose scores are in order."""
+    pairs = score[target == 1][:, None] - score[target == 0]
+    return float(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+
+
+@pytest.mark.parametrize("secure", ["none", "secagg"])
+def test_a_server_without_samples_has_no_metric_that_is_not_of_all_samples(
+    secure: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It had the mean over clients, whatever their sizes, under the name of the metric."""
+    caplog.set_level("INFO", "fedraclora.experiments.progress")
+    scorer = torch.nn.Linear(3, 1)
+    scorer.weight.data, scorer.bias.data = normal(1, 3, key="scorer").float(), torch.zeros(1)
+    own = fedraclora.Metric(furthest, higher_is_better=False)
+    metrics = ["auc", "accuracy", own, "pearson", "spearman", "f1", "loss"]
+    words = ("evaluate.clients=all", "evaluate.share=0.4", "output.progress=false")
+    words += ("weights=uniform", f"secure={secure}")
+    given: dict[str, Any] = {"metrics": metrics, "loss": "logistic", "test": 0, "rounds": 1}
+    run = fedraclora.simulate(*words, "local.lr=0.1", model=scorer, data=moons(), **given)
+    row, held = run.rows[1], run.built().task.held
+    assert [*row["metrics"]] == ["accuracy", "f1", "loss"]
+    model, every = run.model(), []
+    for client, size in enumerate(held.data.sizes(torch.arange(6)).tolist()):
+        samples = held.data.gather(torch.tensor([client]), torch.arange(size)[None])
+        score = model(samples.inputs["x"])[:, 0].detach().numpy()
+        every.append((score, samples.target.numpy()))
+    score, target = map(np.concatenate, zip(*every, strict=True))
+    said = score > 0
+    assert row["metrics"]["accuracy"] == pytest.approx((said == target).mean(), abs=1e-9)
+    f1 = 2 * (said & (target == 1)).sum() / (said.sum() + target.sum())
+    assert row["metrics"]["f1"] == pytest.approx(f1, abs=1e-9)
+    loss = np.logaddexp(0, score) - target * score
+    assert row["metrics"]["loss"] == pytest.approx(loss.mean(), abs=1e-6)
+    known = [area(*each) for each in every if len({*each[1].tolist()}) == 2]
+    assert row["clients"]["auc"]["mean"] == pytest.approx(np.mean(known), abs=1e-6)
+    assert row["clients"]["auc"]["mean"] != pytest.approx(area(score, target), abs=1e-3)
+    assert {"auc", "furthest", "pearson", "spearman"} <= {*row["clients"]}
+    assert "auc, furthest, pearson, spearman" in caplog.text
+
+
 def test_the_spread_has_the_worst_tenth_by_the_direction_of_the_metric() -> None:
     values = np.array([*range(1, 12), np.nan], dtype=float)
     score, loss = spread("accuracy", values, 0.5), spread("loss", values, 0.5)
