@@ -14,8 +14,8 @@ import torch
 from fedraclora.clients.client_state import restore
 from fedraclora.data.samples import ClientData, Samples, TableRows
 from fedraclora.errors import WireError
-from fedraclora.evaluation.clients import AFTER, SummedMeasure, sums_of, write_sizes
-from fedraclora.evaluation.metrics import Measure
+from fedraclora.evaluation.clients import SummedMeasure, sums_of, write_sizes
+from fedraclora.evaluation.metrics import AFTER, Measure
 from fedraclora.protocol.method import Downlink
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer

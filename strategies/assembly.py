@@ -24,13 +24,14 @@ from fedraclora.config.build import (
     trainer_of,
 )
 from fedraclora.config.run_config import RunConfig
+from fedraclora.data.partition import spread_clients
 from fedraclora.data.samples import count_examples
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.choices import measure_of
 from fedraclora.evaluation.evaluate import personal_accuracy
-from fedraclora.evaluation.metrics import lower_of
+from fedraclora.evaluation.metrics import PERSONAL, lower_of
 from fedraclora.objects import code_digests, object_digest
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import Cohort, Draw, Plan
@@ -247,7 +248,7 @@ def watching(
                 f"clients.{task.metrics[0]}.mean"
             )
         known = measuring.named if by_clients and measuring else task.measured
-        if (metric if by_clients else metric.removeprefix("personal_")) not in {*known, "gap"}:
+        if (metric if by_clients else metric.removeprefix(PERSONAL)) not in {*known, "gap"}:
             raise unknown("stop.metric of these data", metric, known)
         validated = None if by_clients else measure("validation")
         found.append(Stopping(config.stop, validated, lower_of(task.info)))
@@ -280,7 +281,7 @@ def measurement(
     def own(weights: Tree) -> dict[str, float]:
         owned = {c: personal(own) for c, own in store.latest(count).items()}
         if not owned and not plan.local:  # nobody has trained yet: all have the server's
-            return each(weights)
+            owned = {client: {} for client in spread_clients(built.clients, count).tolist()}
         counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
         return personal_accuracy(task.model, weights, owned, samples, counts, batch)
 
@@ -289,7 +290,7 @@ def measurement(
     def each(weights: Tree) -> dict[str, float]:
         owned = store.latest(count).values()
         found = [shared(w) for w in map(personal, owned)] or [shared(weights)]
-        return {f"personal_{n}": sum(f[n] for f in found) / len(found) for n in found[0]}
+        return {f"{PERSONAL}{n}": sum(f[n] for f in found) / len(found) for n in found[0]}
 
     stays = plan.local or config.method.client_state
     return (own if built.classes else each) if stays else shared

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedraclora.binding import Plain, bind, section
 from fedraclora.errors import ConfigError
-from fedraclora.evaluation.metrics import higher_is_better, lower_of
+from fedraclora.evaluation.metrics import PERSONAL, higher_is_better, lower_of
 from fedraclora.experiments.study.file import Study, check_split, row_config
 from fedraclora.experiments.tune.frontier import ranks
 from fedraclora.protocol.method import Method
@@ -47,7 +47,7 @@ def score(line: Mapping[str, Any], metric: str) -> float:
     metrics = line["metrics"]
     if not metrics:
         return -math.inf
-    for name in (metric, f"personal_{metric}"):
+    for name in (metric, f"{PERSONAL}{metric}"):
         if name in metrics:
             return float(metrics[name])
     raise ConfigError(
@@ -288,7 +288,7 @@ class Entry:
     @property
     def curves(self) -> list[list[Row]]:
         """The rounds at which the metric was measured, per seed; a few have generated answers."""
-        names = {self.study.metric, f"personal_{self.study.metric}"}
+        names = {self.study.metric, f"{PERSONAL}{self.study.metric}"}
         return [
             [
                 point

@@ -27,7 +27,7 @@ from fedraclora.binding import PlainDict, section
 from fedraclora.clients.engines import engine_of
 from fedraclora.config.run_config import digested, from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
-from fedraclora.evaluation.clients import AFTER
+from fedraclora.evaluation.metrics import PERSONAL
 from fedraclora.experiments.resume import laid_over
 from fedraclora.experiments.tune.frontier import Point, last_within, mean_curve, ranks
 from fedraclora.experiments.tune.space import Space, TuneConfig
@@ -341,7 +341,7 @@ class Search:
 def score_of(row: Row, metric: str) -> float | None:
     """Return what a round or a run measured, NaN if that is no number; None: nothing."""
     found = metrics_of(row)
-    name = metric if metric in found else f"{AFTER}{metric}"
+    name = metric if metric in found else f"{PERSONAL}{metric}"
     return number(found, name) if name in found else None
 
 

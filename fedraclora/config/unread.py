@@ -19,7 +19,7 @@ from fedraclora.data import DATASETS
 from fedraclora.data.own_loss import is_own, named_loss, short_name
 from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
-from fedraclora.evaluation.metrics import MEASURED
+from fedraclora.evaluation.metrics import MEASURED, PERSONAL
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import Method
 from fedraclora.training.extras.settings import LocalSettings, SampleLevel
@@ -262,7 +262,7 @@ def refuse_misfits(config: RunConfig) -> None:
     said, stop = config.data.get("metrics"), config.stop.metric
     names = map(named_loss, said if isinstance(said, list) else ())
     known = {*MEASURED, *(short_name(name) for name in names if is_own(name))}
-    if not stop.startswith("clients.") and stop.removeprefix("personal_") not in known:
+    if not stop.startswith("clients.") and stop.removeprefix(PERSONAL) not in known:
         raise unknown("stop.metric", stop, MEASURED)
     if isinstance(config.engine, DeployConfig):
         _check_deployed(config, config.engine)

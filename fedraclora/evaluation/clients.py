@@ -27,11 +27,10 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.evaluate import state_of
-from fedraclora.evaluation.metrics import Measure, Owners, higher_is_better
+from fedraclora.evaluation.metrics import AFTER, Measure, Owners, higher_is_better
 from fedraclora.tree import Layout, Tree
 
 Floats = npt.NDArray[np.float64]
-AFTER = "personal_"  # of what was measured after local training
 OF_ONE = "value/"  # of a metric of which its value alone is sent
 
 

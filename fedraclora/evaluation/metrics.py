@@ -255,7 +255,9 @@ METRICS: dict[str, Formula] = {
     "pearson": Formula(partial(_correlation, name="pearsonr"), _NUMBERS, NUMBERS),
     "spearman": Formula(partial(_correlation, name="spearmanr"), _NUMBERS, NUMBERS),
 }
-MEASURED = (*METRICS, "gap", *(f"personal_{name}" for name in METRICS), *CHOICE_METRICS)
+PERSONAL = "personal_"  # of clients' own models, on the samples of the server
+AFTER = "finetuned_"  # of what clients measured after local training
+MEASURED = (*METRICS, "gap", *(f"{PERSONAL}{name}" for name in METRICS), *CHOICE_METRICS)
 
 
 def lower_of(facts: object) -> list[str]:
@@ -279,5 +281,5 @@ def higher_is_better(metric: str, lower: Collection[str] = ()) -> bool:
         metric, _, told = metric.removeprefix("clients.").rpartition(".")
         if told == "std":
             return False
-    metric = metric.removeprefix("personal_")
+    metric = metric.removeprefix(PERSONAL).removeprefix(AFTER)
     return METRICS[metric].higher_is_better if metric in METRICS else metric not in lower

@@ -12,16 +12,8 @@ from fedraclora.config.build import measured_samples
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, WireError
-from fedraclora.evaluation.clients import (
-    AFTER,
-    Floats,
-    scored,
-    spread,
-    sums_named,
-    usual,
-    values_of,
-)
-from fedraclora.evaluation.metrics import Measure
+from fedraclora.evaluation.clients import Floats, scored, spread, sums_named, usual, values_of
+from fedraclora.evaluation.metrics import AFTER, Measure
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES

@@ -162,7 +162,7 @@ def test_what_stays_at_a_client_is_measured_there(words: list[str], tmp_path: Pa
     for found, wanted in zip(rows(tmp_path / "run"), rows(inline), strict=True):
         assert found["metrics"] == wanted["metrics"]
         assert found["clients"] == wanted["clients"]
-        assert {"accuracy", "personal_accuracy"} <= {*found["clients"]}  # type: ignore[misc]
+        assert {"accuracy", "finetuned_accuracy"} <= {*found["clients"]}  # type: ignore[misc]
 
 
 def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fedraclora.data.held import hold_out_of_clients
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.clients import spread
-from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.evaluation.evaluate import class_accuracies, evaluate
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.compare import compare
 from fedraclora.experiments.report.figures import figures_of
@@ -212,18 +212,34 @@ def test_a_metric_of_clients_stops_a_run_and_is_a_metric_like_any(tmp_path: Path
     last = run.rows[2]["clients"]["loss"]["mean"]
     assert table.records[0]["metric_mean"] == pytest.approx(last)
     assert higher_is_better("clients.accuracy.worst10")
-    assert not higher_is_better("clients.personal_loss.p90")
+    assert not higher_is_better("clients.finetuned_loss.p90")
+    assert not higher_is_better("clients.personal_loss.p90")  # its name in ledgers of before
     assert not higher_is_better("clients.accuracy.std")
 
 
 def test_what_is_measured_after_local_training_is_what_each_client_trained() -> None:
     run = simulated("evaluate.clients=all", "evaluate.personal=true", method="ffa_lora", cohort=6)
     last = run.rows[-1]["clients"]
-    assert last["personal_loss"]["mean"] < last["loss"]["mean"]
+    assert last["finetuned_loss"]["mean"] < last["loss"]["mean"]
     assert {*run.clients["when"]} == {"before", "after"}
     assert (run.clients["steps"][run.clients["when"] == "after"] > 0).all()
     plain = simulated("evaluate.clients=all", method="ffa_lora", cohort=6)
     assert plain.summary["weights_digest"] == run.summary["weights_digest"]
+
+
+def test_the_personal_accuracy_is_that_of_the_clients_own_models_alone() -> None:
+    """Clients gave the name to what they measured after training, round 0 to another mean."""
+    words = ("evaluate.clients=all", "evaluate.personal=true")
+    test = moons(7)[6]
+    run = simulated(*words, method="fedsa_lora", cohort=6, test=test)
+    names = [{*row["metrics"]} for row in run.rows]
+    assert names == [{"personal_accuracy"}] * 4
+    assert {"accuracy", "finetuned_accuracy"} <= {*run.rows[-1]["clients"]}
+    assert not [n for row in run.rows for n in row["clients"] if n.startswith("personal_")]
+    task, counts = run.built().task, run.built().label_counts(torch.arange(6))
+    found = class_accuracies(task.model, {}, task.test, 2, 100)
+    wanted = np.mean([(count / count.sum()) @ found for count in counts])
+    assert run.rows[0]["metrics"]["personal_accuracy"] == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize("words", [("head=local",), ("method=fedsa_lora",)])

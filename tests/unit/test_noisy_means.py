@@ -20,7 +20,7 @@ from fedraclora.privacy.client_level import ClientLevel, NoisyMeans
 from fedraclora.privacy.secret import Secret
 from tests.unit.test_measuring import moons, net
 
-METRICS = {"accuracy": "accuracy", "matthews": "matthews", "personal_loss": "loss"}
+METRICS = {"accuracy": "accuracy", "matthews": "matthews", "finetuned_loss": "loss"}
 MEASURED = ["privacy.measure_noise=2", "privacy.measure_bound=3"]
 DELTA = 1e-3
 
@@ -71,9 +71,9 @@ def test_the_greatest_values_reach_that_bound() -> None:
 def test_the_noise_has_the_deviation_that_is_told_and_no_bias() -> None:
     rng, draws = np.random.default_rng(0), 2000
     values = {"accuracy": rng.random(7), "matthews": rng.uniform(-1, 1, 7)}
-    values["personal_loss"] = rng.uniform(0, 2.5, 7)
+    values["finetuned_loss"] = rng.uniform(0, 2.5, 7)
     found = [means().released(values, Secret(bytes(32)), round_) for round_ in range(draws)]
-    for name, width in (("accuracy", 1.0), ("matthews", 2.0), ("personal_loss", 2.5)):
+    for name, width in (("accuracy", 1.0), ("matthews", 2.0), ("finetuned_loss", 2.5)):
         drawn = np.array([each[name]["mean"] for each in found])
         told = found[0][name]["noise"]
         assert told == pytest.approx(0.7 * width * math.sqrt(3) / 2 / 7, rel=1e-12)
@@ -129,7 +129,7 @@ def test_a_measurement_that_no_coin_chose_anybody_for_is_noise_and_is_paid_for(
     monkeypatch.setattr(NoisyMeans, "drawn", lambda *_: torch.arange(0))
     run = private("evaluate.clients=cohort", "evaluate.personal=true", rounds=1, cohort=1)
     assert all(row["clients"]["uplink_bytes"] == 0 for row in run.rows)
-    assert all(row["clients"]["personal_loss"]["mean"] != 1.5 for row in run.rows)
+    assert all(row["clients"]["finetuned_loss"]["mean"] != 1.5 for row in run.rows)
     assert all(row["clients"]["accuracy"]["noise"] > 0 for row in run.rows)
     wanted = composed(1, 2, 1 / 6, 1 / 6)
     assert run.rows[-1]["privacy"]["epsilon"] == pytest.approx(wanted, rel=1e-9)
@@ -143,7 +143,7 @@ def test_without_noise_to_speak_of_the_means_are_those_of_the_clients() -> None:
         *("local.lr=0.1", "weights=uniform"),
         model=net(), data=moons(), method="fed_rac_lora", rounds=1, cohort=3,
     )  # fmt: skip
-    for name in ("accuracy", "loss", "personal_accuracy", "personal_loss"):
+    for name in ("accuracy", "loss", "finetuned_accuracy", "finetuned_loss"):
         wanted = open_.rows[0]["clients"][name]["mean"]
         assert noisy.rows[0]["clients"][name]["mean"] == pytest.approx(wanted, abs=1e-6)
 

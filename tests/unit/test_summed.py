@@ -11,7 +11,6 @@ import torch
 
 from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.clients import (
-    AFTER,
     BINS,
     OF_ONE,
     SummedMeasure,
@@ -20,7 +19,7 @@ from fedraclora.evaluation.clients import (
     values_of,
     write_sizes,
 )
-from fedraclora.evaluation.metrics import METRICS, Measure
+from fedraclora.evaluation.metrics import AFTER, METRICS, Measure
 from fedraclora.tree import Layout, Tree
 
 MEASURE = Measure.of(("accuracy", "loss", "auc"), "logistic")
