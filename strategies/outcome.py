@@ -338,9 +338,11 @@ def introduction(run: Assembled) -> dict[str, str]:
     """Name loss, metrics, optimiser and what is trained, by title: for the summary, too."""
     task = run.built.task
     known = len(measured_samples(task, run.config.evaluate.split))
+    wide = math.prod(task.test.target.shape[1:]) if task.loss == "squared_error" else 1
     hint = "" if whole_objects(task.train) else OR_CLIENTS
     return {
         "loss": f"{task.loss.partition('@')[0]} ({task.info['loss_from']})"
+        + (f", summed over the {wide} numbers of a target" if wide > 1 else "")
         + (f", its outputs read as those of {task.like}" if task.like else ""),
         "metrics": ", ".join(task.measured) if known or task.held else UNMEASURED + hint,
         "optimiser": optimiser_of(run.config),

@@ -46,8 +46,9 @@ def evaluate(
 
     Accuracy, Matthews' coefficient and F1 read classes: the greatest of the logits [N, C], a
     logistic score above 0, or that of each token or pixel (those with target -100 do not count).
-    F1 is that of class 1 for two classes, else the unweighted mean over classes. Pearson's and
-    Spearman's coefficients read numbers [N] or [N, 1]; where a side is constant they are NaN.
+    F1 is that of class 1 for two classes, else the unweighted mean over the classes that occur or
+    were predicted. Pearson's and Spearman's coefficients read numbers [N] or [N, 1]; where a side
+    is constant they are NaN.
     For ``multi_label`` an output says yes above 0: ``f1_micro`` is over all of them together,
     ``f1_macro`` and ``auc`` are means over outputs (``auc``: over those that have both answers).
     ``mean_iou`` is the mean over the classes that occur or were predicted.
@@ -63,9 +64,9 @@ def evaluate(
         like: As for `Measure.of`.
 
     Returns:
-        The metrics, in the order that was asked for. ``loss`` is the mean over samples, over
-        tokens or pixels with a label, or over outputs for ``multi_label``; ``perplexity`` is its
-        exponential.
+        The metrics, in the order that was asked for. ``loss`` is the mean over samples (of half
+        the squared distance for ``squared_error``), over tokens or pixels with a label, or over
+        outputs for ``multi_label``; ``perplexity`` is its exponential.
 
     Raises:
         ConfigError: If a metric or the loss does not exist, or do not go together.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -110,6 +111,19 @@ def test_token_metrics_count_tokens_that_have_a_target() -> None:
     assert got["f1"] == pytest.approx(
         reference.f1_score(wanted[kept], predicted, average="macro", zero_division=0.0)
     )
+
+
+def test_f1_leaves_out_classes_that_neither_occur_nor_were_predicted() -> None:
+    logits, target = classes(11, 12, 9)
+    logits[:, 4:7], target[target > 4] = -9.0, 8  # 5 and 6 are nowhere, 8 was never predicted
+    predicted = logits[:, :7].argmax(dim=1)
+    logits[:, 7:] = -9.0
+    assert {*predicted.tolist(), *target.tolist()} < {*range(9)}
+    found = measure(logits, target, "cross_entropy", "f1")["f1"]
+    wanted = reference.f1_score(target, predicted, average="macro", zero_division=0.0)
+    assert found == pytest.approx(wanted)
+    of_torch = torchmetrics.F1Score(task="multiclass", num_classes=9, average="macro")
+    assert found == pytest.approx(float(of_torch(predicted, target)))
 
 
 OWNED = {

@@ -361,3 +361,20 @@ def test_who_chooses_by_a_metric_of_ones_own_knows_its_direction(
         fedraclora.simulate(*words[:3], model=net(), data=data, stop=bad, **keys)
     with pytest.raises(ConfigError, match=r"wrong, .*less is better"):
         refuse_lower("the study", "wrong", read_files(tmp_path / "still").lower)
+
+
+def test_half_squares_are_summed_over_a_target_and_torchs_own_loss_has_their_mean() -> None:
+    rng = generator(4, "wide")
+    data = [(torch_normal(rng, n, 3).float(), torch_normal(rng, n, 5).float()) for n in (9, 14)]
+    given = {"model": nn.Linear(3, 5), "data": data, "test": data[0], "rounds": 0}
+    given["data"] = [data[1], (data[0][0] + 1, data[0][1])]
+    plain = fedraclora.simulate(*QUIET, **given, loss="squared_error")
+    gap = (given["model"](data[0][0]).detach() - data[0][1]).square()
+    found = plain.rows[0]["metrics"]["loss"]
+    assert found == pytest.approx(float(0.5 * gap.sum(dim=1).mean()), rel=1e-5)
+    assert "summed over the 5 numbers" in plain.summary["begins"]["loss"]
+    mean = fedraclora.simulate(*QUIET, **given, loss=nn.MSELoss(reduction="none"))
+    assert mean.rows[0]["metrics"]["loss"] == pytest.approx(float(gap.mean()), rel=1e-5)
+    one = [(x, y[:, :1]) for x, y in given["data"]]
+    short = fedraclora.simulate(*QUIET, model=nn.Linear(3, 1), data=one, rounds=0)
+    assert "summed" not in short.summary["begins"]["loss"]
