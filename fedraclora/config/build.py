@@ -25,7 +25,7 @@ from fedraclora.data.fit import Form
 from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.held import Portion, hold_out_of_clients, numbered, refuse_shared, without_held
 from fedraclora.data.locate import GGUF, resolve
-from fedraclora.data.objective import judged_by, refuse_contradiction
+from fedraclora.data.objective import count_classes, judged_by, refuse_contradiction, with_labels
 from fedraclora.data.own import Brought, counted
 from fedraclora.data.partition import make_partition
 from fedraclora.data.samples import ClientData, Partitioned, Samples, count_labels
@@ -199,7 +199,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
         own.get("metrics") or selection.metrics,
     )
     whole = numbered(whole) if config.evaluate.by_clients else whole
-    data = whole if selection.labels is None else select_labels(whole, selection.labels)
+    chosen = selection.labels
+    data = whole if chosen is None else select_labels(with_labels(whole), chosen)
     data, validation = hold_out(data, selection.validation, config.seed)
     division: dict[str, Any] = dict(config.partition)
     parts, info = make_partition(data, **division, clients=config.clients, seed=config.seed)
@@ -267,8 +268,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         held=None if held is None else HeldOut(held.to(device), asked.batch_size),
         choices=asked.choices,
     )
-    labelled = "label" in data.columns and data.classes > 1
-    return BuiltTask(task, clients, size, data.classes if labelled else 0, device)
+    return BuiltTask(task, clients, size, count_classes(data), device)
 
 
 def _brought(data: DataSet, train: ClientData) -> Callable[[int], Any] | None:

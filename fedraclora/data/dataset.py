@@ -73,7 +73,8 @@ class DataSet:
         loss: A key of `fedraclora.data.task.LOSSES`, or the name of one of the user's own.
         metrics: Names of metrics, the headline first.
         columns: One value per training row, to partition by: ``"label"`` wherever there are
-            classes, ``"client"`` and its own name for a natural client.
+            classes (see `fedraclora.data.objective.with_labels`), ``"client"`` and its own name for
+            a natural client.
         sample_shape: Shape of one input ``"x"``; empty for token ids.
         parts: The clients, where the data set brings its own division. Rows of each client are a
             proposal; clients that are made or found on demand are the only division there is.
@@ -281,7 +282,8 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         ConfigError: If the data set has no classes, fewer than two are asked for, one is asked
             for twice, or one does not occur, or if the clients are made on demand.
     """
-    if (data.like or data.loss) != "cross_entropy":
+    classes = "label" in data.columns and data.classes > 1
+    if (data.like or data.loss) != "cross_entropy" and not classes:
         raise ConfigError("data.labels is for data sets with classes; set data.labels=null")
     if data.on_demand:
         raise ConfigError(

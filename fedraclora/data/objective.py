@@ -79,8 +79,30 @@ def usual_metrics(loss: str, target: torch.Tensor) -> tuple[str, ...]:
     """Give the metrics that are usual for a loss; of one that says nothing, those of its target."""
     if known := LOSSES.get(said_like(loss) or loss):
         return known.metrics
-    of_classes = not target.is_floating_point() and target[:1].numel() == len(target[:1])
-    return ("accuracy", "loss") if of_classes else ("loss",)
+    return ("accuracy", "loss") if has_classes(loss, target) else ("loss",)
+
+
+def has_classes(loss: str, target: torch.Tensor) -> bool:
+    """Tell whether each sample has one class; of a loss that says nothing, whole numbers are."""
+    known = (said_like(loss) or loss) in {*LOSSES} - {"cross_entropy", "logistic"}
+    whole = not target.is_floating_point() and target[:1].numel() == len(target[:1])
+    return whole and not known
+
+
+def with_labels(data: DataSet) -> DataSet:
+    """Give a data set whose samples have classes the column that a partition divides by them."""
+    rows = data.train.target
+    if "label" in data.columns or data.on_demand or not data.train.inputs:
+        return data
+    if not has_classes(data.like or data.loss, rows):
+        return data
+    return replace(data, columns={**data.columns, "label": rows.flatten().numpy()})
+
+
+def count_classes(data: DataSet) -> int:
+    """Count the classes of samples whose outputs are read as scores of classes; 0 of others."""
+    labelled = "label" in with_labels(data).columns and data.classes > 1
+    return data.classes if labelled and (data.like or data.loss) == "cross_entropy" else 0
 
 
 def judged_by(data: DataSet, loss: object, metrics: object) -> DataSet:

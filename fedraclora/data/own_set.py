@@ -15,7 +15,7 @@ from fedraclora.data.arrays import read_npz
 from fedraclora.data.dataset import OF_RUN, TEST_SHARE, Clients, DataSet, refuse_both
 from fedraclora.data.fit import Form, found_shape, gathered, scale_of_bytes
 from fedraclora.data.locate import user_path
-from fedraclora.data.objective import said_like, usual_metrics
+from fedraclora.data.objective import has_classes, said_like, usual_metrics
 from fedraclora.data.own import ARGUMENTS, Brought, counted
 from fedraclora.data.own_loss import IGNORED_TOKEN, named_loss
 from fedraclora.data.partition import SIZES_SEEN, spread_clients
@@ -100,7 +100,7 @@ def own_samples(
         raise ConfigError("data.classes is not set, and a node cannot know it")
     else:
         measured = _none_of(_readable(brought, served))
-    labelled = form.loss == "cross_entropy" and samples is not None and served is None
+    labelled = has_classes(form.loss, measured.target) and samples is not None and served is None
     return DataSet(
         train=_none_of(measured),
         test=measured,

@@ -13,6 +13,7 @@ import torch
 
 from fedraclora.binding import row_of
 from fedraclora.data.dataset import MOST_NAMED, Clients, DataSet, Division, RowNumbers
+from fedraclora.data.objective import with_labels
 from fedraclora.data.partitioners import (
     bootstrap,
     by_partitioner,
@@ -182,7 +183,7 @@ def make_partition(
             the key, if the data know their clients and another division is asked for, or if clients
             are empty and ``empty`` is ``error``.
     """
-    divide = row_of("partition", PARTITIONS, name)
+    divide, data = row_of("partition", PARTITIONS, name), with_labels(data)
     own = is_named(name)
     if own and data.parts is not None:
         raise ConfigError(

@@ -266,6 +266,11 @@ def count_labels(data: ClientData, clients: torch.Tensor, classes: int) -> npt.N
         sizes = data.sizes(ids)[:, None]
         place = torch.arange(int(sizes.max()), device=ids.device).expand(len(ids), -1)
         target = data.gather(ids, place).target.reshape(place.shape)
+        if bool(((target < 0) | (target >= classes))[place < sizes].any()):
+            raise DataError(
+                f"a class of the clients {ids.tolist()} is none of 0 to {classes - 1}: number the "
+                "classes from 0, or say how many there are (data.classes)"
+            )
         owner = torch.arange(len(ids), device=ids.device)[:, None]
         found = (owner * classes + target)[place < sizes].bincount(minlength=len(ids) * classes)
         counts[start : start + COUNTED_AT_ONCE] = found.reshape(-1, classes).cpu()

@@ -227,7 +227,8 @@ def test_bad_input_names_the_key(change, words):
 
 @pytest.mark.parametrize("name", [name for name in ARGS if name != "iid"])
 def test_a_division_by_class_needs_classes(name):
-    data = DataSet(**{**vars(DATA), "columns": {}})
+    numbers = Samples(DATA.train.inputs, DATA.train.target.float())
+    data = DataSet(**{**vars(DATA), "columns": {}, "loss": "squared_error", "train": numbers})
     with pytest.raises(ConfigError, match=r"no classes.*partition=iid"):
         make_partition(data, name=name, clients=3, seed=0, **ARGS[name])
 

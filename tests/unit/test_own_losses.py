@@ -273,6 +273,39 @@ def test_a_loss_of_ones_own_is_the_projects_where_it_is_the_same() -> None:
     assert "read as those of cross_entropy" in other.summary["begins"]["loss"]  # type: ignore[index]
 
 
+def divided(data: Any, clients: int, seed: int) -> list[Any]:
+    """A partition of the user's own, by the classes that it is shown."""
+    del clients, seed
+    return [np.flatnonzero(data.columns["label"] == k) for k in range(2)]
+
+
+@pytest.mark.parametrize("words", [("attack=label_flip",), ("data.labels=[1,0]",), ()])
+@pytest.mark.parametrize("partition", ["dirichlet", "shards", divided])
+def test_a_loss_that_says_nothing_hides_no_classes(words: tuple[str, ...], partition: Any) -> None:
+    """Accuracy was reported, but partitions by class and attacks on them were refused."""
+
+    def silent(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, reduction="none")
+
+    x, y = (torch.cat(each) for each in zip(*clients(), strict=True))
+    given = {"model": net(), "data": (x, y), "clients": 2, "partition": partition, "rounds": 1}
+    losses = silent, "cross_entropy"
+    runs = [fedraclora.simulate(*QUIET, *words, **given, loss=loss) for loss in losses]
+    one, other = (run.rows[1]["metrics"] for run in runs)
+    assert one == pytest.approx(other, abs=1e-6)
+    counts = [run.built().label_counts(torch.arange(2)).tolist() for run in runs]
+    assert counts[0] == counts[1]
+
+
+def test_a_logistic_loss_has_classes_to_divide_by_and_counts_of_the_users_are_none() -> None:
+    x, y = (torch.cat(each) for each in zip(*clients(), strict=True))
+    given: dict[str, Any] = {"data": (x, y), "clients": 2, "partition": "dirichlet", "rounds": 0}
+    yes = fedraclora.simulate(*QUIET, model=net(1), loss="logistic", **given)
+    assert yes.built().classes == 0
+    with pytest.raises(ConfigError, match="divides by class"):
+        fedraclora.simulate(*QUIET, **given | {"model": net(1), "data": (x, y + 0.5)}, loss=focal)
+
+
 def test_a_run_that_goes_on_wants_the_same_loss_and_has_the_same_bits(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"metrics": [wrong, "loss"], "folder": tmp_path / "run"}
     whole = judged("inline", focal, [wrong, "loss"])
