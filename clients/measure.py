@@ -63,7 +63,7 @@ class Measurer:
         clients, counts = request.clients[kept], sizes[kept]
         steps, layout, numbers = torch.zeros_like(clients), Layout(()), torch.zeros(0, 0).double()
         if len(clients):
-            samples = joined(held.data, clients.to(device), counts.to(device)), counts
+            samples = rows_of_clients(held.data, clients.to(device), counts.to(device)), counts
             downlink = ask.own.select(kept).beside(base)
             found = self._before(ask, downlink, base, clients, store, samples)
             if request.measure == "after":
@@ -166,7 +166,7 @@ class Measurer:
         return sums_of(self.measure, self.task, weights, samples, counts, size)
 
 
-def joined(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> Samples:
+def rows_of_clients(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> Samples:
     """Put the samples of clients one after another."""
     if isinstance(data, TableRows):  # copied once
         starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)

@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from fedraclora.binding import Plain
 from fedraclora.clients.answers import AnswerOnce
 from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, served, some
+from fedraclora.clients.samples import check_samples
 from fedraclora.clients.worker import Worker
 from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config.run_config import task_from_plain
@@ -124,6 +125,10 @@ class Desk:
         # New for every answer that is computed: nothing that anybody could ask for draws it again.
         self.worker.trainer.answer_key = os.urandom(KEY_BYTES)
         folders = {client: self.folder / str(client) for client in ask.clients}
+        checked = checked_of(self.folder, self.worker.trainer)
+        for client in folders.keys() - checked:
+            check_samples(folders[client], client, self.worker.trainer.task)
+            checked.add(client)
         # A server that is restored goes back to its last checkpoint.
         store = ClientStore(int(self.settings["output"]["checkpoint_every"]) + 1)
         self.worker.store = store
@@ -153,6 +158,13 @@ class Desk:
                 books[k].keep(answer)
                 found[k] = answer
         return [answer for answer in found if answer is not None]
+
+
+@lru_cache(maxsize=KEPT)
+def checked_of(folder: Path, trainer: CohortTrainer) -> set[int]:
+    """Give the clients of a run whose samples this process has compared; whoever does adds them."""
+    del folder, trainer
+    return set()
 
 
 def store_file(folder: Path) -> Path:

@@ -150,7 +150,7 @@ def hold_out_of_clients(
     """
     if share is None:
         return data, None
-    if data.objects if isinstance(data, Brought) else whole_objects(data):
+    if whole_objects(data):
         raise ConfigError(
             "evaluate.clients is set, but the clients' samples are objects that no tensors were "
             "made of, on which nobody can measure: set evaluate.clients=none"
@@ -173,7 +173,9 @@ def files_of(data: ClientData) -> Brought | None:
 
 
 def whole_objects(data: ClientData) -> bool:
-    """Check whether client data are objects of a program that no table holds."""
+    """Check whether client data are objects that no tensors were made of."""
+    if isinstance(data, Brought):
+        return data.objects
     return isinstance(data, Partitioned) and not data.samples.inputs
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fedraclora.clients import node as client_node
+from fedraclora.clients.cache import CACHE
 from fedraclora.data.fit import Form, gathered
 from fedraclora.data.own import read_own
 from fedraclora.data.own_set import own_samples
-from fedraclora.errors import ConfigError, DataError
+from fedraclora.errors import ClientError, ConfigError, DataError
 from fedraclora.experiments.simulate import simulate
 from fedraclora.imports import import_object
 from tests.campaigns.faults.network import Network, composed, rows, serve
+from tests.campaigns.wire import raw
 from tests.common import summary_of
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "deploy"
@@ -71,6 +76,72 @@ def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
         r.get("metrics") for r in rows(inline)
     ]
     assert rows(inline)[3]["metrics"]["loss"] < rows(inline)[0]["metrics"]["loss"]  # type: ignore[index]
+
+
+def restarted() -> None:
+    """What a node has in memory goes with its process."""
+    client_node.trainer_for.cache_clear()
+    client_node.checked_of.cache_clear()
+
+
+def files_of(folder: Path, **changes: float) -> dict[int, dict[str, bool | float | int | str]]:
+    """Write the samples of three clients, some with another first number; give their nodes."""
+    folder.mkdir(exist_ok=True)
+    owner = import_object("data", "clinic.data:owner")
+    for client in range(3):
+        x, y = owner(client)
+        x = np.array(x)
+        x[0, 0] += changes.get(f"client{client}", 0.0)
+        np.savez(folder / f"{client}.npz", x=x, target=y)
+    nodes = {2: {"partition-ids": "0-1"}, 1: {"partition-id": 2}}
+    return {node: {**config, "data": str(folder)} for node, config in nodes.items()}
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["evaluate.clients=cohort"], ["local=dp_sgd", "local.dp.noise_multiplier=1"]]
+)
+def test_a_client_whose_samples_change_is_refused_by_name_and_nobody_else(
+    words: list[str], tmp_path: Path
+) -> None:
+    """Between two rounds, as its node has ended in between; and it goes on once they are back."""
+    nodes = files_of(tmp_path / "own")
+    network = Network(tmp_path / "cache", nodes)  # type: ignore[arg-type]
+
+    def move(round_: int) -> None:
+        if round_ in {2, 4}:
+            files_of(tmp_path / "own", client1=1e-3 if round_ == 2 else 0.0)
+            restarted()
+
+    network.on_round = move
+    more = ["engine.min_clients=2", "rounds=4", "output.checkpoint_every=1", *words]
+    run(tmp_path / "run", network, *more)
+    failures: list[Any] = [row["failures"] for row in rows(tmp_path / "run")[1:]]
+    assert [[f["client"] for f in each] for each in failures] == [[], [1], [1], []]
+    for part in ("client 1: its samples ", "Restore them", "new run"):
+        assert part in failures[1][0]["reason"]
+    (note,) = (tmp_path / "cache" / "2" / CACHE).rglob("1/samples.json")
+    assert note.stat().st_mode & 0o777 == 0o600
+    digest = json.loads(note.read_text())["samples"]
+    sent = [m for m in network.posted if m.has_content()]
+    assert not any(digest.encode() in raw(m.content) for m in sent)  # it stays where it is
+
+
+def test_samples_that_change_before_a_run_goes_on_are_refused(tmp_path: Path) -> None:
+    network = Network(tmp_path / "cache", files_of(tmp_path / "own"))  # type: ignore[arg-type]
+    folder = tmp_path / "run"
+    serve(composed([*WORDS, "engine=deploy", f"output.dir={folder}", "rounds=2"]), network)
+    plain = composed([*WORDS, "engine=deploy", f"output.dir={folder}", "rounds=3"])
+    files_of(tmp_path / "own", client2=-1e-6)
+    restarted()
+    with pytest.raises(ClientError, match=r"client 2: its samples .*begin a new run"):
+        serve(plain, network, resume=True)
+    files_of(tmp_path / "own")
+    restarted()
+    serve(plain, network, resume=True)
+    restarted()
+    serve(composed([*WORDS, "engine=deploy", f"output.dir={tmp_path / 'plain'}"]), network)
+    digests = [summary_of(tmp_path / name)["weights_digest"] for name in ("run", "plain")]
+    assert digests[0] == digests[1]
 
 
 PARTS = """

@@ -14,11 +14,15 @@ from torch import nn
 
 import fedraclora
 from fedraclora.client import Round, Trained
+from fedraclora.clients import node as client_node
+from fedraclora.errors import ClientError
 from fedraclora.experiments.simulate import simulate
 from tests.campaigns.faults.network import Network, composed, serve
 from tests.common import normal, summary_of
 
 MODULE = """
+import pathlib
+
 import torch
 from torch import nn
 
@@ -33,7 +37,9 @@ def owner(client):
 
 
 def texts(client):
-    return [f"{client} {row}" for row in range(6 + client)]
+    more = pathlib.Path(__file__).with_name("more.txt")
+    end = more.read_text() if more.is_file() else ""
+    return [f"{client} {row}{end}" for row in range(6 + client)]
 
 
 def train(round, lr=0.1):
@@ -73,6 +79,7 @@ WORDS = [
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_at_nodes.py").write_text(MODULE)
+    monkeypatch.delitem(sys.modules, "mine_at_nodes", raising=False)  # of the test before
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -93,6 +100,24 @@ def test_nodes_train_as_one_process(source: str, tmp_path: Path, module: None) -
     rows = fedraclora.read_run(tmp_path / "far").rows
     assert rows[3]["train_metrics"] == {"margin": pytest.approx((0 * 6 + 1 * 7 + 2 * 8) / 21)}
     assert rows[3]["local_steps"] == 9  # three of each, of which state tells
+
+
+def test_objects_of_a_client_that_change_are_refused(tmp_path: Path, module: None) -> None:
+    """No tensors were made of them: what they hold is compared, as in a simulation."""
+    del module
+    name = "mine_at_nodes:texts"
+    nodes: dict[int, Any] = {10 + k: {"partition-id": k, "data": name} for k in range(3)}
+    network = Network(tmp_path / "cache", nodes)
+    words = [*WORDS, "data.objects=true", "engine=deploy", f"output.dir={tmp_path}/far"]
+    serve(composed([*words, "rounds=1"]), network)
+    for more in ("", "?"):
+        (tmp_path / "more.txt").write_text(more)
+        client_node.trainer_for.cache_clear()
+        client_node.checked_of.cache_clear()
+        if not more:
+            serve(composed([*words, "rounds=2"]), network, resume=True)
+    with pytest.raises(ClientError, match="client 0: its samples"):
+        serve(composed([*words, "rounds=3"]), network, resume=True)
 
 
 @pytest.mark.slow

@@ -1,0 +1,69 @@
+"""Holds clients of a node to the samples with which they began a run.
+
+A checksum of all that a client trains and measures on lies beside what it keeps of the run, on the
+node's disk. It is compared in each new process of the node, and never sent: from the checksum of a
+few samples one could find out which they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from fedraclora.clients.cache import on_disk
+from fedraclora.clients.measure import rows_of_clients
+from fedraclora.data.held import whole_objects
+from fedraclora.data.task import Task
+from fedraclora.errors import DataError
+from fedraclora.objects import object_digest
+from fedraclora.run.digests import read_sealed, sealed
+from fedraclora.tree import digest
+from fedraclora.weights.files import write_text
+
+FILE = "samples.json"
+KEY = "samples"
+
+
+def check_samples(folder: Path, client: int, task: Task) -> None:
+    """Compare the samples of a client with those of its first time in a run, when it notes them.
+
+    Args:
+        folder: Of the client in the run.
+        client: The client.
+        task: Has its samples.
+
+    Raises:
+        CheckpointError: If the note is damaged.
+        ClientError: If the note cannot be written.
+        DataError: If the samples are others.
+    """
+    path, found = folder / FILE, samples_digest(client, task)
+    if path.is_file():
+        if read_sealed(path).get(KEY) != found:
+            raise DataError(
+                f"client {client}: its samples are not those with which it began this run, as "
+                f"{FILE} of its folder in the node's cache says. Restore them, or begin a new run "
+                "on the samples of now"
+            )
+        return
+    with on_disk(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_text(path, sealed({KEY: found}))
+        path.chmod(0o600)
+
+
+def samples_digest(client: int, task: Task) -> str:
+    """Hash all samples of a client: those that it trains on, and those that it measures on."""
+    found = hashlib.sha256()
+    for data in (task.train, None if task.held is None else task.held.data):
+        if data is None:
+            continue
+        ids = torch.tensor([client], device=task.test.target.device)
+        samples = rows_of_clients(data, ids, data.sizes(ids))
+        found.update(digest(samples.tensors).encode())
+        if whole_objects(data) and task.brought is not None:
+            own = task.brought(client)
+            found.update(str(getattr(own, "_fingerprint", None) or object_digest(own)).encode())
+    return found.hexdigest()
