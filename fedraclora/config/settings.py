@@ -97,8 +97,7 @@ class Patience:
     """How the loop waits for clients on an engine.
 
     Attributes:
-        timeout: Seconds to wait for the replies of an exchange; None where the engine knows when to
-            give up.
+        timeout: Seconds to wait for replies; None where the engine knows when to give up.
         guarded: Whether clients are other people's machines: then whatever one of them sends is a
             failure of that client alone, and `min_clients` says when a round has failed.
         min_clients: Of a guarded run: replies that a round needs; None: of all clients asked.
@@ -227,8 +226,8 @@ class DeployConfig(EngineConfig):
         timeout: Seconds to wait for the replies of an exchange.
         retries: Times that a round with fewer replies is run again before the run stops.
         max_samples: The most samples that a client can claim to have.
-        folder: Where the server keeps the run, by its whole path on the SuperLink's machine;
-            None = ``fedraclora/<name of the run folder>`` in the home of its user.
+        max_claims: The most clients that several nodes may claim in a run; None = any number.
+        folder: Of the server, on its machine; None = ``~/fedraclora/<name of the run folder>``.
     """
 
     name: ClassVar[str] = "deploy"
@@ -239,6 +238,7 @@ class DeployConfig(EngineConfig):
     timeout: Seconds = 3600.0
     retries: Whole = 2
     max_samples: Count = 10_000_000
+    max_claims: Annotated[Whole | None, Later()] = None
     folder: str | None = None
 
     @override

@@ -10,20 +10,26 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from flwr.app import Message, RecordDict
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPushError,
     push_object_contents_from_iterable,
 )
 from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.run import Run
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.superlink.grid import http_grid
+from flwr.superlink.servicer.control import control_handlers
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.runtime import run_clientapp
@@ -50,6 +56,7 @@ from fedraclora.engines.deploy.supernode import (
     patient,
     put,
 )
+from tests.messages import become_a_task
 
 
 @pytest.mark.parametrize(
@@ -332,3 +339,31 @@ def test_a_process_for_each_command_line_is_forked_until_nobody_asks(tmp_path: P
     ]
     assert {line[4] for line in lines} == {str(process.pid)}
     assert len({line[3] for line in lines} | {str(process.pid)}) == 3
+
+
+def test_trusted_entities_refuse_an_app_that_no_hub_has_signed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As docs/deploy.md says: a run that is submitted as a bundle has no verification."""
+    become_a_task()
+    asked, kept = Message(RecordDict(), 7, "query.partition", ttl=100), list[Message]()
+    asked.metadata.__dict__["_run_id"] = 5
+    monkeypatch.setattr(start_client_internal, "_insert_message", lambda m, *_: kept.append(m))
+    state = SimpleNamespace(get_run=lambda _: None, get_node_id=lambda: 7)
+    pull = partial(
+        start_client_internal._pull_and_store_message,
+        state=state,
+        object_store=SimpleNamespace(preregister=lambda *_: []),
+        node_config={},
+        receive=lambda: (asked, get_object_tree(asked)),
+        get_run=lambda _: Run.create_empty(5),
+        get_fab=lambda *_: Fab("hash", b"any", {}),  # what `start_run` makes of a bundle
+        pull_object=lambda *_: b"",
+        confirm_message_received=lambda *_: None,
+    )
+    assert pull(trusted_entities={"key": "ssh-ed25519 AAAA"}) == 5
+    assert [m.error.code for m in kept] == [start_client_internal.FAB_VERIFICATION_ERROR.code]
+    started = inspect.getsource(control_handlers.start_run)
+    assert re.search(r"verification_dict: dict\[str, str\] = {}", started)
+    local = started.partition("# Start a run using the provided app")[2]
+    assert "verification_dict" not in local.partition("if len(fab_file)")[0]

@@ -1,13 +1,15 @@
 """Who is where: which node serves which clients, and which version of the weights it holds.
 
 A node is asked when it is first seen. So one that joins late, or comes back under another node id,
-is found at the next exchange.
+is found at the next exchange. If several connected nodes claim a client, the node that was
+registered first at the SuperLink serves it: the order of their answers decides nothing.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -18,11 +20,12 @@ from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy.pulling import in_part, pulled
 from fedraclora.engines.records import message_bytes
 from fedraclora.engines.replies import FORMAT, UNREADABLE, check_format
-from fedraclora.errors import ClientError, WireError
+from fedraclora.errors import ClientError, EngineError, WireError
 from fedraclora.wire.fields import printable, shown, whole
 
 PARTS = 10.0  # seconds for the parts of an answer: it is small
-PATIENCE = 60.0  # seconds for nodes that are there to say whom they serve, once enough have
+PATIENCE = 60.0  # seconds for a node that is there to say whom it serves, once enough have
+AGAIN = 20.0  # seconds without an answer until a node is asked again, then twice as long
 
 
 class Post(Protocol):
@@ -41,6 +44,23 @@ class Post(Protocol):
         """Wait a moment."""
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question whom a node serves.
+
+    Attributes:
+        node: Who is asked.
+        first: When the node was first asked of all times to which it has not answered.
+        at: When this question was sent.
+        pause: Seconds until the node is asked again.
+    """
+
+    node: int
+    first: float
+    at: float
+    pause: float = AGAIN
+
+
 class Roster:
     """Finds the node of each client.
 
@@ -54,9 +74,13 @@ class Roster:
     def __init__(self, post: Post) -> None:
         self.post = post
         self.versions: dict[int, int | None] = {}
-        self._serving: dict[int, list[int]] = {}  # node -> its clients, in order of appearance
+        self._registered: dict[int, str] = {}  # node that is connected -> when it was registered
+        self._serving: dict[int, list[int]] = {}  # node -> its clients
         self._unfit: dict[int, str] = {}  # nodes that could not say whom they serve, and why
-        self._asked: dict[str, int] = {}  # question without an answer so far -> node
+        self._asked: dict[str, Question] = {}  # those without an answer so far
+        self._enough: float | None = None  # since when enough clients are known
+        self._node: dict[int, int] = {}  # client -> the node that served it last
+        self._claims: dict[int, dict[int, str]] = {}  # client -> each further node, in a sentence
 
     def forget(self, node: int) -> None:
         """Ask a node anew, if it is still there."""
@@ -64,7 +88,8 @@ class Roster:
 
     def ask_again(self, node: int) -> str | None:
         """Ask a node again that serves somebody; give the question, None where it does not."""
-        return self._ask(node) if self._serving.get(node) else None
+        now = time.monotonic()
+        return self._ask(Question(node, now, now)) if self._serving.get(node) else None
 
     def has_answered(self, question: str) -> bool:
         """Look for answers; tell whether a question has one."""
@@ -76,20 +101,22 @@ class Roster:
 
         Raises:
             ClientError: If too few are in time.
+            EngineError: If more clients are claimed by several nodes than the run allows.
         """
         settings = self.post.settings
         enough = min(settings.min_clients or len(clients), len(clients))
         began = time.monotonic()
-        patient: float | None = None
         self._serving = {n: c for n, c in self._serving.items() if c}  # others may be mended by now
         self._unfit.clear()
         while True:
             self._look()
-            found = self._find(clients)
+            nodes = self._nodes()
+            found = {c: nodes[c] for c in clients if c in nodes}
             now = time.monotonic()
             if len(found) >= enough:
-                patient = now + PATIENCE if patient is None else patient
-                if len(found) == len(clients) or not self._asked or now > patient:
+                self._enough = now if self._enough is None else self._enough
+                if not self._waits(now):
+                    self._note_claims(nodes)
                     return found
             elif now > began + settings.wait:
                 missing = sorted(set(clients) - found.keys())
@@ -101,55 +128,104 @@ class Roster:
                 )
             self.post.wait("enough clients were connected")
 
-    def _find(self, clients: Sequence[int]) -> dict[int, int]:
+    def _waits(self, now: float) -> bool:
+        """Tell whether a node that is there may still say in time whom it serves."""
+        new = [q for q in self._asked.values() if q.node not in self._serving]
+        return any(now < max(q.first, self._enough or 0.0) + PATIENCE for q in new)
+
+    def _nodes(self) -> dict[int, int]:
+        """Give the node of each client: of those that claim it the one registered first."""
         nodes: dict[int, int] = {}
+        for node in sorted(self._serving, key=lambda n: (self._registered.get(n, ""), n)):
+            for client in self._serving[node]:
+                nodes.setdefault(client, node)
+        return nodes
+
+    def _note_claims(self, nodes: dict[int, int]) -> None:
+        """Note clients that another node claims than serves them, or that another one served.
+
+        Raises:
+            EngineError: If there are more than the run allows.
+        """
+        new: dict[str, list[int]] = {}
         for node, served in self._serving.items():
             for client in served:
-                nodes.setdefault(client, node)  # whoever was there first, while it is there
-        return {c: nodes[c] for c in clients if c in nodes}
+                keeper, before = nodes[client], self._node.get(client, nodes[client])
+                known = self._claims.get(client, {})
+                self._node[client] = keeper
+                if node != keeper and node not in known:
+                    said = f"is served by {self._name(keeper)}; {self._name(node)}, registered "
+                    said += "later, claims it, too, and is not asked"
+                    self._claims.setdefault(client, {})[node] = said
+                    new.setdefault(said, []).append(client)
+                if before != keeper:
+                    said = f"was served by {self._name(before)}, and from here on is served by "
+                    said += self._name(keeper)
+                    self._claims.setdefault(client, {}).setdefault(keeper, said)
+                    new.setdefault(said, []).append(client)
+        self.post.incidents += [f"{_told(clients)} {said}" for said, clients in new.items()]
+        most, claimed = self.post.settings.max_claims, sorted(self._claims)
+        if most is not None and len(claimed) > most:
+            said = next(iter(self._claims[claimed[0]].values()))
+            raise EngineError(
+                f"engine.max_claims={most}: more than one node claims {_told(claimed)}, for "
+                f"example client {claimed[0]} {said}. Stop the node that should not serve it "
+                "(`flwr supernode unregister NODE`), then resume"
+            )
+
+    def _name(self, node: int) -> str:
+        """Name a node as `flwr supernode list` does."""
+        when = self._registered.get(node)
+        return f"node {node}" + (f" (registered {when})" if when else "")
 
     def _look(self) -> None:
         """Ask nodes that are new whom they serve, and read the answers that are there."""
-        post = self.post
-        there = set(post.grid.get_node_ids())
+        post, now = self.post, time.monotonic()
+        self._registered = there = {n.node_id: n.registered_at for n in post.grid.get_nodes()}
         self._serving = {n: c for n, c in self._serving.items() if n in there}
-        self._asked = {q: n for q, n in self._asked.items() if n in there}
-        for node in sorted(there - self._serving.keys() - set(self._asked.values())):
-            self._ask(node)
-        if not self._asked:
-            return
-        for question, node in list(self._asked.items()):
+        self._asked = {name: q for name, q in self._asked.items() if q.node in there}
+        for name, asked in list(self._asked.items()):
+            # Its answer may have been lost on the way, and then the node knows nothing of it.
+            if asked.node not in self._serving and now > asked.at + asked.pause:
+                del self._asked[name]
+                self._ask(replace(asked, at=now, pause=2 * asked.pause))
+        for node in sorted(there.keys() - self._serving - {q.node for q in self._asked.values()}):
+            self._ask(Question(node, now, now))
+        for name, asked in list(self._asked.items()):
             # One by one: Flower gives back none of several replies if one cannot be decoded.
             try:
-                for reply in pulled(post.grid, [question], time.monotonic() + PARTS):
-                    del self._asked[question]
+                for reply in pulled(post.grid, [name], time.monotonic() + PARTS):
+                    del self._asked[name]
                     post.traffic.serialised += message_bytes(reply)
-                    if in_part(reply):  # it is asked again
+                    if in_part(reply):
+                        self._ask(replace(asked, at=now))
                         continue
-                    self._introduce(node, *_read(reply))
+                    self._introduce(asked.node, *_read(reply))
             except (*UNREADABLE, WireError) as error:
-                self._asked.pop(question, None)
+                self._asked.pop(name, None)
                 why = printable(str(error))
                 post.incidents.append(f"a node cannot take part: {why}")
-                self._serving[node], self._unfit[node] = [], why
+                self._serving[asked.node], self._unfit[asked.node] = [], why
 
-    def _ask(self, node: int) -> str:
+    def _ask(self, question: Question) -> str:
         """Ask a node whom it serves; give Flower's number of the question."""
         content = RecordDict({"job": ConfigRecord({"run": self.post.run_id, "format": FORMAT})})
-        query = Message(content, node, "query.partition", ttl=self.post.settings.timeout)
+        ttl = self.post.settings.timeout
+        query = Message(content, question.node, "query.partition", ttl=ttl)
         (name,) = self.post.grid.push_messages([query])
         self.post.traffic.serialised += message_bytes(query)
-        self._asked[name] = node
+        self._asked[name] = question
         return name
 
     def _introduce(self, node: int, mine: list[int], version: int | None) -> None:
         """Note whom a node serves, and the version that it holds."""
-        self._serving.pop(node, None)  # it was asked again
-        if twice := sorted({*mine} & {c for each in self._serving.values() for c in each}):
-            who = f"client {twice[0]}" if len(twice) == 1 else f"clients {shown(twice)}"
-            self.post.incidents.append(f"a second node says that it serves {who}")
         self._serving[node] = mine
         self.versions[node] = version
+
+
+def _told(clients: Sequence[int]) -> str:
+    """Name clients: the one, or the first of several."""
+    return f"client {clients[0]}" if len(clients) == 1 else f"clients {shown([*clients])}"
 
 
 def _read(reply: Message) -> tuple[list[int], int | None]:

@@ -1,0 +1,205 @@
+"""Who serves a client: the node registered first, whatever the order of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from typing_extensions import override
+
+from fedraclora.config.settings import DeployConfig
+from fedraclora.engines.base import Traffic
+from fedraclora.engines.deploy import roster
+from fedraclora.engines.deploy.roster import AGAIN, PATIENCE, Roster
+from fedraclora.engines.deploy.silence import Silence
+from fedraclora.engines.replies import FORMAT
+from fedraclora.errors import ClientError, EngineError
+from tests.messages import FakeGrid
+
+STEP = 0.5  # seconds that a look takes
+
+
+@dataclass
+class Link(FakeGrid):
+    """A SuperLink with nodes: the clients of each.
+
+    Attributes:
+        delays: Seconds until a node's answer is there, in the order of its questions; the last
+            holds for all further ones.
+        registered: When each node was registered.
+    """
+
+    nodes: dict[int, list[int]]
+    delays: dict[int, list[float]] = field(default_factory=dict)
+    registered: dict[int, str] = field(default_factory=dict)
+    now: float = 0.0
+    due: dict[str, float] = field(default_factory=dict)
+    asked: list[int] = field(default_factory=list)
+
+    @override
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=n, registered_at=self.registered.get(n, "")) for n in self.nodes]
+
+    @override
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        names = []
+        for message in messages:
+            node, name = message.metadata.dst_node_id, str(next(self.ids))
+            message.metadata.__dict__["_message_id"] = name
+            delays = self.delays.get(node, [0.0])
+            self.due[name] = self.now + delays[min(self.asked.count(node), len(delays) - 1)]
+            self.waiting[name] = message
+            self.asked.append(node)
+            names.append(name)
+        return names
+
+    @override
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = []
+        for name in message_ids:
+            message = self.waiting[name]
+            if self.due[name] <= self.now:
+                ids = self.nodes[message.metadata.dst_node_id]
+                record = ConfigRecord({"ids": ids, "held": -1, "format": FORMAT})
+                found.append(Message(RecordDict({"partition": record}), reply_to=message))
+        return found
+
+
+class Post:
+    """What a roster needs of its grid; to wait takes `STEP` seconds of a clock of its own."""
+
+    run_id = "r"
+
+    def __init__(self, link: Link, **settings: Any) -> None:
+        self.grid, self.incidents, self.traffic = link, list[str](), Traffic()
+        self.settings = DeployConfig(**{"wait": 300.0, **settings})
+
+    def wait(self, _: str) -> None:
+        self.grid.now += STEP
+
+
+Make = Callable[..., tuple[Roster, Post, Link]]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Make:
+    def made(link: Link, **settings: Any) -> tuple[Roster, Post, Link]:
+        clock = SimpleNamespace(monotonic=lambda: link.now)
+        monkeypatch.setattr(roster, "time", clock)
+        monkeypatch.setattr("fedraclora.engines.deploy.silence.time", clock)
+        post = Post(link, **settings)
+        return Roster(post), post, link
+
+    return made
+
+
+EARLY, LATE = "2026-01-01T09:00:00+00:00", "2026-01-02T09:00:00+00:00"
+
+
+@pytest.mark.parametrize("delays", [{}, {7: [5.0]}, {3: [5.0]}, {3: [9.0], 7: [4.0]}])
+@pytest.mark.parametrize("first", [3, 7])
+def test_the_node_registered_first_serves_a_client_whoever_answers_first(
+    make: Make, delays: dict[int, list[float]], first: int
+) -> None:
+    nodes = {3: [0, 1], 7: [0], 9: [2]}
+    registered = {first: EARLY, 10 - first: LATE, 9: EARLY}
+    who, post, _ = make(Link(nodes, delays, registered))
+    found = who.gather([0, 1, 2])
+    assert found == {0: first, 1: 3, 2: 9}
+    (said,) = post.incidents  # in the first exchange, and once
+    for part in ("client 0 ", "node 3 ", "node 7 ", EARLY, LATE):
+        assert part in said
+    assert who.gather([0, 1, 2]) == found
+    assert len(post.incidents) == 1
+
+
+def test_a_node_that_comes_later_gets_a_client_only_while_the_first_is_away(make: Make) -> None:
+    registered = {3: EARLY, 7: LATE}
+    who, post, link = make(Link({3: [0], 9: [1]}, {}, registered), wait=5.0)
+    assert who.gather([0, 1]) == {0: 3, 1: 9}
+    assert not post.incidents
+    link.nodes[7] = [0]
+    assert who.gather([0, 1]) == {0: 3, 1: 9}
+    del link.nodes[3]
+    assert who.gather([0, 1]) == {0: 7, 1: 9}
+    assert who.gather([0, 1]) == {0: 7, 1: 9}
+    link.nodes[3] = [0]
+    assert who.gather([0, 1]) == {0: 3, 1: 9}
+    assert len(post.incidents) == 3
+    assert all("node 3" in said and "node 7" in said for said in post.incidents)
+
+
+def test_a_client_that_moves_to_another_node_is_named(make: Make) -> None:
+    who, post, link = make(Link({3: [0, 1, 2]}))
+    who.gather([0])
+    link.nodes = {4: [0, 1, 2]}
+    assert who.gather([2]) == {2: 4}
+    (said,) = post.incidents
+    assert "[0, 1, 2]" in said
+    assert said.index("node 3") < said.index("node 4")
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_more_claims_than_the_run_allows_end_it(make: Make, most: int) -> None:
+    who, _, _ = make(Link({3: [0, 1, 2], 7: [1, 2]}), max_claims=most)
+    if most == 2:
+        assert who.gather([0]) == {0: 3}
+        return
+    for _ in range(2):  # it is no error that another try mends
+        with pytest.raises(EngineError, match=rf"engine.max_claims={most}.*\[1, 2\]") as caught:
+            who.gather([0])
+        assert all(node in str(caught.value) for node in ("node 3", "node 7"))
+
+
+def test_a_node_whose_answer_was_lost_is_asked_again(make: Make) -> None:
+    """Its first answer never comes, as after a SuperLink that was killed."""
+    never = 10**9
+    who, _, link = make(Link({3: [0], 7: [1]}, {7: [never, 2.0]}), min_clients=1)
+    assert who.gather([0, 1]) == {0: 3, 1: 7}
+    assert AGAIN < link.now < AGAIN + 5
+    assert link.asked == [3, 7, 7]
+    began = link.now
+    assert who.gather([0, 1]) == {0: 3, 1: 7}
+    assert link.now == began
+
+
+def test_a_node_that_never_answers_holds_up_one_exchange(make: Make) -> None:
+    who, _, link = make(Link({3: [0], 7: [1]}, {7: [1e9]}), min_clients=1, timeout=3600.0)
+    assert who.gather([0, 1]) == {0: 3}
+    assert link.now <= PATIENCE + 1
+    began = link.now
+    for _ in range(20):
+        assert who.gather([0, 1]) == {0: 3}
+        link.now += 100
+    assert link.now == began + 20 * 100
+    assert link.asked.count(7) <= 8  # each time after twice as long
+    link.delays[7] = [0.0]
+    link.now += 10_000
+    who.gather([0, 1])
+    assert who.gather([0, 1]) == {0: 3, 1: 7}
+
+
+def test_a_run_without_the_client_of_a_node_that_never_answers_stops(make: Make) -> None:
+    who, _, link = make(Link({3: [0], 7: [1]}, {7: [1e9]}), wait=90.0)
+    with pytest.raises(ClientError, match=r"1 of 2 clients .*\[1\]"):
+        who.gather([0, 1])
+    assert 90 < link.now < 92
+
+
+def test_a_question_of_silence_holds_nobody_up(make: Make) -> None:
+    """A node that is silent in an exchange is asked again; it is known whom it serves."""
+    who, _, link = make(Link({3: [0], 7: [1]}, {7: [0.0, 1e9]}))
+    who.gather([0, 1])
+    watch = Silence(who)
+    watch.lost({"m": 7})
+    link.now += 61
+    assert not watch.lost({"m": 7})
+    assert link.asked == [3, 7, 7]
+    began = link.now
+    assert who.gather([0, 1]) == {0: 3, 1: 7}
+    assert link.now == began
