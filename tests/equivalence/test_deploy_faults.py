@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from flwr.app import Error, Message
 from typing_extensions import override
 
-from fedraclora.engines.deploy import grid, silence
+from fedraclora.engines.deploy import grid, roster, silence
 from fedraclora.engines.deploy.pulling import NOT_WHOLE
 from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.errors import ClientError
@@ -145,6 +146,38 @@ def test_a_message_that_was_lost_on_the_way_is_sent_again(
     assert f"client {ONE} was sent again" in str(done[ROUND]["incidents"])
     assert not any(done[r].get("incidents") for r in (1, 3))
     deploy([], tmp_path / "well", Network(tmp_path / "other", nodes_for(3)))
+    digests = [summary_of(tmp_path / name)["weights_digest"] for name in ("run", "well")]
+    assert digests[0] == digests[1]
+
+
+class Forgetful(Network):
+    """Where the first answer of client 1's node to a server is lost: whom it serves."""
+
+    lost = ""
+
+    @override
+    def serve(self, message: Message) -> list[Message]:
+        name = message.metadata.message_id
+        if not self.is_training(message) and message.metadata.dst_node_id == 993:
+            self.lost = self.lost or name
+        return [] if name == self.lost else super().serve(message)
+
+
+def test_after_a_resume_a_node_whose_answer_is_lost_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the SuperLink was killed meanwhile: no client is left out, and no bit is another."""
+    monkeypatch.setattr(roster, "AGAIN", 0.1)
+    network = Forgetful(tmp_path / "cache", nodes_for(3))
+    began = time.monotonic()
+    for rounds in (2, 4):
+        network.lost = ""
+        words = [*WORDS, f"rounds={rounds}"]
+        deploy(words, tmp_path / "run", network, resume=rounds == 4)
+        assert network.lost
+    assert [row["failures"] for row in rows(tmp_path / "run")[1:]] == [[]] * 4
+    assert time.monotonic() - began < roster.PATIENCE
+    deploy([*WORDS, "rounds=4"], tmp_path / "well", Network(tmp_path / "other", nodes_for(3)))
     digests = [summary_of(tmp_path / name)["weights_digest"] for name in ("run", "well")]
     assert digests[0] == digests[1]
 

@@ -58,7 +58,7 @@ class Question:
     node: int
     first: float
     at: float
-    pause: float = AGAIN
+    pause: float
 
 
 class Roster:
@@ -89,7 +89,7 @@ class Roster:
     def ask_again(self, node: int) -> str | None:
         """Ask a node again that serves somebody; give the question, None where it does not."""
         now = time.monotonic()
-        return self._ask(Question(node, now, now)) if self._serving.get(node) else None
+        return self._ask(Question(node, now, now, AGAIN)) if self._serving.get(node) else None
 
     def has_answered(self, question: str) -> bool:
         """Look for answers; tell whether a question has one."""
@@ -190,7 +190,7 @@ class Roster:
                 del self._asked[name]
                 self._ask(replace(asked, at=now, pause=2 * asked.pause))
         for node in sorted(there.keys() - self._serving - {q.node for q in self._asked.values()}):
-            self._ask(Question(node, now, now))
+            self._ask(Question(node, now, now, AGAIN))
         for name, asked in list(self._asked.items()):
             # One by one: Flower gives back none of several replies if one cannot be decoded.
             try:
