@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Self, cast
 
@@ -95,8 +96,8 @@ class FlowerRound:
         """Write the reply: in training what was trained, and in both the metrics.
 
         Args:
-            metrics: As in Flower's `MetricRecord`, with the number of samples under
-                ``num-examples`` (the strategy's ``weighted_by_key``).
+            metrics: As in Flower's `MetricRecord`, with the client's weight under ``num-examples``
+                (the strategy's ``weighted_by_key``): a number above 0, whole or not.
             loss: Mean training loss, for the ledger at the server.
             steps: Optimiser steps taken, for the ledger.
 
@@ -106,8 +107,8 @@ class FlowerRound:
         """
         if self._weight not in metrics:
             raise ClientError(
-                f"the metrics of a reply are {[*metrics]}; {self._weight!r}, the number of its "
-                "samples, is wanted among them"
+                f"the metrics of a reply are {[*metrics]}; {self._weight!r}, the client's weight "
+                "(the number of its samples), is wanted among them"
             )
         # Of numpy and torch, which Flower does not take.
         record = MetricRecord({n: getattr(v, "item", lambda v=v: v)() for n, v in metrics.items()})
@@ -116,15 +117,21 @@ class FlowerRound:
             job["partition"] = self._partition
         found = RecordDict({"metrics": record, JOB: ConfigRecord(job)})
         if not self._message.metadata.message_type.startswith("evaluate"):
-            samples = record[self._weight]
-            trained = self.round.read(self.model, samples=samples, steps=steps, loss=loss)  # type: ignore[arg-type]
+            # The weight is that of the metrics, as in Flower.
+            trained = self.round.read(self.model, samples=1, steps=steps, loss=loss)
             done: Any = SimpleNamespace(  # stands where a worker has its trainer
                 train=lambda *_, **__: as_result([trained]), local=LocalConfig(), seed=self._seed,
                 recall=None,
             )  # fmt: skip
-            answer = to_records(write_answer(Worker(done, self._replica).train(self._ask)))
-            arrays, answer[JOB] = answer.pop("arrays"), found[JOB]
-            found = RecordDict({"arrays": arrays, "metrics": record, **folded(answer)})
+            # Rounding is drawn by client, and the server's number of a node differs between runs.
+            asked, own = self._ask.request, torch.tensor([self.round.client])
+            by_own = replace(self._ask, request=replace(asked, clients=own))
+            answer = Worker(done, self._replica).train(by_own)
+            named = asked.clients[: len(answer.clients)]
+            why = dict(zip(asked.clients.tolist(), answer.failures.values(), strict=False))
+            written = to_records(write_answer(replace(answer, clients=named, failures=why)))
+            arrays, written[JOB] = written.pop("arrays"), found[JOB]
+            found = RecordDict({"arrays": arrays, "metrics": record, **folded(written)})
         return Message(found, reply_to=self._message)
 
     def __enter__(self) -> Self:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import FedAvg, FedAvgM, Result
+from flwr.serverapp.strategy.fedopt import FedOpt
 from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consistency
 from torch import nn
 from typing_extensions import override
@@ -23,6 +24,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.flower.arrays import LazyWeight, planned, weights_in
+from fedraclora.flower.beside import OwnStep, refuse_skipped, shared_config
 from fedraclora.flower.mail import Mail, NodeStore
 from fedraclora.models.built import require_numbers
 from fedraclora.narrow_weight import dense as written_out
@@ -39,6 +41,7 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.round_step import RoundStep, RunContext
 from fedraclora.strategies.server.rows import Cost
+from fedraclora.strategies.steps import round_steps
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import wide
 from fedraclora.weights.update import WeightHistory
@@ -69,6 +72,11 @@ class LowRank(FedAvg):
     and ``evaluate_fn`` gets are the effective weights, under the names of ``initial_arrays`` where
     these are a state dict, else under those of the model; `load` puts them into a model.
 
+    A class of it and one of Flower's server optimizers (``class Mine(LowRank, FedAdam)``, with
+    FedAdagrad, FedYogi or FedAvgM likewise) steps from the mean of a round by that one's own code;
+    nodes then fetch whole weights. FedProx tells clients ``proximal-mu``. A class in which code of
+    another strategy would be skipped is refused (`fedraclora.flower.beside`).
+
     Args:
         method: Of `fedraclora.strategies`, with rank and the rest. One whose clients need more than
             plain local training is refused, and one with a factor that stays at a client.
@@ -97,6 +105,11 @@ class LowRank(FedAvg):
         ConfigError: For what cannot be, by name.
         ModelError: For a layer that cannot be adapted.
     """
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Refuse a class in which code would be skipped, before any ``__init__`` is called."""
+        refuse_skipped(cls, LowRank)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -134,6 +147,7 @@ class LowRank(FedAvg):
         settings = {"targets": targets, "head_policy": head, "bias_policy": bias, "dense": dense}
         self._base, self._names, self._plan, self._peft = planned(model, settings)
         self._buffers = {*dict(model.named_buffers())}
+        self._server = OwnStep(self, self._stepped) if isinstance(self, FedOpt | FedAvgM) else None
         if method.client_state or self._plan.local:
             raise ConfigError(
                 f"{type(method).__name__} with head={head}: a part stays at each client, which "
@@ -189,13 +203,14 @@ class LowRank(FedAvg):
         self._exchange = None
         if server_round <= self._before:
             return []
-        nodes = super().configure_train(server_round, ArrayRecord(), config, grid)
+        nodes = [*super().configure_train(server_round, arrays, config, grid)]
         rounds = self._at(server_round, arrays, grid)
         self._sampled.clients = self._mail.address(m.metadata.dst_node_id for m in nodes)
         if not nodes:
             return []
         self._exchange = rounds.open(rounds.done + 1)
-        return self._mail.write(self._exchange.asks, MessageType.TRAIN, config)
+        told = shared_config(nodes, self, arrays)
+        return self._mail.write(self._exchange.asks, MessageType.TRAIN, told)
 
     @override
     def aggregate_train(
@@ -204,7 +219,7 @@ class LowRank(FedAvg):
         exchange, rounds = self._exchange, self.rounds
         if exchange is None or rounds is None:
             return self._given if server_round <= self._before else None, None
-        self._exchange = None
+        self._exchange, self._round = None, server_round
 
         def send(asks: Sequence[Ask]) -> Came:
             if asks is not exchange.asks:
@@ -217,6 +232,7 @@ class LowRank(FedAvg):
             nodes = ", ".join(f"client {c} is node {n}" for c, n in self._mail.names.items())
             raise type(error)(f"{error} ({nodes})") from error
         row = rounds.recorder.ledger.rows[-1]
+        self._mail.incidents += row.get("incidents", [])  # type: ignore[arg-type]
         failed = {int(f["client"]): f["reason"] for f in row["failures"]}  # type: ignore[attr-defined]
         counted = {key: number(row, key) for key in COUNTED} | {"failures": len(failed)}
         metrics = self._aggregated(server_round, failed, self.train_metrics_aggr_fn, counted)
@@ -230,7 +246,7 @@ class LowRank(FedAvg):
         self._exchange = None
         if server_round < self._before:
             return []
-        nodes = super().configure_evaluate(server_round, ArrayRecord(), config, grid)
+        nodes = [*super().configure_evaluate(server_round, arrays, config, grid)]
         if not nodes:
             return []
         rounds = self._at(server_round, arrays, grid)
@@ -240,7 +256,8 @@ class LowRank(FedAvg):
         asked = rounds.method.open_round(rounds.state, rounds.done + 1, cohort, rounds.draw)
         asked, version = rounds.rounding.sent(asked, rounds.done + 1), rounds.catch_up.version
         self._exchange = Exchange(asked, server_round, version, cohort, cohort, rounds.loop)
-        return self._mail.write(self._exchange.ask(), MessageType.EVALUATE, config)
+        told = shared_config(nodes, self, arrays)
+        return self._mail.write(self._exchange.ask(), MessageType.EVALUATE, told)
 
     @override
     def aggregate_evaluate(
@@ -257,6 +274,21 @@ class LowRank(FedAvg):
         down = exchange.payload_bytes() * len(traffic.sent)
         counted = {"downlink_bytes": down, "catchup_bytes": traffic.fetched}
         return self._aggregated(server_round, failed, self.evaluate_metrics_aggr_fn, counted)
+
+    def _stepped(self, mean: Message) -> ArrayRecord:
+        """Have the strategy beside this one aggregate a mean, without metrics of clients."""
+        together, self.train_metrics_aggr_fn = self.train_metrics_aggr_fn, lambda *_: MetricRecord()
+        try:
+            arrays, _ = super().aggregate_train(self._round, [mean])
+        finally:
+            self.train_metrics_aggr_fn = together
+        return arrays or ArrayRecord()
+
+    @override
+    def _check_and_log_replies(
+        self, replies: Iterable[Message], is_train: bool, validate: bool = True
+    ) -> tuple[list[Message], list[Message]]:
+        return [*replies], []  # the mean alone comes here (`_stepped`)
 
     @override
     def summary(self) -> None:
@@ -321,11 +353,14 @@ class LowRank(FedAvg):
         self._mail = Mail(grid, history, self.configrecord_key, told, self.timeout, name)
         trained = trained_of(asked, plan.shapes)
         fixed = {"method": str(method), "seed": self.seed, "trained": trained, **self.wire}
+        chosen = {} if self._server is None else {"server_optimiser": self._server}
+        fixed |= {key: step.settings for key, step in chosen.items()}
         recorder = RunRecorder(
             self.folder, fixed=fixed, every=1, store=NodeStore(self._mail), free=["min_clients"]
         )
         state = method.init(base, plan, draw)
-        rounds = FedStrategy(run, state, replica=history, recorder=recorder, steps=[self._sampled])
+        steps = round_steps(chosen, [self._sampled]) if chosen else [self._sampled]
+        rounds = FedStrategy(run, state, replica=history, recorder=recorder, steps=steps)
         if resume:
             restored, done = recorder.restore(state, rounds.catch_up)
             rounds.resume(restored, done)

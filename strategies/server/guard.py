@@ -48,7 +48,8 @@ def check_reply(reply: Answer, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
         )
     most = loop.max_samples
     for name, found, least in (("samples", reply.samples, 1), ("steps", reply.steps, 0)):
-        if ((found < least) | (found > most)).any():
+        low = found <= 0 if found.is_floating_point() else found < least  # of Flower's apps
+        if (low | (found > most)).any():
             raise WireError(
                 f"the reply says {found.tolist()} {name}; {least} to {most} are possible"
             )

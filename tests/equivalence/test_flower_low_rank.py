@@ -19,7 +19,6 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
     FedAvg,
-    Result,
 )
 from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consistency
 from torch import nn
@@ -39,13 +38,22 @@ from fedraclora.tree import Tree
 from fedraclora.weights.files import load_tensors
 from fedraclora.weights.replica import changed_file, read_stored_replica, replica_file
 from tests.common import normal
-from tests.flower_apps import Fault, Nodes
+from tests.flower_apps import (
+    KEY,
+    STEPS,
+    app_of,
+    network,
+    nodes_of,
+    run,
+    samples,
+    train,
+    weights_of,
+)
 
 # PEFT reads what transformers has renamed.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is deprecated and will be removed in v6:FutureWarning"
 )
-STEPS, KEY = 3, "num-examples"
 
 
 @pytest.fixture(autouse=True)
@@ -54,74 +62,6 @@ def flower_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("flwr")
     for name, value in (("disabled", False), ("propagate", True), ("level", logging.INFO)):
         monkeypatch.setattr(logger, name, value)
-
-
-def network() -> nn.Module:
-    """A network whose first weights are the same in every process."""
-    with torch.random.fork_rng():  # what it draws and does not keep is no draw of the training
-        model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(normal(*parameter.shape, key=name) / 3)
-    return model
-
-
-def samples(client: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The samples of a client; no two have as many."""
-    x = normal(8 + 3 * client, 7, key=client).float()
-    return x, x[:, :3].argmax(dim=1)
-
-
-def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Somebody's own training."""
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
-    order = torch.randperm(len(x))  # of the generator that a round seeds
-    for rows in order.split(-(-len(x) // STEPS)):
-        optimiser.zero_grad()
-        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-        loss.backward()
-        optimiser.step()
-    return float(loss.detach())
-
-
-def app_of(model_of: Callable[[], nn.Module] = network) -> ClientApp:
-    """Somebody's ClientApp."""
-    app = ClientApp()
-
-    @app.train()
-    def on_train(message: Message, context: Context) -> Message:
-        x, y = samples(int(context.node_config["partition-id"]))
-        with flower.round(message, context, model_of()) as r:
-            loss = train(r.model, x, y)
-        return r.reply({KEY: len(x), "train_loss": loss}, loss=loss, steps=STEPS)
-
-    @app.evaluate()
-    def on_evaluate(message: Message, context: Context) -> Message:
-        x, y = samples(int(context.node_config["partition-id"]))
-        with flower.round(message, context, model_of()) as r, torch.no_grad():
-            loss = float(nn.functional.cross_entropy(r.model(x), y))
-        return r.reply({KEY: len(x), "eval_loss": loss})
-
-    return app
-
-
-def nodes_of(tmp_path: Path, count: int = 4, fault: Fault | None = None, **more: Any) -> Nodes:
-    """Nodes under ids in no order, half of which no int64 holds."""
-    ids = {(2**63 if k % 2 else 0) + 1000 - 7 * k: k for k in range(count)}
-    return Nodes(more.get("app", app_of()), tmp_path / "cache", ids, fault)
-
-
-def run(nodes: Nodes, method: Any, rounds: int = 3, **options: Any) -> tuple[Any, Result]:
-    """Run by Flower's `start`, as in somebody's ServerApp."""
-    options = {"min_available_nodes": len(nodes.nodes), "fraction_evaluate": 0.0} | options
-    strategy = flower.LowRank(method, options.pop("model", network()), **options)
-    initial = ArrayRecord(network().state_dict())
-    return strategy, strategy.start(grid=nodes, initial_arrays=initial, num_rounds=rounds)
-
-
-def weights_of(result: Result) -> Tree:
-    """The weights that `start` gives."""
-    return {name: torch.from_numpy(array.numpy()) for name, array in result.arrays.items()}
 
 
 def own(round_: Round) -> Trained:
