@@ -87,7 +87,8 @@ class SubspaceRacLora(GradientFirst):
         if (found := layer.carried.get(label)) is not None:
             rows = as_rows(found.to(torch.float64), label)
             if self.basis == "coordinate":
-                rows = past.chosen(rows[0], count, now.generator("kept", layer.name, layer.link))
+                chances = rows[0].clamp(min=0)  # in few bits some may be rounded below zero
+                rows = past.chosen(chances, count, now.generator("kept", layer.name, layer.link))
             return as_rows(past.framed(rows, drawing, kept), label).to(layer.dtype)
         if layer.past is None or not count:
             return drawing

@@ -27,6 +27,7 @@ from fedraclora.tree import Tree
 SEED_BYTES = 8
 OUTER = "outer"  # of the metadata of a field: its numbers are of the kind of what it is in
 PAST = "/past"
+FROZEN = "frozen/"  # of the names of what is carried; the rest is the name of the factor
 
 
 @dataclass(frozen=True)

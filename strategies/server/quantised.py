@@ -3,8 +3,12 @@
     link:     W <- W + s Q(B_bar) A;   a tensor trained in full:  x <- x + Q(x_new - x)
     carried:  B_bar <- Q(B_bar), as the next round sends it
     pool:     S <- S + B_bar;  B^(j) <- Q(S), or W <- W + s Q(S) A where the pool is folded
+    frozen:   A <- Q(A), as the first round of its link sends it; then it stays
 
-A frozen factor that is computed from the last link follows from Q(B_bar), and is not rounded.
+A frozen factor that is computed from the last link follows from Q(B_bar), and is not rounded. One
+whose numbers are sent is rounded by a draw of its link, and for as long as that lasts it is carried
+as it was sent (`FROZEN`): clients train under the same bits in each round, and the server measures
+and merges under these.
 
 So the state at the server, the files of the chain, every replica, whoever comes late and a run that
 goes on have the same bits, and a round is exact of what was sent.
@@ -26,11 +30,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedraclora.protocol.factor import weight_of
-from fedraclora.protocol.method import Downlink, Factor, Link, State, Term, apply_link
+from fedraclora.protocol.factor import FROZEN, weight_of
+from fedraclora.protocol.method import Downlink, Factor, Link, Plan, State, Term, apply_link
 from fedraclora.protocol.pool import parameters, part_name
 from fedraclora.protocol.quantised import FULL, rounded
+from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import generator
+from fedraclora.strategies.shared.layer import LABELS
 from fedraclora.tree import Tree
 
 RESIDUE = "residue/"  # of the names in `State.moments`; the rest is the name of the part
@@ -65,7 +71,9 @@ class DownlinkRounding:
 
         def change(name: str, factor: Factor) -> Factor:
             rows = factor.per_client
-            return factor.with_numbers(lambda t: self._rounded(t, round_, name, apart=rows))
+            # Sent again in each round of its link, also after one that was lost.
+            keys = ("frozen", downlink.link) if stays(factor) else (round_,)
+            return factor.with_numbers(lambda t: self._rounded(t, *keys, name, apart=rows))
 
         extras = {
             extra: {n: self._rounded(t, round_, extra, n) for n, t in tree.items()}
@@ -113,14 +121,20 @@ class DownlinkRounding:
         if ends:
             of_link = {RESIDUE + name for name in sent.factors()}
             moments = {name: t for name, t in moments.items() if name not in of_link}
-        carried, travels = dict(after.carried), {*sent.factors(), *sent.dense}
-        for name in [name for name in carried if name in travels]:
+        carried = dict(after.carried)
+        standing = {n: f.draw() for n, f in sent.factors().items() if stays(f)}
+        for name in travelling(carried, sent, after.plan):
+            if same(name, carried[name], standing):
+                self._count(carried[name], carried[name])
+                continue
             whole = self._with_left(carried[name], name, moments)
             nearest = self.feedback and not ends
             found = self._counted(whole, round_, name, nearest=nearest)
             carried[name] = found.to(carried[name])
             if not ends:
                 self._keep(name, whole, carried[name], moments)
+        if not ends and RECIPES[sent.recipe].steps:  # else the factors have only now begun
+            carried |= {FROZEN + n: t for n, t in standing.items() if not same(n, t, carried)}
         first, *rest = parts
         link = after.link and replace(first, rest=tuple(rest))
         return replace(after, base=base, carried=carried, link=link, moments=moments)
@@ -155,27 +169,55 @@ class DownlinkRounding:
             moments[RESIDUE + name] = whole.double() - found.double()
 
     def _counted(
-        self, tensor: torch.Tensor, round_: int, *keys: str | int, nearest: bool = False
+        self, tensor: torch.Tensor, *keys: str | int, nearest: bool = False
     ) -> torch.Tensor:
         """Round a tensor, and add to the squares."""
-        found = self._rounded(tensor, round_, *keys, nearest=nearest)
+        found = self._rounded(tensor, *keys, nearest=nearest)
+        self._count(tensor, found)
+        return found
+
+    def _count(self, tensor: torch.Tensor, found: torch.Tensor) -> None:
         (left, added), error = self.squares, found.double() - tensor.double()
         self.squares = (
             left + float(tensor.double().square().sum()),
             added + float(error.square().sum()),
         )
-        return found
 
     def _rounded(
         self,
         tensor: torch.Tensor,
-        round_: int,
         *keys: str | int,
         apart: bool = False,
         nearest: bool = False,
     ) -> torch.Tensor:
-        rng = generator(self.seed, "downlink", round_, *keys)
+        rng = generator(self.seed, "downlink", *keys)
         return rounded(tensor, self.kind, rng, len(tensor) if apart else 1, nearest=nearest)
+
+
+def stays(factor: Factor) -> bool:
+    """Return whether it is a frozen factor, the same for all, whose numbers are sent."""
+    return not (factor.trained or factor.numbers is None or factor.per_client)
+
+
+def same(name: str, value: torch.Tensor, tree: Tree) -> bool:
+    """Return whether a tree has this value under a name."""
+    return name in tree and torch.equal(value, tree[name])
+
+
+def travelling(carried: Tree, sent: Downlink, plan: Plan) -> list[str]:
+    """Name what is carried and goes down as it is.
+
+    Args:
+        carried: By name.
+        sent: What the cohort was asked last.
+        plan: Of the run: a factor may begin with the link that follows.
+    """
+
+    def travels(name: str) -> bool:
+        weight, _, label = name.rpartition("/")
+        return name in sent.named or (weight in plan.targets and label in LABELS)
+
+    return [name for name in carried if travels(name)]
 
 
 def summed(name: str, term: Term, moments: Tree, sent: Downlink) -> Term:

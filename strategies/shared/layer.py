@@ -54,6 +54,8 @@ class Layer:
         dtype: Precision of W.
         past: The factor that the last link trained, where that said so (`LayerUpdate.keep`), as
             replicas hold it.
+        frozen: Frozen factors of the link in progress as they were sent in fewer bits, by label:
+            they take the place of what the method computes.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Layer:
     ends: bool = False
     dtype: torch.dtype = torch.float32
     past: torch.Tensor | None = None
+    frozen: Tree = field(default_factory=dict)
 
     @property
     def m(self) -> int:

@@ -25,7 +25,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import Limited
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.narrow_weight import dense
-from fedraclora.protocol.factor import Factor, FactorLike, past_name
+from fedraclora.protocol.factor import FROZEN, Factor, FactorLike, past_name
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
@@ -216,16 +216,22 @@ class LayerMethod(LowRankMethod):
         """Return one adapted matrix as the method sees it."""
         plan, keys = state.plan, {label: f"{name}/{label}" for label in LABELS}
         rank = self.rank_of(plan, name)
+
+        def held(prefix: str) -> Tree:
+            found = ((label, state.carried.get(prefix + key)) for label, key in keys.items())
+            return {label: tensor for label, tensor in found if tensor is not None}
+
         return Layer(
             name=name,
             shape=plan.targets[name].shape,
             rank=rank,
             scale=self.scale_of(rank),
-            carried={k: state.carried[key] for k, key in keys.items() if key in state.carried},
+            carried=held(""),
             link=state.memo.sketch,
             ends=state.memo.age + 1 == self.link_rounds,
             dtype=wide(state.base[name].dtype),
             past=state.base.get(past_name(name)),
+            frozen=held(FROZEN),
         )
 
     @override
@@ -249,6 +255,11 @@ class LayerMethod(LowRankMethod):
     def adapter(self, layer: Layer, now: Round) -> Adapter:
         """Return the factors of one matrix in the order of their product."""
         found = self.factors(layer, now)
+        found = found | {
+            label: sent
+            for label, sent in layer.frozen.items()
+            if label in found and not Factor.of(found[label]).trained
+        }
         adapter = Adapter.of(
             {k: found[k] for k in sorted(found, key=lambda label: LABELS.index(known(label)))},
             layer.scale,

@@ -17,8 +17,8 @@ from fedraclora.protocol.quantised import encode
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.pool_rac_lora import PoolRacLora
 from fedraclora.strategies.server import quantised
-from fedraclora.strategies.server.quantised import DownlinkRounding
-from fedraclora.strategies.shared import past
+from fedraclora.strategies.server.quantised import DownlinkRounding, stays
+from fedraclora.strategies.shared import layerwise, past
 from fedraclora.strategies.shared.layer import Layer
 from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.steps import scaffold
@@ -33,6 +33,7 @@ from tests.campaigns.planting import Planting, defect, defects_of
 
 BITS = ("tests/unit/test_quantised.py",)
 ROUNDS = ("tests/contract/test_quantised_rounds.py",)
+LINKS = ("tests/contract/test_rounded_links.py",)
 FEEDBACK = ("tests/contract/test_feedback.py",)
 DRIFT = ("tests/contract/test_control_variates.py",)
 POOLS = ("tests/unit/test_pool.py",)
@@ -124,6 +125,24 @@ def variates_moved_from_what_was_not_sent(planting: Planting) -> None:
         return sound(state, held, *rest)
 
     planting.put(scaffold, "close_corrected", close)
+
+
+@defect(
+    "what_is_sent_twice and subspace_rac_lora and int8",
+    "a draw for each round: clients of one link train under other frozen factors in each",
+    LINKS,
+)
+def frozen_factor_rounded_anew(planting: Planting) -> None:
+    planting.function(stays, lambda factor: False)
+
+
+@defect(
+    "weights_that_the_server_measures and subspace_rac_lora and int8",
+    "within a link the server measures the factor that it rounded, and not what it sent",
+    LINKS,
+)
+def frozen_factor_measured_whole(planting: Planting) -> None:
+    planting.put(layerwise, "FROZEN", "nowhere/")
 
 
 # ---- Pools ----------------------------------------------------------------------------

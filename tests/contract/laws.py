@@ -199,6 +199,18 @@ LAWS = (
         ),
     ),
     Law(
+        "In fewer bits, too, what is sent twice has the same bits, and clients have the weights "
+        "that the server measures: within a link, after it, and after rounds away.",
+        "a frozen factor is another one in each round of its link, or what lives on is not among "
+        "what is carried",
+        "`factors` for what is frozen; `carried` of a `LayerUpdate` for what lives on",
+        (
+            "what_is_sent_twice_has_the_same_bits",
+            "a_client_starts_from_the_weights_that_the_server_measures",
+            "a_clients_weights_after_a_link_are_the_servers",
+        ),
+    ),
+    Law(
         "A Conv1D trains as the Linear layer whose transpose it is.",
         "the shape of the stored weight is taken for that of the matrix",
         "`layer.m`, `layer.n`",

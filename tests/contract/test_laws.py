@@ -18,7 +18,13 @@ from fedraclora.protocol.method import Draw
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
-SUITE = ("test_method_contract", "test_method_runs", "test_personal_methods", "test_method_bytes")
+SUITE = (
+    "test_method_contract",
+    "test_method_runs",
+    "test_personal_methods",
+    "test_method_bytes",
+    "test_rounded_links",
+)
 
 
 def of_all_methods(module: str) -> set[str]:
