@@ -12,6 +12,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import SUM_BLOCK, Uplinks, finite, greatest_norm
 from fedraclora.strategies.server.loop import LoopConfig
+from fedraclora.strategies.shared.layer import LABELS
 from fedraclora.wire.exchange import DTYPES, Answer, Ask
 
 
@@ -83,18 +84,24 @@ def _check_sums(reply: Answer, clients: Sequence[int]) -> None:
 def overflowing(after: State, before: State) -> list[str]:
     """Name what is too large, or no number, in a new state; unchanged tensors are not looked at.
 
-    From such weights every client would fail, in the next round and in every resume. Of what is
-    carried of one layer the norms are multiplied, as its factors are. One pass and no copy.
+    From such weights every client would fail, in the next round and in every resume. Norms of the
+    carried factors of one layer are multiplied, as the factors are; what else is carried (lengths
+    of rows, a method's own sums) counts by itself. One pass and no copy.
     """
     new = [*after.base.items(), *after.carried.items(), *after.moments.items()]
     old = {id(t) for tree in (before.base, before.carried, before.moments) for t in tree.values()}
     wrong = [n for n, t in new if id(t) not in old and not _norm(t) <= _limit(t)]
-    products: dict[str, float] = {}
+    layers: dict[str, list[torch.Tensor]] = {}
     for name, tensor in after.carried.items():
-        layer = name.rpartition("/")[0]
-        products[layer] = products.get(layer, 1.0) * max(1.0, _norm(tensor))
-    limit = min((_limit(t) for t in after.carried.values()), default=0.0)
-    return wrong or [layer for layer, product in products.items() if not product <= limit]
+        weight, _, label = name.rpartition("/")
+        if weight in after.plan.targets and label in LABELS and tensor.is_floating_point():
+            layers.setdefault(weight, []).append(tensor)
+    return wrong or [layer for layer, factors in layers.items() if not _fits(factors)]
+
+
+def _fits(factors: list[torch.Tensor]) -> bool:
+    """Return whether the product of the factors of one layer is small enough."""
+    return math.prod(max(1.0, _norm(f)) for f in factors) <= min(map(_limit, factors))
 
 
 def _norm(tensor: torch.Tensor) -> float:
