@@ -21,7 +21,7 @@ from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.strategies.server.callbacks import Callbacks, in_round, joined
 from fedraclora.strategies.server.exchange import Exchange
-from fedraclora.strategies.server.guard import largest, overflowing
+from fedraclora.strategies.server.guard import hold_to_traits, largest, overflowing
 from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.strategies.server.quantised import DownlinkRounding
 from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
@@ -226,7 +226,11 @@ class FedStrategy:
 
     def _next(self, exchange: Exchange, got: Uplinks) -> State:
         """Compute the method's next state; nothing is stored yet."""
-        own = partial(self.method.close_round, self.state, exchange.downlink)
+
+        def own(got: Uplinks) -> State:
+            after = self.method.close_round(self.state, exchange.downlink, got)
+            return hold_to_traits(self.method, self.state, after)
+
         return self.steps.close(own, self.state, exchange, got)
 
     def _sound(self, exchange: Exchange, raw: Uplinks, got: Uplinks) -> State:

@@ -43,6 +43,7 @@ from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.guard import hold_to_traits
 from fedraclora.tree import Layout, Tree, below
 from fedraclora.wire.exchange import DTYPES
 
@@ -319,4 +320,4 @@ def _closed(
     clients = torch.tensor([f.client for b in group for f in b.flights])
     mean = start + weighted_sum(rows, weights) / total
     got = Uplinks(clients, weights, layout, summed=mean, denominator=1.0)
-    return method.close_round(state, sent, got)
+    return hold_to_traits(method, state, method.close_round(state, sent, got))

@@ -253,7 +253,7 @@ def opening_lines(run: Assembled) -> list[str]:
     config, model, lines = run.config, run.built.task.model, dict(introduction(run))
     told = run.built.task.info
     lines |= samples_of(run)
-    known = ("texts", "inputs", "weights", "new_head")
+    known = ("texts", "inputs", "weights", "precision", "new_head")
     lines |= {n.replace("_", " "): str(told[n]) for n in known if n in told}
     if config.own_model and (frozen := frozen_layers(model, run.plan)):
         lines["not trained"] = (

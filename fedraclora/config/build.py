@@ -34,7 +34,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.metrics import Measure
 from fedraclora.imports import check_call, is_function
-from fedraclora.models import MODELS, check_fit
+from fedraclora.models import MODELS, Built, check_fit
 from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
 from fedraclora.privacy.client_level import ClientLevel
@@ -222,7 +222,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         check_fit(built.model, table.inputs)
     floats = (t.dtype for t in data.train.inputs.values() if t.is_floating_point())
     dtype = next(floats, torch.float32)  # token ids have none
-    model = built.model if built.narrow else built.model.to(dtype)
+    model, facts = _converted(built, dtype)
     if tables:
         data = probe(
             model,
@@ -232,7 +232,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
             own_model=config.own_model,
             own_loop=config.local.is_own,
         )
-    facts: dict[str, object] = {**data.info, "partition": info}
+    facts |= {**data.info, "partition": info}
     facts |= {"tests_of_clients": sum(t is not None for t in data.tests)} if data.tests else {}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
@@ -331,6 +331,16 @@ def _said_of_weights(config: TaskConfig) -> dict[str, object]:
     header = read_gguf_header(resolve(path, key="model.path"), "model.path")
     found = [f"{header.kinds} in {Path(path).name}, de-quantised to float32", *assumed(header)]
     return {"weights": "; ".join(found)}
+
+
+def _converted(built: Built, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, object]]:
+    """Bring a model to the type that a run trains in, and say which weights had another."""
+    if built.narrow:
+        return built.model, {}
+    others = sorted({str(p.dtype)[6:] for p in built.model.parameters() if p.dtype != dtype})
+    kind, to = type(built.model).__name__, str(dtype)[6:]
+    said = f"{kind} has {' and '.join(others)} weights, converted to {to} for the whole run"
+    return built.model.to(dtype), {"precision": said} if others else {}
 
 
 def answering_of(asked: EvaluateConfig, task: Task, samples: Samples) -> Answering | None:

@@ -1,4 +1,7 @@
-"""What a reply must be where clients are other people's machines, and weights that are kept."""
+"""What a reply must be where clients are other people's machines, and weights that are kept.
+
+So must what a method makes of them be what it has promised.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from fedraclora.aggregation.base import AggregationContext, rows_of, starts
-from fedraclora.errors import WireError
-from fedraclora.protocol.method import State
+from fedraclora.errors import ConfigError, WireError
+from fedraclora.protocol.method import Method, State
 from fedraclora.protocol.uplinks import SUM_BLOCK, Uplinks, finite, greatest_norm
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.shared.layer import LABELS
@@ -79,6 +82,22 @@ def _check_sums(reply: Answer, clients: Sequence[int]) -> None:
         raise WireError("a sum of the reply or one of its losses has a NaN or an infinity")
     if not len(reply.clients) and reply.numbers.any():
         raise WireError("the reply has a sum that is not zero, but no client in it")
+
+
+def hold_to_traits(method: Method, before: State, after: State) -> State:
+    """Give the state after a round; refuse one that the method's traits rule out.
+
+    Raises:
+        ConfigError: If a method that says that it merges nothing has changed an adapted weight.
+    """
+    for name in () if method.traits.merges else before.plan.targets:
+        old, new = before.base[name], after.base[name]
+        if new is not old and not torch.equal(new, old):
+            raise ConfigError(
+                f"{type(method).__name__} has merges=False in its traits, but merges into {name}. "
+                "Write merges=True, or carry the factors (LayerUpdate(carried=...))"
+            )
+    return after
 
 
 def overflowing(after: State, before: State) -> list[str]:

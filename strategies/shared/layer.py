@@ -183,6 +183,14 @@ def sound_update(update: object, layer: Layer, method: str) -> LayerUpdate:
     said = f"update of {method} gives for {layer.name}"
     if not isinstance(update, LayerUpdate):
         raise ConfigError(f"{said} a {type(update).__name__}; a LayerUpdate is wanted")
+    merged, aggregate = enumerate(update.merged or ()), enumerate(update.aggregate or ())
+    for label, factor in [*update.carried.items(), *merged, *aggregate]:
+        numbers = Factor.of(factor).numbers
+        if numbers is not None and not numbers.is_floating_point():
+            raise ConfigError(
+                f"{said} the factor {label} as {numbers.dtype}, which would cut off what clients "
+                "trained. Give floating-point numbers, as replies.mean(label) does"
+            )
     shapes = [Factor.of(factor).shape for factor in update.merged or ()]
     inner = pairwise(shapes)
     ends = (shapes[0][0], shapes[-1][-1]) if shapes else layer.shape

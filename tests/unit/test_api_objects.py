@@ -215,6 +215,16 @@ def test_the_module_is_copied_and_begins_the_run() -> None:
     assert digest(found.weights()) != before
 
 
+@pytest.mark.parametrize("kind", ["float64", "bfloat16"])
+def test_a_model_of_another_type_is_converted_and_named(kind: str) -> None:
+    """The first lines spoke of inputs alone."""
+    found = run(model=net().to(getattr(torch, kind)), data=CLIENTS)
+    told: Any = found.summary["task"]
+    assert all(word in told["precision"] for word in ("Sequential", kind, "float32"))
+    assert {p.dtype for p in found.model().parameters()} == {torch.float32}
+    assert "precision" not in run(data=CLIENTS).summary["task"]  # type: ignore[operator]
+
+
 def test_what_a_run_gives(tmp_path: Path) -> None:
     rows: list[Any] = []
     more: list[Any] = []

@@ -227,6 +227,48 @@ def test_a_method_may_cache_and_one_by_name_is_held_to_the_same() -> None:
         run(method={"name": f"{HERE}:Keeps", "rank": 2, "where": "list"})
 
 
+@dataclass(frozen=True)
+class Says(LayerMethod):
+    """Says one thing of what it merges, and may do another; its factors are of some type."""
+
+    merges: bool = True
+    kind: str = "float64"
+    what: str = "merged"
+
+    @property
+    @override
+    def traits(self) -> Traits:  # type: ignore[override]
+        return Traits(exact=self.what != "aggregate", linear=True, merges=self.merges)
+
+    @override
+    def factors(self, layer: Any, now: Any) -> Any:
+        return {"B": layer.trained("B"), "A": now.sketch(layer, "A", "gaussian", index=layer.link)}
+
+    @override
+    def update(self, layer: Any, replies: Any) -> LayerUpdate:
+        pair = replies.mean("B").to(getattr(torch, self.kind)), replies["A"].draw()
+        if self.what == "carried":
+            return LayerUpdate(carried={"B": pair[0]})
+        return LayerUpdate(**{"merged": (replies.mean("B"), pair[1]), self.what: pair})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "system", [{}, {"buffer": 3, "speed": {"name": "constant", "value": 10.0}}]
+)
+def test_a_method_that_merges_and_says_that_it_does_not_is_refused(system: Any) -> None:
+    with pytest.raises(ConfigError, match=r"Says .*merges=False.*\d\.weight.*merges=True"):
+        run(method=Says(rank=2, merges=False), system=system)
+    run(method=Says(rank=2), system=system)
+
+
+@pytest.mark.parametrize("kind", ["int64", "bool", "complex64"])
+@pytest.mark.parametrize(("what", "label"), [("merged", "0"), ("aggregate", "0"), ("carried", "B")])
+def test_a_factor_that_is_no_float_is_refused(what: str, label: str, kind: str) -> None:
+    """It was cut to whole numbers, so that the run trained nothing."""
+    with pytest.raises(ConfigError, match=rf"Says gives for .* {label} as torch\.{kind}.*mean"):
+        run(method=Says(rank=2, merges=what != "carried", kind=kind, what=what))
+
+
 class Scaled:
     """A loss with a parameter."""
 
