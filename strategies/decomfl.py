@@ -19,9 +19,8 @@ goes on from round to round, and stands beside the weights at every replica.
   under a schedule V holds the steps as they were taken (torch multiplies V by the step size of
   now). The mean has the run's ``weights``; the code's is ``weights=uniform``. Weight decay is
   refused: the code's 1e-5 is a replayed step of the server. The difference is central; the code has
-  a forward one as well. A seed a round is sent, where the code sends K. Clients of fewer steps
-  than K send zeros for the rest, and their V stands still meanwhile. The virtual clock (``system``)
-  counts the steps that ``local`` says.
+  a forward one as well. A seed a round is sent, where the code sends K. K is an upper bound: a
+  client whose ``local.epochs`` are fewer steps sends zeros for the rest, and its V stands still.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class DeComFl(Limited, Walking, group="method"):
     """DeComFL: steps by forward passes along shared directions; scalars travel, both ways.
 
     Attributes:
-        steps: K, after which local training ends, whatever local.steps or epochs say.
+        steps: K, the most local steps: clients whose epochs are fewer send zeros for the rest.
         directions: P, of each local step.
         eps: How far a client looks along a direction (the code's mu).
         momentum: Of the steps, kept over rounds; beside it local.momentum is to be 0.

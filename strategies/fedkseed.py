@@ -1,7 +1,7 @@
 """FedKSeed: K directions for the whole run; clients look along them by differences of losses.
 
     W_t = W_0 + sum_j C_j z_j,  z_1 .. z_K drawn from a seed, C = 0 at the start
-    client i: tau times: j drawn with replacement,  g = (L(W + eps z_j) - L(W - eps z_j)) / (2 eps)
+    client i: each step: j drawn with replacement,  g = (L(W + eps z_j) - L(W - eps z_j)) / (2 eps)
               c_ij <- c_ij - lr g,   W <- W - lr g z_j
     server:   C_j <- C_j + sum_i p_i c_ij
 
@@ -9,7 +9,8 @@
 begin with one zero.
 
 - Uplink: K numbers per client, the sums c_i; with ``steps`` tau numbers, one a local step, in the
-  order in which the directions were drawn: client, round and seed tell which.
+  order in which the directions were drawn: client, round and seed tell which. A client whose
+  ``local.epochs`` are fewer than tau steps sends zeros for the rest.
 - Downlink: a seed, and C, K numbers, however long the client was away; ``pro``: the chances, too.
 - Aggregation: exact; linear where sums are sent.
 - Server and clients: K d draws to rebuild W_t from W_0, once a round. Client: 2 forward passes a
@@ -51,8 +52,8 @@ class FedKSeed(Limited, Walking, group="method"):
 
     Attributes:
         seeds: K, directions of the run.
-        steps: tau, after which local training ends, whatever local.steps or epochs say: each step
-            is sent as one number. None: the sums along all directions are sent.
+        steps: tau, the most local steps: each is sent as one number, zeros for those that a
+            client's epochs do not give. None: the sums along all directions are sent.
         eps: How far a client looks along a direction.
         pro: Whether directions of longer steps are drawn more often (FedKSeed-Pro).
     """

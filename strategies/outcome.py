@@ -381,5 +381,7 @@ def optimiser_of(config: RunConfig) -> str:
     parts += [f"momentum {local.momentum:g}"] if local.momentum else []
     parts += [f"weight decay {local.weight_decay:g}"] if local.weight_decay else []
     parts += [f"schedule {local.schedule}"] if local.schedule != "constant" else []
-    parts += [f"{steps} {unit} of {size}", *(extra.setting for extra in local.added)]
+    most = getattr(config.method, "steps", None)  # of which one number each is sent
+    bound = f", {most} steps at most (method.steps)" if most else ""
+    parts += [f"{steps} {unit} of {size}{bound}", *(extra.setting for extra in local.added)]
     return ", ".join([*parts, *at_server])

@@ -23,7 +23,7 @@ class Load:
     """What a round asks of each client of a cohort.
 
     Attributes:
-        passes: Samples x local epochs [K].
+        passes: Samples that each passes over [K].
         down, up: Payload bytes [K].
     """
 

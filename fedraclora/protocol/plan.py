@@ -311,11 +311,12 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
         >>> trained_of(sent, {"fc.weight": (6, 4), "fc.bias": (6,)})
         'rank 2 of layer fc; in full parameter fc.bias: 26 numbers a client, the model has 30'
     """
-    ranks = {
-        weight.removesuffix(".weight"): {min(factor.shape) for factor in trained}
-        for weight, adapter in sent.adapters.items()
-        if (trained := [f for f in adapter.factors.values() if f.trained])
-    }
+    ranks = {}
+    for weight, adapter in sent.adapters.items():
+        first, *others = adapter.factors.values()
+        if any(factor.trained for factor in (first, *others)):
+            # Components, which may be more than a side of the weight is long.
+            ranks[weight.removesuffix(".weight")] = [first.shape[1], *(f.shape[0] for f in others)]
     parts = []
     if ranks:
         ends = dict.fromkeys([min(map(min, ranks.values())), max(map(max, ranks.values()))])

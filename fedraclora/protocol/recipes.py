@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
@@ -187,3 +188,13 @@ RECIPES: dict[str, Recipe] = {
     "forwards": Recipe(walks=True, forwards=True),
     "projected_update": Recipe(walks=True),
 }
+
+
+def most_steps(sent: Downlink) -> int | None:
+    """Return the most local steps of a client, where a number is sent for each; None: no bound.
+
+    Those that its epochs or ``local.steps`` do not give are not taken, and their numbers are zeros.
+    """
+    if not (RECIPES[sent.recipe].forwards and sent.arguments["pairs"]):
+        return None
+    return sent.layout.size // int(sent.arguments["directions"])

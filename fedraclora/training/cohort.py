@@ -28,7 +28,7 @@ from fedraclora.protocol.link import Link, apply_link, matrices
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.pool import Terms, fold_pools, parameters
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
-from fedraclora.protocol.recipes import RECIPES, keep_gradient
+from fedraclora.protocol.recipes import RECIPES, keep_gradient, most_steps
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import generator, hash_key
 from fedraclora.training.extra import Hook, LocalResult, Optimiser, When, mean_losses
@@ -177,9 +177,8 @@ class CohortTrainer:
         sizes = self.data.sizes(clients)
         key = hash_key(self.seed, "shuffle", round_)
         schedule = Schedule.of(clients, sizes, self.local, key)
-        if forwards and downlink.arguments["pairs"]:
-            numbers = downlink.layout.size // int(downlink.arguments["directions"])
-            schedule = schedule.until(numbers)
+        if (most := most_steps(downlink)) is not None:
+            schedule = schedule.until(most)
         base, narrow = self._with_pools(base, downlink)
         order, back = torch.argsort(schedule.steps, descending=True, stable=True), None
         if not torch.equal(order, places := torch.arange(len(order)).to(order)):

@@ -12,6 +12,7 @@ from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Downlink, Method
 from fedraclora.protocol.rank_budgets import check_ranks
+from fedraclora.protocol.recipes import most_steps
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.chain import CatchUp
@@ -110,16 +111,24 @@ class DeviceSimulator:
         if catch_up is not None:
             fetched += torch.from_numpy(catch_up.missing(clients, coded=False))
         sent = uploaded_bytes(downlink, count, up)
-        return Load(self.passes(sizes(clients)), fetched, sent)
+        return Load(self.passes(sizes(clients), most_steps(downlink)), fetched, sent)
 
-    def passes(self, sizes: torch.Tensor) -> torch.Tensor:
-        """Count the samples that clients pass over in a round, int64 [K]."""
+    def passes(self, sizes: torch.Tensor, most: int | None = None) -> torch.Tensor:
+        """Count the samples that clients pass over in a round, int64 [K].
+
+        Args:
+            sizes: Samples of each, int64 [K].
+            most: Local steps after which the recipe ends, if there is such a bound.
+        """
         local = self.local
-        if local.steps is None:
-            return sizes * local.epochs
         batch = sizes if not local.batch_size else sizes.clamp(max=local.batch_size)
-        in_epoch = (sizes + batch - 1) // batch  # the last batch of an epoch may be short
-        return local.steps // in_epoch * sizes + local.steps % in_epoch * batch
+        # The last batch of an epoch may be short.
+        in_epoch = ((sizes + batch - 1) // batch.clamp(min=1)).clamp(min=1)
+        steps = local.epochs * in_epoch
+        if local.steps is not None:
+            steps = torch.full_like(steps, local.steps)
+        steps = steps if most is None else steps.clamp(max=most)
+        return steps // in_epoch * sizes + steps % in_epoch * batch
 
     def _rank(self, method: Method) -> int:
         rank = getattr(method, "rank", None)

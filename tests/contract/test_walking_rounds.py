@@ -22,18 +22,21 @@ from worlds import (
 )
 
 from fedraclora.config.run_config import from_plain
+from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.overrides import composed
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.method import Cohort, Method
 from fedraclora.protocol.walk import SUMS
 from fedraclora.rng import cohort_bits, generator, hash_key
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.decomfl import DeComFl
 from fedraclora.strategies.fedkseed import FedKSeed
 from fedraclora.strategies.ferret import Ferret
+from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.wrappers import method_of
 
 Array = npt.NDArray[np.float64]
@@ -268,6 +271,32 @@ def test_sums_of_scalars_may_be_secret_and_private(
     for treatment in ({"secure": secure}, {"privacy": private}):
         with pytest.raises(ConfigError, match=r"method=fedkseed.*fedkseed without method\.steps"):
             run(world, FedKSeed(seeds=5, steps=2), STEPS, **keys, treatment=treatment)
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        (DeComFl(steps=3, directions=4), 3),
+        (FedKSeed(seeds=5, steps=2), 2),
+        (FedKSeed(seeds=5), None),
+        (Ferret(), None),
+    ],
+)
+def test_steps_are_an_upper_bound_and_the_clock_counts_those_that_are_taken(
+    method: Method, most: int | None
+) -> None:
+    world, gentle = make_world(), LocalSettings(lr=1e-3, epochs=1, batch_size=4)
+    batches = [-(-size // 4) for size in SIZES]  # of an epoch
+    taken = batches if most is None else [min(most, count) for count in batches]
+    done = run(world, method, gentle, rounds=1)
+    answered = torch.cat([answer.steps for _, answer in done.worker.seen])
+    assert answered.tolist() == taken
+    strategy, everyone = done.strategy, torch.arange(len(SIZES))
+    sent = method.open_round(strategy.state, 2, Cohort(everyone, everyone.double()), strategy.draw)
+    clock, sizes = DeviceSimulator(SystemConfig(), 0, gentle), torch.tensor(SIZES)
+    load = clock.load(everyone, sent, lambda clients: sizes[clients], None, strategy.loop)
+    wanted = [min(4 * steps, size) for steps, size in zip(taken, SIZES, strict=True)]
+    assert load.passes.tolist() == wanted
 
 
 def test_what_does_not_go_with_walking_is_refused() -> None:

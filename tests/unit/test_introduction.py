@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import fedraclora
@@ -49,6 +50,11 @@ def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixtur
     assert re.search("32 training .* 4 clients, 8 test .*0.2 of all", lines[4])
     begins: Any = found.summary["begins"]
     assert begins["trained"] in lines[3]
+
+
+def test_the_most_steps_of_a_method_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    run(method={"name": "decomfl", "steps": 50}, local={"lr": 1e-4})
+    assert "50 steps at most" in capsys.readouterr().err
 
 
 def test_full_weights_of_a_large_layer_are_measured_and_trained() -> None:
@@ -134,5 +140,9 @@ def test_many_layers_that_differ_in_numbers_are_told_as_one() -> None:
     assert said.startswith(
         "rank 1 to 3 of 12 layers in block.*.query; in full parameter out.bias: 243 numbers"
     )
+    wide = Adapter.of({"B": to_train((2, 8)), "A": torch.zeros(8, 30)}, 1.0)  # 8 columns travel
+    both = {"fc.weight": Adapter.of({"B": to_train((6, 8)), "A": to_train((8, 9))}, 1.0)}
+    for asked in ({"out.weight": wide}, both | {"out.weight": wide}):
+        assert trained_of(Downlink(asked), shapes).startswith("rank 8 of layer")
     full = {name: to_train(shape) for name, shape in shapes.items()}
     assert trained_of(Downlink({}, full), shapes).startswith("in full all of it: 291 numbers")

@@ -322,18 +322,18 @@ def test_the_phones_answer_in_most_rounds_and_lose_some() -> None:
     assert lost == 26 * 50 - kept
 
 
+@pytest.mark.parametrize("most", [None, 1, 5, 100])
 @pytest.mark.parametrize("local", [{"steps": 10}, {"steps": 3}, {"epochs": 2}])
 @pytest.mark.parametrize("batch_size", [0, 4, 32])
 def test_a_client_passes_over_the_samples_of_its_batches(
-    local: dict[str, int], batch_size: int
+    local: dict[str, int], batch_size: int, most: int | None
 ) -> None:
-    """The last batch of each epoch is short where the batch does not divide the samples."""
+    """The last batch of each epoch is short; a recipe may end before all steps are taken."""
     settings = LocalConfig(batch_size=batch_size, **local)
     sizes = [33, 70, 32, 5, 1]
-    found = DeviceSimulator(SystemConfig(speed=Constant(1.0)), 0, settings).passes(
-        torch.tensor(sizes)
-    )
-    wanted = [sum(map(len, batches(size, 0, settings, 0, 1))) for size in sizes]
+    clock = DeviceSimulator(SystemConfig(speed=Constant(1.0)), 0, settings)
+    found = clock.passes(torch.tensor(sizes), most)
+    wanted = [sum(map(len, [*batches(size, 0, settings, 0, 1)][:most])) for size in sizes]
     assert found.tolist() == wanted
 
 
