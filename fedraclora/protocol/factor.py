@@ -15,7 +15,7 @@ differently elsewhere is decided in one place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +24,7 @@ from fedraclora.errors import ConfigError, WireError
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
+LABELS = ("B", "R", "A")  # of factors, in the order of their product
 SEED_BYTES = 8
 OUTER = "outer"  # of the metadata of a field: its numbers are of the kind of what it is in
 PAST = "/past"
@@ -216,6 +217,17 @@ def past_name(weight: str) -> str:
 def weight_of(name: str) -> str | None:
     """Return the weight that a name of `past_name` belongs to; None for any other name."""
     return name.removesuffix(PAST) if name.endswith(PAST) else None
+
+
+def adapted_weight(name: str, weights: Container[str]) -> str | None:
+    """Return the weight that a factor's name belongs to; None if it is no factor of the weights.
+
+    Example:
+        >>> adapted_weight("fc.weight/B", ["fc.weight"]), adapted_weight("fc.magnitude", [""])
+        ('fc.weight', None)
+    """
+    weight, _, label = name.rpartition("/")
+    return weight if weight in weights and label in LABELS else None
 
 
 def as_rows(matrix: torch.Tensor, label: str) -> torch.Tensor:

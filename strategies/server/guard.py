@@ -12,10 +12,10 @@ import torch
 
 from fedraclora.aggregation.base import AggregationContext, rows_of, starts
 from fedraclora.errors import ConfigError, WireError
+from fedraclora.protocol.factor import adapted_weight
 from fedraclora.protocol.method import Method, State
 from fedraclora.protocol.uplinks import SUM_BLOCK, Uplinks, finite, greatest_norm
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.shared.layer import LABELS
 from fedraclora.wire.exchange import DTYPES, Answer, Ask
 
 
@@ -112,8 +112,8 @@ def overflowing(after: State, before: State) -> list[str]:
     wrong = [n for n, t in new if id(t) not in old and not _norm(t) <= _limit(t)]
     layers: dict[str, list[torch.Tensor]] = {}
     for name, tensor in after.carried.items():
-        weight, _, label = name.rpartition("/")
-        if weight in after.plan.targets and label in LABELS and tensor.is_floating_point():
+        weight = adapted_weight(name, after.plan.targets)
+        if weight is not None and tensor.is_floating_point():
             layers.setdefault(weight, []).append(tensor)
     return wrong or [layer for layer, factors in layers.items() if not _fits(factors)]
 

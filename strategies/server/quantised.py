@@ -30,13 +30,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedraclora.protocol.factor import FROZEN, weight_of
+from fedraclora.protocol.factor import FROZEN, adapted_weight, weight_of
 from fedraclora.protocol.method import Downlink, Factor, Link, Plan, State, Term, apply_link
 from fedraclora.protocol.pool import parameters, part_name
 from fedraclora.protocol.quantised import FULL, rounded
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import generator
-from fedraclora.strategies.shared.layer import LABELS
 from fedraclora.tree import Tree
 
 RESIDUE = "residue/"  # of the names in `State.moments`; the rest is the name of the part
@@ -212,12 +211,7 @@ def travelling(carried: Tree, sent: Downlink, plan: Plan) -> list[str]:
         sent: What the cohort was asked last.
         plan: Of the run: a factor may begin with the link that follows.
     """
-
-    def travels(name: str) -> bool:
-        weight, _, label = name.rpartition("/")
-        return name in sent.named or (weight in plan.targets and label in LABELS)
-
-    return [name for name in carried if travels(name)]
+    return [n for n in carried if n in sent.named or adapted_weight(n, plan.targets) is not None]
 
 
 def summed(name: str, term: Term, moments: Tree, sent: Downlink) -> Term:

@@ -12,7 +12,7 @@ import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, stack_products
-from fedraclora.protocol.factor import Factor, FactorLike, to_train
+from fedraclora.protocol.factor import LABELS, Factor, FactorLike, to_train
 from fedraclora.protocol.method import Adapter, Downlink, Draw, State
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
@@ -22,7 +22,6 @@ from fedraclora.strategies.shared.common import opening, server_step
 from fedraclora.tree import Tree
 
 Factors = dict[str, FactorLike]  # of a layer, by label
-LABELS = ("B", "R", "A")  # of factors, in the order of their product
 
 
 def known(label: str, labels: Sequence[str] = LABELS) -> str:

@@ -25,7 +25,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import Limited
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.narrow_weight import dense
-from fedraclora.protocol.factor import FROZEN, Factor, FactorLike, past_name
+from fedraclora.protocol.factor import FROZEN, LABELS, Factor, FactorLike, past_name
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
@@ -58,7 +58,6 @@ from fedraclora.strategies.shared.common import (
     dense_slots,
 )
 from fedraclora.strategies.shared.layer import (
-    LABELS,
     Factors,
     Layer,
     LayerUpdate,
