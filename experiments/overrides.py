@@ -35,6 +35,7 @@ from fedraclora.weights.files import flatten
 NO_SUCH_KEY = re.compile(r"Could not (?:override|delete from config\.) '([^']+)'")
 IS_THERE = re.compile(r"Could not append to config\. An item is already at '([^']+)'")
 NO_FOLDER = r"provider=hydra\.searchpath"
+BLANK = " "  # behind a key that would be read as a number; Hydra has no quotes for keys
 SWEEP = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?:\n| requires)")
 
 
@@ -92,7 +93,7 @@ def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> PlainDict:
             missing,
         )
     found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    plain = {str(key): value for key, value in dict(found).items()}  # type: ignore[arg-type]
+    plain: PlainDict = {str(key): _keyed(str(key), v) for key, v in dict(found).items()}  # type: ignore[arg-type]
     for group in NAMED:
         section, choice = plain.get(group), choices.get(group)
         if not isinstance(choice, str) or not isinstance(section, Mapping):
@@ -104,6 +105,30 @@ def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> PlainDict:
                 "your own the name of the file"
             )
     return plain
+
+
+def _keyed(path: str, value: object) -> object:
+    """Write the keys of mappings as text, as JSON has them: layers may be named by numbers.
+
+    Raises:
+        ConfigError: If the name of a layer was read as a fraction: 0.1 may have been 0.10.
+    """
+    if isinstance(value, list):
+        return [_keyed(path, element) for element in value]
+    if not isinstance(value, dict):
+        return value
+    for key in value if path.startswith("method.") else ():
+        if isinstance(key, float):
+            raise ConfigError(
+                f"{path} has the key {key}, which is read as a number and not as the name of a "
+                f"layer: name the layer's weight ({key}.weight), or quote the name in a YAML file"
+            )
+    return {name: _keyed(f"{path}.{name}", v) for k, v in value.items() if (name := name_of(k))}
+
+
+def name_of(key: object) -> str:
+    """Return a key of a mapping as text, without the blank that kept it from being a number."""
+    return str(key).removesuffix(BLANK)
 
 
 def without_idle(

@@ -13,7 +13,7 @@ from fedraclora.binding import PlainDict
 from fedraclora.config.run_config import RunConfig, targets_of
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.choices import groups
-from fedraclora.experiments.overrides import composed, key_of
+from fedraclora.experiments.overrides import BLANK, composed, key_of
 from fedraclora.experiments.resume import laid_over
 from fedraclora.limits import TakesObject, hints, later_keys
 from fedraclora.objects import lend
@@ -21,6 +21,8 @@ from fedraclora.strategies import METHODS
 
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
 ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes
+# Keys that Hydra may read as something else: by their beginning, with some that it does not.
+NUMBER = re.compile(r"[+-]?\.?\d|[+-]?(nan|inf|null|true|false)$", re.IGNORECASE)
 NOT_STRINGS = {"null", "true", "false", "nan", "inf"}
 
 
@@ -108,7 +110,8 @@ def literal(key: str, value: object) -> str:
     if isinstance(value, list):
         return f"[{','.join(literal(key, v) for v in value)}]"
     if isinstance(value, dict):
-        pairs = ((ESCAPED.sub(r"\\\g<0>", k), literal(key, v)) for k, v in value.items())
+        marked = {f"{k}{BLANK}" if NUMBER.match(k) else k: v for k, v in value.items()}
+        pairs = ((ESCAPED.sub(r"\\\g<0>", k), literal(key, v)) for k, v in marked.items())
         return f"{{{','.join(f'{name}:{text}' for name, text in pairs)}}}"
     return repr(value)
 
@@ -130,9 +133,9 @@ def plain_value(key: str, value: object) -> object:
     Raises:
         ConfigError: If it is something else.
     """
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, Path):
+    if isinstance(value, str | Path):  # text of numpy is no text to YAML
         return str(value)
     if isinstance(value, numbers.Real):
         return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -171,34 +170,6 @@ class LayerUpdate:
     merged: tuple[FactorLike, ...] | None = None
     aggregate: Product | None = None
     keep: str | None = None
-
-
-def sound_update(update: object, layer: Layer, method: str) -> LayerUpdate:
-    """Reject what a method makes of a layer and cannot: its own error would name torch alone.
-
-    Raises:
-        ConfigError: Naming the method, the layer, what came and what is wanted.
-    """
-    said = f"update of {method} gives for {layer.name}"
-    if not isinstance(update, LayerUpdate):
-        raise ConfigError(f"{said} a {type(update).__name__}; a LayerUpdate is wanted")
-    merged, aggregate = enumerate(update.merged or ()), enumerate(update.aggregate or ())
-    for label, factor in [*update.carried.items(), *merged, *aggregate]:
-        numbers = Factor.of(factor).numbers
-        if numbers is not None and not numbers.is_floating_point():
-            raise ConfigError(
-                f"{said} the factor {label} as {numbers.dtype}, which would cut off what clients "
-                "trained. Give floating-point numbers, as replies.mean(label) does"
-            )
-    shapes = [Factor.of(factor).shape for factor in update.merged or ()]
-    inner = pairwise(shapes)
-    ends = (shapes[0][0], shapes[-1][-1]) if shapes else layer.shape
-    if ends != layer.shape or any(one[-1] != other[0] for one, other in inner):
-        raise ConfigError(
-            f"{said} merged factors of the shapes {', '.join(map(str, shapes))}; those of a "
-            f"product are wanted, from {layer.m} rows to {layer.n} columns, as (B, A)"
-        )
-    return update
 
 
 @dataclass(frozen=True)

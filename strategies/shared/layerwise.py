@@ -13,7 +13,7 @@ rounding, the age of links, effective weights, the count of what is sent, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -66,8 +66,8 @@ from fedraclora.strategies.shared.layer import (
     RoundReplies,
     known,
     multiplied,
-    sound_update,
 )
+from fedraclora.strategies.shared.sound import factors_of, update_of
 from fedraclora.tree import Tree, wide, widened
 
 __all__ = ["Factors", "Layer", "LayerMethod", "LayerUpdate", "LowRank", "Replies", "Round"]
@@ -95,6 +95,8 @@ class LowRankMethod(Limited, Method, group="method"):
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
+        if isinstance(self.rank, Mapping):  # layers may be named by numbers
+            object.__setattr__(self, "rank", {str(k): rank for k, rank in self.rank.items()})
         check_rank(self.rank)
         resolve_scale(self.alpha, 1, rslora=self.rslora)
 
@@ -253,16 +255,13 @@ class LayerMethod(LowRankMethod):
 
     def adapter(self, layer: Layer, now: Round) -> Adapter:
         """Return the factors of one matrix in the order of their product."""
-        found = self.factors(layer, now)
-        found = found | {
-            label: sent
+        found = factors_of(self, layer, now)
+        found |= {
+            label: Factor.of(sent)
             for label, sent in layer.frozen.items()
-            if label in found and not Factor.of(found[label]).trained
+            if label in found and not found[label].trained
         }
-        adapter = Adapter.of(
-            {k: found[k] for k in sorted(found, key=lambda label: LABELS.index(known(label)))},
-            layer.scale,
-        )
+        adapter = Adapter.of(found, layer.scale)
         stays = [label for label, asked in adapter.factors.items() if not asked.upload]
         if stays and not self.client_state:
             raise ConfigError(
@@ -281,7 +280,7 @@ class LayerMethod(LowRankMethod):
         for name, adapter in sent.adapters.items():
             layer = self.layer(state, name)
             replies = Replies(came, name)
-            update = sound_update(self.update(layer, replies), layer, type(self).__name__)
+            update = update_of(self, layer, replies)
             if error is not None:
                 new = update.aggregate or _left(layer, replies, update)
                 error.add(replies.product(), replies.carried, new, layer.scale)
@@ -310,7 +309,7 @@ class LayerMethod(LowRankMethod):
                 "carried and counted; else leave it out (replies.means(drawn=False)) and draw it "
                 "again by now.sketch with the same index"
             )
-        return given.draw()
+        return given.draw().detach()
 
     def merge(self, state: State, terms: dict[str, Term], dense: Tree) -> Link:
         """Build the link of a round from its products and means: each is folded into its W."""
@@ -397,5 +396,5 @@ def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:
 
 def _rounded(merged: tuple[FactorLike, ...], dtype: torch.dtype) -> tuple[Factor, ...]:
     """Round matrices to the precision in which they are kept; an empty product gives nothing."""
-    found = tuple(Factor.of(f).with_numbers(lambda t: t.to(dtype)) for f in merged)
+    found = tuple(Factor.of(f).with_numbers(lambda t: t.detach().to(dtype)) for f in merged)
     return found if all(prod(f.shape) for f in found) else ()

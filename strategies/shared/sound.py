@@ -1,0 +1,168 @@
+"""What a method says of one matrix, called and checked: an error of torch would not name it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from fedraclora.binding import of_project
+from fedraclora.data.own_loss import PASSING
+from fedraclora.errors import ConfigError, DivergenceError
+from fedraclora.imports import told_as
+from fedraclora.protocol.factor import Factor, FactorLike
+from fedraclora.strategies.shared.layer import (
+    LABELS,
+    Factors,
+    Layer,
+    LayerUpdate,
+    Replies,
+    Round,
+)
+
+
+class OfLayers(Protocol):
+    """What a method says of one matrix."""
+
+    def factors(self, layer: Layer, now: Round) -> Factors:
+        """Return what clients get."""
+
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        """Return what a round makes of it."""
+
+
+def factors_of(method: OfLayers, layer: Layer, now: Round) -> dict[str, Factor]:
+    """Ask a method what clients get for a matrix; give it in the order of the product.
+
+    Raises:
+        ConfigError: Naming the method, the layer, what came and what is wanted.
+        DivergenceError: The same, of numbers of a user's method that are not finite.
+    """
+    with _calling(method, "factors", layer):
+        found: object = method.factors(layer, now)
+    said = _Said(method, f"factors of {type(method).__name__} gives for {layer.name}")
+    if not (factors := said.labelled("", found)):
+        raise ConfigError(f"{said.text} no factor; {LABELLED}")
+    _check_product(said.text, [*factors.values()], layer)
+    return factors
+
+
+def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
+    """Ask a method what a round makes of a matrix.
+
+    Raises:
+        ConfigError: As `factors_of`.
+        DivergenceError: As `factors_of`.
+    """
+    with _calling(method, "update", layer):
+        update: object = method.update(layer, replies)
+    said = _Said(method, f"update of {type(method).__name__} gives for {layer.name}", clients=False)
+    if not isinstance(update, LayerUpdate):
+        raise ConfigError(f"{said.text} a {type(update).__name__}; a LayerUpdate is wanted")
+    carried = said.labelled("carried ", update.carried)
+    ends = {"B": (0, layer.m), "A": (1, layer.n)}
+    for label, (axis, length) in ends.items():
+        if label in carried and carried[label].shape[axis] != length:
+            raise ConfigError(
+                f"{said.text} carried {label} of the shape {carried[label].shape}; B has {layer.m} "
+                f"rows, and A has {layer.n} columns"
+            )
+    for name, factors in (("merged", update.merged), ("aggregate", update.aggregate)):
+        if factors is None:
+            continue
+        if not isinstance(factors, tuple | list):
+            raise ConfigError(
+                f"{said.text} {name}={type(factors).__name__}; a tuple of matrices, (B, A), is "
+                "wanted"
+            )
+        product = [said.matrix(name, factor) for factor in factors]
+        _check_product(f"{said.text} {name}", product, layer)
+    if update.keep not in {None, "B", "A"}:
+        raise ConfigError(f"{said.text} keep={update.keep!r}; B, A or None is wanted")
+    return update
+
+
+LABELLED = (
+    'a dict of factors by label is wanted, such as {"B": layer.trained("B"), '
+    '"A": now.sketch(layer, "A", "gaussian")}'
+)
+
+
+def _calling(method: OfLayers, hook: str, layer: Layer) -> AbstractContextManager[None]:
+    """Tell what a method of the user's raises by its name, and let ours raise what it does."""
+    if of_project(type(method)):
+        return nullcontext()
+    said = f"{type(method).__name__}, {layer.name}: "
+    return told_as(ConfigError, said, f"calling its {hook}", passing=PASSING)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a method says of a matrix.
+
+    Attributes:
+        method: Who says it.
+        text: What messages begin with.
+        clients: Whether numbers may have an axis of clients.
+    """
+
+    method: OfLayers
+    text: str
+    clients: bool = True
+
+    def labelled(self, what: str, given: object) -> dict[str, Factor]:
+        """Check factors by label, and put them into the order of their product."""
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{self.text} {what}a {type(given).__name__}; {LABELLED}")
+        if odd := [label for label in given if label not in LABELS]:
+            raise ConfigError(
+                f"{self.text} {what}the factor {odd[0]!r}; there are {', '.join(LABELS)}, of a "
+                "product in this order"
+            )
+        return {
+            label: self.matrix(f"{what}{label}", given[label]) for label in LABELS if label in given
+        }
+
+    def matrix(self, what: str, given: object) -> Factor:
+        """Take a factor; refuse what is no matrix of finite floating-point numbers."""
+        said, wanted = f"{self.text} {what}", "a matrix of floating-point numbers is wanted"
+        if not isinstance(given, FactorLike):
+            raise ConfigError(
+                f"{said} as a {type(given).__name__}; a tensor, a drawing (now.sketch) or what "
+                "clients train (layer.trained) is wanted"
+            )
+        factor = Factor.of(given)
+        numbers, shape = factor.numbers, factor.shape
+        if len(shape) != 2 or min(shape) < 0 or (factor.per_client and not self.clients):
+            got = shape if numbers is None else numbers.shape
+            raise ConfigError(f"{said} with the shape {[*got]}; {wanted}")
+        if numbers is None:
+            return factor
+        if numbers.layout != torch.strided or numbers.is_meta or not numbers.is_floating_point():
+            kind = "without numbers (meta)" if numbers.is_meta else f"{numbers.dtype}"
+            raise ConfigError(f"{said} as {kind}, {numbers.layout}; {wanted}")
+        if tuple(numbers.shape[-2:]) != shape:
+            raise ConfigError(
+                f"{said} to be trained with the shape {[*shape]}, from a start of the shape "
+                f"{[*numbers.shape]}"
+            )
+        if not of_project(type(self.method)) and not bool(numbers.isfinite().all()):
+            raise DivergenceError(
+                f"{said} with numbers that are not finite; finite ones are wanted"
+            )
+        return factor
+
+
+def _check_product(said: str, factors: Sequence[Factor], layer: Layer) -> None:
+    """Reject factors whose product has not the shape of the matrix; of none there is nothing."""
+    shapes = [factor.shape for factor in factors]
+    ends = (shapes[0][0], shapes[-1][-1]) if shapes else layer.shape
+    if ends != layer.shape or any(one[-1] != other[0] for one, other in pairwise(shapes)):
+        raise ConfigError(
+            f"{said} factors of the shapes {', '.join(map(str, shapes))}; those of a product are "
+            f"wanted, from {layer.m} rows to {layer.n} columns, as (B, A)"
+        )
