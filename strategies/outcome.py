@@ -28,7 +28,7 @@ from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
 from fedraclora.protocol.plan import frozen_layers, some_of, thawed
 from fedraclora.run.callback import Begin, Callback, run_title
-from fedraclora.run.digests import check_data
+from fedraclora.run.digests import check_data, located
 from fedraclora.run.folder import (
     alone,
     amend,
@@ -72,7 +72,8 @@ def finished(config: RunConfig, folder: Path) -> Run:
     """
     rows = read_ledger(folder / "ledger.jsonl")
     effective = partial(load_weights, folder)
-    bare = replace(config, pretrain=PretrainConfig())  # the weights are in the folder
+    data = located(folder, config.data)  # who asks may work in another folder
+    bare = replace(config, data=data, pretrain=PretrainConfig())  # the weights are in the folder
 
     def build() -> BuiltTask:
         check_data(folder, bare.data)  # of other data other scales and classes could come

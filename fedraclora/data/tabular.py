@@ -42,6 +42,27 @@ SPLITS = ("train", "test", "validation")  # values of the column of splits
 
 
 @dataclass(frozen=True)
+class Mend:
+    """What a user may do about rows that cannot be read.
+
+    Attributes:
+        gaps: Where values are missing.
+        cell: Where a cell is no number.
+    """
+
+    gaps: str
+    cell: str
+
+
+OF_RUN = Mend(
+    "Set data.missing=drop to leave such rows out, data.features to leave columns out, or fill "
+    "them in the file",
+    "mend the cell (leave it empty if it is missing), or list columns in data.features",
+)
+LATER = Mend("Fill them in, or leave such rows out", "mend the cell, or leave the row out")
+
+
+@dataclass(frozen=True)
 class TableForm:
     """How rows become a data set: see `load_table` for each key.
 
@@ -66,9 +87,11 @@ class TableForm:
             table = NamedTable.read(found, [str(self.label)], self.separator)
         else:
             table = found if isinstance(found, NamedTable) else NamedTable.of(found, "data")
-        label = table.column("data.label", str(self.label)) if target else None
-        features = [table.column("data", name) for name in reading["features"]]
-        x, labels, _, kept = _rows(table, features, label, None, self.missing)
+        mend = OF_RUN if isinstance(found, NamedTable) else LATER
+        purpose = "which answers are compared with (predict needs none)"
+        label = table.later(str(self.label), purpose) if target else None
+        features = [table.later(name, "which the run learnt from") for name in reading["features"]]
+        x, labels, _, kept = _rows(table, features, label, None, self.missing, mend)
         wanted = torch.zeros(len(x))
         if target:
             names = [*map(str, reading.get("classes", []))]
@@ -256,13 +279,14 @@ def _features(
     return used, [name for name in others if name not in used]
 
 
-def _refuse_spoilt(table: NamedTable, name: str, share: float = 0.5) -> None:
+def _refuse_spoilt(table: NamedTable, name: str, share: float = 0.5, mend: Mend = OF_RUN) -> None:
     """Reject a column of numbers with a cell that is none: it would be left out in silence.
 
     Args:
         table: The rows.
         name: A column that does not hold numbers alone.
         share: Of its cells that are numbers, above which the others are faults.
+        mend: What a user may do.
 
     Raises:
         DataError: Naming the first such cell.
@@ -275,7 +299,7 @@ def _refuse_spoilt(table: NamedTable, name: str, share: float = 0.5) -> None:
         row = numbers.idxmin()
         raise DataError(
             f"{table.path}: column {name} holds numbers, but {cells[row]!r} in row {int(row) + 1}: "
-            "mend the cell (leave it empty if it is missing), or list columns in data.features"
+            f"{mend.cell}"
         )
     if pd.to_numeric(cells.str.replace(",", "."), errors="coerce").notna().mean() > 0.5:
         raise DataError(
@@ -285,7 +309,12 @@ def _refuse_spoilt(table: NamedTable, name: str, share: float = 0.5) -> None:
 
 
 def _rows(
-    table: NamedTable, features: list[str], label: str | None, client: str | None, missing: str
+    table: NamedTable,
+    features: list[str],
+    label: str | None,
+    client: str | None,
+    missing: str,
+    mend: Mend = OF_RUN,
 ) -> tuple[torch.Tensor, list[str], list[str] | None, RowNumbers]:
     """Take the columns that are used, and refuse or drop rows that miss something.
 
@@ -298,7 +327,7 @@ def _rows(
     except (TypeError, ValueError) as error:
         for name in features:
             if frame[name].dtype.kind not in "biuf":
-                _refuse_spoilt(table, name, share=-1.0)
+                _refuse_spoilt(table, name, -1.0, mend)
         raise DataError(f"{path}: {features} do not all hold numbers: {error}") from error
     gaps = {name: ~np.isfinite(x[:, place]) for place, name in enumerate(features)}
     gaps |= {name: frame[name].isna().to_numpy() for name in (label, client) if name is not None}
@@ -309,8 +338,7 @@ def _rows(
         ]
         raise DataError(
             f"{path}: values are missing (or infinite): {', '.join(gaps_by_column[:5])}; the "
-            f"first of them in row {int(np.flatnonzero(gone)[0]) + 1}. Set data.missing=drop to "
-            "leave such rows out, data.features to leave columns out, or fill them in the file"
+            f"first of them in row {int(np.flatnonzero(gone)[0]) + 1}. {mend.gaps}"
         )
     if gone.all():
         raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")

@@ -74,8 +74,9 @@ def write_digests(folder: Path, config: str, data: Mapping[str, object] | None) 
     path, now = folder / FILE, folder / "config.yaml"
     before = [_text_digest(now.read_bytes())] if now.is_file() else []
     recorded = known_data(folder) if data is None else data
+    began = began_in(folder) if data is None else str(Path.cwd())
     digests = [_text_digest(config.encode()), *before]
-    write_text(path, sealed({"config": digests, "data": recorded}))
+    write_text(path, sealed({"config": digests, "data": recorded, "began_in": began}))
 
 
 def check_config(folder: Path) -> bytes:
@@ -111,12 +112,45 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
     for key, files in stored.items():
         for name, recorded in files.items():
             now = found.get(key, {}).get(name)
-            if now != recorded:
-                what = "is missing" if now is None else "has changed"
+            if now is None:
+                began = began_in(folder)
+                there = "" if began is None else f" in {began}"
                 raise DataError(
-                    f"data.{key}={data.get(key)}: {name}{_owner(key, name)} {what} since the run "
-                    "began; restore the file, or start the run anew without resume"
+                    f"data.{key}={data.get(key)}: {name}{_owner(key, name)} is missing since the "
+                    f"run began{there}; work in that folder, put it back, or start anew"
                 )
+            if now != recorded:
+                raise DataError(
+                    f"data.{key}={data.get(key)}: {name}{_owner(key, name)} has changed since the "
+                    "run began; restore the file, or start the run anew without resume"
+                )
+
+
+def began_in(folder: Path) -> str | None:
+    """Read the working folder in which a run began; None of a run of before it was kept."""
+    path = folder / FILE
+    found = read_sealed(path).get("began_in") if path.is_file() else None
+    return None if found is None else str(found)
+
+
+def located(folder: Path, data: Plain) -> dict[str, object]:
+    """Find the files of a run's data where they were when it began, if they are not here.
+
+    Args:
+        folder: The run folder.
+        data: The group ``data`` of its config.
+
+    Returns:
+        The group; a relative path that leads nowhere from here starts from where the run began.
+    """
+    began, found = began_in(folder), dict(data)
+    for key, value in data.items() if began is not None else ():
+        if key not in PATHS or not isinstance(value, str) or ":" in value:
+            continue
+        then = Path(str(began)) / value
+        if not any(_paths(key, value, data.get("root"))) and then.exists():
+            found[key] = str(then)
+    return found
 
 
 def known_data(folder: Path) -> dict[str, dict[str, str]]:

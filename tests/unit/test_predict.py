@@ -95,8 +95,8 @@ def test_rows_that_cannot_be_read_end_in_a_sentence(folder: Path, tmp_path: Path
     run = fedraclora.read_run(folder / "run")
     FRAME.assign(kind=[*FRAME.kind[:2], "odd", *FRAME.kind[3:]]).to_csv(folder / "odd.csv")
     for data, said in [
-        (folder / "new.csv", "unknown column 'kind'"),
-        (FRAME.drop(columns="dose"), "unknown column 'dose'"),
+        (folder / "new.csv", "lacks the column 'kind'"),
+        (FRAME.drop(columns="dose"), "lacks the column 'dose'"),
         (folder / "odd.csv", r"odd\.csv: labels \['odd'\] .* row 3"),
         (FRAME.assign(kind="odd"), "'odd'"),
         (FRAME.assign(age=[30, "old"] * 45), "column age holds numbers, but 'old' in row 2"),
@@ -412,3 +412,66 @@ def test_of_two_columns_of_one_name_none_is_taken_in_silence() -> None:
     for read in (reader.rows, lambda found: conversations.program_rows(found, form)):
         with pytest.raises(DataError, match="several columns 'prompt'"):
             read(frame)
+
+
+def test_a_run_answers_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data were named from the folder in which it began."""
+    began, elsewhere = tmp_path / "began", tmp_path / "elsewhere"
+    for place in (began, elsewhere):
+        place.mkdir()
+    FRAME.to_csv(began / "train.csv", index=False)
+    monkeypatch.chdir(began)
+    words = ("data=table", "data.file=train.csv", "data.label=kind", "data.features=[age,dose]")
+    run = fedraclora.simulate(QUIET, *words, clients=3, rounds=1, folder=began / "run")
+    wanted = run.predict(FRAME)
+    monkeypatch.chdir(elsewhere)
+    found = fedraclora.read_run(began / "run")
+    assert found.predict(FRAME).equals(wanted)
+    assert found.evaluate() == run.rows[-1]["metrics"]
+    FRAME[:-1].to_csv(began / "train.csv", index=False)
+    with pytest.raises(DataError, match="has changed"):
+        fedraclora.read_run(began / "run").evaluate()
+    (began / "train.csv").unlink()
+    with pytest.raises(DataError, match=r"train\.csv.*missing.*put it back") as raised:
+        fedraclora.read_run(began / "run").evaluate()
+    assert str(began) in str(raised.value)
+    FRAME.to_csv(began / "train.csv", index=False)  # as it says
+    assert fedraclora.read_run(began / "run").evaluate() == run.rows[-1]["metrics"]
+
+
+def test_each_advice_on_later_rows_works(folder: Path, tmp_path: Path) -> None:
+    """None of them names a key, which `predict` and `evaluate` do not take."""
+    run, path = fedraclora.read_run(folder / "run"), tmp_path / "later.csv"
+
+    def refused(frame: pd.DataFrame) -> str:
+        frame.to_csv(path, index=False)
+        with pytest.raises(FedRacLoraError) as raised:
+            run.evaluate(path)
+        told = str(raised.value)
+        assert "data." not in told.replace(str(path), "")
+        assert "did you mean" not in told
+        return told
+
+    def answered(frame: pd.DataFrame) -> None:
+        frame.to_csv(path, index=False)
+        assert run.evaluate(path)
+        assert len(run.predict(path)) == len(frame)
+
+    good = FRAME[60:70]
+    gap = good.assign(dose=good.dose.where(good.index != 63))
+    assert "Fill them in, or leave such rows out" in refused(gap)
+    answered(gap.fillna(1.0))
+    answered(gap.dropna())
+    word = good.assign(dose=good.dose.astype(object).where(good.index != 63, "high"))
+    assert "mend the cell" in refused(word)
+    answered(word[word.dose != "high"])
+    lacking = good.drop(columns="dose").assign(doses=1.0)  # no name for another
+    assert "'dose'" in (told := refused(lacking))
+    assert "add it" in told
+    answered(lacking.assign(dose=2.0))
+    assert "rename 'DOSE' to 'dose'" in refused(good.rename(columns={"dose": "DOSE"}))
+    answered(good)
+    assert "'kind'" in (told := refused(good.drop(columns="kind")))
+    assert "predict" in told
+    good.drop(columns="kind").to_csv(path, index=False)
+    assert len(run.predict(path)) == 10
