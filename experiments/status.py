@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -20,8 +21,10 @@ from types import FrameType
 from typing import ParamSpec
 
 from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.imports import failure_of
 
 P = ParamSpec("P")
+IN_OWN = re.compile(r"in \w+ of ")  # of the notes that name the hook of a user's object
 FULL = {errno.ENOSPC, errno.EDQUOT}
 UNREAD = 141  # of a command whose output is read by `head`, by the custom of shells
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -108,6 +111,8 @@ def explained(error: Exception) -> str | None:
 def _explained(error: Exception) -> str | None:
     if isinstance(error, FedRacLoraError):
         return str(error)
+    if any(map(IN_OWN.match, getattr(error, "__notes__", ()))):
+        return failure_of(error, "your own code")
     # Before OSError, which Hydra's are in part.
     if (message := _of_config(error)) is not None:
         return message

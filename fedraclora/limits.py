@@ -24,6 +24,15 @@ from fedraclora.errors import ConfigError, unknown
 
 P = ParamSpec("P")
 T = TypeVar("T")
+# Columns of a ledger's rows, whose names nothing of the user's may have.
+COLUMNS = frozenset(
+    {"round", "metrics", "validation", "generations", "clients", "train_loss", "train_metrics"}
+    | {"cohort", "asked", "dropped", "local_steps", "failures", "attackers", "report", "notes"}
+    | {"uplink_bytes", "downlink_bytes", "catchup_bytes", "transport_bytes", "sha256"}
+    | {"uplink_total", "downlink_total", "rounding_up", "rounding_down", "effective_step"}
+    | {"privacy", "sample_privacy", "secure", "virtual_seconds", "seconds", "cpu_seconds"}
+    | {"peak_memory_bytes", "timestamp", "incidents"}
+)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ class Run:
 
         frame = pd.json_normalize([dict(row) for row in self.rows], sep=".")
         short = {name: name.removeprefix("metrics.") for name in frame.columns}
-        return frame.rename(columns=short).set_index("round")
+        free = {name: new for name, new in short.items() if new not in frame.columns}
+        return frame.rename(columns=free).set_index("round")
 
     def weights(self, round: int | None = None) -> Tree:  # noqa: A002
         """Return the effective weights after the last round, all adapters merged.

@@ -34,6 +34,7 @@ from fedraclora.evaluation.counts import (
     ratio,
 )
 from fedraclora.evaluation.own_metrics import own_metric
+from fedraclora.limits import COLUMNS
 from fedraclora.tree import Tree
 
 __all__ = ["METRICS", "OF_CLASSES", "ONE", "Measure", "Owners", "higher_is_better", "lower_of"]
@@ -84,10 +85,11 @@ class Measure:
         function, reads = loss_function(loss), like or loss
         chosen: dict[str, Formula] = {}
         for name in names:
-            if is_own(name) and (short := short_name(name)) in {*METRICS, *chosen}:
+            if is_own(name) and (short := short_name(name)) in {*METRICS, *chosen, *COLUMNS}:
+                other = "a column of every ledger" if short in COLUMNS else "another metric"
                 raise ConfigError(
-                    f"data.metrics has {name}, but {short} is the name of another metric: give "
-                    "it a name of its own (fedraclora.Metric(..., name=...))"
+                    f"data.metrics has {name}, but {short} is the name of {other}: give it a name "
+                    "of its own (fedraclora.Metric(..., name=...))"
                 )
             if is_own(name):
                 chosen[short_name(name)] = own_metric(name)

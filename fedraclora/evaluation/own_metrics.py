@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,19 @@ class Metric:
     higher_is_better: bool | None = None
     each: bool = False
     name: str = ""
+
+    def __post_init__(self) -> None:
+        """Reject what is no function, and a name that no ledger has.
+
+        Raises:
+            ConfigError: Naming it.
+        """
+        if not callable(self.function):
+            raise ConfigError(f"fedraclora.Metric({self.function!r:.100}): a function is wanted")
+        if self.name and not (isinstance(self.name, str) and re.fullmatch(r"\w+", self.name)):
+            raise ConfigError(
+                f"fedraclora.Metric(name={self.name!r:.100}): letters, digits and _ make a name"
+            )
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> Any:
         """Call the function."""
@@ -101,8 +115,10 @@ class _Whole:
     def number(self, found: Any) -> float:
         """Read a number."""
         try:
+            if isinstance(found, str):  # float() would read it
+                raise TypeError("a text is no number")
             return float(found)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ConfigError(
                 f"metric {self.name} gives {_kind(found)}; one number is wanted (of torchmetrics: "
                 "average='macro', say)"
@@ -123,7 +139,8 @@ class _Each(_Whole):
     def take(self, batch: Batch) -> torch.Tensor:
         output, target, owners = batch.rows()
         found = self.called(self.function, output, target)
-        if not isinstance(found, torch.Tensor) or found.shape != (len(target),):
+        real = isinstance(found, torch.Tensor) and not found.is_complex()
+        if not real or found.shape != (len(target),):
             raise ConfigError(
                 f"metric {self.name} gives {_kind(found)} for {len(target)} rows; with each=True a "
                 f"tensor of shape ({len(target)},) is wanted"

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ class Ledger:
                 f"ledger {self.path or ''}: the round of a row must be an integer above {last}, "
                 f"got {round_!r}; to write a round again, cut the ledger first"
             )
-        plain = {str(key): _plain(value, str(key)) for key, value in row.items()}
+        plain = {str(key): plain_value(value, str(key)) for key, value in row.items()}
         text = json.dumps(plain, allow_nan=False)
         seal = _seal(self.seal(), text)
         if self.path is not None:
@@ -278,16 +279,31 @@ def _seal(before: str, text: str) -> str:
     return hashlib.sha256(f"{before}|{text}".encode()).hexdigest()
 
 
-def _plain(value: object, where: str) -> object:
-    """Convert a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null."""
-    if value is None or isinstance(value, (int, str)):  # most are one of these
+def plain_value(value: object, where: str) -> object:
+    """Convert a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null.
+
+    Args:
+        value: The value.
+        where: The column that it is in, for the message.
+
+    Raises:
+        CheckpointError: If JSON has no such value, or no float is as large.
+    """
+    if value is None or isinstance(value, str):
+        return value if value is None else str(value)
+    if isinstance(value, int):
+        if abs(value) > sys.float_info.max:
+            raise CheckpointError(
+                f"the ledger cannot hold a whole number of {value.bit_length()} bits (column "
+                f"{where})"
+            )
         return value
     if isinstance(value, float):  # numpy's double, too
         return float(value) if math.isfinite(value) else None
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return _plain(value.tolist(), where)
+        return plain_value(value.tolist(), where)
     if isinstance(value, Mapping):
-        return {str(key): _plain(part, f"{where}.{key}") for key, part in value.items()}
+        return {str(key): plain_value(part, f"{where}.{key}") for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part, where) for part in value]
+        return [plain_value(part, where) for part in value]
     raise CheckpointError(f"the ledger cannot hold a {type(value).__name__} (column {where})")

@@ -17,13 +17,15 @@ from typing_extensions import override
 
 from fedraclora.binding import of_project
 from fedraclora.config.settings import StopConfig
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import CheckpointError, ConfigError, unknown
 from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.limits import COLUMNS
 from fedraclora.narrow_weight import dense
 from fedraclora.objects import held, refuse_changed
 from fedraclora.run.callback import Begin, Callback
-from fedraclora.run.ledger import BY_CLIENTS, Row, metrics_of, number
+from fedraclora.run.ledger import BY_CLIENTS, Row, metrics_of, number, plain_value
+from fedraclora.strategies.server.sound import OF_CALLBACKS, Check
 from fedraclora.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -103,15 +105,21 @@ def joined(row: Row, found: Mapping[str, object], who: str) -> Row:
     """Add columns of a program's own to a row.
 
     Raises:
-        ConfigError: If they are no columns, or the row has such already.
+        ConfigError: If they are no columns, the ledger has such already, or cannot hold them.
     """
     if not isinstance(found, Mapping):
         raise ConfigError(
             f"{who} gives {found!r:.100} for the ledger; a dict of columns by name is wanted"
         )
-    if taken := sorted(map(str, found.keys() & row.keys())):
-        raise ConfigError(f"{who} gives the column {taken[0]!r}, which each row has: rename it")
-    return row | dict(found)
+    for name in found:
+        if not isinstance(name, str) or not name.isprintable() or not name:
+            raise ConfigError(f"{who} gives the column {name!r:.100}; a text is wanted for a name")
+        if name in row or name.partition(".")[0] in COLUMNS:
+            raise ConfigError(f"{who} gives the column {name!r}, which rows have: rename it")
+    try:
+        return row | {str(name): plain_value(value, name) for name, value in found.items()}
+    except (CheckpointError, RecursionError) as error:
+        raise ConfigError(f"{who}: {error}; give numbers, texts, lists or dicts") from error
 
 
 @dataclass
@@ -255,27 +263,34 @@ class Told:
     Args:
         inner: The object.
         name: For a reader.
+        checks: Of what hooks give, by name.
         copies: Whether its hooks get copies; those of rows are made as they come.
     """
 
     own = True
 
-    def __init__(self, inner: object, name: str, *, copies: bool = False) -> None:
-        vars(self).update(inner=inner, name=name, copies=copies)
+    def __init__(
+        self, inner: object, name: str, checks: Mapping[str, Check], *, copies: bool = False
+    ) -> None:
+        vars(self).update(inner=inner, name=name, checks=checks, copies=copies)
 
     def __getattr__(self, attribute: str) -> Any:
         """Fetch an attribute of the object."""
         found = getattr(self.inner, attribute)
-        if not callable(found):
+        inherited = of_project(found) and not self.copies  # what it calls is not its own
+        if not callable(found) or inherited:
             return found
 
         def call(*arguments: object, **named: object) -> object:
             if self.copies and attribute != "ends":
                 arguments, named = copy.deepcopy((arguments, named))
             try:
-                return found(*arguments, **named)
+                made = found(*arguments, **named)
+                if (check := self.checks.get(attribute)) is not None:
+                    made = check(f"{attribute} of {self.name}", made, self.inner, arguments)
+                return made
             except Exception as error:
-                error.add_note(f"raised in {attribute} of {self.name}")
+                error.add_note(f"in {attribute} of {self.name}")
                 raise
 
         return call
@@ -288,11 +303,11 @@ class Told:
 
 @contextmanager
 def in_round(round_: int) -> Iterator[None]:
-    """Add to what an object of a program's own raises the round in which it did."""
+    """Add to what an object of a program's own raises, or gives, the round in which it did."""
     try:
         yield
     except Exception as error:
-        if getattr(error, "__notes__", ()):
+        if getattr(error, "__notes__", ()) or isinstance(error, ConfigError):
             error.add_note(f"in round {round_}")
         raise
 
@@ -308,7 +323,7 @@ def own_callbacks(key: str, given: object) -> list[Callback]:
         ConfigError: If something is neither.
     """
     things = [(_callback(key, thing), _name(thing)) for thing in each_of(given)]
-    return [cast(Callback, Told(thing, name, copies=True)) for thing, name in things]
+    return [cast(Callback, Told(each, name, OF_CALLBACKS, copies=True)) for each, name in things]
 
 
 def each_of(given: object) -> list[Any]:

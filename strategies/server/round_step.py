@@ -29,6 +29,7 @@ from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.measuring import Measurement, Measuring
+from fedraclora.strategies.server.sound import OF_STEPS
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.wire.exchange import Ask, Came
@@ -224,7 +225,9 @@ def own_steps(given: object) -> list[RoundStep]:
         elif isinstance(thing, Callback) or callable(thing):
             why = "what watches a run is given as callbacks=[...]"
         raise ConfigError(f"steps has {thing!r:.200}; {why}")
-    return [cast(RoundStep, Told(thing, f"the step {step_name(thing)}")) for thing in things]
+    return [
+        cast(RoundStep, Told(thing, f"the step {step_name(thing)}", OF_STEPS)) for thing in things
+    ]
 
 
 def steps_of(said: Sequence[object], given: Sequence[RoundStep]) -> list[RoundStep]:

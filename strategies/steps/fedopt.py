@@ -25,12 +25,17 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from typing_extensions import override
 
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
+from fedraclora.binding import of_project
+from fedraclora.data.own_loss import PASSING
+from fedraclora.errors import ConfigError
+from fedraclora.imports import told_as
 from fedraclora.lowrank.algebra import product_norm
 from fedraclora.protocol.change_of_basis import as_product, held_beside, transported
 from fedraclora.protocol.downlink import opening_rows
@@ -39,6 +44,7 @@ from fedraclora.protocol.method import Downlink, Draw, Link, Method, State, appl
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
+from fedraclora.strategies.server.sound import told, tree
 from fedraclora.strategies.steps.conflicts import ADAPTIVE, refused
 from fedraclora.tree import Tree
 
@@ -86,7 +92,7 @@ def step_in_weights(
     )
     names = list(dict.fromkeys([*plan.targets, *plan.dense, *plan.weights]))
     change = {n: new[n] - old[n] for n in names}
-    steps, moments = rule.advance(change, _own(before))
+    steps, moments = advanced(rule, change, _own(before))
     given = {} if after.link is None else after.link.dense
     dense = {n: t for n, t in given.items() if n not in change}
     for name in names:
@@ -133,12 +139,38 @@ def step_in_factors(
     start = opening_rows(sent, state.base, got.layout, places)
     change = got.layout.unpack((got.sum() / got.total).cpu() - start)
     before, report = _beside(rule, _own(state), sent)
-    steps, moments = rule.advance(change, before)
+    steps, moments = advanced(rule, change, before)
     stepped = start + got.layout.pack(steps)
     like = next(iter(state.base.values())).dtype
     moments = {n: m.to(like) for n, m in moments.items()}
     report |= _went(steps, change)
     return replace(got, stacked=None, summed=stepped, denominator=1.0), moments, report
+
+
+def advanced(rule: ServerOptimiser, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
+    """Let a server optimiser take its steps; check those of a user's.
+
+    Raises:
+        ConfigError: Naming the optimiser, and what it gives.
+    """
+    if of_project(type(rule)):
+        return rule.advance(change, moments)
+    who = f"the server optimiser {type(rule).__name__}"
+    with told_as(ConfigError, f"{who}: ", "calling its advance", passing=PASSING):
+        found: object = rule.advance(dict(change), dict(moments))
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ConfigError(f"{who} gives {told(found)}; a pair (steps, moments) is wanted")
+    tree(f"{who}, its steps", found[0], change)
+    like = {f"{kind}/{name}": t for name, t in change.items() for kind in ("first", "second")}
+    if not isinstance(found[1], Mapping):
+        raise ConfigError(f"{who} gives the moments {told(found[1])}; a dict is wanted")
+    named = {name: like.get(name, moments.get(name)) for name in found[1]}
+    if odd := [name for name, known in named.items() if known is None]:
+        raise ConfigError(
+            f"{who} gives the moment {odd[0]!r}; first/NAME or second/NAME of a tensor is wanted"
+        )
+    tree(f"{who}, its moments", found[1], {n: t for n, t in named.items() if t is not None})
+    return found
 
 
 def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree, dict[str, float]]:

@@ -12,11 +12,16 @@ from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, Aggregator, rows_of
 from fedraclora.attacks import Attack, same_shape
+from fedraclora.binding import of_project
+from fedraclora.data.own_loss import PASSING
+from fedraclora.errors import ConfigError
+from fedraclora.imports import told_as
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import RoundStep
+from fedraclora.strategies.server.sound import uplinks
 
 
 class Attackers(RoundStep):
@@ -67,4 +72,9 @@ class RobustRule(RoundStep):
 
     @override
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        return self.aggregator(got, context)
+        if of_project(type(self.aggregator)):
+            return self.aggregator(got, context)
+        who = f"the aggregator {type(self.aggregator).__name__}"
+        with told_as(ConfigError, f"{who}: ", "calling it", passing=PASSING):
+            found = self.aggregator(got, context)
+        return uplinks(who, found, self.aggregator, (got,))

@@ -1,0 +1,155 @@
+"""What objects of a program's own give to a round, checked: an error of torch would not name them.
+
+A check gets what to call the object by, what it gave, the object, and what it was called with; it
+gives what is to be used.
+"""
+
+# ruff: noqa: ARG001
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedraclora.errors import ConfigError, DivergenceError
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.method import State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.tree import Tree
+
+Check = Callable[[str, Any, Any, tuple[Any, ...]], object]
+INTEGERS = (torch.int64, torch.int32)
+
+
+def told(found: object) -> str:
+    """Describe what came: a tensor by its shape and type, other things by their type."""
+    if isinstance(found, torch.Tensor):
+        return f"a tensor {[*found.shape]} of {str(found.dtype).removeprefix('torch.')}"
+    return "None" if found is None else f"{found!r:.60} of type {type(found).__name__}"
+
+
+def truth(who: str, found: object, owner: object, given: tuple[Any, ...]) -> bool:
+    """Take whether something is so; None, of a function without a return, says that it is not."""
+    one = isinstance(found, torch.Tensor) and found.numel() == 1 and found.dtype == torch.bool
+    if one or isinstance(found, bool | np.bool_ | None):
+        return bool(found)
+    raise ConfigError(f"{who} gives {told(found)}; True or False is wanted")
+
+
+def ids(who: str, found: object, owner: Any, given: tuple[Any, ...]) -> torch.Tensor | None:
+    """Take ids of clients; None: the usual ones."""
+    if found is None:
+        return None
+    count = owner.run.loop.clients
+    if isinstance(found, torch.Tensor) and found.dim() == 1 and found.dtype in INTEGERS:
+        listed = found.tolist()
+        if listed and sorted({*listed}) == listed and listed[0] >= 0 and listed[-1] < count:
+            return found.to(torch.int64)
+    raise ConfigError(
+        f"{who} gives {told(found)}; ids of one client or more are wanted, from 0 to {count - 1}, "
+        "each once in ascending order, as an int64 tensor"
+    )
+
+
+def norm(who: str, found: object, owner: object, given: tuple[Any, ...]) -> float | None:
+    """Take the greatest norm of an update; None: there is none."""
+    if found is None:
+        return None
+    real = isinstance(found, numbers.Real) and not isinstance(found, bool)
+    try:
+        value = float(found) if real else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{who} gives {told(found)}; a positive number or None is wanted")
+    return value
+
+
+def of_kind(kind: type, *, optional: bool = False) -> Check:
+    """Make a check that something is of a class of the project's."""
+
+    def check(who: str, found: object, owner: object, given: tuple[Any, ...]) -> object:
+        if isinstance(found, kind) or (optional and found is None):
+            return found
+        raise ConfigError(f"{who} gives {told(found)}; a {kind.__name__} is wanted")
+
+    return check
+
+
+def state(who: str, found: object, owner: object, given: tuple[Any, ...]) -> object:
+    """Take the next state, whose base has the names and shapes of the one before."""
+    of_kind(State)(who, found, owner, given)
+    before = next(each for each in given if isinstance(each, State))
+    tree(f"{who}: its base", found.base, before.base)  # type: ignore[attr-defined]
+    return found
+
+
+def uplinks(who: str, found: object, owner: object, given: tuple[Any, ...]) -> Uplinks:
+    """Take the updates of a cohort; the last ones that were given say what was sent."""
+    if not isinstance(found, Uplinks):
+        raise ConfigError(f"{who} gives {told(found)}; the Uplinks that it was given are wanted")
+    got = next(each for each in given if isinstance(each, Uplinks))
+    count, size = len(found.clients), got.layout.size
+    shapes = {
+        "stacked": (found.stacked, [count, size]),
+        "summed": (found.summed, [size]),
+        "weights": (found.weights, [count]),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is None and name != "weights":
+            continue
+        if not isinstance(tensor, torch.Tensor) or [*tensor.shape] != shape:
+            raise ConfigError(f"{who} gives {name}: {told(tensor)}; a tensor {shape} is wanted")
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{who} gives {name}: {told(tensor)}; floating point is wanted")
+        if not bool(tensor.isfinite().all()):
+            raise DivergenceError(f"{who} gives {name} that are not finite; finite ones are wanted")
+    if found.stacked is None and found.summed is None:
+        raise ConfigError(f"{who} gives neither updates nor their sum; one of them is wanted")
+    if bool((found.weights < 0).any()) or not found.total > 0:
+        raise ConfigError(
+            f"{who} gives weights {found.weights.tolist()!s:.60}; none below zero, and a sum above "
+            "it, are wanted"
+        )
+    return found
+
+
+def tree(who: str, found: object, wanted: Tree) -> None:
+    """Reject tensors that have not the names and shapes of others.
+
+    Raises:
+        ConfigError: Naming the first that is odd.
+        DivergenceError: Where one is not finite.
+    """
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{who} gives {told(found)}; tensors by name are wanted")
+    if odd := sorted(map(str, found.keys() ^ wanted.keys())):
+        raise ConfigError(
+            f"{who}: the name {odd[0]!r} is missing or new; there are {', '.join(wanted)}"
+        )
+    for name, like in wanted.items():
+        if found[name] is like:
+            continue
+        if not isinstance(found[name], torch.Tensor) or found[name].shape != like.shape:
+            raise ConfigError(f"{who} gives {told(found[name])} for {name}, of {[*like.shape]}")
+        if found[name].is_complex() or found[name].is_floating_point() != like.is_floating_point():
+            raise ConfigError(f"{who} gives {told(found[name])} for {name}, of {like.dtype}")
+        if not bool(found[name].isfinite().all()):
+            raise DivergenceError(f"{who} gives numbers for {name} that are not finite")
+
+
+OF_STEPS: Mapping[str, Check] = {
+    "cohort": ids,
+    "measurers": ids,
+    "send": of_kind(Downlink),
+    "bound": norm,
+    "receive": of_kind(Uplinks, optional=True),
+    "measure": truth,
+    "treat": uplinks,
+    "close": state,
+}
+OF_CALLBACKS: Mapping[str, Check] = {"ends": truth}
