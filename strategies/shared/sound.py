@@ -79,7 +79,7 @@ def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
                 f"{said.text} {name}={type(factors).__name__}; a tuple of matrices, (B, A), is "
                 "wanted"
             )
-        product = [said.matrix(name, factor) for factor in factors]
+        product = [said.matrix(f"{name} {k}", factor) for k, factor in enumerate(factors)]
         _check_product(f"{said.text} {name}", product, layer)
     if update.keep not in {None, "B", "A"}:
         raise ConfigError(f"{said.text} keep={update.keep!r}; B, A or None is wanted")
@@ -144,7 +144,9 @@ class _Said:
             return factor
         if numbers.layout != torch.strided or numbers.is_meta or not numbers.is_floating_point():
             kind = "without numbers (meta)" if numbers.is_meta else f"{numbers.dtype}"
-            raise ConfigError(f"{said} as {kind}, {numbers.layout}; {wanted}")
+            raise ConfigError(
+                f"{said} as {kind}, {numbers.layout}; {wanted}, as replies.mean(label) gives"
+            )
         if tuple(numbers.shape[-2:]) != shape:
             raise ConfigError(
                 f"{said} to be trained with the shape {[*shape]}, from a start of the shape "
