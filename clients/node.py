@@ -81,7 +81,8 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     version = f"{holding.version} {holding.mark}"
     desk = Desk(worker, version, folder.parent, json.loads(settings))
     reply = to_records(write_answer(desk.answer(AskReader().read(asked))))
-    reply["job"] = ConfigRecord({"held": holding.version, "mark": str(holding.mark)})
+    held: dict[str, Any] = {"held": holding.version, "mark": str(holding.mark)}
+    reply["job"] = ConfigRecord({**held, "run": run})
     return reply
 
 

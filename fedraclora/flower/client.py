@@ -68,7 +68,8 @@ class FlowerRound:
         self._ask = AskReader().read(content)
         self._weight, self._seed = str(job["weight"]), int(cast(int, job["seed"]))
         self._partition = context.node_config.get("partition-id")
-        folder = folder_of(context, str(job["run"]), context.node_id)
+        self._run = str(job["run"])
+        folder = folder_of(context, self._run, context.node_id)
         make_room(folder.parent)
         modules = ((plain_name(n, adapter)[0], m) for n, m in inner(model).named_modules())
         views = {weight_name(n): layer_view(m) for n, m in modules if layer_kind(m)}
@@ -113,6 +114,7 @@ class FlowerRound:
         # Of numpy and torch, which Flower does not take.
         record = MetricRecord({n: getattr(v, "item", lambda v=v: v)() for n, v in metrics.items()})
         job: dict[str, Any] = {"held": self._replica.version, "mark": str(self._replica.mark)}
+        job["run"] = self._run
         if isinstance(self._partition, int):
             job["partition"] = self._partition
         found = RecordDict({"metrics": record, JOB: ConfigRecord(job)})

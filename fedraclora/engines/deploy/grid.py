@@ -20,7 +20,7 @@ from fedraclora.engines.deploy.silence import Silence
 from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import folded, from_records, message_bytes, unfolded
 from fedraclora.engines.replies import FORMAT, STALE, UNREADABLE
-from fedraclora.errors import ClientError
+from fedraclora.errors import ClientError, WireError
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 from fedraclora.wire.fields import printable, shown
@@ -274,18 +274,24 @@ class DeployGrid(PostedGrid):
             content = unfolded(reply.content)
             if STALE in content:
                 return None
-            newest, job = self.history.since(self.history.version), content.get("job")
-            proof = (job.get("held"), job.get("mark")) if isinstance(job, ConfigRecord) else None
-            if proof != (expected := (newest.version, str(newest.mark))):
-                came = "None" if proof is None else f"({', '.join(map(shown, proof))})"
-                return NoAnswer(
-                    f"it trained on weights of version and fingerprint {came}, wanted are "
-                    f"{expected}"
-                )
-            self.roster.versions[letter.node] = newest.version
+            self._check_job(content.get("job"))
+            self.roster.versions[letter.node] = self.history.version
             return split_answer(letter.ask, self.answered(content, letter), letter.asks)
         except Exception as error:  # whatever another machine may send
             return NoAnswer(f"its reply is refused: {error}")
+
+    def _check_job(self, job: object) -> None:
+        """Reject a reply from other weights, or of another run: two may have the same weights."""
+        newest = self.history.since(self.history.version)
+        told = dict(job) if isinstance(job, ConfigRecord) else {}
+        proof = told.get("held"), told.get("mark")
+        if proof != (expected := (newest.version, str(newest.mark))):
+            came = f"({', '.join(map(shown, proof))})"
+            raise WireError(
+                f"it trained on weights of version and fingerprint {came}, wanted are {expected}"
+            )
+        if (run := told.get("run")) != self.run_id:
+            raise WireError(f"it answers for run {shown(run)}, wanted is run {self.run_id}")
 
     def answered(self, content: RecordDict, letter: Letter) -> Answer:
         """Read what a node answers, whose weights are those of the server."""

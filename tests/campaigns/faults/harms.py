@@ -102,7 +102,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
     ),
     "no numbers": (without("arrays"), "config, arrays and chunk are wanted"),
     "other weights": (proof, "it trained on weights of version and fingerprint (1, '123')"),
-    "no proof": (without("job"), "it trained on weights of version and fingerprint None"),
+    "no proof": (without("job"), "it trained on weights of version and fingerprint (None, None)"),
     "negative samples": (vector("samples", -5), "the reply says [-5] samples; 1 to 10000000"),
     "no samples": (vector("samples", 0), "the reply says [0] samples"),
     "too many samples": (vector("samples", 2**62), "the reply says [4611686018427387904] samples"),
