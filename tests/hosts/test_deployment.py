@@ -6,12 +6,13 @@ import time
 
 import pytest
 
+from fedraclora.engines.deploy.roster import PATIENCE
 from tests.campaigns.faults.links import Fault
 from tests.campaigns.faults.network import SMALL
 from tests.campaigns.faults.trials import final_weights
 from tests.common import summary_of
 from tests.hosts import Bed
-from tests.hosts.deployment import Deployment
+from tests.hosts.deployment import Deployment, wait_for
 
 WORDS = [
     *(word for word in SMALL if word.split("=")[0] not in {"clients", "cohort"}),
@@ -36,3 +37,25 @@ def test_a_link_that_is_cut_in_the_middle_of_a_reply_changes_no_bit(beds: type[B
         assert [row["failures"] for row in deployment.rows()[1:]] == [[], [], []]
         digest = summary_of(deployment.server.path("there"))["weights_digest"]
     assert digest == final_weights(WORDS, None, clients=2)
+
+
+@pytest.mark.slow
+def test_after_the_host_of_the_superlink_died_a_run_goes_on_with_all_nodes(beds: type[Bed]) -> None:
+    """Nobody restarts a node by hand: an answer that a dead SuperLink took is asked for again."""
+    words = [*WORDS, "rounds=6"]
+    with beds(3, rate="20mbit") as bed:
+        deployment = Deployment(bed)
+        deployment.begin([*words, "output.progress=false", "output.checkpoint_every=1"])
+        deployment.until(2)
+        deployment.server.cut()
+        deployment.server.kill()
+        deployment.server.heal()
+        deployment.link = deployment.start_link()
+        run = deployment.begin([], resume=True)
+        wait_for(lambda: deployment.supervise() or run.poll() is not None, "the end of the run")
+        assert run.returncode == 0, deployment.server.path("run.log").read_text()
+        done = deployment.rows()[1:]
+        assert [row["failures"] for row in done] == [[]] * 6
+        assert all(sum(row["seconds"].values()) < PATIENCE for row in done[-2:])
+        digest = summary_of(deployment.server.path("there"))["weights_digest"]
+    assert digest == final_weights(words, None, clients=2)

@@ -2,100 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
-from typing_extensions import override
 
-from fedraclora.config.settings import DeployConfig
-from fedraclora.engines.base import Traffic
-from fedraclora.engines.deploy import roster
 from fedraclora.engines.deploy.roster import AGAIN, PATIENCE, Roster
 from fedraclora.engines.deploy.silence import Silence
-from fedraclora.engines.replies import FORMAT
 from fedraclora.errors import ClientError, EngineError
-from tests.messages import FakeGrid
+from tests.campaigns.claims import Link, Waiting, campaign, clocks
 
-STEP = 0.5  # seconds that a look takes
-
-
-@dataclass
-class Link(FakeGrid):
-    """A SuperLink with nodes: the clients of each.
-
-    Attributes:
-        delays: Seconds until a node's answer is there, in the order of its questions; the last
-            holds for all further ones.
-        registered: When each node was registered.
-    """
-
-    nodes: dict[int, list[int]]
-    delays: dict[int, list[float]] = field(default_factory=dict)
-    registered: dict[int, str] = field(default_factory=dict)
-    now: float = 0.0
-    due: dict[str, float] = field(default_factory=dict)
-    asked: list[int] = field(default_factory=list)
-
-    @override
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=n, registered_at=self.registered.get(n, "")) for n in self.nodes]
-
-    @override
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        names = []
-        for message in messages:
-            node, name = message.metadata.dst_node_id, str(next(self.ids))
-            message.metadata.__dict__["_message_id"] = name
-            delays = self.delays.get(node, [0.0])
-            self.due[name] = self.now + delays[min(self.asked.count(node), len(delays) - 1)]
-            self.waiting[name] = message
-            self.asked.append(node)
-            names.append(name)
-        return names
-
-    @override
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        found = []
-        for name in message_ids:
-            message = self.waiting[name]
-            if self.due[name] <= self.now:
-                ids = self.nodes[message.metadata.dst_node_id]
-                record = ConfigRecord({"ids": ids, "held": -1, "format": FORMAT})
-                found.append(Message(RecordDict({"partition": record}), reply_to=message))
-        return found
-
-
-class Post:
-    """What a roster needs of its grid; to wait takes `STEP` seconds of a clock of its own."""
-
-    run_id = "r"
-
-    def __init__(self, link: Link, **settings: Any) -> None:
-        self.grid, self.incidents, self.traffic = link, list[str](), Traffic()
-        self.settings = DeployConfig(**{"wait": 300.0, **settings})
-
-    def wait(self, _: str) -> None:
-        self.grid.now += STEP
-
-
-Make = Callable[..., tuple[Roster, Post, Link]]
+Make = Callable[..., tuple[Roster, Waiting, Link]]
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    def made(link: Link, **settings: Any) -> tuple[Roster, Post, Link]:
-        clock = SimpleNamespace(monotonic=lambda: link.now)
-        monkeypatch.setattr(roster, "time", clock)
-        monkeypatch.setattr("fedraclora.engines.deploy.silence.time", clock)
-        post = Post(link, **settings)
-        return Roster(post), post, link
+def make() -> Iterator[Make]:
+    with ExitStack() as open_:
 
-    return made
+        def made(link: Link, **settings: Any) -> tuple[Roster, Waiting, Link]:
+            for clock in clocks(link):
+                open_.enter_context(clock)
+            post = Waiting(link, **settings)
+            return Roster(post), post, link
+
+        yield made
 
 
 EARLY, LATE = "2026-01-01T09:00:00+00:00", "2026-01-02T09:00:00+00:00"
@@ -112,10 +43,16 @@ def test_the_node_registered_first_serves_a_client_whoever_answers_first(
     found = who.gather([0, 1, 2])
     assert found == {0: first, 1: 3, 2: 9}
     (said,) = post.incidents  # in the first exchange, and once
-    for part in ("client 0 ", "node 3 ", "node 7 ", EARLY, LATE):
+    for part in ("client 0:", "node 3 ", "node 7 ", EARLY, LATE):
         assert part in said
     assert who.gather([0, 1, 2]) == found
     assert len(post.incidents) == 1
+
+
+def test_nodes_that_claim_at_random() -> None:
+    counts = campaign(150)
+    assert counts["exchange"] > 150
+    assert min(counts["ended"], counts["claim or move told"]) > 30
 
 
 def test_a_node_that_comes_later_gets_a_client_only_while_the_first_is_away(make: Make) -> None:
@@ -141,7 +78,7 @@ def test_a_client_that_moves_to_another_node_is_named(make: Make) -> None:
     assert who.gather([2]) == {2: 4}
     (said,) = post.incidents
     assert "[0, 1, 2]" in said
-    assert said.index("node 3") < said.index("node 4")
+    assert said.index("node 4") < said.index("node 3")
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])

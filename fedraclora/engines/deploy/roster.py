@@ -74,7 +74,7 @@ class Roster:
     def __init__(self, post: Post) -> None:
         self.post = post
         self.versions: dict[int, int | None] = {}
-        self._registered: dict[int, str] = {}  # node that is connected -> when it was registered
+        self._registered: dict[int, str] = {}  # node -> when it was registered
         self._serving: dict[int, list[int]] = {}  # node -> its clients
         self._unfit: dict[int, str] = {}  # nodes that could not say whom they serve, and why
         self._asked: dict[str, Question] = {}  # those without an answer so far
@@ -154,23 +154,23 @@ class Roster:
                 known = self._claims.get(client, {})
                 self._node[client] = keeper
                 if node != keeper and node not in known:
-                    said = f"is served by {self._name(keeper)}; {self._name(node)}, registered "
-                    said += "later, claims it, too, and is not asked"
+                    said = f"served by {self._name(keeper)}, which was registered first; "
+                    said += f"{self._name(node)} claims the same, and is not asked"
                     self._claims.setdefault(client, {})[node] = said
                     new.setdefault(said, []).append(client)
                 if before != keeper:
-                    said = f"was served by {self._name(before)}, and from here on is served by "
-                    said += self._name(keeper)
+                    said = f"served by {self._name(keeper)} from here on, in place of "
+                    said += self._name(before)
                     self._claims.setdefault(client, {}).setdefault(keeper, said)
                     new.setdefault(said, []).append(client)
-        self.post.incidents += [f"{_told(clients)} {said}" for said, clients in new.items()]
+        self.post.incidents += [f"{_told(sorted(own))}: {said}" for said, own in new.items()]
         most, claimed = self.post.settings.max_claims, sorted(self._claims)
         if most is not None and len(claimed) > most:
             said = next(iter(self._claims[claimed[0]].values()))
             raise EngineError(
-                f"engine.max_claims={most}: more than one node claims {_told(claimed)}, for "
-                f"example client {claimed[0]} {said}. Stop the node that should not serve it "
-                "(`flwr supernode unregister NODE`), then resume"
+                f"engine.max_claims={most}: more than one node claims {_told(claimed)} "
+                f"(client {claimed[0]}: {said}). Stop the node that should not serve it (`flwr "
+                "supernode unregister NODE`), then resume"
             )
 
     def _name(self, node: int) -> str:
@@ -181,7 +181,8 @@ class Roster:
     def _look(self) -> None:
         """Ask nodes that are new whom they serve, and read the answers that are there."""
         post, now = self.post, time.monotonic()
-        self._registered = there = {n.node_id: n.registered_at for n in post.grid.get_nodes()}
+        there = {n.node_id: n.registered_at for n in post.grid.get_nodes()}
+        self._registered |= there
         self._serving = {n: c for n, c in self._serving.items() if n in there}
         self._asked = {name: q for name, q in self._asked.items() if q.node in there}
         for name, asked in list(self._asked.items()):
