@@ -97,6 +97,13 @@ class Measurer:
             layout=layout,
         )
 
+    def holding(self, clients: torch.Tensor) -> list[int]:
+        """List those of some clients that have samples to measure on."""
+        if self.task.held is None:
+            return []
+        sizes = self.task.held.data.sizes(clients.to(self.trainer.device)).cpu()
+        return clients[sizes > 0].tolist()
+
     def vectors(
         self, request: TrainRequest, answer: Answer
     ) -> tuple[dict[int, Callable[[], Words]], dict[str, Any]]:

@@ -4,12 +4,16 @@ A client answers the stages of a round in order, sends one masked vector in a ro
 each neighbour either the share of its own mask or that of its key, never both: with both anyone
 could unmask that neighbour. How many neighbours it wants, and how many of them must agree, it
 takes from the config that it holds, never from a message.
+
+It takes no masks off a sum of measurements unless it and its neighbours in that sum are enough
+clients with samples to measure on. Each says beside its shares, sealed, whether it has some: the
+server does not learn it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +21,7 @@ import numpy as np
 import torch
 
 from fedraclora.errors import ClientError, FedRacLoraError
-from fedraclora.privacy.secagg import SecAggTerms
+from fedraclora.privacy.secagg import FEW, SecAggTerms
 from fedraclora.run.client_state import ClientStore
 from fedraclora.wire.exchange import Answer, Stage, TrainRequest
 from fedraclora.wire.secagg import (
@@ -38,12 +42,17 @@ from fedraclora.wire.secagg import (
 Memory = dict[str, Any]
 BEFORE = {"shares": "keys", "masked": "shares", "unmask": "masked"}
 MEASUREMENTS = "measured"  # a sum of what clients measured: of other keys than that of updates
+HOLDS, HOLDS_NONE = "1", "0"  # texts of one length: a client has samples to measure on, or none
 # What a message of another machine may raise where it is not what it should be.
 DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def answer_stage(
-    request: TrainRequest, stage: Stage, store: ClientStore, terms: SecAggTerms
+    request: TrainRequest,
+    stage: Stage,
+    store: ClientStore,
+    terms: SecAggTerms,
+    measurers: Collection[int] = (),
 ) -> Answer:
     """Answer a stage in which nobody trains.
 
@@ -52,6 +61,7 @@ def answer_stage(
         stage: What is asked.
         store: Where clients keep their keys from stage to stage.
         terms: What clients insist on.
+        measurers: Who has samples to measure on.
     """
     round_ = request.round_
     steps = {"keys": _keys, "shares": _shares, "unmask": _unmask}
@@ -59,6 +69,8 @@ def answer_stage(
 
     def answer(client: int) -> None:
         memory = _recall(store, client, round_, stage)
+        if stage.name == "keys" and MEASUREMENTS in stage.settings:
+            memory["measurers"] = [client] if client in measurers else []
         answers[client] = steps[stage.name](client, memory, stage.data[client], terms)
         _remember(store, client, memory, stage)
 
@@ -87,7 +99,7 @@ def _answer(
     words: Words | None = None,
     notes: Sequence[str] = (),
 ) -> Answer:
-    """Say something in a stage; ``words``: uint32 [k, P + 1], of these clients."""
+    """Say something in a stage; ``words``: uint32 [k, P + 2], of these clients."""
     empty = torch.empty(0)
     return Answer(
         request.round_,
@@ -138,11 +150,11 @@ def _remember(store: ClientStore, client: int, memory: Memory, asked: Stage) -> 
     if stage == "masked":
         memory["answered"] = memory["round"]
     fields = {
-        "masked": ("round", "after", "answered", "near", "held", "threshold"),
+        "masked": ("round", "after", "answered", "near", "held", "threshold", "measurers"),
         "unmask": ("answered",),
     }
     if stage in fields:
-        memory = {key: memory[key] for key in fields[stage]}
+        memory = {key: memory[key] for key in fields[stage] if key in memory}
     other = {key: own for key, own in whole.items() if key == MEASUREMENTS}
     kept = whole | {MEASUREMENTS: memory} if MEASUREMENTS in asked.settings else memory | other
     store.secrets[client] = json.dumps(kept).encode()
@@ -169,9 +181,10 @@ def _shares(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
     threshold = terms.config.shares(len(keys))
     memory["keys"], memory["threshold"] = keys, threshold
     seeds, scalars = (split_secret(memory[name], threshold, len(keys)) for name in ("seed", "mask"))
+    told = [HOLDS if memory["measurers"] else HOLDS_NONE] if "measurers" in memory else []
     return {
         other: [
-            seal(shared_key(memory["box"], key["box"]), client, other, [seed, scalar]),
+            seal(shared_key(memory["box"], key["box"]), client, other, [seed, scalar, *told]),
             mark(seed),
             mark(scalar),
         ]
@@ -179,7 +192,7 @@ def _shares(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
     }
 
 
-def _unmask(client: int, memory: Memory, data: Any, _terms: SecAggTerms) -> Any:
+def _unmask(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
     """Collect seeds' shares of clients in the sum, and keys' shares of those who are not."""
     alive, gone = ([int(c) for c in data[key]] for key in ("alive", "gone"))
     near, shares = {*memory["near"]}, memory["held"]
@@ -194,6 +207,8 @@ def _unmask(client: int, memory: Memory, data: Any, _terms: SecAggTerms) -> Any:
             f"the server asked client {client} to unmask a sum that has only {len(alive)} of its "
             f"neighbours; {memory['threshold']} or more are needed"
         )
+    if "measurers" in memory and len({*memory["measurers"]} & {client, *alive}) < terms.measurers:
+        raise ClientError(FEW.format(terms.measurers))
     return {
         "alive": {str(c): shares[str(c)][0] for c in alive if str(c) in shares},
         "gone": {str(c): shares[str(c)][1] for c in gone if str(c) in shares},
@@ -204,7 +219,7 @@ def of_updates(
     request: TrainRequest,
     stage: Stage,
     terms: SecAggTerms,
-    trained: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    trained: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> dict[int, Callable[[], Words]]:
     """Give what writes the vectors of those who trained, for `masked_vectors`.
 
@@ -212,11 +227,13 @@ def of_updates(
         request: What was asked.
         stage: The stage of the message, with the step.
         terms: What clients insist on.
-        trained: Ids int64 [k], updates float64 [k, P], and weights float64 [k].
+        trained: Ids int64 [k], updates float64 [k, P], weights float64 [k], and which updates were
+            longer than the clip, bool [k].
     """
+    told = request.clip, stage.settings, terms
     return {
-        client: partial(_whole, update, float(weight), request.clip, stage.settings, terms)
-        for client, update, weight in zip(trained[0].tolist(), *trained[1:], strict=True)
+        client: partial(_whole, update, float(weight), bool(cut), *told)
+        for client, update, weight, cut in zip(trained[0].tolist(), *trained[1:], strict=True)
     }
 
 
@@ -282,11 +299,14 @@ def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
     for other, (text, *marks) in senders.items():
         try:
             box = shared_key(memory["box"], memory["keys"][str(other)]["box"])
-            shares = unseal(box, other, client, text)
+            sealed = unseal(box, other, client, text)
         except FedRacLoraError:
-            shares = []
+            sealed = []
+        shares, told = sealed[:2], sealed[2:]
         if [mark(share) for share in shares] == marks:
             memory["held"][str(other)] = shares
+            if told == [HOLDS] and "measurers" in memory:
+                memory["measurers"].append(other)
         else:
             closed.append(other)
     return closed
@@ -295,11 +315,15 @@ def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
 def _whole(
     update: torch.Tensor,
     weight: float,
+    cut: bool,
     clip: float | None,
     settings: Mapping[str, Any],
     terms: SecAggTerms,
 ) -> Words:
-    """Write a weighted update, and its weight behind it, as whole steps modulo 2^32.
+    """Write a weighted update as whole steps modulo 2^32, and two numbers behind it.
+
+    They are its weight, and 1 if it was longer than the clip: what a sum has of them counts who is
+    in it and whose update was shortened, and names nobody.
 
     The update is shortened once more, in float64: the numbers that clients train are rounded to the
     precision of the wire, by which a short update from a distant start grows longer than the clip,
@@ -308,6 +332,7 @@ def _whole(
     Args:
         update: float64 [P].
         weight: Of the client.
+        cut: Whether the update was longer than the clip, before it was shortened.
         clip: The greatest norm of an update; None: that of the config.
         settings: Of the stage: the step.
         terms: What clients insist on.
@@ -317,13 +342,15 @@ def _whole(
     most = terms.config.max_weight
     if not 0 < weight <= most or weight != int(weight):
         raise ClientError(
-            f"its weight is {weight:g}; a whole number up to secure.max_weight={most:g} is wanted"
+            f"its weight, which the server does not learn, is no whole number from 1 to "
+            f"secure.max_weight={most:g}; raise it to the most samples that a client has"
         )
     norm, longest = float(update.norm()), terms.config.clip if clip is None else float(clip)
     if norm > longest:
         update = update * (longest / norm)
     step = float(settings["step"])
-    whole: Words = as_words(torch.cat([update * weight / step, torch.tensor([weight])])[None])[0]
+    beside = torch.tensor([weight, float(cut and terms.counted)])
+    whole: Words = as_words(torch.cat([update * weight / step, beside])[None])[0]
     return whole
 
 

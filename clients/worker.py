@@ -54,6 +54,7 @@ class Job:
         places, results: Of the clients that have trained, part after part.
         failures: Why others have not, by id.
         notes: Sentences for the ledger.
+        cut: Whether the update of each was longer than the clip, where there is one.
         coded: Their rows in fewer bits; None where these are sent as they are.
     """
 
@@ -67,6 +68,7 @@ class Job:
     results: list[LocalResult] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    cut: list[bool] = field(default_factory=list)
     coded: Coded | None = None
 
     def parts(self) -> Iterator[tuple[list[int], LocalResult]]:
@@ -76,6 +78,12 @@ class Job:
             end = start + len(result.losses)
             yield self.places[start:end], result
             start = end
+
+    def shorten(self, bound: float, rows: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Shorten updates to a norm, and note of each whether it was longer."""
+        found = shortened(rows, start, bound)
+        self.cut += (found != rows).any(dim=1).tolist()
+        return found
 
     def note(self, text: str) -> None:
         """Add a sentence for the ledger, once."""
@@ -125,7 +133,9 @@ class Worker:
                 "the clients under one config"
             )
         if stage is not None and self.terms is not None and stage.name != "masked":
-            return answer_stage(ask.request, stage, self.store, self.terms)
+            asks = stage.name == "keys" and MEASUREMENTS in stage.settings
+            holding = self.measurer.holding(ask.request.clients) if asks else []
+            return answer_stage(ask.request, stage, self.store, self.terms, holding)
         if stage is not None and (MEASUREMENTS in stage.settings) != (
             ask.request.measure is not None
         ):
@@ -190,7 +200,7 @@ class Worker:
             for client, state in result.states.items():
                 self.store.remember(client, request.round_, state)
             if request.clip is not None:  # first: what clients keep is what they send
-                result = sending(partial(shortened, bound=request.clip), result, part, base)
+                result = sending(partial(job.shorten, request.clip), result, part, base)
             if job.coded is not None:
                 changes = Changes(request.uplink, part, base, clients)
                 left = to_add(residues, part) if residues else None
@@ -244,7 +254,8 @@ class Worker:
             rows = sent_rows(result, layout)
             updates = rows - opening_rows(downlink, base, layout, places)
             weights = client_weights(terms.weights, result.samples)
-        trained = (request.clients[places], updates, weights)
+        cut = torch.tensor(job.cut or [False] * len(places))
+        trained = (request.clients[places], updates, weights, cut)
         vectors = of_updates(request, stage, terms, trained)
         reply = masked_vectors(request, stage, self.store, vectors, job.failures, job.notes)
         sent, step = reply.clients, stage.settings["step"]

@@ -311,7 +311,7 @@ def idle_workers(run: Assembled) -> dict[str, str]:
 
 def measured_by(run: Assembled) -> dict[str, str]:
     """Say which clients measure on what; nothing where none does."""
-    held, asked = run.built.task.held, run.config.evaluate
+    config, held, asked = run.config, run.built.task.held, run.config.evaluate
     own = run.built.task.info.get("tests_of_clients", 0)
     if held is None:
         idle = f"no client: set evaluate.clients=all to use the test samples that {own} bring"
@@ -322,7 +322,9 @@ def measured_by(run: Assembled) -> dict[str, str]:
         text = (
             f"{who}, {own} on test samples of their own, others{text.removeprefix(f'{who}, each')}"
         )
-    if isinstance(held.data, Partitioned):  # others are made or read when they are asked
+    if config.veiled:  # nobody learns who holds nothing out, nor how many do
+        text += f"; nothing is released of fewer than {asked.min_clients} (evaluate.min_clients)"
+    elif isinstance(held.data, Partitioned):  # others are made or read when they are asked
         small = torch.nonzero(held.data.sizes(torch.arange(run.built.clients)) == 0).flatten()
         text += f": {len(held.data.rows)} in all"
         if len(small):

@@ -17,8 +17,8 @@ from threadpoolctl import threadpool_limits
 from fedraclora.attacks import AttackedOwnTrainer, AttackedTrainer
 from fedraclora.binding import Plain, bind, build, object_of, section, without
 from fedraclora.config.pretraining import pretrain_model
-from fedraclora.config.run_config import TaskConfig, parted
-from fedraclora.config.settings import EvaluateConfig, Patience, Selection
+from fedraclora.config.run_config import Selection, TaskConfig, parted
+from fedraclora.config.settings import EvaluateConfig, Patience
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form
@@ -131,7 +131,13 @@ def terms_of(config: TaskConfig, built: BuiltTask) -> SecAggTerms | None:
         fewest = LEAST_CLIENTS  # how many are asked is a matter of devices, or of coins
     else:
         fewest = config.engine.fewest(built.cohort, config.max_failures)
-    return SecAggTerms(config.secure, config.weights, max(LEAST_CLIENTS, fewest))
+    return SecAggTerms(
+        config.secure,
+        config.weights,
+        max(LEAST_CLIENTS, fewest),
+        config.evaluate.min_clients,
+        counted=not isinstance(config.privacy, ClientLevel),
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -25,7 +25,6 @@ from fedraclora.config.settings import (
     EvaluateConfig,
     OutputConfig,
     PretrainConfig,
-    Selection,
     StopConfig,
     WireConfig,
 )
@@ -33,11 +32,11 @@ from fedraclora.config.unread import refuse_misfits, refuse_unknown, refuse_unre
 from fedraclora.data import DATASETS, PARTITIONS, make_partition
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
-from fedraclora.limits import Count, Later, Limit, Limited, Whole, choice_of, later_keys
+from fedraclora.limits import Count, Fraction, Later, Limit, Limited, Whole, choice_of, later_keys
 from fedraclora.models import MODELS
 from fedraclora.objects import NAME, is_named, lent
-from fedraclora.privacy.client_level import PRIVACIES, Privacy
-from fedraclora.privacy.secagg import SECURES, Open
+from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
+from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS
 from fedraclora.protocol.method import Method, check_method
 from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
@@ -96,6 +95,24 @@ def _as_before(home: Callable[..., object], keys: Plain) -> dict[str, object]:
     return {k: v for k, v in keys.items() if k not in later or v != later[k]}
 
 
+@dataclass(frozen=True)
+class Selection(Limited, group="data"):
+    """What is taken of a data set, whichever it is.
+
+    Attributes:
+        labels: Classes to keep, by number, for example [5, 6, 7, 8, 9]; they are numbered anew.
+        validation: Fraction of the training samples held out for tuning.
+        loss: A loss of your own, ``module:function``; None: that of the data set.
+        metrics: Metrics, the headline first: names, and ``module:function`` of your own; None:
+            those usual for the data set and its loss.
+    """
+
+    labels: list[int] | None = None
+    validation: Fraction = 0.0
+    loss: Annotated[str | Mapping[str, object] | None, Later()] = None
+    metrics: Annotated[list[str | dict[str, object]] | None, Later()] = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(Limited):
     """What every process that trains clients must know: data, model and local training.
@@ -148,6 +165,11 @@ class TaskConfig(Limited):
     def chosen(self, group: str) -> str:
         """Name what was chosen of a group, for messages: ``relora``, whose class has many names."""
         return str(section(self.plain, group).get("name"))
+
+    @property
+    def veiled(self) -> bool:
+        """Whether what single clients measure stays hidden: the sum is secure, or noisy."""
+        return isinstance(self.secure, SecAgg) or isinstance(self.privacy, ClientLevel)
 
     @property
     def own_model(self) -> bool:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -15,7 +15,6 @@ from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import MEASURED
 from fedraclora.limits import (
     Count,
-    Fraction,
     Inner,
     Later,
     Limit,
@@ -25,7 +24,9 @@ from fedraclora.limits import (
     Seconds,
     Whole,
     choice_of,
+    whole_from,
 )
+from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.quantised import FULL, ROUNDED
 
@@ -35,24 +36,6 @@ Chunk = Annotated[
     int | str,
     Limit("auto, or a number of clients,", lambda n: n == "auto" or (isinstance(n, int) and n > 0)),
 ]
-
-
-@dataclass(frozen=True)
-class Selection(Limited, group="data"):
-    """What is taken of a data set, whichever it is.
-
-    Attributes:
-        labels: Classes to keep, by number, for example [5, 6, 7, 8, 9]; they are numbered anew.
-        validation: Fraction of the training samples held out for tuning.
-        loss: A loss of your own, ``module:function``; None: that of the data set.
-        metrics: Metrics, the headline first: names, and ``module:function`` of your own; None:
-            those usual for the data set and its loss.
-    """
-
-    labels: list[int] | None = None
-    validation: Fraction = 0.0
-    loss: Annotated[str | Mapping[str, object] | None, Later()] = None
-    metrics: Annotated[list[str | dict[str, object]] | None, Later()] = None
 
 
 @dataclass(frozen=True)
@@ -318,6 +301,8 @@ class EvaluateConfig(Limited, group="evaluate"):
         split: test or validation.
         clients: Who measures on own samples, which nobody trains on: none, cohort or all; a number:
             none, but with head=local or fedsa_lora the server measures so many clients' models.
+        min_clients: Under secure=secagg and privacy=client_level: what clients measure is released
+            if so many hold samples to measure on, or more.
         share: Of each client's samples, the part that it measures on and never trains on; None:
             its own test samples where the data have them, else 0.2.
         clients_every: Rounds between measurements of the clients.
@@ -333,6 +318,7 @@ class EvaluateConfig(Limited, group="evaluate"):
     batch_size: Count = 1024
     split: Annotated[str, choice_of(("test", "validation"))] = "test"
     clients: Annotated[int | str, MEASURING] = FEW_MODELS
+    min_clients: Annotated[int, whole_from(LEAST_CLIENTS), Later()] = 5
     share: Annotated[Inner | None, Later()] = None
     clients_every: Annotated[Count, Later()] = 1
     personal: Annotated[bool, Later()] = False

@@ -119,6 +119,11 @@ RULES = (
         "clients that measure (evaluate.clients=cohort and all)",
     ),
     Rule(
+        ["evaluate.min_clients"],
+        lambda c: c.evaluate.by_clients and c.veiled,
+        "clients that measure under secure=secagg or privacy=client_level",
+    ),
+    Rule(
         ["privacy.measure_noise", "privacy.measure_bound"],
         lambda c: c.evaluate.by_clients,
         "clients that measure (evaluate.clients=cohort and all)",

@@ -28,6 +28,7 @@ from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.evaluate import state_of
 from fedraclora.evaluation.metrics import AFTER, Measure, Owners, higher_is_better
+from fedraclora.privacy.secagg import FEW
 from fedraclora.tree import Layout, Tree
 
 Floats = npt.NDArray[np.float64]
@@ -217,15 +218,18 @@ class SummedMeasure:
         pieces = ((whole[:, :, None] >> SHIFTS) % 2**BITS).reshape(len(has), -1)
         return np.concatenate([pieces.astype(np.uint32), *bins], axis=1, dtype=np.uint32)
 
-    def row(self, total: Words, clients: int) -> dict[str, object]:
+    def row(self, total: Words, clients: int, least: int) -> dict[str, object]:
         """Describe the metrics over clients, from the sum of their vectors.
 
         Args:
             total: Words [size].
             clients: Who are in the sum.
+            least: Clients with a value, below which nothing is told of a metric; clients that
+                measured, below which nothing is told at all.
 
         Returns:
-            By metric what `spread` gives; how many measured (``n``), and on how many samples.
+            By metric what `spread` gives; how many measured (``n``), and on how many samples. What
+            is not told has no place; ``withheld`` says why.
 
         Raises:
             WireError: If so many clients cannot have sent it.
@@ -235,6 +239,7 @@ class SummedMeasure:
         signed = (whole + WHOLE // 2) % WHOLE - WHOLE // 2
         numbers = signed.astype(np.float64) / 2**POINT
         n, samples = numbers[:2].tolist()
+        few = list[str]()
         own, row = iter(numbers[2:].reshape(len(self.points), -1)), dict[str, object]()
         counts = iter(bins.astype(np.int64).reshape(-1, BINS))
         for point in self.points:
@@ -248,12 +253,18 @@ class SummedMeasure:
                         f"{known:g} of {clients} clients have {metric}, {n:g} have samples, and "
                         f"the histogram has {histogram.sum()}: some client sent what it may not"
                     )
-                mean = first / known if known else math.nan
-                std = math.sqrt(max(0.0, second / known - mean * mean)) if known else math.nan
+                if known < least:
+                    few.append(point + metric)
+                    continue
+                mean = first / known
+                std = math.sqrt(max(0.0, second / known - mean * mean))
                 lower, values = self.measure.lower, np.repeat(BEGINS, histogram)
                 found = spread(metric, values, pooled[metric], lower)
                 row[point + metric] = found | {"mean": mean, "std": std}
-        return row | {"n": int(n), "samples": int(samples)}
+        if n < least:
+            return {"withheld": FEW.format(least)}
+        told = {"withheld": f"{FEW.format(least)} of {', '.join(few)}"} if few else {}
+        return row | {"n": int(n), "samples": int(samples)} | told
 
 
 def read_sizes(told: object) -> Layout:

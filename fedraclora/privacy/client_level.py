@@ -9,14 +9,17 @@ number that came. So adding or removing one client moves the sum by at most C.
 
 The means of what clients measure get noise of their own:
 
-    c_k = ((m_k - low) / (high - low) - 1/2)_metrics;   S~ = sum_k c_k + z sqrt(M)/2 N(0, I)
-    mean = low + (high - low) (1/2 + S~ / n)
+    c_k = (((m_k - low) / (high - low) - 1/2)_metrics, 1/2)
+    S~ = sum_k c_k + z sqrt(M + 1)/2 N(0, I);   mean = low + (high - low) (1/2 + S~ / n)
 
-Each metric m is clipped into its range [low, high]. So each of the M numbers of c_k is at most 1/2
-in size, and the norm of c_k at most sqrt(M)/2: by so much the sum moves at most when a client is
-added or removed. A client that sends nothing, or a metric without value (NaN), counts as 0, the
-middle of the range, which only makes it smaller. n is fixed: the clients that are expected. So a
-release is a Gaussian mechanism of noise multiplier z, whatever M is.
+Each metric m is clipped into its range [low, high]. So each of the M + 1 numbers of c_k is at most
+1/2 in size, and the norm of c_k at most sqrt(M + 1)/2: by so much the sum moves at most when a
+client is added or removed. The last number counts who has sent something. If twice its noisy sum is
+(rounded) below the least number of clients, no mean is released: that decides on what noise covers
+already, where the true number would be one more release. A client that sends nothing, or a metric
+without value (NaN), counts as 0, the middle of the range, which only makes it smaller. n is fixed:
+the clients that are expected. So a release is a Gaussian mechanism of noise multiplier z, whatever
+M is.
 
 Who measures is drawn by coins of their own, which tell nothing of who trains, and the noise is
 another, too: training and measuring of a round are two subsampled mechanisms one after the other.
@@ -41,6 +44,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Inner, Later, Limited, Positive
 from fedraclora.privacy.accountant import Releases, epsilon, noise_for
+from fedraclora.privacy.secagg import FEW
 from fedraclora.privacy.secret import Secret
 
 # Rounding to the precision of the wire moves the norm of a shortened update by a few last bits.
@@ -209,16 +213,23 @@ class NoisyMeans:
         sampling: With which probability each client measures.
         count: n.
         ranges: Low and high of each metric, by name.
+        least: Clients below whose number, as the noise has it, nothing is released.
     """
 
     noise: float
     sampling: float
     count: int
     ranges: Mapping[str, tuple[float, float]]
+    least: int = 0
 
     @classmethod
     def of(
-        cls, config: ClientLevel, metrics: Mapping[str, str], count: int, clients: int
+        cls,
+        config: ClientLevel,
+        metrics: Mapping[str, str],
+        count: int,
+        clients: int,
+        least: int = 0,
     ) -> NoisyMeans:
         """Make it of the settings of a run.
 
@@ -227,6 +238,7 @@ class NoisyMeans:
             metrics: By the name that the ledger has the name of the metric, whose range it has.
             count: How many clients measure, as is expected.
             clients: Of how many.
+            least: Clients below whose number nothing is released.
 
         Raises:
             ConfigError: Without a noise multiplier, or a bound where a metric needs one.
@@ -248,7 +260,7 @@ class NoisyMeans:
                     "privacy.measure_bound, to which each client's value is clipped"
                 )
             ranges[name] = low, high
-        return cls(config.measure_noise, count / clients, count, ranges)
+        return cls(config.measure_noise, count / clients, count, ranges, least)
 
     def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
         """Draw who measures after a round; ids ascending, int64."""
@@ -258,28 +270,35 @@ class NoisyMeans:
         """Say what a number of measurements is to the accountant."""
         return self.noise, self.sampling, count
 
-    def summed(self, values: Mapping[str, Floats]) -> torch.Tensor:
-        """Add up c_k over clients, float64 [M].
+    def summed(self, values: Mapping[str, Floats], came: int) -> torch.Tensor:
+        """Add up c_k over clients, float64 [M + 1].
 
         Args:
             values: Of each client [K], by metric.
+            came: Clients that have sent something.
         """
         total = []
         for name, each in values.items():
             low, high = self.ranges[name]
             own = np.clip(each[~np.isnan(each)], low, high)
             total.append(float(((own - low) / (high - low) - 0.5).sum()))
-        return torch.tensor(total, dtype=torch.float64)
+        return torch.tensor([*total, came / 2], dtype=torch.float64)
 
     def released(
-        self, values: Mapping[str, Floats], secret: Secret, round_: int
-    ) -> dict[str, dict[str, float]]:
-        """Compute the noisy ``mean`` of each metric, and the standard deviation of its noise."""
-        total = self.summed(values)
+        self, values: Mapping[str, Floats], came: int, secret: Secret, round_: int
+    ) -> dict[str, object]:
+        """Compute the noisy ``mean`` of each metric, and the standard deviation of its noise.
+
+        ``withheld`` in their place says that, but for noise, too few clients have sent something.
+        """
+        total = self.summed(values, came)
         deviation = self.noise * math.sqrt(len(total)) / 2
         noisy = total + deviation * secret.normals(len(total), "measured", round_, total)
-        found = {}
-        for name, part in zip(values, noisy.tolist(), strict=True):
+        *parts, counted = noisy.tolist()
+        if round(2 * counted) < self.least:
+            return {"withheld": FEW.format(self.least)}
+        found = dict[str, object]()
+        for name, part in zip(values, parts, strict=True):
             low, high = self.ranges[name]
             mean = low + (high - low) * (0.5 + part / self.count)
             found[name] = {"mean": mean, "noise": (high - low) * deviation / self.count}

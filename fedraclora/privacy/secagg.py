@@ -28,6 +28,8 @@ from fedraclora.rng import generator
 _EVEN = Limit("an even number from 2 on", lambda value: value >= 2 and value % 2 == 0)
 _MAJORITY = Limit("a share in [0.5, 1)", lambda value: 0.5 <= value < 1)
 LEAST_CLIENTS = 3  # clients of a sum: of two, each knows the other's part
+# Why there is no sum of measurements, in the words of clients and of the server.
+FEW = "fewer than evaluate.min_clients={} clients have samples to measure on"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class SecAgg(Open):
     """Secure aggregation (SecAgg+): the server sees the sum of a cohort only.
 
     Attributes:
-        clip: The greatest norm of an update; the step of the quantisation follows from it. Under
+        clip: The greatest norm of an update: longer ones are shortened, and counted in the ledger
+            (secure.clipped). The step of the quantisation follows from it. Under
             privacy=client_level that one's clip is used.
         neighbours: With how many others each client shares masks and keys (even); None: all.
         threshold: Share of its neighbours that must stay for a client's masks to come off; above
@@ -122,11 +125,15 @@ class SecAggTerms:
         config: Clip, neighbours, threshold, greatest weight.
         weights: ``examples`` or ``uniform``.
         fewest: Clients that a round has at the least: its cohort, less those that may fail.
+        measurers: Clients that must have something to measure on, for a sum of measurements.
+        counted: Whether the sum has how many updates were longer than the clip: no noise covers it.
     """
 
     config: SecAgg
     weights: str
     fewest: int = LEAST_CLIENTS
+    measurers: int = LEAST_CLIENTS
+    counted: bool = True
 
     @property
     def neighbours(self) -> int:

@@ -56,7 +56,7 @@ def read_stage(content: Content) -> Stage | None:
 
 
 def read_words(content: Content) -> torch.Tensor:
-    """Read the masked vectors of a reply, uint32 [k, P + 1].
+    """Read the masked vectors of a reply, uint32 [k, P + 2].
 
     Raises:
         WireError: If there are none.

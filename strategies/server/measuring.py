@@ -76,6 +76,10 @@ class Measuring:
         names = [point + name for point in self.points for name in self.names]
         return [f"{BY_CLIENTS}{name}.{kind}" for name in names for kind in kinds]
 
+    def count(self, loop: LoopConfig) -> int:
+        """Count the clients that are asked to measure, where their number is drawn the mean."""
+        return loop.clients if self.asked.clients == "all" else loop.cohort
+
     def due(self, round_: int, rounds: int) -> bool:
         """Check whether they measure the weights that a round has made."""
         return round_ % self.asked.clients_every == 0 or round_ == rounds

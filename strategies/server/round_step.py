@@ -309,7 +309,7 @@ class RoundSteps:
 
     def bound(self, *, first: bool) -> float | None:
         """Return the greatest norm of an update that clients are told to send: the first named."""
-        named = [step.bound(first=first) for step in self.steps]
+        named = (step.bound(first=first) for step in self.steps)
         return next((bound for bound in named if bound is not None), None)
 
     def receive(self, send: Send, exchange: Exchange, base: Tree) -> Uplinks:

@@ -203,6 +203,11 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     "a cohort of two or less": lambda s: (
         s.loop.cohort < LEAST_CLIENTS and f"cohort is {s.loop.cohort}"
     ),
+    "too few clients that measure": lambda s: (
+        s.measuring is not None
+        and (count := s.measuring.count(s.loop)) < (least := s.measuring.asked.min_clients)
+        and f"evaluate.clients asks {count}, evaluate.min_clients={least}"
+    ),
     "control_variates=true": lambda s: s["control_variates"],
     "server_optimiser.space=weights": lambda s: s.server_space == "weights",
     "server_optimiser.space=factors": lambda s: s.server_space == "factors",

@@ -58,9 +58,9 @@ class PrivateRounds(RoundStep):
         loop = self.run.loop
         measuring, planned = self.run.measuring, 0
         if measuring is not None:
-            count = loop.clients if measuring.asked.clients == "all" else loop.cohort
             metrics = {point + name: name for point in measuring.points for name in measuring.names}
-            self.means = NoisyMeans.of(self.config, metrics, count, loop.clients)
+            count, least = measuring.count(loop), measuring.asked.min_clients
+            self.means = NoisyMeans.of(self.config, metrics, count, loop.clients, least)
             planned = sum(measuring.due(r, loop.rounds) for r in range(loop.rounds + 1))
         beside = self._released(planned)
         self.mechanism = self.config.settle(loop.clients, loop.cohort, loop.rounds, *beside)
@@ -143,8 +143,9 @@ class PrivateRounds(RoundStep):
         if len(measurement.cohort):
             measurement.gather(send)
         done = measurement.round_ - 1
+        came = sum(len(answer.clients) for answer in measurement.replies)
         values, measurement.replies = measurement.own(), []  # nothing of a single client is kept
-        measurement.summed = {**self.means.released(values, self.source, done)}
+        measurement.summed = {**self.means.released(values, came, self.source, done)}
         self.measured += 1
         if not self.row:  # before round 1
             self.note(done, self.clip)

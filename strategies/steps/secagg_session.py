@@ -49,7 +49,7 @@ class SecAggSession:
 
     def size(self, _answer: Answer) -> int:
         """Return how many words the vectors of an answer must have."""
-        return self.exchange.layout.size + 1
+        return self.exchange.layout.size + 2
 
     def ask(self, stage: str, data: dict[int, Any], check: Check) -> dict[int, Any]:
         """Ask clients for a stage in which nobody trains; give what each said.

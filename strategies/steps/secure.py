@@ -18,7 +18,7 @@ from fedraclora.evaluation.clients import (
     sums_named,
     usual,
 )
-from fedraclora.privacy.secagg import SecAgg
+from fedraclora.privacy.secagg import FEW, SecAgg
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.uplinks import Refusal, Uplinks
 from fedraclora.run.ledger import Row
@@ -27,7 +27,7 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.strategies.server.round_step import CohortOf, RoundStep, Send
 from fedraclora.strategies.steps.conflicts import SECURE, TWICE, refused
-from fedraclora.strategies.steps.secagg_session import Said, SecAggSession, Texts
+from fedraclora.strategies.steps.secagg_session import Check, Said, SecAggSession, Texts
 from fedraclora.strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.files import write_text
@@ -56,6 +56,9 @@ class MeasureSession(SecAggSession):
         self.measure, self.points = measurement.measuring.measure, (*measurement.when.values(),)
         self.told: dict[int, Layout] = {}
         self.layout: Layout | None = None
+        self.least = measurement.measuring.asked.min_clients
+        self.few = FEW.format(self.least)
+        self.withheld = False
 
     @property
     def summed(self) -> SummedMeasure:
@@ -69,6 +72,12 @@ class MeasureSession(SecAggSession):
             raise WireError(f"it measured {told.shapes}; {names} are wanted")
         self.told |= dict.fromkeys(answer.clients.tolist(), told)
         return SummedMeasure(self.measure, told, self.points).size
+
+    @override
+    def collect(self, stage: str, data: dict[int, Any], check: Check) -> Said:
+        found, failures = super().collect(stage, data, check)
+        self.withheld |= stage == "unmask" and self.few in failures.values()
+        return found, failures
 
     @override
     def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Said:
@@ -95,6 +104,7 @@ class SecureSum(RoundStep):
         banned: Clients that are asked no more, and why.
         answered: The last round of which clients of an earlier process may have been asked for
             masked vectors.
+        counts: Whether clients tell if their updates were longer than the clip.
         file: Where this is kept; None in a simulation, whose clients end with the process.
     """
 
@@ -104,6 +114,7 @@ class SecureSum(RoundStep):
     texts: Texts = field(default_factory=Texts)
     banned: dict[int, str] = field(default_factory=dict)
     answered: int = 0
+    counts: bool = False
     file: Path | None = None
 
     @override
@@ -131,6 +142,7 @@ class SecureSum(RoundStep):
     def bound(self, *, first: bool) -> float:
         if not first:
             raise refused(TWICE, SECURE)
+        self.counts = True  # with the clip of privacy=client_level clients tell nothing
         return self.config.clip
 
     @override
@@ -213,7 +225,8 @@ class SecureSum(RoundStep):
     def measure(self, send: Send, measurement: Measurement) -> bool:
         """Sum what clients measured, in a session of its own: other keys, and other masks.
 
-        A sum that is lost is not asked for again; the row says why there is none.
+        A sum that is lost is not asked for again; the row says why there is none. Clients give none
+        of fewer than ``evaluate.min_clients`` that have samples to measure on.
         """
         if (clients := len(measurement.cohort)) > MOST_CLIENTS:
             raise ConfigError(
@@ -225,13 +238,15 @@ class SecureSum(RoundStep):
             session = self._agree(measurement, talk, self.config.clip)
             self._gather(session, talk)
             K = len(session.words)
-            row = talk.summed.row(session.total(), K) | {"in_sum": K, "histogram": BINS}
+            row = talk.summed.row(session.total(), K, talk.least)
+            row |= {"in_sum": K} | ({"histogram": BINS} if "n" in row else {})
         except (ClientError, WireError) as lost:
-            if not (measurement.loop.guarded or isinstance(lost, RoundLostError)):
+            expected = talk.withheld or isinstance(lost, RoundLostError)
+            if not (expected or measurement.loop.guarded):
                 raise
             if isinstance(lost, CulpritError):
                 self.banned[lost.client] = lost.why
-            row = {"lost": str(lost)}
+            row = {"withheld": talk.few} if talk.withheld else {"lost": str(lost)}
         measurement.summed = row | {"texts_up": talk.texts.up, "texts_down": talk.texts.down}
         return True
 
@@ -274,8 +289,8 @@ class SecureSum(RoundStep):
         """Check what can be checked on a sum, and give it."""
         exchange, whole = talk.exchange, signed(session.total())
         clients, step = sorted(session.words), session.step
-        K, weight = len(clients), int(whole[-1])
-        update = whole[:-1].double() * step
+        K, weight, cut = len(clients), int(whole[-2]), int(whole[-1])
+        update = whole[:-2].double() * step
         norm = float(update.norm())
         if not K <= weight <= K * self.config.max_weight or norm > weight * clip * SLACK:
             raise RoundLostError(
@@ -283,8 +298,14 @@ class SecureSum(RoundStep):
                 f"norm {norm:.4g}; {K} to {K * self.config.max_weight} and at most "
                 f"{weight * clip:.4g} are possible: some client sent what it may not"
             )
+        if not 0 <= cut <= K:
+            raise RoundLostError(
+                f"round {exchange.round_}: in a sum of {K} clients {cut} say that their updates "
+                "were longer than the clip: some client sent what it may not"
+            )
         self.row = {
             "clients": K,
+            **({"clipped": cut} if self.counts else {}),
             "step": step,
             "error_bound": K * step / 2 / weight,
             "up": self.texts.up,

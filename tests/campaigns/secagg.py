@@ -149,7 +149,8 @@ class Client:
         if stage.name != "masked":
             return answer_stage(ask.request, stage, self.store, self.terms)
         weights = torch.tensor([self.weight], dtype=torch.float64)
-        trained = (torch.tensor([self.number]), self.update[None], weights)
+        cut = torch.tensor([float(self.update.norm()) > CLIP])
+        trained = (torch.tensor([self.number]), self.update[None], weights, cut)
         vectors = of_updates(ask.request, stage, self.terms, trained)
         return masked_vectors(ask.request, stage, self.store, vectors, {})
 
@@ -158,7 +159,8 @@ class Client:
         norm = float(self.update.norm())
         update = self.update * (CLIP / norm) if norm > CLIP else self.update
         weight = torch.tensor([self.weight], dtype=torch.float64)
-        found: Words = as_words(torch.cat([update * self.weight / step, weight])[None])[0]
+        cut = torch.tensor([float(norm > CLIP)])
+        found: Words = as_words(torch.cat([update * self.weight / step, weight, cut])[None])[0]
         return found
 
     @property
@@ -324,7 +326,7 @@ class Bender:
     hostile: set[int]
     stage: str
     draw: Random
-    shift: Words = field(default_factory=lambda: np.zeros(7, dtype=np.uint32))
+    shift: Words = field(default_factory=lambda: np.zeros(8, dtype=np.uint32))
     did: list[str] = field(default_factory=list)
 
     def __call__(self, stage: str, client: Client, message: Message) -> list[Message]:
@@ -479,7 +481,7 @@ def hostile_clients(seed: int) -> str:
     total = np.sum([clients[c].whole(step) for c in members], axis=0, dtype=np.uint32) + bend.shift
     whole = signed(total.astype(np.uint32))
     start = torch.full((6,), 0.25, dtype=torch.float64)
-    wanted = start * float(whole[-1]) + whole[:-1].double() * step
+    wanted = start * float(whole[-2]) + whole[:-2].double() * step
     assert torch.equal(got.summed, wanted), bend.did
     assert {*clients} - hostile <= {*members}, f"{bend.did}: {exchange.failures}"
     return "the sum"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +183,7 @@ def test_clients_may_leave_at_every_stage(
 
 
 def test_uplink_bytes_are_those_of_the_words(world: World) -> None:
-    """Words have 4 bytes, and there is one more than a client trains numbers: an odd number."""
+    """Words have 4 bytes, and there are two more than a client trains numbers."""
     found = secure(world, rounds=1, chunk=1)
     sent = [
         record["flat"].numpy().nbytes
@@ -190,7 +192,7 @@ def test_uplink_bytes_are_those_of_the_words(world: World) -> None:
         if record["flat"].numpy().dtype == np.uint32
     ]
     assert len(sent) == 5
-    assert sum(sent) % 8
+    assert sum(sent) == 5 * 4 * (updates_of(found, world).shape[1] + 2)
     assert found.rows[0]["uplink_bytes"] == sum(sent)
 
 
@@ -208,19 +210,9 @@ def test_no_unmasked_update_is_given(world: World) -> None:
 def test_the_server_sees_no_client(world: World) -> None:
     """No message of the server's holds a client's numbers, in the clear or as quantised words."""
     found = secure(world, rounds=1, chunk=1)
-    result = found.worker.trainer.train(
-        world.base,
-        *opened(found, world),
-        round_=1,
-        rate_scale=1.0,
-    )
     (row,) = found.rows
     step, seen = row["secure"]["step"], 0
-    names = list(result.trained)
-    updates = torch.cat(
-        [(result.trained[n] - world.base.get(n, torch.zeros(1))).reshape(5, -1) for n in names],
-        dim=1,
-    )
+    updates = updates_of(found, world)
     for content in (*found.worker.asked, *found.worker.answered):
         for record in tensors(content):
             for array in record.values():
@@ -241,6 +233,18 @@ def opened(found: Run, world: World) -> tuple[Any, torch.Tensor]:
     method, draw = found.strategy.method, found.strategy.draw
     state = method.init(world.base, world.plan, draw)
     return method.open_round(state, 1, cohort_of([*range(5)]), draw), torch.arange(5)
+
+
+def updates_of(found: Run, world: World) -> torch.Tensor:
+    """What the five clients of the first round train, in the clear."""
+    result = found.worker.trainer.train(
+        world.base,
+        *opened(found, world),
+        round_=1,
+        rate_scale=1.0,
+    )
+    each = [t - world.base.get(n, torch.zeros(1)) for n, t in result.trained.items()]
+    return torch.cat([update.reshape(5, -1) for update in each], dim=1)
 
 
 def test_masked_words_are_uniform(world: World) -> None:
@@ -280,13 +284,22 @@ def test_no_client_says_two_things_about_one_neighbour(world: World) -> None:
 
 
 def test_what_a_client_checks_itself(world: World) -> None:
-    with pytest.raises(ClientError, match=r"weight is 9.*secure\.max_w"):
+    with pytest.raises(ClientError, match=r"no whole number from 1 to secure\.max_weight=8"):
         secure(world, weights="examples", settings={"max_weight": 8})
     found = secure(world, weights="examples", settings={"max_weight": 8}, max_failures=1)
     assert [f["client"] for f in found.rows[0]["failures"]] == [1]
     short = secure(world, settings={"clip": 1e-3})
     moved = short.strategy.state.base["head.bias"] - world.base["head.bias"]
     assert 0 < float(moved.norm()) <= 1e-3
+
+
+def test_a_row_says_how_many_updates_the_clip_shortened(world: World) -> None:
+    norms = sorted(updates_of(secure(world), world).norm(dim=1).tolist())
+    for shortened, between in enumerate([*pairwise(norms)][::-1], start=1):
+        (row,) = secure(world, settings={"clip": math.fsum(between) / 2}).rows
+        assert row["secure"]["clipped"] == shortened
+    noisy = {"privacy": ClientLevel(clip=1e-3, delta=1e-3), "secret": Secret(bytes(32))}
+    assert "clipped" not in secure(world, beside=noisy).rows[0]["secure"]  # no noise would cover it
 
 
 def test_a_sum_that_cannot_be_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +310,7 @@ def test_a_sum_that_cannot_be_is_refused(world: World, monkeypatch: pytest.Monke
         answer = whole(self, ask)
         if answer.stage is not None and answer.stage.name == "masked":
             words = answer.numbers.numpy().copy()
-            words[:, :-1] += np.uint32(2**30)
+            words[:, :-2] += np.uint32(2**30)
             return replace(answer, pieces=(torch.from_numpy(words),))
         return answer
 

@@ -211,11 +211,14 @@ def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path
     assert "samples_min" not in found["task"]["partition"]  # the server does not know it
 
 
+LEAST = "evaluate.min_clients=3"
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["head=average", "method=fedsa_lora"],
-        ["head=local", "secure=secagg", "weights=uniform", "output.checkpoint_every=1"],
+        ["head=local", *["secure=secagg", "weights=uniform", "output.checkpoint_every=1"], LEAST],
     ],
     ids=["factors", "head and secure sums"],
 )

@@ -33,6 +33,8 @@ from tests.common import summary_of
 ONCE = "output.checkpoint_every=1"  # real clients answer a round once
 SECURE = ["clients=5", "cohort=5", "weights=uniform", "secure=secagg", "rounds=2", ONCE]
 
+TOOK = {"uplink_bytes", "downlink_bytes", "texts_up", "texts_down"}
+
 
 def test_the_bits_are_those_of_a_simulation_and_keys_are_forgotten(tmp_path: Path) -> None:
     simulate(small(SECURE, tmp_path / "inline", "inline"), tmp_path / "inline")
@@ -125,8 +127,11 @@ def test_what_a_client_sends_amiss_is_its_failure_alone(
     assert number(rows(tmp_path / "run")[-1], "secure", "clients") == 4
 
 
-def test_a_client_that_is_gone_while_measurements_are_summed_is_left_out(tmp_path: Path) -> None:
-    """It trained, and its masks are taken off the sum of what the others measured."""
+@pytest.mark.parametrize("least", [4, 5])
+def test_a_client_that_is_gone_while_measurements_are_summed_is_left_out(
+    least: int, tmp_path: Path
+) -> None:
+    """It trained, and its masks are taken off the sum of what the others measured, if enough do."""
 
     def lost(message: Message) -> bool:
         said = read_stage(asked := from_records(message.content))
@@ -134,9 +139,13 @@ def test_a_client_that_is_gone_while_measurements_are_summed_is_left_out(tmp_pat
         return measured and clients_of(asked) == [3]
 
     network = Network(tmp_path / "cache", nodes_for(5), raises(lost))
-    deploy([*SECURE, "rounds=1", "evaluate.clients=cohort"], tmp_path / "run", network)
+    words = ["rounds=1", "evaluate.clients=cohort", f"evaluate.min_clients={least}"]
+    deploy([*SECURE, *words], tmp_path / "run", network)
     for row in rows(tmp_path / "run"):
         found: Any = row["clients"]
+        if least > 4:
+            assert {*found} - TOOK == {"withheld", "failures"}
+            continue
         assert (found["in_sum"], found["n"]) == (4, 4)
         assert 0 <= found["accuracy"]["mean"] <= 1
         (failure,) = found["failures"]

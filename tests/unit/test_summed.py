@@ -48,7 +48,7 @@ def test_a_sum_has_the_means_and_deviations_of_the_open_numbers() -> None:
     whole = sent(0) | sent(1, AFTER)
     words = summed.words(whole, SAMPLES)
     assert words.shape == (5, summed.size)
-    row: Any = summed.row(total(words), 5)
+    row: Any = summed.row(total(words), 5, 3)
     assert (row["n"], row["samples"]) == (4, 75)
     kept = torch.tensor([0, 1, 3, 4])
     for point, own in (("", sent(0)), (AFTER, sent(1))):
@@ -66,10 +66,20 @@ def test_clients_who_measured_nothing_add_nothing() -> None:
     """Whatever stands in the place of their numbers."""
     summed = SummedMeasure(MEASURE, LAYOUT, ("",))
     assert not summed.words(sent(), SAMPLES)[2].any()
-    row: Any = summed.row(np.zeros(summed.size, dtype=np.uint32), 3)
-    assert row["n"] == 0
-    assert np.isnan(row["accuracy"]["mean"])
-    assert np.isnan(row["accuracy"]["worst10"])
+    row: Any = summed.row(np.zeros(summed.size, dtype=np.uint32), 3, 1)
+    assert {*row} == {"withheld"}
+
+
+@pytest.mark.parametrize("least", [3, 4, 5])
+def test_nothing_is_told_of_fewer_clients_than_is_set(least: int) -> None:
+    """Four have samples, and three of them an AUC: alone its value would be one client's."""
+    summed = SummedMeasure(MEASURE, LAYOUT, ("",))
+    row: Any = summed.row(total(summed.words(sent(), SAMPLES)), 5, least)
+    told = {3: {"accuracy", "loss", "auc"}, 4: {"accuracy", "loss"}, 5: set[str]()}[least]
+    assert {name for name, each in row.items() if isinstance(each, dict)} == told
+    assert ("n" in row) == ("samples" in row) == (least <= 4)
+    assert ("withheld" in row) == (least > 3)
+    assert least < 5 or {*row} == {"withheld"}  # not by how many it is too few
 
 
 @pytest.mark.parametrize("value", [-1.0, -0.25, 0.0, 1.0])
@@ -78,7 +88,7 @@ def test_numbers_of_either_sign_come_back_and_stay_in_their_range(value: float) 
     measure = Measure.of(("pearson",), "squared_error")
     summed = SummedMeasure(measure, Layout(((f"{OF_ONE}pearson", (1,)),)), ("",))
     own = {f"{OF_ONE}pearson": torch.full((3, 1), value).double()}
-    row: Any = summed.row(total(summed.words(own, torch.ones(3))), 3)
+    row: Any = summed.row(total(summed.words(own, torch.ones(3))), 3, 3)
     assert row["pearson"]["mean"] == value
     assert row["pearson"]["std"] == 0
     assert row["pearson"]["min"] == row["pearson"]["max"] == pytest.approx(value, abs=0.01)
@@ -92,7 +102,7 @@ def test_the_worst_tenth_follows_the_direction_of_a_metric_of_the_users_own() ->
     measure = replace(MEASURE, metrics=names)
     summed = SummedMeasure(measure, Layout(LAYOUT.shapes[:1]), ("",))
     own = {name: t for name, t in sent().items() if name == "correct"}
-    row: Any = summed.row(total(summed.words(own, SAMPLES)), 5)
+    row: Any = summed.row(total(summed.words(own, SAMPLES)), 5, 3)
     assert row["mine"]["worst10"] == row["mine"]["max"] > row["mine"]["best10"]
     assert row["accuracy"]["worst10"] == row["accuracy"]["min"]
 
@@ -110,9 +120,9 @@ def test_a_sum_that_no_clients_can_have_sent_is_refused() -> None:
     words = summed.words(sent(), SAMPLES)
     words[0, -1] += 1  # a second place in the histogram of the last metric
     with pytest.raises(WireError, match="histogram"):
-        summed.row(total(words), 5)
+        summed.row(total(words), 5, 3)
     with pytest.raises(WireError, match="4 of 3 clients"):
-        summed.row(total(summed.words(sent(), SAMPLES)), 3)
+        summed.row(total(summed.words(sent(), SAMPLES)), 3, 3)
 
 
 def test_a_layout_comes_back_as_it_was_told() -> None:
