@@ -46,8 +46,9 @@ from fedraclora.experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
 from fedraclora.protocol.uplinks import calmer
-from fedraclora.run.folder import resume_word, stop_reason
+from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import column, known_mean, number, round_seconds
+from fedraclora.run.stopped import stop_reason
 from fedraclora.wire.fields import printable
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers

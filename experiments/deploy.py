@@ -106,7 +106,8 @@ class Record:
         outside = [self.folder, *self.folder.parents]
         self._new = [path for path in (*inside, *outside) if not path.exists()]
         with ExitStack() as stack:
-            stack.enter_context(alone(self.folder))
+            shared = bool(section(self.plain, "output").get("shared"))
+            stack.enter_context(alone(self.folder, shared=shared))
             if self.resume:
                 amend(self.folder, self.plain)
             else:

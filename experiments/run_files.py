@@ -13,8 +13,9 @@ from typing import Any
 from fedraclora.config.unread import as_read
 from fedraclora.errors import CheckpointError, ConfigError, unknown
 from fedraclora.evaluation.metrics import lower_of
-from fedraclora.run.folder import divergence, is_finished, read_config, read_summary
+from fedraclora.run.folder import is_finished, read_config, read_summary
 from fedraclora.run.ledger import BY_CLIENTS, metrics_of, number, read_ledger
+from fedraclora.run.stopped import divergence
 from fedraclora.weights.files import flatten
 
 RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")

@@ -33,10 +33,8 @@ from fedraclora.run.folder import (
     alone,
     amend,
     begin_folder,
-    forget_stop,
     has_checkpoint,
     is_finished,
-    note_stop,
     read_config,
     read_summary,
     withdrawn,
@@ -44,6 +42,7 @@ from fedraclora.run.folder import (
 )
 from fedraclora.run.ledger import known_mean, reached_round, read_ledger, round_seconds
 from fedraclora.run.recorder import read_clients, together
+from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.strategies.assembly import Assembled, assemble_with
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.callbacks import Stopping
@@ -116,7 +115,8 @@ def execute(
     with ExitStack() as stack:
         goes_on, reached = False, 0
         if folder is not None:
-            stack.enter_context(alone(folder) if resume else withdrawn(folder))
+            held = partial(alone, folder, shared=config.output.shared)
+            stack.enter_context(held() if resume else withdrawn(folder))
         if resume and folder is not None:
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
@@ -130,7 +130,7 @@ def execute(
             if resume:
                 run.strategy.recorder.incidents += amend(folder, config.plain)
             else:
-                stack.enter_context(alone(folder))
+                stack.enter_context(held())
                 begin_folder(folder, config.plain)
         if (done := run.strategy.done) < reached:
             again = f"went on after round {done}: rounds {done + 1} to {reached} were run again"

@@ -32,7 +32,7 @@ from fedraclora.run.recorder import Columns
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import Tree
-from fedraclora.weights.files import save_tensors
+from fedraclora.weights.files import make_folder, save_tensors, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -365,11 +365,11 @@ class Run:
         place = user_path("folder", folder)
         try:
             refuse_full(place)
-            place.mkdir(parents=True, exist_ok=True)
+            make_folder(place, private=True)
         except OSError as error:
             raise ConfigError(f"{place} cannot be made ({error}); name another folder") from error
         save_tensors(place / "model.safetensors", self.weights(), {}, sync=False)
-        self.history.to_csv(place / "history.csv")
-        (place / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
-        (place / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+        write_text(place / "history.csv", self.history.to_csv())
+        write_text(place / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+        write_text(place / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         return place

@@ -59,7 +59,8 @@ def main(grid: FlowerGrid, context: Context) -> None:
         settings = settings_of(config)
         if isinstance(settings, DeployConfig):
             known = not config.pretrain.epochs
-            return on_hosts(grid, settings, folder, known=known, ended=ended)
+            shared = config.output.shared
+            return on_hosts(grid, settings, folder, known=known, shared=shared, ended=ended)
         return in_server_app(grid, settings, config, ended=ended)
 
     told = [LogLines(deployed)]
@@ -74,6 +75,7 @@ def on_hosts(
     folder: Path,
     *,
     known: bool,
+    shared: bool,
     ended: Callable[[], bool],
 ) -> Engine:
     """Make the engine of real SuperNodes; each message brings what its client's weights lack.
@@ -83,13 +85,15 @@ def on_hosts(
         settings: How long to wait, and how many clients are enough.
         folder: Of the run, whose name clients know it by.
         known: Whether clients can make the initial weights themselves.
+        shared: Whether others may use the folder.
         ended: Tells whether the runtime has ended.
     """
     history = WeightHistory()
 
     def make_grid(_: EngineParts) -> Grid:
         pull_in_time()
-        return DeployGrid(flower, history, run_id(folder), settings, known=known, ended=ended)
+        name = run_id(folder, shared=shared)
+        return DeployGrid(flower, history, name, settings, known=known, ended=ended)
 
     return Engine(history, make_grid, history.recall, elsewhere=True)
 

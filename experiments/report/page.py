@@ -27,9 +27,9 @@ from fedraclora.experiments.run_files import ROUNDING_ERRORS, RunFiles, read_fil
 from fedraclora.objects import NAME
 from fedraclora.plots.axes import MEGABYTE, Values
 from fedraclora.run.callback import method_label, run_title
-from fedraclora.run.folder import stop_reason
 from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds
-from fedraclora.weights.files import flatten
+from fedraclora.run.stopped import stop_reason
+from fedraclora.weights.files import flatten, keep_private, make_folder
 
 ALONE = ("output.dir", "resume")  # keys in which runs of one table may differ unnoticed
 SHOWN_FAILURES = 50
@@ -357,6 +357,7 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError(f"{', '.join(sorted(twice))} is named twice; name each run once")
     shown = [read_shown(folder) for folder in folders]
     out = (arguments.out or folders[0] / FILE).expanduser()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     out.write_text(page_of(shown, arguments.title), encoding="utf-8")
+    keep_private(out)
     print(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")

@@ -88,7 +88,7 @@ def tune_task(
     if metric not in task.measured:
         raise unknown("tune.metric", metric, task.measured)
     higher = higher_is_better(metric, lower_of(task.info))
-    make(folder)
+    make(folder, shared=bool(output.get("shared")))
     say = print if output.get("progress") else lambda _: None
     whose = space, asked, metric, higher, built.clients, folder
     search = Search(*whose, final, say, steps, callbacks)

@@ -41,7 +41,13 @@ from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.weights.files import config_difference, flatten
+from fedraclora.weights.files import (
+    config_difference,
+    flatten,
+    is_private,
+    keep_private,
+    open_lock,
+)
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -142,7 +148,7 @@ class Search:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Let one process at a time look at the budget and take from it."""
-        with (self.folder / "tune.lock").open("w") as file:
+        with open_lock(self.folder / "tune.lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -161,6 +167,7 @@ class Search:
             directions=["maximize" if self.higher else "minimize"] * len(self.sizes),
             load_if_exists=True,
         )
+        keep_private(self.folder / "tune.db")
         tried = {"tried": self.space.told(), "metric": self.metric}
         told: dict[str, object] = {
             "task": digested(self.space.plain, METHODS),
@@ -217,7 +224,7 @@ class Search:
 
     def _runs_here(self, trial: int) -> AbstractContextManager[None]:
         """Hold a trial for this process; the system lets it go when the process ends."""
-        return alone(self.folder / "processes" / str(trial))
+        return alone(self.folder / "processes" / str(trial), shared=not is_private(self.folder))
 
     def _take_up(self, study: Study) -> None:
         """Call trials failed that no process holds any more, and try their settings again."""

@@ -270,6 +270,7 @@ class OutputConfig(Limited, group="output"):
         progress: Show a progress bar.
         plots: Draw curves.png and partition.png.
         loggers: Where rounds are shown, too: tensorboard, mlflow, wandb, trackio (docs/watch.md).
+        shared: Whether others may use the run folder as far as your umask lets them.
     """
 
     in_memory: ClassVar[tuple[str, ...]] = ("dir", "progress")  # read where nothing is written
@@ -281,6 +282,7 @@ class OutputConfig(Limited, group="output"):
     progress: bool = True
     plots: bool = True
     loggers: Sequence[str] = ()
+    shared: bool = False
 
 
 FEW_MODELS, HELD_OUT = 20, 0.2

@@ -263,8 +263,9 @@ class SummedMeasure:
                 row[point + metric] = found | {"mean": mean, "std": std}
         if n < least:
             return {"withheld": FEW.format(least)}
-        told = {"withheld": f"{FEW.format(least)} of {', '.join(few)}"} if few else {}
-        return row | {"n": int(n), "samples": int(samples)} | told
+        if few:
+            row["withheld"] = f"{FEW.format(least)} of {', '.join(few)}"
+        return row | {"n": int(n), "samples": int(samples)}
 
 
 def read_sizes(told: object) -> Layout:

@@ -18,6 +18,7 @@ from fedraclora.export.peft_adapter import write_peft
 from fedraclora.export.trained import ExportRecord, Order, TrainedModel, is_hugging_face
 from fedraclora.export.whole_weights import write_gguf, write_hf, write_state_dict
 from fedraclora.run.folder import refuse_full, versions_of
+from fedraclora.weights.files import make_folder
 
 FACTS = "export.json"
 OURS = ("linear", "mlp", "cnn")  # models that shape, outputs and their keys make
@@ -146,7 +147,7 @@ def export(
     refuse_full(folder)
     partial = folder.with_name(f".{folder.name}.partial")  # one that a kill left is written anew
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         record = FORMATS[form](trained, Order(partial, folder, rank, check)) | {"read_back": check}
         write_card(trained, partial, form, record)

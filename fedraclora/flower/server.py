@@ -44,6 +44,7 @@ from fedraclora.strategies.server.rows import Cost
 from fedraclora.strategies.steps import round_steps
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import wide
+from fedraclora.weights.files import keep_private
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.exchange import Ask, Came, NoAnswer
 
@@ -380,7 +381,9 @@ class LowRank(FedAvg):
         if not is_ours(self.folder):
             refuse_existing(self.folder)
         resume = has_checkpoint(self.folder, 1)
-        (self.folder / "ledger.jsonl").touch()  # by it the folder is known as a run's
+        ledger = self.folder / "ledger.jsonl"
+        ledger.touch()  # by it the folder is known as a run's
+        keep_private(ledger)
         return resume, run_id(self.folder)
 
     def _arrays(self, rounds: FedStrategy) -> ArrayRecord:

@@ -21,6 +21,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError, EngineError, unknown
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import Row
+from fedraclora.weights.files import write_text
 
 # By the library, whose module here is imported where a run asks for it.
 LOGGERS = {
@@ -94,7 +95,7 @@ class Logging(Callback):
             if found is not None:
                 known[name] = found
         if run.folder is not None and known:
-            (run.folder / FILE).write_text(json.dumps(known) + "\n")
+            write_text(run.folder / FILE, json.dumps(known) + "\n")
 
     @override
     def row(self, row: Row) -> None:

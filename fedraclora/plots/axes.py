@@ -21,6 +21,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from typing_extensions import override
 
+from fedraclora.weights.files import keep_private, make_folder
+
 Values = npt.NDArray[np.float64]
 
 MEGABYTE = 1e6
@@ -115,6 +117,7 @@ def write_png(figure: Figure, path: Path) -> None:
 
     `Figure.savefig` would draw it twice, first to find what surrounds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write: Callable[[Path], object] = FigureCanvasAgg(figure).print_png  # it has no types
     write(path)
+    keep_private(path)

@@ -1,12 +1,8 @@
-"""The folder of a run: made and held for one process, and closed with a summary.
-
-Why a run stopped before its end stands in one file of it, which is gone once the run goes on.
-"""
+"""The folder of a run: made and held for one process, and closed with a summary."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import re
 import secrets
 import shutil
@@ -20,11 +16,17 @@ from pathlib import Path
 import yaml
 
 from fedraclora.binding import Plain, section
-from fedraclora.errors import CheckpointError, ConfigError, DivergenceError, FedRacLoraError
+from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
 from fedraclora.run.ledger import reached_round, read_ledger, seals
 from fedraclora.run.recorder import RESUMED_FROM
-from fedraclora.weights.files import config_difference, write_text
+from fedraclora.weights.files import (
+    config_difference,
+    is_private,
+    make_folder,
+    open_lock,
+    write_text,
+)
 
 LEDGER = "ledger_sha256"  # of the summary: the seal of the ledger's last row
 # What a start makes; the lock comes last, so that nobody else begins meanwhile.
@@ -127,7 +129,8 @@ def withdrawn(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         if folder.is_dir():
-            with suppress(OSError, FedRacLoraError), alone(folder):  # nobody else's, who came first
+            # It stays as it was found; and it may be somebody's who came first.
+            with suppress(OSError, FedRacLoraError), alone(folder, shared=True):
                 if not has_begun(folder):
                     _remove(folder, [name for name in MADE if name not in (known or ())])
                     if known is None:
@@ -230,15 +233,26 @@ def has_checkpoint(folder: Path, every: int) -> bool:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Make and hold a run folder for this process; the lock ends with the process, however it ends.
+
+    Args:
+        folder: It.
+        shared: As for `make`.
 
     Raises:
         CheckpointError: If another process runs in the folder.
         ConfigError: If the folder cannot be made.
     """
-    make(folder)
-    with (folder / ".lock").open("w") as file:
+    make(folder, shared=shared)
+    try:
+        lock = open_lock(folder / ".lock")
+    except PermissionError as error:
+        raise CheckpointError(
+            f"the lock of {folder} is another user's ({error}); choose another output.dir, or "
+            "share the folder with a group that may write (output.shared=true, umask 002)"
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -248,14 +262,21 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def make(folder: Path) -> None:
-    """Make a run folder.
+def make(folder: Path, *, shared: bool = False) -> None:
+    """Make a run folder, which nobody but its owner may enter; so files in it are private, too.
+
+    Args:
+        folder: It. Of a folder that is there, empty, others lose their rights; one with a run keeps
+            its mode.
+        shared: Whether others have the rights that the umask leaves them.
 
     Raises:
         ConfigError: If that cannot be.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, private=not shared)
+        if not (shared or is_private(folder) or is_ours(folder)):
+            folder.chmod(0o700)
     except OSError as error:
         raise ConfigError(
             f"cannot make the folder {folder} ({error}); choose another one, by output.dir, or "
@@ -263,15 +284,19 @@ def make(folder: Path) -> None:
         ) from error
 
 
-def run_id(folder: Path) -> str:
+def run_id(folder: Path, *, shared: bool = False) -> str:
     """Name a run for those who keep something of it elsewhere; the name stays in its folder.
+
+    Args:
+        folder: Of the run; made where it is missing.
+        shared: As for `make`.
 
     Raises:
         ConfigError: If the folder cannot be made.
     """
     path = folder / "run_id"
     if not path.is_file():
-        make(folder)
+        make(folder, shared=shared)
         write_text(path, secrets.token_hex(16))
     return path.read_text()
 
@@ -339,61 +364,3 @@ def git_revision() -> str | None:
         return None
     revision = git("rev-parse", "--short=12", "HEAD")
     return f"{revision}{'+' if git('status', '--porcelain', '-uno') else ''}" if revision else None
-
-
-STOPPED = "stopped.json"
-
-
-def note_stop(folder: Path, done: int, error: BaseException) -> None:
-    """Write how a run ended that did not come to its end.
-
-    Args:
-        folder: The run folder.
-        done: The last round that was closed.
-        error: What ended it.
-    """
-    kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    if isinstance(error, DivergenceError):
-        kind = "diverged"
-    told = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
-    found = {"kind": kind, "round": done, "reason": "; ".join(told)}
-    write_text(folder / STOPPED, json.dumps(found, indent=1) + "\n")
-
-
-def forget_stop(folder: Path) -> None:
-    """Remove what an earlier attempt left, since the run goes on."""
-    (folder / STOPPED).unlink(missing_ok=True)
-
-
-def divergence(folder: Path) -> int | None:
-    """Read the round in which a stopped run diverged; None if it did not.
-
-    Raises:
-        CheckpointError: If the file is damaged.
-    """
-    found = _read(folder)
-    return found[1] + 1 if found is not None and found[0] == "diverged" else None
-
-
-def stop_reason(folder: Path) -> str | None:
-    """Read in words why a run stopped before its end; None if nothing says so.
-
-    Raises:
-        CheckpointError: If the file is damaged.
-    """
-    found = _read(folder)
-    return None if found is None else found[2]
-
-
-def _read(folder: Path) -> tuple[str, int, str] | None:
-    """Read kind, last round and reason of a stop; None if there was none."""
-    path = folder / STOPPED
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return str(found["kind"]), int(found["round"]), str(found.get("reason", ""))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error!r}); remove it, and the run counts as unfinished"
-        ) from error

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.errors import CheckpointError
-from fedraclora.weights.files import naming_file, replacing
+from fedraclora.weights.files import keep_private, make_folder, naming_file, replacing
 
 Row = dict[str, object]
 BY_CLIENTS = "clients."  # of the names of metrics that clients measured
@@ -83,7 +83,9 @@ class Ledger:
         seal = _seal(self.seal(), text)
         if self.path is not None:
             if not self.rows:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(self.path.parent)
+                self.path.touch()
+                keep_private(self.path)
             with naming_file(self.path), self.path.open("ab") as file:
                 file.write(_line(text, seal))
                 file.flush()

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,44 @@ ADVICE = "restore the file from a copy, or start the run anew without resume"
 _ABSENT = "(absent)"
 
 
+def is_private(folder: Path) -> bool:
+    """Check whether nobody but its owner may enter a folder, or read it."""
+    return not folder.stat().st_mode & 0o077
+
+
+def make_folder(folder: Path, *, private: bool | None = None) -> None:
+    """Make a folder where it is missing, and those that it lies in.
+
+    Args:
+        folder: It.
+        private: Whether nobody but its owner may enter it; None: if that holds of the folder that
+            it lies in.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    private = is_private(folder.parent) if private is None else private
+    folder.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+
+
+def keep_private(path: Path) -> None:
+    """Keep others from a file that lies in a private folder, also where it is copied to."""
+    if is_private(path.parent):
+        path.chmod(0o600)
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open a file to lock, which only those can who may write into its folder.
+
+    Whoever can read a file can lock it.
+    """
+    writable = path.parent.stat().st_mode & 0o022
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with suppress(PermissionError):  # it is another user's
+        os.fchmod(handle, 0o600 | writable | writable << 1)
+    return os.fdopen(handle, "r+b")
+
+
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; at the end the file written there takes its place.
@@ -41,11 +79,15 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     Yields:
         The temporary name. If the body raises, it is removed and ``path`` stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with naming_file(path):
+            partial.touch()
+            mode = partial.stat().st_mode & 0o777  # safetensors would let nobody else read
             yield partial
+            partial.chmod(mode)
+            keep_private(partial)
             if sync:
                 _flush(partial)
             partial.replace(path)

@@ -28,8 +28,8 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.status import STATUS
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.run.client_state import ClientStore
-from fedraclora.run.folder import stop_reason
 from fedraclora.run.ledger import read_ledger
+from fedraclora.run.stopped import stop_reason
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
 from fedraclora.tree import Tree, digest

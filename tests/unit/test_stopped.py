@@ -13,7 +13,7 @@ from fedraclora.errors import ClientError, DivergenceError
 from fedraclora.experiments.deploy import Record
 from fedraclora.protocol.uplinks import Refusal, too_many
 from fedraclora.run.callback import run_title
-from fedraclora.run.folder import STOPPED, divergence
+from fedraclora.run.stopped import STOPPED, divergence
 from fedraclora.strategies import outcome
 from fedraclora.strategies.outcome import stopping_noted
 from fedraclora.strategies.server.callbacks import Callbacks

@@ -1,0 +1,66 @@
+"""Why a run stopped before its end: one file of its folder, which is gone once the run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedraclora.errors import CheckpointError, DivergenceError
+from fedraclora.weights.files import write_text
+
+STOPPED = "stopped.json"
+
+
+def note_stop(folder: Path, done: int, error: BaseException) -> None:
+    """Write how a run ended that did not come to its end.
+
+    Args:
+        folder: The run folder.
+        done: The last round that was closed.
+        error: What ended it.
+    """
+    kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    if isinstance(error, DivergenceError):
+        kind = "diverged"
+    told = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
+    found = {"kind": kind, "round": done, "reason": "; ".join(told)}
+    write_text(folder / STOPPED, json.dumps(found, indent=1) + "\n")
+
+
+def forget_stop(folder: Path) -> None:
+    """Remove what an earlier attempt left, since the run goes on."""
+    (folder / STOPPED).unlink(missing_ok=True)
+
+
+def divergence(folder: Path) -> int | None:
+    """Read the round in which a stopped run diverged; None if it did not.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    found = _read(folder)
+    return found[1] + 1 if found is not None and found[0] == "diverged" else None
+
+
+def stop_reason(folder: Path) -> str | None:
+    """Read in words why a run stopped before its end; None if nothing says so.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    found = _read(folder)
+    return None if found is None else found[2]
+
+
+def _read(folder: Path) -> tuple[str, int, str] | None:
+    """Read kind, last round and reason of a stop; None if there was none."""
+    path = folder / STOPPED
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return str(found["kind"]), int(found["round"]), str(found.get("reason", ""))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error!r}); remove it, and the run counts as unfinished"
+        ) from error
