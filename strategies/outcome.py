@@ -111,12 +111,11 @@ def execute(
         FedRacLoraError: Whatever is wrong with the config, the data, the folder or the clients.
     """
     began = time.perf_counter()
-    watched = (logging_to(config.output.loggers), *callbacks)
+    watched, shared = (logging_to(config.output.loggers), *callbacks), config.output.shared
     with ExitStack() as stack:
         goes_on, reached = False, 0
         if folder is not None:
-            held = partial(alone, folder, shared=config.output.shared)
-            stack.enter_context(held() if resume else withdrawn(folder))
+            stack.enter_context(alone(folder, shared=shared) if resume else withdrawn(folder))
         if resume and folder is not None:
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
@@ -130,7 +129,7 @@ def execute(
             if resume:
                 run.strategy.recorder.incidents += amend(folder, config.plain)
             else:
-                stack.enter_context(held())
+                stack.enter_context(alone(folder, shared=shared))
                 begin_folder(folder, config.plain)
         if (done := run.strategy.done) < reached:
             again = f"went on after round {done}: rounds {done + 1} to {reached} were run again"
