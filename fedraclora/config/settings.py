@@ -40,11 +40,11 @@ Chunk = Annotated[
 
 @dataclass(frozen=True)
 class WireConfig(Limited, group="wire"):
-    """How numbers go up and down: as they are trained, or rounded to fewer bits without bias.
+    """How numbers go up and down: as they are trained, or rounded to fewer bits.
 
     Attributes:
-        uplink: Rounded at random; int8 and int4 with a scale for each block, eden4 to eden1 in 4 to
-            1 bits after a random rotation.
+        uplink: Rounded at random; int8 and int4 with a scale for each block, without bias, eden4 to
+            eden1 in 4 to 1 bits after a random rotation, with a bias where few numbers are large.
         downlink: The same, on the way to the clients.
         feedback: What rounding left is added to what is sent next (error feedback).
         uplink_coding: Lossless coding of what goes up in fewer bits.

@@ -189,6 +189,7 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     "wire.uplink in fewer bits": lambda s: (
         s.loop.uplink != FULL and f"wire.uplink is {s.loop.uplink}"
     ),
+    "wire.uplink=eden1": lambda s: s.loop.uplink == "eden1",
     "wire.feedback=true": lambda s: s.loop.feedback,
     "wire.downlink in fewer bits": lambda s: (
         s.loop.downlink != FULL and f"wire.downlink is {s.loop.downlink}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedraclora.aggregation.robust import shortened
 from fedraclora.errors import WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.factor import to_train
@@ -203,6 +208,74 @@ def test_the_mean_over_signs_is_what_was_rotated(kind: str) -> None:
     assert float(together * draws / alone) == pytest.approx(1.0, abs=0.6)
     some = found.reshape(-1, 5, n).mean(1)
     assert float((some - x).square().sum(1).mean() * 5 / alone) == pytest.approx(1.0, abs=0.1)
+
+
+def drawn(x: torch.Tensor, kind: str, count: int = 600) -> torch.Tensor:
+    """What clients send of a tensor, each with other draws: [count, P]."""
+    rngs, sizes = [generator(k, "uplink") for k in range(count)], [len(x)]
+    sent = encode(x.repeat(count, 1), sizes, kind, rngs, again=False)
+    return decode(sent, sizes, kind, 2, again=False)
+
+
+def beside_one(length: float, count: int) -> torch.Tensor:
+    """Normal numbers behind one that is so many times as long as all of them."""
+    x = torch.from_numpy(np.random.default_rng(3).normal(size=count))
+    x[0] = length * x[1:].norm()
+    return x
+
+
+def three_of(count: int) -> torch.Tensor:
+    x = torch.zeros(count, dtype=torch.float64)
+    x[:: count // 3][:3] = torch.tensor([1.0, 0.5, 0.25])
+    return x
+
+
+@pytest.mark.parametrize("count", [64, 1024])
+@pytest.mark.parametrize(
+    ("made", "bias"),
+    [
+        (lambda n: torch.from_numpy(np.random.default_rng(1).normal(size=n)), (0.02, 0.01, 0, 0)),
+        (partial(beside_one, 1.0), (0.17, 0.03, 0, 0)),
+        (partial(beside_one, 3.0), (0.32, 0.10, 0, 0)),
+        (three_of, (0.56, 0.23, 0.10, 0.08)),
+    ],
+    ids=["normal", "one as long", "one of three times", "three"],
+)
+def test_a_mean_over_draws_is_off_where_few_numbers_outweigh_the_others(
+    made: Callable[[int], torch.Tensor], bias: tuple[float, ...], count: int
+) -> None:
+    """By what the docstring of `rotated` says; kinds that round each number by itself are not."""
+    x = made(count)
+    told = dict(zip(("eden1", "eden2", "eden3", "eden4"), bias, strict=True))
+    for kind, wanted in (told | {"int8": 0, "int4": 0, "bfloat16": 0}).items():
+        error = drawn(x, kind) - x
+        chance = float(error.var(dim=0).sum()) / len(error)  # of a mean of so many draws
+        found = math.sqrt(max(0.0, float(error.mean(dim=0).square().sum()) - chance))
+        assert found / float(x.norm()) == pytest.approx(wanted, abs=0.025)
+
+
+@pytest.mark.parametrize("kind", ROTATED)
+def test_equal_blocks_of_a_tensor_have_equal_errors(kind: str) -> None:
+    x = torch.from_numpy(np.random.default_rng(2).normal(size=3072))
+    x[1024:2048] = x[:1024]
+    one, equal, other = (drawn(x, kind, 40) - x).split(1024, dim=1)
+    along = [float((one * e).sum() / (one.norm() * e.norm())) for e in (equal, other)]
+    assert along == pytest.approx([1.0, 0.0], abs=0.02)
+
+
+LOST = {"eden1": 0.20, "eden2": 0.06, "eden3": 0.02, "eden4": 0.005}
+LOST |= {"int4": 0.02, "int8": 0.0, "bfloat16": 0.0}
+
+
+@pytest.mark.parametrize(("kind", "lost"), LOST.items())
+def test_who_clips_what_was_clipped_and_rounded_cuts_some_of_it_away(
+    kind: str, lost: float
+) -> None:
+    """As client-level privacy does, by what its page says."""
+    x = torch.from_numpy(np.random.default_rng(4).normal(size=2048))
+    x /= x.norm()
+    again = shortened(drawn(x, kind, 100), torch.zeros(2048).double(), 1.0)
+    assert 1 - float(again.mean(dim=0) @ x) == pytest.approx(lost, abs=0.005)
 
 
 @pytest.mark.parametrize("scale", [(0, 0), (1, 127), (255, 129), (255, 0)])
