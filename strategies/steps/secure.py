@@ -239,7 +239,7 @@ class SecureSum(RoundStep):
             self._gather(session, talk)
             K = len(session.words)
             row = talk.summed.row(session.total(), K, talk.least)
-            row |= {"in_sum": K} | ({"histogram": BINS} if "n" in row else {})
+            row |= {"in_sum": K, "histogram": BINS} if "n" in row else {}
         except (ClientError, WireError) as lost:
             expected = talk.withheld or isinstance(lost, RoundLostError)
             if not (expected or measurement.loop.guarded):

@@ -34,6 +34,7 @@ from tests.campaigns.secagg import (
     sum_of,
     write_stage,
 )
+from tests.campaigns.secure_measuring import campaign as measured
 
 
 @pytest.fixture(autouse=True)
@@ -258,3 +259,15 @@ def test_bytes_are_those_of_the_words() -> None:
     clients = six()
     exchange, _ = sum_of(secure_sum(), Wire(clients))
     assert exchange.received == 6 * (6 + 2) * 4
+
+
+# ---- What clients measure -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_four_hundred_measurements() -> None:
+    assert sum(measured(400).values()) == 400
+
+
+def test_twenty_measurements() -> None:
+    assert sum(measured(20, first=10_000).values()) == 20
