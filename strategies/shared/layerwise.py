@@ -215,12 +215,10 @@ class LayerMethod(LowRankMethod):
 
     def layer(self, state: State, name: str) -> Layer:
         """Return one adapted matrix as the method sees it."""
-        plan, keys = state.plan, {label: f"{name}/{label}" for label in LABELS}
-        rank = self.rank_of(plan, name)
+        plan, carried, rank = state.plan, state.carried, self.rank_of(state.plan, name)
 
         def held(prefix: str) -> Tree:
-            found = ((label, state.carried.get(prefix + key)) for label, key in keys.items())
-            return {label: tensor for label, tensor in found if tensor is not None}
+            return {k: carried[key] for k in LABELS if (key := f"{prefix}{name}/{k}") in carried}
 
         return Layer(
             name=name,
