@@ -9,10 +9,9 @@ import torch
 from fedraclora.errors import WireError
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.recipes import RECIPES
+from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
-from fedraclora.training.extra import LocalResult
 from fedraclora.training.extras.variates import (
     EXTRAS,
     begin_variates,
@@ -61,7 +60,7 @@ def restore(
             opening = slot.opening()
             zeros = torch.zeros(slot.shape, dtype=dtype)
             default[name] = base.get(name, zeros) if opening is None else opening.to(dtype)
-    steps = RECIPES[downlink.recipe].steps  # without, nothing has moments
+    steps = downlink.program.trains  # without, nothing has moments
     blank = blank_moments(local, downlink, dtype) if steps else {}
     variates = blank_variates(downlink, dtype) if variates_of(downlink) else {}
     rounded = blank_residues(downlink, dtype) if request.feedback else {}

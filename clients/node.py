@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from fedraclora.binding import Plain
+from fedraclora.binding import Plain, section
 from fedraclora.clients.answers import AnswerOnce
 from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, served, some
 from fedraclora.clients.samples import check_samples
@@ -27,6 +29,7 @@ from fedraclora.config.settings import PretrainConfig
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.engines.replies import FORMAT, STALE
 from fedraclora.errors import ConfigError, WireError
+from fedraclora.objects import is_named, named_object
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.privacy.secret import KEY_BYTES
 from fedraclora.run.client_state import ClientStore
@@ -230,8 +233,23 @@ def trainer_for(
 def built_from(plain: Plain) -> tuple[CohortTrainer, SecAggTerms | None]:
     """Build data and model of a config, and what clients insist on in secure aggregation."""
     config = task_from_plain(plain)
+    know_programs(plain)
     fix_bits(config.engine.threads, pick_device(config.device))
     # Pretrained weights come from the server: to train them here again would be for nothing.
     built = build_task(replace(config, pretrain=PretrainConfig()))
     trainer = trainer_of(config, built, plan_of(config, built.task))
     return trainer, terms_of(config, built)
+
+
+def know_programs(plain: Plain) -> None:
+    """Import the method of a config: messages name its client programs, and import nothing.
+
+    One of the user's own that is not here is none that clients need, or they say so when they are
+    asked to follow it.
+    """
+    name = section(plain, "method").get("name")
+    if not is_named(name):
+        import_module("fedraclora.strategies")  # which this package does not know
+        return
+    with suppress(ConfigError):
+        named_object("method", name)

@@ -22,14 +22,15 @@ from fedraclora.protocol.coding import NONE, compressed
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.protocol.uplinks import SUM_BLOCK, block_sums, check_rows
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult, join_results
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import LESS, is_out_of_memory
+from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.update import BaseWeights
 from fedraclora.wire.changes import Changes, Coded

@@ -14,12 +14,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedraclora.api import Callback, Metric, RoundStep, Run, Tuned, read_run, simulate, tune
+    from fedraclora.protocol.program import ClientProgram
 
-__all__ = ["Callback", "Metric", "RoundStep", "Run", "Tuned", "read_run", "simulate", "tune"]
+__all__ = [
+    "Callback",
+    "ClientProgram",
+    "Metric",
+    "RoundStep",
+    "Run",
+    "Tuned",
+    "read_run",
+    "simulate",
+    "tune",
+]
 
 # What a node of a deployment, which has no entry points, may take from here.
 HOMES = {
     "Callback": "fedraclora.run.callback",
+    "ClientProgram": "fedraclora.protocol.program",
     "RoundStep": "fedraclora.strategies.server.round_step",
 }
 

@@ -22,9 +22,9 @@ from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Limited, Share
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.program import LocalResult
 from fedraclora.rng import cohort_bits, generator, hash_key
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult
 from fedraclora.training.own.trainer import OwnTrainer
 from fedraclora.tree import Layout, Tree
 

@@ -8,7 +8,7 @@ def train(round: Round) -> Trained:
 fedraclora.simulate(model=net, data=clients, train=train, method="fed_rac_lora")
 """
 
-from fedraclora.training.extra import Trained
 from fedraclora.training.own.round import Round
+from fedraclora.training.results import Trained
 
 __all__ = ["Round", "Trained"]

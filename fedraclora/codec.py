@@ -5,7 +5,8 @@ What goes to disk, into a message or to another process is split into these two;
 hints, which check it when it is read:
 
 - A dataclass is an object of its fields, without those that have their defaults: what older files
-  lack has them. Where several may stand, the names of the fields tell which it is.
+  lack has them. Where several may stand, the names of the fields tell which it is; of a family
+  (`fedraclora.protocol.named`) it is the name under `IS`.
 - A tensor is an empty list, and one of the tensors by its path: ``terms/fc1.weight/factors/0``. Of
   numbers in few bits the list is their kind, shape and type. A dict of tensors names these alone.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import types
 import typing
@@ -31,10 +33,12 @@ from fedraclora.errors import WireError
 from fedraclora.narrow_weight import in_parts, rejoined
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import OUTER
+from fedraclora.protocol.named import Named
 from fedraclora.protocol.quantised import FULL, ROUNDED, decode, encode
 from fedraclora.tree import Tree, below
 
 T = TypeVar("T")
+IS = "is"  # the key of the name of a class, beside its fields
 PLAIN = (bool, int, float, str)
 NUMBERS = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float64)}  # of few bits, read
 KINDS = NUMBERS | {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,7 +131,8 @@ def _split(value: object, path: str, kind: Any, tensors: Tree, coding: str) -> A
         tensors[path] = encode(value.reshape(-1), [value.numel()], kind, coding=coding)
         return [kind, list(value.shape), str(value.dtype)[6:]]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
+        named = {IS: value.known_as()} if isinstance(value, Named) else {}
+        return named | {
             name: _split(inner, _at(path, name), _kind_of(value, field, kind), tensors, coding)
             for name, field in _fields(type(value)).items()
             if not _is_default(field, inner := getattr(value, name))
@@ -154,7 +159,7 @@ def _join(hint: Any, tensors: Mapping[str, torch.Tensor], plain: Any, path: str)
         origin, parts = typing.get_origin(option) or option, typing.get_args(option)
         if option in {object, Any} or (option is type(None) and plain is None):
             return plain
-        if dataclasses.is_dataclass(option) and _fits(option, plain):
+        if _is_object(option, plain):
             return _dataclass(option, tensors, plain, path)
         if origin in PLAIN and (found := _plain(origin, plain)) is not None:
             return found
@@ -174,6 +179,8 @@ def _join(hint: Any, tensors: Mapping[str, torch.Tensor], plain: Any, path: str)
 def _dataclass(
     kind: Any, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any], path: str
 ) -> Any:
+    if _is_family(kind):
+        kind, plain = _member(kind, plain, path)
     hints = _hints(kind)
     trees = {n for n, hint in hints.items() if hint == Tree and n in _fields(kind)}
     found = {
@@ -182,6 +189,22 @@ def _dataclass(
         if name in plain or name in trees
     }
     return kind(**found)
+
+
+def _member(
+    family: type[Named], plain: Mapping[str, Any], path: str
+) -> tuple[type[Any], dict[str, Any]]:
+    """Find the member of a family by its name; return it, and its fields."""
+    name, said = str(plain.get(IS)), {key: v for key, v in plain.items() if key != IS}
+    kind = family.known.get(name)
+    if kind is None:
+        raise ValueError(
+            f"{path} is {name!r:.60}, which is not known here (one of {sorted(family.known)} is): "
+            "run the server and the clients from one release"
+        )
+    if not _fits(kind, said):
+        raise ValueError(f"{path} is {plain!s:.60}; the fields of {kind.__name__} are wanted")
+    return kind, said
 
 
 def _dict(
@@ -219,6 +242,17 @@ def _plain(kind: type, value: object) -> Any:
     return value if fits else None
 
 
+def _is_family(option: Any) -> bool:
+    return inspect.isclass(option) and issubclass(option, Named)
+
+
+def _is_object(option: Any, plain: object) -> bool:
+    """Tell whether an object may stand for a dataclass, or for a member of a family."""
+    if _is_family(option):
+        return isinstance(plain, dict)
+    return dataclasses.is_dataclass(option) and _fits(option, plain)
+
+
 def _fits(kind: Any, plain: object) -> bool:
     """Tell whether the names of an object are those of the fields of a dataclass."""
     if not isinstance(plain, dict):
@@ -233,6 +267,8 @@ def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
     """Tell whether a field has its default, and is left out."""
     if field.default_factory is not dataclasses.MISSING:
         return not value and value == field.default_factory()
+    if isinstance(value, Named):
+        return value is field.default
     return isinstance(value, (*PLAIN, tuple, type(None))) and value == field.default
 
 

@@ -48,6 +48,11 @@ def join_columns(parts: Sequence[tuple[Tree, int]]) -> Tree:
     return {n: torch.cat([columns.get(n, gap) for columns, gap in each]) for n in names}
 
 
+def parameters(base: Mapping[str, torch.Tensor]) -> Tree:
+    """Leave out what replicas keep beside their weights: parameters have no "/" in their names."""
+    return {name: tensor for name, tensor in base.items() if "/" not in name}
+
+
 def widened(tree: Tree) -> Tree:
     """Give tensors in float32 or wider; those that are so already are not copied."""
     return {name: tensor.to(wide(tensor.dtype)) for name, tensor in tree.items()}

@@ -137,7 +137,7 @@ def assemble_with(
         first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
         downlink = method.open_round(state, 1, first, draw)
         moved = any(state.base[name] is not weight for name, weight in base.items())
-        begins = moved or downlink.recipe == "gradient"
+        begins = moved or not downlink.program.trains
         changes = {
             f"method={name} merges each update into the weights": method.traits.merges,
             "dora=true rescales the weights": config.dora,

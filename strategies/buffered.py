@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from typing_extensions import override
@@ -36,15 +35,12 @@ from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.factor import Factor, to_train
-from fedraclora.protocol.method import Adapter, Cohort, Downlink, Link, Method, State
-from fedraclora.protocol.pool import Pool
+from fedraclora.protocol.method import Cohort, Downlink, Link, Method, State
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
-from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import hold_to_traits
-from fedraclora.tree import Layout, Tree, below
+from fedraclora.tree import Tree, below
 from fedraclora.wire.exchange import DTYPES
 
 PREFIX = "buffer/"  # of the moments that are replies on their way
@@ -193,68 +189,7 @@ def read_batches(state: State) -> Waiting:
     stored = below(state.moments, PREFIX)
     if not stored:
         return Waiting()
-    if "fields" not in stored:
-        return _read_older(stored)
     return join(Waiting, stored, json.loads(bytes(stored["fields"].tolist())))
-
-
-def _read_older(stored: Tree) -> Waiting:
-    """Read what an older release wrote: the downlink as a header and one row of numbers."""
-    batches = []
-    for round_ in sorted({int(n.partition("/")[0]) for n in stored if not n.startswith("lost/")}):
-        own = below(stored, f"{round_}/")
-        header = json.loads(bytes(own["header"].tolist()))
-        numbers: Tree = {}
-        for key, flat in {"layout": "numbers", "coefficients": "coefficients"}.items():
-            if flat in own:
-                layout = Layout(tuple((name, tuple(shape)) for name, shape in header[key]))
-                numbers |= {name: t.clone() for name, t in layout.unpack(own[flat]).items()}
-        flights = zip(own["lands"].tolist(), own["clients"].tolist(), strict=True)
-        batch = Batch(
-            round_,
-            _older_downlink(header, numbers),
-            tuple(PendingClient(at, k, round_) for at, k in flights),
-            own["rows"],
-            own["weights"],
-        )
-        batches.append(batch)
-    gone = [stored.get(f"lost/{name}", torch.zeros(0)).tolist() for name in ("lands", "who")]
-    lost = (PendingClient(at, k, r, lost=True) for at, (k, r) in zip(*gone, strict=True))
-    return Waiting(tuple(batches), tuple(lost))
-
-
-def _older_downlink(header: dict[str, Any], numbers: Tree) -> Downlink:
-    """Read the downlink of an older release from its header and its numbers by name."""
-
-    def factor(told: dict[str, Any], name: str) -> Factor:
-        spec = None if told.get("spec") is None else SketchSpec(**told["spec"])
-        if told["role"] == "trained":
-            start = numbers[name] if told["started"] else spec
-            shape, main = tuple(told["shape"]), told["main"]
-            return to_train(shape, start, main=main, upload=told["upload"])
-        if told["role"] == "derived":
-            return Factor(sketch=spec, coefficients=numbers[name])
-        return Factor.of(numbers[name] if spec is None else spec)
-
-    return Downlink(
-        {
-            w: Adapter({k: factor(f, f"{w}/{k}") for k, f in a["factors"].items()}, a["scale"])
-            for w, a in header["adapters"].items()
-        },
-        {name: factor(told, name) for name, told in header["dense"].items()},
-        header["recipe"],
-        header["arguments"],
-        link=header["link"],
-        extras={
-            extra: {name: numbers[f"{extra}/{name}"] for name in names}
-            for extra, names in header.get("extras", {}).items()
-        },
-        pools={
-            w: Pool(SketchSpec(**told["spec"]), told["count"], told["scale"])
-            for w, told in header.get("pools", {}).items()
-        },
-        turn=tuple(header["turn"]) if header.get("turn") else None,
-    )
 
 
 def merge(method: Method, state: State, batches: list[Batch], now: Downlink, round_: int) -> State:

@@ -31,8 +31,14 @@ from typing_extensions import override
 
 from fedraclora.limits import Count, Fraction, Limited, Positive
 from fedraclora.protocol.method import Draw, Plan, Traits
-from fedraclora.protocol.walk import Walk
-from fedraclora.strategies.shared.walking import Walking
+from fedraclora.strategies.shared.walking import LookAlong, Walk, Walking
+
+
+@dataclass(frozen=True)
+class LookOnce(LookAlong, group="method"):
+    """Clients look along each direction once, and send a number for each."""
+
+    name = "decomfl"
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ class DeComFl(Limited, Walking, group="method"):
         return self.steps, self.directions
 
     @override
-    def arguments(self, round_: int) -> dict[str, float | int]:
-        return {"eps": self.eps, "directions": self.directions, "pool": 0, "pairs": 1}
+    def program(self, walk: Walk, round_: int) -> LookOnce:
+        return LookOnce(walk, self.eps, self.directions)
 
     @override
     def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:

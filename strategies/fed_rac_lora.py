@@ -40,13 +40,13 @@ from typing_extensions import override
 
 from fedraclora.limits import Chance, Count, Positive
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.factor import FactorLike
+from fedraclora.protocol.factor import FactorLike, as_rows, label_of
 from fedraclora.protocol.method import Cohort, Draw, Traits
 from fedraclora.rng import generator
 from fedraclora.sketch import Blocks, SketchSpec
 from fedraclora.strategies.shared import past
 from fedraclora.strategies.shared.factors import Asymmetric, Side
-from fedraclora.strategies.shared.initials import GradientFirst, full_factor
+from fedraclora.strategies.shared.initials import GradientFirst
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
 
@@ -69,6 +69,12 @@ class FedRacLora(GradientFirst, Asymmetric):
     resample_every: Count | None = 1
     density: Chance = 0.1
     server_lr: Positive = 1.0
+
+    @property
+    @override
+    def unread(self) -> dict[str, str]:
+        reader = "method.sketch=sparse_sign"
+        return {} if self.sketch == "sparse_sign" else {"density": reader}
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -124,3 +130,21 @@ class FedRacLora(GradientFirst, Asymmetric):
         merges = self.resample_every is not None
         ranks = self.sketches == 1  # else a client's components are those of its group
         return Traits(exact=True, linear=True, merges=merges, ranks=ranks, step=self.server_lr)
+
+
+def full_factor(factor: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
+    """Complete a first factor by rows of a drawing, where the gradient has given fewer.
+
+    It has no more directions than its weight has rows or columns.
+
+    Args:
+        factor: A [k, n], or B [m, k], whose components have the drawing's length. Not modified.
+        drawing: Of rank k or more.
+    """
+    label = label_of(drawing)
+    rows, length = as_rows(factor, label), drawing.gram_scale**0.5
+    if len(rows) == drawing.rank:
+        return factor
+    drawn = as_rows(drawing.draw(), label)
+    rows = past.completed(rows.to("cpu", torch.float64) / length, drawn) * length
+    return as_rows(rows, label).to(factor.dtype)

@@ -47,6 +47,11 @@ class FedAvgLora(Factored):
 
     resample_every: Count | None = None
 
+    @property
+    @override
+    def cuts_components(self) -> bool:
+        return self.lives_on
+
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         B, A = replies.mean_factors  # sum_k p_k B_k and sum_k p_k A_k

@@ -44,6 +44,11 @@ class FedExLora(Factored):
 
     residual_rank: Count | None = None
 
+    @property
+    @override
+    def cuts_components(self) -> bool:
+        return self.lives_on
+
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         B, A = replies.mean_factors

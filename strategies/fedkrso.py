@@ -21,14 +21,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
+import torch
 from typing_extensions import override
 
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan, Traits
+from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.sketch import Sketch
 from fedraclora.strategies.shared.factors import Asymmetric
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class InTurn(ClientProgram, group="method"):
+    """Clients train one part of the columns of each B at a time, the parts in turn.
+
+    Attributes:
+        parts: How many, of equal size.
+        interval: Local steps of a turn.
+    """
+
+    name = "in_turn"
+
+    parts: Count
+    interval: Count
+
+    @override
+    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
+        calls = count()  # one for each local step
+
+        def cut(gradient: torch.Tensor, turn: int) -> torch.Tensor:
+            columns = gradient.shape[-1]
+            part = torch.arange(columns, device=gradient.device) * self.parts // columns
+            return gradient.masked_fill(part != turn, 0)
+
+        def hook(gradients: Tree, _: Tree) -> Tree:
+            turn = next(calls) // self.interval % self.parts
+            return {n: cut(g, turn) if n.endswith("/B") else g for n, g in gradients.items()}
+
+        return {When.PROGRAM: hook}
 
 
 @dataclass(frozen=True)
@@ -44,7 +78,6 @@ class FedKrso(Asymmetric):
     """
 
     traits = Traits(exact=True, linear=True, merges=True)
-    recipe = "in_turn"
 
     sketch: Sketch = "gaussian"
     sketches: int = 2
@@ -61,5 +94,5 @@ class FedKrso(Asymmetric):
         return LayerUpdate(merged=(replies.mean("B"), replies["A"]))  # W + s sum_j B_bar_j P_j
 
     @override
-    def arguments(self, plan: Plan) -> dict[str, float | int]:
-        return {"parts": self.sketches, "interval": self.interval}
+    def program(self, plan: Plan) -> InTurn:
+        return InTurn(self.sketches, self.interval)

@@ -29,21 +29,118 @@ begin with one zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Limited, Positive
+from fedraclora.protocol.link import Terms
 from fedraclora.protocol.method import Downlink, Draw, Link, Plan, State, Traits
-from fedraclora.protocol.pool import parameters
+from fedraclora.protocol.program import ClientChunk, ClientProgram
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
-from fedraclora.protocol.walk import CHANCES, MOVES, SUMS, Walk, chances_in, visited
-from fedraclora.strategies.shared.walking import Walking, stored
-from fedraclora.tree import Tree, wide
+from fedraclora.rng import cohort_bits, hash_key
+from fedraclora.strategies.shared.walking import (
+    MOVES,
+    LookAlong,
+    Walk,
+    Walking,
+    check_walk,
+    stored,
+)
+from fedraclora.tree import Tree, parameters, wide
+from fedraclora.wire.fields import whole
 
+SUMS = "seeds/sums"  # what stands beside base weights: the numbers of all rounds, by direction
+CHANCES = "seeds/chances"  # with which clients draw each direction
 HISTORY = "seeds/lengths", "seeds/visits"  # of `pro`: sums of |step| and their number, [K]
+
+
+def moved(base: Mapping[str, torch.Tensor], walk: Walk) -> Tree:
+    """Compute the weights of a round, W_t, from those of the start and the numbers beside them."""
+    return parameters({**base, **replace(walk, scalars=base.get(SUMS)).taken(base)})
+
+
+@dataclass(frozen=True)
+class StandBeside(ClientProgram, group="method"):
+    """The numbers of all rounds stand beside base weights that stay as they are.
+
+    Attributes:
+        walk: Their directions.
+    """
+
+    name = "fedkseed.weights"
+    plain = True
+
+    walk: Walk
+
+    @override
+    def check(self, downlink: Downlink) -> None:
+        check_walk(self.walk)
+
+    @override
+    def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
+        return moved(base, self.walk), {}
+
+    @override
+    def at_rest(self) -> ClientProgram:
+        return self
+
+
+@dataclass(frozen=True)
+class LookOften(LookAlong, group="method"):
+    """Clients look along directions that serve the whole run, drawn with replacement.
+
+    Attributes:
+        seeds: How many there are.
+        round_: Of the draws.
+        sums: Whether a number is sent for each direction; False: for each local step.
+    """
+
+    name = "fedkseed"
+
+    seeds: Count
+    round_: Count
+    sums: bool
+
+    @property
+    @override
+    def by_direction(self) -> bool:
+        return self.sums
+
+    @override
+    def check(self, downlink: Downlink) -> None:
+        super().check(downlink)
+        whole(self.round_, "the round of its directions", 1)
+
+    @override
+    def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
+        return moved(base, self.walk), {}
+
+    @override
+    def at_rest(self) -> ClientProgram:
+        return StandBeside(self.walk)
+
+    @override
+    def drawn(self, chunk: ClientChunk, base: Tree, size: int, steps: int) -> torch.Tensor:
+        looks = steps if self.sums else size
+        return self.visited(chunk.clients, looks, chances_in(base, self.seeds))
+
+    def visited(self, clients: torch.Tensor, steps: int, chances: torch.Tensor) -> torch.Tensor:
+        """Draw which direction a client takes in each local step, with replacement.
+
+        Args:
+            clients: Ids, int64 [A].
+            steps: Local steps.
+            chances: Of the directions, [K], which need not add up to one.
+
+        Returns:
+            Numbers of directions, int64 [A, steps].
+        """
+        return visited(self.walk.seed, self.round_, clients, steps, chances)
 
 
 @dataclass(frozen=True)
@@ -92,38 +189,52 @@ class FedKSeed(Limited, Walking, group="method"):
         return (self.steps or self.seeds,)
 
     @override
-    def arguments(self, round_: int) -> dict[str, float | int]:
-        pairs = int(self.steps is not None)
-        look: dict[str, float | int] = {"eps": self.eps, "directions": 1, "pool": self.seeds}
-        return look | {"pairs": pairs, "round": round_}
+    def program(self, walk: Walk, round_: int) -> LookOften:
+        return LookOften(walk, self.eps, 1, self.seeds, round_, sums=self.steps is None)
 
     @override
     def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:
-        return replace(super().walk(plan, 1, draw), standing=True)
+        return super().walk(plan, 1, draw)
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         change, carried, values = got.mean() if self.steps is None else {}, state.carried, Tree()
-        moved = change.get(MOVES)
-        if moved is None:
-            chances = chances_in(state.base, self.seeds)
-            turn, steps = int(sent.arguments["round"]), got.rows()
-            at = visited(sent.directions.seed, turn, got.clients, steps.shape[1], chances)
+        total = change.get(MOVES)
+        if total is None:
+            chances, steps = chances_in(state.base, self.seeds), got.rows()
+            program = cast(LookOften, sent.program)
+            at = program.visited(got.clients, steps.shape[1], chances)
             each = torch.zeros(len(steps), self.seeds, dtype=torch.float64)
             each.scatter_add_(1, at, steps.to("cpu", torch.float64))
-            moved = weighted_sum(each, got.weights, got.places) / got.total
+            total = weighted_sum(each, got.weights, got.places) / got.total
             if self.pro:
                 carried = history(state.carried, at, steps.to("cpu", torch.float64))
                 values[CHANCES] = stored(chances_of(*(carried[name] for name in HISTORY)), state)
         sums = state.base[SUMS]
         before = sums.double() if sums.numel() else torch.zeros(self.seeds, dtype=torch.float64)
-        values[SUMS] = stored(before + moved, state)
+        values[SUMS] = stored(before + total, state)
         base = state.base | values
         return replace(state, base=base, link=Link(dense=values), carried=carried, notes=())
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        return parameters(state.base | self.walk(state.plan, 1, draw).taken(state.base))
+        return moved(state.base, self.walk(state.plan, 1, draw))
+
+
+def chances_in(base: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
+    """Return the chances of directions as they stand beside base weights; equal at the start."""
+    known = base.get(CHANCES, torch.zeros(0))
+    return known if known.numel() else torch.ones(count)
+
+
+def visited(
+    seed: int, round_: int, clients: torch.Tensor, steps: int, chances: torch.Tensor
+) -> torch.Tensor:
+    """Draw directions by the seed of a walk; see `LookOften.visited`."""
+    bits = cohort_bits(hash_key(seed, "visited", round_), clients.cpu(), steps)
+    ends = chances.to("cpu", torch.float64).cumsum(0)
+    at = (bits.to(torch.float64) + 0.5) * (2.0**-32 * ends[-1])
+    return torch.searchsorted(ends, at, right=True).clamp(max=len(ends) - 1)
 
 
 def history(carried: Tree, at: torch.Tensor, steps: torch.Tensor) -> Tree:

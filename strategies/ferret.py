@@ -26,15 +26,68 @@ times the square of that: smaller steps are the rule where directions are few.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
+from statistics import median
 
 import torch
 from typing_extensions import override
 
 from fedraclora.limits import Count, Limited, Positive
 from fedraclora.protocol.method import Draw, Plan, Traits
-from fedraclora.protocol.walk import Walk, blocks
-from fedraclora.strategies.shared.walking import Walking
+from fedraclora.strategies.shared.walking import MOVES, AlongDirections, Walk, Walking
+from fedraclora.tree import Tree
+
+
+def blocks(
+    shapes: Mapping[str, tuple[int, ...]], directions: int
+) -> list[tuple[tuple[str, ...], int]]:
+    """Cut weights into blocks, and share directions among them, as Ferret's public code does.
+
+    A block takes consecutive weights until it has nine tenths of the median size of one or more;
+    the largest gets all directions, others as many as their share of its size, two at least.
+
+    Returns:
+        Names and the number of directions of each block.
+    """
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    enough, found, names = 0.9 * median(sizes.values()), list[tuple[str, ...]](), tuple[str, ...]()
+    for name in sizes:
+        names = (*names, name)
+        if sum(sizes[n] for n in names) >= enough:
+            found.append(names)
+            names = ()
+    if names:
+        found.append(names)
+    totals = [sum(sizes[n] for n in block) for block in found]
+    return [(b, max(directions * t // max(totals), 2)) for b, t in zip(found, totals, strict=True)]
+
+
+@dataclass(frozen=True)
+class ProjectUpdate(AlongDirections, group="method"):
+    """Clients train whole weights, and send their change D along directions, block by block.
+
+        gamma_j = <D, z_j> / n for the n directions of a block: sum_j gamma_j z_j is unbiased for D
+
+    Attributes:
+        directions: Of the largest block.
+    """
+
+    name = "projected_update"
+
+    directions: Count
+
+    @override
+    def upload(self, before: Tree, after: Tree) -> Tree:
+        found, shapes = list[torch.Tensor](), {n: tuple(before[n].shape) for n in self.walk.names}
+        changes = {n: (after[n] - before[n]).flatten(1) for n in self.walk.names}
+        for names, count in blocks(shapes, self.directions):
+            for j in range(count):
+                z = {n: self.walk.direction(n, before[n], j).reshape(-1) for n in names}
+                along = sum(changes[n] @ z[n].to(changes[n]) for n in names)
+                found.append(torch.as_tensor(along) / count)
+        return {MOVES: torch.stack(found, dim=1)}
 
 
 @dataclass(frozen=True)
@@ -45,8 +98,6 @@ class Ferret(Limited, Walking, group="method"):
         directions: Numbers that are sent of the largest block of weights (the paper's K).
         server_lr: Of the step that the server takes along the mean.
     """
-
-    recipe = "projected_update"
 
     directions: Count = 256
     server_lr: Positive = 1.0
@@ -65,8 +116,8 @@ class Ferret(Limited, Walking, group="method"):
         return (sum(count for _, count in self.blocks(plan)),)
 
     @override
-    def arguments(self, round_: int) -> dict[str, float | int]:
-        return {"directions": self.directions}
+    def program(self, walk: Walk, round_: int) -> ProjectUpdate:
+        return ProjectUpdate(walk, self.directions)
 
     @override
     def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:

@@ -15,26 +15,230 @@
 - Source: Mahla, Jadhav and Ramakrishnan, *Why gradient subspace? Identifying and mitigating LoRA's
   bottlenecks in federated fine-tuning of large language models*, arXiv 2410.23111; GaLore: Zhao et
   al., ICML 2024, arXiv 2403.03507.
-- Departures: those of `fedraclora.training.moments` from GaLore's code: Adam's eps and decay are
-  torch's, square matrices are projected from the left (there from the right), directions that the
-  gradient has not are left out, P's signs are fixed. ``scale`` is 1, where GaLore pretrains with
-  0.25.
+- Departures: from GaLore's code (``galore_torch``: projector ``std``, AdamW). There Adam's eps is
+  added before the correction of the second moment, and decay comes after the step; here both are as
+  in ``torch.optim``. A square matrix is projected from the right there; here from the left, as in
+  the paper's algorithm. It has no SGD. Directions that the gradient has not are left out, and P's
+  signs are fixed. ``scale`` is 1, where GaLore pretrains with 0.25.
 - Unverified: the abstract and summaries of the federated paper were read: its interval, its rank
   and whether its clients' moments outlive a round.
+
+Moments have r rows (columns) in the place of the m (n) of the smaller side. What is trained and not
+projected (heads, biases) takes plain steps of the same optimiser. P belongs to the moments: it
+lives as long as they do, and the steps of a gap are counted where Adam counts its own. When P is
+taken anew the moments stay as they are, in coordinates that then mean other directions, as in the
+authors' code.
+
+- SGD's L2 term is a part of the gradient, and projected with it; AdamW's decay acts on the weight.
+- Columns of P have the sign with which their largest entry is positive: where moments outlive a P,
+  the sign matters, and an SVD leaves it open.
+- Columns for singular values that are zero but for rounding are zero: which directions they would
+  name is the library's choice. Nothing is trained along them until the next P.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from typing_extensions import override
 
 from fedraclora.limits import Count, Limited, Positive
+from fedraclora.lowrank.algebra import fix_signs
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
 from fedraclora.protocol.plan import Rank, rank_notes, resolve_rank
+from fedraclora.protocol.program import ClientChunk, ClientProgram, Rates
 from fedraclora.strategies.fedavg import FedAvg
-from fedraclora.strategies.shared.common import turned
+from fedraclora.strategies.shared.common import as_matrices, turned
+from fedraclora.training.localconfig import LocalConfig, moment_kinds
+from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
+from fedraclora.wire.fields import whole
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How the gradients of one weight are projected.
+
+    Attributes:
+        m, n: Outputs and inputs of the weight as a matrix.
+        rank: r, at most the smaller of them.
+        turned: Whether it is stored (in, out).
+    """
+
+    m: int
+    n: int
+    rank: int
+    turned: bool
+
+    @property
+    def left(self) -> bool:
+        """Return whether P stands on the left: on the smaller side."""
+        return self.m <= self.n
+
+    @property
+    def basis(self) -> tuple[int, int]:
+        """Return the shape of P."""
+        return min(self.m, self.n), self.rank
+
+    @property
+    def coordinates(self) -> tuple[int, int]:
+        """Return the shape of a projected gradient, and of its moments."""
+        return (self.rank, self.n) if self.left else (self.m, self.rank)
+
+    def take(self, P: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Project gradients [K, ...] as they are stored on P [K, *basis]; gives [K, *coordinates].
+
+        Written so that no copy of a gradient is made.
+        """
+        G = as_matrices(gradient, turned=self.turned)
+        return P.mT @ G if self.left else G @ P
+
+    def add(self, value: torch.Tensor, P: torch.Tensor, D: torch.Tensor, scale: float) -> None:
+        """Add ``scale P D`` (or ``scale D P^T``) to weights [K, ...] as they are stored, in place.
+
+        Written so that no second matrix of their size is made.
+        """
+        left, right = (P, D) if self.left else (D, P.mT)
+        if self.turned:
+            value.baddbmm_(right.mT, left.mT, alpha=scale)
+        else:
+            value.view(*value.shape[:2], -1).baddbmm_(left, right, alpha=scale)
+
+
+def leading_vectors(G: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """Compute P of one gradient [m, n]: its leading singular vectors on the smaller side.
+
+    Returns:
+        [min(m, n), r]: orthonormal columns, signed by their largest entry; zero where the gradient
+        has no more directions.
+    """
+    u, s, vt = torch.linalg.svd(G, full_matrices=False)
+    P = (u if projection.left else vt.mT)[:, : projection.rank]
+    least = 10 * max(G.shape) * torch.finfo(G.dtype).eps * s[0]
+    signed, _ = fix_signs(P, P.mT)
+    return signed.mul_(s[: projection.rank] > least)
+
+
+class GaLore(CohortOptimiser):
+    """SGD or AdamW on tensors [K, ...], some of whose gradients are projected.
+
+    Args:
+        config: Local settings.
+        values: The tensors that are trained, [K, ...]; updated in place by `step`.
+        rates: Step size of each.
+        stored: Moments to begin with and their projections, by the names of
+            `fedraclora.training.moments`; none: at zero.
+        program: Says when and how gradients are projected.
+        projections: Of the weights whose gradients are, by name.
+    """
+
+    def __init__(
+        self,
+        config: LocalConfig,
+        values: Tree,
+        rates: dict[str, float],
+        stored: Tree,
+        program: ProjectGradients,
+        projections: Mapping[str, Projection],
+    ) -> None:
+        super().__init__(config, values, rates, stored)
+        self.gap, self.scale = program.gap, program.scale
+        self.projections = projections
+        self.bases = self._of_kind("basis")
+        self.due: list[int] = []  # places of the clients that take their P anew in this step
+
+    @override
+    def step(self, gradients: Tree) -> None:
+        active = len(next(iter(gradients.values())))
+        before = torch.zeros(active) if self.before is None else self.before[:active]
+        # Counted before this step is: the first of all is due.
+        self.due = ((before + self.count) % self.gap == 0).nonzero().flatten().tolist()
+        super().step(gradients)
+
+    @override
+    def _take(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        if (projection := self.projections.get(name)) is None:
+            super()._take(name, value, gradient)
+            return
+        config = self.config
+        if config.weight_decay and config.optimiser == "sgd":
+            gradient = gradient.add(value, alpha=config.weight_decay)
+        elif config.weight_decay:
+            value.mul_(1 - self.rates[name] * config.weight_decay)
+        P = self._basis(name, gradient)
+        R = projection.take(P, gradient)
+        if name not in self.first:
+            for moments, _ in zip((self.first, self.second), moment_kinds(config), strict=False):
+                moments[name] = R.new_zeros(len(self.values[name]), *R.shape[1:])
+        D = torch.zeros_like(R)  # from here the optimiser takes its step
+        super()._take(name, D, R)
+        projection.add(value, P, D, self.scale)
+
+    def _basis(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Return P of the clients that still train, [active, *basis], taken anew where it is due.
+
+        One client after another: an SVD then takes its room once, and has the same bits in a chunk
+        of any size.
+        """
+        active, projection = len(gradient), self.projections[name]
+        if name not in self.bases:
+            K = len(self.values[name])
+            self.bases[name] = gradient.new_zeros(K, *projection.basis)
+        for k in self.due:
+            G = as_matrices(gradient[k : k + 1], turned=projection.turned)[0]
+            self.bases[name][k] = leading_vectors(G, projection)
+        return self.bases[name][:active]
+
+
+@dataclass(frozen=True)
+class ProjectGradients(ClientProgram, group="method"):
+    """The optimiser of whole weights sees their projected gradients alone.
+
+    Attributes:
+        gap: Local steps that a projection serves.
+        scale: Of what is projected back.
+        ranks: r of each weight whose gradients are projected.
+        turned: Those of them that are stored (in, out).
+    """
+
+    name = "galore"
+
+    gap: Count
+    scale: Positive
+    ranks: dict[str, int]
+    turned: tuple[str, ...] = ()
+
+    @override
+    def check(self, downlink: Downlink) -> None:
+        for name in self.ranks:
+            whole(self.ranks[name], f"the rank of {name}", 1)
+
+    def projections(self, downlink: Downlink) -> dict[str, Projection]:
+        """Read how the gradients of each weight are projected."""
+        found = {}
+        for name, slot in downlink.dense.items():
+            if name in self.ranks:
+                turned = name in self.turned
+                like = torch.empty(1, *slot.shape, device="meta")
+                m, n = as_matrices(like, turned=turned).shape[1:]
+                found[name] = Projection(m, n, self.ranks[name], turned)
+        return found
+
+    @override
+    def optimiser(self, chunk: ClientChunk, rates: Rates) -> GaLore:
+        projections = self.projections(chunk.downlink)
+        return GaLore(chunk.local, chunk.values, rates, chunk.moments, self, projections)
+
+    @override
+    def moment_shapes(
+        self, downlink: Downlink, kinds: tuple[str, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        projected = self.projections(downlink)
+        own = {f"{k}/{n}": each.coordinates for n, each in projected.items() for k in kinds}
+        bases = {f"basis/{name}": each.basis for name, each in projected.items()}
+        return super().moment_shapes(downlink, kinds) | own | bases
 
 
 @dataclass(frozen=True)
@@ -69,9 +273,7 @@ class GaloreAverage(Limited, FedAvg, group="method"):
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        ranks = {
-            f"rank/{name}": self.layer_rank(state.plan, name).value for name in state.plan.targets
-        }
-        sent = super().open_round(state, round_, cohort, draw)
-        arguments = {"gap": self.gap, "scale": self.scale, **ranks, **turned(state.plan)}
-        return replace(sent, recipe="galore", arguments=arguments)
+        plan = state.plan
+        ranks = {name: self.layer_rank(plan, name).value for name in plan.targets}
+        program = ProjectGradients(self.gap, self.scale, ranks, turned(plan))
+        return replace(super().open_round(state, round_, cohort, draw), program=program)

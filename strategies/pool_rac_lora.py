@@ -14,28 +14,154 @@ are blocks of one basis. Where K r = n they tile it: with E = K, ``fed_rac_lora 
   after q rounds away, K r m for a newcomer; K r m more for each refresh in between, at most m n for
   all of them. Within a link of several rounds r m numbers more, the carried factor.
 - Aggregation: exact and linear, as in Fed-RAC-LoRA, whose rounds these are.
-- Server and replicas: K r m numbers per matrix beside W (`fedraclora.protocol.pool`).
+- Server and replicas: K r m numbers per matrix beside W.
 - K r is at most n: the rank is cut at n / K. A fraction is a share of n / K, so that ``rank=1.0``
   tiles every layer whose n is a multiple of K.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305, for the
   rounds. The pool is ours; what it can reach is in ``docs/records/theory.md``.
 - Departures: those of Fed-RAC-LoRA.
+
+Pools stand beside a weight, and never in it. Server and replicas keep each trained part B^(j) among
+their base weights, under a name of its own. A link of a pool is the new value of one part: what all
+links under that sketch add up to, rounded once at the server. So every replica has the same bits,
+however many links it has missed, and fetches each part once (`fedraclora.weights.chain.LinkSizes`).
+A part of which nothing is trained yet has no numbers. `Pool.term` alone says how parts add up; it
+is what clients train beside, what the server measures, and what is folded into W where a pool ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
-from fedraclora.protocol.pool import Pool, added, part_name
-from fedraclora.sketch import Blocks
+from fedraclora.narrow_weight import is_narrow
+from fedraclora.protocol.factor import Factor
+from fedraclora.protocol.link import Terms
+from fedraclora.protocol.method import (
+    Cohort,
+    Downlink,
+    Draw,
+    Link,
+    Plan,
+    State,
+    Term,
+    Traits,
+    apply_link,
+)
+from fedraclora.protocol.program import PLAIN, ClientProgram
+from fedraclora.sketch import Blocks, SketchSpec
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import Round
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, parameters
+from fedraclora.wire.fields import whole
+
+
+def part_name(weight: str, label: str, place: int) -> str:
+    """Name the part of a pool in base weights; parameters have no "/" in their names."""
+    return f"{weight}/{label}.{place}"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What of a pool stands beside one weight.
+
+    Attributes:
+        first: The first frozen factor; the others have the numbers after its own.
+        count: Parts that have numbers.
+        scale: s.
+    """
+
+    first: SketchSpec
+    count: int
+    scale: float
+
+    @classmethod
+    def around(cls, sketch: SketchSpec, place: int, size: int, scale: float) -> Pool:
+        """Build the pool of ``size`` sketches in which one has the given place."""
+        return cls(replace(sketch, index=sketch.index - place), size, scale)
+
+    @property
+    def frozen(self) -> Factor:
+        """The frozen factors as one."""
+        return Factor(sketch=self.first, count=self.count)
+
+    def begun(self, links: int) -> Pool:
+        """Keep the parts that have numbers after the first links of an era."""
+        return replace(self, count=min(links, self.count))
+
+    def term(self, weight: str, base: Mapping[str, torch.Tensor]) -> Term:
+        """Join the parts into one product, of rank K r; the order is that of their numbers."""
+        right, frozen = self.first.side == "right", self.frozen
+        label, dim = ("B", 1) if right else ("A", 0)
+        parts = [base[part_name(weight, label, j)] for j in range(self.count)]
+        trained = torch.cat(parts, dim)
+        return Term.of((trained, frozen) if right else (frozen, trained), self.scale)
+
+
+def added(part: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """Add up what is trained under one sketch, rounded once; a part without numbers is zero."""
+    if not part.numel():
+        return more
+    return (part.to("cpu", torch.float64) + more.to("cpu", torch.float64)).to(more.dtype)
+
+
+@dataclass(frozen=True)
+class InPool(ClientProgram, group="method"):
+    """Clients train beside what stands in the pool of each weight.
+
+    Attributes:
+        pools: By weight, what stands beside it at every replica, adapted in this round or not.
+        turn: The place of the sketch whose turn it is, of how many, and in which era.
+    """
+
+    name = "pool"
+    plain = True
+
+    pools: dict[str, Pool]
+    turn: tuple[int, int, int]
+
+    @property
+    @override
+    def stream(self) -> str:
+        return PLAIN.name
+
+    @property
+    @override
+    def frame(self) -> tuple[int, int, int]:
+        return self.turn
+
+    @override
+    def beside(self, weight: str, label: str) -> tuple[str, ...]:
+        return tuple(part_name(weight, label, place) for place in range(self.turn[1]))
+
+    @override
+    def at_rest(self) -> ClientProgram:
+        return replace(self, turn=(0, 1, 0))
+
+    @override
+    def check(self, downlink: Downlink) -> None:
+        for weight, pool in self.pools.items():
+            first, most = pool.first, max(1, pool.first.dim // pool.first.rank)
+            whole(first.seed, f"the seed of the pool of {weight}")
+            whole(pool.count, f"the number of parts of the pool of {weight}", 1, most)
+        place, count, era = self.turn
+        drawn = (f.drawing for f in downlink.factors().values())
+        room = [spec.dim // spec.rank for spec in drawn if spec is not None]
+        whole(count, "the number of turns of a pool", 1, min(room, default=1))
+        whole(place, "the turn of a pool", 0, count - 1)
+        whole(era, "the era of a pool")
+
+    @override
+    def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
+        terms = {name: pool.term(name, base) for name, pool in self.pools.items()}
+        narrow = {n: t for n, t in terms.items() if is_narrow(base[n])}
+        folded = Link({n: t for n, t in terms.items() if n not in narrow})
+        return apply_link(parameters(base), folded, plan), narrow
 
 
 @dataclass(frozen=True)
@@ -81,7 +207,8 @@ class PoolRacLora(FedRacLora):
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         sent = super().open_round(state, round_, cohort, draw)
         era, j = self.turn(state.memo.sketch)
-        return replace(sent, pools=self.pools(state, draw), turn=(j % self.pool, self.pool, era))
+        turn = j % self.pool, self.pool, era
+        return replace(sent, program=InPool(self.pools(state, draw), turn))
 
     def pools(self, state: State, draw: Draw) -> dict[str, Pool]:
         """Say what stands beside each weight; nothing does where an era begins."""

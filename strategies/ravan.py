@@ -23,11 +23,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from typing_extensions import override
 
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
+from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.strategies.fed_sb import FedSb
+from fedraclora.tree import Tree
+
+
+def part_of(gradient: torch.Tensor, parts: int) -> torch.Tensor:
+    """Number the columns of a gradient [K, m, r] by the part they belong to, of equal ones: [r]."""
+    columns = gradient.shape[-1]
+    return torch.arange(columns, device=gradient.device) * parts // columns
+
+
+@dataclass(frozen=True)
+class BlockDiagonal(ClientProgram, group="method"):
+    """Clients train the diagonal blocks of the middle factor R alone; what is beside them stays.
+
+    Attributes:
+        blocks: How many; it divides the rows of R.
+    """
+
+    name = "block_diagonal"
+    fixes = True
+
+    blocks: Count
+
+    def cut(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Set what is beside the blocks of a gradient [K, r, r] to zero."""
+        block = part_of(gradient, self.blocks)
+        return gradient.masked_fill(block[:, None] != block, 0)
+
+    @override
+    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
+        def hook(gradients: Tree, _: Tree) -> Tree:
+            return {n: self.cut(g) if n.endswith("/R") else g for n, g in gradients.items()}
+
+        return {When.PROGRAM: hook}
 
 
 @dataclass(frozen=True)
@@ -41,14 +76,13 @@ class Ravan(FedSb):
         heads: h, cores of the rank each.
     """
 
-    recipe = "block_diagonal"
     parts_are = "heads (method.heads)"
 
     heads: Count = 2
 
     @override
-    def arguments(self, plan: Plan) -> dict[str, float | int]:
-        return {"blocks": self.heads}
+    def program(self, plan: Plan) -> BlockDiagonal:
+        return BlockDiagonal(self.heads)
 
     @property
     @override

@@ -23,14 +23,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+import torch
 from typing_extensions import override
 
 from fedraclora.limits import Chance, Count
 from fedraclora.lowrank.algebra import principal
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Traits
+from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.rng import generator
 from fedraclora.strategies.shared.common import (
+    as_matrices,
     closed,
     dense_floats,
     dense_means,
@@ -39,6 +43,46 @@ from fedraclora.strategies.shared.common import (
 )
 from fedraclora.strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
 from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class SparseMask(ClientProgram, group="method"):
+    """Clients train a random share of the entries of full weights; one mask for all, for good.
+
+    Attributes:
+        density: The chance of an entry to be trained.
+        seeds: Of the mask of each weight that has one.
+        turned: Those of them that are stored (in, out), whose mask is turned, too.
+    """
+
+    name = "sparse"
+    fixes = True
+
+    density: Chance
+    seeds: dict[str, int]
+    turned: tuple[str, ...] = ()
+
+    def mask(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Draw the mask of a weight, in the shape of its gradient [K, ...] for one client."""
+        like = as_matrices(gradient[:1], turned=name in self.turned)
+        drawn = generator(self.seeds[name], "mask").random(tuple(like.shape[1:]))
+        chosen = torch.from_numpy(drawn < self.density)
+        chosen = chosen.mT if name in self.turned else chosen
+        return chosen.reshape(gradient.shape[1:]).to(gradient)
+
+    @override
+    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
+        masks: Tree = {}
+
+        def cut(name: str, gradient: torch.Tensor) -> torch.Tensor:
+            if name not in masks:
+                masks[name] = self.mask(name, gradient)
+            return gradient * masks[name]
+
+        def hook(gradients: Tree, _: Tree) -> Tree:
+            return {n: cut(n, g) if n in self.seeds else g for n, g in gradients.items()}
+
+        return {When.PROGRAM: hook}
 
 
 @dataclass(frozen=True)
@@ -77,9 +121,9 @@ class SLora(LayerMethod):
         if state.memo.sketch:
             return super().open_round(state, round_, cohort, draw)
         full = {name: to_train(plan.shapes[name]) for name in plan.targets}
-        seeds = {f"seed/{name}": draw.sketch_seed(name) for name in full}
-        arguments = {"density": self.density, **seeds, **turned(plan)}
-        return Downlink(dense=full | dense_slots(state), recipe="sparse", arguments=arguments)
+        seeds = {name: draw.sketch_seed(name) for name in full}
+        sparse = SparseMask(self.density, seeds, turned(plan))
+        return Downlink(dense=full | dense_slots(state), program=sparse)
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:

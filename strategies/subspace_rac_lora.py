@@ -35,12 +35,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Annotated
 
 import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Count, Share
+from fedraclora.limits import Count, Limit, Share, choice_of
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.factor import FactorLike, as_rows
 from fedraclora.protocol.method import Downlink, Link, Plan, State, Traits
@@ -50,6 +51,16 @@ from fedraclora.strategies.shared import past
 from fedraclora.strategies.shared.initials import GradientFirst
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
+
+KeptLength = Annotated[
+    float | str,
+    Limit(
+        "auto, or a number in (0, 1],",
+        lambda c: c == "auto" or (isinstance(c, float | int) and 0 < c <= 1),
+    ),
+]
+FRESH_ROWS = {"singular": "orthonormal", "coordinate": "coordinate"}  # of the other rows
+KeptBasis = Annotated[str, choice_of(past.BASES)]
 
 
 @dataclass(frozen=True)
@@ -68,16 +79,16 @@ class SubspaceRacLora(GradientFirst):
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
 
-    basis: past.KeptBasis = "singular"
+    basis: KeptBasis = "singular"
     resample_every: Count = 2
     fresh: Share = 0.25
     pairs: bool = False
-    kept_scale: past.KeptLength = "auto"
+    kept_scale: KeptLength = "auto"
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
         label, trained = past.sides(layer.link)
-        drawing = now.sketch(layer, label, past.FRESH_ROWS[self.basis], index=layer.link)
+        drawing = now.sketch(layer, label, FRESH_ROWS[self.basis], index=layer.link)
         return {trained: layer.trained(trained), label: self.frozen(layer, label, drawing, now)}
 
     def frozen(self, layer: Layer, label: str, drawing: SketchSpec, now: Round) -> FactorLike:
@@ -105,6 +116,24 @@ class SubspaceRacLora(GradientFirst):
         if kept and self.basis == "coordinate":
             return LayerUpdate({trained: past.squared_lengths(change, trained)}, change)
         return LayerUpdate(merged=change, keep=trained if kept else None)  # W <- W + s B A
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Return whether some rows of a frozen factor may come from the last link."""
+        if isinstance(self.rank, int):
+            return self.kept(self.rank, 1) > 0
+        return self.fresh < 1  # of a share of each layer's width
+
+    @property
+    @override
+    def begins_with_last(self) -> bool:
+        return self.keeps_rows
+
+    @property
+    @override
+    def unread(self) -> dict[str, str]:
+        reader = "rows that are kept, and with this method.fresh and method.rank all are drawn"
+        return {} if self.keeps_rows else dict.fromkeys(("kept_scale", "pairs"), reader)
 
     def kept(self, rank: int, link: int) -> int:
         """Count the rows of a link that come from the one before it, k."""

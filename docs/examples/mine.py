@@ -13,8 +13,8 @@ import fedraclora
 from fedraclora import RoundStep
 from fedraclora.attacks import Attack
 from fedraclora.protocol.method import Traits
+from fedraclora.protocol.program import ClientProgram, When
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
-from fedraclora.training.extra import LocalExtra, When
 
 
 def net(shape, classes):
@@ -61,7 +61,7 @@ wrong = fedraclora.Metric(misses, higher_is_better=False, each=True, name="wrong
 
 
 @dataclass(frozen=True)
-class Decay(LocalExtra):
+class Decay(ClientProgram):
     rate: float = 0.1
     form = "decay={rate}"  # its name in the first lines of a run
 

@@ -36,10 +36,10 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.fedavg import FedAvg
 from fedraclora.strategies.fedavg_lora import FedAvgLora
-from fedraclora.training.extra import Trained
 from fedraclora.training.own.round import Round
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, products_in
 from fedraclora.training.program import copied_layers
+from fedraclora.training.results import Trained
 from fedraclora.tree import Tree
 
 

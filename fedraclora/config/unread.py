@@ -84,19 +84,9 @@ RULES = (
         "methods whose links end (with method.resample_every), and no link of this one ever does",
     ),
     Rule(
-        ["method.kept_scale", "method.pairs"],
-        lambda c: keeps_rows(c.method),
-        "rows that are kept, and with this method.fresh and method.rank all are drawn",
-    ),
-    Rule(
         ["local.dense_lr"],
         lambda c: c.head in {"average", "local"} or c.bias == "average" or bool(c.dense),
         "layers trained in full (head=average, head=local, bias=average, dense)",
-    ),
-    Rule(
-        ["method.density"],
-        lambda c: getattr(c.method, "sketch", "sparse_sign") == "sparse_sign",
-        "method.sketch=sparse_sign",
     ),
     Rule(
         ["pretrain.labels", "pretrain.lr", "pretrain.batch_size"],
@@ -163,15 +153,7 @@ def links_end(method: Method, allocation: Uniform) -> bool:
     """Check whether what a method trains is ever begun anew, as far as its settings say."""
     if type(allocation) is not Uniform:  # components are cut, and those that stay are other ones
         return True
-    return getattr(method, "link_rounds", None) is not None
-
-
-def keeps_rows(method: Method) -> bool:
-    """Check whether some rows of a frozen factor may come from the last link."""
-    kept, rank = getattr(method, "kept", None), getattr(method, "rank", None)
-    if kept is None or not isinstance(rank, int):  # a share of each layer's width
-        return bool(getattr(method, "fresh", 0.0) < 1)
-    return bool(kept(rank, 1) > 0)
+    return method.link_rounds is not None
 
 
 def said(config: RunConfig, group: str) -> tuple[Mapping[str, object], dict[str, object]]:
@@ -220,7 +202,8 @@ def refuse_unread(config: RunConfig) -> None:
         UnreadKeysError: Naming all of them, what would read them, and their defaults.
     """
     found = {}
-    for rule in RULES:
+    own = config.method.unread.items()
+    for rule in (*RULES, *(Rule([f"method.{k}"], lambda _: False, by) for k, by in own)):
         for path in rule.keys if not rule.read(config) else ():
             group, _, key = path.partition(".")
             settings, defaults = said(config, group)

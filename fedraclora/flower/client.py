@@ -12,13 +12,13 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import nn
 
+import fedraclora.strategies  # noqa: F401  messages name client programs of theirs
 from fedraclora.clients.cache import folder_of, make_room, on_disk
 from fedraclora.clients.worker import Worker
 from fedraclora.engines.records import JOB, folded, from_records, to_records, unfolded
 from fedraclora.errors import ClientError, StaleError, WireError
 from fedraclora.lowrank.layers import layer_kind, layer_view, weight_name
 from fedraclora.protocol.method import Plan
-from fedraclora.protocol.pool import fold_pools
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.own.places import find, inner, plain_name
 from fedraclora.training.own.round import Asked, Round
@@ -83,7 +83,7 @@ class FlowerRound:
                     "that the server takes this node to hold; it sends them anew"
                 )
         base, request, sent = self._replica.base, self._ask.request, self._ask.own
-        weights, _ = fold_pools(base, sent.pools, self._replica.plan, sent.walk)
+        weights, _ = sent.program.fold(base, self._replica.plan)
         asked = Asked(weights, sent.beside(base), views, {})
         known = self._partition if isinstance(self._partition, int) else self._ask.clients[0]
         client = int(known)

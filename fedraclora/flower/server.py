@@ -334,10 +334,10 @@ class LowRank(FedAvg):
         base = {n: given[n] if n in given else t.clone() for n, t in self._base.items()}
         one = Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1))
         asked = method.open_round(method.init(base, plan, draw), 1, one, draw)
-        if asked.recipe != "plain":
+        if not asked.program.plain:
             raise ConfigError(
-                f"{method} needs more of its clients than their own training (the recipe "
-                f"{asked.recipe}); take a method, or a start of it, without"
+                f"{method} needs more of its clients than their own training ("
+                f"{asked.program.name}); take a method, or a start of it, without"
             )
         changed = (*asked.adapters, *asked.dense)
         base |= {n: base[n].to(wide(base[n].dtype)) for n in changed}

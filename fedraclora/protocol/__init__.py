@@ -1,1 +1,1 @@
-"""What a method and its clients tell each other: factors, adapters, links, updates, recipes."""
+"""What a method and its clients tell each other: factors, adapters, links, updates, programs."""

@@ -12,10 +12,8 @@ from functools import cached_property
 
 import torch
 
-from fedraclora.errors import WireError
 from fedraclora.protocol.factor import Factor, FactorLike, past_name
-from fedraclora.protocol.pool import Pool
-from fedraclora.protocol.walk import Walk
+from fedraclora.protocol.program import PLAIN, ClientProgram
 from fedraclora.tree import Layout, Tree
 
 
@@ -44,9 +42,7 @@ class Downlink:
         adapters: Low-rank terms by weight name.
         dense: Tensors trained in full, by parameter name. A name that no parameter has is of an
             extra, which says where the tensor starts and what it does to the weights.
-        recipe: A key of `fedraclora.protocol.recipes.RECIPES`: what clients do beyond plain local
-            steps.
-        arguments: Numbers for the recipe.
+        program: What clients do besides plain local steps, with its payload.
         ranks: Which components of every adapter each client trains; the others stay as they start
             (`fedraclora.protocol.rank_budgets`). Int64 [K]: the first r_k (all of an adapter of
             lower rank); int64 [K, 2]: part g of G equal ones. None: all.
@@ -54,39 +50,19 @@ class Downlink:
             ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
         extras: What clients add to gradients beside, by the name of the extra that sends it: by
             trained name, in its shape, or [K, *shape] at the clients.
-        pools: By weight, what stands beside it at every replica, adapted in this round or not.
-        walk: Along which directions clients move whole weights, or send how these moved.
-        turn: Of a pool: the place of the sketch whose turn it is, of how many, and in which era.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     dense: dict[str, Factor] = field(default_factory=dict)
-    recipe: str = "plain"
-    arguments: dict[str, float | int] = field(default_factory=dict)
+    program: ClientProgram = PLAIN
     ranks: torch.Tensor | None = None
     link: int = 0
     extras: dict[str, Tree] = field(default_factory=dict)
-    pools: dict[str, Pool] = field(default_factory=dict)
-    turn: tuple[int, int, int] | None = None
-    walk: Walk | None = None
-
-    @property
-    def directions(self) -> Walk:
-        """The walk that its recipe asks for.
-
-        Raises:
-            WireError: If it has none.
-        """
-        if self.walk is None:
-            raise WireError(
-                f"a message has the recipe {self.recipe}, but says no directions for it"
-            )
-        return self.walk
 
     @property
     def frame(self) -> tuple[int, int, int]:
         """What stands beside trained factors: its place, of how many that recur, and its number."""
-        return self.turn or (0, 1, self.link)
+        return self.program.frame or (0, 1, self.link)
 
     def factors(self) -> dict[str, Factor]:
         """All factors of all adapters, by ``"<weight>/<label>"``."""

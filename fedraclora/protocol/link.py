@@ -12,8 +12,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.narrow_weight import QuantisedWeight, base_name
 from fedraclora.protocol.factor import Factor, FactorLike, past_name
+from fedraclora.protocol.named import Named
 from fedraclora.protocol.quantised import FULL
-from fedraclora.protocol.walk import Walk
 from fedraclora.tree import Tree
 
 
@@ -82,6 +82,34 @@ class Term:
         return None if self.keep is None else found.get(self.keep)
 
 
+Terms = dict[str, Term]
+
+
+@dataclass(frozen=True)
+class Move(Named):
+    """A change of some weights together that is computed from a few numbers in it.
+
+    Attributes:
+        names: The weights.
+    """
+
+    names: tuple[str, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of its numbers, and 8 for each seed."""
+        raise NotImplementedError
+
+    @property
+    def keeps_direction(self) -> bool:
+        """Return whether a tensor as large as each weight stays beside it (momentum)."""
+        return False
+
+    def taken(self, base: Mapping[str, torch.Tensor]) -> Tree:
+        """Compute the weights after it, and what stays beside them; ``base`` is kept."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Link:
     """How one round changed the base: low-rank terms that are added, dense values that replace.
@@ -91,22 +119,22 @@ class Link:
     Attributes:
         terms: Low-rank terms by weight.
         dense: New values by name. A name with a "/" is of no parameter, but of what replicas
-            keep beside them (`fedraclora.protocol.pool`, `fedraclora.protocol.factor`).
+            keep beside them (`fedraclora.protocol.factor`, or a method of its own).
         rest: Further changes of the same round, in order: a weight may have a term in each.
         kind: In which the new values travel, as in `Term`; that of `rest` is its own.
-        walks: Steps of whole weights along drawn directions, each of other weights.
+        moves: Changes of whole weights that few numbers say, each of other weights.
     """
 
     terms: dict[str, Term] = field(default_factory=dict)
     dense: Tree = field(default_factory=dict, metadata={"kind": "kind"})
     rest: tuple[Link, ...] = ()
     kind: str = FULL
-    walks: tuple[Walk, ...] = ()
+    moves: tuple[Move, ...] = ()
 
     @property
     def changes(self) -> bool:
         """Return whether it changes anything."""
-        return bool(self.terms or self.dense or self.rest or self.walks)
+        return bool(self.terms or self.dense or self.rest or self.moves)
 
     def parts(self) -> tuple[Link, ...]:
         """Split the link into the changes of the round, in order."""
@@ -160,8 +188,8 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
             out[past_name(name)] = term.kept.to(out[name])
     for name, value in link.dense.items():
         out[name] = value.to(base[name]) if name in base else value
-    for walk in link.walks:
-        out |= walk.taken(out)
+    for move in link.moves:
+        out |= move.taken(out)
     for part in link.rest:
         out = apply_link(out, part, plan)
     return out

@@ -60,8 +60,8 @@ class Traits:
         step: The server's step, in `exact`.
         varies: What clients train differs from round to round, so nothing of it lives on there.
             What comes back in one round may decide it for the next.
-        pools: A pool stands beside each adapted weight (`fedraclora.protocol.pool`): a link is a
-            new value of a part of it. Without `merges` W itself stays as it is for the whole run.
+        pools: Products under sketches that recur stand beside each adapted weight: a link is a new
+            value of one of them. Without `merges` W itself stays as it is for the whole run.
     """
 
     exact: bool
@@ -198,6 +198,26 @@ class Method(Protocol):
     def looks_at_clients(self) -> bool:
         """Return whether it reports on single clients where their updates are there."""
         return False
+
+    @property
+    def link_rounds(self) -> int | None:
+        """Return the rounds for which what is trained keeps its coordinates; None: for ever."""
+        return None
+
+    @property
+    def begins_with_last(self) -> bool:
+        """Return whether a link begins with what the last one left, beside the weights."""
+        return False
+
+    @property
+    def cuts_components(self) -> bool:
+        """Return whether components of its factors may be cut while the others go on."""
+        return False
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """Name hyperparameters that nothing reads beside the others, and what would read them."""
+        return {}
 
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         """Build the state before the first round."""

@@ -20,10 +20,10 @@ from fedraclora.imports import failure_of
 from fedraclora.models.outputs import nothing_drawn
 from fedraclora.objects import held, refuse_changed
 from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.program import ClientProgram
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.rng import generator
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalExtra
 from fedraclora.training.memory import (
     LESS,
     LOOKED_AT,
@@ -59,7 +59,7 @@ def refuse_meeting(trainer: CohortTrainer, base: Tree, downlink: Downlink, chunk
     Raises:
         ConfigError: Naming them.
     """
-    if not (own := [extra for extra in trainer.local.extras if isinstance(extra, LocalExtra)]):
+    if not (own := [extra for extra in trainer.local.extras if isinstance(extra, ClientProgram)]):
         return
     before, said = [*map(held, own)], " and ".join(map(trainer.local.told, own))
     ids, changes = torch.zeros(min(2, chunk)).long().to(trainer.device), list[Tree]()

@@ -24,18 +24,22 @@ from fedraclora.data.samples import ClientData, Samples, count_examples
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.link import Link, apply_link, matrices
+from fedraclora.protocol.link import Link, Terms, apply_link, matrices
 from fedraclora.protocol.method import Downlink, Plan
-from fedraclora.protocol.pool import Terms, fold_pools, parameters
+from fedraclora.protocol.program import (
+    ClientProgram,
+    Hook,
+    LocalResult,
+    Optimiser,
+    When,
+    mean_losses,
+)
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
-from fedraclora.protocol.recipes import RECIPES, keep_gradient, most_steps
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import generator, hash_key
-from fedraclora.training.extra import Hook, LocalResult, Optimiser, When, mean_losses
 from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import arrange, materialise
-from fedraclora.training.moments import GaLore
 from fedraclora.training.optimiser import (
     ROW_SLOT,
     CohortOptimiser,
@@ -53,8 +57,7 @@ from fedraclora.training.program import (
 )
 from fedraclora.training.schedule import Schedule, StepBatch
 from fedraclora.training.vmapped import vmapped_forward
-from fedraclora.training.walks import Forwards, as_held, shadows
-from fedraclora.tree import Tree, wide, widened
+from fedraclora.tree import Tree, parameters, wide, widened
 
 PROGRAMS_KEPT = 4  # each holds the base weights that it last trained from
 
@@ -96,7 +99,7 @@ class CohortTrainer:
         self.check(precision)
         self.former = next((e for e in local.added if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], CohortProgram] = {}
-        self._pools: tuple[Tree, object, tuple[Tree, Terms]] | None = None
+        self._known: tuple[Tree, ClientProgram, tuple[Tree, Terms]] | None = None
 
     def check(self, precision: str) -> None:
         """Refuse a model that cannot be trained so; raises as the class does."""
@@ -129,17 +132,16 @@ class CohortTrainer:
         """
         asked, rows = taken_rows(downlink)
         chunk = self.open(base, asked, clients, round_=round_)
-        downlink, recipe = chunk.downlink, RECIPES[asked.recipe]
+        downlink, method = chunk.downlink, asked.program
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
         rates = {n: self.local.rate(s.main, rate_scale) for n, s in downlink.trained().items()}
         carried = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
+        chunk = replace(chunk, moments=carried)
         hooks = self._hooks(chunk)
-        if recipe.projects:
-            plain: CohortOptimiser = GaLore(self.local, values, rates, carried, downlink)
-        else:
-            kind = CohortOptimiser if recipe.steps else GradientMean
-            plain = kind(self.local, values, rates, carried, rows)
-        own = (extra.optimiser(chunk, rates) for extra in self.local.added if recipe.steps)
+        kind = CohortOptimiser if method.trains else GradientMean
+        plain = kind(self.local, values, rates, carried, rows)
+        programs = (*self.local.added, downlink.program) if method.trains else ()
+        own = (program.optimiser(chunk, rates) for program in programs)
         optimiser: Optimiser = next(filter(None, own), plain)
         if chunk.network is not None and not hooks and optimiser is plain and plain.is_plain:
             chunk.network.descend(rates)
@@ -153,8 +155,8 @@ class CohortTrainer:
             chunk.program.context.clear()
         if isinstance(optimiser, GradientMean):
             values = optimiser.means(schedule.steps)
-        elif downlink is not asked:
-            values = shadows(asked, chunk.program.base, values)
+        else:
+            values = method.upload(chunk.program.base, values)
         losses[losses == UNSAID] = math.nan  # this one has been computed
         moments = optimiser.moments(schedule.steps)
         values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
@@ -170,16 +172,15 @@ class CohortTrainer:
         self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int
     ) -> OpenChunk:
         """Lay out the local steps of a chunk, and make what it trains; see `train`."""
-        held, inner = base, as_held(downlink, self.plan)
-        forwards = RECIPES[downlink.recipe].forwards
-        downlink = downlink if forwards else inner
+        held, method, inner = base, downlink.program, downlink.program.held(downlink, self.plan)
+        base, narrow = self._folded(base, downlink)
+        downlink = downlink if method.forms_gradients else inner
         clients = clients.to(self.device)
         sizes = self.data.sizes(clients)
         key = hash_key(self.seed, "shuffle", round_)
         schedule = Schedule.of(clients, sizes, self.local, key)
-        if (most := most_steps(downlink)) is not None:
+        if (most := method.most_steps(downlink)) is not None:
             schedule = schedule.until(most)
-        base, narrow = self._with_pools(base, downlink)
         order, back = torch.argsort(schedule.steps, descending=True, stable=True), None
         if not torch.equal(order, places := torch.arange(len(order)).to(order)):
             back = torch.empty_like(order).index_copy_(0, order, places)
@@ -195,8 +196,8 @@ class CohortTrainer:
         program.context.seed, program.context.round_ = self.seed, round_
         program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
         plain, network = program.plain, None
-        special = self.precision != FLOAT32 or self.former is not None or narrow or forwards
-        if plain is not None and not special:
+        special = self.precision != FLOAT32 or self.former is not None or narrow
+        if plain is not None and not special and not method.forms_gradients:
             network = FeedForward(plain, downlink, program.base, frozen)
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
         chunk = OpenChunk(
@@ -217,27 +218,26 @@ class CohortTrainer:
             back=back,
             network=network,
             former=self.former,
+            local=self.local,
         )
-        if not forwards:
+        if not method.forms_gradients:
             return chunk
-        along = Forwards(chunk, held | program.base, int(schedule.steps.max()))
-        return replace(chunk, former=along)
+        former = method.former(chunk, held | program.base, int(schedule.steps.max()))
+        return replace(chunk, former=former)
 
     def _hooks(self, chunk: OpenChunk) -> list[Hook]:
         """List what changes the gradients of every step, in order; where two meet, the core's."""
         downlink, masks = chunk.downlink, chunk.masks
         largest, by = self.local.clip, self.local.clip_by
-        recipe = RECIPES[downlink.recipe]
+        method = downlink.program
         found: list[tuple[When, Hook]] = []
         if downlink.extras:
             correct = correcting(downlink, chunk.order)
-            found.append((When.RECIPE, lambda gradients, _: correct(gradients)))
-        follow = recipe.gradient(chunk.frozen, downlink.arguments, chunk.ranks)
-        if follow is not keep_gradient:
-            found.append((When.RECIPE, lambda gradients, _: follow(gradients)))
+            found.append((When.PROGRAM, lambda gradients, _: correct(gradients)))
+        found += method.hooks(chunk).items()
         if masks:
             found.append((When.BUDGET, lambda gradients, _: cut_gradients(gradients, masks)))
-        if largest is not None and recipe.steps:
+        if largest is not None and method.trains:
             found.append((When.CLIP, lambda gradients, _: clip_per_client(gradients, largest, by)))
         for extra in self.local.added:
             found += extra.hooks(chunk).items()
@@ -250,7 +250,8 @@ class CohortTrainer:
         network = chunk.network
         leaves = chunk.leaves(batch.active) if network is None else chunk.trained(batch.active)
         if chunk.former is not None:
-            held = replace(chunk, downlink=as_held(chunk.downlink, self.plan))
+            model = chunk.downlink.program.held(chunk.downlink, self.plan)
+            held = replace(chunk, downlink=model)
             run = partial(self._forward, held, step, batch)
             loss, gradients = chunk.former.gradients(chunk, run, batch.active, batch.width, step)
         elif network is not None:
@@ -322,15 +323,13 @@ class CohortTrainer:
                 return " or ".join(map(self.local.told, inside or own)) + ": "
         return ""
 
-    def _with_pools(self, base: Tree, downlink: Downlink) -> tuple[Tree, Terms]:
-        """Fold pools into the weights, once for all chunks of a round; see `fold_pools`."""
-        walk = downlink.walk if downlink.walk is not None and downlink.walk.standing else None
-        pools, known = downlink.pools, self._pools
-        if not pools and walk is None:
+    def _folded(self, base: Tree, downlink: Downlink) -> tuple[Tree, Terms]:
+        """Compute the weights from which clients train, once for all chunks of a round."""
+        program, known = downlink.program, self._known
+        if type(program).fold is ClientProgram.fold:
             return parameters(base), {}
-        if known is None or known[0] is not base or known[1] != (pools, walk):
-            found = fold_pools(base, pools, self.plan, walk)
-            self._pools = known = (base, (pools, walk), found)
+        if known is None or known[0] is not base or known[1] != program:
+            self._known = known = (base, program, program.fold(base, self.plan))
         return known[2]
 
     def _program(self, downlink: Downlink, base: Tree) -> CohortProgram:

@@ -28,9 +28,9 @@ from fedraclora.limits import (
     whole_from,
 )
 from fedraclora.protocol.method import Downlink
-from fedraclora.training.extra import LocalExtra
+from fedraclora.protocol.program import ClientProgram
 
-Extra = TypeVar("Extra", bound=LocalExtra)
+Extra = TypeVar("Extra", bound=ClientProgram)
 ADAPTIVE_KEYS = Part("adaptive")  # keys that choices without such an optimiser do not list
 MOST_STEPS = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
 Laid = Annotated[
@@ -71,7 +71,7 @@ class LocalConfig(Limited, group="local"):
         final: Factor that cosine and linear fall to: the round after the last would have it.
         step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds, the
             warm-up not counted.
-        extras: Steps of your own: `fedraclora.training.extra.LocalExtra` by ``module:name``, with
+        extras: Client programs of your own: `fedraclora.ClientProgram` by ``module:name``, with
             parameters ``{name: module:name, key: value}``.
     """
 
@@ -101,11 +101,11 @@ class LocalConfig(Limited, group="local"):
     step_every: Count = 50
     step_factor: NotNegative = 0.5
     extras: Annotated[
-        Sequence[str | Mapping[str, object] | LocalExtra], Later(), TakesObject()
+        Sequence[str | Mapping[str, object] | ClientProgram], Later(), TakesObject()
     ] = ()
 
     @property
-    def added(self) -> tuple[LocalExtra, ...]:
+    def added(self) -> tuple[ClientProgram, ...]:
         """What is added to plain local training: by keys, then the user's own."""
         return (*self.extras,)  # type: ignore[arg-type]
 
@@ -118,7 +118,7 @@ class LocalConfig(Limited, group="local"):
         """Return the extra of a kind; None if there is none."""
         return next((extra for extra in self.added if isinstance(extra, kind)), None)
 
-    def told(self, extra: LocalExtra) -> str:
+    def told(self, extra: ClientProgram) -> str:
         """Name an extra for messages: one of the user's by its key and where it is defined."""
         kind, at = type(extra), [k for k, each in enumerate(self.extras) if each is extra]
         return f"local.extras{at}={kind.__module__}:{kind.__qualname__}" if at else extra.setting
@@ -132,7 +132,9 @@ class LocalConfig(Limited, group="local"):
     def __post_init__(self) -> None:
         """Make the user's own extras; reject settings that cannot train."""
         super().__post_init__()
-        own = [object_of(f"local.extras[{k}]", it, LocalExtra) for k, it in enumerate(self.extras)]
+        own = [
+            object_of(f"local.extras[{k}]", it, ClientProgram) for k, it in enumerate(self.extras)
+        ]
         object.__setattr__(self, "extras", (*own,))
         self._check_extras()
         self._check_moments()
@@ -167,7 +169,7 @@ class LocalConfig(Limited, group="local"):
 
     def _check_extras(self) -> None:
         for extra in self.added if self.moments != "round" else ():
-            steps_itself = type(extra).optimiser is not LocalExtra.optimiser
+            steps_itself = type(extra).optimiser is not ClientProgram.optimiser
             if extra.ends_moments or (self.moments == "rows" and steps_itself):
                 raise ConfigError(
                     f"local.moments is {self.moments}, but under {extra.setting} moments mean "

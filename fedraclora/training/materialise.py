@@ -10,7 +10,6 @@ from fedraclora.lowrank.dora import magnitudes, rescaled
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Downlink, Factor
-from fedraclora.protocol.pool import fold_pools
 from fedraclora.tree import Tree, wide, widened
 
 
@@ -112,7 +111,7 @@ def standing(downlink: Downlink) -> Downlink:
     }
     whole = {n: f for n, f in downlink.dense.items() if not (f.blank and f.upload)}
     kept = replace(downlink, adapters=adapters, dense=whole, ranks=None, extras={})
-    return replace(kept, recipe="plain", arguments={}, turn=None)
+    return replace(kept, program=kept.program.at_rest())
 
 
 def standing_weights(base: Tree, downlink: Downlink, plan: Plan, own: Tree) -> Tree:
@@ -128,7 +127,7 @@ def standing_weights(base: Tree, downlink: Downlink, plan: Plan, own: Tree) -> T
         Every parameter by name, in stored layout. Products are formed in float64, and rounded once.
     """
     asked = start_from(own, downlink)
-    base, narrow = fold_pools(base, asked.pools, plan, asked.walk)
+    base, narrow = asked.program.fold(base, plan)
     terms = {
         name: Term(tuple(adapter.factors.values()), adapter.scale)
         for name, adapter in asked.adapters.items()

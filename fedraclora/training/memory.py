@@ -26,8 +26,8 @@ from typing_extensions import override
 from fedraclora.data.samples import ClientData
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.program import Hook, Optimiser
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import Hook, Optimiser
 from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import moment_shapes
 from fedraclora.training.program import OpenChunk

@@ -33,6 +33,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -40,7 +41,6 @@ from typing_extensions import override
 
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import Factor, to_train
-from fedraclora.protocol.recipes import GradientHook
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 
@@ -216,7 +216,7 @@ class CohortOptimiser:
 class GradientMean(CohortOptimiser):
     """In the place of an optimiser: sums gradients where that would take steps.
 
-    Clients send gradients of where they start, and take no step (recipe ``gradient``):
+    Clients send gradients of where they start, and take no step (`MeanGradient`):
 
         g_k = (1 / T_k) sum_tau grad L(w_0; batch tau of client k),  T_k its local steps
 
@@ -267,7 +267,7 @@ def clip_per_client(gradients: Tree, largest: float, by: str = "all") -> Tree:
     }
 
 
-def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
+def correcting(sent: Downlink, order: torch.Tensor) -> Callable[[Tree], Tree]:
     """Build the hook that adds a round's corrections to the gradients.
 
     Args:

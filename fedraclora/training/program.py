@@ -16,6 +16,7 @@ from fedraclora.lowrank.layers import is_batch_norm, layer_kind
 from fedraclora.models.packed import Packer
 from fedraclora.models.packed_layout import PackedLayout, packed_layout, real_tokens
 from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.program import ClientChunk, Former
 from fedraclora.training.cohort_layers import (
     CohortContext,
     CohortConv2d,
@@ -25,10 +26,8 @@ from fedraclora.training.cohort_layers import (
     CohortLayerNorm,
     CohortLinear,
 )
-from fedraclora.training.extra import ClientChunk, LocalExtra
 from fedraclora.training.feedforward import FeedForward, written_out
 from fedraclora.training.schedule import Schedule, StepBatch
-from fedraclora.training.walks import Forwards
 from fedraclora.tree import Tree, point_at
 
 COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
@@ -155,7 +154,7 @@ class OpenChunk(ClientChunk):
     order: torch.Tensor
     back: torch.Tensor | None
     network: FeedForward | None
-    former: LocalExtra | Forwards | None = None
+    former: Former | None = None
 
     def trained(self, active: int) -> Tree:
         """Return what the first ``active`` clients train, [active, ...]: views."""

@@ -17,10 +17,10 @@ import torch
 from fedraclora.codec import join, split
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import past_name, pasts, weight_of
+from fedraclora.protocol.link import Move
 from fedraclora.protocol.method import Link, Plan, Term
 from fedraclora.protocol.quantised import FULL, sent_bytes
-from fedraclora.protocol.walk import Walk
-from fedraclora.tree import Tree, below
+from fedraclora.tree import Tree
 
 
 def term_bytes(term: Term, coding: str = NONE) -> int:
@@ -47,7 +47,7 @@ class LinkSizes:
     What the last link trained of a weight (`fedraclora.protocol.factor`) comes with its terms; to
     whoever fetches the weight whole it is sent beside it, and is a part of what that costs.
 
-    Weights that walk together (`fedraclora.protocol.walk`) are followed or fetched together.
+    Weights that a move changes together are followed or fetched together.
 
     What is smaller is told by bytes without coding: so no choice, and no number that comes of it,
     depends on the version of a coder. Where bytes are coded, counts have two rows: without, with.
@@ -96,22 +96,22 @@ class LinkSizes:
                     self._stays(past_name(name), term.kept, term.kind)
             for name, value in part.dense.items():
                 row[:, self.place[weight_of(name) or name]] += self._stays(name, value, part.kind)
-            for walk in part.walks:
-                row[:, self._together(walk)] += walk.payload_bytes
+            for move in part.moves:
+                row[:, self._together(move)] += move.payload_bytes
         self.sums.append(self.sums[-1] + row)
         # A weight whose size changes comes whole in a link that is as large: a floor stays one.
         while len(self.sums) > 1 and self._is_floor(self.sums[1]):
             del self.sums[0]
             self.floor += 1
 
-    def _together(self, walk: Walk) -> int:
-        """Count weights that share the numbers of a walk as one; return its place."""
-        places = sorted({self.place[name] for name in walk.names})
+    def _together(self, move: Move) -> int:
+        """Count weights that share the numbers of a move as one; return its place."""
+        places = sorted({self.place[name] for name in move.names})
         for sizes in (self.dense, self.beside, *self.sums):
             sizes[:, places[0]] = sizes[:, places].sum(1)
             sizes[:, places[1:]] = 0
-        self.place |= dict.fromkeys(walk.names, places[0])
-        if walk.momentum:
+        self.place |= dict.fromkeys(move.names, places[0])
+        if move.keeps_direction:
             self.beside[:, places[0]] = self.dense[:, places[0]]
         return places[0]
 
@@ -224,42 +224,7 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
 
 def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Link:
     """Rebuild a link from `link_tensors`."""
-    if "link" not in meta:
-        tensors, meta = _of_older(tensors, meta, "link")
     return join(Link, tensors, meta["link"], "link")
-
-
-def _of_older(
-    tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], path: str
-) -> tuple[Tree, dict[str, Any]]:
-    """Bring a link of an older release into the form of `link_tensors`."""
-    values = meta.get("values", {})
-    found = {f"{path}/dense/{name}": t for name, t in below(tensors, "dense|").items()}
-    terms = {}
-    for name, term in meta["terms"].items():
-        kind, factors = term.get("kind", FULL), []
-        for i, known in enumerate(term["factors"]):
-            place = f"{path}/terms/{name}/factors/{i}"
-            factor = tensors.get(f"term|{name}|{i}")
-            if not isinstance(known, Mapping):
-                told = [] if known is None else [kind, known, "float64"]
-                factors.append({"numbers": told})
-            elif factor is not None:
-                factors.append({"sketch": known["drawing"], "coefficients": []})
-            else:
-                count = known.get("count", 1)
-                factors.append({"sketch": known.get("first", known), "count": count})
-            if factor is not None:
-                part = "coefficients" if isinstance(known, Mapping) else "numbers"
-                found[f"{place}/{part}"] = factor
-        terms[name] = {**term, "factors": factors}
-    rest = []
-    for i, part in enumerate(meta.get("rest", ())):
-        more, plain = _of_older(below(tensors, f"rest{i}|"), part, f"{path}/rest/{i}")
-        found |= more
-        rest.append(plain["link"])
-    kind = next((told[0] for told in values.values()), FULL)
-    return found, {"link": {"terms": terms, "dense": values, "rest": rest, "kind": kind}}
 
 
 def plan_meta(plan: Plan) -> dict[str, object]:

@@ -55,8 +55,8 @@ class WeightUpdate:
         terms = [term_bytes(t, self.coding) for part in parts for t in part.terms.values()]
         values = [(t, part.kind) for part in parts for t in part.dense.values()]
         values += [(t, self.kinds.get(n, FULL)) for n, t in self.dense.items()]
-        walks = sum(walk.payload_bytes for part in parts for walk in part.walks)
-        return sum(terms) + walks + sum(value_bytes(*each, self.coding) for each in values)
+        moves = sum(move.payload_bytes for part in parts for move in part.moves)
+        return sum(terms) + moves + sum(value_bytes(*each, self.coding) for each in values)
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
@@ -195,8 +195,8 @@ def _terms(link: Link, names: frozenset[str]) -> Link:
     for part in link.parts():
         terms = {n: t for n, t in part.terms.items() if n in names}
         values = {n: t for n, t in part.dense.items() if (weight_of(n) or n) in names}
-        walks = tuple(walk for walk in part.walks if names.issuperset(walk.names))
-        if terms or values or walks:
-            parts.append(Link(terms, values, kind=part.kind, walks=walks))
+        moves = tuple(move for move in part.moves if names.issuperset(move.names))
+        if terms or values or moves:
+            parts.append(Link(terms, values, kind=part.kind, moves=moves))
     first, *rest = parts or [Link()]
     return replace(first, rest=tuple(rest))

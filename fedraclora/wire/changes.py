@@ -20,7 +20,6 @@ from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.quantised import WIDTHS, decode, encode, packed_bytes
 from fedraclora.protocol.rank_budgets import uploaded_mask, uploaded_numbers
-from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
 
@@ -80,7 +79,7 @@ class Changes:
             The rows as the server will read them, float64 [K, P].
         """
         found, starts = rows.clone(), self._starts(self.clients)
-        purpose = seed, "uplink", round_, self.sent.recipe
+        purpose = seed, "uplink", round_, self.sent.program.stream
         for index, kept, sizes in self._alike(torch.arange(len(rows))):
             change = (rows[index] - starts[index])[:, kept]
             if residues is not None:
@@ -158,7 +157,7 @@ class Changes:
         """Compute where these clients start, float64 [k, P]."""
         layout, places = self.sent.layout, torch.searchsorted(self.clients, clients)
         start = torch.zeros(layout.size, dtype=torch.float64)
-        if RECIPES[self.sent.recipe].steps:
+        if self.sent.program.trains:
             start = opening_rows(self.sent, self.base, layout, places).double()
         return start.expand(len(clients), layout.size)
 

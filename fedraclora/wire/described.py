@@ -12,10 +12,9 @@ from fedraclora.codec import join, split
 from fedraclora.errors import WireError
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.recipes import RECIPES
-from fedraclora.sketch import SketchSpec, check_sketch
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
-from fedraclora.wire.fields import reading, shown, whole
+from fedraclora.wire.fields import reading, whole
 from fedraclora.wire.records import read_shape
 
 ASKED = frozenset({"downlink"})
@@ -52,26 +51,8 @@ def described_downlink(
 
 def _check(downlink: Downlink) -> None:
     """Reject what types do not."""
-    if downlink.recipe not in RECIPES:
-        raise WireError(
-            f"the recipe of a message is {shown(downlink.recipe)}; {sorted(RECIPES)} are known"
-        )
     whole(downlink.link, "its link")
-    for weight, pool in downlink.pools.items():
-        _check_sketch(pool.first, pool.count, f"the pool of {weight}")
-    if (
-        walk := downlink.directions if RECIPES[downlink.recipe].walks else downlink.walk
-    ) is not None:
-        whole(walk.seed, "the seed of its directions")
-        whole(walk.first, "the number of its first direction")
-        check_sketch(walk.law, "identity", "independent")
-    if downlink.turn is not None:
-        place, count, era = downlink.turn
-        drawn = (f.drawing for f in downlink.factors().values())
-        room = [spec.dim // spec.rank for spec in drawn if spec is not None]
-        whole(count, "the number of turns of a pool", 1, min(room, default=1))
-        whole(place, "the turn of a pool", 0, count - 1)
-        whole(era, "the era of a pool")
+    downlink.program.check(downlink)
     slots = downlink.trained()
     for extra, tree in downlink.extras.items():
         for name, value in tree.items():

@@ -276,5 +276,5 @@ def payload_bytes(
     shared = sent_bytes([t for t, own in sent if not own], kind, coding)
     each = packed_bytes([t.numel() // cohort for t, own in sent if own], kind)
     exact = sum(f.exact_bytes for f in downlink.named.values())
-    exact += 0 if downlink.walk is None else downlink.walk.payload_bytes
+    exact += downlink.program.payload_bytes
     return shared + clients * int(each) + exact

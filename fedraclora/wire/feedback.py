@@ -20,7 +20,6 @@ from __future__ import annotations
 import torch
 
 from fedraclora.protocol.downlink import Downlink
-from fedraclora.protocol.recipes import RECIPES
 from fedraclora.tree import Tree
 
 PREFIX = "residue/"
@@ -37,7 +36,7 @@ def blank_residues(sent: Downlink, dtype: torch.dtype) -> Tree:
     Returns:
         Tensors without a client axis.
     """
-    if not RECIPES[sent.recipe].steps:
+    if not sent.program.trains:
         return {}
     _, count, _ = sent.frame
     found = {LIFE: torch.zeros(count, dtype=dtype)}

@@ -12,7 +12,6 @@ from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Downlink, Method
 from fedraclora.protocol.rank_budgets import check_ranks
-from fedraclora.protocol.recipes import most_steps
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.chain import CatchUp
@@ -111,7 +110,7 @@ class DeviceSimulator:
         if catch_up is not None:
             fetched += torch.from_numpy(catch_up.missing(clients, coded=False))
         sent = uploaded_bytes(downlink, count, up)
-        return Load(self.passes(sizes(clients), most_steps(downlink)), fetched, sent)
+        return Load(self.passes(sizes(clients), downlink.program.most_steps(downlink)), fetched, sent)
 
     def passes(self, sizes: torch.Tensor, most: int | None = None) -> torch.Tensor:
         """Count the samples that clients pass over in a round, int64 [K].

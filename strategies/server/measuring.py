@@ -16,7 +16,6 @@ from fedraclora.evaluation.clients import Floats, scored, spread, sums_named, us
 from fedraclora.evaluation.metrics import AFTER, Measure
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.quantised import FULL
-from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.run.ledger import BY_CLIENTS, Row, number
 from fedraclora.run.recorder import Columns, RunRecorder
@@ -117,7 +116,7 @@ class Measurement(Exchange):
         loop = replace(loop, max_failures=len(cohort), min_clients=1, uplink=FULL, feedback=False)
         super().__init__(downlink, round_, version, cohort, cohort, loop, rate_scale)
         # What clients are first asked for may be gradients, of which no weights come.
-        personal = measuring.asked.personal and RECIPES[downlink.recipe].steps
+        personal = measuring.asked.personal and downlink.program.trains
         self.when = {"before": ""} | ({"after": AFTER} if personal else {})
         self.measuring, self.measure = measuring, [*self.when][-1]
         self.layout = Layout(())  # known once they have answered

@@ -32,11 +32,9 @@ import torch
 
 from fedraclora.protocol.factor import FROZEN, adapted_weight, weight_of
 from fedraclora.protocol.method import Downlink, Factor, Link, Plan, State, Term, apply_link
-from fedraclora.protocol.pool import parameters, part_name
 from fedraclora.protocol.quantised import FULL, rounded
-from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import generator
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, parameters
 
 RESIDUE = "residue/"  # of the names in `State.moments`; the rest is the name of the part
 
@@ -132,7 +130,7 @@ class DownlinkRounding:
             carried[name] = found.to(carried[name])
             if not ends:
                 self._keep(name, whole, carried[name], moments)
-        if not ends and RECIPES[sent.recipe].steps:  # else the factors have only now begun
+        if not ends and sent.program.trains:  # else the factors have only now begun
             carried |= {FROZEN + n: t for n, t in standing.items() if not same(n, t, carried)}
         first, *rest = parts
         link = after.link and replace(first, rest=tuple(rest))
@@ -224,15 +222,14 @@ def summed(name: str, term: Term, moments: Tree, sent: Downlink) -> Term:
         sent: What the cohort was asked last. A frozen factor is folded as it was sent.
     """
     trained = sent.trained()
-    count = 1 if sent.turn is None else sent.turn[1]
 
     def exact(factor: Factor, label: str) -> Factor:
         key, dim = f"{name}/{label}", "AB".index(label)
         if key not in trained or factor.numbers is None:
             return factor
-        parts = list(factor.numbers.chunk(count, dim))
-        names = [] if sent.turn is None else [(j, part_name(name, label, j)) for j in range(count)]
-        for j, part in [*names, (sent.frame[0], key)]:  # of the link that ends, too
+        names = sent.program.beside(name, label)
+        parts = list(factor.numbers.chunk(len(names) or 1, dim))
+        for j, part in [*enumerate(names), (sent.frame[0], key)]:  # of the link that ends, too
             if (left := moments.get(RESIDUE + part)) is not None:
                 parts[j] = parts[j].double() + left
         return replace(factor, numbers=torch.cat(parts, dim))

@@ -78,9 +78,14 @@ def closed(
     )
 
 
-def turned(plan: Plan) -> dict[str, int]:
-    """Name the weights that are stored (in, out), for recipes that look at a matrix."""
-    return {f"turned/{name}": 1 for name, view in plan.targets.items() if view.kind == "conv1d"}
+def turned(plan: Plan) -> tuple[str, ...]:
+    """Name the weights that are stored (in, out), for client programs that look at a matrix."""
+    return tuple(name for name, view in plan.targets.items() if view.kind == "conv1d")
+
+
+def as_matrices(stored: torch.Tensor, *, turned: bool) -> torch.Tensor:
+    """View weights [K, ...] as [K, out, in]; ``turned`` where they are stored (in, out)."""
+    return stored.mT if turned else stored.reshape(*stored.shape[:2], -1)
 
 
 def opening(slot: Factor, like: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import choice_of
 from fedraclora.lowrank.algebra import Product, fix_signs, principal
-from fedraclora.protocol.factor import as_rows, label_of, to_train
+from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
@@ -76,10 +76,10 @@ from fedraclora.protocol.method import (
     apply_link,
 )
 from fedraclora.protocol.plan import Rank
+from fedraclora.protocol.program import GRADIENT
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
-from fedraclora.strategies.shared import past
 from fedraclora.strategies.shared.common import closed
 from fedraclora.strategies.shared.layerwise import Layer, LayerMethod
 from fedraclora.tree import Tree
@@ -229,7 +229,7 @@ def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw, purpose: str) 
         (m, n), q = plan.targets[name].shape, probe_rank(plan, name, rank)
         omega = SketchSpec("orthonormal", "right", q, n, draw.sketch_seed(name + purpose), index=0)
         adapters[name] = Adapter.of({"B": to_train((m, q)), "A": omega}, 1.0)
-    return Downlink(adapters, recipe="gradient")
+    return Downlink(adapters, program=GRADIENT)
 
 
 def second_probe(sent: Downlink, got: Uplinks) -> Downlink | None:
@@ -242,7 +242,7 @@ def second_probe(sent: Downlink, got: Uplinks) -> Downlink | None:
         Q = torch.linalg.qr(mean[f"{name}/B"].to("cpu"))[0]
         A = to_train((Q.shape[1], omega.shape[1]))
         adapters[name] = Adapter.of({"B": Q, "A": A}, 1.0)
-    return Downlink(adapters, recipe="gradient")
+    return Downlink(adapters, program=GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -356,21 +356,3 @@ class GradientFirst(Probing):
             frozen = (f for adapter in adapters for f in adapter.factors.values() if f.drawing)
             down += sum(prod(f.shape) for f in frozen)
         return up, down
-
-
-def full_factor(factor: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
-    """Complete a first factor by rows of a drawing, where the gradient has given fewer.
-
-    It has no more directions than its weight has rows or columns.
-
-    Args:
-        factor: A [k, n], or B [m, k], whose components have the drawing's length. Not modified.
-        drawing: Of rank k or more.
-    """
-    label = label_of(drawing)
-    rows, length = as_rows(factor, label), drawing.gram_scale**0.5
-    if len(rows) == drawing.rank:
-        return factor
-    drawn = as_rows(drawing.draw(), label)
-    rows = past.completed(rows.to("cpu", torch.float64) / length, drawn) * length
-    return as_rows(rows, label).to(factor.dtype)

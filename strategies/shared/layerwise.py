@@ -47,7 +47,7 @@ from fedraclora.protocol.plan import (
     resolve_rank,
     resolve_scale,
 )
-from fedraclora.protocol.pool import parameters
+from fedraclora.protocol.program import PLAIN, ClientProgram
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import (
@@ -68,7 +68,7 @@ from fedraclora.strategies.shared.layer import (
     multiplied,
 )
 from fedraclora.strategies.shared.sound import factors_of, update_of
-from fedraclora.tree import Tree, wide, widened
+from fedraclora.tree import Tree, parameters, wide, widened
 
 __all__ = ["Factors", "Layer", "LayerMethod", "LayerUpdate", "LowRank", "Replies", "Round"]
 
@@ -108,8 +108,6 @@ LowRank = LowRankMethod  # as methods outside of the project import it
 class LayerMethod(LowRankMethod):
     """A method that treats every adapted matrix alike; it has the settings of `LowRankMethod`."""
 
-    recipe: ClassVar[str] = "plain"
-    """A key of `fedraclora.protocol.recipes.RECIPES`: what clients do beyond plain local steps."""
     carries: ClassVar[bool] = False
     """Return whether what is trained outlives its link; False: it is merged at the end."""
     keeps: ClassVar[tuple[str, ...]] = ()
@@ -144,12 +142,18 @@ class LayerMethod(LowRankMethod):
         )
 
     @property
+    @override
     def link_rounds(self) -> int | None:
         """Rounds for which what is trained keeps its coordinates; None: for ever.
 
         That is the hyperparameter ``resample_every`` where a method has one, else 1.
         """
         return getattr(self, "resample_every", 1)
+
+    @property
+    @override
+    def begins_with_last(self) -> bool:
+        return bool(self.carries or self.keeps) and self.link_rounds is not None
 
     @property
     def begins_carried(self) -> bool:
@@ -160,9 +164,13 @@ class LayerMethod(LowRankMethod):
         """Choose the matrices that a round adapts; all, unless a method says otherwise."""
         return plan
 
-    def arguments(self, plan: Plan) -> dict[str, float | int]:
-        """Return the numbers that the recipe reads."""
-        return {}
+    def program(self, plan: Plan) -> ClientProgram:
+        """Return what clients do besides plain local steps; here nothing.
+
+        Args:
+            plan: Of the matrices that the round adapts.
+        """
+        return PLAIN
 
     @property
     @override
@@ -245,8 +253,7 @@ class LayerMethod(LowRankMethod):
         return Downlink(
             {name: self.adapter(self.layer(state, name), now) for name in plan.targets},
             dense_slots(state),
-            recipe=self.recipe,
-            arguments=self.arguments(plan),
+            program=self.program(plan),
             ranks=self.components(cohort, now),
             link=state.memo.sketch,
         )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Annotated
 
 import numpy as np
 import torch
 
-from fedraclora.limits import Limit, choice_of
 from fedraclora.lowrank.algebra import truncated_product
 from fedraclora.protocol.change_of_basis import as_product
 from fedraclora.protocol.factor import Factor, FactorLike, as_rows, combined, label_of
@@ -19,13 +17,6 @@ from fedraclora.sketch import SketchSpec
 
 Change = tuple[FactorLike, ...]  # B and A of a link, or what stands for them
 Kept = tuple[int, float]  # how many rows of a frozen factor come from before, and their length
-KeptLength = Annotated[
-    float | str,
-    Limit(
-        "auto, or a number in (0, 1],",
-        lambda c: c == "auto" or (isinstance(c, float | int) and 0 < c <= 1),
-    ),
-]
 ENERGY = "energy_seen"  # a column of the ledger
 NOISE = 1e-6  # singular values of a trained factor up to this share of the largest are rounding
 
@@ -93,8 +84,6 @@ BASES: dict[str, Callable[[Change, str, int], torch.Tensor]] = {
     "singular": leading,
     "coordinate": squared_lengths,
 }
-FRESH_ROWS = {"singular": "orthonormal", "coordinate": "coordinate"}  # of the other rows
-KeptBasis = Annotated[str, choice_of(BASES)]
 
 
 def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:

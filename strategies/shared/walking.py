@@ -1,27 +1,290 @@
-"""Methods whose clients send numbers along drawn directions of all that is trained."""
+"""Methods whose clients send numbers along drawn directions of all that is trained.
+
+    V <- mu V + sum_p c_kp z_kp;   W <- W + V    for the rows k = 0, 1, ... in turn
+
+All weights of a walk share its numbers c. The direction with number j is one drawing for each
+weight, keyed by its name, with E[z z^T] = I; the next row goes on where the last one ended. A walk
+is computed in float64, direction by direction, and rounded once, so that whoever takes it has the
+same bits on one build. Where there is momentum, V stays beside each weight, as what the last link
+trained does (`fedraclora.protocol.factor`).
+
+Clients that look along directions train the numbers c themselves, by differences of losses and no
+backward pass. Local step t of a client looks along P directions:
+
+    g_p = (L(W + eps z_p) - L(W - eps z_p)) / (2 eps)      the gradient of c_p is g_p / P
+    W <- W + sum_j (c_j - c_j before) z_j                  (with V between, under momentum)
+
+The optimiser takes its step on c: SGD and its momentum on c are those on W. All clients of a chunk
+look at once, in two forward passes a direction, with the same dropout in both. The loss that is
+reported is the mean of the two, up to eps^2 that of W.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import cast
 
 import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.factor import to_train
+from fedraclora.limits import Count, Positive
+from fedraclora.protocol.factor import SEED_BYTES, past_name, to_train
+from fedraclora.protocol.link import Move
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Method, Plan, State, apply_link
-from fedraclora.protocol.pool import parameters
+from fedraclora.protocol.program import (
+    PLAIN,
+    ClientChunk,
+    ClientProgram,
+    Former,
+    Forward,
+    mean_losses,
+)
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.protocol.walk import MOVES, Walk
-from fedraclora.tree import Tree, wide
+from fedraclora.rng import hash_key
+from fedraclora.sketch import SketchSpec, check_sketch
+from fedraclora.tree import Tree, parameters, wide
+from fedraclora.wire.fields import whole
+
+MOVES = "seeds/moves"  # what clients send: numbers, by direction
+
+
+@dataclass(frozen=True)
+class Walk(Move):
+    """Directions of some weights, and how far they go.
+
+    Attributes:
+        seed: Of all directions.
+        first: Number of the first direction.
+        law: Of a direction, a key of `fedraclora.sketch.SKETCHES`.
+        momentum: mu.
+        scalars: c, [rows, directions of a row]; None: nobody has gone yet.
+        turned: Those of the weights that are stored (in, out): their directions are turned as well.
+    """
+
+    name = "walk"
+
+    seed: int
+    first: int = 0
+    law: str = "gaussian"
+    momentum: float = 0.0
+    scalars: torch.Tensor | None = None
+    turned: tuple[str, ...] = ()
+
+    @property
+    @override
+    def payload_bytes(self) -> int:
+        return SEED_BYTES + (0 if self.scalars is None else self.scalars.nbytes)
+
+    @property
+    @override
+    def keeps_direction(self) -> bool:
+        return self.momentum > 0
+
+    def direction(self, name: str, like: torch.Tensor, number: int) -> torch.Tensor:
+        """Draw a direction of one weight, in its shape: float64 on the CPU, not to be modified."""
+        seed = hash_key(self.seed, "direction", name) >> 65
+        dim, at = like.numel(), self.first + number
+        spec = SketchSpec(self.law, "right", 1, dim, seed, at, normalise="identity")
+        drawn = spec.draw()
+        return drawn.view(*like.shape[::-1]).mT if name in self.turned else drawn.view(like.shape)
+
+    def along(self, name: str, like: torch.Tensor, scalars: Mapping[int, float]) -> torch.Tensor:
+        """Sum directions of one weight, each times its number; float64 on the CPU."""
+        total = torch.zeros(like.shape, dtype=torch.float64)
+        for number, scalar in scalars.items():
+            total.add_(self.direction(name, like, number), alpha=scalar)
+        return total
+
+    @override
+    def taken(self, base: Mapping[str, torch.Tensor]) -> Tree:
+        if self.scalars is None or not self.scalars.numel():
+            return {}
+        rows = self.scalars.reshape(-1, self.scalars.shape[-1]).tolist()
+        steps = [
+            {k * len(row) + p: scalar for p, scalar in enumerate(row) if scalar}
+            for k, row in enumerate(rows)
+        ]
+        out: Tree = {}
+        for name in self.names:
+            weight, past = base[name], base.get(past_name(name))
+            W = weight.to("cpu", torch.float64, copy=True)
+            V = torch.zeros_like(W) if past is None else past.to(W, copy=True)
+            for step in steps:
+                move = self.along(name, W, step)
+                W += V.mul_(self.momentum).add_(move) if self.momentum else move
+            out[name] = W.to(weight)
+            if self.momentum:
+                out[past_name(name)] = V.to(weight)
+        return out
+
+
+@dataclass(frozen=True)
+class AlongDirections(ClientProgram, group="method"):
+    """Clients move whole weights, and send numbers along directions in their place.
+
+    Attributes:
+        walk: The directions.
+    """
+
+    moves_weights = True
+
+    walk: Walk
+
+    @property
+    @override
+    def payload_bytes(self) -> int:
+        return self.walk.payload_bytes
+
+    @property
+    @override
+    def keeps_direction(self) -> bool:
+        return self.walk.keeps_direction
+
+    @override
+    def check(self, downlink: Downlink) -> None:
+        check_walk(self.walk)
+
+    @override
+    def held(self, downlink: Downlink, plan: Plan) -> Downlink:
+        names = self.walk.names
+        dense = {n: to_train(plan.shapes[n], main=n in plan.weights) for n in names}
+        return replace(downlink, dense=dense, program=PLAIN)
+
+
+def check_walk(walk: Walk) -> None:
+    """Reject directions of a message that cannot be drawn.
+
+    Raises:
+        WireError: Naming the field.
+    """
+    whole(walk.seed, "the seed of its directions")
+    whole(walk.first, "the number of its first direction")
+    check_sketch(walk.law, "identity", "independent")
+
+
+@dataclass(frozen=True)
+class LookAlong(AlongDirections, group="method"):
+    """Clients train the numbers along directions, by differences of losses.
+
+    Attributes:
+        eps: How far a client looks along a direction.
+        directions: Of a local step.
+    """
+
+    forms_gradients = True
+
+    eps: Positive
+    directions: Count
+
+    @property
+    def by_direction(self) -> bool:
+        """Return whether a number is sent for each direction; else for each look along one."""
+        return False
+
+    @property
+    @override
+    def stream(self) -> str:
+        return "forwards"
+
+    @override
+    def most_steps(self, downlink: Downlink) -> int | None:
+        return None if self.by_direction else downlink.layout.size // self.directions
+
+    @override
+    def former(self, chunk: ClientChunk, base: Tree, steps: int) -> Former:
+        return Looking(self, chunk, base, steps)
+
+    def drawn(
+        self,
+        chunk: ClientChunk,  # noqa: ARG002
+        base: Tree,  # noqa: ARG002
+        size: int,
+        steps: int,  # noqa: ARG002
+    ) -> torch.Tensor:
+        """Choose the direction of each look, int64 [1 or K, looks]; here each has its own."""
+        return torch.arange(size)[None]
+
+
+class Looking:
+    """Forms the gradients of the numbers of a chunk of clients, and moves their weights.
+
+    Args:
+        program: How clients look.
+        chunk: Of clients; its values are the numbers.
+        base: The weights from which they go, with what stands beside them.
+        steps: The most local steps of a client.
+    """
+
+    def __init__(self, program: LookAlong, chunk: ClientChunk, base: Tree, steps: int) -> None:
+        self.program, self.walk = program, program.walk
+        values = chunk.values[MOVES]
+        K, size = len(values), int(values[0].numel())
+        self.drawn = program.drawn(chunk, base, size, steps)
+        # The direction of each number: [1, size] where clients share them.
+        self.numbers = torch.arange(size)[None] if program.by_direction else self.drawn
+        self.weights = {n: base[n].expand(K, *base[n].shape).clone() for n in self.walk.names}
+        self.moving: Tree = {}
+        if self.walk.momentum:
+            zeros = {n: torch.zeros_like(base[n]) for n in self.walk.names}
+            past = {n: base.get(past_name(n), zeros[n]) for n in self.walk.names}
+            self.moving = {n: t.expand(K, *t.shape).clone() for n, t in past.items()}
+        self.seen = values.flatten(1).clone()
+
+    def gradients(
+        self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
+    ) -> tuple[torch.Tensor, Tree]:
+        """Compute losses and gradients, as `ClientProgram.gradients` does; then weights move."""
+        del width
+        values, eps, count = chunk.values[MOVES], self.program.eps, self.program.directions
+        if step:
+            self._follow(values.flatten(1)[:active])
+        gradient = torch.zeros_like(self.seen[:active])
+        total = torch.zeros(active, dtype=gradient.dtype, device=gradient.device)
+        for place in range(step * count, (step + 1) * count):
+            drawn = self.drawn[:active, place]
+            at = drawn if self.program.by_direction else torch.full_like(drawn, place)
+            z = {n: self._stacked(n, drawn) for n in self.walk.names}
+            up, down = (self._losses(forward, z, active, side) for side in (eps, -eps))
+            slope = (up - down) / (2 * eps * count)
+            at = at.to(gradient.device).expand(active)[:, None]
+            gradient.scatter_(1, at, slope[:, None].to(gradient))
+            total += (up + down) / (2 * count)
+        return total, {MOVES: gradient.view(active, *values.shape[1:])}
+
+    def _losses(self, forward: Forward, z: Tree, active: int, eps: float) -> torch.Tensor:
+        """Compute the mean loss of each client on its batch, eps along its direction."""
+        with torch.no_grad():
+            there = {n: torch.add(w[:active], z[n], alpha=eps) for n, w in self.weights.items()}
+            return mean_losses(*forward(there, {}))
+
+    def _stacked(self, name: str, drawn: torch.Tensor) -> torch.Tensor:
+        """Draw a direction of a weight for each client, [active or 1, ...]."""
+        weight = self.weights[name]
+        each = {j: self.walk.direction(name, weight[0], j) for j in set(drawn.tolist())}
+        return torch.stack([each[j] for j in drawn.tolist()]).to(weight)
+
+    def _follow(self, now: torch.Tensor) -> None:
+        """Move weights by what the optimiser made of the numbers."""
+        active = len(now)
+        moved, self.seen = (now - self.seen[:active]).cpu(), now.clone()
+        columns = moved.any(dim=0).nonzero().flatten().tolist()
+        for name, weight in self.weights.items():
+            part, like = weight[:active], (-1, *[1] * (weight.dim() - 1))
+            if self.moving:
+                self.moving[name][:active] *= self.walk.momentum
+            for column in columns:
+                drawn = self.numbers[: active if len(self.numbers) > 1 else 1, column]
+                step = self._stacked(name, drawn) * moved[:, column].view(like).to(weight)
+                (self.moving[name][:active] if self.moving else part).add_(step)
+            if self.moving:
+                part.add_(self.moving[name][:active])
 
 
 @dataclass(frozen=True)
 class Walking(Method):
     """Base class: a fresh set of directions in each round, along which the server goes the mean."""
-
-    recipe: ClassVar[str] = "forwards"
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -36,8 +299,8 @@ class Walking(Method):
         """Return the shape of the numbers that a client sends."""
         raise NotImplementedError
 
-    def arguments(self, round_: int) -> dict[str, float | int]:
-        """Return the numbers that the recipe reads."""
+    def program(self, walk: Walk, round_: int) -> AlongDirections:
+        """Return what clients do along the directions of a round."""
         raise NotImplementedError
 
     def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:
@@ -49,12 +312,9 @@ class Walking(Method):
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        return Downlink(
-            dense={MOVES: to_train(self.shape(state.plan))},
-            recipe=self.recipe,
-            arguments=self.arguments(round_),
-            walk=self.walk(state.plan, round_, draw),
-        )
+        walk = self.walk(state.plan, round_, draw)
+        slot = to_train(self.shape(state.plan))
+        return Downlink(dense={MOVES: slot}, program=self.program(walk, round_))
 
     def gone(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:  # noqa: ARG002
         """Say how the server goes; ``mean`` is what clients sent, as it is stored."""
@@ -62,7 +322,7 @@ class Walking(Method):
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        link = Link(walks=self.gone(sent.directions, stored(got.mean()[MOVES], state), state.plan))
+        link = Link(moves=self.gone(walk_of(sent), stored(got.mean()[MOVES], state), state.plan))
         return replace(state, base=apply_link(state.base, link, state.plan), link=link, notes=())
 
     @override
@@ -72,6 +332,11 @@ class Walking(Method):
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         return torch.Size(self.shape(plan)).numel(), 0
+
+
+def walk_of(sent: Downlink) -> Walk:
+    """Return the directions of what a method of this kind has asked."""
+    return cast(AlongDirections, sent.program).walk
 
 
 def stored(numbers: torch.Tensor, state: State) -> torch.Tensor:

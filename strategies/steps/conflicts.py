@@ -20,15 +20,14 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext, Mean
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
 from fedraclora.attacks import Attack
-from fedraclora.config.unread import keeps_rows
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.lowrank.dora import magnitudes
 from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Downlink, Method, State, Traits
+from fedraclora.protocol.program import ClientProgram
 from fedraclora.protocol.quantised import FULL
-from fedraclora.protocol.recipes import RECIPES, Recipe
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.round_step import RoundStep, RunContext, step_name
 from fedraclora.strategies.shared.initials import STARTS
@@ -74,9 +73,9 @@ class Setup(RunContext):
         return innermost(self.method)
 
     @property
-    def recipe(self) -> Recipe:
+    def program(self) -> ClientProgram:
         """What clients do with what is sent."""
-        return RECIPES[self.sent.recipe]
+        return self.sent.program
 
     @property
     def rule(self) -> str:
@@ -123,14 +122,7 @@ def _no_mean_gradient(sent: Downlink) -> str:
     """Name what keeps a round from having one mean gradient."""
     if sent.apart:
         return "other factors for each client"
-    return "" if sent.recipe == "plain" else f"the recipe {sent.recipe}"
-
-
-def _goes_on(method: Method) -> bool:
-    """Check whether a link begins with what the last one left, beside the weights."""
-    goes_on = getattr(method, "carries", False) or getattr(method, "keeps", ())
-    carries = goes_on and getattr(method, "link_rounds", None) is not None
-    return bool(carries) or (hasattr(method, "fresh") and keeps_rows(method))
+    return "" if sent.program.plain else f"the client program {sent.program.name}"
 
 
 def _part_of_weights(setup: Setup) -> str:
@@ -213,9 +205,7 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     "server_optimiser.space=weights": lambda s: s.server_space == "weights",
     "server_optimiser.space=factors": lambda s: s.server_space == "factors",
     "server_optimiser.space=weights beside links that end": lambda s: (
-        s.server_space == "weights"
-        and s.traits.merges
-        and getattr(s.inner, "link_rounds", None) is not None
+        s.server_space == "weights" and s.traits.merges and s.inner.link_rounds is not None
     ),
     "an adaptive server_optimiser with space=factors": lambda s: (
         s.server_space == "factors" and s["server_optimiser"].adapts
@@ -231,10 +221,10 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     "local epochs in the place of steps": lambda s: not s.local.steps,
     "local steps that are not plain SGD": lambda s: _beside_plain_sgd(s.local),
     "a method whose links last one round": lambda s: (
-        not s.traits.pools and getattr(s.method, "link_rounds", None) == 1
+        not s.traits.pools and s.method.link_rounds == 1
     ),
     "a method whose links last several rounds": lambda s: (
-        s.traits.merges and not s.traits.pools and (getattr(s.inner, "link_rounds", None) or 1) > 1
+        s.traits.merges and not s.traits.pools and (s.inner.link_rounds or 1) > 1
     ),
     "dora=true": lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)),
     "method.blocks=cover": lambda s: getattr(s.inner, "blocks", "") == "cover" and s.traits.merges,
@@ -245,13 +235,13 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     ),
     "a method of which a part stays at each client": lambda s: s.method.client_state,
     "a method that trains other tensors from round to round": lambda s: s.traits.varies,
-    "a method some of whose numbers are never trained": lambda s: s.recipe.fixes,
+    "a method some of whose numbers are never trained": lambda s: s.program.fixes,
     "a method that trains a share of the entries of full weights": lambda s: (
-        s.recipe.fixes and not s.sent.adapters
+        s.program.fixes and not s.sent.adapters
     ),
-    "a method whose clients send gradients first": lambda s: not s.recipe.steps,
+    "a method whose clients send gradients first": lambda s: not s.program.trains,
     "a method that trains neither factor A nor B": lambda s: (
-        s.recipe.steps and not row_slots(s.sent, {})
+        s.program.trains and not row_slots(s.sent, {})
     ),
     "a method whose factors begin anew with each link": lambda s: (
         s.traits.merges
@@ -261,13 +251,13 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
         (s.traits.merges or s.traits.pools) and next(iter(s.sent.adapters), "")
     ),
     "a method whose clients send numbers along drawn directions": lambda s: (
-        s.recipe.walks and f"the recipe {s.sent.recipe}"
+        s.program.moves_weights and f"the client program {s.program.name}"
     ),
-    "a method whose clients train by differences of losses": lambda s: s.recipe.forwards,
-    "momentum that is kept over rounds": lambda s: bool(s.sent.walk and s.sent.walk.momentum),
+    "a method whose clients train by differences of losses": lambda s: s.program.forms_gradients,
+    "momentum that is kept over rounds": lambda s: s.program.keeps_direction,
     "local.momentum": lambda s: s.local.momentum > 0,
     "a method with a pool of sketches": lambda s: s.traits.pools,
-    "a method whose next link begins with what the last left": lambda s: _goes_on(s.inner),
+    "a method whose next link begins with what the last left": lambda s: s.inner.begins_with_last,
     # These three a step finds when it computes.
     "a method whose trained factors begin anew": lambda _: False,
     "a method whose frozen factors have changed": lambda _: False,
@@ -280,9 +270,9 @@ IN_ROUNDS: dict[str, Callable[[Setup], bool | str]] = {
         slot.per_client for slot in s.sent.uploaded().values()
     ),
     "a round without a mean gradient": lambda s: _no_mean_gradient(s.sent),
-    "clients that send gradients": lambda s: not s.recipe.steps,
+    "clients that send gradients": lambda s: not s.program.trains,
     "steps of the project's loop alone": lambda s: (
-        s.sent.recipe != "plain" and f"the recipe {s.sent.recipe}"
+        not s.program.plain and f"the client program {s.program.name}"
     ),
 }
 FEATURES |= IN_ROUNDS

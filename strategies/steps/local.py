@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.protocol.method import Downlink, State
-from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
@@ -108,7 +107,7 @@ class RowMoments(RoundStep):
 
     @override
     def send(self, sent: Downlink, state: State) -> Downlink:
-        if not RECIPES[sent.recipe].steps:  # gradients alone are asked for
+        if not sent.program.trains:  # gradients alone are asked for
             return sent
         return replace(sent, dense=sent.dense | row_slots(sent, state.moments))
 
@@ -116,7 +115,7 @@ class RowMoments(RoundStep):
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
         after, sent = close(got), exchange.downlink
         names = [name for name in sent.dense if name.startswith(ROW_SLOT)]
-        if not names and RECIPES[sent.recipe].steps:
+        if not names and sent.program.trains:
             raise refused(ROW_MOMENTS, TWICE)
         if not names or not len(got.clients):
             return after

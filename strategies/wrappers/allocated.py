@@ -2,7 +2,7 @@
 
 HeteroLoRA (``allocation=heterolora``), in round 1, or every so many rounds:
 
-    exchange 1: clients send the gradients of all adapters where they start (recipe ``gradient``);
+    exchange 1: clients send the gradients of all adapters where they start ;
                 score of a layer: GRAD-NORM ||g_A||_F + ||g_B||_F, or SNIP sum |A g_A| + sum |B g_B|
     exchange 2: they train, as the method says, the layers of highest score alone
 
@@ -12,7 +12,7 @@ With SYNFLOW there is no first exchange: the server scores the model without dat
   downlink once more; every round costs what the method does for the layers that are chosen.
 - A method that carries factors is asked once: a layer that is left out later would lose what it has
   learnt. Those that begin anew each round (fed_rac_lora, fed_cola, flora_stacking) may choose anew.
-- Refused: methods of another recipe than plain local steps, those that change the base weights
+- Refused: methods whose clients do more than plain local steps, those that change the base weights
   before the first round, and client state: what a layer left behind would be forgotten.
 - Source: Zhang et al., *Unlocking the global synergies in low-rank adapters*, 2024, arXiv
   2406.14956.
@@ -41,10 +41,10 @@ from fedraclora.protocol.method import (
     State,
     Traits,
 )
+from fedraclora.protocol.program import GRADIENT, PLAIN
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.fedavg_lora import FedAvgLora
-from fedraclora.strategies.fedex_lora import FedExLora
 from fedraclora.strategies.shared.common import dense_slots, opening
+from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.wrappers.around import Around
 from fedraclora.strategies.wrappers.pruned import Pruned
 from fedraclora.tree import Tree
@@ -113,18 +113,18 @@ class Allocated(Around):
         if not self.rule.due(round_):
             return super().open_round(state, round_, cohort, draw)
         sent = self.inner.open_round(state, round_, cohort, draw)
-        if sent.recipe != "plain":
-            raise refused(self.inner, f"its clients follow the recipe {sent.recipe}")
+        if not sent.program.plain:
+            raise refused(self.inner, f"its clients do more than local steps ({sent.program.name})")
         if sent.adapters.keys() != state.plan.targets.keys():
             raise refused(self.inner, "it does not adapt every layer in each round")
         if self.rule.proxy != SYNFLOW or self.flow is None:
-            return replace(sent, recipe="gradient", dense={})
+            return replace(sent, program=GRADIENT, dense={})
         chosen = self.rule.chosen(self.flow(state.base, sent, state.plan))
         return replace(sent, adapters={name: sent.adapters[name] for name in chosen})
 
     @override
     def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
-        if sent.recipe != "gradient":
+        if sent.program != GRADIENT:
             return self.inner.next_exchange(narrowed(state, sent.adapters), sent, got)
         mean = got.mean()
         values: dict[str, Tree] = {}
@@ -136,7 +136,7 @@ class Allocated(Around):
         chosen = self.rule.chosen(self.rule.scores(values, gradients))
         left = sent if got.places is None else sent.select(got.places)
         adapters = {name: left.adapters[name] for name in chosen}
-        return replace(left, adapters=adapters, dense=dense_slots(state), recipe="plain")
+        return replace(left, adapters=adapters, dense=dense_slots(state), program=PLAIN)
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
@@ -180,7 +180,7 @@ def allocated(
         return Allocated(method, rule, flow)
     if not isinstance(rule, AdaLora):
         return method
-    if not isinstance(method, FedAvgLora | FedExLora) or not method.lives_on:
+    if not isinstance(method, LayerMethod) or not method.cuts_components:
         raise refused(method, "its components do not live on", "fedavg_lora, fedex_lora")
     return Pruned(method, rule)
 

@@ -27,7 +27,6 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.dora import magnitude_of, magnitudes, rescaled, row_lengths
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
-from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import server_step
 from fedraclora.strategies.shared.walking import Walking
@@ -109,7 +108,7 @@ class Dora(Around):
         return self.inner, replace(state, carried=carried)
 
     def _with_magnitudes(self, state: State, sent: Downlink) -> Downlink:
-        if not RECIPES[sent.recipe].steps:
+        if not sent.program.trains:
             raise ConfigError(
                 "dora is true, but clients send gradients, from which the factors begin; take "
                 "another method.initial, or dora=false"

@@ -10,7 +10,7 @@
 - Bytes: those of the method at the ranks that are left, and r (m + n) numbers to catch up for each
   component that is merged. Scores cost nothing: they are taken of what the round moved.
 - Aggregation: as the method's: a cut leaves the effective weights.
-- Fits methods whose components live on under one basis: fedavg_lora (one link) and fedex_lora.
+- Fits methods whose components live on under one basis (`Method.cuts_components`).
 - Source: Zhang et al., *AdaLoRA: adaptive budget allocation for parameter-efficient fine-tuning*,
   ICLR 2023, arXiv 2303.10512: importance, uncertainty and the budget's schedule.
 - Departures: B and A stand for its P Lambda and Q: there are no singular values of their own, and
@@ -43,9 +43,8 @@ from fedraclora.protocol.method import (
     apply_link,
 )
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.fedavg_lora import FedAvgLora
-from fedraclora.strategies.fedex_lora import FedExLora
 from fedraclora.strategies.shared.common import opening
+from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.wrappers.around import Around
 from fedraclora.tree import Tree
 
@@ -78,7 +77,7 @@ class Pruned(Around):
 
     memo: ClassVar[type[RanksLeft]] = RanksLeft
 
-    inner: FedAvgLora | FedExLora
+    inner: LayerMethod
     rule: AdaLora
 
     @property
@@ -105,7 +104,7 @@ class Pruned(Around):
         after = inner.close_round(at, sent, got)
         memo = replace(self.kept(after), rounds=self.kept(after).rounds + 1)
         after = replace(after, plan=state.plan, memo=memo)
-        if sent.recipe == "gradient":  # the factors have only now begun
+        if not sent.program.trains:  # the factors have only now begun
             return after
         smoothed = self._smoothed(state, sent, after)
         budget = self.rule.budget(memo.rounds, memo.components, len(state.plan.targets))

@@ -29,6 +29,7 @@ from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Link, Term
 from fedraclora.protocol.method import Downlink, Draw, State
 from fedraclora.protocol.plan import resolve_scale
+from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.run.client_state import ClientStore
 from fedraclora.strategies.fed_rac_lora import FedRacLora
@@ -42,7 +43,6 @@ from fedraclora.strategies.shared.layerwise import (
     Round,
 )
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult
 from fedraclora.training.materialise import start_from
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree

@@ -41,9 +41,9 @@ from fedraclora.attacks import Attack
 from fedraclora.data.samples import Samples
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import Traits
+from fedraclora.protocol.program import ClientProgram, When
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
-from fedraclora.training.extra import LocalExtra, When
 from fedraclora.training.extras.settings import LocalSettings
 from tests.unit.test_api_objects import Mine, Untold
 
@@ -740,7 +740,7 @@ class Averages(LayerMethod):
 
 
 @dataclass(frozen=True)
-class Decay(LocalExtra):
+class Decay(ClientProgram):
     """A local step of somebody's."""
 
     form = "decay={rate}"

@@ -47,7 +47,7 @@ def asked(done: Any) -> list[tuple[int, str, tuple[str, ...]]]:
     found = []
     for content in done.worker.asked:
         downlink, order = unpack_downlink(content)
-        line = (order.round_, downlink.recipe, tuple(downlink.adapters))
+        line = (order.round_, downlink.program.name, tuple(downlink.adapters))
         if not found or found[-1] != line:
             found.append(line)
     return found
@@ -192,8 +192,8 @@ REFUSED: dict[str, tuple[Method, str]] = {
     "pissa": (make_method("fedavg_lora", initial="pissa"), "changes the base weights"),
     "keeps a pool": (make_method("pool_rac_lora"), "a part of every layer"),
     "keeps state": (make_method("fedsa_lora"), "keep factors of their own"),
-    "probes by itself": (make_method("fedavg_lora", initial="lora_ga"), "recipe gradient"),
-    "follows a recipe": (make_method("ravan"), "recipe block_diagonal"),
+    "probes by itself": (make_method("fedavg_lora", initial="lora_ga"), "gradient"),
+    "follows a recipe": (make_method("ravan"), "block_diagonal"),
     "no adapters": (make_method("fedavg"), "does not adapt every layer"),
     "draws layers": (make_method("xgblora"), "does not adapt every layer"),
 }

@@ -315,7 +315,7 @@ def test_what_changes_updates_at_the_server_is_refused(beside: dict[str, Any], t
         ("flora_stacking", {}, STEPS, "its server refits factors"),
         ("fedavg_lora", {"resample_every": 3}, STEPS, "begin anew"),
         ("frlora", {}, STEPS, "begin anew"),
-        ("slora", {}, STEPS, "the recipe sparse"),
+        ("slora", {}, STEPS, "client program sparse"),
     ],
     ids=lambda v: str(v)[:24],
 )

@@ -339,6 +339,6 @@ def test_feedback_of_numbers_that_are_not_rounded_is_refused() -> None:
 def test_a_turn_that_no_pool_has_is_refused(turn: object, wiretap: Wiretap) -> None:
     finished("pool_rac_lora", {"pool": 2}, rounds=1)
     described = json.loads(json.dumps(describe(wiretap.seen[0].asked)))
-    described["downlink"]["turn"] = turn
+    described["downlink"]["program"]["turn"] = turn
     with pytest.raises(WireError, match="turn"):
         described_downlink(described, {}, set())

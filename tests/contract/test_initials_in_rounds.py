@@ -170,7 +170,7 @@ def test_a_first_link_is_as_long_as_a_drawn_one_and_stays(name: str, more: dict[
     world, method, draw = make_world(), first(name, more), Draw(1)
     done = run(world, method, RAGGED, rounds=3, cohort=3, chunk=3)
     asked = [unpack_downlink(content)[0] for content in done.worker.asked]
-    rounds = [d for d in asked if d.recipe != "gradient"]
+    rounds = [d for d in asked if d.program.trains]
     assert [d.link for d in rounds] == ([0, 0] if method.link_rounds != 1 else [0, 1])
     drawn = replace(method, first="drawn")
     state = drawn.init(world.base, world.plan, draw)

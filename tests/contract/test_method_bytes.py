@@ -29,6 +29,7 @@ from fedraclora.engines.records import to_records
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.factor import SEED_BYTES
 from fedraclora.protocol.link import Link
+from fedraclora.strategies.shared.walking import AlongDirections
 from fedraclora.weights.chain import read_link
 from fedraclora.weights.links import read_links
 from fedraclora.wire.records import Content
@@ -87,7 +88,7 @@ def message_bytes(content: Content) -> int:
 def seeds(content: Content) -> int:
     downlink, _ = unpack_downlink(content)
     drawn = sum(f.sketch is not None for f in downlink.named.values())
-    return drawn + (downlink.walk is not None)
+    return drawn + isinstance(downlink.program, AlongDirections)
 
 
 def test_the_uplink_of_the_ledger_is_the_formula_and_the_message(done: Run, world: World) -> None:
@@ -161,12 +162,12 @@ def test_catch_up_is_the_links_a_client_missed_or_the_dense_weight(done: Run, fo
         return kept[-1].numel() * ITEM if kept else 0
 
     # Weights that walk together share the numbers, and are followed or fetched together.
-    walks = [walk for link in links for walk in link.walks]
+    walks = [walk for link in links for walk in link.moves]
     shared = {walk.names: 0 for walk in walks}
     apart = [n for n in dense if not any(n in names for names in shared)]
 
     def walked(link: Link, names: tuple[str, ...]) -> int:
-        gone = [walk.scalars for walk in link.walks if walk.names == names]
+        gone = [walk.scalars for walk in link.moves if walk.names == names]
         return sum(SEED_BYTES + c.numel() * ITEM for c in gone if c is not None)
 
     held: dict[int, int] = {}

@@ -13,8 +13,8 @@ from worlds import RAGGED, Run, assert_equal_trees, make_method, make_world, run
 
 from fedraclora.data.samples import ClientData, Samples
 from fedraclora.errors import ClientError
+from fedraclora.protocol.program import LocalResult
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult
 
 METHOD = make_method("fed_rac_lora")
 CARD = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

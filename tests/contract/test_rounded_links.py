@@ -124,7 +124,7 @@ def test_what_is_sent_twice_has_the_same_bits(
             before = last.factors().get(name)
             if before is None or before.trained or factor.trained or now.link != last.link:
                 pass
-            elif last.recipe != "gradient":  # a probe has factors of its own
+            elif last.program.trains:  # a probe has factors of its own
                 assert torch.equal(factor.draw(), before.draw()), name
             if factor.trained and factor.upload and name in state.carried:
                 assert torch.equal(factor.draw(), state.carried[name]), name
@@ -145,7 +145,7 @@ def test_a_client_starts_from_the_weights_that_the_server_measures(
     if is_personal(variant):
         pytest.skip("clients keep a factor that the server does not have")
     done = finished(variant, way)
-    if any(sent.walk for sent in done.sent):
+    if any(sent.program.moves_weights for sent in done.sent):
         pytest.skip(WALKED)
     method, draw = done.run.strategy.method, done.run.strategy.draw
     for state, sent in zip(done.states, done.sent, strict=False):
@@ -163,7 +163,7 @@ def test_a_clients_weights_after_a_link_are_the_servers(
     """Whoever was there in each round, or away for one, two or all of them."""
     done = finished(variant, way)
     states, history = done.states, WeightHistory()
-    if any(sent.walk for sent in done.sent):
+    if any(sent.program.moves_weights for sent in done.sent):
         pytest.skip(WALKED)
     every: dict[int, Follower] = {}
     for version, state in enumerate(states):
@@ -180,6 +180,6 @@ def test_a_clients_weights_after_a_link_are_the_servers(
         for name, adapter in sent.adapters.items() if ends and last.link == sent.link else ():
             term = (state.link.terms if state.link else {}).get(name)
             for label_, factor in adapter.factors.items():
-                if term is not None and not sent.pools and not factor.trained:
+                if term is not None and not sent.program.frame and not factor.trained:
                     merged = term.factors["BA".index(label_)]
                     assert torch.equal(merged.draw(), last.adapters[name].factors[label_].draw())

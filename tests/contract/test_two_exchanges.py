@@ -11,9 +11,21 @@ from worlds import RAGGED, assert_equal_trees, make_method, make_world, run
 
 from fedraclora.errors import ClientError
 from fedraclora.protocol.method import Downlink, State
+from fedraclora.protocol.program import LocalSteps
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from tests.messages import unpack_downlink
+
+
+@dataclass(frozen=True)
+class SecondPass(LocalSteps):
+    """Plain local steps, once more."""
+
+    name = "second_pass"
+
+    @property
+    def stream(self) -> str:
+        return "plain"
 
 
 @dataclass(frozen=True)
@@ -21,7 +33,7 @@ class TwoPasses(FedRacLora):
     """Fed-RAC-LoRA that asks for the same once more; the stage is read off what was sent."""
 
     def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
-        return None if sent.arguments else replace(sent, arguments={"pass": 2})
+        return None if isinstance(sent.program, SecondPass) else replace(sent, program=SecondPass())
 
 
 METHOD = TwoPasses(rank=3, alpha=5.0)

@@ -30,11 +30,10 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Method
-from fedraclora.protocol.walk import SUMS
 from fedraclora.rng import cohort_bits, generator, hash_key
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.decomfl import DeComFl
-from fedraclora.strategies.fedkseed import FedKSeed
+from fedraclora.strategies.fedkseed import SUMS, FedKSeed
 from fedraclora.strategies.ferret import Ferret
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.wrappers import method_of

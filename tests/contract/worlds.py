@@ -40,19 +40,21 @@ from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Memo, Method, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
-from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.protocol.walk import CHANCES, MOVES, SUMS, blocks, visited
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import read_states
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.fedkseed import CHANCES, SUMS, LookOften
+from fedraclora.strategies.ferret import Ferret, ProjectUpdate, blocks
+from fedraclora.strategies.pool_rac_lora import InPool
 from fedraclora.strategies.server.callbacks import Evaluate
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.strategies.server.round_step import RoundStep
+from fedraclora.strategies.shared.walking import MOVES, AlongDirections
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.private import PrivateRounds
 from fedraclora.strategies.wiring import wire
@@ -191,8 +193,7 @@ def goes_its_own_way(method: Method) -> bool:
 
 def sends_a_shadow(method: Method) -> bool:
     """Whether what clients send stands for their weights, and is not these."""
-    recipe = RECIPES.get(getattr(method, "recipe", "plain"), RECIPES["plain"])
-    return recipe.walks and not recipe.forwards
+    return isinstance(method, Ferret)
 
 
 def has_field(method: Method, name: str) -> bool:
@@ -404,7 +405,8 @@ def play_rounds(
 def with_pools(played: Played) -> Tree:
     """Base weights of a round with s sum_j B^(j) A_j, part by part; a second opinion as below."""
     base = dict(played.before.base)
-    for weight, pool in played.sent.pools.items():
+    program = played.sent.program
+    for weight, pool in program.pools.items() if isinstance(program, InPool) else ():
         for j in range(pool.count):
             drawn = replace(pool.first, index=pool.first.index + j)
             right = drawn.side == "right"
@@ -417,19 +419,19 @@ def with_pools(played: Played) -> Tree:
 
 def walked(played: Played, k: int, base: Tree) -> Tree:
     """Weights of a client that sends numbers along directions: each of these, times its number."""
-    walk, out = played.sent.walk, dict(base)
-    if walk is None:
+    program, out = played.sent.program, dict(base)
+    if not isinstance(program, AlongDirections):
         return out
-    moves, arguments = played.got.stack()[MOVES][k].double().flatten(), played.sent.arguments
+    walk, moves = program.walk, played.got.stack()[MOVES][k].double().flatten()
     sums, along = base.get(SUMS, torch.zeros(0)).double(), torch.arange(len(moves))
-    if arguments.get("pool") and arguments["pairs"]:
+    if isinstance(program, LookOften) and not program.sums:
         chances = base[CHANCES] if CHANCES in base else torch.zeros(0)
-        chances = chances if len(chances) else torch.ones(int(arguments["pool"]))
+        chances = chances if len(chances) else torch.ones(program.seeds)
         who = played.got.clients[k : k + 1]
-        along = visited(walk.seed, int(arguments["round"]), who, len(moves), chances)[0]
+        along = program.visited(who, len(moves), chances)[0]
     parts = [(walk.names, len(moves))]
-    if played.sent.recipe == "projected_update":
-        parts = blocks({n: tuple(base[n].shape) for n in walk.names}, int(arguments["directions"]))
+    if isinstance(program, ProjectUpdate):
+        parts = blocks({n: tuple(base[n].shape) for n in walk.names}, program.directions)
         along = torch.cat([torch.arange(count) for _, count in parts])
     for names, count in parts:
         for name in names:
@@ -581,7 +583,7 @@ def seeds_of(update: WeightUpdate) -> int:
     parts = [part for _, link in update.links for part in link.parts()]
     terms = (term for part in parts for term in part.terms.values())
     drawn = sum(f.sketch is not None for term in terms for f in term.factors)
-    return drawn + sum(len(part.walks) for part in parts)
+    return drawn + sum(len(part.moves) for part in parts)
 
 
 def assert_updates_lead_on(folder: Path, coding: str = NONE) -> Tree:

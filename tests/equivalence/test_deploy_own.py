@@ -149,14 +149,14 @@ from dataclasses import dataclass
 
 import fedraclora
 from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.training.extra import LocalExtra, When
+from fedraclora.protocol.program import ClientProgram, When
 
 @dataclass(frozen=True)
 class Method(FedRacLora):
     boost: float = 1.0
 
 @dataclass(frozen=True)
-class Decay(LocalExtra):
+class Decay(ClientProgram):
     form = "decay={rate}"
     rate: float = 0.1
 

@@ -22,13 +22,13 @@ from fedraclora.errors import ClientError
 from fedraclora.experiments.simulate import run_one
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort
+from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult
 from fedraclora.tree import Tree, digest
 from tests.common import arranged, assemble
 

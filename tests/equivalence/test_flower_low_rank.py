@@ -313,8 +313,8 @@ def test_options_of_fedavg_go_on_to_work(tmp_path: Path, caplog: pytest.LogCaptu
     ("options", "why"),
     [
         ({"method": FedSaLora(rank=1)}, "FedSaLora.*stays at each client"),
-        ({"method": SLora(rank=1)}, "recipe sparse"),
-        ({"method": FedRacLora(rank=1, first="gradient")}, "recipe gradient"),
+        ({"method": SLora(rank=1)}, "sparse"),
+        ({"method": FedRacLora(rank=1, first="gradient")}, "gradient"),
         ({"method": FedRacLora}, "an instance"),
         ({"arrayrecord_key": "weights"}, "arrayrecord_key"),
         ({"uplink": "int7"}, "uplink.*int7.*int8"),

@@ -30,11 +30,11 @@ from fedraclora.data.samples import Partitioned
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
+from fedraclora.protocol.program import LocalResult
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
 from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import LiveTensors, measure_memory
 from fedraclora.tree import Tree, digest

@@ -111,7 +111,7 @@ def test_every_plain_method_trains_as_by_the_projects_loop(name: str) -> None:
     case = Case(mlp(), bias="average")
     method = method_of(name)
     if name in LOOPS_ALONE:
-        with pytest.raises(ConfigError, match=r"local=own.*recipe"):
+        with pytest.raises(ConfigError, match=r"local=own.*client program"):
             run(case, method, plain)
         return
     own, wired = run(case, method, plain)

@@ -15,10 +15,10 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.protocol.program import LocalResult
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
 from fedraclora.tree import Tree
 from tests.common import assemble

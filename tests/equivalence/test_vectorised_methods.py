@@ -20,11 +20,12 @@ from vectorised_agreement import (
 from vectorised_cases import CASES, SEED, SIZES, Case, mlp, scaled
 from vectorised_settings import ALSO, WIDELY
 
+from fedraclora.protocol.link import Terms
 from fedraclora.protocol.method import Cohort, Draw
-from fedraclora.protocol.pool import Pool, Terms, parameters
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
-from fedraclora.tree import Tree
+from fedraclora.strategies.pool_rac_lora import InPool
+from fedraclora.tree import Tree, parameters
 
 # Every method on one model, factors of every form on one that is trained in the other way, and what
 # clients train on every model; the rest is for the long suite.
@@ -87,7 +88,8 @@ def test_a_pool_may_stand_beside_weights_that_it_is_not_folded_into(
         got = Uplinks(cohort.clients, cohort.weights, layout, rows)
         state = method.close_round(state, sent, got)
     sent = method.open_round(state, 4, cohort, draw)
-    assert sent.pools.keys() == sent.adapters.keys()
+    assert isinstance(sent.program, InPool)
+    assert sent.program.pools.keys() == sent.adapters.keys()
 
     def trained() -> Tree:
         trainer = trainer_of(world.task, plan, LOCAL)
@@ -95,9 +97,9 @@ def test_a_pool_may_stand_beside_weights_that_it_is_not_folded_into(
 
     folded = trained()
 
-    def apart(base: Tree, pools: dict[str, Pool], *_: object) -> tuple[Tree, Terms]:
-        return parameters(base), {name: pool.term(name, base) for name, pool in pools.items()}
+    def apart(self: InPool, base: Tree, *_: object) -> tuple[Tree, Terms]:
+        return parameters(base), {name: pool.term(name, base) for name, pool in self.pools.items()}
 
-    monkeypatch.setattr("fedraclora.training.cohort.fold_pools", apart)
+    monkeypatch.setattr(InPool, "fold", apart)
     for name, value in trained().items():
         torch.testing.assert_close(value, folded[name], rtol=0, atol=ATOL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,16 +19,15 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, loss_function
 from fedraclora.privacy.sample_level import answer_keys, seed_key
 from fedraclora.protocol.method import Adapter, Downlink, Plan
-from fedraclora.protocol.pool import fold_pools
+from fedraclora.protocol.program import Hook, When
 from fedraclora.protocol.rank_budgets import rank_axes, spans
-from fedraclora.protocol.recipes import RECIPES, GradientHook
-from fedraclora.protocol.walk import MOVES
 from fedraclora.rng import cohort_permutations, hash_key
+from fedraclora.strategies.galore_average import ProjectGradients
+from fedraclora.strategies.shared.walking import MOVES
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.vmapped import effective_weights
-from fedraclora.training.walks import as_held
 from fedraclora.tree import Tree
 from tests.reference.dp_sgd import set_noisy_gradients
 from tests.reference.galore import LocalGalore
@@ -67,39 +67,42 @@ def train_one(
     Returns:
         The trained tensors, and the mean loss over the local steps.
     """
-    if RECIPES[downlink.recipe].walks and not RECIPES[downlink.recipe].forwards:
-        inner = as_held(downlink, plan)
+    program = downlink.program
+    looks = program.forms_gradients
+    if program.moves_weights and not looks:
+        inner = program.held(downlink, plan)
         given = {"client": client, "place": place, "round_": round_, "seed": seed}
         after, mean = train_one(task, plan, local, base, inner, **given, rate_scale=rate_scale)
         return {MOVES: shadow(downlink, base, after)}, mean
     starts, frozen = own_tensors(downlink, base, place)
     held, values = base, starts
-    base = fold_pools(base, downlink.pools, plan, downlink.walk)[0]
+    base = program.fold(base, plan)[0]
     own = None if downlink.ranks is None else downlink.ranks[place : place + 1]
     if own is not None:
         base, values, frozen = within_budget(base, downlink, plan, values, frozen, own)
     values = {n: v.clone().requires_grad_() for n, v in values.items()}
     parts = {n: part_of(n, downlink, starts[n].shape, own) for n in values}
 
-    recipe = RECIPES[downlink.recipe]
-    hook, sums = recipe.gradient(frozen, downlink.arguments, None), dict[str, torch.Tensor]()
+    none: Any = None  # of a chunk: these programs do not look at it
+    hook = program.hooks(none).get(When.PROGRAM, lambda gradients, _: gradients)
+    sums = dict[str, torch.Tensor]()
     model, context = with_seeded_dropout(task.model, client, seed, round_)
     optimiser = make_optimiser(local, downlink, values, frozen, rate_scale)
     start_weights = effective_weights(base, downlink, plan, values, frozen)
     start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
     clients, losses = torch.tensor([client]), []
     samples = task.train.gather(clients, torch.arange(int(task.train.sizes(clients)))[None])
-    most = room(downlink) if recipe.forwards else None
+    most = room(downlink) if looks else None
     for step, rows in enumerate(batches(len(samples), client, local, seed, round_)[:most]):
         context.step, context.rows = step, len(rows)
         weights = effective_weights(base, downlink, plan, values, frozen)
-        if recipe.forwards:
+        if looks:
             weights = gone(downlink, held, base, client, values[MOVES].detach())
         each, counts = sample_losses(model, weights, samples.take(rows), task.loss, precision)
         loss = each.sum() / counts.sum().clamp(min=1)
         losses.append(float(loss.detach()))
         optimiser.zero_grad()
-        if recipe.forwards:
+        if looks:
             at = along(downlink, held, client, len(values[MOVES].flatten()), step)
 
             def there(z: Tree, by: float, now: Tree = weights, rows: torch.Tensor = rows) -> float:
@@ -121,13 +124,13 @@ def train_one(
             (local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()).backward()
         add_extras(values, downlink, place)
         shape_gradients(values, frozen, hook, local, downlink)
-        if recipe.steps:
+        if program.trains:
             optimiser.step()
             continue
         sums = {n: sums.get(n, 0) + v.grad for n, v in values.items() if v.grad is not None}
     trained = {name: start.clone() for name, start in starts.items()}
     for name, value in values.items():
-        trained[name][parts[name]] = value.detach() if recipe.steps else sums[name] / len(losses)
+        trained[name][parts[name]] = value.detach() if program.trains else sums[name] / len(losses)
     return trained, sum(losses) / max(1, len(losses))
 
 
@@ -243,7 +246,7 @@ def make_optimiser(
             return LocalRite(groups, frozen, betas=betas, eps=local.eps, weight_decay=decay)
         return torch.optim.AdamW(groups, betas=betas, eps=local.eps, weight_decay=decay)
 
-    if downlink.recipe == "galore":
+    if isinstance(downlink.program, ProjectGradients):
         return LocalGalore(local, values, downlink, rate_scale)
     if local.gate_penalty is not None:
         return LocalGates(local, values, downlink, make)
@@ -251,14 +254,14 @@ def make_optimiser(
 
 
 def shape_gradients(
-    values: Tree, frozen: Tree, hook: GradientHook, local: LocalSettings, downlink: Downlink
+    values: Tree, frozen: Tree, hook: Hook, local: LocalSettings, downlink: Downlink
 ) -> None:
-    """Do to the gradients of a step what recipe and settings say, in place."""
+    """Do to the gradients of a step what program and settings say, in place."""
     gradients = {n: v.grad[None] for n, v in values.items() if v.grad is not None}
-    for name, gradient in hook(gradients).items():
+    for name, gradient in hook(gradients, values).items():
         values[name].grad = gradient[0]
     adjust_gradients(local, downlink, values, frozen)
-    if local.clip is not None and RECIPES[downlink.recipe].steps:
+    if local.clip is not None and downlink.program.trains:
         groups: dict[str, list[torch.Tensor]] = {}
         for name, value in values.items():
             module = name.split("/")[0].rsplit(".", 1)[0] if local.clip_by == "layer" else ""

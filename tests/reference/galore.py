@@ -6,13 +6,14 @@ algorithm 2 of arXiv 2403.03507, with the optimiser of ``torch.optim`` for rho.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedraclora.protocol.method import Downlink
+from fedraclora.strategies.galore_average import ProjectGradients
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 
@@ -32,7 +33,8 @@ class LocalGalore:
     def __init__(
         self, local: LocalSettings, values: Tree, downlink: Downlink, rate_scale: float
     ) -> None:
-        self.local, self.values, self.arguments = local, values, downlink.arguments
+        self.local, self.values = local, values
+        self.program = cast(ProjectGradients, downlink.program)
         slots = downlink.trained()
         self.rates = {n: local.rate(slots[n].main, rate_scale) for n in values}
         self.state: dict[str, dict[str, Any]] = {n: {"M": 0.0, "V": 0.0} for n in values}
@@ -56,12 +58,12 @@ class LocalGalore:
         self.t += 1
 
     def turned(self, name: str) -> bool:
-        return f"turned/{name}" in self.arguments
+        return name in self.program.turned
 
     def matrix(self, name: str, stored: torch.Tensor) -> Matrix:
         """A tensor as (out, in); one that is not projected, as it is."""
         array: Matrix = stored.numpy()
-        if f"rank/{name}" not in self.arguments:
+        if name not in self.program.ranks:
             return array
         return array.T if self.turned(name) else array.reshape(len(array), -1)
 
@@ -71,14 +73,14 @@ class LocalGalore:
         decay = 0.0 if local.optimiser == "sgd" else rate * local.weight_decay
         if local.optimiser == "sgd":
             G = G + local.weight_decay * W
-        if f"rank/{name}" not in self.arguments:
+        if name not in self.program.ranks:
             return -decay * W - rate * self.rho(name, G)
         m, n = W.shape
-        if self.t % self.arguments["gap"] == 0:
-            self.state[name]["P"] = self.projector(G, int(self.arguments[f"rank/{name}"]))
+        if self.t % self.program.gap == 0:
+            self.state[name]["P"] = self.projector(G, self.program.ranks[name])
         P = self.state[name]["P"]
         lifted = P @ self.rho(name, P.T @ G) if m <= n else self.rho(name, G @ P) @ P.T
-        return -decay * W - rate * self.arguments["scale"] * lifted
+        return -decay * W - rate * self.program.scale * lifted
 
     def projector(self, G: Matrix, rank: int) -> Matrix:
         """The leading singular vectors of the smaller side, the largest entry of each positive."""

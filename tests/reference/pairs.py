@@ -13,7 +13,6 @@ import torch
 from typing_extensions import override
 
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.recipes import RECIPES
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 
@@ -29,7 +28,7 @@ def adjust_gradients(local: LocalSettings, downlink: Downlink, values: Tree, fro
         values: What is trained, with its gradients.
         frozen: Factors that are not trained.
     """
-    if not RECIPES[downlink.recipe].steps:
+    if not downlink.program.trains:
         return  # a probe sends gradients as they are
     if local.precondition:
         precondition(values, frozen)

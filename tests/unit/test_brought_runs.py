@@ -19,9 +19,9 @@ from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.experiments.choices import keys_of
 from fedraclora.experiments.overrides import composed
 from fedraclora.models.built import seeded
+from fedraclora.protocol.program import ClientProgram
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.training.extra import LocalExtra
 from fedraclora.training.extras.settings import LocalSettings
 
 MODULE = """
@@ -37,7 +37,7 @@ from fedraclora.attacks import Attack
 from fedraclora.limits import NotNegative
 from fedraclora.strategies.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerUpdate
-from fedraclora.training.extra import LocalExtra, When
+from fedraclora.protocol.program import ClientProgram, When
 from fedraclora.training.extras.settings import LocalSettings
 
 FACTOR = 3.0
@@ -85,7 +85,7 @@ class Poison(Attack):
         raise fedraclora.errors.DataError(f"poison of {classes} classes")
 
 @dataclass(frozen=True)
-class Decay(LocalExtra):
+class Decay(ClientProgram):
     rate: NotNegative = 0.1
     form = "decay={rate}"
 
@@ -125,13 +125,13 @@ def table(*, tilt: float = 0.0):
 def steep(output, target, *, by: float = 1.0):
     return by * nn.functional.cross_entropy(output, target, reduction="none")
 
-class Stretched(LocalExtra):
+class Stretched(ClientProgram):
     form = "stretched"
 
     def hooks(self, chunk):
         return {When.LOSS: lambda g, v: {n: t[0] for n, t in g.items()}}
 
-class Lost(LocalExtra):
+class Lost(ClientProgram):
     def hooks(self, chunk):
         return {When.LOSS: lambda g, v: {}}
 
@@ -343,7 +343,7 @@ def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
         ("attack=brought_parts:Louder attack.times=often", "attack.times is 'often'; float"),
         ("attack=brought_parts:Louder attack.share=2", "attack.share is 2"),
         ("local.extras=[{name:brought_parts:Decay,rat:2}]", r"extras\[0\]\.rat.*did you mean"),
-        ("local.extras=[brought_parts:Halved]", "class Halved; .*LocalExtra"),
+        ("local.extras=[brought_parts:Halved]", "class Halved; .*ClientProgram"),
         ("local.extras=[{name:brought_parts:Decay,rate:-2}]", r"local\.extras\.rate is -2.*from 0"),
         ("steps=[brought_parts:Decay]", r"steps\[0\].*class Decay; .*RoundStep"),
         ("steps=[{name:brought_parts:Halved,by:much}]", r"steps\[0\].by is 'much'; float"),
@@ -381,7 +381,7 @@ def test_gradients_of_other_shapes_or_names_are_refused(mine: Any, name: str) ->
         ({"local": {"lr": len}}, "local.lr .* type builtin"),
         ({"seed": len}, "seed is of type"),
         ({"local": {"extras": [3]}}, r"local.extras\[0\]|extras is"),
-        ({"local": {"extras": [object()]}}, r"extras\[0\].* type object; .*LocalExtra"),
+        ({"local": {"extras": [object()]}}, r"extras\[0\].* type object; .*ClientProgram"),
     ],
 )
 def test_objects_that_are_no_such_part_are_refused(mine: Any, keys: Any, said: str) -> None:
@@ -489,7 +489,12 @@ def test_settings_of_a_part_are_checked_like_those_of_the_project(mine: Any) -> 
 
 @pytest.mark.parametrize(
     ("base", "name"),
-    [(LocalSettings, "rate"), (LocalExtra, "sent"), (Attack, "attackers"), (FedRacLora, "update")],
+    [
+        (LocalSettings, "rate"),
+        (ClientProgram, "sent"),
+        (Attack, "attackers"),
+        (FedRacLora, "update"),
+    ],
 )
 def test_a_field_in_the_place_of_a_method_is_refused(base: type, name: str) -> None:
     """It would be called, far from here."""

@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.factor import SEED_BYTES, Factor
+from fedraclora.protocol.factor import SEED_BYTES
 from fedraclora.protocol.link import Link, Plan, Term, apply_link, matrices
-from fedraclora.protocol.quantised import encode, rounded
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import (
@@ -272,43 +271,3 @@ def test_a_number_costs_what_it_is_stored_in(dtype: torch.dtype) -> None:
     catch_up = CatchUp(weights(dtype), 1)
     catch_up.add(Link({"lin": Term.of((normal(M, R).to(dtype), SPEC), 1.0)}))
     assert catch_up.fetch(torch.tensor([0])).tolist() == [M * R * dtype.itemsize + 8]
-
-
-def test_a_link_of_an_older_release_is_read() -> None:
-    """Its factors are four kinds in JSON, with the tensors beside it under names of their own."""
-    spec = SketchSpec("gaussian", "right", rank=2, dim=5, seed=3, index=1)
-    B, C = torch.arange(14.0).reshape(7, 2), torch.arange(6.0).reshape(2, 3).double()
-    wide, few = torch.ones(7, 4), rounded(B, "int4", None)
-    plain = vars(spec)
-    meta = {
-        "terms": {
-            "drawn": {"scale": 2.0, "factors": [None, plain], "keep": 0},
-            "pool": {"scale": 1.5, "factors": [None, {"first": plain, "count": 2}]},
-            "computed": {"scale": 1.0, "factors": [None, {"drawing": plain}]},
-            "rounded": {"scale": 1.0, "factors": [[7, 2], plain], "kind": "int4"},
-        },
-        "rest": [{"terms": {}, "values": {"b": ["int4", [7, 2], "float32"]}}],
-    }
-    tensors = {
-        "term|drawn|0": B,
-        "term|pool|0": wide,
-        "term|computed|0": B,
-        "term|computed|1": C,
-        "term|rounded|0": encode(few.reshape(-1), [14], "int4"),
-        "rest0|dense|b": encode(few.reshape(-1), [14], "int4"),
-    }
-    link = read_link(tensors, json.loads(json.dumps(meta)))
-    wanted = {
-        "drawn": Term.of((B, spec), 2.0, keep=0),
-        "pool": Term.of((wide, Factor(sketch=spec, count=2)), 1.5),
-        "computed": Term.of((B, Factor(sketch=spec, coefficients=C)), 1.0),
-        "rounded": Term.of((few, spec), 1.0, "int4"),
-    }
-    assert link.terms.keys() == wanted.keys()
-    past = torch.ones(1, 5)
-    for name, term in wanted.items():
-        found = link.terms[name]
-        assert (found.scale, found.kind, found.keep) == (term.scale, term.kind, term.keep)
-        pairs = zip(matrices(found.beside(past)), matrices(term.beside(past)), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-    assert torch.equal(link.rest[0].dense["b"], few)

@@ -17,16 +17,16 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.protocol.plan import make_plan
-from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import (
+from fedraclora.protocol.program import (
     ClientChunk,
+    ClientProgram,
     Forward,
     Hook,
-    LocalExtra,
     LocalResult,
     Rates,
     When,
 )
+from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
@@ -40,11 +40,11 @@ CLIENTS = torch.arange(3)
 class Mine(LocalConfig):
     """Local settings with an extra."""
 
-    mine: LocalExtra = field(default_factory=LocalExtra)
+    mine: ClientProgram = field(default_factory=ClientProgram)
 
     @property
     @override
-    def added(self) -> tuple[LocalExtra, ...]:
+    def added(self) -> tuple[ClientProgram, ...]:
         return (self.mine,)
 
 
@@ -65,7 +65,7 @@ def train(local: LocalConfig, ranks: torch.Tensor | None = None) -> LocalResult:
 ONE = Mine(lr=LR, steps=1, batch_size=0)
 
 
-class Signs(LocalExtra):
+class Signs(ClientProgram):
     """The sign of a gradient in its place."""
 
     @override
@@ -82,7 +82,7 @@ def test_a_hook_changes_the_gradients_that_the_optimiser_gets() -> None:
     assert torch.equal(signs.trained["0.weight/B"], wanted)
 
 
-class Listens(LocalExtra):
+class Listens(ClientProgram):
     """Keeps what the gradients are at every place."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ def test_hooks_come_after_what_the_core_does_at_their_place() -> None:
     assert clipped.flatten(1).norm(dim=1).max() <= CLIP < cut.flatten(1).norm(dim=1).min()
 
 
-class Backwards(LocalExtra):
+class Backwards(ClientProgram):
     """An optimiser that climbs."""
 
     @override
@@ -125,7 +125,7 @@ def test_an_optimiser_takes_the_place_of_the_core_s() -> None:
     assert torch.equal(up.trained["0.weight/B"], -plain.trained["0.weight/B"])
 
 
-class Halved(LocalExtra):
+class Halved(ClientProgram):
     """Half the loss, by gradients of its own."""
 
     forms_gradients: ClassVar[bool] = True
@@ -150,7 +150,7 @@ def test_gradients_of_its_own_stand_in_the_place_of_those_of_the_loss() -> None:
 
 
 @dataclass(frozen=True)
-class Forgetful(LocalExtra):
+class Forgetful(ClientProgram):
     """Its moments end with the round."""
 
     share: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,26 +11,24 @@ import torch
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import to_train
 from fedraclora.rng import generator, torch_normal
-from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.moments import (
+from fedraclora.strategies.galore_average import (
     GaLore,
+    ProjectGradients,
     Projection,
-    begin_moments,
-    blank_moments,
     leading_vectors,
-    moment_shapes,
-    projections,
 )
+from fedraclora.training.extras.settings import LocalSettings
+from fedraclora.training.moments import begin_moments, blank_moments, moment_shapes
 from fedraclora.tree import Tree
 from tests.reference.galore import LocalGalore
 
 SHAPES = {"wide": (4, 7), "tall": (6, 5), "turned": (7, 4), "kernel": (3, 4, 2, 2), "bias": (4,)}
 SHAPES |= {"square": (5, 5)}  # projected from the left
-RANKS = {"rank/wide": 2, "rank/tall": 3, "rank/turned": 2, "rank/square": 3, "rank/kernel": 3}
+RANKS = {"wide": 2, "tall": 3, "turned": 2, "square": 3, "kernel": 3}
+PROGRAM = ProjectGradients(2, 0.25, RANKS, ("turned",))
 SENT = Downlink(
     dense={n: to_train(shape, main=n != "bias") for n, shape in SHAPES.items()},
-    recipe="galore",
-    arguments={"gap": 2, "scale": 0.25, "turned/turned": 1, **RANKS},
+    program=PROGRAM,
 )
 ADAMW = {"optimiser": "adamw", "lr": 0.05, "dense_lr": 0.01}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -45,6 +43,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def normals(*keys: int | str, K: int = 3) -> Tree:
     rng = generator(0, "galore", *keys)
     return {name: torch_normal(rng, K, *shape) for name, shape in SHAPES.items()}
+
+
+def made(
+    local: LocalSettings, values: Tree, rates: dict[str, float], stored: Tree, sent: Downlink = SENT
+) -> GaLore:
+    """The optimiser of clients that are asked for what is sent."""
+    program = cast(ProjectGradients, sent.program)
+    return GaLore(local, values, rates, stored, program, program.projections(sent))
 
 
 def rates(local: LocalSettings) -> dict[str, float]:
@@ -64,7 +70,7 @@ def test_steps_are_those_of_the_formula_over_rounds(setting: str) -> None:
     blank = blank_moments(local, SENT, torch.float64)
     stored = {n: t.expand(3, *t.shape).clone() for n, t in blank.items()}
     for round_, steps in enumerate(counts[: 2 if stored else 1]):
-        optimiser = GaLore(local, values, rates(local), begin_moments(stored, local, 0), SENT)
+        optimiser = made(local, values, rates(local), begin_moments(stored, local, 0))
         for j in range(max(steps)):
             gradients = normals("gradient", round_, j)
             active = sum(s > j for s in steps)
@@ -92,7 +98,7 @@ def test_moments_have_the_rank_in_the_place_of_the_smaller_side() -> None:
     assert {n: s for n, s in shapes.items() if "basis" in n} == {
         f"basis/{n}": shape for n, shape in bases.items()
     }
-    optimiser = GaLore(LocalSettings(**ADAMW), normals("start"), rates(LocalSettings()), {}, SENT)
+    optimiser = made(LocalSettings(**ADAMW), normals("start"), rates(LocalSettings()), {})
     optimiser.step(normals("gradient"))
     for kind, held in (("first", optimiser.first), ("second", optimiser.second)):
         assert {n: tuple(t.shape[1:]) for n, t in held.items()} == {
@@ -101,8 +107,7 @@ def test_moments_have_the_rank_in_the_place_of_the_smaller_side() -> None:
 
 
 def test_nothing_else_is_projected() -> None:
-    assert projections(replace(SENT, recipe="plain")) == {}
-    assert projections(SENT).keys() == SHAPES.keys() - {"bias"}
+    assert PROGRAM.projections(SENT).keys() == SHAPES.keys() - {"bias"}
 
 
 def test_directions_that_a_gradient_lacks_are_left_out_until_the_next_basis() -> None:
@@ -111,12 +116,11 @@ def test_directions_that_a_gradient_lacks_are_left_out_until_the_next_basis() ->
     local = LocalSettings(lr=1.0)
     sent = Downlink(
         dense={"w": to_train((4, 7))},
-        recipe="galore",
-        arguments={"gap": 2, "scale": 1.0, "rank/w": 3},
+        program=ProjectGradients(2, 1.0, {"w": 3}),
     )
     one = torch_normal(rng, 1, 4, 1) @ torch_normal(rng, 1, 1, 7)
     values = {"w": torch.zeros(1, 4, 7, dtype=torch.float64)}
-    optimiser = GaLore(local, values, {"w": 1.0}, {}, sent)
+    optimiser = made(local, values, {"w": 1.0}, {}, sent)
     optimiser.step({"w": one})
     torch.testing.assert_close(values["w"], -one, rtol=1e-12, atol=1e-12)
     for rank in (1, 4):  # one direction still, then three of a new basis beside it

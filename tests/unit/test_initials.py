@@ -16,6 +16,7 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Downlink, Draw, Plan, State
 from fedraclora.protocol.plan import make_plan
+from fedraclora.protocol.program import GRADIENT
 from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
@@ -153,7 +154,7 @@ def true_gradient(task: Task, base: Tree, rows: torch.Tensor) -> torch.Tensor:
 def probing(rank: int) -> Downlink:
     spec = SketchSpec("orthonormal", "right", rank, N, seed=4, index=0)
     factors = {"B": to_train((M, rank)), "A": spec}
-    return Downlink({"0.weight": Adapter.of(factors, S)}, recipe="gradient")
+    return Downlink({"0.weight": Adapter.of(factors, S)}, program=GRADIENT)
 
 
 LOCALS: dict[str, dict[str, Any]] = {

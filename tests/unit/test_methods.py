@@ -292,7 +292,7 @@ def test_slora_turns_its_change_into_factors_and_keeps_the_rest() -> None:
     method = SLora(R, ALPHA, sparse_rounds=2)
     state = method.init({"w": W}, plan, DRAW)
     first = Round(method, state)
-    assert first.sent.recipe == "sparse"
+    assert first.sent.program.name == "sparse"
     assert "w/B" not in first.after.carried
     second = first.next(2)
     new = second.got.mean()["w"]

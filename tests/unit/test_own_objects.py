@@ -21,8 +21,8 @@ from fedraclora.errors import ClientError, ConfigError
 from fedraclora.experiments.report.page import read_shown
 from fedraclora.experiments.run_files import read_files
 from fedraclora.protocol.method import Traits
+from fedraclora.protocol.program import ClientProgram, When
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
-from fedraclora.training.extra import LocalExtra, When
 from tests.common import normal
 
 SIZES, HERE = (5, 9, 7), __name__
@@ -50,7 +50,7 @@ def run(**keys: Any) -> fedraclora.Run:
 
 
 @dataclass(frozen=True)
-class Raises(LocalExtra):
+class Raises(ClientProgram):
     """Raises in one of its parts."""
 
     part: str = ""
@@ -98,7 +98,7 @@ def test_what_a_loss_raises_in_the_first_step_is_told_by_its_key() -> None:
         run(loss=late)
 
 
-class Row(LocalExtra):
+class Row(ClientProgram):
     """Treats each client by itself, and draws by the seed of its chunk."""
 
     def hooks(self, chunk: Any) -> Any:
@@ -114,14 +114,14 @@ class Row(LocalExtra):
         return {When.CLIP: hook}
 
 
-class Means(LocalExtra):
+class Means(ClientProgram):
     """Takes the mean over clients out of gradients."""
 
     def hooks(self, chunk: Any) -> Any:
         return {When.LOSS: lambda gradients, _: {n: g - g.mean(0) for n, g in gradients.items()}}
 
 
-class Steps(LocalExtra):
+class Steps(ClientProgram):
     """Has all clients take the same step."""
 
     def optimiser(self, chunk: Any, rates: Any) -> Any:
@@ -136,7 +136,7 @@ class Steps(LocalExtra):
         return Mean()
 
 
-class Forms(LocalExtra):
+class Forms(ClientProgram):
     """Forms the gradients of a loss in which clients meet."""
 
     forms_gradients = True
@@ -149,7 +149,7 @@ class Forms(LocalExtra):
         return loss.detach(), dict(zip(leaves, found, strict=True))
 
 
-class Draws(LocalExtra):
+class Draws(ClientProgram):
     """Draws from the generator of the process."""
 
     def hooks(self, chunk: Any) -> Any:
@@ -158,7 +158,7 @@ class Draws(LocalExtra):
         }
 
 
-class Counts(LocalExtra):
+class Counts(ClientProgram):
     """Counts its calls."""
 
     def __init__(self) -> None:

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Downlink, Factor
-from fedraclora.protocol.recipes import projected
+from fedraclora.protocol.program import GRADIENT, PLAIN, ClientChunk, ClientProgram, When
 from fedraclora.rng import generator, torch_normal
-from fedraclora.training.extra import ClientChunk, When
+from fedraclora.strategies.fedkrso import InTurn
 from fedraclora.training.extras.pairs import (
     Adjustment,
     Pair,
     Precondition,
     lora_pro,
+    projected,
     riemannian,
 )
 from fedraclora.training.extras.settings import LocalSettings
@@ -175,8 +176,8 @@ def test_single_precision_stays_single() -> None:
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-4, atol=1e-4)
 
 
-def downlink_of(factors: dict[str, Factor], recipe: str = "plain") -> Downlink:
-    return Downlink({"w": Adapter.of(factors, S)} if factors else {}, recipe=recipe)
+def downlink_of(factors: dict[str, Factor], program: ClientProgram = PLAIN) -> Downlink:
+    return Downlink({"w": Adapter.of(factors, S)} if factors else {}, program=program)
 
 
 BOTH: dict[str, Factor] = {"B": to_train((M, R)), "A": to_train((R, N))}
@@ -188,27 +189,27 @@ CORE: dict[str, Factor] = {
 
 
 @pytest.mark.parametrize(
-    ("factors", "recipe", "words"),
+    ("factors", "program", "words"),
     [
-        ({}, "plain", "local.precondition=true works on the"),
+        ({}, PLAIN, "local.precondition=true works on the"),
         (
             CORE,
-            "plain",
+            PLAIN,
             "product of B, R, A",
         ),
-        (BOTH, "in_turn", "recipe is in_turn"),
+        (BOTH, InTurn(2, 3), "may move (in_turn)"),
     ],
 )
 def test_what_it_does_not_fit_is_refused(
-    factors: dict[str, Factor], recipe: str, words: str
+    factors: dict[str, Factor], program: ClientProgram, words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        Precondition().pairs(chunk_of(downlink_of(factors, recipe)))
+        Precondition().pairs(chunk_of(downlink_of(factors, program)))
     assert words in str(caught.value)
 
 
 def test_a_probe_has_nothing_to_adjust() -> None:
-    probe = Downlink(dense={"w": to_train((M, N))}, recipe="gradient")
+    probe = Downlink(dense={"w": to_train((M, N))}, program=GRADIENT)
     assert Precondition().pairs(chunk_of(probe)) == []
 
 
@@ -216,7 +217,7 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
     """The gradients of two trained factors would silently stay as they are."""
     A = VALUES["w/A"]
     one = chunk_of(downlink_of({"B": to_train((M, R)), "A": A[0]}), {"w/A": A})
-    hook = Precondition().hooks(one)[When.RECIPE]
+    hook = Precondition().hooks(one)[When.PROGRAM]
     kept = hook({"w/B": VALUES["w/B"]}, VALUES)["w/B"]
     torch.testing.assert_close(kept @ (A @ A.mT), VALUES["w/B"], **TIGHT)
     with pytest.raises(ConfigError, match=r"both of w .*local\.adjust=riemannian"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,14 +16,13 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
-from fedraclora.protocol.pool import parameters
 from fedraclora.protocol.quantised import rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.pool_rac_lora import PoolRacLora
+from fedraclora.strategies.pool_rac_lora import InPool, Pool, PoolRacLora
 from fedraclora.strategies.server.quantised import RESIDUE, DownlinkRounding
-from fedraclora.tree import digest
+from fedraclora.tree import digest, parameters
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
@@ -35,6 +35,11 @@ NAME, DRAW, CPU = "fc.weight", Draw(7), torch.device("cpu")
 PLAN = Plan({NAME: LayerView("linear", (M, N))}, shapes={NAME: (M, N)})
 SHARES = torch.tensor([1.0, 3.0], dtype=torch.float64)
 COHORT = Cohort(torch.tensor([0, 4]), SHARES)
+
+
+def pools_of(sent: Downlink) -> dict[str, Pool]:
+    """What stands beside the weights of a round."""
+    return cast(InPool, sent.program).pools
 
 
 def begun(method: PoolRacLora | FedRacLora, dtype: torch.dtype = torch.float64) -> State:
@@ -131,7 +136,7 @@ def test_a_refresh_moves_no_bit_and_empties_the_pool() -> None:
     assert not any(t.numel() for n, t in ends[1].base.items() if n != NAME)
     assert (kept.traits.merges, folded.traits.merges) == (False, True)
     sent = folded.open_round(ends[1], 5, COHORT, DRAW)
-    assert (sent.pools, sent.adapters[NAME].factors["A"].drawing.index) == ({}, 2)  # type: ignore[union-attr]
+    assert (pools_of(sent), sent.adapters[NAME].factors["A"].drawing.index) == ({}, 2)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -197,7 +202,7 @@ def test_a_pool_reaches_the_span_of_its_sketches_and_no_more() -> None:
 def test_a_fraction_of_one_tiles_every_layer() -> None:
     method = PoolRacLora(rank=1.0, pool=4)
     sent = method.open_round(states(method, 5, torch.float64)[-1], 6, COHORT, DRAW)
-    drawn = sent.pools[NAME].frozen.draw()
+    drawn = pools_of(sent)[NAME].frozen.draw()
     torch.testing.assert_close(drawn.T @ drawn, torch.eye(N).double())
 
 

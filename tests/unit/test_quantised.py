@@ -19,6 +19,7 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.kinds import BLOCK
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram
 from fedraclora.protocol.quantised import ROUNDED, ROUNDINGS, decode, encode, packed_bytes
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
@@ -308,12 +309,12 @@ def test_rows_are_rounded_as_each_alone(kind: str) -> None:
     assert torch.equal(read[1], decode(raw[1], sizes, kind, again=False))
 
 
-def asked(ranks: torch.Tensor | None = None, recipe: str = "plain") -> Downlink:
+def asked(ranks: torch.Tensor | None = None, program: ClientProgram = PLAIN) -> Downlink:
     """A factor that is trained from a tensor of its own, and a bias."""
     start = torch_normal(generator(0, "start"), 7, 3)
     spec = SketchSpec("gaussian", "right", 3, 5, seed=1, index=0)
     adapter = Adapter.of({"B": to_train((7, 3), start), "A": spec}, 5 / 3)
-    return Downlink({"w": adapter}, {"b": to_train((7,))}, recipe, ranks=ranks)
+    return Downlink({"w": adapter}, {"b": to_train((7,))}, program, ranks=ranks)
 
 
 @pytest.mark.parametrize("ranks", [None, torch.tensor([1, 3, 2])])
@@ -341,7 +342,7 @@ def test_the_server_reads_what_the_client_kept(kind: str, ranks: torch.Tensor | 
 def test_gradients_are_rounded_as_they_are() -> None:
     clients, coded = torch.tensor([0]), Coded()
     rows = torch_normal(generator(0, "rows"), 1, 28)
-    Changes("int8", asked(recipe="gradient"), {"b": torch.zeros(7)}, clients).encode(
+    Changes("int8", asked(program=GRADIENT), {"b": torch.zeros(7)}, clients).encode(
         rows, 5, 1, coded
     )
     assert (decode(coded.codes[0], [21, 7], "int8") - rows[0]).abs().max() < 0.1

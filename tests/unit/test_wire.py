@@ -17,11 +17,13 @@ from fedraclora.clients.worker import answer_of
 from fedraclora.errors import WireError
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Downlink, Factor
+from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.run.client_state import ClientStore
 from fedraclora.sketch import SketchSpec
-from fedraclora.training.extra import LocalResult, join_results
+from fedraclora.strategies.fedkrso import InTurn
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.downlink import AskReader, AskWriter
 from fedraclora.wire.exchange import Answer, Ask, TrainRequest, payload_bytes
@@ -53,8 +55,7 @@ def everything() -> Downlink:
             "head.bias": to_train((3,), normal(3), main=False),
             "private": to_train((2,), normal(K, 2), upload=False),
         },
-        recipe="projected",
-        arguments={"tail": 0.1},
+        program=InTurn(2, 3),
     )
 
 
@@ -66,7 +67,7 @@ def same_factor(left: Factor, right: Factor) -> bool:
 
 
 def assert_same(left: Downlink, right: Downlink) -> None:
-    assert (left.recipe, left.arguments) == (right.recipe, right.arguments)
+    assert left.program == right.program
     assert list(left.adapters) == list(right.adapters)
     for name, adapter in left.adapters.items():
         other = right.adapters[name]

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from typing_extensions import override
 
 from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.program import ClientChunk, Rates
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extra import ClientChunk, Rates
 from fedraclora.training.extras.pairs import FactorStep, Pair
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser

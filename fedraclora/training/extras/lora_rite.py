@@ -42,7 +42,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.training.extra import ClientChunk, Rates
+from fedraclora.protocol.program import ClientChunk, Rates
 from fedraclora.training.extras.pairs import FactorStep, Pair, gram
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser

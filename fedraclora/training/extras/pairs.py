@@ -15,7 +15,7 @@ nearest to g_B and g_A among all that move the weight so.
 
 Where one factor is frozen, both give the other one's gradient times the inverse Gram matrix of the
 frozen one (``lora_pro`` over s^2, without P_B and X): projected SGD on the weight, the gradient of
-LoRA-FA (Zhang et al., arXiv 2308.03303), and `fedraclora.protocol.recipes.projected` but for d.
+LoRA-FA (Zhang et al., arXiv 2308.03303), and `projected` but for d.
 
 Nothing more travels. Cost of a step: r x r algebra in float64 for each client and adapter, and
 products of size r (m + n) r.
@@ -41,11 +41,52 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import sylvester
+from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.protocol.rank_budgets import within
-from fedraclora.protocol.recipes import RECIPES, projected
-from fedraclora.training.extra import ClientChunk, Hook, LocalExtra, When
 from fedraclora.training.materialise import factor_of
 from fedraclora.tree import Tree
+
+
+def projected(frozen: Tree, ranks: torch.Tensor | None = None) -> Callable[[Tree], Tree]:
+    """Precondition by the frozen factor's Gram matrix: g_B (A A^T)^+, or (B^T B)^+ g_A.
+
+    Plain SGD on the trained factor is then projected SGD on the weight, W - gamma G H_A with
+    gamma = lr s^2, for any sketch. A tensor with no frozen partner keeps its gradient. A client
+    with a rank budget projects on the components that it trains.
+
+    Args:
+        frozen: Frozen factors by "<weight>/<label>": A [r, n] or [K, r, n], B [m, r] or [K, m, r].
+        ranks: Which components each client trains, as in `fedraclora.protocol.rank_budgets.spans`,
+            or None.
+
+    Returns:
+        The hook for the round; the inverses are formed once, in float64.
+
+    References:
+        Zhang et al., *LoRA-FA*, arXiv 2308.03303; Malinovsky et al., arXiv 2410.08305, eq. (4).
+    """
+    inverses: Tree = {}
+    for name, factor in frozen.items():
+        weight, _, label = name.rpartition("/")
+        wide = factor.to(torch.float64)
+        gram = wide @ wide.mT if label == "A" else wide.mT @ wide
+        partner = f"{weight}/{'B' if label == 'A' else 'A'}"
+        budget = None if ranks is None else within(ranks, gram.shape[-1]).to(gram)
+        if budget is not None and not bool(budget.all()):
+            # The pseudo-inverse of a padded block is the padded pseudo-inverse of the block.
+            gram = gram * budget[:, :, None] * budget[:, None, :]
+        inverses[partner] = torch.linalg.pinv(gram, hermitian=True).to(factor.dtype)
+
+    def change(name: str, gradient: torch.Tensor) -> torch.Tensor:
+        inverse = inverses[name]
+        if inverse.dim() == 3:  # one factor per client: those still training come first
+            inverse = inverse[: len(gradient)]
+        return gradient @ inverse if name.endswith("/B") else inverse @ gradient
+
+    def hook(gradients: Tree) -> Tree:
+        return {n: change(n, g) if n in inverses else g for n, g in gradients.items()}
+
+    return hook
 
 
 @dataclass(frozen=True)
@@ -136,7 +177,7 @@ ADJUSTMENTS: dict[str, Callable[[Pair, Tree, Tree, float], Tree]] = {
 }
 
 
-class FactorStep(LocalExtra):
+class FactorStep(ClientProgram):
     """What says how the factors of an adapter take a step."""
 
     takes_factor_step: ClassVar[bool] = True
@@ -148,17 +189,17 @@ class FactorStep(LocalExtra):
             ConfigError: Where the setting does not fit what the method trains.
         """
         downlink = chunk.downlink
-        if not RECIPES[downlink.recipe].steps:
+        if not downlink.program.trains:
             return []  # a probe, which is not followed by a step
         if not downlink.adapters:
             raise ConfigError(
                 f"{self.setting} works on the factors of adapters, but this method trains whole "
                 "weights: take a method with adapters, or leave the setting out"
             )
-        if downlink.recipe != "plain":
+        if not downlink.program.plain:
             raise ConfigError(
                 f"{self.setting} mixes the components of a factor, but this method limits which of "
-                f"them a step may move (its recipe is {downlink.recipe}): leave one of the two out"
+                f"them a step may move ({downlink.program.name}): leave one of the two out"
             )
         pairs = []
         for weight, adapter in downlink.adapters.items():
@@ -177,13 +218,13 @@ class FactorStep(LocalExtra):
 
 @dataclass(frozen=True)
 class Precondition(FactorStep):
-    """The inverse Gram matrix of a frozen factor (`fedraclora.protocol.recipes.projected`)."""
+    """The inverse Gram matrix of a frozen factor (`projected`)."""
 
     form: ClassVar[str] = "local.precondition=true"
 
     @override
     def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
-        """See `LocalExtra.hooks`.
+        """See `ClientProgram.hooks`.
 
         Raises:
             ConfigError: If an adapter has no frozen factor by which to precondition the other one.
@@ -198,7 +239,7 @@ class Precondition(FactorStep):
                 )
         frozen = {n: f for pair in pairs for n, f in pair.frozen.items()}
         hook = projected(frozen, ranks=chunk.ranks)
-        return {When.RECIPE: lambda gradients, _: hook(gradients)}
+        return {When.PROGRAM: lambda gradients, _: hook(gradients)}
 
     @override
     def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:

@@ -14,13 +14,13 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink
-from fedraclora.training.extra import ClientChunk, Hook, LocalExtra, When
+from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.training.materialise import factor_of
 from fedraclora.tree import Tree
 
 
 @dataclass(frozen=True)
-class Prox(LocalExtra):
+class Prox(ClientProgram):
     """A pull to where the round started.
 
     Attributes:

@@ -11,14 +11,14 @@ from typing_extensions import override
 
 from fedraclora.limits import Later, NotNegative, Part, Positive, Seconds, choice_of
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
-from fedraclora.protocol.rank_budgets import cut_gradients
-from fedraclora.training.extra import (
+from fedraclora.protocol.program import (
     ClientChunk,
+    ClientProgram,
     Forward,
-    LocalExtra,
     LocalResult,
     mean_losses,
 )
+from fedraclora.protocol.rank_budgets import cut_gradients
 from fedraclora.training.extras.gates import Gates
 from fedraclora.training.extras.lora_rite import LoraRite
 from fedraclora.training.extras.pairs import ADJUSTMENTS, Adjustment, Precondition
@@ -28,7 +28,7 @@ from fedraclora.tree import Tree
 
 
 @dataclass(frozen=True)
-class SampleLevel(LocalExtra):
+class SampleLevel(ClientProgram):
     """DP-SGD on what a client trains.
 
     Attributes:
@@ -44,7 +44,7 @@ class SampleLevel(LocalExtra):
     def gradients(
         self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
     ) -> tuple[torch.Tensor, Tree]:
-        """See `LocalExtra.gradients`.
+        """See `ClientProgram.gradients`.
 
         For a while every sample is a client of its own: what is trained is repeated for each, and
         so has a gradient for each.
@@ -113,7 +113,7 @@ class LocalSettings(LocalConfig):
 
     @property
     @override
-    def added(self) -> tuple[LocalExtra, ...]:
+    def added(self) -> tuple[ClientProgram, ...]:
         return (
             *([SampleLevel(self.dp)] if self.dp is not None else ()),
             *([Prox(self.prox)] if self.prox else ()),

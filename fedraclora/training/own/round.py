@@ -16,7 +16,6 @@ from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.plan import some_of
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import calmer, greatest_norm
-from fedraclora.training.extra import Trained
 from fedraclora.training.materialise import materialise
 from fedraclora.training.own.places import (
     Found,
@@ -32,6 +31,7 @@ from fedraclora.training.own.places import (
     saved_whole,
     unsharded,
 )
+from fedraclora.training.results import Trained
 from fedraclora.tree import Tree
 
 

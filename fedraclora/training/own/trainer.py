@@ -27,12 +27,13 @@ from fedraclora.models.outputs import nothing_drawn
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.link import Link, apply_link
 from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import hash_key
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.extra import LocalResult, Trained
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.training.own.round import Asked, Round
+from fedraclora.training.results import Trained
 from fedraclora.tree import Tree, widened
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class OwnTrainer(CohortTrainer):
     def train(
         self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int, **given: Any
     ) -> LocalResult:
-        base, narrow = self._with_pools(base, downlink)
+        base, narrow = self._folded(base, downlink)
         if narrow and narrow is not self.folded[0]:  # once for all clients of a round
             self.folded = narrow, apply_link(widened(base), Link(narrow), self.plan)
         base = dense(self.folded[1] if narrow else base)

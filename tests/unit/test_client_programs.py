@@ -1,23 +1,31 @@
-"""Recipes: what they do to gradients."""
+"""Client programs: what they do to gradients, and how a message holds them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.protocol.recipes import RECIPES, block_diagonal, in_turn, projected, sparse
+from fedraclora.protocol.program import ClientProgram, When
 from fedraclora.sketch import SKETCHES, SketchSpec
+from fedraclora.strategies.fedkrso import InTurn
+from fedraclora.strategies.ravan import BlockDiagonal
+from fedraclora.strategies.slora import SparseMask
+from fedraclora.training.extras.pairs import projected
+from fedraclora.tree import Tree
 from tests.common import normal
 
 M, R, N = 5, 2, 7
 
 
-def test_the_plain_recipe_keeps_gradients() -> None:
-    gradients = {"w/B": normal(3, M, R)}
-    hook = RECIPES["plain"].gradient({"w/A": normal(R, N)})
-    assert hook(gradients) is gradients
+def changed(program: ClientProgram, *several: Tree) -> list[Tree]:
+    """The gradients of one step after another, as a program changes them."""
+    none: Any = None  # of a chunk: these do not look at it
+    hook = program.hooks(none)[When.PROGRAM]
+    return [hook(gradients, {}) for gradients in several]
 
 
 @pytest.mark.parametrize("kind", sorted(SKETCHES))
@@ -26,7 +34,7 @@ def test_a_preconditioned_step_is_a_projected_step(kind: str, normalise: str) ->
     """(s G A^T) (A A^T)^+ A s = s^2 G H with H = A^T (A A^T)^+ A, whatever the scale of A."""
     spec = SketchSpec(kind, "right", R, N, seed=3, index=0, normalise=normalise)
     A, G, s = spec.draw(), normal(M, N), 1.5
-    hook = RECIPES["projected"].gradient({"w/A": A})
+    hook = projected({"w/A": A})
     step = s * hook({"w/B": (s * G @ A.mT)[None]})["w/B"][0] @ A
     H = torch.linalg.pinv(A) @ A
     torch.testing.assert_close(step, s**2 * G @ H, rtol=1e-12, atol=1e-12)
@@ -90,28 +98,27 @@ def test_the_precision_of_the_factor_is_kept() -> None:
 
 def test_the_blocks_of_a_core_are_trained_and_nothing_beside_them() -> None:
     gradients = {"w/R": normal(2, 6, 6), "w/B": normal(2, M, R)}
-    found = block_diagonal({}, {"blocks": 3})(gradients)
+    (found,) = changed(BlockDiagonal(3), gradients)
     mask = torch.block_diag(*[torch.ones(2, 2)] * 3).double()
     assert torch.equal(found["w/R"], gradients["w/R"] * mask)
     assert torch.equal(found["w/B"], gradients["w/B"])
 
 
 def test_parts_of_a_factor_are_trained_in_turn() -> None:
-    hook = in_turn({}, {"parts": 2, "interval": 3})
     gradient = torch.ones(1, M, 4)
-    turns = [hook({"w/B": gradient, "bias": gradient})["w/B"][0, 0].tolist() for _ in range(8)]
+    found = changed(InTurn(2, 3), *[{"w/B": gradient, "bias": gradient}] * 8)
+    turns = [each["w/B"][0, 0].tolist() for each in found]
     first, second = [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]
     assert turns == [first] * 3 + [second] * 3 + [first] * 2
-    assert torch.equal(hook({"bias": gradient})["bias"], gradient)
+    assert all(torch.equal(each["bias"], gradient) for each in found)
 
 
 def test_a_mask_keeps_its_share_for_good_and_turns_with_its_weight() -> None:
-    arguments = {"density": 0.3, "seed/w": 5, "seed/t": 5, "turned/t": 1}
+    program = SparseMask(0.3, {"w": 5, "t": 5}, ("t",))
     gradients = {"w": torch.ones(2, 40, 60), "t": torch.ones(2, 60, 40), "bias": torch.ones(2, 9)}
-    hook = sparse({}, arguments)
-    first, again = hook(gradients), sparse({}, arguments)(gradients)
+    (first, second), (again,) = changed(program, gradients, gradients), changed(program, gradients)
     assert torch.equal(first["w"], again["w"])
-    assert torch.equal(first["w"], hook(gradients)["w"])
+    assert torch.equal(first["w"], second["w"])
     assert torch.equal(first["w"][0], first["w"][1])
     assert torch.equal(first["t"], first["w"].mT)
     assert torch.equal(first["bias"], gradients["bias"])

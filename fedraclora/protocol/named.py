@@ -1,0 +1,62 @@
+"""Dataclasses of which a file or a message says by name which one it holds."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from typing_extensions import override
+
+from fedraclora.errors import ConfigError
+
+
+class Named:
+    """Base of families of dataclasses, one of which a file or a message holds by its name.
+
+    A class that derives from it directly begins a family; those that derive from that one and have
+    a ``name`` are its members. A name is looked up among the classes that this process has
+    imported: reading a message never imports anything.
+
+    Attributes:
+        name: What files and messages call the class; empty: none of them can hold it.
+        known: The members of the family by name.
+    """
+
+    name: ClassVar[str] = ""
+    known: ClassVar[dict[str, type[Any]]] = {}
+
+    @override
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Take the class among the members of its family.
+
+        Raises:
+            ConfigError: If another class has its name.
+        """
+        super().__init_subclass__(**more)
+        if Named in cls.__bases__:
+            cls.known = {}
+        name = vars(cls).get("name", "")
+        other = cls.known.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise ConfigError(
+                f"{cls.__module__}.{cls.__qualname__} has the name {name!r}, which is taken by "
+                f"{other.__module__}.{other.__qualname__}: give it another one"
+            )
+        if name:
+            cls.known[name] = cls
+
+    def known_as(self) -> str:
+        """Return the name by which a message holds it.
+
+        Raises:
+            ConfigError: If its class has none of its own.
+        """
+        kind = type(self)
+        if self.known.get(self.name) is not kind:
+            raise ConfigError(
+                f"{kind.__module__}.{kind.__qualname__} is to be sent in a message, but has no "
+                f'name of its own there: give the class `name = "..."`'
+            )
+        return self.name

@@ -1,0 +1,324 @@
+"""Client programs: what clients do besides plain local steps, by a method or by a setting.
+
+A method sends its program with each exchange (`Downlink.program`), with the fields of the program
+as its payload; a setting adds one to every round (``local.extras``). Both are a `ClientProgram`,
+and the trainer calls the same hooks of both. Gradients and values carry a leading client axis
+[K, ...].
+"""
+
+# A hook has arguments that an override uses.
+# ruff: noqa: ARG002
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+
+from fedraclora.limits import Limited
+from fedraclora.protocol.link import Plan, Terms
+from fedraclora.protocol.named import Named
+from fedraclora.tree import Tree, parameters
+
+if TYPE_CHECKING:
+    from fedraclora.protocol.downlink import Downlink
+    from fedraclora.protocol.uplinks import Uplinks
+
+Rates = dict[str, float]  # step size of each trained tensor
+# From gradients and values, [active, ...] by name, to new gradients.
+Hook = Callable[[Tree, Tree], Tree]
+# From values and frozen factors to loss and count of each sample, and whether it is one, [active,
+# width].
+Forward = Callable[[Tree, Tree], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def mean_losses(losses: torch.Tensor, counts: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Compute the mean loss of each client, [active], from what a `Forward` gives."""
+    mask = valid.to(losses.dtype)
+    return (losses * mask).sum(dim=1) / (counts * mask).sum(dim=1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a chunk of clients brought back, in the order in which they were asked.
+
+    Attributes:
+        trained: Every trained tensor by name, [K, ...].
+        losses: Mean loss over the local steps of each client, float64 [K].
+        steps: Local steps taken, int64 [K].
+        samples: Training samples of each client, unpacked, int64 [K].
+        moments: Of their optimisers where these live on (`moments`), [K, ...] by name.
+        states: What a user's training function keeps for clients, by id.
+        metrics: What it says of its training, float64 [K] by name; NaN where it does not.
+    """
+
+    trained: Tree
+    losses: torch.Tensor
+    steps: torch.Tensor
+    samples: torch.Tensor
+    moments: Tree = field(default_factory=dict)
+    states: dict[int, bytes] = field(default_factory=dict)
+    metrics: Tree = field(default_factory=dict)
+
+
+class When(IntEnum):
+    """After what of a local step a hook changes the gradients."""
+
+    LOSS = 0  # they are those of the loss: a term may be added to it
+    PROGRAM = 1  # what the method's program says
+    BUDGET = 2  # cut to the components that a client trains
+    CLIP = 3  # as the optimiser will have them
+
+
+class Optimiser(Protocol):
+    """Takes the steps of a chunk."""
+
+    def step(self, gradients: Tree) -> None:
+        """Take one step for the clients that still train: the first rows of each tensor."""
+
+    def moments(self, steps: torch.Tensor) -> Tree:
+        """Return the moments that outlive the round, after ``steps`` of each client, int64 [K]."""
+
+
+class Former(Protocol):
+    """Forms the gradients of a chunk, in the place of those of the loss."""
+
+    def gradients(
+        self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
+    ) -> tuple[torch.Tensor, Tree]:
+        """Compute mean losses and gradients of a local step; see `ClientProgram.gradients`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientChunk:
+    """What a chunk of clients trains. Those that finish first stand last.
+
+    Attributes:
+        downlink: What was asked.
+        clients: Ids, int64 [K].
+        seed: Of the run.
+        round_: From 1.
+        key: Of what an answer draws that the seed must not tell; None: the seed may.
+        values: What is trained, [K, ...] by name.
+        starts: Where it started, [1, ...] or [K, ...].
+        frozen: Factors that are not trained: 2-D where clients share them.
+        ranks: Rank budgets (`fedraclora.protocol.rank_budgets.spans`), or None.
+        masks: What of a tensor its client trains (`fedraclora.protocol.rank_budgets.trainable`).
+        local: Settings of local training (`fedraclora.training.localconfig.LocalConfig`).
+        moments: With which optimisers begin, [K, ...] by the names under which clients keep them;
+            none: at zero.
+    """
+
+    downlink: Downlink
+    clients: torch.Tensor
+    seed: int
+    round_: int
+    key: bytes | None
+    values: Tree
+    starts: Tree
+    frozen: Tree
+    ranks: torch.Tensor | None
+    masks: Tree
+    local: Any = None
+    moments: Tree = field(default_factory=dict)
+
+
+class ClientProgram(Named, Limited, group="local.extras"):
+    """What clients do besides plain local steps; as it stands here, nothing.
+
+    Override the hooks that you need. A program that a method sends has a ``name``, and its fields
+    travel with it: plain numbers, texts, and lists, dicts and dataclasses of these.
+
+    Attributes:
+        form: How a config asks for it, with the names of its fields: ``local.prox={mu}``; empty:
+            its name.
+        plain: Whether clients take plain local steps all the same, of all that is trained.
+        trains: Whether clients take local steps; False: they send the mean of their gradients, and
+            stay where they are (`fedraclora.training.optimiser.GradientMean`).
+        fixes: Whether some entries of what is trained have no gradient, ever: they stay as they
+            are, unless something else than a gradient moves them.
+        moves_weights: Whether clients move whole weights, and send something else in their place.
+        takes_factor_step: Whether it says how the factors of an adapter take a step; one may.
+        ends_moments: Whether its moments speak of what ends with the round.
+        forms_gradients: Whether `gradients` stands in the place of those of the loss; one may.
+        answers_once: Whether a second answer to a round would tell what the first one hides.
+    """
+
+    form: ClassVar[str] = ""
+    plain: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    fixes: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = False
+    takes_factor_step: ClassVar[bool] = False
+    ends_moments: ClassVar[bool] = False
+    forms_gradients: ClassVar[bool] = False
+    answers_once: ClassVar[bool] = False
+
+    @property
+    def setting(self) -> str:
+        """How the config asks for it, for messages."""
+        return self.form.format(**vars(self)) or type(self).__name__
+
+    # What it is in a message.
+
+    @property
+    def stream(self) -> str:
+        """Name the random numbers by which uploads are rounded."""
+        return self.name
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of what travels with it: its numbers, and 8 for each seed of its own."""
+        return 0
+
+    @property
+    def frame(self) -> tuple[int, int, int] | None:
+        """What stands beside trained factors, if it recurs: its place, of how many, its number."""
+        return None
+
+    def beside(self, weight: str, label: str) -> tuple[str, ...]:
+        """Name what stands beside a weight of a factor that recurs, by place; here nothing does."""
+        return ()
+
+    @property
+    def keeps_direction(self) -> bool:
+        """Return whether a part of a round's step goes on in the next one (momentum)."""
+        return False
+
+    def check(self, downlink: Downlink) -> None:
+        """Reject fields that came in a message and do not fit; types and limits are checked before.
+
+        Raises:
+            WireError: Naming the field, what came and what was wanted.
+        """
+
+    def at_rest(self) -> ClientProgram:
+        """Return what of it says from which weights clients start (`fold`)."""
+        return PLAIN
+
+    # What clients do.
+
+    def held(self, downlink: Downlink, plan: Plan) -> Downlink:
+        """Say what clients hold and train, where that is not what they are asked to send."""
+        return downlink
+
+    def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
+        """Compute the weights from which clients train, of a replica's.
+
+        Args:
+            base: Of a replica, with what it keeps beside its weights (names with a "/"). Not
+                modified.
+            plan: Gives each weight's (out, in) view.
+
+        Returns:
+            The parameters, and terms of weights that are held in few bits, which stay beside them.
+        """
+        return parameters(base), {}
+
+    def most_steps(self, downlink: Downlink) -> int | None:
+        """Return the most local steps of a client, whatever the settings say; None: any number."""
+        return None
+
+    def former(self, chunk: ClientChunk, base: Tree, steps: int) -> Former:
+        """Return what forms the gradients of a chunk, if `forms_gradients`.
+
+        Args:
+            chunk: Of clients.
+            base: The weights from which they go, with what stands beside them.
+            steps: The most local steps of a client.
+        """
+        return self
+
+    def gradients(
+        self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
+    ) -> tuple[torch.Tensor, Tree]:
+        """Compute mean losses, [active], and gradients, [active, ...] by name, of a local step.
+
+        Args:
+            chunk: Of clients.
+            forward: Of the step's batch, which has ``width`` samples of each active client.
+            active: Clients that still train.
+            width: See ``forward``.
+            step: The local step, from 0.
+        """
+        raise NotImplementedError
+
+    def hooks(self, chunk: ClientChunk) -> Mapping[When, Hook]:
+        """Return the hooks on the gradients of every step.
+
+        Raises:
+            ConfigError: Where it does not fit what is trained.
+        """
+        return {}
+
+    def optimiser(self, chunk: ClientChunk, rates: Rates) -> Optimiser | None:
+        """Return the optimiser in the place of the core's; None: it has none.
+
+        Args:
+            chunk: Of clients; its values are updated in place.
+            rates: Step size of each of them.
+
+        Raises:
+            ConfigError: Where it does not fit what is trained.
+        """
+        return None
+
+    def moment_shapes(
+        self, downlink: Downlink, kinds: tuple[str, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what an optimiser holds for one client.
+
+        Args:
+            downlink: Says what is trained.
+            kinds: What it holds of each tensor: ``first``, ``second``.
+
+        Returns:
+            By ``first/<name>`` and so on: as what is trained.
+        """
+        trained = downlink.trained().items()
+        return {f"{kind}/{name}": slot.shape for kind in kinds for name, slot in trained}
+
+    def upload(self, before: Tree, after: Tree) -> Tree:
+        """Compute what clients send, by name, [K, ...].
+
+        Args:
+            before: The weights from which they went.
+            after: What they trained, [K, ...] by name.
+        """
+        return after
+
+    def sent(self, result: LocalResult) -> LocalResult:
+        """Select what leaves the clients from their result, after they have stored their state."""
+        return result
+
+    # What the server says of it.
+
+    def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:
+        """Compute s and c of the step that SGD takes in weight space (`effective_step`)."""
+        return scale, gram
+
+    def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
+        """Compute the ledger's columns of a round, from what was asked and what came back."""
+        return {}
+
+
+@dataclass(frozen=True)
+class LocalSteps(ClientProgram):
+    """Plain local steps, and nothing else."""
+
+    name = "plain"
+    plain = True
+
+
+@dataclass(frozen=True)
+class MeanGradient(ClientProgram):
+    """Clients send the mean of their gradients where they start, and take no step."""
+
+    name = "gradient"
+    trains = False
+
+
+PLAIN, GRADIENT = LocalSteps(), MeanGradient()

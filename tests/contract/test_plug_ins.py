@@ -1,0 +1,170 @@
+"""A method is a plug-in: nothing but its file knows it, and one from outside can do the same."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedraclora
+from fedraclora.protocol.program import ClientProgram
+from fedraclora.strategies import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
+FILES = sorted({kind.__module__.rpartition(".")[2] for kind in METHODS.values()})
+TABLE = ROOT / "strategies/__init__.py"
+
+
+@cache
+def sources() -> dict[Path, str]:
+    """Every module of the project by its file, links left out."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            inside = path.relative_to(ROOT)
+            linked = inside.parts[0] == "fedraclora" and inside.parts[1] in PACKAGES
+            if not linked and "results" not in inside.parts:
+                found[path] = path.read_text(encoding="utf-8")
+    return found
+
+
+@cache
+def imports() -> dict[Path, set[str]]:
+    """Modules that each module imports, anywhere in it."""
+    found = {}
+    for path, text in sources().items():
+        nodes = [*ast.walk(ast.parse(text))]
+        names = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
+        found[path] = names | {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return found
+
+
+@cache
+def words() -> dict[Path, Counter[str]]:
+    """How often each identifier stands in each module."""
+    return {path: Counter(re.findall(r"[A-Za-z_]\w+", text)) for path, text in sources().items()}
+
+
+@cache
+def every() -> Counter[str]:
+    """The same of all modules together."""
+    return sum(words().values(), Counter())
+
+
+@cache
+def shared() -> list[tuple[str, str]]:
+    """Where what is no method's file defines what."""
+    of_methods = {file_of(name) for name in FILES}
+    return [(str(p.relative_to(ROOT)), n) for p in {*sources()} - of_methods for n in defined(p)]
+
+
+def file_of(name: str) -> Path:
+    return ROOT / "strategies" / f"{name}.py"
+
+
+def defined(path: Path) -> Iterator[str]:
+    """Names of the functions, classes, methods and constants of a module."""
+    for node in ast.parse(sources()[path]).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else []
+        for each in (node, *inner):
+            if isinstance(each, ast.FunctionDef | ast.ClassDef) and not each.name.startswith("__"):
+                yield each.name
+        if isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_module_but_the_table_and_derived_methods_imports_a_method(name: str) -> None:
+    free = {TABLE, *map(file_of, FILES)}
+    by = [path for path, found in imports().items() if f"fedraclora.strategies.{name}" in found]
+    laboratory = ROOT / "experiments"  # which compares methods
+    assert [p for p in by if p not in free and not p.is_relative_to(laboratory)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_is_left_that_a_method_alone_used(name: str) -> None:
+    own = words()[file_of(name)]
+    left = [at for at in shared() if own[at[1]] and every()[at[1]] - own[at[1]] <= 1]
+    assert left == []  # a name that stands elsewhere where it is defined, and nowhere else
+
+
+def test_each_client_program_is_in_the_file_of_its_method_or_serves_several() -> None:
+    for name, kind in ClientProgram.known.items():
+        home = kind.__module__
+        if not home.startswith("fedraclora.strategies.") or "shared" in home:
+            continue
+        users = [p.stem for p, n in words().items() if n[kind.__qualname__]]
+        assert users == [home.rpartition(".")[2]], name
+
+
+# ---- A method from outside ------------------------------------------------------------------
+
+
+def copied(folder: Path, method: str) -> Any:
+    """Import a copy of a method's file as a user's module, with names of its own in messages."""
+    module = f"outside_{method}"
+    text = file_of(method).read_text(encoding="utf-8")
+    text, count = re.subn(
+        r'^    name = "([\w.]+)"', r'    name = "outside.\1"', text, flags=re.MULTILINE
+    )
+    assert count
+    (folder / f"{module}.py").write_text(text, encoding="utf-8")
+    return import_module(module)
+
+
+OUTSIDE = {
+    "ferret": ("Ferret", {"directions": 8}),
+    "fedkseed": ("FedKSeed", {"seeds": 16, "steps": 3}),
+    "ravan": ("Ravan", {"rank": 2, "heads": 2}),
+    "galore_average": ("GaloreAverage", {"rank": 2}),
+    "pool_rac_lora": ("PoolRacLora", {"rank": 2, "pool": 2}),
+}
+SMALL = ["clients=4", "cohort=3", "rounds=4", "pretrain=none", "local.lr=0.01"]
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of the user's modules."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = {*sys.modules}, dict(ClientProgram.known)
+    yield tmp_path
+    for module in {*sys.modules} - before[0]:
+        if module.startswith("outside_"):
+            del sys.modules[module]
+    ClientProgram.known.clear()
+    ClientProgram.known.update(before[1])
+
+
+def digest_of(method: Any, *words: str) -> str:
+    done = fedraclora.simulate(*SMALL, *words, "output.progress=false", method=method)
+    return str(done.summary["weights_digest"])
+
+
+@pytest.mark.parametrize("method", OUTSIDE)
+def test_a_module_of_the_users_own_has_the_bits_of_the_method_that_it_copies(
+    method: str, beside: Path
+) -> None:
+    name, given = OUTSIDE[method]
+    own = getattr(copied(beside, method), name)(**given)
+    ours = getattr(import_module(f"fedraclora.strategies.{method}"), name)(**given)
+    assert type(own) is not type(ours)
+    assert digest_of(own) == digest_of(ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ferret", "pool_rac_lora"])
+def test_so_it_has_on_workers_that_read_messages(method: str, beside: Path) -> None:
+    name, given = OUTSIDE[method]
+    own = getattr(copied(beside, method), name)(**given)
+    ours = getattr(import_module(f"fedraclora.strategies.{method}"), name)(**given)
+    assert digest_of(own, "engine=ray", "engine.workers=2") == digest_of(ours)
