@@ -62,7 +62,7 @@ class Follower:
     def start(self, sent: Downlink) -> dict[str, Matrix]:
         """Compute the dense weights from which it trains: with what a pool and factors add."""
         found = {name: W for name, W in self.held.items() if "/" not in name}
-        for name, pool in sent.pools.items():
+        for name, pool in getattr(sent.program, "pools", {}).items():
             label = "B" if pool.first.side == "right" else "A"
             for j in range(pool.count):
                 drawn = array(replace(pool.first, index=pool.first.index + j).draw())
