@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.protocol.program import ClientProgram, When
+from fedraclora.clients.node import know_programs
+from fedraclora.codec import join, split
+from fedraclora.errors import ConfigError
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram, When
 from fedraclora.sketch import SKETCHES, SketchSpec
 from fedraclora.strategies.fedkrso import InTurn
 from fedraclora.strategies.ravan import BlockDiagonal
@@ -123,3 +131,63 @@ def test_a_mask_keeps_its_share_for_good_and_turns_with_its_weight() -> None:
     assert torch.equal(first["t"], first["w"].mT)
     assert torch.equal(first["bias"], gradients["bias"])
     assert float(first["w"].mean()) == pytest.approx(0.3, abs=0.03)
+
+
+# ---- In messages ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "program",
+    [PLAIN, GRADIENT, BlockDiagonal(3), InTurn(2, 3), SparseMask(0.3, {"w": 5}, ("w",))],
+)
+def test_a_message_holds_a_program_by_name_and_fields(program: ClientProgram) -> None:
+    tensors, said = split(Downlink(program=program))
+    assert tensors == {}
+    assert join(Downlink, {}, json.loads(json.dumps(said))).program == program
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"is": "subprocess:Popen"}, "not known"),
+        ({"is": "fedraclora.training.extras.prox:Prox", "mu": 1.0}, "not known"),
+        ({"blocks": 3}, "not known"),
+        ({"is": "block_diagonal"}, "fields of BlockDiagonal"),
+        ({"is": "block_diagonal", "blocks": 3, "more": 1}, "fields of BlockDiagonal"),
+        ({"is": "block_diagonal", "blocks": "x"}, "program/blocks"),
+        ({"is": "block_diagonal", "blocks": 0}, "blocks is 0"),
+        (7, "program"),
+    ],
+)
+def test_a_message_that_names_another_program_is_refused(said: object, words: str) -> None:
+    before = {*sys.modules}
+    with pytest.raises((ValueError, ConfigError), match=words):
+        join(Downlink, {}, {"program": said})
+    assert {*sys.modules} == before
+
+
+def test_a_program_without_a_name_of_its_own_cannot_be_sent() -> None:
+    @dataclass(frozen=True)
+    class Derived(BlockDiagonal):
+        """It would be read as the class that it derives from."""
+
+    with pytest.raises(ConfigError, match=r"Derived.*no name"):
+        split(Downlink(program=Derived(2)))
+
+
+def test_a_name_of_another_program_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'in_turn'.*taken by"):
+        type("Other", (ClientProgram,), {"name": "in_turn", "__module__": __name__})
+    assert ClientProgram.known["in_turn"] is InTurn
+
+
+def test_a_client_process_knows_the_programs_of_the_method_that_its_config_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "from fedraclora import ClientProgram\nclass P(ClientProgram):\n    name = 'of_mine'\n"
+    (tmp_path / "of_mine.py").write_text(f"{text}class M:\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ClientProgram, "known", dict(ClientProgram.known))
+    know_programs({"method": {"name": "nowhere:M"}})  # it has none that clients need
+    know_programs({"method": {"name": "of_mine:M"}})
+    assert ClientProgram.known["of_mine"].__module__ == "of_mine"

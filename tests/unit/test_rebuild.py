@@ -134,8 +134,8 @@ def test_that_no_chain_was_kept_is_said(tmp_path: Path) -> None:
 def test_links_that_follow_those_of_an_older_release_name_the_last_of_them(tmp_path: Path) -> None:
     folder = older(tmp_path, [1, 2], 3)
     chain, last = folder / "chain", link_digest(folder / "chain")
-    append_link(chain, 3, {}, {"terms": {}}, previous=last)
+    append_link(chain, 3, {}, {"link": {}}, previous=last)
     assert state_at(folder, 3, PLAN).base["w"][0, 0] == states(0.5)[2].base["w"][0, 0]
-    append_link(chain, 2, {}, {"terms": {}, "x": 1})
+    append_link(chain, 2, {}, {"link": {}, "x": 1})
     with pytest.raises(CheckpointError, match=r"000003.* does not follow from 000002"):
         state_at(folder, 3, PLAN)
