@@ -110,7 +110,9 @@ class DeviceSimulator:
         if catch_up is not None:
             fetched += torch.from_numpy(catch_up.missing(clients, coded=False))
         sent = uploaded_bytes(downlink, count, up)
-        return Load(self.passes(sizes(clients), downlink.program.most_steps(downlink)), fetched, sent)
+        return Load(
+            self.passes(sizes(clients), downlink.program.most_steps(downlink)), fetched, sent
+        )
 
     def passes(self, sizes: torch.Tensor, most: int | None = None) -> torch.Tensor:
         """Count the samples that clients pass over in a round, int64 [K].

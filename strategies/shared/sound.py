@@ -14,9 +14,8 @@ from fedraclora.binding import of_project
 from fedraclora.data.own_loss import PASSING
 from fedraclora.errors import ConfigError, DivergenceError
 from fedraclora.imports import told_as
-from fedraclora.protocol.factor import Factor, FactorLike
+from fedraclora.protocol.factor import LABELS, Factor, FactorLike
 from fedraclora.strategies.shared.layer import (
-    LABELS,
     Factors,
     Layer,
     LayerUpdate,
