@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from fedraclora.objects import lend
 from fedraclora.protocol.method import Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree, fingerprint, weights_of
+from fedraclora.trust import trust, trusted
 from fedraclora.weights.replica import Replica
 from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.records import Content
@@ -27,6 +28,7 @@ class SiteParts:
     built: BuiltTask
     plan: Plan
     lent: Mapping[str, Any] = field(default_factory=dict)  # objects of the program, by name
+    trusted: Sequence[str] = field(default_factory=trusted)  # modules, where the run was started
 
 
 class Clerk:
@@ -60,6 +62,7 @@ class Site(Clerk):
     """Trains clients on a replica that follows the server's."""
 
     def __init__(self, parts: SiteParts) -> None:
+        trust(parts.trusted)
         for name, thing in parts.lent.items():
             lend(thing, name)
         fix_bits(parts.config.engine.threads, parts.built.device)

@@ -52,6 +52,7 @@ from fedraclora.experiments.status import explained, in_one_piece
 from fedraclora.run.folder import versions_of
 from fedraclora.strategies.outcome import OR_CLIENTS, UNMEASURED
 from fedraclora.training.chunking import HOST_BYTES
+from fedraclora.trust import names_in, refuse_unsaid
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 REFUSED = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
@@ -155,6 +156,7 @@ def check_node(words: Sequence[str], file: str | None) -> int:
     except (click.ClickException, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         meant = f"--check={file} names what the operator's `fedraclora deploy --check=FILE` wrote"
         raise ConfigError(f"--node-config {args.node_config}, or {meant}: {error}") from error
+    refuse_unsaid(file, names_in(plain))
     look = Looks()
     look.versions(versions)
     of_superlink(look, args)

@@ -25,8 +25,9 @@ from fedraclora.config.keys import help_of, node_of, nodes, summary
 from fedraclora.config.run_config import BESIDE, GIVEN, NAMED, SECTIONS, RunConfig, targets_of
 from fedraclora.errors import unknown
 from fedraclora.experiments import CONF
-from fedraclora.imports import is_function
+from fedraclora.experiments.presets import readable, take_own
 from fedraclora.strategies import METHODS
+from fedraclora.trust import is_function
 from fedraclora.weights.files import flatten
 
 GLOBAL = "@package _global_"  # its keys are those of the config itself: clients, data.file
@@ -162,7 +163,10 @@ def lineage(name: str, roots: Sequence[Path] = (CONF,)) -> list[dict[str, object
             return [_placed(group, own_node(group, last))]
         there = {path.stem for root in roots for path in (root / group).glob("*.yaml")}
         raise unknown(group, last, there | {*groups().get(group, ())})
-    loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False) or {}
+    with readable(file):
+        read = OmegaConf.load(file)
+    take_own(file)  # help imports nothing that another file names
+    loaded = OmegaConf.to_container(read, resolve=False) or {}
     own = {str(k): v for k, v in dict(loaded).items()}  # type: ignore[arg-type]
     found = []
     for base in own.pop("defaults", ()):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 from fedraclora.errors import unknown
 from fedraclora.experiments import words as typed
 from fedraclora.experiments.status import at_once, in_order, printing, reported
+from fedraclora.trust import only_said, trusting
 
 # Written by `experiments.pages`: what is printed first waits for no library.
 USAGE = Path(__file__).with_name("usage.txt")
@@ -42,16 +44,30 @@ def main(words: Sequence[str] | None = None) -> None:
     if words[0] in typed.FLAGS:
         if asked := typed.asked(words[1:], COMMANDS):
             sys.argv = ["fedraclora", *asked]
-            importlib.import_module("fedraclora.experiments.simulate").compose_and_run()
+            with only_said(()):
+                importlib.import_module("fedraclora.experiments.simulate").compose_and_run()
         return
     with in_order():
         status = run(words[0], words[1:])
     sys.exit(status)
 
 
+@contextmanager
+def of_the_user(words: Sequence[str]) -> Iterator[list[str]]:
+    """Trust inside what ``trust=`` says, and import only that and what the words name."""
+    rest, modules = typed.trust_words(words)
+    with only_said(rest), trusting(modules):
+        yield rest
+
+
 @reported
 def explain(words: Sequence[str]) -> int:
     """Print the keys of the choices and sections among some words; the help text if none is."""
+    with of_the_user(words) as rest:
+        return _explain(rest)
+
+
+def _explain(words: Sequence[str]) -> int:
     from fedraclora.experiments.choices import groups, keys_of, section_keys, sections
 
     folders = [Path(name) for _, name in typed.part_folders(words)[0] if name]
@@ -71,6 +87,11 @@ def run(command: str, words: Sequence[str]) -> int:
     """Run a subcommand; give its status: that of its ``main``, or 0 where that gives none."""
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
+    with of_the_user(words) as rest:
+        return _run(command, rest)
+
+
+def _run(command: str, words: Sequence[str]) -> int:
     sys.argv = [f"fedraclora {command}", *words]  # where Hydra looks
     with at_once():
         module = importlib.import_module(

@@ -31,13 +31,13 @@ from fedraclora.experiments.progress import RunProgress
 from fedraclora.experiments.resume import told_how_to_go_on
 from fedraclora.experiments.simulate import choose, shows_composed
 from fedraclora.experiments.words import NODES, check_word, key_values
-from fedraclora.imports import is_function
 from fedraclora.run.callback import method_label, run_title
 from fedraclora.run.digests import PATHS
 from fedraclora.run.folder import alone, amend, begin_folder
 from fedraclora.run.ledger import Ledger
 from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 from fedraclora.temporary import PrivateFolder
+from fedraclora.trust import is_function
 
 KEPT = 40  # lines of a log that are shown where a run fails
 

@@ -14,7 +14,8 @@ from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
 from fedraclora.experiments.progress import console_for_tables
-from fedraclora.run.folder import is_finished, read_config, resume_word
+from fedraclora.run.folder import is_finished, resume_word
+from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.run import Run
@@ -43,7 +44,7 @@ def stored_run(folder: Path, round_: int | None) -> Run:
         raise CheckpointError(f"there is no run folder {folder}")
     if (folder / "export.json").is_file():
         raise CheckpointError(f"{folder} is an export of a run: name the folder of the run itself")
-    config = from_plain(read_config(folder), METHODS, began=True)
+    config = from_plain(read_trusted(folder), METHODS, began=True)
     if not is_finished(folder) and round_ is None:
         raise CheckpointError(
             f"{folder}: this run has not come to its end; go on with {resume_word(folder)} first, "

@@ -22,6 +22,7 @@ from fedraclora.run.folder import (
 from fedraclora.run.ledger import reached_round
 from fedraclora.run.recorder import checkpoint_meta, resolved
 from fedraclora.strategies import METHODS
+from fedraclora.trust import names_in, trust_word
 from fedraclora.weights.files import config_difference, flatten
 
 
@@ -101,7 +102,8 @@ def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Ite
     except (KeyboardInterrupt, EngineError, OSError) as error:
         with suppress(FedRacLoraError):  # what cannot be read must not hide how it ended
             if has_begun(folder):
-                again = f"go on with: fedraclora {command} {resume_word(folder)}"
+                modules = trust_word(names_in(read_config(folder)).values())
+                again = f"go on with: fedraclora {command} {resume_word(folder)} {modules}".rstrip()
                 error.add_note(f"{_standing(folder, there=there)}; {again}")
         raise
 

@@ -37,8 +37,9 @@ from fedraclora.experiments.run_files import ROUNDING_ERRORS
 from fedraclora.experiments.status import composing, tell
 from fedraclora.protocol.uplinks import calmer
 from fedraclora.run.callback import Callback, method_label
-from fedraclora.run.folder import read_config, read_summary, refuse_existing
+from fedraclora.run.folder import read_summary, refuse_existing
 from fedraclora.run.ledger import headline, metrics_of, number
+from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.rate import settled_rate
@@ -145,11 +146,11 @@ def choose(
         raise ConfigError(f"resume is {resume!r}; the folder of a run, auto or null is wanted")
     if resume not in {None, "auto"}:
         folder = user_path("resume", resume)
-        return go_on(folder, read_config(folder), plain, typed), folder, True
+        return go_on(folder, read_trusted(folder, plain), plain, typed), folder, True
     plain = settled_rate(settled_start(settled(plain)), print)
     folder = run_folder(section(plain, "output"), sweep_job)
     if resume == "auto" and (folder / "config.yaml").is_file():
-        return go_on(folder, read_config(folder), plain, None), folder, True
+        return go_on(folder, read_trusted(folder, plain), plain, None), folder, True
     refuse_existing(folder)
     return plain, folder, False
 

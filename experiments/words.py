@@ -59,6 +59,21 @@ def check_word(words: Sequence[str]) -> tuple[list[str], str | None]:
     return [w for w in words if w not in mine], mine[-1].partition("=")[2] if mine else None
 
 
+def trust_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part ``trust=[MODULE,...]``, a word of every command, from the others.
+
+    Returns:
+        The other words, and the modules.
+
+    Example:
+        >>> trust_words(["seed=1", "trust=[mine, yours.data]"])
+        (['seed=1'], ['mine', 'yours.data'])
+    """
+    mine = [word for word in words if word.startswith("trust=")]
+    named = [name.strip(" '\"") for word in mine for name in word[6:].strip("[] ").split(",")]
+    return [word for word in words if word not in mine], [name for name in named if name]
+
+
 FLAGS = ("-sc", "--shell-completion")
 COMPOSED = ("simulate", "flower", "deploy")  # the commands whose words Hydra composes
 WHERE = re.compile(rf"\s(?:connection=\S*|{NODES}(?=\s|$))")  # of deploy: no config has them

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.callbacks import each_of, own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
 from fedraclora.strategies.start import settled_start
+from fedraclora.trust import trust as trust_all
 
 __all__ = ["Callback", "Metric", "RoundStep", "Run", "Tuned", "read_run", "simulate", "tune"]
 
@@ -55,6 +56,7 @@ def simulate(
     steps: object = (),
     callbacks: object = (),
     on_round: object = (),
+    trust: Sequence[str] = (),
     **keys: object,
 ) -> Run:
     """Run a federated method on a task in this process, to its end.
@@ -109,6 +111,8 @@ def simulate(
             function among them is called with a copy of each new row of the history, a dict (see
             `Run.rows`), and returns None. What one raises stops the run, which can be resumed.
         on_round: The same, an older word.
+        trust: Modules whose code may run although it is installed, or a file of others names it
+            (docs/security.md): for the rest of this process. What the arguments name is yours.
         keys: Further choices: a value (``rounds=5``), the name of a choice (``local="momentum"``),
             or a mapping of a group's keys (``local={"lr": 0.1}``).
 
@@ -143,6 +147,7 @@ def simulate(
     refuse_run()
     if not isinstance(resume, bool):
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
+    trust_all(trust)
     plain, typed, watching, given = _asked(
         *choices,
         model=model,
@@ -192,6 +197,7 @@ def tune(
     *choices: str | Mapping[str, object],
     tune: Mapping[str, object] | None = None,
     folder: str | Path | None = None,
+    trust: Sequence[str] = (),
     **given: Any,
 ) -> Tuned:
     """Find settings of a task that no other beats in metric and bytes at once.
@@ -201,6 +207,7 @@ def tune(
             for the run is not tuned.
         tune: Keys of ``conf/tune.yaml``, such as ``{"runs": 20, "lr": [1e-3, 1]}``.
         folder: Where all is kept; the same call with the same objects goes on. None: ``runs/tune``.
+        trust: As for `simulate`.
         given: Model, data and further arguments of `simulate`.
 
     Returns:
@@ -212,6 +219,7 @@ def tune(
             (``fedraclora[tune]``), or the task has nothing to tune on but its test.
     """
     refuse_run()
+    trust_all(trust)
     if [c for c in choices if isinstance(c, Mapping) and is_whole(c)]:
         raise ConfigError("tune wants words or some keys: a whole config leaves nothing to tune")
     own = [c for c in choices if isinstance(c, str) and c.startswith("tune.")]
@@ -275,19 +283,23 @@ def _asked(
     return Asked(plain, typed, watching, given)
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path, *, trust: Sequence[str] = ()) -> Run:
     """Read a run from its folder: its history, its model, and what it measures and predicts.
 
     Args:
         folder: The run folder. Data or model that a program brought are not in it: for such a run
             call `simulate` with the same objects, ``folder=..., resume=True``.
+        trust: Modules that the run may name, as for `simulate`; code that it names of others is
+            not run.
 
     Returns:
         The run; ``summary`` is empty where it has not come to its end.
 
     Raises:
         CheckpointError: If it is no run folder, or a file is missing or damaged.
+        ConfigError: If it names code that is not trusted, with all that would be run.
     """
+    trust_all(trust)
     return measuring_run(user_path("folder", folder), 0)
 
 

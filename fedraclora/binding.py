@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 
 from fedraclora.errors import ConfigError, DataError, MissingKeysError, UnreadKeysError, unknown
-from fedraclora.imports import is_function, told_as
-from fedraclora.limits import hints
+from fedraclora.imports import told_as
+from fedraclora.limits import check_size, hints
 from fedraclora.objects import is_named, named_object
+from fedraclora.trust import is_function
 
 Plain = Mapping[str, object]  # a config, or a part of it, as nested values
 PlainDict = dict[str, object]  # one that may be written into
@@ -24,9 +24,6 @@ PlainDict = dict[str, object]  # one that may be written into
 OWN_GROUPS = ("method", "local", "partition", "aggregator", "server_optimiser", "attack")
 KNOWN = (bool, int, float, str, list, dict, Mapping, Sequence, object, type(None))
 EMPTY: Plain = types.MappingProxyType({})
-# Of a number in the config: seeds and counts are int64 in tensors, the others float32.
-LARGEST_INT = 2**63 - 1
-LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
 
 
 def without(group: Plain, *keys: str) -> dict[str, object]:
@@ -89,12 +86,17 @@ def _own_row(kind: str, table: Mapping[str, object], name: object) -> Callable[.
     found = named_object(kind, name)
     lineages = [getattr(row, "__mro__", (object,)) for row in table.values()]
     base = next(each for each in lineages[0] if all(each in lineage for lineage in lineages))
-    if callable(found) if base is object else inspect.isclass(found) and base in found.__mro__:
+    if _divides(found) if base is object else inspect.isclass(found) and base in found.__mro__:
         return typing.cast("Callable[..., object]", found)
     if base is not object and base in type(found).__mro__:
         return lambda: found
     wanted = "a function" if base is object else f"a class derived from {_place(base)}"
     raise ConfigError(f"{kind} is {name}, which is {_shape(found)}; {wanted} is wanted")
+
+
+def _divides(found: object) -> bool:
+    """Check for a function, or a class of what is like the partitioners of flwr-datasets."""
+    return callable(found) and (not inspect.isclass(found) or hasattr(found, "load_partition"))
 
 
 def _place(kind: typing.Any) -> str:
@@ -108,9 +110,17 @@ def _shape(found: object) -> str:
 
 
 def object_of(
-    key: str, value: object, kind: type | None = None, *, parameters: Plain = EMPTY, at: str = ""
+    key: str,
+    value: object,
+    kind: type | None = None,
+    *,
+    parameters: Plain = EMPTY,
+    at: str = "",
+    called: bool = False,
 ) -> typing.Any:
     """Return the object that a value of the config stands for, with its parameters applied.
+
+    Nothing is called whose kind is another than the one wanted.
 
     Args:
         key: Of the config, for messages.
@@ -119,9 +129,9 @@ def object_of(
         kind: The class of what is wanted: an instance of it stands for itself, a class or a
             function is called with the parameters. None: what can be called is wanted: a class is
             called with the parameters, a function gets them beside those that it is called with.
-            object: the same, and whatever else it is.
         parameters: Those of a key of their own.
         at: That key; empty: there is none.
+        called: Whether what can be called is wanted, too, beside instances of ``kind``.
 
     Raises:
         ConfigError: If it is not here, is something else, or does not take the parameters.
@@ -131,22 +141,45 @@ def object_of(
     found = named_object(key, name) if isinstance(name, str | None) else name
     if inspect.isclass(found) and not own and not is_function(str(name)):
         raise ConfigError(f"{key} is the class {found.__name__}: make one, {found.__name__}(...)")
-    makes = not (any_kind := kind in {None, object}) and inspect.isroutine(found)
-    if makes or (inspect.isclass(found) and issubclass(found, kind or object)):
+    called = called or kind is None
+    if _makes(found, kind, called=called):
         make = _bound(at or key, typing.cast("Callable[..., object]", found), own)
         with told_as(ConfigError, f"{key} is {name}, and ", "making it"):
             found = make()
-    elif own and inspect.isroutine(found) and any_kind:
+    elif own and inspect.isroutine(found) and called:
         found = _bound(at or key, found, own, whole=False)
-    elif own:
+    elif own and not inspect.isclass(found):
         raise ConfigError(
             f"{key} is {name} with {', '.join(map(str, own))}, but it is {_shape(found)}, which is "
             "made already and takes none"
         )
-    if callable(found) if kind is None else isinstance(found, kind):
+    fits = (called and callable(found)) or (kind is not None and isinstance(found, kind))
+    if fits and not inspect.isclass(found):
         return found
-    wanted = "a function" if kind is None else f"one of {_place(kind)}"
+    wanted = " or ".join(["a function"] * called + ([f"one of {_place(kind)}"] if kind else []))
     raise ConfigError(f"{key} is {name}, which is {_shape(found)}; {wanted} is wanted")
+
+
+def _makes(found: typing.Any, kind: type | None, *, called: bool) -> bool:
+    """Check whether calling something gives what is wanted: by its class, or what it says.
+
+    Args:
+        found: A class, a function or an object.
+        kind: As for `object_of`.
+        called: Whether what can be called is wanted.
+    """
+    if inspect.isclass(found):
+        calls = any("__call__" in vars(each) for each in found.__mro__)
+        return (called and calls) or (kind is not None and issubclass(found, kind))
+    if called or not inspect.isroutine(found):
+        return False
+    given = _hints(found).get("return", kind)  # a function of the user's need not say it
+    return (
+        kind is None
+        or not inspect.isclass(given)
+        or issubclass(given, kind)
+        or issubclass(kind, given)
+    )
 
 
 def call_function(
@@ -297,31 +330,6 @@ def coerce(key: str, value: object, hint: object) -> object:
     if {str, int, float} & {*options} == {str} and isinstance(value, int | float):
         quoted = "" if "one of" in wanted else f": quote it, '{key}=\"{value}\"'"
     raise ConfigError(f"{key} is {value!r}; {wanted} is wanted{quoted}")
-
-
-def check_size(key: str, value: object) -> None:
-    """Reject numbers that no tensor holds: they would overflow where they are first used.
-
-    Raises:
-        ConfigError: Naming the key and the largest number.
-    """
-    if isinstance(value, list | tuple):
-        for element in value:
-            check_size(key, element)
-    elif isinstance(value, int) and abs(value) > LARGEST_INT:
-        raise ConfigError(f"{key} is {_short(value)}; whole numbers go up to {LARGEST_INT}")
-    elif isinstance(value, float) and (
-        0 < abs(value) < SMALLEST_FLOAT or LARGEST_FLOAT < abs(value) < math.inf
-    ):
-        raise ConfigError(
-            f"{key} is {value}; it is used as a float32 number, which is 0 or lies between "
-            f"{SMALLEST_FLOAT:.2g} and {LARGEST_FLOAT:.2g}"
-        )
-
-
-def _short(value: int) -> str:
-    """A whole number of any length, for a message: Python writes no more than 4300 digits."""
-    return str(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
 
 
 def nested_rows(hint: object) -> Mapping[str, Callable[..., object]]:

@@ -1,6 +1,7 @@
 """Functions of other people's modules, named in a config as ``package.module:function``.
 
-The module is installed, or lies on Python's path or in the working folder.
+The module lies on Python's path or in the working folder, and is the user's own or trusted
+(`fedraclora.trust`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.trust import MODULE, refuse_found, refuse_place
 
 _BRINGS_IN: ContextVar[str | None] = ContextVar("_BRINGS_IN", default=None)
 GUARD = 'if __name__ == "__main__":'
@@ -51,12 +53,6 @@ def refuse_run() -> None:
         )
 
 
-def is_function(name: str) -> bool:
-    """Distinguish ``package.module:function`` from the path of a file or a folder."""
-    module, mark, attribute = name.partition(":")
-    return bool(mark) and bool(module) and "/" not in module and attribute.isidentifier()
-
-
 def import_object(key: str, name: str) -> Any:
     """Import what a config names.
 
@@ -65,18 +61,20 @@ def import_object(key: str, name: str) -> Any:
         name: ``package.module:function``; it is wherever it is asked for.
 
     Raises:
-        ConfigError: If it is not of that form, or cannot be imported.
+        ConfigError: If it is not of that form, cannot be imported, or is not trusted, in which
+            case nothing was imported.
 
     Example:
-        >>> import_object("data.loss", "math:sqrt")(4.0)
-        2.0
+        >>> import_object("data.loss", "torch.nn:L1Loss").__name__
+        'L1Loss'
     """
     module, mark, attribute = name.partition(":")
-    if not (module and mark and attribute):
+    if not (module and mark and attribute and MODULE.fullmatch(name)):
         raise ConfigError(f"{key} is {name!r}; package.module:function is wanted")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # last: a file here hides no package
     try:
+        refuse_place(key, name)
         with importing(f"{key}={name}"):
             imported = importlib.import_module(module)
     except FedRacLoraError:
@@ -97,6 +95,7 @@ def import_object(key: str, name: str) -> Any:
             f"{key} is {name!r}, which cannot be imported here: the module {module} ({origin}) "
             f"has no {attribute}{advice * (module == '__main__')}"
         )
+    refuse_found(key, name, found)
     return found
 
 

@@ -22,6 +22,10 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError, unknown
 
+# Of a number in the config: seeds and counts are int64 in tensors, the others float32.
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
+
 P = ParamSpec("P")
 T = TypeVar("T")
 # Columns of a ledger's rows, whose names nothing of the user's may have.
@@ -235,3 +239,28 @@ def _check(key: str, value: object, hint: object, null: str = "") -> None:
         null = ", or null," if type(None) in arguments else ""
         for option in arguments:
             _check(key, value, option, null)
+
+
+def check_size(key: str, value: object) -> None:
+    """Reject numbers that no tensor holds: they would overflow where they are first used.
+
+    Raises:
+        ConfigError: Naming the key and the largest number.
+    """
+    if isinstance(value, list | tuple):
+        for element in value:
+            check_size(key, element)
+    elif isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise ConfigError(f"{key} is {_short(value)}; whole numbers go up to {LARGEST_INT}")
+    elif isinstance(value, float) and (
+        0 < abs(value) < SMALLEST_FLOAT or LARGEST_FLOAT < abs(value) < math.inf
+    ):
+        raise ConfigError(
+            f"{key} is {value}; it is used as a float32 number, which is 0 or lies between "
+            f"{SMALLEST_FLOAT:.2g} and {LARGEST_FLOAT:.2g}"
+        )
+
+
+def _short(value: int) -> str:
+    """A whole number of any length, for a message: Python writes no more than 4300 digits."""
+    return str(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"

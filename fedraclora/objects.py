@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.imports import import_object, importing, is_function
+from fedraclora.imports import import_object, importing
 from fedraclora.tree import digest as digest_of
+from fedraclora.trust import is_function
 
 NAME = "object"  # what a group is called that stands for one
 LENT = re.compile(r"[\w.<>]+@[0-9a-f]{16}")

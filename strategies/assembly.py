@@ -252,7 +252,10 @@ def watching(
             raise unknown("stop.metric of these data", metric, known)
         validated = None if by_clients else measure("validation")
         found.append(Stopping(config.stop, validated, lower_of(task.info)))
-    named = [object_of(f"callbacks[{k}]", it, object) for k, it in enumerate(config.callbacks)]
+    named = [
+        object_of(f"callbacks[{k}]", it, Callback, called=True)
+        for k, it in enumerate(config.callbacks)
+    ]
     return [*found, *own_callbacks("callbacks", named)]
 
 

@@ -70,7 +70,7 @@ def finished(config: RunConfig, folder: Path) -> Run:
         CheckpointError: If a file is missing or damaged.
     """
     rows = read_ledger(folder / "ledger.jsonl")
-    effective = partial(load_weights, folder)
+    effective = partial(load_weights, folder, own=config.plain)
     data = located(folder, config.data)  # who asks may work in another folder
     bare = replace(config, data=data, pretrain=PretrainConfig())  # the weights are in the folder
 

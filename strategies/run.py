@@ -117,7 +117,10 @@ class Run:
                 f"round is {round}, but a run in memory has its last weights alone: run it with "
                 "folder=..."
             )
-        found = self.effective() if round is None else load_weights(Path(str(self.folder)), round)
+        if round is None:
+            found = self.effective()
+        else:
+            found = load_weights(Path(str(self.folder)), round, own=self.config)
         return {n: t.detach().cpu().clone() for n, t in found.items()}
 
     def model(self) -> nn.Module:

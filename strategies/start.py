@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedraclora.binding import PlainDict
+from fedraclora.binding import Plain, PlainDict
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter
 from fedraclora.narrow_weight import QuantisedWeight
-from fedraclora.run.folder import is_finished, read_config, read_summary, resume_word
+from fedraclora.run.folder import is_finished, read_summary, resume_word
+from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.weights import load_weights
 
@@ -95,19 +96,19 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
     if is_adapter(folder):
         merge_adapter(model, folder)
         return {"adapter": str(folder), "sha256": found}
-    _take_weights(folder, model)
+    _take_weights(folder, model, config.plain)
     return {"run": str(folder), "sha256": found}
 
 
-def _take_weights(folder: Path, model: nn.Module) -> None:
-    """Copy the weights of a finished run."""
-    before = from_plain(read_config(folder), METHODS, began=True)
+def _take_weights(folder: Path, model: nn.Module, own: Plain) -> None:
+    """Copy the weights of a finished run; its code is trusted, or named by the user's config."""
+    before = from_plain(read_trusted(folder, own), METHODS, began=True)
     if before.method.client_state:
         raise ConfigError(
             f"start={folder}: the clients of {type(before.method).__name__} kept a factor of every "
             "adapter to themselves, so that the server has no trained model to begin from"
         )
-    weights, parameters = load_weights(folder), dict(model.named_parameters())
+    weights, parameters = load_weights(folder, own=own), dict(model.named_parameters())
     if odd := sorted(weights.keys() ^ parameters.keys()):
         raise ModelError(
             f"start={folder}: that run trained another model, which differs in {odd[0]}; say the "

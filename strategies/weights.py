@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedraclora.binding import Plain
 from fedraclora.config.build import build_task, plan_of
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw
-from fedraclora.run.folder import read_config
 from fedraclora.run.rebuild import stored_plan, weights_at
+from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.wrappers import method_of
 from fedraclora.tree import Tree
 
 
-def load_weights(folder: Path | str, round_: int | None = None) -> Tree:
+def load_weights(
+    folder: Path | str, round_: int | None = None, *, own: Plain | None = None
+) -> Tree:
     """Read the effective weights after a round, W_t: what the run measured, bit for bit.
 
     They are what a model with the parameters of the run takes (``load_state_dict``): what adapters
@@ -27,6 +30,7 @@ def load_weights(folder: Path | str, round_: int | None = None) -> Tree:
     Args:
         folder: The run folder.
         round_: 0 to the last one, from the chain; None takes the last checkpoint.
+        own: A config of the user's own: code that it names the folder's may name, too.
 
     Returns:
         The weights by name, on the CPU. Where clients keep a part of the model to themselves (a
@@ -34,10 +38,12 @@ def load_weights(folder: Path | str, round_: int | None = None) -> Tree:
 
     Raises:
         CheckpointError: If a file is damaged, missing or of another run, or does not reach so far.
+        ConfigError: If the run has code that is neither trusted nor the user's own; of it nothing
+            was run (docs/security.md).
     """
     folder = user_path("folder", folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}")
-    config = from_plain(read_config(folder), METHODS)
+    config = from_plain(read_trusted(folder, own), METHODS)
     plan = stored_plan(folder) or plan_of(config, build_task(config).task)
     return dense(weights_at(folder, round_, method_of(config), Draw(config.seed), plan))

@@ -15,6 +15,7 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.overrides import composed
+from fedraclora.experiments.presets import take_own
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.rate import settled_rate
 from fedraclora.weights.files import flatten
@@ -108,6 +109,7 @@ class Study:
         """
         if not path.is_file():
             raise ConfigError(f"there is no study {path}; see experiments/studies")
+        take_own(path)
         study = cls.parse(path.read_text(), path, {})
         if overrides:
             study = study.changed(overrides=[*study.overrides, *overrides])

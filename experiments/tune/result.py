@@ -26,6 +26,7 @@ from fedraclora.experiments.tune.search import DIVERGED, HALVED, Search, done, s
 from fedraclora.experiments.tune.space import KEYS
 from fedraclora.objects import LENT, NAME
 from fedraclora.plots.frontier import frontier_figure
+from fedraclora.trust import names_in, trust_word
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -111,7 +112,8 @@ def how_to_run(
         )
     title, lent = f"experiment=at_{max(stable):g}MB", lent_in(configs[max(stable)])
     if not lent:
-        return f"to run it: fedraclora simulate --config-dir {folder} {title}"
+        trust = trust_word(names_in(configs[max(configs)]).values())
+        return f"to run it: fedraclora simulate --config-dir {folder} {title} {trust}".rstrip()
     given = "".join(f", {key}=..." for key in lent)
     return f"to run it: fedraclora.simulate('--config-dir', '{folder}', '{title}'{given})"
 

@@ -33,7 +33,7 @@ from fedraclora.data.task import LOSSES, HeldOut, Task
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.metrics import Measure
-from fedraclora.imports import check_call, is_function
+from fedraclora.imports import check_call
 from fedraclora.models import MODELS, Built, check_fit
 from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
@@ -45,6 +45,7 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import keep_freed_memory
 from fedraclora.training.own.trainer import OwnTrainer
+from fedraclora.trust import is_function
 
 # What trains, with attackers and without: the project's loop, and a function of the user's.
 KINDS: tuple[tuple[type[AttackedTrainer], type[CohortTrainer]], ...] = (

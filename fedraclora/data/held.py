@@ -23,8 +23,8 @@ from fedraclora.data.dataset import DataSet, keep_rows
 from fedraclora.data.own import Brought
 from fedraclora.data.samples import ClientData, Partitioned, Samples, picked
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.imports import is_function
 from fedraclora.rng import cohort_permutations, generator, hash_key
+from fedraclora.trust import is_function
 
 AT_ONCE = 256  # clients whose rows are looked up together
 ROW = "row of the source"  # of the columns of a data set

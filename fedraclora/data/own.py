@@ -20,8 +20,8 @@ from fedraclora.data.fit import Form, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.locate import user_path
 from fedraclora.data.samples import Samples, length, parts_of, picked, stand_in
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.imports import is_function
 from fedraclora.rng import generator
+from fedraclora.trust import is_function
 
 ONLY_FILE = "train.npz"  # the file of a folder that is one client's
 ARGUMENTS = "data.arguments"

@@ -22,8 +22,8 @@ from fedraclora.data.partition import SIZES_SEEN, spread_clients
 from fedraclora.data.samples import Samples, stand_in
 from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
-from fedraclora.imports import is_function
 from fedraclora.limits import Count, Fraction, Later, Part, limited
+from fedraclora.trust import is_function
 
 OF_A_NODE = Part("node")  # keys that a node sets, and no choice lists
 

@@ -105,10 +105,12 @@ def test_what_is_refused_leaves_no_folder(command: Run, words: str, tmp_path: Pa
 
 
 def test_a_model_of_somebody_elses_says_what_it_is_called_with(
-    command: Run, tmp_path: Path
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "theirs.py").write_text("def root(x, /):\n    return x**0.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
     words = [word for word in SMALL if not word.startswith("model.")]
-    functions = {"math:sqrt": ["shape, classes", "takes (x, /)"], "nix:f": ["'nix'"]}
+    functions = {"theirs:root": ["shape, classes", "takes (x, /)"], "nix:f": ["'nix'"]}
     for function, said in functions.items():
         status, error = command(
             *words, "model=function", f"model.function={function}", "model.head=[]"
