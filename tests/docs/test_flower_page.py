@@ -178,3 +178,30 @@ def check_weights(
     wanted = run.weights()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
+
+
+def test_learning_rates_are_as_the_page_says() -> None:
+    words = ("data=digits", "output.progress=false", "pretrain=none", "partition=iid")
+
+    def reached(rate: float, **method: Any) -> float:
+        keys = {"clients": 20, "cohort": 5, "rounds": 15, "model": {"name": "mlp", "hidden": [128]}}
+        found = [
+            fedraclora.simulate(
+                *words, "evaluate.every=15", method=method, seed=seed,
+                local={"name": "momentum", "lr": rate}, **keys,
+            ).rows[-1]["metrics"]["accuracy"]
+            for seed in (0, 1)
+        ]  # fmt: skip
+        return sum(found) / 2
+
+    low = {"name": "fed_rac_lora", "rank": 8}
+    found = {
+        "FedAvg at 0.1": reached(0.1, name="fedavg"),
+        "0.1": reached(0.1, **low),
+        "1.0": reached(1.0, **low),
+        "identity at 0.1": reached(0.1, **low, normalise="identity"),
+        "identity at 1.0": reached(1.0, **low, normalise="identity"),
+    }
+    wanted = dict(zip(found, (0.91, 0.52, 0.87, 0.89, 0.1), strict=True))
+    assert found == pytest.approx(wanted, abs=0.02)
+    assert all(f"{value}" in PAGE.read_text() for value in wanted.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -208,14 +209,18 @@ def test_metrics_of_clients_are_their_own_and_no_line_counts_the_mean(
     assert strategy.train_metrics_aggr_fn is together
 
 
-REFUSED = sorted({*flowers.__all__} - {"Result", "Strategy", "FedAvg"})
+PAGE = (Path(__file__).parents[2] / "docs" / "flower.md").read_text()
+ROWS = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\w+)", PAGE, re.MULTILINE)
+SAID = {n: word for names, word in ROWS for n in re.findall(r"\w+", names) if hasattr(flowers, n)}
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_every_strategy_of_flower_is_served_or_refused(name: str) -> None:
+@pytest.mark.parametrize("name", sorted({*flowers.__all__} - {"Result", "Strategy", "FedAvg"}))
+def test_every_strategy_of_flower_is_served_or_refused_as_the_page_says(name: str) -> None:
     other = getattr(flowers, name)
-    served = {FedAdagrad, FedAdam, FedAvgM, FedProx, FedYogi}
-    if other in served:
+    served = other in {FedAdagrad, FedAdam, FedAvgM, FedProx, FedYogi}
+    assert SAID.get(name, "refused") == ("served" if served else "refused")
+    assert name in SAID or name.startswith("DifferentialPrivacy")
+    if served:
         assert made(flower.LowRank, other).method == LOW_RANK[0]
         with pytest.raises(ConfigError, match=rf"{name} stands before.*LowRank, {name}\)"):
             made(other, flower.LowRank)
@@ -223,6 +228,16 @@ def test_every_strategy_of_flower_is_served_or_refused(name: str) -> None:
     for bases in ((flower.LowRank, other), (other, flower.LowRank)):
         with pytest.raises(ConfigError, match=r"Mine: \w+\.aggregate_train.*FedAdam.*deploy"):
             made(*bases)
+
+
+def test_the_class_of_the_page_is_one(tmp_path: Path) -> None:
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "FedAdam" in b]
+    names: dict[str, Any] = {}
+    exec(compile(code, "flower.md", "exec"), names)
+    strategy, _ = run(nodes_of(tmp_path, 2), LOW_RANK[0], kind=names["LowRankAdam"], eta=0.01)
+    whole = sum(t.nbytes for t in network().parameters())
+    fetched = [row["catchup_bytes"] for row in strategy.rounds.recorder.ledger.rows[1:]]
+    assert fetched == [2 * whole] * 3  # each node downloads all that has changed
 
 
 def made(*bases: Any) -> Any:
