@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.progress import console_for_tables
+from fedraclora.weights.files import keep_private
 from fedraclora.wire.fields import printable
 
 Cells = list[dict[str, str]]
@@ -78,6 +79,8 @@ class Table:
         (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
         frame = pd.DataFrame(list(self.records), dtype=object)
         frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\r\n")
+        for suffix in ("md", "csv"):
+            keep_private(folder / f"{name}.{suffix}")
 
     def print(self) -> None:
         """Show the table and its notes; of the columns that say something, the first that fit."""

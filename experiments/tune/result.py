@@ -27,6 +27,7 @@ from fedraclora.experiments.tune.space import KEYS
 from fedraclora.objects import LENT, NAME
 from fedraclora.plots.frontier import frontier_figure
 from fedraclora.trust import names_in, trust_word
+from fedraclora.weights.files import keep_private, make_folder
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -219,8 +220,9 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, size: floa
     told = ", ".join(f"{key} {value}" for key, value in found.items() if value != "")
     text = f"# @package _global_\n# By fedraclora tune: {told}\n"
     path = preset_path(search.folder, size)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     path.write_text(text + yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
+    keep_private(path)
 
 
 def preset_path(folder: Path, size: float) -> Path:
