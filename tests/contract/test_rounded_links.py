@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,22 @@ import pytest
 import torch
 from test_quantised_rounds import IN_FULL
 from typing_extensions import override
-from worlds import RAGGED, Run, is_personal, label, make_method, make_world, run, variants
+from worlds import (
+    RAGGED,
+    Run,
+    assert_equal_trees,
+    is_personal,
+    label,
+    make_method,
+    make_world,
+    run,
+    variants,
+)
 
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.rebuild import weights_at
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.shared.initials import STARTS
@@ -183,3 +195,22 @@ def test_a_clients_weights_after_a_link_are_the_servers(
                 if term is not None and not sent.program.frame and not factor.trained:
                     merged = term.factors["BA".index(label_)]
                     assert torch.equal(merged.draw(), last.adapters[name].factors[label_].draw())
+
+
+@pytest.mark.short(when=lambda links, kind: kind == "int8")
+@pytest.mark.parametrize("kind", ["int8", "eden2"])
+@pytest.mark.parametrize("links", [v for v in NUMBERS if v[1]["resample_every"] > 1], ids=label)
+def test_files_have_a_frozen_factor_as_it_was_sent(
+    links: Variant, kind: str, tmp_path: Path
+) -> None:
+    """Weights of each round within a link, and a run that goes on in the middle of one."""
+    method, seen = make_method(links[0], **links[1]), Seen()
+    more: dict[str, Any] = {"cohort": 3, "uplink": kind, "downlink": kind, "steps": [seen]}
+    whole = run(make_world(width=8), method, RAGGED, rounds=ROUNDS, **more).strategy
+    for stop in (3, ROUNDS):  # of links of three rounds the first stops in the middle
+        more |= {"folder": tmp_path, "resume": stop == ROUNDS}
+        run(make_world(width=8), method, RAGGED, rounds=stop, **more)
+    states = [*(state for state, _ in seen.rounds[:ROUNDS]), whole.state]
+    for round_, state in enumerate(states):
+        found = weights_at(tmp_path, round_, method, whole.draw)
+        assert_equal_trees(found, method.weights(state, whole.draw))
