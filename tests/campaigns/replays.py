@@ -4,8 +4,9 @@
 
 A run of each setting has the replies of some clients replaced by what answered another run, another
 round, another client or a question of another kind, or by the question itself; honest ones come
-twice and in another order, and nodes are asked twice. Then each row of the ledger and the weights
-are those of a run without these clients, to the bit, and each is left out by name.
+twice and in another order, and nodes are asked twice, or what they were asked long ago. Then each
+row of the ledger and the weights are those of a run without these clients, to the bit, and each is
+left out by name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ WORDS = [f"clients={CLIENTS}", f"cohort={CLIENTS}", "engine.min_clients=1", "eng
 WORDS += ["engine.timeout=2", "partition=iid"]
 LEFT_OUT = ("answered another run", "answered another round", "answered another client")
 LEFT_OUT += ("answered another kind", "the question")
-HONEST = ("as it came", "twice", "another's follows", "asked twice")
+HONEST = ("as it came", "twice", "another's follows", "asked twice", "asked of old")
 ANEW = ("train keys", "train shares")  # are drawn anew, whoever asks
 Key = tuple[str, int, str]  # round, client, kind of question
 
@@ -79,6 +81,7 @@ class Replays:
         share: Replies of ten that are replaced.
         others: Replies of another run, by question.
         mine: Those of this run so far.
+        calls: Ask a node the same again.
         replaced: What was done to whose reply.
         honest: How often what was done to replies that count.
     """
@@ -87,6 +90,7 @@ class Replays:
     share: int
     others: Mapping[Key, RecordDict]
     mine: dict[Key, RecordDict] = field(default_factory=dict)
+    calls: dict[Key, Callable[[], Message]] = field(default_factory=dict)
     replaced: dict[Key, str] = field(default_factory=dict)
     honest: Counter[str] = field(default_factory=Counter)
 
@@ -96,7 +100,7 @@ class Replays:
         must(not reply.has_error(), f"an honest client fails: {reply}")
         content = over_the_wire(reply.content)
         others = self._pool(message, key)
-        self.mine[key] = content
+        self.mine[key], self.calls[key] = content, call
         kind = pick(self.random, [kind for kind in LEFT_OUT if others.get(kind)] or [""])
         gone = len({one[1] for one in self.replaced if one[0] == key[0]} | {key[1]})
         if kind and gone <= MOST[self.share] and int(self.random.integers(10)) < self.share:
@@ -142,6 +146,9 @@ class Replays:
         if kind == "asked twice" and key_of(message)[2] not in ANEW:
             again, first = call().content, reply.content
             must(raw(again) == raw(first), "a node answers otherwise when it is asked again")
+        mine = [k for k in self.calls if k[1] == key_of(message)[1] and k[2] not in ANEW]
+        if kind == "asked of old" and mine:
+            self.calls[pick(self.random, mine)]()
         return [reply]
 
 
@@ -152,13 +159,10 @@ def trial(name: str, number: int, rounds: int) -> Counter[str]:
         AssertionError: Saying what is wrong.
     """
     words, share = SETTINGS[name]
-    words = [*WORDS, *words, f"rounds={rounds}", f"seed={number}"]
+    words, others = [*WORDS, *words, f"rounds={rounds}"], replies_of_another_run(name, rounds)
     with tempfile.TemporaryDirectory() as made, redirect_stdout(StringIO()):
         folder = Path(made)
-        other = Replays(generator(SEED, name, number, "other"), 0, {})
-        # The first round of the other run begins from the same weights.
-        deploy([*words, "local.lr=0.05"], folder / "other", _network(folder, "other", other))
-        replays = Replays(generator(SEED, name, number), share, other.mine)
+        replays = Replays(generator(SEED, name, number), share, others)
         deploy(words, folder / "run", _network(folder, "run", replays))
 
         def lost(message: Message, call: Callable[[], Message]) -> list[Message]:
@@ -175,6 +179,16 @@ def trial(name: str, number: int, rounds: int) -> Counter[str]:
         digests = [summary_of(folder / each)["weights_digest"] for each in ("run", "control")]
         must(digests[0] == digests[1], "the weights are others")
     return Counter(replays.replaced.values()) + replays.honest
+
+
+@lru_cache(maxsize=len(SETTINGS))
+def replies_of_another_run(name: str, rounds: int) -> dict[Key, RecordDict]:
+    """Record the replies of a run that begins from the same weights, and learns more slowly."""
+    other = Replays(generator(SEED, name, "other"), 0, {})
+    words = [*WORDS, *SETTINGS[name][0], f"rounds={rounds}", "local.lr=0.05"]
+    with tempfile.TemporaryDirectory() as made, redirect_stdout(StringIO()):
+        deploy(words, Path(made) / "other", _network(Path(made), "other", other))
+    return other.mine
 
 
 def _network(folder: Path, name: str, fault: Any) -> Network:
@@ -205,8 +219,8 @@ def campaign(times: int, names: Sequence[str] = tuple(SETTINGS), *, rounds: int 
         times: How many messages.
         names: Of `SETTINGS`.
         rounds: Of each run.
-        first: Seed of the first run.
-        tell: Whether to print what is wrong, and go on.
+        first: Number of the first run.
+        tell: Whether to print how far it is and what is wrong, and go on.
     """
     counts, number = Counter[str](), first
     with only_errors("fedraclora.clients.worker", "flwr"):
@@ -218,9 +232,11 @@ def campaign(times: int, names: Sequence[str] = tuple(SETTINGS), *, rounds: int 
                 if not tell:
                     raise
                 sys.stdout.write(f"run {number} ({name}): {type(error).__name__}: {error}\n")
-                sys.stdout.flush()
                 counts["wrong"] += 1
             number += 1
+            if tell:
+                sys.stdout.write(f"{number - first} runs, {counts.total()} messages\n")
+                sys.stdout.flush()
     counts["runs"] = number - first
     return counts
 
