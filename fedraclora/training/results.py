@@ -26,6 +26,7 @@ class Trained:
         steps: Optimiser steps that it took.
         loss: Mean training loss; None: it does not say.
         metrics: Further numbers of its training, by name.
+        seal: Of the tensors, as `Round.read` gave them; 0: it did not.
     """
 
     client: int
@@ -35,6 +36,7 @@ class Trained:
     steps: int
     loss: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    seal: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         """Reject numbers that cannot be.

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
+import signal
+import threading
+import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.utils.parametrize import register_parametrization
 
 import fedraclora
 from fedraclora.client import Round, Trained
 from fedraclora.errors import ClientError
+from fedraclora.training.own.deadline import OutOfTimeError, call_within
 from fedraclora.training.own.places import bits_of
 from tests.common import normal
 
@@ -305,3 +312,243 @@ def test_a_round_goes_to_another_process() -> None:
         return descend(there, there.install(net()))
 
     assert apart(run(train=train), run(train=plain)) == 0
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """Samples of a dataset of torch, which keeps a cache."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.x, self.y, self.cache, self.file = x, y, dict[int, Any](), None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, k: int) -> Any:
+        self.file, self._calls = self.file or {"open": 1}, k
+        return self.cache.setdefault(k, (self.x[k], self.y[k]))
+
+
+def as_arrays(x: torch.Tensor, y: torch.Tensor) -> Any:
+    return {"x": x.clone().numpy(), "y": y.clone().numpy()}
+
+
+def as_list(x: torch.Tensor, y: torch.Tensor) -> Any:
+    return {"rows": [{"x": row.tolist(), "y": int(label)} for row, label in zip(x, y, strict=True)]}
+
+
+def tensors_of(data: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(data, Rows):
+        pairs = [data[k] for k in range(len(data))]
+        return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+    if isinstance(data, dict) and "rows" in data:
+        rows = data["rows"]
+        return torch.tensor([r["x"] for r in rows]), torch.tensor([r["y"] for r in rows])
+    x, y = (data["x"], data["y"]) if isinstance(data, dict) else data
+    return torch.as_tensor(x), torch.as_tensor(y)
+
+
+def as_pair(x: torch.Tensor, y: torch.Tensor) -> Any:
+    return x.clone(), y.clone()
+
+
+CHANGES: dict[str, tuple[Any, Any]] = {
+    "a view": (as_pair, lambda data: data[0][:2].mul_(2)),
+    "by .data": (as_pair, lambda data: data[0].data.mul_(2)),
+    "by numpy": (as_pair, lambda data: np.multiply(data[0].numpy(), 2, out=data[0].numpy())),
+    "the labels": (as_pair, lambda data: data[1].data.zero_()),
+    "arrays of a dict": (as_arrays, lambda data: np.negative(data["x"], out=data["x"])),
+    "another array": (as_arrays, lambda data: data.update(x=data["x"] * 2)),
+    "rows of a list": (as_list, lambda data: data["rows"][0].update(y=0, x=[9.0] * 6)),
+    "a list that grows": (as_list, lambda data: data["rows"].append(data["rows"][0])),
+    "tensors of a dataset": (Rows, lambda data: data.x.data.mul_(2)),
+    "another tensor": (Rows, lambda data: setattr(data, "x", data.x * 2)),
+    "a generator": (
+        lambda x, y: {"x": x.numpy(), "y": y.numpy(), "rng": np.random.default_rng(0)},
+        lambda data: data["rng"].normal(),
+    ),
+}
+
+
+def trains_on(change: Any) -> Any:
+    def train(round_: Round) -> Trained:
+        model, (x, y) = round_.install(net()), tensors_of(round_.data)
+        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimiser.step()
+        change(round_.data)
+        return round_.read(model, samples=len(y), steps=1)
+
+    return train
+
+
+@pytest.mark.parametrize("way", [*CHANGES])
+def test_samples_changed_in_place_are_refused_whatever_holds_them(way: str) -> None:
+    """They were taken, and a run that went on trained on others: two digests for one seed."""
+    form, change = CHANGES[way]
+    data = [form(*client) for client in CLIENTS]
+    with pytest.raises(ClientError, match=r"round 1.*client \d.*round\.data in place"):
+        run(train=trains_on(change), data=data, loss="cross_entropy")
+
+
+@pytest.mark.parametrize("form", [as_pair, as_arrays, as_list, Rows])
+def test_samples_that_are_read_alone_may_be_of_any_kind_and_keep_a_cache(form: Any) -> None:
+    data = [form(*client) for client in CLIENTS]
+    found = run(train=trains_on(lambda _: None), data=data, loss="cross_entropy")
+    assert apart(found, run(train=trains_on(lambda _: None))) == 0
+
+
+def test_a_client_whose_memory_another_one_changes_is_refused() -> None:
+    base = torch.cat([x for x, _ in CLIENTS]).clone()
+    shared = [*zip(base.split(SIZES), [y for _, y in CLIENTS], strict=True)]
+
+    def train(round_: Round) -> Trained:
+        if round_.client == 0:
+            base.data.mul_(2)
+        return plain(round_)
+
+    with pytest.raises(ClientError, match=r"client 1: .*in place \(\[0\]\).*client 2: .*in place"):
+        run("cohort=3", "max_failures=2", train=train, data=shared)
+
+
+def test_an_iterator_is_refused_before_a_round_uses_it_up() -> None:
+    data = [{"rows": iter(rows)} for rows in ([1, 2], [3], [4, 5])]
+    with pytest.raises(ClientError, match=r"round 1.*client \d.*an iterator"):
+        run(train=plain, data=data, loss="cross_entropy")
+
+
+def test_a_dataset_of_hugging_face_may_be_set_up_anew_in_each_round() -> None:
+    from datasets import Dataset
+
+    data = [Dataset.from_dict({"x": x.tolist(), "y": y.tolist()}) for x, y in CLIENTS]
+
+    def train(round_: Round) -> Trained:
+        assert round_.data.format["type"] is None
+        round_.data.set_format("torch")
+        return trains_on(lambda _: None)(
+            dataclasses.replace(round_, data=(round_.data["x"][:], round_.data["y"][:]))
+        )
+
+    run(train=train, data=data, loss="cross_entropy")
+
+
+class Hundredfold(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 100 * weight
+
+
+SCALED: dict[str, Any] = {
+    "times 100": lambda model: setattr(model[0].parametrizations.weight[0], "scale", 150.0),
+    "another parametrisation": lambda model: register_parametrization(
+        model[0], "weight", Hundredfold()
+    ),
+}
+
+
+@pytest.mark.parametrize("way", [*SCALED])
+def test_an_adapter_of_a_plain_model_keeps_its_scale(way: str) -> None:
+    def train(round_: Round) -> Trained:
+        model = round_.install(net())
+        SCALED[way](model)
+        return descend(round_, model)
+
+    with pytest.raises(ClientError, match=r"scale of 0\.weight is 150|put on 0\.weight"):
+        run(train=train)
+
+
+def test_a_second_adapter_beside_that_of_the_run_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def train(round_: Round) -> Trained:
+        config = LoraConfig(r=2, target_modules=["0", "2"])
+        model: Any = round_.install(get_peft_model(net(), config))
+        model.add_adapter("b", config)
+        model.base_model.set_adapter(["default", "b"])
+        return descend(round_, model)
+
+    with pytest.raises(ClientError, match=r"'b'.*0\.weight is active, too"):
+        run(train=train)
+
+
+def by_hand(round_: Round) -> Trained:
+    ones = {n: torch.ones_like(t) for n, t in plain(round_).tensors.items()}
+    return Trained(round_.client, round_.number, ones, 3, 1)
+
+
+def doubled(round_: Round) -> Trained:
+    found = plain(round_)
+    return dataclasses.replace(found, tensors={n: 2 * t for n, t in found.tensors.items()})
+
+
+def in_place(round_: Round) -> Trained:
+    found = plain(round_)
+    next(iter(found.tensors.values())).mul_(2)
+    return found
+
+
+@pytest.mark.parametrize("train", [by_hand, doubled, in_place])
+def test_what_is_returned_is_what_round_read_gave(train: Any) -> None:
+    """What is made by hand has passed none of its checks."""
+    with pytest.raises(ClientError, match=r"client \d.*that round\.read gave"):
+        run(train=train)
+
+
+def swallowing() -> None:
+    while True:
+        try:  # noqa: SIM105
+            time.sleep(0.001)
+        except BaseException:
+            pass
+
+
+def swallowing_once() -> None:
+    try:  # noqa: SIM105
+        time.sleep(60)
+    except:  # noqa: E722
+        pass
+
+
+def without_alarm() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize("late", [swallowing, swallowing_once, without_alarm])
+def test_a_function_that_swallows_the_end_of_its_time_has_failed(late: Any) -> None:
+    """One alarm was caught by a bare except, and the result of a client that was late was taken."""
+    handler, fails = signal.getsignal(signal.SIGALRM), {"ran": 0}
+
+    def train(round_: Round) -> Trained:
+        if round_.client == 1:
+            late()
+            fails["ran"] += 1
+        return plain(round_)
+
+    local = {"train": train, "local": {"timeout": 0.2}}
+    with pytest.raises(ClientError, match=r"round 1.*client 1.*local\.timeout=0\.2"):
+        run("cohort=3", **local)
+    assert signal.getsignal(signal.SIGALRM) == handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_function_on_another_thread_that_is_late_has_failed() -> None:
+    said: list[str] = []
+
+    def late() -> None:
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            try:  # noqa: SIM105
+                time.sleep(0.01)
+            except BaseException:
+                pass
+
+    def inside() -> None:
+        for seconds, function in ((0.1, late), (60, lambda: said.append("ran"))):
+            try:
+                call_within(seconds, function)
+            except OutOfTimeError:
+                said.append("late")
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert said == ["late", "ran"]

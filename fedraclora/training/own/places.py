@@ -125,12 +125,16 @@ class Found:
         copies: Of modules that PEFT trains in full, the parameters that it has put aside.
         factors: By ``"<weight>/<label>"``.
         layers: LoRA layers of PEFT, by weight; none in a plain model.
+        terms: Of ours in a plain model, by weight.
+        others: Parametrisations of a weight besides, by weight.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     copies: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     factors: dict[str, Place] = field(default_factory=dict)
     layers: dict[str, Any] = field(default_factory=dict)
+    terms: dict[str, LowRankTerm] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
 
     def place(self, name: str) -> Place:
         """Return where a tensor of ours lies: a factor, or what is trained in full.
@@ -244,8 +248,9 @@ def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Fou
     for weight, asked in adapters.items():
         if found.layers:
             found.factors.update(_of_peft(found.layers, weight, asked, adapter))
-        else:
-            found.factors.update(_of_plain(modules, weight))
+        elif term := term_on(modules, weight):
+            found.terms[weight], found.others[weight] = term, _others(modules, weight)
+            found.factors.update(_of_term(weight, term))
     return found
 
 
@@ -314,9 +319,13 @@ def term_on(modules: Mapping[str, nn.Module], weight: str) -> LowRankTerm | None
     return next((term for term in terms.weight if isinstance(term, LowRankTerm)), None)
 
 
-def _of_plain(modules: Mapping[str, nn.Module], weight: str) -> dict[str, Place]:
-    term = term_on(modules, weight)
-    return {f"{weight}/{k}": Place(getattr(term, k)) for k in term.labels} if term else {}
+def _others(modules: Mapping[str, nn.Module], weight: str) -> int:
+    terms: Any = modules[weight.rpartition(".")[0]].parametrizations
+    return len(terms.weight) - 1
+
+
+def _of_term(weight: str, term: LowRankTerm) -> dict[str, Place]:
+    return {f"{weight}/{k}": Place(getattr(term, k)) for k in term.labels}
 
 
 def attach(
@@ -337,6 +346,7 @@ def attach(
         Where the factors lie, by ``"<weight>/<label>"``.
     """
     modules = {plain_name(n, "")[0]: m for n, m in inner(model).named_modules()}
+    places = dict[str, Place]()
     forms = {
         n: {k: (f.shape, f.trained) for k, f in a.factors.items()} for n, a in adapters.items()
     }
@@ -351,8 +361,9 @@ def attach(
             trained = {k for k, factor in asked.factors.items() if factor.trained}
             term = LowRankTerm(views[weight], factors, trained, asked.scale)
             parametrize.register_parametrization(module, "weight", term, unsafe=True)
-        term.scale = asked.scale
-    return {name: p for weight in adapters for name, p in _of_plain(modules, weight).items()}
+        term.scale, term.others = asked.scale, _others(modules, weight)
+        places |= _of_term(weight, term)
+    return places
 
 
 def buffers_of(model: nn.Module) -> Tree:

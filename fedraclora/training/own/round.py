@@ -16,6 +16,7 @@ from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.plan import some_of
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import calmer, greatest_norm
+from fedraclora.rng import hash_key
 from fedraclora.training.materialise import materialise
 from fedraclora.training.own.places import (
     Found,
@@ -175,7 +176,26 @@ class Round:
         for name, mask in asked.masks.items():  # weight decay moves what is beyond the budget, too
             found[name] = torch.where(mask, found[name], asked.values[name])
         told: Any = {} if metrics is None else metrics
-        return Trained(self.client, self.number, found, samples, steps, loss, told)
+        seal = self._seal(found)
+        return Trained(self.client, self.number, found, samples, steps, loss, told, seal)
+
+    def check(self, found: Trained) -> None:
+        """Refuse what `read` did not give: its checks are of the model, which stays here.
+
+        Raises:
+            ClientError: If tensors are not those that were asked for, or not those of `read`.
+        """
+        self._asked.check(found.tensors)
+        if found.seal != self._seal(found.tensors):
+            raise ClientError(
+                "the tensors of what the training function returned are not those that round.read "
+                "gave: return what it gives, and do what you do to an update to the model, before "
+                "round.read"
+            )
+
+    def _seal(self, found: Tree) -> int:
+        sums = (each for name, value in found.items() for each in (name, int(bits_of(value))))
+        return hash_key(self.seed, "read", self.client, self.number, *sums)
 
 
 def _use_peft(places: Found, downlink: Downlink, adapter: str) -> None:
@@ -204,8 +224,13 @@ def _use_peft(places: Found, downlink: Downlink, adapter: str) -> None:
 
 def _check_active(model: nn.Module, places: Found, downlink: Downlink, adapter: str) -> None:
     """Refuse an adapter of PEFT that is not what was trained with, or no longer apart from W."""
+    for weight, term in places.terms.items():
+        _check_scale(weight, term.scale, downlink)
+        if term.others != places.others[weight]:
+            raise ClientError(
+                f"another parametrisation was put on {weight}: register it before round.install"
+            )
     for weight, layer in places.layers.items():
-        asked = downlink.adapters[weight]
         if layer.merged:
             raise ClientError(
                 f"the adapter on {weight} is merged into its weight: read before merging"
@@ -215,17 +240,26 @@ def _check_active(model: nn.Module, places: Found, downlink: Downlink, adapter: 
                 f"the adapter {adapter!r} on {weight} is switched off: call "
                 f"model.set_adapter({adapter!r}) before round.read"
             )
-        if layer.scaling[adapter] != asked.scale:
+        if more := [name for name in layer.active_adapters if name != adapter]:
             raise ClientError(
-                f"the scale of {weight} is {layer.scaling[adapter]}, and was installed as "
-                f"{asked.scale}: leave layer.scaling, set_scale and lora_alpha as they are"
+                f"the adapter {more[0]!r} on {weight} is active, too, and does not travel: call "
+                f"model.set_adapter({adapter!r}) before training and before round.read"
             )
+        _check_scale(weight, layer.scaling[adapter], downlink)
     for saved in saved_whole(model, adapter):
         if saved.disable_adapters or adapter not in saved.active_adapters:
             raise ClientError(
                 f"a module of modules_to_save is switched off: call model.set_adapter({adapter!r}) "
                 "before round.read"
             )
+
+
+def _check_scale(weight: str, now: float, downlink: Downlink) -> None:
+    if now != (asked := downlink.adapters[weight].scale):
+        raise ClientError(
+            f"the scale of {weight} is {now}, and was installed as {asked}: leave scale, "
+            "layer.scaling, set_scale and lora_alpha as they are"
+        )
 
 
 class Asked:

@@ -34,6 +34,7 @@ class LowRankTerm(nn.Module):
     ) -> None:
         super().__init__()
         self.view, self.labels, self.scale = view, [*factors], scale
+        self.others = 0  # parametrisations of the same weight, when it was installed
         for label, value in factors.items():
             own = value.clone(memory_format=torch.contiguous_format)  # as FSDP wants it
             if label in trained:

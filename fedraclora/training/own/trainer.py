@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+import copy
 import io
 import logging
 import math
 import os
 import random  # noqa: TID251  (a function of the user's may draw from it)
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from fedraclora.data.samples import Samples, count_examples
+from fedraclora.data.fingerprint import USED_UP, Fingerprint, difference, fingerprint
+from fedraclora.data.samples import Partitioned, count_examples
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.imports import failure_of
 from fedraclora.models.outputs import nothing_drawn
@@ -32,11 +30,14 @@ from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import hash_key
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import is_out_of_memory
+from fedraclora.training.own.deadline import OutOfTimeError, call_within
 from fedraclora.training.own.round import Asked, Round
 from fedraclora.training.results import Trained
 from fedraclora.tree import Tree, widened
 
 log = logging.getLogger(__name__)
+FIRST = 256  # clients whose samples are looked at before any of them trains
+MOST_PARTS = 300_000  # of samples that are remembered: about 50 MB
 Train = Callable[[Round], Trained]
 
 
@@ -65,7 +66,7 @@ class OwnTrainer(CohortTrainer):
         self.function, self.timeout, self.most = function, timeout, most
         self.folded: tuple[object, Tree] = None, {}  # what pools fold into it, and the base with it
         self.warned = False  # that clients say more samples than they have
-        self.came: dict[int, list[int]] = {}  # by client, `versions` of its samples
+        self.came = Came()
         self.name = name.partition("@")[0]  # of one that a program lends, without its digest
 
     @override
@@ -80,6 +81,8 @@ class OwnTrainer(CohortTrainer):
         if narrow and narrow is not self.folded[0]:  # once for all clients of a round
             self.folded = narrow, apply_link(widened(base), Link(narrow), self.plan)
         base = dense(self.folded[1] if narrow else base)
+        if self.task.brought is not None and not self.came.of:
+            self._look_at_objects()
         scale, states, found = float(given["rate_scale"]), dict[int, bytes](), list[Trained]()
         for place, client in enumerate(clients.tolist()):
             own = downlink.select(torch.tensor([place]))
@@ -87,6 +90,13 @@ class OwnTrainer(CohortTrainer):
             found.append(one)
             states |= {} if kept is None else {client: kept}
         return as_result(found, states)
+
+    def _look_at_objects(self) -> None:
+        """Take the fingerprints of a program's objects: clients may share the memory of theirs."""
+        if not isinstance(self.data, Partitioned):  # a function gives each client its own
+            return
+        for client in range(min(FIRST, self.data.num_clients)):
+            self.came.note(client, self._data_of(client))
 
     def _one(
         self, base: Tree, downlink: Downlink, client: int, round_: int, rate_scale: float
@@ -96,19 +106,18 @@ class OwnTrainer(CohortTrainer):
         asked = Asked(base, downlink, self.plan.targets, buffers)
         seed = seed_of(self.seed, round_, client)
         kept = b"" if self.recall is None else self.recall(client, round_)
-        given = Round(
-            client, round_, seed, self._data_of(client), rate_scale, state_of(kept), _asked=asked
-        )
-        came = self.came.setdefault(client, versions(given.data))
+        data = self._data_of(client)
+        came = self.came.first(client, data)
+        given = Round(client, round_, seed, apart(data), rate_scale, state_of(kept), _asked=asked)
         try:
-            with seeded_everywhere(seed), torch.enable_grad(), at_most(self.timeout):
-                found: Any = self.function(given)
+            with seeded_everywhere(seed), torch.enable_grad():
+                found: Any = call_within(self.timeout, self.function, given)
         except (FedRacLoraError, KeyboardInterrupt):
             raise
         except OutOfTimeError as error:
             raise ClientError(
-                f"the training function {self.name} took longer than local.timeout="
-                f"{self.timeout:g} seconds: raise it, or have it take fewer steps"
+                f"the training function {self.name} took longer than local.timeout={self.timeout} "
+                "seconds: raise it, or have it take fewer steps"
             ) from error
         except BaseException as error:  # it may want to end the process
             if isinstance(error, Exception) and is_out_of_memory(error):
@@ -125,12 +134,13 @@ class OwnTrainer(CohortTrainer):
                 f"the training function {self.name} returned {other}; what round.read gives in "
                 "this call is wanted"
             )
-        asked.check(found.tensors)
+        given.check(found)
         self._check_samples(found.samples, client)
-        if versions(given.data) != came:
+        if part := difference(came, fingerprint(data, versions=True)):
             raise ClientError(
-                f"the training function {self.name} has changed round.data in place, so that the "
-                "client's rounds would train on other samples: let it work on a copy"
+                f"the training function {self.name} has changed round.data in place ({part}), so "
+                "that the client's rounds would train on other samples: let it work on a copy, and "
+                "keep what lasts in round.state"
             )
         return found, told_of(given.state) if given.state or kept else None
 
@@ -152,6 +162,47 @@ class OwnTrainer(CohortTrainer):
         return self.data.gather(torch.tensor([client], device=self.device), places)
 
 
+class Came:
+    """What the samples of clients were when each was first asked here."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Fingerprint] = {}
+        self.size = 0
+
+    def note(self, client: int, data: Any) -> Fingerprint:
+        """Take the fingerprint of a client's samples, and remember the first."""
+        now = fingerprint(data, versions=True)
+        if client not in self.of:
+            if self.size > MOST_PARTS:  # of very many clients changes are seen in their round alone
+                self.of, self.size = {}, 0
+            self.of[client], self.size = now, self.size + len(now)
+        return now
+
+    def first(self, client: int, data: Any) -> Fingerprint:
+        """Return the first fingerprint of a client's samples, which are still what they were.
+
+        Raises:
+            ClientError: If they are not, or can be read once only.
+        """
+        now = self.note(client, data)
+        if USED_UP in now.values():
+            raise ClientError(
+                "round.data is or holds an iterator, which the first round would use up: give the "
+                "client a list, a dataset or an object that can be read again"
+            )
+        if part := difference(self.of[client], now):
+            raise ClientError(
+                f"round.data has been changed in place ({part}) since this client was first asked: "
+                "have the training function work on a copy, also where clients share memory"
+            )
+        return self.of[client]
+
+
+def apart(data: Any) -> Any:
+    """Give samples of Hugging Face as an object of their own: ``set_format`` changes it alone."""
+    return copy.deepcopy(data) if hasattr(data, "with_format") else data
+
+
 def as_result(found: Sequence[Trained], states: dict[int, bytes] | None = None) -> LocalResult:
     """Stack what clients have trained; ``states`` is what they keep."""
     losses = [UNSAID if one.loss is None else one.loss for one in found]
@@ -170,12 +221,6 @@ def as_result(found: Sequence[Trained], states: dict[int, bytes] | None = None) 
 def seed_of(run: int, number: int, client: int) -> int:
     """Give the seed of a client in a round, from that of its run."""
     return hash_key(run, "own", number, client) % 2**31
-
-
-def versions(found: Any) -> list[int]:
-    """Count the changes in place of the tensors among samples, as torch counts them."""
-    tensors = tree_leaves(found.tensors if isinstance(found, Samples) else found)
-    return [each._version for each in tensors if isinstance(each, torch.Tensor)]  # noqa: SLF001
 
 
 def state_of(told: bytes) -> dict[str, Any]:
@@ -199,46 +244,6 @@ def told_of(state: object) -> bytes:
             "dicts is wanted, as of optimiser.state_dict()"
         ) from error
     return written.getvalue()
-
-
-class OutOfTimeError(BaseException):
-    """The time of a client is over; a function that catches every Exception does not catch it."""
-
-
-@contextmanager
-def at_most(seconds: float | None) -> Iterator[None]:
-    """Interrupt what takes longer; what is in C is interrupted where it comes back to Python.
-
-    Raises:
-        OutOfTimeError: If it did.
-    """
-    if seconds is None:
-        yield
-        return
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGALRM, _out_of_time)  # it wakes what sleeps, too
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        return
-    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    here, late = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(OutOfTimeError)
-    timer = threading.Timer(seconds, raise_in, (here, late))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        raise_in(here, None)  # one that came too late to be raised
-
-
-def _out_of_time(*_: object) -> None:
-    raise OutOfTimeError
 
 
 @contextmanager

@@ -1,0 +1,251 @@
+"""Fingerprints of samples of any kind: whether they are what they were, here or in another process.
+
+A fingerprint has a digest for each part: tensors, arrays, lists, dicts, frames, datasets of torch
+and of Hugging Face, and attributes of other objects. Where there are many numbers, rows or keys,
+some are drawn, the same each time, so that the cost is bounded: 0.1 ms for a small client, 25 ms
+for any number of samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random  # noqa: TID251  (the state of somebody's generator)
+import time
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from functools import cache
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedraclora.data.samples import Samples
+from fedraclora.errors import ConfigError
+from fedraclora.rng import generator
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+LONG = 60.0  # seconds of a call that is not made again
+Fingerprint = dict[str, str]
+WHOLE = 8 << 20  # bytes that are all read
+SOME, FEW = 1 << 13, 1 << 7  # numbers of a larger tensor that are read; when these bytes are over
+FEW_ROWS = 16  # of a Hugging Face dataset whose rows are large
+MANY = 256  # entries of a list or a dict that are all read; of a longer one so many are
+MOST = 2048  # parts of which digests are made
+PLAIN = (str, bytes, int, float, complex, bool, type(None), type(...), np.generic)
+CODE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
+USED_UP = "an iterator"  # the digest of what can be read once
+
+
+def fingerprint(found: object, *, versions: bool = False) -> Fingerprint:
+    """Fingerprint samples: a digest by the path of each part, such as ``[0]`` or ``.images[3]``.
+
+    Args:
+        found: Of one client, or of all. Not modified.
+        versions: Whether changes in place that torch counted for a tensor count, too, so that a
+            single number of a large tensor shows. Counts differ between processes.
+
+    Returns:
+        Without ``versions`` the same in any process.
+    """
+    parts = Fingerprint()
+    for path, digest in _Reader(versions).parts(found, "", (), kept=False):
+        parts[path] = digest
+        if len(parts) >= MOST:
+            break
+    return parts
+
+
+def difference(before: Fingerprint, now: Fingerprint) -> str | None:
+    """Name a part that is not what it was, or is gone; None: all are as they were.
+
+    An object may keep more than before, such as a cache or an open file.
+    """
+    return next((path or "it" for path in before if now.get(path) != before[path]), None)
+
+
+def called_twice(
+    said: str,
+    call: Callable[[], T],
+    *,
+    within: float = LONG,
+    look: Callable[[T], object] = lambda found: found,
+) -> T:
+    """Call a function of the user's twice, and refuse one that gives something else then.
+
+    Each process calls it for itself, and so does a run that goes on: clients would share rows, or
+    train on other samples.
+
+    Args:
+        said: What was called, for the message.
+        call: Calls it.
+        within: Seconds of the first call beyond which it is not called again; the log says so.
+        look: Takes out of what it gave what must be the same.
+
+    Returns:
+        What it gave first.
+
+    Raises:
+        ConfigError: If the second result is another, or the second call changes the first.
+    """
+    began = time.monotonic()
+    found = call()
+    if (took := time.monotonic() - began) > within:
+        log.warning(
+            "%s took %.0f s, and is not called again to see if it draws numbers", said, took
+        )
+        return found
+    first, again = fingerprint(look(found)), fingerprint(look(call()))
+    pairs = ((first, again), (again, first), (first, fingerprint(look(found))))
+    if part := next(filter(None, (difference(*pair) for pair in pairs)), None):
+        raise ConfigError(
+            f"{said} gives something else when it is called again ({part}). Draw by a seed of your "
+            "own (torch.Generator().manual_seed(0), numpy.random.default_rng(0)), and keep nothing "
+            "from call to call"
+        )
+    return found
+
+
+@dataclass
+class _Reader:
+    """Reads samples, and less of each tensor when much was read.
+
+    Attributes:
+        versions: As of `fingerprint`.
+        left: Bytes that may still be read whole.
+    """
+
+    versions: bool
+    left: int = WHOLE
+
+    def parts(
+        self, found: Any, path: str, above: tuple[int, ...], *, kept: bool
+    ) -> Iterator[tuple[str, str]]:
+        """Digest the parts of something; ``kept`` says that it is what an object keeps."""
+        if id(found) in above or isinstance(found, CODE) or (kept and found is None):
+            return
+        above = (*above, id(found))
+        if (own := self._leaf(found)) is not None:
+            yield path, own
+        elif (entries := _entries(found)) is not None:
+            if not kept:
+                yield f"{path}#", str(entries[0])
+            for key, value in entries[1]:
+                yield from self.parts(value, f"{path}[{key!r:.40}]", above, kept=kept)
+        elif hasattr(found, "__next__"):
+            if not kept:
+                yield path, USED_UP
+        else:
+            if not kept or isinstance(found, torch.utils.data.Dataset):
+                yield f"{path}#", _length(found)
+            for name, value in _attributes(found):
+                yield from self.parts(value, f"{path}.{name}", above, kept=True)
+
+    def _leaf(self, found: Any) -> str | None:
+        """Digest what is made of no parts."""
+        if isinstance(found, PLAIN):
+            text = repr(found)
+            return text if len(text) < 40 else _hash(text.encode())
+        if isinstance(found, torch.Tensor):
+            return self._tensor(found)
+        if isinstance(found, np.ndarray) and found.dtype != object:
+            some = found[self._places(found.shape, found.nbytes)]
+            return f"{found.dtype} {found.shape} {_hash(np.ascontiguousarray(some).tobytes())}"
+        state = _state_of(found)
+        return None if state is None else _hash(state)
+
+    def _tensor(self, found: torch.Tensor) -> str:
+        counts = self.versions and not found.is_inference()
+        said = f"{found.dtype} {tuple(found.shape)} {found._version if counts else ''}"  # noqa: SLF001
+        plain = found.detach()
+        if plain.layout != torch.strided or plain.is_meta or plain.is_quantized:
+            return said
+        places = self._places(tuple(plain.shape), plain.numel() * plain.element_size())
+        some = plain[tuple(map(torch.from_numpy, places)) if places else ()].cpu().contiguous()
+        bits = some.reshape(-1).view(torch.uint8) if some.numel() else some
+        return f"{said} {_hash(bits.numpy().tobytes())}"
+
+    def _places(self, shape: tuple[int, ...], size: int) -> tuple[npt.NDArray[np.int64], ...]:
+        """Choose which numbers are read; empty: all."""
+        if size <= self.left // 2:
+            self.left -= size
+            return ()
+        self.left -= WHOLE // 32
+        return _drawn_places(shape, SOME if self.left > 0 else FEW)
+
+
+def _state_of(found: Any) -> bytes | None:
+    """Write the state of a generator of numbers, or an image of PIL; None: it is neither."""
+    if isinstance(found, torch.Generator):
+        return found.get_state().numpy().tobytes()
+    if isinstance(found, random.Random):
+        return repr(found.getstate()).encode()
+    if isinstance(found, np.random.Generator):
+        return repr(found.bit_generator.state).encode()
+    if isinstance(found, np.random.RandomState):
+        return repr(found.get_state()).encode()
+    return found.tobytes() if hasattr(found, "getbands") and hasattr(found, "tobytes") else None
+
+
+def _entries(found: Any) -> tuple[int, Iterator[tuple[object, Any]]] | None:
+    """Count what a container holds, and list its entries by key; some of many."""
+    if isinstance(found, Samples):
+        found = found.tensors
+    if hasattr(found, "column_names") and hasattr(found, "with_format"):  # of Hugging Face
+        table = found.with_format("arrow")[_drawn(len(found))]  # nothing is decoded
+        some = table if table.nbytes < WHOLE else table[:FEW_ROWS]
+        return len(found), ((name, repr(rows)) for name, rows in some.to_pydict().items())
+    if hasattr(found, "to_numpy") and hasattr(found, "columns"):  # a frame
+        return len(found), ((name, found[name].to_numpy()) for name in found.columns)
+    if isinstance(found, Mapping):
+        keys = [*found]
+        return len(keys), ((keys[k], found[keys[k]]) for k in _drawn(len(keys)))
+    if isinstance(found, Set):
+        every = sorted(map(repr, found))
+        return len(every), ((k, every[k]) for k in _drawn(len(every)))
+    if isinstance(found, list | tuple | np.ndarray):
+        return len(found), ((k, found[k]) for k in _drawn(len(found)))
+    return None
+
+
+def _attributes(found: Any) -> Iterator[tuple[str, Any]]:
+    """List what an object keeps, but for private plain values, with which it counts."""
+    slots = {n for kind in type(found).__mro__ for n in _names(vars(kind).get("__slots__", ()))}
+    own = {n: getattr(found, n) for n in sorted(slots) if n[:2] != "__" and hasattr(found, n)}
+    for name, value in {**own, **getattr(found, "__dict__", {})}.items():
+        if not (name.startswith("_") and isinstance(value, PLAIN)):
+            yield name, value
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _length(found: Any) -> str:
+    try:
+        return str(len(found)) if hasattr(type(found), "__len__") else ""
+    except Exception:  # a loader whose dataset has none
+        return ""
+
+
+@cache
+def _drawn(count: int) -> list[int]:
+    """List all numbers below a count; of many some, with both ends, in order."""
+    if count <= MANY:
+        return [*range(count)]
+    drawn = generator(0, "fingerprint", count).choice(count, MANY - 2, replace=False)
+    return sorted({0, count - 1, *map(int, drawn)})
+
+
+@cache
+def _drawn_places(shape: tuple[int, ...], some: int) -> tuple[npt.NDArray[np.int64], ...]:
+    count = int(np.prod(shape, dtype=np.int64))
+    drawn = generator(0, "fingerprint of numbers", count).integers(count, size=some)
+    return np.unravel_index(np.unique([0, count - 1, *drawn.tolist()]), shape)
+
+
+def _hash(found: bytes) -> str:
+    return hashlib.sha256(found).hexdigest()[:16]
