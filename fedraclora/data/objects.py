@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fedraclora.data.dataset import (
     split_rows,
     take,
 )
+from fedraclora.data.fingerprint import called_twice
 from fedraclora.data.fit import Form, found_shape, outputs_for, said_of_inputs, scale_of_bytes
 from fedraclora.data.objective import (
     check_names,
@@ -377,7 +379,8 @@ def load_function(
     """
 
     def called(key: str, name: str) -> object:
-        return call_function(key, name, parameters=parameters, at="data.parameters")
+        call = partial(call_function, key, name, parameters=parameters, at="data.parameters")
+        return called_twice(f"{key}={name}", call)
 
     found = data_of(
         called("data.function", function),

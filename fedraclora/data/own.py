@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
 from fedraclora.data.dataset import RowNumbers, split_rows, take
+from fedraclora.data.fingerprint import called_twice
 from fedraclora.data.fit import Form, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.locate import user_path
 from fedraclora.data.samples import Samples, length, parts_of, picked, stand_in
@@ -71,8 +73,23 @@ def _numbers(folder: Path) -> set[int]:
     return {int(file.stem) for file in folder.glob("*.npz") if file.stem.isdecimal()}
 
 
+def asked_of(
+    source: str, client: int, arguments: Mapping[str, object] | None, *, twice: bool = False
+) -> Any:
+    """Ask a function for what a client has; arguments are those of `read_own`."""
+    call = partial(
+        call_function, "data.samples", source, client, parameters=arguments, at=ARGUMENTS
+    )
+    return called_twice(f"data.samples={source}, client {client}:", call) if twice else call()
+
+
 def read_own(
-    source: str, client: int, *, alone: bool = False, arguments: Mapping[str, object] | None = None
+    source: str,
+    client: int,
+    *,
+    alone: bool = False,
+    arguments: Mapping[str, object] | None = None,
+    twice: bool = False,
 ) -> tuple[Samples, Samples | None]:
     """Read the samples of one client.
 
@@ -82,6 +99,7 @@ def read_own(
         client: The id.
         alone: Whether no other client can mean the same folder.
         arguments: Further ones of the function, by name.
+        twice: Whether the function is called twice, and refused if it gives something else then.
 
     Returns:
         What it may train on; and its own test samples, where it has some: beside ``<id>.npz``
@@ -93,8 +111,7 @@ def read_own(
     """
     where = f"client {client} (data.samples={source})"
     if is_function(source):
-        found = call_function("data.samples", source, client, parameters=arguments, at=ARGUMENTS)
-        train, own = parts_of(found)
+        train, own = parts_of(asked_of(source, client, arguments, twice=twice))
         return gathered(train, where), None if own is None else gathered(own, f"{where}, test")
     folder = _folder(source)
     named, only = folder / f"{client}.npz", folder / ONLY_FILE
@@ -170,9 +187,8 @@ class Brought:
             DataError: If it fails.
         """
         if client not in self._own:
-            found = call_function(
-                "data.samples", str(self.source), client, parameters=self.arguments, at=ARGUMENTS
-            )
+            twice = self.objects and not self._own
+            found = asked_of(str(self.source), client, self.arguments, twice=twice)
             found = found if self.objects else parts_of(found)[0]
             size = length(found) if self.objects else len(self.whole(client))
             rows = self._training(size, client)[0]
@@ -217,7 +233,8 @@ class Brought:
             return stand_in(length(self.own(client)))
         if client not in self._read:
             alone, said = len(self.only or range(self.num_clients)) == 1, self.arguments
-            found, test = read_own(self.source, client, alone=alone, arguments=said)
+            twice = not self._tests  # the first one stands for all
+            found, test = read_own(self.source, client, alone=alone, arguments=said, twice=twice)
             self._read[client] = found
             where = f"client {client}, test (data.samples={self.source})"
             self._tests[client] = None if test is None else self.form.fit(test, where)

@@ -175,17 +175,16 @@ def check_loss(
             f"{said} gives the model {came}: form it from the output by functions of torch alone "
             "that have a slope (no argmax, round, detach, item or numpy), finite where it is 0"
         )
+    if not torch.equal(_called(loss, output, target)[0], wanted):
+        raise ConfigError(
+            f"{said} gives something else each time that it is called with the same output and "
+            "target: it may draw no numbers, and keep nothing from call to call"
+        )
     if is_scalar:
         return
     rows = range(len(target))
     each = torch.cat([_called(loss, output[i : i + 1], target[i : i + 1])[0] for i in rows])
     if not torch.allclose(each.double(), wanted.double(), 1e-3, 1e-3 * float(wanted.abs().max())):
-        again = _called(loss, output, target)[0]
-        if not torch.equal(again, wanted):
-            raise ConfigError(
-                f"{said} gives something else each time that it is called with the same output and "
-                "target: it may draw no numbers, and keep nothing from call to call"
-            )
         raise ConfigError(
             f"{said}: the loss of a sample depends on the other samples of its batch (a mean "
             "or weights over the batch, for example), so that it would depend on the engine and on "

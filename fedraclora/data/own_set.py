@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
 from fedraclora.data.dataset import OF_RUN, TEST_SHARE, Clients, DataSet, refuse_both
+from fedraclora.data.fingerprint import called_twice
 from fedraclora.data.fit import Form, found_shape, gathered, scale_of_bytes
 from fedraclora.data.locate import user_path
 from fedraclora.data.objective import has_classes, said_like, usual_metrics
@@ -141,8 +143,8 @@ def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
     named, where = None, f"data.test={test}"
     if test is not None:
         if is_function(test):
-            found = call_function("data.test", test, parameters=brought.arguments, at=ARGUMENTS)
-            named = gathered(found, where)
+            call = partial(call_function, "data.test", test, parameters=brought.arguments)
+            named = gathered(called_twice(where, partial(call, at=ARGUMENTS)), where)
         else:
             named = read_npz(user_path("data.test", test), where)
         brought.reading.update(scale_of_bytes(named))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import torch
 
 from fedraclora.binding import row_of
 from fedraclora.data.dataset import MOST_NAMED, Clients, DataSet, Division, RowNumbers
+from fedraclora.data.fingerprint import difference, fingerprint
 from fedraclora.data.objective import with_labels
 from fedraclora.data.partitioners import (
     bootstrap,
@@ -201,8 +202,42 @@ def make_partition(
         )
     if clients is None and name not in {"natural", "given", "auto"} and not own:
         raise ConfigError(f"clients is not set, and partition={name} needs it")
+    parts = _dealt(name, divide, data, clients, seed, args, own=own)
+    name = fitting(data) if name == "auto" else name
+    if own and isinstance(parts, list):
+        _require_number(clients, len(parts), f"partition={name} makes {len(parts)}")
+    if not isinstance(parts, list):
+        sizes = parts.sizes(spread_clients(parts.num_clients, SIZES_SEEN)).numpy()
+        return parts, _facts(name, parts.num_clients, 0, sizes)
+    nonempty = _nonempty(data, name, parts, empty, peaked="alpha" in args)
+    sizes = np.array([len(part) for part in nonempty])
+    asked = clients if clients is not None else len(parts)
+    facts = _facts(name, asked, len(parts) - len(nonempty), sizes)
+    facts |= {"rows_left_out": len(data.train) - int(sizes.sum())}
+    return nonempty, facts | (_named(data, nonempty, **args) if name == "natural" else {})
+
+
+def _dealt(
+    name: str,
+    divide: Callable[..., Any],
+    data: DataSet,
+    clients: int | None,
+    seed: int,
+    args: Mapping[str, Any],
+    *,
+    own: bool,
+) -> Division:
+    """Call what divides the rows; a function of the user's twice, as each process calls it."""
+
+    def deal() -> Any:
+        found = divide(data, clients=clients, seed=seed, **args)
+        return _checked_rows(name, found, len(data.train)) if own else found
+
     try:
-        parts = divide(data, clients=clients, seed=seed, **args)
+        if not own:
+            return cast("Division", deal())
+        before = fingerprint((data.train, data.columns))
+        parts, again = deal(), deal()
     except FedRacLoraError:
         raise
     except Exception as error:
@@ -215,19 +250,15 @@ def make_partition(
             f"partition={name}, clients={clients}{settings} cannot divide {len(data.train)} "
             f"samples: {error}"
         ) from error
-    name = fitting(data) if name == "auto" else name
-    if own:
-        parts = _checked_rows(name, parts, len(data.train))
-        _require_number(clients, len(parts), f"partition={name} makes {len(parts)}")
-    if not isinstance(parts, list):
-        sizes = parts.sizes(spread_clients(parts.num_clients, SIZES_SEEN)).numpy()
-        return parts, _facts(name, parts.num_clients, 0, sizes)
-    nonempty = _nonempty(data, name, parts, empty, peaked="alpha" in args)
-    sizes = np.array([len(part) for part in nonempty])
-    asked = clients if clients is not None else len(parts)
-    facts = _facts(name, asked, len(parts) - len(nonempty), sizes)
-    facts |= {"rows_left_out": len(data.train) - int(sizes.sum())}
-    return nonempty, facts | (_named(data, nonempty, **args) if name == "natural" else {})
+    if len(parts) != len(again) or not all(map(np.array_equal, parts, again)):
+        raise ConfigError(
+            f"partition={name} deals other rows when it is called again, and each process calls "
+            "it: draw by its argument seed alone (numpy.random.default_rng(seed)), and keep "
+            "nothing from call to call"
+        )
+    if part := difference(before, fingerprint((data.train, data.columns))):
+        raise ConfigError(f"partition={name} changes the data that it divides ({part}): copy them")
+    return cast("Division", parts)
 
 
 def _nonempty(

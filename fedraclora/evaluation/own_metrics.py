@@ -95,6 +95,7 @@ class _Whole:
 
     def __init__(self, name: str, function: Any) -> None:
         self.name, self.function = name.partition("@")[0], function
+        self.tried = False  # called twice with the same, as it may draw nothing
 
     def take(self, batch: Batch) -> Any:
         """Take of a batch sums for each owner, [owners, q], or outputs, targets, and whose."""
@@ -102,7 +103,23 @@ class _Whole:
 
     def value(self, *given: Any) -> float:
         """Compute it of the sums of an owner, or of its outputs and targets."""
-        return self.number(self.called(self.function, *given))
+        found = self.number(self.called(self.function, *given))
+        again = found if self.tried else self.number(self.called(self.function, *given))
+        self.repeats(torch.tensor(found), torch.tensor(again))
+        return found
+
+    def repeats(self, found: torch.Tensor, again: torch.Tensor) -> None:
+        """Refuse a function that gives something else the second time.
+
+        Raises:
+            ConfigError: Naming it.
+        """
+        self.tried = True
+        if not torch.equal(found.nan_to_num(), again.nan_to_num()):
+            raise ConfigError(
+                f"metric {self.name} gives something else when it is called again with the same "
+                "outputs and targets: it may draw no numbers, and keep nothing from call to call"
+            )
 
     def called(self, function: Callable[..., Any], *given: torch.Tensor) -> Any:
         """Call a function of the user's."""
@@ -145,6 +162,8 @@ class _Each(_Whole):
                 f"metric {self.name} gives {_kind(found)} for {len(target)} rows; with each=True a "
                 f"tensor of shape ({len(target)},) is wanted"
             )
+        if not self.tried:
+            self.repeats(found, self.called(self.function, output, target))
         return owners.sums(found, torch.ones_like(found))
 
     @override

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from fedraclora.binding import object_of
+from fedraclora.data.fingerprint import called_twice
 from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.imports import check_call, told_as
 from fedraclora.lowrank.layers import is_head
 from fedraclora.models.built import Built, found_head, require_numbers, seeded, take_module
 from fedraclora.objects import lend, lent
 from fedraclora.tree import digest
+
+QUICK = 2.0  # seconds of a builder that is called a second time, to see if it draws
 
 
 def lend_model(model: nn.Module) -> str:
@@ -113,6 +116,11 @@ def require_module(model: object) -> nn.Module:
     return model
 
 
+def weights_in(found: object) -> object:
+    """Take weights and buffers out of what a function gives, by name."""
+    return dict(found.state_dict()) if isinstance(found, nn.Module) else None
+
+
 def build_function(
     *,
     function: str = "",
@@ -128,8 +136,9 @@ def build_function(
     Args:
         function: ``package.module:function``; it is called with ``shape`` and ``classes`` of the
             data and with ``arguments``, and gives a `torch.nn.Module`. Its draws from torch's
-            global generator are fixed by the seed of the run. Dropout must be a module
-            (`torch.nn.Dropout`): as a function it would stay off, and is refused
+            global generator are fixed by the seed of the run; it may draw from no other. Where
+            it takes less than two seconds it is called again to see that. Dropout must be a
+            module (`torch.nn.Dropout`): as a function it would stay off, and is refused
             (`fedraclora.models.built`). Layers of BatchNorm must be frozen, that is in evaluation
             mode, with statistics of their own.
         head: Name prefixes of the final layer; None: the last layer that could be adapted, or what
@@ -148,9 +157,13 @@ def build_function(
     at = "model.arguments"
     build = object_of("model.function", function, parameters=arguments or {}, at=at)
     check_call("model.function", build, shape=shape, classes=classes)
-    with (
-        seeded(seed, "model"),
-        told_as(ModelError, f"model.function={function}: ", "calling it"),
-    ):
-        model = build(shape=shape, classes=classes)
+
+    def called() -> object:
+        with (
+            seeded(seed, "model"),
+            told_as(ModelError, f"model.function={function}: ", "calling it"),
+        ):
+            return build(shape=shape, classes=classes)
+
+    model = called_twice(f"model.function={function}", called, within=QUICK, look=weights_in)
     return _taken(model, f"model.function={function}", head, targets)

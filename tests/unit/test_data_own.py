@@ -116,18 +116,18 @@ def test_the_client_and_its_file_are_named(folder: Path) -> None:
 
 
 def test_each_client_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what is held out and what is trained on are parts of one answer."""
+    """So that what is held out and what is trained on are parts of one answer; the first twice."""
     (tmp_path / "asked_once.py").write_text(
         "import numpy as np\nASKED = []\n"
         "def samples(k):\n    ASKED.append(k)\n"
-        "    return np.random.default_rng().normal(size=(10, 2)), np.arange(10) % 2\n"
+        "    return np.random.default_rng(k).normal(size=(10, 2)), np.arange(10) % 2\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     data = own_samples(clients=3, samples="asked_once:samples")
     data.parts.sizes(torch.arange(3))  # type: ignore[union-attr]
     import asked_once  # type: ignore[import-not-found]
 
-    assert asked_once.ASKED == [0, 1, 2]
+    assert asked_once.ASKED == [0, 0, 1, 2]
 
 
 def test_what_a_function_raises_is_told_with_its_line(

@@ -1,0 +1,164 @@
+"""Functions of the user's that must give the same each time: each process calls them itself."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedraclora
+from fedraclora.data.fingerprint import called_twice, difference, fingerprint
+from fedraclora.errors import ConfigError
+from tests.common import normal
+
+HERE, COUNT = __name__, itertools.count()
+DRAWN = {
+    "numpy": lambda n: np.random.default_rng().permutation(n),
+    "torch": lambda n: torch.randperm(n).numpy(),
+    "count": lambda n: np.roll(np.arange(n), next(COUNT)),
+    "none": np.arange,
+}
+
+
+def net(shape: Any = (6,), classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(*shape, 5), nn.Tanh(), nn.Linear(5, classes))
+
+
+def table(count: int = 64, how: str = "none", key: int = 0) -> Any:
+    x = normal(count, 6, key=key).float()[torch.from_numpy(DRAWN[how](count))]
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+
+
+def deal(data: Any, *, clients: int, seed: int, how: str = "none") -> Any:
+    return np.array_split(DRAWN[how](len(data.train)), clients)
+
+
+def scaling(data: Any, *, clients: int, seed: int) -> Any:
+    data.train.inputs["x"].mul_(2)
+    return np.array_split(np.arange(len(data.train)), clients)
+
+
+def all_clients(*, how: str = "none") -> Any:
+    return [table(20, how, key) for key in range(3)]
+
+
+def client(number: int, *, how: str = "none") -> Any:
+    return table(20, how, number)
+
+
+def drawn_net(*, shape: Any, classes: int, how: str = "none") -> nn.Module:
+    model = net(shape, classes)
+    model.register_buffer("order", torch.from_numpy(DRAWN[how](7)))
+    return model
+
+
+def loss(output: torch.Tensor, target: torch.Tensor, how: str = "none") -> torch.Tensor:
+    noise = torch.from_numpy(DRAWN[how](50)[:1]).float() * 1e-6  # less than sums round by
+    return nn.functional.cross_entropy(output, target, reduction="none") * (1 + noise)
+
+
+def measured(output: torch.Tensor, target: torch.Tensor, how: str = "none") -> float:
+    return float(DRAWN[how](50)[0])
+
+
+def each(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch.rand(len(target))
+
+
+measured.higher_is_better = each.higher_is_better = True  # type: ignore[attr-defined]
+KEYS: dict[str, Any] = {
+    "partition": lambda how: {
+        "data": table(),
+        "clients": 3,
+        "partition": {"name": f"{HERE}:deal", "how": how},
+    },
+    "data.function": lambda how: {
+        "data": {"name": f"{HERE}:all_clients", "parameters": {"how": how}}
+    },
+    "data.samples": lambda how: {
+        "data": {"name": "own", "samples": f"{HERE}:client", "arguments": {"how": how}},
+        "clients": 3,
+    },
+    "data.test": lambda how: {
+        "data": {
+            "name": "own",
+            "samples": f"{HERE}:client",
+            "test": f"{HERE}:server",
+            "arguments": {"how": how},
+        },
+        "clients": 3,
+    },
+    "model.function": lambda how: {
+        "data": all_clients(),
+        "model": {"name": "function", "function": f"{HERE}:drawn_net", "arguments": {"how": how}},
+    },
+    "loss": lambda how: {"data": all_clients(), "loss": {"name": f"{HERE}:loss", "how": how}},
+    "metric": lambda how: {
+        "data": all_clients(),
+        "metrics": ["accuracy", {"name": f"{HERE}:measured", "how": how}],
+    },
+}
+
+
+def server(*, how: str = "none") -> Any:
+    return table(20, how, 9)
+
+
+def run(**keys: Any) -> fedraclora.Run:
+    given = {"model": net(), "rounds": 1, "cohort": 2, "method": {"rank": 2}}
+    return fedraclora.simulate("output.progress=false", "pretrain=none", **(given | keys))
+
+
+@pytest.mark.parametrize("how", ["numpy", "torch", "count"])
+@pytest.mark.parametrize("key", [*KEYS])
+def test_a_function_that_gives_something_else_each_time_is_refused(key: str, how: str) -> None:
+    """Nodes shared a third of their rows, and a run that went on had other bits."""
+    if (key, how) == ("model.function", "torch"):
+        run(**KEYS[key](how))  # the seed of the run is set for it
+        return
+    with pytest.raises(ConfigError, match=rf"{key}.*(called again|each time that it is called)"):
+        run(**KEYS[key](how))
+
+
+@pytest.mark.parametrize("key", [*KEYS])
+def test_one_that_gives_the_same_is_taken(key: str) -> None:
+    run(**KEYS[key]("none"))
+
+
+def test_what_is_measured_of_each_row_is_tried_too() -> None:
+    metric = fedraclora.Metric(each, higher_is_better=True, each=True)
+    with pytest.raises(ConfigError, match="metric each gives something else"):
+        run(data=all_clients(), metrics=[metric])
+
+
+def test_a_partitioner_may_not_change_what_it_divides() -> None:
+    with pytest.raises(ConfigError, match=r"partition=scaling.* changes the data"):
+        run(data=table(), clients=3, partition=scaling)
+
+
+def test_a_call_that_takes_long_is_not_made_again_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls: list[int] = []
+    with caplog.at_level(logging.WARNING):
+        called_twice("data.function=slow", lambda: calls.append(1), within=-1.0)
+    assert len(calls) == 1
+    assert "data.function=slow" in caplog.text
+
+
+def test_a_fingerprint_of_very_many_samples_reads_some_and_is_the_same_each_time() -> None:
+    rows = [{"text": f"row {k}", "image": torch.full((3, 8), k)} for k in range(100_000)]
+    large = {"x": torch.zeros(3_000_000), "rows": rows}
+    found = fingerprint(large)
+    assert len(found) < 3000
+    assert difference(found, fingerprint(large)) is None
+    large["x"].data[:30_000] += 1  # a hundredth
+    assert difference(found, fingerprint(large)) == "['x']"
+    before = fingerprint(large, versions=True)
+    large["x"][7] += 1
+    assert difference(before, fingerprint(large, versions=True)) == "['x']"
