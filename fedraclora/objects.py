@@ -8,13 +8,15 @@ a run that goes on wants the same object again. `fedraclora.binding.object_of` g
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Set
 from functools import cached_property, partial
-from inspect import getattr_static, unwrap
+from importlib.util import resolve_name
+from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.imports import import_object, importing
+from fedraclora.sources import (
+    file_of,
+    imports_of,
+    is_state,
+    names_of,
+    statements_of,
+    text_of,
+    used_in,
+)
 from fedraclora.tree import digest as digest_of
 from fedraclora.trust import is_function
 
@@ -139,9 +150,10 @@ def read(folder: Path) -> None:
 def object_digest(thing: object) -> str:
     """Hash what an object is: its name, its code and what it holds; the same in any process.
 
-    Functions and classes count with their code, and with the functions and the constants (names in
-    capitals) of their own module that they use; those of installed packages by name. Attributes
-    that begin with an underscore are left out.
+    Functions and classes count with their code, and with what this names in modules of the user's:
+    functions, classes, constants (names in capitals) and plain values by what they are, objects,
+    lists and dicts by the statements that make them. What is of installed packages counts by name.
+    Attributes that begin with an underscore are left out.
     """
     root = (getattr(thing, "__module__", None) or type(thing).__module__).partition(".")[0]
     return hashlib.sha256(_told(thing, root, set(), ()).encode()).hexdigest()[:16]
@@ -209,10 +221,10 @@ def _told(thing: Any, root: str, known: set[str], above: tuple[int, ...]) -> str
         parts = sorted(parts) if isinstance(thing, Set) else parts
     elif hasattr(thing, "__qualname__"):
         name, counts = thing.__qualname__, _counts(str(thing.__module__), root)
-        parts = [name]
-        if counts and name not in known:
-            known.add(name)
-            parts += map(told, _parts(thing))
+        parts, place = [name], f"{thing.__module__}:{name}"
+        if counts and place not in known:
+            known.add(place)
+            parts += map(told, _parts(thing, partial(_counts, root=root), known))
     else:
         own, cached = getattr(thing, "__dict__", {}), partial(_is_cached, thing)
         kept = {k: v for k, v in own.items() if not (k.startswith("_") or cached(k))}
@@ -233,6 +245,7 @@ def _is_cached(thing: object, name: str) -> bool:
     return isinstance(getattr_static(type(thing), name, None), cached_property)
 
 
+LIBRARY = Path(ast.__file__).parent  # Python's own
 KNOWN = {"fedraclora", "torch", "torchmetrics"}  # of which a name, and what was set, tell enough
 
 
@@ -248,8 +261,18 @@ def _counts(module: str, root: str) -> bool:
     return first == root or "site-packages" not in file
 
 
-def _parts(thing: Any) -> Iterator[object]:
-    """List what a function or a class is made of."""
+Counting = Callable[[str], bool]
+
+
+def _parts(thing: Any, counts: Counting, known: set[str]) -> Iterator[object]:
+    """List what a function or a class is made of.
+
+    Args:
+        thing: The function or class.
+        counts: Whether the code of a module does, by its name.
+        known: Names that were listed. Modified.
+    """
+    module = sys.modules.get(str(thing.__module__))
     if isinstance(thing, type):
         yield from thing.__bases__
         for name, value in sorted(vars(thing).items()):
@@ -257,16 +280,73 @@ def _parts(thing: Any) -> Iterator[object]:
             kinds = (*PLAIN, types.FunctionType, property, cached_property, staticmethod)
             if isinstance(value, (*kinds, classmethod)) and not made and name not in UNTOLD:
                 yield name, value
+        if module is not None:
+            yield from _stated(module, "", counts, known, scope=thing.__qualname__)
         return
-    function = unwrap(thing)
-    if (code := getattr(function, "__code__", None)) is None:  # of C
-        return
-    yield code, function.__defaults__, function.__kwdefaults__
-    yield [_content(cell) for cell in function.__closure__ or ()]
-    for name in sorted({*_names(code)}):
-        value = function.__globals__.get(name)
-        if isinstance(value, types.FunctionType | type) or (name.isupper() and value is not None):
+    levels = [thing]
+    while (inner := getattr(levels[-1], "__wrapped__", None)) is not None:
+        levels.append(inner)
+    for function in levels:
+        if (code := getattr(function, "__code__", None)) is None or _is_library(code.co_filename):
+            continue  # of C, or a decorator of a library
+        yield code, function.__defaults__, function.__kwdefaults__
+        yield [_content(cell) for cell in function.__closure__ or ()]
+        for chain in sorted(names_of(code)):
+            yield from _named(module, function.__globals__, chain, counts, known)
+        for name in sorted(imports_of(code)):
+            file = file_of(name)
+            if file is not None and counts(name) and not _is_library(str(file)):
+                yield name, text_of(file)
+
+
+def _named(
+    module: types.ModuleType | None,
+    names: Mapping[str, Any],
+    chain: tuple[str, ...],
+    counts: Counting,
+    known: set[str],
+) -> Iterator[object]:
+    """List what code means by a global, or by what it takes of a module of the user's.
+
+    Functions, classes, constants and plain values count by what they are, if no function of the
+    module sets them; others by the statements that make them, since they may change in a run.
+    """
+    name, *rest = chain
+    value = names.get(name)
+    if isinstance(value, types.ModuleType):
+        if rest and counts(value.__name__):
+            yield from _named(value, vars(value), tuple(rest), counts, known)
+    elif isinstance(value, types.FunctionType | type) or (name.isupper() and value is not None):
+        yield name, value
+    elif name in names and not name.startswith("__"):  # __file__ is another elsewhere
+        if not isinstance(value, (*PLAIN, tuple, frozenset)):
+            yield name, type(value)
+            yield from _stated(module, name, counts, known) if module is not None else ()
+        elif module is None or not is_state(module, name):
             yield name, value
+
+
+def _stated(
+    module: types.ModuleType, name: str, counts: Counting, known: set[str], scope: str = ""
+) -> Iterator[object]:
+    """List the statements that give a name its value, and what these name; arguments as above."""
+    if (place := f"{module.__name__}:{scope}={name}") in known or not counts(module.__name__):
+        return
+    known.add(place)
+    nodes = statements_of(module, name, scope)
+    yield from map(ast.dump, nodes)
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):  # it is made where it is imported from
+            of = resolve_name("." * node.level + (node.module or ""), module.__package__)
+            first = {(each.asname or each.name): each.name for each in node.names}
+            if (other := sys.modules.get(of)) is not None and name in first:
+                yield from _named(other, vars(other), (first[name],), counts, known)
+    for chain in used_in(nodes):
+        yield from _named(module, vars(module), chain, counts, known)
+
+
+def _is_library(file: str) -> bool:
+    return "site-packages" in file or Path(file).is_relative_to(LIBRARY)
 
 
 UNTOLD = {"__doc__", "__module__", "__qualname__", "__firstlineno__"}
@@ -277,10 +357,3 @@ def _content(cell: types.CellType) -> object:
         return cell.cell_contents
     except ValueError:  # it is empty yet
         return None
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _names(inner)

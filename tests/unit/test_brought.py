@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import types
@@ -178,3 +179,139 @@ def test_a_module_that_a_function_holds_counts_by_its_name() -> None:
 def test_objects_of_a_program_are_found_in_its_config() -> None:
     config = {"local": {"extras": [{"name": lend(len)}]}, "seed": 0}
     assert named_by(config) == {lend(len): len}
+
+
+HELPER = """
+CONSTANT = 3
+rates = {"a": 0.1}
+rate = 0.1
+
+def scale(x):
+    return x * CONSTANT
+"""
+SEEN = """
+import functools
+import math
+import helper
+from helper import rates as taken
+
+seen = []
+count = 0
+weight = 0.5
+table = {"a": [1, 2]}
+table["b"] = base = [weight]
+
+def made_of(x):
+    return {"x": x}
+
+inner = made_of(weight)
+
+class Helper:
+    sizes = [1, 2]
+
+    def __init__(self, by):
+        self.by = by
+
+    def step(self, x):
+        return x * self.by
+
+stepper = Helper(2.0)
+
+def by(factor):
+    def wrap(function):
+        @functools.wraps(function)
+        def called(x):
+            return factor * function(x)
+        return called
+    return wrap
+
+@by(3.0)
+def decorated(x):
+    return x + 1
+
+def train(x):
+    global count
+    import late
+    count += 1
+    seen.append(x)
+    found = stepper.step(x) + weight + len(table) + inner["x"] + math.pi + decorated(x)
+    return found + helper.CONSTANT + helper.scale(x) + helper.rates["a"] + taken["a"] + late.value
+"""
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Write the modules of a user, and give the digest of its training function."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    texts = {"seen": SEEN, "helper": HELPER, "late": "value = 1\n"}
+
+    def digest(name: str = "seen", old: str = "", new: str = "") -> str:
+        for module, text in texts.items():
+            file = tmp_path / f"{module}.py"
+            file.write_text(text.replace(old, new) if (module == name and old) else text)
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        return object_digest(importlib.import_module("seen").train)
+
+    return digest
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("seen", "weight = 0.5", "weight = 0.6"),
+        ("seen", '"a": [1, 2]', '"a": [1, 3]'),
+        ("seen", 'table["b"]', 'table["c"]'),
+        ("seen", "self.by\n", "self.by + 1\n"),
+        ("seen", "x * self.by", "x / self.by"),
+        ("seen", "Helper(2.0)", "Helper(3.0)"),
+        ("seen", "sizes = [1, 2]", "sizes = [2, 2]"),
+        ("seen", '{"x": x}', '{"x": 2 * x}'),
+        ("seen", "@by(3.0)", "@by(4.0)"),
+        ("seen", "factor * function", "factor + function"),
+        ("helper", "CONSTANT = 3", "CONSTANT = 4"),
+        ("helper", "x * CONSTANT", "x - CONSTANT"),
+        ("helper", '"a": 0.1', '"a": 0.2'),
+        ("late", "value = 1", "value = 2"),
+    ],
+)
+def test_what_a_function_names_in_the_users_modules_counts(
+    seen: Any, name: str, old: str, new: str
+) -> None:
+    """A run went on with other numbers: lower-case names and other modules did not count."""
+    before = seen()
+    assert seen(name, old, new) != before
+    assert seen() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("helper", "rate = 0.1", "rate = 0.2"),  # which nobody uses
+        ("seen", "import math", "import math  # a comment"),
+        ("seen", "count = 0", "count = 0\nother = 5"),
+    ],
+)
+def test_what_it_does_not_name_does_not_count(seen: Any, name: str, old: str, new: str) -> None:
+    assert seen(name, old, new) == seen()
+
+
+def test_what_a_run_changes_in_a_module_does_not_count(seen: Any) -> None:
+    """A list that is appended to and a counter are no other function where the run goes on."""
+    before, module = seen(), sys.modules["seen"]
+    module.train(2.0)
+    module.table["z"] = 1
+    assert module.count == 1
+    assert object_digest(module.train) == before
+    module.weight = 0.75
+    assert object_digest(module.train) != before
+
+
+def test_another_process_digests_the_same_of_what_is_named(seen: Any, tmp_path: Path) -> None:
+    line = "import seen; from fedraclora.objects import object_digest as f; print(f(seen.train))"
+    env = {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}"}
+    before = seen()
+    done = subprocess.run(
+        [sys.executable, "-c", line], capture_output=True, text=True, check=True, env=env
+    )
+    assert done.stdout.split() == [before]
