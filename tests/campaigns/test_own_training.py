@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from tests.campaigns import own_training
-from tests.campaigns.own_training import DEEDS, RETURNS, drawn, judged, runs
+from tests.campaigns.own_training import DEEDS, LATE, RETURNS, Case, drawn, judged
 
 
 @pytest.fixture(autouse=True)
@@ -23,16 +23,28 @@ def test_nothing_wrong_is_silent(times: int) -> None:
     assert {case: why for case, why in said.items() if why} == {}
 
 
-def test_there_are_two_hundred_kinds_and_most_must_fail() -> None:
+def test_there_are_three_hundred_kinds_and_most_must_fail() -> None:
     cases = {drawn(0, number) for number in range(400)}
-    assert len({case[:3] for case in cases}) > 100
-    assert len(cases) > 200
-    assert {runs(case) for case in cases} == {True, False}
-    assert len(DEEDS) + len(RETURNS) > 80
+    assert len({(case.deed, case.given, case.way) for case in cases}) > 130
+    assert len(cases) > 300
+    assert {case.must_run for case in cases} == {True, False}
+    assert {case.fails for case in cases} == {"never", "once", "from then on", "later"}
+    assert LATE.keys() <= {case.deed for case in cases}
+    assert len(DEEDS) + len(RETURNS) > 120
 
 
-def test_a_check_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedraclora.training.own.round.Asked.moved", lambda *_: [])
-    case = ("W moved", "what was read", "as it should", "plain", "plain")
+@pytest.mark.parametrize(
+    ("place", "other", "case"),
+    [
+        ("round.Asked.moved", lambda *_: [], Case("W moved")),
+        ("round.Round.check", lambda *_: None, Case(given="by hand, doubled")),
+        ("round._check_scale", lambda *_: None, Case("scale times 100")),
+        ("trainer.difference", lambda *_: None, Case("data by .data")),
+    ],
+)
+def test_a_check_that_is_left_out_is_seen(
+    monkeypatch: pytest.MonkeyPatch, place: str, other: object, case: Case
+) -> None:
+    monkeypatch.setattr(f"fedraclora.training.own.{place}", other)
     assert judged(case).startswith("silent")
     own_training.reference.cache_clear()
