@@ -124,8 +124,8 @@ def allow(text: str) -> None:
 
 
 def is_said(name: str, texts: Iterable[str]) -> bool:
-    """Check whether one of some texts has a name, as a whole."""
-    whole = re.compile(rf"(?<![\w.]){re.escape(name)}(?!\w)")
+    """Check whether one of some texts has a name, as a whole; part of a path is none."""
+    whole = re.compile(rf"(?<![\w./]){re.escape(name)}(?![\w/])")
     return any(whole.search(text) for text in texts)
 
 

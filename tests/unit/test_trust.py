@@ -192,6 +192,9 @@ def test_a_command_imports_what_its_words_name(canary: Callable[[], str]) -> Non
             with pytest.raises(ConfigError, match=name):
                 import_object("data.loss", name)
     assert canary() == "trust_mine "
+    for word in ("resume=runs/trust_mine:loss", "a.trust_mine:loss", "trust_mine:loss/b"):
+        with only_said([word]), pytest.raises(ConfigError, match="trust=trust_mine"):
+            import_object("data.loss", "trust_mine:loss")
 
 
 def test_names_are_those_of_keys_that_take_code() -> None:
