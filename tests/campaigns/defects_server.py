@@ -15,6 +15,7 @@ import fedraclora.strategies.steps.scaffold
 from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerOptimiser, Yogi
 from fedraclora.clients.client_state import restore
 from fedraclora.protocol.change_of_basis import transported
+from fedraclora.protocol.factor import adapted_weight
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.buffered import Batch, batch_of, merge
@@ -245,6 +246,18 @@ def steps_forgotten_in_the_mean_gradient(planting: Planting) -> None:
         return mean_gradients(start, end, 1, rates)
 
     planting.function(mean_gradients, summed)
+
+
+# ---- What a state may hold ------------------------------------------------------------
+
+
+@defect(
+    "layers_are_too_large_by_themselves",
+    "norms of all layers multiplied with one another: a deep model is refused at any step size",
+    ("tests/contract/test_deep_models.py",),
+)
+def layers_counted_as_one(planting: Planting) -> None:
+    planting.function(adapted_weight, lambda name, weights: "")
 
 
 # ---- Buffered rounds ------------------------------------------------------------------
