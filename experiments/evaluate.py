@@ -14,7 +14,8 @@ from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
 from fedraclora.experiments.progress import console_for_tables
-from fedraclora.run.folder import is_finished, resume_word
+from fedraclora.run.folder import is_finished, is_running, resume_word
+from fedraclora.run.ledger import reached_round
 from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies import METHODS
 from fedraclora.strategies.outcome import finished
@@ -46,9 +47,12 @@ def stored_run(folder: Path, round_: int | None) -> Run:
         raise CheckpointError(f"{folder} is an export of a run: name the folder of the run itself")
     config = from_plain(read_trusted(folder), METHODS, began=True)
     if not is_finished(folder) and round_ is None:
+        ways = f"go on with {resume_word(folder)} first"
+        if is_running(folder):  # which holds its folder
+            ways = f"it is running, at round {reached_round(folder)}: wait for it"
         raise CheckpointError(
-            f"{folder}: this run has not come to its end; go on with {resume_word(folder)} first, "
-            "or say with --round which of its rounds"
+            f"{folder}: this run has not come to its end; {ways}, or say with --round which of its "
+            "rounds"
         )
     return finished(config, folder)
 

@@ -331,7 +331,7 @@ class Run:
         trained = trained_model(self.config, self.folder, task, weights, facts, round)
         place = user_path("folder", folder)
         record = export(trained, place, format, rank, check=check)
-        return {**record, "warnings": list(trained.warnings), "folder": str(place)}
+        return {**record, "folder": str(place)}
 
     def _facts(self, round_: int | None) -> dict[str, object]:
         """Collect what a model card says of the run, as it was after a round."""

@@ -27,6 +27,7 @@ from fedraclora.experiments.run_files import ROUNDING_ERRORS, RunFiles, read_fil
 from fedraclora.objects import NAME
 from fedraclora.plots.axes import MEGABYTE, Values
 from fedraclora.run.callback import method_label, run_title
+from fedraclora.run.folder import is_running
 from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds
 from fedraclora.run.stopped import stop_reason
 from fedraclora.weights.files import flatten, keep_private, make_folder
@@ -44,9 +45,11 @@ class Shown(RunFiles):
 
     Attributes:
         stopped: Why it stopped before its end, in words; None if nothing says so.
+        running: Whether it is running now.
     """
 
     stopped: str | None = None
+    running: bool = False
 
     @cached_property
     def title(self) -> str:
@@ -116,11 +119,20 @@ class Shown(RunFiles):
         return [key for key in ("model", "data", "method") if self._choice(key) == NAME]
 
     @property
+    def reached(self) -> str:
+        """How far it has come; of a run at its end the number of its rounds alone."""
+        if self.summary:
+            return f"{self.last}"
+        how = "running" if self.running else "not at its end"
+        return f"{self.last} of {self.config.get('rounds')}, {how}"
+
+    @property
     def cards(self) -> dict[str, str]:
         """What came of it, and what it cost."""
+        when = "final" if self.summary else "latest"
         return {
-            **{f"final {key}": figure(value) for key, value in self.measured.items()},
-            "rounds": str(self.last),
+            **{f"{when} {key}": figure(value) for key, value in self.measured.items()},
+            "rounds": self.reached,
             "sent by clients": size(number(self.rows[-1], "uplink_total")),
             "sent to clients": size(number(self.rows[-1], "downlink_total")),
             "seconds, set-up included": str(self.summary.get("seconds", "")),
@@ -140,8 +152,7 @@ class Shown(RunFiles):
             "data": str(task.get("source", self._choice("data"))),
             **self.begins,
             "metrics": "" if self.measured else self.unmeasured,
-            "clients": f"{found.get('clients', self.config.get('clients'))}, of which "
-            f"{found.get('cohort', self.config.get('cohort'))} take part in a round",
+            "clients": self.clients,
             "samples of a client": "{samples_min} to {samples_max}, median {samples_median}".format(
                 **sizes
             )
@@ -157,6 +168,16 @@ class Shown(RunFiles):
             "versions": ", ".join(f"{n} {v}" for n, v in dict(found.get("versions", {})).items()),  # type: ignore[call-overload]
             "begun from commit": str(found.get("git") or "")[:DIGITS],
         }
+
+    @property
+    def clients(self) -> str:
+        """How many there are, and how many take part; before the end the rows tell the latter."""
+        found = self.summary or {"clients": self.config.get("clients"), **self.rows[-1]}
+        every, some = found.get("clients"), found.get("cohort")
+        part = "" if some is None else f"{some} take part in a round"
+        return ", of which ".join(
+            filter(None, (f"{every}" if isinstance(every, int) else "", part))
+        )
 
     @property
     def unmeasured(self) -> str:
@@ -188,7 +209,8 @@ def read_shown(folder: Path) -> Shown:
         raise CheckpointError(
             f"{folder} holds no run: a folder with config.yaml and ledger.jsonl is wanted"
         )
-    return Shown(**vars(read_files(folder)), stopped=stop_reason(folder))
+    running = is_running(folder)  # it may end meanwhile, and then has a summary
+    return Shown(**vars(read_files(folder)), stopped=stop_reason(folder), running=running)
 
 
 def page_of(runs: Sequence[Shown], title: str | None = None) -> str:

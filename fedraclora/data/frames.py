@@ -134,25 +134,6 @@ class NamedTable:
             raise ConfigError(f"{key}: {self.path}: {error}")
         return str(name)
 
-    def later(self, name: str, purpose: str) -> str:
-        """Give a column that rows for a finished run must have.
-
-        Args:
-            name: Of the column.
-            purpose: What the run does with it, for the message.
-
-        Raises:
-            ConfigError: If it is missing. Another column is suggested only if it is spelt alike.
-        """
-        if name in self.frame.columns:
-            return name
-        alike = [each for each in self.frame.columns if each.casefold() == name.casefold()]
-        what = f"rename {alike[0]!r} to {name!r}" if alike else "add it"
-        raise ConfigError(
-            f"data: {self.path} lacks the column {name!r}, {purpose}: {what} (it has "
-            f"{', '.join(map(str, self.frame.columns))})"
-        )
-
 
 def _refuse_twins(names: Iterable[object], where: object) -> None:
     seen = [str(name).strip() for name in names if name == name]  # noqa: PLR0124  not NaN

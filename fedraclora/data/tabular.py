@@ -89,14 +89,39 @@ class TableForm:
             table = found if isinstance(found, NamedTable) else NamedTable.of(found, "data")
         mend = OF_RUN if isinstance(found, NamedTable) else LATER
         purpose = "which answers are compared with (predict needs none)"
-        label = table.later(str(self.label), purpose) if target else None
-        features = [table.later(name, "which the run learnt from") for name in reading["features"]]
+        label = _later(table, str(self.label), purpose) if target else None
+        features = [_later(table, name, LEARNT) for name in reading["features"]]
         x, labels, _, kept = _rows(table, features, label, None, self.missing, mend)
         wanted = torch.zeros(len(x))
         if target:
             names = [*map(str, reading.get("classes", []))]
             wanted = target_of(labels, names, table.path, kept)
         return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(table.frame))
+
+
+LEARNT = "which the run learnt from"
+
+
+def _later(table: NamedTable, name: str, purpose: str) -> str:
+    """Give a column that rows for a finished run must have.
+
+    Args:
+        table: The rows.
+        name: Of the column.
+        purpose: What the run does with it, for the message.
+
+    Raises:
+        ConfigError: If it is missing. Another column is suggested only if it is spelt alike.
+    """
+    columns = [*map(str, table.frame.columns)]
+    if name in columns:
+        return name
+    alike = [each for each in columns if each.casefold() == name.casefold()]
+    what = f"rename {alike[0]!r} to {name!r}" if alike else "add it"
+    raise ConfigError(
+        f"data: {table.path} lacks the column {name!r}, {purpose}: {what} (it has "
+        f"{', '.join(columns)})"
+    )
 
 
 @limited("data")

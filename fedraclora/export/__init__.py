@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader
@@ -21,6 +23,11 @@ from fedraclora.run.folder import refuse_full, versions_of
 from fedraclora.weights.files import make_folder
 
 FACTS = "export.json"
+NO_TOKENIZER = (
+    "This folder has no tokenizer, since the run does not know which one made its token ids: write "
+    "it beside the model (AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)), or name it "
+    "in the run (data.tokenizer)."
+)
 OURS = ("linear", "mlp", "cnn")  # models that shape, outputs and their keys make
 LIBRARIES = ("transformers", "peft", "safetensors", "gguf")
 FORMATS: dict[str, Callable[[TrainedModel, Order], dict[str, object]]] = {
@@ -95,7 +102,15 @@ def _built(trained: TrainedModel) -> str:
     *_, last = trained.model.parameters()  # of the layer that gives the outputs
     given = {"shape": tuple(shape), "classes": last.shape[0], "seed": 0, **group}
     words = ", ".join(f"{key}={value!r}" for key, value in given.items())
-    return f"from fedraclora.models import MODELS\nmodel = MODELS[{name!r}]({words}).model"
+    one = last.shape[0] == 1 and trained.facts.get("loss") == "logistic"
+    said = "  # classes are outputs: one score tells two classes apart" if one else ""
+    return f"from fedraclora.models import MODELS\nmodel = MODELS[{name!r}]({words}).model{said}"
+
+
+def lacks_tokenizer(model: Any, folder: Path) -> bool:
+    """Tell whether a folder has a model of transformers that reads texts, and no tokenizer."""
+    reads_texts = getattr(model, "main_input_name", None) == "input_ids"
+    return reads_texts and not (folder / "tokenizer_config.json").is_file()
 
 
 def _mapping(value: object) -> Mapping[str, object]:
@@ -127,7 +142,7 @@ def export(
         check: Read back what was written, which takes as long again.
 
     Returns:
-        What the format says of what it wrote; with ``peft``, ``layers``.
+        What the format says of what it wrote; with ``peft``, ``layers``; and ``warnings``.
 
     Raises:
         ConfigError: If the format is unknown or does not fit, or the folder holds something.
@@ -150,6 +165,8 @@ def export(
     make_folder(partial)
     try:
         record = FORMATS[form](trained, Order(partial, folder, rank, check)) | {"read_back": check}
+        if form == "hf" and lacks_tokenizer(trained.model, partial):
+            trained = replace(trained, warnings=(*trained.warnings, NO_TOKENIZER))
         write_card(trained, partial, form, record)
         mode = partial.stat().st_mode & 0o777  # safetensors writes files that nobody else may read
         for path in partial.rglob("*"):
@@ -158,4 +175,4 @@ def export(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return record
+    return record | {"warnings": [*trained.warnings]}

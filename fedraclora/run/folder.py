@@ -262,6 +262,18 @@ def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
         yield
 
 
+def is_running(folder: Path) -> bool:
+    """Check whether a process holds a run folder now; False where this user may not look."""
+    try:
+        with (folder / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def make(folder: Path, *, shared: bool = False) -> None:
     """Make a run folder, which nobody but its owner may enter; so files in it are private, too.
 

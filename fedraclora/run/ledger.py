@@ -78,7 +78,7 @@ class Ledger:
                 f"ledger {self.path or ''}: the round of a row must be an integer above {last}, "
                 f"got {round_!r}; to write a round again, cut the ledger first"
             )
-        plain = {str(key): plain_value(value, str(key)) for key, value in row.items()}
+        plain = {str(key): ledger_value(value, str(key)) for key, value in row.items()}
         text = json.dumps(plain, allow_nan=False)
         seal = _seal(self.seal(), text)
         if self.path is not None:
@@ -281,7 +281,7 @@ def _seal(before: str, text: str) -> str:
     return hashlib.sha256(f"{before}|{text}".encode()).hexdigest()
 
 
-def plain_value(value: object, where: str) -> object:
+def ledger_value(value: object, where: str) -> object:
     """Convert a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null.
 
     Args:
@@ -303,9 +303,9 @@ def plain_value(value: object, where: str) -> object:
     if isinstance(value, float):  # numpy's double, too
         return float(value) if math.isfinite(value) else None
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return plain_value(value.tolist(), where)
+        return ledger_value(value.tolist(), where)
     if isinstance(value, Mapping):
-        return {str(key): plain_value(part, f"{where}.{key}") for key, part in value.items()}
+        return {str(key): ledger_value(part, f"{where}.{key}") for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_value(part, where) for part in value]
+        return [ledger_value(part, where) for part in value]
     raise CheckpointError(f"the ledger cannot hold a {type(value).__name__} (column {where})")

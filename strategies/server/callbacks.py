@@ -24,8 +24,8 @@ from fedraclora.limits import COLUMNS
 from fedraclora.narrow_weight import dense
 from fedraclora.objects import held, refuse_changed
 from fedraclora.run.callback import Begin, Callback
-from fedraclora.run.ledger import BY_CLIENTS, Row, metrics_of, number, plain_value
-from fedraclora.strategies.server.sound import OF_CALLBACKS, Check
+from fedraclora.run.ledger import BY_CLIENTS, Row, ledger_value, metrics_of, number
+from fedraclora.strategies.server.sound import OF_CALLBACKS, HookCheck
 from fedraclora.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def joined(row: Row, found: Mapping[str, object], who: str) -> Row:
         if name in row or name.partition(".")[0] in COLUMNS:
             raise ConfigError(f"{who} gives the column {name!r}, which rows have: rename it")
     try:
-        return row | {str(name): plain_value(value, name) for name, value in found.items()}
+        return row | {str(name): ledger_value(value, name) for name, value in found.items()}
     except (CheckpointError, RecursionError) as error:
         raise ConfigError(f"{who}: {error}; give numbers, texts, lists or dicts") from error
 
@@ -270,7 +270,7 @@ class Told:
     own = True
 
     def __init__(
-        self, inner: object, name: str, checks: Mapping[str, Check], *, copies: bool = False
+        self, inner: object, name: str, checks: Mapping[str, HookCheck], *, copies: bool = False
     ) -> None:
         vars(self).update(inner=inner, name=name, checks=checks, copies=copies)
 

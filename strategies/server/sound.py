@@ -21,7 +21,7 @@ from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 
-Check = Callable[[str, Any, Any, tuple[Any, ...]], object]
+HookCheck = Callable[[str, Any, Any, tuple[Any, ...]], object]
 INTEGERS = (torch.int64, torch.int32)
 
 
@@ -69,7 +69,7 @@ def norm(who: str, found: object, owner: object, given: tuple[Any, ...]) -> floa
     return value
 
 
-def of_kind(kind: type, *, optional: bool = False) -> Check:
+def of_kind(kind: type, *, optional: bool = False) -> HookCheck:
     """Make a check that something is of a class of the project's."""
 
     def check(who: str, found: object, owner: object, given: tuple[Any, ...]) -> object:
@@ -142,7 +142,7 @@ def tree(who: str, found: object, wanted: Tree) -> None:
             raise DivergenceError(f"{who} gives numbers for {name} that are not finite")
 
 
-OF_STEPS: Mapping[str, Check] = {
+OF_STEPS: Mapping[str, HookCheck] = {
     "cohort": ids,
     "measurers": ids,
     "send": of_kind(Downlink),
@@ -152,4 +152,4 @@ OF_STEPS: Mapping[str, Check] = {
     "treat": uplinks,
     "close": state,
 }
-OF_CALLBACKS: Mapping[str, Check] = {"ends": truth}
+OF_CALLBACKS: Mapping[str, HookCheck] = {"ends": truth}

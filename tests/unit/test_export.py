@@ -655,3 +655,28 @@ def test_a_damaged_link_is_named(plain_run, tmp_path):
     with pytest.raises(CheckpointError, match=r"000001\.safetensors is damaged"):
         run.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+    """The run of a model of the program knows none; one of numbers needs none."""
+    run = trained("bert", "fedavg_lora", tmp_path / "run")
+    record = run.export(tmp_path / "hf", "hf")
+    assert not (tmp_path / "hf" / "tokenizer_config.json").exists()
+    assert any("no tokenizer" in told for told in record["warnings"])
+    assert "no tokenizer" in (tmp_path / "hf" / "README.md").read_text()
+    facts = json.loads((tmp_path / "hf" / "export.json").read_text())
+    assert facts["warnings"] == record["warnings"]
+    plain = trained("mlp", "fedavg_lora", tmp_path / "numbers")
+    assert plain.export(tmp_path / "plain", "state_dict")["warnings"] == []
+
+
+def test_the_card_of_one_score_says_what_its_one_output_is(tmp_path):
+    x = torch.linspace(-1, 1, 48).reshape(24, 2)
+    data = [(part, (part[:, 0] > 0).long()) for part in x.split(8)]
+    words = ("output.progress=false", "model.hidden=[5]")
+    run = fedraclora.simulate(*words, model="mlp", data=data, loss="logistic", rounds=1)
+    run.export(tmp_path / "peft")
+    card = (tmp_path / "peft" / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if "MODELS[" in line]
+    assert "classes=1" in line
+    assert "two classes" in line.partition("#")[2]

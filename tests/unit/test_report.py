@@ -17,6 +17,7 @@ import yaml
 import fedraclora
 from fedraclora.errors import CheckpointError
 from fedraclora.experiments import cli
+from fedraclora.experiments.evaluate import stored_run
 from fedraclora.experiments.report.figures import last_measured, spread_figures
 from fedraclora.experiments.report.page import (
     Shown,
@@ -278,3 +279,30 @@ def test_a_browser_shows_text_and_curves(
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
     context.close()
+
+
+def test_a_run_that_is_running_says_how_far_it_is(tmp_path: Path) -> None:
+    """Its clients are those of its rows, and nothing of it is final."""
+    x = np.linspace(-1, 1, 40, dtype=np.float32).reshape(20, 2)
+    clients = [(part, (part[:, 0] > 0).astype("int64")) for part in np.split(x, 4)]
+    seen: dict[str, str] = {}
+
+    def look(row: Any) -> None:
+        if row["round"] == 2:
+            seen["text"] = page_of([read_shown(tmp_path)])
+            with pytest.raises(CheckpointError, match=r"running.*round 2.*--round") as raised:
+                stored_run(tmp_path, None)
+            assert "resume" not in str(raised.value)  # which the lock would refuse
+            seen["evaluated"] = str(stored_run(tmp_path, 1).rows[1]["metrics"])
+
+    given: dict[str, Any] = {"model": "mlp", "data": clients, "cohort": 0.5, "rounds": 3}
+    run = fedraclora.simulate(*WORDS[2:3], folder=tmp_path, on_round=look, **given)
+    assert "2 of 3, running" in seen["text"]
+    assert "final accuracy" not in seen["text"]
+    assert "None" not in read_shown(tmp_path).clients
+    assert seen["evaluated"] == str(run.rows[1]["metrics"])
+    shown = read_shown(tmp_path)
+    assert (shown.reached, shown.clients) == ("3", "4, of which 2 take part in a round")
+    (tmp_path / "summary.json").unlink()
+    shown = read_shown(tmp_path)
+    assert (shown.reached, shown.clients) == ("3 of 3, not at its end", "2 take part in a round")
