@@ -67,7 +67,7 @@ from fedraclora.strategies.shared.layer import (
     known,
     multiplied,
 )
-from fedraclora.strategies.shared.sound import factors_of, update_of
+from fedraclora.strategies.shared.sound import factors_of, kept_place, update_of
 from fedraclora.tree import Tree, parameters, wide, widened
 
 __all__ = ["Factors", "Layer", "LayerMethod", "LayerUpdate", "LowRank", "Replies", "Round"]
@@ -292,7 +292,7 @@ class LayerMethod(LowRankMethod):
             for label, value in update.carried.items():
                 numbers = self.as_carried(layer, known(label), Factor.of(value))
                 carried[f"{name}/{label}"] = numbers.to(layer.dtype)
-            keep = _kept(update, layer)
+            keep = kept_place(update, layer)
             if merged := _rounded(update.merged or (), layer.dtype):
                 terms[name] = Term(merged, adapter.scale, keep=keep)
         ends = state.memo.age + 1 == self.link_rounds
@@ -365,22 +365,6 @@ class LayerMethod(LowRankMethod):
 
 # For a round of which only the size is asked.
 NOBODY = Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
-
-
-def _kept(update: LayerUpdate, layer: Layer) -> int | None:
-    """Give the place, in the product that is merged, of the factor that stays beside the weight."""
-    if update.keep is None:
-        return None
-    merged = update.merged or ()
-    place = {"B": 0, "A": len(merged) - 1}[known(update.keep, "BA")]
-    if len(merged) > 1 and Factor.of(merged[place]).numbers is not None:
-        return place
-    what = "no matrix" if len(merged) > 1 else "not a factor of a product"
-    raise ConfigError(
-        f"LayerUpdate(keep={update.keep!r}) of {layer.name}: what is merged as {update.keep} is "
-        f"{what}, but what stays beside the weight, as layer.past, is a matrix that clients "
-        "trained: keep that one; a drawing is drawn anew by now.sketch with the same index"
-    )
 
 
 def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:

@@ -21,6 +21,7 @@ from fedraclora.strategies.shared.layer import (
     LayerUpdate,
     Replies,
     Round,
+    known,
 )
 
 
@@ -83,6 +84,22 @@ def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
     if update.keep not in {None, "B", "A"}:
         raise ConfigError(f"{said.text} keep={update.keep!r}; B, A or None is wanted")
     return update
+
+
+def kept_place(update: LayerUpdate, layer: Layer) -> int | None:
+    """Give the place, in the product that is merged, of the factor that stays beside the weight."""
+    if update.keep is None:
+        return None
+    merged = update.merged or ()
+    place = {"B": 0, "A": len(merged) - 1}[known(update.keep, "BA")]
+    if len(merged) > 1 and Factor.of(merged[place]).numbers is not None:
+        return place
+    what = "no matrix" if len(merged) > 1 else "not a factor of a product"
+    raise ConfigError(
+        f"LayerUpdate(keep={update.keep!r}) of {layer.name}: what is merged as {update.keep} is "
+        f"{what}, but what stays beside the weight, as layer.past, is a matrix that clients "
+        "trained: keep that one; a drawing is drawn anew by now.sketch with the same index"
+    )
 
 
 LABELLED = (
