@@ -249,7 +249,7 @@ def know_programs(plain: Plain) -> None:
     """
     name = section(plain, "method").get("name")
     if not is_named(name):
-        import_module("fedraclora.strategies")  # which this package does not know
+        import_module("fedraclora.strategies.methods")  # which this package does not know
         return
     with suppress(ConfigError):
         named_object("method", name)

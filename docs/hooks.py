@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 MOVED = {"README.md": "index.md", "docs/README.md": "contents.md"}
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)(?=[)#])")
-METHOD = re.compile(r"strategies/(\w+)\.py")
+METHOD = re.compile(r"strategies/methods/(\w+)\.py")
 # A page of the reference -> the modules and names whose docstrings it shows.
 REFERENCE = {
     "python": ("From Python", ["fedraclora.simulate", "fedraclora.Run"]),
@@ -54,13 +54,13 @@ def place_of(path: str) -> str:
     Example:
         >>> place_of("docs/adr/0001.md"), place_of("CONTRIBUTING.md")
         ('adr/0001.md', 'files/CONTRIBUTING.md')
-        >>> place_of("strategies/fedavg.py")
-        'reference/methods.md#fedraclora.strategies.fedavg'
+        >>> place_of("strategies/methods/fedavg.py")
+        'reference/methods.md#fedraclora.strategies.methods.fedavg'
     """
     if path in MOVED:
         return MOVED[path]
     if method := METHOD.fullmatch(path):
-        return f"reference/methods.md#fedraclora.strategies.{method[1]}"
+        return f"reference/methods.md#fedraclora.strategies.methods.{method[1]}"
     if (ROOT / path).is_dir():
         return f"files/{path}/index.md"
     return path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
@@ -123,7 +123,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, place, inclusion=level, **what))
     methods = METHOD.findall((ROOT / "docs" / "methods.md").read_text())
     for name, (title, names) in REFERENCE.items():
-        of = names or [f"fedraclora.strategies.{method}" for method in dict.fromkeys(methods)]
+        of = names or [
+            f"fedraclora.strategies.methods.{method}" for method in dict.fromkeys(methods)
+        ]
         text = f"# {title}\n\n" + "".join(f"::: {each}\n\n" for each in of)
         files.append(File.generated(config, f"reference/{name}.md", content=text))
 

@@ -26,7 +26,7 @@ from fedraclora.config.run_config import BESIDE, GIVEN, NAMED, SECTIONS, RunConf
 from fedraclora.errors import unknown
 from fedraclora.experiments import CONF
 from fedraclora.experiments.presets import readable, take_own
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.trust import is_function
 from fedraclora.weights.files import flatten
 

@@ -17,7 +17,7 @@ from fedraclora.experiments.progress import console_for_tables
 from fedraclora.run.folder import is_finished, is_running, resume_word
 from fedraclora.run.ledger import reached_round
 from fedraclora.run.trusted import read_trusted
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.run import Run
 

@@ -26,7 +26,7 @@ from fedraclora.limits import check_limits, hints
 from fedraclora.models.objects import lend_model, require_module
 from fedraclora.objects import NAME, lend, object_digest
 from fedraclora.protocol.method import check_method
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.training.localconfig import LocalConfig
 
 TABLES = (".csv", ".tsv", ".tab", ".parquet")

@@ -38,7 +38,7 @@ class Settings:
 def draw(W: Tree, t: int, run: Settings) -> Tree:
     """Draw A_t [r, n] of each weight [m, n], with orthonormal rows: everybody can, by its seed.
 
-    `factors` of `strategies/fed_rac_lora.py` asks for it; `fedraclora/sketch/__init__.py` draws.
+    `factors` of `strategies/methods/fed_rac_lora.py` asks for it; `fedraclora/sketch` draws.
     """
     A = {}
     for name, w in W.items():
@@ -85,7 +85,7 @@ def mean(replies: list[Tree], samples: list[int]) -> Tree:
 def merge(W: Tree, B: Tree, A: Tree, run: Settings) -> Tree:
     """Fold in W + s B_bar A: since all had one A, that is the mean of the clients' W + s B_k A.
 
-    `update` of `strategies/fed_rac_lora.py` says what is merged, and `closed` of
+    `update` of `strategies/methods/fed_rac_lora.py` says what is merged, and `closed` of
     `strategies/shared/common.py` merges it, by `apply_link` of `fedraclora/protocol/link.py`.
     """
     return {n: (w.double() + run.scale * B[n].double() @ A[n]).float() for n, w in W.items()}

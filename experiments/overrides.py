@@ -28,7 +28,7 @@ from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, un
 from fedraclora.experiments import CONF
 from fedraclora.experiments.choices import choice, groups
 from fedraclora.experiments.words import part_folders
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.weights.files import flatten
 
 # How Hydra begins what it has to say.

@@ -31,7 +31,7 @@ from fedraclora.experiments.cli import USAGE
 from fedraclora.experiments.study.entries import DEVIATION, docstring, is_unverified
 from fedraclora.experiments.tables import Cells, Table, read_table
 from fedraclora.protocol.method import Method
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (

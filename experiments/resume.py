@@ -21,7 +21,7 @@ from fedraclora.run.folder import (
 )
 from fedraclora.run.ledger import reached_round
 from fedraclora.run.recorder import checkpoint_meta, resolved
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.trust import names_in, trust_word
 from fedraclora.weights.files import config_difference, flatten
 

@@ -40,7 +40,7 @@ from fedraclora.run.callback import Callback, method_label
 from fedraclora.run.folder import read_summary, refuse_existing
 from fedraclora.run.ledger import headline, metrics_of, number
 from fedraclora.run.trusted import read_trusted
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.rate import settled_rate
 from fedraclora.strategies.run import Run

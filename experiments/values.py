@@ -17,7 +17,7 @@ from fedraclora.experiments.overrides import BLANK, composed, key_of
 from fedraclora.experiments.resume import laid_over
 from fedraclora.limits import TakesObject, hints, later_keys
 from fedraclora.objects import lend
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
 ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes

@@ -27,7 +27,7 @@ from fedraclora.experiments.values import config_of, is_whole
 from fedraclora.imports import refuse_run
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import has_begun
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.rate import settled_rate
 from fedraclora.strategies.run import Run

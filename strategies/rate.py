@@ -27,7 +27,7 @@ from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError
 from fedraclora.objects import is_named
 from fedraclora.protocol.method import Cohort, Downlink, Draw
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.wrappers import method_of
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import weights_of

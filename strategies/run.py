@@ -29,7 +29,7 @@ from fedraclora.run.callback import run_title
 from fedraclora.run.folder import refuse_full
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import Columns
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import Tree
 from fedraclora.weights.files import make_folder, save_tensors, write_text

@@ -29,7 +29,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.folder import run_id
 from fedraclora.run.ledger import Row, headline, number
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.weights.replica import JobFolder
 from fedraclora.weights.update import WeightHistory

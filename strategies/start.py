@@ -16,7 +16,7 @@ from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.run.folder import is_finished, read_summary, resume_word
 from fedraclora.run.trusted import read_trusted
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.weights import load_weights
 
 

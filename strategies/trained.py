@@ -27,7 +27,7 @@ from fedraclora.protocol.link import Link, Plan, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance
 from fedraclora.run.rebuild import state_at, stored_plan
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.wrappers import method_of
 from fedraclora.strategies.wrappers.around import Around

@@ -13,7 +13,7 @@ from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw
 from fedraclora.run.rebuild import stored_plan, weights_at
 from fedraclora.run.trusted import read_trusted
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.wrappers import method_of
 from fedraclora.tree import Tree
 

@@ -59,7 +59,7 @@ from fedraclora.protocol.link import apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Ledger
 from fedraclora.strategies.base import FedStrategy
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.feedforward import FeedForward

@@ -20,7 +20,7 @@ from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import Case
 from fedraclora.run.ledger import column
 from fedraclora.run.recorder import RunRecorder
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.wiring import wire
 from fedraclora.training.chunking import plan_chunk

@@ -33,9 +33,9 @@ from fedraclora.experiments.bench.runs import (
 from fedraclora.experiments.bench.usage import Laps, peak, reset_peak
 from fedraclora.experiments.bench.workloads import LR, RAY, Case, Workload, all_linear_plan
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.fedavg import FedAvg
-from fedraclora.strategies.fedavg_lora import FedAvgLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fedavg import FedAvg
+from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
 from fedraclora.training.own.round import Round
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, products_in
 from fedraclora.training.program import copied_layers

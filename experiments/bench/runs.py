@@ -22,8 +22,8 @@ from fedraclora.experiments.bench.workloads import LR, Case, all_linear_plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.wiring import wire

@@ -33,9 +33,9 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
-from fedraclora.strategies import METHODS
-from fedraclora.strategies.fedavg import FedAvg
-from fedraclora.strategies.slora import SLora
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.fedavg import FedAvg
+from fedraclora.strategies.methods.slora import SLora
 
 TIMES = 2  # of a close: the least of them counts, since machines are shared
 

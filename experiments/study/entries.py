@@ -19,7 +19,7 @@ from fedraclora.experiments.study.file import Study, check_split, row_config
 from fedraclora.experiments.tune.frontier import ranks
 from fedraclora.protocol.method import Method
 from fedraclora.run.ledger import Row, number
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 Line = dict[str, Any]  # of runs.jsonl
 Done = Mapping[str, Line]  # by key

@@ -16,7 +16,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.presets import take_own
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import settled_rate
 from fedraclora.weights.files import flatten
 

@@ -15,8 +15,8 @@ from fedraclora.experiments.theory.problems import Problem, first_downlink, prob
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora
 from fedraclora.training.extras.settings import LocalSettings
 
 

@@ -31,10 +31,10 @@ from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
 from fedraclora.experiments.theory.problems import federate
 from fedraclora.protocol.method import Method
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.fedavg import FedAvg
-from fedraclora.strategies.fedavg_lora import FedAvgLora
-from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fedavg import FedAvg
+from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
+from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 

@@ -31,7 +31,7 @@ from fedraclora.experiments.tune.space import Space, TuneConfig, settings
 from fedraclora.experiments.tune.storage import keeping
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import make
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import settled_start
 from fedraclora.training.localconfig import LocalConfig

@@ -37,7 +37,7 @@ from fedraclora.run.callback import Callback
 from fedraclora.run.digests import data_files, plans_rounds
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import Row, metrics_of, number
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.run import Run
 from fedraclora.strategies.server.round_step import RoundStep

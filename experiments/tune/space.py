@@ -21,7 +21,7 @@ from fedraclora.experiments.tune.rates import RATE_KEY, TIMES, RateRange
 from fedraclora.limits import Chance, Count, Inner, Limit, Limited, Positive, Whole, choice_of
 from fedraclora.objects import is_named
 from fedraclora.protocol.quantised import FULL, ROUNDED
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.weights.files import flatten
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import nn
 
-import fedraclora.strategies  # noqa: F401  messages name client programs of theirs
+import fedraclora.strategies.methods  # noqa: F401  messages name client programs of theirs
 from fedraclora.clients.cache import folder_of, make_room, on_disk
 from fedraclora.clients.worker import Worker
 from fedraclora.engines.records import JOB, folded, from_records, to_records, unfolded

@@ -150,7 +150,7 @@ def _method(method: Method) -> str:
     """Name a method as a config does: ours that are not linear have the name of their module."""
     kind = type(method)
     package, _, module = kind.__module__.rpartition(".")
-    ours = package == "fedraclora.strategies"
+    ours = package == "fedraclora.strategies.methods"
     return f"method={module if ours else f'{kind.__module__}:{kind.__qualname__}'}"
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-import fedraclora.strategies.fedex_lora
-import fedraclora.strategies.fedsvd
-import fedraclora.strategies.frlora
+import fedraclora.strategies.methods.fedex_lora
+import fedraclora.strategies.methods.fedsvd
+import fedraclora.strategies.methods.frlora
 import fedraclora.strategies.shared.layer
 import fedraclora.strategies.shared.layerwise
 from fedraclora.lowrank.algebra import (
@@ -32,8 +32,8 @@ from fedraclora.protocol.plan import resolve_scale
 from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.run.client_state import ClientStore
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.flora_stacking import FloraStacking
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.flora_stacking import FloraStacking
 from fedraclora.strategies.shared.layerwise import (
     FactorLike,
     Factors,
@@ -102,7 +102,7 @@ def weighted_products_and_unweighted_means(planting: Planting) -> None:
     def alike(left: torch.Tensor, right: torch.Tensor, p: torch.Tensor) -> Product:
         return stack_products(left, right, torch.full_like(p, 1 / (len(p) + 1)))
 
-    planting.put(fedraclora.strategies.fedex_lora, "stack_products", alike)
+    planting.put(fedraclora.strategies.methods.fedex_lora, "stack_products", alike)
 
 
 @defect("flexlora", "FedLLM-Factory flexlora.py: B = U sqrt(S), A = V")
@@ -248,7 +248,7 @@ def layers_share_a_sketch(planting: Planting) -> None:
 
 @defect("fedsvd", "FedSVD: B = U in place of U S")
 def svd_without_the_singular_values(planting: Planting) -> None:
-    sound = fedraclora.strategies.fedsvd.turned_to_singular_vectors
+    sound = fedraclora.strategies.methods.fedsvd.turned_to_singular_vectors
 
     def turned(B: torch.Tensor, A: torch.Tensor) -> Product:
         left, right = sound(B, A)
@@ -259,7 +259,7 @@ def svd_without_the_singular_values(planting: Planting) -> None:
 
 @defect("frlora", "FRLoRA: B_0 A_0 added, not taken away")
 def residual_of_the_wrong_sign(planting: Planting) -> None:
-    planting.put(fedraclora.strategies.frlora, "minus", lambda product: product)
+    planting.put(fedraclora.strategies.methods.frlora, "minus", lambda product: product)
 
 
 @defect(

@@ -14,15 +14,15 @@ from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.method import Downlink, Link, State, Term
 from fedraclora.protocol.quantised import encode
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.galore_average import GaLore, Projection
-from fedraclora.strategies.pool_rac_lora import PoolRacLora, added
+from fedraclora.strategies.methods.galore_average import GaLore, Projection
+from fedraclora.strategies.methods.pool_rac_lora import PoolRacLora, added
+from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora
 from fedraclora.strategies.server import quantised
 from fedraclora.strategies.server.quantised import DownlinkRounding, stays
 from fedraclora.strategies.shared import layerwise, past
 from fedraclora.strategies.shared.layer import Layer
 from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.steps import scaffold
-from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
 from fedraclora.training.extras.variates import is_lifted
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import LinkSizes

@@ -42,7 +42,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import Traits
 from fedraclora.protocol.program import ClientProgram, When
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
 from fedraclora.training.extras.settings import LocalSettings
 from tests.unit.test_api_objects import Mine, Untold

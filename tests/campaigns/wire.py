@@ -46,7 +46,7 @@ from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.ledger import Ledger, read_ledger
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.quantised import DownlinkRounding

@@ -28,7 +28,7 @@ from fedraclora.experiments.status import UNREAD
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import read_ledger
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.weights.files import flatten
 from tests.common import summary_of

@@ -31,7 +31,7 @@ from fedraclora.experiments.choices import (
     sections,
 )
 from fedraclora.experiments.pages import aliases, method_of
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import ruled
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.files import flatten

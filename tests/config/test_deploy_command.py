@@ -21,7 +21,7 @@ from fedraclora.experiments.deploy import Record
 from fedraclora.experiments.overrides import composed
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 from tests.common import assemble, summary_of
 

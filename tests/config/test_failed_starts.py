@@ -23,8 +23,8 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import sweep_name
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.run.folder import has_begun
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
 
 SMALL = [

@@ -30,7 +30,7 @@ from fedraclora.experiments.app import copy_app
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row, read_ledger
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.callbacks import own_callbacks
 from fedraclora.strategies.server_app import config_from_text

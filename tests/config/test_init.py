@@ -13,7 +13,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.experiments import init
 from fedraclora.experiments.overrides import composed
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 
 def test_nothing_of_a_template_is_left_over(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.study.file import Study
 from fedraclora.models import MODELS
 from fedraclora.protocol.plan import make_plan
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 STUDY = Study.read(CONF.parent / "experiments" / "studies" / "mnist_table3.yaml")
 # A: 784 + 64 + 64 numbers, B: 64 + 64 + 5.

@@ -11,7 +11,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.overrides import composed, flags_first, searched
 from fedraclora.protocol.plan import own_rank
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 OWN = """# @package _global_
 defaults:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Method
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.initials import STARTS
 
 Count = tuple[int, int]

@@ -26,8 +26,8 @@ from worlds import (
 from fedraclora.allocation import AdaLora, HeteroLora, Uniform, flows
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Draw, Method
-from fedraclora.strategies import METHODS
-from fedraclora.strategies.frlora import FrLora
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.frlora import FrLora
 from fedraclora.strategies.wrappers.allocated import Allocated, allocated
 from tests.messages import unpack_downlink
 

@@ -17,7 +17,7 @@ from worlds import (
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw
-from fedraclora.strategies.xgblora import XgbLora
+from fedraclora.strategies.methods.xgblora import XgbLora
 from fedraclora.training.cohort import PROGRAMS_KEPT
 
 DRAW = Draw(17)

@@ -24,8 +24,8 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.buffered import Batch, read_batches, write_batches
+from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora
 from fedraclora.strategies.server.quantised import DownlinkRounding
-from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.materialise import materialise

@@ -15,7 +15,7 @@ from worlds import assert_close_trees, client_weights, make_world, play_rounds, 
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 SUITE = (

@@ -54,7 +54,7 @@ from fedraclora.protocol.method import Draw, Method
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.tree import Tree
 from tests.reference.chain import replay

@@ -42,7 +42,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.experiments.compact import compact
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.rebuild import state_at, weights_at
-from fedraclora.strategies.fed_sb import FedSb
+from fedraclora.strategies.methods.fed_sb import FedSb
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.weights.links import read_links

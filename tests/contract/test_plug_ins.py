@@ -16,12 +16,12 @@ import pytest
 
 import fedraclora
 from fedraclora.protocol.program import ClientProgram
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
 FILES = sorted({kind.__module__.rpartition(".")[2] for kind in METHODS.values()})
-TABLE = ROOT / "strategies/__init__.py"
+TABLE = ROOT / "strategies/methods/__init__.py"
 
 
 @cache
@@ -68,7 +68,7 @@ def shared() -> list[tuple[str, str]]:
 
 
 def file_of(name: str) -> Path:
-    return ROOT / "strategies" / f"{name}.py"
+    return ROOT / "strategies/methods" / f"{name}.py"
 
 
 def defined(path: Path) -> Iterator[str]:
@@ -85,7 +85,11 @@ def defined(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_no_module_but_the_table_and_derived_methods_imports_a_method(name: str) -> None:
     free = {TABLE, *map(file_of, FILES)}
-    by = [path for path, found in imports().items() if f"fedraclora.strategies.{name}" in found]
+    by = [
+        path
+        for path, found in imports().items()
+        if f"fedraclora.strategies.methods.{name}" in found
+    ]
     laboratory = ROOT / "experiments"  # which compares methods
     assert [p for p in by if p not in free and not p.is_relative_to(laboratory)] == []
 
@@ -100,7 +104,7 @@ def test_nothing_is_left_that_a_method_alone_used(name: str) -> None:
 def test_each_client_program_is_in_the_file_of_its_method_or_serves_several() -> None:
     for name, kind in ClientProgram.known.items():
         home = kind.__module__
-        if not home.startswith("fedraclora.strategies.") or "shared" in home:
+        if not home.startswith("fedraclora.strategies.methods."):
             continue
         users = [p.stem for p, n in words().items() if n[kind.__qualname__]]
         assert users == [home.rpartition(".")[2]], name
@@ -156,7 +160,7 @@ def test_a_module_of_the_users_own_has_the_bits_of_the_method_that_it_copies(
 ) -> None:
     name, given = OUTSIDE[method]
     own = getattr(copied(beside, method), name)(**given)
-    ours = getattr(import_module(f"fedraclora.strategies.{method}"), name)(**given)
+    ours = getattr(import_module(f"fedraclora.strategies.methods.{method}"), name)(**given)
     assert type(own) is not type(ours)
     assert digest_of(own) == digest_of(ours)
 
@@ -166,5 +170,5 @@ def test_a_module_of_the_users_own_has_the_bits_of_the_method_that_it_copies(
 def test_so_it_has_on_workers_that_read_messages(method: str, beside: Path) -> None:
     name, given = OUTSIDE[method]
     own = getattr(copied(beside, method), name)(**given)
-    ours = getattr(import_module(f"fedraclora.strategies.{method}"), name)(**given)
+    ours = getattr(import_module(f"fedraclora.strategies.methods.{method}"), name)(**given)
     assert digest_of(own, "engine=ray", "engine.workers=2") == digest_of(ours)

@@ -42,7 +42,7 @@ from fedraclora.protocol.method import Method
 from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.initials import STARTS
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings

@@ -13,7 +13,7 @@ from fedraclora.errors import ClientError
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.program import LocalSteps
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from tests.messages import unpack_downlink
 
 

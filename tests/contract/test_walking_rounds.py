@@ -31,10 +31,10 @@ from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Method
 from fedraclora.rng import cohort_bits, generator, hash_key
-from fedraclora.strategies import METHODS
-from fedraclora.strategies.decomfl import DeComFl
-from fedraclora.strategies.fedkseed import SUMS, FedKSeed
-from fedraclora.strategies.ferret import Ferret
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.decomfl import DeComFl
+from fedraclora.strategies.methods.fedkseed import SUMS, FedKSeed
+from fedraclora.strategies.methods.ferret import Ferret
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.wrappers import method_of
 

@@ -45,11 +45,11 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import read_states
 from fedraclora.run.recorder import RunRecorder
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.base import FedStrategy
-from fedraclora.strategies.fedkseed import CHANCES, SUMS, LookOften
-from fedraclora.strategies.ferret import Ferret, ProjectUpdate, blocks
-from fedraclora.strategies.pool_rac_lora import InPool
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.fedkseed import CHANCES, SUMS, LookOften
+from fedraclora.strategies.methods.ferret import Ferret, ProjectUpdate, blocks
+from fedraclora.strategies.methods.pool_rac_lora import InPool
 from fedraclora.strategies.server.callbacks import Evaluate
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.measuring import Measuring

@@ -19,7 +19,7 @@ from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.flower.superlink import SuperLink
 from fedraclora.engines.programs import Program, end_all
 from fedraclora.run.ledger import read_ledger
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 
 pytestmark = pytest.mark.slow
 

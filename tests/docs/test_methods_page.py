@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedraclora.experiments.pages import ROOT, board, method_of
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 

@@ -13,7 +13,7 @@ import pytest
 
 from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.overrides import composed
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "own.md").read_text()

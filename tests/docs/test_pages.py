@@ -17,7 +17,7 @@ from fedraclora.experiments.study.file import Study
 from fedraclora.experiments.study.leaderboard import chosen, find
 from fedraclora.experiments.theory.command import TheoryConfig
 from fedraclora.experiments.words import check_word, key_values
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import ruled
 
 ROOT = Path(__file__).resolve().parents[2]

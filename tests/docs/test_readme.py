@@ -14,7 +14,7 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import RESULTS
 from fedraclora.experiments.study.frontier import Task, difference
 from fedraclora.experiments.tables import read_table
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

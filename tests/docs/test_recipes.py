@@ -22,7 +22,7 @@ from ray.scripts.symmetric_run import symmetric_run
 from fedraclora.clients.cache import served
 from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.overrides import composed
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "deploy"

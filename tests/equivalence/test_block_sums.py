@@ -9,8 +9,8 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.experiments.overrides import composed
 from fedraclora.run.ledger import NONDETERMINISTIC
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server import exchange as exchange_module
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import digest

@@ -22,9 +22,9 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.base import FedStrategy
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer

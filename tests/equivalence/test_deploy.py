@@ -16,7 +16,7 @@ from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row
 from fedraclora.run.rebuild import state_at
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.tree import digest

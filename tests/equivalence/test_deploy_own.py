@@ -148,7 +148,7 @@ PARTS = """
 from dataclasses import dataclass
 
 import fedraclora
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.protocol.program import ClientProgram, When
 
 @dataclass(frozen=True)

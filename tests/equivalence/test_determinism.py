@@ -25,8 +25,8 @@ from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree, digest

@@ -15,8 +15,8 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree, digest

@@ -22,7 +22,7 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.experiments.status import STATUS
 from fedraclora.run.ledger import Row
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.callbacks import AfterRound
 from tests.common import summary_of

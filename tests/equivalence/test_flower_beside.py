@@ -22,9 +22,9 @@ from fedraclora import flower
 from fedraclora.client import Round, Trained
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.protocol.quantised import ROUNDED
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.fedavg import FedAvg as FullAverage
-from fedraclora.strategies.fedavg_lora import FedAvgLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fedavg import FedAvg as FullAverage
+from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
 from tests.flower_apps import (
     KEY,
     STEPS,

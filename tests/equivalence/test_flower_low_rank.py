@@ -28,12 +28,12 @@ from fedraclora import flower
 from fedraclora.client import Round, Trained
 from fedraclora.engines.records import message_bytes
 from fedraclora.errors import ClientError, ConfigError, FedRacLoraError
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.fedavg import FedAvg as FullAverage
-from fedraclora.strategies.fedavg_lora import FedAvgLora
-from fedraclora.strategies.fedsa_lora import FedSaLora
-from fedraclora.strategies.pool_rac_lora import PoolRacLora
-from fedraclora.strategies.slora import SLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fedavg import FedAvg as FullAverage
+from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
+from fedraclora.strategies.methods.fedsa_lora import FedSaLora
+from fedraclora.strategies.methods.pool_rac_lora import PoolRacLora
+from fedraclora.strategies.methods.slora import SLora
 from fedraclora.tree import Tree
 from fedraclora.weights.files import load_tensors
 from fedraclora.weights.replica import changed_file, read_stored_replica, replica_file

@@ -31,8 +31,8 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.program import LocalResult
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.methods import METHODS
 from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig

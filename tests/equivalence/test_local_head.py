@@ -17,8 +17,8 @@ from fedraclora.errors import ClientError, ConfigError
 from fedraclora.evaluation.evaluate import class_accuracies, personal_accuracy
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import aliases
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.walking import Walking
 from fedraclora.tree import digest
 from tests.common import arranged, assemble

@@ -17,7 +17,7 @@ from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.experiments import compare
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.report.page import page_of, read_shown
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from tests.common import normal
 
 X = normal(60, 4).float()

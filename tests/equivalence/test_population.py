@@ -24,9 +24,9 @@ from fedraclora.models.networks import build_mlp
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.plan import make_plan
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from tests.common import assemble

@@ -16,8 +16,8 @@ from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.program import LocalResult
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.methods import METHODS
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
 from fedraclora.tree import Tree

@@ -30,8 +30,8 @@ from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.stopped import stop_reason
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.methods import METHODS
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.files import load_checkpoint
 from fedraclora.weights.replica import Replica

@@ -21,8 +21,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.runs import RAY_WORKERS, ray_settings
 from fedraclora.experiments.bench.workloads import WORKLOADS, Case
 from fedraclora.experiments.overrides import composed
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.methods import METHODS
 from fedraclora.tree import digest
 from tests.common import assemble
 

@@ -21,8 +21,8 @@ from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Draw, Memo, Method
 from fedraclora.sketch import SKETCHES
 from fedraclora.strategies.base import FedStrategy
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.shared.layerwise import Round
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree

@@ -15,8 +15,8 @@ from fedraclora.errors import ModelError
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Downlink, Draw
-from fedraclora.strategies import METHODS
-from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.shared.walking import Walking
 from fedraclora.training.extras.settings import LocalSettings
 

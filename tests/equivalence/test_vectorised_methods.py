@@ -24,7 +24,7 @@ from fedraclora.protocol.link import Terms
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.pool_rac_lora import InPool
+from fedraclora.strategies.methods.pool_rac_lora import InPool
 from fedraclora.tree import Tree, parameters
 
 # Every method on one model, factors of every form on one that is trained in the other way, and what

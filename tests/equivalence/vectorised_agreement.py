@@ -19,7 +19,7 @@ from fedraclora.experiments.choices import choice
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.program import CohortProgram

@@ -13,7 +13,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import aliases
 from fedraclora.run.ledger import column
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from tests.common import assemble
 
 GOLDEN = Path(__file__).parent

@@ -35,7 +35,7 @@ def block(language: str, holds: str) -> str:
 
 @pytest.fixture
 def my_method(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
-    module = ModuleType("fedraclora.strategies.my_method")
+    module = ModuleType("fedraclora.strategies.methods.my_method")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look it up
     exec(compile(block("python", "class MyMethod"), "CONTRIBUTING.md", "exec"), module.__dict__)
     found: type[Method] = module.__dict__["MyMethod"]
@@ -81,10 +81,11 @@ def test_the_contract_suite_takes_the_example_as_it_is_printed(tmp_path: Path) -
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(root / name, tmp_path / name, symlinks=True, ignore=ignored)
     shutil.copy(root / "pyproject.toml", tmp_path)
-    (tmp_path / "strategies/my_method.py").write_text(block("python", "class MyMethod"))
-    table = tmp_path / "strategies/__init__.py"
+    (tmp_path / "strategies/methods/my_method.py").write_text(block("python", "class MyMethod"))
+    table = tmp_path / "strategies/methods/__init__.py"
     text = table.read_text().replace(
-        "METHODS: dict", "from fedraclora.strategies.my_method import MyMethod\n\nMETHODS: dict"
+        "METHODS: dict",
+        "from fedraclora.strategies.methods.my_method import MyMethod\n\nMETHODS: dict",
     )
     table.write_text(
         text.replace('"fedavg": FedAvg,', '"fedavg": FedAvg,\n    "my_method": MyMethod,')

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments", "conf")

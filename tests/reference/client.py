@@ -22,7 +22,7 @@ from fedraclora.protocol.method import Adapter, Downlink, Plan
 from fedraclora.protocol.program import Hook, When
 from fedraclora.protocol.rank_budgets import rank_axes, spans
 from fedraclora.rng import cohort_permutations, hash_key
-from fedraclora.strategies.galore_average import ProjectGradients
+from fedraclora.strategies.methods.galore_average import ProjectGradients
 from fedraclora.strategies.shared.walking import MOVES
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.extras.settings import LocalSettings

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedraclora.protocol.method import Downlink
-from fedraclora.strategies.galore_average import ProjectGradients
+from fedraclora.strategies.methods.galore_average import ProjectGradients
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 

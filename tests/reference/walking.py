@@ -8,8 +8,8 @@ from typing import cast
 import torch
 
 from fedraclora.protocol.downlink import Downlink
-from fedraclora.strategies.fedkseed import CHANCES, LookOften
-from fedraclora.strategies.ferret import ProjectUpdate, blocks
+from fedraclora.strategies.methods.fedkseed import CHANCES, LookOften
+from fedraclora.strategies.methods.ferret import ProjectUpdate, blocks
 from fedraclora.strategies.shared.walking import LookAlong, walk_of
 from fedraclora.tree import Tree
 

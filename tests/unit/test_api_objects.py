@@ -20,7 +20,7 @@ import fedraclora
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError, ModelError
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import check_method
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.tree import digest
 

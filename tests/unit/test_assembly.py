@@ -15,8 +15,8 @@ from fedraclora.errors import CheckpointError
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.recorder import resolved
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled, loop_of
+from fedraclora.strategies.methods import METHODS
 from fedraclora.training import chunking
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_checkpoint, save_checkpoint

@@ -20,8 +20,8 @@ from fedraclora.experiments.choices import keys_of
 from fedraclora.experiments.overrides import composed
 from fedraclora.models.built import seeded
 from fedraclora.protocol.program import ClientProgram
-from fedraclora.strategies import METHODS
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.training.extras.settings import LocalSettings
 
 MODULE = """
@@ -35,7 +35,7 @@ from fedraclora.aggregation.robust import Median
 from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.attacks import Attack
 from fedraclora.limits import NotNegative
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerUpdate
 from fedraclora.protocol.program import ClientProgram, When
 from fedraclora.training.extras.settings import LocalSettings

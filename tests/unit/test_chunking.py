@@ -20,7 +20,7 @@ from fedraclora.errors import ConfigError, ModelError
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.uplinks import SUM_BLOCK
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.training import chunking
 from fedraclora.training.chunking import FREE_SHARE, PROCESS_BYTES, ChunkPlan, budget_of, plan_chunk
 from fedraclora.training.cohort import CohortTrainer

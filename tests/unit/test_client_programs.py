@@ -19,9 +19,9 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram, When
 from fedraclora.sketch import SKETCHES, SketchSpec
-from fedraclora.strategies.fedkrso import InTurn
-from fedraclora.strategies.ravan import BlockDiagonal
-from fedraclora.strategies.slora import SparseMask
+from fedraclora.strategies.methods.fedkrso import InTurn
+from fedraclora.strategies.methods.ravan import BlockDiagonal
+from fedraclora.strategies.methods.slora import SparseMask
 from fedraclora.training.extras.pairs import projected
 from fedraclora.tree import Tree
 from tests.common import normal

@@ -16,7 +16,7 @@ from fedraclora.experiments.study.entries import Entry, entries, is_unverified, 
 from fedraclora.experiments.study.file import Study, check_same
 from fedraclora.experiments.study.leaderboard import STUDIES, chosen, find, leaderboard
 from fedraclora.experiments.study.run import run_jobs
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 TINY = """
 experiment: null

@@ -39,7 +39,7 @@ from fedraclora.experiments.values import is_whole
 from fedraclora.limits import Later, choice_of, later_keys
 from fedraclora.protocol.method import Method
 from fedraclora.protocol.quantised import ROUNDED
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.training.extras.settings import LocalSettings
 
 METHOD_TABLE: Mapping[str, type[Method]] = METHODS

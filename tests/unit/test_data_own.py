@@ -22,7 +22,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import loss_function
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.experiments.overrides import composed
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 
 TINY = ["model.hidden=[3]", "method.rank=2", "rounds=1"]
 DRAW = np.random.default_rng(3)

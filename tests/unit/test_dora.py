@@ -12,7 +12,7 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.overrides import composed
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from tests.common import assemble, normal

@@ -30,7 +30,7 @@ from fedraclora.export import FORMATS, peft_adapter, whole_weights
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_gpt
 from fedraclora.run.folder import read_config
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.weights import load_weights
 

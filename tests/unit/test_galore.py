@@ -11,7 +11,7 @@ import torch
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import to_train
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.galore_average import (
+from fedraclora.strategies.methods.galore_average import (
     GaLore,
     ProjectGradients,
     Projection,

@@ -20,12 +20,12 @@ from fedraclora.protocol.program import GRADIENT
 from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies import METHODS
-from fedraclora.strategies.fed_sb import FedSb
-from fedraclora.strategies.fedavg_lora import FedAvgLora
-from fedraclora.strategies.fedex_lora import FedExLora
-from fedraclora.strategies.flexlora import FlexLora
-from fedraclora.strategies.flora_stacking import FloraStacking
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.fed_sb import FedSb
+from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
+from fedraclora.strategies.methods.fedex_lora import FedExLora
+from fedraclora.strategies.methods.flexlora import FlexLora
+from fedraclora.strategies.methods.flora_stacking import FloraStacking
 from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.initials import GAMMA, STARTS, gradient_factors, orthogonal
 from fedraclora.training.cohort import CohortTrainer

@@ -32,8 +32,8 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.methods import METHODS
 from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings

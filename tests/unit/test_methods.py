@@ -14,21 +14,21 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.bernoulli_lora import BernoulliLora
-from fedraclora.strategies.fed_sb import FedSb
-from fedraclora.strategies.fedex_lora import FedExLora
-from fedraclora.strategies.fedkrso import FedKrso
-from fedraclora.strategies.fedmomentum import FedMomentum
-from fedraclora.strategies.fedrot_lora import FedRotLora, rotations
-from fedraclora.strategies.fedsvd import FedSvd
-from fedraclora.strategies.flexlora import FlexLora
-from fedraclora.strategies.flora_stacking import FloraStacking
-from fedraclora.strategies.frlora import FrLora
-from fedraclora.strategies.hetlora import HetLora
-from fedraclora.strategies.lora_fair import LoraFair
-from fedraclora.strategies.ravan import Ravan
-from fedraclora.strategies.rolora import RoLora
-from fedraclora.strategies.slora import SLora
+from fedraclora.strategies.methods.bernoulli_lora import BernoulliLora
+from fedraclora.strategies.methods.fed_sb import FedSb
+from fedraclora.strategies.methods.fedex_lora import FedExLora
+from fedraclora.strategies.methods.fedkrso import FedKrso
+from fedraclora.strategies.methods.fedmomentum import FedMomentum
+from fedraclora.strategies.methods.fedrot_lora import FedRotLora, rotations
+from fedraclora.strategies.methods.fedsvd import FedSvd
+from fedraclora.strategies.methods.flexlora import FlexLora
+from fedraclora.strategies.methods.flora_stacking import FloraStacking
+from fedraclora.strategies.methods.frlora import FrLora
+from fedraclora.strategies.methods.hetlora import HetLora
+from fedraclora.strategies.methods.lora_fair import LoraFair
+from fedraclora.strategies.methods.ravan import Ravan
+from fedraclora.strategies.methods.rolora import RoLora
+from fedraclora.strategies.methods.slora import SLora
 
 M, N, R, ALPHA, K = 8, 11, 3, 5.0, 4
 S = ALPHA / R

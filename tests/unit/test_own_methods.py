@@ -19,7 +19,7 @@ import fedraclora
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
 
 DRAWN = torch.Generator().manual_seed(3)

@@ -14,7 +14,7 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Downlink, Factor
 from fedraclora.protocol.program import GRADIENT, PLAIN, ClientChunk, ClientProgram, When
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.fedkrso import InTurn
+from fedraclora.strategies.methods.fedkrso import InTurn
 from fedraclora.training.extras.pairs import (
     Adjustment,
     Pair,

@@ -19,8 +19,8 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
 from fedraclora.protocol.quantised import rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.pool_rac_lora import InPool, Pool, PoolRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.pool_rac_lora import InPool, Pool, PoolRacLora
 from fedraclora.strategies.server.quantised import RESIDUE, DownlinkRounding
 from fedraclora.tree import digest, parameters
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link

@@ -25,8 +25,8 @@ from fedraclora.protocol.rank_budgets import (
 )
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies.fed_rac_lora import FedRacLora
-from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fedavg import FedAvg
 
 M, R, N = 5, 3, 7
 RANKS = torch.tensor([1, 3, 2, 9])

@@ -18,7 +18,7 @@ from fedraclora.experiments.study.entries import is_tuned, read_lines, tried_val
 from fedraclora.experiments.study.file import Study, row_config
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.protocol.plan import make_plan
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import FITTED, rate_of
 from fedraclora.tree import weights_of
 

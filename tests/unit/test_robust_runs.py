@@ -9,7 +9,7 @@ import pytest
 from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.overrides import composed
 from fedraclora.run.ledger import Row, number
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from tests.common import assemble
 
 SMALL = [

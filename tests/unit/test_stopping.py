@@ -16,7 +16,7 @@ from fedraclora.experiments.choices import section_keys
 from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row, read_ledger
-from fedraclora.strategies import METHODS
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
 

@@ -15,9 +15,9 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies.bernoulli_lora import BernoulliLora
+from fedraclora.strategies.methods.bernoulli_lora import BernoulliLora
+from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora
 from fedraclora.strategies.shared.past import chosen, completed, energies
-from fedraclora.strategies.subspace_rac_lora import SubspaceRacLora
 
 M, N, RANK, ALPHA = 9, 12, 4, 6.0  # frozen factors are sent: coefficients would be more bytes
 DRAW = Draw(3)

@@ -21,7 +21,7 @@ from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.run.client_state import ClientStore
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies.fedkrso import InTurn
+from fedraclora.strategies.methods.fedkrso import InTurn
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree

@@ -19,11 +19,11 @@ from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.plan import make_plan
-from fedraclora.strategies import METHODS
 from fedraclora.strategies.assembly import assemble_with
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.buffered import BufferedStrategy
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.wiring import Wired, wire
 from fedraclora.training.cohort import CohortTrainer

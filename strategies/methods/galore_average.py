@@ -49,7 +49,7 @@ from fedraclora.lowrank.algebra import fix_signs
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
 from fedraclora.protocol.plan import Rank, rank_notes, resolve_rank
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Rates
-from fedraclora.strategies.fedavg import FedAvg
+from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.shared.common import as_matrices, turned
 from fedraclora.training.localconfig import LocalConfig, moment_kinds
 from fedraclora.training.optimiser import CohortOptimiser

@@ -27,7 +27,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State, Trai
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.sketch import Normalise, Sketch
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LowRankMethod
 from fedraclora.tree import Tree
 

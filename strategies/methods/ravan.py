@@ -29,7 +29,7 @@ from typing_extensions import override
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
-from fedraclora.strategies.fed_sb import FedSb
+from fedraclora.strategies.methods.fed_sb import FedSb
 from fedraclora.tree import Tree
 
 

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Positive
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.fedex_lora import residual
+from fedraclora.strategies.methods.fedex_lora import residual
 from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 

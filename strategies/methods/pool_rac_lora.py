@@ -55,7 +55,7 @@ from fedraclora.protocol.method import (
 )
 from fedraclora.protocol.program import PLAIN, ClientProgram
 from fedraclora.sketch import Blocks, SketchSpec
-from fedraclora.strategies.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import Round
 from fedraclora.tree import Tree, parameters
 from fedraclora.wire.fields import whole
