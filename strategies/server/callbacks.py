@@ -25,7 +25,7 @@ from fedraclora.narrow_weight import dense
 from fedraclora.objects import held, refuse_changed
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import BY_CLIENTS, Row, ledger_value, metrics_of, number
-from fedraclora.strategies.server.sound import OF_CALLBACKS, HookCheck
+from fedraclora.strategies.server.sound import OF_CALLBACKS, HookCheck, told
 from fedraclora.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def joined(row: Row, found: Mapping[str, object], who: str) -> Row:
     """
     if not isinstance(found, Mapping):
         raise ConfigError(
-            f"{who} gives {found!r:.100} for the ledger; a dict of columns by name is wanted"
+            f"{who} gives {told(found)} for the ledger; a dict of columns by name is wanted"
         )
     for name in found:
         if not isinstance(name, str) or not name.isprintable() or not name:

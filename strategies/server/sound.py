@@ -29,7 +29,11 @@ def told(found: object) -> str:
     """Describe what came: a tensor by its shape and type, other things by their type."""
     if isinstance(found, torch.Tensor):
         return f"a tensor {[*found.shape]} of {str(found.dtype).removeprefix('torch.')}"
-    return "None" if found is None else f"{found!r:.60} of type {type(found).__name__}"
+    if found is None:
+        return "None"
+    kind = type(found)
+    shown = "" if kind.__repr__ is object.__repr__ or callable(found) else f"{found!r:.60} "
+    return f"{shown}of type {kind.__name__}" if shown else f"a {kind.__name__}"
 
 
 def truth(who: str, found: object, owner: object, given: tuple[Any, ...]) -> bool:

@@ -1,6 +1,7 @@
 """Python objects of all kinds through `fedraclora.simulate`: each runs right, or is refused.
 
     python -m tests.campaigns.objects --times 400 --seed 0
+    python -m tests.campaigns.objects --plug-ins
 
 Models, samples, callbacks, folders and settings are drawn by a seeded generator, most of them good
 and some odd, and given to `simulate` in a forked process with limits of time and memory. Of many it
@@ -51,6 +52,7 @@ from fedraclora.errors import FedRacLoraError
 from fedraclora.rng import generator
 from fedraclora.run.ledger import read_ledger
 from tests.campaigns.odd_objects import PARTS, PLAIN, QUIET, TEST, Kind, Raised, Told, in_folder
+from tests.campaigns.odd_plugins import PLUG_INS
 
 SECONDS = 20  # of the processor, for one case
 BYTES = 4 << 30  # of memory, beside what the parent has
@@ -98,7 +100,12 @@ def drawn(seed: int, number: int) -> Parts:
 
 def kinds_of(parts: Parts) -> dict[str, Kind]:
     """Look up the kinds of a case."""
-    return {part: PARTS[part][name] for part, name in parts.items()}
+    return {part: kind_of(part, name) for part, name in parts.items()}
+
+
+def kind_of(part: str, name: str) -> Kind:
+    """Look up a kind of a part, or of a plug-in object."""
+    return {**PARTS.get(part, {}), **PLUG_INS.get(part, {})}[name]
 
 
 def wanted(parts: Parts) -> str:
@@ -158,10 +165,10 @@ def tried(parts: Parts, work: Path) -> Ended:
     told = Told()
     keys: dict[str, Any] = {"test": TEST}
     with in_folder(work):
-        for kind in kinds_of(parts).values():
-            keys |= kind.make(told)
-        words, kept = keys.pop("choices", ()), told.copies(keys)
         try:
+            for kind in kinds_of(parts).values():
+                keys |= kind.make(told)
+            words, kept = keys.pop("choices", ()), told.copies(keys)
             run = fedraclora.simulate(*words, **keys)
         except Raised:  # by a callback, which stops the run with what it raises
             return Ended(wrong="" if told.raises else "numbers: nobody raises that")
@@ -239,7 +246,7 @@ def judged(parts: Parts, ended: Ended) -> str | None:
     if ended.error is not None:
         return refused(parts, *ended.error, known=ended.known)
     if wanted(parts) == "refused":
-        odd = [f"{p}={n}" for p, n in parts.items() if PARTS[p][n].ends == "refused"]
+        odd = [f"{p}={n}" for p, n in parts.items() if kind_of(p, n).ends == "refused"]
         return f"silent: {', '.join(odd)}"
     unsaid = [
         f"silent: {part}={parts[part]}"
@@ -276,22 +283,26 @@ def shortened(parts: Parts, kind: str, home: Path) -> Parts:
     return {part: name for part, name in parts.items() if name != USUAL[part]}
 
 
-def campaign(numbers: Sequence[int], seed: int) -> Iterator[tuple[str, Parts]]:
-    """Draw, try and judge cases; give each failure with its parts."""
+def plug_ins() -> list[Parts]:
+    """List the usual case with each plug-in object alone."""
+    return [USUAL | {part: name} for part, kinds in PLUG_INS.items() for name in kinds]
+
+
+def campaign(cases: Sequence[tuple[int, Parts]]) -> Iterator[tuple[str, Parts]]:
+    """Try and judge cases, each with its number; give each failure with its parts."""
     began, seen, ends = time.monotonic(), set[str](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="fedraclora-objects-") as made:
         home = Path(made) / "case"
-        for done, number in enumerate(numbers, 1):
-            parts = drawn(seed, number)
+        for done, (number, parts) in enumerate(cases, 1):
             ended = attempt(parts, home)
             ends["refused" if ended.error else "ran"] += 1
             if (kind := judged(parts, ended)) is not None:
-                if kind not in seen and kind != "hung":
-                    parts = shortened(parts, kind, home)
+                if kind not in seen and kind != "hung" and parts.keys() <= USUAL.keys():
+                    parts = shortened(parts, kind, home)  # noqa: PLW2901
                 seen.add(kind)
                 print(f"case {number}: {kind}: {parts}", flush=True)
                 yield kind, parts
-            if done % 100 == 0 or done == len(numbers):
+            if done % 100 == 0 or done == len(cases):
                 print(f"{done} cases in {time.monotonic() - began:.0f} s: {dict(ends)}", flush=True)
 
 
@@ -310,13 +321,19 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=400, help="cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--seed", type=int, default=0)
+    alone = "each plug-in object alone, in the place of drawn cases"
+    parser.add_argument("--plug-ins", action="store_true", help=alone)
     asked = parser.parse_args(argv)
     warm()
     found: dict[str, list[Parts]] = defaultdict(list)
-    for kind, parts in campaign(range(asked.first, asked.first + asked.times), asked.seed):
+    numbers = range(asked.first, asked.first + asked.times)
+    cases = [(number, drawn(asked.seed, number)) for number in numbers]
+    if asked.plug_ins:
+        cases = [*enumerate(plug_ins())]
+    for kind, parts in campaign(cases):
         found[kind].append(parts)
     count = sum(map(len, found.values()))
-    print(f"{asked.times} cases, {count} failures of {len(found)} kinds")
+    print(f"{len(cases)} cases, {count} failures of {len(found)} kinds")
     for kind, cases in sorted(found.items(), key=lambda entry: -len(entry[1])):
         print(f"{len(cases):6d}  {kind}: {min(cases, key=len)}")
     return 1 if found else 0

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.campaigns.objects import USUAL, Ended, attempt, drawn, judged, wanted
+from tests.campaigns.objects import USUAL, Ended, attempt, drawn, judged, plug_ins, wanted
 from tests.campaigns.odd_objects import PARTS
+from tests.campaigns.odd_plugins import PLUG_INS
 
 ROOT = Path(__file__).resolve().parents[2]
 SENTENCE = "data, client 2: x holds NaN or an infinity, first in row 3: leave it out"
@@ -24,6 +25,24 @@ def test_objects_run_right_or_are_refused_in_a_sentence(times: int) -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert f"{times} cases, 0 failures of 0 kinds" in done.stdout
+
+
+@pytest.mark.slow
+def test_each_plug_in_object_is_used_right_or_named() -> None:
+    words = [sys.executable, "-m", "tests.campaigns.objects", "--plug-ins"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert f"{len(plug_ins())} cases, 0 failures of 0 kinds" in done.stdout
+
+
+def test_plug_in_objects_are_many_and_of_all_kinds() -> None:
+    cases = plug_ins()
+    assert len(cases) >= 200
+    assert len({str(case) for case in cases}) == len(cases)
+    for part, kinds in PLUG_INS.items():
+        ends = {wanted(case) for case in cases if case.get(part) in kinds}
+        assert "refused" in ends
+        assert part in {"loss", "partition"} or "runs" in ends
 
 
 def test_cases_are_a_function_of_seed_and_number() -> None:
