@@ -78,8 +78,8 @@ class Form:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             row = int((~torch.isfinite(value.reshape(len(value), -1))).any(dim=1).nonzero()[0])
             raise DataError(
-                f"{where}: {name} holds NaN or an infinity, first in row {row}: fill such values, "
-                "or leave the rows out"
+                f"{where}: {name} holds NaN, an infinity or a number that float32 cannot hold, "
+                f"first in row {row}: fill such values, or leave the rows out"
             )
         return value
 

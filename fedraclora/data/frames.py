@@ -320,7 +320,8 @@ def target_of(
         scores = np.zeros(len(labels), dtype=np.float32)
         for row, label in enumerate(labels):
             try:
-                scores[row] = np.float32(label)
+                with np.errstate(over="ignore"):
+                    scores[row] = np.float32(label)
             except ValueError as error:
                 raise DataError(
                     f"data.label: {label!r} is not a number, but data.task=regression predicts "
@@ -328,7 +329,8 @@ def target_of(
                 ) from error
         if not np.isfinite(scores).all():
             raise DataError(
-                "data.label: a score is NaN or infinite: fill it in, or leave its row out"
+                "data.label: a score is NaN, infinite or larger than float32 can hold: mend it, or "
+                "leave its row out"
             )
         return torch.from_numpy(scores)
     number = {name: index for index, name in enumerate(names)}

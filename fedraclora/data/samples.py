@@ -355,8 +355,24 @@ def parts_of(found: Any) -> tuple[Any, Any]:
 
 
 def length(found: Any) -> int:
-    """Count the samples of an object that no table holds; one that has no length is one."""
-    return len(found) if hasattr(found, "__len__") else 1
+    """Count the samples of an object that no table holds; one that has no length is one.
+
+    A dict has columns, a pair inputs and a target: they have one length.
+
+    Raises:
+        DataError: If they have several.
+    """
+    if not isinstance(found, Mapping | tuple):
+        return len(found) if hasattr(found, "__len__") else 1
+    columns = dict(found) if isinstance(found, Mapping) else dict(enumerate(found))
+    parts = {name: part for name, part in columns.items() if not isinstance(part, str)}
+    sizes = {name: length(part) for name, part in parts.items() if hasattr(part, "__len__")}
+    if len({*sizes.values()}) > 1:
+        raise DataError(
+            f"the columns of a {type(found).__name__} have {sizes} values, so that nothing says "
+            "how many samples it is: give columns of one length, or an object with __len__"
+        )
+    return next(iter(sizes.values()), 1)
 
 
 def stand_in(count: int) -> Samples:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ColumnNames = str | int | Sequence[str | int]
+USUAL = 0.9  # of the values of a column, by their distance from the median
+MERGED = 10  # different values that become one
 SPLITS = ("train", "test", "validation")  # values of the column of splits
 
 
@@ -227,12 +229,13 @@ def of_frames(
     if how.standardise:
         x, y = train.inputs["x"], train.target
         reading |= scale_of(x) | ({"target": scale_of(y)} if y.is_floating_point() else {})
+    raw, train = train, _scaled(train, reading)
+    _refuse_flat(path, [*used, named], raw, train)
     if test is None:
         held_out = _scaled(held_out, reading)
     else:
         read = how(test, reading)
         held_out, dropped = read.samples, dropped + read.total - len(read.rows)
-    train = _scaled(train, reading)
     info: dict[str, object] = {"source": source, "rows_dropped": dropped} | _told(reading)
     info |= {"held_out": share} if test is None else {}
     info["features"] = used if len(used) <= MOST_NAMED else len(used)
@@ -380,12 +383,47 @@ def _written(column: object) -> list[str]:
     return [str(value).strip() for value in whole]
 
 
+def _refuse_flat(path: Path, names: list[str], raw: Samples, scaled: Samples) -> None:
+    """Reject a column whose values become alike, beside one that is far larger, or as float32.
+
+    Args:
+        path: Of the rows, for messages.
+        names: Of the features, and of the column to predict.
+        raw: Samples as they were read.
+        scaled: The same as they are trained on.
+
+    Raises:
+        DataError: Naming the column.
+    """
+    columns = [[*s.inputs["x"].numpy().T, s.target.numpy()] for s in (raw, scaled)]
+    for name, values, became in zip(names, *columns, strict=True):
+        with np.errstate(over="ignore"):
+            away = abs(values - np.median(values))
+            near = away <= np.quantile(away, USUAL, method="lower")
+        before, after = (len(np.unique(each[near])) for each in (values, became))
+        if after < before and (after == 1 or MERGED * after <= before):
+            raise DataError(
+                f"{path}: column {name} has values from {values.min():g} to {values.max():g}, and "
+                f"{before} different ones become {after} when they are scaled to float32. Mend or "
+                "drop the rows with values that are far off, subtract what all have in common, or "
+                "leave the column out (data.features)"
+            )
+
+
 def _scaled(samples: Samples, reading: Mapping[str, Any]) -> Samples:
     """Bring features, and a number to predict, to their scale where they have one; float32."""
     x, y = samples.inputs["x"], samples.target
     x = as_scaled(x, reading) if "subtract" in reading else x
     y = as_scaled(y, reading["target"]) if "target" in reading else y
-    return Samples({"x": x}, y).clone().to("cpu", torch.float32)
+    scaled = Samples({"x": x}, y).clone().to("cpu", torch.float32)
+    if not bool(torch.isfinite(scaled.inputs["x"]).all()):
+        place = int((~torch.isfinite(scaled.inputs["x"])).any(dim=0).nonzero()[0])
+        raise DataError(
+            f"column {reading['features'][place]} has values up to "
+            f"{float(samples.inputs['x'][:, place].abs().max()):g}, which float32 cannot hold: "
+            "mend or drop such rows, or leave the column out (data.features)"
+        )
+    return scaled
 
 
 def _told(scale: Mapping[str, Any]) -> dict[str, object]:

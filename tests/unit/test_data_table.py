@@ -357,3 +357,39 @@ def test_a_column_of_splits_that_says_something_else_is_refused(
     path = written(tmp_path, ".csv", FRAME.assign(fold=folds))
     with pytest.raises(FedRacLoraError, match=said):
         load(path, **{"split": "fold"} | words)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("dose", 1e308, {}),
+        ("dose", -1e308, {}),
+        ("dose", 1e30, {}),
+        ("dose", 1e39, {"standardise": False}),
+        ("level", 1e30, {"label": "level", "task": "regression"}),
+    ],
+)
+def test_a_value_beside_which_a_column_is_flat_is_refused(
+    column: str, value: float, words: dict[str, Any], tmp_path: Path
+) -> None:
+    """It was trained on with one value in all rows but one."""
+    frame = FRAME.assign(level=DRAW.normal(size=ROWS))
+    load(written(tmp_path, ".csv", frame), **words)
+    frame.loc[range(10), column] = value  # some are training rows
+    with pytest.raises(DataError, match=rf"column {column} has values"):
+        load(written(tmp_path, ".csv", frame), **words)
+
+
+def test_what_is_far_off_in_test_rows_or_too_fine_for_float32_is_refused(tmp_path: Path) -> None:
+    other = FRAME.copy()
+    other.loc[5, "dose"] = 1e308
+    (tmp_path / "other").mkdir()
+    test = str(written(tmp_path / "other", ".csv", other))
+    with pytest.raises(DataError, match=r"column dose .*1e\+308.*float32"):
+        load(written(tmp_path, ".csv"), test=test)
+    stamps = written(tmp_path, ".csv", FRAME.assign(stamp=1.7e9 + np.arange(ROWS)))
+    assert len(load(stamps).train.inputs["x"][:, -1].unique()) > 40
+    with pytest.raises(DataError, match=r"column stamp"):
+        load(stamps, standardise=False)
+    rare = written(tmp_path, ".csv", FRAME.assign(rare=(np.arange(ROWS) % 20 == 0) * 9e5))
+    assert len(load(rare).train.inputs["x"][:, -1].unique()) == 2

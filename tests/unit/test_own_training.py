@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import fedraclora
 from fedraclora.client import Round, Trained
-from fedraclora.errors import ClientError
+from fedraclora.data.samples import length
+from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.training.own.deadline import OutOfTimeError, call_within
 from fedraclora.training.own.places import bits_of
 from tests.common import normal
@@ -552,3 +554,40 @@ def test_a_function_on_another_thread_that_is_late_has_failed() -> None:
     thread.start()
     thread.join()
     assert said == ["late", "ran"]
+
+
+@pytest.mark.parametrize("steps", [2**62, 2**63 - 1, 10**7 + 1])
+def test_steps_that_nobody_can_take_are_refused(steps: int) -> None:
+    """Four clients with 2**62 came to no step at all in the ledger."""
+
+    def train(round_: Round) -> Trained:
+        return replace(plain(round_), steps=steps)
+
+    words = ("output.progress=false", "rounds=1")
+    with pytest.raises(ClientError, match=rf"steps={steps} .*engine\.max_samples, 10000000"):
+        fedraclora.simulate(*words, model=net(), data=CLIENTS, train=train)
+
+
+def test_a_dict_of_columns_has_as_many_samples_as_these() -> None:
+    """A client's dict of 40 texts and 40 labels was reported as 2 samples."""
+    seen: list[int] = []
+
+    def train(round_: Round) -> Trained:
+        seen.append(len(round_.data["text"]))
+        model = round_.install(net())
+        for value in (p for p in model.parameters() if p.requires_grad):
+            value.data += 0.1
+        return round_.read(model, samples=len(round_.data["label"]), steps=1)
+
+    words = ("output.progress=false", "rounds=1")
+    given: dict[str, Any] = {"model": net(), "test": 0, "train": train}
+    data = [{"text": ["a"] * n, "label": [*range(n)]} for n in (40, 7)]
+    run = fedraclora.simulate(*words, data=data, **given)
+    told: Any = run.summary["task"]
+    assert (told["partition"]["samples_min"], told["partition"]["samples_max"]) == (7, 40)
+    assert sorted(seen) == [7, 40]
+    with pytest.raises(FedRacLoraError, match=r"'text': 3, 'label': 2"):
+        fedraclora.simulate(*words, data=[{"text": ["a"] * 3, "label": [1, 2]}], **given)
+    assert length((["a"] * 5, [1] * 5)) == 5
+    assert length({"path": "a.csv", "seed": 3}) == length(object()) == 1
+    assert (length("abc"), length([1, 2])) == (3, 2)

@@ -135,7 +135,7 @@ class OwnTrainer(CohortTrainer):
                 "this call is wanted"
             )
         given.check(found)
-        self._check_samples(found.samples, client)
+        self._check_counts(found, client)
         if part := difference(came, fingerprint(data, versions=True)):
             raise ClientError(
                 f"the training function {self.name} has changed round.data in place ({part}), so "
@@ -144,10 +144,12 @@ class OwnTrainer(CohortTrainer):
             )
         return found, told_of(given.state) if given.state or kept else None
 
-    def _check_samples(self, said: int, client: int) -> None:
-        """Refuse a weight that no client can have; tell, once, that the data have fewer samples."""
-        if said > self.most:
-            raise ClientError(f"samples={said} is more than engine.max_samples, {self.most}")
+    def _check_counts(self, found: Trained, client: int) -> None:
+        """Refuse counts that no client can have; tell, once, that the data have fewer samples."""
+        said = found.samples
+        for name, count in (("samples", said), ("steps", found.steps)):
+            if count > self.most:
+                raise ClientError(f"{name}={count} is more than engine.max_samples, {self.most}")
         there = int(count_examples(self.data, torch.tensor([client], device=self.device)))
         if said > there and not self.warned:
             self.warned, text = True, "client %d says samples=%d to round.read, and has %d: it is "
