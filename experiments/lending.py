@@ -36,7 +36,7 @@ OF_FRAME = ("data=table",)
 FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed", "split")
 KINDS = hints(load_table)  # which reads a file by the same keys
 OBJECT_KEYS = ("loss", "metrics", "classes")
-KEPT = {"data": ("labels", "validation"), "model": ("head", "targets")}
+KEPT = {"data": ("labels", "validation", "duplicates"), "model": ("head", "targets")}
 
 
 @dataclass

@@ -364,7 +364,10 @@ def notes_of(run: Assembled) -> list[str]:
             "head=frozen)"
         )
     warning = run.built.task.info.get("loss_warning")
-    return [*([str(warning)] if warning else []), *notes]
+    duplicates = run.built.task.info.get("duplicates")
+    told = [*duplicates.values()] if isinstance(duplicates, dict) else []
+    told += similar if isinstance(similar := run.built.task.info.get("similar_names"), list) else []
+    return [*([str(warning)] if warning else []), *told, *notes]
 
 
 def optimiser_of(config: RunConfig) -> str:

@@ -21,14 +21,16 @@ from fedraclora.config.run_config import Selection, TaskConfig, parted
 from fedraclora.config.settings import EvaluateConfig, Patience
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
+from fedraclora.data.duplicates import SomeRows, check_duplicates
 from fedraclora.data.fit import Form
 from fedraclora.data.gguf_header import read_gguf_header
-from fedraclora.data.held import Portion, hold_out_of_clients, numbered, refuse_shared, without_held
+from fedraclora.data.held import Portion, hold_out_of_clients, numbered, without_held
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import count_classes, judged_by, refuse_contradiction, with_labels
 from fedraclora.data.own import Brought, counted
 from fedraclora.data.partition import make_partition
 from fedraclora.data.samples import ClientData, Partitioned, Samples, count_labels
+from fedraclora.data.similar_names import with_clear_names
 from fedraclora.data.task import LOSSES, HeldOut, Task
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.generate import Answering
@@ -52,6 +54,10 @@ KINDS: tuple[tuple[type[AttackedTrainer], type[CohortTrainer]], ...] = (
     (AttackedTrainer, CohortTrainer),
     (AttackedOwnTrainer, OwnTrainer),
 )
+
+
+# Keys of data that say where samples are from.
+SOURCES = ("file", "test", "test_file", "samples", "function")
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         selection.loss,
         own.get("metrics") or selection.metrics,
     )
-    whole = numbered(whole) if config.evaluate.by_clients else whole
+    whole = with_clear_names(numbered(whole) if config.evaluate.by_clients else whole)
     chosen = selection.labels
     data = whole if chosen is None else select_labels(with_labels(whole), chosen)
     data, validation = hold_out(data, selection.validation, config.seed)
@@ -222,8 +228,6 @@ def build_task(config: TaskConfig) -> BuiltTask:
         seed=config.seed,
     )()
     brought = [data.train, *(parts.found if isinstance(parts, Brought) else ())]
-    if data.test is not data.train:  # else the figure of merit is the training objective
-        refuse_shared(brought, data.test)
     tables = [table for table in (*brought, data.test) if len(table) and table.inputs]
     for table in tables:
         check_fit(built.model, table.inputs)
@@ -251,6 +255,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
     train, held = hold_out_of_clients(
         train, asked.portion, config.seed, **asked.source, listed=data.tests
     )
+    trained = SomeRows.of(train) or [SomeRows(table) for table in brought]
+    facts |= _duplicates(config, data, trained, validation, held, selection.duplicates)
     if config.pretrain.epochs:
         facts["pretrain"] = pretrain_model(config, without_held(whole, data, held), model)
     clients, cohort = train.num_clients, config.cohort
@@ -276,6 +282,28 @@ def build_task(config: TaskConfig) -> BuiltTask:
         choices=asked.choices,
     )
     return BuiltTask(task, clients, size, count_classes(data), device)
+
+
+def _duplicates(
+    config: TaskConfig,
+    data: DataSet,
+    train: Sequence[SomeRows],
+    validation: Samples | None,
+    held: ClientData | None,
+    asked: str,
+) -> dict[str, object]:
+    """Count what is trained on and measured on, too; errors as of `check_duplicates`."""
+    named = {k: v for k, v in config.data.items() if isinstance(v, str) and k in SOURCES}
+    source = ", ".join(f"data.{key}={value}" for key, value in named.items())
+    tests = {
+        # Else the figure of merit is the training objective.
+        "test samples": [] if data.test is data.train else [SomeRows(data.test)],
+        "validation samples": [] if validation is None else [SomeRows(validation)],
+        "samples that clients measure on": SomeRows.of(held),
+    }
+    source = source or f"data={config.data['name']}"
+    found = check_duplicates(train, tests, source, keep=asked == "keep")
+    return {"duplicates": found} if found else {}
 
 
 def _brought(data: DataSet, train: ClientData) -> Callable[[int], Any] | None:

@@ -76,10 +76,11 @@ def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, obj
     tables: dict[str, Mapping[str, Callable[..., object]]]
     tables = {**TABLES, **ROWS, "method": methods}
     for group, keys in kept.items():
-        if isinstance(keys, Mapping) and (name := str(keys.get("name"))) != NAME:
+        if isinstance(keys, Mapping):
+            name = str(keys.get("name"))
             row = tables[group].get(name) if group in tables else KINDS.get(group)
             read, other = parted(group, section(kept, group))
-            read = _as_before(row, read) if row else read
+            read = _as_before(row, read) if row and name != NAME else read
             kept[group] = read | (_as_before(BESIDE[group][0], other) if other else {})
     return _as_before(RunConfig, kept)
 
@@ -105,12 +106,15 @@ class Selection(Limited, group="data"):
         loss: A loss of your own, ``module:function``; None: that of the data set.
         metrics: Metrics, the headline first: names, and ``module:function`` of your own; None:
             those usual for the data set and its loss.
+        duplicates: What becomes of samples that are trained on and measured on, too: error refuses
+            them from a tenth of what is measured on, keep counts them.
     """
 
     labels: list[int] | None = None
     validation: Fraction = 0.0
     loss: Annotated[str | Mapping[str, object] | None, Later()] = None
     metrics: Annotated[list[str | dict[str, object]] | None, Later()] = None
+    duplicates: Annotated[str, choice_of(("error", "keep")), Later()] = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +252,7 @@ TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
 }
 # Keys of a group beside those of its row, and what reads them; arguments that are no keys.
 BESIDE: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {
-    "data": (Selection, ("labels", "validation", "loss", "metrics")),
+    "data": (Selection, ("labels", "validation", "loss", "metrics", "duplicates")),
     "partition": (make_partition, ("empty",)),
 }
 GIVEN = {

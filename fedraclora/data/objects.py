@@ -38,6 +38,7 @@ from fedraclora.data.objective import (
 )
 from fedraclora.data.own_loss import named_loss
 from fedraclora.data.samples import Entries, Samples, length, parts_of, stand_in
+from fedraclora.data.similar_names import check_similar
 from fedraclora.data.tables import (
     column_of,
     divided_by,
@@ -104,6 +105,8 @@ def data_of(
         how = TableForm(target, client, metrics=metrics, **(frame or {}))
         return of_frame(data, test, loss, how)
     brought = data
+    if isinstance(data, Mapping) and is_clients(data):
+        check_similar("data.client", map(str, data))
     data, tests = parted(data)
     objects = listed_tables(data)
     if own and not is_table(objects[0], target):

@@ -143,7 +143,8 @@ def part(client):
     return clients()[client]
 
 def held():
-    return table(tilt=1.0)
+    x, y = table(tilt=1.0)
+    return x + 0.5, y
 
 def wrong(output, target):
     return float((output.argmax(dim=1) != target).float().mean())
@@ -196,7 +197,7 @@ KINDS: dict[str, tuple[Any, list[Any]]] = {
         ["data.loss={name:brought_parts:steep,by:2.0}"],
     ),
     "test": (
-        lambda m: {"data": m.clients(), "test": m.table(tilt=1.0)},
+        lambda m: {"data": m.clients(), "test": m.held()},
         [
             "data=own",
             "data.samples=brought_parts:part",

@@ -15,7 +15,6 @@ from fedraclora.config.build import build_task, settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.fit import Form, gathered
-from fedraclora.data.held import refuse_shared
 from fedraclora.data.own import read_own
 from fedraclora.data.own_set import own_samples
 from fedraclora.data.samples import Samples
@@ -90,7 +89,7 @@ WRONG = {
     "too large": ((X, Y + 2), r"labels go from 2 to 4; 0 to 2 is wanted.*data\.classes=5"),
     "negative": ((X, Y - 1), r"labels go from -1 to 1"),
     "words": ((X, np.array(["a"] * 12)), r"the target holds words.*data=table"),
-    "nan": ((np.where(X[2] == X, np.nan, X), Y), r"x holds NaN or an infinity, first in row 2"),
+    "nan": ((np.where(X[2] == X, np.nan, X), Y), r"x holds NaN.*first in row 2"),
     "none": ((X[:0], Y[:0]), "0 targets, but inputs of {'x': 0} samples"),
     "ragged": (([[1.0], [1.0, 2.0]], [0, 1]), "x is no array"),
     "scalar": ((X, 3), "target is one number"),
@@ -227,44 +226,13 @@ def table(x: np.ndarray, y: np.ndarray) -> Samples:
     return gathered((x, y), "")
 
 
-def test_a_test_table_of_training_samples_is_refused() -> None:
-    x, y = arrays(40)
-    whole = table(x, y)
-    with pytest.raises(DataError, match="training samples themselves"):
-        refuse_shared([whole], whole)
-    with pytest.raises(DataError, match="training samples themselves"):
-        refuse_shared([whole], Samples({"x": whole.inputs["x"][5:20]}, whole.target[5:20]))
-    order = torch.from_numpy(DRAW.permutation(40))
-    with pytest.raises(DataError, match=r"same rows as .*40"):
-        refuse_shared([whole.take(order[:20]), whole.take(order[20:])], whole)
-    with pytest.raises(DataError, match=r"8 test samples .*among the 40"):
-        refuse_shared([whole], whole.take(order[:8]))
-
-
-def test_rows_that_occur_twice_by_chance_are_in_order() -> None:
-    x, y = arrays(40)
-    whole, other = table(x, y), table(*arrays(40))
-    refuse_shared([whole], other)
-    refuse_shared([], whole)
-    mixed = Samples(
-        {"x": torch.cat([whole.inputs["x"][:30], other.inputs["x"]])},
-        torch.cat([whole.target[:30], other.target]),
-    )
-    refuse_shared([whole], mixed)
-    few = DRAW.integers(2, size=(200, 3)).astype(np.float64)  # eight different rows
-    refuse_shared([table(few[:150], few[:150, 0])], table(few[150:], few[150:, 0]))
-    both = torch.from_numpy(x)
-    odd, even = (Samples({"x": both[k::2]}, torch.from_numpy(y)[k::2]) for k in (0, 1))
-    refuse_shared([odd], even)  # views of one table without a row in common
-
-
 def test_test_samples_that_clients_have_are_refused_where_the_task_is_built(folder: Path) -> None:
     every = [np.load(folder / f"{k}.npz") for k in range(3)]
     x, y = (np.concatenate([file[name] for file in every]) for name in ("x", "target"))
     np.savez(folder / "all_of_it.npz", x=x, target=y)
     words = ["data=own", f"data.samples={folder}", f"data.test={folder / 'all_of_it.npz'}"]
     config = from_plain(settled(composed([*words, *TINY])), METHODS)
-    with pytest.raises(DataError, match=r"same rows as .*33"):
+    with pytest.raises(DataError, match=r"33 of the 33.*data\.test=.*all_of_it"):
         build_task(config)
 
 

@@ -306,7 +306,7 @@ def test_inputs_are_those_of_the_run() -> None:
     run = fedraclora.simulate(
         QUIET,
         model=transformers.BertForTokenClassification(config),
-        data=[(inputs, target)] * 2,
+        data=[(inputs | {"input_ids": (ids + 1) % 20}, target)] * 2,
         test=(
             {"input_ids": ids[::-1].copy(), "attention_mask": mask[::-1].copy()},
             target[::-1].copy(),

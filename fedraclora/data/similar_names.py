@@ -1,0 +1,76 @@
+"""Names of clients and classes that are hardly meant as two: refused, or said aloud."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from fedraclora.data.dataset import DataSet
+from fedraclora.errors import DataError
+
+SHOWN = 3  # pairs
+OF = {"data.client": "clients", "data.label": "classes"}
+
+
+def with_clear_names(data: DataSet) -> DataSet:
+    """Check the names of clients and classes; add what is only said aloud to the facts.
+
+    Raises:
+        DataError: As `check_similar`.
+    """
+    columns = data.columns.get("client", np.zeros(0))
+    clients = np.unique(columns).tolist() if columns.dtype.kind in "OSU" else []
+    classes = data.reading.get("classes")
+    named = {"data.client": clients, "data.label": classes if isinstance(classes, list) else []}
+    notes = [note for key, names in named.items() for note in check_similar(key, map(str, names))]
+    return replace(data, info=data.info | {"similar_names": notes}) if notes else data
+
+
+def check_similar(key: str, names: Iterable[str]) -> list[str]:
+    """Find names that differ in letter case alone, in words; refuse those that differ in less.
+
+    Args:
+        key: That names the column, a key of `OF`.
+        names: All that occur.
+
+    Raises:
+        DataError: If two differ in blanks, in the Unicode form of a letter, in characters that
+            nobody sees, or in the zeros behind the point of a number.
+
+    Example:
+        >>> check_similar("data.label", ["Ill", "ill", "well"])
+        ["data.label: 'Ill' and 'ill' differ in letter case alone, and are two classes"]
+    """
+    every = [*dict.fromkeys(names)]
+    for one, other in _pairs(every, _plain):
+        raise DataError(
+            f"{key}: {_shown(one)} and {_shown(other)} differ in blanks, invisible characters, "
+            f"Unicode form or zeros alone, and would be two {OF[key]}: write them alike"
+        )
+    found = _pairs(every, lambda name: unicodedata.normalize("NFKC", _plain(name)).casefold())
+    said = " and ".join(f"{_shown(one)} and {_shown(other)}" for one, other in found[:SHOWN])
+    more = f" (and {len(found) - SHOWN} more)" if found[SHOWN:] else ""
+    told = f"{key}: {said}{more} differ in letter case alone, and are two {OF[key]}"
+    return [told] if found else []
+
+
+def _pairs(names: list[str], form: Callable[[str], str]) -> list[tuple[str, str]]:
+    """Pair each name with the first one that has the same form."""
+    first: dict[str, str] = {}
+    found = ((first.setdefault(form(name), name), name) for name in names)
+    return [(one, other) for one, other in found if one != other]
+
+
+def _plain(name: str) -> str:
+    seen = "".join(sign for sign in name if unicodedata.category(sign) != "Cf")
+    words = " ".join(unicodedata.normalize("NFC", seen).split())
+    return re.sub(r"^([+-]?\d+)\.0+$", r"\1", words)
+
+
+def _shown(name: str) -> str:
+    """Show a name; where it is not plain ASCII, with its code points."""
+    return repr(name) if name.isascii() else f"{name!r} ({name!a})"
