@@ -40,7 +40,7 @@ CODE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 USED_UP = "an iterator"  # the digest of what can be read once
 
 
-def fingerprint(found: object, *, versions: bool = False) -> Fingerprint:
+def fingerprint_of(found: object, *, versions: bool = False) -> Fingerprint:
     """Fingerprint samples: a digest by the path of each part, such as ``[0]`` or ``.images[3]``.
 
     Args:
@@ -59,7 +59,7 @@ def fingerprint(found: object, *, versions: bool = False) -> Fingerprint:
     return parts
 
 
-def difference(before: Fingerprint, now: Fingerprint) -> str | None:
+def what_differs(before: Fingerprint, now: Fingerprint) -> str | None:
     """Name a part that is not what it was, or is gone; None: all are as they were.
 
     An object may keep more than before, such as a cache or an open file.
@@ -98,9 +98,9 @@ def called_twice(
             "%s took %.0f s, and is not called again to see if it draws numbers", said, took
         )
         return found
-    first, again = fingerprint(look(found)), fingerprint(look(call()))
-    pairs = ((first, again), (again, first), (first, fingerprint(look(found))))
-    if part := next(filter(None, (difference(*pair) for pair in pairs)), None):
+    first, again = fingerprint_of(look(found)), fingerprint_of(look(call()))
+    pairs = ((first, again), (again, first), (first, fingerprint_of(look(found))))
+    if part := next(filter(None, (what_differs(*pair) for pair in pairs)), None):
         raise ConfigError(
             f"{said} gives something else when it is called again ({part}). Draw by a seed of your "
             "own (torch.Generator().manual_seed(0), numpy.random.default_rng(0)), and keep nothing "
@@ -114,7 +114,7 @@ class _Reader:
     """Reads samples, and less of each tensor when much was read.
 
     Attributes:
-        versions: As of `fingerprint`.
+        versions: As of `fingerprint_of`.
         left: Bytes that may still be read whole.
     """
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-Named = tuple[str, str | int]  # a key of the config, and the column that it names
+NamedColumn = tuple[str, str | int]  # a key of the config, and the column that it names
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
 OBJECTIVES = {  # the loss of each, and its metrics
     "classification": ("cross_entropy", ("accuracy", "loss")),
@@ -141,7 +141,7 @@ def _refuse_twins(names: Iterable[object], where: object) -> None:
         raise DataError(f"{where} has several columns {twice[0]!r}: give each a name of its own")
 
 
-def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[list[str]]:
+def read_columns(path: Path, columns: Sequence[NamedColumn], *, header: bool) -> list[list[str]]:
     """Read some columns of a table as strings.
 
     A TSV is read with quoting off, for sentences hold lone quotes. A byte-order mark is skipped.

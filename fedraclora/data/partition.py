@@ -13,7 +13,7 @@ import torch
 
 from fedraclora.binding import row_of
 from fedraclora.data.dataset import MOST_NAMED, Clients, DataSet, Division, RowNumbers
-from fedraclora.data.fingerprint import difference, fingerprint
+from fedraclora.data.fingerprint import fingerprint_of, what_differs
 from fedraclora.data.objective import with_labels
 from fedraclora.data.partitioners import (
     bootstrap,
@@ -236,7 +236,7 @@ def _dealt(
     try:
         if not own:
             return cast("Division", deal())
-        before = fingerprint((data.train, data.columns))
+        before = fingerprint_of((data.train, data.columns))
         parts, again = deal(), deal()
     except FedRacLoraError:
         raise
@@ -256,7 +256,7 @@ def _dealt(
             "it: draw by its argument seed alone (numpy.random.default_rng(seed)), and keep "
             "nothing from call to call"
         )
-    if part := difference(before, fingerprint((data.train, data.columns))):
+    if part := what_differs(before, fingerprint_of((data.train, data.columns))):
         raise ConfigError(f"partition={name} changes the data that it divides ({part}): copy them")
     return cast("Division", parts)
 

@@ -14,7 +14,7 @@ import torch
 
 from fedraclora.data.dataset import TEST_SHARE, DataSet, Read, RowNumbers, divide
 from fedraclora.data.frames import (
-    Named,
+    NamedColumn,
     NamedTable,
     TaskName,
     found_classes,
@@ -172,7 +172,7 @@ class TextReader:
             that are asked for have no text.
         """
         count, file = len(self.text), isinstance(found, Path)
-        named: list[Named] = [("data.text", column) for column in self.text]
+        named: list[NamedColumn] = [("data.text", column) for column in self.text]
         named += [("data.label", self.label)] if target else []
         named += [] if owner is None else [("data.client", owner)]
         columns = (
@@ -237,7 +237,7 @@ class TextReader:
         return loaded
 
 
-def _columns_of(found: Any, named: Sequence[Named], texts: int) -> list[list[str]]:
+def _columns_of(found: Any, named: Sequence[NamedColumn], texts: int) -> list[list[str]]:
     """Take columns of a frame, or texts of a list, which has no others."""
     if hasattr(found, "iloc"):
         frame = NamedTable.of(found, "data").frame

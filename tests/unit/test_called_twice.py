@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fedraclora
-from fedraclora.data.fingerprint import called_twice, difference, fingerprint
+from fedraclora.data.fingerprint import called_twice, fingerprint_of, what_differs
 from fedraclora.errors import ConfigError
 from tests.common import normal
 
@@ -154,11 +154,11 @@ def test_a_call_that_takes_long_is_not_made_again_and_the_log_says_so(
 def test_a_fingerprint_of_very_many_samples_reads_some_and_is_the_same_each_time() -> None:
     rows = [{"text": f"row {k}", "image": torch.full((3, 8), k)} for k in range(100_000)]
     large = {"x": torch.zeros(3_000_000), "rows": rows}
-    found = fingerprint(large)
+    found = fingerprint_of(large)
     assert len(found) < 3000
-    assert difference(found, fingerprint(large)) is None
+    assert what_differs(found, fingerprint_of(large)) is None
     large["x"].data[:30_000] += 1  # a hundredth
-    assert difference(found, fingerprint(large)) == "['x']"
-    before = fingerprint(large, versions=True)
+    assert what_differs(found, fingerprint_of(large)) == "['x']"
+    before = fingerprint_of(large, versions=True)
     large["x"][7] += 1
-    assert difference(before, fingerprint(large, versions=True)) == "['x']"
+    assert what_differs(before, fingerprint_of(large, versions=True)) == "['x']"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from fedraclora.data.fingerprint import USED_UP, Fingerprint, difference, fingerprint
+from fedraclora.data.fingerprint import USED_UP, Fingerprint, fingerprint_of, what_differs
 from fedraclora.data.samples import Partitioned, count_examples
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.imports import failure_of
@@ -136,7 +136,7 @@ class OwnTrainer(CohortTrainer):
             )
         given.check(found)
         self._check_counts(found, client)
-        if part := difference(came, fingerprint(data, versions=True)):
+        if part := what_differs(came, fingerprint_of(data, versions=True)):
             raise ClientError(
                 f"the training function {self.name} has changed round.data in place ({part}), so "
                 "that the client's rounds would train on other samples: let it work on a copy, and "
@@ -173,7 +173,7 @@ class Came:
 
     def note(self, client: int, data: Any) -> Fingerprint:
         """Take the fingerprint of a client's samples, and remember the first."""
-        now = fingerprint(data, versions=True)
+        now = fingerprint_of(data, versions=True)
         if client not in self.of:
             if self.size > MOST_PARTS:  # of very many clients changes are seen in their round alone
                 self.of, self.size = {}, 0
@@ -192,7 +192,7 @@ class Came:
                 "round.data is or holds an iterator, which the first round would use up: give the "
                 "client a list, a dataset or an object that can be read again"
             )
-        if part := difference(self.of[client], now):
+        if part := what_differs(self.of[client], now):
             raise ClientError(
                 f"round.data has been changed in place ({part}) since this client was first asked: "
                 "have the training function work on a copy, also where clients share memory"
