@@ -180,7 +180,16 @@ def fix_bits(threads: int, device: torch.device) -> None:
 
 
 def plan_of(config: TaskConfig, task: Task) -> Plan:
-    """Choose what is adapted and what is trained in full beside it."""
+    """Choose what is adapted and what is trained in full beside it.
+
+    Raises:
+        ConfigError: If a head is to be trained in full, and the model has none.
+    """
+    if config.head == "average" and not task.head:
+        raise ConfigError(
+            "head=average trains the final layer in full, but this model has no head apart from "
+            "what is adapted: set head=adapt, or name the layer with model.head=[NAME]"
+        )
     return make_plan(
         task.model,
         task.head,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from flwr_datasets.partitioner import IidPartitioner
+from torch import nn
 
 import fedraclora
 from fedraclora.attacks import Attack
@@ -293,6 +294,12 @@ def test_what_is_said_beside_a_part_holds_for_an_object_and_its_name(
     by_name = ended(beside, *others, **divided)
     assert by_object == by_name
     assert by_name[0] != "ConfigError" or kind != "model"
+
+
+def test_a_head_that_a_model_does_not_have_is_not_trained_in_silence(mine: Any) -> None:
+    del mine
+    with pytest.raises(ConfigError, match=r"head=average.*head=adapt"):
+        run(model=nn.Linear(3, 3), head="average")
 
 
 def ended(*words: str, **keys: Any) -> tuple[object, object]:
