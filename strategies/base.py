@@ -229,7 +229,7 @@ class FedStrategy:
 
         def own(got: Uplinks) -> State:
             after = self.method.close_round(self.state, exchange.downlink, got)
-            return hold_to_traits(self.method, self.state, after)
+            return hold_to_traits(self.method, self.state, after, exchange.downlink)
 
         return self.steps.close(own, self.state, exchange, got)
 

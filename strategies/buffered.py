@@ -255,4 +255,4 @@ def _closed(
     clients = torch.tensor([f.client for b in group for f in b.flights])
     mean = start + weighted_sum(rows, weights) / total
     got = Uplinks(clients, weights, layout, summed=mean, denominator=1.0)
-    return hold_to_traits(method, state, method.close_round(state, sent, got))
+    return hold_to_traits(method, state, method.close_round(state, sent, got), sent)

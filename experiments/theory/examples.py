@@ -30,6 +30,7 @@ from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
 from fedraclora.experiments.theory.problems import federate
+from fedraclora.objects import lend
 from fedraclora.protocol.method import Method
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg
@@ -106,7 +107,7 @@ def noisy() -> Task:
     layer = nn.Linear(SIZE, SIZE, bias=False)
     layer.weight.data = torch.diag(torch.tensor([0.0] + [1.0] * (SIZE - 1)))
     model = nn.Sequential(OrderedDict(fc1=layer)).double()
-    return Task(model, (), f"{__name__}:loss", ("loss",), data, samples)
+    return Task(model, (), lend(loss), ("loss",), data, samples)
 
 
 def beside_noise(weights: Tree) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from fedraclora.aggregation.base import AggregationContext, rows_of, starts
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.protocol.factor import adapted_weight
-from fedraclora.protocol.method import Method, State
+from fedraclora.protocol.method import Downlink, Method, State
 from fedraclora.protocol.uplinks import SUM_BLOCK, Uplinks, finite, greatest_norm
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.wire.exchange import DTYPES, Answer, Ask
@@ -84,13 +84,15 @@ def _check_sums(reply: Answer, clients: Sequence[int]) -> None:
         raise WireError("the reply has a sum that is not zero, but no client in it")
 
 
-def hold_to_traits(method: Method, before: State, after: State) -> State:
+def hold_to_traits(method: Method, before: State, after: State, sent: Downlink) -> State:
     """Give the state after a round; refuse one that the method's traits rule out.
+
+    A round in which clients took no step may take the first factors out of the base.
 
     Raises:
         ConfigError: If a method that says that it merges nothing has changed an adapted weight.
     """
-    for name in () if method.traits.merges else before.plan.targets:
+    for name in before.plan.targets if sent.program.trains and not method.traits.merges else ():
         old, new = before.base[name], after.base[name]
         if new is not old and not torch.equal(new, old):
             raise ConfigError(

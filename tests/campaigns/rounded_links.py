@@ -152,10 +152,10 @@ def watch(done: worlds.Run, states: list[State]) -> str:
             history.publish(
                 states[version].base, version, states[version].link if version else None
             )
-        if sent.walk is not None:
+        if sent.program.moves_weights:
             continue  # steps along drawn directions, of which no number goes down in fewer bits
-        if sent.link != link or sent.recipe == "gradient":
-            known, link = Tree(), -1 if sent.recipe == "gradient" else sent.link
+        if sent.link != link or not sent.program.trains:
+            known, link = Tree(), -1 if not sent.program.trains else sent.link
         for name, factor in sent.factors().items():
             if factor.trained or factor.per_client or factor.coefficients is not None:
                 known.pop(name, None)  # trained in this round, it may be another in the next
@@ -182,7 +182,7 @@ def after_all(states: list[State]) -> str:
     history = WeightHistory()
     for version, state in enumerate(states):
         history.publish(state.base, version, state.link if version else None)
-        if any(part.walks for part in (state.link.parts() if version and state.link else ())):
+        if any(part.moves for part in (state.link.parts() if version and state.link else ())):
             return ""
     for start in (0, len(states) - 2):
         held = {name: array(value) for name, value in states[start].base.items()}

@@ -39,7 +39,7 @@ def test_there_are_three_hundred_kinds_and_most_must_fail() -> None:
         ("round.Asked.moved", lambda *_: [], Case("W moved")),
         ("round.Round.check", lambda *_: None, Case(given="by hand, doubled")),
         ("round._check_scale", lambda *_: None, Case("scale times 100")),
-        ("trainer.difference", lambda *_: None, Case("data by .data")),
+        ("trainer.what_differs", lambda *_: None, Case("data by .data")),
     ],
 )
 def test_a_check_that_is_left_out_is_seen(

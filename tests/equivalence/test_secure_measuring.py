@@ -69,7 +69,8 @@ def test_nothing_is_released_of_what_fewer_than_five_clients_measure(
         assert row["metrics"] == {}
     told = few.summary["by_clients"]
     assert "withheld" in told
-    data = [*CLIENTS, CLIENTS[-1]]
+    x, y = CLIENTS[-1]
+    data = [*CLIENTS, (x + 1, y)]
     enough: Any = simulated(*words, data=data).rows[0]["clients"]
     open_: Any = simulated(*words[:1], *words[2:], data=data).rows[0]["clients"]
     assert enough["n"] == 5

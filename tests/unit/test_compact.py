@@ -78,7 +78,7 @@ def test_a_run_goes_on_from_a_compacted_chain(tmp_path: Path) -> None:
     first, *rest = states(0.5)
     chain = folder / "chain"
     for round_ in (7, 8):  # past the checkpoint: they are cut, and may not be folded
-        append_link(chain, round_, {}, {"terms": {}}, previous=link_digest(chain))
+        append_link(chain, round_, {}, {"link": {}}, previous=link_digest(chain))
     compact(folder, 100)
     assert names(folder) == ["000000", "000001-000006", "000007", "000008"]
     recorder = RunRecorder(folder, sync=False)

@@ -11,7 +11,7 @@ from fedraclora.experiments.choices import choice, groups
 from fedraclora.models import MODELS
 
 GROUPS = {
-    "data": (DATASETS, {"labels", "validation", "loss", "metrics"}, set()),
+    "data": (DATASETS, {"labels", "validation", "loss", "metrics", "duplicates"}, set()),
     "partition": (PARTITIONS, {"empty"}, {"data", "clients", "seed"}),
     "model": (MODELS, set(), {"shape", "classes", "seed"}),
 }
