@@ -26,7 +26,7 @@ class Trained:
         steps: Optimiser steps that it took.
         loss: Mean training loss; None: it does not say.
         metrics: Further numbers of its training, by name.
-        seal: Of the tensors, as `Round.read` gave them; 0: it did not.
+        seal: Of all this, as `Round.read` gave it; 0: it did not.
     """
 
     client: int
@@ -59,7 +59,9 @@ def _count(name: str, value: Any) -> int:
     except (TypeError, RuntimeError):
         found = 0
     if not 1 <= found < 2**63:
-        raise ClientError(f"{name} is {value!r:.100}; a whole number, 1 or more, is wanted")
+        raise ClientError(
+            f"{name} is {value!r:.100}; a whole number from 1 to {2**63 - 1} is wanted"
+        )
     return found
 
 

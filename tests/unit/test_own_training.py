@@ -8,7 +8,6 @@ import pickle
 import signal
 import threading
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -487,7 +486,21 @@ def in_place(round_: Round) -> Trained:
     return found
 
 
-@pytest.mark.parametrize("train", [by_hand, doubled, in_place])
+def with_other_numbers(**numbers: Any) -> Any:
+    return lambda round_: dataclasses.replace(plain(round_), **numbers)
+
+
+def with_metrics_after(round_: Round) -> Trained:
+    found = plain(round_)
+    found.metrics["f1"] = 1.0
+    return found
+
+
+OTHER = [with_other_numbers(samples=9_000_000, loss=-5.0, steps=1)]
+OTHER += [with_other_numbers(**{k: v}) for k, v in (("samples", 4), ("steps", 1), ("loss", 0.5))]
+
+
+@pytest.mark.parametrize("train", [by_hand, doubled, in_place, with_metrics_after, *OTHER])
 def test_what_is_returned_is_what_round_read_gave(train: Any) -> None:
     """What is made by hand has passed none of its checks."""
     with pytest.raises(ClientError, match=r"client \d.*that round\.read gave"):
@@ -561,11 +574,26 @@ def test_steps_that_nobody_can_take_are_refused(steps: int) -> None:
     """Four clients with 2**62 came to no step at all in the ledger."""
 
     def train(round_: Round) -> Trained:
-        return replace(plain(round_), steps=steps)
+        model = round_.install(net())
+        descend(round_, model)
+        return round_.read(model, samples=len(round_.data[1]), steps=steps)
 
     words = ("output.progress=false", "rounds=1")
     with pytest.raises(ClientError, match=rf"steps={steps} .*engine\.max_samples, 10000000"):
         fedraclora.simulate(*words, model=net(), data=CLIENTS, train=train)
+
+
+@pytest.mark.parametrize("count", ["samples", "steps"])
+def test_a_count_that_is_too_large_is_refused_with_its_limit(count: str) -> None:
+    """2**64 was refused as no whole number of 1 or more."""
+
+    def train(round_: Round) -> Trained:
+        model = round_.install(net())
+        descend(round_, model)
+        return round_.read(model, **({"samples": 3, "steps": 2} | {count: 2**64}))
+
+    with pytest.raises(ClientError, match=rf"{count} is {2**64};.* {2**63 - 1}"):
+        run(train=train)
 
 
 def test_a_dict_of_columns_has_as_many_samples_as_these() -> None:

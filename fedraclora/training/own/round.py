@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -176,26 +176,28 @@ class Round:
         for name, mask in asked.masks.items():  # weight decay moves what is beyond the budget, too
             found[name] = torch.where(mask, found[name], asked.values[name])
         told: Any = {} if metrics is None else metrics
-        seal = self._seal(found)
-        return Trained(self.client, self.number, found, samples, steps, loss, told, seal)
+        read = Trained(self.client, self.number, found, samples, steps, loss, told)
+        return replace(read, seal=self._seal(read))
 
     def check(self, found: Trained) -> None:
         """Refuse what `read` did not give: its checks are of the model, which stays here.
 
         Raises:
-            ClientError: If tensors are not those that were asked for, or not those of `read`.
+            ClientError: If tensors are not those that were asked for, or a field is not that of
+                `read`.
         """
         self._asked.check(found.tensors)
-        if found.seal != self._seal(found.tensors):
+        if found.seal != self._seal(found):
             raise ClientError(
-                "the tensors of what the training function returned are not those that round.read "
-                "gave: return what it gives, and do what you do to an update to the model, before "
-                "round.read"
+                "the training function returned tensors or numbers that are not those that "
+                "round.read gave: return its result unchanged. Change an update in the model, "
+                "before round.read, and give samples, steps, loss and metrics to round.read"
             )
 
-    def _seal(self, found: Tree) -> int:
-        sums = (each for name, value in found.items() for each in (name, int(bits_of(value))))
-        return hash_key(self.seed, "read", self.client, self.number, *sums)
+    def _seal(self, found: Trained) -> int:
+        sums = (f"{name} {int(bits_of(value))}" for name, value in found.tensors.items())
+        numbers = repr((found.samples, found.steps, found.loss, found.metrics))
+        return hash_key(self.seed, "read", self.client, self.number, numbers, *sums)
 
 
 def _use_peft(places: Found, downlink: Downlink, adapter: str) -> None:
