@@ -11,6 +11,7 @@ from fedraclora.config.build import BuiltTask, fix_bits, terms_of, trainer_of
 from fedraclora.config.run_config import TaskConfig
 from fedraclora.objects import lend
 from fedraclora.protocol.method import Plan
+from fedraclora.protocol.named import Named, of_main
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree, fingerprint, weights_of
 from fedraclora.trust import trust, trusted
@@ -29,6 +30,7 @@ class SiteParts:
     plan: Plan
     lent: Mapping[str, Any] = field(default_factory=dict)  # objects of the program, by name
     trusted: Sequence[str] = field(default_factory=trusted)  # modules, where the run was started
+    named: Sequence[type[Named]] = field(default_factory=of_main)  # of the main program
 
 
 class Clerk:
@@ -63,6 +65,8 @@ class Site(Clerk):
 
     def __init__(self, parts: SiteParts) -> None:
         trust(parts.trusted)
+        for kind in parts.named:
+            kind.register()
         for name, thing in parts.lent.items():
             lend(thing, name)
         fix_bits(parts.config.engine.threads, parts.built.device)

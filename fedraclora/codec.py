@@ -200,7 +200,8 @@ def _member(
     if kind is None:
         raise ValueError(
             f"{path} is {name!r:.60}, which is not known here (one of {sorted(family.known)} is): "
-            "run the server and the clients from one release"
+            "run the server and the clients from one release, and define classes of yours in a "
+            "module that both can import"
         )
     if not _fits(kind, said):
         raise ValueError(f"{path} is {plain!s:.60}; the fields of {kind.__name__} are wanted")

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 
 from fedraclora.errors import ConfigError
+from fedraclora.limits import check_limits
 from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import Factor, pasts
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
@@ -265,6 +266,7 @@ def check_method(method: Any) -> None:
             f"method is a {kind}, which does not say what it promises: give the class "
             "`traits = Traits(...)` (CONTRIBUTING.md, A new method)"
         )
+    check_limits("method", type(method), vars(method))  # also of a class that is not `Limited`
     shown = {f.name for f in fields(method) if f.repr}
     for name in getattr(method, "__dict__", {}):
         cached = isinstance(getattr_static(type(method), name, None), cached_property)

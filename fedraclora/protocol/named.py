@@ -26,14 +26,20 @@ class Named:
 
     @override
     def __init_subclass__(cls, **more: Any) -> None:
-        """Take the class among the members of its family.
+        """Take the class among the members of its family; raises as `register`."""
+        super().__init_subclass__(**more)
+        if Named in cls.__bases__:
+            cls.known = {}
+            FAMILIES.append(cls)
+        cls.register()
+
+    @classmethod
+    def register(cls) -> None:
+        """Take the class among the members of its family, if it has a name.
 
         Raises:
             ConfigError: If another class has its name.
         """
-        super().__init_subclass__(**more)
-        if Named in cls.__bases__:
-            cls.known = {}
         name = vars(cls).get("name", "")
         other = cls.known.get(name)
         if other is not None and (other.__module__, other.__qualname__) != (
@@ -60,3 +66,16 @@ class Named:
                 f'name of its own there: give the class `name = "..."`'
             )
         return self.name
+
+
+FAMILIES: list[type[Named]] = []
+
+
+def of_main() -> list[type[Named]]:
+    """List the members that the main program defines itself: other processes cannot import them.
+
+    Python makes a class that is sent to another process before it has its name, so that
+    process calls `Named.register`.
+    """
+    every = (kind for family in FAMILIES for kind in family.known.values())
+    return [kind for kind in every if kind.__module__ == "__main__"]

@@ -171,8 +171,12 @@ class ClientProgram(Named, Limited, group="local.extras"):
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of what travels with it: its numbers, and 8 for each seed of its own."""
-        return 0
+        """Bytes of what travels with it: 8 for each number of a list or a tuple among its fields.
+
+        Single numbers and texts belong to the header of a message. Override it if other fields grow
+        with the model.
+        """
+        return sum(8 * _listed(value) for value in vars(self).values())
 
     @property
     def frame(self) -> tuple[int, int, int] | None:
@@ -303,6 +307,13 @@ class ClientProgram(Named, Limited, group="local.extras"):
     def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
         """Compute the ledger's columns of a round, from what was asked and what came back."""
         return {}
+
+
+def _listed(value: object) -> int:
+    """Count the numbers in a list or a tuple, also of lists and tuples."""
+    if not isinstance(value, list | tuple):
+        return 0
+    return sum(isinstance(each, int | float) or _listed(each) for each in value)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,11 @@ class InPool(ClientProgram, group="method"):
 
     @property
     @override
+    def payload_bytes(self) -> int:
+        return 0  # the turn belongs to the header
+
+    @property
+    @override
     def frame(self) -> tuple[int, int, int]:
         return self.turn
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -172,3 +173,52 @@ def test_so_it_has_on_workers_that_read_messages(method: str, beside: Path) -> N
     own = getattr(copied(beside, method), name)(**given)
     ours = getattr(import_module(f"fedraclora.strategies.methods.{method}"), name)(**given)
     assert digest_of(own, "engine=ray", "engine.workers=2") == digest_of(ours)
+
+
+MAIN = """
+from dataclasses import dataclass
+
+import fedraclora
+from fedraclora.protocol.program import When
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+
+
+@dataclass(frozen=True)
+class Halved(fedraclora.ClientProgram, group="method"):
+    name = "halved"
+    numbers: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def hooks(self, chunk):
+        assert len(chunk.values) and chunk.round_
+        return {When.PROGRAM: lambda g, _: {n: self.numbers[0] * t for n, t in g.items()}}
+
+
+@dataclass(frozen=True)
+class Mine(FedRacLora):
+    def program(self, plan):
+        return Halved()
+
+
+if __name__ == "__main__":
+    words = "clients=4", "cohort=3", "rounds=2", "pretrain=none", "output.progress=false"
+    for engine in ([], ["engine=ray", "engine.workers=2"]):
+        run = fedraclora.simulate(*words, *engine, method=Mine(rank=2))
+        print(run.summary["weights_digest"], run.rows[-1]["downlink_bytes"])
+    other = fedraclora.simulate(*words, method=FedRacLora(rank=2))
+    print(other.summary["weights_digest"], other.rows[-1]["downlink_bytes"])
+"""
+
+
+@pytest.mark.slow
+def test_a_program_of_the_main_program_goes_to_workers_and_its_numbers_are_counted(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "main.py").write_text(MAIN)
+    done = subprocess.run(
+        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    here, ray, plain = (line.split() for line in done.stdout.split("\n")[-4:-1])
+    assert here == ray
+    assert here[0] != plain[0]
+    assert int(here[1]) == int(plain[1]) + 3 * 8 * 3  # three numbers to each of three clients

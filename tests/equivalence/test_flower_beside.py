@@ -369,6 +369,7 @@ def test_a_node_without_a_partition_is_told_of(
     logger = logging.getLogger("flwr")
     for name, value in (("disabled", False), ("propagate", True)):
         monkeypatch.setattr(logger, name, value)
+    caplog.set_level(logging.INFO, logger="flwr")  # whatever a test before has set
     run(nodes_of(tmp_path, 2, app=app), LOW_RANK[0], rounds=2)
     assert sum("partition-id" in line for line in caplog.messages) == 1
 

@@ -18,8 +18,10 @@ import torch
 
 import fedraclora
 from fedraclora.config.keys import help_of, nodes, summary
+from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan
+from fedraclora.protocol.program import ClientProgram
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Layout
@@ -119,3 +121,20 @@ def test_every_target_that_is_named_exists() -> None:
     makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
     named = set(re.findall(r"`?make ([a-z][a-z-]*)", TEXT))
     assert named <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+
+
+def test_the_example_of_a_client_program_runs_as_it_is_printed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = ModuleType("some_rows")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look it up
+    monkeypatch.setattr(ClientProgram, "known", dict(ClientProgram.known))
+    exec(compile(block("python", "class SomeRows"), "CONTRIBUTING.md", "exec"), module.__dict__)
+    found, none = module.__dict__, None  # of a chunk: it does not look at it
+    (hook,) = found["SomeRows"](share=0.5).hooks(none).values()
+    gradients = {"w/B": torch.ones(2, 4, 3), "bias": torch.ones(2, 4)}
+    after = hook(gradients, {})
+    assert after["w/B"].sum(dim=(0, 2)).tolist() == [6.0, 6.0, 0.0, 0.0]
+    assert torch.equal(after["bias"], gradients["bias"])
+    with pytest.raises(ConfigError, match=r"method.share is 2"):
+        found["SomeRows"](share=2.0)

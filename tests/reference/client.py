@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, loss_function
 from fedraclora.privacy.sample_level import answer_keys, seed_key
 from fedraclora.protocol.method import Adapter, Downlink, Plan
-from fedraclora.protocol.program import Hook, When
+from fedraclora.protocol.program import ClientChunk, Hook, When
 from fedraclora.protocol.rank_budgets import rank_axes, spans
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.strategies.methods.galore_average import ProjectGradients
@@ -83,8 +82,20 @@ def train_one(
     values = {n: v.clone().requires_grad_() for n, v in values.items()}
     parts = {n: part_of(n, downlink, starts[n].shape, own) for n in values}
 
-    none: Any = None  # of a chunk: these programs do not look at it
-    hook = program.hooks(none).get(When.PROGRAM, lambda gradients, _: gradients)
+    chunk = ClientChunk(
+        downlink=downlink,
+        clients=torch.tensor([client]),
+        seed=seed,
+        round_=round_,
+        key=None,
+        values={n: v.detach()[None] for n, v in values.items()},
+        starts={n: v[None] for n, v in starts.items()},
+        frozen=frozen,
+        ranks=own,
+        masks={},
+        local=local,
+    )
+    hook = program.hooks(chunk).get(When.PROGRAM, lambda gradients, _: gradients)
     sums = dict[str, torch.Tensor]()
     model, context = with_seeded_dropout(task.model, client, seed, round_)
     optimiser = make_optimiser(local, downlink, values, frozen, rate_scale)

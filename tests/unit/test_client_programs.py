@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from fedraclora.clients.node import know_programs
 from fedraclora.codec import join, split
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Count
 from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.method import Traits, check_method
 from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram, When
 from fedraclora.sketch import SKETCHES, SketchSpec
 from fedraclora.strategies.methods.fedkrso import InTurn
 from fedraclora.strategies.methods.ravan import BlockDiagonal
 from fedraclora.strategies.methods.slora import SparseMask
+from fedraclora.strategies.shared.walking import Walking
 from fedraclora.training.extras.pairs import projected
 from fedraclora.tree import Tree
 from tests.common import normal
@@ -191,3 +194,26 @@ def test_a_client_process_knows_the_programs_of_the_method_that_its_config_names
     know_programs({"method": {"name": "nowhere:M"}})  # it has none that clients need
     know_programs({"method": {"name": "of_mine:M"}})
     assert ClientProgram.known["of_mine"].__module__ == "of_mine"
+
+
+def test_numbers_in_lists_are_counted_and_those_of_the_header_are_not() -> None:
+    @dataclass(frozen=True)
+    class Listed(ClientProgram):
+        a: tuple[float, ...]
+        b: list[list[int]]
+        c: float = 1.0
+        d: str = "text"
+
+    assert Listed((0.5, 1.0), [[1, 2, 3], [4]]).payload_bytes == 6 * 8
+    assert InTurn(2, 3).payload_bytes == 0
+
+
+def test_the_limits_of_a_method_hold_whatever_it_derives_from() -> None:
+    @dataclass(frozen=True)
+    class Bare(Walking):
+        traits = Traits(exact=True, linear=True, merges=True)
+        directions: Count = 1
+
+    check_method(Bare())
+    with pytest.raises(ConfigError, match=r"method.directions is 0.*1 or more"):
+        check_method(Bare(directions=0))
