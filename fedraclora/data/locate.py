@@ -184,7 +184,9 @@ def checked_source(path: str, sha256: str | None) -> tuple[str, bool]:
 
 
 def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: object) -> Any:
-    """Load by an Auto class of transformers, from a folder or from one GGUF file in it.
+    """Load by a class of transformers, from a folder or from one GGUF file in it.
+
+    Code that lies in the folder is never run, whoever sits at the terminal and says yes.
 
     Args:
         kind: The class.
@@ -194,6 +196,7 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
         **given: Further arguments.
 
     Raises:
+        ConfigError: If nothing can be loaded without code that lies in the folder.
         DataError: If nothing can be loaded, or a GGUF file is damaged; for one of those the package
             gguf is needed.
     """
@@ -203,13 +206,27 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
         read_gguf_header(path, key)
         place, given = str(path.parent), {**given, "gguf_file": path.name}
     try:
-        return kind.from_pretrained(place, local_files_only=local, **given)
+        return kind.from_pretrained(place, local_files_only=local, trust_remote_code=False, **given)
     except MemoryError:
         raise
     except Exception as error:  # of a damaged file each architecture, and each library, has its own
+        refuse_code(error, key, source)
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
             f"{key}: {kind.__name__} finds nothing in {source} that it can load ({what})"
+        ) from error
+
+
+def refuse_code(error: Exception, key: str, source: str) -> None:
+    """Say of an error of transformers, if it is so, that the folder's own code was not run.
+
+    Raises:
+        ConfigError: Naming the key and the folder.
+    """
+    if "trust_remote_code" in str(error):
+        raise ConfigError(
+            f"{key.partition('=')[0]}={source}: the folder brings code of its own, which is not "
+            "run; name a model, or a tokenizer, of a kind that transformers itself has"
         ) from error
 
 

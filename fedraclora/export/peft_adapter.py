@@ -134,7 +134,11 @@ def _loaded(trained: TrainedModel, source: str) -> Tree | None:
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             fresh = kind.from_pretrained(
-                source, num_labels=labels, dtype=torch.float32, local_files_only=True
+                source,
+                num_labels=labels,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError):
         return None

@@ -45,7 +45,9 @@ def write_hf(trained: TrainedModel, order: Order) -> ExportRecord:
     save_model(model, order.folder, trained)
     if not order.check:
         return {}
-    again: Any = type(model).from_pretrained(order.folder, dtype=None, local_files_only=True)
+    again: Any = type(model).from_pretrained(
+        order.folder, dtype=None, local_files_only=True, trust_remote_code=False
+    )
     found = again.state_dict()
     for name, value in model.state_dict().items():
         if name not in found or not torch.equal(found[name], value):
@@ -71,11 +73,11 @@ def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
         return
     try:
         local = Path(trained.tokenizer).exists()
-        tokenizer = from_pretrained(AutoTokenizer, trained.tokenizer, local, "the tokenizer")
+        tokenizer = from_pretrained(AutoTokenizer, trained.tokenizer, local, "data.tokenizer")
         if tokenizer.pad_token is None:  # as in training
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.save_pretrained(folder)
-    except DataError:
+    except (ConfigError, DataError):
         if trained.tokenizer != trained.source:  # a model's folder may be without one
             raise
 
@@ -204,7 +206,9 @@ def _hold(trained: TrainedModel, folder: Path) -> None:
     """Read the file back through transformers, and compare."""
     from transformers import LlamaForCausalLM
 
-    again: Any = LlamaForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+    again: Any = LlamaForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF_FILE, dtype=torch.float32, trust_remote_code=False
+    )
     found = dict(again.named_parameters())
     for name, weight in trained.weights.items():
         if name not in found or not torch.equal(found[name], weight.float()):

@@ -81,8 +81,8 @@ def build_hf(
         config.problem_type = None  # of what it learnt before
         set_dropout(config, dropout)
         cut_layers(config, layers)
-        if config.pad_token_id is None:
-            ends = config.eos_token_id  # Llama 3 has several
+        if getattr(config, "pad_token_id", None) is None:  # that of pictures has none
+            ends = getattr(config, "eos_token_id", None)  # Llama 3 has several
             config.pad_token_id = next(iter(ends), None) if isinstance(ends, list) else ends
 
     given: dict[str, Any] = {"attention": attention, "new_head": True, "num_labels": classes}
@@ -274,7 +274,10 @@ def _drawn(
         prepare(given)
         with seeded(seed, "model"):
             return AutoModelForCausalLM.from_config(
-                given, dtype=torch.float32, attn_implementation=attention
+                given,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                trust_remote_code=False,
             )
     except ConfigError:
         raise

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fedraclora.data.gguf_header import Header, Stored, read_gguf_header
-from fedraclora.data.locate import GGUF, checked_source, from_pretrained
+from fedraclora.data.locate import GGUF, checked_source, from_pretrained, refuse_code
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.lowrank.layers import is_head
 from fedraclora.models.built import found_head
@@ -136,8 +136,9 @@ def _check_config(kind: Any, source: Source, stored: Mapping[str, Stored], confi
         )
     try:
         with torch.device("meta"), quiet():
-            model = kind.from_config(config)
+            model = kind.from_config(config, trust_remote_code=False)
     except Exception as error:  # each architecture has checks, and errors, of its own
+        refuse_code(error, "model.path", source.place)
         what = " ".join(str(error).split())
         raise source.refuse(f"its configuration makes no model ({what})") from error
     head = found_head(model)
