@@ -49,6 +49,7 @@ from fedraclora.protocol.uplinks import calmer
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import column, known_mean, number, round_seconds
 from fedraclora.run.stopped import stop_reason
+from fedraclora.run.trusted import refuse_linked
 from fedraclora.wire.fields import printable
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
@@ -82,6 +83,7 @@ def compare(
     """
     if target is not None and not math.isfinite(target):
         raise ConfigError(f"--target is {target}; a value of the metric is wanted")
+    refuse_linked(out)
     if not is_result(out):
         refuse_overwriting(out, ("table.md", "table.csv", "compare.png"))
     runs, notes = _read(paths)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.evaluate import measuring_run, run_parser
+from fedraclora.run.trusted import refuse_linked
 from fedraclora.weights.files import write_text
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def _check_place(out: Path) -> None:
         raise ConfigError(f"--out {out} is there already; name a new file")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+    refuse_linked(out)
 
 
 def _lines(frame: DataFrame) -> str:

@@ -29,6 +29,7 @@ from fedraclora.run.callback import run_title
 from fedraclora.run.folder import refuse_full
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import Columns
+from fedraclora.run.trusted import refuse_linked
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import Tree
@@ -367,6 +368,7 @@ class Run:
         """
         place = user_path("folder", folder)
         try:
+            refuse_linked(place)
             refuse_full(place)
             make_folder(place, private=True)
         except OSError as error:

@@ -30,6 +30,7 @@ from fedraclora.run.callback import method_label, run_title
 from fedraclora.run.folder import is_running
 from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds
 from fedraclora.run.stopped import stop_reason
+from fedraclora.run.trusted import refuse_linked
 from fedraclora.weights.files import flatten, keep_private, make_folder
 
 ALONE = ("output.dir", "resume")  # keys in which runs of one table may differ unnoticed
@@ -379,6 +380,7 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError(f"{', '.join(sorted(twice))} is named twice; name each run once")
     shown = [read_shown(folder) for folder in folders]
     out = (arguments.out or folders[0] / FILE).expanduser()
+    refuse_linked(out)
     make_folder(out.parent)
     out.write_text(page_of(shown, arguments.title), encoding="utf-8")
     keep_private(out)

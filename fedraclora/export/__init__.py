@@ -20,6 +20,7 @@ from fedraclora.export.peft_adapter import write_peft
 from fedraclora.export.trained import ExportRecord, Order, TrainedModel, is_hugging_face
 from fedraclora.export.whole_weights import write_gguf, write_hf, write_state_dict
 from fedraclora.run.folder import refuse_full, versions_of
+from fedraclora.run.trusted import refuse_linked
 from fedraclora.weights.files import make_folder
 
 FACTS = "export.json"
@@ -145,7 +146,8 @@ def export(
         What the format says of what it wrote; with ``peft``, ``layers``; and ``warnings``.
 
     Raises:
-        ConfigError: If the format is unknown or does not fit, or the folder holds something.
+        ConfigError: If the format is unknown or does not fit, or the folder holds something,
+            or lies in a run folder with a link that leads out of it.
         ModelError: If the format has no place for a layer.
     """
     if form not in FORMATS:
@@ -154,6 +156,7 @@ def export(
         raise ConfigError(f"rank is {rank}; a whole number of at least 1 is wanted")
     if rank is not None and form != "peft":
         raise ConfigError(f"--rank {rank} is of --format peft; with {form} the weights are whole")
+    refuse_linked(folder)
     folder = folder.resolve()
     try:
         str(folder).encode()

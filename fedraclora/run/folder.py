@@ -25,6 +25,7 @@ from fedraclora.weights.files import (
     is_private,
     make_folder,
     open_lock,
+    refuse_links,
     write_text,
 )
 
@@ -242,9 +243,10 @@ def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
     Raises:
         CheckpointError: If another process runs in the folder.
-        ConfigError: If the folder cannot be made.
+        ConfigError: If the folder cannot be made, or a link in it leads out of it.
     """
     make(folder, shared=shared)
+    refuse_links(folder)
     try:
         lock = open_lock(folder / ".lock")
     except PermissionError as error:

@@ -1,12 +1,13 @@
-"""The config of a run folder that may be of others, before anything is built of it."""
+"""A run folder that may be of others: before its config is built, and before it is written to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fedraclora.binding import Plain
-from fedraclora.run.folder import read_config
+from fedraclora.run.folder import is_ours, read_config
 from fedraclora.trust import names_in, refuse_unsaid
+from fedraclora.weights.files import refuse_links
 
 
 def read_trusted(folder: Path, own: Plain | None = None) -> Plain:
@@ -23,3 +24,14 @@ def read_trusted(folder: Path, own: Plain | None = None) -> Plain:
     config = read_config(folder)
     refuse_unsaid(folder / "config.yaml", names_in(config), names_in(own or {}).values())
     return config
+
+
+def refuse_linked(place: Path) -> None:
+    """Reject a place to write to in a run folder, or below, as `refuse_links` does.
+
+    Raises:
+        ConfigError: Naming the link.
+    """
+    for folder in (place.absolute(), *place.absolute().parents):
+        if is_ours(folder):
+            refuse_links(folder)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedraclora.errors import CheckpointError
+from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.narrow_weight import in_parts, rejoined
 from fedraclora.tree import Tree
 
@@ -54,6 +54,26 @@ def keep_private(path: Path) -> None:
     """Keep others from a file that lies in a private folder, also where it is copied to."""
     if is_private(path.parent):
         path.chmod(0o600)
+
+
+def refuse_links(folder: Path) -> None:
+    """Reject a run folder to write to, if a symbolic link in it leads out of it.
+
+    It may be of others, and what is written through a link overwrites files of this user. Links
+    within the folder, as wandb makes, do no harm.
+
+    Raises:
+        ConfigError: Naming the link.
+    """
+    home = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for link in (Path(place, name) for name in (*folders, *files)):
+            if link.is_symlink() and not Path(os.path.realpath(link)).is_relative_to(home):
+                raise ConfigError(
+                    f"{link} is a symbolic link out of its run folder, and what is written there "
+                    "would change other files; remove it, or put a copy of what it leads to in "
+                    "its place"
+                )
 
 
 def open_lock(path: Path) -> IO[bytes]:
