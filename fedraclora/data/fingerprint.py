@@ -14,7 +14,7 @@ import random  # noqa: TID251  (the state of somebody's generator)
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ MANY = 256  # entries of a list or a dict that are all read; of a longer one so 
 MOST = 2048  # parts of which digests are made
 PLAIN = (str, bytes, int, float, complex, bool, type(None), type(...), np.generic)
 CODE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
+COUNT, NAMES = "#", ".*"  # end the paths of how many entries, and which attributes, there are
 USED_UP = "an iterator"  # the digest of what can be read once
 
 
@@ -62,9 +63,18 @@ def fingerprint_of(found: object, *, versions: bool = False) -> Fingerprint:
 def what_differs(before: Fingerprint, now: Fingerprint) -> str | None:
     """Name a part that is not what it was, or is gone; None: all are as they were.
 
-    An object may keep more than before, such as a cache or an open file.
+    What an object keeps may become more, such as a cache, or a file where there was None. Another
+    public attribute of samples themselves is a difference, and so is another entry.
     """
-    return next((path or "it" for path in before if now.get(path) != before[path]), None)
+    paths = (*before, *(path for path in now if path.endswith(NAMES)))
+    path = next((path for path in paths if now.get(path) != before.get(path)), None)
+    if path is None:
+        return None
+    if path.endswith(COUNT):
+        return f"{path.removesuffix(COUNT) or 'it'} has more or fewer entries than before"
+    if path.endswith(NAMES):
+        return f"{path.removesuffix(NAMES) or 'it'} has other attributes than before"
+    return path or "it"
 
 
 def called_twice(
@@ -130,9 +140,11 @@ class _Reader:
         above = (*above, id(found))
         if (own := self._leaf(found)) is not None:
             yield path, own
+            yield from () if kept else _names_of(found, path, values=True)
         elif (entries := _entries(found)) is not None:
-            if not kept:
-                yield f"{path}#", str(entries[0])
+            if not kept or _is_frame(found):
+                yield f"{path}{COUNT}", str(entries[0])
+                yield from _names_of(found, path, values=True)
             for key, value in entries[1]:
                 yield from self.parts(value, f"{path}[{key!r:.40}]", above, kept=kept)
         elif hasattr(found, "__next__"):
@@ -140,7 +152,8 @@ class _Reader:
                 yield path, USED_UP
         else:
             if not kept or isinstance(found, torch.utils.data.Dataset):
-                yield f"{path}#", _length(found)
+                yield f"{path}{COUNT}", _length(found)
+            yield from () if kept else _names_of(found, path, values=False)
             for name, value in _attributes(found):
                 yield from self.parts(value, f"{path}.{name}", above, kept=True)
 
@@ -198,8 +211,8 @@ def _entries(found: Any) -> tuple[int, Iterator[tuple[object, Any]]] | None:
         table = found.with_format("arrow")[_drawn(len(found))]  # nothing is decoded
         some = table if table.nbytes < WHOLE else table[:FEW_ROWS]
         return len(found), ((name, repr(rows)) for name, rows in some.to_pydict().items())
-    if hasattr(found, "to_numpy") and hasattr(found, "columns"):  # a frame
-        return len(found), ((name, found[name].to_numpy()) for name in found.columns)
+    if _is_frame(found):
+        return len(found), _frame_entries(found)
     if isinstance(found, Mapping):
         keys = [*found]
         return len(keys), ((keys[k], found[keys[k]]) for k in _drawn(len(keys)))
@@ -211,6 +224,26 @@ def _entries(found: Any) -> tuple[int, Iterator[tuple[object, Any]]] | None:
     return None
 
 
+def _is_frame(found: Any) -> bool:
+    """Tell whether this is a frame, or a series, of pandas or of a library like it."""
+    return hasattr(found, "to_numpy") and (hasattr(found, "columns") or hasattr(found, "dtype"))
+
+
+def _frame_entries(found: Any) -> Iterator[tuple[object, Any]]:
+    """List what a frame or a series holds: names, types and index beside the values."""
+    names = [*getattr(found, "columns", ())]
+    yield "its columns", repr(names)
+    types = map(str, found.dtypes) if names else [getattr(found, "dtype", "")]
+    yield "its types", repr([*types])
+    yield "its attrs", getattr(found, "attrs", {})
+    index = getattr(found, "index", ())  # that of counted rows is no array, and would become one
+    yield "its index", repr(index) if hasattr(index, "step") else np.asarray(index)
+    if names:
+        yield from ((name, found[name].to_numpy()) for name in names)
+    else:
+        yield "its values", found.to_numpy() if hasattr(found, "dtype") else ()
+
+
 def _attributes(found: Any) -> Iterator[tuple[str, Any]]:
     """List what an object keeps, but for private plain values, with which it counts."""
     slots = {n for kind in type(found).__mro__ for n in _names(vars(kind).get("__slots__", ()))}
@@ -218,6 +251,21 @@ def _attributes(found: Any) -> Iterator[tuple[str, Any]]:
     for name, value in {**own, **getattr(found, "__dict__", {})}.items():
         if not (name.startswith("_") and isinstance(value, PLAIN)):
             yield name, value
+
+
+def _names_of(found: Any, path: str, *, values: bool) -> Iterator[tuple[str, str]]:
+    """Digest the names of public attributes, and plain values of them; none of cached results."""
+    if isinstance(found, random.Random) or hasattr(found, "getbands"):  # read by `_state_of`
+        return
+    own, kind = getattr(found, "__dict__", {}), type(found)
+    names = sorted(n for n in own if n[:1] != "_" and not _is_cached(kind, n))
+    if names:
+        plain = [own[n] for n in names if values and isinstance(own[n], PLAIN)]
+        yield f"{path}{NAMES}", _hash(repr((names, plain)).encode())
+
+
+def _is_cached(kind: type, name: str) -> bool:
+    return isinstance(getattr(kind, name, None), cached_property)
 
 
 def _names(slots: Any) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn.utils.parametrize import register_parametrization
@@ -337,10 +338,21 @@ def as_list(x: torch.Tensor, y: torch.Tensor) -> Any:
     return {"rows": [{"x": row.tolist(), "y": int(label)} for row, label in zip(x, y, strict=True)]}
 
 
+def as_frame(x: torch.Tensor, y: torch.Tensor) -> Any:
+    return pd.DataFrame({f"x{k}": x[:, k].numpy() for k in range(6)} | {"y": y.numpy()})
+
+
+def as_series(x: torch.Tensor, y: torch.Tensor) -> Any:
+    return {"x": x.clone().numpy(), "y": pd.Series(y.numpy())}
+
+
 def tensors_of(data: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(data, Rows):
         pairs = [data[k] for k in range(len(data))]
         return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+    if isinstance(data, pd.DataFrame):
+        x, y = data.iloc[:, :6].to_numpy(), data["y"].to_numpy()
+        return torch.as_tensor(np.ascontiguousarray(x)), torch.as_tensor(y)
     if isinstance(data, dict) and "rows" in data:
         rows = data["rows"]
         return torch.tensor([r["x"] for r in rows]), torch.tensor([r["y"] for r in rows])
@@ -363,6 +375,16 @@ CHANGES: dict[str, tuple[Any, Any]] = {
     "a list that grows": (as_list, lambda data: data["rows"].append(data["rows"][0])),
     "tensors of a dataset": (Rows, lambda data: data.x.data.mul_(2)),
     "another tensor": (Rows, lambda data: setattr(data, "x", data.x * 2)),
+    "a new column": (as_frame, lambda data: data.__setitem__("seen", 1)),
+    "a column": (as_frame, lambda data: data.__setitem__("x0", 2 * data["x0"])),
+    "an index": (as_frame, lambda data: setattr(data, "index", [*range(1, 1 + len(data))])),
+    "an attribute of a frame": (as_frame, lambda data: setattr(data, "cache", 5)),
+    "a series": (as_series, lambda data: data["y"].__setitem__(0, 2 - data["y"][0] // 2)),
+    "an attribute of an object": (Rows, lambda data: setattr(data, "seen", 5)),
+    "a frame of an object": (
+        lambda x, y: setattr(rows := Rows(x, y), "table", as_frame(x, y)) or rows,
+        lambda data: data.table.__setitem__("seen", 1),
+    ),
     "a generator": (
         lambda x, y: {"x": x.numpy(), "y": y.numpy(), "rng": np.random.default_rng(0)},
         lambda data: data["rng"].normal(),
@@ -391,7 +413,7 @@ def test_samples_changed_in_place_are_refused_whatever_holds_them(way: str) -> N
         run(train=trains_on(change), data=data, loss="cross_entropy")
 
 
-@pytest.mark.parametrize("form", [as_pair, as_arrays, as_list, Rows])
+@pytest.mark.parametrize("form", [as_pair, as_arrays, as_list, as_frame, as_series, Rows])
 def test_samples_that_are_read_alone_may_be_of_any_kind_and_keep_a_cache(form: Any) -> None:
     data = [form(*client) for client in CLIENTS]
     found = run(train=trains_on(lambda _: None), data=data, loss="cross_entropy")
