@@ -42,6 +42,7 @@ def go_on(
 
     Raises:
         CheckpointError: Naming each key that may not.
+        ConfigError: If all of ``plain`` is meant, and it has not the data or the model of the run.
     """
     refused = []
     if typed is not None and "experiment" in typed:
@@ -55,10 +56,11 @@ def go_on(
             line = f"{key}: {json.dumps(old[key])} -> {json.dumps(new[key])}"
         if key.startswith("engine.") or not _meant(key, typed, right):
             continue
-        if (why := _refusal(folder, key, stored, plain)) is None:
+        why = _refusal(folder, key, stored, plain)
+        if why is None and key in new:
             taken[key] = new[key]
         else:
-            refused.append(f"{line}{why}")
+            refused.append(f"{line}{why or ''}")
     engine = _engine(section(stored, "engine"), section(plain, "engine"), typed)
     for key in ENGINE_IN_DIGEST:
         was = section(stored, "engine").get(key)
@@ -68,14 +70,39 @@ def go_on(
     output, wrong = _output(folder, section(stored, "output"), section(plain, "output"), typed)
     refused += wrong
     if refused:
+        if typed is None:
+            _refuse_others(folder, stored, plain, [line.partition(":")[0] for line in refused])
+        how = "Give these keys as they were" if typed is None else "Leave these keys out"
         raise CheckpointError(
             f"{folder} was run under another config, and cannot go on under this one:\n  "
             + "\n  ".join(refused)
-            + "\nLeave these keys out to go on as it was, or start a new run without resume"
+            + f"\n{how} to go on as it was, or start a new run without resume"
         )
     if "data.root" in new and (typed is None or "data.root" in typed):
         taken["data.root"] = new["data.root"]
     return laid_over({**stored, "engine": engine, "output": output}, taken)
+
+
+def _refuse_others(
+    folder: Path, stored: Mapping[str, object], plain: PlainDict, refused: Sequence[str]
+) -> None:
+    """Reject a call that leaves out the data or the model of a run, with all that it leaves out.
+
+    Raises:
+        ConfigError: Naming the keys, as they are said in Python and on the command line.
+    """
+    old, new = section(stored, "data"), section(plain, "data")
+    named = {group: section(stored, group).get("name") for group in ("data", "model")}
+    others = {g: name for g, name in named.items() if name != section(plain, g).get("name")}
+    if not others:
+        return
+    keys = dict.fromkeys([*others, *(key.partition(".")[0] for key in refused)])
+    keys |= dict.fromkeys(key for key in ("loss", "metrics") if old.get(key) != new.get(key))
+    held = " and ".join(f"{group}={name}" for group, name in others.items())
+    raise ConfigError(
+        f"{folder} holds a run of {held}, and the call that is to go on with it names others: "
+        f"give again, as they were when the run began, {', '.join(keys)}"
+    )
 
 
 def is_done(folder: Path, plain: Mapping[str, object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedraclora.binding import Plain
@@ -16,10 +17,15 @@ from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.wrappers import method_of
 from fedraclora.tree import Tree
+from fedraclora.trust import trust as trust_all
 
 
 def load_weights(
-    folder: Path | str, round_: int | None = None, *, own: Plain | None = None
+    folder: Path | str,
+    round_: int | None = None,
+    *,
+    own: Plain | None = None,
+    trust: Sequence[str] = (),
 ) -> Tree:
     """Read the effective weights after a round, W_t: what the run measured, bit for bit.
 
@@ -31,6 +37,7 @@ def load_weights(
         folder: The run folder.
         round_: 0 to the last one, from the chain; None takes the last checkpoint.
         own: A config of the user's own: code that it names the folder's may name, too.
+        trust: Modules that the run may name, as for `fedraclora.read_run`.
 
     Returns:
         The weights by name, on the CPU. Where clients keep a part of the model to themselves (a
@@ -41,6 +48,7 @@ def load_weights(
         ConfigError: If the run has code that is neither trusted nor the user's own; of it nothing
             was run (docs/security.md).
     """
+    trust_all(trust)
     folder = user_path("folder", folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}")

@@ -264,6 +264,32 @@ def test_a_run_in_a_folder_goes_on_with_the_same_objects(tmp_path: Path) -> None
         run(data=CLIENTS[:2], folder=tmp_path / "run", rounds=3, resume=True)
 
 
+def test_a_run_that_goes_on_without_its_objects_says_which_it_lacks(tmp_path: Path) -> None:
+    table = pd.DataFrame(X, columns=list("abcde")).assign(y=Y)
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    given: dict[str, dict[str, Any]] = {
+        "lent": {"model": net(), "data": CLIENTS, "metrics": ["loss", "accuracy", "f1"]},
+        "file": {
+            "data": {"name": "table", "file": str(tmp_path / "rows.csv"), "label": "y"},
+            "partition": "iid",
+            "clients": 3,
+        },
+    }
+    said: dict[str, str] = {}
+    for name, keys in given.items():
+        folder, now = tmp_path / name, {"output": {"progress": False, "plots": False}}
+        first = fedraclora.simulate(**keys, **now, rounds=1, folder=folder)
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        with pytest.raises(ConfigError) as error:
+            fedraclora.simulate(**now, folder=folder, rounds=2, resume=True)
+        said[name] = str(error.value).rpartition(":")[2]
+        assert all(key in said[name] for key in keys), said
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+        again = fedraclora.simulate(**keys, **now, folder=folder, rounds=2, resume=True)
+        assert len(again.rows) == len(first.rows) + 1
+    assert "model" not in said["file"]
+
+
 @dataclass(frozen=True)
 class Mine(FedRacLora):
     """A method of the program's own."""

@@ -283,6 +283,15 @@ def test_a_folder_is_read_where_its_modules_are_trusted(
     assert run.evaluate() != {}
 
 
+def test_weights_are_loaded_where_the_modules_of_their_run_are_trusted(
+    theirs: Path, canary: Callable[[], str]
+) -> None:
+    with pytest.raises(ConfigError, match="trust_other:factory"):
+        load_weights(theirs, trust=["trust_mine"])
+    found = load_weights(theirs, trust=["trust_mine", "trust_other"])
+    assert {*found} == {*fedraclora.read_run(theirs).weights()}
+
+
 def test_a_run_of_ones_own_goes_on_by_the_words_it_was_begun_with(
     canary: Callable[[], str], tmp_path: Path
 ) -> None:
