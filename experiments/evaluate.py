@@ -21,10 +21,12 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.run import Run
 
+TRUST = "trust=MODULE,...: run the code of these modules, which the config of the run names"
+
 
 def run_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """Begin the command line of what is asked of a stored run."""
-    parser = argparse.ArgumentParser(f"fedraclora {command}", description=description)
+    parser = argparse.ArgumentParser(f"fedraclora {command}", description=description, epilog=TRUST)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--round", type=int, help="of the weights, 0 to the last; else the last")
     return parser

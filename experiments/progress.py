@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from typing_extensions import override
 
 from fedraclora.run.callback import Begin, Callback
-from fedraclora.run.ledger import headline, number, round_seconds
+from fedraclora.run.ledger import headline, number, round_seconds, withheld
 
 log = logging.getLogger(__name__)
 PROJECT = logging.getLogger("fedraclora")
@@ -43,7 +43,7 @@ class RunProgress(Callback):
         self.console = plain_console(stderr=True)
         self.drawn = shown and self.console.is_interactive
         self._recent: deque[float] = deque(maxlen=AVERAGED)
-        self._metric = ""
+        self._metric, self._withheld = "", False
         self.bar = Progress(
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}", markup=False),
@@ -116,6 +116,9 @@ class RunProgress(Callback):
         heard = {record.getMessage() for record in self._heard.buffer}  # the log has said it
         for text in [text for text in told if text not in heard][:TOLD]:
             self.say(f"round {round_:.0f}: {text}")
+        if (why := withheld(row)) and not self._withheld:
+            self._withheld = True
+            self.say(f"round {round_:.0f}: {why}")
         self._news = time.monotonic()
         last = round_ == self.rounds
         self._doing = "closing" if last else f"in round {round_ + 1:.0f} of {self.rounds}"

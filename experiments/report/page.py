@@ -28,7 +28,7 @@ from fedraclora.objects import NAME
 from fedraclora.plots.axes import MEGABYTE, Values
 from fedraclora.run.callback import method_label, run_title
 from fedraclora.run.folder import is_running
-from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds
+from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds, withheld
 from fedraclora.run.stopped import stop_reason
 from fedraclora.run.trusted import refuse_linked
 from fedraclora.weights.files import flatten, keep_private, make_folder
@@ -153,6 +153,7 @@ class Shown(RunFiles):
             "data": str(task.get("source", self._choice("data"))),
             **self.begins,
             "metrics": "" if self.measured else self.unmeasured,
+            "measured by clients": next(filter(None, map(withheld, self.rows[::-1])), ""),
             "clients": self.clients,
             "samples of a client": "{samples_min} to {samples_max}, median {samples_median}".format(
                 **sizes

@@ -36,8 +36,8 @@ BY_CHANCE = 0.1  # expected equals of a row, from which rows repeat by chance
 REPEATED = 3  # times that each training sample occurs on average, from which they do, too
 
 REMEDY = (
-    "name test samples that no client has (data.test), remove the duplicates from the source, or "
-    "set data.duplicates=keep"
+    "remove these rows on one side, from what is trained on or from what is measured on, or set "
+    "data.duplicates=keep"
 )
 
 

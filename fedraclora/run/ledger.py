@@ -309,3 +309,10 @@ def ledger_value(value: object, where: str) -> object:
     if isinstance(value, list | tuple):
         return [ledger_value(part, where) for part in value]
     raise CheckpointError(f"the ledger cannot hold a {type(value).__name__} (column {where})")
+
+
+def withheld(row: Mapping[str, object]) -> str:
+    """Say why a row has no measurements of clients, or not all; empty where none is withheld."""
+    told = row.get("clients")
+    why = told.get("withheld") if isinstance(told, Mapping) else None
+    return f"what clients measured is withheld: {why}" if why else ""

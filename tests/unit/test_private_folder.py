@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,18 @@ def test_a_lock_that_is_another_users_names_the_folder(
     monkeypatch.setattr("fedraclora.run.folder.open_lock", refuse)
     with pytest.raises(CheckpointError, match=r"another user"), alone(tmp_path / "a"):
         pass
+
+
+def test_the_command_that_opens_a_run_leaves_its_lock_closed(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    line = next(line for line in page.splitlines() if "opens a run that is there" in line)
+    folder = tmp_path / "runs" / "first"
+    simulated(folder)
+    (folder / "tune.lock").touch(0o600)
+    subprocess.run(["/bin/sh", "-c", line], cwd=tmp_path, check=True)
+    found = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.rglob("*")}
+    locks = {name: found.pop(name) for name in (".lock", "tune.lock")}
+    assert not any(mode & 0o077 for mode in locks.values())
+    assert all(mode & 0o040 for mode in found.values())
+    assert found["chain"] & 0o010
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750

@@ -45,6 +45,16 @@ def test_off_a_terminal_each_round_is_one_plain_line(capsys: pytest.CaptureFixtu
     ]
 
 
+def test_that_measurements_are_withheld_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunProgress(9, shown=True, label="fedavg") as bar:
+        for round_ in (1, 2, 3):
+            bar.row(row(round_) | {"clients": {"withheld": "too few"} if round_ > 1 else {}})
+    said = [line for line in capsys.readouterr().err.splitlines() if "withheld" in line]
+    assert len(said) == 1
+    assert said[0].startswith("round 2: ")
+    assert said[0].endswith("too few")
+
+
 def test_what_the_log_has_said_is_not_said_once_more(capsys: pytest.CaptureFixture[str]) -> None:
     with RunProgress(9, shown=True, label="fedavg") as bar:
         logging.getLogger("fedraclora.engines.ray.pool").warning("worker %d was lost", 1)

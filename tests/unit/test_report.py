@@ -306,3 +306,11 @@ def test_a_run_that_is_running_says_how_far_it_is(tmp_path: Path) -> None:
     (tmp_path / "summary.json").unlink()
     shown = read_shown(tmp_path)
     assert (shown.reached, shown.clients) == ("3 of 3, not at its end", "2 take part in a round")
+
+
+def test_that_measurements_are_withheld_is_in_the_report(runs: dict[str, fedraclora.Run]) -> None:
+    shown = read_shown(runs["fed_rac_lora"].folder or Path())
+    told = {"clients": {"withheld": "too few of them"}}
+    poorer = replace(shown, rows=[row | told if row["round"] else row for row in shown.rows])
+    assert "too few of them" in page_of([poorer])
+    assert "withheld" not in page_of([shown])

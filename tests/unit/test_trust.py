@@ -283,6 +283,17 @@ def test_a_folder_is_read_where_its_modules_are_trusted(
     assert run.evaluate() != {}
 
 
+@pytest.mark.parametrize("words", [("evaluate",), ("predict",), ("export",), ()])
+def test_help_says_how_code_of_a_folder_is_trusted(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words:
+        command(*words, "--help")
+    else:
+        cli.main(["--help"])
+    assert "trust=" in capsys.readouterr().out
+
+
 def test_weights_are_loaded_where_the_modules_of_their_run_are_trusted(
     theirs: Path, canary: Callable[[], str]
 ) -> None:
