@@ -137,6 +137,7 @@ def _loaded(trained: TrainedModel, source: str) -> Tree | None:
                 source,
                 num_labels=labels,
                 dtype=torch.float32,
+                attn_implementation="eager",  # else one that the folder names: code of the hub
                 local_files_only=True,
                 trust_remote_code=False,
             )

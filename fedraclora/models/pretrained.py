@@ -87,6 +87,7 @@ def load_pretrained(
     from transformers import AutoConfig
 
     source = Source(path, *checked_source(path, sha256))
+    asked["attn_implementation"] = attention  # else one that the folder names: code of the hub
     with quiet():
         config = from_pretrained(AutoConfig, source.place, source.local, "model.path", **asked)
     layers = layers_of(config)

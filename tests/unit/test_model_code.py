@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from transformers import BertConfig, BertForSequenceClassification, modeling_utils
 
 import fedraclora
 from fedraclora.data.locate import load_tokenizer
@@ -18,6 +20,8 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.experiments import cli
 from fedraclora.experiments.check import check_node
 from fedraclora.experiments.overrides import composed
+from fedraclora.export.peft_adapter import _loaded
+from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_causal_lm, build_hf
 from fedraclora.run.digests import write_digests
 from fedraclora.strategies.weights import load_weights
@@ -131,3 +135,24 @@ def test_a_check_of_a_node_runs_no_code_of_a_models_folder(theirs: Path, tmp_pat
     words = ["--superlink", "127.0.0.1:9", "--insecure", "--node-config", "partition-id=0"]
     check_node(words, str(file))
     assert not (tmp_path / "canary").exists()
+
+
+def test_attention_that_a_models_folder_names_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30}
+    with seeded(0, "test"):
+        BertForSequenceClassification(BertConfig(**small, intermediate_size=8)).save_pretrained(
+            tmp_path / "model"
+        )
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text()) | {"attn_implementation": "theirs/kernel"}
+    file.write_text(json.dumps(config))
+    fetched = list[object]()
+    monkeypatch.setattr(modeling_utils, "is_kernel", lambda name: fetched.append(name) or False)
+    built = build_hf(path=str(tmp_path / "model"), shape=(), classes=2, seed=0)
+    start = {n: p.detach() for n, p in built.model.named_parameters()}
+    trained = SimpleNamespace(model=built.model, start=start)
+    assert _loaded(trained, str(tmp_path / "model")) is not None  # type: ignore[arg-type]
+    assert fetched
+    assert "theirs/kernel" not in fetched
