@@ -54,6 +54,7 @@ def go_on(
         key, line = found.partition(":")[0], found
         if key in old and key in new:  # a digest leaves out some defaults
             line = f"{key}: {json.dumps(old[key])} -> {json.dumps(new[key])}"
+            line += _code_has_changed(old[key], new[key])
         if key.startswith("engine.") or not _meant(key, typed, right):
             continue
         why = _refusal(folder, key, stored, plain)
@@ -103,6 +104,12 @@ def _refuse_others(
         f"{folder} holds a run of {held}, and the call that is to go on with it names others: "
         f"give again, as they were when the run began, {', '.join(keys)}"
     )
+
+
+def _code_has_changed(was: object, now: object) -> str:
+    """Say so of two objects of a program that have one name: their digests stand behind it."""
+    (old, _, one), (new, _, other) = (str(value).partition("@") for value in (was, now))
+    return " (its code, or what it names, has changed)" if old == new and one and other else ""
 
 
 def is_done(folder: Path, plain: Mapping[str, object]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedraclora.binding import OWN_GROUPS, object_of
+from fedraclora.binding import OWN_GROUPS, object_of, section
 from fedraclora.config.build import (
     BuiltTask,
     answering_of,
@@ -159,6 +159,7 @@ def assemble_with(
         # Hosts of others are asked for each client by itself: so one fails alone.
         loop = loop_of(config, built, 1 if engine.elsewhere else chunk.chunk, trainer.dtype)
         came = {"chunk": chunk.chunk, "device": built.device.type, "dtype": loop.dtype}
+        came |= {k: v for k, v in section(built.task.info, "partition").items() if k == "rows"}
         store, output = ClientStore(), config.output
         recorder = RunRecorder(
             folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -176,7 +177,8 @@ def make_partition(
     Returns:
         Rows of each client (ascending, int64) or clients made on demand, and facts for the
         summary: clients asked for, kept and dropped, least, median and largest number of samples
-        (of a thousand clients, where they are made on demand), rows left out; and of natural
+        (of a thousand clients, where they are made on demand), rows left out; a digest
+        of the rows, where code of the user's has dealt them; and of natural
         clients the names by number, and those of whom no row is left.
 
     Raises:
@@ -214,6 +216,7 @@ def make_partition(
     asked = clients if clients is not None else len(parts)
     facts = _facts(name, asked, len(parts) - len(nonempty), sizes)
     facts |= {"rows_left_out": len(data.train) - int(sizes.sum())}
+    facts |= {"rows": _rows_digest(nonempty)} if own else {}
     return nonempty, facts | (_named(data, nonempty, **args) if name == "natural" else {})
 
 
@@ -343,6 +346,14 @@ def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) ->
         "samples_median": float(np.median(sizes)),
         "samples_max": int(sizes.max()),
     }
+
+
+def _rows_digest(parts: Sequence[RowNumbers]) -> str:
+    """Hash which rows each client has, for a run that is resumed: in another process, maybe."""
+    h = hashlib.sha256(np.array([len(part) for part in parts], np.int64).tobytes())
+    for part in parts:
+        h.update(np.ascontiguousarray(part, np.int64).tobytes())
+    return h.hexdigest()[:16]
 
 
 def spread_clients(clients: int, most: int) -> torch.Tensor:

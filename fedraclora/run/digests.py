@@ -16,10 +16,11 @@ from typing import Any
 from fedraclora.binding import Plain
 from fedraclora.data.locate import file_digest, resolve, user_path
 from fedraclora.errors import CheckpointError, ConfigError, DataError
-from fedraclora.weights.files import ADVICE, write_text
+from fedraclora.weights.files import ADVICE, config_difference, write_text
 
 FILE = "digests.json"
 SEAL = "sha256"
+CODE, ROWS = "code.", "resolved.rows:"  # begin the lines of differences that no key makes
 # What may change where a run goes on: keys that move no bit of its weights.
 ALWAYS = ("max_failures",)
 MEASURED = ("evaluate.every", "evaluate.batch_size", "evaluate.clients_every")
@@ -124,6 +125,44 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
                     f"data.{key}={data.get(key)}: {name}{_owner(key, name)} has changed since the "
                     "run began; restore the file, or start the run anew without resume"
                 )
+
+
+def check_fixed(
+    folder: Path, stored: Mapping[str, object], now: Mapping[str, object], free: tuple[str, ...]
+) -> None:
+    """Check what decides the bits of a run that is resumed against what its checkpoint has.
+
+    Args:
+        folder: The run folder.
+        stored: Of the checkpoint: the config, digests of code, and what was found at its start.
+        now: The same of now.
+        free: Keys that may change.
+
+    Raises:
+        CheckpointError: Naming the keys, the functions whose code has changed, or the partitioner.
+    """
+    changed = [x for x in config_difference(stored, now) if not x.startswith(free)]
+    # Checkpoints of before have no digests of code and of rows.
+    changed = [x for x in changed if not (x.startswith((CODE, ROWS)) and "(absent)" in x)]
+    anew = "or start the run anew without resume"
+    code = [x.removeprefix(CODE).rpartition(": ")[0] for x in changed if x.startswith(CODE)]
+    if code:
+        raise CheckpointError(
+            f"{folder}: the code of {', '.join(code)}, or of what it names in your modules, has "
+            f"changed since the run began: put that code back, {anew}"
+        )
+    if any(x.startswith(ROWS) for x in changed) and len(changed) == 1:
+        name = str(_get(now, "partition", "name")).partition("@")[0]
+        raise CheckpointError(
+            f"{folder}: partition={name} deals other rows to the clients "
+            "than when the run began: have it depend on its arguments alone (hash() of a text "
+            f"differs between processes), {anew}"
+        )
+    if changed:
+        raise CheckpointError(
+            f"{folder}: the checkpoint was written under another configuration "
+            f"({'; '.join(changed)}); set these keys back, {anew}"
+        )
 
 
 def began_in(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.privacy.secret import KEY_FILE as KEY
 from fedraclora.protocol.method import Link, State
 from fedraclora.run.client_state import ClientStore
+from fedraclora.run.digests import check_fixed
 from fedraclora.run.initial import CARRIED, ModelSource, checkpoint_base, is_small
 from fedraclora.run.ledger import Ledger, read_ledger, seals
 from fedraclora.tree import Tree, below, digest
@@ -25,7 +26,6 @@ from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
 from fedraclora.weights.files import (
     ADVICE,
     CHECKPOINT,
-    config_difference,
     load_checkpoint,
     replacing,
     save_checkpoint,
@@ -264,15 +264,7 @@ class RunRecorder:
         if self.folder is None:
             raise CheckpointError("a run without a folder cannot be resumed")
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
-        lines = config_difference(meta.get("fixed", {}), self.fixed)
-        changed = [line for line in lines if not line.startswith(self.free)]
-        # Runs of before do not know the code of what they name.
-        changed = [x for x in changed if not (x.startswith("code.") and "(absent)" in x)]
-        if changed:
-            raise CheckpointError(
-                f"{self.folder}: the checkpoint was written under another configuration "
-                f"({'; '.join(changed)}); set these keys back, or start the run anew without resume"
-            )
+        check_fixed(self.folder, meta.get("fixed", {}), self.fixed, self.free)
         self.source = None  # a run that goes on has kept its initial weights
         memo = meta["memo"]
         if not isinstance(memo, dict):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import nn
 
 import fedraclora
 from fedraclora.data.fingerprint import called_twice, fingerprint_of, what_differs
-from fedraclora.errors import ConfigError
+from fedraclora.errors import CheckpointError, ConfigError
 from tests.common import normal
 
 HERE, COUNT = __name__, itertools.count()
@@ -139,6 +141,45 @@ def test_what_is_measured_of_each_row_is_tried_too() -> None:
 def test_a_partitioner_may_not_change_what_it_divides() -> None:
     with pytest.raises(ConfigError, match=r"partition=scaling.* changes the data"):
         run(data=table(), clients=3, partition=scaling)
+
+
+def by_process(data: Any, *, clients: int, seed: int) -> Any:
+    rows = np.roll(np.arange(len(data.train)), int(os.environ["TURN"]))
+    return np.array_split(rows, clients)
+
+
+def test_a_run_is_not_resumed_on_rows_that_were_dealt_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ``hash(text)`` the rows are the same in one process, and others in the next."""
+    given = {
+        "model": net(),
+        "data": table(),
+        "clients": 3,
+        "partition": by_process,
+        "folder": tmp_path / "run",
+    }
+    monkeypatch.setenv("TURN", "0")
+    run(**given)
+    run(**given, rounds=2, resume=True)
+    monkeypatch.setenv("TURN", "3")
+    with pytest.raises(CheckpointError, match=r"partition=\S*by_process\S* deals other rows"):
+        run(**given, rounds=3, resume=True)
+
+
+def turned(by: int) -> Any:
+    def dealer(data: Any, *, clients: int, seed: int) -> Any:
+        return np.array_split(np.roll(np.arange(len(data.train)), by), clients)
+
+    return dealer
+
+
+def test_a_function_of_a_program_that_has_changed_is_said_to_have(tmp_path: Path) -> None:
+    """Two digests were shown, of which a reader does not know what they are of."""
+    given = {"model": net(), "data": table(), "clients": 3, "folder": tmp_path / "run"}
+    run(**given, partition=turned(0))
+    with pytest.raises(CheckpointError, match=r"partition\S*: .*its code.* has changed"):
+        run(**given, partition=turned(1), rounds=2, resume=True)
 
 
 def test_a_call_that_takes_long_is_not_made_again_and_the_log_says_so(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def caught_up(clients: int = 3) -> CatchUp:
 
 def filled(folder: Path, rounds: int = 4, **settings: object) -> RunRecorder:
     """A book of four rounds with a checkpoint after the second."""
-    recorder = RunRecorder(folder, fixed={"seed": 1}, every=2, **settings)  # type: ignore[arg-type]
+    given: Any = {"fixed": {"seed": 1}, "every": 2} | settings
+    recorder = RunRecorder(folder, **given)
     recorder.begin(state())
     recorder.append(row(0))
     for round_ in range(1, rounds + 1):
@@ -76,7 +78,7 @@ def filled(folder: Path, rounds: int = 4, **settings: object) -> RunRecorder:
 
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
     filled(tmp_path)
-    wanted, start = state(), State({"w": torch.zeros(5, 7)}, Plan({"p": None}))  # type: ignore[dict-item]
+    wanted, start = state(), State({"w": torch.zeros(5, 7)}, Plan({"p": None}))
     catch_up = CatchUp(wanted.base, 3)
     found, round_ = RunRecorder(tmp_path, fixed={"seed": 1}).restore(start, catch_up)
     assert round_ == 2
@@ -114,6 +116,16 @@ def test_rows_and_links_past_the_checkpoint_are_cut(tmp_path: Path) -> None:
     assert recorder.totals() == (20, 40)
     recorder.append(row(3, 30, 60))
     assert recorder.totals() == (30, 60)
+
+
+def test_changed_code_is_said_by_its_function_and_no_key_is_blamed(tmp_path: Path) -> None:
+    """It was another configuration, whose keys were to be set back."""
+    fixed: Any = {"seed": 1, "code": {"mine:plain": "0" * 16, "mine:loss": "2" * 16}}
+    filled(tmp_path, fixed=fixed)
+    now = {**fixed, "code": {**fixed["code"], "mine:plain": "1" * 16}}
+    with pytest.raises(CheckpointError, match=r"the code of mine:plain, or of what it names") as at:
+        RunRecorder(tmp_path, fixed=now).restore(state(), caught_up())
+    assert "configuration" not in str(at.value)
 
 
 def test_another_configuration_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
