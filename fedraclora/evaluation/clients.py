@@ -117,7 +117,8 @@ def spread(
     Returns:
         ``mean`` and ``std`` over clients, which count alike (``std`` as of a whole population);
         ``pooled``; percentiles between the nearest values; ``worst10`` and ``best10``, the means
-        over the worst and the best tenth, of ceil(K / 10) clients. NaN of no client.
+        over the worst and the best tenth, of ceil(K / 10) clients. NaN of no client. ``n``: over
+        how many clients, where some are left out.
 
     Example:
         >>> found = spread("accuracy", np.array([0.2, 0.4, 0.9]), 0.6)
@@ -142,7 +143,7 @@ def spread(
         "max": float(known[-1]),
         "worst10": worst,
         "best10": best,
-    }
+    } | ({} if np.isfinite(values).all() else {"n": int(np.isfinite(values).sum())})
 
 
 Words = npt.NDArray[np.uint32]
@@ -260,7 +261,8 @@ class SummedMeasure:
                 std = math.sqrt(max(0.0, second / known - mean * mean))
                 lower, values = self.measure.lower, np.repeat(BEGINS, histogram)
                 found = spread(metric, values, pooled[metric], lower)
-                row[point + metric] = found | {"mean": mean, "std": std}
+                found |= {"mean": mean, "std": std} | ({"n": known} if known < n else {})
+                row[point + metric] = found
         if n < least:
             return {"withheld": FEW.format(least)}
         if few:

@@ -322,7 +322,7 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
         ends = dict.fromkeys([min(map(min, ranks.values())), max(map(max, ranks.values()))])
         parts.append(f"rank {' to '.join(map(str, ends))} of {some_of([*ranks], 'layer')}")
     if sent.dense:
-        every = len(sent.dense) == len(shapes)
+        every = shapes.keys() == {*sent.dense}
         whole = "all of it" if every else some_of([*sent.dense], "parameter")
         parts.append(f"in full {whole}")
     count = sum(prod(slot.shape) for slot in sent.trained().values())

@@ -146,3 +146,12 @@ def test_many_layers_that_differ_in_numbers_are_told_as_one() -> None:
         assert trained_of(Downlink(asked), shapes).startswith("rank 8 of layer")
     full = {name: to_train(shape) for name, shape in shapes.items()}
     assert trained_of(Downlink({}, full), shapes).startswith("in full all of it: 291 numbers")
+
+
+def test_biases_and_row_lengths_are_not_all_of_a_model() -> None:
+    """They are as many as its parameters, under DoRA."""
+    shapes = {"0.weight": (6, 4), "0.bias": (6,)}
+    adapters = {"0.weight": Adapter.of({"B": to_train((6, 2)), "A": to_train((2, 4))}, 1.0)}
+    dense = {"0.bias": to_train((6,)), "0.magnitude": to_train((6,))}
+    said = trained_of(Downlink(adapters, dense), shapes)
+    assert "in full parameters 0.bias, 0.magnitude: 32 numbers" in said

@@ -176,6 +176,8 @@ def test_the_spread_has_the_worst_tenth_by_the_direction_of_the_metric() -> None
     assert (loss["worst10"], loss["best10"]) == (10.5, 1.5)
     assert (score["mean"], score["median"], score["pooled"]) == (6.0, 6.0, 0.5)
     assert score["std"] == pytest.approx(np.std(np.arange(1, 12)))
+    assert score["n"] == 11  # the row's is 12
+    assert "n" not in spread("accuracy", values[:-1], 0.5)
 
 
 def test_clients_columns_and_their_file_survive_a_stop(tmp_path: Path) -> None:

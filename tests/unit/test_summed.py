@@ -57,6 +57,7 @@ def test_a_sum_has_the_means_and_deviations_of_the_open_numbers() -> None:
             wanted, found = spread(metric, value, pooled[metric]), row[point + metric]
             for key in ("mean", "std", "pooled"):
                 assert found[key] == pytest.approx(wanted[key], rel=1e-9, abs=1e-9, nan_ok=True)
+            assert found.get("n") == wanted.get("n")
             for key in ("min", "p10", "median", "p90", "max", "worst10", "best10"):
                 width = 2 / BINS * (1 + abs(wanted[key])) ** 2  # of a place there
                 assert wanted[key] - 2 * width < found[key] <= wanted[key] + 1e-12
