@@ -128,6 +128,12 @@ def test_changed_code_is_said_by_its_function_and_no_key_is_blamed(tmp_path: Pat
     assert "configuration" not in str(at.value)
 
 
+def test_a_checkpoint_of_before_has_no_digest_of_the_rows(tmp_path: Path) -> None:
+    filled(tmp_path, fixed={"seed": 1, "resolved": {"chunk": 2}})
+    now: Any = {"seed": 1, "resolved": {"chunk": 2, "rows": "0" * 16}}
+    assert RunRecorder(tmp_path, fixed=now).restore(state(), caught_up())[1] == 2
+
+
 def test_another_configuration_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
     filled(tmp_path)
     recorder = RunRecorder(tmp_path, fixed={"seed": 2})
