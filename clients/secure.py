@@ -323,7 +323,7 @@ def _whole(
     """Write a weighted update as whole steps modulo 2^32, and two numbers behind it.
 
     They are its weight, and 1 if it was longer than the clip: what a sum has of them counts who is
-    in it and whose update was shortened, and names nobody.
+    in it and whose update was shortened, and names no client.
 
     The update is shortened once more, in float64: the numbers that clients train are rounded to the
     precision of the wire, by which a short update from a distant start grows longer than the clip,

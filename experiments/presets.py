@@ -85,9 +85,7 @@ def readable(file: object) -> Iterator[None]:
         yield
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         why = " ".join(str(error).split())
-        raise ConfigError(
-            f"{file} cannot be read as a config: {why}; plain YAML is wanted"
-        ) from error
+        raise ConfigError(f"{file} cannot be read as a config: {why}. Write plain YAML") from error
 
 
 class Judging:

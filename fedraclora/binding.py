@@ -131,7 +131,7 @@ def object_of(
             called with the parameters, a function gets them beside those that it is called with.
         parameters: Those of a key of their own.
         at: That key; empty: there is none.
-        called: Whether what can be called is wanted, too, beside instances of ``kind``.
+        called: Whether a callable is accepted as well as an instance of ``kind``.
 
     Raises:
         ConfigError: If it is not here, is something else, or does not take the parameters.
@@ -161,7 +161,7 @@ def object_of(
 
 
 def _makes(found: typing.Any, kind: type | None, *, called: bool) -> bool:
-    """Check whether calling something gives what is wanted: by its class, or what it says.
+    """Check by its class or return annotation whether a callable returns the wanted kind.
 
     Args:
         found: A class, a function or an object.

@@ -185,6 +185,8 @@ class Method(Protocol):
 
     memo: ClassVar[type[Memo]] = Memo
     """What the method keeps in `State.memo`."""
+    cuts_components: ClassVar[bool] = False
+    """Whether components of factors that live on may be cut while the others go on."""
 
     @property
     def traits(self) -> Traits:
@@ -208,11 +210,6 @@ class Method(Protocol):
     @property
     def begins_with_last(self) -> bool:
         """Return whether a link begins with what the last one left, beside the weights."""
-        return False
-
-    @property
-    def cuts_components(self) -> bool:
-        """Return whether components of its factors may be cut while the others go on."""
         return False
 
     @property

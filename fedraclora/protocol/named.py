@@ -30,7 +30,6 @@ class Named:
         super().__init_subclass__(**more)
         if Named in cls.__bases__:
             cls.known = {}
-            FAMILIES.append(cls)
         cls.register()
 
     @classmethod
@@ -68,14 +67,11 @@ class Named:
         return self.name
 
 
-FAMILIES: list[type[Named]] = []
-
-
 def of_main() -> list[type[Named]]:
     """List the members that the main program defines itself: other processes cannot import them.
 
     Python makes a class that is sent to another process before it has its name, so that
     process calls `Named.register`.
     """
-    every = (kind for family in FAMILIES for kind in family.known.values())
+    every = (kind for family in Named.__subclasses__() for kind in family.known.values())
     return [kind for kind in every if kind.__module__ == "__main__"]

@@ -44,13 +44,9 @@ class FedAvgLora(Factored):
     """
 
     carries = False
+    cuts_components = True
 
     resample_every: Count | None = None
-
-    @property
-    @override
-    def cuts_components(self) -> bool:
-        return self.lives_on
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:

@@ -41,13 +41,9 @@ class FedExLora(Factored):
     """
 
     link_rounds = None
+    cuts_components = True
 
     residual_rank: Count | None = None
-
-    @property
-    @override
-    def cuts_components(self) -> bool:
-        return self.lives_on
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:

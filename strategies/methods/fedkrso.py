@@ -30,6 +30,7 @@ from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan, Traits
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.sketch import Sketch
+from fedraclora.strategies.shared.common import column_parts
 from fedraclora.strategies.shared.factors import Asymmetric
 from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 from fedraclora.tree import Tree
@@ -54,9 +55,7 @@ class InTurn(ClientProgram, group="method"):
         calls = count()  # one for each local step
 
         def cut(gradient: torch.Tensor, turn: int) -> torch.Tensor:
-            columns = gradient.shape[-1]
-            part = torch.arange(columns, device=gradient.device) * self.parts // columns
-            return gradient.masked_fill(part != turn, 0)
+            return gradient.masked_fill(column_parts(gradient, self.parts) != turn, 0)
 
         def hook(gradients: Tree, _: Tree) -> Tree:
             turn = next(calls) // self.interval % self.parts

@@ -140,7 +140,10 @@ class LookOften(LookAlong, group="method"):
         Returns:
             Numbers of directions, int64 [A, steps].
         """
-        return visited(self.walk.seed, self.round_, clients, steps, chances)
+        bits = cohort_bits(hash_key(self.walk.seed, "visited", self.round_), clients.cpu(), steps)
+        ends = chances.to("cpu", torch.float64).cumsum(0)
+        at = (bits.to(torch.float64) + 0.5) * (2.0**-32 * ends[-1])
+        return torch.searchsorted(ends, at, right=True).clamp(max=len(ends) - 1)
 
 
 @dataclass(frozen=True)
@@ -225,16 +228,6 @@ def chances_in(base: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
     """Return the chances of directions as they stand beside base weights; equal at the start."""
     known = base.get(CHANCES, torch.zeros(0))
     return known if known.numel() else torch.ones(count)
-
-
-def visited(
-    seed: int, round_: int, clients: torch.Tensor, steps: int, chances: torch.Tensor
-) -> torch.Tensor:
-    """Draw directions by the seed of a walk; see `LookOften.visited`."""
-    bits = cohort_bits(hash_key(seed, "visited", round_), clients.cpu(), steps)
-    ends = chances.to("cpu", torch.float64).cumsum(0)
-    at = (bits.to(torch.float64) + 0.5) * (2.0**-32 * ends[-1])
-    return torch.searchsorted(ends, at, right=True).clamp(max=len(ends) - 1)
 
 
 def history(carried: Tree, at: torch.Tensor, steps: torch.Tensor) -> Tree:

@@ -30,13 +30,8 @@ from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.strategies.methods.fed_sb import FedSb
+from fedraclora.strategies.shared.common import column_parts
 from fedraclora.tree import Tree
-
-
-def part_of(gradient: torch.Tensor, parts: int) -> torch.Tensor:
-    """Number the columns of a gradient [K, m, r] by the part they belong to, of equal ones: [r]."""
-    columns = gradient.shape[-1]
-    return torch.arange(columns, device=gradient.device) * parts // columns
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class BlockDiagonal(ClientProgram, group="method"):
 
     def cut(self, gradient: torch.Tensor) -> torch.Tensor:
         """Set what is beside the blocks of a gradient [K, r, r] to zero."""
-        block = part_of(gradient, self.blocks)
+        block = column_parts(gradient, self.blocks)
         return gradient.masked_fill(block[:, None] != block, 0)
 
     @override

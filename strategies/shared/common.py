@@ -88,6 +88,12 @@ def as_matrices(stored: torch.Tensor, *, turned: bool) -> torch.Tensor:
     return stored.mT if turned else stored.reshape(*stored.shape[:2], -1)
 
 
+def column_parts(gradient: torch.Tensor, parts: int) -> torch.Tensor:
+    """Number the columns of a gradient [K, m, r] by the part they belong to, of equal ones: [r]."""
+    columns = gradient.shape[-1]
+    return torch.arange(columns, device=gradient.device) * parts // columns
+
+
 def opening(slot: Factor, like: torch.Tensor) -> torch.Tensor:
     """Return where a factor starts, in the precision and at the place of ``like``.
 

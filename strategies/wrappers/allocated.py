@@ -44,7 +44,7 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.program import GRADIENT, PLAIN
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import dense_slots, opening
-from fedraclora.strategies.shared.layerwise import LayerMethod
+from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.wrappers.around import Around
 from fedraclora.strategies.wrappers.pruned import Pruned
 from fedraclora.tree import Tree
@@ -180,7 +180,7 @@ def allocated(
         return Allocated(method, rule, flow)
     if not isinstance(rule, AdaLora):
         return method
-    if not isinstance(method, LayerMethod) or not method.cuts_components:
+    if not (isinstance(method, Factored) and method.cuts_components and method.lives_on):
         raise refused(method, "its components do not live on", "fedavg_lora, fedex_lora")
     return Pruned(method, rule)
 

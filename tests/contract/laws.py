@@ -199,8 +199,8 @@ LAWS = (
         ),
     ),
     Law(
-        "In fewer bits, too, what is sent twice has the same bits, and clients have the weights "
-        "that the server measures: within a link, after it, and after rounds away.",
+        "Quantized numbers that the server sends twice have the same bits, and clients hold the "
+        "weights that the server measures: within a link, after it, and after an absence.",
         "a frozen factor is another one in each round of its link, or what lives on is not among "
         "what is carried",
         "`factors` for what is frozen; `carried` of a `LayerUpdate` for what lives on",
