@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,3 +25,17 @@ def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         return
     with pretend_card(monkeypatch) as pretended:
         yield Card(pretended)
+
+
+@pytest.fixture
+def flower_is_heard(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """Flower's logger reaches caplog, whatever other tests have made of it."""
+    logger = logging.getLogger("flwr")
+    for name, value in (("disabled", False), ("propagate", True), ("filters", [])):
+        monkeypatch.setattr(logger, name, value)
+    monkeypatch.setattr(logger.manager, "disable", logging.NOTSET)
+    # The level by its setter: loggers cache what they let through, and it clears that.
+    caplog.set_level(logging.INFO, logger.name)
+    return caplog

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import types
 from pathlib import Path
@@ -190,11 +189,8 @@ def test_options_that_another_strategy_tells_clients_reach_them(tmp_path: Path) 
 
 
 def test_metrics_of_clients_are_their_own_and_no_line_counts_the_mean(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, flower_is_heard: pytest.LogCaptureFixture
 ) -> None:
-    logger = logging.getLogger("flwr")
-    for name, value in (("disabled", False), ("propagate", True), ("level", logging.INFO)):
-        monkeypatch.setattr(logger, name, value)
     seen = list[int]()
 
     def together(contents: list[RecordDict], key: str) -> MetricRecord:
@@ -205,7 +201,7 @@ def test_metrics_of_clients_are_their_own_and_no_line_counts_the_mean(
     strategy, result = run(nodes_of(tmp_path, 3), LOW_RANK[0], rounds=2, **options)
     assert seen == [3, 3]
     assert result.train_metrics_clientapp[2]["sum"] > 0
-    assert not any("Received 1 results" in line for line in caplog.messages)
+    assert not any("Received 1 results" in line for line in flower_is_heard.messages)
     assert strategy.train_metrics_aggr_fn is together
 
 
@@ -355,7 +351,7 @@ def test_rounding_is_drawn_by_partition_whatever_the_ids_of_nodes(
 
 
 def test_a_node_without_a_partition_is_told_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, flower_is_heard: pytest.LogCaptureFixture
 ) -> None:
     app = ClientApp()
 
@@ -366,12 +362,9 @@ def test_a_node_without_a_partition_is_told_of(
             train(r.model, x, y)
         return r.reply({KEY: len(x)})
 
-    logger = logging.getLogger("flwr")
-    for name, value in (("disabled", False), ("propagate", True), ("level", logging.INFO)):
-        monkeypatch.setattr(logger, name, value)  # whatever a test before has set
     run(nodes_of(tmp_path, 2, app=app), LOW_RANK[0], rounds=2)
     # Once for all nodes and rounds; a test before may have left Flower's logger a second handler.
-    assert len({line for line in caplog.messages if "partition-id" in line}) == 1
+    assert len({line for line in flower_is_heard.messages if "partition-id" in line}) == 1
 
 
 def test_a_strategy_of_ones_own_from_nothing_is_refused() -> None:

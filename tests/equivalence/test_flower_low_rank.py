@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -54,14 +53,6 @@ from tests.flower_apps import (
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is deprecated and will be removed in v6:FutureWarning"
 )
-
-
-@pytest.fixture(autouse=True)
-def flower_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower's logger reaches caplog, whatever other tests have made of it."""
-    logger = logging.getLogger("flwr")
-    for name, value in (("disabled", False), ("propagate", True), ("level", logging.INFO)):
-        monkeypatch.setattr(logger, name, value)
 
 
 def own(round_: Round) -> Trained:
@@ -214,7 +205,7 @@ HARMS = {
 
 
 def test_a_bad_reply_is_left_out_by_node_and_round(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, flower_is_heard: pytest.LogCaptureFixture
 ) -> None:
     harms = [*HARMS.values()]
 
@@ -227,7 +218,7 @@ def test_a_bad_reply_is_left_out_by_node_and_round(
     nodes = nodes_of(tmp_path, len(HARMS) + 1, harmed)
     _, result = run(nodes, FedRacLora(rank=1), rounds=2)
     assert [result.train_metrics_clientapp[r]["failures"] for r in (1, 2)] == [0, len(HARMS)]
-    lines = [m for m in caplog.messages if "left out" in m]
+    lines = [m for m in flower_is_heard.messages if "left out" in m]
     named = {re.findall(r"round 2: node (\d+) is left out: .", line)[0] for line in lines}
     assert named == {str(node) for node, client in nodes.nodes.items() if client < len(HARMS)}
     assert all(t.isfinite().all() for t in weights_of(result).values())
@@ -235,7 +226,7 @@ def test_a_bad_reply_is_left_out_by_node_and_round(
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_a_node_that_is_silent_or_fails_is_named(
-    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, tmp_path: Path, flower_is_heard: pytest.LogCaptureFixture
 ) -> None:
     def fault(message: Message, answer: Callable[[], Message]) -> Message | None:
         if message.metadata.message_type == kind and nodes.nodes[message.metadata.dst_node_id] < 2:
@@ -251,7 +242,7 @@ def test_a_node_that_is_silent_or_fails_is_named(
 
     nodes = nodes_of(tmp_path, 3, fault)
     run(nodes, FedRacLora(rank=1), rounds=1, fraction_evaluate=1.0)
-    lines = [m for m in caplog.messages if "left out" in m]
+    lines = [m for m in flower_is_heard.messages if "left out" in m]
     first, second = sorted(nodes.nodes, key=nodes.nodes.__getitem__)[:2]
     assert any(f"round 1: node {first} " in m and "division by zero" in m for m in lines)
     assert any(f"round 1: node {second} " in m and "in time" in m for m in lines)
@@ -280,7 +271,9 @@ def test_replies_pass_the_checks_of_flowers_own_strategies(tmp_path: Path) -> No
         validate_message_reply_consistency([m.content for m in replies], KEY, kind == "train")
 
 
-def test_options_of_fedavg_go_on_to_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_options_of_fedavg_go_on_to_work(
+    tmp_path: Path, flower_is_heard: pytest.LogCaptureFixture
+) -> None:
     app, seen = ClientApp(), list[RecordDict]()
 
     @app.train()
