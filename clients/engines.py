@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from fedraclora.clients.ray_worker import Site, SiteParts
 from fedraclora.clients.worker import Worker
+from fedraclora.clients.worker_state import WorkerParts, WorkerState
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import DeployConfig, FlowerConfig, RayConfig
 from fedraclora.data.held import files_of
@@ -23,7 +23,7 @@ from fedraclora.weights.update import BaseWeights, WeightHistory
 from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 
 if TYPE_CHECKING:  # Ray is imported where it is started
-    from fedraclora.engines.ray import WorkerSite
+    from fedraclora.engines.ray import WorkerStateLike
 
 
 class InProcessGrid(Grid):
@@ -61,15 +61,15 @@ def in_process() -> Engine:
 
 def on_ray(
     settings: RayConfig,
-    site: Callable[[Any], WorkerSite],
+    state: Callable[[Any], WorkerStateLike],
     given: Callable[[EngineParts], object],
 ) -> Engine:
     """Make the engine of resident Ray workers, which follow the server's weights by links.
 
     Args:
         settings: How many workers, of which cluster.
-        site: Makes what a worker holds between rounds; importable on every node.
-        given: Gives what sites are made of; it travels once to each machine.
+        state: Makes what a worker holds between rounds; importable on every node.
+        given: Gives what states are made of; it travels once to each machine.
     """
     history = WeightHistory()
 
@@ -85,18 +85,18 @@ def on_ray(
                 text = f"sent to all hosts, since {here} is not the same on {', '.join(without)}"
                 cluster.told["samples"] = text
             own, store = given(parts), parts.store
-            grid = RayGrid(cluster, site, own, history=history, store=store, settings=settings)
+            grid = RayGrid(cluster, state, own, history=history, store=store, settings=settings)
             failed.pop_all()
             return grid
 
     return Engine(history, make_grid, spread=True, share=settings.share)
 
 
-def _parts_of(config: RunConfig, parts: EngineParts) -> SiteParts:
+def _parts_of(config: RunConfig, parts: EngineParts) -> WorkerParts:
     """Collect what a worker is made of; data and model travel in the task."""
     judges = {key: config.data.get(key) for key in ("loss", "metrics")}
     own = {"local": config.plain.get("local"), **judges}
-    return SiteParts(config, parts.built, parts.trainer.plan, named_by(own))
+    return WorkerParts(config, parts.built, parts.trainer.plan, named_by(own))
 
 
 def engine_of(config: RunConfig) -> Engine:
@@ -112,7 +112,7 @@ def engine_of(config: RunConfig) -> Engine:
                 "or with local=3 for three nodes on this machine"
             )
         case RayConfig() as settings:
-            return on_ray(settings, Site, partial(_parts_of, config))
+            return on_ray(settings, WorkerState, partial(_parts_of, config))
         case FlowerConfig():
             raise ConfigError(
                 "engine=flower is for Flower's own simulation: run `fedraclora flower` with the "

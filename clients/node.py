@@ -82,15 +82,15 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     if not followed:
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
     version = f"{holding.version} {holding.mark}"
-    desk = Desk(worker, version, folder.parent, json.loads(settings))
-    reply = to_records(write_answer(desk.answer(AskReader().read(asked))))
+    handler = NodeHandler(worker, version, folder.parent, json.loads(settings))
+    reply = to_records(write_answer(handler.answer(AskReader().read(asked))))
     held: dict[str, Any] = {"held": holding.version, "mark": str(holding.mark)}
     reply["job"] = ConfigRecord({**held, "run": run})
     return reply
 
 
 @dataclass(frozen=True)
-class Desk:
+class NodeHandler:
     """Answers what clients of this node are asked by one message.
 
     Attributes:

@@ -13,8 +13,8 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedraclora.clients import node
-from fedraclora.clients.ray_worker import Clerk
 from fedraclora.clients.worker import Worker
+from fedraclora.clients.worker_state import RequestHandler
 from fedraclora.engines.records import APART, PART, folded, from_records, to_records, unfolded
 from fedraclora.engines.replies import STALE, check_format, failed
 from fedraclora.errors import StaleError, WireError
@@ -61,12 +61,12 @@ def trained(content: RecordDict, context: Context) -> RecordDict:
         least = PART if len(clients_of(from_records(content))) > 1 else APART
         return folded(node.answer(context, str(job["run"]), content), least)
     asked = from_records(content)
-    reply, stored = clerk_of(str(job["folder"])).train(asked, read_tree(asked, "kept"))
+    reply, stored = handler_of(str(job["folder"])).train(asked, read_tree(asked, "kept"))
     return to_records({**reply, "kept": tree_record(stored)})
 
 
 @lru_cache(maxsize=1)
-def clerk_of(folder: str) -> Clerk:
+def handler_of(folder: str) -> RequestHandler:
     """Build data and model of a run, once in each process.
 
     Args:
@@ -74,4 +74,4 @@ def clerk_of(folder: str) -> Clerk:
     """
     trainer, terms = node.built_from(read_settings(Path(folder)))
     replica = FolderReplica(Path(folder), trainer.plan, trainer.device)
-    return Clerk(Worker(trainer, replica, terms=terms))
+    return RequestHandler(Worker(trainer, replica, terms=terms))

@@ -156,7 +156,7 @@ class FedStrategy:
             try:
                 raw, got = self._exchanged(send, exchange, cost, grid.traffic)
             except RoundLostError as lost:
-                if not self.loop.guarded:
+                if not self.loop.untrusted:
                     raise
                 self._give_up(exchange, grid, str(lost), cost)
                 return

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fedraclora.clients.engines import in_process, on_ray
-from fedraclora.clients.ray_worker import Clerk
 from fedraclora.clients.worker import Worker
+from fedraclora.clients.worker_state import RequestHandler
 from fedraclora.config.build import fix_bits
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.base import EngineParts
@@ -84,7 +84,7 @@ def lapped(work: Callable[[], None]) -> Callable[[Laps], None]:
     return round_
 
 
-class BenchSite(Clerk):
+class BenchSite(RequestHandler):
     """What a Ray worker holds between rounds.
 
     Args:

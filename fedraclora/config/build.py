@@ -18,7 +18,7 @@ from fedraclora.attacks import AttackedOwnTrainer, AttackedTrainer
 from fedraclora.binding import Plain, bind, build, object_of, section, without
 from fedraclora.config.pretraining import pretrain_model
 from fedraclora.config.run_config import Selection, TaskConfig, parted
-from fedraclora.config.settings import EvaluateConfig, Patience
+from fedraclora.config.settings import EvaluateConfig, WaitPolicy
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.duplicates import SomeRows, check_duplicates
@@ -123,7 +123,7 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
         check_call(f"local.train={local.train.partition('@')[0]}", function, "a round")
         given |= {"function": function, "name": local.train}
         given["timeout"] = local.timeout
-        given["most"] = getattr(config.engine, "max_samples", Patience.max_samples)
+        given["most"] = getattr(config.engine, "max_samples", WaitPolicy.max_samples)
     attacked, plain = KINDS[local.train is not None]
     if attack.share:
         return attacked(task, plan, local, **given, attack=attack)

@@ -76,20 +76,20 @@ class WireConfig(Limited, group="wire"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class WaitPolicy:
     """How the loop waits for clients on an engine.
 
     Attributes:
         timeout: Seconds to wait for replies; None where the engine knows when to give up.
-        guarded: Whether clients are other people's machines: then whatever one of them sends is a
+        untrusted: Whether clients are other people's machines: then whatever one of them sends is a
             failure of that client alone, and `min_clients` says when a round has failed.
-        min_clients: Of a guarded run: replies that a round needs; None: of all clients asked.
-        max_samples: Of a guarded run: the most samples, or local steps, that a client can claim.
+        min_clients: Of an untrusted run: replies that a round needs; None: of all clients asked.
+        max_samples: Of an untrusted run: the most samples, or local steps, that a client can claim.
         retries: Times that a round that failed is run again.
     """
 
     timeout: float | None = None
-    guarded: bool = False
+    untrusted: bool = False
     min_clients: int | None = None
     max_samples: int = 10_000_000
     retries: int = 0
@@ -109,7 +109,7 @@ class EngineConfig(Limited, group="engine"):
     chunk: Chunk = "auto"
     threads: Threads = 1
 
-    def waiting(self, cohort: int) -> Patience:
+    def waiting(self, cohort: int) -> WaitPolicy:
         """Return how the loop waits for clients.
 
         Args:
@@ -118,7 +118,7 @@ class EngineConfig(Limited, group="engine"):
         Raises:
             ConfigError: If a round needs more replies than that.
         """
-        return Patience()  # Ray's workers have a limit for each chunk; in this process none waits
+        return WaitPolicy()  # Ray's workers have a limit for each chunk; in this process none waits
 
     def fewest(self, cohort: int, max_failures: int) -> int:
         """Count the clients of a cohort that a round has at least, where all are asked."""
@@ -193,8 +193,8 @@ class FlowerConfig(InlineConfig):
     timeout: Seconds = 3600.0
 
     @override
-    def waiting(self, cohort: int) -> Patience:
-        return Patience(timeout=self.timeout)
+    def waiting(self, cohort: int) -> WaitPolicy:
+        return WaitPolicy(timeout=self.timeout)
 
 
 @dataclass(frozen=True)
@@ -234,14 +234,14 @@ class DeployConfig(EngineConfig):
             )
 
     @override
-    def waiting(self, cohort: int) -> Patience:
+    def waiting(self, cohort: int) -> WaitPolicy:
         if (self.min_clients or 1) > cohort:
             raise ConfigError(
                 f"engine.min_clients is {self.min_clients}, but a round asks {cohort} clients"
             )
-        return Patience(
+        return WaitPolicy(
             timeout=self.timeout,
-            guarded=True,
+            untrusted=True,
             min_clients=self.min_clients,
             max_samples=self.max_samples,
             retries=self.retries,

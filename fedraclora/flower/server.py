@@ -25,7 +25,7 @@ from fedraclora.engines.base import Traffic
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.flower.arrays import LazyWeight, planned, weights_in
 from fedraclora.flower.beside import OwnStep, refuse_skipped, shared_config
-from fedraclora.flower.mail import Mail, NodeStore
+from fedraclora.flower.transport import FlowerTransport, NodeStore
 from fedraclora.models.built import require_numbers
 from fedraclora.narrow_weight import dense as written_out
 from fedraclora.protocol.coding import NONE, ZSTD
@@ -206,12 +206,12 @@ class LowRank(FedAvg):
             return []
         nodes = [*super().configure_train(server_round, arrays, config, grid)]
         rounds = self._at(server_round, arrays, grid)
-        self._sampled.clients = self._mail.address(m.metadata.dst_node_id for m in nodes)
+        self._sampled.clients = self._transport.address(m.metadata.dst_node_id for m in nodes)
         if not nodes:
             return []
         self._exchange = rounds.open(rounds.done + 1)
         told = shared_config(nodes, self, arrays)
-        return self._mail.write(self._exchange.asks, MessageType.TRAIN, told)
+        return self._transport.write(self._exchange.asks, MessageType.TRAIN, told)
 
     @override
     def aggregate_train(
@@ -225,15 +225,15 @@ class LowRank(FedAvg):
         def send(asks: Sequence[Ask]) -> Came:
             if asks is not exchange.asks:
                 raise ConfigError(f"{type(self.method).__name__} asks clients twice in a round")
-            return self._mail.read_all(replies)
+            return self._transport.read_all(replies)
 
         try:
-            rounds.close(exchange, send, self._mail, Cost())
+            rounds.close(exchange, send, self._transport, Cost())
         except ClientError as error:
-            nodes = ", ".join(f"client {c} is node {n}" for c, n in self._mail.names.items())
+            nodes = ", ".join(f"client {c} is node {n}" for c, n in self._transport.names.items())
             raise type(error)(f"{error} ({nodes})") from error
         row = rounds.recorder.ledger.rows[-1]
-        self._mail.incidents += row.get("incidents", [])  # type: ignore[arg-type]
+        self._transport.incidents += row.get("incidents", [])  # type: ignore[arg-type]
         failed = {int(f["client"]): f["reason"] for f in row["failures"]}  # type: ignore[attr-defined]
         counted = {key: number(row, key) for key in COUNTED} | {"failures": len(failed)}
         metrics = self._aggregated(server_round, failed, self.train_metrics_aggr_fn, counted)
@@ -251,14 +251,14 @@ class LowRank(FedAvg):
         if not nodes:
             return []
         rounds = self._at(server_round, arrays, grid)
-        clients = self._mail.address(m.metadata.dst_node_id for m in nodes)
+        clients = self._transport.address(m.metadata.dst_node_id for m in nodes)
         # What the next round begins from are the weights of now, factors included.
         cohort = Cohort(clients, torch.ones(len(clients)))
         asked = rounds.method.open_round(rounds.state, rounds.done + 1, cohort, rounds.draw)
         asked, version = rounds.rounding.sent(asked, rounds.done + 1), rounds.catch_up.version
         self._exchange = Exchange(asked, server_round, version, cohort, cohort, rounds.loop)
         told = shared_config(nodes, self, arrays)
-        return self._mail.write(self._exchange.ask(), MessageType.EVALUATE, told)
+        return self._transport.write(self._exchange.ask(), MessageType.EVALUATE, told)
 
     @override
     def aggregate_evaluate(
@@ -267,11 +267,11 @@ class LowRank(FedAvg):
         exchange = self._exchange
         if exchange is None:
             return None
-        found = self._mail.read_all(replies)
-        failed = dict.fromkeys(self._mail.names, "no reply in time")
+        found = self._transport.read_all(replies)
+        failed = dict.fromkeys(self._transport.names, "no reply in time")
         failed |= {ask.clients[0]: a.reason for ask, a in found if isinstance(a, NoAnswer)}
-        failed = {c: reason for c, reason in failed.items() if c not in self._mail.contents}
-        traffic = taken_traffic(self._mail) or Traffic()
+        failed = {c: reason for c, reason in failed.items() if c not in self._transport.contents}
+        traffic = taken_traffic(self._transport) or Traffic()
         down = exchange.payload_bytes() * len(traffic.sent)
         counted = {"downlink_bytes": down, "catchup_bytes": traffic.fetched}
         return self._aggregated(server_round, failed, self.evaluate_metrics_aggr_fn, counted)
@@ -301,12 +301,12 @@ class LowRank(FedAvg):
     ) -> MetricRecord | None:
         """Add up metrics of clients as Flower does, and name who is left out."""
         for client, reason in failed.items():
-            node = self._mail.names[client]
+            node = self._transport.names[client]
             log.warning("round %d: node %d is left out: %s", round_, node, reason)
-        for line in self._mail.incidents:
+        for line in self._transport.incidents:
             log.warning("round %d: %s", round_, line)
-        self._mail.incidents.clear()
-        contents = [r for c, r in sorted(self._mail.contents.items()) if c not in failed]
+        self._transport.incidents.clear()
+        contents = [r for c, r in sorted(self._transport.contents.items()) if c not in failed]
         if not contents:
             return None
         validate_message_reply_consistency(contents, self.weighted_by_key, check_arrayrecord=False)
@@ -322,7 +322,7 @@ class LowRank(FedAvg):
                 f"round {round_}: the arrays are not those that LowRank gave after the last: "
                 "it keeps the weights itself, and nothing may change them in between"
             )
-        self._mail.grid = grid
+        self._transport.grid = grid
         return self.rounds
 
     def _begun(self, arrays: ArrayRecord, grid: Grid) -> FedStrategy:
@@ -345,19 +345,25 @@ class LowRank(FedAvg):
         local, history, self._sampled = LocalConfig(), WeightHistory(), _Sampled()
         loop = LoopConfig(
             rounds=NODES, clients=NODES, cohort=1, chunk=1, seed=self.seed, dtype=dtype,
-            guarded=True, **self.wire,
+            untrusted=True, **self.wire,
         )  # fmt: skip
         run = RunContext(method, local, loop, DeviceSimulator(SystemConfig(), self.seed, local))
         known = is_adapter if self.same_start is None else self.same_start
         told = {"seed": self.seed, "weight": self.weighted_by_key, "known": known}
         resume, name = self._found()
-        self._mail = Mail(grid, history, self.configrecord_key, told, self.timeout, name)
+        self._transport = FlowerTransport(
+            grid, history, self.configrecord_key, told, self.timeout, name
+        )
         trained = trained_of(asked, plan.shapes)
         fixed = {"method": str(method), "seed": self.seed, "trained": trained, **self.wire}
         chosen = {} if self._server is None else {"server_optimiser": self._server}
         fixed |= {key: step.settings for key, step in chosen.items()}
         recorder = RunRecorder(
-            self.folder, fixed=fixed, every=1, store=NodeStore(self._mail), free=["min_clients"]
+            self.folder,
+            fixed=fixed,
+            every=1,
+            store=NodeStore(self._transport),
+            free=["min_clients"],
         )
         state = method.init(base, plan, draw)
         steps = round_steps(chosen, [self._sampled]) if chosen else [self._sampled]
@@ -367,7 +373,7 @@ class LowRank(FedAvg):
             rounds.resume(restored, done)
             history.recall(restored.base, recorder.links(), rounds.catch_up.version)
             log.info("\t├──> Goes on after round %d of %s", done, self.folder)
-        rounds.begin(self._mail)
+        rounds.begin(self._transport)
         held = "begin at these weights" if known else "are sent the weights when first asked"
         log.info("\t├──> Clients train %s; they %s", trained, held)
         if self._peft and method.traits.merges:

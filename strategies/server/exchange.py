@@ -108,7 +108,7 @@ class Exchange:
         check_budgets(self.downlink, self.cohort)
         self.layout = self.downlink.layout
         # Where a client may fail, a round may have to be closed again without its row.
-        if self.reduce and not self.loop.guarded and not self.loop.max_failures:
+        if self.reduce and not self.loop.untrusted and not self.loop.max_failures:
             self.sum = CohortSum(self.downlink, self.cohort, self.loop.weights, self.layout.size)
 
     def ask(self) -> list[Ask]:
@@ -170,7 +170,7 @@ class Exchange:
         except FedRacLoraError:
             raise
         except Exception as error:
-            if not self.loop.guarded:
+            if not self.loop.untrusted:
                 raise
             # What other machines sent must end in words and a checkpoint, whatever it was.
             reason = printable(f"{type(error).__name__}: {error}")
@@ -280,7 +280,7 @@ class Exchange:
             if self.sum is not None and asked:
                 for added in self.sum.take(ask, self._read(answer, clients)):
                     self._take(added)
-            elif not self.loop.guarded:
+            elif not self.loop.untrusted:
                 self._take(self._read(answer, clients if asked else []))
             elif asked:
                 left.remove(id(ask))  # whatever else answers it is a replay
@@ -302,7 +302,7 @@ class Exchange:
         Raises:
             ClientError: If they met what is no client's fault.
         """
-        if answer.of_the_run and not self.loop.guarded:
+        if answer.of_the_run and not self.loop.untrusted:
             raise ClientError(f"round {self.round_} cannot be run: {answer.reason}")
         return answer.reason
 

@@ -8,14 +8,14 @@ import torch
 
 from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.settings import Patience
+from fedraclora.config.settings import WaitPolicy
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import SUM_BLOCK
 
 
 @dataclass(frozen=True)
-class LoopConfig(Patience):
+class LoopConfig(WaitPolicy):
     """Settings of the round loop.
 
     Attributes:
@@ -52,7 +52,7 @@ class LoopConfig(Patience):
 
     def allowed(self, cohort: int) -> int:
         """How many clients of a cohort may fail."""
-        if not self.guarded:
+        if not self.untrusted:
             return self.max_failures
         return cohort - min(self.min_clients or cohort, cohort)
 
@@ -65,7 +65,7 @@ class LoopConfig(Patience):
     @property
     def rule(self) -> str:
         """The key that says so, with its value."""
-        if self.guarded:
+        if self.untrusted:
             return f"engine.min_clients={'all' if self.min_clients is None else self.min_clients}"
         return f"max_failures={self.max_failures}"
 

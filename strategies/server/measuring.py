@@ -143,7 +143,7 @@ class Measurement(Exchange):
                 except Exception as error:  # whatever another machine may send
                     self._failed(ask, f"its answer is refused: {error}")
         except ClientError as error:
-            if not self.loop.guarded:
+            if not self.loop.untrusted:
                 raise
             why = printable(str(error))
         self._fail(silent, why)
@@ -162,7 +162,7 @@ class Measurement(Exchange):
         self.failures += [Refusal(client, why) for client in clients]
 
     def _failed(self, ask: Ask, why: str) -> None:
-        if not self.loop.guarded:
+        if not self.loop.untrusted:
             raise ClientError(
                 f"after round {self.round_ - 1} the clients {ask.clients} could not measure: {why}"
             )
@@ -183,7 +183,7 @@ class Measurement(Exchange):
         check_reply(answer, ask, loop, counts=sizes.expand(len(ask.clients)))
         # Where noise covers what each client sends, none may take those of its chunk with it.
         finite = self.measuring.noisy or torch.isfinite(answer.numbers).all()
-        if loop.guarded and not finite:
+        if loop.untrusted and not finite:
             raise WireError("what it measured has a NaN or an infinity")
         self.replies.append(answer)
         self.failures += [Refusal(c, why) for c, why in answer.failures.items()]

@@ -156,7 +156,7 @@ def _method(method: Method) -> str:
 
 # What a run may have, by name: whether it has it, or the value that it has; empty: it has not.
 FEATURES: dict[str, Callable[[Setup], bool | str]] = {
-    "engine=deploy": lambda s: s.loop.guarded,
+    "engine=deploy": lambda s: s.loop.untrusted,
     "local=own": lambda s: s.local.is_own,
     "an attack": lambda s: s["attack"].share > 0 and f"attack={s['attack'].name}",
     "an attack whose clients collude": lambda s: (

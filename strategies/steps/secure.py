@@ -124,7 +124,7 @@ class SecureSum(RoundStep):
         Raises:
             CheckpointError: If what the folder says of it is damaged.
         """
-        folder, real = recorder.folder, self.run.loop.guarded
+        folder, real = recorder.folder, self.run.loop.untrusted
         for row in recorder.ledger.rows:
             if isinstance(lost := row.get("secure"), dict) and "culprit" in lost:
                 self.banned[int(lost["culprit"])] = str(lost["lost"])
@@ -242,7 +242,7 @@ class SecureSum(RoundStep):
             row |= {"in_sum": K, "histogram": BINS} if "n" in row else {}
         except (ClientError, WireError) as lost:
             expected = talk.withheld or isinstance(lost, RoundLostError)
-            if not (expected or measurement.loop.guarded):
+            if not (expected or measurement.loop.untrusted):
                 raise
             if isinstance(lost, CulpritError):
                 self.banned[lost.client] = lost.why

@@ -26,8 +26,8 @@ from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
-from fedraclora.engines.deploy import roster, silence
-from fedraclora.engines.deploy.roster import Roster
+from fedraclora.engines.deploy import node_registry, straggler_monitor
+from fedraclora.engines.deploy.node_registry import NodeRegistry
 from fedraclora.engines.replies import FORMAT
 from fedraclora.errors import ClientError, EngineError
 from fedraclora.rng import generator
@@ -88,7 +88,7 @@ class Link(FakeGrid):
 
 
 class Waiting:
-    """What a roster needs of its grid; to wait takes `STEP` seconds of the link's clock.
+    """What a registry needs of its grid; to wait takes `STEP` seconds of the link's clock.
 
     Args:
         link: The grid.
@@ -107,9 +107,9 @@ class Waiting:
 
 
 def clocks(link: Link) -> Any:
-    """Let the roster and who watches for silence read the clock of a link, inside."""
+    """Let the registry and who watches for silence read the clock of a link, inside."""
     clock = SimpleNamespace(monotonic=lambda: link.now)
-    return patch.multiple(roster, time=clock), patch.multiple(silence, time=clock)
+    return patch.multiple(node_registry, time=clock), patch.multiple(straggler_monitor, time=clock)
 
 
 def trial(number: int) -> Counter[str]:
@@ -127,7 +127,7 @@ def trial(number: int) -> Counter[str]:
     link = Link({}, delays, order)
     strict = number % 3 == 0
     post = Waiting(link, min_clients=1, wait=120.0, **({"max_claims": 0} if strict else {}))
-    who, before, seen = Roster(post), dict[int, int](), set[tuple[int, int]]()
+    who, before, seen = NodeRegistry(post), dict[int, int](), set[tuple[int, int]]()
     one, two = clocks(link)
     with one, two:
         for _ in range(int(random.integers(2, 6))):

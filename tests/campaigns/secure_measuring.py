@@ -126,7 +126,7 @@ class World:
         become_a_task()
         count = len(self.samples)
         asked = EvaluateConfig(clients="all", min_clients=self.least, personal=len(self.points) > 1)
-        loop = LoopConfig(9, 100, count, 1, 5, "uniform", guarded=True, min_clients=1)
+        loop = LoopConfig(9, 100, count, 1, 5, "uniform", untrusted=True, min_clients=1)
         cohort = Cohort(torch.arange(count), torch.ones(count).double())
         downlink = Downlink(dense={"w": to_train(SHAPE, start=torch.full(SHAPE, 0.25))})
         return Measurement(Measuring(asked, self.measure), downlink, cohort, ROUND, 0, loop, 1.0)

@@ -311,7 +311,7 @@ def scene_of(name: str) -> Scene:
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
     loop = LoopConfig(
         rounds=9, clients=setting.cohort, cohort=setting.cohort, chunk=setting.chunk, seed=SEED,
-        dtype=str(setting.dtype).removeprefix("torch."), guarded=True, min_clients=1,
+        dtype=str(setting.dtype).removeprefix("torch."), untrusted=True, min_clients=1,
         uplink=setting.kinds[0], downlink=setting.kinds[1], feedback=setting.feedback,
         uplink_coding=setting.coding, downlink_coding=setting.coding,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from flwr.app import Error, Message
 from typing_extensions import override
 
-from fedraclora.engines.deploy import grid, roster, silence
+from fedraclora.engines.deploy import grid, node_registry, straggler_monitor
 from fedraclora.engines.deploy.pulling import NOT_WHOLE
 from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.errors import ClientError
@@ -137,8 +137,8 @@ def test_a_message_that_was_lost_on_the_way_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its node is well and has nothing to answer: nobody waits for it until the time-out."""
-    monkeypatch.setattr(silence, "SILENT", 0.0)
-    monkeypatch.setattr(silence, "SETTLED", 0.0)
+    monkeypatch.setattr(straggler_monitor, "SILENT", 0.0)
+    monkeypatch.setattr(straggler_monitor, "SETTLED", 0.0)
     network = Network(tmp_path / "cache", nodes_for(3), stays_silent(Once(at_fault)))
     deploy(["engine.timeout=20", "engine.retries=0"], tmp_path / "run", network)
     done = rows(tmp_path / "run")
@@ -167,7 +167,7 @@ def test_after_a_resume_a_node_whose_answer_is_lost_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the SuperLink was killed meanwhile: no client is left out, and no bit is another."""
-    monkeypatch.setattr(roster, "AGAIN", 0.1)
+    monkeypatch.setattr(node_registry, "AGAIN", 0.1)
     network = Forgetful(tmp_path / "cache", nodes_for(3))
     began = time.monotonic()
     for rounds in (2, 4):
@@ -176,7 +176,7 @@ def test_after_a_resume_a_node_whose_answer_is_lost_is_asked_again(
         deploy(words, tmp_path / "run", network, resume=rounds == 4)
         assert network.lost
     assert [row["failures"] for row in rows(tmp_path / "run")[1:]] == [[]] * 4
-    assert time.monotonic() - began < roster.PATIENCE
+    assert time.monotonic() - began < node_registry.PATIENCE
     deploy([*WORDS, "rounds=4"], tmp_path / "well", Network(tmp_path / "other", nodes_for(3)))
     digests = [summary_of(tmp_path / name)["weights_digest"] for name in ("run", "well")]
     assert digests[0] == digests[1]
@@ -221,7 +221,7 @@ def test_a_client_that_replies_long_after_the_others_stands_in_the_ledger(
 ) -> None:
     """As one whose link was cut for less than it takes to be missed."""
     clock, looks = [0.0], list[str]()
-    monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(straggler_monitor, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def late(message: Message, call: Callable[[], Message]) -> list[Message]:
         if not at_fault(message):

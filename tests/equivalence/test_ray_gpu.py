@@ -79,7 +79,7 @@ def test_two_workers_share_a_card_and_give_the_same_bits(device: str) -> None:
     where = f"device={device}"
     alone = bits(job(where, "engine.chunk=32"))
     shared = job(where, *HALVES, "engine.chunk=32")
-    assert len(shared.grid.pool.seats) == 2  # type: ignore[union-attr]
+    assert len(shared.grid.pool.slots) == 2  # type: ignore[union-attr]
     assert all_is_taken()
     assert bits(shared) == alone
     if device == "cuda":

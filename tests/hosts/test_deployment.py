@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fedraclora.engines.deploy.roster import PATIENCE
+from fedraclora.engines.deploy.node_registry import PATIENCE
 from tests.campaigns.faults.links import Fault
 from tests.campaigns.faults.network import SMALL
 from tests.campaigns.faults.trials import final_weights

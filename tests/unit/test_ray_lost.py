@@ -23,7 +23,7 @@ from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray import grid as grids
 from fedraclora.engines.ray import pool as module
 from fedraclora.engines.ray import pulse as pulses
-from fedraclora.engines.ray.pool import Seat, WorkerPool
+from fedraclora.engines.ray.pool import WorkerPool, WorkerSlot
 from fedraclora.errors import ConfigError, EngineError
 
 NEVER = 1e9
@@ -144,9 +144,9 @@ def pool_of(world: World, workers: int = 2, **more: Any) -> WorkerPool:
     return pool
 
 
-def submit(seat: Seat, job: str) -> Any:
+def submit(slot: WorkerSlot, job: str) -> Any:
     """A job takes as long as its worker is slow."""
-    worker: Worker = seat.actor
+    worker: Worker = slot.actor
     return worker.give(worker.world.now + worker.slow, f"{job} by {worker.number}")
 
 
@@ -248,7 +248,7 @@ def test_a_worker_that_is_back_and_brings_nothing_holds_nobody_up(world: World) 
     ]
     stuck.due = world.now
     assert run(pool, "E", "F", "G", "H").keys() == {*"EFGH"}
-    assert not pool.seats[1].doubted
+    assert not pool.slots[1].doubted
 
 
 def test_a_slow_worker_that_answers_is_never_set_aside(world: World) -> None:
@@ -271,7 +271,7 @@ def test_a_worker_that_stays_silent_is_replaced_and_the_new_one_is_told(
 ) -> None:
     pool = pool_of(world)
     world.workers[1].quiet, world.slow_start = 0.5, 5.0
-    while len(world.workers) < 3 or pool.seats[1].facts is None:
+    while len(world.workers) < 3 or pool.slots[1].facts is None:
         run(pool, "a", "b")
         assert world.now < 90
     assert world.now > module.GIVEN_UP
@@ -376,7 +376,7 @@ def test_a_worker_that_comes_later_and_may_not_work_is_left_out(world: World) ->
     world.at(0.5, lambda: world.workers[1].die(DIED))
     assert len(run(pool, *"abcdef")) == 6
     assert pool.incidents[-1] == "worker 1 is left out: another torch"
-    assert [seat.number for seat in pool.seats] == [0]
+    assert [slot.number for slot in pool.slots] == [0]
 
 
 def test_time_in_which_nobody_looks_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from ray.exceptions import ObjectLostError
 
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray.cluster import Cluster, check_address
-from fedraclora.engines.ray.pool import Seat, WorkerPool
+from fedraclora.engines.ray.pool import WorkerPool, WorkerSlot
 from fedraclora.engines.ray.pulse import greet, places_of
 from fedraclora.errors import ConfigError, EngineError
 
@@ -76,8 +76,8 @@ def pool_of(
     return WorkerPool(lambda: kind.remote(str(tmp_path)), cluster.workers, retries, timeout)
 
 
-def submit(seat: Seat, job: str) -> Any:
-    return seat.actor.double.remote(job)
+def submit(slot: WorkerSlot, job: str) -> Any:
+    return slot.actor.double.remote(job)
 
 
 def done(pool: WorkerPool, jobs: list[str]) -> dict[str, str]:
@@ -87,7 +87,7 @@ def done(pool: WorkerPool, jobs: list[str]) -> dict[str, str]:
 def test_every_job_is_done_once(tmp_path: Path, cluster: Cluster) -> None:
     pool = pool_of(tmp_path, cluster)
     assert len({facts["pid"] for facts in pool.facts()}) == 2
-    places = places_of(pool.seats[0].actor)
+    places = places_of(pool.slots[0].actor)
     assert len({*places}) == 2  # its own, and that of the raylet
     assert all(greet(*place, 60.0) < 60 for place in places)
     answers = [job for job, _, _ in pool.run([f"ok {i}" for i in range(9)], submit)]
@@ -171,11 +171,11 @@ def test_a_run_that_is_interrupted_starts_no_worker(
         raise KeyboardInterrupt
 
     pool = pool_of(tmp_path, cluster)
-    actors = [seat.actor for seat in pool.seats]
+    actors = [slot.actor for slot in pool.slots]
     monkeypatch.setattr(ray, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         done(pool, ["ok 1", "ok 2"])
-    assert [seat.actor for seat in pool.seats] == actors
+    assert [slot.actor for slot in pool.slots] == actors
     assert pool.incidents == []
     pool.close()
 

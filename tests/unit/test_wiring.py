@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from fedraclora.clients.engines import engine_of, in_process
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, Patience
+from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, WaitPolicy
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.devices.distributions import Constant
@@ -122,11 +122,11 @@ def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
 
 
 def test_settings_say_how_the_loop_waits() -> None:
-    assert EngineConfig().waiting(5) == Patience()
-    assert FlowerConfig(timeout=7.0).waiting(5) == Patience(timeout=7.0)
+    assert EngineConfig().waiting(5) == WaitPolicy()
+    assert FlowerConfig(timeout=7.0).waiting(5) == WaitPolicy(timeout=7.0)
     real = DeployConfig(min_clients=3, timeout=7.0, retries=4, max_samples=9)
-    assert real.waiting(5) == Patience(
-        timeout=7.0, guarded=True, min_clients=3, max_samples=9, retries=4
+    assert real.waiting(5) == WaitPolicy(
+        timeout=7.0, untrusted=True, min_clients=3, max_samples=9, retries=4
     )
     with pytest.raises(ConfigError, match=r"min_clients is 3.*2 clients"):
         real.waiting(2)

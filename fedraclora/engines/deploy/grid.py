@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
+from fedraclora.engines.deploy.node_registry import NodeRegistry
 from fedraclora.engines.deploy.pulling import LOOKS, in_part, pulled
-from fedraclora.engines.deploy.roster import Roster
-from fedraclora.engines.deploy.silence import Silence
+from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
 from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import folded, from_records, message_bytes, unfolded
 from fedraclora.engines.replies import FORMAT, STALE, UNREADABLE
@@ -38,7 +38,7 @@ MOST = 1 << 25
 
 
 @dataclass(frozen=True)
-class Letter:
+class Envelope:
     """Asks, each of one client, as one message to their node.
 
     Attributes:
@@ -72,7 +72,7 @@ class DeployGrid(PostedGrid):
         ended: Tells whether the runtime has ended.
 
     Attributes:
-        roster: Who is where, and holds which version.
+        registry: Who is where, and holds which version.
         one_by_one: Whether replies are asked for one by one: once one could not be decoded.
     """
 
@@ -90,7 +90,7 @@ class DeployGrid(PostedGrid):
         self.history, self.run_id, self.settings = history, run_id, settings
         self.first = 0 if known else None  # what a client holds that holds nothing
         self.traffic: Traffic = Traffic()
-        self.roster = Roster(self)
+        self.registry = NodeRegistry(self)
         self.one_by_one, self._cut = False, False
 
     @override
@@ -103,14 +103,14 @@ class DeployGrid(PostedGrid):
         """
         seconds = self.settings.timeout if timeout is None else timeout
         left, found = self.by_node(asks)
-        waiting, end = dict[str, Letter](), time.monotonic() + seconds
+        waiting, end = dict[str, Envelope](), time.monotonic() + seconds
         for node in left:
             self._post(node, left, waiting, seconds)
         return found + self.receive(waiting, end, left=left)
 
     def by_node(self, asks: Sequence[Ask]) -> tuple[Queues, list[Answered]]:
         """Sort asks of one client each by node, for its messages; for who is away say so."""
-        nodes = self.roster.gather([client for ask in asks for client in ask.clients])
+        nodes = self.registry.gather([client for ask in asks for client in ask.clients])
         mine, absent = dict[int, list[Ask]](), list[Answered]()
         for ask in asks:
             if (client := ask.clients[0]) in nodes:
@@ -129,7 +129,7 @@ class DeployGrid(PostedGrid):
 
     def receive(
         self,
-        waiting: dict[str, Letter],
+        waiting: dict[str, Envelope],
         end: float,
         came: Sequence[Reply] = (),
         left: Queues | None = None,
@@ -142,49 +142,49 @@ class DeployGrid(PostedGrid):
             came: Replies that are here already.
             left: What is to be sent to a node once it has replied.
         """
-        found, again, silence = list[Answered](), set[str](), Silence(self.roster)
+        found, again, monitor = list[Answered](), set[str](), StragglerMonitor(self.registry)
         while waiting:
             last = time.monotonic() > end  # what had arrived by then is read
             came = came or self._pulled(waiting, end)
-            self.incidents += silence.late(
+            self.incidents += monitor.late(
                 [waiting[name].who for name, _ in came if name in waiting]
             )
             for name, reply in came:
                 if isinstance(reply, Message):
                     self.traffic.serialised += message_bytes(reply)
-                letter = waiting.pop(name, None)
-                if letter is None:
+                envelope = waiting.pop(name, None)
+                if envelope is None:
                     self.incidents.append("a second reply to a message was ignored")
                     continue
                 seconds = max(1.0, end - time.monotonic())
-                answers = self.read(reply, letter) if isinstance(reply, Message) else reply
+                answers = self.read(reply, envelope) if isinstance(reply, Message) else reply
                 if answers is None and name not in again:
-                    self.incidents.append(f"{letter.who} was sent every base weight")
-                    self.roster.versions[letter.node] = None
-                    again.add(self._push_again(letter, waiting, seconds, whole=True))
+                    self.incidents.append(f"{envelope.who} was sent every base weight")
+                    self.registry.versions[envelope.node] = None
+                    again.add(self._push_again(envelope, waiting, seconds, whole=True))
                     continue
                 if in_part(reply) and name not in again and seconds > 1:
-                    self.incidents.append(f"{letter.who} was asked again: half a reply came")
-                    again.add(self._push_again(letter, waiting, seconds))
+                    self.incidents.append(f"{envelope.who} was asked again: half a reply came")
+                    again.add(self._push_again(envelope, waiting, seconds))
                     continue
                 if answers is None:
                     answers = NoAnswer("it asked for every base weight twice")
                 if isinstance(answers, NoAnswer):
-                    answers = [(ask, answers) for ask in letter.asks]
+                    answers = [(ask, answers) for ask in envelope.asks]
                 found += answers
-                self._post(letter.node, left or {}, waiting, seconds)
+                self._post(envelope.node, left or {}, waiting, seconds)
             if last:
                 break
             if waiting and not came:
                 self.wait("all clients had replied")
             came = ()
-            for name in silence.lost({name: letter.node for name, letter in waiting.items()}):
-                letter = waiting.pop(name)
-                self.incidents.append(f"{letter.who} was sent again what it had not received")
-                self._push_again(letter, waiting, max(1.0, end - time.monotonic()))
+            for name in monitor.lost({name: envelope.node for name, envelope in waiting.items()}):
+                envelope = waiting.pop(name)
+                self.incidents.append(f"{envelope.who} was sent again what it had not received")
+                self._push_again(envelope, waiting, max(1.0, end - time.monotonic()))
         return found
 
-    def _pulled(self, waiting: Mapping[str, Letter], end: float) -> list[Reply]:
+    def _pulled(self, waiting: Mapping[str, Envelope], end: float) -> list[Reply]:
         """Pull the replies that have arrived, each with the number of the message it answers.
 
         Flower decodes them together: if one is damaged it gives none back, and does not say whose
@@ -211,30 +211,37 @@ class DeployGrid(PostedGrid):
             found += [(reply.metadata.reply_to_message_id, reply) for reply in came]
         return found
 
-    def _post(self, node: int, left: Queues, waiting: dict[str, Letter], seconds: float) -> None:
+    def _post(self, node: int, left: Queues, waiting: dict[str, Envelope], seconds: float) -> None:
         """Send a node what is left for it: one message, and all once it has the newest weights."""
         queue = left.get(node, [])
         while queue:
-            letter = self._letter(queue.pop(0), node, seconds)
-            waiting[self._push(letter)] = letter
-            if self.roster.versions.get(node) != self.history.version:
+            envelope = self._envelope(queue.pop(0), node, seconds)
+            waiting[self._push(envelope)] = envelope
+            if self.registry.versions.get(node) != self.history.version:
                 return  # it brings them: they go there once
 
-    def _letter(self, asks: list[Ask], node: int, seconds: float, *, whole: bool = False) -> Letter:
+    def _envelope(
+        self, asks: list[Ask], node: int, seconds: float, *, whole: bool = False
+    ) -> Envelope:
         """Write a message that brings its node's weights to the newest; ``whole``: all of them."""
-        held, ask = self.roster.versions.get(node), join_asks(asks)
+        held, ask = self.registry.versions.get(node), join_asks(asks)
         update = self.history.since(None if whole else self.first if held is None else held)
         more: Content = {"job": self.job()}
         add_weight_update(more, update)
         message = self.message(ask, node, more, seconds)
         message.content = self.wrapped(folded(message.content))
-        return Letter(asks, ask, node, message, update.payload_bytes)
+        return Envelope(asks, ask, node, message, update.payload_bytes)
 
     def _push_again(
-        self, letter: Letter, waiting: dict[str, Letter], seconds: float, *, whole: bool = False
+        self,
+        envelope: Envelope,
+        waiting: dict[str, Envelope],
+        seconds: float,
+        *,
+        whole: bool = False,
     ) -> str:
-        """Send what a letter asks in a new one; give Flower's number of it."""
-        new = self._letter(letter.asks, letter.node, seconds, whole=whole)
+        """Send what an envelope asks in a new one; give Flower's number of it."""
+        new = self._envelope(envelope.asks, envelope.node, seconds, whole=whole)
         waiting[name := self._push(new)] = new
         return name
 
@@ -246,19 +253,19 @@ class DeployGrid(PostedGrid):
         """Put what is written of a message into the shape in which it is sent."""
         return content
 
-    def _push(self, letter: Letter) -> str:
+    def _push(self, envelope: Envelope) -> str:
         """Send a message; give Flower's number of it."""
-        (name,) = self.grid.push_messages([letter.message])
-        self.count(letter)
+        (name,) = self.grid.push_messages([envelope.message])
+        self.count(envelope)
         return name
 
-    def count(self, letter: Letter) -> None:
+    def count(self, envelope: Envelope) -> None:
         """Count a message that is sent."""
-        self.traffic.serialised += message_bytes(letter.message)
-        self.traffic.sent.append(letter.ask)
-        self.traffic.fetched += letter.fetched
+        self.traffic.serialised += message_bytes(envelope.message)
+        self.traffic.sent.append(envelope.ask)
+        self.traffic.fetched += envelope.fetched
 
-    def read(self, reply: Message, letter: Letter) -> list[Answered] | NoAnswer | None:
+    def read(self, reply: Message, envelope: Envelope) -> list[Answered] | NoAnswer | None:
         """Read a reply, check it against the weights, and note the version its node has now.
 
         Returns:
@@ -266,7 +273,7 @@ class DeployGrid(PostedGrid):
         """
         if reply.has_error():
             if reply.error.code == NODE_UNAVAILABLE:
-                self.roster.forget(letter.node)
+                self.registry.forget(envelope.node)
             return self.refusal(reply)
         if not reply.has_content():
             return NoAnswer("its reply is empty")
@@ -275,8 +282,8 @@ class DeployGrid(PostedGrid):
             if STALE in content:
                 return None
             self._check_job(content.get("job"))
-            self.roster.versions[letter.node] = self.history.version
-            return split_answer(letter.ask, self.answered(content, letter), letter.asks)
+            self.registry.versions[envelope.node] = self.history.version
+            return split_answer(envelope.ask, self.answered(content, envelope), envelope.asks)
         except Exception as error:  # whatever another machine may send
             return NoAnswer(f"its reply is refused: {error}")
 
@@ -293,9 +300,9 @@ class DeployGrid(PostedGrid):
         if (run := told.get("run")) != self.run_id:
             raise WireError(f"it answers for run {shown(run)}, wanted is run {self.run_id}")
 
-    def answered(self, content: RecordDict, letter: Letter) -> Answer:
+    def answered(self, content: RecordDict, envelope: Envelope) -> Answer:
         """Read what a node answers, whose weights are those of the server."""
-        return read_answer(from_records(content), letter.ask)
+        return read_answer(from_records(content), envelope.ask)
 
 
 def by_chunk(asks: Iterable[Ask], size: int) -> Iterator[tuple[int, list[Ask]]]:

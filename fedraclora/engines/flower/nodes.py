@@ -116,7 +116,7 @@ class NodePerClient(PostedGrid):
         found: list[tuple[Ask, Answer | NoAnswer]] = []
         left, again = deque(asks), set[int]()
         seconds = self.timeout if timeout is None else timeout
-        for ask, reply in self._exchange(left, self._letter, seconds):
+        for ask, reply in self._exchange(left, self._envelope, seconds):
             (client,) = ask.clients
             if not is_stale(reply):
                 found.append((ask, self._judged(reply, ask)))
@@ -134,7 +134,7 @@ class NodePerClient(PostedGrid):
         """Remove the folder of the job; the runtime is Flower's to end."""
         self.job.close()
 
-    def _letter(self, ask: Ask, seconds: float) -> Message:
+    def _envelope(self, ask: Ask, seconds: float) -> Message:
         """Write a message to the node of a client, with all that a fresh process needs."""
         (client,) = ask.clients
         more: Content = {

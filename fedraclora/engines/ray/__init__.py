@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fedraclora.engines.ray.cluster import Cluster
-from fedraclora.engines.ray.grid import RayGrid, WorkerSite
+from fedraclora.engines.ray.grid import RayGrid, WorkerStateLike
 
-__all__ = ["Cluster", "RayGrid", "WorkerSite"]
+__all__ = ["Cluster", "RayGrid", "WorkerStateLike"]

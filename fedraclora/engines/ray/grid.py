@@ -18,7 +18,7 @@ from fedraclora.config.settings import RayConfig
 from fedraclora.engines.base import Grid
 from fedraclora.engines.ray.cluster import SOME, Cluster
 from fedraclora.engines.ray.packages import loaded_code
-from fedraclora.engines.ray.pool import Seat, WorkerPool
+from fedraclora.engines.ray.pool import WorkerPool, WorkerSlot
 from fedraclora.engines.ray.pulse import Head
 from fedraclora.errors import ConfigError
 from fedraclora.imports import importing
@@ -34,7 +34,7 @@ from fedraclora.wire.reply import read_answer
 SHARED = ("config", "arrays")  # records that all messages of an exchange have in common
 
 
-class WorkerSite(Protocol):
+class WorkerStateLike(Protocol):
     """What a worker holds between rounds."""
 
     replica: Replica
@@ -70,15 +70,15 @@ def facts() -> dict[str, Any]:
 class Resident:
     """The process of a worker: model, data and base weights stay from round to round."""
 
-    def __init__(self, build: Callable[[Any], WorkerSite], parts: list[Any]) -> None:
+    def __init__(self, build: Callable[[Any], WorkerStateLike], parts: list[Any]) -> None:
         with importing("a Ray worker"):
-            self.site = build(ray.get(parts[0]))
+            self.state = build(ray.get(parts[0]))
         gc.freeze()
         self._shared: tuple[str, dict[str, Any]] = ("", {})
 
     def facts(self) -> dict[str, Any]:
         """Report what runs here."""
-        own = {"node": platform.node(), "code": loaded_code(), "mark": self.site.replica.mark}
+        own = {"node": platform.node(), "code": loaded_code(), "mark": self.state.replica.mark}
         return facts() | own
 
     def train(
@@ -92,13 +92,13 @@ class Resident:
             rest: The other records.
             stored: What the clients hold.
         """
-        if not self.site.replica.follow(ray.get(update[0])):
+        if not self.state.replica.follow(ray.get(update[0])):
             return Done(stale=True)
         key = shared[0].hex()
         if self._shared[0] != key:  # read once, so that the worker unpacks it once
             self._shared = (key, ray.get(shared[0]))
         try:
-            content, left = self.site.train({**self._shared[1], **rest}, stored)
+            content, left = self.state.train({**self._shared[1], **rest}, stored)
         except Exception as error:
             return Done(error=NoAnswer.of(error))
         return Done(content, left)
@@ -109,8 +109,8 @@ class RayGrid(Grid):
 
     Args:
         cluster: Where workers run; ended with the grid.
-        build: Makes a worker's site of ``parts``; importable on every node.
-        parts: What sites are made of: sent once, through the object store.
+        build: Makes a worker's state of ``parts``; importable on every node.
+        parts: What states are made of: sent once, through the object store.
         history: The versions of the base weights, published by the strategy.
         store: What clients keep between rounds; it travels with their messages.
         settings: Workers, retries, time-outs, threads.
@@ -123,7 +123,7 @@ class RayGrid(Grid):
     def __init__(
         self,
         cluster: Cluster,
-        build: Callable[[Any], WorkerSite],
+        build: Callable[[Any], WorkerStateLike],
         parts: object,
         *,
         history: WeightHistory,
@@ -141,7 +141,7 @@ class RayGrid(Grid):
             raise
 
     def _start(
-        self, build: Callable[[Any], WorkerSite], parts: object, settings: RayConfig
+        self, build: Callable[[Any], WorkerStateLike], parts: object, settings: RayConfig
     ) -> None:
         """Start the workers, and wait until all of them are ready."""
         shared = ray.put(parts)
@@ -223,26 +223,26 @@ class RayGrid(Grid):
         found: list[tuple[Ask, Answer | NoAnswer]] = []
         writer, shared = AskWriter(), dict[int, tuple[Content, Any]]()
 
-        def submit(seat: Seat, ask: Ask) -> Any:
+        def submit(slot: WorkerSlot, ask: Ask) -> Any:
             content = writer.write(ask)
             key, common = id(content["arrays"]), {name: content[name] for name in SHARED}
             if key not in shared:  # kept: else their id is given again
                 shared[key] = common, ray.put(common)
             rest = {n: r for n, r in content.items() if n not in SHARED}
             stored = self.store.part(ask.clients, ask.request.round_)
-            update = self._update(seat)
-            seat.version = self.history.version
-            return seat.actor.train.remote([update], [shared[key][1]], rest, stored)
+            update = self._update(slot)
+            slot.version = self.history.version
+            return slot.actor.train.remote([update], [shared[key][1]], rest, stored)
 
         left = [*asks]
         while left:
             again = []
-            for ask, seat, done in self.pool.run(left, submit):
+            for ask, slot, done in self.pool.run(left, submit):
                 if done.stale:
                     self.incidents.append(
-                        f"worker {seat.number} got the whole of version {self.history.version}"
+                        f"worker {slot.number} got the whole of version {self.history.version}"
                     )
-                    seat.version = None
+                    slot.version = None
                     again.append(ask)
                     continue
                 if done.error is not None:
@@ -255,9 +255,9 @@ class RayGrid(Grid):
         self.pool.incidents = []
         return found
 
-    def _update(self, seat: Seat) -> Any:
+    def _update(self, slot: WorkerSlot) -> Any:
         """Put what a worker lacks into the object store, once for all that hold its version."""
-        newest, start = self.history.version, seat.version
+        newest, start = self.history.version, slot.version
         if start is None and newest == 0 and self.history.since(0).mark == self._began:
             start = 0  # the weights came with the model
         key = (newest, start)

@@ -43,7 +43,7 @@ class Task(Generic[Job]):
 
 
 @dataclass(eq=False)
-class Seat:
+class WorkerSlot:
     """A worker's place in the pool; its process may change.
 
     Attributes:
@@ -118,17 +118,17 @@ class WorkerPool:
         self.check: Callable[[list[Facts]], object] | None = None
         self.incidents: list[str] = []
         self._queue: deque[Task[Any]] = deque()
-        self._waits: dict[Any, tuple[Seat, Task[Any] | None]] = {}  # None: for its facts
+        self._waits: dict[Any, tuple[WorkerSlot, Task[Any] | None]] = {}  # None: for its facts
         self._looked, self._without = time.monotonic(), 0.0
-        self.seats: list[Seat] = []
+        self.slots: list[WorkerSlot] = []
         self.add(workers)
 
     def add(self, workers: int) -> None:
         """Start more of them; they get jobs when they are ready."""
-        first = 1 + max((seat.number for seat in self.seats), default=-1)
-        self.seats += (new := [Seat(first + i) for i in range(workers)])
-        for seat in new:
-            self._start(seat)
+        first = 1 + max((slot.number for slot in self.slots), default=-1)
+        self.slots += (new := [WorkerSlot(first + i) for i in range(workers)])
+        for slot in new:
+            self._start(slot)
 
     def facts(self, timeout: float = 300.0) -> list[Facts]:
         """Wait until every worker is ready; give what each says about itself.
@@ -137,26 +137,26 @@ class WorkerPool:
             EngineError: If one did not start, with the reason.
         """
         end = time.monotonic() + timeout
-        while missing := [seat for seat in self.seats if seat.facts is None]:
+        while missing := [slot for slot in self.slots if slot.facts is None]:
             if time.monotonic() > end:
                 raise EngineError(
-                    f"{missing[0]} of {len(self.seats)} was not ready after {timeout:g} s; "
+                    f"{missing[0]} of {len(self.slots)} was not ready after {timeout:g} s; "
                     "lower engine.workers; on a cluster Ray's log says more"
                 )
             self._step()
-        return [seat.facts for seat in self.seats if seat.facts is not None]
+        return [slot.facts for slot in self.slots if slot.facts is not None]
 
     def run(
-        self, jobs: Sequence[Job], submit: Callable[[Seat, Job], Any]
-    ) -> Iterator[tuple[Job, Seat, Any]]:
+        self, jobs: Sequence[Job], submit: Callable[[WorkerSlot, Job], Any]
+    ) -> Iterator[tuple[Job, WorkerSlot, Any]]:
         """Run jobs, in any order.
 
         Args:
             jobs: What to do.
-            submit: Hands a job to the worker of a seat; gives the reference of its answer.
+            submit: Hands a job to the worker of a slot; gives the reference of its answer.
 
         Yields:
-            The job, the seat that did it, and the answer; each job once.
+            The job, the slot that did it, and the answer; each job once.
 
         Raises:
             EngineError: If one job lost more workers than `retries`, if a worker raised, or if
@@ -169,13 +169,13 @@ class WorkerPool:
         try:
             while not all(task.done for task in tasks):
                 self._queue = deque(task for task in self._queue if not task.done)
-                free = sorted((s for s in self.seats if s.free), key=lambda s: s.doubted)
+                free = sorted((s for s in self.slots if s.free), key=lambda s: s.doubted)
                 if not self._queue:  # what those are at who are doubted others can do as well
                     self._queue.extend(self._doubtful()[: sum(not s.doubted for s in free)])
-                for seat in free[: len(self._queue)]:
-                    seat.task, seat.since = self._queue.popleft(), time.monotonic()
-                    seat.pulse.quiet = 0.0
-                    self._waits[submit(seat, seat.task.job)] = seat, seat.task
+                for slot in free[: len(self._queue)]:
+                    slot.task, slot.since = self._queue.popleft(), time.monotonic()
+                    slot.pulse.quiet = 0.0
+                    self._waits[submit(slot, slot.task.job)] = slot, slot.task
                 yield from self._step()
         finally:
             self._queue.clear()
@@ -184,10 +184,10 @@ class WorkerPool:
 
     def _doubtful(self) -> list[Task[Any]]:
         """List what only workers are at that are doubted."""
-        sure = [s.task for s in self.seats if not s.doubted]
-        return [t for s in self.seats if (t := s.task) and not t.done and t not in sure]
+        sure = [s.task for s in self.slots if not s.doubted]
+        return [t for s in self.slots if (t := s.task) and not t.done and t not in sure]
 
-    def _step(self) -> list[tuple[Any, Seat, Any]]:
+    def _step(self) -> list[tuple[Any, WorkerSlot, Any]]:
         """Wait for an answer, or a moment; give the answer of a job that is not done."""
         if time.monotonic() - self._looked >= TICK:
             self._look()
@@ -196,152 +196,152 @@ class WorkerPool:
             return []
         ready, _ = ray.wait([*self._waits], num_returns=1, timeout=TICK)
         for ref in ready:
-            seat, task = self._waits.pop(ref)
+            slot, task = self._waits.pop(ref)
             try:
                 answer = ray.get(ref)
             except RayError as error:
-                self._failed(seat, task, error)
+                self._failed(slot, task, error)
                 continue
             if task is None:
-                self._sit(seat, answer)
+                self._sit(slot, answer)
                 continue
-            seat.task, seat.pulse.quiet, seat.doubted = None, 0.0, False
+            slot.task, slot.pulse.quiet, slot.doubted = None, 0.0, False
             if not task.done:
                 task.done = True
-                return [(task.job, seat, answer)]
+                return [(task.job, slot, answer)]
         return []
 
-    def _failed(self, seat: Seat, task: Task[Any] | None, error: RayError) -> None:
+    def _failed(self, slot: WorkerSlot, task: Task[Any] | None, error: RayError) -> None:
         """Decide what becomes of a worker, and its job, where there is an error for an answer."""
         cause = f"was lost: {reason(error)}"
         if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError | OSError):
-            seat.task = None
+            slot.task = None
             if task is not None and not task.done:  # another worker would raise it, too
-                raise EngineError(f"{seat} raised at {task.job}: {reason(error)}") from error
+                raise EngineError(f"{slot} raised at {task.job}: {reason(error)}") from error
         elif isinstance(error, ActorUnavailableError | RayTaskError):  # it may be there again soon
-            if not seat.silent and seat.facts is not None:
-                seat.silent = seat.doubted = True
-                self.say(f"{seat} cannot be reached{self._again(seat)}")
-            seat.asked = seat.asked and task is not None
-            seat.task = seat.version = None
-        elif seat.facts is not None:
+            if not slot.silent and slot.facts is not None:
+                slot.silent = slot.doubted = True
+                self.say(f"{slot} cannot be reached{self._again(slot)}")
+            slot.asked = slot.asked and task is not None
+            slot.task = slot.version = None
+        elif slot.facts is not None:
             died = isinstance(error, ActorDiedError) and NODE not in str(error)
-            self._replace(seat, cause, at_fault=died and not seat.silent)
+            self._replace(slot, cause, at_fault=died and not slot.silent)
         else:
-            seat.failed += 1
-            if CREATION in str(error) or seat.failed > self.retries:
+            slot.failed += 1
+            if CREATION in str(error) or slot.failed > self.retries:
                 self._refuse(
-                    seat,
+                    slot,
                     f"a Ray worker did not start: {reason(error)}; every host needs the "
                     "packages of this process, in its versions",
                     error,
                 )
             else:
-                self._replace(seat, f"died: {reason(error)}")
+                self._replace(slot, f"died: {reason(error)}")
 
-    def _sit(self, seat: Seat, facts: Facts) -> None:
+    def _sit(self, slot: WorkerSlot, facts: Facts) -> None:
         """Take in a worker that has answered, for the first time or again."""
         began = self.check is not None
-        if self.check is not None and seat.facts is None:
+        if self.check is not None and slot.facts is None:
             try:
                 self.check([facts])
             except ConfigError as error:
-                self._refuse(seat, str(error), error)
+                self._refuse(slot, str(error), error)
                 return
-        if seat.facts is not None:  # it does one thing after another: what it did before has ended
-            self._forget(seat)
-        word = "is ready" if seat.facts is None else "answers again"
-        seat.facts, seat.asked, seat.silent, seat.failed = facts, False, False, 0
-        seat.pulse.quiet = 0.0
+        if slot.facts is not None:  # it does one thing after another: what it did before has ended
+            self._forget(slot)
+        word = "is ready" if slot.facts is None else "answers again"
+        slot.facts, slot.asked, slot.silent, slot.failed = facts, False, False, 0
+        slot.pulse.quiet = 0.0
         if began:
-            self.say(f"{seat} {word}", logging.INFO)
+            self.say(f"{slot} {word}", logging.INFO)
 
     def _look(self) -> None:
         """See who has become silent, who answers again, and who is to be given up."""
         now = time.monotonic()
         gap, self._looked = min(now - self._looked, 2 * TICK), now
         self.watch()
-        there = any(seat.free for seat in self.seats)
-        for seat in [*self.seats]:
-            if seat.facts is None:
-                if not seat.asked:
-                    self._ask(seat)
+        there = any(slot.free for slot in self.slots)
+        for slot in [*self.slots]:
+            if slot.facts is None:
+                if not slot.asked:
+                    self._ask(slot)
                 continue
-            silence = seat.pulse.look()
-            there |= silence < 1 and seat.task is not None
-            if seat.task and now - seat.since > self.timeout:
-                self._replace(seat, f"did not answer within {self.timeout:g} s", at_fault=True)
+            silence = slot.pulse.look()
+            there |= silence < 1 and slot.task is not None
+            if slot.task and now - slot.since > self.timeout:
+                self._replace(slot, f"did not answer within {self.timeout:g} s", at_fault=True)
             elif silence * QUIET >= GIVEN_UP or (
-                seat.asked and not seat.task and now - seat.since > GIVEN_UP
+                slot.asked and not slot.task and now - slot.since > GIVEN_UP
             ):
-                self._replace(seat, f"has been silent for {GIVEN_UP:g} s: another is started")
-            elif silence >= 1 and not seat.silent:
+                self._replace(slot, f"has been silent for {GIVEN_UP:g} s: another is started")
+            elif silence >= 1 and not slot.silent:
                 # Others do what it is at; it may still answer first.
-                seat.silent = seat.doubted = True
-                self.say(f"{seat} has been silent for {seat.pulse.quiet:.0f} s{self._again(seat)}")
-            elif silence < 1 and seat.silent and not seat.asked:
-                self._ask(seat)
+                slot.silent = slot.doubted = True
+                self.say(f"{slot} has been silent for {slot.pulse.quiet:.0f} s{self._again(slot)}")
+            elif silence < 1 and slot.silent and not slot.asked:
+                self._ask(slot)
         self._without = 0.0 if there else self._without + gap
         if self._without > self.wait and self.check is not None:
             raise EngineError(
-                f"none of {len(self.seats)} workers has been ready for {self.wait:g} s "
+                f"none of {len(self.slots)} workers has been ready for {self.wait:g} s "
                 "(engine.wait): see that the cluster's hosts are there (ray status), and go on "
                 "with the run; what happened is in the ledger (incidents)"
             )
 
-    def _ask(self, seat: Seat) -> None:
+    def _ask(self, slot: WorkerSlot) -> None:
         """Ask a worker for its facts, which it gives when it is ready."""
-        seat.asked, seat.since = True, seat.since if seat.task else time.monotonic()
-        self._waits[seat.actor.facts.remote()] = seat, None
+        slot.asked, slot.since = True, slot.since if slot.task else time.monotonic()
+        self._waits[slot.actor.facts.remote()] = slot, None
 
-    def _replace(self, seat: Seat, cause: str, *, at_fault: bool = False) -> None:
-        """Put a fresh process into a seat; raises where its job, if at fault, lost too many."""
-        task = seat.task
+    def _replace(self, slot: WorkerSlot, cause: str, *, at_fault: bool = False) -> None:
+        """Put a fresh process into a slot; raises where its job, if at fault, lost too many."""
+        task = slot.task
         if task is not None and not task.done:
             task.lost += at_fault
             if task.lost > self.retries:
                 raise EngineError(
-                    f"{seat} {cause}; engine.retries={self.retries} allows no further loss at the "
+                    f"{slot} {cause}; engine.retries={self.retries} allows no further loss at the "
                     f"same job. It was at {task.job}"
                 )
-        self.say(f"{seat} {cause}{self._again(seat)}")
-        self._end(seat)
-        self._start(seat)
+        self.say(f"{slot} {cause}{self._again(slot)}")
+        self._end(slot)
+        self._start(slot)
 
-    def _start(self, seat: Seat) -> None:
-        seat.actor = self.start()
-        seat.pulse = self.pulse_of(seat.actor)
-        seat.version, seat.facts, seat.silent, seat.doubted = None, None, False, False
-        self._ask(seat)
+    def _start(self, slot: WorkerSlot) -> None:
+        slot.actor = self.start()
+        slot.pulse = self.pulse_of(slot.actor)
+        slot.version, slot.facts, slot.silent, slot.doubted = None, None, False, False
+        self._ask(slot)
 
-    def _end(self, seat: Seat) -> None:
-        self._forget(seat)
-        ray.kill(seat.actor, no_restart=True)
+    def _end(self, slot: WorkerSlot) -> None:
+        self._forget(slot)
+        ray.kill(slot.actor, no_restart=True)
 
-    def _refuse(self, seat: Seat, text: str, error: Exception) -> None:
+    def _refuse(self, slot: WorkerSlot, text: str, error: Exception) -> None:
         """Do without a worker that cannot work; where none has worked yet, the run cannot begin."""
-        if self.check is None or len(self.seats) == 1:
+        if self.check is None or len(self.slots) == 1:
             raise (error if isinstance(error, ConfigError) else EngineError(text)) from error
-        self.say(f"{seat} is left out: {text}")
-        self._end(seat)
-        self.seats.remove(seat)
+        self.say(f"{slot} is left out: {text}")
+        self._end(slot)
+        self.slots.remove(slot)
 
-    def _again(self, seat: Seat) -> str:
+    def _again(self, slot: WorkerSlot) -> str:
         """Put what a worker is at back into the queue, unless somebody has done it or will."""
-        if seat.facts is None:
+        if slot.facts is None:
             return "; its start was run again"
-        if seat.task is None or seat.task.done:
+        if slot.task is None or slot.task.done:
             return ""
-        if seat.task not in self._queue and not any(
-            s.task is seat.task for s in self.seats if s is not seat and not s.silent
+        if slot.task not in self._queue and not any(
+            s.task is slot.task for s in self.slots if s is not slot and not s.silent
         ):
-            self._queue.appendleft(seat.task)
-        return f"; {seat.task.job} was run again"
+            self._queue.appendleft(slot.task)
+        return f"; {slot.task.job} was run again"
 
-    def _forget(self, seat: Seat) -> None:
-        """Wait no more for anything that a seat was asked."""
-        self._waits = {ref: own for ref, own in self._waits.items() if own[0] is not seat}
-        seat.task, seat.asked = None, False
+    def _forget(self, slot: WorkerSlot) -> None:
+        """Wait no more for anything that a slot was asked."""
+        self._waits = {ref: own for ref, own in self._waits.items() if own[0] is not slot}
+        slot.task, slot.asked = None, False
 
     def say(self, text: str, level: int = logging.WARNING) -> None:
         """Take down what happened, for the ledger and at once for the log."""
@@ -350,9 +350,9 @@ class WorkerPool:
 
     def close(self) -> None:
         """End all processes."""
-        for seat in self.seats:
-            self._end(seat)
-        self.seats = []
+        for slot in self.slots:
+            self._end(slot)
+        self.slots = []
 
 
 def reason(error: Exception) -> str:

@@ -22,8 +22,8 @@ from fedraclora.wire.reply import write_answer
 
 
 @dataclass(frozen=True)
-class SiteParts:
-    """What a `Site` is made of; it travels once to each machine, data included."""
+class WorkerParts:
+    """What a `WorkerState` is made of; it travels once to each machine, data included."""
 
     config: TaskConfig
     built: BuiltTask
@@ -33,7 +33,7 @@ class SiteParts:
     named: Sequence[type[Named]] = field(default_factory=of_main)  # of the main program
 
 
-class Clerk:
+class RequestHandler:
     """Answers the messages of clients whose own tensors come with them.
 
     Args:
@@ -60,10 +60,10 @@ class Clerk:
         return reply, store.since(ask.request.round_)
 
 
-class Site(Clerk):
+class WorkerState(RequestHandler):
     """Trains clients on a replica that follows the server's."""
 
-    def __init__(self, parts: SiteParts) -> None:
+    def __init__(self, parts: WorkerParts) -> None:
         trust(parts.trusted)
         for kind in parts.named:
             kind.register()

@@ -11,22 +11,22 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from fedraclora.engines.deploy.roster import Roster
+from fedraclora.engines.deploy.node_registry import NodeRegistry
 
 SILENT = 60.0  # seconds without a reply: by then Flower, too, has missed a node that is gone
 SETTLED = 5.0  # seconds from the answer for replies that were under way with it
 LATE = 10.0  # seconds by which a reply is late, if that is twice what half of them took
 
 
-class Silence:
+class StragglerMonitor:
     """Watches the messages of one exchange.
 
     Args:
-        roster: Asks their nodes.
+        registry: Asks their nodes.
     """
 
-    def __init__(self, roster: Roster) -> None:
-        self.roster = roster
+    def __init__(self, registry: NodeRegistry) -> None:
+        self.registry = registry
         self.began = time.monotonic()
         self.took: list[float] = []  # seconds until each reply
         self._since: dict[str, float] = {}
@@ -43,10 +43,10 @@ class Silence:
         for name, node in waiting.items():
             since = self._since.setdefault(name, now)
             if node not in self._asked:
-                if now > since + SILENT and (question := self.roster.ask_again(node)):
+                if now > since + SILENT and (question := self.registry.ask_again(node)):
                     self._asked[node] = question, now
             elif node not in self._answered:
-                if self.roster.has_answered(self._asked[node][0]):
+                if self.registry.has_answered(self._asked[node][0]):
                     self._answered[node] = now
             elif now >= self._answered[node] + SETTLED:
                 settled.add(node)

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
-from fedraclora.engines.deploy.grid import DeployGrid, Letter
+from fedraclora.engines.deploy.grid import DeployGrid, Envelope
 from fedraclora.engines.records import from_records
 from fedraclora.engines.replies import APP_RAISED
 from fedraclora.errors import StaleError, WireError
@@ -33,7 +33,7 @@ from fedraclora.wire.reply import read_answer
 from fedraclora.wire.together import Answered
 
 
-class Mail(DeployGrid):
+class FlowerTransport(DeployGrid):
     """Writes a message for each node that Flower has sampled, and reads what comes back.
 
     Args:
@@ -69,7 +69,7 @@ class Mail(DeployGrid):
         self.numbers: dict[int, int] = {}
         self._order: dict[int, tuple[int, int]] = {}
         self._unnamed = False
-        self._letters: list[Letter] = []
+        self._envelopes: list[Envelope] = []
 
     def address(self, nodes: Iterable[int]) -> torch.Tensor:
         """Number the nodes of an exchange; their clients in ascending order, int64 [K]."""
@@ -81,12 +81,12 @@ class Mail(DeployGrid):
 
     def write(self, asks: Sequence[Ask], kind: str, config: ConfigRecord) -> list[Message]:
         """Write the messages of an exchange, one for each ask."""
-        self.kind, self.config, self.contents, self._letters = kind, config, {}, []
+        self.kind, self.config, self.contents, self._envelopes = kind, config, {}, []
         for ask in asks:
             (client,) = ask.clients
             node = self.names[client]
-            self._letters.append(self._letter([ask], node, DEFAULT_TTL))
-        return [letter.message for letter in self._letters]
+            self._envelopes.append(self._envelope([ask], node, DEFAULT_TTL))
+        return [envelope.message for envelope in self._envelopes]
 
     def read_all(self, replies: Iterable[Message]) -> list[Answered]:
         """Read the replies; who asks for every weight is sent them, once, and waited for.
@@ -94,9 +94,9 @@ class Mail(DeployGrid):
         Clients are put into the order of their ``partition-id``, where nodes have one: node ids
         differ from run to run, and a sum depends on its order.
         """
-        for letter in self._letters:
-            self.count(letter)
-        sent = {letter.message.metadata.message_id: letter for letter in self._letters}
+        for envelope in self._envelopes:
+            self.count(envelope)
+        sent = {envelope.message.metadata.message_id: envelope for envelope in self._envelopes}
         came = [(reply.metadata.reply_to_message_id, reply) for reply in replies]
         waiting = {name: sent[name] for name, _ in came if name in sent}  # not for who is late
         found = self.receive(waiting, time.monotonic() + self.settings.timeout, came)
@@ -122,17 +122,17 @@ class Mail(DeployGrid):
         return RecordDict({**content, self.key: self.config})
 
     @override
-    def read(self, reply: Message, letter: Letter) -> list[Answered] | NoAnswer | None:
+    def read(self, reply: Message, envelope: Envelope) -> list[Answered] | NoAnswer | None:
         if reply.has_error() and StaleError.__name__ in str(reply.error.reason):
             return None
         if reply.has_error() and reply.error.code == APP_RAISED:
             # Most often in its training, and it has the weights; else it asks for them next time.
-            self.roster.versions[letter.node] = self.history.version
-        return super().read(reply, letter)
+            self.registry.versions[envelope.node] = self.history.version
+        return super().read(reply, envelope)
 
     @override
-    def answered(self, content: RecordDict, letter: Letter) -> Answer:
-        (client,), key = letter.ask.clients, str(self.told["weight"])
+    def answered(self, content: RecordDict, envelope: Envelope) -> Answer:
+        (client,), key = envelope.ask.clients, str(self.told["weight"])
         (name, metrics), *more = content.metric_records.items() or [("", MetricRecord())]
         weight = metrics.get(key)
         if more or isinstance(weight, list) or not weight or len(content.array_records) > 1:
@@ -147,17 +147,17 @@ class Mail(DeployGrid):
         if not isinstance(partition, int) and not self._unnamed:
             self._unnamed = True
             self.incidents.append(
-                f"node {letter.node} has no whole number as partition-id in its node-config: seeds "
-                "and rounding follow the order of node ids, so that another run has other bits"
+                f"node {envelope.node} has no whole number as partition-id in its node-config: "
+                "seeds and rounding follow the order of node ids, and another run has other bits"
             )
         self._order[client] = (partition if isinstance(partition, int) else 2**63, client)
-        request = letter.ask.request
-        if letter.message.metadata.message_type == MessageType.EVALUATE:
+        request = envelope.ask.request
+        if envelope.message.metadata.message_type == MessageType.EVALUATE:
             self.contents[client] = RecordDict({name: metrics})
             none, first = torch.zeros(1), request.first
             asked = request.round_, request.version, first, request.clients
             return Answer(*asked, none, none, none, pieces=())
-        answer = read_answer(from_records(content), letter.ask)
+        answer = read_answer(from_records(content), envelope.ask)
         kind = torch.int64 if isinstance(weight, int) else torch.float64
         answer = replace(answer, samples=torch.tensor([weight], dtype=kind))
         self.contents[client] = RecordDict({name: metrics, **content.array_records})
@@ -167,20 +167,20 @@ class Mail(DeployGrid):
 class NodeStore(ClientStore):
     """Which nodes there are, and which version each holds, as a part of a checkpoint."""
 
-    def __init__(self, mail: Mail) -> None:
+    def __init__(self, transport: FlowerTransport) -> None:
         super().__init__()
-        self.mail = mail
+        self.transport = transport
 
     @override
     def state(self) -> Tree:
-        held = [self.mail.roster.versions.get(node) for node in self.mail.numbers]
-        nodes = np.array([*self.mail.numbers], np.uint64).view(np.int64)
+        held = [self.transport.registry.versions.get(node) for node in self.transport.numbers]
+        nodes = np.array([*self.transport.numbers], np.uint64).view(np.int64)
         versions = torch.tensor([-1 if v is None else v for v in held], dtype=torch.int64)
         return {"nodes": torch.from_numpy(nodes), "held": versions}
 
     @override
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         nodes = tensors["nodes"].numpy().view(np.uint64).tolist()
-        self.mail.numbers = {node: k for k, node in enumerate(nodes)}
+        self.transport.numbers = {node: k for k, node in enumerate(nodes)}
         held = zip(nodes, tensors["held"].tolist(), strict=True)
-        self.mail.roster.versions = {node: v if v >= 0 else None for node, v in held}
+        self.transport.registry.versions = {node: v if v >= 0 else None for node, v in held}

@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 
-from fedraclora.engines.deploy.roster import AGAIN, PATIENCE, Roster
-from fedraclora.engines.deploy.silence import Silence
+from fedraclora.engines.deploy.node_registry import AGAIN, PATIENCE, NodeRegistry
+from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
 from fedraclora.errors import ClientError, EngineError
 from tests.campaigns.claims import Link, Waiting, campaign, clocks
 
-Make = Callable[..., tuple[Roster, Waiting, Link]]
+Make = Callable[..., tuple[NodeRegistry, Waiting, Link]]
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
     with ExitStack() as open_:
 
-        def made(link: Link, **settings: Any) -> tuple[Roster, Waiting, Link]:
+        def made(link: Link, **settings: Any) -> tuple[NodeRegistry, Waiting, Link]:
             for clock in clocks(link):
                 open_.enter_context(clock)
             post = Waiting(link, **settings)
-            return Roster(post), post, link
+            return NodeRegistry(post), post, link
 
         yield made
 
@@ -132,7 +132,7 @@ def test_a_question_of_silence_holds_nobody_up(make: Make) -> None:
     """A node that is silent in an exchange is asked again; it is known whom it serves."""
     who, _, link = make(Link({3: [0], 7: [1]}, {7: [0.0, 1e9]}))
     who.gather([0, 1])
-    watch = Silence(who)
+    watch = StragglerMonitor(who)
     watch.lost({"m": 7})
     link.now += 61
     assert not watch.lost({"m": 7})

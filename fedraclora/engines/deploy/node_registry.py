@@ -29,7 +29,7 @@ AGAIN = 20.0  # seconds without an answer until a node is asked again, then twic
 
 
 class Post(Protocol):
-    """What a roster needs of its grid."""
+    """What a registry needs of its grid."""
 
     run_id: str
     settings: DeployConfig
@@ -61,7 +61,7 @@ class Question:
     pause: float
 
 
-class Roster:
+class NodeRegistry:
     """Finds the node of each client.
 
     Args:
