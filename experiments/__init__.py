@@ -1,9 +1,5 @@
-"""Entry points: what commands and the front door run; may import everything below."""
+"""The laboratory: a round to read, studies and their results, the benchmark, curves beside bounds.
 
-from pathlib import Path
-
-from fedraclora import conf, errors
-
-CODE = Path(errors.__file__).resolve().parent  # the package
-CONF = Path(conf.__file__).resolve().parent  # the files that Hydra composes
-RESULTS = Path(__file__).parent / "results"  # of record, a folder each
+It lies in a source checkout and in no wheel; nothing that is installed imports it but the rows of
+``fedraclora bench`` and ``fedraclora theory``, when they run.
+"""

@@ -23,15 +23,15 @@ from pathlib import Path
 from string import Template
 
 from fedraclora.binding import bind
+from fedraclora.commands import RESULTS
+from fedraclora.commands.cli import USAGE
+from fedraclora.commands.study.entries import DEVIATION, docstring, is_unverified
+from fedraclora.compose.choices import choice, groups, sections
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import RESULTS
 from fedraclora.experiments.bench.table import side_by_side, tables
-from fedraclora.experiments.choices import choice, groups, sections
-from fedraclora.experiments.cli import USAGE
-from fedraclora.experiments.study.entries import DEVIATION, docstring, is_unverified
-from fedraclora.experiments.tables import Cells, Table, read_table
 from fedraclora.protocol.method import Method
 from fedraclora.strategies.methods import METHODS
+from fedraclora.terminal.tables import Cells, Table, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (

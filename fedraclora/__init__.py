@@ -39,7 +39,8 @@ HOMES = {
 for _name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
     os.environ.setdefault(_name, "0")
 
-# `strategies`, `clients`, `experiments` and `conf` stand beside this folder, which links to them.
+# `strategies`, `clients`, `conf` and, in a checkout, `experiments` stand beside this folder, which
+# links to them.
 # Flower's bundle holds no links, and some file systems none (docs/adr/0001).
 if not Path(__file__).with_name("strategies").is_dir():
     __path__.append(str(Path(__file__).parents[1]))

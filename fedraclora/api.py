@@ -10,20 +10,18 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fedraclora.binding import OWN_GROUPS, PlainDict, section
+from fedraclora.commands.evaluate import measuring_run
+from fedraclora.commands.simulate import carry_out, choose
+from fedraclora.commands.status import explained
+from fedraclora.compose.lending import lend_all, trained_by
+from fedraclora.compose.resume import is_done
+from fedraclora.compose.values import config_of, is_whole
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.settings import OutputConfig
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.own_metrics import Metric
-from fedraclora.experiments.evaluate import measuring_run
-from fedraclora.experiments.lending import lend_all, trained_by
-from fedraclora.experiments.resume import is_done
-from fedraclora.experiments.simulate import carry_out, choose
-from fedraclora.experiments.status import explained
-from fedraclora.experiments.tune.command import tune_task
-from fedraclora.experiments.tune.result import Tuned
-from fedraclora.experiments.values import config_of, is_whole
 from fedraclora.imports import refuse_run
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import has_begun
@@ -35,6 +33,8 @@ from fedraclora.strategies.server.callbacks import each_of, own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
 from fedraclora.strategies.start import settled_start
 from fedraclora.trust import trust as trust_all
+from fedraclora.tuning.command import tune_task
+from fedraclora.tuning.result import Tuned
 
 __all__ = ["Callback", "Metric", "RoundStep", "Run", "Tuned", "read_run", "simulate", "tune"]
 

@@ -1,6 +1,6 @@
 """Every error this project raises on purpose, under one base.
 
-A message says what came, what was wanted and what to do. `experiments.cli` prints it without
+A message says what came, what was wanted and what to do. `commands.cli` prints it without
 a traceback and exits with status 1, so the words must be enough for the reader.
 """
 

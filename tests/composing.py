@@ -21,7 +21,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fedraclora.experiments.choices import CONF  # which puts into Hydra's store what code has
+from fedraclora.compose.choices import CONF  # which puts into Hydra's store what code has
 
 Key = tuple[object, ...]
 

@@ -34,6 +34,7 @@ from typing_extensions import override
 
 from fedraclora.binding import build
 from fedraclora.clients.worker import answer_of
+from fedraclora.compose.words import key_values
 from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.config.run_config import DEVICES
 from fedraclora.data.samples import Partitioned
@@ -53,7 +54,6 @@ from fedraclora.experiments.bench.table import (
 from fedraclora.experiments.bench.timing import Figures, figures, interleaved, training_loss
 from fedraclora.experiments.bench.usage import PROC, Laps
 from fedraclora.experiments.bench.workloads import PEERS, RAY, WORKLOADS, Case
-from fedraclora.experiments.words import key_values
 from fedraclora.limits import Count, Limited, choice_of
 from fedraclora.protocol.link import apply_link
 from fedraclora.protocol.uplinks import Uplinks
@@ -107,7 +107,7 @@ def run(config: BenchConfig) -> int:
 
 def apart(config: BenchConfig) -> int:
     """Time one workload in a process of its own, which holds no memory of another; its status."""
-    command = [sys.executable, "-m", "fedraclora.experiments.cli", "bench", *config.words]
+    command = [sys.executable, "-m", "fedraclora.commands.cli", "bench", *config.words]
     return abs(subprocess.run(command, check=False).returncode)  # noqa: S603  this program
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedraclora.commands import CODE
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import CODE
 from fedraclora.experiments.bench.workloads import LR, Workload
 
 FILES = ("data.npz", "start.npz", "final.npz", "outcome.json")  # of a peer's work

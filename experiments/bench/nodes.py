@@ -21,14 +21,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fedraclora.commands import deploy
+from fedraclora.commands.status import reported
+from fedraclora.compose.words import part
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import EngineError
-from fedraclora.experiments import deploy
 from fedraclora.experiments.bench.usage import cpu
-from fedraclora.experiments.status import reported
-from fedraclora.experiments.tables import Table
-from fedraclora.experiments.words import part
 from fedraclora.run.ledger import read_ledger
+from fedraclora.terminal.tables import Table
 
 WORDS = ["data=digits", "data.labels=null", "pretrain=none", "partition=iid", "method.rank=2"]
 WORDS += ["output=study", "output.progress=false"]

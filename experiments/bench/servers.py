@@ -25,9 +25,8 @@ from typing import Any
 import torch
 
 from fedraclora.binding import bind, row_of
-from fedraclora.experiments.status import reported
-from fedraclora.experiments.tables import Table
-from fedraclora.experiments.words import key_values
+from fedraclora.commands.status import reported
+from fedraclora.compose.words import key_values
 from fedraclora.limits import Count
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan, State
@@ -36,6 +35,7 @@ from fedraclora.rng import generator
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.methods.slora import SLora
+from fedraclora.terminal.tables import Table
 
 TIMES = 2  # of a close: the least of them counts, since machines are shared
 

@@ -25,8 +25,8 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.experiments.bench import late
 from fedraclora.experiments.bench.timing import Rows
 from fedraclora.experiments.bench.workloads import PRODUCTS, RAY, WORKLOADS
-from fedraclora.experiments.tables import Table
 from fedraclora.run.folder import git_revision
+from fedraclora.terminal.tables import Table
 
 LABELS: dict[str, str] = yaml.safe_load(
     Path(__file__).with_name("labels.yaml").read_text(encoding="utf-8")

@@ -31,8 +31,8 @@ import torch
 from rich.progress import track
 
 from fedraclora.binding import build
+from fedraclora.compose.words import key_values
 from fedraclora.config.build import fix_bits
-from fedraclora.experiments.progress import plain_console
 from fedraclora.experiments.theory import examples, verdict
 from fedraclora.experiments.theory.cases import all_cases
 from fedraclora.experiments.theory.figures import (
@@ -43,9 +43,9 @@ from fedraclora.experiments.theory.figures import (
     slowdowns,
 )
 from fedraclora.experiments.theory.verdict import judge
-from fedraclora.experiments.words import key_values
 from fedraclora.limits import Count, Limited, choice_of, whole_from
 from fedraclora.run.folder import provenance
+from fedraclora.terminal.progress import plain_console
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from fedraclora.experiments.tables import Table
 from fedraclora.experiments.theory.examples import CHAIN, Outcome
 from fedraclora.experiments.theory.verdict import ERRORS, Curve, Judged
 from fedraclora.plots.comparison import Measured, Panel, bounds_figure
+from fedraclora.terminal.tables import Table
 
 GAP = ("round", "f(W) - f*, over the first")
 GRADIENT = ("round", "mean of ||grad f||² so far, over the first")

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fedraclora.commands.run_files import read_files
+from fedraclora.commands.simulate import choose, simulate
+from fedraclora.compose.overrides import composed
+from fedraclora.compose.resume import is_done
 from fedraclora.errors import FedRacLoraError
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.progress import RunProgress
-from fedraclora.experiments.resume import is_done
-from fedraclora.experiments.run_files import read_files
-from fedraclora.experiments.simulate import choose, simulate
 from fedraclora.rng import generator
 from fedraclora.run.folder import read_summary
 from fedraclora.strategies.weights import load_weights
+from fedraclora.terminal.progress import RunProgress
 from fedraclora.tree import digest
 from fedraclora.weights.links import link_digest
 

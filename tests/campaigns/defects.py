@@ -28,9 +28,9 @@ from pathlib import Path
 
 import pytest
 
+from fedraclora.commands.status import reported
+from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.experiments.status import reported
-from fedraclora.experiments.words import key_values
 from tests.campaigns.defects_methods import METHOD_DEFECTS
 from tests.campaigns.defects_server import SERVER_DEFECTS
 from tests.campaigns.defects_wire import WIRE_DEFECTS

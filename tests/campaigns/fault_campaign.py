@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fedraclora.commands.status import reported
+from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.status import reported
-from fedraclora.experiments.words import key_values
 from fedraclora.run.folder import provenance
 from tests.campaigns.faults.real import LINK, drill
 from tests.campaigns.faults.trials import KINDS, Outcome, inject

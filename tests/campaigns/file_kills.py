@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedraclora.experiments.compact import compact
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.simulate import run_one
+from fedraclora.commands.compact import compact
+from fedraclora.commands.simulate import run_one
+from fedraclora.compose.overrides import composed
 from fedraclora.run.folder import read_summary
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import digest

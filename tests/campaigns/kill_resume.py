@@ -21,10 +21,10 @@ from pathlib import Path
 from rich.table import Table
 
 from fedraclora.errors import FedRacLoraError
-from fedraclora.experiments.progress import console_for_tables
 from fedraclora.rng import generator
 from fedraclora.run.folder import read_summary
 from fedraclora.run.ledger import digest_rows, read_ledger
+from fedraclora.terminal.progress import console_for_tables
 from fedraclora.weights.files import load_checkpoint
 
 JOB = (
@@ -94,7 +94,7 @@ def launch(job: Sequence[str], folder: Path, *, resume: bool) -> subprocess.Pope
     words = [*job, f"output.dir={folder}", *(["resume=auto"] if resume else [])]
     with folder.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "fedraclora.experiments.cli", "simulate", *words],
+            [sys.executable, "-m", "fedraclora.commands.cli", "simulate", *words],
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=folder.parent,

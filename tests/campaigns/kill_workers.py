@@ -21,9 +21,9 @@ from pathlib import Path
 
 from fedraclora.errors import FedRacLoraError
 from fedraclora.experiments.bench.usage import descendants
-from fedraclora.experiments.progress import plain_console
 from fedraclora.rng import generator
 from fedraclora.run.ledger import read_ledger
+from fedraclora.terminal.progress import plain_console
 from tests.campaigns.kill_resume import TrialError, finish, launch
 
 ROUNDS = 60

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fedraclora.commands.status import reported
+from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.status import reported
-from fedraclora.experiments.words import key_values
 from tests.campaigns.faults.network import RANK
 
 WORDS = [
@@ -106,7 +106,7 @@ def table(samples: Sequence[Mapping[str, object]]) -> str:
 def run(folder: Path, rounds: int) -> None:
     """Run, and look meanwhile."""
     words = [*WORDS, *RANK, f"rounds={rounds}", f"output.dir={folder / 'run'}"]
-    command = [sys.executable, "-m", "fedraclora.experiments.cli", "deploy", "local=2", *words]
+    command = [sys.executable, "-m", "fedraclora.commands.cli", "deploy", "local=2", *words]
     ledger, samples = folder / "run" / "ledger.jsonl", list[dict[str, object]]()
     with (
         (folder / "log").open("w") as log,

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fedraclora.commands.status import reported
+from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.status import reported
-from fedraclora.experiments.words import key_values
 from fedraclora.run.folder import provenance
 from tests.campaigns.faults.links import CACHE, KINDS, RATE, ROOM, Fault, drawn, move
 from tests.campaigns.faults.network import SMALL

@@ -50,10 +50,10 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from fedraclora.experiments.choices import CONF, NODES
-from fedraclora.experiments.choices import choice as choice_of
-from fedraclora.experiments.choices import groups as all_groups
-from fedraclora.experiments.cli import main
+from fedraclora.commands.cli import main
+from fedraclora.compose.choices import CONF, NODES
+from fedraclora.compose.choices import choice as choice_of
+from fedraclora.compose.choices import groups as all_groups
 from fedraclora.rng import generator
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.weights.files import flatten

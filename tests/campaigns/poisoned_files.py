@@ -42,8 +42,8 @@ from typing import Any
 import yaml
 
 import fedraclora
+from fedraclora.commands import cli
 from fedraclora.errors import FedRacLoraError
-from fedraclora.experiments import cli
 from fedraclora.rng import generator
 from fedraclora.run.digests import write_digests
 from fedraclora.strategies.weights import load_weights
@@ -92,7 +92,7 @@ NAMES: Mapping[str, Mapping[str, object]] = {
     "yaml:unsafe_load": {"stream": f"!!python/object/apply:os.mkdir [{MARK}]"},
     "hydra.utils:instantiate": {"config": {"_target_": "os.mkdir", "path": MARK}},
     "cloudpickle:loads": {"data": "x"},
-    "fedraclora.experiments.init:write_project": {"name": "canary", "where": "."},
+    "fedraclora.commands.init:write_project": {"name": "canary", "where": "."},
     "fedraclora.run.folder:subprocess": {},
     "fedraclora.run.folder:make": {"folder": MARK},
     "fedraclora.imports:import_object": {"key": "x", "name": "victim:touch"},

@@ -28,8 +28,8 @@ from rich.table import Table
 
 from fedraclora.engines.ray.pulse import TICK, Pulse, places_of
 from fedraclora.errors import FedRacLoraError
-from fedraclora.experiments.progress import console_for_tables
 from fedraclora.run.ledger import Row, read_ledger, round_seconds
+from fedraclora.terminal.progress import console_for_tables
 from fedraclora.weights.files import load_checkpoint
 from tests.campaigns.kill_resume import finish
 from tests.campaigns.kill_workers import JOB, WORKER
@@ -40,7 +40,7 @@ PACE = "FEDRACLORA_TEST_PACE"  # seconds that a batch takes
 PORT = 6379
 RAY = str(Path(sys.executable).parent / "ray")
 START = (RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000")
-PYTHON = [sys.executable, "-m", "fedraclora.experiments.cli", "simulate"]
+PYTHON = [sys.executable, "-m", "fedraclora.commands.cli", "simulate"]
 # On a busy machine a raylet takes longer than Ray waits. The hosts share memory, with others, too.
 ENV = {"RAY_raylet_start_wait_time_s": "300", "RAY_memory_monitor_refresh_ms": "0"}
 ENV |= {"RAY_USAGE_STATS_ENABLED": "0"}

@@ -27,15 +27,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fedraclora.commands.simulate import carry_out
+from fedraclora.commands.status import reported
+from fedraclora.compose.overrides import composed
+from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.simulate import carry_out
-from fedraclora.experiments.status import reported
-from fedraclora.experiments.tables import Table
-from fedraclora.experiments.words import key_values
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 from fedraclora.run.folder import provenance
 from fedraclora.run.ledger import read_ledger, round_seconds
+from fedraclora.terminal.tables import Table
 from tests.hosts import Bed
 from tests.hosts.deployment import Deployment, wait_for
 

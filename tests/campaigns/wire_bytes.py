@@ -14,11 +14,11 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+from fedraclora.commands.status import reported
+from fedraclora.compose.overrides import composed
+from fedraclora.compose.words import key_values
 from fedraclora.engines.records import message_bytes
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.status import reported
-from fedraclora.experiments.words import key_values
 from fedraclora.run.folder import provenance
 from tests.campaigns.faults.network import Network, nodes_for, rows, serve
 from tests.common import summary_of

@@ -18,18 +18,18 @@ import yaml
 from rich.table import Table as RichTable
 
 from fedraclora.clients.engines import engine_of
+from fedraclora.commands.cli import COMMANDS, main
+from fedraclora.commands.status import UNREAD
+from fedraclora.compose.choices import choice
+from fedraclora.compose.overrides import composed
+from fedraclora.compose.resume import told_how_to_go_on
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments.choices import choice
-from fedraclora.experiments.cli import COMMANDS, main
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.progress import RunProgress, console_for_tables, plain_console
-from fedraclora.experiments.resume import told_how_to_go_on
-from fedraclora.experiments.status import UNREAD
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
+from fedraclora.terminal.progress import RunProgress, console_for_tables, plain_console
 from fedraclora.weights.files import flatten
 from tests.common import summary_of
 
@@ -621,7 +621,7 @@ def test_a_reader_that_stops_reading_ends_a_command_in_silence(words: list[str])
     """What `fedraclora --help | head` does, with a head that reads nothing."""
     read, written = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "fedraclora.experiments.cli", *words]
+    command = [sys.executable, "-m", "fedraclora.commands.cli", *words]
     done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, check=False)
     os.close(written)
     assert (done.returncode, done.stderr) == (UNREAD, "")
@@ -674,7 +674,7 @@ def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     heavy += ["torch._dynamo", "transformers"]
     words = ["simulate", "rounds=1", "pretrain.epochs=1", "output.plots=false"]
     words += [f"output.dir={tmp_path / 'run'}"]
-    code = f"from fedraclora.experiments import cli\ntry: cli.main({words})\n"
+    code = f"from fedraclora.commands import cli\ntry: cli.main({words})\n"
     code += "except SystemExit: pass\n"
     code += f"import sys; print('found', [n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from composing import REPLACED
 
+from fedraclora.compose.overrides import composed
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.overrides import composed
 
 WORDS = (
     ["seed=3"],

@@ -16,11 +16,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fedraclora.binding import section
-from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.settings import EvaluateConfig
-from fedraclora.errors import DataError
-from fedraclora.experiments import CONF
-from fedraclora.experiments.choices import (
+from fedraclora.compose import CONF
+from fedraclora.compose.choices import (
     NODES,
     choice,
     groups,
@@ -30,6 +27,9 @@ from fedraclora.experiments.choices import (
     section_keys,
     sections,
 )
+from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.config.settings import EvaluateConfig
+from fedraclora.errors import DataError
 from fedraclora.experiments.pages import aliases, method_of
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import ruled

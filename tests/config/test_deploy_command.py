@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedraclora.commands import cli, deploy
+from fedraclora.commands.deploy import Record
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.deploy import control
 from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
-from fedraclora.experiments import cli, deploy
-from fedraclora.experiments.deploy import Record
-from fedraclora.experiments.overrides import composed
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.methods import METHODS

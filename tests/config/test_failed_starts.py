@@ -15,12 +15,12 @@ import yaml
 
 from fedraclora.api import simulate
 from fedraclora.clients.engines import engine_of
+from fedraclora.commands.cli import main
+from fedraclora.commands.compare import compare
+from fedraclora.commands.simulate import sweep_name
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
-from fedraclora.experiments.cli import main
-from fedraclora.experiments.compare import compare
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.simulate import sweep_name
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies.base import FedStrategy

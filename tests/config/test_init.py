@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedraclora.commands import init
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import init
-from fedraclora.experiments.overrides import composed
 from fedraclora.strategies.methods import METHODS
 
 

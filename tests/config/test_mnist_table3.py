@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from fedraclora.binding import bind
+from fedraclora.commands.study.file import Study
+from fedraclora.compose import CONF
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments import CONF
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.study.file import Study
 from fedraclora.models import MODELS
 from fedraclora.protocol.plan import make_plan
 from fedraclora.strategies.methods import METHODS

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fedraclora.compose.overrides import composed, flags_first, searched
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.overrides import composed, flags_first, searched
 from fedraclora.protocol.plan import own_rank
 from fedraclora.strategies.methods import METHODS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedraclora.experiments.cli import main
+from fedraclora.commands.cli import main
 from fedraclora.experiments.theory import command
 from fedraclora.experiments.theory.verdict import Judged
 

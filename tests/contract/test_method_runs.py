@@ -38,8 +38,8 @@ from worlds import (
 )
 
 from fedraclora.aggregation.base import Total
+from fedraclora.commands.compact import compact
 from fedraclora.errors import CheckpointError
-from fedraclora.experiments.compact import compact
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.rebuild import state_at, weights_at
 from fedraclora.strategies.methods.fed_sb import FedSb

@@ -21,10 +21,10 @@ from worlds import (
     run,
 )
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.overrides import composed
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret

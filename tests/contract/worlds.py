@@ -27,12 +27,12 @@ from fedraclora.attacks import Attack
 from fedraclora.binding import row_of
 from fedraclora.clients.engines import InProcessGrid, in_process
 from fedraclora.clients.worker import Worker
+from fedraclora.compose.choices import choice
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import EngineParts
 from fedraclora.engines.records import from_records, to_records
-from fedraclora.experiments.choices import choice
 from fedraclora.experiments.pages import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.coding import NONE

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fedraclora
-from fedraclora.experiments import cli
+from fedraclora.commands import cli
 from fedraclora.export import FORMATS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "export.md"

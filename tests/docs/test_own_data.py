@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text()
 # As the installed script does, which has the working folder nowhere on its path.
-PROGRAM = [sys.executable, "-P", "-c", "from fedraclora.experiments.cli import main; main()"]
+PROGRAM = [sys.executable, "-P", "-c", "from fedraclora.commands.cli import main; main()"]
 
 QUICK = ("rounds=40", "output.plots=false")  # the defaults, 150 and curves, take seconds more
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments.overrides import composed
 from fedraclora.strategies.methods import METHODS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from fedraclora.binding import build, section
+from fedraclora.commands import deploy
+from fedraclora.commands.study.file import Study
+from fedraclora.commands.study.leaderboard import chosen, find
+from fedraclora.compose.overrides import composed
+from fedraclora.compose.words import check_word, key_values
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments import deploy
 from fedraclora.experiments.bench.command import parse
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.study.file import Study
-from fedraclora.experiments.study.leaderboard import chosen, find
 from fedraclora.experiments.theory.command import TheoryConfig
-from fedraclora.experiments.words import check_word, key_values
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import ruled
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from fedraclora.commands.cli import COMMANDS
+from fedraclora.commands.study.frontier import Task, difference
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments.cli import COMMANDS
-from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import RESULTS
-from fedraclora.experiments.study.frontier import Task, difference
-from fedraclora.experiments.tables import read_table
 from fedraclora.strategies.methods import METHODS
+from fedraclora.terminal.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

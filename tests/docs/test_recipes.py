@@ -20,8 +20,8 @@ from ray.scripts.scripts import start
 from ray.scripts.symmetric_run import symmetric_run
 
 from fedraclora.clients.cache import served
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments.overrides import composed
 from fedraclora.strategies.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]

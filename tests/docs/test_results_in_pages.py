@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fedraclora.commands.cli import USAGE
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.cli import USAGE
 from fedraclora.experiments.pages import BLOCK, PAGES, ROOT, filled, read_table, usage
 
 TABLE = """| method | lr | accuracy | std | bytes |

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
-from fedraclora.experiments.overrides import composed
 from fedraclora.run.ledger import NONDETERMINISTIC
 from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS

@@ -12,11 +12,11 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.clients.engines import in_process
+from fedraclora.compose.choices import choice
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ClientError
-from fedraclora.experiments.choices import choice
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.plan import make_plan

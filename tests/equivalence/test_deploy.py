@@ -11,9 +11,9 @@ from flwr.app import ArrayRecord
 
 from fedraclora.clients.cache import CACHE, MARKER
 from fedraclora.clients.engines import engine_of
+from fedraclora.commands.simulate import simulate
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.records import from_records, message_bytes
-from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.methods import METHODS

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 
 import fedraclora
+from fedraclora.commands import deploy
+from fedraclora.commands.deploy import Record
+from fedraclora.commands.simulate import simulate
+from fedraclora.compose.overrides import composed
 from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment, make_identity, make_node_key
 from fedraclora.engines.programs import Program, listens
 from fedraclora.errors import EngineError
-from fedraclora.experiments import deploy
 from fedraclora.experiments.bench.usage import descendants
-from fedraclora.experiments.deploy import Record
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import number, read_ledger
 from tests.campaigns.faults.real import Drill, client_processes, wait_for
 from tests.campaigns.faults.trials import absent, final_weights
@@ -188,7 +188,7 @@ def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Pa
     folder = tmp_path / "run"
     words = [*WORDS, "rounds=40", "local=2", f"output.dir={folder}", "output.checkpoint_every=1"]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "fedraclora.experiments.cli", "deploy", *words]
+    command = [sys.executable, "-m", "fedraclora.commands.cli", "deploy", *words]
     process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     ledger = folder / "ledger.jsonl"
     end = time.monotonic() + 300

@@ -14,10 +14,10 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from fedraclora.clients import node as client_node
 from fedraclora.clients import respond
 from fedraclora.clients.cache import served
+from fedraclora.commands.simulate import simulate
 from fedraclora.engines.deploy import grid
 from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.experiments.simulate import simulate
 from fedraclora.wire.records import clients_of
 from tests.campaigns.faults.harms import header, stays_silent, vector
 from tests.campaigns.faults.network import Network, deploy, rows, small

@@ -12,11 +12,11 @@ import torch
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients.cache import CACHE
+from fedraclora.commands.simulate import simulate
 from fedraclora.data.fit import Form, gathered
 from fedraclora.data.own import read_own
 from fedraclora.data.own_set import own_samples
 from fedraclora.errors import ClientError, ConfigError, DataError
-from fedraclora.experiments.simulate import simulate
 from fedraclora.imports import import_object
 from tests.campaigns.faults.network import Network, composed, rows, serve
 from tests.campaigns.wire import raw

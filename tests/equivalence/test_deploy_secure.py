@@ -12,11 +12,11 @@ import pytest
 from flwr.app import Message
 
 from fedraclora.clients.secure import MEASUREMENTS
+from fedraclora.commands.simulate import simulate
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.records import from_records
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.simulate import simulate
 from fedraclora.privacy.secret import KEY_FILE
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import number

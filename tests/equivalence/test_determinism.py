@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from vectorised_settings import ALSO, WIDELY
 
+from fedraclora.commands.simulate import run_one
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ClientError
-from fedraclora.experiments.simulate import run_one
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.program import LocalResult

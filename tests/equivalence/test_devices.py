@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ClientError
-from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from fedraclora.clients.engines import engine_of
+from fedraclora.commands import cli, flower
+from fedraclora.commands.app import copy_app
+from fedraclora.commands.simulate import simulate
+from fedraclora.commands.status import STATUS
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower.superlink import Ended, SuperLink
-from fedraclora.experiments import cli, flower
-from fedraclora.experiments.app import copy_app
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.simulate import simulate
-from fedraclora.experiments.status import STATUS
 from fedraclora.run.ledger import Row
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
@@ -171,7 +171,7 @@ def test_nobody_else_reaches_it_and_nothing_is_left(how: int, tmp_path: Path) ->
             [
                 sys.executable,
                 "-m",
-                "fedraclora.experiments.flower",
+                "fedraclora.commands.flower",
                 *words,
                 f"output.dir={folder}",
             ],

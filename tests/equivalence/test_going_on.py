@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedraclora.commands.simulate import run_one
+from fedraclora.compose.overrides import composed
+from fedraclora.compose.resume import go_on
 from fedraclora.errors import CheckpointError, DataError
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.resume import go_on
-from fedraclora.experiments.simulate import run_one
 from fedraclora.rng import generator
 from fedraclora.run.folder import read_config, read_summary
 from fedraclora.run.ledger import read_ledger

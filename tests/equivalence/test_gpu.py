@@ -25,9 +25,9 @@ from vectorised_agreement import base_of, method_of
 from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 from vectorised_settings import WIDELY
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
-from fedraclora.experiments.overrides import composed
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.program import LocalResult

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from fedraclora.experiments.simulate import run_one
+from fedraclora.commands.simulate import run_one
 from fedraclora.rng import generator
 from fedraclora.run.ledger import digest_rows, read_ledger
 from fedraclora.weights.links import read_links

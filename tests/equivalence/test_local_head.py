@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from vectorised_settings import ALSO, WIDELY
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.evaluation.evaluate import class_accuracies, personal_accuracy
-from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import aliases
 from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import fedraclora
+from fedraclora.commands import compare
+from fedraclora.commands.report.page import page_of, read_shown
+from fedraclora.compose.overrides import composed
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.experiments import compare
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.report.page import page_of, read_shown
 from fedraclora.strategies.methods import METHODS
 from tests.common import normal
 

@@ -15,8 +15,8 @@ from torch import nn
 import fedraclora
 from fedraclora.client import Round, Trained
 from fedraclora.clients import node as client_node
+from fedraclora.commands.simulate import simulate
 from fedraclora.errors import ClientError
-from fedraclora.experiments.simulate import simulate
 from tests.campaigns.faults.network import Network, composed, serve
 from tests.common import normal, summary_of
 
@@ -130,7 +130,7 @@ def test_a_real_deployment_has_the_bits_of_inline(tmp_path: Path, module: None) 
     ended = {}
     for command in (["deploy", "local=3"], ["simulate", "engine=inline"]):
         place = tmp_path / command[0]
-        asked = [sys.executable, "-m", "fedraclora.experiments.cli", *command, *words]
+        asked = [sys.executable, "-m", "fedraclora.commands.cli", *command, *words]
         subprocess.run(
             [*asked, f"output.dir={place}"],
             cwd=tmp_path,

@@ -9,10 +9,10 @@ import torch
 from vectorised_agreement import LOCAL, base_of, method_of
 from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.program import LocalResult

@@ -68,7 +68,7 @@ def address() -> Iterator[str]:
 
 
 def digests(folder: Path, *words: str) -> list[str]:
-    command = [sys.executable, "-m", "fedraclora.experiments.cli", "simulate", *WORDS, *words]
+    command = [sys.executable, "-m", "fedraclora.commands.cli", "simulate", *WORDS, *words]
     end = time.monotonic() + 60
     while True:  # the head listens a moment before its node is there
         done = subprocess.run(
@@ -92,7 +92,7 @@ def test_a_cluster_is_joined_and_left_and_joined_again(address: str, tmp_path: P
         assert digests(tmp_path / name, "engine=ray", f"engine.address={address}") == wanted
     words = ["engine=ray", f"engine.address={address}", f"output.dir={tmp_path / 'stranger'}"]
     done = subprocess.run(
-        [sys.executable, "-m", "fedraclora.experiments.cli", "simulate", *WORDS, *words],
+        [sys.executable, "-m", "fedraclora.commands.cli", "simulate", *WORDS, *words],
         capture_output=True,
         text=True,
         check=False,

@@ -19,13 +19,13 @@ import ray
 import torch
 from ray import cloudpickle
 
+from fedraclora.commands.status import STATUS
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray import Cluster, RayGrid
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.status import STATUS
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import read_ledger
@@ -313,7 +313,7 @@ def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
             [
                 sys.executable,
                 "-m",
-                "fedraclora.experiments.cli",
+                "fedraclora.commands.cli",
                 "simulate",
                 *words,
                 f"output.dir={folder / 'run'}",
@@ -353,7 +353,7 @@ def test_a_run_whose_ray_is_killed_ends_with_a_checkpoint(server: str, tmp_path:
     words += ["engine.workers=1", f"output.dir={folder}"]
     with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as made:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fedraclora.experiments.cli", "simulate", *words],
+            [sys.executable, "-m", "fedraclora.commands.cli", "simulate", *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

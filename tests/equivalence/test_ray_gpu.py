@@ -14,13 +14,13 @@ import pytest
 import ray
 import torch
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.ray import Cluster
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.runs import RAY_WORKERS, ray_settings
 from fedraclora.experiments.bench.workloads import WORKLOADS, Case
-from fedraclora.experiments.overrides import composed
 from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.tree import digest

@@ -14,8 +14,8 @@ from typing_extensions import override
 from vectorised_cases import SEED, SIZES, Case
 
 from fedraclora.binding import bind
+from fedraclora.compose.choices import choice
 from fedraclora.data.task import Task
-from fedraclora.experiments.choices import choice
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
 from fedraclora.protocol.uplinks import Uplinks

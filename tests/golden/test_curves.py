@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments.overrides import composed
 from fedraclora.experiments.pages import aliases
 from fedraclora.run.ledger import column
 from fedraclora.strategies.methods import METHODS

@@ -20,7 +20,7 @@ from tests.hosts.host import HOME, Host, Process
 
 PORT = 8000
 PROJECT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "fedraclora.experiments.cli"]
+COMMAND = [sys.executable, "-m", "fedraclora.commands.cli"]
 ENVIRONMENT = {
     "FLWR_HOME": f"{HOME}/flower",
     "FLWR_TELEMETRY_ENABLED": "0",

@@ -107,7 +107,7 @@ def simulate(
     """Run a simulation on a host, from the user's folder; give its summary and what it said."""
     env = {**TOKEN, "PYTHONPATH": str(Path(fedraclora.__file__).parents[1])}
     words = (*of, *words, f"output.dir=/tmp/home/{name}", "output.progress=true")
-    command = [sys.executable, "-m", "fedraclora.experiments.cli", "simulate", *words]
+    command = [sys.executable, "-m", "fedraclora.commands.cli", "simulate", *words]
     pipe = subprocess.PIPE
     with host.popen(command, env=env, cwd=PROJECT, stdout=pipe, stderr=pipe) as process:
         _, said = process.communicate(timeout=600)

@@ -12,12 +12,12 @@ import torch
 from chats import WORDS, write_rows
 
 import fedraclora
+from fedraclora.compose.choices import choice
 from fedraclora.data import token_losses
 from fedraclora.data.instructions import load_instructions
 from fedraclora.data.locate import package_path
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.evaluation.generate import Answering
-from fedraclora.experiments.choices import choice
 from fedraclora.models.hf import build_causal_lm
 from fedraclora.run.ledger import read_ledger
 from tests.common import summary_of

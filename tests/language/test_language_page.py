@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from chats import save_tokenizer
 
-from fedraclora.experiments import cli
+from fedraclora.commands import cli
 from tests.common import summary_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,7 +26,7 @@ LINES = {
 # They are typed to one process, which imports torch once.
 TYPED = """
 import sys
-from fedraclora.experiments.cli import main
+from fedraclora.commands.cli import main
 
 for line in sys.argv[1:]:
     try:
@@ -96,8 +96,14 @@ def used(folder: Path, shell: Shell) -> Path:
 
 
 def test_the_code_is_that_of_the_wheel(shell: Shell) -> None:
-    where = shell("python -c 'from fedraclora import experiments; print(experiments)'")
+    where = shell("python -c 'from fedraclora import commands; print(commands)'")
     assert str(ROOT) not in where
+
+
+@pytest.mark.parametrize("command", ["bench", "theory"])
+def test_commands_of_the_laboratory_say_where_they_are(shell: Shell, command: str) -> None:
+    with pytest.raises(AssertionError, match=rf"{command} belongs .*source checkout"):
+        shell(f"fedraclora {command}")
 
 
 def test_each_command_that_reads_a_run_does_its_work(used: Path, shell: Shell) -> None:

@@ -92,7 +92,7 @@ def ran(folder: Path, *words: str) -> str:
 
 
 def digest(folder: Path, command: str, *words: str) -> str:
-    ran(folder, "-m", "fedraclora.experiments.cli", command, *WORDS, *words, "output.dir=run")
+    ran(folder, "-m", "fedraclora.commands.cli", command, *WORDS, *words, "output.dir=run")
     return str(json.loads((folder / "run/summary.json").read_text())["weights_digest"])
 
 

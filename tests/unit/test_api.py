@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedraclora
+from fedraclora.commands.simulate import simulate
+from fedraclora.compose.overrides import composed
+from fedraclora.compose.values import literal, words_of
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.simulate import simulate
-from fedraclora.experiments.values import literal, words_of
 from fedraclora.run.ledger import read_ledger, round_seconds
 from fedraclora.tree import digest
 

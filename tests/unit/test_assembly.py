@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedraclora.commands.simulate import simulate
+from fedraclora.compose.overrides import composed
 from fedraclora.config import pretraining
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.simulate import simulate
 from fedraclora.run.recorder import resolved
 from fedraclora.strategies.assembly import Assembled, loop_of
 from fedraclora.strategies.methods import METHODS

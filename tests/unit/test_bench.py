@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedraclora.commands import cli
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import cli
 from fedraclora.experiments.bench import command, late
 from fedraclora.experiments.bench.command import (
     BenchConfig,

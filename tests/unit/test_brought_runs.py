@@ -15,10 +15,10 @@ from torch import nn
 import fedraclora
 from fedraclora.attacks import Attack
 from fedraclora.binding import OWN_GROUPS
+from fedraclora.compose.choices import keys_of
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
-from fedraclora.experiments.choices import keys_of
-from fedraclora.experiments.overrides import composed
 from fedraclora.models.built import seeded
 from fedraclora.protocol.program import ClientProgram
 from fedraclora.strategies.methods import METHODS

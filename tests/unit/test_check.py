@@ -27,11 +27,11 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from flwr.supercore.error import ApiErrorCode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from fedraclora.commands import check, cli, node
 from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.deploy.local import Identity, LocalDeployment, make_identity, make_node_key
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.experiments import check, cli, node
 
 KNOWN, UNKNOWN = (
     ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL,

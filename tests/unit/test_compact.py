@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedraclora.commands import cli
+from fedraclora.commands.compact import compact
 from fedraclora.errors import CheckpointError
-from fedraclora.experiments import cli
-from fedraclora.experiments.compact import compact
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Memo, State

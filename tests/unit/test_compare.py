@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedraclora.commands import cli
+from fedraclora.commands import compare as comparing
+from fedraclora.commands.compare import compare
+from fedraclora.commands.run_files import find_runs, read_files
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.experiments import cli
-from fedraclora.experiments import compare as comparing
-from fedraclora.experiments.compare import compare
-from fedraclora.experiments.run_files import find_runs, read_files
-from fedraclora.experiments.tables import Table, read_table
 from fedraclora.run.ledger import Ledger, Row
+from fedraclora.terminal.tables import Table, read_table
 from tests.common import summary_of
 
 ROUNDS = 20

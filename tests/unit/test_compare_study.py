@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from fedraclora.commands import cli
+from fedraclora.commands.study.entries import Entry, entries, is_unverified, read_lines
+from fedraclora.commands.study.file import Study, check_same
+from fedraclora.commands.study.leaderboard import STUDIES, chosen, find, leaderboard
+from fedraclora.commands.study.run import run_jobs
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import cli
-from fedraclora.experiments.study.entries import Entry, entries, is_unverified, read_lines
-from fedraclora.experiments.study.file import Study, check_same
-from fedraclora.experiments.study.leaderboard import STUDIES, chosen, find, leaderboard
-from fedraclora.experiments.study.run import run_jobs
 from fedraclora.strategies.methods import METHODS
 
 TINY = """

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from fedraclora.binding import bind, build, coerce, section, without
+from fedraclora.compose.choices import CONF, NODES, choice
+from fedraclora.compose.values import is_whole
 from fedraclora.config import run_config
 from fedraclora.config.keys import choices_with
 from fedraclora.config.run_config import (
@@ -34,8 +36,6 @@ from fedraclora.config.settings import (
     WireConfig,
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
-from fedraclora.experiments.choices import CONF, NODES, choice
-from fedraclora.experiments.values import is_whole
 from fedraclora.limits import Later, choice_of, later_keys
 from fedraclora.protocol.method import Method
 from fedraclora.protocol.quantised import ROUNDED

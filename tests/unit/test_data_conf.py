@@ -6,8 +6,8 @@ import inspect
 
 import pytest
 
+from fedraclora.compose.choices import choice, groups
 from fedraclora.data import DATASETS, PARTITIONS
-from fedraclora.experiments.choices import choice, groups
 from fedraclora.models import MODELS
 
 GROUPS = {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.build import build_task, settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS, make_partition
@@ -20,7 +21,6 @@ from fedraclora.data.own_set import own_samples
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import loss_function
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.experiments.overrides import composed
 from fedraclora.strategies.methods import METHODS
 
 TINY = ["model.hidden=[3]", "method.rank=2", "rounds=1"]

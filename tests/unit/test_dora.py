@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.overrides import composed
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.wrappers.dora import Dora

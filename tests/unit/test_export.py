@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fedraclora
+from fedraclora.commands import cli
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.task import forward
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.evaluation.evaluate import evaluate
-from fedraclora.experiments import cli
 from fedraclora.export import FORMATS, peft_adapter, whole_weights
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_gpt

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import fedraclora
+from fedraclora.commands.compare import compare
+from fedraclora.commands.report.page import page_of, read_shown
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.compare import compare
-from fedraclora.experiments.report.page import page_of, read_shown
 from fedraclora.models.built import seeded
 from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
@@ -88,7 +88,7 @@ def test_workers_that_a_round_leaves_idle_are_told_with_the_chunk_that_uses_them
 def test_without_progress_the_first_lines_are_logged_beside_the_notes(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "fedraclora.experiments.progress")
+    caplog.set_level("INFO", "fedraclora.terminal.progress")
     run(method={"name": "ffa_lora", "rank": 9}, rounds=0)
     shown = capsys.readouterr().err.splitlines()
     assert not caplog.messages

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import fedraclora
+from fedraclora.commands import cli
+from fedraclora.commands.compare import compare
 from fedraclora.errors import ConfigError
-from fedraclora.experiments import cli
-from fedraclora.experiments.compare import compare
 from fedraclora.run.digests import read_sealed
 
 SMALL = ("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]")

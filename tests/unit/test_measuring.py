@@ -13,6 +13,9 @@ import scipy.stats
 import torch
 
 import fedraclora
+from fedraclora.commands.compare import compare
+from fedraclora.commands.report.figures import figures_of
+from fedraclora.commands.report.page import page_of, read_shown
 from fedraclora.config import pretraining
 from fedraclora.data.held import hold_out_of_clients
 from fedraclora.data.samples import Partitioned, Samples
@@ -20,9 +23,6 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.clients import spread
 from fedraclora.evaluation.evaluate import class_accuracies, evaluate
 from fedraclora.evaluation.metrics import higher_is_better
-from fedraclora.experiments.compare import compare
-from fedraclora.experiments.report.figures import figures_of
-from fedraclora.experiments.report.page import page_of, read_shown
 from tests.common import normal
 
 SIZES = (1, 3, 10, 40)
@@ -139,7 +139,7 @@ def test_a_server_without_samples_has_no_metric_that_is_not_of_all_samples(
     secure: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It had the mean over clients, whatever their sizes, under the name of the metric."""
-    caplog.set_level("INFO", "fedraclora.experiments.progress")
+    caplog.set_level("INFO", "fedraclora.terminal.progress")
     scorer = torch.nn.Linear(3, 1)
     scorer.weight.data, scorer.bias.data = normal(1, 3, key="scorer").float(), torch.zeros(1)
     own = fedraclora.Metric(furthest, higher_is_better=False)
@@ -418,7 +418,7 @@ def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_c
 def test_clients_validate_where_the_server_has_nothing_to_validate_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", "fedraclora.experiments.progress")
+    caplog.set_level("INFO", "fedraclora.terminal.progress")
     words = ("evaluate.clients=all", "evaluate.split=validation")
     run = simulated(*words, "stop.patience=2", "stop.metric=clients.loss.mean", rounds=1)
     assert "measured on: validation" in caplog.text
@@ -432,7 +432,7 @@ def test_clients_validate_where_the_server_has_nothing_to_validate_on(
 def test_clients_of_a_table_measure_on_the_rows_that_its_column_of_splits_gives_them(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", "fedraclora.experiments.progress")
+    caplog.set_level("INFO", "fedraclora.terminal.progress")
     x = np.asarray(normal(40, 3, key="table"))
     frame = pd.DataFrame(x, columns=["a", "b", "c"]).assign(label=np.where(x[:, 0] > 0, "y", "n"))
     frame["site"] = [f"site {k % 3}" for k in range(40)]

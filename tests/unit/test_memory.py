@@ -22,10 +22,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
-from fedraclora.experiments.overrides import composed
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_transformer
 from fedraclora.protocol.factor import to_train

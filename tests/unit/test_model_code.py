@@ -15,11 +15,11 @@ import yaml
 from transformers import BertConfig, BertForSequenceClassification, modeling_utils
 
 import fedraclora
+from fedraclora.commands import cli
+from fedraclora.commands.check import check_node
+from fedraclora.compose.overrides import composed
 from fedraclora.data.locate import load_tokenizer
 from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.experiments import cli
-from fedraclora.experiments.check import check_node
-from fedraclora.experiments.overrides import composed
 from fedraclora.export.peft_adapter import _loaded
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_causal_lm, build_hf

@@ -10,7 +10,7 @@ import pytest
 
 REPORTS = ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED")
 ASKED = """
-import fedraclora.experiments.cli
+import fedraclora.commands.cli
 from flwr.supercore import telemetry
 from ray._common.usage import usage_lib
 print(telemetry.FLWR_TELEMETRY_ENABLED, int(usage_lib.usage_stats_enabled()))

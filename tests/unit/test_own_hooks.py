@@ -16,8 +16,8 @@ from typing_extensions import override
 import fedraclora
 from fedraclora.aggregation.base import Aggregator
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
+from fedraclora.commands import cli
 from fedraclora.errors import ConfigError, DivergenceError
-from fedraclora.experiments import cli
 from fedraclora.limits import COLUMNS
 from tests.unit.test_own_methods import run as run_of
 

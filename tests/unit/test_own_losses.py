@@ -15,12 +15,12 @@ from torch import nn
 from torchmetrics import AUROC, MeanSquaredError
 
 import fedraclora
+from fedraclora.commands import compare as comparing
+from fedraclora.commands.report.page import Shown, results
+from fedraclora.commands.run_files import read_files
+from fedraclora.commands.study.file import refuse_lower
 from fedraclora.data.own_loss import OwnLoss, check_loss
 from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.experiments import compare as comparing
-from fedraclora.experiments.report.page import Shown, results
-from fedraclora.experiments.run_files import read_files
-from fedraclora.experiments.study.file import refuse_lower
 from fedraclora.rng import generator, torch_normal
 
 torch.set_num_threads(1)

@@ -16,8 +16,8 @@ from torch import nn
 from typing_extensions import override
 
 import fedraclora
+from fedraclora.compose.overrides import composed
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError
-from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate

@@ -16,9 +16,9 @@ from typing_extensions import override
 
 import fedraclora
 from fedraclora.client import Round, Trained
+from fedraclora.commands.report.page import read_shown
+from fedraclora.commands.run_files import read_files
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.experiments.report.page import read_shown
-from fedraclora.experiments.run_files import read_files
 from fedraclora.protocol.method import Traits
 from fedraclora.protocol.program import ClientProgram, When
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import fedraclora
+from fedraclora.commands.cli import main
 from fedraclora.data import DATASETS, conversations, select_labels
 from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.fit import Form, as_scaled
@@ -23,7 +24,6 @@ from fedraclora.data.task import LOSSES
 from fedraclora.data.text import TextReader
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.evaluation.evaluate import _Words, predict
-from fedraclora.experiments.cli import main
 
 QUIET = "output.progress=false"
 DRAW = np.random.default_rng(3)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console  # noqa: TID251  a terminal of the test
 
-from fedraclora.experiments import progress
-from fedraclora.experiments.progress import RunProgress, fitted
 from fedraclora.run.ledger import Row
+from fedraclora.terminal import progress
+from fedraclora.terminal.progress import RunProgress, fitted
 
 
 def row(

@@ -13,9 +13,9 @@ import torch
 
 import fedraclora
 from fedraclora.binding import bind
+from fedraclora.commands.study.entries import is_tuned, read_lines, tried_values, tuned_value
+from fedraclora.commands.study.file import Study, row_config
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.study.entries import is_tuned, read_lines, tried_values, tuned_value
-from fedraclora.experiments.study.file import Study, row_config
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.protocol.plan import make_plan
 from fedraclora.strategies.methods import METHODS

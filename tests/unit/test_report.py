@@ -15,17 +15,17 @@ import pytest
 import yaml
 
 import fedraclora
-from fedraclora.errors import CheckpointError
-from fedraclora.experiments import cli
-from fedraclora.experiments.evaluate import stored_run
-from fedraclora.experiments.report.figures import last_measured, spread_figures
-from fedraclora.experiments.report.page import (
+from fedraclora.commands import cli
+from fedraclora.commands.evaluate import stored_run
+from fedraclora.commands.report.figures import last_measured, spread_figures
+from fedraclora.commands.report.page import (
     Shown,
     differences,
     page_of,
     read_shown,
     results,
 )
+from fedraclora.errors import CheckpointError
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
 WORDS += ("output.plots=false", "clients=6", "cohort=3", "rounds=4")

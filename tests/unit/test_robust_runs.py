@@ -6,8 +6,8 @@ from functools import cache
 
 import pytest
 
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.experiments.overrides import composed
 from fedraclora.run.ledger import Row, number
 from fedraclora.strategies.methods import METHODS
 from tests.common import assemble

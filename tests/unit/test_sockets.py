@@ -22,10 +22,10 @@ from flwr.supercore.interceptors.http import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf import client
 from flwr.supercore.runtime.runtime_http_client import RuntimeHttpClient
 
+from fedraclora.commands import cli
 from fedraclora.engines import sockets
 from fedraclora.engines.deploy import supernode
 from fedraclora.engines.programs import environment, listens
-from fedraclora.experiments import cli
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root
 
@@ -41,7 +41,7 @@ USED = {  # of what is replaced in Flower's modules
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
     """A node as an owner of data starts it, whose SuperLink is not there: its socket and number."""
     home = tmp_path_factory.mktemp("n")
-    words = [sys.executable, "-m", "fedraclora.experiments.cli", "node", "--insecure"]
+    words = [sys.executable, "-m", "fedraclora.commands.cli", "node", "--insecure"]
     environ = {**environment(home), "TMPDIR": str(home)}
     del environ[sockets.VARIABLE]
     with (home / "log").open("wb") as log:

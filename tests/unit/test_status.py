@@ -14,8 +14,8 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedraclora.commands.status import at_once, composing, explained, in_order, reported, tell
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.experiments.status import at_once, composing, explained, in_order, reported, tell
 
 
 def of_config(**keys: object) -> OmegaConfBaseException:
@@ -99,7 +99,7 @@ def test_what_hydra_raises_by_mistake_speaks_of_the_words() -> None:
 
 INTERRUPTED = """
 import importlib, os, signal, sys
-from fedraclora.experiments import cli
+from fedraclora.commands import cli
 
 cli.main(["--help"])
 assert not {"torch", "hydra", "numpy"} & set(sys.modules), "it loads what takes seconds"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from fedraclora.commands.deploy import Record
 from fedraclora.errors import ClientError, DivergenceError
-from fedraclora.experiments.deploy import Record
 from fedraclora.protocol.uplinks import Refusal, too_many
 from fedraclora.run.callback import run_title
 from fedraclora.run.stopped import STOPPED, divergence

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedraclora.commands.simulate import simulate
+from fedraclora.compose.choices import section_keys
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import digested, from_plain
 from fedraclora.config.settings import StopConfig
 from fedraclora.errors import ConfigError
-from fedraclora.experiments.choices import section_keys
-from fedraclora.experiments.overrides import composed
-from fedraclora.experiments.simulate import simulate
 from fedraclora.run.ledger import Row, read_ledger
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import Stopping

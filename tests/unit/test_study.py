@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedraclora.errors import ConfigError, DataError, FedRacLoraError
-from fedraclora.experiments import cli
-from fedraclora.experiments.study.entries import (
+from fedraclora.commands import cli
+from fedraclora.commands.study.entries import (
     Line,
     cost,
     dropped,
@@ -23,9 +22,10 @@ from fedraclora.experiments.study.entries import (
     tuned_by,
     tuned_value,
 )
-from fedraclora.experiments.study.file import Study
-from fedraclora.experiments.study.run import refuse_failed, run_job, run_jobs, run_study
-from fedraclora.experiments.study.tables import _difference, budgets, results, write_results
+from fedraclora.commands.study.file import Study
+from fedraclora.commands.study.run import refuse_failed, run_job, run_jobs, run_study
+from fedraclora.commands.study.tables import _difference, budgets, results, write_results
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 TEXT = """
 experiment: null
@@ -413,7 +413,7 @@ def test_some_rows_are_run_and_the_tables_show_all_that_have(
 ) -> None:
     plan, out = study(tmp_path, UNTUNED), tmp_path / "out"
     monkeypatch.setattr(
-        "fedraclora.experiments.study.run.run_job",
+        "fedraclora.commands.study.run.run_job",
         lambda job: line(0.8) | vars(job) | {"key": job.key},
     )
     run_study(plan, out, rows=["theirs"])
@@ -433,7 +433,7 @@ def test_some_rows_are_run_and_the_tables_show_all_that_have(
 def test_the_figure_keeps_the_reference_and_the_table_the_rounding(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fedraclora.experiments.study.tables.DRAWN", 2)
+    monkeypatch.setattr("fedraclora.commands.study.tables.DRAWN", 2)
     rows = "{worst: [], good: [], better: [], best: []}\nreference: worst"
     plan = study(tmp_path, UNTUNED.replace("{ours: [], theirs: []}\nreported: {ours: 0.7}", rows))
     scores = {"worst": 0.1, "good": 0.5, "better": 0.6, "best": 0.7}
@@ -549,7 +549,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_table(tmp_path / "mine.csv")
-    monkeypatch.setattr("fedraclora.experiments.study.run.check_first_runs", lambda *_: None)
+    monkeypatch.setattr("fedraclora.commands.study.run.check_first_runs", lambda *_: None)
     plan = study(
         tmp_path, ROWS.replace("narrow: [method=fedavg_lora", "wide: [method=pool_rac_lora")
     )

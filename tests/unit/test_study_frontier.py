@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedraclora.errors import ConfigError
-from fedraclora.experiments.study.file import Study
-from fedraclora.experiments.study.frontier import (
+from fedraclora.commands.study.file import Study
+from fedraclora.commands.study.frontier import (
     Task,
     draw_shares,
     draw_task,
@@ -19,6 +18,7 @@ from fedraclora.experiments.study.frontier import (
     shares,
     winners,
 )
+from fedraclora.errors import ConfigError
 
 TEXT = """
 experiment: null

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from fedraclora import rng
 from fedraclora.binding import build, without
+from fedraclora.compose.choices import choice, groups
 from fedraclora.devices.distributions import (
     Availability,
     Bernoulli,
@@ -27,7 +28,6 @@ from fedraclora.devices.distributions import (
 from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.experiments.choices import choice, groups
 from fedraclora.limits import later_keys
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.strategies.server.device_simulator import DeviceSimulator

@@ -14,10 +14,10 @@ import yaml
 
 import fedraclora
 from fedraclora.binding import object_of
+from fedraclora.commands import cli
+from fedraclora.commands.check import check_node
+from fedraclora.compose.overrides import composed
 from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.experiments import cli
-from fedraclora.experiments.check import check_node
-from fedraclora.experiments.overrides import composed
 from fedraclora.imports import import_object
 from fedraclora.protocol.program import ClientProgram
 from fedraclora.run.digests import write_digests

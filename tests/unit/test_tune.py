@@ -24,18 +24,18 @@ from hypothesis import strategies as st
 
 import fedraclora
 from fedraclora.binding import PlainDict, section
+from fedraclora.compose.overrides import composed, key_of
+from fedraclora.compose.resume import laid_over
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import task_from_plain
 from fedraclora.errors import CheckpointError, ConfigError, DivergenceError
-from fedraclora.experiments.overrides import composed, key_of
-from fedraclora.experiments.resume import laid_over
-from fedraclora.experiments.tune import command, search
-from fedraclora.experiments.tune.frontier import Point, frontier, ranks
-from fedraclora.experiments.tune.rates import RATE_KEY, TIMES, RateRange
-from fedraclora.experiments.tune.result import Tuned, lacking, points_of, taken_within
-from fedraclora.experiments.tune.space import Space, settings
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.run.folder import alone
+from fedraclora.tuning import command, search
+from fedraclora.tuning.frontier import Point, frontier, ranks
+from fedraclora.tuning.rates import RATE_KEY, TIMES, RateRange
+from fedraclora.tuning.result import Tuned, lacking, points_of, taken_within
+from fedraclora.tuning.space import Space, settings
 from fedraclora.weights.files import flatten
 
 TASK = ["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[12]", "clients=4"]
@@ -219,7 +219,7 @@ def test_no_test_sample_is_looked_at_before_the_end(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     words = ["tune", *TASK, *SMALL, f"output.dir={tmp_path}", "tune.runs=6", "output.progress=true"]
-    call = [sys.executable, "-m", "fedraclora.experiments.cli", *words]
+    call = [sys.executable, "-m", "fedraclora.commands.cli", *words]
     both = [subprocess.Popen(call, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -233,7 +233,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
 def test_a_run_that_was_killed_is_tried_again(tmp_path: Path) -> None:
     slow = "rounds=100000"
     words = ["tune", *TASK, *SMALL, slow, f"output.dir={tmp_path}", "tune.runs=1"]
-    call = [sys.executable, "-m", "fedraclora.experiments.cli", *words, "tune.rungs=[]"]
+    call = [sys.executable, "-m", "fedraclora.commands.cli", *words, "tune.rungs=[]"]
     process = subprocess.Popen([*call, "tune.first=[]"])
 
     def begun() -> bool:

@@ -14,9 +14,9 @@ import yaml
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from fedraclora.commands.status import explained
 from fedraclora.errors import CheckpointError, DivergenceError
-from fedraclora.experiments.status import explained
-from fedraclora.experiments.tune import search
+from fedraclora.tuning import search
 from tests.unit.test_tune import ended, tuned
 
 WORDS = ("tune.runs=2", "tune.sizes=[0.001,1]", "tune.test_seeds=[0,1,2]")
@@ -60,7 +60,7 @@ def test_a_test_seed_that_diverges_is_named_beside_the_others(
 def test_a_preset_that_did_not_diverge_is_the_one_that_is_offered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedraclora.experiments.tune import result
+    from fedraclora.tuning import result
 
     monkeypatch.setattr(result, "test_once", lambda _s, _t, point, _c: [point.bytes] * 3)
     found = tuned(tmp_path, *WORDS, "output.progress=true")
@@ -73,7 +73,7 @@ def test_a_preset_that_did_not_diverge_is_the_one_that_is_offered(
 def test_an_interrupted_test_still_says_how_to_run_what_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedraclora.experiments.tune import result
+    from fedraclora.tuning import result
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

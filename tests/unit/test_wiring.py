@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.clients.engines import engine_of, in_process
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, WaitPolicy
 from fedraclora.data.samples import Partitioned, Samples
@@ -17,7 +18,6 @@ from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.experiments.overrides import composed
 from fedraclora.protocol.plan import make_plan
 from fedraclora.strategies.assembly import assemble_with
 from fedraclora.strategies.base import FedStrategy

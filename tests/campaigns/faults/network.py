@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients.respond import respond
+from fedraclora.compose.overrides import composed
 from fedraclora.engines.records import folded, from_records, unfolded
-from fedraclora.experiments.overrides import composed
 from fedraclora.strategies.server_app import app as server_app
 from fedraclora.wire.records import clients_of
 from tests.messages import FakeGrid

@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedraclora.commands import deploy
 from fedraclora.engines.deploy.control import Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import EngineError, FedRacLoraError
-from fedraclora.experiments import deploy
 from fedraclora.run.ledger import read_ledger
 from tests.campaigns.faults.network import RANK, SMALL
 from tests.campaigns.faults.trials import Outcome, absent, final_weights

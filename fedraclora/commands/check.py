@@ -1,0 +1,296 @@
+"""``--check`` of `node` and `deploy`: what would fail, told before a run. Nothing is begun or sent.
+
+Each look is a line: a tick and what was found, a cross and what to do, or, with an exclamation
+mark, what may be wrong and cannot be known from here.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import ssl
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import torch
+import yaml
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Context, RecordDict
+from flwr.common.config import parse_config_args
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedraclora.clients.cache import RUNS, cache_of, claim, on_disk, served
+from fedraclora.clients.node import trainer_for
+from fedraclora.commands.app import RunRequest
+from fedraclora.commands.status import explained, in_one_piece
+from fedraclora.config.build import measured_samples
+from fedraclora.data.own import read_own
+from fedraclora.engines.deploy.control import Connection
+from fedraclora.engines.deploy.supernode import EARLY, OLDEST
+from fedraclora.engines.sockets import use_sockets
+from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
+from fedraclora.run.folder import versions_of
+from fedraclora.strategies.outcome import OR_CLIENTS, UNMEASURED
+from fedraclora.training.chunking import HOST_BYTES
+from fedraclora.trust import names_in, refuse_unsaid
+
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+REFUSED = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
+ADVICE: dict[type[BaseException], str] = {
+    socket.gaierror: "no host has this name here: check --superlink, or /etc/hosts",
+    ssl.SSLCertVerificationError: "its certificate must be for the name in --superlink, signed by "
+    "--root-certificates, and valid by this clock",
+    ssl.SSLError: "no TLS is spoken there, or there is no certificate in --root-certificates",
+    TimeoutError: "no answer: is a firewall on the way?",
+    PermissionError: "whoever has the certificate may start code on this host; ask the operator to "
+    "forward that path alone",
+    BaseException: "check HOST:PORT of --superlink, and that the SuperLink and its proxy run",
+}
+
+
+class Looks:
+    """Prints a line for each look; ``failed`` is the status of the command."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Callable[[object], None]]:
+        """Look at something inside, which calls what is given with what it found, or raises."""
+        told: list[object] = []
+        mark = "\N{CHECK MARK}"
+        try:
+            yield told.append
+        except UserWarning as doubt:
+            mark, told = "!", [doubt]
+        except Exception as error:
+            if (why := explained(error)) is None:
+                raise
+            mark, told, self.failed = "\N{BALLOT X}", [why], 1
+        print(f"{mark} {name}: {in_one_piece('; '.join(map(str, told)))}", flush=True)
+
+    def versions(self, wanted: Mapping[str, object]) -> dict[str, str]:
+        """Compare versions with those of a run; builds of torch are alike."""
+        found = {"Python": platform.python_version().rpartition(".")[0]}
+        found |= versions_of(("fedraclora", "flwr", "torch", "numpy"))
+        with self("versions") as say:
+            for name, version in wanted.items():
+                if found.get(name, "").partition("+")[0] != str(version).partition("+")[0]:
+                    raise ConfigError(
+                        f"{name} is {found.get(name)}, and the run has {version}: install that"
+                    )
+            say(", ".join(f"{name} {version}" for name, version in found.items()))
+        return found
+
+
+def check_run(request: RunRequest, connection: Connection | None, file: str | None) -> int:
+    """Check what an operator can: a run that is composed, and who is connected; write ``file``."""
+    look, plain = Looks(), request.config.plain
+    versions = look.versions({})
+    with look("run") as say:
+        if file is not None:
+            text = yaml.safe_dump({"versions": versions, "config": plain})
+            Path(file).write_text(text, encoding="utf-8")
+        built, rounds = request.built, plain["rounds"]
+        say(f"clients={built.clients}, cohort={built.cohort}, rounds={rounds}")
+    with look("metrics") as say:
+        known = measured_samples(built.task, request.config.evaluate.split)
+        if not len(known) and built.task.held is None:
+            raise UserWarning(UNMEASURED + OR_CLIENTS)
+        say(", ".join(built.task.measured))
+    at = "" if connection is None else str(connection.known().get(connection.name, ""))
+    if at.rpartition(":")[0].strip("[]") in LOOPBACK:
+        with look("folder") as say:
+            folder = Path(str(request.config.output.dir)).expanduser()
+            near = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+            if not (near.is_dir() and os.access(near, os.W_OK | os.X_OK)):
+                raise UserWarning(
+                    f"{folder}: this user cannot write it, as {near} is no folder, or closed; the "
+                    "SuperLink's user must, who may be another: choose engine.folder"
+                )
+            say(folder)
+    if connection is not None:
+        with look("nodes") as say:
+            states = connection.nodes()  # which clients they serve they tell a run alone
+            say(", ".join(f"{states.count(each)} {each}" for each in sorted({*states})))
+            if "online" not in states:
+                advice = "register the owners' keys, and have each run `fedraclora node --check`"
+                raise EngineError(f"{len(states)} are registered, and none is online: {advice}")
+            if (online := states.count("online")) < built.clients:
+                raise UserWarning(
+                    f"{online} online for {built.clients} clients: some must serve several "
+                    "(partition-ids), and whom they serve nodes tell a run alone"
+                )
+    return look.failed
+
+
+def check_node(words: Sequence[str], file: str | None) -> int:
+    """Check what an owner can, with the words of a node, and the file that `check_run` wrote."""
+    args = _parse_args_run_supernode().parse_args(words)
+    wanted: dict[str, Any] = {"versions": {}, "config": {}}
+    try:
+        config = parse_config_args([args.node_config] if args.node_config else None)
+        if file is not None:
+            wanted = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        versions, plain = dict(wanted["versions"]), dict(wanted["config"])
+    except (click.ClickException, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        meant = f"--check={file} names what the operator's `fedraclora deploy --check=FILE` wrote"
+        raise ConfigError(f"--node-config {args.node_config}, or {meant}: {error}") from error
+    refuse_unsaid(file, names_in(plain))
+    look = Looks()
+    look.versions(versions)
+    of_superlink(look, args)
+    of_clients(look, Context(0, 0, config, RecordDict(), {}), plain)
+    return look.failed
+
+
+def of_superlink(look: Looks, args: Namespace) -> None:
+    """Look at the way to a SuperLink, with the words of a node."""
+    key = found = None
+    if args.auth_supernode_private_key is not None:
+        with look("key") as say:
+            key = read_key(Path(args.auth_supernode_private_key).expanduser())
+            form = serialization.PublicFormat.OpenSSH
+            public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form).decode()
+            digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
+            say(f"SHA256:{base64.b64encode(digest).decode().rstrip('=')} of {public}")
+    with look("address") as say:
+        found, certificate = knock(args, key or ec.generate_private_key(ec.SECP384R1()))
+        until = f"a certificate until {certificate['notAfter']}" if certificate else "no TLS"
+        say(f"{args.superlink}, with {until}")
+    if found is None:
+        return
+    with look("SuperLink") as say:
+        if key is None and args.auth_supernode_private_key is not None:
+            raise UserWarning("not asked whether it knows the key, which cannot be read")
+        error = FlowerError.from_json(found.text)
+        code = 0 if error is None else error.code
+        if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED and key is not None:
+            raise EngineError("it does not know the key: send the public part to the operator")
+        if code not in {ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, REFUSED}:
+            why = "ask the operator whether the proxy forwards this path to a SuperLink that runs"
+            why = "is the clock right?" if found.status_code == httpx.codes.UNAUTHORIZED else why
+            raise EngineError(f"status {found.status_code} for /v1/fleet/: {why}")
+        say("it may ask for a key" if key is None else "it knows the key")
+    with look("clock") as say:
+        there = parsedate_to_datetime(found.headers["date"])
+        ahead = (datetime.now(UTC) - there).total_seconds()
+        told = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's"
+        if not -OLDEST < ahead < EARLY:
+            limits = f"{OLDEST} s behind to {EARLY} s ahead"
+            raise EngineError(f"{told}, and Flower takes {limits}: set it")
+        say(told)
+
+
+def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
+    """Read the private key of a node: one that Flower takes, and that nobody else may use."""
+    make = 'make one: ssh-keygen -t ecdsa -b 384 -N "" -f FILE'
+    try:
+        key = serialization.load_ssh_private_key(file.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError("of another kind")
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: a passphrase
+        raise ConfigError(f"{file} is no key that Flower takes ({error}); {make}") from error
+    found = file.stat()
+    mode, group = found.st_mode & 0o777, 0o070 * (found.st_uid == os.geteuid())  # else it is for us
+    if mode & (0o007 | group):
+        raise ConfigError(f"{file} has mode {mode:o}, so that others may use it: chmod 600 {file}")
+    return key
+
+
+def knock(args: Namespace, key: ec.EllipticCurvePrivateKey) -> tuple[httpx.Response, Any]:
+    """Ask a SuperLink to activate a node whose heart never beats; give what it says, and its proof.
+
+    Flower 1.42 refuses that, whoever asks, and says whether it knows the key: nothing changes.
+    """
+    use_sockets("flower-supernode")
+    roots, public = args.root_certificates, public_key_to_bytes(key.public_key())
+    roots = None if roots is None or args.insecure else Path(roots).read_bytes()
+    signed = [NodeAuthHttpInterceptor(key, key.public_key())]
+    where, cause = args.superlink, BaseException()
+    try:
+        with FleetHttpClient.from_server_address(where, args.insecure, roots, signed) as client:
+            try:
+                client.ActivateNode(ActivateNodeRequest(public_key=public))
+            except httpx.HTTPStatusError as refused:
+                found, web = refused.response, client._client  # noqa: SLF001  it has the roots
+                link = found.extensions["network_stream"].get_extra_info("ssl_object")
+                others = web.get(found.url.copy_with(path="/health")).is_success
+                if not others or found.url.host in LOOPBACK:
+                    return found, link and link.getpeercert()
+                cause = PermissionError("more than /v1/fleet/ can be reached")
+    except (httpx.TransportError, httpx.InvalidURL, ValueError, OSError) as error:
+        cause = error
+        while deeper := cause.__cause__ or cause.__context__:
+            cause = deeper
+    advice = next(text for kind, text in ADVICE.items() if isinstance(cause, kind))
+    raise EngineError(f"{where}: {cause}: {advice}")
+
+
+def of_clients(look: Looks, context: Context, plain: dict[str, Any]) -> None:
+    """Look at data and room of the clients of a node; ``plain`` is a run's config, or empty."""
+    own, weights, ids = context.node_config.get("data"), 0, list[int]()
+    with look("data") as say:
+        ids = served(context)
+        alone, source = own is not None and len(ids) == 1, None if own is None else str(own)
+        wrong = list[str]()
+        for client in ids:
+            if source is None or plain.get("data", {}).get("objects"):
+                say(f"client {client}")
+                continue
+            try:
+                found, _ = read_own(source, client, alone=alone)
+            except FedRacLoraError as error:
+                wrong.append(str(error))
+                continue
+            shapes = ", ".join(f"{n} {list(t.shape[1:])}" for n, t in found.inputs.items())
+            kinds = len(found.target.unique())
+            say(f"client {client}: {len(found)} samples, {shapes}, {kinds} values of target")
+        if wrong:  # all of them at once
+            raise ConfigError("; ".join(dict.fromkeys(wrong)))
+        if plain:
+            trainer, _ = trainer_for(json.dumps(plain), source, tuple(ids))
+            trainer.data.sizes(torch.tensor(ids))  # reads them, as a round does
+            weights = sum(p.nbytes for p in trainer.task.model.parameters())
+        say("as the run wants them" if plain else "not compared with a run (--check=FILE)")
+    with look("cache") as say:
+        claim(folder := cache_of(context))
+        with on_disk(folder), tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+        need = max(100 << 20, weights * RUNS)  # one copy of a run serves all clients
+        say(enough(shutil.disk_usage(folder).free, need, f"on the disk of {folder}"))
+    with look("memory") as say:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        if limit.is_file() and (most := limit.read_text().strip()).isdecimal():  # of a container
+            free = min(free, int(most) - int(used.read_text()))
+        say(enough(free, HOST_BYTES + weights, "of memory"))
+
+
+def enough(free: int, need: int, of: str) -> str:
+    """Compare what is free with what a run needs."""
+    told = f"{free / 1e6:.0f} MB {of} are free, {need / 1e6:.0f} MB are wanted"
+    if free < need:
+        raise ConfigError(f"{told}: make room")
+    return told

@@ -1,0 +1,110 @@
+"""``fedraclora``: one console script, one subcommand per job."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from fedraclora.commands import require_laboratory
+from fedraclora.commands.status import at_once, in_order, printing, reported
+from fedraclora.compose import words as typed
+from fedraclora.errors import unknown
+from fedraclora.trust import only_said, trusting
+
+# Written by `experiments.pages`: what is printed first waits for no library.
+USAGE = Path(__file__).with_name("usage.txt")
+# What each is for stands in usage.tmpl.
+COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "evaluate")
+COMMANDS += ("predict", "export")
+COMMANDS += ("compact", "report", "study", "tune", "theory", "init", "bench")
+HELP = {"-h", "--help"}
+TOLD = ("deploy", "theory", "bench")  # whose help is the docstring of their module
+# Commands that no file here is called after, and the module that runs each.
+HOMES = {name: f"fedraclora.experiments.{name}.command" for name in ("bench", "theory")}
+HOMES |= {"study": "fedraclora.commands.study.run", "report": "fedraclora.commands.report.page"}
+HOMES |= {"tune": "fedraclora.tuning.command"}
+
+
+@printing()
+def main(words: Sequence[str] | None = None) -> None:
+    """Run a subcommand, and end with its status; `commands.status` says what went wrong."""
+    words = sys.argv[1:] if words is None else list(words)
+    if not words or words[0] in {*HELP, "help"}:
+        print(USAGE.read_text(encoding="utf-8"), end="")
+        return
+    if HELP & {*words} and words[0] == "simulate":
+        if status := explain(words[1:]):
+            sys.exit(status)
+        return
+    if words[0] == "--version":
+        print(f"fedraclora {metadata.version('fedraclora')}")
+        return
+    if words[0] in typed.FLAGS:
+        if asked := typed.asked(words[1:], COMMANDS):
+            sys.argv = ["fedraclora", *asked]
+            with only_said(()):
+                importlib.import_module("fedraclora.commands.simulate").compose_and_run()
+        return
+    with in_order():
+        status = run(words[0], words[1:])
+    sys.exit(status)
+
+
+@contextmanager
+def of_the_user(words: Sequence[str]) -> Iterator[list[str]]:
+    """Trust inside what ``trust=`` says, and import only that and what the words name."""
+    rest, modules = typed.trust_words(words)
+    with only_said(rest), trusting(modules):
+        yield rest
+
+
+@reported
+def explain(words: Sequence[str]) -> int:
+    """Print the keys of the choices and sections among some words; the help text if none is."""
+    with of_the_user(words) as rest:
+        return _explain(rest)
+
+
+def _explain(words: Sequence[str]) -> int:
+    from fedraclora.compose.choices import groups, keys_of, section_keys, sections
+
+    folders = [Path(name) for _, name in typed.part_folders(words)[0] if name]
+    found: dict[str, None] = {}  # each once, in their order
+    for word in words:
+        key, mark, name = word.lstrip("+").partition("=")
+        if mark and key in groups():
+            found[keys_of(key, name, folders=folders)] = None
+        elif (section := key.partition(".")[0]) in sections():
+            found[section_keys(section)] = None
+    print("\n\n".join(found) or USAGE.read_text(encoding="utf-8").rstrip("\n"))
+    return 0
+
+
+@reported
+def run(command: str, words: Sequence[str]) -> int:
+    """Run a subcommand; give its status: that of its ``main``, or 0 where that gives none."""
+    if command not in COMMANDS:
+        raise unknown("command", command, COMMANDS)
+    with of_the_user(words) as rest:
+        return _run(command, rest)
+
+
+def _run(command: str, words: Sequence[str]) -> int:
+    sys.argv = [f"fedraclora {command}", *words]  # where Hydra looks
+    home = HOMES.get(command, f"fedraclora.commands.{command}")
+    if home.startswith("fedraclora.experiments."):
+        require_laboratory(f"fedraclora {command}")
+    with at_once():
+        module = importlib.import_module(home)
+    if HELP & {*words} and command in TOLD:
+        print(module.__doc__)
+        return 0
+    return int(module.main(words) or 0)
+
+
+if __name__ == "__main__":
+    main()

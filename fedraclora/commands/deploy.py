@@ -1,0 +1,354 @@
+"""``fedraclora deploy``: the run of ``simulate`` on real SuperNodes.
+
+``connection=NAME`` starts it at a SuperLink that Flower's configuration names, and follows it;
+``local=N`` makes a SuperLink and N SuperNodes on this machine for it. The other words are those of
+simulate, ``local=adamw`` among them: only a number counts nodes. The status is that of the run.
+``--cfg job`` prints the config, and starts nothing; ``--check`` says what would fail, and
+``--check=FILE`` writes what owners of data check against, by ``fedraclora node --check=FILE``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+
+from fedraclora.binding import PlainDict, section
+from fedraclora.commands.app import RunRequest
+from fedraclora.commands.simulate import choose, shows_composed
+from fedraclora.compose.overrides import composed, is_override, key_of, searched
+from fedraclora.compose.resume import told_how_to_go_on
+from fedraclora.compose.words import NODES, check_word, key_values
+from fedraclora.engines.deploy.control import PAUSE, Connection
+from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.engines.programs import command_line
+from fedraclora.errors import ConfigError, EngineError
+from fedraclora.run.callback import method_label, run_title
+from fedraclora.run.digests import PATHS
+from fedraclora.run.folder import alone, amend, begin_folder
+from fedraclora.run.ledger import Ledger
+from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
+from fedraclora.temporary import PrivateFolder
+from fedraclora.terminal.progress import RunProgress
+from fedraclora.trust import is_function
+
+KEPT = 40  # lines of a log that are shown where a run fails
+
+
+def prepare(words: Sequence[str], local: int | None) -> RunRequest:
+    """Compose and check a run.
+
+    Args:
+        words: Those of simulate.
+        local: Nodes on this machine, or None.
+
+    Raises:
+        FedRacLoraError: Whatever is wrong with what is asked for.
+    """
+    words = searched(words)
+    typed = [key_of(word) for word in words]
+    asked = composed(deployed(words, local))
+    check_preset(words, typed, local)
+    check_own(asked, typed, local)
+    plain, folder, resume = choose(asked, typed, None)
+    check_own(plain, [], local)  # of a run to go on with
+    folder, engine = folder.resolve(), section(asked, "engine")
+    told = section(plain, "engine").get("folder") or engine.get("folder")
+    there = folder if local else told or f"~/fedraclora/{folder.name}"
+    return RunRequest.of(plain, folder, engine, "deploy", there=there, resume=resume)
+
+
+def deployed(words: Sequence[str], local: object) -> list[str]:
+    """Add what this command takes where nothing else is typed: engine, and a client for each node.
+
+    Args:
+        words: The overrides.
+        local: Nodes on this machine, or None.
+    """
+    typed = [key_of(word) for word in words if is_override(word)]
+    sizes = []
+    if local is not None and not {"resume", "clients"} & {*typed}:
+        sizes = [f"{key}={local}" for key in ("clients", "cohort") if key not in typed]
+    return ["engine=deploy", *sizes, *words]
+
+
+class Record:
+    """The local folder of a run; as a context it is held for this process.
+
+    Weights, chain and checkpoints stay where the server is.
+
+    Args:
+        folder: The folder.
+        plain: The config.
+        resume: Whether the run is there already.
+
+    Raises:
+        CheckpointError: If another process holds it, or a run is there that was not asked for.
+    """
+
+    def __init__(self, folder: Path, plain: PlainDict, *, resume: bool) -> None:
+        self.folder, self.plain, self.resume = folder, plain, resume
+        self._stack = ExitStack()
+        self._new: list[Path] = []
+
+    def __enter__(self) -> Record:
+        """Take hold of the folder."""
+        inside = [
+            self.folder / name for name in (".lock", "config.yaml", "digests.json", "ledger.jsonl")
+        ]
+        outside = [self.folder, *self.folder.parents]
+        self._new = [path for path in (*inside, *outside) if not path.exists()]
+        with ExitStack() as stack:
+            shared = bool(section(self.plain, "output").get("shared"))
+            stack.enter_context(alone(self.folder, shared=shared))
+            if self.resume:
+                amend(self.folder, self.plain)
+            else:
+                begin_folder(self.folder, self.plain)
+            self.ledger = Ledger(self.folder / "ledger.jsonl")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Release the folder, with the curves of a run that did not come to its end."""
+        with self._stack, suppress(OSError):  # which must not hide the error
+            if kind is not None and self.ledger.rows:
+                self.draw()
+
+    def withdraw(self) -> None:
+        """Remove what was not there before, for a run that was not taken: nothing is in the way."""
+        for path in self._new:
+            with suppress(OSError):  # a folder in which somebody has put something since
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+
+    def take(self, row: PlainDict) -> None:
+        """Keep a row; one that is known already changes nothing.
+
+        A server that went on from a checkpoint writes rounds anew: they replace what came before.
+        """
+        if row in self.ledger.rows:
+            return
+        self.ledger.cut(int(str(row["round"])) - 1)
+        self.ledger.append(row, sync=False)
+
+    def draw(self) -> None:
+        """Draw the curves, where the run asks for pictures."""
+        if section(self.plain, "output").get("plots"):
+            from fedraclora.plots.run import run_curves
+
+            picture = self.folder / "curves.png"
+            rounds = int(str(self.plain["rounds"]))
+            run_curves(self.ledger.rows, picture, run_title(self.plain), planned=rounds)
+
+
+def run(request: RunRequest, connection: Connection, record: Record | None) -> None:
+    """Start a run, follow it to its end, and print the outcome.
+
+    Args:
+        request: What is asked for.
+        connection: Where.
+        record: Keeps what the server tells, where its folder is on another machine.
+
+    Raises:
+        EngineError: If it did not come to its end, with what Flower says.
+    """
+    summary: dict[str, object] = {}
+    tail: deque[str] = deque(maxlen=KEPT)
+    opened: list[str] = []
+    try:
+        number = submit(request, connection)
+    except Exception:
+        if record is not None:
+            record.withdraw()
+        raise
+    label, shown = method_label(request.plain), request.config.output.progress
+    with RunProgress(request.config.rounds, shown=shown, label=label) as progress:
+        progress.say(f"run {number} at connection {connection.name}")
+        try:
+            for line in lines_of(connection, number):
+                if line.startswith(ROW):
+                    row = json.loads(line.removeprefix(ROW))
+                    progress.row(row)
+                    if record is not None:
+                        record.take(row)
+                elif line.startswith(SUMMARY):
+                    summary = json.loads(line.removeprefix(SUMMARY))
+                elif line.startswith(OPENING):
+                    if not opened:  # a stream that broke begins anew
+                        opened = json.loads(line.removeprefix(OPENING))["lines"]
+                        progress.say("\n".join(opened))
+                else:
+                    tail.append(line)
+        except KeyboardInterrupt:
+            progress.stopping(f"run {number}")
+            connection.stop(number)
+            raise
+    status = connection.status(number)
+    if not status.completed or not summary:
+        print("".join(tail), end="", file=sys.stderr)
+        raise EngineError(f"run {number} ended as {status.word}: {status.details}")
+    if record is not None:
+        record.draw()
+    request.conclude(summary)
+
+
+def submit(request: RunRequest, connection: Connection) -> int:
+    """Start a run; give Flower's number of it."""
+    with PrivateFolder() as made:
+        return connection.submit(*request.write(Path(made)))
+
+
+def lines_of(connection: Connection, number: int) -> Iterator[str]:
+    """Yield the lines of a run's log until the run has ended; a stream that breaks begins anew."""
+    while True:
+        yield from connection.follow(number)
+        if connection.status(number).ended:
+            return
+        time.sleep(PAUSE)
+
+
+@contextmanager
+def place(
+    request: RunRequest, local: int | None, name: str
+) -> Iterator[tuple[Connection, Record | None]]:
+    """Open the connection to run at, and what keeps the record here."""
+    if local is None:
+        with Record(request.folder, request.plain, resume=request.resume) as record:
+            yield Connection(name, command_line(os.environ)), record
+        return
+    if request.resume:
+        with alone(request.folder):
+            pass  # the server will hold it: better to know before all of it starts
+    ends = [request.built.clients * k // local for k in range(local + 1)]  # chunks stay whole
+    served = [list(range(*span)) for span in pairwise(ends)]
+    data = own_data(request.config.data)
+    with LocalDeployment([ids for ids in served if ids], data=data) as deployment:
+        yield deployment.connection, None
+
+
+def own_data(data: Mapping[str, object]) -> str | None:
+    """Return what nodes of this machine are told of their data: None where the run brings them."""
+    if data["name"] != "own":
+        return None
+    samples = str(data["samples"])
+    return samples if is_function(samples) else str(Path(samples).expanduser().resolve())
+
+
+def check_preset(words: Sequence[str], typed: Sequence[str], local: int | None) -> None:
+    """Check that a client for each node of this machine is as many as a preset has.
+
+    Raises:
+        ConfigError: If it has others, which would silently be another run.
+    """
+    if local and "experiment" in typed and not {"clients", "resume"} & {*typed}:
+        clients = composed(["engine=deploy", *words])["clients"]
+        if isinstance(clients, int) and clients != local:
+            raise ConfigError(
+                f"local={local} gives each node a client, but the preset has clients={clients}: "
+                f"add clients={local}, or clients={clients} for nodes of several"
+            )
+
+
+def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | None) -> None:
+    """Check that it is said where the clients' own samples are, and once.
+
+    Raises:
+        ConfigError: If nodes of this machine are told nothing, or others twice, or what others need
+            too has a path that they cannot find.
+    """
+    if not local:
+        check_files(plain)
+    data = section(plain, "data")
+    if data.get("name") != "own":
+        return
+    if local and data.get("samples") is None:
+        raise ConfigError(
+            "data=own with local=: say what the nodes on this machine train on, by data.samples, a "
+            "folder or module:function that has the samples of every client"
+        )
+    if not local and "data.samples" in typed:
+        raise ConfigError(
+            f"data.samples={data['samples']} is for simulate and local=: at a connection each node "
+            "says where its samples are, by data in its node-config; leave it out"
+        )
+
+
+def check_files(plain: Mapping[str, object]) -> None:
+    """Check that files of a run elsewhere are named as they are found from any folder.
+
+    Raises:
+        ConfigError: If a path is relative to this folder, which the server does not start in.
+    """
+    data, model = section(plain, "data"), section(plain, "model")
+    named = {f"data.{key}": data.get(key) for key in PATHS if key != "samples"}  # a node says those
+    named["model.path"] = model.get("path")
+    root = str(data.get("root") or "")
+    for key, value in named.items():
+        text = value if isinstance(value, str) and ":" not in value else ""
+        under = key != "model.path" and Path(root).is_absolute() and (Path(root) / text).exists()
+        if text and not (under or Path(text).expanduser().is_absolute()):
+            raise ConfigError(
+                f"{key}={text} is relative to this folder, but server and nodes read it, each on "
+                "its host: give the absolute path that it has on all of them"
+            )
+
+
+def parted(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """Part the words of this command from those of simulate, which has a group ``local``, too.
+
+    Example:
+        >>> parted(["local=3", "local=adamw", "seed=1"])
+        ({'local': 3}, ['local=adamw', 'seed=1'])
+    """
+    mine = [w for w in words if w.startswith("connection=") or re.fullmatch(NODES, w)]
+    return key_values(mine), [word for word in words if word not in mine]
+
+
+def where(own: Mapping[str, object]) -> tuple[str, int | None]:
+    """Return the name of the connection, or the number of nodes on this machine.
+
+    Raises:
+        ConfigError: If it is not one of ``connection=NAME`` and ``local=N``.
+    """
+    local, name = own.get("local"), str(own.get("connection", ""))
+    if (local is None) == (not name):
+        raise ConfigError(
+            "say where: connection=NAME for a SuperLink that Flower's config.toml names, or "
+            "local=3 for one on this machine with 3 SuperNodes; only a number counts them, "
+            "local=adamw chooses how clients train"
+        )
+    if local is None:
+        return name, None
+    if not isinstance(local, int) or isinstance(local, bool) or local < 1:
+        raise ConfigError(f"local is {local!r}; a number of SuperNodes is wanted")
+    return name, local
+
+
+def main(words: Sequence[str]) -> int:
+    """Do what the command line asks for; the status is that of the run."""
+    words, file = check_word(words)
+    own, rest = parted(words)
+    if shows_composed(deployed(rest, own.get("local"))):
+        return 0
+    name, local = where(own)
+    request = prepare(rest, local)
+    if file is not None:
+        from fedraclora.commands.check import check_run
+
+        connection = None if local else Connection(name, command_line(os.environ))
+        return check_run(request, connection, file or None)
+    if not request.is_done():
+        again = f"deploy local={local}" if local else f"deploy connection={name}"
+        with (
+            told_how_to_go_on(request.folder, again, there=not local),
+            place(request, local, name) as (connection, record),
+        ):
+            run(request, connection, record)
+    return 0

@@ -1,0 +1,43 @@
+"""``fedraclora node``: a SuperNode that answers sooner than Flower's, with the words of that.
+
+Its own API is a socket in a private folder: words that say where it listens and who may call it
+are refused. ``--check`` starts nothing, and says what would fail; ``--check=FILE`` compares with
+the run, too, of which the operator's ``fedraclora deploy --check=FILE`` wrote that file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from fedraclora.compose.words import check_word
+from fedraclora.engines.deploy.local import SUPERNODE
+from fedraclora.errors import ConfigError
+
+# Flower takes an option by its first letters, too.
+OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
+OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
+
+
+def main(words: Sequence[str]) -> int:
+    """Become the SuperNode of the command line, or check what it would fail at.
+
+    Raises:
+        ConfigError: If it says where the node's own API listens.
+    """
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and any(option.startswith(name) for option in OF_THE_API):
+            raise ConfigError(
+                f"{name}: the API of this node is a socket that only its own processes reach; "
+                "leave this out, or run flower-supernode, where docs/security.md says what to set"
+            )
+    words, file = check_word(words)
+    if {"-h", "--help"} & {*words}:
+        print(f"{__doc__}\nThe other words, which are those of flower-supernode:\n", flush=True)
+    if file is not None:
+        from fedraclora.commands.check import check_node
+
+        return check_node(words, file or None)
+    return os.execv(sys.executable, [sys.executable, "-P", str(SUPERNODE), *words])  # noqa: S606

@@ -1,0 +1,72 @@
+"""``fedraclora predict RUN --data FILE``: what a finished run answers, a row for each row."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedraclora.commands.evaluate import measuring_run, run_parser
+from fedraclora.errors import ConfigError
+from fedraclora.run.trusted import refuse_linked
+from fedraclora.weights.files import write_text
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+KINDS = (".csv", ".jsonl")
+
+
+def main(words: Sequence[str]) -> None:
+    """Answer what the command line asks."""
+    parser = run_parser("predict", __doc__)
+    parser.add_argument("--data", required=True, help="a file, or test or validation of the run")
+    parser.add_argument("--out", type=Path, help="a new .csv or .jsonl; else they are printed")
+    parser.add_argument("--json", action="store_true", help="print JSON lines, not CSV")
+    asked = parser.parse_args(words)
+    out: Path | None = None if asked.out is None else asked.out.expanduser()
+    if out is not None:
+        _check_place(out)
+    frame = measuring_run(asked.run, asked.round).predict(asked.data, round=asked.round)
+    lines = asked.json if out is None else out.suffix == KINDS[1]
+    text = _lines(frame) if lines else frame.map(_cell).to_csv(index=False)
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+    if unanswered := int(frame.isna().all(axis=1).sum()):
+        print(
+            f"note: {unanswered} of {len(frame)} rows have no answer: the run's own data leave "
+            "such rows out",
+            file=sys.stderr,
+        )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a place before the work that could not be written to after it."""
+    if out.suffix not in KINDS:
+        raise ConfigError(f"--out {out}: a name that ends in {' or '.join(KINDS)} is wanted")
+    if out.exists():
+        raise ConfigError(f"--out {out} is there already; name a new file")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+    refuse_linked(out)
+
+
+def _lines(frame: DataFrame) -> str:
+    """Write a row a line, as JSON; null where there is no answer."""
+    rows = [
+        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        for row in frame.to_dict("records")
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _cell(value: object) -> object:
+    """Give a list as JSON, for CSV; a whole number as text, since beside a gap it became 1.0."""
+    if isinstance(value, list):
+        return json.dumps(value)
+    return str(value) if isinstance(value, int) else value

@@ -1,0 +1,388 @@
+"""The page of a report, from the files of its runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from fedraclora.binding import section
+from fedraclora.commands.report.figures import as_html, colour_of, figures_of, spread_figures
+from fedraclora.commands.run_files import ROUNDING_ERRORS, RunFiles, read_files
+from fedraclora.config.unread import as_read
+from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.objects import NAME
+from fedraclora.plots.axes import MEGABYTE, Values
+from fedraclora.run.callback import method_label, run_title
+from fedraclora.run.folder import is_running
+from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds, withheld
+from fedraclora.run.stopped import stop_reason
+from fedraclora.run.trusted import refuse_linked
+from fedraclora.terminal.progress import size
+from fedraclora.weights.files import flatten, keep_private, make_folder
+
+ALONE = ("output.dir", "resume")  # keys in which runs of one table may differ unnoticed
+SHOWN_FAILURES = 50
+FILE = "report.html"
+DIGITS = 12  # of a digest in a table; the whole of it stands where it is checked
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Shown(RunFiles):
+    """A run as a report shows it.
+
+    Attributes:
+        stopped: Why it stopped before its end, in words; None if nothing says so.
+        running: Whether it is running now.
+    """
+
+    stopped: str | None = None
+    running: bool = False
+
+    @cached_property
+    def title(self) -> str:
+        """Method, data, step size and seed."""
+        return run_title(self.config)
+
+    @property
+    def measured(self) -> dict[str, object]:
+        """The metrics where they were last measured."""
+        return dict(self.evaluated[-1]["metrics"]) if self.evaluated else {}
+
+    @property
+    def headline(self) -> tuple[str, float] | None:
+        """The first metric, and its value where it was last measured; None where it has none."""
+        name = headline(self.rows)
+        return None if name is None else (name, self.final(name))
+
+    @property
+    def before(self) -> float:
+        """The headline metric before round 1; NaN where it was not measured there."""
+        first = self.rows[0]
+        known = self.headline is not None and not first["round"]
+        return number(first, "metrics", self.headline[0]) if known and self.headline else math.nan
+
+    @property
+    def deployed(self) -> bool:
+        """Whether clients were on nodes, so that the config alone runs nowhere."""
+        return self._choice("engine") == "deploy"
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the samples are with the nodes, and nowhere else."""
+        data = section(self.config, "data")
+        return self.deployed and data.get("name") == "own" and data.get("samples") is None
+
+    @property
+    def failures(self) -> list[tuple[object, object, object, str]]:
+        """Round, client, reason and kind of each reply that was not used."""
+        return [
+            (row["round"], entry["client"], entry["reason"], kind)
+            for row in self.rows
+            for kind, key in (("failed", "failures"), ("dropped", "dropped"))
+            if isinstance(entries := row.get(key), list)
+            for entry in entries
+        ]
+
+    @property
+    def notes(self) -> list[tuple[object, str]]:
+        """Round and text of each note."""
+        lists = ((row["round"], row.get("notes")) for row in self.rows)
+        return [(r, str(n)) for r, notes in lists if isinstance(notes, list) for n in notes]
+
+    @cached_property
+    def over_clients(self) -> dict[str, dict[str, float]]:
+        """The figures of each metric over the clients that measured it last."""
+        return figures_of(self.folder, self.rows)
+
+    @property
+    def generations(self) -> list[tuple[object, dict[str, object]]]:
+        """Round and texts of what a language model was asked and wrote."""
+        lists = ((row["round"], row.get("generations")) for row in self.rows)
+        return [(r, dict(g)) for r, texts in lists if isinstance(texts, list) for g in texts]
+
+    @property
+    def objects(self) -> list[str]:
+        """The groups of the config that stand for objects of a Python program."""
+        return [key for key in ("model", "data", "method") if self._choice(key) == NAME]
+
+    @property
+    def reached(self) -> str:
+        """How far it has come; of a run at its end the number of its rounds alone."""
+        if self.summary:
+            return f"{self.last}"
+        how = "running" if self.running else "not at its end"
+        return f"{self.last} of {self.config.get('rounds')}, {how}"
+
+    @property
+    def cards(self) -> dict[str, str]:
+        """What came of it, and what it cost."""
+        when = "final" if self.summary else "latest"
+        return {
+            **{f"{when} {key}": figure(value) for key, value in self.measured.items()},
+            "rounds": self.reached,
+            "sent by clients": size(number(self.rows[-1], "uplink_total")),
+            "sent to clients": size(number(self.rows[-1], "downlink_total")),
+            "seconds, set-up included": str(self.summary.get("seconds", "")),
+        }
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What ran, in words."""
+        part = self.summary.get("task")
+        task = part if isinstance(part, dict) else {}
+        found, division = self.summary, task.get("partition")
+        sizes = division if isinstance(division, dict) else {}
+        return {
+            "method": method_label(self.config),
+            **{title: _share(known_mean(self.rows, key)) for title, key in ROUNDING_ERRORS.items()},
+            "model": self._choice("model"),
+            "data": str(task.get("source", self._choice("data"))),
+            **self.begins,
+            "metrics": "" if self.measured else self.unmeasured,
+            "measured by clients": next(filter(None, map(withheld, self.rows[::-1])), ""),
+            "clients": self.clients,
+            "samples of a client": "{samples_min} to {samples_max}, median {samples_median}".format(
+                **sizes
+            )
+            if "samples_min" in sizes
+            else "",
+            "samples at clients, test samples at the server": f"{task['train']}, {task['test']}"
+            if {"train", "test"} <= task.keys()
+            else "",
+            "engine, device": ", ".join(
+                filter(None, (self._choice("engine"), str(found.get("device", ""))))
+            ),
+            "digest of the weights": str(found.get("weights_digest", ""))[:DIGITS],
+            "versions": ", ".join(f"{n} {v}" for n, v in dict(found.get("versions", {})).items()),  # type: ignore[call-overload]
+            "begun from commit": str(found.get("git") or "")[:DIGITS],
+        }
+
+    @property
+    def clients(self) -> str:
+        """How many there are, and how many take part; before the end the rows tell the latter."""
+        found = self.summary or {"clients": self.config.get("clients"), **self.rows[-1]}
+        every, some = found.get("clients"), found.get("cohort")
+        part = "" if some is None else f"{some} take part in a round"
+        return ", of which ".join(
+            filter(None, (f"{every}" if isinstance(every, int) else "", part))
+        )
+
+    @property
+    def unmeasured(self) -> str:
+        """Why there are no metrics, in words; empty where nothing says so."""
+        begins = self.summary.get("begins")
+        return str(begins.get("metrics", "")) if isinstance(begins, dict) else ""
+
+    def _choice(self, group: str) -> str:
+        return str(section(self.config, group).get("name", ""))
+
+    @property
+    def yaml(self) -> str:
+        """The config as it is written; that of a deployed run for one machine, with its bits."""
+        config = as_read(self.config)
+        if self.deployed:
+            engine = section(config, "engine")
+            kept = {key: engine[key] for key in ("chunk", "threads") if key in engine}
+            config["engine"] = {"name": "inline"} | kept
+        return str(yaml.safe_dump(config, sort_keys=False))
+
+
+def read_shown(folder: Path) -> Shown:
+    """Read a run folder.
+
+    Raises:
+        CheckpointError: If there is no run, or a file of it is damaged.
+    """
+    if not (folder / "ledger.jsonl").is_file():
+        raise CheckpointError(
+            f"{folder} holds no run: a folder with config.yaml and ledger.jsonl is wanted"
+        )
+    running = is_running(folder)  # it may end meanwhile, and then has a summary
+    return Shown(**vars(read_files(folder)), stopped=stop_reason(folder), running=running)
+
+
+def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
+    """Write the page.
+
+    Args:
+        runs: One or more.
+        title: Of the page; None: that of the run, or what the runs have in common.
+    """
+    labels = labels_of(runs)
+    environment = Environment(
+        loader=PackageLoader("fedraclora.commands.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"figure": figure}
+    return environment.get_template("report.html.j2").render(
+        title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
+        runs=list(zip(labels, runs, strict=True)),
+        curves=curves({label: run.rows for label, run in zip(labels, runs, strict=True)}),
+        spread=spread_figures(
+            {k: (run.folder, run.rows) for k, run in zip(labels, runs, strict=True)}
+        ),
+        facts=side_by_side(runs),
+        results=results(labels, runs),
+        differences=differences(runs) if len(runs) > 1 else {},
+        failures=SHOWN_FAILURES,
+        plotly=get_plotlyjs(),
+    )
+
+
+def side_by_side(runs: Sequence[Shown]) -> dict[str, list[str]]:
+    """Give the facts of all runs, those that some run has; one alone has its cards beside them."""
+    rows = by_key([(run.cards if len(runs) > 1 else {}) | run.facts for run in runs])
+    return {key: values for key, values in rows.items() if any(values)}
+
+
+def by_key(each: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Give the value of each run for every key that some run has; empty where it has none."""
+    keys = dict.fromkeys(key for found in each for key in found)
+    return {key: [found.get(key, "") for found in each] for key in keys}
+
+
+def labels_of(runs: Sequence[Shown]) -> list[str]:
+    """Name each run by the shortest of method, title and folder that tells all of them apart."""
+    methods, titles = [method_label(run.config) for run in runs], [run.title for run in runs]
+    folders = [str(run.folder) for run in runs]
+    return next((x for x in (methods, titles) if len({*x}) == len(runs)), folders)
+
+
+def results(labels: Sequence[str], runs: Sequence[Shown]) -> list[tuple[str, Shown, str, bool]]:
+    """Give label, run, headline metric and whether it is the best; one run alone is no best."""
+    names = {run.headline[0] for run in runs if run.headline is not None}
+    values = [math.nan if run.headline is None else run.headline[1] for run in runs]
+    each = [*zip(labels, runs, values, strict=True)]
+    known = [value for _, run, value in each if run.summary and math.isfinite(value)]
+    best = None
+    if len(runs) > 1 and len(names) == 1 and known:
+        lower = [name for run in runs for name in run.lower]
+        best = (max if higher_is_better(names.pop(), lower) else min)(known)
+    return [(label, run, figure(v), v == best and bool(run.summary)) for label, run, v in each]
+
+
+def differences(runs: Sequence[Shown]) -> dict[str, list[str]]:
+    """Give the settings in which runs differ: key -> the value of each run."""
+    rows = by_key([{k: _word(v) for k, v in flatten(run.config).items()} for run in runs])
+    return {key: row for key, row in rows.items() if len({*row}) > 1 and key not in ALONE}
+
+
+def _word(value: object) -> str:
+    """Write a value of a config as it is typed there."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _share(error: float) -> str:
+    """Write a rounding error; empty where nothing was rounded."""
+    return f"{error:.3g} of what was rounded" if math.isfinite(error) else ""
+
+
+def figure(value: object) -> str:
+    """Write a number as a table shows it.
+
+    Example:
+        >>> figure(0.123456), figure(12), figure(None)
+        ('0.1235', '12', 'not finite')
+    """
+    if value is None or value != value:  # noqa: PLR0124
+        return "not finite"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+    """Draw the curves of some runs.
+
+    Args:
+        runs: Rows of the ledger, by the label of the run.
+
+    Returns:
+        Title -> an HTML element with the curve; only what was recorded of at least one run.
+    """
+    names = [name for rows in runs.values() if (name := headline(rows)) is not None]
+    metric = names[0] if names else "metric"
+    axes = {
+        f"{metric} by round": ("round", metric, ("round",), ("metrics", metric)),
+        f"{metric} by traffic, both ways": ("MB, up and down", metric, (), ("metrics", metric)),
+        "loss": ("round", "loss", ("round",), ("metrics", "loss")),
+        "exact match of answers": ("round", "share", ("round",), ("metrics", "exact_match")),
+        "answers by likelihood": ("round", "share", ("round",), ("metrics", "choice_accuracy")),
+        "training loss": ("round", "loss", ("round",), ("train_loss",)),
+        "gradient energy in the basis": ("round", "share", ("round",), ("report", "energy_seen")),
+        "sent by clients, in all": ("round", "MB", ("round",), ("uplink_total",)),
+        "sent to clients, catch-up included": ("round", "MB", ("round",), ("downlink_total",)),
+        "seconds of a round": ("round", "seconds", ("round",), ("seconds",)),
+    }
+    found = {}
+    for title, (x_name, y_name, x_keys, y_keys) in axes.items():
+        lines = {}
+        for label, rows in runs.items():
+            x = column(rows, *x_keys) if x_keys else traffic(rows)
+            y = seconds(rows) if y_keys == ("seconds",) else column(rows, *y_keys)
+            kept = np.isfinite(y)
+            if kept.sum() > 1:
+                unit = MEGABYTE if y_name == "MB" else 1.0
+                lines[label] = x[kept].tolist(), (y[kept] / unit).tolist()
+        if lines and not (metric == "loss" and title.startswith("loss")):
+            found[title] = drawn(lines, x_name, y_name)
+    return found
+
+
+def traffic(rows: Sequence[Row]) -> Values:
+    """Megabytes both ways up to each round."""
+    return (column(rows, "uplink_total") + column(rows, "downlink_total")) / MEGABYTE
+
+
+def seconds(rows: Sequence[Row]) -> Values:
+    """Wall-clock seconds of each round, all phases together; NaN where none are told."""
+    return np.array([round_seconds(row) if "seconds" in row else np.nan for row in rows])
+
+
+def drawn(lines: Lines, x_name: str, y_name: str) -> str:
+    """Draw lines."""
+    figure = go.Figure()
+    for place, (label, (x, y)) in enumerate(lines.items()):
+        # Plotly takes tags in a name for markup.
+        figure.add_scatter(
+            x=x,
+            y=y,
+            name=escape(label, quote=False),
+            mode="lines",
+            line={"color": colour_of(place), "width": 2},
+        )
+    return as_html(figure, x_name, y_name, legend=len(lines) > 1)
+
+
+def main(words: Sequence[str]) -> None:
+    """Write the report of the runs that are named."""
+    parser = argparse.ArgumentParser(prog="fedraclora report", description="One HTML file of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--out", type=Path, help=f"default: {FILE} in the first run folder")
+    parser.add_argument("--title", help="default: the method and data of the runs")
+    arguments = parser.parse_args(words)
+    folders = [folder.expanduser() for folder in arguments.runs]
+    if twice := {str(f) for f in folders if folders.count(f) > 1}:
+        raise ConfigError(f"{', '.join(sorted(twice))} is named twice; name each run once")
+    shown = [read_shown(folder) for folder in folders]
+    out = (arguments.out or folders[0] / FILE).expanduser()
+    refuse_linked(out)
+    make_folder(out.parent)
+    out.write_text(page_of(shown, arguments.title), encoding="utf-8")
+    keep_private(out)
+    print(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,397 @@
+"""What the runs of a study say of its rows: tuned values, and the final runs with all seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedraclora.binding import Plain, bind, section
+from fedraclora.commands.study.file import Study, check_split, row_config
+from fedraclora.errors import ConfigError
+from fedraclora.evaluation.metrics import PERSONAL, higher_is_better, lower_of
+from fedraclora.protocol.method import Method
+from fedraclora.run.ledger import Row, number
+from fedraclora.strategies.methods import METHODS
+from fedraclora.tuning.frontier import ranks
+
+Line = dict[str, Any]  # of runs.jsonl
+Done = Mapping[str, Line]  # by key
+
+
+def read_lines(path: Path) -> dict[str, Line]:
+    """Read what has run, by key; a torn last line is left out."""
+    done: dict[str, Line] = {}
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            done[line["key"]] = line
+    return done
+
+
+def score(line: Mapping[str, Any], metric: str) -> float:
+    """Final metric of a run, or that of its clients' own models; minus infinity if it diverged.
+
+    Raises:
+        ConfigError: If the run was not measured by it.
+    """
+    metrics = line["metrics"]
+    if not metrics:
+        return -math.inf
+    for name in (metric, f"{PERSONAL}{metric}"):
+        if name in metrics:
+            return float(metrics[name])
+    raise ConfigError(
+        f"a run has no metric {metric}; its metrics are {', '.join(metrics)}: name one of them as "
+        "the study's metric (what has run is kept)"
+    )
+
+
+def mean_score(study: Study, row: str, value: float, done: Done) -> float:
+    """How good one grid value is on the validation split; 0 where nothing is tuned.
+
+    That is the mean over the tuning seeds of what the study chooses by, negative for a loss.
+    """
+    lines = [done[job.key] for job in study.jobs("tune", row, [value])]
+    lower = [name for line in lines for name in lower_of(line.get("task"))]
+    sign = 1 if higher_is_better(study.chosen_by, lower) else -1
+    found = [score(line, study.chosen_by) for line in lines]
+    # A run that diverged is the worst, whatever is chosen by.
+    scores = [sign * s if math.isfinite(s) else -math.inf for s in found]
+    return statistics.fmean(scores) if scores else 0.0
+
+
+def best_value(study: Study, row: str, values: list[float], done: Done) -> float:
+    """Choose the value that is best on the validation split (the smaller one in a tie)."""
+    return max(values, key=lambda v: (mean_score(study, row, v, done), -v))
+
+
+def tried_values(study: Study, row: str, done: Done) -> list[float]:
+    """List the values of the coarse grid, and those around the best of them."""
+    coarse = study.values(row)
+    return [*coarse, *study.refined(best_value(study, row, coarse, done))]
+
+
+def tuned_value(study: Study, row: str, done: Done) -> float:
+    """Return the value that the coarse grid and its refinement chose.
+
+    A value at which a final run diverged is passed over for the next best one: validation seeds
+    cannot see every instability, and a mean with a diverged run in it says nothing.
+    """
+    tried = tried_values(study, row, done)
+    stable = [v for v in tried if not diverged(study, row, v, done)]
+    return best_value(study, row, stable or tried, done)
+
+
+def tuned_by(study: Study, folder: Path) -> Study:
+    """Take the tuned values of another study of the same rows.
+
+    Args:
+        study: The study to run.
+        folder: The results of the study that was tuned.
+
+    Raises:
+        ConfigError: If it has not tuned a row, or not on a validation split.
+    """
+    other, done = Study.read(folder / "study.yaml"), read_lines(folder / "runs.jsonl")
+    missing = [r for r in study.rows if r not in other.rows or not is_tuned(other, r, done)]
+    if missing:
+        raise ConfigError(f"the study in {folder} has not tuned {', '.join(missing)}")
+    for row in study.rows:
+        if (config := row_config(other, row, "tune")) is not None:
+            check_split(other, "tune", config)
+    fixed = {row: tuned_value(other, row, done) for row in study.rows}
+    text = f"{study.text}# tuned by {folder}\n"
+    return replace(study, tune=None, fixed=fixed, text=text)
+
+
+def diverged(study: Study, row: str, value: float, done: Done) -> bool:
+    """Check whether a final run of this value diverged."""
+    return any("diverged" in done.get(j.key, {}) for j in study.jobs("final", row, [value]))
+
+
+def shown_value(study: Study, row: str, value: float, done: Done) -> str:
+    """Write a tuned value, marked where tuning could not tell that it is the best.
+
+    Where the grid ends there, a better one may lie beyond it; where others are as good (all are
+    where nothing was learnt), it was taken for being the smallest.
+    """
+    if study.tune is None:
+        return f"{value:g}"
+    tried = tried_values(study, row, done)
+    good = mean_score(study, row, value, done)
+    level = {v for v in tried if v != value and mean_score(study, row, v, done) == good}
+    marks = ["edge of the grid"] if value in {min(tried), max(tried)} else []
+    marks += [f"tied with {', '.join(f'{v:g}' for v in sorted(level))}"] if level else []
+    return f"{value:g} ({'; '.join(marks)})" if marks else f"{value:g}"
+
+
+def is_tuned(study: Study, row: str, done: Done) -> bool:
+    """Check whether all tuning runs of a row are there."""
+
+    def ran(values: list[float]) -> bool:
+        return all(job.key in done for job in study.jobs("tune", row, values))
+
+    return ran(study.values(row)) and ran(tried_values(study, row, done))
+
+
+def dropped(study: Study, done: Done) -> list[str]:
+    """List the rows that get no final runs: others of their method beat them in the tuning runs.
+
+    Beaten is a row outside of the first ``final.ranks`` Pareto ranks, by the bytes both ways and
+    what the study chooses by, at the tuned value. The reference is never dropped.
+    """
+    kept = study.final.get("ranks")
+    if kept is None or study.tune is None:
+        return []
+    rows = [row for row in study.rows if is_tuned(study, row, done)]
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in rows:
+        value = tuned_value(study, row, done)
+        lines = [done[job.key] for job in study.jobs("tune", row, [value])]
+        config = row_config(study, row, "tune")
+        good = mean_score(study, row, value, done)
+        if config is not None and math.isfinite(good):
+            sent = statistics.fmean(traffic(line) for line in lines)
+            groups.setdefault(config.chosen("method"), {})[row] = good, -sent
+    return [
+        row
+        for found in groups.values()
+        for row, rank in zip(found, ranks([*found.values()]), strict=True)
+        if rank >= kept and row != study.reference
+    ]
+
+
+def final_lines(study: Study, row: str, done: Done) -> list[Line]:
+    """Read the final runs of a row at its tuned value; none where some have not run yet."""
+    if not is_tuned(study, row, done):
+        return []
+    jobs = study.jobs("final", row, [tuned_value(study, row, done)])
+    lines = [done[job.key] for job in jobs if job.key in done]
+    return lines if len(lines) == len(jobs) and "uplink_floats" in lines[0] else []
+
+
+UNTRAINED = "before its first evaluation"  # in the place of a figure that only training gives
+DEVIATION = "± deviation"  # behind the title of a column: standard deviation over seeds
+
+
+def docstring(kind: type[Method]) -> str:
+    """Return the docstring of a method's module, where its formulas and its sources stand."""
+    return sys.modules[kind.__module__].__doc__ or ""
+
+
+def is_unverified(kind: type[Method]) -> bool:
+    """Check whether a method's docstring names what was not verified."""
+    return "- Unverified:" in docstring(kind)
+
+
+def uplink(point: Row) -> float:
+    """Bytes that all clients have sent so far."""
+    return number(point, "uplink_total")
+
+
+def traffic(point: Row) -> float:
+    """Bytes sent both ways so far, with catch-up."""
+    return uplink(point) + number(point, "downlink_total")
+
+
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Write the mean, and the standard deviation of more values than one."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def of_runs(values: Sequence[float], runs: int, digits: int) -> str:
+    """Write mean and deviation of the runs that have a value, and how many of all these are."""
+    return mean_and_deviation(values, digits) + of_all(len(values), runs)
+
+
+def of_all(there: object, all_: object, what: str = "runs") -> str:
+    """Say how many of all have a figure, where not all have."""
+    return "" if there == all_ else f" ({there} of {all_} {what})"
+
+
+def mean_of_known(values: Iterable[float]) -> float:
+    """Mean of the finite values; NaN if there is none."""
+    known = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | None:
+    """Find the first measured round whose metric (more is better) is no worse than a target."""
+    return next((p for p in points if score(p, metric) >= target), None)
+
+
+def is_exact(config: Plain) -> bool:
+    """Check that a run's method is exact, and that nothing else stands before the new weights.
+
+    Args:
+        config: Of the run; what it lacks beside the method is plain.
+
+    Raises:
+        ConfigError: If the method is none of this version's.
+    """
+    method: Method = bind("method", METHODS, section(config, "method"))()
+    plain = {"aggregator": "mean", "server_optimiser": "none", "privacy": "none"}
+    chosen = {key: config.get(key) for key in plain}
+    named = {key: group.get("name") for key, group in chosen.items() if isinstance(group, Mapping)}
+    return method.traits.exact and named.items() <= plain.items()
+
+
+ROUND_OFF = 1e-12  # relative, of float64: the error of one client that is averaged with no other
+
+
+def shown_error(exact: bool, measured: float) -> str:
+    """Say how far aggregates were from the mean of the clients' weights, relative to their change.
+
+    Args:
+        exact: The method's trait, to which the contract suite holds it.
+        measured: The error; NaN where the run did not measure it.
+    """
+    if exact:
+        return "exact"
+    if math.isnan(measured):
+        return "not measured"
+    return f"{measured:.3g}" if measured > ROUND_OFF else "0"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a study with its final runs.
+
+    Attributes:
+        study: The study.
+        row: Its name.
+        lines: Of its final runs, one per seed.
+        value: The tuned value.
+    """
+
+    study: Study
+    row: str
+    lines: Sequence[Line]
+    value: float
+
+    @property
+    def title(self) -> str:
+        """The row, which says so where the metric is that of clients' own models."""
+        return f"{self.row} (clients' own models)" if self.personal else self.row
+
+    @property
+    def curves(self) -> list[list[Row]]:
+        """The rounds at which the metric was measured, per seed; a few have generated answers."""
+        names = {self.study.metric, f"{PERSONAL}{self.study.metric}"}
+        return [
+            [
+                point
+                for point in line["curve"]
+                if not point["metrics"] or names & {*point["metrics"]}
+            ]
+            for line in self.lines
+        ]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the final runs."""
+        return [int(line["seed"]) for line in self.lines]
+
+    @cached_property
+    def scores(self) -> list[float]:
+        """The metric at the end, per seed."""
+        return [score(line, self.study.metric) for line in self.lines]
+
+    @property
+    def mean(self) -> float:
+        """Its mean; minus infinity if a seed diverged."""
+        return statistics.fmean(self.scores)
+
+    @property
+    def spread(self) -> float:
+        """Its standard deviation over the seeds; NaN for one seed, or where one diverged."""
+        whole = len(self.scores) > 1 and math.isfinite(self.mean)
+        return statistics.stdev(self.scores) if whole else math.nan
+
+    @property
+    def personal(self) -> bool:
+        """Return whether the clients have models of their own, which were measured."""
+        metrics = self.lines[0]["metrics"]
+        return bool(metrics) and self.study.metric not in metrics
+
+    @cached_property
+    def method(self) -> Method:
+        """The method, as the runs had it."""
+        return bind("method", METHODS, self.lines[0]["config"]["method"])()
+
+    @cached_property
+    def exact(self) -> bool:
+        """Return whether the new weights are the mean of the clients'; see `is_exact`."""
+        return is_exact(self.lines[0]["config"])
+
+    @property
+    def aggregation_error(self) -> str:
+        """The error of aggregation over rounds and seeds, in words where it is none or unknown."""
+        measured = self.average(lambda line: number(line, "aggregation_error"))
+        return shown_error(self.exact, measured)
+
+    def average(self, figure: Callable[[Line], float]) -> float:
+        """Mean of a figure over the seeds that have it; NaN if none has."""
+        return mean_of_known(map(figure, self.lines))
+
+
+def finals(study: Study, done: Done) -> list[Entry]:
+    """List the rows whose final runs are all there, in the study's order."""
+    return [
+        Entry(study, row, lines, tuned_value(study, row, done))
+        for row in study.rows
+        if (lines := final_lines(study, row, done))
+    ]
+
+
+def entries(study: Study, done: Done) -> list[Entry]:
+    """List the rows whose final runs are all there and did not diverge, the best first."""
+    stable = [entry for entry in finals(study, done) if math.isfinite(entry.mean)]
+    return sorted(stable, key=lambda entry: (entry.personal, -entry.mean))
+
+
+def notes_of(
+    study: Study, shown: Sequence[Entry], done: Done, failed: Mapping[str, str]
+) -> list[str]:
+    """Say which rows of a study a table does not have, and what its runs took.
+
+    Args:
+        study: The study.
+        shown: The rows of the table.
+        done: Lines of its runs, by key.
+        failed: Why rows failed just now, by row.
+    """
+    there = {entry.row for entry in shown}
+    beaten = [row for row in dropped(study, done) if row not in there]
+    missing = [row for row in study.rows if row not in {*there, *failed, *beaten}]
+    notes = [f"Failed: {why}." for why in failed.values()]
+    if beaten:
+        notes.append(
+            "Not run to the end, since other rows of their method were as good in fewer bytes "
+            f"where all were tuned: {', '.join(beaten)}."
+        )
+    if missing:
+        notes.append(f"Not run to the end, or diverged at every value: {', '.join(missing)}.")
+    return [*notes, spent] if (spent := cost(done)) else notes
+
+
+def cost(done: Done) -> str:
+    """Sum the processor time of a study's runs, tuning included, where lines say it."""
+    known = [line["cpu_seconds"] for line in done.values() if "cpu_seconds" in line]
+    if not known:
+        return ""
+    rest = f"; {len(done) - len(known)} more did not count it" if len(known) < len(done) else ""
+    spent = sum(known)
+    took = f"{spent / 3600:.2f} core-hours" if spent >= 360 else f"{spent:.0f} seconds of a core"
+    return f"{len(known)} runs, tuning included, took {took}{rest}."

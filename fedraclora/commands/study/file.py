@@ -1,0 +1,369 @@
+"""A study as its YAML file says: a preset, rows to compare, a grid to tune on, seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedraclora.compose.overrides import composed
+from fedraclora.compose.presets import take_own
+from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.rate import settled_rate
+from fedraclora.weights.files import flatten
+
+KEYS = {"experiment", "metric", "grid", "final", "rows"}
+OPTIONAL = {"tune", "reference", "overrides", "reported"}
+OPTIONAL |= {"target", "varied", "budget", "more", "only"}
+SECTIONS = {  # by name: the keys that each must have, and those that it may have
+    "grid": ({"key", "values"}, {"refine", "scale"}),
+    "tune": ({"seeds"}, {"overrides", "by"}),
+    "final": ({"seeds"}, {"overrides", "more", "ranks"}),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    phase: str  # tune | final
+    row: str
+    value: float
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Names the run in runs.jsonl."""
+        return f"{self.phase}|{self.row}|{self.value}|{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML file says.
+
+    Attributes:
+        experiment: Preset that all runs start from.
+        metric: What is tuned and reported.
+        grid: The tuned key and its values; ``refine``, multiples of the best; ``scale``, by row.
+        final: Seeds and overrides of the final runs; ``more``, further seeds of some rows;
+            ``ranks``, how many Pareto ranks of each method's rows, by bytes and metric where they
+            were tuned, get final runs (None: all do).
+        rows: What is compared: overrides, by name.
+        text: The file.
+        tune: Seeds and overrides of the tuning runs, and ``by``, what values are chosen by, for
+            one ``loss``, where it is not the metric; None: the grid has one value, that of all.
+        reference: The row whose final metric and uplink the others are held against.
+        overrides: Of all runs.
+        reported: The metric that a paper reports for a row, to be shown beside ours.
+        target: A value of the metric; a leaderboard says what it takes to reach it.
+        budget: The row at whose uplink and traffic others are compared; None: at those of the row
+            that used least.
+        varied: Config keys that rows differ in although all rows of a comparison share them
+            (`fedraclora.commands.study.file`).
+        fixed: Values that another study has tuned, by row, in place of the grid's.
+    """
+
+    experiment: str | None
+    metric: str
+    grid: Mapping[str, Any]
+    final: Mapping[str, Any]
+    rows: Mapping[str, Sequence[str]]
+    text: str
+    tune: Mapping[str, object] | None = None
+    reference: str | None = None
+    overrides: Sequence[str] = ()
+    reported: Mapping[str, float] = field(default_factory=dict)
+    target: float | None = None
+    budget: str | None = None
+    varied: Sequence[str] = ()
+    fixed: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        overrides: Sequence[str] = (),
+        metric: str | None = None,
+        tuning: Sequence[str] = (),
+    ) -> Study:
+        """Read a study; what is given beside its file becomes part of `text`.
+
+        Args:
+            path: The YAML file.
+            overrides: Of all runs, after the file's own.
+            metric: In place of the file's own.
+            tuning: Overrides of the tuning runs, after the file's own.
+
+        Raises:
+            ConfigError: If it is no YAML mapping, or keys are missing or unknown; or there are
+                overrides of tuning runs, and it tunes nothing.
+        """
+        if not path.is_file():
+            raise ConfigError(f"there is no study {path}; see experiments/studies")
+        take_own(path)
+        study = cls.parse(path.read_text(), path, {})
+        if overrides:
+            study = study.changed(overrides=[*study.overrides, *overrides])
+        if tuning:
+            if study.tune is None:
+                raise ConfigError(f"{path} tunes nothing, but has {' '.join(tuning)} for tuning")
+            own = _list(study.tune["overrides"])
+            study = study.changed(tune={**study.tune, "overrides": [*own, *tuning]})
+        return study if metric is None else study.changed(metric=metric)
+
+    def changed(self, **keys: object) -> Study:
+        """Replace keys of the study's file in a copy; they become part of `text`.
+
+        Beside those of a file there are ``more``, rows to add, and ``only``, names of the rows to
+        keep.
+
+        Raises:
+            ConfigError: If that is no study.
+        """
+        return self.parse(self.text, Path("the study"), keys)
+
+    @classmethod
+    def parse(cls, text: str, path: Path, more: Mapping[str, object]) -> Study:
+        """Read the text of a study, and keys that replace its own; see `read`.
+
+        Args:
+            text: YAML.
+            path: Where it is from, for errors.
+            more: By key.
+
+        Raises:
+            ConfigError: See `read`.
+        """
+        text = text.rstrip("\n") + "\n"
+        text += "".join(f"{key}: {json.dumps(value)}\n" for key, value in more.items())
+        try:
+            loaded = dict(yaml.safe_load(text))
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is not a study: {error}") from error
+        for key in loaded:
+            if key not in KEYS | OPTIONAL:
+                raise unknown("study key", key, KEYS | OPTIONAL)
+        if KEYS - set(loaded):
+            raise ConfigError(
+                f"the study {path} lacks the keys {', '.join(sorted(KEYS - set(loaded)))}"
+            )
+        _sections(path, loaded)
+        loaded["rows"] = {**loaded.pop("more", {}), **loaded["rows"]}
+        _check(path, loaded)
+        _keep(loaded, loaded.pop("only", None))
+        return cls(**loaded, text=text)
+
+    @property
+    def chosen_by(self) -> str:
+        """What the tuned value is best in, on the validation split."""
+        return self.metric if self.tune is None else str(self.tune.get("by", self.metric))
+
+    def jobs(self, phase: str, row: str, values: Sequence[float]) -> list[Job]:
+        """List the runs of one row in one phase."""
+        section = self.tune if phase == "tune" else self.final
+        if section is None:
+            return []
+        seeds, extra = _list(section["seeds"]), section["overrides"]
+        if phase == "final":
+            seeds = [*seeds, *_list((self.final.get("more") or {}).get(row, []))]
+        preset = [f"experiment={self.experiment}"] if self.experiment else []
+        common = [*preset, *self.overrides, *self.rows[row], *map(str, _list(extra))]
+        return [
+            Job(phase, row, v, int(str(s)), (*common, f"{self.grid['key']}={v}", f"seed={s}"))
+            for v in values
+            for s in seeds
+        ]
+
+    def values(self, row: str) -> list[float]:
+        """Compute the coarse grid of a row: the values of the grid, times the row's own scale."""
+        if self.fixed:
+            return [self.fixed[row]]
+        factor = float(self.grid.get("scale", {}).get(row, 1))
+        return [round(factor * float(str(v)), 9) for v in _list(self.grid["values"])]
+
+    def refined(self, best: float) -> list[float]:
+        """The values around the best of the coarse grid that are tried next."""
+        factors = [] if self.fixed else _list(self.grid.get("refine", []))
+        return [round(best * float(str(f)), 9) for f in factors]
+
+
+def _sections(path: Path, loaded: dict[str, Any]) -> None:
+    """Check the form of a study's sections; overrides that it leaves out are none."""
+    for name, (needed, more) in SECTIONS.items():
+        if loaded.get(name) is None and name == "tune":
+            continue
+        section = loaded[name]
+        if not isinstance(section, Mapping) or needed - section.keys():
+            raise ConfigError(
+                f"{name} of {path} is {section!r:.200}; a mapping with the keys "
+                f"{', '.join(sorted(needed))} is wanted"
+            )
+        if extra := section.keys() - needed - more:
+            raise unknown(f"key of {name}", min(map(str, extra)), needed | more)
+        if "overrides" in more:
+            loaded[name] = section = {"overrides": [], **section}
+        if "overrides" in more:
+            _list(section["overrides"], f"{name}.overrides of {path}")
+        for key in {"values", "refine", "seeds"} & section.keys():
+            where = f"{name}.{key} of {path}"
+            _numbers(section[key], where, int if key == "seeds" else float)
+            if not section[key] and key != "refine":
+                raise ConfigError(f"{where} is empty; one or more are wanted")
+    for key in {"overrides", "varied"} & loaded.keys():
+        _list(loaded[key], f"{key} of {path}")
+    if loaded.get("target") is not None:
+        _numbers([loaded["target"]], f"target of {path}", float)
+    loaded["rows"] = loaded["rows"] or {}
+    if not isinstance(loaded["rows"], Mapping):
+        raise ConfigError(f"rows of {path} is {loaded['rows']!r:.200}; a mapping is wanted")
+    for row, overrides in loaded["rows"].items():
+        _list(overrides, f"row {row!r} of {path}")
+
+
+def refuse_lower(where: object, metric: str, lower: Collection[str]) -> None:
+    """Reject a study by a metric of which less is better (`fedraclora.evaluation.metrics`)."""
+    if not higher_is_better(metric, lower):
+        raise ConfigError(
+            f"{where} has the metric {metric}, of which less is better; studies choose the "
+            "greatest value: take a score, of classes accuracy, of numbers pearson or spearman"
+        )
+
+
+def _check(path: Path, loaded: Mapping[str, Any]) -> None:
+    """Check the keys and values of a study's file."""
+    refuse_lower(path, str(loaded["metric"]), ())
+    named = {"grid.scale": loaded["grid"].get("scale"), "reported": loaded.get("reported")}
+    named["final.more"] = loaded["final"].get("more")
+    for key, group in named.items():
+        for row in group or ():
+            if row not in loaded["rows"]:
+                raise unknown(f"row of {key}", row, loaded["rows"])
+    for row, seeds in (loaded["final"].get("more") or {}).items():
+        if twice := set(_list(seeds)) & set(_list(loaded["final"]["seeds"])):
+            raise ConfigError(
+                f"final.more of {path} has for {row} the seed {min(map(str, twice))} of all rows; "
+                "name further seeds alone"
+            )
+    for key in ("reference", "budget"):
+        if loaded.get(key) not in {None, *loaded["rows"]}:
+            raise unknown(f"row as {key}", loaded[key], loaded["rows"])
+    if loaded.get("tune") is None and len(loaded["grid"]["values"]) != 1:
+        raise ConfigError(
+            f"{path} has no tune, but grid.values is {loaded['grid']['values']}; one value for "
+            "all rows is wanted, or tune, which says how to choose"
+        )
+
+
+def _keep(loaded: dict[str, Any], only: Sequence[str] | None) -> None:
+    """Drop the rows that are not asked for, and what else names one of them."""
+    if only is None:
+        return
+    for row in only:
+        if row not in loaded["rows"]:
+            raise unknown("row", row, loaded["rows"])
+    loaded["rows"] = {row: how for row, how in loaded["rows"].items() if row in only}
+    for key in ("reference", "budget"):
+        if loaded.get(key) not in loaded["rows"]:
+            loaded[key] = None
+
+
+def _list(value: object, where: str = "a key of a study") -> list[object]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{where} is {value!r:.200}; a list is wanted")
+    return value
+
+
+def _numbers(value: object, where: str, kind: Callable[[str], float]) -> None:
+    """Check that all of a list are numbers; YAML reads 1e-3 as text, which is taken for one."""
+    wanted = "whole numbers" if kind is int else "numbers"
+    try:
+        right = all(math.isfinite(kind(str(number))) for number in _list(value, where))
+    except ValueError:
+        right = False
+    if not right:
+        raise ConfigError(f"{where} is {value!r:.200}; {wanted} are wanted")
+
+
+SHARED: list[str] = yaml.safe_load(
+    Path(__file__).with_name("same.yaml").read_text(encoding="utf-8")
+)
+
+
+def check_same(study: Study) -> None:
+    """Compose a final run of every row, and refuse rows that would not be compared alike.
+
+    Args:
+        study: Its ``varied`` names keys that may differ, since the study is about them.
+
+    Raises:
+        ConfigError: A row does not compose, or differs from the first one in a key of `SHARED`.
+    """
+    shared = tuple(f"{key}." for key in SHARED)
+    free = tuple(f"{key}." for key in study.varied)
+    first: tuple[str, dict[str, object]] | None = None
+    for row in study.rows:
+        try:
+            config = row_config(study, row, "final")
+        except ConfigError as error:
+            raise ConfigError(f"row {row!r}: {error}") from error
+        if config is None:
+            continue
+        found = {
+            key: value
+            for key, value in flatten(config.digested).items()
+            if f"{key}.".startswith(shared) and not f"{key}.".startswith(free)
+        }
+        first = first or (row, found)
+        for key in sorted({*first[1], *found}):
+            mine, other = found.get(key), first[1].get(key)
+            if mine != other:
+                raise ConfigError(
+                    f"row {row!r} has {key}={mine}, row {first[0]!r} has {key}={other}; all rows "
+                    f"of a comparison share it: move it to overrides, or name it under varied"
+                )
+
+
+def check_split(study: Study, phase: str, config: RunConfig) -> None:
+    """Check that a row is tuned on the validation split, and not measured on it at the end.
+
+    Args:
+        study: The study.
+        phase: tune or final.
+        config: Of a run of the row in this phase.
+
+    Raises:
+        ConfigError: If it is not so.
+    """
+    if study.tune is None:
+        return
+    if phase == "tune" and config.evaluate.split != "validation":
+        raise ConfigError(
+            f"its tuning runs are measured on evaluate.split={config.evaluate.split}, so that its "
+            "final runs would be measured on what they were tuned on: add "
+            "evaluate.split=validation and data.validation=0.2, say, to tune.overrides"
+        )
+    if phase == "final" and config.evaluate.split == "validation":
+        raise ConfigError(
+            "its final runs are measured on evaluate.split=validation, on which it is tuned: take "
+            "that out of overrides and final.overrides"
+        )
+
+
+def row_config(study: Study, row: str, phase: str) -> RunConfig | None:
+    """Compose the first run of a row in a phase; None where it has none."""
+    jobs = study.jobs(phase, row, study.values(row)[:1])
+    return composed_run(jobs[0]) if jobs else None
+
+
+def composed_run(job: Job) -> RunConfig:
+    """Compose the config of a run."""
+    return from_plain(settled_rate(composed(job.overrides), print), METHODS)

@@ -1,0 +1,247 @@
+"""The leaderboard of a study: what each method reaches, what it costs, and how far to trust it.
+
+From the lines of ``runs.jsonl`` alone. Methods with models of the clients' own stand last, since
+their metric is another one: each model is measured under its client's own mix of classes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedraclora.commands import LABORATORY, require_laboratory
+from fedraclora.commands.study.entries import (
+    DEVIATION,
+    Done,
+    Entry,
+    entries,
+    first_reaching,
+    is_unverified,
+    notes_of,
+    of_all,
+    shown_error,
+    shown_value,
+    traffic,
+    tuned_by,
+    uplink,
+)
+from fedraclora.commands.study.file import Study
+from fedraclora.commands.study.run import refuse_failed, run_study
+from fedraclora.compose.choices import groups
+from fedraclora.compose.words import key_values, part
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.plots.axes import MEGABYTE
+from fedraclora.plots.comparison import Entrant, leaderboard_figure
+from fedraclora.run.ledger import Row, number
+from fedraclora.terminal.tables import Table
+from fedraclora.wire.fields import printable
+
+UNVERIFIED, PERSONAL = "†", "‡"
+NOTES = {
+    UNVERIFIED: "in part unverified against its paper; its docstring says what (docs/methods.md).",
+    PERSONAL: "models of the clients' own, each measured under its client's own mix of classes: "
+    "another metric, not ranked.",
+}
+
+
+def leaderboard(study: Study, done: Done, failed: Mapping[str, str] | None = None) -> Table | None:
+    """Make the table; None as long as no row has run to its end.
+
+    Its columns are the metric with its spread over the seeds, rounds and bytes until the study's
+    ``target`` is reached, bytes in all, the error of aggregation (of methods that are not exact:
+    the mean over the rounds), processor seconds of the server a round, tensors that live while one
+    client trains, and the tuned value.
+
+    Args:
+        study: The study.
+        done: Lines of its runs, by key.
+        failed: Why rows failed just now, by row.
+    """
+    ranked = entries(study, done)
+    if not ranked:
+        return None
+    records = tuple(map(_record, ranked))
+    marked = "".join(map(_marked, records))
+    notes = [f"{sign} {text}" for sign, text in NOTES.items() if sign in marked]
+    notes += notes_of(study, ranked, done, failed or {})
+    key = str(study.grid["key"])
+    shown = [
+        _shown(study, record) | {key: shown_value(study, entry.row, entry.value, done)}
+        for entry, record in zip(ranked, records, strict=True)
+    ]
+    return replace(Table.of(shown, notes), records=records)
+
+
+def write_leaderboard(
+    study: Study, done: Done, out: Path, failed: Mapping[str, str]
+) -> Table | None:
+    """Write leaderboard.md, leaderboard.csv and leaderboard.png; give the table."""
+    made = leaderboard(study, done, failed)
+    if made is None:
+        return None
+    made.write(out, "leaderboard")
+    entrants = [
+        Entrant(
+            printable(_marked(record)),
+            number(record, study.metric),
+            number(record, "std"),
+            number(record, "uplink") / MEGABYTE,
+            bool(record["exact"]),
+        )
+        for record in made.records
+    ]
+    leaderboard_figure(entrants, study.metric, out / "leaderboard.png")
+    return made
+
+
+def _record(entry: Entry) -> Row:
+    """The numbers of an entry; NaN where something is not known or was not reached."""
+    study = entry.study
+    target = math.inf if study.target is None else study.target
+    reached = [first_reaching(curve, study.metric, target) for curve in entry.curves]
+    points = [point for point in reached if point is not None]
+
+    def at_target(figure: Callable[[Row], float]) -> float:
+        return statistics.fmean(map(figure, points)) if points else math.nan
+
+    def mean(key: str) -> float:
+        return entry.average(lambda line: number(line, key))
+
+    return {
+        "method": entry.row,
+        "verified": not is_unverified(type(entry.method)),
+        "personal": entry.personal,
+        study.metric: entry.mean,
+        "std": entry.spread,
+        "seeds": len(entry.lines),
+        "seeds_at_target": len(points),
+        "rounds_to_target": at_target(lambda point: number(point, "round")),
+        "uplink_to_target": at_target(uplink),
+        "traffic_to_target": at_target(traffic),
+        "uplink": entry.average(uplink),
+        "traffic": entry.average(traffic),
+        "exact": entry.exact,
+        "aggregation_error": mean("aggregation_error"),
+        "server_cpu_seconds": mean("server_cpu_seconds"),
+        "client_bytes": mean("client_bytes"),
+        str(study.grid["key"]): entry.value,
+    }
+
+
+def _shown(study: Study, record: Row) -> dict[str, str]:
+    """What the table shows of a record, by title; the tuned value comes behind it."""
+    there, seeds = record["seeds_at_target"], record["seeds"]
+    missed = of_all(there, seeds, "seeds")
+    spread = number(record, "std")
+
+    def text(key: str, unit: float = 1.0) -> str:
+        value = number(record, key) / unit
+        return f"{value:.3g}" if math.isfinite(value) else "-"
+
+    found = {
+        "method": _marked(record),
+        f"{study.metric}, {DEVIATION}": f"{number(record, study.metric):.4f}"
+        + (f" ± {spread:.4f}" if math.isfinite(spread) else ""),
+        "seeds": str(seeds),
+    }
+    if study.target is not None:
+        titles = {
+            f"rounds to {study.target:g}": text("rounds_to_target"),
+            "MB up to it": text("uplink_to_target", MEGABYTE),
+            "MB both ways to it": text("traffic_to_target", MEGABYTE),
+        }
+        found |= {title: shown + missed if there else "-" for title, shown in titles.items()}
+    return found | {
+        "MB up in all": text("uplink", MEGABYTE),
+        "aggregation error": shown_error(
+            bool(record["exact"]), number(record, "aggregation_error")
+        ),
+        "server CPU s a round": text("server_cpu_seconds"),
+        "client MB": text("client_bytes", MEGABYTE),
+    }
+
+
+def _marked(record: Mapping[str, object]) -> str:
+    """The method, with the signs of `NOTES` that it needs."""
+    signs = "" if record["verified"] else UNVERIFIED
+    return f"{record['method']} {signs}{PERSONAL if record['personal'] else ''}".rstrip()
+
+
+STUDIES = LABORATORY / "studies"
+KEYS = ("experiment", "methods", "preset", "metric", "target", "tuned_by", "jobs", "out", "table")
+
+
+def is_study(words: Sequence[str]) -> bool:
+    """Check whether the words of ``compare`` ask for a study, not for folders of runs."""
+    return any(word.startswith("experiment=") for word in words)
+
+
+def compare_study(words: Sequence[str]) -> None:
+    """Run what the words ask for; see the module's docstring.
+
+    Args:
+        words: KEY=VALUE.
+
+    Raises:
+        ConfigError: For a word, a study or a row that is not known.
+    """
+    options, overrides = part(words, KEYS)
+    key_values(overrides)  # each is KEY=VALUE
+    name = str(options["experiment"])
+    study = chosen(find(name), options, overrides)
+    out = Path(str(options.get("out", Path("runs/compare") / Path(name).stem)))
+    only = options.get("table") is True
+    done, failed = run_study(study, out, options.get("jobs", 1), table_only=only)
+    made = write_leaderboard(study, done, out, failed)
+    if made is None:
+        refuse_failed(failed)
+        raise ConfigError(f"{out} has no method whose final runs are all there and did not diverge")
+    made.print()
+    names = ("leaderboard.md", "leaderboard.csv", "leaderboard.png", "budgets.md", "compare.png")
+    there = [name for name in names if (out / name).is_file()]  # one row alone has no budgets
+    print(f"written: {out}/{', '.join(there)} and more")
+    refuse_failed(failed)
+
+
+def find(name: str) -> Path:
+    """Find a study: by its name in experiments/studies, or its file.
+
+    Raises:
+        ConfigError: If there is none, or no laboratory.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    require_laboratory(f"the study {name}")
+    known = {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
+    if name not in known:
+        raise unknown("study", name, known)
+    return known[name]
+
+
+def chosen(path: Path, options: dict[str, object], overrides: Sequence[str]) -> Study:
+    """Read a study, and change it as the words say."""
+    study = Study.read(path, overrides)
+    names = {"metric": "metric", "preset": "experiment"}
+    changes = {name: options[key] for key, name in names.items() if key in options}
+    if "target" in options:
+        changes["target"] = _number("target", options["target"])
+    if "methods" in options:
+        rows = [row.strip() for row in str(options["methods"]).split(",")]
+        known = {row: [f"method={row}"] for row in groups()["method"]} | dict(study.rows)
+        more = {row: [*known[row]] for row in rows if row in known}
+        changes |= {"only": rows, "more": more}
+    if changes:
+        study = study.changed(**changes)
+    if "tuned_by" in options:
+        study = tuned_by(study, Path(str(options["tuned_by"])))
+    return study
+
+
+def _number(key: str, value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError as error:
+        raise ConfigError(f"{key} is {value!r}; a number is wanted") from error

@@ -1,0 +1,391 @@
+"""Tune every row of a study alike, and run its seeds.
+
+    fedraclora study STUDY.yaml [KEY=VALUE ...]
+
+A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
+split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value, and
+``--tuned-by`` takes what another study has tuned, of the same rows on a like task. ``--tuning``
+gives overrides to the tuning runs alone, and ``--row`` runs some of the rows; what is written shows
+all that have run. Every run that ends adds one line to ``runs.jsonl``;
+started again, the study goes on where it stopped. ``fedraclora compare experiment=STUDY`` does the
+same and makes a leaderboard of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedraclora.clients.engines import engine_of
+from fedraclora.commands import RESULTS
+from fedraclora.commands.run_files import refuse_overwriting
+from fedraclora.commands.status import explained
+from fedraclora.commands.study.entries import (
+    Done,
+    Line,
+    dropped,
+    read_lines,
+    score,
+    tried_values,
+    tuned_by,
+    tuned_value,
+)
+from fedraclora.commands.study.file import (
+    Job,
+    Study,
+    check_same,
+    check_split,
+    composed_run,
+    refuse_lower,
+    row_config,
+)
+from fedraclora.commands.study.tables import write_results
+from fedraclora.config.run_config import RunConfig
+from fedraclora.config.settings import PretrainConfig
+from fedraclora.errors import ConfigError, DataError, DivergenceError, FedRacLoraError, unknown
+from fedraclora.evaluation.metrics import lower_of
+from fedraclora.run.digests import data_files
+from fedraclora.run.ledger import Row, column, known_mean, metrics_of, round_seconds
+from fedraclora.strategies.assembly import Assembled, assemble_with
+from fedraclora.wire.fields import printable
+
+PHASES = ("tune", "final")
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    workers: object = 1,
+    *,
+    rows: Sequence[str] = (),
+    table_only: bool = False,
+) -> tuple[dict[str, Line], dict[str, str]]:
+    """Run what has not run, and write study.yaml, table, budgets and figure.
+
+    A row of which a run fails is left out from there on, and the others go on.
+
+    Args:
+        study: What to run.
+        out: Folder of the results; what has run there is not run again.
+        workers: Runs at a time, each in a process of its own, as they were said.
+        rows: Those to run; none: all of them. What is written shows every row that has run.
+        table_only: Write table, budgets and figure of what has run, and run nothing.
+
+    Returns:
+        The lines of all runs, by key; and why rows failed, by row (`refuse_failed`).
+
+    Raises:
+        ConfigError: Rows would not be compared alike, a row cannot begin, or the folder has runs of
+            another study, or somebody else's files; or there is no row of a name, or no process.
+    """
+    if not isinstance(workers, int) or workers < 1:
+        raise ConfigError(f"jobs is {workers!r}; runs at a time, 1 or more, are wanted")
+    for row in rows:
+        if row not in study.rows:
+            raise unknown("row", row, study.rows)
+    path, written = out / "runs.jsonl", out / "study.yaml"
+    if not path.exists() and not (written.is_file() and written.read_text() == study.text):
+        refuse_overwriting(out, ("study.yaml", "table.md", "table.csv"))
+    done, failed = read_lines(path), dict[str, str]()
+    if not table_only:
+        check_same(study)
+        check_same_data(study, done, path)
+        check_first_runs(study, [*(rows or study.rows)], done)
+
+    def run(phase: str, values: Callable[[str], list[float]]) -> bool:
+        out_of_it = {*failed, *(dropped(study, done) if phase == "final" else ())}
+        left = [row for row in rows or study.rows if row not in out_of_it]
+        jobs = [job for row in left for job in study.jobs(phase, row, values(row))]
+        return run_jobs(jobs, done, path, workers, study.metric, failed)
+
+    if not table_only:
+        out.mkdir(parents=True, exist_ok=True)
+        path.touch()  # from here on the folder is this study's
+        written.write_text(study.text)
+        run("tune", study.values)
+        run("tune", lambda row: tried_values(study, row, done))
+        while run("final", lambda row: [tuned_value(study, row, done)]):
+            pass  # once more for each value that turned out to be unstable
+    write_results(study, done, out, failed)
+    return done, failed
+
+
+def refuse_failed(failed: Mapping[str, str]) -> None:
+    """End a study of which rows failed, once everything else is written.
+
+    Raises:
+        FedRacLoraError: If there are any.
+    """
+    if failed:
+        lines = "".join(f"\n  row {row!r}: {why}" for row, why in failed.items())
+        raise FedRacLoraError(
+            f"{len(failed)} rows failed and stand in no table; the same command tries them "
+            f"again{lines}"
+        )
+
+
+def run_job(job: Job) -> Line:
+    """Run one job in memory and give its line for runs.jsonl."""
+    from fedraclora.run.folder import provenance
+    from fedraclora.strategies.outcome import summarise
+
+    began, used = time.perf_counter(), time.process_time()
+    config = composed_run(job)
+    line: Line = {**vars(job), "key": job.key}
+    if files := data_files(config.data):
+        line["data_files"] = files
+    run = assemble_with(config, None, engine_of=engine_of)
+    if job.phase == "final":
+        line |= {"config": config.digested, **provenance(), "client_bytes": client_bytes(run)}
+    try:
+        run.start()
+    except DivergenceError as error:  # a learning rate that diverges is a result, not a failure
+        return line | {"diverged": str(error), "metrics": {}, "cpu_seconds": since(used)}
+    finally:
+        run.close()
+    rows = run.strategy.recorder.ledger.rows
+    measured = known_mean(rows, "report", "aggregation_error")
+    line |= summarise(run, time.perf_counter() - began)
+    line["metrics"] = metrics_of(line | {"clients": line.get("by_clients")})
+    if not line["metrics"]:
+        raise ConfigError("nobody measured it (it has no test samples): a study has to know it")
+    line["cpu_seconds"] = since(used)
+    line["server_cpu_seconds"] = server_cpu_seconds(rows)
+    line["curve"] = curve(rows)
+    if math.isfinite(measured):
+        line["aggregation_error"] = measured
+    return line
+
+
+def since(used: float) -> float:
+    """Processor seconds of this process since then: the cost of a run, on a busy machine too."""
+    return round(time.process_time() - used, 3)
+
+
+def client_bytes(run: Assembled) -> int | None:
+    """Count the bytes of the tensors that live while one client trains in round 1.
+
+    Weights, frozen factors, what is trained with its gradients and moments, and a batch with what
+    its backward pass needs (`fedraclora.training.memory`). None for a cohort of one, which is not
+    measured.
+    """
+    from fedraclora.protocol.method import Cohort
+    from fedraclora.training.memory import LOOKED_AT, measure_memory
+
+    if run.built.cohort < 2:
+        return None
+    memory = run.chunk.memory
+    if memory is None:
+        strategy, two = run.strategy, Cohort(torch.arange(2), torch.ones(2))
+        sent = strategy.method.open_round(strategy.state, 1, two, strategy.draw)
+        population = torch.arange(min(run.built.clients, LOOKED_AT))
+        memory = measure_memory(run.trainer, strategy.state.base, sent, population)
+    return memory.weights + memory.training(1)
+
+
+def server_cpu_seconds(rows: list[Row]) -> float:
+    """Processor seconds of the server to open and to close a round: the median over the rounds."""
+    laps = column(rows, "cpu_seconds", "open") + column(rows, "cpu_seconds", "close")
+    return round(float(np.median(laps[1:])), 6)
+
+
+def curve(rows: list[Row]) -> list[Line]:
+    """Keep of a ledger what a figure needs: one point per measured round, with the time it took."""
+    points: list[Line] = []
+    seconds = 0.0
+    for row in rows:
+        seconds += round_seconds(row)
+        if metrics := metrics_of(row):
+            point = {"round": row["round"], "metrics": metrics, "seconds": round(seconds, 3)}
+            totals = {key: row[key] for key in ("uplink_total", "downlink_total")}
+            points.append(point | totals)
+            seconds = 0.0
+    return points
+
+
+def run_jobs(
+    jobs: list[Job],
+    done: dict[str, Line],
+    path: Path,
+    workers: int,
+    metric: str,
+    failed: dict[str, str],
+) -> bool:
+    """Run the jobs that have not run, ``workers`` at a time; append each line, say how it ended.
+
+    A job that fails has no line, and its row no further runs: ``failed`` gets it, and why.
+
+    Returns:
+        Whether there was anything to run.
+
+    Raises:
+        ConfigError: If one has run under other settings, or the first has no such metric.
+    """
+    for job in jobs:
+        was = _decisive(done.get(job.key, {}).get("overrides", job.overrides))
+        if was != _decisive(job.overrides):
+            raise ConfigError(
+                f"{path} has {job.key} run with {' '.join(was)}; this study would run it with "
+                f"{' '.join(_decisive(job.overrides))}: take another folder, or remove those lines"
+            )
+    left, told = [job for job in jobs if job.key not in done], set[str]()
+    for job, line_of in endings(left, workers):
+        if job.row in failed:
+            continue
+        try:
+            line = line_of()
+        except Exception as error:  # of this row: what other rows have run and will run stands
+            if (reason := explained(error)) is None:
+                traceback.print_exception(error)
+                reason = f"{type(error).__name__}: {error}"
+            failed[job.row] = f"{job.key}: {reason}"
+            print(f"{printable(job.key)} failed: {reason}", flush=True)
+            continue
+        with path.open("a") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+        done[line["key"]] = line
+        if (begins := line.get("begins")) and job.row not in told:
+            told.add(job.row)
+            print(f"{job.row}: {'; '.join(f'{key} {text}' for key, text in begins.items())}")
+        ended = f"diverged: {line['diverged']}" if "diverged" in line else line["metrics"]
+        print(f"{printable(line['key'])} {ended}", flush=True)
+        score(line, metric)  # that it was not measured is said after the first run, not the last
+    return bool(left)
+
+
+def endings(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Callable[[], Line]]]:
+    """Run jobs, one after another here or side by side in processes.
+
+    Yields:
+        A job, and what gives its line or raises what ended it; here it runs only then.
+    """
+    if workers == 1:
+        yield from ((job, partial(run_job, job)) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            running = {pool.submit(run_job, job): job for job in jobs}
+            for future in as_completed(running):
+                yield running[future], future.result
+        finally:  # whoever stops reading waits for no run that has not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _decisive(overrides: Sequence[str]) -> list[str]:
+    """What was asked for, without where data lie and what is written."""
+    return [word for word in overrides if not word.startswith(("data.root=", "output"))]
+
+
+def check_first_runs(study: Study, rows: Sequence[str], done: Done) -> None:
+    """Put together the first run of each row, in either phase, as far as its first round.
+
+    Args:
+        study: The study.
+        rows: Those that are to be run.
+        done: Lines of what has run: a row that has begun can.
+
+    Raises:
+        ConfigError: If a row cannot begin, or is measured on the wrong split; all are named.
+    """
+    begun = {(line.get("row"), line.get("phase")) for line in done.values()}
+    wrong: dict[str, str] = {}
+    for row in rows:
+        try:
+            for phase in PHASES:
+                if (config := row_config(study, row, phase)) is None:
+                    continue
+                check_split(study, phase, config)
+                if (row, phase) not in begun:
+                    _check_start(study, phase, config)
+        except FedRacLoraError as error:
+            wrong[row] = str(error)
+    if wrong:
+        lines = "".join(f"\n  row {row!r}: {why}" for row, why in wrong.items())
+        raise ConfigError(
+            f"{len(wrong)} of {len(rows)} rows of the study cannot be run, and nothing was run: "
+            f"mend them, or leave them out{lines}"
+        )
+
+
+def _check_start(study: Study, phase: str, config: RunConfig) -> None:
+    run = assemble_with(replace(config, pretrain=PretrainConfig()), None, engine_of=engine_of)
+    run.close()
+    answers = {"exact_match"} if config.evaluate.generate else set()
+    task = run.built.task
+    known = {*task.measured, "gap"} | answers
+    wanted = [study.metric, *([study.chosen_by] if phase == "tune" else [])]
+    if lacking := [name for name in wanted if name not in known]:
+        raise ConfigError(
+            f"{lacking[0]} is not measured; its metrics are {', '.join(task.measured)}: name one "
+            "of them as the study's metric, or as tune.by"
+        )
+    refuse_lower("the study", study.metric, lower_of(task.info))
+
+
+def check_same_data(study: Study, done: Mapping[str, Line], path: object) -> None:
+    """Check that what has run was run on the files that the study would read now.
+
+    Raises:
+        DataError: If a file has changed, or is another one.
+    """
+    known = {line["row"] for line in done.values() if "data_files" in line}.intersection(study.rows)
+    configs = {row: row_config(study, row, "final") for row in known}  # it may be about data
+    now = {row: data_files(c.data) for row, c in configs.items() if c is not None}
+    for line in done.values():
+        found = now.get(line["row"])
+        if found is not None and line.get("data_files", found) != found:
+            raise DataError(
+                f"{path}: {line['key']} ran on other data: {', '.join(_changed(line, found))} "
+                "changed since. Restore the files, or take another folder (out)"
+            )
+
+
+def _changed(line: Line, found: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Name the files whose digests are not those of a line."""
+    then = {(key, n): d for key, files in line["data_files"].items() for n, d in files.items()}
+    now = {(key, name): d for key, files in found.items() for name, d in files.items()}
+    pairs = [pair for pair in dict.fromkeys([*then, *now]) if then.get(pair) != now.get(pair)]
+    return [f"data.{key} ({name})" for key, name in pairs]
+
+
+def main(words: Sequence[str]) -> None:
+    """Run a study to its end."""
+    parser = argparse.ArgumentParser(prog="fedraclora study", description=__doc__)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
+    parser.add_argument("--metric", help="in place of the study's own")
+    parser.add_argument(
+        "--tuning", nargs="+", default=[], metavar="KEY=VALUE", help="of the tuning runs alone"
+    )
+    parser.add_argument("--tuned-by", metavar="FOLDER", type=Path, help="take that study's values")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"default: {RESULTS}/<name>",
+    )
+    parser.add_argument(
+        "--row", action="append", default=[], help="run this one of its rows, and others so named"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="write the tables only")
+    arguments = parser.parse_args(words)
+    out = arguments.out or RESULTS / arguments.study.stem
+    study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
+    if arguments.tuned_by:
+        study = tuned_by(study, arguments.tuned_by)
+    only = arguments.table
+    _, failed = run_study(study, out, arguments.jobs, rows=arguments.row, table_only=only)
+    refuse_failed(failed)

@@ -1,0 +1,260 @@
+"""The choices of the config groups: what code has by itself, and the files of the folder ``conf``.
+
+A class or a function that reads a group is a choice of it, with its defaults (`config.keys`); Hydra
+finds them in its store. A file says what another choice changes, and in ``defaults`` on what it
+builds: ``[sgd]`` is a choice of its group, ``[/sentences]`` a file beside ``config.yaml``, which is
+no choice, and ``[/row/data/text]`` what code has for a choice that has a file of the same name.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigNode, ConfigStore
+from omegaconf import OmegaConf
+from typing_extensions import override
+
+from fedraclora.binding import OWN_GROUPS, row_of
+from fedraclora.compose import CONF
+from fedraclora.compose.presets import readable, take_own
+from fedraclora.config.keys import help_of, node_of, nodes, summary
+from fedraclora.config.run_config import BESIDE, GIVEN, NAMED, SECTIONS, RunConfig, targets_of
+from fedraclora.errors import unknown
+from fedraclora.strategies.methods import METHODS
+from fedraclora.trust import is_function
+from fedraclora.weights.files import flatten
+
+GLOBAL = "@package _global_"  # its keys are those of the config itself: clients, data.file
+ROW = "row/"
+WIDTH = 100  # of a line of help
+FUNCTIONS = ("model", "data")  # groups with a choice that is named function, and calls one
+
+NODES = nodes(METHODS)
+ROWS = targets_of(METHODS)
+STORE = ConfigStore.instance()
+# Hydra copies the one store for each config that it composes, and again what it reads of it.
+STORE.__deepcopy__ = lambda _: STORE  # type: ignore[attr-defined]
+for _path, _node in NODES.items():
+    _above, _, _name = _path.rpartition("/")
+    _package = _above.replace("/", ".") or "_global_"
+    STORE.store(_name, _node, f"{ROW}{_above}".rstrip("/"), _package)
+    if _name in ROWS.get(_above, ()) and not (CONF / f"{_path}.yaml").is_file():
+        STORE.store(_name, _node, _above, _package)
+
+
+def own_node(group: str, name: str) -> dict[str, object]:
+    """Write the keys of a choice that is an object of the user's, ``module:name``.
+
+    Raises:
+        ConfigError: If it cannot be imported, or is none of the group's kind.
+    """
+    if group in FUNCTIONS:
+        return {"defaults": ["function", "_self_"], group: {"function": name}}
+    node = node_of(row_of(group, ROWS[group], name), given=GIVEN.get(group, ()))
+    home, keys = BESIDE.get(group, (None, ()))
+    return {"name": name, **node, **{key: node_of(home)[key] for key in keys if home}}
+
+
+class OwnChoices(dict[str, Any]):
+    """The choices of a group in Hydra's store, to which each ``module:name`` belongs.
+
+    Args:
+        group: Its name.
+        listed: The choices that it has.
+    """
+
+    def __init__(self, group: str, listed: Mapping[str, Any]) -> None:
+        super().__init__(listed)
+        self.group = group
+
+    @override
+    def __contains__(self, file: object) -> bool:
+        name, suffix, _ = str(file).rpartition(".yaml")
+        return super().__contains__(file) or (bool(suffix) and is_function(name))
+
+    def __missing__(self, file: str) -> Any:
+        """Write what is asked for."""
+        node = OmegaConf.create(own_node(self.group, file.removesuffix(".yaml")))
+        package = "_global_" if self.group in FUNCTIONS else self.group
+        return ConfigNode(file, node, self.group, package, None)
+
+
+for _group in (*OWN_GROUPS, *FUNCTIONS):
+    STORE.repo[_group] = OwnChoices(_group, STORE.repo.get(_group, {}))
+
+
+@cache
+def groups() -> Mapping[str, Mapping[str, str]]:
+    """List the config groups: group -> choice -> a line that says what it is."""
+    found: dict[str, dict[str, str]] = {}
+    for path in NODES:
+        group, _, name = path.rpartition("/")
+        if name in ROWS.get(group, ()):
+            found.setdefault(group, {})[name] = summary(ROWS[group][name])
+    for file in CONF.glob("*/*.yaml"):
+        found.setdefault(file.parent.name, {})[file.stem] = _comment(file)[0]
+    return {group: dict(sorted(found[group].items())) for group in sorted(found)}
+
+
+def sections() -> dict[str, str]:
+    """List the keys and sections of the config that are no groups, each with its line."""
+    return {name: help_of(RunConfig, name, {}) for name in NODES["run"]}
+
+
+def section_keys(name: str) -> str:
+    """Write what a section is, and a line for each of its keys, as `keys_of` does of a choice."""
+    node = NODES["run"][name]
+    if not isinstance(node, Mapping):
+        return "\n".join(_explained([], {name: node}))
+    return "\n".join([name, *_explained([sections()[name]], {name: node})])
+
+
+def choice(group: str, name: str, *, folders: Sequence[Path] = ()) -> dict[str, object]:
+    """Read a choice of a group with all that it builds on, as Hydra composes it.
+
+    Args:
+        group: For example ``local``.
+        name: Of the choice. That it chooses others beside it, as some data do, is left out.
+        folders: Where it may be beside ``conf``.
+
+    Returns:
+        Its keys; those of the config where the file is for the whole of it. Nothing is resolved.
+
+    Raises:
+        ConfigError: If there is no such choice.
+
+    Example:
+        >>> momentum = choice("local", "momentum")
+        >>> momentum["momentum"], momentum["batch_size"]
+        (0.9, 16)
+    """
+    roots = [CONF, *folders]
+    found = _merged(lineage(f"{group}/{name}", roots))
+    own = found[group] if not _is_whole(_file(f"{group}/{name}", roots)) else found
+    return {str(k): v for k, v in dict(own).items()}  # type: ignore[call-overload]
+
+
+def lineage(name: str, roots: Sequence[Path] = (CONF,)) -> list[dict[str, object]]:
+    """List what a config is composed of: what it builds on, then what is its own.
+
+    Args:
+        name: Its path below a root, without the suffix.
+        roots: Folders; the first that has a file of the name counts.
+
+    Returns:
+        Parts of the config, each with its keys in their places.
+
+    Raises:
+        ConfigError: If there is no such config.
+    """
+    group, _, last = name.rpartition("/")
+    if (file := _file(name, roots)) is None:
+        if (node := NODES.get(name.removeprefix(ROW))) is not None:
+            return [_placed(group.removeprefix(ROW), node)]
+        if is_function(last) and group in FUNCTIONS:
+            return [*lineage(f"{group}/function", roots), {group: {"function": last}}]
+        if is_function(last) and group in OWN_GROUPS:
+            return [_placed(group, own_node(group, last))]
+        there = {path.stem for root in roots for path in (root / group).glob("*.yaml")}
+        raise unknown(group, last, there | {*groups().get(group, ())})
+    with readable(file):
+        read = OmegaConf.load(file)
+    take_own(file)  # help imports nothing that another file names
+    loaded = OmegaConf.to_container(read, resolve=False) or {}
+    own = {str(k): v for k, v in dict(loaded).items()}  # type: ignore[arg-type]
+    found = []
+    for base in own.pop("defaults", ()):
+        if isinstance(base, str) and base != "_self_":  # the others choose in other groups
+            above = "" if base.startswith("/") or not group else f"{group}/"
+            found += lineage(above + base.lstrip("/"), roots)
+    return [*found, own if _is_whole(file) else _placed(group, own)]
+
+
+def _file(name: str, roots: Sequence[Path]) -> Path | None:
+    return next((file for root in roots if (file := root / f"{name}.yaml").is_file()), None)
+
+
+def _is_whole(file: Path | None) -> bool:
+    return file is not None and GLOBAL in file.read_text(encoding="utf-8")
+
+
+def _placed(group: str, keys: Mapping[str, object]) -> dict[str, object]:
+    """Put keys where their group stands in the config."""
+    found = dict(keys)
+    for part in reversed(group.split("/") if group else []):
+        found = {part: found}
+    return found
+
+
+def _merged(parts: Sequence[dict[str, object]]) -> dict[str, object]:
+    merged = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=False)
+    return {str(k): v for k, v in dict(merged).items()}  # type: ignore[arg-type]
+
+
+def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
+    """Write what a choice is, and a line for each of its keys: what it is set to, what it means.
+
+    Args:
+        group: For example ``local``.
+        name: Of the choice.
+        folders: Where it may be beside ``conf``.
+
+    Raises:
+        ConfigError: If there is no such choice.
+    """
+    roots = [CONF, *folders]
+    merged = _merged(lineage(f"{group}/{name}", roots))
+    file = _file(f"{group}/{name}", roots)
+    about = [summary(_row(group, name))] if file is None else _comment(file)
+    return "\n".join([f"{group}={name}", *_explained(about, merged)])
+
+
+def _explained(about: Sequence[str], config: Mapping[str, object]) -> list[str]:
+    """Write what something is, and a line for each of its keys with its value and its meaning."""
+    rows = [
+        (f"{key}={value if isinstance(value, str) else json.dumps(value)}", meaning(key, config))
+        for key, value in flatten(config).items()
+    ]
+    width = max((len(word) for word, text in rows if text and len(word) < WIDTH // 2), default=0)
+    lines = [*about, *([""] if about else [])]
+    for word, text in rows:
+        told = textwrap.wrap(text, WIDTH - width, break_on_hyphens=False) or [""]
+        if len(word) > width:
+            lines, word = [*lines, word], ""  # noqa: PLW2901
+        for line in told:
+            lines.append(f"{word:<{width}}  {line}")
+            word = ""  # noqa: PLW2901
+    return [f"  {line}".rstrip() for line in lines]
+
+
+def meaning(key: str, config: Mapping[str, object]) -> str:
+    """Say what a key of a config means: the line of the field, or argument, that it is."""
+    group, _, inner = key.partition(".")
+    node = config.get(group)
+    if not inner or not isinstance(node, Mapping):
+        return help_of(RunConfig, key, config)
+    if group in SECTIONS:
+        return help_of(SECTIONS[group], inner, node)
+    row = NAMED.get(group, str(node.get("name")))
+    home, keys = BESIDE.get(group, (None, ()))
+    home = home if inner in keys else _row(group, row)
+    return help_of(home, inner, node) if home else ""
+
+
+def _row(group: str, name: str) -> Any:
+    """Return what reads the keys of a choice, which may be the user's own; None: nothing does."""
+    rows = ROWS.get(group, {})
+    return row_of(group, rows, name) if is_function(name) else rows.get(name)
+
+
+def _comment(path: Path) -> list[str]:
+    """Read the comment that a file begins with, but for what Hydra wants on the first line."""
+    lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines()
+    head = takewhile(lambda text: text.startswith("#"), lines)
+    return [text.removeprefix("#").strip() for text in head if "@package" not in text]

@@ -1,0 +1,272 @@
+"""Models, data and methods of a Python program, as the config of a run names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedraclora.binding import OWN_GROUPS, PlainDict, coerce, section
+from fedraclora.compose.overrides import key_of
+from fedraclora.compose.values import plain_value, words_of
+from fedraclora.config.run_config import targets_of
+from fedraclora.data.dataset import DataSet
+from fedraclora.data.objects import data_of, is_share, lend_set
+from fedraclora.data.own_loss import short_name
+from fedraclora.data.partitioners import by_partitioner
+from fedraclora.data.tables import is_columns, is_frame
+from fedraclora.data.tabular import load_table
+from fedraclora.errors import ConfigError
+from fedraclora.evaluation.own_metrics import Metric
+from fedraclora.limits import check_limits, hints
+from fedraclora.models.objects import lend_model, require_module
+from fedraclora.objects import NAME, lend, object_digest
+from fedraclora.protocol.method import check_method
+from fedraclora.strategies.methods import METHODS
+from fedraclora.training.localconfig import LocalConfig
+
+TABLES = (".csv", ".tsv", ".tab", ".parquet")
+# Choices whose keys an object has, too: words for these hold.
+OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
+OF_FRAME = ("data=table",)
+FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed", "split")
+KINDS = hints(load_table)  # which reads a file by the same keys
+OBJECT_KEYS = ("loss", "metrics", "classes")
+KEPT = {"data": ("labels", "validation", "duplicates"), "model": ("head", "targets")}
+
+
+@dataclass
+class Lent:
+    """What is lent for a run.
+
+    Attributes:
+        words: Words of the config that objects bring, before those of the caller.
+        keys: Choices that are no objects, as they came.
+        groups: What groups of the config become: keys laid over what was composed for them.
+        data: Reads the samples, once the config has said how rows of a frame are read; None: data
+            are a choice.
+        options: What the caller said beside the samples.
+        model: The module of the program, which may tell the loss; None: it is a choice.
+    """
+
+    words: list[str] = field(default_factory=list)
+    keys: dict[str, object] = field(default_factory=dict)
+    groups: dict[str, PlainDict] = field(default_factory=dict)
+    data: Callable[..., DataSet] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    model: object = None
+
+    def put_into(self, plain: PlainDict, typed: Sequence[str]) -> PlainDict:
+        """Put the objects into their groups of the composed config.
+
+        Args:
+            plain: What was composed.
+            typed: The keys that the caller said.
+        """
+        found, groups = dict(plain), dict(self.groups)
+        told = {group: keys for group, keys in self.keys.items() if isinstance(keys, Mapping)}
+        twice = [k for k in map(key_of, words_of(told)) if "." in k and typed.count(k) > 1]
+        if twice:
+            raise ConfigError(
+                f"{twice[0]} is said in a word and by an argument of simulate: leave one out"
+            )
+        if self.data is not None:
+            groups["data"] = lend_set(self.data(**self._read(plain, typed) | self.options))
+        for name, group in groups.items():
+            if name in OWN_GROUPS and (said := [k for k in typed if k.partition(".")[0] == name]):
+                raise ConfigError(
+                    f"{said[0]} is said beside {name}=..., an object of the program: say it there"
+                )
+            composed = plain.get(name)
+            old = composed if isinstance(composed, Mapping) else {}
+            kept = {key: old[key] for key in KEPT.get(name, ()) if key in old}
+            found[name] = {"name": NAME, **kept, **group}
+        return found
+
+    def _read(self, plain: PlainDict, typed: Sequence[str]) -> dict[str, Any]:
+        """Read from the config what the caller has said of the samples there.
+
+        Raises:
+            ConfigError: If nothing reads a key beside samples of the program.
+        """
+        asked, frames = section(plain, "data"), set(OF_FRAME) <= {*self.words}
+        frame = {k: coerce(f"data.{k}", asked[k], KINDS[k]) for k in FRAME_KEYS if k in asked}
+        check_limits("data", load_table, frame)
+        said = {key.partition(".")[2] for key in typed if key.startswith("data.")}
+        if asked.get("name") == NAME:  # a whole config, of a run with such samples
+            said = {*OBJECT_KEYS} & {*asked}
+        known = {*KEPT["data"], *(FRAME_KEYS if frames else OBJECT_KEYS)}
+        if idle := sorted(said - known):
+            raise ConfigError(
+                f"data.{idle[0]} is not read beside samples of the program: leave it out, or say "
+                "it in the arguments of simulate (loss, metrics, test, client, target)"
+            )
+        model = self.model if self.model is not None else section(plain, "model").get("name")
+        found = {key: asked[key] for key in OBJECT_KEYS if key in said}
+        return found | {"frame": frame, "model": model}
+
+
+def lend_all(
+    model: object,
+    data: object,
+    choices: dict[str, object],
+    beside: Mapping[str, Any],
+    *,
+    whole: bool,
+    own: bool = False,
+) -> Lent:
+    """Lend what is an object; leave names and mappings to the config.
+
+    Args:
+        model: As `fedraclora.api.simulate` was given it, and so are the others.
+        data: Of the clients.
+        choices: Of `OWN_GROUPS`, which may be objects, too.
+        beside: What goes with data of the program, None where it was not said.
+        whole: Whether they are laid over a whole config, such as `Run.config`.
+        own: Whether a function of the user's trains.
+
+    Raises:
+        ConfigError: If something is of no kind that is known, or is said of data that are a choice.
+        DataError: If samples are not what they should be.
+    """
+    lent, judged = Lent(), lent_judges(beside.get("loss"), beside.get("metrics"))
+    options = {key: value for key, value in beside.items() if value is not None} | judged
+    divider = _divider(choices, data, options)
+    for group, given in {"model": model, **choices}.items():
+        _lend_choice(lent, group, given)
+    if isinstance(data, str | Path) and str(data).endswith(TABLES):
+        lent.words.append("data=table")
+        held_out = "test_share" if is_share(options.get("test")) else "test"
+        names = {"client": "client", "target": "label", "test": held_out}
+        names |= {key: key for key in judged}
+        if unknown := [key for key in options if key not in names]:
+            raise ConfigError(f"{unknown[0]}=... is not for a file of rows; say data.task instead")
+        lent.keys["data"] = {"file": str(data)} | {names[k]: v for k, v in options.items()}
+    elif isinstance(data, Mapping) and hasattr(data, "column_names"):
+        raise ConfigError(
+            f"data is a {type(data).__name__} with the splits {list(data)}; give one as data=... "
+            "and another as test=..."
+        )
+    elif isinstance(data, str | Path) and str(data).endswith((".jsonl", ".jsonl.gz")):
+        raise ConfigError(
+            f"data is {data}, a file of conversations: say data={{'name': 'instructions', 'file': "
+            f"{str(data)!r}, 'client': COLUMN}} (docs/language-models.md)"
+        )
+    elif data is None or isinstance(data, str) or is_choice(data):
+        if beyond := [key for key in options if key not in judged]:
+            raise ConfigError(
+                f"{', '.join(beyond)}: these go with data of the program, and data is "
+                f"{'not said' if data is None else data!r}"
+            )
+        if data is None and "model" in lent.groups and not whole:
+            raise ConfigError(
+                "model is an object of the program, but no data are named: give the samples of the "
+                "clients as data=..."
+            )
+        said = data if isinstance(data, Mapping) else {} if data is None else {"name": data}
+        lent.keys |= {"data": {**said, **judged}} if judged else {"data": data} if said else {}
+    else:
+        words = OF_FRAME if is_frame(data) else OF_DATA
+        lent.words += [word for word in words if key_of(word) not in lent.groups]
+        lent.data = partial(data_of, data, partitioner=divider, own=own)
+        lent.options = options
+    return lent
+
+
+def lent_judges(loss: object, metrics: object) -> dict[str, Any]:
+    """Lend losses and metrics that are objects; give the names of all that were said."""
+    found = {"loss": lend(loss) if callable(loss) else loss, "metrics": metrics}
+    if callable(metrics) or isinstance(metrics, str | Mapping | list | tuple):
+        listed = metrics if isinstance(metrics, list | tuple) else [metrics]
+        found["metrics"] = [lent_metric(each) if callable(each) else each for each in listed]
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def lent_metric(metric: Any) -> str:
+    """Lend a metric under the name that the ledger is to have."""
+    if not isinstance(metric, Metric):
+        return lend(metric)
+    name = metric.name or short_name(lend(metric.function))
+    return lend(metric, f"{name}@{object_digest(metric)}")
+
+
+def is_choice(data: object) -> bool:
+    """Distinguish a mapping of config keys from one of clients' samples."""
+    kinds = (str, int, float, list, Mapping, Path, type(None))
+    return isinstance(data, Mapping) and all(isinstance(value, kinds) for value in data.values())
+
+
+def _divider(choices: dict[str, object], data: object, options: Mapping[str, object]) -> object:
+    """Take out a partitioner that divides a ``Dataset`` by its own columns, before it is read."""
+    partition = choices.get("partition")
+    if "client" in options and not isinstance(partition, str | Mapping | None):
+        raise ConfigError(
+            f"partition is a {type(partition).__name__}, and client={options['client']!r} says "
+            "whose each row is: leave one of them out"
+        )
+    divides = hasattr(partition, "load_partition") and is_columns(data)
+    return choices.pop("partition") if divides else None
+
+
+def _lend_choice(lent: Lent, group: str, given: object) -> None:
+    """Write an object of a class that has a name by its fields; lend another."""
+    if given is None or isinstance(given, str | Mapping):
+        lent.keys |= {} if given is None else {group: given}
+        return
+    if group == "model":
+        lent.model = given
+        lent.words += OF_MODEL
+        lent.groups[group] = {"digest": lend_model(require_module(given))}
+        return
+    if isinstance(given, type):
+        raise ConfigError(f"{group} is the class {given.__name__}: make one, {given.__name__}(...)")
+    if group == "partition":
+        divide = partial(by_partitioner, given) if hasattr(given, "load_partition") else given
+        lent.groups[group] = {"name": lend(divide)}
+        return
+    if not dataclasses.is_dataclass(given):
+        raise ConfigError(
+            f"{group} is {given!r:.100}; the name of a choice, a mapping of its keys, or an "
+            "instance of its class is wanted"
+        )
+    known = [name for name, kind in targets_of(METHODS)[group].items() if type(given) is kind]
+    known += ["sgd"] if type(given) is LocalConfig else []
+    if group == "method" and not known:
+        check_method(given)
+        digest = hashlib.sha256(repr(given).encode()).hexdigest()[:32]
+        lent.groups[group] = {"name": NAME, "digest": lend(given, digest)}
+        return
+    fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.init}
+    keys = {key: plain_value(f"{group}.{key}", value) for key, value in fields.items()}
+    is_local = group == "local"  # its choices are files, of which none has all keys
+    name = lend(type(given)) if not known else fields["optimiser"] if is_local else known[0]
+    where: dict[str, Any] = lent.keys if known and not is_local else lent.groups
+    where[group] = {"name": name, **keys}
+
+
+def trained_by(train: object, plain: PlainDict) -> PlainDict:
+    """Put a training function of the program into a config.
+
+    Args:
+        train: A function, or ``module:function``; None: nothing is changed.
+        plain: The config.
+
+    Raises:
+        ConfigError: If it is neither, or the config has other local training.
+    """
+    if train is None:
+        return plain
+    local = section(plain, "local")
+    if local.get("name") != "own":
+        raise ConfigError(
+            f"local is {local.get('name')}, but train=... is your own training (local=own): leave "
+            "one of them out"
+        )
+    if not isinstance(train, str) and not callable(train):
+        raise ConfigError(f"train is {train!r:.100}; a function of a round is wanted")
+    train = train if isinstance(train, str) else lend(train)
+    return {**plain, "local": {**local, "train": train}}

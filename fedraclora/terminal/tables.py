@@ -1,0 +1,158 @@
+"""A table for people and for programs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from rich.console import JustifyMethod
+from rich.table import Table as RichTable
+
+from fedraclora.errors import ConfigError
+from fedraclora.terminal.progress import console_for_tables
+from fedraclora.weights.files import keep_private
+from fedraclora.wire.fields import printable
+
+Cells = list[dict[str, str]]
+TAG = re.compile(r"<(?=[A-Za-z/!?])")  # what a browser, and so Markdown, may take for HTML
+LONGEST_CELL = 2000  # characters
+UNKNOWN_WIDTH = 100  # where a table leads into a pipe or a file; the folder has it whole
+
+
+def written(value: object) -> str:
+    """Write a value of a cell; what is not known is a dash."""
+    return "-" if value is None or value != value else str(value)  # noqa: PLR0124
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in two forms; its texts may be anybody's, and control nothing where they are shown.
+
+    Attributes:
+        header: Column titles.
+        cells: Text for people, one row per group.
+        records: The same with plain numbers, for files and programs.
+        notes: What the reader must know: runs left out, tasks that differ.
+        texts: How many of the first columns are texts, which are not flush right.
+    """
+
+    header: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    records: tuple[Mapping[str, object], ...]
+    notes: tuple[str, ...] = ()
+    texts: int = 1
+
+    def __post_init__(self) -> None:
+        """Write what a terminal would obey, or a line of a file ends with, as it is written."""
+        rows = (tuple(map(_plain, row)) for row in self.cells)
+        for name, texts in (("header", map(_plain, self.header)), ("cells", rows)):
+            object.__setattr__(self, name, tuple(texts))
+        object.__setattr__(self, "notes", tuple(map(_plain, self.notes)))
+
+    @classmethod
+    def of(
+        cls,
+        records: Sequence[Mapping[str, object]],
+        notes: Sequence[str] = (),
+        text: Callable[[object], str] = written,
+    ) -> Table:
+        """Make the table whose columns are the keys of the records, each value written as text."""
+        cells = tuple(tuple(map(text, record.values())) for record in records)
+        header = tuple(records[0]) if records else ()
+        return cls(header, cells, tuple(records), tuple(notes))
+
+    def markdown(self) -> str:
+        """The table and its notes as Markdown."""
+        numbers = len(self.header) - self.texts
+        rows = [self.header, ("---",) * self.texts + ("---:",) * numbers, *self.cells]
+        lines = ["| " + " | ".join(map(_in_cell, row)) + " |" for row in rows]
+        notes = (f"\n{TAG.sub('&lt;', note)}" for note in self.notes)
+        return "\n".join([*lines, *notes]) + "\n"
+
+    def write(self, folder: Path, name: str) -> None:
+        """Write ``name.md``, and the records as ``name.csv``; what is not known is empty there."""
+        import pandas as pd
+
+        (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
+        frame = pd.DataFrame(list(self.records), dtype=object)
+        frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\r\n")
+        for suffix in ("md", "csv"):
+            keep_private(folder / f"{name}.{suffix}")
+
+    def print(self) -> None:
+        """Show the table and its notes; of the columns that say something, the first that fit."""
+        console = console_for_tables(UNKNOWN_WIDTH)
+        told = [i for i, column in enumerate(zip(*self.cells, strict=True)) if any(column)]
+        columns = [(self.header[i], [row[i] for row in self.cells]) for i in told]
+        widths = self._widths(columns, console.width) if columns else []
+        table = RichTable()
+        for index, (width, (title, _)) in enumerate(zip(widths, columns, strict=False)):
+            justify: JustifyMethod = "left" if index < self.texts else "right"
+            table.add_column(title, justify=justify, width=width, overflow="fold")
+        for row in zip(*(cells for _, cells in columns[: len(widths)]), strict=True):
+            table.add_row(*row)
+        if widths:
+            console.print(table)
+        if left := columns[len(widths) :]:
+            titles = ", ".join(title for title, _ in left)
+            console.print(f"no room here for: {titles}", soft_wrap=True)
+        for note in self.notes:
+            console.print(note, soft_wrap=True)
+
+    def _widths(self, columns: Sequence[tuple[str, Sequence[str]]], room: int) -> list[int]:
+        """Divide the room among the first columns that fit.
+
+        A column needs the width of its longest number or word, but the label no more than half
+        of the room: a path in it is broken, and no number. What is left over goes to those whose
+        texts would be broken into lines, the label first.
+        """
+        least, whole = [], []
+        label = self.texts - 1
+        for index, (title, cells) in enumerate(columns):
+            texts = [title, *(cell for cell in cells if cell[:1].isalpha())]
+            words = [word for text in texts for word in text.split()]
+            width = max(map(len, [*words, *set(cells).difference(texts)]), default=1)
+            least.append(min(width, max(len(title), room // 2)) if index == label else width)
+            whole.append(max(map(len, [title, *cells])))
+        # A line before every column and behind the last, and a blank on either side of a text.
+        needed = list(accumulate(width + 3 for width in least))
+        shown = max(self.texts + 1, sum(total < room for total in needed))
+        widths, spare = least[:shown], room - 1 - needed[min(shown, len(needed)) - 1]
+        for index in sorted(range(len(widths)), key=lambda index: index != label):
+            more = max(0, min(spare, whole[index] - widths[index]))
+            widths[index] += more
+            spare -= more
+        return widths
+
+
+def _plain(text: str) -> str:
+    return printable(" ".join(text.split()), LONGEST_CELL)
+
+
+def _in_cell(text: str) -> str:
+    """Write a text into a cell of Markdown; `_out_of_cell` reads it."""
+    return TAG.sub("&lt;", text.replace("|", "\\|"))
+
+
+def _out_of_cell(text: str) -> str:
+    return text.strip().replace("\\|", "|").replace("&lt;", "<")
+
+
+def read_table(path: Path) -> Cells:
+    """Read the first table of a Markdown file: one dict per row, by title of column.
+
+    Raises:
+        ConfigError: No such file, or no table in it.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} is not there: run its study first, or take its block out of the page"
+        )
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    if len(lines) < 3:
+        raise ConfigError(f"{path} holds no table")
+    rows = [[_out_of_cell(cell) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]

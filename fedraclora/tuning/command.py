@@ -1,0 +1,175 @@
+"""``fedraclora tune``: find settings of a task that no other beats in metric and bytes at once.
+
+    fedraclora tune [tune.KEY=VALUE ...] [OVERRIDE ...]
+
+The other words are those of simulate: the task, and what is not to be tuned. What is tried, within
+which budget, and what never is stands in conf/tune.yaml. Everything is kept in output.dir
+(runs/tune where none is named): the same command goes on, and several at a time share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from fedraclora.binding import PlainDict, bind, section
+from fedraclora.compose import CONF
+from fedraclora.compose.overrides import composed, is_override, key_of
+from fedraclora.compose.resume import laid_over
+from fedraclora.config.build import build_task, settled
+from fedraclora.config.run_config import TaskConfig, from_plain, parted, task_from_plain
+from fedraclora.config.settings import PretrainConfig
+from fedraclora.data import DATASETS
+from fedraclora.data.locate import user_path
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.evaluation.metrics import higher_is_better, lower_of
+from fedraclora.run.callback import Callback
+from fedraclora.run.folder import make
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.server.round_step import RoundStep
+from fedraclora.strategies.start import settled_start
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.tuning.rates import RATE_KEY
+from fedraclora.tuning.result import Tuned, outcome
+from fedraclora.tuning.search import Search
+from fedraclora.tuning.space import Space, TuneConfig, settings
+from fedraclora.tuning.storage import keeping
+
+FOLDER = "runs/tune"
+
+
+def tune_task(
+    plain: PlainDict,
+    said: Collection[str],
+    words: Sequence[str] = (),
+    given: Mapping[str, object] | None = None,
+    *,
+    steps: Sequence[RoundStep] = (),
+    callbacks: Sequence[Callback] = (),
+) -> Tuned:
+    """Tune a task until the budget is spent, and print and write what was found.
+
+    Args:
+        plain: The config of the task.
+        said: Keys of it that the user said, which are not tuned.
+        words: ``tune.KEY=VALUE``.
+        given: The same, by key, from Python.
+        steps: Of the user's, for each run.
+        callbacks: The same.
+
+    Raises:
+        ConfigError: If Optuna is not installed, or there is nothing to tune on or by.
+        CheckpointError: If the folder holds a tuning of something else, or a damaged one.
+        OSError: If it cannot be written; finished runs are kept.
+        KeyboardInterrupt: Once what was found so far is printed and written.
+    """
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"tune needs Optuna: pip install 'fedraclora[tune]' ({error})") from error
+    asked = settings(words, given or {})
+    typed = {word.removeprefix("tune.").partition("=")[0] for word in words} | {*(given or ())}
+    output = section(plain, "output")
+    folder = user_path("output.dir", output.get("dir") or FOLDER)
+    if (folder / "ledger.jsonl").exists():
+        raise ConfigError(f"{folder} holds a run: name another folder (output.dir) for the tuning")
+    plain = {**settled_start(settled(plain)), "output": {**output, "dir": None}}
+    if is_auto := section(plain, "local").get("lr") == "auto":  # is no rate
+        said, plain = {*said} - {RATE_KEY}, laid_over(plain, {RATE_KEY: LocalConfig.lr})
+    space = Space.of(plain, said, asked, typed)
+    from_plain(plain, METHODS)  # what is wrong with the task, no run can mend
+    share = held_out(task_from_plain(plain), asked)
+    final = {"evaluate.split": "test", "data.validation": section(plain, "data")["validation"]}
+    plain = laid_over(plain, {"evaluate.split": "validation", "data.validation": share})
+    built = build_task(replace(task_from_plain(plain), pretrain=PretrainConfig()))
+    space = space.of_task(plain, built, auto=is_auto, preset="experiment" in said)
+    task, metric = built.task, asked.metric or built.task.measured[0]
+    if metric not in task.measured:
+        raise unknown("tune.metric", metric, task.measured)
+    higher = higher_is_better(metric, lower_of(task.info))
+    make(folder, shared=bool(output.get("shared")))
+    say = print if output.get("progress") else lambda _: None
+    whose = space, asked, metric, higher, built.clients, folder
+    search = Search(*whose, final, say, steps, callbacks)
+    for title, text in assumed(search, len(task.validation or ()), share).items():
+        say(f"{title + ':':<24}{text}")
+    with keeping(folder):
+        return ended(search, partial(outcome, search, has_test=len(task.test) > 0))
+
+
+def ended(search: Search, found: Callable[..., Tuned]) -> Tuned:
+    """Run what is left to run, and print and write what was found.
+
+    Raises:
+        KeyboardInterrupt: Once what was found so far is printed and written.
+    """
+    try:
+        try:
+            alone = search.run()
+        except KeyboardInterrupt:
+            found(over=False)
+            raise
+        if not alone:
+            search.say("another process still runs: the last one tests what is taken")
+        with search.turn():
+            return found(over=alone)
+    except KeyboardInterrupt as error:
+        error.add_note("with what was found so far; the same command goes on")
+        raise
+
+
+def held_out(config: TaskConfig, asked: TuneConfig) -> float:
+    """Return which share of the training samples is held out to tune on; 0: the data have some.
+
+    Raises:
+        ConfigError: If none can be, so that nothing but the test samples would be left.
+    """
+    if config.evaluate.by_clients:
+        raise ConfigError(
+            f"evaluate.clients={config.evaluate.clients} holds out by the seed, so that tuning "
+            "would train on test samples of other seeds: leave it out here (runs may have it)"
+        )
+    own, beside = parted("data", config.data)
+    data = bind("data", DATASETS, own, clients=config.clients, seed=config.seed)()
+    if data.validation is not None:
+        return 0.0
+    if not len(data.train):
+        raise ConfigError(
+            f"data={config.data['name']} has no validation split, and clients bring all training "
+            "samples: tune on data that the server has (data=table, data=arrays) of a few clients"
+        )
+    return float(str(beside.get("validation") or asked.validation))
+
+
+def assumed(search: Search, samples: int, share: float) -> dict[str, str]:
+    """Say what a tuning assumes, of so many validation samples, and the share that was held out."""
+    whose = "held out of the training samples" if share else "those of the data"
+    config, direction = search.config, "more" if search.higher else "less"
+    units = ("runs", "core-hours", "MB both ways, of all clients")
+    limits = zip((config.runs, config.core_hours, config.megabytes), units, strict=True)
+    rungs = [str(round(share * search.rounds) or 1) for share in sorted(config.rungs)]
+    listed = (config.seeds, config.test_seeds, config.sizes)
+    seeds, tests, sizes = (", ".join(map("{:g}".format, values)) for values in listed)
+    ends = f"at {', '.join(rungs)} all but the best {config.keep:g} end" if rungs else "none ends"
+    return {
+        "metric": f"{search.metric}, of which {direction} is better",
+        "measured on": f"{samples} validation samples, {whose}; test samples are left for the end",
+        "budget": ", ".join(f"{most:g} {unit}" for most, unit in limits if most),
+        "rounds": f"{search.rounds}; {ends}",
+        "sizes": f"{sizes} MB a client, both ways: at each a run counts at its last rounds there",
+        "seeds": f"{seeds}; tested on {tests}",
+        **search.space.told(),
+        "never": "; ".join(" ".join(line) for line in config.never) or "nothing",
+        "kept in": f"{search.folder}",
+    }
+
+
+def main(words: Sequence[str]) -> None:
+    """Tune what the words ask for."""
+    if {"-h", "--help"} & {*words}:
+        print(__doc__, (CONF / "tune.yaml").read_text(encoding="utf-8"), sep="\n", end="")
+        return
+    own = [word for word in words if word.startswith("tune.")]
+    rest = [word for word in words if word not in own]
+    tune_task(composed(rest), {key_of(word) for word in rest if is_override(word)}, own)

@@ -1,0 +1,303 @@
+"""What a tuning found: the frontier, what to take at which size, its YAML, and its test."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+import yaml
+
+from fedraclora.binding import PlainDict
+from fedraclora.compose.choices import groups
+from fedraclora.compose.overrides import composed
+from fedraclora.compose.resume import laid_over
+from fedraclora.errors import ClientError
+from fedraclora.objects import LENT, NAME
+from fedraclora.plots.frontier import frontier_figure
+from fedraclora.terminal.tables import Table
+from fedraclora.trust import names_in, trust_word
+from fedraclora.tuning.frontier import Point, frontier, last_within
+from fedraclora.tuning.search import DIVERGED, HALVED, Search, done, score_of, shown
+from fedraclora.tuning.space import KEYS
+from fedraclora.weights.files import keep_private, make_folder
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from pandas import DataFrame
+
+SIZE = "MB a client"  # both ways, of all clients over their number
+NOT_WRITTEN = ("output", "engine", "resume")  # of a run, and not of what it trains
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a tuning found.
+
+    Attributes:
+        folder: Where it is kept.
+        frontier: A frame of all points that none beats: ``run``, ``rounds``, ``MB a client``, the
+            metric on the validation split, and the settings.
+        configs: What to take at each of ``tune.sizes``: a config that `fedraclora.simulate` takes.
+        test: Their metric on the test samples, one for each of ``tune.test_seeds``, NaN for a run
+            that diverged; empty where they were not tested.
+    """
+
+    folder: Path
+    frontier: DataFrame
+    configs: Mapping[float, PlainDict]
+    test: Mapping[float, list[float]]
+
+
+def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
+    """Print and write what was found so far.
+
+    Args:
+        search: The tuning.
+        over: Whether all is run, so that what is taken may be tested.
+        has_test: Whether there are test samples.
+    """
+    from pandas import DataFrame
+
+    study, unit, folder = search.study(), search.unit, search.folder
+    curves = points_of(search, study)
+    every = frontier([p for curve in curves for p in curve], higher=search.higher)
+    best = [point for point in every if point.round]  # what is no better than untrained is no use
+    records = [record(search, study, point, unit) for point in best]
+    last = {found["run"]: found for found in records}  # of each run the best point
+    Table.of(sorted(last.values(), key=itemgetter(SIZE)), [note(search, study, best)]).print()
+    shutil.rmtree(folder / "experiment", ignore_errors=True)  # of fewer runs, other sizes
+    within = {s: taken_within(b, curves, higher=search.higher) for s, b in search.sizes.items()}
+    chosen = {size: point for size, point in within.items() if point}
+    configs = {size: config_of(search, study, point) for size, point in chosen.items()}
+    rows: list[dict[str, object]] = []
+    for size, taken in within.items():
+        if taken is None:
+            rows.append({"at": f"{size:g} MB: {lacking(search, size, curves)}"})
+            continue
+        rows.append({"at": f"{size:g} MB"} | (found := record(search, study, taken, unit)))
+        write_preset(search, configs[size], found, size)
+    said = f"What to take: {search.metric} is the mean of a run's last rounds within the size."
+    Table.of(DataFrame(rows, dtype=object).fillna("").to_dict("records"), [said]).print()
+    Table.of(records).write(folder, "frontier")
+    if best:
+        runs, sizes = [xy(curve, unit) for curve in curves], search.config.sizes
+        labels = "MB a client, both ways", f"{search.metric}, validation"
+        groups = {"frontier": (runs, xy(best, unit))}
+        frontier_figure(groups, labels, folder / "frontier.png", marks=sizes)
+    search.say(f"written to {folder}: frontier.csv, frontier.png, experiment/at_...MB.yaml")
+    if configs:
+        most = max(point.bytes for curve in curves for point in curve)
+        if most < min(search.sizes.values()):
+            search.say(f"no run took over {most / unit:.3g} MB a client: name smaller tune.sizes")
+    tests = test_chosen(search, study, chosen, configs, over=over, has_test=has_test)
+    return Tuned(folder, DataFrame(records), configs, tests)
+
+
+def how_to_run(
+    folder: Path, configs: Mapping[float, PlainDict], tests: Mapping[float, Sequence[float]]
+) -> str:
+    """Say how to run what is taken at the largest size at which no test diverged."""
+    stable = [size for size in configs if all(map(math.isfinite, tests.get(size, ())))]
+    if not stable:
+        return (
+            "every setting diverged on a test seed: tune again with a smaller tune.lr in another "
+            "folder (output.dir)"
+        )
+    title, lent = f"experiment=at_{max(stable):g}MB", lent_in(configs[max(stable)])
+    if not lent:
+        trust = trust_word(names_in(configs[max(configs)]).values())
+        return f"to run it: fedraclora simulate --config-dir {folder} {title} {trust}".rstrip()
+    given = "".join(f", {key}=..." for key in lent)
+    return f"to run it: fedraclora.simulate('--config-dir', '{folder}', '{title}'{given})"
+
+
+def points_of(search: Search, study: Study) -> list[list[Point]]:
+    """List what each run measured from round 0 on, but of those that diverged.
+
+    Where the number of rounds decides what each of them does, a run counts at its end alone.
+    """
+    whole, found = search.is_whole, []
+    for trial in done(study):
+        ended = trial.user_attrs["ended"]
+        curve = [replace(Point(**p), trial=trial.number) for p in trial.user_attrs["curve"]]
+        if ended != DIVERGED and not (whole and ended):
+            found.append([p for p in curve if not whole or p.round in {0, search.rounds}])
+    return found
+
+
+def taken_within(most: float, curves: Sequence[Sequence[Point]], *, higher: bool) -> Point | None:
+    """Choose what to take within so many bytes: the best of the runs, each at its last round there.
+
+    The best of many rounds would be a lucky one. A run that is no better there than the untrained
+    model is not taken.
+    """
+    sign, found = 1 if higher else -1, list[Point]()
+    for curve in curves:
+        last = last_within(curve, most)
+        found += [last] if sign * last.score > sign * curve[0].score else []
+    return max(found, key=lambda point: (sign * point.score, -point.bytes), default=None)
+
+
+def lacking(search: Search, size: float, curves: Sequence[Sequence[Point]]) -> str:
+    """Say why nothing is to be taken at a size."""
+    if not curves:
+        return "no run came to an end that counts (all diverged?): smaller tune.lr, new output.dir"
+    fits = any(last_within(curve, search.sizes[size]).round for curve in curves)
+    return "none is better than the untrained model" if fits else "all need more"
+
+
+def xy(points: Sequence[Point], unit: float) -> list[tuple[float, float]]:
+    """Place points in the figure, but the untrained one."""
+    return [(point.bytes / unit, point.score) for point in points if point.round]
+
+
+def record(search: Search, study: Study, point: Point, unit: float) -> dict[str, object]:
+    """Describe a point of the frontier; what its method does not have is empty."""
+    short, params = {key: name for name, key in KEYS.items()}, study.trials[point.trial].params
+    values = search.space.values(params, config_of(search, study, point))
+    return {
+        "run": point.trial,
+        SIZE: float(f"{point.bytes / unit:.4g}"),
+        search.metric: round(point.score, 4),
+        "rounds": point.round,
+        **{short.get(k, k): shown(values.get(k, "")) for k in search.space.told()},
+    }
+
+
+def note(search: Search, study: Study, best: Sequence[Point]) -> str:
+    """Say what the table shows, and how many runs there were."""
+    ended = Counter(trial.user_attrs["ended"] for trial in done(study))
+    counts = ", ".join(f"{ended[why]} {why}" for why in (HALVED, DIVERGED) if ended[why])
+    several = f", of {len(best)} points in frontier.csv" if len(best) > 1 else ""
+    return (
+        f"The frontier: each run's best point on it{several}. {search.metric} is of the validation "
+        f"split; MB a client are both ways, of all clients over their number. {ended.total()} runs"
+        f"{counts and ': '}{counts}."
+    )
+
+
+def config_of(search: Search, study: Study, point: Point) -> PlainDict:
+    """Return the config of a point of the frontier, as it is to be run: trained on all samples."""
+    from optuna.trial import FixedTrial
+
+    config = search.space.rated(search.space.suggest(FixedTrial(study.trials[point.trial].params)))
+    return laid_over(config, {**search.final, "rounds": point.round})
+
+
+def lent_in(config: PlainDict) -> list[str]:
+    """List the groups of a config that stand for objects of a Python program."""
+    named = [(k, str(v["name"])) for k, v in config.items() if isinstance(v, dict) and "name" in v]
+    return [key for key, name in named if name == NAME or LENT.fullmatch(name)]
+
+
+def write_preset(search: Search, config: PlainDict, found: PlainDict, size: float) -> None:
+    """Write a config as a preset: what it chooses, what differs from that, and what was tuned.
+
+    Objects of a Python program are given beside it. Without them it is refused, and does not train
+    on other data.
+    """
+    drop = {*NOT_WRITTEN, *(("steps", "callbacks") if search.steps or search.callbacks else ())}
+    named = {k: str(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
+    drop |= {*(lent := lent_in(config))}
+    chosen = {group: named[group] for group in sorted(groups().keys() & named.keys() - drop)}
+    base = composed([f"{group}={name}" for group, name in chosen.items()])
+    tuned = search.space.told()
+    keys: PlainDict = {"defaults": ["_self_", *({f"override /{k}": v} for k, v in chosen.items())]}
+    for key in [key for key in config if key not in drop]:
+        new, old = config[key], base.get(key, ...)
+        if isinstance(new, dict) and isinstance(old, dict):
+            new = {k: v for k, v in new.items() if f"{key}.{k}" in tuned or v != old.get(k, ...)}
+        keys |= {} if new in ({}, old) else {key: new}
+    keys |= {key: {"name": f"what the program gives: simulate({key}=...)"} for key in lent}
+    told = ", ".join(f"{key} {value}" for key, value in found.items() if value != "")
+    text = f"# @package _global_\n# By fedraclora tune: {told}\n"
+    path = preset_path(search.folder, size)
+    make_folder(path.parent)
+    path.write_text(text + yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
+    keep_private(path)
+
+
+def preset_path(folder: Path, size: float) -> Path:
+    """Name the file of the preset at a size."""
+    return folder / "experiment" / f"at_{size:g}MB.yaml"
+
+
+def add_to_preset(folder: Path, size: float, said: str) -> None:
+    """Write how a preset did on the test samples into its head."""
+    path = preset_path(folder, size)
+    package, found, keys = path.read_text(encoding="utf-8").split("\n", 2)
+    path.write_text("\n".join([package, found, f"# {said}", keys]), encoding="utf-8")
+
+
+def place(point: Point) -> str:
+    """Name a point in what is kept."""
+    return f"run {point.trial}, {point.round} rounds"
+
+
+def test_chosen(
+    search: Search,
+    study: Study,
+    chosen: Mapping[float, Point],
+    configs: Mapping[float, PlainDict],
+    *,
+    over: bool,
+    has_test: bool,
+) -> dict[float, list[float]]:
+    """Test what is taken at each size, and say how it did and how to run it."""
+    tests = dict[float, list[float]]()
+    try:
+        for size, point in chosen.items() if over and has_test else ():
+            tests[size] = test_once(search, study, point, configs[size])
+            said = tested(search, point, tests[size])
+            search.say(f"at {size:g} MB: {said}")
+            add_to_preset(search.folder, size, said)
+    finally:  # an interrupted test takes nothing back
+        if configs:
+            search.say(how_to_run(search.folder, configs, tests))
+    if over and not has_test:
+        search.say("not tested: the task has no test samples")
+    known = {place(point) for point in chosen.values()}
+    if tests and (others := len(study.user_attrs.get("tested", {}).keys() - known)):
+        search.say(f"the test samples were looked at before, for {others} others")
+    return tests
+
+
+def test_once(search: Search, study: Study, point: Point, config: PlainDict) -> list[float]:
+    """Run what is taken on seeds that were not tuned on, measured on the test samples.
+
+    What has been tested is kept, and not run again.
+    """
+    known, seeds = study.user_attrs.get("tested", {}), search.config.test_seeds
+    scores = dict[str, float](known.get(place(point), {}))
+    for seed in seeds:
+        if str(seed) not in scores:
+            scores[str(seed)] = math.nan
+            with suppress(ClientError):  # as in `Search`
+                found = score_of(search.execute(config, seed).summary, search.metric)
+                scores[str(seed)] = math.nan if found is None else found
+            study.set_user_attr("tested", {**known, place(point): scores})
+    return [float(scores[str(seed)]) for seed in seeds]
+
+
+def tested(search: Search, point: Point, scores: Sequence[float]) -> str:
+    """Say how a point did on the test samples: its mean, and the seeds on which it diverged."""
+    runs = dict(zip(search.config.test_seeds, scores, strict=True))
+    finite = {seed: score for seed, score in runs.items() if math.isfinite(score)}
+    spread = f" ± {stdev(finite.values()):.4f}" if len(finite) > 1 else ""
+    parts = [f"{fmean(finite.values()):.4f}{spread} ({seeds_of(finite)})"] if finite else []
+    if lost := runs.keys() - finite.keys():
+        parts.append(f"DIVERGED ({seeds_of(sorted(lost))}): lower local.lr before you use it")
+    return f"test {search.metric} of {place(point)}: {', '.join(parts)}"
+
+
+def seeds_of(seeds: Iterable[int]) -> str:
+    """List seeds in words."""
+    return f"seeds {', '.join(map(str, seeds))}"

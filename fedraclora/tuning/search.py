@@ -1,0 +1,373 @@
+"""Runs of a tuning: which settings come next, when one ends, what the budget still allows.
+
+Optuna's sampler chooses, with one aim for each of ``tune.sizes``: the metric of the last rounds
+that keep to so many bytes of all clients both ways. Optuna prunes nothing that has several aims. So
+a run is ended here, by successive halving of Pareto ranks: at a rung it goes on if it is among the
+best `keep` of all runs that got there, ranked by all aims together. To the sampler it then counts
+with what it measured so far; in the frontier every measured round counts for what it was. Of a run
+that diverged the metric is that of the untrained model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from fedraclora.binding import PlainDict, section
+from fedraclora.clients.engines import engine_of
+from fedraclora.compose.resume import laid_over
+from fedraclora.config.run_config import digested, from_plain
+from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
+from fedraclora.evaluation.metrics import PERSONAL
+from fedraclora.plots.axes import MEGABYTE
+from fedraclora.rng import generator
+from fedraclora.run.callback import Callback
+from fedraclora.run.digests import data_files, plans_rounds
+from fedraclora.run.folder import alone
+from fedraclora.run.ledger import Row, metrics_of, number
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.run import Run
+from fedraclora.strategies.server.round_step import RoundStep
+from fedraclora.tuning.frontier import Point, last_within, mean_curve, ranks
+from fedraclora.tuning.space import Space, TuneConfig
+from fedraclora.weights.files import (
+    config_difference,
+    flatten,
+    is_private,
+    keep_private,
+    open_lock,
+)
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+FEW = 4  # runs at a rung, before which none is ended there
+REFUSED = 100  # settings in a row, after which nothing is left to try
+# What may end a run.
+BUDGET, DIVERGED, HALVED = "the budget is spent", "diverged", "halved"
+BEYOND = "the next round is beyond the largest size"
+
+
+class Watch(Callback):
+    """Keeps what a run measures, and ends it.
+
+    Args:
+        metric: Its name.
+        ends: Is asked after each round.
+    """
+
+    def __init__(self, metric: str, ends: Callable[[Watch], bool]) -> None:
+        self.metric, self.ask = metric, ends
+        self.points: list[Point] = []
+        self.round, self.bytes, self.last = 0, 0.0, 0.0  # last: bytes of the last round
+        self.lost = False  # whether what was measured last is no number
+
+    @override
+    def row(self, row: Row) -> None:
+        before, self.bytes = self.bytes, number(row, "uplink_total") + number(row, "downlink_total")
+        self.round, self.last = int(number(row, "round")), self.bytes - before
+        if (score := score_of(row, self.metric)) is not None:
+            self.lost = not math.isfinite(score)
+            self.points += [] if self.lost else [Point(self.round, self.bytes, score)]
+
+    @override
+    def ends(self, rows: Sequence[Row]) -> bool:
+        return self.ask(self)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A tuning of one task.
+
+    Attributes:
+        space: What can be tried.
+        config: The settings.
+        metric: By which settings are judged.
+        higher: Whether more of it is better.
+        clients: Of the task.
+        folder: Where the trials are kept, in ``tune.db``.
+        final: Keys in which the runs of what was found differ: those of the split.
+        say: Is told what happens.
+        steps, callbacks: Of the user's, for each run.
+    """
+
+    space: Space
+    config: TuneConfig
+    metric: str
+    higher: bool
+    clients: int
+    folder: Path
+    final: PlainDict
+    say: Callable[[str], object]
+    steps: Sequence[RoundStep] = ()
+    callbacks: Sequence[Callback] = ()
+
+    @property
+    def rounds(self) -> int:
+        """Of a run that nothing ends."""
+        return int(str(self.space.plain["rounds"]))
+
+    @property
+    def unit(self) -> float:
+        """Bytes of all clients that are a megabyte of each."""
+        return MEGABYTE * self.clients
+
+    @cached_property
+    def sizes(self) -> dict[float, float]:
+        """Bytes of all clients, by ``tune.sizes``."""
+        return {size: size * self.unit for size in sorted(self.config.sizes)}
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether a run counts at its end alone: its number of rounds decides what each does."""
+        return plans_rounds(self.space.plain) is not None
+
+    def worth(self, curve: Sequence[Point]) -> list[float]:
+        """Give the metric of a run at each of ``tune.sizes``: that of its last rounds there.
+
+        Where the first round is larger it is that of the untrained model. A run that counts as a
+        whole has the metric so far, at the bytes of all rounds.
+        """
+        if self.is_whole:
+            size = curve[-1].bytes * self.rounds / max(curve[-1].round, 1)
+            curve = [curve[0], replace(curve[-1], bytes=size)]
+        return [last_within(curve, most).score for most in self.sizes.values()]
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Let one process at a time look at the budget and take from it."""
+        with open_lock(self.folder / "tune.lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def study(self) -> Study:
+        """Open the trials, or begin with none.
+
+        Raises:
+            CheckpointError: If they are of another task or space, naming what differs.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            study_name="tune",
+            storage=f"sqlite:///{self.folder / 'tune.db'}",
+            directions=["maximize" if self.higher else "minimize"] * len(self.sizes),
+            load_if_exists=True,
+        )
+        keep_private(self.folder / "tune.db")
+        tried = {"tried": self.space.told(), "metric": self.metric}
+        told: dict[str, object] = {
+            "task": digested(self.space.plain, METHODS),
+            "files": data_files(section(self.space.plain, "data")),
+            "tune": {key: getattr(self.config, key) for key in ("seeds", "rungs", "sizes")} | tried,
+        }
+        if (known := study.user_attrs.get("of")) is None:
+            study.set_user_attr("of", told)
+            for params in self.space.first(self.config.first):
+                study.enqueue_trial(params)
+        elif lines := config_difference(known, told):
+            raise CheckpointError(
+                f"{self.folder} holds a tuning of something else; it goes on with the same words "
+                "(the budget may grow), or name another folder:\n  " + "\n  ".join(lines)
+            )
+        return study
+
+    def run(self) -> bool:
+        """Run trials until the budget is spent.
+
+        Returns:
+            Whether no other process still runs one.
+
+        Raises:
+            ConfigError: If nothing that is tried can be run.
+            CheckpointError: See `study`.
+        """
+        from optuna.samplers import TPESampler
+
+        refused = list[str]()  # since one could be run
+        told = dict[str, int]()  # by which trial first
+        with self.turn():
+            study = self.study()
+        while len(refused) < REFUSED:
+            with ExitStack() as stack:
+                with self.turn():
+                    self._take_up(study)
+                    if self.is_over(study):
+                        return not trials(study, "RUNNING")
+                    begun = len(study.trials) - len(trials(study, "WAITING"))
+                    draw = generator(self.config.seeds[0], "tune", begun)
+                    study.sampler = TPESampler(seed=int(draw.integers(1 << 31)))
+                    trial = study.ask()
+                    plain = self.space.suggest(trial)
+                    stack.enter_context(self._runs_here(trial.number))
+                reason = self._try(study, trial, plain)
+            refused = [*refused, reason] if reason else []
+            if reason and told.setdefault(reason, trial.number) == trial.number:
+                self.say(f"left out: {reason}")
+        raise ConfigError(
+            f"{REFUSED} settings in a row cannot be run or are never to be tried, the last since "
+            f"{refused[-1]}: change what is tried (tune.method, tune.rank, ...) or said beside"
+        )
+
+    def _runs_here(self, trial: int) -> AbstractContextManager[None]:
+        """Hold a trial for this process; the system lets it go when the process ends."""
+        return alone(self.folder / "processes" / str(trial), shared=not is_private(self.folder))
+
+    def _take_up(self, study: Study) -> None:
+        """Call trials failed that no process holds any more, and try their settings again."""
+        for trial in trials(study, "RUNNING"):
+            with suppress(CheckpointError), self._runs_here(trial.number):
+                self.say(f"run {trial.number} was cut off: its settings are tried again")
+                _fail(study, trial.number)
+                study.enqueue_trial(trial.params)
+
+    def _left(self, study: Study) -> tuple[float, float]:
+        """Give the core-seconds and the bytes that are left."""
+        cores, size = self.config.core_hours or math.inf, self.config.megabytes or math.inf
+        spent = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
+        cores = cores * 3600 - sum(of.get("core_seconds", 0.0) for of in spent)
+        return cores, size * 1e6 - sum(of.get("bytes", 0.0) for of in spent)
+
+    def is_over(self, study: Study) -> bool:
+        """Tell whether the budget is spent."""
+        runs = len(trials(study, "RUNNING", "COMPLETE"))
+        return runs >= (self.config.runs or math.inf) or min(self._left(study)) <= 0
+
+    def _try(self, study: Study, trial: Trial, plain: PlainDict) -> str | None:
+        """Run one trial; give the reason where it was refused."""
+        try:
+            plain = self.space.rated(plain)
+            self._refuse_never(plain)
+            runs, ended = self._runs(study, trial, plain)
+        except (ConfigError, ModelError) as error:
+            trial.set_user_attr("refused", str(error))
+            _fail(study, trial.number)
+            return str(error)
+        except Exception:
+            _fail(study, trial.number)
+            raise
+        curve = mean_curve([run.points for run in runs])
+        score = curve[0 if ended == DIVERGED else -1].score if curve else math.nan
+        if not math.isfinite(score):
+            raise ConfigError(
+                f"{self.metric} is no number before round 1: take another tune.metric"
+            )
+        trial.set_user_attr("curve", [vars(point) for point in curve])
+        trial.set_user_attr("ended", ended)
+        study.tell(trial, [score] * len(self.sizes) if ended == DIVERGED else self.worth(curve))
+        why = f", ended ({ended}) after round {max(run.round for run in runs)}" if ended else ""
+        if ended == DIVERGED and (lower := self.space.lower(trial.params)):
+            study.enqueue_trial(lower, skip_if_exists=True)
+            why += "; a quarter of the rate is tried next"
+        why += f" ({shorten(failed, 160)})" if (failed := trial.user_attrs.get("failed")) else ""
+        values = self.space.values(trial.params, plain)
+        words = " ".join(f"{k}={shown(v)}" for k, v in values.items())
+        told = f"{self.metric} {score:.4f} at {curve[-1].bytes / self.unit:.3g} MB a client"
+        told += f" in {trial.user_attrs['core_seconds']:.3g} s"
+        self.say(f"run {trial.number}: {told}{why}: {words}")
+        return None
+
+    def _runs(self, study: Study, trial: Trial, plain: PlainDict) -> tuple[list[Watch], str]:
+        """Run a trial's seeds; say what ended it before its last round, if anything did."""
+        began, runs = time.process_time(), list[Watch]()
+        last, ended = self.rounds, ""
+
+        def spent() -> None:
+            trial.set_user_attr("bytes", sum(run.bytes for run in runs))
+            trial.set_user_attr("core_seconds", time.process_time() - began)
+
+        def ends(watch: Watch) -> bool:
+            nonlocal last, ended
+            if self.config.core_hours or self.config.megabytes:
+                spent()
+                cores, size = self._left(study)
+                # The next round may take as much as this one did.
+                if watch.round < last and (cores <= 0 or size < watch.last):
+                    last, ended = 0, BUDGET
+            if watch is runs[0] and last and watch.round < last:
+                too_large = watch.bytes + watch.last > max(self.sizes.values())
+                if too_large or not self._goes_on(study, trial, watch):
+                    # Other seeds run as long as the first one.
+                    last, ended = watch.round, BEYOND if too_large else HALVED
+            return watch.round >= last
+
+        try:
+            for seed in self.config.seeds:
+                runs.append(watch := Watch(self.metric, ends))
+                self.execute(plain, seed, watch)
+                if watch.lost or not last:
+                    break
+        except ClientError as error:  # numbers not finite, or merged weights too large
+            trial.set_user_attr("failed", str(error))
+            runs[-1].lost = True
+        finally:
+            spent()
+        return runs, DIVERGED if runs[-1].lost else ended
+
+    def execute(self, plain: PlainDict, seed: int, *watching: Callback) -> Run:
+        """Run a config under a seed."""
+        config = from_plain(laid_over(plain, {"seed": seed}), METHODS)
+        watching = (*self.callbacks, *watching)
+        return execute(config, None, engine_of, callbacks=watching, steps=self.steps)
+
+    def _goes_on(self, study: Study, trial: Trial, watch: Watch) -> bool:
+        """Decide at a rung: by the Pareto rank among all runs that got there."""
+        rung = sum(watch.round >= share * self.rounds for share in self.config.rungs)
+        key, measured = f"rung {rung - 1}", [p for p in watch.points if p.round == watch.round]
+        if not rung or not measured or key in trial.user_attrs:
+            return True
+        trial.set_user_attr(key, self.worth(watch.points))
+        there = [t for t in study.get_trials(deepcopy=False) if key in t.user_attrs]
+        sign = 1 if self.higher else -1
+        found = ranks([[sign * score for score in t.user_attrs[key]] for t in there])
+        own = next(r for t, r in zip(there, found, strict=True) if t.number == trial.number)
+        return len(there) < FEW or sum(r < own for r in found) < self.config.keep * len(found)
+
+    def _refuse_never(self, plain: PlainDict) -> None:
+        """Reject settings that hold a whole line of ``tune.never``."""
+        flat = flatten(plain)
+        words = {f"{key.removesuffix('.name')}={shown(value)}" for key, value in flat.items()}
+        for line in self.config.never:
+            if {*line} <= words:
+                raise ConfigError(f"tune.never has [{', '.join(line)}]")
+
+
+def score_of(row: Row, metric: str) -> float | None:
+    """Return what a round or a run measured, NaN if that is no number; None: nothing."""
+    found = metrics_of(row)
+    name = metric if metric in found else f"{PERSONAL}{metric}"
+    return number(found, name) if name in found else None
+
+
+def trials(study: Study, *states: str) -> list[FrozenTrial]:
+    """List the trials that are in one of some states."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in states]
+
+
+def done(study: Study) -> list[FrozenTrial]:
+    """List the trials that came to an end, whichever."""
+    return trials(study, "COMPLETE")
+
+
+def _fail(study: Study, trial: int) -> None:
+    from optuna.trial import TrialState
+
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def shown(value: object) -> str:
+    """Write a value of a setting."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,242 @@
+"""What a tuning tries: the settings of ``conf/tune.yaml``, and the space of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from typing_extensions import override
+
+from fedraclora.binding import PlainDict, build, section
+from fedraclora.compose import CONF
+from fedraclora.compose.choices import choice
+from fedraclora.compose.resume import laid_over
+from fedraclora.config.build import BuiltTask
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.limits import Chance, Count, Inner, Limit, Limited, Positive, Whole, choice_of
+from fedraclora.objects import is_named
+from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.strategies.methods import METHODS
+from fedraclora.tuning.rates import RATE_KEY, TIMES, RateRange
+from fedraclora.weights.files import flatten
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+KEYS = {
+    "lr": RATE_KEY,
+    "rank": "method.rank",
+    "links": "method.resample_every",
+    "uplink": "wire.uplink",
+    "downlink": "wire.downlink",
+}
+SET_BY_TUNE = ("evaluate.split", "seed", "resume")
+SOME = Limit("a list of one or more", lambda values: values != [])
+UP_TO_FOUR = Limit("a list of one to four", lambda values: 1 <= len(values) <= 4)
+RISING = Limit("[least, greatest]", lambda lr: lr is None or (len(lr) == 2 and lr[0] < lr[1]))
+Kinds = Annotated[list[Annotated[str, choice_of((FULL, *ROUNDED))]] | None, SOME]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(Limited, group="tune"):
+    """What ``conf/tune.yaml`` says; there stand the defaults, and what each key means."""
+
+    runs: Count | None
+    core_hours: Positive | None
+    megabytes: Positive | None
+    method: Annotated[list[Annotated[str, choice_of((*METHODS,))]], SOME]
+    lr: Annotated[list[Positive] | None, RISING]
+    rank: Annotated[list[Count], SOME]
+    uplink: Kinds
+    downlink: Kinds
+    links: Annotated[list[Count], SOME]
+    more: Mapping[str, list[object]]
+    first: list[dict[str, object]]
+    never: list[list[str]]
+    metric: str | None
+    validation: Inner
+    seeds: Annotated[list[Whole], SOME]
+    test_seeds: Annotated[list[Whole], SOME]
+    rungs: list[Inner]
+    keep: Chance
+    sizes: Annotated[list[Positive], UP_TO_FOUR]
+
+    @override
+    def __post_init__(self) -> None:
+        """Reject what no tuning can be made of."""
+        super().__post_init__()
+        if (self.runs, self.core_hours, self.megabytes) == (None, None, None):
+            raise ConfigError(
+                "tune.runs, tune.core_hours and tune.megabytes are null, so that it would never "
+                "end: set one of them"
+            )
+        if both := sorted({*self.seeds} & {*self.test_seeds}):
+            raise ConfigError(
+                f"tune.seeds and tune.test_seeds have both {both[0]}: test on seeds of their own"
+            )
+
+
+def settings(words: Sequence[str], given: Mapping[str, object]) -> TuneConfig:
+    """Read the settings of a tuning.
+
+    Args:
+        words: ``tune.KEY=VALUE``.
+        given: Keys said in Python, which win.
+
+    Raises:
+        ConfigError: If a key or a value is wrong.
+    """
+    try:
+        said = OmegaConf.from_dotlist([word.removeprefix("tune.") for word in words])
+        whole = OmegaConf.merge(OmegaConf.load(CONF / "tune.yaml"), said, dict(given))
+        plain = OmegaConf.to_container(whole, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise ConfigError(f"{' '.join(words)} cannot be read as tune.KEY=VALUE: {told}") from error
+    return build("tune", TuneConfig, {str(k): v for k, v in dict(plain).items()})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The settings of a task that can be tried.
+
+    Attributes:
+        plain: The config of the task.
+        methods: By name, with their keys; those that the user said hold for each that has them.
+        tuned: The keys that are tuned, and their values.
+        rates: The learning rates; None: they are not tuned.
+    """
+
+    plain: PlainDict
+    methods: Mapping[str, PlainDict]
+    tuned: Mapping[str, list[Any]]
+    rates: RateRange | None
+
+    @classmethod
+    def of(
+        cls, plain: PlainDict, said: Collection[str], config: TuneConfig, asked: Collection[str]
+    ) -> Space:
+        """Take what is to be tuned from the settings, but for keys that the user said.
+
+        Args:
+            plain: The config of the task.
+            said: Keys of it that the user said.
+            config: The settings of the tuning.
+            asked: Keys of it that the user said.
+
+        Raises:
+            ConfigError: If a key is said twice, or a value is none of those that there are.
+        """
+        names = {**KEYS, "method": "method", **{key: key for key in config.more}}
+        if twice := [key for key in names if names[key] in said and key in asked]:
+            raise ConfigError(f"tune.{twice[0]} and {names[twice[0]]} are both said: take one")
+        if wrong := [key for key in SET_BY_TUNE if key in said]:
+            raise ConfigError(f"{wrong[0]} is set by tune (conf/tune.yaml): leave it out")
+        own, flat, local = section(plain, "method"), flatten(plain), section(plain, "local")
+        for key in config.more:
+            if key not in flat and not key.startswith("method."):
+                raise unknown("key in tune.more", key, flat)
+        tuned = {key: values for key, values in _values(plain, config).items() if key not in said}
+        fixed = {k[7:]: flat[k] for k in said if k.startswith("method.") and k in flat}
+        listed = [str(own["name"])] if "method" in said else [*dict.fromkeys(config.method)]
+        methods = {n: own if n == own["name"] else _method(n, fixed) for n in listed}
+        free = (
+            RATE_KEY not in said and local.get("train") is None and not is_named(local.get("name"))
+        )
+        rates = (RateRange.between(*config.lr) if config.lr else RateRange()) if free else None
+        return cls(plain, methods, tuned, rates)
+
+    def of_task(self, plain: PlainDict, built: BuiltTask, *, auto: bool, preset: bool) -> Space:
+        """Give the same space for the whole config of a task, its rates around that of the rule.
+
+        Raises:
+            ConfigError: See `RateRange.by_rule`.
+        """
+        rates = self.rates
+        if rates and rates.key == TIMES:
+            rates = RateRange.by_rule(plain, built, self.methods, auto=auto, preset=preset)
+        return replace(self, plain=plain, rates=rates)
+
+    def suggest(self, trial: BaseTrial) -> PlainDict:
+        """Let a trial draw its settings; give the config that they make, not yet `rated`."""
+        name = trial.suggest_categorical("method", [*self.methods])
+        method = dict(self.methods[str(name)])
+        config = {**self.plain, "method": method}
+        for key, values in self.tuned.items():
+            leaf = key.removeprefix("method.")
+            # Null means for ever, or never: such a method has no links, say.
+            if leaf == key or method.get(leaf) is not None:
+                config = laid_over(config, {key: trial.suggest_categorical(key, values)})
+        if self.rates is not None:
+            least, greatest = self.rates.least, self.rates.greatest
+            drawn = trial.suggest_float(self.rates.key, least, greatest, log=True)
+            config = laid_over(config, {RATE_KEY: drawn})
+        return config
+
+    def rated(self, config: PlainDict) -> PlainDict:
+        """Write the learning rate into a config whose rate was drawn.
+
+        Raises:
+            ConfigError: If the rule does not know such a run.
+        """
+        if self.rates is None:
+            return config
+        rate = float(str(section(config, "local")["lr"])) * self.rates.around(config)
+        return laid_over(config, {RATE_KEY: float(f"{rate:.4g}")})
+
+    def values(self, params: Mapping[str, object], config: PlainDict) -> dict[str, object]:
+        """List what was drawn, by key, with the learning rate that came of it."""
+        rate = {RATE_KEY: section(config, "local")["lr"]} if self.rates else {}
+        return {key: value for key, value in params.items() if key != TIMES} | rate
+
+    def first(self, listed: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
+        """List the settings to begin with that lie in this space, at the rates of the rule."""
+        known = {**self.tuned, "method": [*self.methods]}
+        near = {TIMES: 1.0} if self.rates and self.rates.key == TIMES else {}
+        found: list[dict[str, Any]] = []
+        for given in listed:
+            own = {KEYS.get(k, k): v for k, v in given.items() if KEYS.get(k, k) in known} | near
+            if own not in found and all(own[key] in known[key] for key in own.keys() - {TIMES}):
+                found.append(own)
+        return found
+
+    def lower(self, params: Mapping[str, object]) -> dict[str, object]:
+        """Give what was drawn with a quarter of its rate; nothing where that is not tried."""
+        if self.rates is None or self.rates.key not in params:
+            return {}
+        rate = float(str(params[self.rates.key])) / 4
+        return {**params, self.rates.key: rate} if rate >= self.rates.least else {}
+
+    def told(self) -> dict[str, str]:
+        """Say what is tried, by key."""
+        rates = self.rates and {RATE_KEY: f"{self.rates.told}, log-uniform"}
+        values = {key: ", ".join(map(str, values)) for key, values in self.tuned.items()}
+        return {"method": ", ".join(self.methods)} | (rates or {}) | values
+
+
+def _values(plain: PlainDict, config: TuneConfig) -> dict[str, list[Any]]:
+    """List the values of each key that may be tuned."""
+    rounds, never = int(str(plain["rounds"])), {tuple(words) for words in config.never}
+    found: dict[str, list[Any]] = {
+        KEYS["rank"]: config.rank,
+        **config.more,
+        KEYS["links"]: [k for k in config.links if k <= rounds] or [1],
+        KEYS["uplink"]: config.uplink or [FULL, *ROUNDED],
+        KEYS["downlink"]: config.downlink or [FULL, *ROUNDED],
+    }
+    found = {
+        key: [value for value in dict.fromkeys(values) if (f"{key}={value}",) not in never]
+        for key, values in found.items()
+    }
+    if empty := [key for key, values in found.items() if not values]:
+        raise ConfigError(f"tune.never leaves nothing of {empty[0]} to try: name another value")
+    return found
+
+
+def _method(name: str, fixed: Mapping[str, object]) -> PlainDict:
+    node = {"name": name, **choice("method", name)}
+    return node | {key: value for key, value in fixed.items() if key in node}
