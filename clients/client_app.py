@@ -1,7 +1,7 @@
-"""The ClientApp of Flower's runtimes: thin, since Flower starts a process for every message.
+"""The ClientApp of a SuperNode: thin, since Flower starts a process for every message.
 
-On real hosts it hands a message to the process that stays on its node (`clients.handover`), so that
-it imports nothing that takes time. Elsewhere a process lives on, and answers itself.
+It hands a message to the process that stays on the node (`clients.handover`), so that it imports
+nothing that takes time.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ app = ClientApp()
 
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
-    """Report which client this node is, or on a real host which it serves."""
+    """Report which clients this node serves."""
     return answer(message, context)
 
 
 @app.train("cohort")
 def train(message: Message, context: Context) -> Message:
-    """Train the client of this node; what goes wrong is said in one line, not in Flower's words."""
+    """Train clients of this node; what goes wrong is said in one line, not in Flower's words."""
     # Nothing is kept in the state of the context: it is lost when a client raises.
     return answer(message, context)
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from fedraclora.clients.worker import Worker
 from fedraclora.clients.worker_state import WorkerParts, WorkerState
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.settings import DeployConfig, FlowerConfig, RayConfig
+from fedraclora.config.settings import DeployConfig, RayConfig
 from fedraclora.data.held import files_of
 from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.errors import ConfigError
@@ -113,10 +113,5 @@ def engine_of(config: RunConfig) -> Engine:
             )
         case RayConfig() as settings:
             return on_ray(settings, WorkerState, partial(_parts_of, config))
-        case FlowerConfig():
-            raise ConfigError(
-                "engine=flower is for Flower's own simulation: run `fedraclora flower` with the "
-                "same words, or take engine=ray (many processes) or inline (this one; same bits)"
-            )
         case _:
             return in_process()

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.imports import import_object, importing
+from fedraclora.imports import import_object
 from fedraclora.sources import (
     file_of,
     imports_of,
@@ -127,24 +127,6 @@ def code_digests(config: Mapping[str, object]) -> dict[str, str]:
         if (thing := getattr(sys.modules.get(module), name, None)) is not None:
             found[word] = object_digest(thing)
     return found
-
-
-def write(folder: Path, config: Mapping[str, object]) -> None:
-    """Write the objects of a config for other processes of this user and machine."""
-    if found := named_by(config):
-        import cloudpickle
-
-        (folder / "objects.pkl").write_bytes(cloudpickle.dumps(found))
-
-
-def read(folder: Path) -> None:
-    """Take over what `write` wrote into a folder of this user's."""
-    path = folder / "objects.pkl"
-    if path.is_file():
-        import cloudpickle
-
-        with importing("a client process"):
-            _LENT.update(cloudpickle.loads(path.read_bytes()))
 
 
 def object_digest(thing: object) -> str:

@@ -1,17 +1,15 @@
-"""The ServerApp of ``flwr run``: the same run, in the process that Flower starts for it.
+"""The ServerApp of ``fedraclora deploy``: the same run, in the process that Flower starts for it.
 
-The run's config comes as JSON in the run config, ``cfg-json``; ``fedraclora flower`` writes it.
+The run's config comes as JSON in the run config, ``cfg-json``; ``fedraclora deploy`` writes it.
 What simulate leaves in its run folder is left in ``output.dir``.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context
@@ -20,21 +18,17 @@ from flwr.serverapp import ServerApp
 from typing_extensions import override
 
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.settings import DeployConfig, FlowerConfig
+from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Engine, EngineParts, Grid
 from fedraclora.engines.deploy.grid import DeployGrid
 from fedraclora.engines.deploy.pulling import pull_in_time
-from fedraclora.engines.flower.nodes import NodePerClient
 from fedraclora.errors import ConfigError
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.folder import run_id
-from fedraclora.run.ledger import Row, headline, number
+from fedraclora.run.ledger import Row
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.outcome import execute
-from fedraclora.weights.replica import JobFolder
 from fedraclora.weights.update import WeightHistory
-
-log = logging.getLogger("flwr")  # the log that Flower streams to its user
 
 # How lines of the log begin that a program reads.
 ROW, SUMMARY, OPENING = "fedraclora-row ", "fedraclora-summary ", "fedraclora-opening "
@@ -47,26 +41,20 @@ def main(grid: FlowerGrid, context: Context) -> None:
     """Run the federated experiment of ``cfg-json``.
 
     Raises:
-        ConfigError: If it is missing, or of another engine.
+        ConfigError: If it is missing, or its engine is not ``deploy``.
     """
     resume = bool(context.run_config.get("resume", False))
     config = config_from_text(str(context.run_config.get("cfg-json", "")), began=resume)
 
     folder, ended = Path(str(config.output.dir)).expanduser(), watch()
-    deployed = config.engine.name == DeployConfig.name
 
     def engine_of(config: RunConfig) -> Engine:
+        known, shared = not config.pretrain.epochs, config.output.shared
         settings = settings_of(config)
-        if isinstance(settings, DeployConfig):
-            known = not config.pretrain.epochs
-            shared = config.output.shared
-            return on_hosts(grid, settings, folder, known=known, shared=shared, ended=ended)
-        return in_server_app(grid, settings, config, ended=ended)
+        return on_hosts(grid, settings, folder, known=known, shared=shared, ended=ended)
 
-    told = [LogLines(deployed)]
-    run = execute(config, folder, engine_of, resume=resume, callbacks=told)
-    if deployed:
-        write_line(SUMMARY, run.summary)
+    run = execute(config, folder, engine_of, resume=resume, callbacks=[LogLines()])
+    write_line(SUMMARY, run.summary)
 
 
 def on_hosts(
@@ -98,26 +86,6 @@ def on_hosts(
     return Engine(history, make_grid, history.recall, elsewhere=True)
 
 
-def in_server_app(
-    flower: FlowerGrid, settings: FlowerConfig, config: RunConfig, *, ended: Callable[[], bool]
-) -> Engine:
-    """Make the engine of Flower's simulation, started by ``flwr run`` with this process in it.
-
-    Args:
-        flower: Flower's own grid.
-        settings: How long to wait.
-        config: Of the run; the processes read it from a folder.
-        ended: Tells whether the runtime has ended.
-    """
-    job, timeout = JobFolder(config.plain), settings.timeout
-
-    def make_grid(parts: EngineParts) -> Grid:
-        clients, store = parts.built.clients, parts.store
-        return NodePerClient(flower, clients, job, store=store, timeout=timeout, ended=ended)
-
-    return Engine(job, make_grid)
-
-
 def config_from_text(text: str, *, began: bool = False) -> RunConfig:
     """Read the config of a run, which goes on if it ``began`` before.
 
@@ -130,9 +98,8 @@ def config_from_text(text: str, *, began: bool = False) -> RunConfig:
         raise ConfigError(f"cfg-json is no JSON ({error})") from error
     if not plain or not isinstance(plain, dict):
         raise ConfigError(
-            "cfg-json, the config of the run, is empty: write it with `fedraclora flower --write "
-            "run.toml ...` and pass it with `flwr run . -c run.toml`, or do both by "
-            "`fedraclora flower ...`"
+            "cfg-json, the config of the run, is empty: start the run by `fedraclora deploy`, "
+            "which writes it"
         )
     config = from_plain(plain, METHODS, began=began)
     settings_of(config)
@@ -155,48 +122,30 @@ def watch() -> Callable[[], bool]:
     return lambda: not threading.main_thread().is_alive() or os.getppid() != parent
 
 
-def settings_of(config: RunConfig) -> FlowerConfig | DeployConfig:
+def settings_of(config: RunConfig) -> DeployConfig:
     """Return the settings of the engine.
 
     Raises:
         ConfigError: If it is another one.
     """
-    if not isinstance(config.engine, FlowerConfig | DeployConfig):
+    if not isinstance(config.engine, DeployConfig):
         raise ConfigError(
-            f"engine is {config.engine.name}, but Flower started this process: use engine=flower "
-            "or deploy"
+            f"engine={config.engine.name}, but `fedraclora deploy` runs on engine=deploy: leave "
+            "engine out"
         )
     return config.engine
 
 
-@dataclass
 class LogLines(Callback):
-    """Tells in the log how a run begins and goes.
-
-    Attributes:
-        deployed: Whether `fedraclora deploy` reads it there: then a line holds a whole row.
-    """
-
-    deployed: bool
+    """Writes the log lines by which `fedraclora deploy` follows a run."""
 
     @override
     def begin(self, run: Begin) -> None:
-        if self.deployed:
-            write_line(OPENING, {"lines": [*run.lines, *(f"note: {note}" for note in run.notes)]})
-            return
-        for line in run.lines:
-            log.info("%s", line)
-        for note in run.notes:
-            log.warning("%s", note)
+        write_line(OPENING, {"lines": [*run.lines, *(f"note: {note}" for note in run.notes)]})
 
     @override
     def row(self, row: Row) -> None:
-        if self.deployed:
-            write_line(ROW, row)
-            return
-        name = headline([row])
-        figure = "" if name is None else f": {name} {number(row, 'metrics', name):.4f}"
-        log.info("round %s%s", row["round"], figure)
+        write_line(ROW, row)
 
 
 def write_line(mark: str, value: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""A run of ``simulate`` as a Flower app: what the commands ``flower`` and ``deploy`` share."""
+"""A run of ``simulate`` as a Flower app, for ``fedraclora deploy``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from fedraclora.commands.simulate import print_outcome
 from fedraclora.compose.resume import is_done
 from fedraclora.config.build import BuiltTask, build_task
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.settings import PretrainConfig
-from fedraclora.errors import ConfigError
+from fedraclora.config.settings import DeployConfig, PretrainConfig
 from fedraclora.run.folder import write_summary
 from fedraclora.strategies.server_app import config_from_text
 
@@ -47,7 +46,6 @@ class RunRequest:
         plain: PlainDict,
         folder: Path,
         engine: PlainDict,
-        kind: str,
         *,
         there: object,
         resume: bool,
@@ -58,22 +56,16 @@ class RunRequest:
             plain: The config.
             folder: The local run folder, absolute.
             engine: To go on with where a run began on another one.
-            kind: The name of the command, and of the engine that it runs with.
             there: Where the server writes.
             resume: Whether to go on with the run in the folder.
 
         Raises:
             FedRacLoraError: Whatever is wrong with what is asked for.
         """
-        if section(plain, "engine").get("name") != kind:
+        if section(plain, "engine").get("name") != DeployConfig.name:
             plain = {**plain, "engine": engine}
         output = {**section(plain, "output"), "dir": str(there)}
         config = config_from_text(json.dumps({**plain, "output": output}), began=resume)
-        if (name := config.engine.name) != kind:
-            raise ConfigError(
-                f"engine is {name}, but `fedraclora {kind}` runs with engine={kind}: leave engine "
-                f"out, or use `fedraclora {name}`"
-            )
         built = build_task(replace(config, pretrain=PretrainConfig()))  # reads nodes' data, too
         return cls(config, plain, folder, resume, built)
 
@@ -102,11 +94,6 @@ class RunRequest:
         """Write the summary that the app gave into the run folder, and print the outcome."""
         write_summary(self.folder, summary)  # a bundle knows no revision: that of this checkout
         print_outcome(summary, self.folder, self.plain)
-
-
-def checkout() -> Path | None:
-    """Find the checkout that runs, which is a Flower app as it is; None for an installed wheel."""
-    return PROJECT.resolve().parent if PROJECT.is_symlink() else None
 
 
 def copy_app(folder: Path) -> None:

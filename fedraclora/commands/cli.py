@@ -18,7 +18,7 @@ from fedraclora.trust import only_said, trusting
 # Written by `experiments.pages`: what is printed first waits for no library.
 USAGE = Path(__file__).with_name("usage.txt")
 # What each is for stands in usage.tmpl.
-COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "evaluate")
+COMMANDS: tuple[str, ...] = ("simulate", "deploy", "node", "compare", "evaluate")
 COMMANDS += ("predict", "export")
 COMMANDS += ("compact", "report", "study", "tune", "theory", "init", "bench")
 HELP = {"-h", "--help"}

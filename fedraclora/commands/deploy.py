@@ -62,7 +62,7 @@ def prepare(words: Sequence[str], local: int | None) -> RunRequest:
     folder, engine = folder.resolve(), section(asked, "engine")
     told = section(plain, "engine").get("folder") or engine.get("folder")
     there = folder if local else told or f"~/fedraclora/{folder.name}"
-    return RunRequest.of(plain, folder, engine, "deploy", there=there, resume=resume)
+    return RunRequest.of(plain, folder, engine, there=there, resume=resume)
 
 
 def deployed(words: Sequence[str], local: object) -> list[str]:

@@ -75,7 +75,7 @@ def trust_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 FLAGS = ("-sc", "--shell-completion")
-COMPOSED = ("simulate", "flower", "deploy")  # the commands whose words Hydra composes
+COMPOSED = ("simulate", "deploy")  # the commands whose words Hydra composes
 WHERE = re.compile(rf"\s(?:connection=\S*|{NODES}(?=\s|$))")  # of deploy: no config has them
 FOLDER_FLAGS = ("--config-dir", "-cd")
 

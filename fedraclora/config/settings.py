@@ -175,29 +175,6 @@ class RayConfig(EngineConfig):
 
 
 @dataclass(frozen=True)
-class FlowerConfig(InlineConfig):
-    """Flower's own simulation runtime, by `fedraclora flower`; the bits of inline.
-
-    Attributes:
-        workers: Client processes at a time; None = one per CPU.
-        gpus: Share of a GPU for each process; None = 1 where the device is cuda, else 0.
-        retries: Of runs that older releases began; it has no effect, and no other value.
-        timeout: Seconds to wait for the replies of a round.
-    """
-
-    name: ClassVar[str] = "flower"
-
-    workers: Count | None = None
-    gpus: NotNegative | None = None
-    retries: Annotated[int, Limit("3, since it has no effect,", lambda value: value == 3)] = 3
-    timeout: Seconds = 3600.0
-
-    @override
-    def waiting(self, cohort: int) -> WaitPolicy:
-        return WaitPolicy(timeout=self.timeout)
-
-
-@dataclass(frozen=True)
 class DeployConfig(EngineConfig):
     """Real SuperNodes on hosts of their own, by `fedraclora deploy`; the bits of inline.
 
@@ -253,7 +230,7 @@ class DeployConfig(EngineConfig):
 
 
 ENGINES: dict[str, type[EngineConfig]] = {
-    kind.name: kind for kind in (EngineConfig, InlineConfig, RayConfig, FlowerConfig, DeployConfig)
+    kind.name: kind for kind in (EngineConfig, InlineConfig, RayConfig, DeployConfig)
 }
 
 

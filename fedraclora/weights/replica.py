@@ -1,11 +1,7 @@
-"""Base weights in other processes, which follow the server's: in memory, on a disk, in a folder.
-
-The folder is that in which client processes of a machine find a run: settings, objects, weights.
-"""
+"""Base weights in other processes, which follow the server's: in memory, or on a disk."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +9,11 @@ from pathlib import Path
 import torch
 from typing_extensions import override
 
-from fedraclora import objects
-from fedraclora.codec import join, split
-from fedraclora.errors import CheckpointError, StaleError, WireError
-from fedraclora.protocol.link import Link, Plan, apply_link
-from fedraclora.temporary import PrivateFolder
+from fedraclora.errors import CheckpointError, WireError
+from fedraclora.protocol.link import Plan, apply_link
 from fedraclora.tree import Tree, fingerprint
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.weights.update import BaseWeights, WeightHistory, WeightUpdate
+from fedraclora.weights.update import BaseWeights, WeightUpdate
 
 log = logging.getLogger(__name__)
 
@@ -146,108 +139,3 @@ def _read(folder: Path) -> tuple[Tree, int, int, str, set[str]] | None:
         log.warning("%s", error)
         path.unlink(missing_ok=True)
         return None
-
-
-class FolderReplica(Replica):
-    """Base weights that follow the updates in a folder of this machine.
-
-    For runtimes in which a message may meet any process, or a fresh one: whatever a process holds,
-    it finds there how to come to the version that the message names.
-
-    Args:
-        folder: Where `fedraclora.weights.replica.JobFolder` writes the updates.
-        plan: Of the run: how links are folded in.
-        device: Where the weights are wanted.
-    """
-
-    def __init__(self, folder: Path, plan: Plan, device: torch.device) -> None:
-        super().__init__(plan, device)
-        self.folder = folder
-
-    @override
-    def at(self, version: int, round_: int) -> Tree:
-        """Read the weights of a version, which the folder must lead to.
-
-        Raises:
-            WireError: If it does not, or what it holds is damaged.
-            StaleError: If it leads there by links that are folded in differently here.
-        """
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if self.version < int(path.stem) <= version and not self.follow(
-                self._read(path, round_)
-            ):
-                raise StaleError(
-                    f"round {round_}: the links to version {int(path.stem)} of the base weights "
-                    "give other weights here than at the server; it must write them whole"
-                )
-        if version != self.version:
-            raise WireError(
-                f"round {round_}: the files in {self.folder} do not lead from version "
-                f"{self.version} of the base weights to version {version}; the server writes them "
-                "before it asks, and removes them when it goes on"
-            )
-        return self.base
-
-    def _read(self, path: Path, round_: int) -> WeightUpdate:
-        try:
-            return join(WeightUpdate, *load_tensors(path, "the server writes it anew"))
-        except CheckpointError as error:
-            raise WireError(
-                f"round {round_}: version {int(path.stem)} of the base weights: {error}"
-            ) from error
-
-
-_SETTINGS = "config.json"
-
-
-class JobFolder(WeightHistory):
-    """The server's end: makes the folder, writes updates of the base weights there, removes it.
-
-    It holds a version whole, and one update for each version after it, until these are together
-    not smaller: then it is begun anew. So any process, and a fresh one, finds its way.
-
-    Args:
-        plain: The resolved config.
-    """
-
-    def __init__(self, plain: Mapping[str, object]) -> None:
-        super().__init__()
-        self._made = PrivateFolder()
-        self._size = 0  # bytes of the updates after the one that is whole
-        self.folder = self._made.path
-        (self.folder / _SETTINGS).write_text(json.dumps(plain))
-        objects.write(self.folder, plain)
-
-    @override
-    def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
-        start = self.version if version == self.version + 1 else None
-        super().publish(base, version, link)
-        update = self.since(start)
-        self._size += update.payload_bytes
-        if update.start is None or self._size >= sum(t.nbytes for t in base.values()):
-            self.write_whole()
-        else:
-            save_tensors(self._path, *split(update, coding=self.coding), sync=False)
-
-    def write_whole(self) -> None:
-        """Begin the folder anew with the newest weights."""
-        save_tensors(self._path, *split(self.since(None), coding=self.coding), sync=False)
-        self._size = 0
-        for path in self.folder.glob("*.safetensors"):
-            if path != self._path:
-                path.unlink()
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / f"{self.version:06d}.safetensors"
-
-    @override
-    def close(self) -> None:
-        self._made.cleanup()
-
-
-def read_settings(folder: Path) -> dict[str, object]:
-    """Read the config of the run that a folder belongs to, and take over its objects."""
-    objects.read(folder)
-    found: dict[str, object] = json.loads((folder / _SETTINGS).read_text())
-    return found

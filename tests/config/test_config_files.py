@@ -107,7 +107,6 @@ COMPOSED = {
     "data/rotten_tomatoes",
     "data/text",
     "engine/deploy",  # by fedraclora deploy alone
-    "engine/flower",  # by fedraclora flower alone
     "experiment/cola_sources",
     "experiment/mrpc_dirichlet",
     "experiment/newsgroups",

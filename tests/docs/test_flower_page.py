@@ -16,10 +16,10 @@ from typing_extensions import override
 import fedraclora
 from fedraclora.client import Round, Trained
 from fedraclora.engines.deploy.local import LocalDeployment
-from fedraclora.engines.flower.superlink import SuperLink
 from fedraclora.engines.programs import Program, end_all
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from tests.superlink import SuperLink
 
 pytestmark = pytest.mark.slow
 

@@ -73,7 +73,6 @@ def test_a_flower_app_is_made_of_it(
     (site / "pyproject.toml").write_text("# of another package, which should not have brought it\n")
     monkeypatch.setattr(app, "CODE", site / "fedraclora")
     monkeypatch.setattr(app, "PROJECT", site / "fedraclora" / "commands" / "app.toml")
-    assert app.checkout() is None
     app.copy_app(tmp_path / "app")
     code = {name for name in wheel if name.endswith((".py", ".yaml"))}
     wanted = {name for name in code if Path(name).parts[1] not in NOT_OF_THE_APP}

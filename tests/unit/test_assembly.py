@@ -55,7 +55,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize(
-    ("engine", "limit"), [("vectorised", None), ("ray", None), ("flower", 5.0)]
+    ("engine", "limit"), [("vectorised", None), ("ray", None), ("deploy", 5.0)]
 )
 def test_only_an_engine_without_limits_of_its_own_gets_one_for_the_round(
     engine: str, limit: float | None

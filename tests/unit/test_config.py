@@ -181,7 +181,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"engine__name": "ray", "engine__gpus": -1}, "engine.gpus is -1"),
         ({"engine__name": "ray", "engine__retries": -1}, "engine.retries is -1"),
         ({"engine__name": "ray", "engine__timeout": 0}, "engine.timeout is 0"),
-        ({"engine__name": "flower", "engine__chunk": 1, "engine__workers": 0}, "workers is 0"),
+        ({"engine__name": "flower"}, "'flower' was removed: use engine=ray"),
         ({"engine__workers": 2}, "unknown key 'engine.workers'"),
         ({"evaluate__every": 0}, "evaluate.every"),
         ({"evaluate__split": "tests"}, "unknown evaluate.split 'tests'; did you mean 'test'"),

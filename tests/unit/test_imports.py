@@ -9,7 +9,6 @@ import pytest
 import ray
 
 import fedraclora
-from fedraclora import objects
 from fedraclora.engines.ray.grid import Resident
 from fedraclora.errors import ConfigError
 from fedraclora.imports import import_object, refuse_run
@@ -45,20 +44,6 @@ def test_no_run_starts_where_a_ray_worker_takes_over_what_it_trains(
     monkeypatch.setattr(ray, "get", lambda reference: reference)
     with pytest.raises(ConfigError, match=f"a Ray worker {REFUSED}"):
         Resident(start_a_run, [None])
-
-
-class StartsARun:
-    """As an object of a module that starts a run where it is imported."""
-
-    def __reduce__(self) -> Any:
-        return start_a_run, ()
-
-
-def test_no_run_starts_where_a_client_process_takes_over_objects(tmp_path: Path) -> None:
-    config = {"model": {"name": objects.NAME, "digest": objects.lend(StartsARun(), "starts")}}
-    objects.write(tmp_path, config)
-    with pytest.raises(ConfigError, match=f"a client process {REFUSED}"):
-        objects.read(tmp_path)
 
 
 def test_main_is_another_program_in_each_process() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedraclora.errors import StaleError, WireError
+from fedraclora.errors import WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
@@ -19,8 +19,6 @@ from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.files import load_tensors
 from fedraclora.weights.replica import (
-    FolderReplica,
-    JobFolder,
     Replica,
     StoredReplica,
     changed_file,
@@ -239,86 +237,3 @@ def test_what_has_changed_lies_beside_the_rest_and_never_beside_another(tmp_path
     again.take(again.base | {"b": base["b"]}, 5, 15)
     changed_file(tmp_path).write_bytes(changed_file(tmp_path).read_bytes()[:-1])
     assert read_stored_replica(tmp_path) is None  # as if nothing were there
-
-
-# --- a folder of this machine --------------------------------------------------------------------
-
-
-@pytest.fixture
-def job() -> Iterator[JobFolder]:
-    folder = JobFolder({})
-    yield folder
-    folder.close()
-
-
-def reader(job: JobFolder) -> FolderReplica:
-    return FolderReplica(job.folder, PLAN, CPU)
-
-
-def names(job: JobFolder) -> list[str]:
-    return sorted(path.stem for path in job.folder.glob("*.safetensors"))
-
-
-@pytest.mark.parametrize("kind", LINKS)
-def test_processes_find_each_version_wherever_they_stand(kind: str, job: JobFolder) -> None:
-    base, steady, lazy = first(), reader(job), reader(job)
-    for i in range(30):
-        link = LINKS[kind](i) if i else None
-        base = base if link is None else apply_link(base, link, PLAN)
-        job.publish(base, i, link)
-        readers = [steady, reader(job), *([lazy] if i % 7 == 0 else [])]
-        for each in readers:
-            found = each.at(i, i + 1)
-            assert digest(found) == digest(base)
-            assert list(found) == list(base)
-            assert each.at(i, i + 2) is found  # read once
-            assert all(t.data_ptr() % 64 == 0 for t in found.values())
-
-
-def test_the_folder_is_begun_anew_when_its_updates_are_as_large_as_the_weights(
-    job: JobFolder,
-) -> None:
-    """102 numbers, 28 a link: the fourth link makes them more."""
-    history("terms", 3, 0, job)
-    assert names(job) == ["000000", "000001", "000002", "000003"]
-    history("terms", 4, 10, job)
-    assert names(job) == ["000014"]
-
-
-def test_weights_that_are_published_again_are_whole(job: JobFolder) -> None:
-    base = history("terms", 2, 0, job)
-    job.publish(base, 2)
-    assert names(job) == ["000002"]
-    assert digest(reader(job).at(2, 3)) == digest(base)
-
-
-def test_a_version_that_is_gone_is_refused_unless_it_is_held(job: JobFolder) -> None:
-    before = history("terms", 1, 0, job)
-    held = reader(job)
-    assert digest(held.at(1, 2)) == digest(before)
-    job.publish(first(), 7)
-    assert digest(held.at(1, 2)) == digest(before)
-    with pytest.raises(WireError, match=r"round 2: .* from version -1 .* to version 1"):
-        reader(job).at(1, 2)
-
-
-def test_a_damaged_file_is_not_trained_on(job: JobFolder) -> None:
-    history("terms", 0, 0, job)
-    (path,) = job.folder.glob("*.safetensors")
-    flipped = bytearray(path.read_bytes())
-    flipped[-5] ^= 1
-    path.write_bytes(flipped)
-    with pytest.raises(WireError, match=r"round 1: version 0 .* damaged"):
-        reader(job).at(0, 1)
-
-
-def test_a_process_that_drifted_finds_the_weights_once_they_are_whole(job: JobFolder) -> None:
-    held = reader(job)
-    history("terms", 0, 0, job)
-    held.at(0, 1)
-    held.base = {**held.base, "w": held.base["w"] + 1e-6}
-    base = history("terms", 2, 0, job)
-    with pytest.raises(StaleError, match=r"round 3: .*version 1 .*them whole"):
-        held.at(2, 3)
-    job.write_whole()
-    assert digest(held.at(2, 3)) == digest(base)

@@ -13,7 +13,6 @@ import pytest
 
 from fedraclora.engines.private_ray import RayFolder
 from fedraclora.temporary import MARKER, PREFIX, PrivateFolder
-from fedraclora.weights.replica import JobFolder
 
 HOLDER = """
 import sys, time
@@ -75,9 +74,8 @@ def test_all_that_a_run_makes_there_is_of_this_kind(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("fedraclora.temporary.SHORT", str(tmp_path))
-    ray, job = RayFolder(), JobFolder({})
-    assert all((folder / MARKER).is_file() for folder in (ray.path, job.folder))
-    assert left(tmp_path) == {ray.path.name, job.folder.name}
+    ray = RayFolder()
+    assert (ray.path / MARKER).is_file()
+    assert left(tmp_path) == {ray.path.name}
     ray.close()
-    job.close()
     assert left(tmp_path) == set()

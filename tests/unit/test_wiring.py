@@ -11,7 +11,7 @@ from typing_extensions import override
 from fedraclora.clients.engines import engine_of, in_process
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, WaitPolicy
+from fedraclora.config.settings import DeployConfig, EngineConfig, WaitPolicy
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.devices.distributions import Constant
@@ -106,7 +106,7 @@ def test_an_engine_of_a_run_that_is_refused_is_ended() -> None:
     assert engine.ended == 1
 
 
-@pytest.mark.parametrize(("name", "command"), [("flower", "flower"), ("deploy", "deploy")])
+@pytest.mark.parametrize(("name", "command"), [("deploy", "deploy")])
 def test_what_is_not_of_this_process_is_refused_with_its_command(name: str, command: str) -> None:
     with pytest.raises(ConfigError, match=rf"engine={name} .*fedraclora {command}"):
         engine_of(config(f"engine={name}"))
@@ -123,7 +123,6 @@ def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
 
 def test_settings_say_how_the_loop_waits() -> None:
     assert EngineConfig().waiting(5) == WaitPolicy()
-    assert FlowerConfig(timeout=7.0).waiting(5) == WaitPolicy(timeout=7.0)
     real = DeployConfig(min_clients=3, timeout=7.0, retries=4, max_samples=9)
     assert real.waiting(5) == WaitPolicy(
         timeout=7.0, untrusted=True, min_clients=3, max_samples=9, retries=4

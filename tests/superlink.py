@@ -1,26 +1,21 @@
-"""A SuperLink on this machine, for runs by ``flwr run`` in Flower's simulation runtime.
+"""A SuperLink in Flower's simulation runtime, for an app of somebody's own.
 
 ``flwr run`` itself would start one that stays alive, with the environment and the working folder
-of its first run. This one belongs to whoever starts it: it listens at a socket in a folder of its
-own, where others cannot come, and ends together with all that it has started.
+of its first run. This one ends together with all that it has started.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from fedraclora.config.settings import FlowerConfig
 from fedraclora.engines import programs
 from fedraclora.engines.deploy.control import Status
-from fedraclora.engines.private_ray import RayFolder, cpus
-from fedraclora.errors import ConfigError, EngineError
+from fedraclora.engines.private_ray import RayFolder
+from fedraclora.errors import EngineError
 from fedraclora.temporary import PrivateFolder
 
 Options = Mapping[str, str | int | float | bool]
@@ -103,35 +98,6 @@ class SuperLink:
                 f"the last words of that: {last}"
             ) from error
         return Ended(str(found["status"]), str(found["status-details"]), run.stdout or "")
-
-
-def run_options(settings: FlowerConfig, device: str, clients: int) -> Options:
-    """Write what an engine is asked for as options of ``flwr run``.
-
-    Raises:
-        ConfigError: If this machine cannot give it.
-    """
-    served = min(32, (os.cpu_count() or 1) + 4)  # threads of the executor that Flower makes
-    workers = min(cpus(), served) if settings.workers is None else settings.workers
-    if workers > served:
-        raise ConfigError(
-            f"engine.workers is {workers}, but Flower serves at most {served} processes at a time "
-            "on this machine: lower it, or use engine=ray"
-        )
-    share = float(device == "cuda") if settings.gpus is None else settings.gpus
-    if share > (there := torch.cuda.device_count()):
-        raise ConfigError(
-            f"engine.gpus is {share:g} for each process, but this machine has {there} GPU(s): "
-            "lower it, or set device=cpu and engine.gpus=null"
-        )
-    return {
-        "num-supernodes": clients,
-        "client-resources-num-cpus": 1,
-        "client-resources-num-gpus": share,
-        "init-args-num-cpus": workers,
-        "init-args-logging-level": "ERROR",
-        "init-args-log-to-driver": False,
-    }
 
 
 def option_words(options: Options) -> str:

@@ -1,1 +1,0 @@
-"""The Flower app inside Flower's simulation runtime, and a SuperLink that runs it."""
