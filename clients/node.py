@@ -224,8 +224,8 @@ def trainer_for(
         )
     if own is not None:
         data = plain["data"]
-        if data.get("samples") is None and data.get("test") is None:
-            data["test_share"] = 0.0  # the server has no sample: a client's are all its own
+        if all(data.get(k) is None for k in ("samples", "test_file", "test_function")):
+            data["test_fraction"] = 0.0  # the server has no sample: a client's are all its own
         data |= {"samples": own, "served": [*clients]}
     return built_from(plain)
 

@@ -16,6 +16,7 @@ from fedraclora.errors import ConfigError, DataError, MissingKeysError, UnreadKe
 from fedraclora.imports import told_as
 from fedraclora.limits import check_size, hints
 from fedraclora.objects import is_named, named_object
+from fedraclora.renamed import renamed
 from fedraclora.trust import is_function
 
 Plain = Mapping[str, object]  # a config, or a part of it, as nested values
@@ -230,8 +231,9 @@ def _bound(
     arguments = {key: value for key, value in given.items() if takes_any or key in parameters}
     for key, value in group.items():
         if key not in parameters and not takes_any:
-            error = unknown("key", f"{kind}.{key}", [f"{kind}.{p}" for p in parameters])
-            raise UnreadKeysError(str(error), [f"{kind}.{key}"])
+            path, known = f"{kind}.{key}", [f"{kind}.{p}" for p in parameters]
+            error = renamed(path) or unknown("key", path, known)
+            raise UnreadKeysError(str(error), [path])
         arguments[key] = coerce(f"{kind}.{key}", value, kinds.get(key, object))
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
     if missing and whole:

@@ -40,7 +40,7 @@ NAMING: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("method", "partition", "aggregator", "server_optimiser", "attack"), ("name",)),
     "local": ("name", "train", "extras"),
     "model": ("name", "function"),
-    "data": ("name", "function", "samples", "test", "loss", "metrics"),
+    "data": ("name", "function", "samples", "test_function", "loss", "metrics"),
     "callbacks": ("",),
     "steps": ("",),
 }

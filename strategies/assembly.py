@@ -127,7 +127,8 @@ def assemble_with(
         if plan.local and not built.classes and not (measuring and measuring.alone):
             raise ConfigError(
                 "head is local, which the server measures by class, but it knows no classes of the "
-                "clients' data: let clients measure alone (evaluate.clients=cohort, no data.test)"
+                "clients' data: let clients measure alone (evaluate.clients=cohort, and no "
+                "data.test_file)"
             )
         base = weights_of(built.task.model)
         draw = Draw(config.seed)
@@ -232,7 +233,7 @@ def watching(
         if (asked := getattr(config.evaluate, key)) is not None and not len(samples):
             raise ConfigError(
                 f"evaluate.{key} is {asked}, but the server has no test samples with prompts: "
-                "leave it out, or give it some (data.test)"
+                "leave it out, or give it some (data.test_file)"
             )
     if config.stop.patience is not None:
         metric = config.stop.metric

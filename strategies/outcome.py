@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 SHOWN = 1000  # clients in partition.png, spread over the population
 NAMED = 8  # notes of a run that begins
-UNMEASURED = "none: the server has no test samples (data.test), so that nobody measures"
+UNMEASURED = "none: the server has no test samples (data.test_file), so that nobody measures"
 OR_CLIENTS = " (evaluate.clients=cohort: clients do, on samples of their own)"
 TITLE = 13  # characters, so that what follows stands in one column
 

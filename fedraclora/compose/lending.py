@@ -33,7 +33,7 @@ TABLES = (".csv", ".tsv", ".tab", ".parquet")
 # Choices whose keys an object has, too: words for these hold.
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)
-FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed", "split")
+FRAME_KEYS = ("features", "missing", "standardise", "test_fraction", "split_seed", "split")
 KINDS = hints(load_table)  # which reads a file by the same keys
 OBJECT_KEYS = ("loss", "metrics", "classes")
 KEPT = {"data": ("labels", "validation", "duplicates"), "model": ("head", "targets")}
@@ -140,7 +140,7 @@ def lend_all(
         _lend_choice(lent, group, given)
     if isinstance(data, str | Path) and str(data).endswith(TABLES):
         lent.words.append("data=table")
-        held_out = "test_share" if is_share(options.get("test")) else "test"
+        held_out = "test_fraction" if is_share(options.get("test")) else "test_file"
         names = {"client": "client", "target": "label", "test": held_out}
         names |= {key: key for key in judged}
         if unknown := [key for key in options if key not in names]:

@@ -57,7 +57,7 @@ KINDS: tuple[tuple[type[AttackedTrainer], type[CohortTrainer]], ...] = (
 
 
 # Keys of data that say where samples are from.
-SOURCES = ("file", "test", "test_file", "samples", "function")
+SOURCES = ("file", "test_file", "test_function", "samples", "function")
 
 
 @dataclass(frozen=True)

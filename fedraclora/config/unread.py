@@ -22,6 +22,7 @@ from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
 from fedraclora.evaluation.metrics import MEASURED, PERSONAL
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.method import Method
+from fedraclora.renamed import renamed
 from fedraclora.training.extras.settings import LocalSettings, SampleLevel
 
 if TYPE_CHECKING:
@@ -183,7 +184,9 @@ def refuse_unknown(plain: Plain, known: Collection[str]) -> None:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Build the error for an unknown key: which is like it, and where all of them are."""
+    """Build the error for an unknown key: its new name, or which is like it and where all are."""
+    if (moved := renamed(key)) is not None:
+        return str(moved)
     group = key.rpartition(".")[0].partition(".")[0]
     known = [*known]
     inside = [other for other in known if other.startswith(f"{group}.")]

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedraclora.data.arrays import load_arrays
-from fedraclora.data.dataset import DataSet, hold_out, select_labels
+from fedraclora.data.dataset import DataSet, select_labels
 from fedraclora.data.digits import load_digits
 from fedraclora.data.fedprox_synthetic import fedprox_synthetic
 from fedraclora.data.glue_instructions import load_glue_instructions
@@ -35,6 +35,7 @@ from fedraclora.data.objects import lent_data, load_function
 from fedraclora.data.own_set import own_samples
 from fedraclora.data.partition import PARTITIONS, make_partition
 from fedraclora.data.shakespeare import load_shakespeare
+from fedraclora.data.split import hold_out
 from fedraclora.data.synthetic import least_squares, logistic_regression
 from fedraclora.data.tabular import load_table
 from fedraclora.data.text import load_text

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import TEST_SHARE, DataSet, Read, refuse_both, train_test
+from fedraclora.data.dataset import DataSet, Read, take
 from fedraclora.data.fit import (
     Form,
     as_scaled,
@@ -38,6 +38,7 @@ from fedraclora.data.frames import (
 from fedraclora.data.locate import Root, resolve, unread
 from fedraclora.data.mnist import parse_idx, read_packed
 from fedraclora.data.samples import Samples
+from fedraclora.data.split import holdout_of
 from fedraclora.data.tables import TARGET_NAMES, is_columns, table_of
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Fraction, limited
@@ -66,8 +67,8 @@ def load_arrays(
     *,
     file: str | None = None,
     root: Root = None,
-    test: str | None = None,
-    test_share: Fraction | None = None,
+    test_file: str | None = None,
+    test_fraction: Fraction | None = None,
     split_seed: int = 0,
     task: ArrayTask = "classification",
     metrics: Sequence[str] | None = None,
@@ -80,8 +81,8 @@ def load_arrays(
             with IDX files for ``train`` and ``t10k``, packed by gzip or not. A path (also relative
             to ``root``) or ``package:NAME/path``.
         root: The folder that paths may be relative to, or None.
-        test: A ``.npz`` file of test samples, where ``file`` has none.
-        test_share: Without test samples, the fraction that is held out, per class; None for 0.2.
+        test_file: A ``.npz`` file of test samples, where ``file`` has none.
+        test_fraction: Without test samples, the fraction that is held out, per class; None for 0.2.
         split_seed: Seed of that choice.
         task: ``classification``, ``regression``, ``multi_label`` (0 or 1 for every output) or
             ``pixel_classes`` (a class for each pixel).
@@ -98,12 +99,12 @@ def load_arrays(
     path = resolve(str(file or ""), key="data.file", root=root)
     arrays = read_folder(path) if path.is_dir() else read_file(path)
     source = f"data.file={file}"
-    refuse_both(test, test_share)
-    if "test_x" in arrays and (test or test_share):
-        key, value = ("test", test) if test else ("test_share", test_share)
-        raise ConfigError(f"data.{key}={value}, but {source} has test samples itself: leave it out")
-    if test is not None:
-        other = read_file(resolve(test, key="data.test", root=root))
+    held = holdout_of(test_fraction, split_seed, test_file=test_file)
+    if "test_x" in arrays and (test_file or test_fraction):
+        said = f"test_file={test_file}" if test_file else f"test_fraction={test_fraction}"
+        raise ConfigError(f"data.{said}, but {source} has test samples itself: leave it out")
+    if test_file is not None:
+        other = read_file(resolve(test_file, key="data.test_file", root=root))
         arrays |= {"test_x": other["x"], "test_target": other["target"]}
     names = _classes(arrays["target"], task, source)
     form = Form(None, (OBJECTIVES | OF_ARRAYS)[task][0])
@@ -111,16 +112,16 @@ def load_arrays(
     train = form.fit(raw, source)
     info = {"source": str(file)} | said_of_inputs(raw, train)
     everyone = owners = _owners(arrays, len(train), source)
-    if "test_x" in arrays:
-        where = source if test is None else f"data.test={test}"
+    if held is None or "test_x" in arrays:
+        where = source if test_file is None else f"data.test_file={test_file}"
         form = replace(form, shape=found_shape(train))
         held_out = form.fit(_samples(arrays["test_x"], arrays["test_target"], names, where), where)
     else:
         labels = train.target.numpy() if task == "classification" else None
-        share = TEST_SHARE if test_share is None else test_share
-        train, held_out, rows = train_test(train, "data.test_share", share, split_seed, labels)
-        info["held_out"] = share
-        owners = owners if owners is None else owners[rows]
+        kept, out = held.split(len(train), labels=labels)
+        train, held_out = take(train, kept), take(train, out)
+        info["held_out"] = held.fraction
+        owners = owners if owners is None else owners[kept]
     return supervised(
         train,
         held_out,

@@ -12,14 +12,11 @@ import torch
 
 from fedraclora.data.samples import ClientData, Entries, Samples
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Composed, Fraction, Limit, choice_of, limited
-from fedraclora.rng import generator
+from fedraclora.limits import Composed, Limit, choice_of
 
 RowNumbers = npt.NDArray[np.int64]
-Split = tuple[RowNumbers, RowNumbers]  # kept rows and held-out rows, both ascending
 Column = npt.NDArray[Any]
 MOST_NAMED = 50  # columns or clients that the summary names
-TEST_SHARE = 0.2  # of the samples, held out where there are no test samples
 FLOAT_TYPES = {"float32": torch.float32, "float64": torch.float64}
 Dtype = Annotated[str, choice_of(FLOAT_TYPES)]
 Clients = Annotated[int, Limit("1 or more", lambda value: value >= 1, key="clients")]
@@ -147,122 +144,6 @@ def classification(
     )
 
 
-def split_rows(
-    rows: int, fraction: float, rng: np.random.Generator, labels: Column | None = None
-) -> Split:
-    """Choose rows to hold out, the same fraction of every label where there are labels.
-
-    Args:
-        rows: Number of rows.
-        fraction: Fraction to hold out, rounded to the nearest count, per label.
-        rng: Where the choice is drawn from.
-        labels: Labels [rows], or None.
-
-    Returns:
-        Kept rows and held-out rows, both ascending; together 0..rows-1.
-
-    Example:
-        >>> kept, held = split_rows(8, 0.25, np.random.default_rng(0), np.array([0, 1] * 4))
-        >>> len(kept), sorted(held % 2)
-        (6, [np.int64(0), np.int64(1)])
-    """
-    groups = [np.arange(rows)]
-    if labels is not None:
-        groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    held_out = np.zeros(rows, dtype=bool)
-    for group in groups:
-        held_out[rng.permutation(group)[: int(fraction * len(group) + 0.5)]] = True
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def split_owners(owners: Column, fraction: float, rng: np.random.Generator) -> Split:
-    """Choose owners whose rows are held out, in random order, until they fill the fraction.
-
-    Args:
-        owners: The owner of each row.
-        fraction: Fraction of the rows, in [0, 1); at least one owner is held out.
-        rng: Where the order is drawn from.
-
-    Returns:
-        Kept rows and held-out rows, both ascending.
-
-    Example:
-        >>> kept, held = split_owners(np.array(list("aabbcc")), 0.3, np.random.default_rng(0))
-        >>> len(kept), len(held)
-        (4, 2)
-    """
-    names, sizes = np.unique(owners, return_counts=True)
-    order = rng.permutation(len(names))
-    filled = int(np.searchsorted(np.cumsum(sizes[order]), fraction * len(owners)))
-    held_out = np.isin(owners, names[order[: filled + 1]])
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def divide(
-    key: str,
-    fraction: float,
-    rows: int,
-    rng: np.random.Generator,
-    *,
-    labels: Column | None = None,
-    owners: Column | None = None,
-) -> Split:
-    """Hold rows out by `split_owners` where there are owners, else by `split_rows`; none by 0.
-
-    Raises:
-        ConfigError: If the fraction leaves one side empty, naming its key.
-    """
-    if fraction == 0:
-        return np.arange(rows), np.arange(0)
-    if owners is None:
-        training, held_out = split_rows(rows, fraction, rng, labels)
-    else:
-        training, held_out = split_owners(owners, fraction, rng)
-    if not len(held_out) or not len(training):
-        raise ConfigError(
-            f"{key}={fraction} of {rows} rows leaves {len(training)} to train on and "
-            f"{len(held_out)} to {'validate' if key == 'data.validation' else 'test'} on: choose "
-            "another fraction"
-        )
-    return training, held_out
-
-
-def refuse_both(test: str | None, test_share: float | None) -> None:
-    """Reject settings that name two sources of test samples.
-
-    Raises:
-        ConfigError: If test samples are named, and a share is to be held out, too.
-    """
-    if test is not None and test_share is not None:
-        raise ConfigError(
-            f"data.test={test} names the test samples, and data.test_share={test_share} holds some "
-            "out: leave one of them out"
-        )
-
-
-def train_test(
-    samples: Samples, key: str, fraction: float, split_seed: int, labels: Column | None
-) -> tuple[Samples, Samples, RowNumbers]:
-    """Split samples into train and test, stratified by label where there are labels.
-
-    Args:
-        samples: All samples.
-        key: Of the config, for messages.
-        fraction: Fraction to hold out, 0 for nothing.
-        split_seed: Seed of the choice.
-        labels: Of each sample, or None.
-
-    Returns:
-        Both sides, and the rows of the first.
-
-    Raises:
-        ConfigError: If the fraction leaves one side empty.
-    """
-    rng = generator(split_seed, "split", "test")
-    training, held_out = divide(key, fraction, len(samples), rng, labels=labels)
-    return take(samples, training), take(samples, held_out), training
-
-
 def take(samples: Samples, rows: RowNumbers) -> Samples:
     """Select rows by a numpy index."""
     return samples.take(torch.from_numpy(rows))
@@ -325,42 +206,6 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         info=selected.info | {"labels": chosen} | named,
         reading=selected.reading | {"classes": names},
     )
-
-
-@limited("data")
-def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, Samples | None]:
-    """Take validation samples out of the training samples: by class, or by `DataSet.held_by`.
-
-    Args:
-        data: The data set.
-        validation: Fraction of the training samples, in [0, 1); 0 leaves the data set as it is.
-        seed: The seed of the run.
-
-    Returns:
-        The data set without the held-out rows (columns and parts follow; ``optimum`` is
-        dropped, for the objective is another one), and the held-out samples or None.
-
-    Raises:
-        ConfigError: If the fraction (key ``data.validation``) leaves one side empty.
-    """
-    if validation == 0:
-        return data, data.validation
-    if data.validation is not None:
-        raise ConfigError(
-            f"data.validation={validation}, but the data say which rows are for it: leave it at 0"
-        )
-    if not len(data.train):
-        raise ConfigError(
-            f"data.validation={validation}, but these clients bring all training samples, and none "
-            "of them is at the server: leave data.validation at 0"
-        )
-    rng = generator(seed, "split", "validation")
-    owners = None if data.held_out_by is None else data.columns[data.held_out_by]
-    labels = data.columns.get("label")
-    training, held_out = divide(
-        "data.validation", validation, len(data.train), rng, labels=labels, owners=owners
-    )
-    return keep_rows(data, training), take(data.train, held_out)
 
 
 def keep_rows(data: DataSet, rows: RowNumbers) -> DataSet:

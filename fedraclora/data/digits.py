@@ -7,22 +7,23 @@ from functools import cache
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import DataSet, classification, train_test
+from fedraclora.data.dataset import DataSet, classification, take
 from fedraclora.data.locate import package_path
 from fedraclora.data.samples import Samples
+from fedraclora.data.split import Holdout
 from fedraclora.limits import Fraction, limited
 
 DIGITS_FILE = "datasets/data/digits.csv.gz"
 
 
 @limited("data")
-def load_digits(*, test: Fraction = 0.25, split_seed: int = 0) -> DataSet:
+def load_digits(*, test_fraction: Fraction = 0.25, split_seed: int = 0) -> DataSet:
     """Load the digits that come with scikit-learn.
 
     Too small to tell low-rank methods apart; for first runs and tests.
 
     Args:
-        test: Fraction held out for the test, per class.
+        test_fraction: Fraction held out for the test, per class.
         split_seed: Seed of that split; apart from the seed of the run, so that all runs of a
             comparison are measured on the same samples.
 
@@ -30,15 +31,16 @@ def load_digits(*, test: Fraction = 0.25, split_seed: int = 0) -> DataSet:
         Inputs ``"x"`` float32 [N, 64] in [0, 1], ten classes.
 
     Raises:
-        ConfigError: If ``test`` leaves one side empty.
+        ConfigError: If ``test_fraction`` leaves one side empty.
     """
     images, labels = _read()
     samples = Samples(
         {"x": torch.from_numpy(images).to(torch.float32) / 16}, torch.from_numpy(labels).long()
     )
-    train, held_out, _ = train_test(samples, "data.test", test, split_seed, labels)
+    kept, held = Holdout(test_fraction, split_seed).split(len(samples), labels=labels)
     scale: dict[str, object] = {"subtract": 0.0, "divide_by": 16.0}
-    return classification(train, held_out, 10, {"source": "scikit-learn digits"}, reading=scale)
+    train, test = take(samples, kept), take(samples, held)
+    return classification(train, test, 10, {"source": "scikit-learn digits"}, reading=scale)
 
 
 @cache

@@ -21,7 +21,7 @@ def fedprox_synthetic(
     clients: Annotated[Clients, OF_RUN],
     alpha: NotNegative | None = 1.0,
     beta: NotNegative | None = 1.0,
-    test: Fraction = 0.1,
+    test_fraction: Fraction = 0.1,
     seed: int = 0,
     dtype: Dtype = "float32",
 ) -> DataSet:
@@ -40,7 +40,7 @@ def fedprox_synthetic(
         clients: Number of clients; 30 in the paper. Each has 50 samples, and exp(N(4, 2^2)) more.
         alpha: How far the clients' labels differ; None: one W and b for all, drawn with u = 0.
         beta: How far the clients' inputs differ; None: v_k = 0. Both None: Synthetic-IID.
-        test: Fraction of each client's samples, the last ones, that are held out.
+        test_fraction: Fraction of each client's samples, the last ones, that are held out.
         seed: Seed of the problem; apart from the seed of the run.
         dtype: ``float32`` or ``float64``.
 
@@ -68,7 +68,7 @@ def fedprox_synthetic(
         weight, bias = shared or _labeller(rng, labels_about[client])
         x.append(means[client] + rng.standard_normal((count, FEATURES)) * deviation)
         y.append((x[-1] @ weight + bias).argmax(axis=1))
-    kept = (sizes * (1 - test)).astype(np.int64)
+    kept = (sizes * (1 - test_fraction)).astype(np.int64)
 
     def table(parts: list[slice]) -> Samples:
         inputs = np.concatenate([own[part] for own, part in zip(x, parts, strict=True)])

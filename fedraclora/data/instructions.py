@@ -11,9 +11,10 @@ import numpy as np
 
 from fedraclora.data.chat import Chat, Encoded, packed, padded
 from fedraclora.data.conversations import Conversation, RowForm, read_conversations
-from fedraclora.data.dataset import DataSet, Read, divide
+from fedraclora.data.dataset import DataSet, Read
 from fedraclora.data.locate import Root, check_file, resolve
 from fedraclora.data.own_loss import IGNORED_TOKEN
+from fedraclora.data.split import holdout_of
 from fedraclora.errors import DataError
 from fedraclora.limits import Composed, Count, Fraction, Later, choice_of, limited, whole_from
 from fedraclora.rng import generator
@@ -45,7 +46,7 @@ def load_instructions(
     packing: bool = False,
     cut_away: Annotated[str, choice_of(("error", "drop"))] = "error",
     metrics: Sequence[str] | None = None,
-    test: Fraction = 0.2,
+    test_fraction: Fraction | None = None,
     split_seed: int = 0,
     subsample: Count | None = None,
     sha256: str | None = None,
@@ -74,7 +75,8 @@ def load_instructions(
             ``client``) into one sample.
         cut_away: What becomes of a conversation whose response does not fit: error or drop.
         metrics: Names of metrics, the headline first; None: perplexity, token_accuracy, loss.
-        test: Fraction of the rows (of each client) held out where there is no ``test_file``.
+        test_fraction: Fraction of the rows (of each client) held out; None: 0.2 without
+            ``test_file``.
         split_seed: Seed of that split, and of ``subsample``.
         subsample: Training rows to draw, or None for all.
         sha256: SHA-256 of ``file``, or None.
@@ -100,13 +102,13 @@ def load_instructions(
 
     whole = read(str(file or ""), "data.file", sha256, form)
     everyone = np.array([str(one.client) for one in whole])
-    if test_file is not None:
-        held = read(test_file, "data.test_file", test_sha256, replace(form, client=None))
+    holdout = holdout_of(test_fraction, split_seed, test_file=test_file)
+    if holdout is None:
+        held = read(str(test_file), "data.test_file", test_sha256, replace(form, client=None))
     else:
         # The same fraction of each client.
         owners = None if client is None else everyone
-        rng = generator(split_seed, "split", "test")
-        kept, out = divide("data.test", test, len(whole), rng, labels=owners)
+        kept, out = holdout.split(len(whole), labels=owners)
         whole, held = [whole[row] for row in kept], [whole[row] for row in out]
     if subsample is not None:
         drawn = generator(split_seed, "split", "subsample").permutation(len(whole))[:subsample]

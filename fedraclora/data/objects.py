@@ -19,13 +19,9 @@ import torch
 
 from fedraclora.binding import call_function
 from fedraclora.data.dataset import (
-    TEST_SHARE,
     Column,
     DataSet,
     RowNumbers,
-    keep_rows,
-    split_rows,
-    take,
 )
 from fedraclora.data.fingerprint import called_twice
 from fedraclora.data.fit import Form, found_shape, outputs_for, said_of_inputs, scale_of_bytes
@@ -39,6 +35,7 @@ from fedraclora.data.objective import (
 from fedraclora.data.own_loss import named_loss
 from fedraclora.data.samples import Entries, Samples, length, parts_of, stand_in
 from fedraclora.data.similar_names import check_similar
+from fedraclora.data.split import TEST_FRACTION, hold_out_test, holdout_of
 from fedraclora.data.tables import (
     column_of,
     divided_by,
@@ -52,9 +49,8 @@ from fedraclora.data.tables import (
 )
 from fedraclora.data.tabular import TableForm
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.limits import Count, limited
+from fedraclora.limits import Count, Fraction, limited
 from fedraclora.objects import lend, lent, object_digest
-from fedraclora.rng import generator
 from fedraclora.tree import digest
 
 
@@ -98,9 +94,9 @@ def data_of(
         DataError: If samples are not what they should be, naming the client.
     """
     loss, metrics = check_names(loss, metrics)
-    share = TEST_SHARE
+    share = TEST_FRACTION
     if is_share(test):
-        share, test, frame = float(test), None, {**(frame or {}), "test_share": float(test)}
+        share, test, frame = float(test), None, {**(frame or {}), "test_fraction": float(test)}
     if is_frame(data):
         how = TableForm(target, client, metrics=metrics, **(frame or {}))
         return of_frame(data, test, loss, how)
@@ -147,7 +143,7 @@ def data_of(
         tests=[own_tests.get(k) for k in range(len(tables))] if own_tests else (),
         entries=Entries.of(objects, sizes),
     )
-    return without_test(found, share) if held_out is None and share else found
+    return hold_out_test(found, share) if held_out is None and share else found
 
 
 def parted(data: object) -> tuple[object, dict[int, Any]]:
@@ -309,24 +305,6 @@ def stacked(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
     return Samples.join(tables)
 
 
-def without_test(data: DataSet, share: float) -> DataSet:
-    """Hold a share of each client's samples out; of all rows where they are not divided yet."""
-    rng, rows = generator(0, "split", "test"), np.arange(len(data.train))
-    parts = data.parts if isinstance(data.parts, list) else [rows]
-    held_out = []
-    for part in parts:
-        stay, out = split_rows(len(part), share, rng)
-        held_out.append(part[out] if len(stay) else part[:0])
-    out = np.sort(np.concatenate(held_out))
-    if not len(out):
-        raise DataError(
-            f"the clients have {len(rows)} samples in all, of which none can be held out to "
-            "measure on: say test=... (test=0: the server measures nothing)"
-        )
-    kept = keep_rows(data, np.setdiff1d(np.concatenate(parts), out))
-    return replace(kept, test=take(data.train, out), info=data.info | {"held_out": share})
-
-
 def data_digest(data: DataSet) -> str:
     """Hash the samples and their division."""
     h = hashlib.sha256()
@@ -351,7 +329,8 @@ def load_function(
     *,
     function: str = "",
     parameters: Mapping[str, object] | None = None,
-    test: str | None = None,
+    test_fraction: Fraction | None = None,
+    test_function: str | None = None,
     client: str | None = None,
     target: str | None = None,
     loss: str | Mapping[str, object] | None = None,
@@ -364,8 +343,9 @@ def load_function(
         function: ``package.module:function``, which returns what `fedraclora.simulate` takes as
             its ``data``: a list of clients, or one table, which ``partition`` divides.
         parameters: Its arguments, by name.
-        test: What returns the samples to measure on, with the same arguments; None: a fifth of
-            those of each client are held out.
+        test_fraction: The fraction of each client's samples that is held out; None: 0.2 without
+            ``test_function``; 0: the server has no sample.
+        test_function: What returns the samples to measure on, with the same arguments.
         client: The column that says whose a row is, where it returns a table with columns.
         target: The column to predict; None: label, labels or target.
         loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``; a mapping of
@@ -385,9 +365,10 @@ def load_function(
         call = partial(call_function, key, name, parameters=parameters, at="data.parameters")
         return called_twice(f"{key}={name}", call)
 
+    held = holdout_of(test_fraction, 0, test_function=test_function)
     found = data_of(
         called("data.function", function),
-        test=None if test is None else called("data.test", test),
+        test=called("data.test_function", test_function) if held is None else held.fraction,
         client=client,
         target=target,
         loss=None if loss is None else named_loss(loss),

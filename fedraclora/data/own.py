@@ -16,17 +16,17 @@ import torch
 
 from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
-from fedraclora.data.dataset import RowNumbers, split_rows, take
+from fedraclora.data.dataset import take
 from fedraclora.data.fingerprint import called_twice
 from fedraclora.data.fit import Form, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.locate import user_path
 from fedraclora.data.samples import Samples, length, parts_of, picked, stand_in
+from fedraclora.data.split import NO_HOLDOUT, Holdout
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.rng import generator
 from fedraclora.trust import is_function
 
 ONLY_FILE = "train.npz"  # the file of a folder that is one client's
-ARGUMENTS = "data.arguments"
+PARAMETERS = "data.parameters"
 
 
 def counted(samples: str | None, clients: int | None) -> int:
@@ -74,11 +74,11 @@ def _numbers(folder: Path) -> set[int]:
 
 
 def asked_of(
-    source: str, client: int, arguments: Mapping[str, object] | None, *, twice: bool = False
+    source: str, client: int, parameters: Mapping[str, object] | None, *, twice: bool = False
 ) -> Any:
     """Ask a function for what a client has; arguments are those of `read_own`."""
     call = partial(
-        call_function, "data.samples", source, client, parameters=arguments, at=ARGUMENTS
+        call_function, "data.samples", source, client, parameters=parameters, at=PARAMETERS
     )
     return called_twice(f"data.samples={source}, client {client}:", call) if twice else call()
 
@@ -88,7 +88,7 @@ def read_own(
     client: int,
     *,
     alone: bool = False,
-    arguments: Mapping[str, object] | None = None,
+    parameters: Mapping[str, object] | None = None,
     twice: bool = False,
 ) -> tuple[Samples, Samples | None]:
     """Read the samples of one client.
@@ -98,7 +98,7 @@ def read_own(
             ``<id>.npz``, or ``train.npz`` where it has one client's alone.
         client: The id.
         alone: Whether no other client can mean the same folder.
-        arguments: Further ones of the function, by name.
+        parameters: Further arguments of the function, by name.
         twice: Whether the function is called twice, and refused if it gives something else then.
 
     Returns:
@@ -111,7 +111,7 @@ def read_own(
     """
     where = f"client {client} (data.samples={source})"
     if is_function(source):
-        train, own = parts_of(asked_of(source, client, arguments, twice=twice))
+        train, own = parts_of(asked_of(source, client, parameters, twice=twice))
         return gathered(train, where), None if own is None else gathered(own, f"{where}, test")
     folder = _folder(source)
     named, only = folder / f"{client}.npz", folder / ONLY_FILE
@@ -136,9 +136,8 @@ class Brought:
         num_clients: Size of the population.
         form: What samples look like.
         only: The clients that are here; None: all are, if any.
-        share: Fraction of each client's samples that is held out, to measure on.
-        split_seed: Of that choice.
-        arguments: Further ones of the function, by name.
+        holdout: How samples of each client are held out, to measure on.
+        parameters: Further arguments of the function, by name.
         device, dtype: Where to, and what floating samples become; None: as they come.
         objects: Whether the function gives what only a training function of the user's reads.
         reading: What was done to the numbers of those that were looked at (`DataSet.reading`).
@@ -149,9 +148,8 @@ class Brought:
     num_clients: int
     form: Form
     only: Sequence[int] | None = None
-    share: float = 0.0
-    split_seed: int = 0
-    arguments: Mapping[str, object] = field(default_factory=dict)
+    holdout: Holdout = NO_HOLDOUT
+    parameters: Mapping[str, object] = field(default_factory=dict)
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
     objects: bool = False
@@ -173,10 +171,10 @@ class Brought:
         if client not in self._found:
             whole = self.whole(client)
             self._read.pop(client, None)
-            training, held_out = self._training(len(whole), client)
+            training, held_out = self.holdout.split_client(len(whole), client)
             found = take(whole, training) if len(held_out) else whole
             self._found[client] = found.to(self.device, self.dtype)
-            if self.share and self.only is None:
+            if self.holdout.fraction and self.only is None:
                 self._held_out[client] = take(whole, held_out)
         return self._found[client]
 
@@ -188,10 +186,10 @@ class Brought:
         """
         if client not in self._own:
             twice = self.objects and not self._own
-            found = asked_of(str(self.source), client, self.arguments, twice=twice)
+            found = asked_of(str(self.source), client, self.parameters, twice=twice)
             found = found if self.objects else parts_of(found)[0]
             size = length(found) if self.objects else len(self.whole(client))
-            rows = self._training(size, client)[0]
+            rows = self.holdout.split_client(size, client)[0]
             self._own[client] = found if len(rows) == size else picked(found, rows)
         return self._own[client]
 
@@ -203,13 +201,6 @@ class Brought:
             self.whole(client)
         found = self._tests.get(client)
         return None if found is None else found.to(self.device, self.dtype)
-
-    def _training(self, size: int, client: int) -> tuple[RowNumbers, RowNumbers]:
-        """Choose the rows that a client trains on, and those that are held out."""
-        rng = generator(self.split_seed, "split", "test", client)
-        training, held_out = split_rows(size, self.share, rng)
-        # A client has something to train on.
-        return (training, held_out) if len(training) else (held_out, training)
 
     def held_out(self) -> Samples:
         """Return the samples of all clients that they do not train on."""
@@ -232,9 +223,9 @@ class Brought:
         if self.objects:
             return stand_in(length(self.own(client)))
         if client not in self._read:
-            alone, said = len(self.only or range(self.num_clients)) == 1, self.arguments
+            alone, said = len(self.only or range(self.num_clients)) == 1, self.parameters
             twice = not self._tests  # the first one stands for all
-            found, test = read_own(self.source, client, alone=alone, arguments=said, twice=twice)
+            found, test = read_own(self.source, client, alone=alone, parameters=said, twice=twice)
             self._read[client] = found
             where = f"client {client}, test (data.samples={self.source})"
             self._tests[client] = None if test is None else self.form.fit(test, where)

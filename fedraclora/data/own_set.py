@@ -13,15 +13,16 @@ import torch
 
 from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
-from fedraclora.data.dataset import OF_RUN, TEST_SHARE, Clients, DataSet, refuse_both
+from fedraclora.data.dataset import OF_RUN, Clients, DataSet
 from fedraclora.data.fingerprint import called_twice
 from fedraclora.data.fit import Form, found_shape, gathered, scale_of_bytes
 from fedraclora.data.locate import user_path
 from fedraclora.data.objective import has_classes, said_like, usual_metrics
-from fedraclora.data.own import ARGUMENTS, Brought, counted
+from fedraclora.data.own import PARAMETERS, Brought, counted
 from fedraclora.data.own_loss import IGNORED_TOKEN, named_loss
 from fedraclora.data.partition import SIZES_SEEN, spread_clients
 from fedraclora.data.samples import Samples, stand_in
+from fedraclora.data.split import NO_HOLDOUT, Holdout, holdout_of
 from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.limits import Count, Fraction, Later, Part, limited
@@ -37,9 +38,10 @@ def own_samples(
     classes: Count | None = None,
     shape: Sequence[int] | None = None,
     samples: str | None = None,
-    arguments: Mapping[str, object] | None = None,
-    test: str | None = None,
-    test_share: Fraction | None = None,
+    parameters: Mapping[str, object] | None = None,
+    test_file: str | None = None,
+    test_function: str | None = None,
+    test_fraction: Fraction | None = None,
     split_seed: int = 0,
     served: Annotated[Sequence[int] | None, OF_A_NODE] = None,
     objects: Annotated[bool, Later()] = False,
@@ -54,10 +56,11 @@ def own_samples(
         shape: Shape of one input ``"x"``; empty for token ids; None: as the samples have.
         samples: Those of the clients: a folder or ``package.module:function``. A node sets it from
             its own configuration; in a simulation it has the samples of every client.
-        arguments: Of the functions that ``samples`` and ``test`` name, by name.
-        test: Those that the server measures on: a ``.npz`` file or ``package.module:function``.
-        test_share: Without them, the fraction of each client's samples that is held out for it; 0:
-            the server has no sample; None: 0.2, and 0 where it has no samples of clients.
+        parameters: Of the functions that ``samples`` and ``test_function`` name, by name.
+        test_file: Those that the server measures on: a ``.npz`` file.
+        test_function: The same: ``package.module:function``, which returns them.
+        test_fraction: Without them, the fraction of each client's samples that is held out for
+            it; 0: the server has no sample; None: 0.2, and 0 where it has no samples of clients.
         split_seed: Seed of that choice.
         served: Set by a node: its clients. Nothing is measured there.
         objects: Whether the function ``samples`` gives what only ``local.train`` reads (texts,
@@ -77,26 +80,30 @@ def own_samples(
     loss = named_loss(loss)
     like = said_like(loss)
     form = Form(None if shape is None else tuple(shape), like or loss, classes)
-    share, said = _share(test, test_share, samples), arguments or {}
-    functions = [name for name in (samples, test) if name is not None and is_function(name)]
-    if said and samples is not None and not functions:
+    named = {"test_file": test_file, "test_function": test_function}
+    holdout, said = _holdout(named, test_fraction, split_seed, samples), parameters or {}
+    function = test_function or (samples is not None and is_function(samples))
+    if said and samples is not None and not function:
         raise ConfigError(
-            f"data.arguments is {dict(said)}, and no function is named that would get them: name "
-            "one as data.samples or data.test, or leave them out"
+            f"data.parameters is {dict(said)}, and no function is named that would get them: name "
+            "one as data.samples or data.test_function, or leave them out"
         )
     count = counted(samples, clients)
     if objects:
-        if test is not None or test_share:
-            raise ConfigError("data.objects is true, of which nobody measures: leave data.test out")
+        if any(named.values()) or test_fraction:
+            key = next((k for k, value in named.items() if value), "test_fraction")
+            raise ConfigError(
+                f"data.objects is true, and nobody measures on objects: leave data.{key} out"
+            )
         if samples is not None and not is_function(samples):
             raise ConfigError(f"data.samples is {samples}; with data.objects a function is wanted")
-        brought = Brought(samples, count, form, served, arguments=said, objects=True)
+        brought = Brought(samples, count, form, served, parameters=said, objects=True)
         info: dict[str, object] = {"source": "each client's own", "loss_from": "nobody measures"}
         nothing = stand_in(0)
         return DataSet(nothing, nothing, 1, loss, (), {}, (), brought, info=info)
-    brought = Brought(samples, count, form, served, share, split_seed, said)
+    brought = Brought(samples, count, form, served, holdout, said)
     if served is None:
-        brought, measured = _measured(brought, test)
+        brought, measured = _measured(brought, test_file, test_function)
         form = brought.form
     elif classes is None:
         raise ConfigError("data.classes is not set, and a node cannot know it")
@@ -113,40 +120,41 @@ def own_samples(
         sample_shape=form.shape if form.shape is not None else found_shape(measured),
         parts=brought,
         info={"source": "each client's own", **brought.told}
-        | ({"held_out": share} if share else {}),
+        | ({"held_out": holdout.fraction} if holdout.fraction else {}),
         reading=dict(brought.reading),
         like=like,
     )
 
 
-def _share(test: str | None, share: float | None, samples: str | None) -> float:
-    """Fraction of each client's samples that is held out.
+def _holdout(
+    named: Mapping[str, str | None], fraction: float | None, seed: int, samples: str | None
+) -> Holdout:
+    """Decide how samples of each client are held out.
 
     Raises:
         ConfigError: If there are two answers to the question what is measured on, or a share of
             samples that the server does not have.
     """
-    refuse_both(test, share)
-    if samples is None and share:
+    found = holdout_of(fraction, seed, **named)
+    if samples is None and fraction:
         raise ConfigError(
-            f"data.test_share={share} holds samples of clients out for the server, and those of "
-            "this run are with their owners: leave it out; what the server is to measure on, if "
-            "anything, is data.test, a .npz file or package.module:function"
+            f"data.test_fraction={fraction} holds samples of clients out for the server, and those "
+            "of this run are with their owners: leave it out; what the server is to measure on, if "
+            "anything, is data.test_file or data.test_function"
         )
-    if test is not None or samples is None:
-        return 0.0
-    return TEST_SHARE if share is None else share
+    return NO_HOLDOUT if found is None or samples is None else found
 
 
-def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
+def _measured(brought: Brought, file: str | None, function: str | None) -> tuple[Brought, Samples]:
     """Find what is measured on, and with it what samples look like."""
-    named, where = None, f"data.test={test}"
-    if test is not None:
-        if is_function(test):
-            call = partial(call_function, "data.test", test, parameters=brought.arguments)
-            named = gathered(called_twice(where, partial(call, at=ARGUMENTS)), where)
-        else:
-            named = read_npz(user_path("data.test", test), where)
+    named, where = None, f"data.test_file={file}"
+    if file is not None:
+        named = read_npz(user_path("data.test_file", file), where)
+    elif function is not None:
+        key, where = "data.test_function", f"data.test_function={function}"
+        call = partial(call_function, key, function, parameters=brought.parameters, at=PARAMETERS)
+        named = gathered(called_twice(where, call), where)
+    if named is not None:
         brought.reading.update(scale_of_bytes(named))
     if brought.form.classes is None or brought.form.shape is None:
         tables = [] if named is None else [brought.form.fit(named, where)]
@@ -156,13 +164,13 @@ def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
         brought = replace(brought, form=_completed(brought.form, tables))
     if named is not None:
         return brought, brought.form.fit(named, where)
-    if not brought.share:
+    if not brought.holdout.fraction:
         return brought, brought.form.nothing()
     table = brought.held_out()
     if not len(table):
         raise ConfigError(
-            f"data.test_share={brought.share} holds no sample out: raise it, or name test samples "
-            "with data.test"
+            f"data.test_fraction={brought.holdout.fraction} holds no sample out: raise it, or name "
+            "test samples with data.test_file or data.test_function"
         )
     return brought, table
 
@@ -173,7 +181,7 @@ def _completed(form: Form, tables: Sequence[Samples]) -> Form:
         raise ConfigError(
             "data.classes or data.shape is not set, and the server has no sample that would tell: "
             "say how many outputs there are (1 for a number) and the shape of one input x ([] for "
-            "token ids), for example data.classes=10 data.shape=[28,28]; or give it data.test"
+            "token ids), for example data.classes=10 data.shape=[28,28]; or name test samples"
         )
     first, classes = tables[0], form.classes
     if classes is None and read_as(form.loss).numbers:

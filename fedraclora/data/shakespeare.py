@@ -35,7 +35,7 @@ def load_shakespeare(
     root: Root = None,
     length: Annotated[int, whole_from(2)] = 64,
     least: Count = 2000,
-    test: Fraction = 0.1,
+    test_fraction: Fraction = 0.1,
     aside: Sequence[str] | None = None,
 ) -> DataSet:
     """Load the plays as windows of characters for a causal language model.
@@ -46,8 +46,8 @@ def load_shakespeare(
         root: The folder that paths may be relative to, or None.
         length: Characters of a window; what is left over at the end of a role is dropped.
         least: Characters that a role has at least; smaller roles are left out.
-        test: Fraction of each role's windows, the last ones, that are held out (rounded, but at
-            least one window trains and one tests).
+        test_fraction: Fraction of each role's windows, the last ones, that are held out (rounded,
+            but at least one window trains and one tests).
         aside: Genres (folders) or plays set aside for pretraining; None for none.
 
     Returns:
@@ -88,8 +88,9 @@ def load_shakespeare(
             f"data.least={least}, data.length={length}: no role of these plays has as much text "
             "as a client needs; lower one of the two"
         )
-    train, held_out = _split(windows, test)
-    counts = [len(_kept(w, test)) for w in windows.values()]
+    apart = cut(role for role in roles if role[0] in chosen)
+    train, held_out = _split(windows, test_fraction)
+    counts = [len(_kept(w, test_fraction)) for w in windows.values()]
     return DataSet(
         train=train,
         test=held_out,
@@ -101,7 +102,7 @@ def load_shakespeare(
             "play": np.repeat([play for play, _ in windows], counts),
         },
         sample_shape=(),
-        aside=_split(cut(role for role in roles if role[0] in chosen), test) if chosen else None,
+        aside=_split(apart, test_fraction) if chosen else None,
         info={"source": path, "roles": len(windows), "symbols": "".join(symbols)},
         reading={"symbols": "".join(symbols)},
     )
@@ -134,15 +135,15 @@ def _named(plays: dict[str, Path], names: Sequence[str]) -> set[str]:
     return {play for play, file in plays.items() if play in names or file.parent.name in names}
 
 
-def _kept(windows: Windows, test: float) -> Windows:
+def _kept(windows: Windows, fraction: float) -> Windows:
     """The windows of a role that are trained on."""
-    held_out = min(max(1, round(test * len(windows))), len(windows) - 1)
+    held_out = min(max(1, round(fraction * len(windows))), len(windows) - 1)
     return windows[: len(windows) - held_out]
 
 
-def _split(roles: dict[Role, Windows], test: float) -> tuple[Samples, Samples]:
+def _split(roles: dict[Role, Windows], fraction: float) -> tuple[Samples, Samples]:
     """Split the windows of all roles into training and test samples, role after role."""
-    training = np.concatenate([_kept(windows, test) for windows in roles.values()])
-    held_out = np.concatenate([w[len(_kept(w, test)) :] for w in roles.values()])
+    training = np.concatenate([_kept(windows, fraction) for windows in roles.values()])
+    held_out = np.concatenate([w[len(_kept(w, fraction)) :] for w in roles.values()])
     train, tested = torch.from_numpy(training), torch.from_numpy(held_out)
     return Samples({"input_ids": train}, train), Samples({"input_ids": tested}, tested)

@@ -12,12 +12,10 @@ import torch
 
 from fedraclora.data.dataset import (
     MOST_NAMED,
-    TEST_SHARE,
     DataSet,
     Read,
     RowNumbers,
-    refuse_both,
-    train_test,
+    take,
 )
 from fedraclora.data.fit import as_scaled, scale_of
 from fedraclora.data.frames import (
@@ -31,6 +29,7 @@ from fedraclora.data.frames import (
 )
 from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
+from fedraclora.data.split import holdout_of, rows_by_use
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Fraction, Later, choice_of, limited
 
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 ColumnNames = str | int | Sequence[str | int]
 USUAL = 0.9  # of the values of a column, by their distance from the median
 MERGED = 10  # different values that become one
-SPLITS = ("train", "test", "validation")  # values of the column of splits
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class TableForm:
     label: str | int | None
     client: str | int | None = None
     features: ColumnNames | None = None
-    test_share: float | None = None
+    test_fraction: float | None = None
     split_seed: int = 0
     task: str = "classification"
     metrics: Sequence[str] | None = None
@@ -134,8 +132,8 @@ def load_table(
     client: str | int | None = None,
     features: ColumnNames | None = None,
     root: Root = None,
-    test: str | None = None,
-    test_share: Fraction | None = None,
+    test_file: str | None = None,
+    test_fraction: Fraction | None = None,
     split_seed: int = 0,
     task: TaskName = "classification",
     metrics: Sequence[str] | None = None,
@@ -153,8 +151,8 @@ def load_table(
         client: The column that says whose a row is, or None.
         features: The columns to predict from; None for all others that hold numbers.
         root: The folder that paths may be relative to, or None.
-        test: A file of test rows, or None to hold rows of ``file`` out.
-        test_share: The fraction that is held out, per class; None for 0.2.
+        test_file: A file of test rows, or None to hold rows of ``file`` out.
+        test_fraction: The fraction that is held out, per class; None for 0.2.
         split_seed: Seed of that choice.
         task: ``classification`` or ``regression``.
         metrics: Names of metrics, the headline first; None for those usual for the task.
@@ -172,20 +170,20 @@ def load_table(
         ConfigError: If a key is wrong, naming it.
         DataError: If a file is missing, or rows cannot be used.
     """
-    refuse_both(test, test_share)
+    holdout_of(test_fraction, split_seed, test_file=test_file, split=split)  # before a file is read
 
     def read(spelling: str, key: str, *columns: str | int | None) -> NamedTable:
         path = resolve(spelling, key=key, root=root)
         return NamedTable.read(path, [str(c) for c in columns if c is not None], separator)
 
     table = read(str(file or ""), "data.file", label, client, split)
-    held_out = None if test is None else read(test, "data.test", label)
+    tested = None if test_file is None else read(test_file, "data.test_file", label)
     how = TableForm(
-        *(label, client, features, test_share, split_seed),
+        *(label, client, features, test_fraction, split_seed),
         *(task, metrics, standardise, missing, separator),
         split=split,
     )
-    return of_frames(table, held_out, how, str(file))
+    return of_frames(table, tested, how, str(file))
 
 
 def of_frames(
@@ -199,8 +197,10 @@ def of_frames(
         how: How they are read.
         source: What the summary calls the table.
     """
+    tested = None if test is None else test.path
+    held = holdout_of(how.test_fraction, how.split_seed, test_file=tested, split=how.split)
     if how.split is not None:
-        return _of_splits(table, test, how, source)
+        return _of_splits(table, how, source)
     frame, path = table.frame, table.path
     if how.label is None:
         raise ConfigError(
@@ -217,11 +217,10 @@ def of_frames(
     train = Samples({"x": x}, target_of(labels, classes))
     owners = None if clients is None else np.array(clients)
     everyone = None if owner is None else np.array(_written(frame[owner].dropna()))
-    share = TEST_SHARE if how.test_share is None else how.test_share
-    if test is None:
+    if held is not None:
         strata = np.array(labels) if how.task == "classification" else None
-        split = ("data.test_share", share, how.split_seed, strata)
-        train, held_out, rows = train_test(train, *split)
+        rows, out = held.split(len(train), labels=strata)
+        train, held_out = take(train, rows), take(train, out)
         owners = owners if owners is None else owners[rows]
     texts = bool(SEPARATORS.keys() & {*path.suffixes})  # such a file has no types
     named_as = as_values(classes, None if texts else frame[named].dropna().tolist())
@@ -231,13 +230,13 @@ def of_frames(
         reading |= scale_of(x) | ({"target": scale_of(y)} if y.is_floating_point() else {})
     raw, train = train, _scaled(train, reading)
     _refuse_flat(path, [*used, named], raw, train)
-    if test is None:
+    if held is not None:
         held_out = _scaled(held_out, reading)
     else:
         read = how(test, reading)
         held_out, dropped = read.samples, dropped + read.total - len(read.rows)
     info: dict[str, object] = {"source": source, "rows_dropped": dropped} | _told(reading)
-    info |= {"held_out": share} if test is None else {}
+    info |= {} if held is None else {"held_out": held.fraction}
     info["features"] = used if len(used) <= MOST_NAMED else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
     return supervised(
@@ -255,18 +254,12 @@ def of_frames(
     )
 
 
-def _of_splits(table: NamedTable, test: NamedTable | None, how: TableForm, source: str) -> DataSet:
+def _of_splits(table: NamedTable, how: TableForm, source: str) -> DataSet:
     """Make a data set of rows that say what they are for; arguments as of `of_frames`."""
     plain, column = replace(how, split=None), table.column("data.split", str(how.split))
-    if test is not None or how.test_share is not None:
-        raise ConfigError(f"data.split={column} says what the test is: leave data.test* out")
     values = np.array(_written(table.frame[column]))
-    parts = {n: table.frame[values == n].drop(columns=column) for n in SPLITS}
-    if odd := sorted({*values} - {*SPLITS}) or [n for n in SPLITS[:2] if not len(parts[n])]:
-        raise DataError(
-            f"{table.path}: data.split={column} has {sorted({*values})}; train and test are "
-            f"wanted, and validation is known: see {odd[0]!r}"
-        )
+    rows = rows_by_use(values, f"{table.path}: data.split={column}")
+    parts = {use: table.frame.iloc[some].drop(columns=column) for use, some in rows.items()}
     train, tested = (NamedTable(parts[name], table.path) for name in ("train", "test"))
     found = of_frames(train, tested, plain, source)
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import TEST_SHARE, DataSet, Read, RowNumbers, divide
+from fedraclora.data.dataset import DataSet, Read, RowNumbers
 from fedraclora.data.frames import (
     NamedColumn,
     NamedTable,
@@ -24,6 +24,7 @@ from fedraclora.data.frames import (
 )
 from fedraclora.data.locate import Root, check_file, load_tokenizer, resolve
 from fedraclora.data.samples import Samples
+from fedraclora.data.split import holdout_of
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.limits import Composed, Count, Fraction, limited
 from fedraclora.rng import generator
@@ -50,7 +51,7 @@ def load_text(
     values: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
     max_length: Count = 128,
-    test: Fraction = TEST_SHARE,
+    test_fraction: Fraction | None = None,
     test_by_client: bool = False,
     split_seed: int = 0,
     subsample: Count | None = None,
@@ -75,7 +76,7 @@ def load_text(
         values: The labels to keep, in the order of their classes; None for all, sorted.
         metrics: Names of metrics, the headline first; None for those usual for the task.
         max_length: Tokens per sample: shorter ones are padded, longer ones are cut.
-        test: Fraction of the rows held out where there is no ``test_file``.
+        test_fraction: Fraction of the rows held out, per class; None: 0.2 without ``test_file``.
         test_by_client: Hold out whole clients, not rows (for validation, too).
         split_seed: Seed of that split, and of ``subsample``.
         subsample: Training rows to draw, without replacement, or None for all.
@@ -104,14 +105,14 @@ def load_text(
 
     whole, kept, dropped = read(file, "data.file", sha256, client)
     table = whole[kept]
-    if test_file:
-        others, kept, more = read(test_file, "data.test_file", test_sha256, None)
+    held = holdout_of(test_fraction, split_seed, test_file=test_file)
+    if held is None:
+        others, kept, more = read(str(test_file), "data.test_file", test_sha256, None)
         held_out, dropped = others[kept], dropped + more
     else:
-        rng = generator(split_seed, "split", "test")
         strata = np.array(table[:, count].tolist()) if task == "classification" else None
         owners = np.array(table[:, -1].tolist()) if test_by_client else None
-        rows, out = divide("data.test", test, len(table), rng, labels=strata, owners=owners)
+        rows, out = held.split(len(table), labels=strata, owners=owners)
         table, held_out = table[rows], table[out]
     if subsample is not None:
         if subsample > len(table):
@@ -133,7 +134,7 @@ def load_text(
         clients=None if client is None else np.array(whole[:, -1].tolist()),
         client=str(client),
         info={"source": file, "rows_dropped": dropped}
-        | ({} if test_file else {"held_out": test})
+        | ({} if held is None else {"held_out": held.fraction})
         | {"texts": reader.told(train)},
         reading={"tokenizer": tokenizer, "max_length": max_length},
         reader=reader,

@@ -24,7 +24,7 @@ CODE, ROWS = "code.", "resolved.rows:"  # begin the lines of differences that no
 # What may change where a run goes on: keys that move no bit of its weights.
 ALWAYS = ("max_failures",)
 MEASURED = ("evaluate.every", "evaluate.batch_size", "evaluate.clients_every")
-PATHS = ("file", "samples", "test", "test_file", "tokenizer")  # keys of data that name files
+PATHS = ("file", "samples", "test_file", "tokenizer")  # keys of data that name files
 
 
 def sealed(found: Mapping[str, object]) -> str:

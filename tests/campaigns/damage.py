@@ -155,7 +155,10 @@ def make(kind: str, root: Path) -> Specimen:
         more = []
         if "data=own" in words:
             write_samples(place / "data", seed)
-            more = [f"data.samples={root / 'at' / 'data'}", f"data.test={place / 'data/held.npz'}"]
+            more = [
+                f"data.samples={root / 'at' / 'data'}",
+                f"data.test_file={place / 'data/held.npz'}",
+            ]
             shutil.copytree(place / "data", root / "at" / "data")
         plain = composed([*words, *COMMON, *more, f"seed={seed}", f"output.dir={place / 'run'}"])
         with contextlib.suppress(Died):

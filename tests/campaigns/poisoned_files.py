@@ -125,7 +125,7 @@ KEYS: Mapping[str, str | None] = {
     "model.function": "model.arguments",
     "data.function": "data.parameters",
     "data.samples": "data.parameters",
-    "data.test": "data.parameters",
+    "data.test_function": "data.parameters",
     "data.loss": "",
     "data.metrics": "[]",
     "local.extras": "[]",

@@ -255,7 +255,7 @@ def test_a_config_that_cannot_run_leaves_no_folder_behind(
         ["data.validation=some"],
         ["data.validation=2"],
         ["data.labels=[42]"],
-        ["data.test=1"],
+        ["data.test_fraction=1"],
         ["model.dropout=1"],
         ["model.hidden=[]"],
         ["pretrain=digits_0_4", "pretrain.lr=-1"],

@@ -68,7 +68,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["connection=x", "clients=3", "cohort=3", "system=buffered"], "has system=none"),
         (["local=3", "head=local"], "head is local"),
         (["connection=x", "data=table", "data.file=a.csv"], "data.file=a.csv is relative"),
-        (["connection=x", "data=own", "data.test=a.npz"], "data.test=a.npz is relative"),
+        (["connection=x", "data=own", "data.test_file=a.npz"], "data.test_file=a.npz is relative"),
         (["connection=x", "engine.folder=here"], "engine.folder is 'here'; an absolute path"),
         (["local=3", "resume=nowhere"], "nowhere is no run folder"),
     ],
@@ -331,7 +331,7 @@ def test_files_that_are_found_from_any_folder_go_to_a_connection(tmp_path: Path)
     (tmp_path / "a.csv").write_text("x,y\n")
     for data in (
         {"file": str(tmp_path / "a.csv"), "root": None, "samples": "here"},
-        {"file": "a.csv", "root": str(tmp_path), "test": "mine:held_out"},
+        {"file": "a.csv", "root": str(tmp_path), "test_function": "mine:held_out"},
         {"file": "package:mlxtend/a.csv", "tokenizer": "hub:bert"},
     ):
         deploy.check_files({"data": data, "model": {"path": "package:minilm/model"}})

@@ -27,7 +27,7 @@ WORDS = [
     "data=own",
     "data.classes=10",
     "data.shape=[64]",
-    "data.test=clinic.data:held_out",
+    "data.test_function=clinic.data:held_out",
     "data.loss=clinic.model:smoothed",
     "model=function",
     "model.function=clinic.model:network",
@@ -200,7 +200,7 @@ def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path
     nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
         1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)
     }
-    run(tmp_path / "run", Network(tmp_path / "cache", nodes), "data.test=null", "rounds=2")
+    run(tmp_path / "run", Network(tmp_path / "cache", nodes), "data.test_function=null", "rounds=2")
     inline = tmp_path / "inline"
     words = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={inline}"]
     simulate(composed([*WORDS, *words, "rounds=2"]), inline)
@@ -227,11 +227,11 @@ def test_what_stays_at_a_client_is_measured_there(words: list[str], tmp_path: Pa
     nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
         1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)
     }
-    more = ["data.test=null", "data.loss=cross_entropy", "rounds=1", *words]
+    more = ["data.test_function=null", "data.loss=cross_entropy", "rounds=1", *words]
     more += ["evaluate.clients=all", "evaluate.personal=true"]
     run(tmp_path / "run", Network(tmp_path / "cache", nodes), *more)
     inline = tmp_path / "inline"
-    own = ["engine=inline", "data.samples=clinic.data:owner", "data.test_share=0"]
+    own = ["engine=inline", "data.samples=clinic.data:owner", "data.test_fraction=0"]
     simulate(composed([*WORDS, *own, f"output.dir={inline}", *more]), inline)
     for found, wanted in zip(rows(tmp_path / "run"), rows(inline), strict=True):
         assert found["metrics"] == wanted["metrics"]
@@ -291,6 +291,6 @@ def test_files_without_a_target_or_with_pickles_are_refused(tmp_path: Path) -> N
 
 
 def test_what_is_with_its_owners_is_not_simulated() -> None:
-    data = own_samples(clients=3, classes=10, shape=[64], test="clinic.data:held_out")
+    data = own_samples(clients=3, classes=10, shape=[64], test_function="clinic.data:held_out")
     with pytest.raises(ConfigError, match="with their owners"):
         data.parts.gather(torch.tensor([0]), torch.tensor([[0]]))  # type: ignore[union-attr]

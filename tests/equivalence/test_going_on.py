@@ -186,12 +186,12 @@ def samples(folder: Path) -> Path:
 
 def test_samples_may_move_and_may_not_change(tmp_path: Path) -> None:
     data = samples(tmp_path / "data")
-    words = [f"data.samples={data}", f"data.test={data / 'held.npz'}"]
+    words = [f"data.samples={data}", f"data.test_file={data / 'held.npz'}"]
     wanted = run(tmp_path / "whole", *words, "rounds=4", job=OWN)
     folder = unfinished(tmp_path / "run", *words, job=OWN)
     moved = tmp_path / "moved"
     data.rename(moved)
-    now = ["data=own", f"data.samples={moved}", f"data.test={moved / 'held.npz'}", "rounds=4"]
+    now = ["data=own", f"data.samples={moved}", f"data.test_file={moved / 'held.npz'}", "rounds=4"]
     shutil.copy(moved / "1.npz", tmp_path / "kept.npz")
     shutil.copy(moved / "0.npz", moved / "1.npz")
     with pytest.raises(DataError, match=r"moved: 1\.npz.*client 1, has changed"):

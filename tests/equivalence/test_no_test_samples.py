@@ -90,7 +90,9 @@ def test_a_share_may_be_said_in_place_of_samples() -> None:
 )
 def test_what_needs_test_samples_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        fedraclora.simulate("data=digits", "data.test=0", "pretrain=none", "rounds=1", *words)
+        fedraclora.simulate(
+            "data=digits", "data.test_fraction=0", "pretrain=none", "rounds=1", *words
+        )
 
 
 OWN = ["data=own", "clients=3", "model=mlp", "pretrain=none", "output=study"]
@@ -101,7 +103,7 @@ OWN = ["data=own", "clients=3", "model=mlp", "pretrain=none", "output=study"]
     [
         ([], r"data\.classes or data\.shape .*no sample"),
         (["data.classes=3"], r"data\.classes or data\.shape "),
-        (["data.classes=3", "data.shape=[4]", "data.test_share=0.2"], "with their owners"),
+        (["data.classes=3", "data.shape=[4]", "data.test_fraction=0.2"], "with their owners"),
     ],
 )
 def test_a_server_without_a_sample_is_told_what_samples_look_like(
@@ -123,7 +125,7 @@ def test_a_server_without_a_sample_has_a_table_of_their_form(
     assert tuple(data.test.target.shape[1:]) == target
 
 
-@pytest.mark.parametrize("load", [lambda: DATASETS["digits"](test=0.0)], ids=["digits"])
+@pytest.mark.parametrize("load", [lambda: DATASETS["digits"](test_fraction=0.0)], ids=["digits"])
 def test_a_share_of_nothing_leaves_all_rows_to_train_on(load: Callable[[], Any]) -> None:
     data = load()
     assert (len(data.train), len(data.test)) == (1797, 0)

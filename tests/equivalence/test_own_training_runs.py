@@ -88,7 +88,7 @@ def test_nodes_train_as_one_process(source: str, tmp_path: Path, module: None) -
     """The server has no sample; what a client keeps lies at its node."""
     del module
     name = f"mine_at_nodes:{source}"
-    more = ["data.objects=true"] if source == "texts" else ["data.test_share=0"]
+    more = ["data.objects=true"] if source == "texts" else ["data.test_fraction=0"]
     nodes: dict[int, Any] = {10 + k: {"partition-id": k, "data": name} for k in range(3)}
     words = [*WORDS, *more[: source == "texts"], "engine=deploy", f"output.dir={tmp_path}/far"]
     serve(composed(words), Network(tmp_path / "cache", nodes))
@@ -126,7 +126,7 @@ def test_a_real_deployment_has_the_bits_of_inline(tmp_path: Path, module: None) 
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(tmp_path), str(root), os.environ.get("PYTHONPATH", "")])
     words = [w for w in WORDS if not w.startswith("rounds")]
-    words += ["rounds=2", "data.samples=mine_at_nodes:owner", "data.test_share=0"]
+    words += ["rounds=2", "data.samples=mine_at_nodes:owner", "data.test_fraction=0"]
     ended = {}
     for command in (["deploy", "local=3"], ["simulate", "engine=inline"]):
         place = tmp_path / command[0]

@@ -203,7 +203,9 @@ def test_an_answer_that_was_cut_is_compared_as_far_as_it_goes(
     weights = {"w": torch.zeros(1)}
     for length, new_tokens, wanted in ((64, 9, row["response"]), (8, 9, "red green blue"),
                                        (64, 2, "red green"), (64, 4, row["response"])):  # fmt: skip
-        data = load_instructions(file=str(file), tokenizer=tokenizer, test=0.5, max_length=length)
+        data = load_instructions(
+            file=str(file), tokenizer=tokenizer, test_fraction=0.5, max_length=length
+        )
         caplog.clear()
         parrot = Parrot()
         parrot.register_parameter("w", torch.nn.Parameter(torch.zeros(1)))
@@ -299,7 +301,7 @@ def test_answers_to_prompts_of_unequal_length_are_those_of_each_alone(
     prompts = ["red", "what colour is the ball", "the box is", "green blue round square"]
     rows = [{"prompt": text, "response": "red blue"} for text in prompts] * 2
     data = load_instructions(
-        file=str(write_rows(tmp_path / "rows.jsonl", rows)), tokenizer=tokenizer, test=0.5
+        file=str(write_rows(tmp_path / "rows.jsonl", rows)), tokenizer=tokenizer, test_fraction=0.5
     )
     model = build(seed=3).model
     weights = {name: 3 * weight.detach() for name, weight in model.named_parameters()}

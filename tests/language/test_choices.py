@@ -42,7 +42,7 @@ ROWS = [
 def asking(tmp_path: Path, tokenizer: str, *, config: Any = LLAMA, **given: Any) -> Task:
     """A task of all rows, each of which is a question, with a model of random weights."""
     file = write_rows(tmp_path / "rows.jsonl", given.pop("rows", ROWS))
-    more = {"choices": "options", "test": 0.5, **given}
+    more = {"choices": "options", **given}
     data = load_instructions(file=str(file), test_file=str(file), tokenizer=tokenizer, **more)
     model = build_causal_lm(shape=(), classes=data.classes, seed=3, config=config).model
     parts = Partitioned(data.train, torch.arange(1), torch.tensor([0, 1]))

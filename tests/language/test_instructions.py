@@ -33,7 +33,9 @@ SHAREGPT = {
 
 
 def load(file: Path, tokenizer: str, **change: Any):
-    return load_instructions(**{"file": str(file), "tokenizer": tokenizer, "test": 0.5, **change})
+    return load_instructions(
+        **{"file": str(file), "tokenizer": tokenizer, "test_fraction": 0.5, **change}
+    )
 
 
 def words(ids: torch.Tensor) -> str:
@@ -87,7 +89,7 @@ def test_columns_may_be_put_into_a_question(tmp_path: Path, tokenizer: str) -> N
 
 
 def test_clients_are_those_of_a_column(questions: Path, tokenizer: str) -> None:
-    data = load(questions, tokenizer, client="who", test=0.25)
+    data = load(questions, tokenizer, client="who", test_fraction=0.25)
     parts, facts = make_partition(data, name="natural", clients=None, seed=0)
     assert [len(part) for part in parts] == [15, 15, 15]  # a fourth of each client's is held out
     assert set(data.columns) == {"who", "client"}
@@ -132,7 +134,7 @@ def test_packed_conversations_do_not_see_each_other(questions: Path, tokenizer: 
     """The logits of packed tokens are those of the conversations alone."""
     from fedraclora.models.hf import build_causal_lm
 
-    given = {"client": "who", "test": 0.25}
+    given = {"client": "who", "test_fraction": 0.25}
     alone = load(questions, tokenizer, **given)
     packed = load(questions, tokenizer, **given, packing=True, max_length=40)
     assert len(packed.train) < len(alone.train) / 3

@@ -49,7 +49,7 @@ if __name__ == "__main__":
 """
 WORDS = [
     "data=own",
-    "data.test=experiments.data:held_out",
+    "data.test_function=experiments.data:held_out",
     "data.classes=2",
     "data.shape=[5]",
     "model=function",

@@ -78,7 +78,7 @@ def test_a_run_is_that_of_the_samples_in_files(tmp_path: Path) -> None:
     torch.save(net(), tmp_path / "net.pt")
     test = (X[:9] + 1, Y[:9])
     found = run(data=CLIENTS, test=test, method="ffa_lora", local={"lr": 0.3})
-    words = {"name": "own", "samples": str(tmp_path), "test": str(tmp_path / "test.npz")}
+    words = {"name": "own", "samples": str(tmp_path), "test_file": str(tmp_path / "test.npz")}
     other = run(data=words, method="ffa_lora", local={"lr": 0.3})
     assert found.summary["weights_digest"] == other.summary["weights_digest"]
 
@@ -562,7 +562,7 @@ def test_keys_of_tables_hold_for_frames() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["missing=mean", "standardise=maybe", "standardise=0", "split_seed=1.5", "test_share=5"],
+    ["missing=mean", "standardise=maybe", "standardise=0", "split_seed=1.5", "test_fraction=5"],
 )
 def test_values_of_keys_are_checked_alike_for_a_frame_and_its_file(
     word: str, tmp_path: Path

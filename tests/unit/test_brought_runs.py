@@ -202,7 +202,7 @@ KINDS: dict[str, tuple[Any, list[Any]]] = {
         [
             "data=own",
             "data.samples=brought_parts:part",
-            "data.test=brought_parts:held",
+            "data.test_function=brought_parts:held",
             "clients=4",
         ],
     ),

@@ -83,15 +83,15 @@ KEYS: dict[str, Any] = {
         "data": {"name": f"{HERE}:all_clients", "parameters": {"how": how}}
     },
     "data.samples": lambda how: {
-        "data": {"name": "own", "samples": f"{HERE}:client", "arguments": {"how": how}},
+        "data": {"name": "own", "samples": f"{HERE}:client", "parameters": {"how": how}},
         "clients": 3,
     },
-    "data.test": lambda how: {
+    "data.test_function": lambda how: {
         "data": {
             "name": "own",
             "samples": f"{HERE}:client",
-            "test": f"{HERE}:server",
-            "arguments": {"how": how},
+            "test_function": f"{HERE}:server",
+            "parameters": {"how": how},
         },
         "clients": 3,
     },

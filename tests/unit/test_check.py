@@ -397,7 +397,7 @@ def test_what_may_be_wrong_with_a_run_has_no_tick(
     assert cli.run("deploy", words) == 0
     lines = dict(x.split(": ", 1) for x in capsys.readouterr().out.splitlines())
     assert "2 online for 5 clients" in lines["! nodes"]
-    assert "data.test" in lines["! metrics"]
+    assert "data.test_file" in lines["! metrics"]
     assert f"{file} is no folder" in lines["! folder"]
     assert "engine.folder" in lines["! folder"]
 

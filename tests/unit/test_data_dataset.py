@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
-from fedraclora.data.dataset import split_rows
 from fedraclora.data.samples import Samples
+from fedraclora.data.split import Holdout
 from fedraclora.errors import ConfigError, FedRacLoraError
 
 
@@ -43,8 +43,13 @@ def data_set(labels: list[int], parts: list[list[int]] | None = None) -> DataSet
 )
 @settings(deadline=None, max_examples=50)
 def test_a_split_is_a_division_with_the_fraction_of_every_label(labels, fraction, seed):
-    column = np.array(labels)
-    kept, held = split_rows(len(labels), fraction, np.random.default_rng(seed), column)
+    column, holdout = np.array(labels), Holdout(fraction, seed)
+    counts = [int(fraction * labels.count(label) + 0.5) for label in set(labels)]
+    if fraction and sum(counts) in {0, len(labels)}:
+        with pytest.raises(ConfigError, match=r"data\.test_fraction=.*another fraction"):
+            holdout.split(len(labels), labels=column)
+        return
+    kept, held = holdout.split(len(labels), labels=column)
     assert sorted([*kept, *held]) == list(range(len(labels)))
     assert (np.diff(kept) > 0).all()
     assert (np.diff(held) > 0).all()

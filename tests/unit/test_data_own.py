@@ -58,7 +58,7 @@ def test_the_server_tells_that_images_of_bytes_are_divided(tmp_path: Path) -> No
         x = DRAW.integers(0, 256, (9, 1, 2, 3), dtype=np.uint8)
         np.savez(tmp_path / f"{client}.npz", x=x, target=np.arange(9) % 3)
     words: dict[str, Any] = {"clients": 2, "samples": str(tmp_path)}
-    for test in ({}, {"test": str(tmp_path / "0.npz")}):
+    for test in ({}, {"test_file": str(tmp_path / "0.npz")}):
         data = DATASETS["own"](**words, **test)
         assert data.reading == {"subtract": 0, "divide_by": 255}
 
@@ -110,8 +110,8 @@ def test_the_client_and_its_file_are_named(folder: Path) -> None:
     ):
         own_samples(clients=3, samples=str(folder))
     (folder / "t.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"data\.test=.*t\.csv .*\.npz file.*data=tabl"):
-        own_samples(clients=3, samples=str(folder), test=str(folder / "t.csv"))
+    with pytest.raises(DataError, match=r"data\.test_file=.*t\.csv .*\.npz file.*data=tabl"):
+        own_samples(clients=3, samples=str(folder), test_file=str(folder / "t.csv"))
 
 
 def test_each_client_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +167,9 @@ def test_files_are_counted_without_a_gap(folder: Path) -> None:
 
 
 def test_what_is_held_out_of_a_client_is_not_trained_on(folder: Path) -> None:
-    data = own_samples(clients=3, samples=str(folder), test_share=0.25)
+    data = own_samples(clients=3, samples=str(folder), test_fraction=0.25)
     node = own_samples(
-        clients=3, samples=str(folder), test_share=0.25, classes=3, shape=[4], served=[2]
+        clients=3, samples=str(folder), test_fraction=0.25, classes=3, shape=[4], served=[2]
     )
     rows = torch.arange(9)
     here = data.parts.gather(torch.tensor([2]), rows[None])  # type: ignore[union-attr]
@@ -211,7 +211,7 @@ def test_the_default_partition_fits_the_data(folder: Path) -> None:
         (["pretrain=aside"], "sets none aside"),
         (["pretrain=digits_0_4"], "nothing to pretrain"),
         (["data.validation=0.2"], "is at the server"),
-        (["data.test=x.npz", "data.test_share=0.2"], "leave one of"),
+        (["data.test_file=x.npz", "data.test_fraction=0.2"], "leave all but one"),
         (["clients=null", "data.samples=mine:samples"], "clients is not set"),
     ],
 )
@@ -230,9 +230,9 @@ def test_test_samples_that_clients_have_are_refused_where_the_task_is_built(fold
     every = [np.load(folder / f"{k}.npz") for k in range(3)]
     x, y = (np.concatenate([file[name] for file in every]) for name in ("x", "target"))
     np.savez(folder / "all_of_it.npz", x=x, target=y)
-    words = ["data=own", f"data.samples={folder}", f"data.test={folder / 'all_of_it.npz'}"]
+    words = ["data=own", f"data.samples={folder}", f"data.test_file={folder / 'all_of_it.npz'}"]
     config = from_plain(settled(composed([*words, *TINY])), METHODS)
-    with pytest.raises(DataError, match=r"33 of the 33.*data\.test=.*all_of_it"):
+    with pytest.raises(DataError, match=r"33 of the 33.*data\.test_file=.*all_of_it"):
         build_task(config)
 
 
@@ -289,7 +289,7 @@ def test_functions_get_the_parameters_of_the_config(
         "def held_out(*, rows):\n    return np.full((rows, 2), 9), np.arange(rows) % 2\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    named = ["data.samples=with_parameters:samples", "data.test=with_parameters:held_out"]
+    named = ["data.samples=with_parameters:samples", "data.test_function=with_parameters:held_out"]
     words = ["data=own", "clients=2", *named, *TINY]
 
     def built(*more: str) -> Any:
@@ -297,13 +297,13 @@ def test_functions_get_the_parameters_of_the_config(
 
     with pytest.raises(ConfigError, match="unknown key 'data"):
         built("+data.root=here")
-    task = built("data.arguments={rows: 7}")
+    task = built("data.parameters={rows: 7}")
     assert task.train.sizes(torch.arange(2)).tolist() == [7, 8]
     assert len(task.test) == 7
-    for more, said in (("3", "a mapping"), ("{row: 7}", r"unknown key .*data.arguments.rows")):
+    for more, said in (("3", "a mapping"), ("{row: 7}", r"unknown key .*data.parameters.rows")):
         with pytest.raises((ConfigError, DataError), match=said):
-            built(f"data.arguments={more}")
+            built(f"data.parameters={more}")
     x, y = arrays()
     np.savez(tmp_path / "0.npz", x=x, target=y)
     with pytest.raises(ConfigError, match="no function is named"):
-        own_samples(clients=1, samples=str(tmp_path), arguments={"rows": 7})
+        own_samples(clients=1, samples=str(tmp_path), parameters={"rows": 7})

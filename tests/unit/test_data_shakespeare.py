@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **change: object) -> DataSet:
-    base: dict[str, object] = {"path": str(folder), "length": 4, "least": 5, "test": 0.25}
+    base: dict[str, object] = {"path": str(folder), "length": 4, "least": 5, "test_fraction": 0.25}
     return DATASETS["shakespeare"](**base | change)
 
 
@@ -102,7 +102,7 @@ BAD = {
     "path": ({"path": "nowhere"}, DataError, "data.path=nowhere"),
     "length": ({"length": 1}, ConfigError, "data.length is 1"),
     "least": ({"least": 0}, ConfigError, "data.least is 0"),
-    "test": ({"test": 1.0}, ConfigError, "data.test is 1.0"),
+    "test": ({"test_fraction": 1.0}, ConfigError, "data.test_fraction is 1.0"),
     "aside": ({"aside": ["comedy"]}, ConfigError, "data.aside.*did you mean 'comedies'"),
     "nobody": ({"least": 999}, ConfigError, "data.least=999.*no role of these plays"),
 }

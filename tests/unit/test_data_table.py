@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from fedraclora.binding import bind
-from fedraclora.data import DATASETS, DataSet, make_partition
-from fedraclora.data.dataset import hold_out, select_labels
+from fedraclora.data import DATASETS, DataSet, hold_out, make_partition, select_labels
 from fedraclora.data.mnist import parse_idx
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
@@ -58,7 +57,7 @@ def test_a_client_of_whom_no_row_is_left_is_named(tmp_path: Path, how: str) -> N
     else:
         one = frame[frame.site == "site 2"][:1]
         frame = pd.concat([frame[frame.site != "site 2"], one])
-        data = load(written(tmp_path, ".csv", frame), client="site", test_share=0.1)
+        data = load(written(tmp_path, ".csv", frame), client="site", test_fraction=0.1)
         for seed in range(20):  # until it is held out
             found, _ = hold_out(data, 0.4, seed)
             if "site 2" not in found.columns["site"]:
@@ -138,11 +137,11 @@ def test_a_column_of_clients_is_the_partition_and_else_rows_are_divided(tmp_path
 
 def test_test_rows_may_have_a_file_of_their_own(tmp_path: Path) -> None:
     file, other = written(tmp_path, ".csv", FRAME[:40]), written(tmp_path, ".parquet", FRAME[40:])
-    data = load(file, test=str(other), features=["dose", "age"])
+    data = load(file, test_file=str(other), features=["dose", "age"])
     assert (len(data.train), len(data.test), data.sample_shape) == (40, 20, (2,))
     strange = written(tmp_path, ".tsv", FRAME[40:].assign(outcome="new"))
     with pytest.raises(DataError, match=r"table\.tsv: labels \['new'\]"):
-        load(file, test=str(strange))
+        load(file, test_file=str(strange))
 
 
 def test_a_number_is_predicted_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -176,8 +175,8 @@ BAD = {
     "the label": ({"label": "age", "features": ["age"]}, "without the label"),
     "fractions": ({"label": "dose"}, r"are fractions.*data\.task=regression"),
     "one class": ({"label": "constant"}, "has the one value"),
-    "share": ({"test_share": 0.001}, r"data\.test_share=0\.001 of 60 rows"),
-    "both": ({"test": "x.csv", "test_share": 0.1}, "leave one of them out"),
+    "share": ({"test_fraction": 0.001}, r"data\.test_fraction=0\.001 of 60 rows"),
+    "both": ({"test_file": "x.csv", "test_fraction": 0.1}, "leave all but one out"),
     "file": ({"file": None}, r"data\.file is not set"),
     "missing": ({"missing": "guess"}, "unknown data.missing 'guess'.*drop, error"),
 }
@@ -248,7 +247,7 @@ def test_colours_go_first_and_clients_are_kept_with_their_samples(tmp_path: Path
     owner = np.arange(20) // 5
     words = np.array(["cat", "dog"])[np.arange(20) % 2]
     np.savez(tmp_path / "a.npz", x=x, target=words, client=owner)
-    data = DATASETS["arrays"](file=str(tmp_path / "a.npz"), test_share=0.25)
+    data = DATASETS["arrays"](file=str(tmp_path / "a.npz"), test_fraction=0.25)
     assert data.sample_shape == (3, 6, 5)
     assert data.info["classes"] == ["cat", "dog"]
     parts, info = make_partition(data, name="auto", clients=None, seed=1)
@@ -345,7 +344,7 @@ def test_a_column_of_splits_gives_each_client_its_own_test_and_scales_by_trainin
     [
         ("hidden", {}, r"data\.split=fold has .*'hidden'"),
         ("train", {}, "test are wanted"),
-        ("test", {"test_share": 0.5}, r"data\.split=fold says"),
+        ("test", {"test_fraction": 0.5}, r"data\.split=fold and data\.test_fraction"),
         ("test", {"split": "folds"}, r"data\.split: .*'folds'"),
         ("test", {"features": ["fold"]}, "fold"),
     ],
@@ -386,7 +385,7 @@ def test_what_is_far_off_in_test_rows_or_too_fine_for_float32_is_refused(tmp_pat
     (tmp_path / "other").mkdir()
     test = str(written(tmp_path / "other", ".csv", other))
     with pytest.raises(DataError, match=r"column dose .*1e\+308.*float32"):
-        load(written(tmp_path, ".csv"), test=test)
+        load(written(tmp_path, ".csv"), test_file=test)
     stamps = written(tmp_path, ".csv", FRAME.assign(stamp=1.7e9 + np.arange(ROWS)))
     assert len(load(stamps).train.inputs["x"][:, -1].unique()) > 40
     with pytest.raises(DataError, match=r"column stamp"):

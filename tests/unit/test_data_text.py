@@ -199,7 +199,7 @@ def reviews(tmp_path: Path) -> Path:
 
 def test_whole_clients_are_held_out(tmp_path, tokenizer):
     path = reviews(tmp_path)
-    change = {"test_file": None, "client": "film", "test_by_client": True, "test": 0.25}
+    change = {"test_file": None, "client": "film", "test_by_client": True, "test_fraction": 0.25}
     data = load(path, tokenizer, **change)
     assert len(data.test) == 18
     assert len(data.train) == 42
@@ -210,7 +210,7 @@ def test_whole_clients_are_held_out(tmp_path, tokenizer):
 
 
 def test_rows_are_held_out_by_class(tmp_path, tokenizer):
-    data = load(reviews(tmp_path), tokenizer, test_file=None, test=0.2)
+    data = load(reviews(tmp_path), tokenizer, test_file=None, test_fraction=0.2)
     assert np.bincount(data.test.target).tolist() == [6, 6]
 
 
@@ -251,7 +251,7 @@ def test_training_rows_are_drawn(tmp_path, tokenizer):
 
 
 def test_all_rows_may_be_for_training(file, tokenizer):
-    data = load(file, tokenizer, test_file=None, test=0.0)
+    data = load(file, tokenizer, test_file=None, test_fraction=0.0)
     assert len(data.test) == 0
     assert data.test.inputs.keys() == data.train.inputs.keys()
 
@@ -270,7 +270,7 @@ BAD = {
     "values": ({"values": ["0", "2"]}, r"data.values.*\['2'\]"),
     "no value": ({"values": ["7"]}, "no usable row.*data.values"),
     "by client": ({"test_by_client": True, "test_file": None}, "needs data.client"),
-    "test": ({"test_file": None, "test": 1.0}, "data.test is 1.0"),
+    "test": ({"test_file": None, "test_fraction": 1.0}, "data.test_fraction is 1.0"),
     "sha256": ({"sha256": "00"}, "sha256"),
     "score": ({"task": "regression", "label": "film"}, "is not a number, but data.task=regression"),
     "file": ({"file": "nowhere.tsv"}, "data.file=nowhere.tsv"),

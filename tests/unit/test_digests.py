@@ -178,7 +178,7 @@ def test_files_of_the_data_are_known_by_content(tmp_path: Path) -> None:
     (folder / "0.npz").write_bytes(b"a")
     (folder / "table.csv").write_bytes(b"b")
     data = {"name": "own", "samples": str(folder), "file": "table.csv", "root": str(folder)}
-    found = data_files({**data, "test": "package:function", "loss": "cross_entropy"})
+    found = data_files({**data, "test_function": "package:function", "loss": "cross_entropy"})
     assert {key: [*files] for key, files in found.items()} == {
         "samples": ["0.npz", "table.csv"],
         "file": ["table.csv"],

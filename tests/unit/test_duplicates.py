@@ -68,7 +68,7 @@ def write(folder: Path, source: str, train: Samples, test: Samples) -> dict[str,
         for client in range(3):
             np.savez(folder / f"{client}.npz", x=x[client::3], target=y[client::3])
         np.savez(folder / "test.npz", x=test_x, target=test_y)
-        own = {"name": "own", "samples": str(folder), "test": str(folder / "test.npz")}
+        own = {"name": "own", "samples": str(folder), "test_file": str(folder / "test.npz")}
         return mlp | {"data": own, "clients": 3}
     if source == "objects":
         data = [(x[client::3], y[client::3]) for client in range(3)]
@@ -82,7 +82,7 @@ def write(folder: Path, source: str, train: Samples, test: Samples) -> dict[str,
     frame.to_csv(folder / "train.csv", index=False)
     held.to_csv(folder / "test.csv", index=False)
     table = {"name": "table", "file": str(folder / "train.csv"), "label": "label"}
-    return mlp | {"data": table | {"test": str(folder / "test.csv")}, "clients": 3}
+    return mlp | {"data": table | {"test_file": str(folder / "test.csv")}, "clients": 3}
 
 
 @pytest.mark.parametrize("source", ["arrays", "own", "objects", "frame", "table"])
@@ -93,7 +93,7 @@ def test_every_loader_counts_and_refuses(source: str, tmp_path: Path) -> None:
     given = write(tmp_path, source, *with_copies(39))
     with pytest.raises(DataError, match=r"39 of the 40 test.*data.duplicates=keep") as error:
         fedraclora.simulate(*QUIET, **given)
-    assert "(data.test)" not in str(error.value)  # which a fold refuses, and this call may have
+    assert "(data.test_file)" not in str(error.value)  # which a fold refuses
     kept = fedraclora.simulate(*QUIET, "data.duplicates=keep", **given)
     assert "39 of the 40" in kept.summary["task"]["duplicates"]["test samples"]
     clean = fedraclora.simulate(*QUIET, **write(tmp_path, source, *with_copies(0)))

@@ -281,7 +281,12 @@ def test_the_card_brings_raw_rows_of_a_table_to_the_model_and_names_its_answers(
     table(120, 0).to_csv(tmp_path / "train.csv", index=False)
     rows.to_csv(tmp_path / "test.csv", index=False)
     run = fedraclora.simulate(
-        *(QUIET, "data=table", f"data.file={tmp_path}/train.csv", f"data.test={tmp_path}/test.csv"),
+        *(
+            QUIET,
+            "data=table",
+            f"data.file={tmp_path}/train.csv",
+            f"data.test_file={tmp_path}/test.csv",
+        ),
         *(f"data.label={label}", "data.features=[dose,flat,age]", "pretrain=none", *words),
         *("model=mlp", "model.hidden=[8]", "local.lr=0.1", "local.epochs=3"),
         method={"name": "fed_rac_lora", "rank": 2},

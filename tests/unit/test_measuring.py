@@ -327,7 +327,12 @@ def test_a_training_function_never_sees_what_its_client_holds_out(source: str) -
     SEEN.clear()
     words, given = ["evaluate.clients=all", "evaluate.share=0.4"], {"data": moons()}
     if source == "own":
-        own = {"name": "own", "samples": f"{__name__}:of_client", "test_share": 0.2, "classes": 2}
+        own = {
+            "name": "own",
+            "samples": f"{__name__}:of_client",
+            "test_fraction": 0.2,
+            "classes": 2,
+        }
         given = {"data": own, "clients": 6}
     run = fedraclora.simulate(*words, model=net(), train=two_steps, rounds=1, cohort=6, **given)
     held = run.built().task.held
@@ -362,7 +367,7 @@ def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_p
         if client % 2:
             np.savez(tmp_path / f"{client}.test.npz", x=x[:2] + 50, target=y[:2])
     samples = f"{__name__}:with_tests" if source == "function" else str(tmp_path)
-    data: Any = {"name": "own", "samples": samples, "test_share": 0.2, "classes": 2}
+    data: Any = {"name": "own", "samples": samples, "test_fraction": 0.2, "classes": 2}
     data = [with_tests(client) for client in range(6)] if source == "list" else data
     words = ["evaluate.clients=all", "output.progress=false"]
     given = {"model": net(), "data": data, "clients": 6, "cohort": 3}

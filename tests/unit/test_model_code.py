@@ -81,7 +81,7 @@ def words_of(theirs: Path, tmp_path: Path) -> list[str]:
     file.write_text("text,label\n" + "".join(f"a word {n},{n % 2}\n" for n in range(40)))
     return [
         *("data=text", f"data.file={file}", "data.text=[text]", "data.label=label"),
-        *("data.test=0.2", "model=minilm", f"model.path={theirs}", "model.sha256=null"),
+        *("data.test_fraction=0.2", "model=minilm", f"model.path={theirs}", "model.sha256=null"),
         *("partition=iid", "pretrain=none", "clients=2", "cohort=2", "rounds=1", "local.lr=0.1"),
     ]
 

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     FRAME[60:].to_csv(place / "test.csv", index=False)
     FRAME[60:][["dose", "age"]].to_csv(place / "new.csv", index=False)
     fedraclora.simulate(
-        *(QUIET, "data=table", f"data.file={place}/train.csv", f"data.test={place}/test.csv"),
+        *(QUIET, "data=table", f"data.file={place}/train.csv", f"data.test_file={place}/test.csv"),
         *("data.label=kind", "data.features=[age,dose]", "model.hidden=[8]", "local.lr=0.1"),
         *("output.plots=false", "evaluate.batch_size=7"),
         clients=3,
@@ -181,7 +181,7 @@ def test_a_table_reads_its_test_file_as_whatever_comes_later(label: str, tmp_pat
         rows.to_csv(tmp_path / f"{name}.csv", index=False)
     data = DATASETS["table"](
         file=str(tmp_path / "train.csv"),
-        test=str(tmp_path / "test.csv"),
+        test_file=str(tmp_path / "test.csv"),
         label=label,
         task="regression" if label == "score" else "classification",
     )

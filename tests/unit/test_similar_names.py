@@ -85,7 +85,9 @@ def test_every_loader_names_classes_that_look_alike(
     labels[0] = "Ill " if source != "arrays" else "ILL"
     labels[1:3] = ["ill"] * 2
     caplog.set_level("INFO")
-    fedraclora.simulate(*QUIET, "data.test_share=0.5", **brought(source, tmp_path, sites, labels))
+    fedraclora.simulate(
+        *QUIET, "data.test_fraction=0.5", **brought(source, tmp_path, sites, labels)
+    )
     assert "differ in letter case alone" in caplog.text
 
 

@@ -316,7 +316,9 @@ def test_a_run_is_recorded_with_config_and_revision(tmp_path: Path) -> None:
 
 def test_a_run_that_nobody_measured_fails_its_row(tmp_path: Path) -> None:
     """It counted as one that diverged, the worst of all."""
-    plan = study(tmp_path, TEXT + SMALL.replace("data=digits,", "data=digits, data.test=0,"))
+    plan = study(
+        tmp_path, TEXT + SMALL.replace("data=digits,", "data=digits, data.test_fraction=0,")
+    )
     failed: dict[str, str] = {}
     (job,) = plan.jobs("final", "small", [0.1])[:1]
     assert run_jobs([job], {}, tmp_path / "runs.jsonl", 1, "accuracy", failed)
