@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fedraclora.binding import OWN_GROUPS, PlainDict, section
-from fedraclora.commands.evaluate import measuring_run
-from fedraclora.commands.simulate import carry_out, choose
-from fedraclora.commands.status import explained
 from fedraclora.compose.lending import lend_all, trained_by
 from fedraclora.compose.resume import is_done
 from fedraclora.compose.values import config_of, is_whole
@@ -20,9 +17,10 @@ from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.settings import OutputConfig
 from fedraclora.data.locate import user_path
-from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.errors import CheckpointError, ConfigError, of_system
 from fedraclora.evaluation.own_metrics import Metric
 from fedraclora.imports import refuse_run
+from fedraclora.launch import carry_out, choose, measuring_run
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies.methods import METHODS
@@ -33,8 +31,8 @@ from fedraclora.strategies.server.callbacks import each_of, own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
 from fedraclora.strategies.start import settled_start
 from fedraclora.trust import trust as trust_all
-from fedraclora.tuning.command import tune_task
 from fedraclora.tuning.result import Tuned
+from fedraclora.tuning.task import tune_task
 
 __all__ = ["Callback", "Metric", "RoundStep", "Run", "Tuned", "read_run", "simulate", "tune"]
 
@@ -315,7 +313,7 @@ def usable(place: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None or not Path(str(error.filename)).is_relative_to(place):
             raise
-        raise ConfigError(f"folder: {explained(error)}") from error
+        raise ConfigError(f"folder: {of_system(error)}") from error
 
 
 def place_of(plain: PlainDict, output: PlainDict, folder: str | Path | None) -> Path | None:

@@ -6,9 +6,13 @@ a traceback and exits with status 1, so the words must be enough for the reader.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
+FULL = {errno.ENOSPC, errno.EDQUOT}
+CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 LISTED = 40  # names that a message lists where it knows a near one
 
 
@@ -167,3 +171,17 @@ def _initials(words: str) -> str | None:
     """The initials of words that underscores join; None for one word."""
     parts = words.split("_")
     return "".join(part[:1] for part in parts) if len(parts) > 1 else None
+
+
+def of_system(error: OSError) -> str:
+    """Say what the operating system refuses: a full disk, a folder that may not be written."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    what = f"{where}{error.strerror or error}"
+    if error.errno in FULL:
+        return f"{what}; make room there before you run this again"
+    if error.errno in CLOSED:
+        user = f"user {os.geteuid()}"  # of a service, it may not be whom one thinks
+        return f"{what}; have its owner let {user} read or write it, or choose another output.dir"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{what}; choose a shorter name"
+    return what

@@ -26,7 +26,6 @@ TOLD = ("deploy", "theory", "bench")  # whose help is the docstring of their mod
 # Commands that no file here is called after, and the module that runs each.
 HOMES = {name: f"fedraclora.experiments.{name}.command" for name in ("bench", "theory")}
 HOMES |= {"study": "fedraclora.commands.study.run", "report": "fedraclora.commands.report.page"}
-HOMES |= {"tune": "fedraclora.tuning.command"}
 
 
 @printing()

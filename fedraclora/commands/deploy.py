@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
 from fedraclora.commands.app import RunRequest
-from fedraclora.commands.simulate import choose, shows_composed
+from fedraclora.commands.simulate import shows_composed
 from fedraclora.compose.overrides import composed, is_override, key_of, searched
 from fedraclora.compose.resume import told_how_to_go_on
 from fedraclora.compose.words import NODES, check_word, key_values
@@ -30,6 +30,7 @@ from fedraclora.engines.deploy.control import PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
+from fedraclora.launch import choose
 from fedraclora.run.callback import method_label, run_title
 from fedraclora.run.digests import PATHS
 from fedraclora.run.folder import alone, amend, begin_folder

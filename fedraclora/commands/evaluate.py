@@ -10,15 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fedraclora.config.build import fix_bits, pick_device
-from fedraclora.config.run_config import from_plain
-from fedraclora.errors import CheckpointError
-from fedraclora.run.folder import is_finished, is_running, resume_word
-from fedraclora.run.ledger import reached_round
-from fedraclora.run.trusted import read_trusted
-from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import finished
-from fedraclora.strategies.run import Run
+from fedraclora.launch import measuring_run
 from fedraclora.terminal.progress import console_for_tables
 
 TRUST = "trust=MODULE,...: run the code of these modules, which the config of the run names"
@@ -30,40 +22,6 @@ def run_parser(command: str, description: str | None) -> argparse.ArgumentParser
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--round", type=int, help="of the weights, 0 to the last; else the last")
     return parser
-
-
-def stored_run(folder: Path, round_: int | None) -> Run:
-    """Read a run from its folder.
-
-    Args:
-        folder: The run folder.
-        round_: Which of its weights are wanted; None: those of its end, which it must have.
-
-    Raises:
-        CheckpointError: If it is no run folder, or not at its end.
-    """
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no run folder {folder}")
-    if (folder / "export.json").is_file():
-        raise CheckpointError(f"{folder} is an export of a run: name the folder of the run itself")
-    config = from_plain(read_trusted(folder), METHODS, began=True)
-    if not is_finished(folder) and round_ is None:
-        ways = f"go on with {resume_word(folder)} first"
-        if is_running(folder):  # which holds its folder
-            ways = f"it is running, at round {reached_round(folder)}: wait for it"
-        raise CheckpointError(
-            f"{folder}: this run has not come to its end; {ways}, or say with --round which of its "
-            "rounds"
-        )
-    return finished(config, folder)
-
-
-def measuring_run(folder: Path, round_: int | None) -> Run:
-    """Read a run as `stored_run` does, and have torch round as it did in the run."""
-    run = stored_run(folder, round_)
-    fix_bits(run.settings.engine.threads, pick_device(run.settings.device))
-    return run
 
 
 def main(words: Sequence[str]) -> None:

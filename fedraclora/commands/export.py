@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fedraclora.commands.evaluate import run_parser, stored_run
+from fedraclora.commands.evaluate import run_parser
 from fedraclora.export import FORMATS
+from fedraclora.launch import stored_run
 from fedraclora.terminal.progress import console_for_tables
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedraclora.commands.evaluate import measuring_run, run_parser
+from fedraclora.commands.evaluate import run_parser
 from fedraclora.errors import ConfigError
+from fedraclora.launch import measuring_run
 from fedraclora.run.trusted import refuse_linked
 from fedraclora.weights.files import write_text
 

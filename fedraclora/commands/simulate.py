@@ -6,8 +6,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -18,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from fedraclora.binding import Plain, PlainDict, section
-from fedraclora.clients.engines import engine_of
 from fedraclora.commands.run_files import ROUNDING_ERRORS
 from fedraclora.commands.status import composing, tell
 from fedraclora.compose import CONF
@@ -29,56 +27,17 @@ from fedraclora.compose.overrides import (
     plain_of,
     without_idle,
 )
-from fedraclora.compose.resume import go_on, is_done, told_how_to_go_on
-from fedraclora.config.build import settled
-from fedraclora.config.run_config import from_plain
-from fedraclora.data.locate import user_path
-from fedraclora.errors import ConfigError
+from fedraclora.compose.resume import is_done, told_how_to_go_on
+from fedraclora.launch import carry_out, choose
 from fedraclora.protocol.uplinks import calmer
-from fedraclora.run.callback import Callback, method_label
-from fedraclora.run.folder import read_summary, refuse_existing
+from fedraclora.run.folder import read_summary
 from fedraclora.run.ledger import headline, metrics_of, number
-from fedraclora.run.trusted import read_trusted
-from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import execute
-from fedraclora.strategies.rate import settled_rate
-from fedraclora.strategies.run import Run
-from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.strategies.start import settled_start
-from fedraclora.terminal.progress import RunProgress, console_for_tables, size
+from fedraclora.terminal.progress import console_for_tables, size
 
-STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
 LONGEST = 255  # bytes of a name that file systems take
 
 FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
-
-
-def carry_out(
-    plain: PlainDict,
-    folder: Path | None,
-    *,
-    resume: bool = False,
-    callbacks: Sequence[Callback] = (),
-    steps: Sequence[RoundStep] = (),
-) -> Run:
-    """Run to the end in this process with a progress bar; see `strategies.outcome.execute`.
-
-    Args:
-        plain: The resolved config.
-        folder: The run folder; None: the run leaves nothing behind.
-        resume: Go on with the run in the folder.
-        callbacks: What watches the rounds, or ends them early.
-        steps: Those of a program's own, which the config names.
-
-    Returns:
-        The run.
-    """
-    config = from_plain(plain, METHODS, began=resume)
-    label = method_label(plain)
-    with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
-        watching = (progress, *callbacks)
-        return execute(config, folder, engine_of, resume=resume, callbacks=watching, steps=steps)
 
 
 def simulate(plain: PlainDict, folder: Path, *, resume: bool = False) -> PlainDict:
@@ -128,48 +87,6 @@ def print_outcome(summary: PlainDict, folder: Path, plain: Plain) -> None:
     there = ", ".join(name for name in names if (folder / name).is_file())
     table.add_row("written to", f"{folder} ({there})")
     console_for_tables().print(table)
-
-
-def choose(
-    plain: PlainDict, typed: list[str], sweep_job: str | None
-) -> tuple[PlainDict, Path, bool]:
-    """Decide on folder and config: a new run, or one to go on with.
-
-    Returns:
-        The config, the folder, and whether to resume.
-
-    Raises:
-        CheckpointError: If a run is in the way, or differs from what is asked for.
-    """
-    resume = plain.get("resume")
-    if not isinstance(resume, str | None):
-        raise ConfigError(f"resume is {resume!r}; the folder of a run, auto or null is wanted")
-    if resume not in {None, "auto"}:
-        folder = user_path("resume", resume)
-        return go_on(folder, read_trusted(folder, plain), plain, typed), folder, True
-    plain = settled_rate(settled_start(settled(plain)), print)
-    folder = run_folder(section(plain, "output"), sweep_job)
-    if resume == "auto" and (folder / "config.yaml").is_file():
-        return go_on(folder, read_trusted(folder, plain), plain, None), folder, True
-    refuse_existing(folder)
-    return plain, folder, False
-
-
-def run_folder(output: Mapping[str, object], sweep_job: str | None) -> Path:
-    """Choose the folder of a run.
-
-    Args:
-        output: The group ``output`` of the config.
-        sweep_job: The overrides of this job of a sweep, or None outside a sweep.
-
-    Returns:
-        ``output.dir``, or a dated folder; a job of a sweep has a folder of its own in it.
-    """
-    named = output.get("dir")
-    kind = "runs" if sweep_job is None else "multirun"
-    stamp = Path(kind) / f"{STARTED:%Y-%m-%d}" / f"{STARTED:%H-%M-%S}"
-    folder = stamp if named is None else user_path("output.dir", named)
-    return folder if sweep_job is None else folder / sweep_job
 
 
 def sweep_name(overrides: Sequence[str]) -> str:

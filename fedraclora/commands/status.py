@@ -6,7 +6,6 @@ SIGHUP comes when a terminal closes. Where it is ignored, as ``nohup`` has it, i
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
@@ -20,14 +19,12 @@ from functools import wraps
 from types import FrameType
 from typing import ParamSpec
 
-from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.errors import ConfigError, FedRacLoraError, of_system
 from fedraclora.imports import failure_of
 
 P = ParamSpec("P")
 IN_OWN = re.compile(r"in \w+ of ")  # of the notes that name the hook of a user's object
-FULL = {errno.ENOSPC, errno.EDQUOT}
 UNREAD = 141  # of a command whose output is read by `head`, by the custom of shells
-CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def reported(command: Callable[P, int]) -> Callable[P, int]:
@@ -117,7 +114,7 @@ def _explained(error: Exception) -> str | None:
     if (message := _of_config(error)) is not None:
         return message
     if isinstance(error, OSError):
-        return _of_system(error)
+        return of_system(error)
     from fedraclora.training.memory import is_out_of_memory
 
     if isinstance(error, MemoryError) or is_out_of_memory(error):
@@ -144,20 +141,6 @@ def composing() -> Iterator[None]:
             f"Hydra cannot read these arguments: {error}; each is key=value, group=choice, "
             "+key=value or ~key"
         ) from error
-
-
-def _of_system(error: OSError) -> str:
-    """What the operating system refuses: a full disk, a folder that may not be written."""
-    where = f"{error.filename}: " if error.filename is not None else ""
-    what = f"{where}{error.strerror or error}"
-    if error.errno in FULL:
-        return f"{what}; make room there before you run this again"
-    if error.errno in CLOSED:
-        user = f"user {os.geteuid()}"  # of a service, it may not be whom one thinks
-        return f"{what}; have its owner let {user} read or write it, or choose another output.dir"
-    if error.errno == errno.ENAMETOOLONG:
-        return f"{what}; choose a shorter name"
-    return what
 
 
 def _of_config(error: Exception) -> str | None:

@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from fedraclora.commands.run_files import read_files
-from fedraclora.commands.simulate import choose, simulate
+from fedraclora.commands.simulate import simulate
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.resume import is_done
 from fedraclora.errors import FedRacLoraError
+from fedraclora.launch import choose
 from fedraclora.rng import generator
 from fedraclora.run.folder import read_summary
 from fedraclora.strategies.weights import load_weights

@@ -27,11 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedraclora.commands.simulate import carry_out
 from fedraclora.commands.status import reported
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
+from fedraclora.launch import carry_out
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 from fedraclora.run.folder import provenance
 from fedraclora.run.ledger import read_ledger, round_seconds

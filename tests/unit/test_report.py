@@ -16,7 +16,6 @@ import yaml
 
 import fedraclora
 from fedraclora.commands import cli
-from fedraclora.commands.evaluate import stored_run
 from fedraclora.commands.report.figures import last_measured, spread_figures
 from fedraclora.commands.report.page import (
     Shown,
@@ -26,6 +25,7 @@ from fedraclora.commands.report.page import (
     results,
 )
 from fedraclora.errors import CheckpointError
+from fedraclora.launch import stored_run
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
 WORDS += ("output.plots=false", "clients=6", "cohort=3", "rounds=4")

@@ -31,7 +31,7 @@ from fedraclora.config.run_config import task_from_plain
 from fedraclora.errors import CheckpointError, ConfigError, DivergenceError
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.run.folder import alone
-from fedraclora.tuning import command, search
+from fedraclora.tuning import search, task
 from fedraclora.tuning.frontier import Point, frontier, ranks
 from fedraclora.tuning.rates import RATE_KEY, TIMES, RateRange
 from fedraclora.tuning.result import Tuned, lacking, points_of, taken_within
@@ -46,7 +46,7 @@ SMALL = ["tune.rungs=[0.5]", "tune.sizes=[1]", "tune.test_seeds=[0]"]
 def tuned(folder: Path, *words: str) -> Tuned:
     rest = [*TASK, f"output.dir={folder}", *(w for w in words if not w.startswith("tune."))]
     own = [*SMALL, *(word for word in words if word.startswith("tune."))]
-    return command.tune_task(composed(rest), {key_of(word) for word in rest}, own)
+    return task.tune_task(composed(rest), {key_of(word) for word in rest}, own)
 
 
 class Fed:
@@ -394,7 +394,7 @@ def test_an_interruption_tells_what_was_found_and_how_to_go_on(
         return Tuned(made.folder, None, {}, {})
 
     with pytest.raises(KeyboardInterrupt) as raised:
-        command.ended(made, found)
+        task.ended(made, found)
     assert told == [not running]
     assert any("the same command" in note for note in raised.value.__notes__)
 
@@ -509,7 +509,7 @@ def test_data_that_only_clients_have_are_refused(tmp_path: Path) -> None:
         np.savez(tmp_path / f"{client}.npz", x=x, target=(x[:, 0] > 0).astype(int))
     words = ["data=own", f"data.samples={tmp_path}", "partition=auto", "clients=2", "pretrain=none"]
     with pytest.raises(ConfigError, match="no validation split"):
-        command.tune_task(composed(words), {key_of(word) for word in words})
+        task.tune_task(composed(words), {key_of(word) for word in words})
 
 
 def test_without_optuna_it_says_what_to_install(

@@ -1,11 +1,4 @@
-"""``fedraclora tune``: find settings of a task that no other beats in metric and bytes at once.
-
-    fedraclora tune [tune.KEY=VALUE ...] [OVERRIDE ...]
-
-The other words are those of simulate: the task, and what is not to be tuned. What is tried, within
-which budget, and what never is stands in conf/tune.yaml. Everything is kept in output.dir
-(runs/tune where none is named): the same command goes on, and several at a time share the work.
-"""
+"""A task tuned: a search set up from its config, carried to its end, its findings written."""
 
 from __future__ import annotations
 
@@ -14,8 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 from fedraclora.binding import PlainDict, bind, section
-from fedraclora.compose import CONF
-from fedraclora.compose.overrides import composed, is_override, key_of
 from fedraclora.compose.resume import laid_over
 from fedraclora.config.build import build_task, settled
 from fedraclora.config.run_config import TaskConfig, from_plain, parted, task_from_plain
@@ -163,13 +154,3 @@ def assumed(search: Search, samples: int, share: float) -> dict[str, str]:
         "never": "; ".join(" ".join(line) for line in config.never) or "nothing",
         "kept in": f"{search.folder}",
     }
-
-
-def main(words: Sequence[str]) -> None:
-    """Tune what the words ask for."""
-    if {"-h", "--help"} & {*words}:
-        print(__doc__, (CONF / "tune.yaml").read_text(encoding="utf-8"), sep="\n", end="")
-        return
-    own = [word for word in words if word.startswith("tune.")]
-    rest = [word for word in words if word not in own]
-    tune_task(composed(rest), {key_of(word) for word in rest if is_override(word)}, own)

@@ -1,0 +1,131 @@
+"""Runs begun, gone on with, and read back: what commands and `fedraclora.simulate` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from fedraclora.binding import PlainDict, section
+from fedraclora.clients.engines import engine_of
+from fedraclora.compose.resume import go_on
+from fedraclora.config.build import fix_bits, pick_device, settled
+from fedraclora.config.run_config import from_plain
+from fedraclora.data.locate import user_path
+from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.run.callback import Callback, method_label
+from fedraclora.run.folder import is_finished, is_running, refuse_existing, resume_word
+from fedraclora.run.ledger import reached_round
+from fedraclora.run.trusted import read_trusted
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.outcome import execute, finished
+from fedraclora.strategies.rate import settled_rate
+from fedraclora.strategies.run import Run
+from fedraclora.strategies.server.round_step import RoundStep
+from fedraclora.strategies.start import settled_start
+from fedraclora.terminal.progress import RunProgress
+
+STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
+
+
+def carry_out(
+    plain: PlainDict,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    steps: Sequence[RoundStep] = (),
+) -> Run:
+    """Run to the end in this process with a progress bar; see `strategies.outcome.execute`.
+
+    Args:
+        plain: The resolved config.
+        folder: The run folder; None: the run leaves nothing behind.
+        resume: Go on with the run in the folder.
+        callbacks: What watches the rounds, or ends them early.
+        steps: Those of a program's own, which the config names.
+
+    Returns:
+        The run.
+    """
+    config = from_plain(plain, METHODS, began=resume)
+    label = method_label(plain)
+    with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
+        watching = (progress, *callbacks)
+        return execute(config, folder, engine_of, resume=resume, callbacks=watching, steps=steps)
+
+
+def choose(
+    plain: PlainDict, typed: list[str], sweep_job: str | None
+) -> tuple[PlainDict, Path, bool]:
+    """Decide on folder and config: a new run, or one to go on with.
+
+    Returns:
+        The config, the folder, and whether to resume.
+
+    Raises:
+        CheckpointError: If a run is in the way, or differs from what is asked for.
+    """
+    resume = plain.get("resume")
+    if not isinstance(resume, str | None):
+        raise ConfigError(f"resume is {resume!r}; the folder of a run, auto or null is wanted")
+    if resume not in {None, "auto"}:
+        folder = user_path("resume", resume)
+        return go_on(folder, read_trusted(folder, plain), plain, typed), folder, True
+    plain = settled_rate(settled_start(settled(plain)), print)
+    folder = run_folder(section(plain, "output"), sweep_job)
+    if resume == "auto" and (folder / "config.yaml").is_file():
+        return go_on(folder, read_trusted(folder, plain), plain, None), folder, True
+    refuse_existing(folder)
+    return plain, folder, False
+
+
+def run_folder(output: Mapping[str, object], sweep_job: str | None) -> Path:
+    """Choose the folder of a run.
+
+    Args:
+        output: The group ``output`` of the config.
+        sweep_job: The overrides of this job of a sweep, or None outside a sweep.
+
+    Returns:
+        ``output.dir``, or a dated folder; a job of a sweep has a folder of its own in it.
+    """
+    named = output.get("dir")
+    kind = "runs" if sweep_job is None else "multirun"
+    stamp = Path(kind) / f"{STARTED:%Y-%m-%d}" / f"{STARTED:%H-%M-%S}"
+    folder = stamp if named is None else user_path("output.dir", named)
+    return folder if sweep_job is None else folder / sweep_job
+
+
+def stored_run(folder: Path, round_: int | None) -> Run:
+    """Read a run from its folder.
+
+    Args:
+        folder: The run folder.
+        round_: Which of its weights are wanted; None: those of its end, which it must have.
+
+    Raises:
+        CheckpointError: If it is no run folder, or not at its end.
+    """
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no run folder {folder}")
+    if (folder / "export.json").is_file():
+        raise CheckpointError(f"{folder} is an export of a run: name the folder of the run itself")
+    config = from_plain(read_trusted(folder), METHODS, began=True)
+    if not is_finished(folder) and round_ is None:
+        ways = f"go on with {resume_word(folder)} first"
+        if is_running(folder):  # which holds its folder
+            ways = f"it is running, at round {reached_round(folder)}: wait for it"
+        raise CheckpointError(
+            f"{folder}: this run has not come to its end; {ways}, or say with --round which of its "
+            "rounds"
+        )
+    return finished(config, folder)
+
+
+def measuring_run(folder: Path, round_: int | None) -> Run:
+    """Read a run as `stored_run` does, and have torch round as it did in the run."""
+    run = stored_run(folder, round_)
+    fix_bits(run.settings.engine.threads, pick_device(run.settings.device))
+    return run
