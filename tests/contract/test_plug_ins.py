@@ -1,4 +1,7 @@
-"""A method is a plug-in: nothing but its file knows it, and one from outside can do the same."""
+"""A method is a plug-in: nothing but its file knows it, and one from outside can do the same.
+
+That nobody imports one is a contract of imports (`plug_ins`).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,6 @@ from fedraclora.strategies.methods import METHODS
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
 FILES = sorted({kind.__module__.rpartition(".")[2] for kind in METHODS.values()})
-TABLE = ROOT / "strategies/methods/__init__.py"
 
 
 @cache
@@ -35,17 +37,6 @@ def sources() -> dict[Path, str]:
             linked = inside.parts[0] == "fedraclora" and inside.parts[1] in PACKAGES
             if not linked and "results" not in inside.parts:
                 found[path] = path.read_text(encoding="utf-8")
-    return found
-
-
-@cache
-def imports() -> dict[Path, set[str]]:
-    """Modules that each module imports, anywhere in it."""
-    found = {}
-    for path, text in sources().items():
-        nodes = [*ast.walk(ast.parse(text))]
-        names = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
-        found[path] = names | {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     return found
 
 
@@ -81,18 +72,6 @@ def defined(path: Path) -> Iterator[str]:
                 yield each.name
         if isinstance(node, ast.Assign):
             yield from (target.id for target in node.targets if isinstance(target, ast.Name))
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_no_module_but_the_table_and_derived_methods_imports_a_method(name: str) -> None:
-    free = {TABLE, *map(file_of, FILES)}
-    by = [
-        path
-        for path, found in imports().items()
-        if f"fedraclora.strategies.methods.{name}" in found
-    ]
-    laboratory = ROOT / "experiments"  # which compares methods
-    assert [p for p in by if p not in free and not p.is_relative_to(laboratory)] == []
 
 
 @pytest.mark.parametrize("name", FILES)
