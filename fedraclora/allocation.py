@@ -35,7 +35,7 @@ from typing_extensions import override
 
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Chance, Count, Fraction, Limited, Positive, choice_of
+from fedraclora.limits import Chance, Count, Fraction, Limited, OneOf, Positive
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.training.materialise import materialise
 from fedraclora.training.vmapped import effective_weights
@@ -81,7 +81,7 @@ class HeteroLora(Uniform):
 
     name: ClassVar[str] = "heterolora"
 
-    proxy: Annotated[str, choice_of([*PROXIES, SYNFLOW])] = "grad_norm"
+    proxy: Annotated[str, OneOf([*PROXIES, SYNFLOW])] = "grad_norm"
     share: Chance = 0.25
     every: Count | None = None
 

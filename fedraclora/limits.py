@@ -6,25 +6,23 @@ one sentence that names the key, what came and what is wanted. None, where a typ
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import math
-import sys
-import types
-import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from numbers import Integral, Real
-from typing import Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
+from annotated_types import BaseMetadata, Ge, Gt, Le, Lt
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError
+from fedraclora.schema import checked, hints, inside
 
-# Of a number in the config: seeds and counts are int64 in tensors, the others float32.
-LARGEST_INT = 2**63 - 1
-LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+    from pydantic_core.core_schema import CoreSchema
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,34 +39,60 @@ COLUMNS = frozenset(
 
 @dataclass(frozen=True)
 class Limit:
-    """What values a setting may have.
+    """A mark beside a type: what values it may have, where no bound of a number says so.
 
     Attributes:
         description: What they are, for messages.
         holds: Whether a value is within; it is asked about values of the annotated type.
-        choices: The words that a setting may be, where it is one of a few.
-        key: Of the setting, where it is none of its group.
     """
 
     description: str
-    holds: Callable[[typing.Any], bool]
-    choices: Collection[str] = ()
-    key: str = ""
+    holds: Callable[[Any], bool]
 
-    def refuse(self, key: str, value: object, kind: object, null: str) -> None:
-        """Reject a value that is beyond the limit, or not of the kind of number that it wants.
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """See pydantic."""
+        from pydantic_core import PydanticCustomError, core_schema
 
-        Raises:
-            ConfigError: Naming the key; for a choice, all choices and the nearest one.
-        """
-        key = self.key or key
-        number = {int: Integral, float: Real}.get(typing.cast("type", kind))
-        fits = number is None or (isinstance(value, number) and not isinstance(value, bool))
-        if fits and self.holds(value):
-            return
-        if self.choices:
-            raise unknown(key, value, self.choices)
-        raise ConfigError(f"{key} is {value!r}; {self.description}{null} is wanted")
+        def check(value: object) -> object:
+            if not self.holds(value):
+                raise PydanticCustomError("limit", "beyond its limit")
+            return value
+
+        return core_schema.no_info_after_validator_function(check, handler(kind))
+
+    def __get_pydantic_json_schema__(self, kind: Any, handler: GetJsonSchemaHandler) -> Any:
+        """See pydantic."""
+        return {**handler(kind), "description": self.description}
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A mark beside a text: the words that it may be.
+
+    Attributes:
+        choices: The words.
+        others: Whether these are those that are usual, and others may come.
+    """
+
+    choices: Collection[str]
+    others: bool = False
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """See pydantic."""
+        from pydantic_core import core_schema
+
+        return handler(kind) if self.others else core_schema.literal_schema([*self.choices])
+
+
+@dataclass(frozen=True)
+class Called:
+    """A mark beside a type: the key of the config that a user sets, where it is another one."""
+
+    key: str
+
+    def __get_pydantic_json_schema__(self, kind: Any, handler: GetJsonSchemaHandler) -> Any:
+        """See pydantic."""
+        return {**handler(kind), "key": self.key}
 
 
 @dataclass(frozen=True)
@@ -95,31 +119,15 @@ class Part:
     name: str
 
 
-def choice_of(choices: Collection[str]) -> Limit:
-    """Limit a setting to some words."""
-    return Limit("", lambda value: value in choices, choices)
-
-
-def whole_from(least: int) -> Limit:
-    """Limit a whole number from below."""
-    return Limit(f"{least} or more", lambda value: value >= least)
-
-
-def number_from(least: float) -> Limit:
-    """Limit a finite number from below."""
-    return Limit(f"a finite number from {least:g} on", lambda value: least <= value < math.inf)
-
-
-_POSITIVE = Limit("a positive finite number", lambda value: 0 < value < math.inf)
-Whole = Annotated[int, whole_from(0)]
-Count = Annotated[int, whole_from(1)]
-Positive = Annotated[float, _POSITIVE]
-Seconds = Annotated[float, Limit("a number of seconds above 0", _POSITIVE.holds)]
-NotNegative = Annotated[float, number_from(0)]
-Share = Annotated[float, Limit("a share in [0, 1]", lambda value: 0 <= value <= 1)]
-Fraction = Annotated[float, Limit("a number in [0, 1)", lambda value: 0 <= value < 1)]
-Chance = Annotated[float, Limit("a number in (0, 1]", lambda value: 0 < value <= 1)]
-Inner = Annotated[float, Limit("a number in (0, 1)", lambda value: 0 < value < 1)]
+Whole = Annotated[int, Ge(0)]
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0), Lt(math.inf)]
+Seconds = Positive
+NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
+Share = Annotated[float, Ge(0), Le(1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Chance = Annotated[float, Gt(0), Le(1)]
+Inner = Annotated[float, Gt(0), Lt(1)]
 
 
 class Limited:
@@ -183,31 +191,30 @@ def limited(group: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 def check_limits(group: str, target: Callable[..., object], values: Mapping[str, object]) -> None:
     """Reject values beyond the limits of the hints of a class or a function.
 
+    Types without a limit are not checked, and a number may be one of numpy's: the values are of
+    Python. A default of the class is within them.
+
     Raises:
         ConfigError: Naming the first key, after its group.
     """
-    for name, hint in hints(target).items():
-        if name in values:
-            _check(f"{group}.{name}" if group else name, values[name], hint)
+    said = {k: values[k] for k in _limited(target) if k in values}
+    default = {k: getattr(target, k, MISSING) for k in said}
+    checked(group, target, {k: _number(v) for k, v in said.items() if v is not default[k]})
 
 
 @functools.cache
-def hints(target: Callable[..., object]) -> dict[str, object]:
-    """Read the types of a class or a function, with their limits, as far as they can be read.
+def _limited(target: Callable[..., object]) -> tuple[str, ...]:
+    """Name the parameters whose types have limits."""
+    marks = (Limit, OneOf, BaseMetadata)
+    kinds = hints(target).items()
+    return tuple(k for k, kind in kinds if any(isinstance(x, marks) for x in inside(kind)))
 
-    Somebody may have imported some for mypy alone.
-    """
-    unread = (NameError, TypeError, AttributeError)
-    with contextlib.suppress(*unread):
-        return typing.get_type_hints(target, include_extras=True)
-    found: dict[str, object] = {}
-    for part in reversed(getattr(target, "__mro__", (target,))):
-        names = vars(sys.modules.get(part.__module__, typing))
-        for key, hint in inspect.get_annotations(part).items():
-            with contextlib.suppress(*unread):
-                one = types.SimpleNamespace(__annotations__={key: hint})
-                found |= typing.get_type_hints(one, names, include_extras=True)
-    return found
+
+def _number(value: object) -> object:
+    """Turn numbers of other libraries into Python's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 @functools.cache
@@ -221,46 +228,3 @@ def later_keys(target: Callable[..., object]) -> dict[str, object]:
             default = given if make is MISSING else make()
             found[key] = list(default) if isinstance(default, tuple) else default
     return found
-
-
-def _check(key: str, value: object, hint: object, null: str = "") -> None:
-    """Check a value against a hint: its own limit, or those of what it is a union or list of."""
-    arguments = typing.get_args(hint)
-    if hasattr(hint, "__metadata__"):
-        for limit in hint.__metadata__:
-            if isinstance(limit, Limit):
-                limit.refuse(key, value, arguments[0], null)
-        _check(key, value, arguments[0], null)
-    elif isinstance(value, list | tuple):
-        for place, element in enumerate(value):
-            for inner in arguments:
-                _check(f"{key}[{place}]", element, inner)
-    elif value is not None:
-        null = ", or null," if type(None) in arguments else ""
-        for option in arguments:
-            _check(key, value, option, null)
-
-
-def check_size(key: str, value: object) -> None:
-    """Reject numbers that no tensor holds: they would overflow where they are first used.
-
-    Raises:
-        ConfigError: Naming the key and the largest number.
-    """
-    if isinstance(value, list | tuple):
-        for element in value:
-            check_size(key, element)
-    elif isinstance(value, int) and abs(value) > LARGEST_INT:
-        raise ConfigError(f"{key} is {_short(value)}; whole numbers go up to {LARGEST_INT}")
-    elif isinstance(value, float) and (
-        0 < abs(value) < SMALLEST_FLOAT or LARGEST_FLOAT < abs(value) < math.inf
-    ):
-        raise ConfigError(
-            f"{key} is {value}; it is used as a float32 number, which is 0 or lies between "
-            f"{SMALLEST_FLOAT:.2g} and {LARGEST_FLOAT:.2g}"
-        )
-
-
-def _short(value: int) -> str:
-    """A whole number of any length, for a message: Python writes no more than 4300 digits."""
-    return str(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"

@@ -54,7 +54,7 @@ from fedraclora.experiments.bench.table import (
 from fedraclora.experiments.bench.timing import Figures, figures, interleaved, training_loss
 from fedraclora.experiments.bench.usage import PROC, Laps
 from fedraclora.experiments.bench.workloads import PEERS, RAY, WORKLOADS, Case
-from fedraclora.limits import Count, Limited, choice_of
+from fedraclora.limits import Count, Limited, OneOf
 from fedraclora.protocol.link import apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Ledger
@@ -198,7 +198,7 @@ class BenchConfig(Limited):
         table: Print the tables of a folder of JSON files, instead.
     """
 
-    device: Annotated[str, choice_of(DEVICES)] = "auto"
+    device: Annotated[str, OneOf(DEVICES)] = "auto"
     size: str = "all"
     rows: str = "all"
     rounds: Count | None = None

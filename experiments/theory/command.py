@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch
+from annotated_types import Ge
 from rich.progress import track
 
 from fedraclora.binding import build
@@ -43,7 +44,7 @@ from fedraclora.experiments.theory.figures import (
     slowdowns,
 )
 from fedraclora.experiments.theory.verdict import judge
-from fedraclora.limits import Count, Limited, choice_of, whole_from
+from fedraclora.limits import Count, Limited, OneOf
 from fedraclora.run.folder import provenance
 from fedraclora.terminal.progress import plain_console
 
@@ -136,7 +137,7 @@ class TheoryConfig(Limited):
         out: The folder to write; null: a dated one.
     """
 
-    size: Annotated[str, choice_of(("full", "small"))] = "full"
-    seeds: Annotated[int, whole_from(2)] = 20  # fewer have no standard error
+    size: Annotated[str, OneOf(("full", "small"))] = "full"
+    seeds: Annotated[int, Ge(2)] = 20  # fewer have no standard error
     jobs: Count = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     out: str | None = None

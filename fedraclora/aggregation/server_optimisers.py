@@ -25,10 +25,10 @@ from typing import Annotated, ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.limits import Fraction, Limited, Positive, choice_of
+from fedraclora.limits import Fraction, Limited, OneOf, Positive
 from fedraclora.tree import Tree
 
-Space = Annotated[str, choice_of(("weights", "factors"))]
+Space = Annotated[str, OneOf(("weights", "factors"))]
 
 
 @dataclass(frozen=True)

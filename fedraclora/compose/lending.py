@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedraclora.binding import OWN_GROUPS, PlainDict, coerce, section
+from fedraclora.binding import OWN_GROUPS, PlainDict, section
 from fedraclora.compose.overrides import key_of
 from fedraclora.compose.values import plain_value, words_of
 from fedraclora.config.run_config import targets_of
@@ -22,10 +22,10 @@ from fedraclora.data.tables import is_columns, is_frame
 from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.own_metrics import Metric
-from fedraclora.limits import check_limits, hints
 from fedraclora.models.objects import lend_model, require_module
 from fedraclora.objects import NAME, lend, object_digest
 from fedraclora.protocol.method import check_method
+from fedraclora.schema import checked
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.localconfig import LocalConfig
 
@@ -34,7 +34,6 @@ TABLES = (".csv", ".tsv", ".tab", ".parquet")
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)
 FRAME_KEYS = ("features", "missing", "standardise", "test_fraction", "split_seed", "split")
-KINDS = hints(load_table)  # which reads a file by the same keys
 OBJECT_KEYS = ("loss", "metrics", "classes")
 KEPT = {"data": ("labels", "validation", "duplicates"), "model": ("head", "targets")}
 
@@ -94,8 +93,8 @@ class Lent:
             ConfigError: If nothing reads a key beside samples of the program.
         """
         asked, frames = section(plain, "data"), set(OF_FRAME) <= {*self.words}
-        frame = {k: coerce(f"data.{k}", asked[k], KINDS[k]) for k in FRAME_KEYS if k in asked}
-        check_limits("data", load_table, frame)
+        frame = {k: asked[k] for k in FRAME_KEYS if k in asked}
+        frame = checked("data", load_table, frame)  # which reads a file by the same keys
         said = {key.partition(".")[2] for key in typed if key.startswith("data.")}
         if asked.get("name") == NAME:  # a whole config, of a run with such samples
             said = {*OBJECT_KEYS} & {*asked}

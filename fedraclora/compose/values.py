@@ -15,8 +15,9 @@ from fedraclora.compose.overrides import BLANK, composed, key_of
 from fedraclora.compose.resume import laid_over
 from fedraclora.config.run_config import RunConfig, targets_of
 from fedraclora.errors import ConfigError
-from fedraclora.limits import TakesObject, hints, later_keys
+from fedraclora.limits import TakesObject, later_keys
 from fedraclora.objects import lend
+from fedraclora.schema import hints
 from fedraclora.strategies.methods import METHODS
 
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are

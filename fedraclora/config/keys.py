@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 
-from fedraclora.binding import nested_rows
 from fedraclora.config.run_config import (
     BESIDE,
     GIVEN,
@@ -22,9 +21,10 @@ from fedraclora.config.run_config import (
     RunConfig,
     targets_of,
 )
-from fedraclora.limits import Composed, Limit, Part, hints
+from fedraclora.limits import Composed, OneOf, Part
 from fedraclora.objects import NAME
 from fedraclora.protocol.method import Method
+from fedraclora.schema import hints, nested_rows
 from fedraclora.training.extras.settings import OWN_KEYS
 from fedraclora.training.localconfig import ADAPTIVE_KEYS
 
@@ -131,8 +131,8 @@ def help_of(target: Target, path: str, node: object) -> str:
         row = nested_rows(kind).get(str(group.get("name"))) if isinstance(group, Mapping) else None
         if row:
             return help_of(row, inner, group) or summary(row)
-    limits = (mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Limit))
-    choices = [word for limit in limits for word in limit.choices]
+    marks = (mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, OneOf))
+    choices = [word for mark in marks for word in mark.choices]
     text = lines(target).get(key, "")
     if any(word not in text for word in choices):
         text += f" One of {', '.join(choices)}."

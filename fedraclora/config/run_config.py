@@ -18,7 +18,7 @@ from fedraclora.aggregation.robust import AGGREGATORS
 from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS, ServerOptimiser
 from fedraclora.allocation import ALLOCATIONS, Uniform
 from fedraclora.attacks import ATTACKS, Attack
-from fedraclora.binding import Plain, bind, build, coerce, row_of, section, without
+from fedraclora.binding import Plain, bind, build, row_of, section, without
 from fedraclora.config.settings import (
     ENGINES,
     EngineConfig,
@@ -32,7 +32,7 @@ from fedraclora.config.unread import refuse_misfits, refuse_unknown, refuse_unre
 from fedraclora.data import DATASETS, PARTITIONS, make_partition
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
-from fedraclora.limits import Count, Fraction, Later, Limit, Limited, Whole, choice_of, later_keys
+from fedraclora.limits import Count, Fraction, Later, Limit, Limited, OneOf, Whole, later_keys
 from fedraclora.models import MODELS
 from fedraclora.objects import NAME, is_named, lent
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
@@ -40,6 +40,7 @@ from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS
 from fedraclora.protocol.method import Method, check_method
 from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
+from fedraclora.schema import checked
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import PRECISIONS
 
@@ -114,7 +115,7 @@ class Selection(Limited, group="data"):
     validation: Fraction = 0.0
     loss: Annotated[str | Mapping[str, object] | None, Later()] = None
     metrics: Annotated[list[str | dict[str, object]] | None, Later()] = None
-    duplicates: Annotated[str, choice_of(("error", "keep")), Later()] = "error"
+    duplicates: Annotated[str, OneOf(("error", "keep")), Later()] = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +157,11 @@ class TaskConfig(Limited):
     clients: Count | None = 200
     cohort: Cohort = 20
     seed: int = 0
-    device: Annotated[str, choice_of(DEVICES)] = "auto"
-    precision: Annotated[str, choice_of(PRECISIONS)] = "float32"
-    weights: Annotated[str, choice_of(WEIGHTINGS)] = "examples"
-    head: Annotated[str, choice_of(HEAD_POLICIES)] = "adapt"
-    bias: Annotated[str, choice_of(BIAS_POLICIES)] = "average"
+    device: Annotated[str, OneOf(DEVICES)] = "auto"
+    precision: Annotated[str, OneOf(PRECISIONS)] = "float32"
+    weights: Annotated[str, OneOf(WEIGHTINGS)] = "examples"
+    head: Annotated[str, OneOf(HEAD_POLICIES)] = "adapt"
+    bias: Annotated[str, OneOf(BIAS_POLICIES)] = "average"
     targets: str | list[str] | None = None
     dense: str | list[str] | None = None
     max_failures: Whole = 0
@@ -310,7 +311,6 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     Raises:
         MissingKeysError: Naming all keys that are missing.
     """
-    hints = typing.get_type_hints(kind, include_extras=True)
     found: dict[str, object] = {"plain": plain}
     keys = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
     later = later_keys(typing.cast("Callable[..., object]", kind))  # for mypy, kind has no hash
@@ -332,14 +332,13 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
                 # Called once it is known what else it is given; checked here.
                 found[key] = group = section(plain, key)
                 bind(key, TABLES[key], parted(key, group)[0], **dict.fromkeys(GIVEN[key]))
-            else:
-                found[key] = coerce(key, plain[key], hints[key])
         except MissingKeysError as error:
             errors.append(str(error))
             missing += error.keys
     if missing:
         raise MissingKeysError("\n  ".join(errors), missing)
-    return found
+    alone = {key: plain[key] for key in keys if key in plain and key not in found}
+    return found | checked("", kind, alone)
 
 
 def parted(key: str, group: Plain) -> tuple[dict[str, object], dict[str, object]]:

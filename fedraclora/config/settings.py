@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge, Le
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
@@ -20,18 +21,17 @@ from fedraclora.limits import (
     Limit,
     Limited,
     NotNegative,
+    OneOf,
     Positive,
     Seconds,
     Whole,
-    choice_of,
-    whole_from,
 )
 from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.quantised import FULL, ROUNDED
 
 MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
-Threads = Annotated[int, Limit(f"1 to {MOST_THREADS}", lambda count: 1 <= count <= MOST_THREADS)]
+Threads = Annotated[int, Ge(1), Le(MOST_THREADS)]
 Chunk = Annotated[
     int | str,
     Limit("auto, or a number of clients,", lambda n: n == "auto" or (isinstance(n, int) and n > 0)),
@@ -51,11 +51,11 @@ class WireConfig(Limited, group="wire"):
         downlink_coding: The same, of what goes down, catch-up included.
     """
 
-    uplink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
-    downlink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
+    uplink: Annotated[str, OneOf((FULL, *ROUNDED))] = FULL
+    downlink: Annotated[str, OneOf((FULL, *ROUNDED))] = FULL
     feedback: bool = False
-    uplink_coding: Annotated[str, choice_of((NONE, ZSTD)), Later()] = NONE
-    downlink_coding: Annotated[str, choice_of((NONE, ZSTD)), Later()] = NONE
+    uplink_coding: Annotated[str, OneOf((NONE, ZSTD)), Later()] = NONE
+    downlink_coding: Annotated[str, OneOf((NONE, ZSTD)), Later()] = NONE
 
     @override
     def __post_init__(self) -> None:
@@ -295,9 +295,9 @@ class EvaluateConfig(Limited, group="evaluate"):
 
     every: Count = 1
     batch_size: Count = 1024
-    split: Annotated[str, choice_of(("test", "validation"))] = "test"
+    split: Annotated[str, OneOf(("test", "validation"))] = "test"
     clients: Annotated[int | str, MEASURING] = FEW_MODELS
-    min_clients: Annotated[int, whole_from(LEAST_CLIENTS), Later()] = 5
+    min_clients: Annotated[int, Ge(LEAST_CLIENTS), Later()] = 5
     share: Annotated[Inner | None, Later()] = None
     clients_every: Annotated[Count, Later()] = 1
     personal: Annotated[bool, Later()] = False
@@ -329,7 +329,7 @@ class EvaluateConfig(Limited, group="evaluate"):
         return self.clients if isinstance(self.clients, int) else FEW_MODELS
 
 
-STOPPED_BY = Limit("", lambda value: isinstance(value, str), MEASURED)  # or what a run has besides
+STOPPED_BY = OneOf(MEASURED, others=True)  # what a run measures besides
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 
 from fedraclora.data.samples import ClientData, Entries, Samples
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Composed, Limit, choice_of
+from fedraclora.limits import Called, Composed, Count, OneOf
 
 RowNumbers = npt.NDArray[np.int64]
 Column = npt.NDArray[Any]
 MOST_NAMED = 50  # columns or clients that the summary names
 FLOAT_TYPES = {"float32": torch.float32, "float64": torch.float64}
-Dtype = Annotated[str, choice_of(FLOAT_TYPES)]
-Clients = Annotated[int, Limit("1 or more", lambda value: value >= 1, key="clients")]
+Dtype = Annotated[str, OneOf(FLOAT_TYPES)]
+Clients = Annotated[Count, Called("clients")]
 OF_RUN = Composed("${clients}")  # as many clients as the run has
 Division = list[RowNumbers] | ClientData  # rows of each client, or clients made on demand
 

@@ -22,7 +22,7 @@ from fedraclora.data.fit import found_shape, outputs_for
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError, unknown
-from fedraclora.limits import choice_of
+from fedraclora.limits import OneOf
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -35,10 +35,10 @@ OBJECTIVES = {  # the loss of each, and its metrics
     "classification": ("cross_entropy", ("accuracy", "loss")),
     "regression": ("squared_error", ("pearson", "spearman", "loss")),
 }
-TaskName = Annotated[str, choice_of(OBJECTIVES)]
+TaskName = Annotated[str, OneOf(OBJECTIVES)]
 # Of arrays there are those, too, of which a sample has many targets, by the names of their losses.
 OF_ARRAYS = {name: (name, LOSSES[name].metrics) for name in ("multi_label", "pixel_classes")}
-ArrayTask = Annotated[str, choice_of((*OBJECTIVES, *OF_ARRAYS))]
+ArrayTask = Annotated[str, OneOf((*OBJECTIVES, *OF_ARRAYS))]
 
 
 @dataclass(frozen=True)

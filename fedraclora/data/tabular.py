@@ -31,7 +31,7 @@ from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import holdout_of, rows_by_use
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.limits import Fraction, Later, choice_of, limited
+from fedraclora.limits import Fraction, Later, OneOf, limited
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -138,7 +138,7 @@ def load_table(
     task: TaskName = "classification",
     metrics: Sequence[str] | None = None,
     standardise: bool = True,
-    missing: Annotated[str, choice_of(("error", "drop"))] = "error",
+    missing: Annotated[str, OneOf(("error", "drop"))] = "error",
     separator: str | None = None,
     split: Annotated[str | int | None, Later()] = None,
 ) -> DataSet:

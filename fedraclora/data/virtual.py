@@ -25,13 +25,14 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Ge
 
 from fedraclora.data.dataset import FLOAT_TYPES, OF_RUN, Clients, DataSet, Dtype, classification
 from fedraclora.data.samples import Movable, Samples
-from fedraclora.limits import Count, NotNegative, Positive, choice_of, limited, whole_from
+from fedraclora.limits import Count, NotNegative, OneOf, Positive, limited
 from fedraclora.rng import generator, hash_key, position_bits
 
-SizeLaw = Annotated[str, choice_of(("constant", "lognormal", "pareto"))]
+SizeLaw = Annotated[str, OneOf(("constant", "lognormal", "pareto"))]
 OWN = (1 << 32) - 1  # the position whose random words are of the client, not of a sample
 QUANTILES = 1024
 MIX_NUMBERS = 1 << 20  # in the table of mixes, over all classes
@@ -191,7 +192,7 @@ def virtual(
     sizes: SizeLaw = "lognormal",
     spread: NotNegative = 0.5,
     features: Count = 32,
-    classes: Annotated[int, whole_from(2)] = 10,
+    classes: Annotated[int, Ge(2)] = 10,
     clouds: Count = 5,
     noise: NotNegative = 1.0,
     shift: NotNegative = 0.5,

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le, Lt
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Chance, Limit, Limited, Positive, Seconds, number_from
+from fedraclora.limits import Chance, Limited, Positive, Seconds
 from fedraclora.rng import cohort_uniforms, hash_key
+from fedraclora.schema import Chosen
 
 
-class Availability(Limited):
+class Availability(Limited, Chosen):
     """Who can be asked. Refusals start with the key: `schema` says where."""
 
     @abstractmethod
@@ -38,8 +40,9 @@ class Availability(Limited):
             bool [K].
         """
 
-    @staticmethod
-    def rows() -> Mapping[str, type[Availability]]:
+    @classmethod
+    @override
+    def rows(cls) -> Mapping[str, type[Availability]]:
         """The table of names, for `schema`."""
         return AVAILABILITY
 
@@ -80,15 +83,16 @@ class Diurnal(Availability):
 AVAILABILITY: dict[str, type[Availability]] = {"bernoulli": Bernoulli, "diurnal": Diurnal}
 
 
-class Distribution(Limited):
+class Distribution(Limited, Chosen):
     """A distribution of positive numbers. Refusals start with the key: `schema` says where."""
 
     @abstractmethod
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
         """Map uniform numbers in (0, 1) to values, float64 of the same shape."""
 
-    @staticmethod
-    def rows() -> Mapping[str, type[Distribution]]:
+    @classmethod
+    @override
+    def rows(cls) -> Mapping[str, type[Distribution]]:
         """The table of names, for `schema`."""
         return DISTRIBUTIONS
 
@@ -128,7 +132,7 @@ class LogNormal(Distribution):
 
     median: Positive
     # Beyond 10, values leave float64.
-    sigma: Annotated[float, Limit("a number in [0, 10]", lambda v: 0 <= v <= 10)]
+    sigma: Annotated[float, Ge(0), Le(10)]
 
     @override
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
@@ -140,7 +144,7 @@ class Pareto(Distribution):
     """``least`` or more, with P(X > x) = (least / x)^shape: a few clients far above the rest."""
 
     least: Positive
-    shape: Annotated[float, number_from(0.1)]  # below, tails leave float64
+    shape: Annotated[float, Ge(0.1), Lt(math.inf)]  # below, tails leave float64
 
     @override
     def quantile(self, u: torch.Tensor) -> torch.Tensor:

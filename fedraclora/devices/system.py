@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Ge, Lt
 from typing_extensions import override
 
 from fedraclora.devices.distributions import Availability, Distribution, Diurnal, LogNormal
 from fedraclora.devices.timeline import Load, Race, Timeline
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.limits import Count, Fraction, Later, Limited, NotNegative, Seconds, number_from
+from fedraclora.limits import Count, Fraction, Later, Limited, NotNegative, Seconds
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.rng import cohort_uniforms, generator, hash_key
 
@@ -58,7 +59,7 @@ class SystemConfig(Limited, group="system"):
     drop_out: Fraction = 0.0
     jitter: NotNegative = 0.0
     deadline: Seconds | None = None
-    over_select: Annotated[float, number_from(1)] = 1.0
+    over_select: Annotated[float, Ge(1), Lt(math.inf)] = 1.0
     buffer: Count | None = None
 
     @override

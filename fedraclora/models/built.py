@@ -23,14 +23,14 @@ from typing_extensions import override
 
 from fedraclora.data.task import forward
 from fedraclora.errors import ConfigError, ModelError
-from fedraclora.limits import choice_of
+from fedraclora.limits import OneOf
 from fedraclora.lowrank.layers import is_batch_norm, is_head, layer_kind
 from fedraclora.narrow_weight import BITS, QuantisedWeight, quantised
 from fedraclora.rng import hash_key
 
-Attention = Annotated[str, choice_of(("sdpa", "eager"))]  # one fused kernel, or plain products
+Attention = Annotated[str, OneOf(("sdpa", "eager"))]  # one fused kernel, or plain products
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Base = Annotated[str, choice_of((*FLOATS, *BITS))]  # what is narrow is never merged into
+Base = Annotated[str, OneOf((*FLOATS, *BITS))]  # what is narrow is never merged into
 
 
 @dataclass(frozen=True)

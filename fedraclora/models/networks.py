@@ -113,7 +113,7 @@ def build_cnn(
     channels: Sequence[Count] = (16, 32),
     hidden: Count | None = 64,
     dropout: Fraction = 0.0,
-    kernel: Annotated[Count, Limit("odd", lambda size: size % 2 == 1), Later()] = 3,
+    kernel: Annotated[Count, Limit("an odd number", lambda size: size % 2 == 1), Later()] = 3,
 ) -> Built:
     """Build convolutions ``conv1``, ... and two linear layers, with ReLU between all.
 

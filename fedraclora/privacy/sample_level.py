@@ -35,13 +35,14 @@ from fedraclora.limits import Inner, Limited, NotNegative, Positive
 from fedraclora.privacy.accountant import epsilon
 from fedraclora.privacy.secret import normals_of, stream
 from fedraclora.rng import hash_key
+from fedraclora.schema import Chosen
 from fedraclora.tree import Tree
 
 LARGEST_FLOAT = 3e38  # of float32
 
 
 @dataclass(frozen=True)
-class SampleNoise(Limited):
+class SampleNoise(Limited, Chosen):
     """Clip and noise of a local step.
 
     Attributes:
@@ -64,6 +65,7 @@ class SampleNoise(Limited):
             )
 
     @classmethod
+    @override
     def rows(cls) -> dict[str, type[SampleNoise]]:
         """Mechanisms by the name in a config."""
         return {"gaussian": cls}

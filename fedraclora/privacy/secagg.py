@@ -21,12 +21,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from annotated_types import Ge, Lt
+
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Limit, Limited, Positive
 from fedraclora.rng import generator
 
 _EVEN = Limit("an even number from 2 on", lambda value: value >= 2 and value % 2 == 0)
-_MAJORITY = Limit("a share in [0.5, 1)", lambda value: 0.5 <= value < 1)
 LEAST_CLIENTS = 3  # clients of a sum: of two, each knows the other's part
 # Why there is no sum of measurements, in the words of clients and of the server.
 FEW = "fewer than evaluate.min_clients={} clients have samples to measure on"
@@ -62,7 +63,7 @@ class SecAgg(Open):
 
     clip: Positive = 10.0
     neighbours: Annotated[int, _EVEN] | None = None
-    threshold: Annotated[float, _MAJORITY] = 0.5
+    threshold: Annotated[float, Ge(0.5), Lt(1)] = 0.5
     max_weight: Count = 1
 
     def graph(self, clients: list[int], seed: int, round_: int) -> dict[int, list[int]]:

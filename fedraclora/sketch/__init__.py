@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.limits import choice_of
+from fedraclora.limits import OneOf
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch.bases import COORDINATE, HAAR, SRHT, Basis, Leaf, signs, words
 
@@ -146,9 +146,9 @@ SKETCHES: dict[str, Kind] = {
     "count_sketch": Kind(count_sketch, lambda s: s.dim / s.rank, count_rank),
 }
 # Settings of methods.
-Sketch = Annotated[str, choice_of(SKETCHES)]
-Normalise = Annotated[str, choice_of(NORMALISATIONS)]
-Blocks = Annotated[str, choice_of(BLOCKS)]
+Sketch = Annotated[str, OneOf(SKETCHES)]
+Normalise = Annotated[str, OneOf(NORMALISATIONS)]
+Blocks = Annotated[str, OneOf(BLOCKS)]
 
 
 @dataclass(frozen=True)

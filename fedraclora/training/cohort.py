@@ -18,7 +18,6 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from fedraclora.binding import of_project
 from fedraclora.data.own_loss import OwnLoss
 from fedraclora.data.samples import ClientData, Samples, count_examples
 from fedraclora.data.task import Task, forward, loss_function
@@ -37,6 +36,7 @@ from fedraclora.protocol.program import (
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import generator, hash_key
+from fedraclora.schema import of_project
 from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import arrange, materialise

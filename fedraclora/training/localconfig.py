@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated, ClassVar, TypeVar
 
+from annotated_types import Ge, Le
 from typing_extensions import override
 
 from fedraclora.binding import object_of
@@ -16,16 +17,14 @@ from fedraclora.limits import (
     Count,
     Fraction,
     Later,
-    Limit,
     Limited,
     NotNegative,
+    OneOf,
     Part,
     Positive,
     Share,
     TakesObject,
     Whole,
-    choice_of,
-    whole_from,
 )
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.program import ClientProgram
@@ -33,10 +32,7 @@ from fedraclora.protocol.program import ClientProgram
 Extra = TypeVar("Extra", bound=ClientProgram)
 ADAPTIVE_KEYS = Part("adaptive")  # keys that choices without such an optimiser do not list
 MOST_STEPS = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
-Laid = Annotated[
-    int, whole_from(0), Limit(f"{MOST_STEPS} or fewer", lambda value: value <= MOST_STEPS)
-]
-BatchSize = Annotated[int, Limit("0 (all) or more", lambda value: value >= 0)]
+Laid = Annotated[int, Ge(0), Le(MOST_STEPS)]
 
 
 @dataclass(frozen=True)
@@ -77,14 +73,14 @@ class LocalConfig(Limited, group="local"):
 
     OPTIMISERS: ClassVar[tuple[str, ...]] = ("sgd", "adamw")
 
-    optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
-    moments: Annotated[str, choice_of(("round", "link", "run", "rows"))] = "round"
+    optimiser: Annotated[str, OneOf(OPTIMISERS)] = "sgd"
+    moments: Annotated[str, OneOf(("round", "link", "run", "rows"))] = "round"
     moments_kept: Share = 0.0
     lr: Positive = 0.5
     dense_lr: Positive | None = None
     epochs: Laid = 1
     steps: Laid | None = None
-    batch_size: BatchSize = 16
+    batch_size: Whole = 16
     shuffle: bool = True
     momentum: Fraction = 0.0
     nesterov: bool = False
@@ -93,8 +89,8 @@ class LocalConfig(Limited, group="local"):
     beta2: Annotated[Fraction, ADAPTIVE_KEYS] = 0.999
     eps: Annotated[Positive, ADAPTIVE_KEYS] = 1e-8
     clip: Positive | None = None
-    clip_by: Annotated[str, choice_of(("all", "layer"))] = "all"
-    schedule: Annotated[str, choice_of(("constant", "cosine", "linear", "step"))] = "constant"
+    clip_by: Annotated[str, OneOf(("all", "layer"))] = "all"
+    schedule: Annotated[str, OneOf(("constant", "cosine", "linear", "step"))] = "constant"
     warmup: Whole = 0
     restart_every: Count | None = None
     final: NotNegative = 0.0

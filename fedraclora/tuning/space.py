@@ -17,7 +17,7 @@ from fedraclora.compose.choices import choice
 from fedraclora.compose.resume import laid_over
 from fedraclora.config.build import BuiltTask
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.limits import Chance, Count, Inner, Limit, Limited, Positive, Whole, choice_of
+from fedraclora.limits import Chance, Count, Inner, Limit, Limited, OneOf, Positive, Whole
 from fedraclora.objects import is_named
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.strategies.methods import METHODS
@@ -38,7 +38,7 @@ SET_BY_TUNE = ("evaluate.split", "seed", "resume")
 SOME = Limit("a list of one or more", lambda values: values != [])
 UP_TO_FOUR = Limit("a list of one to four", lambda values: 1 <= len(values) <= 4)
 RISING = Limit("[least, greatest]", lambda lr: lr is None or (len(lr) == 2 and lr[0] < lr[1]))
-Kinds = Annotated[list[Annotated[str, choice_of((FULL, *ROUNDED))]] | None, SOME]
+Kinds = Annotated[list[Annotated[str, OneOf((FULL, *ROUNDED))]] | None, SOME]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class TuneConfig(Limited, group="tune"):
     runs: Count | None
     core_hours: Positive | None
     megabytes: Positive | None
-    method: Annotated[list[Annotated[str, choice_of((*METHODS,))]], SOME]
+    method: Annotated[list[Annotated[str, OneOf((*METHODS,))]], SOME]
     lr: Annotated[list[Positive] | None, RISING]
     rank: Annotated[list[Count], SOME]
     uplink: Kinds

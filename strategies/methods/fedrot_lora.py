@@ -25,17 +25,14 @@ third, and so on; in the first, where one factor is zero, nothing is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 from typing_extensions import override
 
-from fedraclora.limits import Limit
+from fedraclora.limits import Chance
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
-
-Strength = Annotated[float, Limit("a number in (0, 1]", lambda value: 0 < value <= 1)]
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class FedRotLora(Factored):
 
     traits = Traits(exact=False, linear=False, merges=False)
 
-    strength: Strength = 1.0
+    strength: Chance = 1.0
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:

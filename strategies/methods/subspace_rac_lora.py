@@ -41,7 +41,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Count, Limit, Share, choice_of
+from fedraclora.limits import Count, Limit, OneOf, Share
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.factor import FactorLike, as_rows
 from fedraclora.protocol.method import Downlink, Link, Plan, State, Traits
@@ -60,7 +60,7 @@ KeptLength = Annotated[
     ),
 ]
 FRESH_ROWS = {"singular": "orthonormal", "coordinate": "coordinate"}  # of the other rows
-KeptBasis = Annotated[str, choice_of(past.BASES)]
+KeptBasis = Annotated[str, OneOf(past.BASES)]
 
 
 @dataclass(frozen=True)

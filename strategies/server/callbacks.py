@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from typing_extensions import override
 
-from fedraclora.binding import of_project
 from fedraclora.config.settings import StopConfig
 from fedraclora.errors import CheckpointError, ConfigError, unknown
 from fedraclora.evaluation.generate import Answering
@@ -25,6 +24,7 @@ from fedraclora.narrow_weight import dense
 from fedraclora.objects import held, refuse_changed
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import BY_CLIENTS, Row, ledger_value, metrics_of, number
+from fedraclora.schema import of_project
 from fedraclora.strategies.server.sound import OF_CALLBACKS, HookCheck, told
 from fedraclora.tree import Tree
 

@@ -17,7 +17,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Count, choice_of
+from fedraclora.limits import Count, OneOf
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, State
 from fedraclora.protocol.plan import Rank
@@ -37,7 +37,7 @@ from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerMethod, 
 from fedraclora.tree import Tree
 
 # What is drawn: A (right), B (left), or the larger factor.
-Side = Annotated[str, choice_of(("right", "left", "auto"))]
+Side = Annotated[str, OneOf(("right", "left", "auto"))]
 
 
 @dataclass(frozen=True)

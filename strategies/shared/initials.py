@@ -61,7 +61,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.limits import choice_of
+from fedraclora.limits import OneOf
 from fedraclora.lowrank.algebra import Product, fix_signs, principal
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import (
@@ -311,7 +311,7 @@ class GradientFirst(Probing):
 
     purpose = "/probe"
 
-    first: Annotated[str, choice_of(FIRST)] = "drawn"
+    first: Annotated[str, OneOf(FIRST)] = "drawn"
 
     @override
     def __post_init__(self) -> None:

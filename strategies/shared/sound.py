@@ -10,11 +10,11 @@ from typing import Protocol
 
 import torch
 
-from fedraclora.binding import of_project
 from fedraclora.data.own_loss import PASSING
 from fedraclora.errors import ConfigError, DivergenceError
 from fedraclora.imports import told_as
 from fedraclora.protocol.factor import LABELS, Factor, FactorLike
+from fedraclora.schema import of_project
 from fedraclora.strategies.shared.layer import (
     Factors,
     Layer,

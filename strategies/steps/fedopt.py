@@ -32,7 +32,6 @@ import torch
 from typing_extensions import override
 
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
-from fedraclora.binding import of_project
 from fedraclora.data.own_loss import PASSING
 from fedraclora.errors import ConfigError
 from fedraclora.imports import told_as
@@ -42,6 +41,7 @@ from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.method import Downlink, Draw, Link, Method, State, apply_link
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.schema import of_project
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.server.sound import told, tree

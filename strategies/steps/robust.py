@@ -12,13 +12,13 @@ from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, Aggregator, rows_of
 from fedraclora.attacks import Attack, same_shape
-from fedraclora.binding import of_project
 from fedraclora.data.own_loss import PASSING
 from fedraclora.errors import ConfigError
 from fedraclora.imports import told_as
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
+from fedraclora.schema import of_project
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.server.sound import uplinks

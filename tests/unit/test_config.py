@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pytest
 import yaml
 
-from fedraclora.binding import bind, build, coerce, section, without
+from fedraclora.binding import bind, build, section, without
 from fedraclora.compose.choices import CONF, NODES, choice
 from fedraclora.compose.values import is_whole
 from fedraclora.config import run_config
@@ -36,9 +36,10 @@ from fedraclora.config.settings import (
     WireConfig,
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
-from fedraclora.limits import Later, choice_of, later_keys
+from fedraclora.limits import Later, OneOf, later_keys
 from fedraclora.protocol.method import Method
 from fedraclora.protocol.quantised import ROUNDED
+from fedraclora.schema import checked
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.extras.settings import LocalSettings
 
@@ -500,6 +501,16 @@ def test_unknown_rows_and_keys_name_the_nearest() -> None:
             bind("method", METHOD_TABLE, {"name": name})
 
 
+def taken(value: object, hint: object) -> object:
+    """Check a value of a key that has this type."""
+
+    def row(*, key: Any) -> object:
+        return key
+
+    row.__annotations__["key"] = hint
+    return checked("", row, {"key": value})["key"]
+
+
 @pytest.mark.parametrize(
     ("value", "hint", "wanted"),
     [
@@ -518,7 +529,7 @@ def test_unknown_rows_and_keys_name_the_nearest() -> None:
     ],
 )
 def test_values_that_fit_pass(value: object, hint: object, wanted: object) -> None:
-    found = coerce("key", value, hint)
+    found = taken(value, hint)
     assert found == wanted
     assert type(found) is type(wanted)
 
@@ -533,7 +544,7 @@ def test_values_that_fit_pass(value: object, hint: object, wanted: object) -> No
         (None, int, "None; int is wanted"),
         (1, bool, "1; bool is wanted"),
         (1, str | None, "1; str or null"),
-        (1, Annotated[str, choice_of("ab")] | None, "a, b or null"),
+        (1, Annotated[str, OneOf("ab")] | None, "a, b or null"),
         (1.5, Chunk, "1.5; int or str"),
         ("x", list[int], "key is 'x'; a list of"),
         ([1], int | None, "[1]; int or null"),
@@ -543,7 +554,7 @@ def test_values_that_do_not_fit_name_key_value_and_type(
     value: object, hint: object, words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        coerce("key", value, hint)
+        taken(value, hint)
     assert words in str(caught.value)
 
 
@@ -552,7 +563,7 @@ def test_values_that_do_not_fit_name_key_value_and_type(
 )
 def test_the_elements_of_a_list_are_checked(value: object, hint: object) -> None:
     with pytest.raises(ConfigError, match="key is"):
-        coerce("key", value, hint)
+        taken(value, hint)
 
 
 def test_groups_are_copied_not_changed() -> None:

@@ -11,8 +11,9 @@ import fedraclora
 from fedraclora.binding import bind
 from fedraclora.data import DATASETS
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Fraction, hints
+from fedraclora.limits import Fraction
 from fedraclora.renamed import RENAMED
+from fedraclora.schema import hints
 
 NEW = re.compile(r"\b[a-z]+\.[a-z_]+\b")
 

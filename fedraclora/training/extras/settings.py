@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.limits import Later, NotNegative, Part, Positive, Seconds, choice_of
+from fedraclora.limits import Later, NotNegative, OneOf, Part, Positive, Seconds
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
 from fedraclora.protocol.program import (
     ClientChunk,
@@ -95,11 +95,11 @@ class LocalSettings(LocalConfig):
 
     OPTIMISERS: ClassVar[tuple[str, ...]] = (*LocalConfig.OPTIMISERS, "lora_rite")
 
-    optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
+    optimiser: Annotated[str, OneOf(OPTIMISERS)] = "sgd"
     dp: SampleNoise | None = None
     prox: NotNegative = 0.0
     precondition: bool = False
-    adjust: Annotated[str, choice_of(("none", *ADJUSTMENTS))] = "none"
+    adjust: Annotated[str, OneOf(("none", *ADJUSTMENTS))] = "none"
     damping: Positive = 1e-6
     gate_penalty: Positive | None = None
     train: Annotated[str | None, Later(), OWN_KEYS] = None
