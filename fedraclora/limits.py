@@ -18,7 +18,7 @@ from annotated_types import BaseMetadata, Ge, Gt, Le, Lt
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.schema import checked, hints, inside
+from fedraclora.schema import hints, inside, validated
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -199,7 +199,7 @@ def check_limits(group: str, target: Callable[..., object], values: Mapping[str,
     """
     said = {k: values[k] for k in _limited(target) if k in values}
     default = {k: getattr(target, k, MISSING) for k in said}
-    checked(group, target, {k: _number(v) for k, v in said.items() if v is not default[k]})
+    validated(group, target, {k: _number(v) for k, v in said.items() if v is not default[k]})
 
 
 @functools.cache

@@ -128,10 +128,15 @@ def checked(kind: str, target: Target, values: Mapping[str, object]) -> dict[str
         ConfigError: For the first value of the wrong type, or beyond its limits: naming the key,
             what came and what is wanted.
     """
-    if not values:
-        return {}
     for key, value in values.items():
         check_size(path(kind, key), value)
+    return validated(kind, target, values)
+
+
+def validated(kind: str, target: Target, values: Mapping[str, object]) -> dict[str, object]:
+    """Check types and limits as `checked` does, and let numbers be as large as they are."""
+    if not values:
+        return {}
     adapter = _adapter(target)
     from pydantic_core import ValidationError
 
