@@ -76,7 +76,7 @@ def test_the_day_of_a_round_decides_and_not_its_number() -> None:
         (
             "diurnal",
             {"share": 0.5, "day": 0.0},
-            r"day is 0\.0; .*above 0",
+            r"day is 0\.0; a positive",
         ),
     ],
 )

@@ -155,7 +155,7 @@ def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any])
         ({"moments": "epoch"}, "unknown local.moments 'epoch'"),
         ({"moments": "link"}, "sgd without momentum"),
         ({"momentum": 0.5, "moments_kept": 0.1}, "set local.moments=link"),
-        ({"momentum": 0.5, "moments": "link", "moments_kept": 1.5}, "a share in [0, 1]"),
+        ({"momentum": 0.5, "moments": "link", "moments_kept": 1.5}, "a number in [0, 1]"),
         ({"restart_every": 0}, "local.restart_every is 0; 1 or"),
     ],
 )
