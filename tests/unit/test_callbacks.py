@@ -15,7 +15,7 @@ WORDS = ("data=digits", "pretrain=none", "output.progress=false")
 SIZES: dict[str, Any] = {"model": {"hidden": [7]}, "clients": 5, "cohort": 3, "rounds": 4}
 
 
-def run(*words: str, **keys: Any) -> fedraclora.Run:
+def run(*words: str, **keys: Any) -> fedraclora.RunResult:
     return fedraclora.simulate(*WORDS, *words, **(SIZES | keys))
 
 

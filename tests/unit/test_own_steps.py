@@ -19,7 +19,7 @@ WORDS = ("data=digits", "pretrain=none", "output.progress=false", "output.checkp
 SIZES: dict[str, Any] = {"model": {"hidden": [7]}, "clients": 5, "cohort": 3, "rounds": 3}
 
 
-def run(*words: str, **keys: Any) -> fedraclora.Run:
+def run(*words: str, **keys: Any) -> fedraclora.RunResult:
     given = WORDS if "folder" in keys else WORDS[:-1]
     return fedraclora.simulate(*given, *words, **(SIZES | keys))
 
@@ -44,7 +44,7 @@ class Cosine(fedraclora.RoundStep):
         return {self.column: self.cosine}
 
 
-def cosines(found: fedraclora.Run) -> list[Any]:
+def cosines(found: fedraclora.RunResult) -> list[Any]:
     return [row["cosine"] for row in found.rows[1:]]
 
 
