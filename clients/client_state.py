@@ -67,7 +67,7 @@ def restore(
     initial = default | blank | variates | rounded
     if not initial:
         return downlink, {}, {}
-    link = downlink.link if local.moments == "link" else None
+    link = downlink.link if local.optimizer_state == "merge" else None
     found = store.read(request.clients, request.round_, initial, link)
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
     if variates:

@@ -112,7 +112,7 @@ class HeteroLora(Uniform):
         if not any(scores.values()):
             raise ConfigError(
                 f"allocation.proxy is {self.proxy}, which scores every layer 0 where a factor "
-                "begins at zero; take proxy=grad_norm, or a start of both (method.initial)"
+                "begins at zero; take proxy=grad_norm, or a start of both (method.init)"
             )
         count = max(1, math.floor(self.share * len(scores)))
         best = sorted(scores, key=lambda name: -scores[name])[:count]

@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
+from fedraclora.renamed import instead_of
+
 FULL = {errno.ENOSPC, errno.EDQUOT}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 LISTED = 40  # names that a message lists where it knows a near one
@@ -88,17 +90,6 @@ class DivergenceError(ClientError):
 OF_THE_RUN = (ConfigError, ModelError)
 
 
-# What an earlier version had under a name, and what to use now.
-REMOVED = {
-    ("engine", "flower"): "use engine=ray (processes of this machine or a cluster; same weights as "
-    "engine=vectorised), `fedraclora deploy local=3` (Flower's SuperNodes), or in a Flower app of "
-    "your own fedraclora.flower.LowRank (docs/flower.md)",
-    ("command", "flower"): "use `fedraclora simulate engine=ray` with the same arguments, "
-    "`fedraclora deploy local=3`, or in a Flower app of your own fedraclora.flower.LowRank "
-    "(docs/flower.md)",
-}
-
-
 def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """Build the error for a name that is not in a table: the nearest one, and all names.
 
@@ -116,8 +107,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
         >>> print(unknown("method", "fed_rac_lorra", ["fedavg", "fed_rac_lora"]))
         unknown method 'fed_rac_lorra'; did you mean 'fed_rac_lora'? There are: fed_rac_lora, fedavg
     """
-    if instead := REMOVED.get((kind, str(name))):
-        return ConfigError(f"the {kind} {str(name)!r} was removed: {instead}")
+    if instead := instead_of(kind, name):
+        return ConfigError(f"{kind} {str(name)!r} is no more: {instead}")
     names = sorted(known)
     near = nearest(str(name), names)
     hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -1,29 +1,77 @@
-"""Old names of keys: the error for one says what the key is called now.
+"""Old names of keys and values: the error for one says what it is called now.
 
 A key is renamed at its home, in `conf` and in what is kept, and its old name becomes a row here.
 """
 
 from __future__ import annotations
 
-from fedraclora.errors import ConfigError
-
 TEST_KEYS = (
     "data.test_fraction (the share of the samples that is held out), data.test_file (a file) or "
     "data.test_function (package.module:function)"
 )
-# The old key -> the new one, or which of several by what is meant.
-RENAMED = {
+# The old key, or group -> the new one, or which of several by what is meant.
+KEYS = {
+    "cohort": "clients_per_round",
+    "dense": "modules_to_save",
+    "start": "init_from",
+    "targets": "target_modules",
+    "weights": "aggregation_weights",
+    "wire": "compression",
+    "data.arguments": "data.parameters",
     "data.test": TEST_KEYS,
     "data.test_share": "data.test_fraction",
-    "data.arguments": "data.parameters",
+    "local.dense_lr": "local.full_lr",
+    "local.final": "local.min_lr_ratio",
+    "local.moments": "local.optimizer_state",
+    "local.moments_kept": "local.optimizer_state_kept",
+    "method.first": "method.init",
+    "method.initial": "method.init",
+    "method.resample_every": "method.merge_every",
+    "method.side": "method.train (of methods that train both factors: method.zero_init)",
+    "model.targets": "model.target_modules",
+}
+# The kind of a value, and the old value -> what to write in its place.
+VALUES = {
+    ("aggregation_weights", "examples"): "write aggregation_weights=samples",
+    ("bias", "average"): "write bias=full",
+    ("command", "flower"): "use `fedraclora simulate engine=ray` with the same arguments, "
+    "`fedraclora deploy nodes=3`, or in a Flower app of your own fedraclora.flower.LowRank "
+    "(docs/flower.md)",
+    ("engine", "flower"): "use engine=ray (processes of this machine or a cluster; same weights as "
+    "engine=vectorised), `fedraclora deploy nodes=3` (Flower's SuperNodes), or in a Flower app of "
+    "your own fedraclora.flower.LowRank (docs/flower.md)",
+    ("evaluate.clients", "cohort"): "write evaluate.clients=round",
+    ("head", "adapt"): "write head=lora",
+    ("head", "average"): "write head=full",
+    ("head", "local"): "write head=personal",
+    ("local.optimizer_state", "link"): "write local.optimizer_state=merge",
+    ("method.init", "drawn"): "write method.init=random",
+    ("method.train", "left"): "write method.train=A",
+    ("method.train", "right"): "write method.train=B",
+    ("method.zero_init", "left"): "write method.zero_init=A",
+    ("method.zero_init", "right"): "write method.zero_init=B",
 }
 
 
-def renamed(key: str) -> ConfigError | None:
-    """Build the error for an old key, which names the new one; None for any other key.
+def renamed(key: str) -> str:
+    """Say what an old key is called now; empty for any other key.
 
     Example:
-        >>> print(renamed("data.test_share"))
-        data.test_share is called data.test_fraction now
+        >>> renamed("data.test_share"), renamed("seed")
+        ('data.test_share is called data.test_fraction now', '')
+        >>> renamed("wire.uplink")
+        'wire.uplink is called compression.uplink now'
     """
-    return ConfigError(f"{key} is called {RENAMED[key]} now") if key in RENAMED else None
+    group, _, inner = key.partition(".")
+    new = KEYS.get(key) or (f"{KEYS[group]}.{inner}" if group in KEYS else "")
+    return new and f"{key} is called {new} now"
+
+
+def instead_of(kind: str, value: object) -> str:
+    """Say what to write in place of an old value; empty for any other value.
+
+    Example:
+        >>> instead_of("head", "adapt")
+        'write head=lora'
+    """
+    return VALUES.get((kind, str(value)), "")

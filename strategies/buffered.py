@@ -232,7 +232,7 @@ def _check_late(late: list[list[Batch]], state: State) -> None:
         raise ConfigError(
             "a reply to an older downlink came (system.buffer), but what this method carries from "
             "round to round, or takes from the last link, has changed since; take a method that "
-            "merges in every round and carries nothing (fed_rac_lora with method.resample_every=1) "
+            "merges in every round and carries nothing (fed_rac_lora with method.merge_every=1) "
             "or never merges (null)"
         )
 

@@ -29,11 +29,11 @@ def settled_start(plain: Mapping[str, object]) -> PlainDict:
     Raises:
         FedRacLoraError: If there is nothing to begin from.
     """
-    start = plain.get("start")
+    start = plain.get("init_from")
     if not isinstance(start, str):
         return dict(plain)
-    folder = user_path("start", start).resolve()
-    return {**plain, "start": {"path": str(folder), "sha256": start_digest(folder)}}
+    folder = user_path("init_from", start).resolve()
+    return {**plain, "init_from": {"path": str(folder), "sha256": start_digest(folder)}}
 
 
 def start_digest(folder: Path) -> str:
@@ -47,12 +47,13 @@ def start_digest(folder: Path) -> str:
         return adapter_digest(folder)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
-            f"start={folder} holds neither a run (config.yaml) nor a PEFT adapter "
+            f"init_from={folder} holds neither a run (config.yaml) nor a PEFT adapter "
             "(adapter_config.json); a Hugging Face folder is model.path, with model=hf"
         )
     if not is_finished(folder):
         raise CheckpointError(
-            f"start={folder}: that run has not come to its end; go on with {resume_word(folder)}"
+            f"init_from={folder}: that run has not come to its end; go on with "
+            f"{resume_word(folder)}"
         )
     return str(read_summary(folder)["weights_digest"])
 
@@ -70,26 +71,29 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
     Raises:
         FedRacLoraError: If it has changed since the run began, or does not fit the model.
     """
-    if config.start is None:
+    if config.init_from is None:
         return {}
     if config.pretrain.epochs:
         raise ConfigError(
             "start says where the weights come from, so that what is pretrained would be lost: set "
             "pretrain=none, or leave start out"
         )
-    said = {"path": config.start} if isinstance(config.start, str) else config.start
+    said = {"path": config.init_from} if isinstance(config.init_from, str) else config.init_from
     if not {"path"} <= said.keys() <= {"path", "sha256"}:
-        raise ConfigError(f"start={said}: the folder of a finished run or of an adapter is wanted")
+        raise ConfigError(
+            f"init_from={said}: the folder of a finished run or of an adapter is wanted"
+        )
     folder = Path(said["path"]).expanduser()
     found = start_digest(folder)
     if found != said.get("sha256", found):
         raise CheckpointError(
-            f"start={folder} is not what it was when the config was written: its digest is "
+            f"init_from={folder} is not what it was when the config was written: its digest is "
             f"{found}, not {said['sha256']}; restore it from a copy"
         )
     if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
         raise ConfigError(
-            f"start={folder} is merged into the weights, and most of it would be rounded away in "
+            f"init_from={folder} is merged into the weights, and most of it would be rounded away "
+            "in "
             "those of model.base=int8 or int4: set model.base=float32, or export it as a Hugging "
             "Face folder (--format hf) and name that by model.path"
         )
@@ -105,19 +109,21 @@ def _take_weights(folder: Path, model: nn.Module, own: Plain) -> None:
     before = from_plain(read_trusted(folder, own), METHODS, began=True)
     if before.method.client_state:
         raise ConfigError(
-            f"start={folder}: the clients of {type(before.method).__name__} kept a factor of every "
+            f"init_from={folder}: the clients of {type(before.method).__name__} kept a factor of "
+            "every "
             "adapter to themselves, so that the server has no trained model to begin from"
         )
     weights, parameters = load_weights(folder, own=own), dict(model.named_parameters())
     if odd := sorted(weights.keys() ^ parameters.keys()):
         raise ModelError(
-            f"start={folder}: that run trained another model, which differs in {odd[0]}; say the "
+            f"init_from={folder}: that run trained another model, which differs in {odd[0]}; say "
+            "the "
             "same model as there"
         )
     for name, parameter in parameters.items():
         if weights[name].shape != parameter.shape:
             raise ModelError(
-                f"start={folder}: {name} is {tuple(weights[name].shape)} there and "
+                f"init_from={folder}: {name} is {tuple(weights[name].shape)} there and "
                 f"{tuple(parameter.shape)} here; say the same model and classes as there"
             )
     with torch.no_grad():

@@ -196,7 +196,7 @@ def _warnings(plan: Plan, held: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     found = []
     if plan.local:
         found.append(
-            f"Each client kept {', '.join(plan.local)} to itself (head=local): here they are as "
+            f"Each client kept {', '.join(plan.local)} to itself (head=personal): here they are as "
             "they were before the first round, so train them on your own samples before you use "
             "the model."
         )

@@ -70,7 +70,12 @@ def samples(count: int, *, noisy: bool = False) -> tuple[dict[str, Tensor], Tens
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    layers = {"targets": TARGETS, "head": "frozen", "bias": "frozen", "loss": "squared_error"}
+    layers = {
+        "target_modules": TARGETS,
+        "head": "frozen",
+        "bias": "frozen",
+        "loss": "squared_error",
+    }
     clients, test = [samples(40), samples(70), samples(50)], samples(100, noisy=True)
     method = f"method.rank={RANK}"
     run = fedraclora.simulate(

@@ -71,7 +71,8 @@ def main(model: str, pairs: str, reference: str, method: str = "fed_rac_lora", *
         data=datasets.Dataset.from_pandas(pd.read_json(pairs, lines=True)),
         train=functools.partial(train, folder=model, reference=reference),
         method={"name": method, "rank": RANK, "alpha": ALPHA},
-        **{"client": "client", "targets": TARGETS, "bias": "frozen", "head": "frozen"} | keys,
+        **{"client": "client", "target_modules": TARGETS, "bias": "frozen", "head": "frozen"}
+        | keys,
     )
 
 

@@ -57,16 +57,15 @@ def train(round: Round, folder: str) -> Trained:
     return round.read(model, samples=len(round.data), steps=end.global_step, loss=end.training_loss)
 
 
-def main(
-    model: str, rows: str, method: str = "fed_rac_lora", **keys: object
-) -> fedraclora.RunResult:
+def main(model: str, rows: str, method: str = "fed_rac_lora", **keys: object) -> fedraclora.Run:
     """Run it, one client for each value of ``client`` in the file."""
     return fedraclora.simulate(
         model=transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
         data=datasets.Dataset.from_pandas(pd.read_json(rows, lines=True)),
         train=functools.partial(train, folder=model),
         method={"name": method, "rank": RANK, "alpha": ALPHA},
-        **{"client": "client", "targets": TARGETS, "bias": "frozen", "head": "frozen"} | keys,
+        **{"client": "client", "target_modules": TARGETS, "bias": "frozen", "head": "frozen"}
+        | keys,
     )
 
 

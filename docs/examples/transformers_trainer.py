@@ -62,16 +62,14 @@ def train(round: Round, folder: str) -> Trained:
     return round.read(model, samples=len(round.data), steps=end.global_step, loss=end.training_loss)
 
 
-def main(
-    model: str, rows: str, method: str = "fed_rac_lora", **keys: object
-) -> fedraclora.RunResult:
+def main(model: str, rows: str, method: str = "fed_rac_lora", **keys: object) -> fedraclora.Run:
     """Run it, one client for each value of ``client`` in the file."""
     return fedraclora.simulate(
         model=base(model),
         data=datasets.Dataset.from_pandas(pd.read_json(rows, lines=True)),
         train=functools.partial(train, folder=model),
         method={"name": method, "rank": RANK, "alpha": ALPHA},
-        **{"client": "client", "targets": TARGETS, "bias": "frozen", "head": "average"} | keys,
+        **{"client": "client", "target_modules": TARGETS, "bias": "frozen", "head": "full"} | keys,
     )
 
 

@@ -46,7 +46,7 @@ def row(nodes: int, clients: int, rounds: int, words: list[str]) -> dict[str, ob
     running.environ["FLWR_LOG_LEVEL"] = "DEBUG"  # the SuperLink then writes down each request
     with tempfile.TemporaryDirectory() as made, running:
         folder = Path(made) / "run"
-        sizes = [f"clients={clients}", f"cohort={clients}", f"rounds={rounds}"]
+        sizes = [f"clients={clients}", f"clients_per_round={clients}", f"rounds={rounds}"]
         request = deploy.prepare([*WORDS, *sizes, *words, f"output.dir={folder}"], nodes)
         run, ledger = deploy.submit(request, running.connection), folder / "ledger.jsonl"
         link = running.link

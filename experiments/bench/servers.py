@@ -55,7 +55,7 @@ def row(name: str, method: Method, size: int, clients: int) -> dict[str, object]
     plan = Plan({"w": LayerView("linear", shape)}, weights=("w",), shapes={"w": shape})
     cohort = Cohort(torch.arange(clients), torch.arange(1, clients + 1, dtype=torch.float64))
     started = time.process_time()
-    state = method.init({"w": torch.from_numpy(weight)}, plan, Draw(0))
+    state = method.initial_state({"w": torch.from_numpy(weight)}, plan, Draw(0))
     first = time.process_time() - started
     state = method.close_round(state, *replies(method, state, 1, cohort))
     sent, got = replies(method, state, 2, cohort)

@@ -216,7 +216,7 @@ def network(
 
 def all_linear_plan(task: Task, bias: str = "frozen") -> Plan:
     """Adapt all linear layers; a head that is tied to the table of tokens stays frozen."""
-    head = "frozen" if task.loss == "next_token" else "adapt"
+    head = "frozen" if task.loss == "next_token" else "lora"
     return make_plan(task.model, task.head, head_policy=head, bias_policy=bias)
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.theory.bounds import local_step_limit, rounding
-from fedraclora.experiments.theory.problems import Problem, problem, round_1
+from fedraclora.experiments.theory.problems import Problem, first_downlink, problem
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
@@ -146,7 +146,7 @@ class TheoryCase:
         theorem: ``gd``, ``gd_link``, ``sgd``, ``reshuffling``, ``federated`` or ``cover``.
         rank: r.
         rounds: T.
-        side: Of the sketch.
+        train: The factor that clients train: B or A.
         sketch: Kind of the sketch.
         batch: Samples of a step; 0: all of a client's.
         cohort: Clients of a round; None: all of them.
@@ -164,7 +164,7 @@ class TheoryCase:
     theorem: str
     rank: int
     rounds: int
-    side: str = "right"
+    train: str = "B"
     sketch: str = "orthonormal"
     batch: int = 0
     cohort: int | None = None
@@ -188,7 +188,7 @@ class TheoryCase:
                 rank=self.rank,
                 alpha=SCALE * self.rank,
                 cap=False,
-                resample_every=self.link,
+                merge_every=self.link,
                 fresh=self.fresh,
                 kept_scale=self.kept_scale,
                 pairs=self.pairs,
@@ -197,9 +197,9 @@ class TheoryCase:
             rank=self.rank,
             alpha=SCALE * self.rank,
             sketch=self.sketch,
-            side=self.side,
+            train=self.train,
             blocks="cover" if self.theorem == "cover" else "independent",
-            resample_every=self.link,
+            merge_every=self.link,
             density=0.25,
             cap=False,
         )
@@ -210,7 +210,7 @@ class TheoryCase:
         if self.theorem != "cover":
             return self.link
         m, n = next(problem(self.problem).task.model.parameters()).shape
-        return (n if self.side == "right" else m) // self.rank
+        return (n if self.train == "B" else m) // self.rank
 
     @property
     def local_steps(self) -> int:
@@ -238,7 +238,7 @@ class TheoryCase:
         task, method, local = problem(self.problem).task, self.method, self.local_steps > 1
         if self.pairs:
             return paired(self.rank, next(task.model.parameters()).shape[1])
-        found = [of_downlink(round_1(task, method))]
+        found = [of_downlink(first_downlink(task, method))]
         if isinstance(method, SubspaceRacLora):
             shape, kept = next(task.model.parameters()).shape, method.kept(self.rank, 1)
             rows = [(self.rank, kept, d, method.length(self.rank, d)) for d in shape]

@@ -145,9 +145,9 @@ EXAMPLES = {
         links={"full": {1.0: 30, 0.1: 60}, "small": {1.0: 2, 0.1: 2}},
         methods={
             "full": FedAvg(),
-            "LoRA": FedAvgLora(rank=1, alpha=1.0, initial="gaussian"),
-            "COLA": FedAvgLora(rank=1, alpha=1.0, initial="gaussian", resample_every=1),
-            "asymmetric LoRA": FedRacLora(rank=1, alpha=1.0, resample_every=None),
+            "LoRA": FedAvgLora(rank=1, alpha=1.0, init="gaussian"),
+            "COLA": FedAvgLora(rank=1, alpha=1.0, init="gaussian", merge_every=1),
+            "asymmetric LoRA": FedRacLora(rank=1, alpha=1.0, merge_every=None),
             "RAC-LoRA": FedRacLora(rank=1, alpha=1.0),
         },
     ),

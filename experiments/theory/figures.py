@@ -201,8 +201,8 @@ def slowdowns(judged: Sequence[Judged]) -> list[Slowdown]:
     found = []
     for panel, accuracy in SERIES.items():
         shares, rounds, uplink = [], [], []
-        sides = {"right", "left"} if panel.endswith("left") else {"right"}
-        cases = [j for j in judged if j.case.panel == panel and j.case.side in sides]
+        trained = {"A", "B"} if panel.endswith("left") else {"B"}
+        cases = [j for j in judged if j.case.panel == panel and j.case.train in trained]
         for j in sorted(cases, key=lambda j: j.descent.given.lambda_min):
             there = np.flatnonzero(j.gaps <= accuracy * j.gaps[0])
             if there.size:

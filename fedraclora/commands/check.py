@@ -50,7 +50,7 @@ from fedraclora.engines.deploy.supernode import EARLY, OLDEST
 from fedraclora.engines.sockets import use_sockets
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.folder import versions_of
-from fedraclora.strategies.runner import OR_CLIENTS, UNMEASURED
+from fedraclora.strategies.outcome import OR_CLIENTS, UNMEASURED
 from fedraclora.training.chunking import HOST_BYTES
 from fedraclora.trust import names_in, refuse_unsaid
 
@@ -112,7 +112,7 @@ def check_run(request: RunRequest, connection: Connection | None, file: str | No
             text = yaml.safe_dump({"versions": versions, "config": plain})
             Path(file).write_text(text, encoding="utf-8")
         built, rounds = request.built, plain["rounds"]
-        say(f"clients={built.clients}, cohort={built.cohort}, rounds={rounds}")
+        say(f"clients={built.clients}, clients_per_round={built.cohort}, rounds={rounds}")
     with look("metrics") as say:
         known = measured_samples(built.task, request.config.evaluate.split)
         if not len(known) and built.task.held is None:

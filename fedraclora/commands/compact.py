@@ -1,7 +1,7 @@
 """``fedraclora compact RUN``: fold links of a run's chain, for fewer files and bytes.
 
 The run goes on as before, and ends with the same weights to the bit. `export`, `load_weights` and
-`start=RUN` find the rounds that were kept; the others are gone.
+`init_from=RUN` find the rounds that were kept; the others are gone.
 
 A fold leads through several rounds at once. Of each weight it has the terms of their links, in
 order, or the weight as it was at the end with what stands beside it, whichever is smaller

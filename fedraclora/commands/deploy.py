@@ -1,8 +1,8 @@
 """``fedraclora deploy``: the run of ``simulate`` on real SuperNodes.
 
 ``connection=NAME`` starts it at a SuperLink that Flower's configuration names, and follows it;
-``local=N`` makes a SuperLink and N SuperNodes on this machine for it. The other words are those of
-simulate, ``local=adamw`` among them: only a number counts nodes. The status is that of the run.
+``nodes=N`` makes a SuperLink and N SuperNodes on this machine for it. The other arguments are those
+of simulate. The status is that of the run.
 ``--cfg job`` prints the config, and starts nothing; ``--check`` says what would fail, and
 ``--check=FILE`` writes what owners of data check against, by ``fedraclora node --check=FILE``.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections import deque
@@ -25,7 +24,7 @@ from fedraclora.commands.app import RunRequest
 from fedraclora.commands.simulate import shows_composed
 from fedraclora.compose.overrides import composed, is_override, key_of, searched
 from fedraclora.compose.resume import told_how_to_go_on
-from fedraclora.compose.words import NODES, check_word, key_values
+from fedraclora.compose.words import check_word, part
 from fedraclora.engines.deploy.control import PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
@@ -40,43 +39,44 @@ from fedraclora.temporary import PrivateFolder
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
 
+OWN_KEYS = ("connection", "nodes")
 KEPT = 40  # lines of a log that are shown where a run fails
 
 
-def prepare(words: Sequence[str], local: int | None) -> RunRequest:
+def prepare(words: Sequence[str], nodes: int | None) -> RunRequest:
     """Compose and check a run.
 
     Args:
         words: Those of simulate.
-        local: Nodes on this machine, or None.
+        nodes: Nodes on this machine, or None.
 
     Raises:
         FedRacLoraError: Whatever is wrong with what is asked for.
     """
     words = searched(words)
     typed = [key_of(word) for word in words]
-    asked = composed(deployed(words, local))
-    check_preset(words, typed, local)
-    check_own(asked, typed, local)
+    asked = composed(deployed(words, nodes))
+    check_preset(words, typed, nodes)
+    check_own(asked, typed, nodes)
     plain, folder, resume = choose(asked, typed, None)
-    check_own(plain, [], local)  # of a run to go on with
+    check_own(plain, [], nodes)  # of a run to go on with
     folder, engine = folder.resolve(), section(asked, "engine")
     told = section(plain, "engine").get("folder") or engine.get("folder")
-    there = folder if local else told or f"~/fedraclora/{folder.name}"
+    there = folder if nodes else told or f"~/fedraclora/{folder.name}"
     return RunRequest.of(plain, folder, engine, there=there, resume=resume)
 
 
-def deployed(words: Sequence[str], local: object) -> list[str]:
+def deployed(words: Sequence[str], nodes: object) -> list[str]:
     """Add what this command takes where nothing else is typed: engine, and a client for each node.
 
     Args:
         words: The overrides.
-        local: Nodes on this machine, or None.
+        nodes: Nodes on this machine, or None.
     """
     typed = [key_of(word) for word in words if is_override(word)]
     sizes = []
-    if local is not None and not {"resume", "clients"} & {*typed}:
-        sizes = [f"{key}={local}" for key in ("clients", "cohort") if key not in typed]
+    if nodes is not None and not {"resume", "clients"} & {*typed}:
+        sizes = [f"{key}={nodes}" for key in ("clients", "clients_per_round") if key not in typed]
     return ["engine=deploy", *sizes, *words]
 
 
@@ -217,17 +217,17 @@ def lines_of(connection: Connection, number: int) -> Iterator[str]:
 
 @contextmanager
 def place(
-    request: RunRequest, local: int | None, name: str
+    request: RunRequest, nodes: int | None, name: str
 ) -> Iterator[tuple[Connection, Record | None]]:
     """Open the connection to run at, and what keeps the record here."""
-    if local is None:
+    if nodes is None:
         with Record(request.folder, request.plain, resume=request.resume) as record:
             yield Connection(name, command_line(os.environ)), record
         return
     if request.resume:
         with alone(request.folder):
             pass  # the server will hold it: better to know before all of it starts
-    ends = [request.built.clients * k // local for k in range(local + 1)]  # chunks stay whole
+    ends = [request.built.clients * k // nodes for k in range(nodes + 1)]  # chunks stay whole
     served = [list(range(*span)) for span in pairwise(ends)]
     data = own_data(request.config.data)
     with LocalDeployment([ids for ids in served if ids], data=data) as deployment:
@@ -242,41 +242,41 @@ def own_data(data: Mapping[str, object]) -> str | None:
     return samples if is_function(samples) else str(Path(samples).expanduser().resolve())
 
 
-def check_preset(words: Sequence[str], typed: Sequence[str], local: int | None) -> None:
+def check_preset(words: Sequence[str], typed: Sequence[str], nodes: int | None) -> None:
     """Check that a client for each node of this machine is as many as a preset has.
 
     Raises:
         ConfigError: If it has others, which would silently be another run.
     """
-    if local and "experiment" in typed and not {"clients", "resume"} & {*typed}:
+    if nodes and "experiment" in typed and not {"clients", "resume"} & {*typed}:
         clients = composed(["engine=deploy", *words])["clients"]
-        if isinstance(clients, int) and clients != local:
+        if isinstance(clients, int) and clients != nodes:
             raise ConfigError(
-                f"local={local} gives each node a client, but the preset has clients={clients}: "
-                f"add clients={local}, or clients={clients} for nodes of several"
+                f"nodes={nodes} gives each node a client, but the preset has clients={clients}: "
+                f"add clients={nodes}, or clients={clients} for nodes of several"
             )
 
 
-def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | None) -> None:
+def check_own(plain: Mapping[str, object], typed: Sequence[str], nodes: int | None) -> None:
     """Check that it is said where the clients' own samples are, and once.
 
     Raises:
         ConfigError: If nodes of this machine are told nothing, or others twice, or what others need
             too has a path that they cannot find.
     """
-    if not local:
+    if not nodes:
         check_files(plain)
     data = section(plain, "data")
     if data.get("name") != "own":
         return
-    if local and data.get("samples") is None:
+    if nodes and data.get("samples") is None:
         raise ConfigError(
-            "data=own with local=: say what the nodes on this machine train on, by data.samples, a "
+            "data=own with nodes=: say what the nodes on this machine train on, by data.samples, a "
             "folder or module:function that has the samples of every client"
         )
-    if not local and "data.samples" in typed:
+    if not nodes and "data.samples" in typed:
         raise ConfigError(
-            f"data.samples={data['samples']} is for simulate and local=: at a connection each node "
+            f"data.samples={data['samples']} is for simulate and nodes=: at a connection each node "
             "says where its samples are, by data in its node-config; leave it out"
         )
 
@@ -301,55 +301,43 @@ def check_files(plain: Mapping[str, object]) -> None:
             )
 
 
-def parted(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
-    """Part the words of this command from those of simulate, which has a group ``local``, too.
-
-    Example:
-        >>> parted(["local=3", "local=adamw", "seed=1"])
-        ({'local': 3}, ['local=adamw', 'seed=1'])
-    """
-    mine = [w for w in words if w.startswith("connection=") or re.fullmatch(NODES, w)]
-    return key_values(mine), [word for word in words if word not in mine]
-
-
 def where(own: Mapping[str, object]) -> tuple[str, int | None]:
     """Return the name of the connection, or the number of nodes on this machine.
 
     Raises:
-        ConfigError: If it is not one of ``connection=NAME`` and ``local=N``.
+        ConfigError: If it is not one of ``connection=NAME`` and ``nodes=N``.
     """
-    local, name = own.get("local"), str(own.get("connection", ""))
-    if (local is None) == (not name):
+    nodes, name = own.get("nodes"), str(own.get("connection", ""))
+    if (nodes is None) == (not name):
         raise ConfigError(
             "say where: connection=NAME for a SuperLink that Flower's config.toml names, or "
-            "local=3 for one on this machine with 3 SuperNodes; only a number counts them, "
-            "local=adamw chooses how clients train"
+            "nodes=3 for one on this machine with 3 SuperNodes"
         )
-    if local is None:
+    if nodes is None:
         return name, None
-    if not isinstance(local, int) or isinstance(local, bool) or local < 1:
-        raise ConfigError(f"local is {local!r}; a number of SuperNodes is wanted")
-    return name, local
+    if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
+        raise ConfigError(f"nodes is {nodes!r}; a number of SuperNodes is wanted")
+    return name, nodes
 
 
 def main(words: Sequence[str]) -> int:
     """Do what the command line asks for; the status is that of the run."""
     words, file = check_word(words)
-    own, rest = parted(words)
-    if shows_composed(deployed(rest, own.get("local"))):
+    own, rest = part(words, OWN_KEYS)
+    if shows_composed(deployed(rest, own.get("nodes"))):
         return 0
-    name, local = where(own)
-    request = prepare(rest, local)
+    name, nodes = where(own)
+    request = prepare(rest, nodes)
     if file is not None:
         from fedraclora.commands.check import check_run
 
-        connection = None if local else Connection(name, command_line(os.environ))
+        connection = None if nodes else Connection(name, command_line(os.environ))
         return check_run(request, connection, file or None)
     if not request.is_done():
-        again = f"deploy local={local}" if local else f"deploy connection={name}"
+        again = f"deploy nodes={nodes}" if nodes else f"deploy connection={name}"
         with (
-            told_how_to_go_on(request.folder, again, there=not local),
-            place(request, local, name) as (connection, record),
+            told_how_to_go_on(request.folder, again, there=not nodes),
+            place(request, nodes, name) as (connection, record),
         ):
             run(request, connection, record)
     return 0

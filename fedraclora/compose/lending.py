@@ -35,7 +35,7 @@ OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)
 FRAME_KEYS = ("features", "missing", "standardise", "test_fraction", "split_seed", "split")
 OBJECT_KEYS = ("loss", "metrics", "classes")
-KEPT = {"data": ("labels", "validation", "duplicates"), "model": ("head", "targets")}
+KEPT = {"data": ("labels", "validation", "duplicates"), "model": ("head", "target_modules")}
 
 
 @dataclass
@@ -125,7 +125,7 @@ def lend_all(
         data: Of the clients.
         choices: Of `OWN_GROUPS`, which may be objects, too.
         beside: What goes with data of the program, None where it was not said.
-        whole: Whether they are laid over a whole config, such as `RunResult.config`.
+        whole: Whether they are laid over a whole config, such as `Run.config`.
         own: Whether a function of the user's trains.
 
     Raises:

@@ -13,8 +13,6 @@ from collections.abc import Collection, Sequence
 
 from fedraclora.errors import ConfigError
 
-# Of deploy: local=N is a number of nodes; the config group local has no number for a name.
-NODES = r"local=[+-]?[\d.]+"
 TRUTH = {"true": True, "false": False}
 
 
@@ -76,7 +74,7 @@ def trust_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 FLAGS = ("-sc", "--shell-completion")
 COMPOSED = ("simulate", "deploy")  # the commands whose words Hydra composes
-WHERE = re.compile(rf"\s(?:connection=\S*|{NODES}(?=\s|$))")  # of deploy: no config has them
+WHERE = re.compile(r"\s(?:connection|nodes)=\S*")  # of deploy: no config has them
 FOLDER_FLAGS = ("--config-dir", "-cd")
 
 

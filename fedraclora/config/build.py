@@ -41,7 +41,7 @@ from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST_CLIENTS, SecAgg, SecAggTerms
-from fedraclora.protocol.cohorts import check_cohort
+from fedraclora.protocol.cohorts import check_cohort, cohort_size
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
@@ -140,7 +140,7 @@ def terms_of(config: TaskConfig, built: BuiltTask) -> SecAggTerms | None:
         fewest = config.engine.fewest(built.cohort, config.max_failures)
     return SecAggTerms(
         config.secure,
-        config.weights,
+        config.aggregation_weights,
         max(LEAST_CLIENTS, fewest),
         config.evaluate.min_clients,
         counted=not isinstance(config.privacy, ClientLevel),
@@ -185,18 +185,18 @@ def plan_of(config: TaskConfig, task: Task) -> Plan:
     Raises:
         ConfigError: If a head is to be trained in full, and the model has none.
     """
-    if config.head == "average" and not task.head:
+    if config.head == "full" and not task.head:
         raise ConfigError(
-            "head=average trains the final layer in full, but this model has no head apart from "
-            "what is adapted: set head=adapt, or name the layer with model.head=[NAME]"
+            "head=full trains the final layer in full, but this model has no head apart from "
+            "what is adapted: set head=lora, or name the layer with model.head=[NAME]"
         )
     return make_plan(
         task.model,
         task.head,
-        targets=task.targets if config.targets is None else config.targets,
+        target_modules=task.targets if config.target_modules is None else config.target_modules,
         head_policy=config.head,
         bias_policy=config.bias,
-        dense=config.dense,
+        modules_to_save=config.modules_to_save,
     )
 
 
@@ -268,8 +268,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts |= _duplicates(config, data, trained, validation, held, selection.duplicates)
     if config.pretrain.epochs:
         facts["pretrain"] = pretrain_model(config, without_held(whole, data, held), model)
-    clients, cohort = train.num_clients, config.cohort
-    size = max(1, int(cohort * clients)) if isinstance(cohort, float) else cohort
+    clients = train.num_clients
+    size = cohort_size(config.clients_per_round, clients)
     _check_sizes(size, clients, config.system.buffer)
     task = Task(
         model=model.to(device),

@@ -21,12 +21,12 @@ from fedraclora.attacks import ATTACKS, Attack
 from fedraclora.binding import Plain, bind, build, row_of, section, without
 from fedraclora.config.settings import (
     ENGINES,
+    CompressionConfig,
     EngineConfig,
     EvaluateConfig,
     OutputConfig,
     PretrainConfig,
     StopConfig,
-    WireConfig,
 )
 from fedraclora.config.unread import refuse_misfits, refuse_unknown, refuse_unread
 from fedraclora.data import DATASETS, PARTITIONS, make_partition
@@ -37,7 +37,7 @@ from fedraclora.models import MODELS
 from fedraclora.objects import NAME, is_named, lent
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
-from fedraclora.protocol.cohorts import WEIGHTINGS
+from fedraclora.protocol.cohorts import WEIGHTINGS, share_of
 from fedraclora.protocol.method import Method, check_method
 from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
 from fedraclora.schema import checked
@@ -45,11 +45,11 @@ from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
-Cohort = Annotated[
-    int | float,
+ClientsPerRound = Annotated[
+    int | str,
     Limit(
-        "a number of clients, or a fraction in (0, 1],",
-        lambda value: value > 0 and (isinstance(value, int) or value <= 1),
+        "a number of clients, or a share of them as 10%,",
+        lambda value: value >= 1 if isinstance(value, int) else share_of(value) is not None,
     ),
 ]
 NOT_IN_DIGEST = ("output", "resume", "callbacks")
@@ -72,8 +72,8 @@ def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, obj
     evaluate = kept.get("evaluate")  # runs from before there were answers are the same
     if isinstance(evaluate, Mapping) and evaluate.get("generate") is None:
         kept["evaluate"] = without(evaluate, "generate", "answers", "new_tokens", "shown")
-    if isinstance(start := kept.get("start"), Mapping):
-        kept["start"] = without(start, "path")
+    if isinstance(begun := kept.get("init_from"), Mapping):
+        kept["init_from"] = without(begun, "path")
     tables: dict[str, Mapping[str, Callable[..., object]]]
     tables = {**TABLES, **ROWS, "method": methods}
     for group, keys in kept.items():
@@ -130,15 +130,18 @@ class TaskConfig(Limited):
         privacy, secure: What a round may tell of a client; what the server sees of a cohort.
         system: What the clients' devices are like.
         clients: Size of the population; None where the data brings its own division.
-        cohort: Clients per round; a fraction of them if below 1 (0.2).
+        clients_per_round: Clients that take part in a round: a number, or a share of all as 10%.
         seed: Of the run.
         device: auto, cpu or cuda.
         precision: Of local training: float32, or bf16-mixed (matrix products in bfloat16).
-        weights: Of clients in the mean: examples or uniform.
-        head: Final layer: adapt, average, frozen or local; one policy for all methods.
-        bias: Biases of adapted layers: average or frozen (of others: see dense).
-        targets: Adapted layers: None (the model's default), all-linear, all, or [query,value].
-        dense: Further layers trained in full, by pattern: [conv*, LayerNorm].
+        aggregation_weights: Of clients in the mean: samples (how many a client trains on) or
+            uniform.
+        head: Final layer: lora (adapted), full (trained in full and averaged), frozen, or personal
+            (each client keeps its own).
+        bias: Biases of adapted layers: full or frozen (of others: see modules_to_save).
+        target_modules: Adapted layers: None (the model's default), all-linear, all, or
+            [query,value].
+        modules_to_save: Further layers trained in full, by pattern: [conv*, LayerNorm].
         max_failures: Clients that may fail in a round before the run stops.
         evaluate: When and on what the server and clients measure.
     """
@@ -155,15 +158,15 @@ class TaskConfig(Limited):
     secure: Open
     system: SystemConfig
     clients: Count | None = 200
-    cohort: Cohort = 20
+    clients_per_round: ClientsPerRound = 20
     seed: int = 0
     device: Annotated[str, OneOf(DEVICES)] = "auto"
     precision: Annotated[str, OneOf(PRECISIONS)] = "float32"
-    weights: Annotated[str, OneOf(WEIGHTINGS)] = "examples"
-    head: Annotated[str, OneOf(HEAD_POLICIES)] = "adapt"
-    bias: Annotated[str, OneOf(BIAS_POLICIES)] = "average"
-    targets: str | list[str] | None = None
-    dense: str | list[str] | None = None
+    aggregation_weights: Annotated[str, OneOf(WEIGHTINGS)] = "samples"
+    head: Annotated[str, OneOf(HEAD_POLICIES)] = "lora"
+    bias: Annotated[str, OneOf(BIAS_POLICIES)] = "full"
+    target_modules: str | list[str] | None = None
+    modules_to_save: str | list[str] | None = None
     max_failures: Whole = 0
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -196,11 +199,11 @@ class RunConfig(TaskConfig):
         control_variates: Take out what a client's gradients differ by (SCAFFOLD); needs
             local.steps.
         dora: Give every adapted row a trained magnitude of its own (DoRA).
-        start: What the run begins from, if not from the weights of its model: the folder of a
+        init_from: What the run begins from, if not from the weights of its model: the folder of a
             finished run or of a PEFT adapter. (A run keeps its ``path`` and digest ``sha256``.)
         resume: A run folder to go on from; auto: the run's own folder, if it is there.
         stop: When to end before the last round.
-        wire: How numbers go up and down.
+        compression: How numbers are sent up and down.
         steps: Your own steps of a round: `fedraclora.RoundStep` by module:name, with parameters
             {name: module:name, key: value}; or what a Python program has put there, in words.
         callbacks: What watches the run, `fedraclora.Callback`, in the same way.
@@ -214,10 +217,10 @@ class RunConfig(TaskConfig):
     rounds: Whole = 150
     control_variates: bool = False
     dora: Annotated[bool, Later()] = False
-    start: Annotated[str | dict[str, str] | None, Later()] = None
+    init_from: Annotated[str | dict[str, str] | None, Later()] = None
     resume: Annotated[str | None, Later()] = None
     stop: StopConfig = field(default_factory=StopConfig)
-    wire: Annotated[WireConfig, Later()] = field(default_factory=WireConfig)
+    compression: Annotated[CompressionConfig, Later()] = field(default_factory=CompressionConfig)
     steps: Annotated[list[str | dict[str, object]], Later()] = field(default_factory=list)
     callbacks: Annotated[list[str | dict[str, object]], Later()] = field(default_factory=list)
 

@@ -39,7 +39,7 @@ Chunk = Annotated[
 
 
 @dataclass(frozen=True)
-class WireConfig(Limited, group="wire"):
+class CompressionConfig(Limited, group="compression"):
     """How numbers go up and down: as they are trained, or rounded to fewer bits.
 
     Attributes:
@@ -63,15 +63,17 @@ class WireConfig(Limited, group="wire"):
         super().__post_init__()
         if self.feedback and self.uplink == self.downlink == FULL:
             raise ConfigError(
-                "wire.feedback is true, but with wire.uplink=float32 and wire.downlink=float32 "
+                "compression.feedback is true, but with compression.uplink=float32 and "
+                "compression.downlink=float32 "
                 f"rounding leaves nothing; set one of them to one of {', '.join(ROUNDED)}"
             )
         for way in ("uplink", "downlink"):
             coding = getattr(self, f"{way}_coding")
             if coding != NONE and getattr(self, way) == FULL:
                 raise ConfigError(
-                    f"wire.{way}_coding is {coding}, but with wire.{way}=float32 nothing is "
-                    f"gained by it; set wire.{way} to one of {', '.join(ROUNDED)}"
+                    f"compression.{way}_coding is {coding}, but with compression.{way}=float32 "
+                    "nothing is "
+                    f"gained by it; set compression.{way} to one of {', '.join(ROUNDED)}"
                 )
 
 
@@ -262,12 +264,8 @@ class OutputConfig(Limited, group="output"):
     shared: bool = False
 
 
-FEW_MODELS, HELD_OUT = 20, 0.2
-WHO_MEASURES = ("none", "cohort", "all")
-MEASURING = Limit(
-    f"one of {', '.join(WHO_MEASURES)}, or a number of clients,",
-    lambda value: value in WHO_MEASURES or (isinstance(value, int) and value >= 1),
-)
+HELD_OUT = 0.2
+WHO_MEASURES = ("none", "round", "all")
 
 
 @dataclass(frozen=True)
@@ -278,8 +276,10 @@ class EvaluateConfig(Limited, group="evaluate"):
         every: Rounds between evaluations.
         batch_size: Samples of a forward pass.
         split: test or validation.
-        clients: Who measures on own samples, which nobody trains on: none, cohort or all; a number:
-            none, but with head=local or fedsa_lora the server measures so many clients' models.
+        clients: Which clients measure on samples of their own that are never trained on: none,
+            those of the round, or all.
+        sample: If clients keep a part of the model to themselves and none measures: how many
+            clients' models the server measures.
         min_clients: Under secure=secagg and privacy=client_level: what clients measure is released
             if so many hold samples to measure on, or more.
         share: Of each client's samples, the part that it measures on and never trains on; None:
@@ -296,7 +296,8 @@ class EvaluateConfig(Limited, group="evaluate"):
     every: Count = 1
     batch_size: Count = 1024
     split: Annotated[str, OneOf(("test", "validation"))] = "test"
-    clients: Annotated[int | str, MEASURING] = FEW_MODELS
+    clients: Annotated[str, OneOf(WHO_MEASURES)] = "none"
+    sample: Count = 20
     min_clients: Annotated[int, Ge(LEAST_CLIENTS), Later()] = 5
     share: Annotated[Inner | None, Later()] = None
     clients_every: Annotated[Count, Later()] = 1
@@ -310,7 +311,7 @@ class EvaluateConfig(Limited, group="evaluate"):
     @property
     def by_clients(self) -> bool:
         """Return whether clients measure."""
-        return self.clients in {"cohort", "all"}
+        return self.clients != "none"
 
     @property
     def portion(self) -> float | None:
@@ -322,11 +323,6 @@ class EvaluateConfig(Limited, group="evaluate"):
     def source(self) -> dict[str, Any]:
         """Return which samples these are: of which split, and whether a client's own test is."""
         return {"split": self.split, "own_tests": self.share is None and self.split == "test"}
-
-    @property
-    def models(self) -> int:
-        """Return how many clients' own models the server measures, where they have some."""
-        return self.clients if isinstance(self.clients, int) else FEW_MODELS
 
 
 STOPPED_BY = OneOf(MEASURED, others=True)  # what a run measures besides

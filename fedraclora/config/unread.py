@@ -21,6 +21,7 @@ from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
 from fedraclora.evaluation.metrics import MEASURED, PERSONAL
 from fedraclora.privacy.secagg import SecAgg
+from fedraclora.protocol.cohorts import cohort_size
 from fedraclora.protocol.method import Method
 from fedraclora.renamed import renamed
 from fedraclora.training.extras.settings import LocalSettings, SampleLevel
@@ -70,7 +71,7 @@ RULES = (
     Rule(["local.epochs"], lambda c: c.local.steps is None, "local.steps=null"),
     Rule(["local.damping"], lambda c: c.local.adjust != "none", "local.adjust"),
     Rule(
-        ["local.final"],
+        ["local.min_lr_ratio"],
         lambda c: c.local.schedule in {"cosine", "linear"},
         "local.schedule=cosine and linear",
     ),
@@ -80,14 +81,14 @@ RULES = (
         "local.schedule=step",
     ),
     Rule(
-        ["local.moments_kept"],
+        ["local.optimizer_state_kept"],
         lambda c: links_end(c.method, c.allocation),
-        "methods whose links end (with method.resample_every), and no link of this one ever does",
+        "methods whose links end (with method.merge_every), and no link of this one ever does",
     ),
     Rule(
-        ["local.dense_lr"],
-        lambda c: c.head in {"average", "local"} or c.bias == "average" or bool(c.dense),
-        "layers trained in full (head=average, head=local, bias=average, dense)",
+        ["local.full_lr"],
+        lambda c: c.head in {"full", "personal"} or c.bias == "full" or bool(c.modules_to_save),
+        "layers trained in full (head=full, head=personal, bias=full, modules_to_save)",
     ),
     Rule(
         ["pretrain.labels", "pretrain.lr", "pretrain.batch_size"],
@@ -100,14 +101,14 @@ RULES = (
         "attacks, and attack=none has none",
     ),
     Rule(
-        ["evaluate.clients"],
-        lambda c: isinstance(c.evaluate.clients, str) or c.head == "local" or c.method.client_state,
-        "head=local and methods that leave a part at each client; cohort and all are for any",
+        ["evaluate.sample"],
+        lambda c: c.head == "personal" or c.method.client_state,
+        "head=personal and methods that leave a part at each client",
     ),
     Rule(
         ["evaluate.share", "evaluate.clients_every", "evaluate.personal"],
         lambda c: c.evaluate.by_clients,
-        "clients that measure (evaluate.clients=cohort and all)",
+        "clients that measure (evaluate.clients=round and all)",
     ),
     Rule(
         ["evaluate.min_clients"],
@@ -117,7 +118,7 @@ RULES = (
     Rule(
         ["privacy.measure_noise", "privacy.measure_bound"],
         lambda c: c.evaluate.by_clients,
-        "clients that measure (evaluate.clients=cohort and all)",
+        "clients that measure (evaluate.clients=round and all)",
     ),
     Rule(
         ["evaluate.answers", "evaluate.new_tokens", "evaluate.shown"],
@@ -185,8 +186,8 @@ def refuse_unknown(plain: Plain, known: Collection[str]) -> None:
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Build the error for an unknown key: its new name, or which is like it and where all are."""
-    if (moved := renamed(key)) is not None:
-        return str(moved)
+    if moved := renamed(key):
+        return moved
     group = key.rpartition(".")[0].partition(".")[0]
     known = [*known]
     inside = [other for other in known if other.startswith(f"{group}.")]
@@ -235,10 +236,11 @@ def refuse_misfits(config: RunConfig) -> None:
             "clients tell the server what they measured, to which no noise is added and which no "
             "account of epsilon has; set evaluate.clients=none"
         )
-    if config.clients is not None and config.cohort > config.clients:
+    asked, clients = config.clients_per_round, config.clients
+    if clients is not None and cohort_size(asked, clients) > clients:
         raise ConfigError(
-            f"cohort is {config.cohort}, but there are only {config.clients} clients; "
-            "lower cohort or raise clients"
+            f"clients_per_round is {asked}, but there are only {clients} clients; "
+            "lower clients_per_round or raise clients"
         )
     if config.chosen("local") == "own" and config.local.train is None:
         raise ConfigError(
@@ -268,10 +270,10 @@ def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
         )
     if config.system.enabled:
         raise ConfigError("system, FedBuff too, is for simulations: engine=deploy has system=none")
-    if config.head == "local" and not config.evaluate.by_clients:
+    if config.head == "personal" and not config.evaluate.by_clients:
         raise ConfigError(
-            "head is local: such heads are measured where they are, and with engine=deploy they "
-            "stay at the clients; set evaluate.clients=cohort, or choose head=adapt, average or "
+            "head is personal: such heads are measured where they are, and with engine=deploy they "
+            "stay at the clients; set evaluate.clients=round, or choose head=lora, full or "
             "frozen"
         )
     once = isinstance(config.secure, SecAgg) or config.local.answers_once

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consis
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.config.settings import WireConfig
+from fedraclora.config.settings import CompressionConfig
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.errors import ClientError, ConfigError
@@ -29,7 +29,7 @@ from fedraclora.flower.transport import FlowerTransport, NodeStore
 from fedraclora.models.built import require_numbers
 from fedraclora.narrow_weight import dense as written_out
 from fedraclora.protocol.coding import NONE, ZSTD
-from fedraclora.protocol.method import Cohort, Draw, Method, first_downlink
+from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.quantised import FULL
 from fedraclora.run.folder import alone, has_checkpoint, is_ours, refuse_existing, run_id
@@ -84,7 +84,7 @@ class LowRank(FedAvg):
         model: Of the app. The layers of a PeftModel's adapter are adapted, and what it trains
             beside them is averaged; of any other module what ``targets``, ``head``, ``bias`` and
             ``dense`` say, as in `fedraclora.simulate`.
-        targets, head, bias, dense: See `fedraclora.protocol.plan.make_plan`.
+        target_modules, head, bias, modules_to_save: See `fedraclora.protocol.plan.make_plan`.
         seed: Of all sketches, and of the clients' seeds.
         uplink, downlink: How numbers travel: ``float32`` (as they are), or in fewer bits, a key of
             `fedraclora.protocol.quantised.ROUNDED`.
@@ -117,10 +117,10 @@ class LowRank(FedAvg):
         method: Method,
         model: nn.Module,
         *,
-        targets: str | Sequence[str] = "all-linear",
-        head: str = "adapt",
-        bias: str = "average",
-        dense: str | Sequence[str] | None = None,
+        target_modules: str | Sequence[str] = "all-linear",
+        head: str = "lora",
+        bias: str = "full",
+        modules_to_save: str | Sequence[str] | None = None,
         seed: int = 0,
         uplink: str = FULL,
         downlink: str = FULL,
@@ -139,13 +139,18 @@ class LowRank(FedAvg):
             raise ConfigError(
                 f"method is {method!r:.80}; an instance is wanted: FedRacLora(rank=8)"
             )
-        wire = WireConfig(uplink, downlink, False, uplink_coding, downlink_coding)
+        wire = CompressionConfig(uplink, downlink, False, uplink_coding, downlink_coding)
         require_numbers(model, "model")
         self.method, self.seed, self.timeout, self.same_start = method, seed, timeout, same_start
         codings = {key: how for key, how in vars(wire).items() if how == ZSTD}
         self.wire = {"uplink": uplink, "downlink": downlink, "min_clients": min_clients, **codings}
         self.folder = None if checkpoint is None else Path(checkpoint)
-        settings = {"targets": targets, "head_policy": head, "bias_policy": bias, "dense": dense}
+        settings = {
+            "target_modules": target_modules,
+            "head_policy": head,
+            "bias_policy": bias,
+            "modules_to_save": modules_to_save,
+        }
         self._base, self._names, self._plan, self._peft = planned(model, settings)
         self._buffers = {*dict(model.named_buffers())}
         self._server = OwnStep(self, self._stepped) if isinstance(self, FedOpt | FedAvgM) else None
@@ -332,7 +337,8 @@ class LowRank(FedAvg):
         self._shape = ArrayRecord() if is_adapter else arrays
         # Copies: the app may go on to use its model, for an evaluation say.
         base = {n: given[n] if n in given else t.clone() for n, t in self._base.items()}
-        asked = first_downlink(method, method.init(base, plan, draw), draw, 1)
+        one = Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1))
+        asked = method.open_round(method.initial_state(base, plan, draw), 1, one, draw)
         if not asked.program.plain:
             raise ConfigError(
                 f"{method} needs more of its clients than their own training ("
@@ -364,7 +370,7 @@ class LowRank(FedAvg):
             store=NodeStore(self._transport),
             free=["min_clients"],
         )
-        state = method.init(base, plan, draw)
+        state = method.initial_state(base, plan, draw)
         steps = round_steps(chosen, [self._sampled]) if chosen else [self._sampled]
         rounds = FedStrategy(run, state, replica=history, recorder=recorder, steps=steps)
         if resume:

@@ -140,18 +140,23 @@ def find_targets(
     if len(parts) == 1 and parts[0] in wide:
         chosen = {n: m for n, m in named.items() if layer_kind(m) in wide[parts[0]]}
         if not chosen and not any(layer_kind(m) for m in model.modules()):
-            raise ModelError(f"targets={pattern}: the model has no layer that can be adapted")
+            raise ModelError(
+                f"target_modules={pattern}: the model has no layer that can be adapted"
+            )
     else:
         for part in parts:
             if any(matches(n, part) for n, _ in model.named_modules() if is_head(n, head)):
                 if not any(matches(n, part) for n in named):
                     raise ConfigError(
-                        f"targets={pattern}: {part} is the head, of which head= says how it is "
+                        f"target_modules={pattern}: {part} is the head, of which head= says how "
+                        "it is "
                         "trained (adapt, average or frozen): leave it out, or name another layer "
                         "as model.head"
                     )
             elif not any(matches(n, part) for n in named):
-                raise ConfigError(f"targets={pattern}: {unknown('target layer', part, named)}")
+                raise ConfigError(
+                    f"target_modules={pattern}: {unknown('target layer', part, named)}"
+                )
         chosen = {n: m for n, m in named.items() if any(matches(n, part) for part in parts)}
     views = {weight_name(n): layer_view(m) for n, m in chosen.items()}
     refuse_tied(model, list(views))

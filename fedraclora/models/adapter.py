@@ -44,7 +44,7 @@ def adapter_digest(folder: Path) -> str:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise DataError(
-                f"start={folder}: there is no {name} (PEFT's save_pretrained writes it)"
+                f"init_from={folder}: there is no {name} (PEFT's save_pretrained writes it)"
             )
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()
@@ -64,7 +64,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
         DataError: If the adapter is damaged.
         ModelError: If it is of another model, naming what does not fit.
     """
-    peft = import_extra("peft", f"start={folder}, an adapter of PEFT,")
+    peft = import_extra("peft", f"init_from={folder}, an adapter of PEFT,")
     weights = _read(folder)
     config = _configured(
         peft, folder, max((max((*t.shape, 1)) for t in weights.values()), default=1)
@@ -88,7 +88,8 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
         _refuse(folder, "has, and the model has not,", set(found.unexpected_keys))
         if not hasattr(adapted, "merge_and_unload"):
             raise ConfigError(
-                f"start={folder}: a {config.peft_type} adapter cannot be merged into weights; one "
+                f"init_from={folder}: a {config.peft_type} adapter cannot be merged into weights; "
+                "one "
                 "of LoRA can"
             )
         with _told(folder, "PEFT cannot merge it"):
@@ -113,15 +114,16 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"start={folder}: {path} is damaged: {error}") from error
+        raise DataError(f"init_from={folder}: {path} is damaged: {error}") from error
     for name, value in weights.items():
         if not value.is_floating_point():
             raise DataError(
-                f"start={folder}: {name} in {path} holds {value.dtype}; numbers with a fraction "
+                f"init_from={folder}: {name} in {path} holds {value.dtype}; numbers with a "
+                "fraction "
                 "are wanted"
             )
         if not _is_finite(value):
-            raise DataError(f"start={folder}: {name} in {path} has values that are not finite")
+            raise DataError(f"init_from={folder}: {name} in {path} has values that are not finite")
     return weights
 
 
@@ -151,7 +153,8 @@ def _configured(peft: Any, folder: Path, largest: int) -> Any:
             continue  # PEFT leaves it out
         if key not in hints:
             raise DataError(
-                f"start={folder}: {CONFIG} has {key}, which this PEFT ({peft.__version__}) does "
+                f"init_from={folder}: {CONFIG} has {key}, which this PEFT ({peft.__version__}) "
+                "does "
                 "not know: install a newer one, or leave it out if it is a slip"
             )
         ranks = [value] if key == "r" else []
@@ -162,7 +165,7 @@ def _configured(peft: Any, folder: Path, largest: int) -> Any:
         if any(type(rank) is not int or not 1 <= rank <= largest for rank in ranks):
             fits = False
         if not fits or (key in FOREIGN and value):
-            raise DataError(f"start={folder}: {CONFIG} says {key}={value!r}, which cannot be")
+            raise DataError(f"init_from={folder}: {CONFIG} says {key}={value!r}, which cannot be")
     with _told(folder, damaged, kind=DataError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.PeftConfig.from_pretrained(folder)
@@ -201,11 +204,11 @@ def _told(
     try:
         yield
     except Exception as error:
-        said = " ".join(f"start={folder}: {what}: {type(error).__name__}: {error}".split())
+        said = " ".join(f"init_from={folder}: {what}: {type(error).__name__}: {error}".split())
         raise kind(f"{said}. {do}" if do else said) from error
 
 
 def _refuse(folder: Path, what: str, names: set[str]) -> None:
     if names:
         shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-        raise ModelError(f"start={folder}: the adapter {what} {shown}. {OF_THIS_MODEL}")
+        raise ModelError(f"init_from={folder}: the adapter {what} {shown}. {OF_THIS_MODEL}")

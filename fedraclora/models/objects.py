@@ -68,7 +68,7 @@ def build_object(
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    targets: str | Sequence[str] = "all-linear",
+    target_modules: str | Sequence[str] = "all-linear",
 ) -> Built:
     """Take a module that the program has lent; its weights are the initial ones.
 
@@ -78,14 +78,14 @@ def build_object(
         shape: Not used: the module is as it is.
         classes: Not used.
         seed: Not used: nothing is drawn.
-        targets: The default pattern of adapted layers.
+        target_modules: The default pattern of adapted layers.
 
     Raises:
         ConfigError: If it is not here, was changed, or has no layer that ``head`` names.
         ModelError: If a frozen layer of BatchNorm has never seen a batch, or it cannot be copied.
     """
     del shape, classes, seed
-    return _taken(copy_of(lent("model", digest), digest), "model", head, targets)
+    return _taken(copy_of(lent("model", digest), digest), "model", head, target_modules)
 
 
 def _taken(
@@ -129,7 +129,7 @@ def build_function(
     classes: int,
     seed: int,
     arguments: Mapping[str, object] | None = None,
-    targets: str | Sequence[str] = "all-linear",
+    target_modules: str | Sequence[str] = "all-linear",
 ) -> Built:
     """Build what a function of another package gives.
 
@@ -147,7 +147,7 @@ def build_function(
         classes: Number of outputs.
         seed: The seed of the run.
         arguments: Further arguments.
-        targets: The default pattern of adapted layers.
+        target_modules: The default pattern of adapted layers.
 
     Raises:
         ConfigError: If it cannot be imported, gives something else, or has no layer that ``head``
@@ -166,4 +166,4 @@ def build_function(
             return build(shape=shape, classes=classes)
 
     model = called_twice(f"model.function={function}", called, within=QUICK, look=weights_in)
-    return _taken(model, f"model.function={function}", head, targets)
+    return _taken(model, f"model.function={function}", head, target_modules)

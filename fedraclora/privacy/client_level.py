@@ -60,7 +60,7 @@ class Privacy(Limited, group="privacy"):
 
 @dataclass(frozen=True)
 class ClientLevel(Privacy):
-    """Client-level differential privacy, noise added by the server; wants weights=uniform.
+    """Client-level differential privacy: the server adds noise. Needs aggregation_weights=uniform.
 
     Attributes:
         clip: C, the greatest norm of an update; with ``quantile`` that of the first round.

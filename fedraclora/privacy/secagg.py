@@ -51,7 +51,7 @@ class SecAgg(Open):
         neighbours: With how many others each client shares masks and keys (even); None: all.
         threshold: Share of its neighbours that must stay for a client's masks to come off; above
             a half, so that no two groups can be asked for different secrets.
-        max_weight: The greatest weight of a client; 1 under weights=uniform.
+        max_weight: The greatest weight of a client; 1 under aggregation_weights=uniform.
 
     References:
         Bonawitz et al., *Practical secure aggregation for privacy-preserving machine learning*,

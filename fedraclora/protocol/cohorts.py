@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
+
 import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator
 
-WEIGHTINGS = ("examples", "uniform")
+SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
+WEIGHTINGS = ("samples", "uniform")
+
+
+def share_of(text: str) -> Fraction | None:
+    """Read a share of the clients, which is written as ``10%``; None if it is none.
+
+    Example:
+        >>> share_of("12.5%"), share_of("0%"), share_of("half")
+        (Fraction(1, 8), None, None)
+    """
+    found = SHARE.fullmatch(text)
+    share = Fraction(found[1]) / 100 if found else Fraction(0)
+    return share if 0 < share <= 1 else None
+
+
+def cohort_size(clients_per_round: int | str, clients: int) -> int:
+    """Count the clients of a round: a number, or a share of all, which is one at least.
+
+    Example:
+        >>> cohort_size("20%", 50), cohort_size("1%", 50), cohort_size(7, 50)
+        (10, 1, 7)
+    """
+    if isinstance(clients_per_round, int):
+        return clients_per_round
+    return max(1, int((share_of(clients_per_round) or 0) * clients))
 
 
 def check_cohort(cohort: int, clients: int) -> None:
@@ -18,7 +46,8 @@ def check_cohort(cohort: int, clients: int) -> None:
     """
     if not 1 <= cohort <= clients:
         raise ConfigError(
-            f"cohort is {cohort}, but there are {clients} clients (after empty ones are dropped); "
+            f"clients_per_round is {cohort}, but there are {clients} clients (after empty ones "
+            "are dropped); "
             f"choose 1 to {clients}"
         )
 
@@ -46,7 +75,7 @@ def draw_cohort(seed: int, round_: int, clients: int, cohort: int) -> torch.Tens
 
 
 def client_weights(weighting: str, samples: torch.Tensor) -> torch.Tensor:
-    """Compute aggregation weights float64 [K]: the number of examples, or 1 for ``uniform``."""
+    """Compute aggregation weights float64 [K]: the number of samples, or 1 for ``uniform``."""
     if weighting == "uniform":
         return torch.ones(len(samples), dtype=torch.float64)
     return samples.to(torch.float64)

@@ -46,7 +46,7 @@ class Factor:
         trained: Whether clients train it from there; without a start from zero, and a parameter
             from the replica's value.
         main: True for what the method is about (step size ``local.lr``), False for the head
-            and biases beside it (``local.dense_lr``).
+            and biases beside it (``local.full_lr``).
         upload: False for what stays at the client (personalised methods).
     """
 

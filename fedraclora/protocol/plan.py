@@ -28,32 +28,33 @@ from fedraclora.lowrank.layers import (
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.method import Plan
 
-HEAD_POLICIES = ("adapt", "average", "frozen", "local")
-BIAS_POLICIES = ("average", "frozen")
+HEAD_POLICIES = ("lora", "full", "frozen", "personal")
+BIAS_POLICIES = ("full", "frozen")
 SHOWN, FORMS = 8, 3  # layers that are named; of many, forms of their names
-Ranks = int | float | Mapping[str, int | float]
+FULL_RANK = "full"
+Ranks = int | float | str | Mapping[str, int | float | str]
 
 
 def make_plan(
     model: nn.Module,
     head: tuple[str, ...],
     *,
-    targets: str | Sequence[str] = "all-linear",
-    head_policy: str = "average",
+    target_modules: str | Sequence[str] = "all-linear",
+    head_policy: str = "full",
     bias_policy: str = "frozen",
-    dense: str | Sequence[str] | None = None,
+    modules_to_save: str | Sequence[str] | None = None,
 ) -> Plan:
     """Decide what is adapted and what is trained in full.
 
     Args:
         model: The network.
         head: Name prefixes of its final layer.
-        targets: Pattern of adapted layers (`fedraclora.lowrank.layers.find_targets`).
-        head_policy: ``adapt`` (the head's weights are adapted like any target), ``average``
-            (weights and biases of the head trained in full and averaged), ``frozen``, ``local``
+        target_modules: Pattern of adapted layers (`fedraclora.lowrank.layers.find_targets`).
+        head_policy: ``lora`` (the head's weights are adapted like any target), ``full``
+            (weights and biases of the head trained in full and averaged), ``frozen``, ``personal``
             (trained in full, and kept by each client for itself).
-        bias_policy: ``average`` (biases of adapted layers trained in full) or ``frozen``.
-        dense: Patterns of further layers trained in full (convolutions, norms), as of targets.
+        bias_policy: ``full`` (biases of adapted layers trained in full) or ``frozen``.
+        modules_to_save: Patterns of further layers trained in full (convolutions, norms).
 
     Returns:
         The plan.
@@ -63,35 +64,37 @@ def make_plan(
             there is none, or a pattern that matches nothing.
         ModelError: If a target, or a head that is trained, is tied to another layer.
     """
-    if head_policy == "local" and not head:
-        raise ConfigError("head is local, but this model has no head; use head=adapt")
+    if head_policy == "personal" and not head:
+        raise ConfigError("head is personal, but this model has no head; use head=lora")
     modules = dict(model.named_modules())
     if head_policy == "frozen" and not head and len([*filter(layer_kind, modules.values())]) == 1:
         raise ConfigError(
             "head is frozen, but one layer alone can be adapted, and would be trained: use "
-            "head=adapt, or say which layer is the head with model.head=[NAME]"
+            "head=lora, or say which layer is the head with model.head=[NAME]"
         )
     parameters = [n for n, _ in model.named_parameters()]
-    views = find_targets(model, targets, head)
-    if head_policy == "adapt":
+    views = find_targets(model, target_modules, head)
+    if head_policy == "lora":
         heads = {n: m for n, m in modules.items() if is_head(n, head) and layer_kind(m)}
         views |= {weight_name(n): layer_view(m) for n, m in heads.items()}
     if head_policy != "frozen":
         every = [n for n, _ in model.named_parameters(remove_duplicate=False)]
         refuse_tied(model, [n for n in every if is_head(n, head)])
     heads_own = {n for n in parameters if is_head(n, head)}
-    local = heads_own if head_policy == "local" else set()
-    full = set(heads_own) if head_policy == "average" else set()
-    if bias_policy == "average":
+    local = heads_own if head_policy == "personal" else set()
+    full = set(heads_own) if head_policy == "full" else set()
+    if bias_policy == "full":
         full |= {n for n in parameters if n.endswith("bias") and f"{n[:-4]}weight" in views}
-    if dense is not None:
-        full |= _matching_parameters(parameters, dense) - local
+    if modules_to_save is not None:
+        full |= _matching_parameters(parameters, modules_to_save) - local
     views = {n: views[n] for n in parameters if n in views and n not in full}
     if not (views or full):
         raise ConfigError(
-            f"nothing is left to train with targets={targets}, head={head_policy}, "
-            f"bias={bias_policy}, dense={dense}: head=adapt trains the head, targets=all adapts "
-            "convolutions too, targets=[NAME] an embedding, dense=[NAME] trains a layer in full"
+            f"nothing is left to train with target_modules={target_modules}, head={head_policy}, "
+            f"bias={bias_policy}, modules_to_save={modules_to_save}: head=lora trains the head, "
+            "target_modules=all adapts "
+            "convolutions too, target_modules=[NAME] an embedding, modules_to_save=[NAME] trains "
+            "a layer in full"
         )
     weights = [
         n
@@ -115,7 +118,7 @@ def _matching_parameters(parameters: list[str], patterns: str | Sequence[str]) -
         hits = {n for n in parameters if matches(n.rpartition(".")[0], part) or matches(n, part)}
         if not hits:
             layers = sorted({n.rpartition(".")[0] for n in parameters})
-            raise ConfigError(f"dense={patterns}: {unknown('layer', part, layers)}")
+            raise ConfigError(f"modules_to_save={patterns}: {unknown('layer', part, layers)}")
         found |= hits
     return found
 
@@ -132,7 +135,7 @@ def check_rank(ranks: Ranks) -> None:
     """Reject a ``method.rank`` that no layer can have, before any layer is known.
 
     Raises:
-        ConfigError: If a number is not positive, a fraction is above 1, or a mapping is empty.
+        ConfigError: If a number is not positive, a fraction is 1 or more, or a mapping is empty.
     """
     if ranks == {}:
         raise ConfigError("method.rank is an empty mapping; ranks by layer are wanted")
@@ -152,7 +155,7 @@ def check_patterns(ranks: Ranks, targets: Iterable[str]) -> None:
             raise ConfigError(f"method.rank: {unknown('adapted layer', pattern, names)}")
 
 
-def own_rank(ranks: Mapping[str, int | float], name: str) -> int | float:
+def own_rank(ranks: Mapping[str, int | float | str], name: str) -> int | float | str:
     """Look up the rank of one layer in a mapping: by its weight's name, else by the first pattern.
 
     Args:
@@ -190,8 +193,8 @@ def resolve_rank(
     """Turn ``method.rank`` into the rank of one layer.
 
     Args:
-        rank: An integer, or a fraction in (0, 1] of the drawn side's dimension (a float); or these
-            by layer (`own_rank`).
+        rank: An integer, ``full`` (the drawn side's dimension), or a fraction of that (a float
+            below 1); or these by layer (`own_rank`).
         dim: The drawn side's dimension (n for a right sketch, m for a left one).
         name: The layer, for messages.
         cap: Cut an integer rank at ``dim`` with a note, rather than refuse it.
@@ -209,17 +212,23 @@ def resolve_rank(
         112
         >>> resolve_rank(0.25, 10, "fc2", cap=True).value
         2
+        >>> resolve_rank("full", 10, "fc2", cap=True).value
+        10
     """
     if isinstance(rank, Mapping):
         rank = own_rank(rank, name)
     whole, dim = dim, dim // parts
-    number = isinstance(rank, int | float) and not isinstance(rank, bool)
-    if not number or not math.isfinite(rank) or rank <= 0:
-        raise ConfigError(f"method.rank is {rank!r}; a positive integer or a fraction is wanted")
+    if rank == FULL_RANK:
+        return Rank(max(1, dim))
+    if isinstance(rank, str | bool) or not math.isfinite(rank) or rank <= 0:
+        raise ConfigError(
+            f"method.rank is {rank!r}; a positive integer, a fraction below 1 or full is wanted"
+        )
     if isinstance(rank, float):
-        if rank > 1:
+        if rank >= 1:
             raise ConfigError(
-                f"method.rank is {rank}; a fraction lies in (0, 1], a rank is written without a dot"
+                f"method.rank is {rank}, written with a dot, which is a fraction below 1: write a "
+                "rank without a dot, and method.rank=full for full rank"
             )
         return Rank(max(1, round(rank * dim)))
     shared = f": its {whole} dimensions are shared by {parts} {of}" if parts > 1 else ""
@@ -272,7 +281,7 @@ def frozen_layers(model: nn.Module, plan: Plan) -> list[str]:
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
-        >>> frozen_layers(model, make_plan(model, (), targets="all-linear"))
+        >>> frozen_layers(model, make_plan(model, (), target_modules="all-linear"))
         ['0']
     """
     trained = {*plan.targets, *plan.dense, *plan.local}

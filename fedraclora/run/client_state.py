@@ -106,7 +106,7 @@ class ClientStore:
                 f"client {client} holds other tensors from round {entry.round_} than round "
                 f"{round_} asks for: {difference(found, layout)}. What clients keep must stay the "
                 "same from round to round; moments may change with the number of the link "
-                "(local.moments=link), which the method gives"
+                "(local.optimizer_state=merge), which the method gives"
             )
         return values
 

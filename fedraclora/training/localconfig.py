@@ -44,11 +44,12 @@ class LocalConfig(Limited, group="local"):
 
     Attributes:
         optimiser: ``sgd`` or ``adamw``.
-        moments: How long its moments live: ``round``, ``link`` or ``run`` (`moments`); or ``rows``:
-            second moments of rows are averaged and go on (`optimiser`).
-        moments_kept: Share of them that outlives a link; for ``link`` only.
+        optimizer_state: How long its moments are kept: for a ``round``, until a ``merge``, for the
+            ``run`` (`moments`); or ``rows``: the server averages second moments of rows
+            (`optimiser`).
+        optimizer_state_kept: Share of them that is kept after a merge; for ``merge`` only.
         lr: Step size of what the method trains; auto: by a rule (docs/local.md).
-        dense_lr: Step size of head and biases trained in full beside it; None = ``lr``.
+        full_lr: Step size of head and biases trained in full beside it; None = ``lr``.
         epochs: Local epochs, if ``steps`` is None.
         steps: Local steps, or None.
         batch_size: Samples of a step; 0 = all samples of the client.
@@ -64,7 +65,7 @@ class LocalConfig(Limited, group="local"):
         warmup: Rounds of linear warm-up.
         restart_every: Rounds after which the warm-up is done again, under the schedule: the jagged
             schedule of ReLoRA. None: never.
-        final: Factor that cosine and linear fall to: the round after the last would have it.
+        min_lr_ratio: Factor that cosine and linear fall to: the round after the last would have it.
         step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds, the
             warm-up not counted.
         extras: Client programs of your own: `fedraclora.ClientProgram` by ``module:name``, with
@@ -74,10 +75,10 @@ class LocalConfig(Limited, group="local"):
     OPTIMISERS: ClassVar[tuple[str, ...]] = ("sgd", "adamw")
 
     optimiser: Annotated[str, OneOf(OPTIMISERS)] = "sgd"
-    moments: Annotated[str, OneOf(("round", "link", "run", "rows"))] = "round"
-    moments_kept: Share = 0.0
+    optimizer_state: Annotated[str, OneOf(("round", "merge", "run", "rows"))] = "round"
+    optimizer_state_kept: Share = 0.0
     lr: Positive = 0.5
-    dense_lr: Positive | None = None
+    full_lr: Positive | None = None
     epochs: Laid = 1
     steps: Laid | None = None
     batch_size: Whole = 16
@@ -93,7 +94,7 @@ class LocalConfig(Limited, group="local"):
     schedule: Annotated[str, OneOf(("constant", "cosine", "linear", "step"))] = "constant"
     warmup: Whole = 0
     restart_every: Count | None = None
-    final: NotNegative = 0.0
+    min_lr_ratio: NotNegative = 0.0
     step_every: Count = 50
     step_factor: NotNegative = 0.5
     extras: Annotated[
@@ -160,16 +161,17 @@ class LocalConfig(Limited, group="local"):
                 f"local.restart_every is {every}, and local.warmup is {self.warmup} rounds: with 0 "
                 f"there is nothing to do again, and with {every} or more the step size never "
                 "reaches local.lr; set 0 < warmup < restart_every (under local=relora that is "
-                "method.resample_every), or restart_every=null"
+                "method.merge_every), or restart_every=null"
             )
 
     def _check_extras(self) -> None:
-        for extra in self.added if self.moments != "round" else ():
+        for extra in self.added if self.optimizer_state != "round" else ():
             steps_itself = type(extra).optimiser is not ClientProgram.optimiser
-            if extra.ends_moments or (self.moments == "rows" and steps_itself):
+            if extra.ends_moments or (self.optimizer_state == "rows" and steps_itself):
                 raise ConfigError(
-                    f"local.moments is {self.moments}, but under {extra.setting} moments mean "
-                    "nothing beyond their round; set local.moments=round"
+                    f"local.optimizer_state is {self.optimizer_state}, but under {extra.setting} "
+                    "moments mean "
+                    "nothing beyond their round; set local.optimizer_state=round"
                 )
         steps = [extra.setting for extra in self.added if extra.takes_factor_step]
         if len(steps) > 1:
@@ -178,20 +180,23 @@ class LocalConfig(Limited, group="local"):
             )
 
     def _check_moments(self) -> None:
-        if self.moments == "rows" and "second" not in moment_kinds(self):
+        if self.optimizer_state == "rows" and "second" not in moment_kinds(self):
             raise ConfigError(
-                f"local.moments is rows, but {self.optimiser} has no second moment; take "
-                "local=adamw, or local.moments=round or link"
+                f"local.optimizer_state is rows, but {self.optimiser} has no second moment; take "
+                "local=adamw, or local.optimizer_state=round or merge"
             )
-        if self.moments != "round" and not moment_kinds(self):
+        if self.optimizer_state != "round" and not moment_kinds(self):
             raise ConfigError(
-                f"local.moments is {self.moments}, but sgd without momentum has none; "
+                f"local.optimizer_state is {self.optimizer_state}, but sgd without momentum has "
+                "none; "
                 "set local.momentum, take local=adamw, or leave it at round"
             )
-        if self.moments_kept and self.moments != "link":
+        if self.optimizer_state_kept and self.optimizer_state != "merge":
             raise ConfigError(
-                f"local.moments_kept is {self.moments_kept}, but with local.moments="
-                f"{self.moments} nothing is reset at the end of a link; set local.moments=link"
+                f"local.optimizer_state_kept is {self.optimizer_state_kept}, but with "
+                "local.optimizer_state="
+                f"{self.optimizer_state} nothing is reset at the end of a link; set "
+                "local.optimizer_state=merge"
             )
 
     def rate_scale(self, round_: int, rounds: int) -> float:
@@ -207,11 +212,11 @@ class LocalConfig(Limited, group="local"):
             return ramp
         done = since / max(1, rounds - self.warmup)
         shape = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
-        return ramp * (self.final + (1 - self.final) * shape)
+        return ramp * (self.min_lr_ratio + (1 - self.min_lr_ratio) * shape)
 
     def rate(self, main: bool, rate_scale: float) -> float:
-        """Step size of a trained tensor: ``lr`` for the method's own, ``dense_lr`` beside it."""
-        return rate_scale * (self.lr if main or self.dense_lr is None else self.dense_lr)
+        """Step size of a trained tensor: ``lr`` for the method's own, ``full_lr`` beside it."""
+        return rate_scale * (self.lr if main or self.full_lr is None else self.full_lr)
 
 
 def moment_kinds(local: LocalConfig) -> tuple[str, ...]:

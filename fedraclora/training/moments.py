@@ -3,20 +3,21 @@
 A link may be several rounds long, so that it can be measured, or stopped, on its way. Its local
 steps are those of one long round if the moments (and Adam's count of steps) live on:
 
-    local.moments = round   they begin at zero in every round
-    local.moments = link    they live as long as what is trained: a new link begins with new ones
-    local.moments = run     they never end; after a merge they speak of a sketch that is gone
-    local.moments = rows    they begin anew in every round, but second moments of rows go on, at the
-                            server (`fedraclora.training.optimiser`)
+    local.optimizer_state = round   they begin at zero in every round
+    local.optimizer_state = merge   they live until the merge: a new link begins with new ones
+    local.optimizer_state = run     they are never reset, though a merge ends their sketch
+    local.optimizer_state = rows    they begin anew in every round, but the server averages second
+                                    moments of rows (`fedraclora.training.optimiser`)
 
-``link`` is a chain whose links have an optimiser of their own (COLA). ``run`` is what the public
-code of RAC-LoRA does: its optimiser does not know of the merge. ``local.moments_kept`` lets a
-share of the moments outlive a link: for each tensor the entries whose first moment is largest, the
-others are set to zero. That is the partial reset of ReLoRA (Lialin et al., ICLR 2024, arXiv
-2307.05695), which keeps 1 % or less; like its public code it leaves the count of steps as it is.
-That code prunes the second moment by its own magnitude. Here both keep the same entries: where a
-first moment stays and its second is gone, Adam divides by eps, and A of a new link, whose gradient
-is zero while B is, moves by 1e8 times the step size unless the warm-up begins at a rate of zero.
+``merge`` is a chain whose links have an optimiser of their own (COLA). ``run`` is what the public
+code of RAC-LoRA does: its optimiser does not know of the merge. ``local.optimizer_state_kept``
+lets a share of the moments outlive a link: for each tensor the entries whose first moment is
+largest, the others are set to zero. That is the partial reset of ReLoRA (Lialin et al., ICLR 2024,
+arXiv 2307.05695), which keeps 1 % or less; like its public code it leaves the count of steps as it
+is. That code prunes the second moment by its own magnitude. Here both keep the same entries: where
+a first moment stays and its second is gone, Adam divides by eps, and A of a new link, whose
+gradient is zero while B is, moves by 1e8 times the step size unless the warm-up begins at a rate
+of zero.
 
 Moments do not travel: each client has its own, also of what is averaged. They are not exact under
 averaging, and one that is seldom asked has old ones; with one client there is no difference.
@@ -61,7 +62,7 @@ def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) ->
         (steps that they have seen) and ``moments/link`` (the link that they belong to), without
         a client axis.
     """
-    if local.moments in {"round", "rows"}:
+    if local.optimizer_state in {"round", "rows"}:
         return {}
     shapes = moment_shapes(local, downlink)
     found = {f"moments/{name}": torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
@@ -83,16 +84,16 @@ def begin_moments(stored: Tree, local: LocalConfig, link: int) -> Tree:
         return {}
     ended = stored["moments/link"] != link
     out = {**stored, "moments/link": torch.full_like(stored["moments/link"], link)}
-    if local.moments == "run" or not ended.any():
+    if local.optimizer_state == "run" or not ended.any():
         return out
     for name, value in stored.items():
         if name == "moments/link":
             continue
         if name == "moments/steps":
-            left = value if local.moments_kept else torch.zeros_like(value)
+            left = value if local.optimizer_state_kept else torch.zeros_like(value)
         else:
             first = stored[name.replace("moments/second/", "moments/first/")]
-            left = value.where(mark_largest(first, local.moments_kept), 0)
+            left = value.where(mark_largest(first, local.optimizer_state_kept), 0)
         out[name] = torch.where(ended.reshape(-1, *[1] * (value.dim() - 1)), left, value)
     return out
 

@@ -4,7 +4,7 @@ State tensors carry the client axis [K, ...]. Unless `fedraclora.training.moment
 they live for one round: moments refer to the sketch of the round and would be meaningless under the
 next one (axolotl PR 1414 shows what a reset that silently does nothing costs).
 
-Second moments of rows outlive sketches (``local.moments=rows``): the server averages them.
+Second moments of rows outlive sketches (``local.optimizer_state=rows``): the server averages them.
 Under a right sketch B has the gradient g = s G A^T, with G that of the weight. Where the rows a_j
 of A are uniform on the sphere, E[a_j a_j^T] = I / n, so that whatever the draw
 

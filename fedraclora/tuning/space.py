@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 KEYS = {
     "lr": RATE_KEY,
     "rank": "method.rank",
-    "links": "method.resample_every",
-    "uplink": "wire.uplink",
-    "downlink": "wire.downlink",
+    "links": "method.merge_every",
+    "uplink": "compression.uplink",
+    "downlink": "compression.downlink",
 }
 SET_BY_TUNE = ("evaluate.split", "seed", "resume")
 SOME = Limit("a list of one or more", lambda values: values != [])

@@ -10,6 +10,7 @@ import torch
 
 from fedraclora.errors import WireError
 from fedraclora.protocol.coding import NONE, ZSTD
+from fedraclora.protocol.cohorts import WEIGHTINGS
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.tree import Layout, Tree
@@ -35,7 +36,7 @@ from fedraclora.wire.records import (
 )
 from fedraclora.wire.secagg import read_stage
 
-WEIGHTS = (None, "examples", "uniform")
+WEIGHTS = (None, *WEIGHTINGS)
 COEFFICIENTS = "coefficients"  # of factors that are computed from the last link, in float64
 REQUEST = ("round", "version", "rate_scale", "reduce", "clip", "uplink", "feedback")
 UNUSUAL: dict[str, Any] = {"measure": None, "coding": NONE}  # said where they are something else

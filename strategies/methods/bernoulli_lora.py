@@ -59,19 +59,23 @@ class BernoulliLora(LowRankMethod):
         self.round_method(1)
 
     def round_method(self, round_: int) -> FedRacLora:
-        """Return the method of one round: Fed-RAC-LoRA with the side that the coin says."""
+        """Return the method of one round: Fed-RAC-LoRA on the factor that the coin says."""
         left = generator(self.coins, "coin", round_).random() < self.probability
-        return self.sided("left" if left else "right")
+        return self.training("A" if left else "B")
 
-    def sided(self, side: str) -> FedRacLora:
-        """Build Fed-RAC-LoRA with one of the two sides."""
+    def training(self, label: str) -> FedRacLora:
+        """Build Fed-RAC-LoRA that trains one of the two factors."""
         shared = {f.name for f in fields(FedRacLora)} & vars(self).keys()
-        return FedRacLora(side=side, **{name: getattr(self, name) for name in shared})
+        return FedRacLora(train=label, **{name: getattr(self, name) for name in shared})
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        chances = {"left": self.probability, "right": 1 - self.probability}
-        states = [self.sided(s).init(base, plan, draw) for s, chance in chances.items() if chance]
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        chances = {"A": self.probability, "B": 1 - self.probability}
+        states = [
+            self.training(s).initial_state(base, plan, draw)
+            for s, chance in chances.items()
+            if chance
+        ]
         notes = dict.fromkeys(note for state in states for note in state.notes)
         return replace(states[0], notes=tuple(notes))
 

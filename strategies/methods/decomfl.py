@@ -17,7 +17,8 @@ goes on from round to round, and stands beside the weights at every replica.
   optimization*, ICLR 2025, arXiv 2405.15861, and its code (``cezo_fl``).
 - Departures: what is sent is the step c, and not g, so that the server needs no step size, and
   under a schedule V holds the steps as they were taken (torch multiplies V by the step size of
-  now). The mean has the run's ``weights``; the code's is ``weights=uniform``. Weight decay is
+  now). The mean has the run's ``weights``; the code's is ``aggregation_weights=uniform``. Weight
+  decay is
   refused: the code's 1e-5 is a replayed step of the server. The difference is central; the code has
   a forward one as well. A seed a round is sent, where the code sends K. K is an upper bound: a
   client whose ``local.epochs`` are fewer steps sends zeros for the rest, and its V stands still.

@@ -5,7 +5,7 @@ Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r:
     A_t ~ D (r x n), drawn from a seed;  client k: trains B_k from 0
     B_bar = sum_k p_k B_k;               W <- W + s B_bar A_t
 
-A left sketch draws B_t (m x r) and trains A_k (r x n). ``resample_every = k`` carries the trained
+A left sketch draws B_t (m x r) and trains A_k (r x n). ``merge_every = k`` carries the trained
 factor for k rounds and merges it when the sketch is drawn anew; None never does (FFA-LoRA).
 
 - Uplink: r m numbers per matrix and client (left: r n). Downlink: a seed, and what the client
@@ -45,9 +45,16 @@ from fedraclora.protocol.method import Cohort, Draw, Traits
 from fedraclora.rng import generator
 from fedraclora.sketch import Blocks, SketchSpec
 from fedraclora.strategies.shared import past
-from fedraclora.strategies.shared.factors import Asymmetric, Side
+from fedraclora.strategies.shared.factors import OTHER, Asymmetric, Label
 from fedraclora.strategies.shared.initials import GradientFirst
-from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerUpdate,
+    Replies,
+    Round,
+    drawn_of,
+)
 from fedraclora.tree import Tree
 
 
@@ -56,17 +63,18 @@ class FedRacLora(GradientFirst, Asymmetric):
     """Fed-RAC-LoRA: a fresh shared sketch each round, one trained factor, exact average, merged.
 
     Attributes:
-        side: ``right`` (A drawn), ``left`` (B drawn), ``auto`` (the trained factor is smaller).
+        train: The factor that clients train: ``B`` (A is the sketch), ``A`` (B is), or ``auto``
+            (the smaller one).
         blocks: ``independent``, or ``cover`` (row blocks of one basis without replacement).
-        resample_every: Rounds that a sketch lives; None = for ever.
+        merge_every: Rounds that a sketch lives; None = for ever.
         density: Share of non-zero entries, of ``sparse_sign`` alone.
         sketches: G, groups of the cohort, each under rows of its own; G r is at most the dimension.
         server_lr: eta, the server's step.
     """
 
-    side: Side = "right"
+    train: Label = "B"
     blocks: Blocks = "independent"
-    resample_every: Count | None = 1
+    merge_every: Count | None = 1
     density: Chance = 0.1
     server_lr: Positive = 1.0
 
@@ -75,6 +83,10 @@ class FedRacLora(GradientFirst, Asymmetric):
     def unread(self) -> dict[str, str]:
         reader = "method.sketch=sparse_sign"
         return {} if self.sketch == "sparse_sign" else {"density": reader}
+
+    @override
+    def drawn(self, shape: tuple[int, int]) -> str | None:
+        return drawn_of(OTHER[self.train], shape)
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -127,7 +139,7 @@ class FedRacLora(GradientFirst, Asymmetric):
     @property
     @override
     def traits(self) -> Traits:
-        merges = self.resample_every is not None
+        merges = self.merge_every is not None
         ranks = self.sketches == 1  # else a client's components are those of its group
         return Traits(exact=True, linear=True, merges=merges, ranks=ranks, step=self.server_lr)
 

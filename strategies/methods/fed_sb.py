@@ -40,22 +40,22 @@ class FedSb(Drawn):
     The rank is bounded by the smaller side.
 
     Attributes:
-        initial: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.
+        init: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.
     """
 
     traits = Traits(exact=True, linear=True, merges=False)
     link_rounds = None
     draws = None  # both are
 
-    initial: str = "orthonormal"
+    init: str = "orthonormal"
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
         rank, own = self.parts * layer.rank, now.draw.sketch_seed(f"{layer.name}/B")
         return {
-            "B": now.sketch(layer, "B", self.initial, rank=rank, seed=own),
+            "B": now.sketch(layer, "B", self.init, rank=rank, seed=own),
             "R": layer.trained("R", rank=rank),
-            "A": now.sketch(layer, "A", self.initial, rank=rank),
+            "A": now.sketch(layer, "A", self.init, rank=rank),
         }
 
     @override

@@ -7,7 +7,7 @@
 - Source: McMahan et al., *Communication-efficient learning of deep networks from decentralized
   data*, AISTATS 2017, arXiv 1602.05629.
 - Departures: head and biases follow the run's policy, so that a comparison with adapters changes
-  one thing only: biases of adapted layers are trained (``bias=average``), those of other layers
+  one thing only: biases of adapted layers are trained (``bias=full``), those of other layers
   (of a LayerNorm) where ``dense`` names the layer.
 """
 
@@ -42,7 +42,7 @@ class FedAvg(Method):
     traits = Traits(exact=True, linear=True, merges=True)
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
         return State(base, plan)
 
     @override

@@ -2,10 +2,10 @@
 
     client k: trains (B_k, A_k) from (B_bar, A_bar)
     B_bar <- sum_k p_k B_k;   A_bar <- sum_k p_k A_k;   effective weight W + s B_bar A_bar
-    every ``resample_every`` rounds: W <- W + s B_bar A_bar, and both factors begin anew
+    every ``merge_every`` rounds: W <- W + s B_bar A_bar, and both factors begin anew
 
 One factor begins as a drawing and the other at zero, so a new link leaves the weights as they are.
-``resample_every = None`` is one link without end: FedAvg-LoRA, and LoRA where there is one client.
+``merge_every = None`` is one link without end: FedAvg-LoRA, and LoRA where there is one client.
 Links with one client are COLA; ReLoRA also keeps a share of the optimiser's moments and warms the
 step size up anew, which are local settings (``local=relora``).
 
@@ -40,13 +40,13 @@ class FedAvgLora(Factored):
     """FedAvg-LoRA (FedIT): both factors trained, averaged separately; its error is measured.
 
     Attributes:
-        resample_every: Rounds of a link, after which it is merged; None = one link for ever.
+        merge_every: Rounds of a link, after which it is merged; None = one link for ever.
     """
 
     carries = False
     cuts_components = True
 
-    resample_every: Count | None = None
+    merge_every: Count | None = None
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
@@ -58,5 +58,5 @@ class FedAvgLora(Factored):
     @property
     @override
     def traits(self) -> Traits:
-        merges = self.resample_every is not None
+        merges = self.merge_every is not None
         return Traits(exact=False, linear=True, merges=merges)

@@ -179,8 +179,8 @@ class FedKSeed(Limited, Walking, group="method"):
         return Traits(exact=True, linear=self.steps is None, merges=False, varies=True)
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        state = super().init(base, plan, draw)
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = super().initial_state(base, plan, draw)
         none = torch.zeros(0, dtype=wide(next(iter(base.values())).dtype))
         if not self.pro:
             return replace(state, base=state.base | {SUMS: none})

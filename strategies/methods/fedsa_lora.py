@@ -11,7 +11,7 @@
 - Source: Guo et al., *Selective aggregation for low-rank adaptation in federated learning*, ICLR
   2025, arXiv 2410.01463.
 - Departures: the head follows the run's policy, where the public code keeps it at the client
-  (``head=local``).
+  (``head=personal``).
 """
 
 from __future__ import annotations

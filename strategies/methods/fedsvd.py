@@ -39,7 +39,7 @@ class FedSvd(Drawn):
     carries = True
     keeps = ("A",)
 
-    initial: str = "orthonormal"
+    init: str = "orthonormal"
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:

@@ -11,7 +11,8 @@
   first round sends.
 - Aggregation: **not exact**: factors are averaged apart, as in FedAvg-LoRA; what is missed is
   reported each round as ``aggregation_error``.
-- Refused: ``wire.downlink`` in fewer bits, which would round the part of W that B_0 and A_0 hold.
+- Refused: ``compression.downlink`` in fewer bits, which would round the part of W that B_0 and A_0
+  hold.
 - Server: two means and a merge of 4 m n r operations; an SVD of each matrix before the first round.
 - Source: Yan et al., *Federated residual low-rank adaptation of large language models*, ICLR 2025,
   OpenReview e0rQRMUhs7 (no arXiv number was found).
@@ -43,8 +44,8 @@ class FrLora(LayerMethod):
     carries = True
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        state = super().init(base, plan, draw)
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = super().initial_state(base, plan, draw)
         return begin(state, "pissa", *self.ranks_and_scales(plan), draw)
 
     @override

@@ -7,10 +7,10 @@
 - Uplink: m n numbers per matrix. Downlink: what the client missed, at most m n.
 - Aggregation: exact and linear: it is FedAvg's.
 - Client: moments of r max(m, n) numbers per matrix each, where FedAvg's have m n, and r min(m, n)
-  of P_k. They begin anew in each round, with the count of steps and P_k, unless ``local.moments``
-  is ``link`` or ``run`` (the same here: no link ends): then a client that returns goes on with its
-  own, and ``gap`` counts its steps over all rounds. Plain SGD has no moments: P_k is taken anew in
-  each round.
+  of P_k. They begin anew in each round, with the count of steps and P_k, unless
+  ``local.optimizer_state`` is ``link`` or ``run`` (the same here: no link ends): then a client
+  that returns goes on with its own, and ``gap`` counts its steps over all rounds. Plain SGD has no
+  moments: P_k is taken anew in each round.
 - Server: one mean, K m n operations.
 - Source: Mahla, Jadhav and Ramakrishnan, *Why gradient subspace? Identifying and mitigating LoRA's
   bottlenecks in federated fine-tuning of large language models*, arXiv 2410.23111; GaLore: Zhao et
@@ -263,7 +263,7 @@ class GaloreAverage(Limited, FedAvg, group="method"):
         resolve_rank(self.rank, 1, "any layer", cap=True)
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
         notes = rank_notes(self.layer_rank(plan, name) for name in plan.targets)
         return State(base, plan, notes=notes)
 

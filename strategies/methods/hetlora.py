@@ -13,9 +13,10 @@
   EMNLP 2024, arXiv 2401.06432.
 - Departures: ranks are the budgets of the clients' devices and stay as they are: the penalty on
   trailing components and the pruning of ranks are left out. The scale is alpha / r for all. The
-  norms multiply the run's aggregation weights; with ``weights=uniform`` they are the paper's alone.
-  Clients that send nothing but zeros are averaged by p_k. Components that no client of a round has
-  stay as they were: the mean of nothing but padding would be zero, in both factors and so for good.
+  norms multiply the run's aggregation weights; with ``aggregation_weights=uniform`` they are the
+  paper's alone. Clients that send nothing but zeros are averaged by p_k. Components that no client
+  of a round has stay as they were: the mean of nothing but padding would be zero, in both factors
+  and so for good.
 - Unverified: how the paper scales adapters of several ranks.
 """
 

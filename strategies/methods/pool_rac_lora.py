@@ -15,7 +15,7 @@ are blocks of one basis. Where K r = n they tile it: with E = K, ``fed_rac_lora 
   all of them. Within a link of several rounds r m numbers more, the carried factor.
 - Aggregation: exact and linear, as in Fed-RAC-LoRA, whose rounds these are.
 - Server and replicas: K r m numbers per matrix beside W.
-- K r is at most n: the rank is cut at n / K. A fraction is a share of n / K, so that ``rank=1.0``
+- K r is at most n: the rank is cut at n / K. A fraction is a share of n / K, so that ``rank=full``
   tiles every layer whose n is a multiple of K.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305, for the
   rounds. The pool is ours; what it can reach is in ``docs/records/theory.md``.
@@ -193,8 +193,8 @@ class PoolRacLora(FedRacLora):
         return (0, link) if self.refresh is None else divmod(link, self.refresh // self.link_rounds)
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        state = super().init(base, plan, draw)
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = super().initial_state(base, plan, draw)
         return replace(state, base=state.base | self.blank(state))
 
     def blank(self, state: State) -> Tree:
@@ -251,7 +251,7 @@ class PoolRacLora(FedRacLora):
     @property
     @override
     def link_rounds(self) -> int:
-        return self.resample_every or 1
+        return self.merge_every or 1
 
     @property
     @override
@@ -267,15 +267,15 @@ class PoolRacLora(FedRacLora):
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
-        if self.resample_every is None:
+        if self.merge_every is None:
             raise ConfigError(
-                "method.resample_every is null, but a pool goes from sketch to sketch; take 1 or "
+                "method.merge_every is null, but a pool goes from sketch to sketch; take 1 or "
                 "more, or method=ffa_lora"
             )
-        least, rounds = self.pool * self.resample_every, self.refresh
-        if rounds is not None and (rounds < least or rounds % self.resample_every):
+        least, rounds = self.pool * self.merge_every, self.refresh
+        if rounds is not None and (rounds < least or rounds % self.merge_every):
             raise ConfigError(
-                f"method.refresh is {rounds}; null, or a multiple of method.resample_every "
-                f"({self.resample_every}) from {least} on, by which all {self.pool} sketches have "
+                f"method.refresh is {rounds}; null, or a multiple of method.merge_every "
+                f"({self.merge_every}) from {least} on, by which all {self.pool} sketches have "
                 "had a turn, is wanted"
             )

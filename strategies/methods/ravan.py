@@ -67,7 +67,7 @@ class Ravan(FedSb):
     The rank is that of one head, bounded by the smaller side over h.
 
     Attributes:
-        initial: How the factors are drawn, a key of `fedraclora.sketch.SKETCHES`.
+        init: How the factors are drawn, a key of `fedraclora.sketch.SKETCHES`.
         heads: h, cores of the rank each.
     """
 

@@ -111,8 +111,8 @@ class SLora(LayerMethod):
     # The first stage: sparse full weights, which are no factors.
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        state = super().init(base, plan, draw)
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = super().initial_state(base, plan, draw)
         return replace(state, carried={f"{name}/initial": base[name] for name in plan.targets})
 
     @override

@@ -1,6 +1,6 @@
 """Subspace RAC-LoRA: Fed-RAC-LoRA whose frozen factor is taken from the links before it.
 
-Link j = 0, 1, ... lasts for ``resample_every`` rounds; even links are right, odd ones left. Per
+Link j = 0, 1, ... lasts for ``merge_every`` rounds; even links are right, odd ones left. Per
 adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f = ceil(fresh r):
 
     right: A = [c K; F], K the k leading right singular vectors of the last link's change of W,
@@ -70,7 +70,7 @@ class SubspaceRacLora(GradientFirst):
     Attributes:
         basis: ``singular``, or ``coordinate``: rows are unit vectors, the k kept ones drawn without
             replacement with chances as the squared length of their rows (columns) of the change.
-        resample_every: Rounds of a link.
+        merge_every: Rounds of a link.
         fresh: Share of the rows that are drawn anew, in [0, 1], rounded up: all at rank 1.
         pairs: Draw every even link whole.
         kept_scale: c, the length of kept rows in (0, 1], where fresh ones have length 1; ``auto``:
@@ -80,7 +80,7 @@ class SubspaceRacLora(GradientFirst):
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
 
     basis: KeptBasis = "singular"
-    resample_every: Count = 2
+    merge_every: Count = 2
     fresh: Share = 0.25
     pairs: bool = False
     kept_scale: KeptLength = "auto"
@@ -158,7 +158,7 @@ class SubspaceRacLora(GradientFirst):
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         up, down = super().floats(plan, round_)
-        link = (round_ - 1 - self.probe_rounds) // self.resample_every
+        link = (round_ - 1 - self.probe_rounds) // self.merge_every
         side = "BA".index(past.sides(link)[0])
         frozen = [(self.rank_of(plan, n), view.shape[side]) for n, view in plan.targets.items()]
         kept = [pair for pair in frozen if link > 0 and self.kept(pair[0], link)]
@@ -170,5 +170,5 @@ class SubspaceRacLora(GradientFirst):
         super().__post_init__()
         if self.probe_rounds and self.fresh == 1:
             raise ConfigError(
-                "method.first is gradient, but with method.fresh=1 all rows are drawn; lower that"
+                "method.init is gradient, but with method.fresh=1 all rows are drawn; lower that"
             )

@@ -40,7 +40,7 @@ class LoopConfig(WaitPolicy):
     cohort: int
     chunk: int
     seed: int
-    weights: str = "examples"
+    weights: str = "samples"
     dtype: str = "float32"
     uplink: str = FULL
     downlink: str = FULL
@@ -86,9 +86,9 @@ def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype)
         cohort=built.cohort,
         chunk=chunk,
         seed=config.seed,
-        weights=config.weights,
+        weights=config.aggregation_weights,
         dtype=str(dtype).removeprefix("torch."),
-        **vars(config.wire),
+        **vars(config.compression),
         evaluate_every=config.evaluate.every,
         max_failures=config.max_failures,
         **vars(config.engine.waiting(built.cohort)),

@@ -15,8 +15,8 @@ goes on have the same bits, and a round is exact of what was sent.
 
 S is the sum of all links under one sketch of a pool, which only the server has: what rounding left
 of it, S - Q(S), is kept for the next link. So a part is off by one rounding, however often it is
-published. With ``wire.feedback`` the same holds of a factor that lives on, for as long as its link,
-and of tensors trained in full; Q then rounds to the nearest (`fedraclora.wire.feedback`):
+published. With ``compression.feedback`` the same holds of a factor that lives on, for as long as
+its link, and of tensors trained in full; Q then rounds to the nearest (`fedraclora.wire.feedback`):
 
     carried:  B_bar <- Q(B_bar + e),  e <- B_bar + e - Q(B_bar + e);  at its end e is merged, too
     in full:  x <- x + Q(x_new - x + e),  and e likewise

@@ -33,11 +33,12 @@ from fedraclora.strategies.shared.initials import (
     check_start,
     gradient_factors,
 )
-from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerMethod, Round
+from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerMethod, Round, drawn_of
 from fedraclora.tree import Tree
 
 # What is drawn: A (right), B (left), or the larger factor.
-Side = Annotated[str, OneOf(("right", "left", "auto"))]
+Label = Annotated[str, OneOf(("B", "A", "auto"))]
+OTHER = {"B": "A", "A": "B", "auto": "auto"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Asymmetric(LayerMethod):
         sketches: G, equal parts of one drawing, of the rank each.
     """
 
-    draws = "right"
+    draws = "A"
     parts_are = "sketches (method.sketches, times method.pool where there is one)"
 
     sketch: Sketch = "orthonormal"
@@ -88,12 +89,12 @@ class Drawn(LayerMethod):
     The rank is bounded by the drawn side: n where A is drawn.
 
     Attributes:
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+        init: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
     """
 
-    draws: ClassVar[str | None] = "right"
+    draws: ClassVar[str | None] = "A"
 
-    initial: str = "kaiming_uniform"
+    init: str = "kaiming_uniform"
 
     @override
     def __post_init__(self) -> None:
@@ -103,11 +104,11 @@ class Drawn(LayerMethod):
 
     def check_initial(self) -> None:
         """Reject an `initial` that does not exist, or does not fit."""
-        check_start(self.initial, fits=False, why=f"{type(self).__name__} has none such")
+        check_start(self.init, fits=False, why=f"{type(self).__name__} has none such")
 
     def first(self, layer: Layer, now: Round, label: str = "A", index: int = 0) -> SketchSpec:
         """Draw a factor as it begins; another ``index`` is another drawing."""
-        return now.sketch(layer, label, self.initial, index=index)
+        return now.sketch(layer, label, self.init, index=index)
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,17 @@ class Factored(Probing, Drawn):
     """Hyperparameters that all of them have, beside those of `LowRankMethod`.
 
     Attributes:
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
+        init: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
             one of `fedraclora.strategies.shared.initials.STARTS`.
-        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
-            (the larger factor is drawn).
+        zero_init: The factor that begins at zero: ``B`` (A is random), ``A`` (B is random), or
+            ``auto`` (the smaller one).
     """
 
     carries: ClassVar[bool] = True
     truncates: ClassVar[bool] = False
     """Return whether a client with a budget has its own components alone, not the rest frozen."""
 
-    side: Side = "right"
+    zero_init: Label = "B"
 
     @property
     def lives_on(self) -> bool:
@@ -135,7 +136,7 @@ class Factored(Probing, Drawn):
     @property
     @override
     def begins_carried(self) -> bool:
-        return self.initial in STARTS
+        return self.init in STARTS
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -147,27 +148,28 @@ class Factored(Probing, Drawn):
 
     @override
     def check_initial(self) -> None:
-        check_start(self.initial, fits=self.lives_on, why="here they begin anew in each link")
-        if self.begins_carried and self.side != "right":
+        check_start(self.init, fits=self.lives_on, why="here they begin anew in each link")
+        if self.begins_carried and self.zero_init != "B":
             raise ConfigError(
-                f"method.side is {self.side}, which says what is drawn, but method.initial is "
-                f"{self.initial}, with which neither factor is; leave it at right"
+                f"method.zero_init is {self.zero_init}, but with method.init={self.init} neither "
+                "factor "
+                "begins at zero: leave method.zero_init at B"
             )
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
         found = super().layer_rank(plan, name)
-        return bounded(self.initial, found, plan, name, cap=self.cap)
+        return bounded(self.init, found, plan, name, cap=self.cap)
 
     @override
     def drawn(self, shape: tuple[int, int]) -> str | None:
-        return None if self.begins_carried else super().drawn(shape)
+        return None if self.begins_carried else drawn_of(OTHER[self.zero_init], shape)
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        state = super().init(base, plan, draw)
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = super().initial_state(base, plan, draw)
         if self.begins_carried and not self.probe_rounds:
-            return begin(state, self.initial, *self.ranks_and_scales(plan), draw)
+            return begin(state, self.init, *self.ranks_and_scales(plan), draw)
         return state
 
     @override
@@ -180,7 +182,7 @@ class Factored(Probing, Drawn):
     @property
     @override
     def probe_rounds(self) -> int:
-        return int(self.initial == "lora_ga")
+        return int(self.init == "lora_ga")
 
     @override
     def started(self, state: State, gradients: Mapping[str, Product]) -> State:
@@ -193,7 +195,7 @@ class Factored(Probing, Drawn):
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         if not self.probe_rounds or round_ == 1:
             return super().floats(plan, round_)
-        return replace(self, initial="pissa", rank=self.ranks_and_scales(plan)[0]).floats(plan, 2)
+        return replace(self, init="pissa", rank=self.ranks_and_scales(plan)[0]).floats(plan, 2)
 
 
 def truncated(sent: Downlink, ranks: torch.Tensor) -> Downlink:

@@ -1,4 +1,4 @@
-"""How both factors of an adapter may begin beside a drawing and zero (``method.initial``).
+"""How both factors of an adapter may begin beside a drawing and zero (``method.init``).
 
 ``pissa``: the principal part of the weight, which is taken out of it.
 
@@ -27,8 +27,9 @@ finds its range, and trains nothing. With q = min(4 r, m, n) and a drawn Omega (
   a seed. ``lora_ga`` has a round more: q (m + n) numbers up, q m and a seed down, and r (m + n) to
   catch up. Nobody is charged for W - s B_0 A_0 of ``pissa``, which a client forms by itself.
 - Fits methods whose clients train both factors and carry them on; a link that ends would need a
-  start anew. Rank budgets are refused: a client would lack a part of W. So is ``wire.downlink`` in
-  fewer bits: factors go down whole, and the part of W that they hold would be rounded with them.
+  start anew. Rank budgets are refused: a client would lack a part of W. So is
+  ``compression.downlink`` in fewer bits: factors go down whole, and the part of W that they hold
+  would be rounded with them.
 - Server: an SVD of each m x n weight (``pissa``), or O((m + n) q^2) (``lora_ga``).
 - Sources: Meng, Wang and Zhang, *PiSSA*, NeurIPS 2024, arXiv 2404.02948. ``orthogonal``: the choice
   of that name of the PEFT library. Wang, Yu and Li, *LoRA-GA*, NeurIPS 2024, arXiv 2407.05000;
@@ -37,7 +38,7 @@ finds its range, and trains nothing. With q = min(4 r, m, n) and a drawn Omega (
   LoRA-GA's range finder has one pass, where its code iterates on a gradient that it holds.
 
 Where clients train one factor, the first frozen one may be taken from the gradient
-(``method.first=gradient``):
+(``method.init=gradient``):
 
     round 1:  nothing is trained; G ~ Q Z, the mean gradient of the clients' local batches
     link 0:   A = the leading right singular vectors of Q Z (left links: B = the left ones)
@@ -91,7 +92,7 @@ OVERSAMPLED = 4  # q / r: columns of the range finder, for 2 r singular vectors
 
 
 def check_start(initial: str, *, fits: bool, why: str) -> None:
-    """Check ``method.initial``: a drawing, or a start of this module where that fits.
+    """Check ``method.init``: a drawing, or a start of this module where that fits.
 
     Args:
         initial: The name.
@@ -103,12 +104,12 @@ def check_start(initial: str, *, fits: bool, why: str) -> None:
     """
     if initial in STARTS and not fits:
         raise ConfigError(
-            f"method.initial is {initial}, a start for two factors that are both trained in all "
+            f"method.init is {initial}, a start for two factors that are both trained in all "
             f"rounds, but {why}; take a method that carries both (fedavg_lora, fedex_lora), or a "
             "drawing"
         )
     if initial not in SKETCHES and initial not in STARTS:
-        raise unknown("method.initial", initial, [*SKETCHES, *(STARTS if fits else ())])
+        raise unknown("method.init", initial, [*SKETCHES, *(STARTS if fits else ())])
 
 
 def bounded(initial: str, found: Rank, plan: Plan, name: str, *, cap: bool) -> Rank:
@@ -122,7 +123,7 @@ def bounded(initial: str, found: Rank, plan: Plan, name: str, *, cap: bool) -> R
         return found
     if not cap or not most:
         raise ConfigError(
-            f"method.initial is lora_ga, which needs 2 r singular vectors, but {name} has only "
+            f"method.init is lora_ga, which needs 2 r singular vectors, but {name} has only "
             f"{min(plan.targets[name].shape)} for the rank {found.value}; lower the rank, set "
             "method.cap=true, or leave the layer out of the targets"
         )
@@ -298,7 +299,7 @@ class Probing(LayerMethod):
         return super().floats(plan, round_)
 
 
-FIRST = ("drawn", "gradient")
+FIRST = ("random", "gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,12 +307,12 @@ class GradientFirst(Probing):
     """Hyperparameters of them, beside those of `LowRankMethod`.
 
     Attributes:
-        first: Where the frozen factor of the first link comes from: ``drawn``, or ``gradient``.
+        init: Where the frozen factor of the first link comes from: ``random``, or ``gradient``.
     """
 
     purpose = "/probe"
 
-    first: Annotated[str, OneOf(FIRST)] = "drawn"
+    init: Annotated[str, OneOf(FIRST)] = "random"
 
     @override
     def __post_init__(self) -> None:
@@ -319,8 +320,8 @@ class GradientFirst(Probing):
         super().__post_init__()
         if self.probe_rounds and self.traits.pools:
             raise ConfigError(
-                "method.first is gradient, but the sketches of a pool recur by their seeds; leave "
-                "it at drawn, or take method=fed_rac_lora"
+                "method.init is gradient, but the sketches of a pool recur by their seeds; leave "
+                "it at random, or take method=fed_rac_lora"
             )
 
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:
@@ -335,7 +336,7 @@ class GradientFirst(Probing):
     @property
     @override
     def probe_rounds(self) -> int:
-        return int(self.first == "gradient")
+        return int(self.init == "gradient")
 
     @override
     def started(self, state: State, gradients: Mapping[str, Product]) -> State:
@@ -349,7 +350,7 @@ class GradientFirst(Probing):
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         if not self.probe_rounds or round_ == 1:
             return super().floats(plan, round_)
-        drawn = replace(self, first="drawn")
+        drawn = replace(self, init="random")
         up, down = LayerMethod.floats(drawn, plan, round_ - 1)
         if self.link_rounds is None or round_ - 1 <= self.link_rounds:
             adapters = (drawn.asked(plan, name, 1) for name in plan.targets)

@@ -78,9 +78,9 @@ class LowRankMethod(Limited, Method, group="method"):
     """Hyperparameters of all low-rank methods.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the bounding side if written with a dot; or these by layer
-            (`fedraclora.protocol.plan.own_rank`). The bounding side is the smaller one, or the one
-            that a drawing has.
+        rank: r; ``full``; a fraction of the bounding side if written with a dot (0.25); or these by
+            layer (`fedraclora.protocol.plan.own_rank`). The bounding side is the smaller one, or
+            the one that a drawing has.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
         rslora: Scale s = alpha / sqrt(r) instead.
         cap: Cut the rank at the bounding side, with a note; False refuses a larger one.
@@ -104,6 +104,11 @@ class LowRankMethod(Limited, Method, group="method"):
 LowRank = LowRankMethod  # as methods outside of the project import it
 
 
+def drawn_of(label: str | None, shape: tuple[int, int]) -> str | None:
+    """Return the label of the factor that is drawn; of ``auto`` it is the larger one."""
+    return ("A" if shape[1] >= shape[0] else "B") if label == "auto" else label
+
+
 @dataclass(frozen=True)
 class LayerMethod(LowRankMethod):
     """A method that treats every adapted matrix alike; it has the settings of `LowRankMethod`."""
@@ -113,7 +118,7 @@ class LayerMethod(LowRankMethod):
     keeps: ClassVar[tuple[str, ...]] = ()
     """Labels of frozen factors that are carried, through all links: as numbers, if drawn, too."""
     draws: ClassVar[str | None] = None
-    """Return whose dimension bounds the rank: A is drawn (``right``), B (``left``), or the larger
+    """Return the factor that is drawn, whose dimension bounds the rank: ``A``, ``B``, or the larger
     one (``auto``); None: neither or both, and the smaller side does."""
     parts_are: ClassVar[str] = "factors (`parts` of the method)"
     """Return what shares that dimension, for messages."""
@@ -146,9 +151,9 @@ class LayerMethod(LowRankMethod):
     def link_rounds(self) -> int | None:
         """Rounds for which what is trained keeps its coordinates; None: for ever.
 
-        That is the hyperparameter ``resample_every`` where a method has one, else 1.
+        That is the hyperparameter ``merge_every`` where a method has one, else 1.
         """
-        return getattr(self, "resample_every", 1)
+        return getattr(self, "merge_every", 1)
 
     @property
     @override
@@ -189,11 +194,8 @@ class LayerMethod(LowRankMethod):
     # What follows from it.
 
     def drawn(self, shape: tuple[int, int]) -> str | None:
-        """Return the label of the factor that is drawn, by the hyperparameter ``side`` if any."""
-        side = getattr(self, "side", self.draws)
-        if side == "auto":
-            side = "right" if shape[1] >= shape[0] else "left"
-        return None if side is None else {"right": "A", "left": "B"}[side]
+        """Return the label of the factor that is drawn; None where none or both are."""
+        return drawn_of(self.draws, shape)
 
     def layer_rank(self, plan: Plan, name: str) -> Rank:
         """Compute the rank of one layer, and a note where it is not the one that was asked for."""
@@ -242,7 +244,7 @@ class LayerMethod(LowRankMethod):
         )
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
         check_patterns(self.rank, plan.targets)
         notes = rank_notes(self.layer_rank(plan, name) for name in plan.targets)
         return State(base, plan, memo=self.memo(), notes=notes)

@@ -287,11 +287,11 @@ class Walking(Method):
     """Base class: a fresh set of directions in each round, along which the server goes the mean."""
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
         if plan.local:
             raise ConfigError(
-                f"head is local, but {type(self).__name__} moves all weights along common "
-                "directions, and none stays at a client: set head=average, adapt or frozen"
+                f"head is personal, but {type(self).__name__} moves all weights along common "
+                "directions, and none stays at a client: set head=full, adapt or frozen"
             )
         return State(base, plan)
 

@@ -32,7 +32,7 @@ STEPS: tuple[tuple[str, Callable[[Any], RoundStep | None]], ...] = (
     ("privacy", lambda it: PrivateRounds(it) if isinstance(it, ClientLevel) else None),
     ("secure", lambda it: SecureSum(it) if isinstance(it, SecAgg) else None),
     ("local", lambda it: SampleAccount(dp.noise) if (dp := it.extra_of(SampleLevel)) else None),
-    ("local", lambda local: RowMoments() if local.moments == "rows" else None),
+    ("local", lambda local: RowMoments() if local.optimizer_state == "rows" else None),
     ("control_variates", lambda on: ControlVariates() if on else None),
     ("server_optimiser", lambda rule: None if rule.name == "none" else OptimisedServer(rule)),
 )

@@ -101,9 +101,9 @@ class Setup(RunContext):
 
 def _moments(local: LocalConfig) -> str:
     """Name the setting that hands moments on."""
-    if local.moments_kept:
-        return f"local.moments_kept is {local.moments_kept}"
-    return "local.moments is run" if local.moments == "run" else ""
+    if local.optimizer_state_kept:
+        return f"local.optimizer_state_kept is {local.optimizer_state_kept}"
+    return "local.optimizer_state is run" if local.optimizer_state == "run" else ""
 
 
 def _beside_plain_sgd(local: LocalConfig) -> str:
@@ -131,9 +131,9 @@ def _part_of_weights(setup: Setup) -> str:
     That is a product, or a tensor trained in full with a start of its own, which is not zero before
     anything was trained.
     """
-    initial = getattr(setup.inner, "initial", None)
+    initial = getattr(setup.inner, "init", None)
     if initial in STARTS:  # of which one begins with a probe
-        return f"method.initial is {initial}"
+        return f"method.init is {initial}"
     for name, adapter in setup.sent.adapters.items():
         factors = adapter.factors.values()
         if any(f.numbers is not None for f in factors) and all(map(_begun, factors)):
@@ -178,23 +178,23 @@ FEATURES: dict[str, Callable[[Setup], bool | str]] = {
     "privacy.quantile": lambda s: getattr(s["privacy"], "quantile", None) is not None,
     "local.dp": lambda s: s.local.extra_of(SampleLevel) is not None,
     "secure=secagg": lambda s: s.max_weight > 0,
-    "wire.uplink in fewer bits": lambda s: (
-        s.loop.uplink != FULL and f"wire.uplink is {s.loop.uplink}"
+    "compression.uplink in fewer bits": lambda s: (
+        s.loop.uplink != FULL and f"compression.uplink is {s.loop.uplink}"
     ),
-    "wire.uplink=eden1": lambda s: s.loop.uplink == "eden1",
-    "wire.feedback=true": lambda s: s.loop.feedback,
-    "wire.downlink in fewer bits": lambda s: (
-        s.loop.downlink != FULL and f"wire.downlink is {s.loop.downlink}"
+    "compression.uplink=eden1": lambda s: s.loop.uplink == "eden1",
+    "compression.feedback=true": lambda s: s.loop.feedback,
+    "compression.downlink in fewer bits": lambda s: (
+        s.loop.downlink != FULL and f"compression.downlink is {s.loop.downlink}"
     ),
-    "local.moments=rows": lambda s: s.local.moments == "rows",
+    "local.optimizer_state=rows": lambda s: s.local.optimizer_state == "rows",
     "secure.max_weight=1": lambda s: s.max_weight == 1,
     "secure.max_weight above 1": lambda s: (
         s.max_weight > 1 and f"secure.max_weight is {s.max_weight}"
     ),
-    "weights=uniform": lambda s: s.loop.weights == "uniform",
-    "weights=examples": lambda s: s.loop.weights == "examples",
+    "aggregation_weights=uniform": lambda s: s.loop.weights == "uniform",
+    "aggregation_weights=samples": lambda s: s.loop.weights == "samples",
     "a cohort of two or less": lambda s: (
-        s.loop.cohort < LEAST_CLIENTS and f"cohort is {s.loop.cohort}"
+        s.loop.cohort < LEAST_CLIENTS and f"clients_per_round is {s.loop.cohort}"
     ),
     "too few clients that measure": lambda s: (
         s.measuring is not None
@@ -279,7 +279,7 @@ FEATURES |= IN_ROUNDS
 
 
 # Names that steps use which come upon one of them.
-TWICE, ROW_MOMENTS = "a method that asks twice in a round", "local.moments=rows"
+TWICE, ROW_MOMENTS = "a method that asks twice in a round", "local.optimizer_state=rows"
 SECURE, PRIVATE, VARIATES = "secure=secagg", "privacy=client_level", "control_variates=true"
 ADAPTIVE = "an adaptive server_optimiser with space=factors"
 

@@ -231,7 +231,7 @@ class SecureSum(RoundStep):
         if (clients := len(measurement.cohort)) > MOST_CLIENTS:
             raise ConfigError(
                 f"{clients} clients are to measure, of whom a secure sum holds "
-                f"{MOST_CLIENTS}: set evaluate.clients=cohort"
+                f"{MOST_CLIENTS}: set evaluate.clients=round"
             )
         talk = MeasureSession(measurement, send)
         try:

@@ -86,8 +86,8 @@ class Allocated(Around):
         return replace(traits, varies=traits.varies or self.rule.every is not None)
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        state = self.inner.init(base, plan, draw)
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = self.inner.initial_state(base, plan, draw)
         if any(state.base[name] is not base[name] for name in plan.targets):
             raise refused(self.inner, "it changes the base weights before the first round")
         if self.inner.traits.pools:

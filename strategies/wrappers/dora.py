@@ -11,8 +11,8 @@
 - Fits methods that never fold an update into W: there is no low-rank term by which a client could
   bring its W from one W' to the next. Clients that keep a factor for themselves share M.
 - Refused: embeddings, where a row of the table is no output of the layer; rows of zeros, which have
-  no direction; starts from gradients (``lora_ga``); an `allocation`; and ``wire.downlink`` in fewer
-  bits, which would round M.
+  no direction; starts from gradients (``lora_ga``); an `allocation`; and ``compression.downlink``
+  in fewer bits, which would round M.
 - Source: Liu et al., *DoRA: weight-decomposed low-rank adaptation*, ICML 2024, arXiv 2402.09353.
 - Departures: the federated form is ours. The rest is in `fedraclora.lowrank.dora`.
 """
@@ -69,8 +69,8 @@ class Dora(Around):
         return getattr(self.inner, "rank", None)
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        state = self.inner.init(base, plan, draw)
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = self.inner.initial_state(base, plan, draw)
         return replace(state, carried=state.carried | self._lengths(state, draw))
 
     def _lengths(self, state: State, draw: Draw) -> Tree:
@@ -111,7 +111,7 @@ class Dora(Around):
         if not sent.program.trains:
             raise ConfigError(
                 "dora is true, but clients send gradients, from which the factors begin; take "
-                "another method.initial, or dora=false"
+                "another method.init, or dora=false"
             )
         starts = {n: state.carried[n] for n in map(magnitude_of, sent.adapters)}
         slots = {n: to_train(tuple(start.shape), start) for n, start in starts.items()}

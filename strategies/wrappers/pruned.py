@@ -86,8 +86,8 @@ class Pruned(Around):
         return replace(self.inner.traits, merges=True, varies=True)
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        state = self.inner.init(base, plan, draw)
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = self.inner.initial_state(base, plan, draw)
         ranks, _ = self.inner.ranks_and_scales(plan)
         last, first = round(self.rule.target * len(ranks)), sum(ranks.values())
         if not 1 <= last <= first:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from fedraclora.commands.run_files import read_files
+from fedraclora.commands.simulate import simulate
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.resume import is_done
 from fedraclora.errors import FedRacLoraError
@@ -33,13 +34,12 @@ from fedraclora.strategies.weights import load_weights
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.tree import digest
 from fedraclora.weights.links import link_digest
-from tests.common import simulated
 
 Plain = dict[str, object]
 CLIENTS, ROUNDS = 4, 4
 COMMON = [
     f"rounds={ROUNDS}",
-    "cohort=3",
+    "clients_per_round=3",
     "pretrain=none",
     "data.labels=null",
     "method.rank=2",
@@ -83,13 +83,13 @@ KINDS: dict[str, tuple[list[str], int | None]] = {
             "method=ffa_lora",
             *SQUARES,
             "privacy=client_level",
-            "weights=uniform",
+            "aggregation_weights=uniform",
             "privacy.delta=0.01",
             "privacy.clip=1.0",
         ],
         3,
     ),
-    "local head": (["method=fed_rac_lora", *DIGITS, "head=local"], 3),
+    "local head": (["method=fed_rac_lora", *DIGITS, "head=personal"], 3),
     "own data": (["method=fedavg_lora", *OWN], 3),
     "before the first checkpoint": (["method=fed_rac_lora", *SQUARES], 1),
     "finished": (["method=fedavg_lora", *SQUARES], None),
@@ -143,7 +143,7 @@ def run(plain: Plain, typed: list[str], stop: int | None = None) -> None:
     RunProgress.row = died  # type: ignore[method-assign,assignment]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            simulated(config, folder, resume=resume)
+            simulate(config, folder, resume=resume)
     finally:
         RunProgress.row = before  # type: ignore[method-assign]
 

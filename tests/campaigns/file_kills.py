@@ -40,7 +40,7 @@ JOB = [
     "data.outputs=5",
     "data.labels=null",
     "clients=null",
-    "cohort=3",
+    "clients_per_round=3",
     "partition=given",
     "model=linear",
     "pretrain=none",
@@ -55,13 +55,13 @@ KINDS: dict[str, list[list[str]]] = {
     # The commands of a user, of which the last one is disturbed.
     "fed_rac_lora": [["method=fed_rac_lora", "rounds=3"]],
     "carried": [["method=fedavg_lora", "rounds=3"]],
-    "moments": [["method=cola", "local=adamw", "local.moments=run", "rounds=3"]],
+    "moments": [["method=cola", "local=adamw", "local.optimizer_state=run", "rounds=3"]],
     "private": [
         [
             "method=ffa_lora",
             "rounds=3",
             "privacy=client_level",
-            "weights=uniform",
+            "aggregation_weights=uniform",
             "privacy.delta=0.01",
             "privacy.clip=1.0",
         ]

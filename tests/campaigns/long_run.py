@@ -1,6 +1,6 @@
 """A thousand rounds of a deployment: memory, handles, sockets and processes along the run.
 
-``python -m tests.campaigns.long_run out=DIR [rounds=1000]`` runs ``fedraclora deploy local=2`` with
+``python -m tests.campaigns.long_run out=DIR [rounds=1000]`` runs ``fedraclora deploy nodes=2`` with
 a tiny model, looks at all its processes every few seconds, and writes ``samples.jsonl`` and
 ``table.md``: what each kind of process held at a tenth of the run and at its end, and the slope of
 a line through all that was seen in between, by 100 rounds.
@@ -106,7 +106,7 @@ def table(samples: Sequence[Mapping[str, object]]) -> str:
 def run(folder: Path, rounds: int) -> None:
     """Run, and look meanwhile."""
     words = [*WORDS, *RANK, f"rounds={rounds}", f"output.dir={folder / 'run'}"]
-    command = [sys.executable, "-m", "fedraclora.commands.cli", "deploy", "local=2", *words]
+    command = [sys.executable, "-m", "fedraclora.commands.cli", "deploy", "nodes=2", *words]
     ledger, samples = folder / "run" / "ledger.jsonl", list[dict[str, object]]()
     with (
         (folder / "log").open("w") as log,

@@ -34,7 +34,7 @@ from tests.hosts.deployment import HOME, Deployment, wait_for
 # Weights whole both ways: a message has 100 kB.
 WORDS = ["method=fedavg", "model.hidden=[256]", "engine.min_clients=1", "engine.retries=3"]
 NODES, TOGETHER = 4, 50  # nodes, and faults of a run
-WORDS += [f"clients={NODES}", f"cohort={NODES}"]
+WORDS += [f"clients={NODES}", f"clients_per_round={NODES}"]
 REPLACED = {word.split("=")[0] for word in ("rounds=", *WORDS)}
 TIMEOUT, WAIT = 100.0, 300.0
 SLACK = 60.0  # seconds of a round that no time-out is said for, on a busy machine

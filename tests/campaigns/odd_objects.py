@@ -880,17 +880,17 @@ PARTS: dict[str, dict[str, Kind]] = {
         "to resume without": says("refused", resume=True),
         "resume a word": folder(lambda: "run", "refused", resume="yes"),
     },
-    "start": {
+    "init_from": {
         "nothing": says(),
         "a missing one": says("refused", start="no/run"),
-        "an empty folder": Kind(lambda _told: {"start": made("begun")}, "refused"),
-        "a file": Kind(lambda _told: {"start": file("adapter.bin", "x")}, "refused"),
+        "an empty folder": Kind(lambda _told: {"init_from": made("begun")}, "refused"),
+        "a file": Kind(lambda _told: {"init_from": file("adapter.bin", "x")}, "refused"),
         "an adapter of words": Kind(
-            lambda _told: {"start": str(Path(file("bad/adapter_config.json", "[1")).parent)},
+            lambda _told: {"init_from": str(Path(file("bad/adapter_config.json", "[1")).parent)},
             "refused",
         ),
         "five": says("refused", start=5),
-        "a module": Kind(lambda _told: {"start": net()}, "refused"),
+        "a module": Kind(lambda _told: {"init_from": net()}, "refused"),
         "a list": says("refused", start=["a"]),
         "with NUL": says("refused", start="a\0b"),
         "nobody's": says("refused", start="~nobody-has-this"),
@@ -989,7 +989,7 @@ PARTS: dict[str, dict[str, Kind]] = {
         "a missing target": says("either", target="nope"),
         "a target of five": says("either", target=5),
     },
-    "cohort": {
+    "clients_per_round": {
         "all": says(),
         "two": says(cohort=2),
         "a share": says(cohort=0.5),
@@ -1010,12 +1010,12 @@ PARTS: dict[str, dict[str, Kind]] = {
         "an escape": says("refused", choices=("\x1b[31mseed=1",)),
         "numbers as keys": says("refused", choices=({5: 1},)),
     },
-    "targets": {
+    "target_modules": {
         "all": says(),
-        "a missing layer": says("refused", targets=["nope"]),
-        "five": says("refused", targets=5),
-        "an empty list": says("refused", targets=[]),
-        "everything": says("either", targets="all"),
+        "a missing layer": says("refused", target_modules=["nope"]),
+        "five": says("refused", target_modules=5),
+        "an empty list": says("refused", target_modules=[]),
+        "everything": says("either", target_modules="all"),
         "a missing head": says("refused", **{"model.head": ["nope"]}),
     },
 }

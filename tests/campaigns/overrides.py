@@ -61,7 +61,7 @@ from fedraclora.weights.files import flatten
 T = TypeVar("T")
 SMALL = (
     *("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]"),
-    *("clients=8", "cohort=4", "rounds=1", "output=study", "output.sync=false"),
+    *("clients=8", "clients_per_round=4", "rounds=1", "output=study", "output.sync=false"),
 )
 CHOSEN = {"data": "digits", "pretrain": "none", "partition": "iid", "output": "study"}
 SECONDS = 10  # of the processor, for one set
@@ -97,7 +97,7 @@ HOSTILE = (
         "\u0301",
     ),
 )
-PLACES = ("output.dir", "output.dir", "output.dir", "resume", "start", "data.root")
+PLACES = ("output.dir", "output.dir", "output.dir", "resume", "init_from", "data.root")
 RAW = (
     *("${foo}", "${seed}", "${oc.env:HOME}", "${oc.env:NIX}", "???"),
     *("${", "[1,", "'", "{a:", "1,2", "choice(1,2)"),

@@ -492,8 +492,8 @@ WAYS: dict[str, bool] = {"as it should": True, "nothing learnt": False, "not ins
 FAILING = {"never": (), "once": (2,), "from then on": (2, 3), "later": (3,)}  # rounds
 RUNS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "int8": ("wire.uplink=int8",),
-    "secure": ("secure=secagg", "weights=uniform"),
+    "int8": ("compression.uplink=int8",),
+    "secure": ("secure=secagg", "aggregation_weights=uniform"),
     "median": ("aggregator=median",),
 }
 MODELS: dict[str, Callable[[], Model]] = {"plain": plain, "peft": adapted}
@@ -581,9 +581,15 @@ def function_of(case: Case, *, honest: bool = False) -> Callable[[Round], Any]:
 ENGINES = {"inline": ("engine=inline",), "ray": ("engine=ray", "engine.workers=1")}
 
 
-def run(train: Callable[[Round], Any], case: Case, engine: str = "inline") -> fedraclora.RunResult:
+def run(train: Callable[[Round], Any], case: Case, engine: str = "inline") -> fedraclora.Run:
     data = [FORMS[case.form](*samples(size, key)) for key, size in enumerate(SIZES)]
-    fixed = ("output.progress=false", "rounds=3", "cohort=5", "max_failures=1", *ENGINES[engine])
+    fixed = (
+        "output.progress=false",
+        "rounds=3",
+        "clients_per_round=5",
+        "max_failures=1",
+        *ENGINES[engine],
+    )
     given: dict[str, Any] = {"model": net(), "data": data, "test": samples(9, 9), "train": train}
     method = {"name": "fed_rac_lora", "rank": 2, "alpha": 3}
     return fedraclora.simulate(*fixed, *case.words, **given, method=method, loss="cross_entropy")

@@ -53,7 +53,13 @@ SECONDS = 60  # of the processor, for one case
 SECRET = "do-not-tell-5d1f"
 MARK = "@"  # in parameters: the file that must not be there
 SMALL = ("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]")
-SMALL += ("clients=4", "cohort=4", "rounds=1", "output.plots=false", "output.progress=false")
+SMALL += (
+    "clients=4",
+    "clients_per_round=4",
+    "rounds=1",
+    "output.plots=false",
+    "output.progress=false",
+)
 
 # What is named, and parameters with which its call would leave a file.
 NAMES: Mapping[str, Mapping[str, object]] = {
@@ -160,10 +166,10 @@ ON_FOLDERS: Mapping[str, Sequence[str]] = {
     "=predict": ("predict", "{}", "--data", "test"),
     "=export": ("export", "{}", "--no-check"),
     "=export_hf": ("export", "{}", "--format", "hf"),
-    "start": ("simulate", "start={}", *SMALL, "output.dir=other"),
+    "start": ("simulate", "init_from={}", *SMALL, "output.dir=other"),
     "=flower": ("flower", "resume={}"),
-    "=deploy": ("deploy", "local=2", "resume={}"),
-    "=deploy_check": ("deploy", "--check", "local=2", "resume={}"),
+    "=deploy": ("deploy", "nodes=2", "resume={}"),
+    "=deploy_check": ("deploy", "--check", "nodes=2", "resume={}"),
     "auto": ("simulate", *SMALL, "resume=auto", "output.dir={}"),
     "compare": ("compare", "{}", "{}"),
     "report": ("report", "{}"),
@@ -175,7 +181,7 @@ IN_PYTHON: Mapping[str, Callable[[Path], object]] = {
     "=read_run": fedraclora.read_run,
     "=load_weights": load_weights,
     "going_on": lambda folder: fedraclora.simulate(*SMALL, folder=folder, resume=True, rounds=2),
-    "beginning": lambda folder: fedraclora.simulate(*SMALL, start=str(folder)),
+    "beginning": lambda folder: fedraclora.simulate(*SMALL, init_from=str(folder)),
 }
 ON_PRESETS: Mapping[str, Sequence[str]] = {
     "=simulate": ("simulate", "--config-dir", "{}", "experiment=evil", *SMALL, "output.dir=other"),
@@ -185,7 +191,7 @@ ON_PRESETS: Mapping[str, Sequence[str]] = {
     "=searched": ("simulate", "hydra.searchpath=[file://{}]", "experiment=evil", *SMALL),
     "=primary": ("simulate", "--config-path", "{}", "--config-name", "evil"),
     "=flower_preset": ("flower", "--config-dir", "{}", "experiment=evil"),
-    "=deploy_preset": ("deploy", "local=2", "--config-dir", "{}", "experiment=evil"),
+    "=deploy_preset": ("deploy", "nodes=2", "--config-dir", "{}", "experiment=evil"),
     "=tune_preset": ("tune", "--config-dir", "{}", "experiment=evil", "output.dir=other"),
     "helped": ("simulate", "--help", "--config-dir", "{}", "experiment=evil"),
     "=words": (),

@@ -36,22 +36,37 @@ from tests.common import summary_of
 
 CLIENTS, SEED = 8, 11
 MOST = {0: 0, 1: 2, 5: 6}  # clients of a round that lose replies, by the share of these
-CODED = ["wire.uplink=int4", "wire.uplink_coding=zstd", "wire.downlink=int8"]
-CODED += ["wire.downlink_coding=zstd"]
-SECURE = ["secure=secagg", "weights=uniform", "output.checkpoint_every=1"]
+CODED = ["compression.uplink=int4", "compression.uplink_coding=zstd", "compression.downlink=int8"]
+CODED += ["compression.downlink_coding=zstd"]
+SECURE = ["secure=secagg", "aggregation_weights=uniform", "output.checkpoint_every=1"]
 # Of each run; the number of replies that are replaced among ten, where a sum needs most of them.
 SETTINGS: dict[str, tuple[list[str], int]] = {
     "coded": ([*CODED], 5),
-    "coded, links of two rounds": ([*CODED, "wire.feedback=true", "method.resample_every=2"], 5),
-    "rotated": (["wire.uplink=eden3", "wire.uplink_coding=zstd", "wire.downlink=eden2"], 5),
+    "coded, links of two rounds": (
+        [*CODED, "compression.feedback=true", "method.merge_every=2"],
+        5,
+    ),
+    "rotated": (
+        [
+            "compression.uplink=eden3",
+            "compression.uplink_coding=zstd",
+            "compression.downlink=eden2",
+        ],
+        5,
+    ),
     "both factors, coded": (["method=fedavg_lora", *CODED], 5),
     "of a pool, coded": (["method=pool_rac_lora", "method.pool=2", *CODED], 5),
-    "measured, coded": ([*CODED, "evaluate.clients=cohort"], 5),
-    "moments": (["local=momentum", "local.moments=link", "method.resample_every=3"], 5),
-    "plain": (["head=average"], 5),
+    "measured, coded": ([*CODED, "evaluate.clients=round"], 5),
+    "moments": (["local=momentum", "local.optimizer_state=merge", "method.merge_every=3"], 5),
+    "plain": (["head=full"], 5),
     "secure": (SECURE, 1),
 }
-WORDS = [f"clients={CLIENTS}", f"cohort={CLIENTS}", "engine.min_clients=1", "engine.retries=0"]
+WORDS = [
+    f"clients={CLIENTS}",
+    f"clients_per_round={CLIENTS}",
+    "engine.min_clients=1",
+    "engine.retries=0",
+]
 WORDS += ["engine.timeout=2", "partition=iid"]
 LEFT_OUT = ("answered another run", "answered another round", "answered another client")
 LEFT_OUT += ("answered another kind", "the question")

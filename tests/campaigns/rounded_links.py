@@ -45,19 +45,19 @@ from tests.reference.follower import Follower, Matrix, array
 REFUSED = "refused"
 CHANGES: dict[str, dict[str, list[Any]]] = {  # what is drawn of some methods beside their rank
     "subspace_rac_lora": {
-        "resample_every": [1, 2, 3, 5],
+        "merge_every": [1, 2, 3, 5],
         "basis": ["singular", "coordinate"],
         "first": ["drawn", "gradient"],
         "fresh": [0.0, 0.25, 0.5],
         "pairs": [False, True],
     },
     "fed_rac_lora": {
-        "resample_every": [1, 2, 3, None],
+        "merge_every": [1, 2, 3, None],
         "first": ["drawn", "gradient"],
-        "side": ["right", "left", "auto"],
+        "train": ["B", "A", "auto"],
     },
-    "fed_cola": {"resample_every": [1, 2, 3]},
-    "pool_rac_lora": {"resample_every": [1, 2], "refresh": [None, 4, 6]},
+    "fed_cola": {"merge_every": [1, 2, 3]},
+    "pool_rac_lora": {"merge_every": [1, 2], "refresh": [None, 4, 6]},
     "slora": {"sparse_rounds": [1, 2, 3]},
 }
 

@@ -128,7 +128,7 @@ class Client:
         self.update = update / update.norm() * longest
         self.store, self.terms = (
             ClientStore(),
-            SecAggTerms(SecAgg(CLIP, max_weight=WEIGHT), "examples", fewest),
+            SecAggTerms(SecAgg(CLIP, max_weight=WEIGHT), "samples", fewest),
         )
         self.folder = folder
 
@@ -225,7 +225,7 @@ def write_stage(stage: Stage) -> ConfigRecord:
 def exchange_of(clients: list[int]) -> Exchange:
     """A train exchange with some clients, one message each."""
     become_a_task()
-    loop = LoopConfig(9, 100, len(clients), 1, 5, "examples", untrusted=True, min_clients=3)
+    loop = LoopConfig(9, 100, len(clients), 1, 5, "samples", untrusted=True, min_clients=3)
     cohort = Cohort(torch.tensor(clients), torch.ones(len(clients)).double())
     downlink = Downlink(dense={"w": to_train(SHAPE, start=torch.full(SHAPE, 0.25))})
     exchange = Exchange(downlink, ROUND, 0, cohort, cohort, loop, clip=CLIP)

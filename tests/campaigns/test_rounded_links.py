@@ -9,7 +9,7 @@ from fedraclora.strategies.shared import layerwise
 from tests.campaigns.planting import Planting
 from tests.campaigns.rounded_links import CHANGES, REFUSED, Case, drawn, judged
 
-KEPT = {"basis": "coordinate", "resample_every": 3}
+KEPT = {"basis": "coordinate", "merge_every": 3}
 CASE = Case("subspace_rac_lora", KEPT, {"downlink": "int4"}, "linear", 3, 3, rounds=6, seed=1)
 
 

@@ -77,7 +77,7 @@ from tests.campaigns.mutants import (
 from tests.messages import answer_to, become_a_task
 
 SEED, ROUND, CLIENTS, BUSY = 7, 3, 5, 2
-MOMENTUM = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, moments="link")
+MOMENTUM = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, optimizer_state="merge")
 PLAIN = LocalConfig(lr=0.1, steps=2, batch_size=4)
 
 
@@ -226,7 +226,7 @@ class Setting:
 
 SETTINGS = {
     "rows": Setting("fed_rac_lora", {"rank": 2, "alpha": 3.0}),
-    "links of two rounds": Setting("fed_rac_lora", {"rank": 2, "resample_every": 3}),
+    "links of two rounds": Setting("fed_rac_lora", {"rank": 2, "merge_every": 3}),
     "rank budgets": Setting("fed_rac_lora", {"rank": 3}, ranks=True),
     "parts of a sketch": Setting("fed_rac_lora", {"rank": 2, "sketches": 2}),
     "both factors": Setting("fedavg_lora", {"rank": 2, "alpha": 3.0}),
@@ -237,9 +237,9 @@ SETTINGS = {
     "variates": Setting("fed_rac_lora", {"rank": 2}, local=PLAIN, variates=True),
     "a sum of one": Setting("fed_rac_lora", {"rank": 2}, cohort=1, reduce=True),
     "computed from the last link": Setting(
-        "subspace_rac_lora", {"rank": 1, "resample_every": 1, "fresh": 0.0}
+        "subspace_rac_lora", {"rank": 1, "merge_every": 1, "fresh": 0.0}
     ),
-    "fewer bits": Setting("fed_rac_lora", {"rank": 2, "resample_every": 3}, kinds=("int8", "int4")),
+    "fewer bits": Setting("fed_rac_lora", {"rank": 2, "merge_every": 3}, kinds=("int8", "int4")),
     "budgets in fewer bits": Setting(
         "hetlora", {"rank": 2}, ranks=True, kinds=("int4", "bfloat16")
     ),
@@ -247,7 +247,7 @@ SETTINGS = {
         "pool_rac_lora", {"rank": 2, "pool": 2}, kinds=("int4", "int8"), feedback=True
     ),
     "after a rotation": Setting(
-        "fed_rac_lora", {"rank": 6, "resample_every": 3}, kinds=("eden3", "eden2")
+        "fed_rac_lora", {"rank": 6, "merge_every": 3}, kinds=("eden3", "eden2")
     ),
     "rotated, of a pool": Setting(
         "pool_rac_lora", {"rank": 3, "pool": 2}, kinds=("eden1", "eden4"), feedback=True
@@ -307,7 +307,7 @@ def scene_of(name: str) -> Scene:
     setting = SETTINGS[name]
     method = METHODS[setting.method](**setting.changes)
     task = task_of(setting.cohort, setting.dtype, setting.width)
-    plan = make_plan(task.model, task.head, head_policy="average", bias_policy="average")
+    plan = make_plan(task.model, task.head, head_policy="full", bias_policy="full")
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
     loop = LoopConfig(
         rounds=9, clients=setting.cohort, cohort=setting.cohort, chunk=setting.chunk, seed=SEED,
@@ -321,7 +321,7 @@ def scene_of(name: str) -> Scene:
     clients = torch.arange(setting.cohort)
     ranks = 1 + clients % 3 if setting.ranks else None
     cohort = Cohort(clients, torch.ones(len(clients), dtype=torch.float64), ranks)
-    state, scene = method.init(base, plan, draw), None
+    state, scene = method.initial_state(base, plan, draw), None
     rounding = DownlinkRounding(loop.downlink, SEED, loop.feedback)
     for round_ in range(1, ROUND + 1):
         sent = method.open_round(state, round_, cohort, draw)

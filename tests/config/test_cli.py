@@ -17,6 +17,7 @@ import pytest
 import yaml
 from rich.table import Table as RichTable
 
+from fedraclora.clients.engines import engine_of
 from fedraclora.commands.cli import COMMANDS, main
 from fedraclora.commands.status import UNREAD
 from fedraclora.compose.choices import choice
@@ -26,9 +27,8 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import read_ledger
-from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.runner import execute
+from fedraclora.strategies.outcome import execute
 from fedraclora.terminal.progress import RunProgress, console_for_tables, plain_console
 from fedraclora.weights.files import flatten
 from tests.common import summary_of
@@ -41,7 +41,7 @@ SMALL = [
     "model.hidden=[6]",
     "method.rank=2",
     "clients=12",
-    "cohort=5",
+    "clients_per_round=5",
     "rounds=2",
     "output=study",
 ]
@@ -116,17 +116,17 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "experiment": (["experiment=fedslop"], ["did you mean 'fedslop_mnist'?", NAMES]),
     "optimiser": (["local.optimiser=sdg"], ["did you mean 'sgd'?", NAMES]),
     "schedule": (["local.schedule=cosin"], ["did you mean 'cosine'?", NAMES]),
-    "side": (["method.side=rigt"], ["did you mean 'right'?", NAMES]),
-    "head": (["head=adpt"], ["did you mean 'adapt'?", NAMES]),
+    "side": (["method.train=Bb"], ["unknown method.train", NAMES]),
+    "head": (["head=adpt"], ["There are: frozen, full, lora", NAMES]),
     "bias": (["bias=froze"], ["did you mean 'frozen'?", NAMES]),
-    "weights": (["weights=exmples"], ["did you mean 'examples'?", NAMES]),
+    "weights": (["aggregation_weights=exmples"], ["did you mean 'samples'?", NAMES]),
     "device": (["device=gpu"], ["'gpu'", NAMES]),
-    "rank 0": (["method.rank=0"], ["method.rank is 0", "positive integer or a fraction"]),
+    "rank 0": (["method.rank=0"], ["method.rank is 0", "positive integer, a fraction"]),
     "rank below 0": (["method.rank=-3"], ["method.rank is -3", "positive"]),
-    "rank with a dot": (["method.rank=1.5"], ["1.5", "(0, 1]", "without a dot"]),
+    "rank with a dot": (["method.rank=1.5"], ["1.5", "below 1", "without a dot"]),
     "rank of words": (
         ["method.rank=four"],
-        ["method.rank is 'four'", "int or float or a mapping is wanted"],
+        ["method.rank is 'four'", "a positive integer, a fraction"],
     ),
     "ranks of layers": (["method.rank={fc9: 3, fc*: 2}"], ["'fc9'", "did you mean"]),
     "allocation": (["allocation=hetrolora"], ["did you mean 'heterolora'?", NAMES]),
@@ -139,34 +139,40 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["system.buffer does not go with an allocation", "it mixes replies"],
     ),
     "start of factors": (
-        ["method.initial=pissa", "method=fed_cola"],
-        ["method.initial is pissa", "begin anew", "fedavg_lora"],
+        ["method.init=pissa", "method=fed_cola"],
+        ["method.init is pissa", "begin anew", "fedavg_lora"],
     ),
     "rank above the layer": (
         ["method.rank=65", "method.cap=false"],
         ["method.rank is 65", "fc1.weight has only 64", "lower the rank", "method.cap=true"],
     ),
     "rank above the layer, left": (
-        ["method.rank=7", "method.cap=false", "method.side=left"],
+        ["method.rank=7", "method.cap=false", "method.train=A"],
         ["method.rank is 7", "fc1.weight has only 6", "lower the rank"],
     ),
     "rank above the layer, fedavg_lora": (
         ["method=fedavg_lora", "method.rank=65", "method.cap=false"],
         ["method.rank is 65", "fc1.weight has only 64", "lower the rank"],
     ),
-    "cohort above the population": (["cohort=13"], ["cohort is 13", "12 clients", "lower cohort"]),
+    "cohort above the population": (
+        ["clients_per_round=13"],
+        ["clients_per_round is 13", "12 clients", "lower clients_per_round"],
+    ),
     "cohort above what is left": (
         [
             "partition=fedslop",
             "partition.alpha=0.01",
             "partition.empty=drop",
             "clients=60",
-            "cohort=59",
+            "clients_per_round=59",
         ],
-        ["cohort is 59", "clients (after empty ones are dropped)", "choose 1 to "],
+        ["clients_per_round is 59", "clients (after empty ones are dropped)", "choose 1 to "],
     ),
-    "cohort 0": (["cohort=0"], ["cohort is 0", "a fraction in (0, 1], is wanted"]),
-    "cohort of words": (["cohort=all"], ["cohort is 'all'", "is wanted"]),
+    "cohort 0": (
+        ["clients_per_round=0"],
+        ["clients_per_round is 0", "a share of them as 10%, is wanted"],
+    ),
+    "cohort of words": (["clients_per_round=all"], ["clients_per_round is 'all'", "is wanted"]),
     "alpha 0": (["method.alpha=0"], ["method.alpha is 0", "positive finite number or auto"]),
     "alpha below 0": (["method.alpha=-1"], ["method.alpha is -1", "positive finite number"]),
     "alpha infinite": (["method.alpha=inf"], ["method.alpha is inf", "positive finite number"]),
@@ -175,10 +181,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "lr below 0": (["local.lr=-0.1"], ["local.lr is -0.1", "positive finite number"]),
     "lr infinite": (["local.lr=inf"], ["local.lr is inf", "positive finite number"]),
     "lr nan": (["local.lr=nan"], ["local.lr is nan", "positive finite number"]),
-    "dense lr": (["local.dense_lr=0"], ["local.dense_lr is 0", "positive finite number"]),
-    "targets": (["targets=fc9"], ["targets=fc9", "did you mean 'fc1'?", NAMES]),
-    "no targets": (["targets=[]"], ["targets is an empty list", "null for the model's own"]),
-    "empty pattern": (["targets=[fc1,'']"], ["has an empty pattern, which names no layer"]),
+    "dense lr": (["local.full_lr=0"], ["local.full_lr is 0", "positive finite number"]),
+    "targets": (["target_modules=fc9"], ["target_modules=fc9", "did you mean 'fc1'?", NAMES]),
+    "no targets": (["target_modules=[]"], ["targets is an empty list", "null for the model's own"]),
+    "empty pattern": (["target_modules=[fc1,'']"], ["has an empty pattern, which names no layer"]),
     "unknown key": (["lr=0.1"], ["unknown key 'lr'; did you mean 'local.lr'"]),
     "key that is added": (["+lr=0.1"], ["unknown key 'lr'; did you mean 'local.lr'"]),
     "key that nothing reads": (["attack.share=0.3"], ["attack.share is 0.3, which nothing reads"]),
@@ -186,7 +192,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["stop.metric=pearson", "stop.patience=2", "data.validation=0.1"],
         ["'pearson'", "There are: accuracy, loss"],
     ),
-    "dense": (["dense=conv*"], ["dense=conv*", NAMES, "fc1"]),
+    "dense": (["modules_to_save=conv*"], ["modules_to_save=conv*", NAMES, "fc1"]),
     "empty client": (
         ["partition=fedslop", "partition.alpha=0.01", "clients=60"],
         ["of 60 clients without samples", "partition.empty=drop", "fewer clients"],
@@ -305,7 +311,7 @@ def test_a_run_folder_that_exists_is_not_written_over(simulate: Run, tmp_path: P
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two rounds, without the summary that would make it a finished one."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    execute(RunBuilder(from_plain(composed([*SMALL, f"output.dir={folder}"]), METHODS), folder))
+    execute(from_plain(composed([*SMALL, f"output.dir={folder}"]), METHODS), folder, engine_of)
     (folder / "summary.json").unlink()
     return folder.rename(folder.with_name("kept"))
 
@@ -460,16 +466,18 @@ def test_help_lists_the_groups_with_one_line_each(
         assert "fed_rac_lora" in printed
         assert "a fresh shared sketch each round" in printed
         assert all(f"  {group}=" in printed for group in ("method", "data", "engine", "experiment"))
-        assert all(f"\n  {name} " in printed for name in (*COMMANDS, "evaluate", "stop", "wire"))
+        assert all(
+            f"\n  {name} " in printed for name in (*COMMANDS, "evaluate", "stop", "compression")
+        )
 
 
 def test_help_with_a_section_explains_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    for word in ("wire", "wire.uplink=int8", "++wire.uplink=int8"):
+    for word in ("compression", "compression.uplink=int8", "++compression.uplink=int8"):
         main(["simulate", word, "--help"])
         printed = capsys.readouterr().out
         lines = [" ".join(line.split()) for line in printed.splitlines()]
-        assert printed.startswith("wire\n  How numbers go up and down.\n")
-        assert [line for line in lines if line.startswith("wire.uplink=float32 Rounded")]
+        assert printed.startswith("compression\n  How numbers are sent up and down.\n")
+        assert [line for line in lines if line.startswith("compression.uplink=float32 Rounded")]
         assert "float32, bfloat16, int8, int4, eden4, eden3, eden2, eden1" in " ".join(lines)
         assert "groups:" not in printed
     main(["simulate", "evaluate.every=2", "local=momentum", "evaluate.split=test", "--help"])
@@ -488,7 +496,7 @@ def test_help_with_a_choice_explains_its_keys_wherever_they_stand(
         "local=relora",
         "ReLoRA's AdamW (method=relora): 1 % of the moments outlives a link, then a new warm-up.",
         "local.warmup=1 Rounds of linear warm-up.",
-        "local.moments_kept=0.01 Share of them that outlives a link; for link only.",
+        "local.optimizer_state_kept=0.01 Share of them that is kept after a merge; for merge only.",
         "method.name=fedslop",
         "method.alpha=auto Numerator of the scale s = alpha / r, or auto (s = 1).",
     ):
@@ -532,11 +540,11 @@ def test_the_version_is_that_of_the_package(
         ("fedraclora simulate eng", {"engine="}),
         ("fedraclora simulate -m seed=1,2 method=fedavg", {"method=fedavg", "method=fedavg_lora"}),
         (
-            "fedraclora deploy local=3 method=fedavg local.mom",
-            {"local.momentum=", "local.moments="},
+            "fedraclora deploy nodes=3 method=fedavg local.optimizer_st",
+            {"local.optimizer_state=", "local.optimizer_state_kept="},
         ),
-        ("fedraclora deploy local=3 local=ad", {"local=adamw"}),
-        ("fedraclora deploy local=3 local=dp_sgd local.dp.c", {"local.dp.clip="}),
+        ("fedraclora deploy nodes=3 local=ad", {"local=adamw"}),
+        ("fedraclora deploy nodes=3 local=dp_sgd local.dp.c", {"local.dp.clip="}),
         ("fedraclora simulate --config-dir {own} experiment=mi", {"experiment=mine"}),
         ("fedraclora compare ", set()),
     ],
@@ -568,7 +576,7 @@ def test_completion_is_installed_for_the_script(
 
 def test_what_flower_would_run_is_printed(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["deploy", "seed=3", "--cfg", "job", "clients=7", "cohort=2"])
+        main(["deploy", "seed=3", "--cfg", "job", "clients=7", "clients_per_round=2"])
     assert ended.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["engine"]["name"], printed["seed"], printed["clients"]) == ("deploy", 3, 7)
@@ -578,7 +586,7 @@ def test_deploy_prints_a_client_for_each_node(
     command: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["deploy", "local=3", "--cfg", "job", "-p", "clients"])
+        main(["deploy", "nodes=3", "--cfg", "job", "-p", "clients"])
     assert capsys.readouterr().out == "3\n"
 
 

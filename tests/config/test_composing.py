@@ -12,9 +12,9 @@ WORDS = (
     ["seed=3"],
     ["seed=4", "method.rank=3"],
     ["method=fedavg_lora", "local=momentum", "method.rank=3"],
-    ["local=adamw", "method=fedavg_lora", "wire.uplink=int8"],
+    ["local=adamw", "method=fedavg_lora", "compression.uplink=int8"],
     ["method=fedavg_lora", "local=momentum", "++local.clip=1"],
-    ["experiment=rotten_tomatoes", "cohort=4"],
+    ["experiment=rotten_tomatoes", "clients_per_round=4"],
     ["experiment=rotten_tomatoes", "model.path=here", "method=ravan"],
 )
 

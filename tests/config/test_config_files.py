@@ -42,7 +42,7 @@ CHOICES = ["config", *(f"{group}/{name}" for group, names in groups().items() fo
 # What choices build on, and no choice; `tune` is read by that command alone.
 SHARED = sorted({*FILES} - {*CHOICES, "tune"})
 
-TINY = ["rounds=1", "clients=10", "cohort=3"]
+TINY = ["rounds=1", "clients=10", "clients_per_round=3"]
 DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's data.labels
 SMALL = ["pretrain=none", "model.hidden=12", "model.layers=1"]
 ROLES = ["data=shakespeare", "data.labels=null", "partition=natural", "model=gpt", *SMALL]
@@ -57,11 +57,11 @@ WITH = {
 # What a choice needs beside it to run a round; digits and the other defaults where it is absent.
 BESIDE = {
     "config": TINY,
-    "aggregator/krum": [*DIGITS, "cohort=5"],
-    "aggregator/multi_krum": [*DIGITS, "cohort=5"],
-    "privacy/client_level": [*DIGITS, "weights=uniform"],
-    "secure/secagg": [*DIGITS, "weights=uniform"],
-    "system/phones": [*DIGITS, "clients=40", "cohort=10"],
+    "aggregator/krum": [*DIGITS, "clients_per_round=5"],
+    "aggregator/multi_krum": [*DIGITS, "clients_per_round=5"],
+    "privacy/client_level": [*DIGITS, "aggregation_weights=uniform"],
+    "secure/secagg": [*DIGITS, "aggregation_weights=uniform"],
+    "system/phones": [*DIGITS, "clients=40", "clients_per_round=10"],
     "data/digits": ["pretrain=none", *TINY],
     "data/mnist_5k": ["pretrain=none", *TINY],
     "data/least_squares": [*SYNTHETIC, "data.labels=null", "clients=null"],
@@ -74,7 +74,7 @@ BESIDE = {
         "pretrain=none",
         "rounds=1",
         "clients=null",
-        "cohort=3",
+        "clients_per_round=3",
     ],
     "partition/natural": [
         "data=logistic_regression",
@@ -83,16 +83,16 @@ BESIDE = {
         "pretrain=none",
         "rounds=1",
         "clients=null",
-        "cohort=3",
+        "clients_per_round=3",
     ],
     "allocation/adalora": [*DIGITS, "method=fedavg_lora"],
     "local/relora": [*DIGITS, *WITH["local/relora"]],
     "partition/fedslop": [*DIGITS, "partition.empty=drop"],
     "pretrain/digits_0_4": ["data=digits", "pretrain.epochs=2", *TINY],
     "experiment/fedslop_mnist": ["rounds=1"],
-    "experiment/flights": ["rounds=1", "cohort=1"],
+    "experiment/flights": ["rounds=1", "clients_per_round=1"],
     "experiment/million": ["rounds=1"],
-    "experiment/shakespeare": ["rounds=1", "cohort=3", *SMALL],
+    "experiment/shakespeare": ["rounds=1", "clients_per_round=3", *SMALL],
     "data/shakespeare": [*ROLES, *TINY, "clients=null"],
     "model/gpt": [*ROLES, *TINY, "clients=null"],
 }

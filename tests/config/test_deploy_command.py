@@ -14,6 +14,7 @@ import yaml
 from fedraclora.commands import cli, deploy
 from fedraclora.commands.deploy import Record
 from fedraclora.compose.overrides import composed
+from fedraclora.compose.words import part
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.deploy import control
 from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
@@ -49,28 +50,31 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "said"),
     [
         ([], "say where: connection=NAME"),
-        (["local=3", "connection=x"], "say where: connection=NAME"),
-        (["local=0"], "local is 0; a number of SuperNodes is wanted"),
-        (["local=-1"], "local is '-1'; a number of SuperNodes is wanted"),
-        (["local=1.5"], "local is '1.5'; a number of SuperNodes is wanted"),
-        (["local=three"], "local=3 for one on this machine with 3 SuperNodes; only a number"),
-        (["local=3", "local=three"], "unknown local 'three'"),
-        (["local=3", "engine=ray"], "engine is ray"),
-        (["local=3", "engine=inlne"], "did you mean 'inline'?"),
-        (["local=3", "clints=3"], "unknown key 'clints'; did you mean 'clients'?"),
-        (["local=3", "engine.min_clients=0"], "engine.min_clients is 0"),
-        (["local=3", "engine.timeout=0"], "engine.timeout is 0"),
-        (["local=3", "engine.max_samples=0"], "engine.max_samples is 0"),
-        (["local=3", "engine.chunk=auto"], "engine.chunk"),
-        (["local=3", "max_failures=1"], "engine.min_clients says how many clients a round needs"),
-        (["local=3", "system=phones"], "system, FedBuff too, is for simulations"),
-        (["local=3", "system=buffered"], "system, FedBuff too, is for simulations"),
-        (["connection=x", "clients=3", "cohort=3", "system=buffered"], "has system=none"),
-        (["local=3", "head=local"], "head is local"),
+        (["nodes=3", "connection=x"], "say where: connection=NAME"),
+        (["nodes=0"], "nodes is 0; a number of SuperNodes is wanted"),
+        (["nodes=-1"], "nodes is '-1'; a number of SuperNodes is wanted"),
+        (["nodes=1.5"], "nodes is '1.5'; a number of SuperNodes is wanted"),
+        (["nodes=three"], "nodes is 'three'; a number of SuperNodes"),
+        (["nodes=3", "local=three"], "unknown local 'three'"),
+        (["nodes=3", "engine=ray"], "engine=ray"),
+        (["nodes=3", "engine=inlne"], "did you mean 'inline'?"),
+        (["nodes=3", "clints=3"], "unknown key 'clints'; did you mean 'clients'?"),
+        (["nodes=3", "engine.min_clients=0"], "engine.min_clients is 0"),
+        (["nodes=3", "engine.timeout=0"], "engine.timeout is 0"),
+        (["nodes=3", "engine.max_samples=0"], "engine.max_samples is 0"),
+        (["nodes=3", "engine.chunk=auto"], "engine.chunk"),
+        (["nodes=3", "max_failures=1"], "engine.min_clients says how many clients a round needs"),
+        (["nodes=3", "system=phones"], "system, FedBuff too, is for simulations"),
+        (["nodes=3", "system=buffered"], "system, FedBuff too, is for simulations"),
+        (
+            ["connection=x", "clients=3", "clients_per_round=3", "system=buffered"],
+            "has system=none",
+        ),
+        (["nodes=3", "head=personal"], "head is personal"),
         (["connection=x", "data=table", "data.file=a.csv"], "data.file=a.csv is relative"),
         (["connection=x", "data=own", "data.test_file=a.npz"], "data.test_file=a.npz is relative"),
         (["connection=x", "engine.folder=here"], "engine.folder is 'here'; an absolute path"),
-        (["local=3", "resume=nowhere"], "nowhere is no run folder"),
+        (["nodes=3", "resume=nowhere"], "nowhere is no run folder"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_message(
@@ -86,23 +90,28 @@ def test_what_cannot_run_is_refused_in_one_message(
 
 @pytest.mark.parametrize(
     ("words", "clients", "cohort"),
-    [([], 3, 3), (["clients=8"], 8, 20), (["clients=8", "cohort=2"], 8, 2), (["cohort=2"], 3, 2)],
+    [
+        ([], 3, 3),
+        (["clients=8"], 8, 20),
+        (["clients=8", "clients_per_round=2"], 8, 2),
+        (["clients_per_round=2"], 3, 2),
+    ],
 )
 def test_clients_are_as_many_as_nodes_unless_typed(
     words: list[str], clients: int, cohort: int, tmp_path: Path
 ) -> None:
     if cohort > clients:
-        with pytest.raises(Exception, match=r"cohort is 20.*8 clients"):
+        with pytest.raises(Exception, match=r"clients_per_round is 20.*8 clients"):
             deploy.prepare([*SMALL, *words], 3)
         return
     asked = deploy.prepare([*SMALL, *words, f"output.dir={tmp_path}/run"], 3)
-    assert (asked.config.clients, asked.config.cohort) == (clients, cohort)
+    assert (asked.config.clients, asked.config.clients_per_round) == (clients, cohort)
     assert asked.config.output.dir == str(tmp_path / "run")
 
 
-@pytest.mark.parametrize("words", [["local=adamw", "local=3"], ["local=3", "local=adamw"]])
+@pytest.mark.parametrize("words", [["local=adamw", "nodes=3"], ["nodes=3", "local=adamw"]])
 def test_how_clients_train_is_chosen_beside_the_number_of_nodes(words: list[str]) -> None:
-    own, rest = deploy.parted([*SMALL, "cohort=2", *words])
+    own, rest = part([*SMALL, "clients_per_round=2", *words], deploy.OWN_KEYS)
     assert deploy.where(own) == ("", 3)
     assert deploy.prepare(rest, 3).config.local.optimiser == "adamw"
 
@@ -110,7 +119,7 @@ def test_how_clients_train_is_chosen_beside_the_number_of_nodes(words: list[str]
 def test_other_nodes_than_a_preset_has_clients_are_said(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "four.yaml").write_text("# @package _global_\nclients: 4\n")
-    words = [*SMALL, "cohort=2", "--config-dir", str(tmp_path), "experiment=four"]
+    words = [*SMALL, "clients_per_round=2", "--config-dir", str(tmp_path), "experiment=four"]
     with pytest.raises(ConfigError, match=r"clients=4.*clients=2"):
         deploy.prepare(words, 2)
     assert deploy.prepare(words, 4).config.clients == 4
@@ -118,7 +127,7 @@ def test_other_nodes_than_a_preset_has_clients_are_said(tmp_path: Path) -> None:
 
 
 def test_the_server_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    words = [*SMALL, "clients=3", "cohort=3", f"output.dir={tmp_path}/run"]
+    words = [*SMALL, "clients=3", "clients_per_round=3", f"output.dir={tmp_path}/run"]
     assert deploy.prepare(words, None).config.output.dir == "~/fedraclora/run"
     asked = deploy.prepare([*words, "engine.folder=/srv/run"], None)
     assert asked.config.output.dir == "/srv/run"
@@ -127,7 +136,7 @@ def test_the_server_has_a_folder_of_its_own(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_the_patience_that_it_began_with(tmp_path: Path) -> None:
     """However many clients are enough, and where its server keeps it; unless it is typed anew."""
-    sizes = [*SMALL, "clients=3", "cohort=3", f"output.dir={tmp_path}/run"]
+    sizes = [*SMALL, "clients=3", "clients_per_round=3", f"output.dir={tmp_path}/run"]
     own = ["engine.min_clients=1", "engine.timeout=7", "engine.folder=/srv/run"]
     began = deploy.prepare([*sizes, *own], None)
     with Record(began.folder, began.plain, resume=False) as record:
@@ -171,7 +180,13 @@ LINES = [line(ROW, row) for row in ROWS]
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deploy.RunRequest:
     monkeypatch.setattr(deploy, "PAUSE", 0.0)
-    words = [*SMALL, "clients=3", "cohort=3", "output.progress=false", "output.plots=true"]
+    words = [
+        *SMALL,
+        "clients=3",
+        "clients_per_round=3",
+        "output.progress=false",
+        "output.plots=true",
+    ]
     return deploy.prepare([*words, f"output.dir={tmp_path}/run"], None)
 
 
@@ -275,7 +290,7 @@ def test_the_command_line_of_flower_is_read(
     assert [*link.follow(12)] == ["one\n", "two\n"]
 
 
-WORDS = [*SMALL, "clients=3", "cohort=3", "output.progress=false", "connection=house"]
+WORDS = [*SMALL, "clients=3", "clients_per_round=3", "output.progress=false", "connection=house"]
 
 
 def refusing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +376,8 @@ def test_a_superlink_that_does_not_answer_is_given_up(
 
 
 def test_simulate_sends_its_reader_to_deploy() -> None:
-    config = from_plain(composed([*SMALL, "clients=3", "cohort=3", "engine=deploy"]), METHODS)
+    config = from_plain(
+        composed([*SMALL, "clients=3", "clients_per_round=3", "engine=deploy"]), METHODS
+    )
     with pytest.raises(ConfigError, match="run `fedraclora deploy` with"):
         assemble(config, None)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from fedraclora.api import simulate
+from fedraclora.clients.engines import engine_of
 from fedraclora.commands.cli import main
 from fedraclora.commands.compare import compare
 from fedraclora.commands.simulate import sweep_name
@@ -23,13 +24,12 @@ from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies.base import FedStrategy
-from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.runner import execute
+from fedraclora.strategies.outcome import execute
 
 SMALL = [
     *("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]"),
-    *("clients=8", "cohort=4", "rounds=1", "output=study"),
+    *("clients=8", "clients_per_round=4", "rounds=1", "output=study"),
 ]
 Run = Callable[..., tuple[int, str]]
 
@@ -83,8 +83,12 @@ REFUSED: dict[str, list[str]] = {
     "seed=99999999999999999999": ["seed is 99999999999999999999", "up to 9223372"],
     "local.epochs=2147483648": ["local.epochs is 2147483648", "1000000 or fewer"],
     "engine=inline method=fed_sb local=lora_rite": ["lora_rite is defined for adapters B A"],
-    "secure=secagg weights=uniform cohort=2": ["3 or more", "cohort is 2", "secure=none"],
-    "local=relora method=fedmomentum": ["local.restart_every", "'method.resample_every'"],
+    "secure=secagg aggregation_weights=uniform clients_per_round=2": [
+        "3 or more",
+        "clients_per_round is 2",
+        "secure=none",
+    ],
+    "local=relora method=fedmomentum": ["local.restart_every", "'method.merge_every'"],
     "method.rank=${foo}": ["method.rank takes its value", "'foo'"],
     "seed=???": ["seed: ??? stands for", "set seed=VALUE"],
     "=3": ["a group is chosen by the name of one of its files"],
@@ -131,9 +135,9 @@ def test_a_start_that_fails_takes_its_folder_away(
     with monkeypatch.context() as patch:
         patch.setattr(FedStrategy, "_measured", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            execute(RunBuilder(config, folder))
+            execute(config, folder, engine_of)
     assert not folder.exists()
-    execute(RunBuilder(config, folder))
+    execute(config, folder, engine_of)
     assert (folder / "summary.json").is_file()
 
 
@@ -159,7 +163,7 @@ def test_a_folder_of_somebody_elses_is_refused_and_stays(
         (tmp_path / name).write_text(text)
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match="and no run"):  # of a server app, which chooses no folder
-        execute(RunBuilder(configured(tmp_path), tmp_path))
+        execute(configured(tmp_path), tmp_path, engine_of)
     for more in ([], ["resume=auto"]):
         status, error = command(*SMALL, f"output.dir={tmp_path}", *more)
         assert status == 1
@@ -174,7 +178,7 @@ def test_a_folder_of_somebody_elses_is_refused_and_stays(
 @pytest.mark.parametrize("name", [".hydra", ".lock", "run_id"])
 def test_what_is_hidden_or_of_a_killed_start_is_not_in_the_way(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir() if name == ".hydra" else (tmp_path / name).write_text("a")
-    execute(RunBuilder(configured(tmp_path), tmp_path))
+    execute(configured(tmp_path), tmp_path, engine_of)
     assert (tmp_path / "summary.json").is_file()
 
 
@@ -187,7 +191,7 @@ def test_what_somebody_else_puts_beside_a_start_that_fails_stays(
 
     monkeypatch.setattr(FedStrategy, "_measured", failing)
     with pytest.raises(ZeroDivisionError):
-        execute(RunBuilder(configured(tmp_path), tmp_path))
+        execute(configured(tmp_path), tmp_path, engine_of)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt"}
 
 
@@ -195,7 +199,7 @@ def test_a_start_that_was_killed_is_not_in_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(tmp_path / "other")
-    wanted = execute(RunBuilder(config, tmp_path / "other")).summary["weights_digest"]
+    wanted = execute(config, tmp_path / "other", engine_of).summary["weights_digest"]
     folder = tmp_path / "run"
 
     def killed(self: FedStrategy) -> dict[str, object]:
@@ -206,18 +210,23 @@ def test_a_start_that_was_killed_is_not_in_the_way(
     with monkeypatch.context() as patch:
         patch.setattr(FedStrategy, "_measured", killed)
         with pytest.raises(KeyboardInterrupt):
-            execute(RunBuilder(configured(folder, "seed=1"), folder))
+            execute(configured(folder, "seed=1"), folder, engine_of)
     monkeypatch.undo()
     assert (folder / "config.yaml").is_file()
     assert not has_begun(folder)
-    found = execute(RunBuilder(configured(folder), folder)).summary["weights_digest"]
+    found = execute(configured(folder), folder, engine_of).summary["weights_digest"]
     assert found == wanted
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 0
 
 
 def test_a_round_that_is_left_to_too_few_names_the_stage(command: Run, tmp_path: Path) -> None:
     assert SecAgg().shares(2) == 2
-    words = ["secure=secagg", "weights=uniform", "cohort=3", f"output.dir={tmp_path / 'run'}"]
+    words = [
+        "secure=secagg",
+        "aggregation_weights=uniform",
+        "clients_per_round=3",
+        f"output.dir={tmp_path / 'run'}",
+    ]
     assert command(*SMALL, *words)[0] == 0
 
 
@@ -233,7 +242,7 @@ def test_a_full_disk_names_the_file_and_costs_nothing(
     flushed: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", flushed.append)
-        wanted = execute(RunBuilder(configured(tmp_path / "a", *kept), tmp_path / "a")).summary
+        wanted = execute(configured(tmp_path / "a", *kept), tmp_path / "a", engine_of).summary
     left = place * (len(flushed) - 1) // 11  # from the first flush of the run to its last
     folder = tmp_path / "b"
     config = configured(folder, *kept)
@@ -247,10 +256,10 @@ def test_a_full_disk_names_the_file_and_costs_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left") as caught:
-            execute(RunBuilder(config, folder))
+            execute(config, folder, engine_of)
     assert Path(str(caught.value.filename)).is_relative_to(folder)
     resume = folder.exists() and has_begun(folder)
-    found = execute(RunBuilder(config, folder, resume=resume)).summary
+    found = execute(config, folder, engine_of, resume=resume).summary
     assert found["weights_digest"] == wanted["weights_digest"]
     assert found["ledger_digest"] == wanted["ledger_digest"]
 
@@ -264,7 +273,7 @@ def test_a_full_disk_says_how_to_go_on_where_there_is_a_run(
 
     place = (
         "fedraclora.strategies.base.FedStrategy._close",
-        "fedraclora.strategies.runner.begin_folder",
+        "fedraclora.strategies.outcome.begin_folder",
     )[not begun]
     monkeypatch.setattr(place, full)
     folder = tmp_path / "run"
@@ -303,7 +312,7 @@ def test_a_place_where_no_folder_can_be_made_is_one_line(command: Run, tmp_path:
 @pytest.mark.parametrize("bytes_", [b"\xff\xfe\x00\x9c" * 9, b"[1, 2"], ids=["binary", "cut"])
 def test_a_damaged_file_is_named(command: Run, name: str, bytes_: bytes, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    execute(RunBuilder(configured(folder), folder))
+    execute(configured(folder), folder, engine_of)
     (folder / name).write_bytes(bytes_)
     status, error = command(f"resume={folder}")
     assert status == 1

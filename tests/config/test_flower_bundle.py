@@ -30,7 +30,7 @@ SMALL = [
     "model.hidden=[6]",
     "method.rank=2",
     "clients=12",
-    "cohort=5",
+    "clients_per_round=5",
     "rounds=2",
     "output=study",
 ]

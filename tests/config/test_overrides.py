@@ -47,7 +47,10 @@ def configs(tmp_path: Path) -> Path:
         (["method=fedavg", "method.rank=3"], ["method=fedavg has no key rank", "++method.rank=3"]),
         (["local=null"], ["local=null: a group is chosen by the name"]),
         (["local=adam"], ["unknown local 'adam'; did you mean 'adamw'?"]),
-        (["targets=query,value"], ["needs -m", "a list is written 'targets=[query,value]'"]),
+        (
+            ["target_modules=query,value"],
+            ["needs -m", "a list is written 'target_modules=[query,value]'"],
+        ),
         (["output.dir=a, b: c"], ["needs -m", """a text 'output.dir="a, b: c"'"""]),
         (["output.dir=lr=0.5 (best)"], ["""quotes of its own, 'output.dir="lr=0.5 (best)"'"""]),
         (["seed=range(3)"], ["needs -m: fedraclora simulate -m 'seed=range(3)'"]),
@@ -70,9 +73,9 @@ def test_what_does_not_compose_is_said_in_plain_words(words: list[str], said: li
     assert "append to your config" not in str(caught.value)
 
 
-@pytest.mark.parametrize("word", ["targets=[query,value]", "targets='query,value'"])
+@pytest.mark.parametrize("word", ["target_modules=[query,value]", "target_modules='query,value'"])
 def test_patterns_are_a_list_or_a_text(word: str) -> None:
-    assert composed([word])["targets"] in (["query", "value"], "query,value")
+    assert composed([word])["target_modules"] in (["query", "value"], "query,value")
 
 
 def test_the_pattern_that_an_error_suggests_can_be_pasted() -> None:
@@ -129,7 +132,7 @@ def test_overrides_may_stand_on_both_sides_of_a_flag() -> None:
         ("attack=none", "++attack.scale=5"),
         ("model=linear", "++model.dropout=0.1"),
         ("method=ffa_lora", "++method.density=0.3"),  # it does not read it
-        ("local.schedule=constant", "++local.final=0.3"),
+        ("local.schedule=constant", "++local.min_lr_ratio=0.3"),
     ],
 )
 def test_a_word_of_no_use_is_left_out_and_named(

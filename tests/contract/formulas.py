@@ -30,9 +30,9 @@ def sizes(method: Any, plan: Plan) -> tuple[int, int]:
     return tuple(sum(ranks[n] * shapes[n][side] for n in shapes) for side in (0, 1))  # type: ignore[return-value]
 
 
-def age(round_: int, resample_every: int | None) -> int:
+def age(round_: int, merge_every: int | None) -> int:
     """Rounds that the link of a round has lived before it."""
-    return (round_ - 1) % resample_every if resample_every else round_ - 1
+    return (round_ - 1) % merge_every if merge_every else round_ - 1
 
 
 def full(method: Any, plan: Plan, round_: int) -> Count:
@@ -40,20 +40,20 @@ def full(method: Any, plan: Plan, round_: int) -> Count:
     return sum(prod(plan.shapes[n]) for n in plan.weights) + dense(plan), 0
 
 
-def trained_side(method: Any, plan: Plan, side: str) -> int:
+def trained_side(method: Any, plan: Plan, label: str) -> int:
     """Numbers of the factors beside the drawn ones: r m where A is drawn, r n where B is."""
     total = 0
     for name, view in plan.targets.items():
         m, n = view.shape
-        right = side == "right" or (side == "auto" and n >= m)
+        right = label == "B" or (label == "auto" and n >= m)
         total += method.rank_of(plan, name) * (m if right else n)
     return total
 
 
 def one_factor(method: Any, plan: Plan, round_: int) -> Count:
     """r m (left: r n) up; a seed down, and the carried factor, of all groups, within a link."""
-    trained = trained_side(method, plan, method.side)
-    carried = trained * method.sketches if age(round_, method.resample_every) else 0
+    trained = trained_side(method, plan, method.train)
+    carried = trained * method.sketches if age(round_, method.merge_every) else 0
     return trained + dense(plan), carried
 
 
@@ -62,7 +62,7 @@ def by_turns(method: Any, plan: Plan, round_: int) -> Count:
 
     Within a link what lives on, too.
     """
-    link, begun = divmod(round_ - 1, method.resample_every)
+    link, begun = divmod(round_ - 1, method.merge_every)
     both = sizes(method, plan)
     trained = both[0] if link % 2 == 0 else both[1]
     frozen = 0
@@ -76,7 +76,7 @@ def by_turns(method: Any, plan: Plan, round_: int) -> Count:
 def by_coin(method: Any, plan: Plan, round_: int) -> Count:
     """r n where the coin says B is drawn, r m where A is; a seed down."""
     drawn = method.round_method(round_)
-    return trained_side(drawn, plan, drawn.side) + dense(plan), 0
+    return trained_side(drawn, plan, drawn.train) + dense(plan), 0
 
 
 def in_turn(method: Any, plan: Plan, round_: int) -> Count:
@@ -94,16 +94,16 @@ def cores(method: Any, plan: Plan, round_: int) -> Count:
 def both(method: Any, plan: Plan, round_: int) -> Count:
     """r (m + n) each way, and a seed alone in the first round, unless the factors begin carried."""
     factors = sum(sizes(method, plan))
-    begun = round_ > 1 or method.initial in STARTS
+    begun = round_ > 1 or method.init in STARTS
     return factors + dense(plan), factors if begun else 0
 
 
 def in_links(method: Any, plan: Plan, round_: int) -> Count:
     """As `both`, and a seed alone where a link begins."""
-    if method.resample_every is None:
+    if method.merge_every is None:
         return both(method, plan, round_)
     factors = sum(sizes(method, plan))
-    return factors + dense(plan), factors if age(round_, method.resample_every) else 0
+    return factors + dense(plan), factors if age(round_, method.merge_every) else 0
 
 
 def anew(method: Any, plan: Plan, round_: int) -> Count:

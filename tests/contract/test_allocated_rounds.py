@@ -68,7 +68,7 @@ def test_a_layer_is_scored_by_the_gradient_of_the_mean_loss(layer: str) -> None:
     samples = world.task.test
     output = torch.func.functional_call(world.task.model, values, (samples.inputs["x"],))
     torch.nn.functional.cross_entropy(output, samples.target).backward()
-    state = method.init(world.base, world.plan, Draw(1))
+    state = method.initial_state(world.base, world.plan, Draw(1))
     cohort = Cohort(torch.arange(5), torch.ones(5))
     scores = {}
     for name, adapter in method.open_round(state, 1, cohort, Draw(1)).adapters.items():
@@ -154,7 +154,7 @@ def test_snip_takes_a_start_of_both_factors() -> None:
     world = make_world()
     with pytest.raises(ConfigError, match="scores every layer 0"):
         run(world, heterolora("fedavg_lora", {"proxy": "snip"}), RAGGED, rounds=1)
-    method = heterolora("fedavg_lora", {"proxy": "snip"}, initial="orthogonal")
+    method = heterolora("fedavg_lora", {"proxy": "snip"}, init="orthogonal")
     done = run(world, method, RAGGED, rounds=2)
     assert len(asked(done)[-1][2]) == 2
     left = set(world.plan.targets) - set(asked(done)[-1][2])
@@ -165,13 +165,13 @@ def test_snip_takes_a_start_of_both_factors() -> None:
 
 def test_synflow_asks_no_client() -> None:
     world = make_world()
-    inner = make_method("fedavg_lora", initial="orthogonal")
+    inner = make_method("fedavg_lora", init="orthogonal")
     flow = partial(flows, world.task.model, world.task.test)
     rule = HeteroLora(proxy="synflow", share=0.34)
     method = allocated(inner, rule, flow=flow)
     done = run(world, method, RAGGED, rounds=3, cohort=3)
     assert {(recipe, len(layers)) for _, recipe, layers in asked(done)} == {("plain", 1)}
-    state = inner.init(world.base, world.plan, Draw(1))
+    state = inner.initial_state(world.base, world.plan, Draw(1))
     cohort = Cohort(torch.arange(3), torch.ones(3))
     scores = flow(state.base, inner.open_round(state, 1, cohort, Draw(1)), world.plan)
     assert asked(done)[-1][2] == (max(scores, key=lambda name: scores[name]),)
@@ -189,10 +189,10 @@ def test_a_client_that_fails_in_the_probe_is_not_asked_to_train() -> None:
 
 REFUSED: dict[str, tuple[Method, str]] = {
     "changes the base": (FrLora(rank=2), "changes the base weights"),
-    "pissa": (make_method("fedavg_lora", initial="pissa"), "changes the base weights"),
+    "pissa": (make_method("fedavg_lora", init="pissa"), "changes the base weights"),
     "keeps a pool": (make_method("pool_rac_lora"), "a part of every layer"),
     "keeps state": (make_method("fedsa_lora"), "keep factors of their own"),
-    "probes by itself": (make_method("fedavg_lora", initial="lora_ga"), "gradient"),
+    "probes by itself": (make_method("fedavg_lora", init="lora_ga"), "gradient"),
     "follows a recipe": (make_method("ravan"), "block_diagonal"),
     "no adapters": (make_method("fedavg"), "does not adapt every layer"),
     "draws layers": (make_method("xgblora"), "does not adapt every layer"),
@@ -209,7 +209,7 @@ def test_methods_that_do_not_fit_are_refused(method: Method, said: str) -> None:
 
 def opened(world: World, method: Method) -> None:
     draw = Draw(1)
-    state = method.init(world.base, world.plan, draw)
+    state = method.initial_state(world.base, world.plan, draw)
     method.open_round(state, 1, Cohort(torch.arange(3), torch.ones(3)), draw)
 
 

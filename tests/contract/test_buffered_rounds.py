@@ -46,7 +46,7 @@ SEED, COHORT = 1, 4
 UNEVEN = SystemConfig(speed=LogNormal(1.0, 1.2), jitter=0.4, buffer=2)
 EXACT: list[Variant] = [
     ("fed_rac_lora", {}),
-    ("fed_rac_lora", {"side": "left", "sketch": "gaussian", "server_lr": 0.5}),
+    ("fed_rac_lora", {"train": "A", "sketch": "gaussian", "server_lr": 0.5}),
     ("ffa_lora", {}),
     ("bernoulli_lora", {}),
     ("fedavg", {}),
@@ -253,14 +253,14 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
         (("flora_stacking", {}), {}, "each client's own update"),
         (("fedsa_lora", {}), {}, "stays at each client"),
         (("fed_rac_lora", {"sketches": 2}), {}, "things to train"),
-        (("fed_rac_lora", {"resample_every": 2}), {}, "links last several rounds"),
+        (("fed_rac_lora", {"merge_every": 2}), {}, "links last several rounds"),
         (("rolora", {}), {}, "what the last left"),
         (("fedsvd", {}), {}, "what the last left"),
         (("slora", {"sparse_rounds": 2}), {}, "carries from round"),
-        (("subspace_rac_lora", {"resample_every": 1}), {}, "what the last left"),
+        (("subspace_rac_lora", {"merge_every": 1}), {}, "what the last left"),
         (("subspace_rac_lora", {}), {}, "links last several rounds"),
         (
-            ("subspace_rac_lora", {"rank": 1, "fresh": 0.0, "resample_every": 1}),
+            ("subspace_rac_lora", {"rank": 1, "fresh": 0.0, "merge_every": 1}),
             {},
             "what the last left",
         ),

@@ -53,8 +53,8 @@ VARIANTS: list[Variant] = [
     ("fedavg", {}),
     ("ffa_lora", {}),
     ("fed_rac_lora", {}),
-    ("fed_rac_lora", {"side": "left", "sketch": "gaussian"}),
-    ("fed_rac_lora", {"resample_every": 2, "sketch": "gaussian"}),
+    ("fed_rac_lora", {"train": "A", "sketch": "gaussian"}),
+    ("fed_rac_lora", {"merge_every": 2, "sketch": "gaussian"}),
     ("rolora", {}),
     ("bernoulli_lora", {}),
 ]
@@ -160,7 +160,7 @@ def test_the_batch_of_clients_adds_what_the_one_client_loop_adds(
 ) -> None:
     world = make_world()
     method, clients = make_method(name), torch.tensor([0, 1, 3, 4])
-    state = method.init(world.base, world.plan, Draw(2))
+    state = method.initial_state(world.base, world.plan, Draw(2))
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(4).double()), Draw(2))
     rng = generator(4, "variates")
     lead = (4,) if per_client else ()
@@ -203,7 +203,7 @@ def test_what_comes_down_is_counted_and_what_goes_up_is_the_methods() -> None:
         corrected(world, method, 2),
         run(world, method, STEPS, rounds=2, cohort=COHORT, seed=SEED),
     )
-    state = method.init(world.base, world.plan, Draw(SEED))
+    state = method.initial_state(world.base, world.plan, Draw(SEED))
     sent = method.open_round(state, 1, Cohort(torch.arange(3), torch.ones(3)), Draw(SEED))
     trained = sum(torch.Size(s.shape).numel() for s in sent.uploaded().values())
     for one, two in zip(with_.rows, without.rows, strict=True):
@@ -313,7 +313,7 @@ def test_what_changes_updates_at_the_server_is_refused(beside: dict[str, Any], t
         ("fed_rac_lora", {"sketches": 2}, STEPS, "other factors for each"),
         ("fedsa_lora", {}, STEPS, "stays at each client"),
         ("flora_stacking", {}, STEPS, "its server refits factors"),
-        ("fedavg_lora", {"resample_every": 3}, STEPS, "begin anew"),
+        ("fedavg_lora", {"merge_every": 3}, STEPS, "begin anew"),
         ("frlora", {}, STEPS, "begin anew"),
         ("slora", {}, STEPS, "client program sparse"),
     ],

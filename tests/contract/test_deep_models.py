@@ -45,7 +45,7 @@ def deep() -> worlds.World:
     samples = Samples({"x": x}, torch.from_numpy(rng.integers(0, 4, sum(SIZES))))
     head = (str(2 * DEPTH),)
     task = Task(model, head, "cross_entropy", ("loss",), divide(samples, SIZES), samples)
-    return world_of(task, head="average", bias="average")
+    return world_of(task, head="full", bias="full")
 
 
 def methods() -> Iterator[tuple[str, str]]:

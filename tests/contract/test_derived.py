@@ -38,7 +38,7 @@ from fedraclora.wire.records import Fields
 from tests.messages import pack_downlink, unpack_downlink
 
 M, N, R, ALPHA = 30, 40, 3, 7.0
-METHOD = SubspaceRacLora(rank=R, alpha=ALPHA, resample_every=1, fresh=0.3)  # k = 2
+METHOD = SubspaceRacLora(rank=R, alpha=ALPHA, merge_every=1, fresh=0.3)  # k = 2
 DRAW, CPU = Draw(3), torch.device("cpu")
 PLAN = Plan({"w": LayerView("linear", (M, N))}, weights=("w",), shapes={"w": (M, N)})
 COHORT = Cohort(torch.arange(2), torch.tensor([1.0, 3.0], dtype=torch.float64))
@@ -51,7 +51,7 @@ def played(
 ) -> list[tuple[State, Downlink]]:
     """Close rounds of drawn replies: the state before each, and what it sent; then the last."""
     rounding = DownlinkRounding(wire, seed=3)
-    state = method.init({"w": torch.zeros(M, N)}, PLAN, DRAW)
+    state = method.initial_state({"w": torch.zeros(M, N)}, PLAN, DRAW)
     found = []
     for round_ in range(1, rounds + 1):
         sent = method.open_round(state, round_, COHORT, DRAW)
@@ -144,7 +144,7 @@ def test_coefficients_are_all_that_is_sent_and_counted() -> None:
 
 def test_what_a_link_did_not_train_is_drawn() -> None:
     """Rows of a trained factor that is zero, or has a lower rank, are left to the drawing."""
-    state = METHOD.init({"w": torch.zeros(M, N)}, PLAN, DRAW)
+    state = METHOD.initial_state({"w": torch.zeros(M, N)}, PLAN, DRAW)
     sent = METHOD.open_round(state, 1, COHORT, DRAW)
     layout = sent.layout
     one = torch_normal(generator(0, "one"), M)[:, None] * torch.tensor([1.0, 2.0, 0.0])
@@ -161,7 +161,7 @@ def test_what_a_link_did_not_train_is_drawn() -> None:
 
 def test_a_factor_of_a_short_side_is_sent_since_that_is_no_more_bytes() -> None:
     plan = replace(PLAN, targets={"w": LayerView("linear", (4 * R, N))}, shapes={"w": (4 * R, N)})
-    state = METHOD.init({"w": torch.zeros(4 * R, N)}, plan, DRAW)
+    state = METHOD.initial_state({"w": torch.zeros(4 * R, N)}, plan, DRAW)
     sent = METHOD.open_round(state, 1, COHORT, DRAW)
     rows = torch_normal(generator(0, "replies", 1), 2, sent.layout.size).float()
     got = Uplinks(COHORT.clients, COHORT.weights, sent.layout, rows)
@@ -224,7 +224,7 @@ def test_a_server_step_on_weights_leaves_the_basis_as_long_as_its_link(
     wire: str, rounds: int, tmp_path: Path
 ) -> None:
     """No term then says what stays beside a weight; it goes with the values, rounded once."""
-    method = replace(METHOD, rank=2, resample_every=2)
+    method = replace(METHOD, rank=2, merge_every=2)
     rule = {"server_optimiser": Momentum(lr=0.5)}
     world, local = make_world(width=3), LocalSettings(lr=0.01, steps=2, batch_size=2)
     more: dict[str, Any] = {"cohort": 2, "downlink": wire, "treatment": rule}

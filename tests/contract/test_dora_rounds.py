@@ -58,7 +58,7 @@ def fits(variant: Variant) -> bool:
     return variant[0] not in WALKING and not make_method(variant[0], **variant[1]).traits.merges
 
 
-FITTING = [v for v in variants() if fits(v) and v[1].get("initial") != "lora_ga"]
+FITTING = [v for v in variants() if fits(v) and v[1].get("init") != "lora_ga"]
 MERGING = [v for v in variants() if not fits(v)]
 PERSONAL = [v for v in FITTING if make_method(v[0], **v[1]).client_state]
 every_fitting = pytest.mark.parametrize("variant", FITTING, ids=label)
@@ -98,7 +98,7 @@ def test_methods_of_all_kinds_fit() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_start_is_the_method_s(layer: str, variant: Variant) -> None:
     method, small = dora(variant[0], **variant[1]), make_world(LAYERS[layer])
-    state = method.init(small.base, small.plan, DRAW)
+    state = method.initial_state(small.base, small.plan, DRAW)
     assert_close_trees(method.weights(state, DRAW), small.base)
     rows = [view.shape[0] for view in small.plan.targets.values()]
     assert [len(t) for t in magnitudes(state).values()] == rows
@@ -174,7 +174,7 @@ def test_bytes_are_the_formula_and_the_messages(variant: Variant, world: World) 
 
 def test_a_message_brings_the_magnitudes(world: World) -> None:
     method = dora("fedavg_lora")
-    state = method.init(world.base, world.plan, DRAW)
+    state = method.initial_state(world.base, world.plan, DRAW)
     sent = method.open_round(state, 1, some_cohort(), DRAW)
     request = TrainRequest(1, 0, 1.0, some_cohort().clients)
     got, _ = unpack_downlink(pack_downlink(sent, request, "float64"))
@@ -206,7 +206,7 @@ def test_training_goes_on_from_what_was_learnt(variant: Variant, world: World) -
     )
     losses = [row["metrics"]["loss"] for row in done.rows]
     assert losses == sorted(losses, reverse=True)
-    first = done.strategy.method.init(world.base, world.plan, done.strategy.draw)
+    first = done.strategy.method.initial_state(world.base, world.plan, done.strategy.draw)
     for name, old in magnitudes(first).items():
         assert not torch.equal(done.strategy.state.carried[name], old)
 
@@ -230,7 +230,7 @@ def test_privacy_of_clients_bounds_the_magnitudes_with_the_rest(world: World) ->
     treatment = {"privacy": private, "secret": Secret(bytes(range(32)))}
     method = dora("ffa_lora")
     done = run(world, method, RAGGED, rounds=2, weights="uniform", treatment=treatment)
-    start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
+    start = magnitudes(method.initial_state(world.base, world.plan, done.strategy.draw))
     assert_close_trees(magnitudes(done.strategy.state), start, 1e-5)
     free = run(world, method, RAGGED, rounds=2, weights="uniform")
     assert any(
@@ -244,7 +244,7 @@ def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
     method = dora("fedavg_lora")
     plain = run(world, method, RAGGED, rounds=1)
     halved = run(world, method, RAGGED, rounds=1, treatment=rule)
-    start = magnitudes(method.init(world.base, world.plan, plain.strategy.draw))
+    start = magnitudes(method.initial_state(world.base, world.plan, plain.strategy.draw))
     mean = magnitudes(plain.strategy.state)
     wanted = {n: m + 0.5 * (mean[n] - m) for n, m in start.items()}
     assert_close_trees(magnitudes(halved.strategy.state), wanted)
@@ -255,7 +255,7 @@ def test_control_variates_correct_the_magnitudes(world: World) -> None:
     local, method = LocalSettings(lr=0.1, steps=1, batch_size=0), dora("fedavg_lora")
     treatment = {"control_variates": True}
     done = run(world, method, local, rounds=1, weights="uniform", treatment=treatment)
-    start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
+    start = magnitudes(method.initial_state(world.base, world.plan, done.strategy.draw))
     for name, now in magnitudes(done.strategy.state).items():
         gradient = done.strategy.state.moments[f"variates/{name}"]
         torch.testing.assert_close(now, start[name] - 0.1 * gradient)
@@ -273,7 +273,7 @@ def test_buffered_rounds_carry_the_magnitudes(world: World) -> None:
         cohort=4,
         system=uneven,
     )
-    start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
+    start = magnitudes(method.initial_state(world.base, world.plan, done.strategy.draw))
     moved = magnitudes(done.strategy.state)
     assert all(float((t - start[n]).abs().max()) > 1e-4 for n, t in moved.items())
     assert max(row["report"]["staleness_max"] for row in done.rows) > 0
@@ -289,9 +289,9 @@ def test_methods_that_merge_are_refused(variant: Variant) -> None:
 
 
 def test_a_start_from_gradients_is_refused(world: World) -> None:
-    method = dora("fedavg_lora", initial="lora_ga")
-    state = method.init(world.base, world.plan, DRAW)
-    with pytest.raises(ConfigError, match=r"clients send gradients.* take another method\.initial"):
+    method = dora("fedavg_lora", init="lora_ga")
+    state = method.initial_state(world.base, world.plan, DRAW)
+    with pytest.raises(ConfigError, match=r"clients send gradients.* take another method\.init"):
         method.open_round(state, 1, some_cohort(), DRAW)
 
 
@@ -310,14 +310,14 @@ def test_a_row_of_zeros_is_refused(world: World) -> None:
     base = {n: t.clone() for n, t in world.base.items()}
     base["fc2.weight"][4] = 0
     with pytest.raises(ConfigError, match=r"row 4 of fc2\.weight"):
-        dora("ffa_lora").init(base, world.plan, DRAW)
+        dora("ffa_lora").initial_state(base, world.plan, DRAW)
 
 
 def test_an_embedding_is_refused(world: World) -> None:
     view = LayerView("embedding", (6, 7))
     plan = replace(world.plan, targets=world.plan.targets | {"fc1.weight": view})
     with pytest.raises(ConfigError, match=r"fc1\.weight is an embedding"):
-        dora("ffa_lora").init(world.base, plan, DRAW)
+        dora("ffa_lora").initial_state(world.base, plan, DRAW)
 
 
 def test_a_server_s_step_on_weights_is_refused(world: World) -> None:

@@ -22,7 +22,7 @@ from worlds import (
 )
 
 from fedraclora.aggregation.server_optimisers import Momentum
-from fedraclora.config.settings import WireConfig
+from fedraclora.config.settings import CompressionConfig
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secret import Secret
@@ -133,7 +133,7 @@ def test_the_bytes_are_those_of_the_change_and_the_residue(wiretap: Wiretap) -> 
 
 
 def test_a_residue_of_a_factor_ends_with_its_link(wiretap: Wiretap) -> None:
-    finished("fed_rac_lora", {"resample_every": 2}, cohort=None)
+    finished("fed_rac_lora", {"merge_every": 2}, cohort=None)
     for rounds in wiretap.of_clients():
         for number, seen in enumerate(rounds):
             of_factors = seen.part(seen.added, dense=False)
@@ -168,8 +168,8 @@ def test_runs_that_go_on_are_cut_or_are_written_have_the_same_bits(
 
 
 def test_moments_of_a_link_end_and_residues_of_dense_tensors_do_not(wiretap: Wiretap) -> None:
-    local, moving = replace(RAGGED, moments="link"), {"rounds": 6, "cohort": None, **BITS}
-    run(make_world(), make_method("fed_rac_lora", resample_every=3), local, **moving)
+    local, moving = replace(RAGGED, optimizer_state="merge"), {"rounds": 6, "cohort": None, **BITS}
+    run(make_world(), make_method("fed_rac_lora", merge_every=3), local, **moving)
     last = [rounds[3] for rounds in wiretap.of_clients()]
     assert all(s.part(s.added, dense=True).any() for s in last)
     assert not any(s.part(s.added, dense=False).any() for s in last)
@@ -209,7 +209,7 @@ def test_the_server_sends_a_factor_that_lives_on_off_by_one_rounding(name: str) 
 
 def test_the_server_merges_what_rounding_left_at_the_end_of_a_link() -> None:
     rounds = Rounds()
-    method: dict[str, object] = {"resample_every": 2}
+    method: dict[str, object] = {"merge_every": 2}
     done = finished("fed_rac_lora", method, rounds=2, steps=[rounds], downlink="int4")
     mid = finished("fed_rac_lora", method, rounds=1, downlink="int4")
     assert not [n for n in left(done) if "/" in n]
@@ -226,7 +226,7 @@ def test_the_server_merges_what_rounding_left_at_the_end_of_a_link() -> None:
 
 
 def test_the_sum_of_a_pool_has_what_rounding_left_within_its_links() -> None:
-    rounds, method = Rounds(), {"pool": 2, "resample_every": 2}
+    rounds, method = Rounds(), {"pool": 2, "merge_every": 2}
     done = finished("pool_rac_lora", method, rounds=2, steps=[rounds])
     mid = finished("pool_rac_lora", method, rounds=1)
     parts = [n for n in left(done) if n.endswith("/B.0")]
@@ -239,7 +239,7 @@ def test_the_sum_of_a_pool_has_what_rounding_left_within_its_links() -> None:
 
 def test_a_frozen_factor_is_merged_as_it_was_sent() -> None:
     """One that comes of gradients was rounded, too, and clients trained under what was left."""
-    method: dict[str, object] = {"first": "gradient", "resample_every": 2}
+    method: dict[str, object] = {"init": "gradient", "merge_every": 2}
     done = finished("fed_rac_lora", method, rounds=3, downlink="int4", chunk=3)
     sent, _ = unpack_downlink(done.worker.asked[-1])
     (link,) = done.strategy.state.link.parts() if done.strategy.state.link else ()
@@ -247,16 +247,16 @@ def test_a_frozen_factor_is_merged_as_it_was_sent() -> None:
         assert torch.equal(link.terms[weight].factors[1].draw(), adapter.factors["A"].draw())
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_a_pool_is_folded_with_what_rounding_left_of_every_link(side: str) -> None:
+@pytest.mark.parametrize("train", ["B", "A"])
+def test_a_pool_is_folded_with_what_rounding_left_of_every_link(train: str) -> None:
     """Also of the last one: the sum of all that means have moved is rounded, and once."""
     rounds = Rounds()
-    method: dict[str, object] = {"pool": 2, "resample_every": 2, "refresh": 4, "side": side}
+    method: dict[str, object] = {"pool": 2, "merge_every": 2, "refresh": 4, "train": train}
     more: dict[str, Any] = {"downlink": "int4", "uplink": "float32"}
     done = finished("pool_rac_lora", method, rounds=4, steps=[rounds], **more)
     began = [finished("pool_rac_lora", method, rounds=n, **more).strategy.state for n in (1, 3)]
     folds = [state.link.terms for state in (rounds.closed[3], done.strategy.state) if state.link]
-    label, at, axis = ("B", 0, 1) if side == "right" else ("A", 1, 0)
+    label, at, axis = ("B", 0, 1) if train == "B" else ("A", 1, 0)
     for weight, as_closed in folds[0].items():
         term, name = folds[1][weight], f"{weight}/{label}"
         ends = rounds.closed[1].base[f"{name}.0"], as_closed.factors[at].draw().chunk(2, axis)[1]
@@ -297,40 +297,42 @@ def test_without_it_nothing_is_kept() -> None:
         ("fed_rac_lora", {}, r"links last one round.*next link"),
         ("flexlora", {}, "links last one round"),
         ("subspace_rac_lora", {}, "trains other tensors"),
-        ("fed_rac_lora", {"sketches": 2, "resample_every": 2}, "things to train"),
+        ("fed_rac_lora", {"sketches": 2, "merge_every": 2}, "things to train"),
     ],
 )
 def test_what_it_is_of_no_use_to_is_refused(
     name: str, method: dict[str, object], reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"wire.feedback=true .*{reason}"):
+    with pytest.raises(ConfigError, match=f"compression.feedback=true .*{reason}"):
         finished(name, method)
 
 
 def test_a_private_run_refuses_it() -> None:
     level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
     private = {"privacy": level, "secret": Secret(bytes(range(32)))}
-    with pytest.raises(ConfigError, match=r"wire\.feedback=true .* privacy="):
+    with pytest.raises(ConfigError, match=r"compression\.feedback=true .* privacy="):
         finished("ffa_lora", treatment=private, weights="uniform")
 
 
 def test_control_variates_refuse_it() -> None:
     chosen = {"control_variates": True}
-    with pytest.raises(ConfigError, match=r"wire\.feedback=true .* control_var"):
+    with pytest.raises(ConfigError, match=r"compression\.feedback=true .* control_var"):
         finished("ffa_lora", treatment=chosen, local=replace(RAGGED, steps=2, momentum=0.0))
 
 
 def test_a_step_in_whole_weights_refuses_it_where_links_end() -> None:
     chosen: dict[str, Any] = {"treatment": {"server_optimiser": Momentum()}, "rounds": 2}
-    with pytest.raises(ConfigError, match=r"wire\.feedback=true .* links that end"):
-        finished("fed_rac_lora", {"resample_every": 2}, **chosen)
+    with pytest.raises(ConfigError, match=r"compression\.feedback=true .* links that end"):
+        finished("fed_rac_lora", {"merge_every": 2}, **chosen)
     for name in ("ffa_lora", "fedex_lora", "pool_rac_lora"):
         finished(name, **chosen)
 
 
 def test_feedback_of_numbers_that_are_not_rounded_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"with wire.uplink=float32.*rounding leaves nothing"):
-        WireConfig(feedback=True)
+    with pytest.raises(
+        ConfigError, match=r"with compression.uplink=float32.*rounding leaves nothing"
+    ):
+        CompressionConfig(feedback=True)
 
 
 @pytest.mark.parametrize(

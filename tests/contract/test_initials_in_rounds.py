@@ -52,7 +52,7 @@ def gradients(world: World) -> dict[str, torch.Tensor]:
 def test_lora_ga_finds_the_singular_vectors_of_the_mean_gradient(layer: str) -> None:
     """Clients of unequal size, whose mean gradient is that of the whole table."""
     world = make_world(LAYERS[layer])
-    method = make_method("fedavg_lora", rank=RANK, initial="lora_ga")
+    method = make_method("fedavg_lora", rank=RANK, init="lora_ga")
     done = run(world, method, FULL_BATCH, rounds=1)
     carried = done.strategy.state.carried
     for name, G in gradients(world).items():
@@ -69,7 +69,7 @@ def test_lora_ga_finds_the_singular_vectors_of_the_mean_gradient(layer: str) -> 
 @pytest.mark.parametrize("initial", STARTS)
 def test_what_a_start_costs_is_the_formula(name: str, initial: str) -> None:
     world = make_world()
-    method = make_method(name, rank=RANK, initial=initial)
+    method = make_method(name, rank=RANK, init=initial)
     done = run(world, method, RAGGED, rounds=3, cohort=3, chunk=1)
     for round_, row in enumerate(done.rows, start=1):
         up, down = method.floats(world.plan, round_)
@@ -92,7 +92,7 @@ def wanted_numbers(plan: Plan, initial: str) -> list[int]:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_probe_moves_nothing_and_then_training_goes_on(name: str) -> None:
     world = make_world()
-    method = make_method(name, rank=RANK, initial="lora_ga")
+    method = make_method(name, rank=RANK, init="lora_ga")
     probed = run(world, method, RAGGED, rounds=1)
     assert_close_trees(probed.weights, world.base)
     done = run(world, method, RAGGED, rounds=4)
@@ -104,7 +104,7 @@ def test_a_probe_moves_nothing_and_then_training_goes_on(name: str) -> None:
 @pytest.mark.parametrize("initial", STARTS)
 def test_a_run_with_a_start_resumes_to_the_bit(initial: str, tmp_path: Path) -> None:
     world = make_world()
-    method = make_method("fedex_lora", rank=RANK, initial=initial)
+    method = make_method("fedex_lora", rank=RANK, init=initial)
     whole = run(world, method, RAGGED, rounds=3, cohort=3)
     run(world, method, RAGGED, rounds=1, cohort=3, folder=tmp_path)
     resumed = run(world, method, RAGGED, rounds=3, cohort=3, folder=tmp_path, resume=True)
@@ -114,25 +114,25 @@ def test_a_run_with_a_start_resumes_to_the_bit(initial: str, tmp_path: Path) -> 
 # --- the first frozen factor from the gradient ---------------------------------------------------
 
 FIRST = [
-    ("fed_rac_lora", {"resample_every": 2}),
-    ("fed_rac_lora", {"side": "left", "sketches": 2, "normalise": "identity"}),
+    ("fed_rac_lora", {"merge_every": 2}),
+    ("fed_rac_lora", {"train": "A", "sketches": 2, "normalise": "identity"}),
     ("ffa_lora", {"rank": 7}),  # more than the rows of two layers
     ("subspace_rac_lora", {"fresh": 0.5}),
-    ("subspace_rac_lora", {"basis": "coordinate", "resample_every": 1}),
+    ("subspace_rac_lora", {"basis": "coordinate", "merge_every": 1}),
 ]
 firsts = pytest.mark.parametrize(("name", "more"), FIRST, ids=str)
 
 
 def first(name: str, more: dict[str, Any]) -> Any:
-    return make_method(name, **({"rank": RANK, "first": "gradient"} | more))
+    return make_method(name, **({"rank": RANK, "init": "gradient"} | more))
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_a_first_factor_is_of_the_singular_vectors_of_the_mean_gradient(side: str) -> None:
+@pytest.mark.parametrize("train", ["B", "A"])
+def test_a_first_factor_is_of_the_singular_vectors_of_the_mean_gradient(train: str) -> None:
     world = make_world()
-    done = run(world, first("fed_rac_lora", {"side": side}), FULL_BATCH, rounds=1)
+    done = run(world, first("fed_rac_lora", {"train": train}), FULL_BATCH, rounds=1)
     assert_equal_trees(done.weights, world.base)
-    label = "A" if side == "right" else "B"
+    label = "A" if train == "B" else "B"
     for name, G in gradients(world).items():
         U, _, Vt = torch.linalg.svd(G)
         found = done.strategy.state.carried[f"{name}/{label}"]
@@ -172,8 +172,8 @@ def test_a_first_link_is_as_long_as_a_drawn_one_and_stays(name: str, more: dict[
     asked = [unpack_downlink(content)[0] for content in done.worker.asked]
     rounds = [d for d in asked if d.program.trains]
     assert [d.link for d in rounds] == ([0, 0] if method.link_rounds != 1 else [0, 1])
-    drawn = replace(method, first="drawn")
-    state = drawn.init(world.base, world.plan, draw)
+    drawn = replace(method, init="random")
+    state = drawn.initial_state(world.base, world.plan, draw)
     sent = drawn.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
     for weight, adapter in rounds[0].adapters.items():
         (label,) = (k for k, f in adapter.factors.items() if not f.trained)
@@ -189,11 +189,11 @@ def test_a_first_link_is_as_long_as_a_drawn_one_and_stays(name: str, more: dict[
 
 def test_a_first_factor_that_would_do_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="recur by their seeds"):
-        make_method("pool_rac_lora", first="gradient")
+        make_method("pool_rac_lora", init="gradient")
     with pytest.raises(ConfigError, match=r"method\.fresh=1 .*rows"):
-        make_method("subspace_rac_lora", first="gradient", fresh=1.0)
-    with pytest.raises(ConfigError, match=r"method\.first"):
-        make_method("fed_rac_lora", first="gradients")
+        make_method("subspace_rac_lora", init="gradient", fresh=1.0)
+    with pytest.raises(ConfigError, match=r"method\.init"):
+        make_method("fed_rac_lora", init="gradients")
 
 
 @pytest.mark.parametrize("rule", [Uniform(), HeteroLora()])
@@ -201,7 +201,7 @@ def test_a_server_optimiser_of_factors_is_refused_beside_a_probe(rule: Uniform) 
     """Its moments would begin with gradients, in shapes that nothing has afterwards."""
     world = make_world()
     initial = "lora_ga" if type(rule) is Uniform else "orthogonal"
-    method = allocated(make_method("fedavg_lora", rank=RANK, initial=initial), rule)
+    method = allocated(make_method("fedavg_lora", rank=RANK, init=initial), rule)
     optimiser = Momentum(space="factors")
     with pytest.raises(ConfigError, match="clients send gradients first"):
         run(world, method, RAGGED, rounds=1, treatment={"server_optimiser": optimiser})

@@ -69,8 +69,8 @@ INEXACT = [v for v in VARIANTS if not make_method(v[0], **v[1]).traits.exact]
 RESAMPLED = [
     v
     for v in VARIANTS
-    if has_field(make_method(v[0]), "resample_every")
-    and v[1].get("initial") not in STARTS
+    if has_field(make_method(v[0]), "merge_every")
+    and v[1].get("init") not in STARTS
     and not has_field(make_method(v[0]), "fresh")  # its links need the ones before them
     and not make_method(v[0]).traits.pools  # their sketches recur, and their links have an end
 ]
@@ -244,7 +244,7 @@ def test_every_client_counts_by_its_weight(variant: Variant, plain_world: World)
 @every_variant
 def test_a_run_starts_from_the_base_weights(variant: Variant, world: World) -> None:
     method = method_of(variant)
-    state = method.init(world.base, world.plan, DRAW)
+    state = method.initial_state(world.base, world.plan, DRAW)
     assert_close_trees(method.weights(state, DRAW), world.base)
 
 
@@ -262,7 +262,7 @@ def test_what_is_carried_and_trained_is_what_is_sent_next(variant: Variant, worl
 @every_variant
 def test_nothing_of_the_state_is_changed_in_place(variant: Variant, world: World) -> None:
     method = method_of(variant)
-    state = method.init(world.base, world.plan, DRAW)
+    state = method.initial_state(world.base, world.plan, DRAW)
     for round_ in range(1, 5):
         tensors = state.base | {f"carried/{n}": t for n, t in state.carried.items()}
         kept = {n: t.clone() for n, t in tensors.items()}
@@ -308,7 +308,7 @@ def test_replies_close_under_the_downlink_that_asked_for_them(
 @every_variant
 def test_the_base_of_a_target_changes_iff_the_method_merges(variant: Variant, world: World) -> None:
     method = method_of(variant)
-    first = method.init(world.base, world.plan, DRAW).base
+    first = method.initial_state(world.base, world.plan, DRAW).base
     last = play_rounds(method, world, 6, DRAW)[-1].after
     for name in world.plan.targets:
         assert torch.equal(last.base[name], first[name]) != method.traits.merges, name
@@ -318,7 +318,7 @@ def test_the_base_of_a_target_changes_iff_the_method_merges(variant: Variant, wo
 def test_the_links_rebuild_the_base_to_the_bit(variant: Variant, world: World) -> None:
     method = method_of(variant)
     links = []
-    first = method.init(world.base, world.plan, DRAW).base
+    first = method.initial_state(world.base, world.plan, DRAW).base
     for played in play_rounds(method, world, 6, DRAW):
         if played.after.link is not None:
             links.append(played.after.link)
@@ -387,8 +387,8 @@ def test_averages_are_rounded_once_from_float64(variant: Variant) -> None:
 @pytest.mark.parametrize("variant", RESAMPLED, ids=label)
 def test_a_merge_leaves_the_effective_weights_as_they_are(variant: Variant, world: World) -> None:
     name, changes = variant
-    method = make_method(name, **changes | {"resample_every": 3})
-    never = make_method(name, **changes | {"resample_every": None})
+    method = make_method(name, **changes | {"merge_every": 3})
+    never = make_method(name, **changes | {"merge_every": None})
     for played in play_rounds(method, world, 7, DRAW):
         merged = method.weights(played.after, DRAW)
         unmerged = never.close_round(played.before, played.sent, played.got)
@@ -402,7 +402,7 @@ def test_a_sketch_lives_for_as_many_rounds_as_it_says(variant: Variant, world: W
     """A drawing that is trained is sent as a seed where its link begins, then as it is."""
     name, changes = variant
     for every, wanted in ((1, [0, 1, 2, 3, 4, 5]), (3, [0, 0, 0, 1, 1, 1]), (None, [0] * 6)):
-        method = make_method(name, **changes | {"resample_every": every})
+        method = make_method(name, **changes | {"merge_every": every})
         indices: list[int | None] = []
         for played in play_rounds(method, world, 6, DRAW):
             specs = drawn(played)
@@ -431,7 +431,7 @@ def test_the_number_of_the_link_says_whether_what_is_trained_lives_on(
         if now.sent.link != last.sent.link:
             assert now.sent.link == last.sent.link + 1
             begun = now.before.carried.keys() & now.sent.trained().keys()
-            assert not (has_field(method, "resample_every") and begun)
+            assert not (has_field(method, "merge_every") and begun)
             continue
         mean = last.got.mean()
         for name, factor in frozen[1].items():

@@ -198,12 +198,12 @@ def test_a_conv1d_trains_as_the_linear_layer_that_it_transposes(variant: Variant
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("train", ["B", "A"])
 @pytest.mark.parametrize("name", SKETCHING)
 def test_an_orthonormal_sketch_of_full_rank_is_fedavg(
-    name: str, side: str, momentum: float, world: World
+    name: str, train: str, momentum: float, world: World
 ) -> None:
-    full = {"rank": 1.0, "pool": 1, "alpha": "auto", "side": side}
+    full = {"rank": "full", "pool": 1, "alpha": "auto", "train": train}
     method = make_method(name, sketch="orthonormal", **full)
     local = replace(RAGGED, momentum=momentum)
     found = run(world, method, local, rounds=3, cohort=4)
@@ -215,7 +215,7 @@ def test_an_orthonormal_sketch_of_full_rank_is_fedavg(
 def test_a_preconditioned_sketch_of_full_rank_is_fedavg(name: str, sketch: str) -> None:
     """B (A A^T)^-1 A with a square A: any A that is surely invertible will do."""
     world = make_world(bias="frozen", head="frozen")
-    full = {"rank": 1.0, "pool": 1, "alpha": "auto", "blocks": "independent"}
+    full = {"rank": "full", "pool": 1, "alpha": "auto", "blocks": "independent"}
     method = make_method(name, sketch=sketch, **full)
     local = replace(RAGGED, precondition=True)
     found = run(world, method, local, rounds=2, cohort=4)

@@ -112,7 +112,7 @@ OUTSIDE = {
     "galore_average": ("GaloreAverage", {"rank": 2}),
     "pool_rac_lora": ("PoolRacLora", {"rank": 2, "pool": 2}),
 }
-SMALL = ["clients=4", "cohort=3", "rounds=4", "pretrain=none", "local.lr=0.01"]
+SMALL = ["clients=4", "clients_per_round=3", "rounds=4", "pretrain=none", "local.lr=0.01"]
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ class Mine(FedRacLora):
 
 
 if __name__ == "__main__":
-    words = "clients=4", "cohort=3", "rounds=2", "pretrain=none", "output.progress=false"
+    words = "clients=4", "clients_per_round=3", "rounds=2", "pretrain=none", "output.progress=false"
     for engine in ([], ["engine=ray", "engine.workers=2"]):
         run = fedraclora.simulate(*words, *engine, method=Mine(rank=2))
         print(run.summary["weights_digest"], run.rows[-1]["downlink_bytes"])

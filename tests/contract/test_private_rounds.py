@@ -53,7 +53,7 @@ LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
 def leaves_some_alone(variant: Variant) -> bool:
     """Whether noise would move numbers that clients never train: refused (test_what_fits)."""
     world, method = make_world(), make_method(variant[0], **variant[1])
-    state, draw = method.init(world.base, world.plan, Draw(0)), Draw(0)
+    state, draw = method.initial_state(world.base, world.plan, Draw(0)), Draw(0)
     one = Cohort(torch.arange(1), torch.ones(1).double())
     return method.open_round(state, 1, one, draw).program.fixes
 
@@ -85,9 +85,9 @@ def test_one_client_moves_the_sum_by_no_more_than_the_clip(
 ) -> None:
     """Sent far too long, on purpose: what the client should have done is done by the server."""
     world = make_world()
-    method, draw = make_method("fed_rac_lora", resample_every=3), Draw(seed)
+    method, draw = make_method("fed_rac_lora", merge_every=3), Draw(seed)
     cohort = Cohort(torch.arange(5), torch.ones(5).double())
-    state = method.init(world.base, world.plan, draw)
+    state = method.initial_state(world.base, world.plan, draw)
     sent = method.open_round(state, 1, cohort, draw)
     setting = AggregationContext(sent, 1, draw, world.base)
     got = random_replies(sent, cohort, torch.float64, seed)
@@ -173,7 +173,7 @@ def test_a_private_run_goes_on_bit_for_bit(
         quantile=quantile,
         count_noise=None if quantile is None else 1.5,
     )
-    method = make_method("fed_rac_lora", resample_every=2)
+    method = make_method("fed_rac_lora", merge_every=2)
 
     def go(rounds: int, *, resume: bool = False) -> Any:
         return run(
@@ -214,7 +214,7 @@ def test_a_private_run_goes_on_bit_for_bit(
 def test_an_attacker_is_shortened_by_the_server(world: World) -> None:
     method, draw = make_method("fed_rac_lora"), Draw(1)
     cohort = Cohort(torch.arange(5), torch.ones(5).double())
-    sent = method.open_round(method.init(world.base, world.plan, draw), 1, cohort, draw)
+    sent = method.open_round(method.initial_state(world.base, world.plan, draw), 1, cohort, draw)
     got = random_replies(sent, cohort, torch.float64, 1)
     assert got.stacked is not None
     got.stacked[3] *= 1e9
@@ -227,7 +227,7 @@ def test_an_attacker_is_shortened_by_the_server(world: World) -> None:
 
 def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
     method = make_method("fed_rac_lora")
-    with pytest.raises(ConfigError, match="take weights=uniform"):
+    with pytest.raises(ConfigError, match="take aggregation_weights=uniform"):
         run(world, method, RAGGED, rounds=1, treatment=private())
     treatment = private() | {"aggregator": Median()}
     with pytest.raises(ConfigError, match="aggregator=median"):

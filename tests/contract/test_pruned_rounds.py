@@ -83,8 +83,8 @@ def test_the_budget_is_kept_and_the_scale_follows_the_rank() -> None:
 @pytest.mark.parametrize("name", ["fedavg_lora", "fedex_lora"])
 @pytest.mark.parametrize("initial", ["kaiming_uniform", "pissa"])
 def test_links_rebuild_the_base_to_the_bit(name: str, initial: str) -> None:
-    method, world = pruned(name, initial=initial), make_world(conv1d)
-    first = method.init(world.base, world.plan, DRAW).base
+    method, world = pruned(name, init=initial), make_world(conv1d)
+    first = method.initial_state(world.base, world.plan, DRAW).base
     links = []
     for played in play_rounds(method, world, 7, DRAW):
         assert played.after.link is not None
@@ -105,7 +105,7 @@ def test_fedex_stays_exact_under_a_schedule() -> None:
 def test_components_that_do_not_matter_are_cut() -> None:
     """Only one row of A moves in each layer, the last one: that component is kept."""
     method, world = pruned(rule=replace(RULE, begin=0, end=1)), make_world()
-    state = method.init(world.base, world.plan, DRAW)
+    state = method.initial_state(world.base, world.plan, DRAW)
     cohort = some_cohort()
     (played,) = play_rounds(method, world, 1, DRAW, cohort)
     starts = {n: s.opening() for n, s in played.sent.uploaded().items()}
@@ -142,7 +142,7 @@ def test_bytes_fall_with_the_ranks_and_training_goes_on() -> None:
 
 @pytest.mark.parametrize("initial", ["kaiming_uniform", "lora_ga"])
 def test_a_run_under_a_schedule_resumes_to_the_bit(initial: str, tmp_path: Path) -> None:
-    world, method = make_world(), pruned("fedex_lora", rank=2, initial=initial)
+    world, method = make_world(), pruned("fedex_lora", rank=2, init=initial)
     whole = run(world, method, RAGGED, rounds=5, cohort=3)
     run(world, method, RAGGED, rounds=3, cohort=3, folder=tmp_path)
     resumed = run(world, method, RAGGED, rounds=5, cohort=3, folder=tmp_path, resume=True)
@@ -160,4 +160,4 @@ def test_methods_whose_components_do_not_live_on_are_refused() -> None:
 def test_a_target_that_cannot_be_met_is_refused(target: float, left: int) -> None:
     world = make_world()
     with pytest.raises(ConfigError, match=f"leaves {left} of the 9 components"):
-        pruned(rule=replace(RULE, target=target)).init(world.base, world.plan, DRAW)
+        pruned(rule=replace(RULE, target=target)).initial_state(world.base, world.plan, DRAW)

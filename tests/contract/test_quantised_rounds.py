@@ -296,14 +296,16 @@ def test_noise_is_rounded_and_its_rounding_not_told() -> None:
 def test_noise_is_not_put_on_updates_of_which_rounding_costs_a_fifth() -> None:
     level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
     private = {"privacy": level, "secret": Secret(bytes(range(32)))}
-    with pytest.raises(ConfigError, match=r"wire\.uplink=eden1.*take wire\.uplink=eden2"):
+    with pytest.raises(
+        ConfigError, match=r"compression\.uplink=eden1.*take compression\.uplink=eden2"
+    ):
         finished("fed_rac_lora", rounds=1, treatment=private, weights="uniform", uplink="eden1")
 
 
 def test_a_secure_sum_has_steps_of_its_own() -> None:
     secure = {"secure": SecAgg(clip=1.0, max_weight=9)}
     for bits in (BITS, ROTATED):
-        with pytest.raises(ConfigError, match=r"secure=secagg .* wire\.uplink"):
+        with pytest.raises(ConfigError, match=r"secure=secagg .* compression\.uplink"):
             finished("fed_rac_lora", treatment=secure, cohort=5, **bits)
     done = finished("fed_rac_lora", treatment=secure, cohort=5, downlink="int8")
     assert done.rows[-1]["rounding_down"] > 0

@@ -154,8 +154,8 @@ class Budgeted(Method):
         return self.inner.traits
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        return self.inner.init(base, plan, draw)
+    def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        return self.inner.initial_state(base, plan, draw)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -282,7 +282,9 @@ def test_methods_that_do_not_claim_budgets_refuse_them(variant: Variant) -> None
     with pytest.raises(ConfigError, match=f"rank budgets, but {type(method).__name__}"):
         check_ranks(method)
     world = make_world()
-    sent = method.open_round(method.init(world.base, world.plan, DRAW), 1, with_ranks(), DRAW)
+    sent = method.open_round(
+        method.initial_state(world.base, world.plan, DRAW), 1, with_ranks(), DRAW
+    )
     handed = sent.ranks is not None and sent.ranks.tolist() == list(RANKS)
     assert not handed, "the method hands budgets on: say ranks=True"
 
@@ -291,7 +293,7 @@ def test_methods_that_do_not_claim_budgets_refuse_them(variant: Variant) -> None
 def test_methods_that_claim_budgets_hand_them_on(variant: Variant, world: World) -> None:
     method = make_method(variant[0], **variant[1])
     check_ranks(method)
-    state = method.init(world.base, world.plan, DRAW)
+    state = method.initial_state(world.base, world.plan, DRAW)
     sent = method.open_round(state, 1, with_ranks(), DRAW)
     assert sent.ranks is not None
     assert sent.ranks.tolist() == list(RANKS)

@@ -53,4 +53,4 @@ def test_patterns_must_fit_the_layers_and_layers_a_pattern(name: str) -> None:
         ({"fc1": 2, "fc2": 3}, "no pattern that fits the layer fc3"),
     ):
         with pytest.raises(ConfigError, match=said):
-            make_method(name, rank=ranks).init(world.base, world.plan, DRAW)
+            make_method(name, rank=ranks).initial_state(world.base, world.plan, DRAW)

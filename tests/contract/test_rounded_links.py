@@ -44,18 +44,18 @@ Variant = tuple[str, dict[str, Any]]
 ROUNDS = 6
 WALKED = "links are steps along drawn directions, of which no number goes down in fewer bits"
 NUMBERS: list[Variant] = [  # of frozen factors whose numbers are sent
-    ("subspace_rac_lora", {"resample_every": 1}),
-    ("subspace_rac_lora", {"resample_every": 2, "basis": "coordinate"}),
-    ("subspace_rac_lora", {"resample_every": 3, "first": "gradient"}),
-    ("fed_rac_lora", {"resample_every": 2, "first": "gradient"}),
-    ("fed_rac_lora", {"resample_every": 3, "first": "gradient", "side": "left"}),
+    ("subspace_rac_lora", {"merge_every": 1}),
+    ("subspace_rac_lora", {"merge_every": 2, "basis": "coordinate"}),
+    ("subspace_rac_lora", {"merge_every": 3, "init": "gradient"}),
+    ("fed_rac_lora", {"merge_every": 2, "init": "gradient"}),
+    ("fed_rac_lora", {"merge_every": 3, "init": "gradient", "train": "A"}),
 ]
 VARIANTS = [*variants(), *NUMBERS]
 SHORT = {label(v) for v in VARIANTS if v[0] in {"subspace_rac_lora", "slora"} or v in NUMBERS}
-SHORT |= {"fed_rac_lora", "fed_rac_lora-resample_every=3", "fedavg_lora", "fedsvd", "rolora"}
-SHORT |= {"pool_rac_lora-refresh=4-resample_every=2", "decomfl"}
-WARM: list[Variant] = [*NUMBERS[3:], ("fedavg_lora", {}), ("fed_rac_lora", {"resample_every": 3})]
-WARM += [("pool_rac_lora", {"refresh": 4, "resample_every": 2}), ("fed_sb", {})]
+SHORT |= {"fed_rac_lora", "fed_rac_lora-merge_every=3", "fedavg_lora", "fedsvd", "rolora"}
+SHORT |= {"pool_rac_lora-refresh=4-merge_every=2", "decomfl"}
+WARM: list[Variant] = [*NUMBERS[3:], ("fedavg_lora", {}), ("fed_rac_lora", {"merge_every": 3})]
+WARM += [("pool_rac_lora", {"refresh": 4, "merge_every": 2}), ("fed_sb", {})]
 WAYS = [(variant, (kind, False)) for variant in VARIANTS for kind in ROUNDED]
 WAYS += [(variant, (kind, True)) for variant in WARM for kind in ("int8", "eden2")]
 
@@ -103,7 +103,7 @@ def finished() -> Finish:
     def give(variant: Variant, way: tuple[str, bool]) -> Done:
         if (key := (label(variant), way)) not in made:
             (name, changes), (kind, feedback) = variant, way
-            whole = name in IN_FULL or changes.get("initial") in STARTS
+            whole = name in IN_FULL or changes.get("init") in STARTS
             bits = {"uplink": kind, "downlink": "float32" if whole else kind}
             world = make_world(width=8 if kind.startswith("eden") else 1)
             method, seen = make_method(name, **changes), Seen()
@@ -199,7 +199,7 @@ def test_a_clients_weights_after_a_link_are_the_servers(
 
 @pytest.mark.short(when=lambda links, kind: kind == "int8")
 @pytest.mark.parametrize("kind", ["int8", "eden2"])
-@pytest.mark.parametrize("links", [v for v in NUMBERS if v[1]["resample_every"] > 1], ids=label)
+@pytest.mark.parametrize("links", [v for v in NUMBERS if v[1]["merge_every"] > 1], ids=label)
 def test_files_have_a_frozen_factor_as_it_was_sent(
     links: Variant, kind: str, tmp_path: Path
 ) -> None:

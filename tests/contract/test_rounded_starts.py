@@ -73,7 +73,7 @@ class Case:
 CASES = {
     "fedavg_lora": Case(oracle.means),
     "fed_cola": Case(oracle.links_of(1)),
-    "fed_relora": Case(oracle.links_of(2), {"resample_every": 2}),
+    "fed_relora": Case(oracle.links_of(2), {"merge_every": 2}),
     "fedex_lora": Case(oracle.fedex),
     "fedmomentum": Case(oracle.momentum),
     "fedrot_lora": Case(oracle.rot),
@@ -100,12 +100,12 @@ def world() -> World:
     x = torch_normal(rng, sum(SIZES), 7)
     samples = Samples({"x": x}, x @ torch_normal(rng, 4, 7).T)
     task = Task(model, (), "squared_error", ("loss",), divide(samples, SIZES), samples)
-    return world_of(task, head="average", bias="frozen")
+    return world_of(task, head="full", bias="frozen")
 
 
 def with_initial(name: str, initial: str | None = None) -> Method:
     more = {"rank": RANK, "alpha": ALPHA} | CASES[name].more
-    return make_method(name, **more | ({} if initial is None else {"initial": initial}))
+    return make_method(name, **more | ({} if initial is None else {"init": initial}))
 
 
 def asked_in(done: Run, clients: int) -> list[dict[str, Asked]]:
@@ -181,7 +181,7 @@ def test_of_every_drawing_too(name: str, initial: str, world: World) -> None:
 
 
 def test_there_is_a_case_for_every_method_with_a_first_factor() -> None:
-    named = {name for name in distinct() if "initial" in yaml_of(name)}
+    named = {name for name in distinct() if yaml_of(name).get("init", "random") != "random"}
     assert named <= CASES.keys() <= METHODS.keys()
 
 
@@ -199,7 +199,9 @@ def test_factors_that_hold_a_part_of_the_weights_go_down_in_full(
     except ConfigError:
         return  # a start that the method does not have
     for kind in ROUNDED:
-        with pytest.raises(ConfigError, match=r"wire\.downlink is .*take .*wire\.downlink=float32"):
+        with pytest.raises(
+            ConfigError, match=r"compression\.downlink is .*take .*compression\.downlink=float32"
+        ):
             run(world, method, STEPS, rounds=1, downlink=kind)
     done = run(world, method, replace(STEPS, lr=1e-9), rounds=2, uplink="int4")
     assert_close_trees(done.weights, world.base, 1e-7)
@@ -219,10 +221,10 @@ def test_what_learns_nothing_moves_nothing(variant: tuple[str, dict[str, Any]]) 
     Of every method, its biases and head: rounding is relative to what was learnt.
     """
     name, changes = variant
-    world, still = make_world(), replace(RAGGED, lr=1e-9, dense_lr=1e-9)
+    world, still = make_world(), replace(RAGGED, lr=1e-9, full_lr=1e-9)
     bits = {"uplink": "int4", "downlink": "int4"}
     method = make_method(name, **changes)
-    if name in WALKING or name == "frlora" or changes.get("initial") in STARTS:
+    if name in WALKING or name == "frlora" or changes.get("init") in STARTS:
         with pytest.raises(ConfigError, match=r"a part of the weights|along drawn directions"):
             run(world, method, still, rounds=1, **bits)
         return

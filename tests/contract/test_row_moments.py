@@ -1,4 +1,4 @@
-"""Rounds under ``local.moments=rows``: bytes, means, whoever goes on, and what is refused."""
+"""Rounds under ``local.optimizer_state=rows``: bytes, means, resuming, and what is refused."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from tests.messages import unpack_downlink
 
 ADAMW = LocalSettings(optimiser="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9)
 ROWWISE = LocalSettings(
-    optimiser="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9, moments="rows"
+    optimiser="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9, optimizer_state="rows"
 )
 COHORT, ROUNDS = 3, 4
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("fed_rac_lora", {}),
-    ("fed_rac_lora", {"side": "left", "resample_every": 3}),
+    ("fed_rac_lora", {"train": "A", "merge_every": 3}),
     ("ffa_lora", {}),
     ("fedavg_lora", {}),
     ("rolora", {}),
@@ -139,8 +139,8 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
             {"treatment": {"privacy": ClientLevel(clip=0.1)}, "weights": "uniform"},
             "privacy=client_level",
         ),
-        ("fed_rac_lora", {"uplink": "int8"}, "wire.uplink in fewer bits"),
-        ("fed_rac_lora", {"downlink": "bfloat16"}, "wire.downlink in fewer bits"),
+        ("fed_rac_lora", {"uplink": "int8"}, "compression.uplink in fewer bits"),
+        ("fed_rac_lora", {"downlink": "bfloat16"}, "compression.downlink in fewer bits"),
         (
             "fed_rac_lora",
             {"treatment": {"server_optimiser": Momentum(space="factors")}},
@@ -158,5 +158,5 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
 def test_what_it_does_not_go_with_is_refused_by_name(
     name: str, more: dict[str, Any], beside: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"local.moments=rows .*{beside}"):
+    with pytest.raises(ConfigError, match=f"local.optimizer_state=rows .*{beside}"):
         finished((name, {}), rounds=1, **more)

@@ -46,7 +46,7 @@ def apart(variant: Variant) -> bool:
     """Whether clients of a method train different numbers."""
     method, small, draw = make_method(variant[0], **variant[1]), make_world(), Draw(1)
     return method.open_round(
-        method.init(small.base, small.plan, draw), 1, cohort_of([*range(5)]), draw
+        method.initial_state(small.base, small.plan, draw), 1, cohort_of([*range(5)]), draw
     ).apart
 
 
@@ -62,7 +62,7 @@ TWENTY = (3, 5, 2, 4) * 5
 def secure(world: World, method: Any = None, **changes: Any) -> Run:
     """A run under secure aggregation."""
     weights = changes.pop("weights", "uniform")
-    settings = {"clip": 50.0, "max_weight": 9 if weights == "examples" else 1}
+    settings = {"clip": 50.0, "max_weight": 9 if weights == "samples" else 1}
     settings |= changes.pop("settings", {})
     treatment = dict(secure=SecAgg(**settings), **changes.pop("beside", {}))
     method = method or make_method("fed_rac_lora")
@@ -98,11 +98,11 @@ def leaving(monkeypatch: pytest.MonkeyPatch, when: dict[str, set[int]]) -> None:
 
 # Sums are of packed vectors, laid out by the method; its variants differ in their size alone.
 @pytest.mark.short(
-    when=lambda variant, weights: variant[0] in FORMS and (not variant[1] or weights == "examples")
+    when=lambda variant, weights: variant[0] in FORMS and (not variant[1] or weights == "samples")
 )
 @pytest.mark.parametrize(
     ("variant", "weights"),
-    [*((v, "uniform") for v in SAME), *((v, "examples") for v in SAME if v[0] == "fed_rac_lora")],
+    [*((v, "uniform") for v in SAME), *((v, "samples") for v in SAME if v[0] == "fed_rac_lora")],
     ids=lambda x: x if isinstance(x, str) else label(x),
 )
 def test_every_linear_method_gets_the_sum(variant: Variant, weights: str, world: World) -> None:
@@ -131,7 +131,7 @@ def test_the_error_of_a_round_is_within_the_bound(monkeypatch: pytest.MonkeyPatc
     result = found.worker.trainer.train(
         world.base,
         method.open_round(
-            method.init(world.base, world.plan, found.strategy.draw),
+            method.initial_state(world.base, world.plan, found.strategy.draw),
             1,
             cohort_of(rest),
             found.strategy.draw,
@@ -173,7 +173,7 @@ def test_clients_may_leave_at_every_stage(
     assert {f["client"] for f in found.rows[0]["failures"]} == left
     rest = [c for c in range(9) if c not in left]
     method, draw = found.strategy.method, found.strategy.draw
-    state = method.init(world.base, world.plan, draw)
+    state = method.initial_state(world.base, world.plan, draw)
     sent = method.open_round(state, 1, cohort_of(rest), draw)
     result = found.worker.trainer.train(
         world.base, sent, torch.tensor(rest), round_=1, rate_scale=1.0
@@ -231,7 +231,7 @@ def test_the_server_sees_no_client(world: World) -> None:
 
 def opened(found: Run, world: World) -> tuple[Any, torch.Tensor]:
     method, draw = found.strategy.method, found.strategy.draw
-    state = method.init(world.base, world.plan, draw)
+    state = method.initial_state(world.base, world.plan, draw)
     return method.open_round(state, 1, cohort_of([*range(5)]), draw), torch.arange(5)
 
 
@@ -285,8 +285,8 @@ def test_no_client_says_two_things_about_one_neighbour(world: World) -> None:
 
 def test_what_a_client_checks_itself(world: World) -> None:
     with pytest.raises(ClientError, match=r"no whole number.*secure\.max_weight=8"):
-        secure(world, weights="examples", settings={"max_weight": 8})
-    found = secure(world, weights="examples", settings={"max_weight": 8}, max_failures=1)
+        secure(world, weights="samples", settings={"max_weight": 8})
+    found = secure(world, weights="samples", settings={"max_weight": 8}, max_failures=1)
     assert [f["client"] for f in found.rows[0]["failures"]] == [1]
     short = secure(world, settings={"clip": 1e-3})
     moved = short.strategy.state.base["head.bias"] - world.base["head.bias"]
@@ -389,7 +389,7 @@ def test_what_looks_at_clients_is_refused_beside_it(world: World) -> None:
     with pytest.raises(ConfigError, match=r"privacy\.quantile .* secure=secagg"):
         secure(world, beside={"privacy": privacy})
     with pytest.raises(ConfigError, match=r"secure\.max_weight .*samples"):
-        secure(world, weights="examples", settings={"max_weight": 1})
+        secure(world, weights="samples", settings={"max_weight": 1})
     for variant in variants():
         method = make_method(variant[0], **variant[1])
         if not method.traits.linear:

@@ -52,7 +52,7 @@ DRAW = Draw(seed=17)
 RULES = [SERVER_OPTIMISERS[n]() for n in ("momentum", "adagrad", "adam", "yogi")]
 EXACT: list[Variant] = [
     ("fed_rac_lora", {}),
-    ("fed_rac_lora", {"side": "left", "resample_every": 3}),
+    ("fed_rac_lora", {"train": "A", "merge_every": 3}),
     ("fed_rac_lora", {"sketches": 2, "server_lr": 2.0}),
     ("ffa_lora", {}),
     ("flora_stacking", {}),
@@ -60,11 +60,11 @@ EXACT: list[Variant] = [
     ("rolora", {}),
     ("fedavg", {}),
 ]
-ADDED: list[Variant] = [("fedavg_lora", {}), ("fedavg_lora", {"resample_every": 2}), ("frlora", {})]
+ADDED: list[Variant] = [("fedavg_lora", {}), ("fedavg_lora", {"merge_every": 2}), ("frlora", {})]
 FACTORS: list[Variant] = [
     ("fed_rac_lora", {}),
-    ("fed_rac_lora", {"sketch": "gaussian", "side": "left"}),
-    ("fed_rac_lora", {"resample_every": 2}),
+    ("fed_rac_lora", {"sketch": "gaussian", "train": "A"}),
+    ("fed_rac_lora", {"merge_every": 2}),
     ("ffa_lora", {}),
     ("rolora", {}),
 ]
@@ -78,7 +78,10 @@ def world() -> World:
 
 def rounds(method: Method, world: World, rule: ServerOptimiser, count: int = 4) -> list[Played]:
     """Rounds of random replies that the server closes with its optimiser."""
-    state, loop = method.init(world.base, world.plan, DRAW), LoopConfig(count, 5, 5, 5, DRAW.seed)
+    state, loop = (
+        method.initial_state(world.base, world.plan, DRAW),
+        LoopConfig(count, 5, 5, 5, DRAW.seed),
+    )
     devices = DeviceSimulator(SystemConfig(), DRAW.seed, RAGGED)
     chosen = round_steps({"server_optimiser": rule, "local": RAGGED})
     steps = RoundSteps(chosen, RunContext(method, RAGGED, loop, devices), state)
@@ -153,7 +156,7 @@ def test_in_weights_an_inexact_method_is_followed_as_it_is(variant: Variant, wor
 def test_in_weights_links_are_dense_and_rebuild_the_base(variant: Variant, world: World) -> None:
     """What the downlink costs: every changed weight in full, for all methods alike."""
     method = make_method(variant[0], **variant[1])
-    first = method.init(world.base, world.plan, DRAW).base
+    first = method.initial_state(world.base, world.plan, DRAW).base
     links, catch_up = [], CatchUp(first, 3)
     for played in rounds(method, world, Momentum()):
         assert played.after.link is not None

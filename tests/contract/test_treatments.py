@@ -50,7 +50,7 @@ def test_of_clients_that_agree_every_rule_makes_their_update(
         pytest.skip("each client draws directions of its own, so equal clients send other numbers")
     method, draw = make_method(name, **changes), Draw(1)
     plain = run(same, method, local, rounds=2, chunk=5)
-    state = method.init(same.base, same.plan, draw)
+    state = method.initial_state(same.base, same.plan, draw)
     sent = method.open_round(state, 1, Cohort(torch.arange(5), torch.ones(5)), draw)
     for rule in RULES:
         if (rule.estimates and not method.traits.linear) or (rule.compares and sent.apart):
@@ -76,7 +76,7 @@ def test_attackers_and_no_others_send_something_else(variant: Variant, world: Wo
     name, changes = variant
     method, draw = make_method(name, **changes), Draw(1)
     clients = torch.arange(5)
-    state = method.init(world.base, world.plan, draw)
+    state = method.initial_state(world.base, world.plan, draw)
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(5)), draw)
     results = []
     for attack in (Attack(), SignFlip(0.4, 3.0)):

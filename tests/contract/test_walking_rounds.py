@@ -315,6 +315,6 @@ def test_what_does_not_go_with_walking_is_refused() -> None:
     with pytest.raises(ConfigError, match="drawn directions"):
         run(make_world(), Ferret(), LocalSettings(), rounds=1, downlink="int8")
     with pytest.raises(ConfigError, match="head"):
-        run(make_world(head="local"), FedKSeed(), LocalSettings(), rounds=1)
+        run(make_world(head="personal"), FedKSeed(), LocalSettings(), rounds=1)
     with pytest.raises(ConfigError, match=r"method\.steps"):
         FedKSeed(pro=True)

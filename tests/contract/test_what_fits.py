@@ -31,7 +31,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import Cohort, Draw
-from fedraclora.strategies.runner import mean_floats
+from fedraclora.strategies.outcome import mean_floats
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.strategies.wrappers.dora import Dora
@@ -40,7 +40,7 @@ from tests.messages import unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]
 DRAW = Draw(seed=17)
-LINKS = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, moments="run")
+LINKS = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, optimizer_state="run")
 
 
 @defaults_short
@@ -70,13 +70,13 @@ VARYING = [
 @pytest.mark.parametrize("variant", VARYING, ids=label)
 def test_moments_of_other_tensors_are_not_handed_on(variant: Variant, world: World) -> None:
     name, changes = variant
-    with pytest.raises(ConfigError, match=r"other tensors .*local\.moments is run"):
+    with pytest.raises(ConfigError, match=r"other tensors .*local\.optimizer_state is run"):
         run(world, make_method(name, **changes), LINKS, rounds=2)
-    some = replace(LINKS, moments="link", moments_kept=0.5)
-    with pytest.raises(ConfigError, match=r"local.moments_kept is 0.5"):
+    some = replace(LINKS, optimizer_state="merge", optimizer_state_kept=0.5)
+    with pytest.raises(ConfigError, match=r"local.optimizer_state_kept is 0.5"):
         run(world, make_method(name, **changes), some, rounds=2)
     often = allocated(make_method("fed_rac_lora"), HeteroLora(share=0.67, every=1))
-    with pytest.raises(ConfigError, match=r"local.moments=round or link"):
+    with pytest.raises(ConfigError, match=r"local.optimizer_state=round or link"):
         run(world, often, LINKS, rounds=2)
     run(world, make_method("fedavg_lora"), LINKS, rounds=2)
 
@@ -87,7 +87,7 @@ def test_moments_end_with_their_link_where_other_tensors_are_trained(
 ) -> None:
     """Links of one round: the run is that of moments of a round, and it is resumed to the bit."""
     name, changes = variant
-    link, rounds = replace(LINKS, moments="link"), 6
+    link, rounds = replace(LINKS, optimizer_state="merge"), 6
     for method in (
         make_method(name, **changes),
         allocated(make_method("fed_rac_lora"), HeteroLora(share=0.67, every=1)),
@@ -95,7 +95,7 @@ def test_moments_end_with_their_link_where_other_tensors_are_trained(
         more: dict[str, Any] = {"rounds": rounds, "cohort": 3}
         found = run(world, method, link, **more)
         if name != "slora":  # its second stage is one link
-            wanted = run(world, method, replace(link, moments="round"), **more)
+            wanted = run(world, method, replace(link, optimizer_state="round"), **more)
             assert_equal_trees(found.weights, wanted.weights)
         folder = tmp_path / type(method).__name__
         run(world, method, link, **more | {"rounds": 3}, folder=folder)
@@ -137,7 +137,7 @@ def test_fedsvd_keeps_as_many_orthonormal_rows_as_its_rank(rank: int, world: Wor
 
 def test_components_that_nobody_has_stay_under_hetlora(world: World) -> None:
     method = make_method("hetlora", rank=3)
-    state = method.init(world.base, world.plan, DRAW)
+    state = method.initial_state(world.base, world.plan, DRAW)
     for round_, budgets in enumerate(([1, 2, 1, 1], [3, 1, 2, 2], [1, 1, 1, 1]), start=1):
         ranks = torch.tensor(budgets)
         cohort = Cohort(some_cohort().clients, torch.tensor(UNEQUAL, dtype=torch.float64), ranks)
@@ -169,7 +169,7 @@ def test_a_residual_is_no_larger_than_it_must_be(world: World) -> None:
 
 def test_probes_are_not_clipped(world: World) -> None:
     """LoRA-GA begins from the gradient that the server would see, whatever steps are cut to."""
-    method = make_method("fedavg_lora", rank=2, initial="lora_ga")
+    method = make_method("fedavg_lora", rank=2, init="lora_ga")
     plain, cut = (
         run(world, method, LocalConfig(lr=0.1, steps=2, batch_size=4, clip=clip), rounds=1)
         for clip in (None, 0.01)
@@ -180,10 +180,10 @@ def test_probes_are_not_clipped(world: World) -> None:
 def test_bernoulli_lora_looks_at_both_sides_before_it_begins(world: World) -> None:
     for coins in range(4):
         with pytest.raises(ConfigError, match="rank"):
-            make_method("bernoulli_lora", rank=6, cap=False, coins=coins).init(
+            make_method("bernoulli_lora", rank=6, cap=False, coins=coins).initial_state(
                 world.base, world.plan, DRAW
             )
-        notes = make_method("bernoulli_lora", rank=6, coins=coins).init(
+        notes = make_method("bernoulli_lora", rank=6, coins=coins).initial_state(
             world.base, world.plan, DRAW
         )
         assert notes.notes
@@ -205,7 +205,9 @@ def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> Non
     """E[A^T A] = I of each part: lr s^2 c is n / r, in however many parts the drawing is cut."""
     for sketches in (1, 2, 3):
         method = make_method(name, rank=1, alpha="auto", sketches=sketches, normalise="identity")
-        sent = method.open_round(method.init(world.base, world.plan, DRAW), 1, some_cohort(), DRAW)
+        sent = method.open_round(
+            method.initial_state(world.base, world.plan, DRAW), 1, some_cohort(), DRAW
+        )
         for weight, adapter in sent.adapters.items():
             n = world.plan.targets[weight].shape[1]
             drawn = adapter.factors["A"].drawing
@@ -214,8 +216,8 @@ def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> Non
 
 
 def test_a_side_without_effect_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"method\.side is left.* with which neither"):
-        make_method("fedavg_lora", initial="pissa", side="left")
+    with pytest.raises(ConfigError, match=r"method\.zero_init is A.* neither"):
+        make_method("fedavg_lora", init="pissa", zero_init="A")
 
 
 def test_rank_budgets_are_shares_of_the_rank_under_magnitudes_too() -> None:

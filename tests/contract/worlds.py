@@ -31,6 +31,7 @@ from fedraclora.compose.choices import choice
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
+from fedraclora.engines.base import EngineParts
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.experiments.pages import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
@@ -56,7 +57,7 @@ from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.shared.walking import MOVES, AlongDirections
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.private import PrivateRounds
-from fedraclora.strategies.wiring import RoundsBuilder
+from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree, digest
@@ -117,9 +118,9 @@ def distinct() -> list[str]:
 
 
 POOLS = (
-    {"refresh": 4, "resample_every": 2},
+    {"refresh": 4, "merge_every": 2},
     {"refresh": 3, "sketch": "gaussian", "blocks": "independent"},
-    {"pool": 1, "side": "left", "server_lr": 1.75},
+    {"pool": 1, "train": "A", "server_lr": 1.75},
 )
 
 
@@ -136,21 +137,21 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912  a list
             continue
         seen.add(METHODS[name])
         if "side" in group:
-            yield name, {"side": "left"}
+            yield name, {"train": "A"}
             yield name, {"side": "auto"}
-        if "resample_every" in group:
-            yield name, {"resample_every": 3}
+        if "merge_every" in group:
+            yield name, {"merge_every": 3}
             bases = ({"pairs": True, "fresh": 0.0}, {"basis": "coordinate", "kept_scale": 0.5})
-            yield from ((name, b | {"resample_every": 1}) for b in bases if "pairs" in group)
-            starts = [s for s in ("pissa", "orthogonal") if "initial" in group]
-            yield from ((name, {"initial": s, "resample_every": None}) for s in starts)
+            yield from ((name, b | {"merge_every": 1}) for b in bases if "pairs" in group)
+            starts = [s for s in ("pissa", "orthogonal") if group.get("init", "random") != "random"]
+            yield from ((name, {"init": s, "merge_every": None}) for s in starts)
         if "blocks" in group:
             yield name, {"blocks": "cover"}
         if "sketch" in group:
             yield name, {"sketch": "gaussian", "normalise": "identity"}
         if "sketches" in group and "server_lr" in group:
-            yield name, {"sketches": 2, "resample_every": 1}
-            yield name, {"sketches": 2, "server_lr": 2.0, "side": "left", "resample_every": 3}
+            yield name, {"sketches": 2, "merge_every": 1}
+            yield name, {"sketches": 2, "server_lr": 2.0, "train": "A", "merge_every": 3}
         if "probability" in group:
             yield name, {"probability": 0.0}
         if "interval" in group:
@@ -162,7 +163,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912  a list
         if "seeds" in group:
             yield name, {"steps": 6, "pro": True}
         if "server_lr" in group and "directions" not in group:
-            yield name, {"server_lr": 1.75, "resample_every": 1}
+            yield name, {"server_lr": 1.75, "merge_every": 1}
 
 
 def is_personal(variant: tuple[str, dict[str, Any]]) -> bool:
@@ -284,8 +285,8 @@ def make_world(
     *,
     sizes: tuple[int, ...] = SIZES,
     width: int = 1,
-    head: str = "average",
-    bias: str = "average",
+    head: str = "full",
+    bias: str = "full",
     dtype: torch.dtype = torch.float64,
 ) -> World:
     """A classifier of 4 classes with ragged clients."""
@@ -321,7 +322,7 @@ def least_squares(sizes: tuple[int, ...] = SIZES) -> World:
     x = torch_normal(rng, sum(sizes), 7)
     samples = Samples({"x": x}, x @ torch_normal(rng, 5, 7).T)
     task = Task(model, (), "squared_error", ("loss",), divide(samples, sizes), samples)
-    return world_of(task, head="average", bias="frozen")
+    return world_of(task, head="full", bias="frozen")
 
 
 # --- one round with injected replies -------------------------------------------------------------
@@ -394,7 +395,7 @@ def play_rounds(
     """Several such rounds in a row; ``anew``: not those that were played before."""
     key = (repr(method), draw)  # the fields of some cannot be hashed
     kept = [] if anew or cohort else world.played.setdefault(key, [])
-    state = kept[-1].after if kept else method.init(world.base, world.plan, draw)
+    state = kept[-1].after if kept else method.initial_state(world.base, world.plan, draw)
     for round_ in range(len(kept) + 1, rounds + 1):
         kept.append(play(method, world, state, round_, cohort or some_cohort(), draw))
         state = kept[-1].after
@@ -631,7 +632,7 @@ def run(
     cohort: int | None = None,
     chunk: int = 2,
     seed: int = 1,
-    weights: str = "examples",
+    weights: str = "samples",
     aggregator: Aggregator = mean,
     attack: Attack | None = None,
     arrange: Arrange | None = None,
@@ -666,33 +667,31 @@ def run(
     treatment = treatment or {"aggregator": aggregator, "attack": attack or Attack()}
     security = treatment.get("secure")
     terms = SecAggTerms(security, weights) if isinstance(security, SecAgg) else None
-    store = ClientStore()
+    parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
     chosen = round_steps({**treatment, "local": local}, steps)
     for step in chosen:
         if isinstance(step, PrivateRounds):
             step.secret = treatment.get("secret")
 
     def loss(weights: Tree) -> dict[str, float]:
-        return {"loss": world.loss(personal(wired.strategy, store, weights))}
+        return {"loss": world.loss(personal(wired.strategy, parts.store, weights))}
 
-    wired = RoundsBuilder(
+    wired = wire(
         method,
-        trainer,
+        parts,
         loop,
         engine,
-        store=store,
-        terms=terms,
-        initial_state=method.init(world.base, world.plan, Draw(seed)),
+        state=method.initial_state(world.base, world.plan, Draw(seed)),
         callbacks=[Evaluate(loss)],
-        recorder=RunRecorder(folder, every=1, sync=False, store=store),
+        recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
         steps=chosen,
         measuring=measuring,
         system=system,
         kind=kind,
-    ).ready()
+    )
     assert isinstance(wired.grid, InProcessGrid)
-    wired.grid.worker = worker = RecordingWorker(trainer, engine.replica, store, terms)
+    wired.grid.worker = worker = RecordingWorker(trainer, engine.replica, parts.store, terms)
     if arrange is not None:
         arranged(wired.grid, arrange)
     wired.start()

@@ -16,7 +16,7 @@ from fedraclora.export import FORMATS
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "export.md"
 SMALL = [
     *("data=virtual", "data.held_out=50", "data.samples=20", "model.hidden=[9]", "clients=5"),
-    *("cohort=5", "rounds=2", "output.plots=false", "output.progress=false"),
+    *("clients_per_round=5", "rounds=2", "output.plots=false", "output.progress=false"),
 ]
 
 

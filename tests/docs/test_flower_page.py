@@ -184,7 +184,12 @@ def test_learning_rates_are_as_the_page_says() -> None:
     words = ("data=digits", "output.progress=false", "pretrain=none", "partition=iid")
 
     def reached(rate: float, **method: Any) -> float:
-        keys = {"clients": 20, "cohort": 5, "rounds": 15, "model": {"name": "mlp", "hidden": [128]}}
+        keys = {
+            "clients": 20,
+            "clients_per_round": 5,
+            "rounds": 15,
+            "model": {"name": "mlp", "hidden": [128]},
+        }
         found = [
             fedraclora.simulate(
                 *words, "evaluate.every=15", method=method, seed=seed,

@@ -91,9 +91,9 @@ def test_a_module_of_ones_own_runs_at_the_first_try(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("deploy local=3 data=own data.samples=mine:nothing", "has no nothing"),
-        ("deploy local=3 data=own", "nodes on this machine"),
-        ("deploy local=4 data=own data.samples=mine:samples", "client 3 .*0 targets"),
+        ("deploy nodes=3 data=own data.samples=mine:nothing", "has no nothing"),
+        ("deploy nodes=3 data=own", "nodes on this machine"),
+        ("deploy nodes=4 data=own data.samples=mine:samples", "client 3 .*0 targets"),
         ("deploy connection=far data=own data.samples=mine:samples clients=3", "leave it out"),
     ],
 )

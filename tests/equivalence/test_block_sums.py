@@ -9,7 +9,7 @@ from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.run.ledger import NONDETERMINISTIC
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server import exchange as exchange_module
 from fedraclora.strategies.server.loop import LoopConfig
@@ -25,7 +25,7 @@ WORDS = [
     "model.hidden=[6]",
     "output=study",
     "clients=80",
-    "cohort=80",
+    "clients_per_round=80",
     "rounds=3",
     "max_failures=9",
     "partition.alpha=5.0",
@@ -33,13 +33,13 @@ WORDS = [
 WHOLE = [32, 64, 80, 128]  # chunks that no block crosses
 
 
-def finished(*words: str) -> RunBuilder:
+def finished(*words: str) -> Assembled:
     run = assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
     run.strategy.run(run.grid)
     return run
 
 
-def bits(run: RunBuilder) -> tuple[str, list[dict[str, object]]]:
+def bits(run: Assembled) -> tuple[str, list[dict[str, object]]]:
     """Weights, and every fixed column of the ledger."""
     strategy = run.strategy
     weights = strategy.method.weights(strategy.state, strategy.draw)
@@ -114,14 +114,14 @@ def test_rows_come_where_a_block_is_cut_or_a_method_looks_at_clients(
     assert [r.reduced for r in seen] == [False] * len(seen)
 
 
-@pytest.mark.short(when=lambda chunk, weights: weights == "examples" or chunk == WHOLE[0])
+@pytest.mark.short(when=lambda chunk, weights: weights == "samples" or chunk == WHOLE[0])
 @pytest.mark.usefixtures("broken")
-@pytest.mark.parametrize("weights", ["examples", "uniform"])
+@pytest.mark.parametrize("weights", ["samples", "uniform"])
 @pytest.mark.parametrize("chunk", WHOLE)
 def test_failed_clients_leave_the_same_gaps(
     chunk: int, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = (f"engine.chunk={chunk}", f"weights={weights}")
+    words = (f"engine.chunk={chunk}", f"aggregation_weights={weights}")
     seen = replies_of(monkeypatch)
     summed = bits(finished(*words))
     assert all(reply.reduced for reply in seen)

@@ -15,6 +15,7 @@ from fedraclora.clients.engines import in_process
 from fedraclora.compose.choices import choice
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
+from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ClientError
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
@@ -25,7 +26,7 @@ from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.wiring import RoundsBuilder
+from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
@@ -53,7 +54,7 @@ def problem(bias: str = "frozen") -> tuple[Task, Plan]:
     samples = Samples({"x": normal("x", SIZE, 7)}, labels)
     train = Partitioned.of(samples, [np.arange(SIZE)])
     task = Task(model, ("fc2",), "cross_entropy", ("loss",), train, samples)
-    return task, make_plan(model, ("fc2",), head_policy="adapt", bias_policy=bias)
+    return task, make_plan(model, ("fc2",), head_policy="lora", bias_policy=bias)
 
 
 def preset(name: str, **changes: object) -> Method:
@@ -74,7 +75,7 @@ def trained(
         task = replace(task, train=train)
     trainer = CohortTrainer(task, plan, local, seed=SEED, device=torch.device("cpu"))
     loop = LoopConfig(rounds, clients, clients, chunk=2, seed=SEED, dtype="float64")
-    run = RoundsBuilder(method, trainer, loop, in_process()).ready()
+    run = wire(method, EngineParts.of(trainer, clients), loop, in_process())
     run.start()
     return run.strategy
 
@@ -109,7 +110,7 @@ class Plain:
         both: Whether the drawn factor is trained too.
         normalise: Of the drawing.
         every: Epochs of a link.
-        moments: ``link``: a new optimiser for each link; ``run``: one for all, whose parameters
+        moments: ``merge``: a new optimiser for each link; ``run``: one for all, whose parameters
             are written over; ``round``: a new one for each epoch.
     """
 
@@ -143,7 +144,7 @@ class Plain:
                         index = epoch // self.every if self.every else 0
                         pair["B"].zero_(), pair["A"].zero_()
                         pair[drawn] += sketch(self.kind, self.side, w, index, self.normalise)
-                if self.moments == "link":
+                if self.moments == "merge":
                     optim = optimiser(local, learnt)
             if self.moments == "round":
                 optim = optimiser(local, learnt)
@@ -165,7 +166,7 @@ def assert_close(found: Tree, wanted: Tree) -> None:
 
 LOCALS = pytest.mark.parametrize("local", [ADAMW, MOMENTUM], ids=["adamw", "momentum"])
 SIDES = pytest.mark.parametrize("side", ["right", "left"])
-LIVES = pytest.mark.parametrize("moments", ["round", "link", "run"])
+LIVES = pytest.mark.parametrize("moments", ["round", "merge", "run"])
 
 
 # What is drawn, whether both factors are trained, how it is normalised, and the rounds of a link.
@@ -175,6 +176,14 @@ PLAIN = {
     "asymmetric_lora": ("orthonormal", False, "rows", [None]),
     "rac_lora": ("gaussian", False, "none", [1, 2]),
 }
+
+
+def drawing(name: str, side: str) -> dict[str, str]:
+    """Say which factor is drawn, by the key of a method: A under a right sketch."""
+    label = "B" if side == "right" else "A"
+    return {"zero_init" if PLAIN[name][1] else "train": label}
+
+
 LINKS = [(name, every) for name, (*_, links) in PLAIN.items() for every in links]
 
 
@@ -187,8 +196,8 @@ def test_a_method_is_a_plain_loop(
 ) -> None:
     kind, both, normalise, _ = PLAIN[name]
     plain = Plain(kind, side, both, normalise, every, moments)
-    method = preset(name, side=side, normalise=normalise, resample_every=every)
-    found = trained(method, replace(local, moments=moments), rounds=5)
+    method = preset(name, **drawing(name, side), normalise=normalise, merge_every=every)
+    found = trained(method, replace(local, optimizer_state=moments), rounds=5)
     assert_close(weights_of(found), plain.train(local, epochs=5))
 
 
@@ -208,15 +217,15 @@ def test_full_fine_tuning_is_a_plain_loop(local: LocalConfig, moments: str) -> N
             nn.functional.cross_entropy(output, samples.target[rows]).backward()
             optim.step()
     wanted = {n: p.detach() for n, p in task.model.named_parameters()}
-    found = trained(preset("full"), replace(local, moments=moments), rounds=4, bias="average")
+    found = trained(preset("full"), replace(local, optimizer_state=moments), rounds=4, bias="full")
     assert_close(weights_of(found), wanted)
 
 
 def split(name: str, side: str) -> tuple[Method, Method]:
     """A method whose link is one round, and the same in links of three rounds."""
     return (
-        preset(name, side=side, resample_every=1),
-        preset(name, side=side, resample_every=3),
+        preset(name, **drawing(name, side), merge_every=1),
+        preset(name, **drawing(name, side), merge_every=3),
     )
 
 
@@ -233,7 +242,7 @@ def test_rounds_with_kept_moments_are_one_long_round(
     """
     whole, parts = split(name, side)
     long = trained(whole, replace(local, epochs=3), rounds=2, clients=clients)
-    short = trained(parts, replace(local, moments="link"), rounds=6, clients=clients)
+    short = trained(parts, replace(local, optimizer_state="merge"), rounds=6, clients=clients)
     assert_close(weights_of(short), weights_of(long))
     reset = trained(parts, local, rounds=6, clients=clients)
     gaps = [(weights_of(reset)[n] - v).abs().max() for n, v in weights_of(long).items()]
@@ -251,7 +260,7 @@ def pruned(state: dict[str, Any], share: float) -> None:
 
 def test_relora_keeps_the_largest_moments_and_the_count_of_steps() -> None:
     """A plain loop of two links, whose optimiser is pruned at the merge."""
-    share, local = 0.25, replace(ADAMW, moments="link", moments_kept=0.25)
+    share, local = 0.25, replace(ADAMW, optimizer_state="merge", optimizer_state_kept=0.25)
     task, _ = problem()
     W = {n: p.detach().clone() for n, p in task.model.named_parameters()}
     assert isinstance(task.train, Partitioned)
@@ -277,7 +286,7 @@ def test_relora_keeps_the_largest_moments_and_the_count_of_steps() -> None:
             optim.step()
     for i, w in enumerate(SHAPES):
         W[w] = (W[w] + scale * learnt[2 * i] @ learnt[2 * i + 1]).detach()
-    found = trained(preset("relora", resample_every=2), local, rounds=4)
+    found = trained(preset("relora", merge_every=2), local, rounds=4)
     assert_close(weights_of(found), W)
 
 
@@ -290,7 +299,7 @@ class ByTurns(FedRacLora):
 
     def turn(self, state: State) -> FedRacLora:
         side = "left" if state.memo.sketch % 2 else "right"
-        return FedRacLora(**vars(self) | {"side": side})
+        return FedRacLora(**vars(self) | {"train": "A" if side == "left" else "B"})
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -298,7 +307,7 @@ class ByTurns(FedRacLora):
 
 
 def by_turns(every: int) -> Method:
-    return ByTurns(rank=RANK, alpha=ALPHA, sketch="gaussian", resample_every=every)
+    return ByTurns(rank=RANK, alpha=ALPHA, sketch="gaussian", merge_every=every)
 
 
 @LOCALS
@@ -308,7 +317,9 @@ def test_links_that_train_other_factors_begin_with_no_moments(
 ) -> None:
     """A link of three rounds of one epoch is one round of three, B and A by turns."""
     long = trained(by_turns(1), replace(local, epochs=3), rounds=4, clients=clients)
-    short = trained(by_turns(3), replace(local, moments="link"), rounds=12, clients=clients)
+    short = trained(
+        by_turns(3), replace(local, optimizer_state="merge"), rounds=12, clients=clients
+    )
     assert_close(weights_of(short), weights_of(long))
     reset = trained(by_turns(3), local, rounds=12, clients=clients)
     gaps = [(weights_of(reset)[n] - v).abs().max() for n, v in weights_of(long).items()]
@@ -324,9 +335,9 @@ def test_other_factors_under_one_link_are_an_error_that_names_the_first() -> Non
         def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
             return replace(super().open_round(state, round_, cohort, draw), link=0)
 
-    method = Unnumbered(rank=RANK, alpha=ALPHA, resample_every=1)
+    method = Unnumbered(rank=RANK, alpha=ALPHA, merge_every=1)
     with pytest.raises(ClientError) as caught:
-        trained(method, replace(ADAMW, moments="link"), rounds=2)
+        trained(method, replace(ADAMW, optimizer_state="merge"), rounds=2)
     told = str(caught.value)
     assert "client 0 holds other tensors" in told
     assert "fc1.weight/B (6, 2), wanted is moments/first/fc1.weight/A (2, 7)" in told
@@ -339,7 +350,7 @@ def test_moments_of_a_link_of_one_round_are_those_of_the_round(name: str) -> Non
     def make() -> Method:
         return by_turns(1) if "turns" in name else preset(name)
 
-    found = trained(make(), replace(ADAMW, moments="link"), rounds=5, clients=2)
+    found = trained(make(), replace(ADAMW, optimizer_state="merge"), rounds=5, clients=2)
     wanted = trained(make(), ADAMW, rounds=5, clients=2)
     assert found.recorder.ledger.digest() == wanted.recorder.ledger.digest()
     assert_close(weights_of(found), weights_of(wanted))

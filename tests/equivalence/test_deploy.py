@@ -10,13 +10,14 @@ import torch
 from flwr.app import ArrayRecord
 
 from fedraclora.clients.cache import CACHE, MARKER
+from fedraclora.clients.engines import engine_of
+from fedraclora.commands.simulate import simulate
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.run.ledger import Row
 from fedraclora.run.rebuild import state_at
-from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.runner import execute
+from fedraclora.strategies.outcome import execute
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
@@ -30,11 +31,11 @@ from tests.campaigns.faults.network import (
     rows,
     small,
 )
-from tests.common import simulated, summary_of
+from tests.common import summary_of
 
 
 def inline(words: list[str], folder: Path) -> dict[str, object]:
-    simulated(small(words, folder, "inline"), folder)
+    simulate(small(words, folder, "inline"), folder)
     return summary_of(folder)
 
 
@@ -51,12 +52,15 @@ def base_at(folder: Path, version: int) -> str:
 @pytest.mark.parametrize(
     "words",
     [
-        ["method=fed_rac_lora", "head=average", "bias=average"],
-        ["method=pool_rac_lora", "method.pool=2", "clients=5", "cohort=2"],
+        ["method=fed_rac_lora", "head=full", "bias=full"],
+        ["method=pool_rac_lora", "method.pool=2", "clients=5", "clients_per_round=2"],
         ["method=fedavg_lora"],
         ["method=fedavg"],
         *(
-            pytest.param([f"method={name}", *more, "clients=5", "cohort=2"], marks=pytest.mark.slow)
+            pytest.param(
+                [f"method={name}", *more, "clients=5", "clients_per_round=2"],
+                marks=pytest.mark.slow,
+            )
             for name, *more in (
                 ("decomfl", "method.steps=2", "method.momentum=0.9", "local.lr=0.002"),
                 ("fedkseed", "method.seeds=64", "local.lr=0.002"),
@@ -65,46 +69,51 @@ def base_at(folder: Path, version: int) -> str:
             )
         ),
         pytest.param(
-            ["method=subspace_rac_lora", "rounds=5", "clients=5", "cohort=2"],
+            ["method=subspace_rac_lora", "rounds=5", "clients=5", "clients_per_round=2"],
             marks=pytest.mark.slow,
         ),
         [
-            "wire.uplink=eden3",
-            "wire.uplink_coding=zstd",
-            "wire.downlink=int8",
-            "wire.downlink_coding=zstd",
-            "wire.feedback=true",
-            "method.resample_every=2",
+            "compression.uplink=eden3",
+            "compression.uplink_coding=zstd",
+            "compression.downlink=int8",
+            "compression.downlink_coding=zstd",
+            "compression.feedback=true",
+            "method.merge_every=2",
         ],
         pytest.param(
             [
-                "wire.uplink=eden2",
-                "wire.uplink_coding=zstd",
-                "wire.downlink=eden2",
-                "wire.downlink_coding=zstd",
+                "compression.uplink=eden2",
+                "compression.uplink_coding=zstd",
+                "compression.downlink=eden2",
+                "compression.downlink_coding=zstd",
                 "clients=5",
-                "cohort=2",
+                "clients_per_round=2",
             ],
             marks=pytest.mark.slow,
         ),
-        ["local=momentum", "rounds=4", "clients=5", "cohort=2"],
+        ["local=momentum", "rounds=4", "clients=5", "clients_per_round=2"],
         pytest.param(
-            ["local.moments=rows", "local=adamw", "clients=5", "cohort=2"],
+            ["local.optimizer_state=rows", "local=adamw", "clients=5", "clients_per_round=2"],
             marks=pytest.mark.slow,
         ),
         pytest.param(
             [
-                "wire.downlink=int8",
-                "wire.downlink_coding=zstd",
+                "compression.downlink=int8",
+                "compression.downlink_coding=zstd",
                 "method=pool_rac_lora",
                 "method.refresh=4",
                 "rounds=6",
                 "clients=5",
-                "cohort=2",
+                "clients_per_round=2",
             ],
             marks=pytest.mark.slow,
         ),
-        ["pretrain=digits_0_4", "pretrain.epochs=1", "data.labels=[5,6,7,8,9]", "weights=uniform"],
+        [
+            "pretrain=digits_0_4",
+            "pretrain.epochs=1",
+            "data.labels=[5,6,7,8,9]",
+            "aggregation_weights=uniform",
+        ],
     ],
     ids=lambda words: words[0],
 )
@@ -142,7 +151,7 @@ def test_whoever_was_away_ends_with_the_right_weights(tmp_path: Path) -> None:
             shutil.rmtree(network.cache / str(names[0]))
 
     network.on_round = move
-    words = ["rounds=51", "engine.min_clients=1", "head=average", "local.epochs=1"]
+    words = ["rounds=51", "engine.min_clients=1", "head=full", "local.epochs=1"]
     deploy(words, folder, network)
     found = rows(folder)
     absent = {r: {f["client"] for f in found[r]["failures"]} for r in (18, 19, 39, 40, 49, 50, 51)}  # type: ignore[attr-defined]
@@ -189,13 +198,19 @@ def test_a_cache_that_is_not_what_it_was_is_replaced_once(harm: str, tmp_path: P
     [
         ["method=fedavg"],
         ["method=fed_rac_lora", "method.rank=90"],
-        ["method=fedavg", "wire.uplink=int8", "wire.downlink=int8"],
+        ["method=fedavg", "compression.uplink=int8", "compression.downlink=int8"],
     ],
 )
 def test_payload_of_the_ledger_is_what_is_serialised(words: list[str], tmp_path: Path) -> None:
     """Payloads of a megabyte and more: within 2 %, and each message holds one array for each."""
     network = Network(tmp_path / "cache", nodes_for(2))
-    sized = ["model.hidden=[1024,1024]", "clients=2", "cohort=2", "rounds=2", "local.steps=1"]
+    sized = [
+        "model.hidden=[1024,1024]",
+        "clients=2",
+        "clients_per_round=2",
+        "rounds=2",
+        "local.steps=1",
+    ]
     deploy([*sized, *words], tmp_path / "run", network)
     _, *done = rows(tmp_path / "run")
     payload = sum(int(str(r["uplink_total"])) + int(str(r["downlink_total"])) for r in done[-1:])
@@ -210,7 +225,7 @@ def test_payload_of_the_ledger_is_what_is_serialised(words: list[str], tmp_path:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["local=momentum", "local.moments=link", "method.resample_every=7"]]
+    "words", [[], ["local=momentum", "local.optimizer_state=merge", "method.merge_every=7"]]
 )
 def test_a_server_that_goes_on_from_a_checkpoint_takes_clients_back_with_it(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,7 +265,7 @@ def test_a_run_that_began_in_process_goes_on_deployed(tmp_path: Path) -> None:
 
     config = from_plain(small(words, cut, "inline"), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        execute(RunBuilder(config, cut, callbacks=[AfterRound(stop)]))
+        execute(config, cut, engine_of, callbacks=[AfterRound(stop)])
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy(words, cut, network, resume=True)
     assert summary_of(cut)["weights_digest"] == wanted["weights_digest"]

@@ -16,6 +16,7 @@ import pytest
 import fedraclora
 from fedraclora.commands import deploy
 from fedraclora.commands.deploy import Record
+from fedraclora.commands.simulate import simulate
 from fedraclora.compose.overrides import composed
 from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import COMPLETED
@@ -26,7 +27,7 @@ from fedraclora.experiments.bench.usage import descendants
 from fedraclora.run.ledger import number, read_ledger
 from tests.campaigns.faults.real import Drill, client_processes, wait_for
 from tests.campaigns.faults.trials import absent, final_weights
-from tests.common import simulated, summary_of
+from tests.common import summary_of
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root
 
@@ -61,7 +62,7 @@ def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
 ) -> None:
     """Followed from here as one on another machine would be: the server has its own folder."""
     here, there, alone = (tmp_path / name for name in ("here", "there", "vectorised"))
-    sizes = ["clients=7", "cohort=7", "engine.chunk=4"]
+    sizes = ["clients=7", "clients_per_round=7", "engine.chunk=4"]
     folders = [f"output.dir={here}", f"engine.folder={there}"]
     request = deploy.prepare([*WORDS, *sizes, *folders], None)
     words, take = set[str](), Record.take
@@ -76,7 +77,7 @@ def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
     assert "--token-file" in words  # of the server; nobody can read the tokens of tasks
     assert "--token" not in words
     assert "final accuracy" in capsys.readouterr().out
-    simulated(composed([*WORDS, *sizes, "engine=vectorised", f"output.dir={alone}"]), alone)
+    simulate(composed([*WORDS, *sizes, "engine=vectorised", f"output.dir={alone}"]), alone)
     wanted, found = summary_of(alone), summary_of(here)
     assert found["weights_digest"] == wanted["weights_digest"]
     one, both = (number(read_ledger(f / "ledger.jsonl")[2], "catchup_bytes") for f in (here, alone))
@@ -92,7 +93,13 @@ def test_a_preset_of_tune_is_deployed_with_the_bits_of_simulate(
 ) -> None:
     """By its name alone, as it was written."""
     tuned, here, there, alone = (tmp_path / name for name in ("tuned", "here", "there", "alone"))
-    task = ["data=digits", "data.labels=null", "model.hidden=[12]", "clients=7", "cohort=7"]
+    task = [
+        "data=digits",
+        "data.labels=null",
+        "model.hidden=[12]",
+        "clients=7",
+        "clients_per_round=7",
+    ]
     task += ["rounds=2", "output.progress=false"]
     limits = {"runs": 2, "sizes": [1], "test_seeds": [0]}
     fedraclora.tune(*task, tune=limits, folder=tuned)
@@ -174,7 +181,7 @@ def test_a_run_that_fails_has_its_words_and_its_status(
 ) -> None:
     """The server cannot make its folder."""
     (tmp_path / "file").write_text("")
-    words = [*WORDS, "clients=2", "cohort=2", f"output.dir={tmp_path / 'here'}"]
+    words = [*WORDS, "clients=2", "clients_per_round=2", f"output.dir={tmp_path / 'here'}"]
     request = deploy.prepare([*words, f"engine.folder={tmp_path / 'file' / 'run'}"], None)
     with pytest.raises(EngineError, match=r"finished:failed: .*cannot make the folder"):
         deploy.run(request, deployment.connection, None)
@@ -185,7 +192,7 @@ def test_a_run_that_fails_has_its_words_and_its_status(
 def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Path) -> None:
     """And it can be gone on with."""
     folder = tmp_path / "run"
-    words = [*WORDS, "rounds=40", "local=2", f"output.dir={folder}", "output.checkpoint_every=1"]
+    words = [*WORDS, "rounds=40", "nodes=2", f"output.dir={folder}", "output.checkpoint_every=1"]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "fedraclora.commands.cli", "deploy", *words]
     process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
@@ -199,7 +206,7 @@ def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Pa
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted after round" in said
-    assert f"go on with: fedraclora deploy local=2 resume={folder}" in said
+    assert f"go on with: fedraclora deploy nodes=2 resume={folder}" in said
     assert not [*tmp_path.glob("fedraclora-*")]
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert str(tmp_path) not in listed.stdout

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from fedraclora.clients import node as client_node
 from fedraclora.clients import respond
 from fedraclora.clients.cache import served
+from fedraclora.commands.simulate import simulate
 from fedraclora.engines.deploy import grid
 from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.errors import ClientError, ConfigError
@@ -21,7 +22,7 @@ from fedraclora.wire.records import clients_of
 from tests.campaigns.faults.harms import header, stays_silent, vector
 from tests.campaigns.faults.network import Network, deploy, rows, small
 from tests.campaigns.faults.trials import absent, final_weights
-from tests.common import simulated, summary_of
+from tests.common import summary_of
 
 NODES: dict[int, dict[str, Any]] = {
     11: {"partition-ids": "0, 2,5"},
@@ -29,12 +30,12 @@ NODES: dict[int, dict[str, Any]] = {
     9: {"partition-ids": "4,6 1"},
 }
 IN_A_ROW: dict[int, dict[str, Any]] = {5: {"partition-ids": "0-3"}, 3: {"partition-ids": "4-6"}}
-SEVEN = ["clients=7", "cohort=7", "rounds=2"]
+SEVEN = ["clients=7", "clients_per_round=7", "rounds=2"]
 ONCE = "output.checkpoint_every=1"
 
 
-def in_process(words: list[str], folder: Path, engine: str = "inline") -> dict[str, object]:
-    simulated(small([*SEVEN, *words], folder, engine), folder)
+def simulated(words: list[str], folder: Path, engine: str = "inline") -> dict[str, object]:
+    simulate(small([*SEVEN, *words], folder, engine), folder)
     return summary_of(folder)
 
 
@@ -50,18 +51,18 @@ def who(message: Message) -> list[int]:
 @pytest.mark.parametrize(
     "words",
     [
-        ["head=average", "evaluate.clients=cohort", "cohort=5"],
+        ["head=full", "evaluate.clients=round", "clients_per_round=5"],
         pytest.param(
             [
-                "wire.uplink=int4",
-                "wire.downlink=int8",
-                "wire.feedback=true",
-                "method.resample_every=2",
+                "compression.uplink=int4",
+                "compression.downlink=int8",
+                "compression.feedback=true",
+                "method.merge_every=2",
             ],
             marks=pytest.mark.slow,
         ),
-        ["method.sketches=2", "wire.uplink=int8"],
-        ["secure=secagg", "weights=uniform", ONCE],
+        ["method.sketches=2", "compression.uplink=int8"],
+        ["secure=secagg", "aggregation_weights=uniform", ONCE],
         pytest.param(["method=fedsa_lora", "evaluate.clients=all"], marks=pytest.mark.slow),
     ],
     ids=lambda words: words[0],
@@ -71,7 +72,7 @@ def test_one_message_a_node_has_the_bits_of_one_for_each_client(
 ) -> None:
     network = Network(tmp_path / "cache", NODES)
     deploy([*SEVEN, *words], tmp_path / "run", network)
-    wanted = in_process(words, tmp_path / "inline")
+    wanted = simulated(words, tmp_path / "inline")
     assert summary_of(tmp_path / "run")["weights_digest"] == wanted["weights_digest"]
     for mine, plain in zip(rows(tmp_path / "run"), rows(tmp_path / "inline"), strict=True):
         same = {"train_loss", "local_steps", "failures", "uplink_bytes", "notes"}
@@ -87,9 +88,9 @@ def test_one_message_a_node_has_the_bits_of_one_for_each_client(
 
 
 def test_chunks_that_lie_on_one_node_have_the_bits_of_vectorised(tmp_path: Path) -> None:
-    words = ["engine.chunk=4", "head=average"]
+    words = ["engine.chunk=4", "head=full"]
     deploy([*SEVEN, *words], tmp_path / "run", Network(tmp_path / "cache", IN_A_ROW))
-    wanted = in_process(words, tmp_path / "vectorised", "vectorised")
+    wanted = simulated(words, tmp_path / "vectorised", "vectorised")
     assert summary_of(tmp_path / "run")["weights_digest"] == wanted["weights_digest"]
     assert wanted["chunk"] == summary_of(tmp_path / "run")["chunk"] == 4
     assert not any("incidents" in row for row in rows(tmp_path / "run"))
@@ -104,7 +105,7 @@ def test_weights_and_what_all_share_are_sent_to_a_node_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where its clients are too many for one message; the count is that of the messages."""
-    words = [*SEVEN, "method=fedavg", "wire.downlink=int8", "rounds=3"]
+    words = [*SEVEN, "method=fedavg", "compression.downlink=int8", "rounds=3"]
     alone = {900 + k: {"partition-id": k} for k in range(7)}
     sizes, digests = {}, set()
     for name, nodes in (("alone", alone), ("one", NODES), ("several", NODES)):
@@ -168,8 +169,8 @@ def test_a_client_of_a_node_that_fails_is_left_out_alone(tmp_path: Path) -> None
         return [reply]
 
     network.fault = fault
-    words = [*SEVEN, "rounds=6", "local=momentum", "local.moments=link"]
-    words += ["method.resample_every=7", "engine.min_clients=1"]
+    words = [*SEVEN, "rounds=6", "local=momentum", "local.optimizer_state=merge"]
+    words += ["method.merge_every=7", "engine.min_clients=1"]
     deploy(words, tmp_path / "run", network)
     failures: list[Any] = [row["failures"] for row in rows(tmp_path / "run")[1:]]
     ids = [[f["client"] for f in each] for each in failures]

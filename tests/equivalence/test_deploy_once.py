@@ -28,7 +28,7 @@ from tests.common import summary_of
 
 ONCE = "output.checkpoint_every=1"
 NOISY = ["local=dp_sgd", "local.lr=0.1", "local.dp.noise_multiplier=3", ONCE]
-SECURE = ["clients=5", "cohort=5", "weights=uniform", "secure=secagg", ONCE]
+SECURE = ["clients=5", "clients_per_round=5", "aggregation_weights=uniform", "secure=secagg", ONCE]
 
 
 def round_of_message(message: Message) -> int:
@@ -178,6 +178,6 @@ def test_a_secure_round_that_was_cut_short_is_given_up(tmp_path: Path) -> None:
 
 def test_a_server_that_could_not_go_back_is_told_before_it_starts(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes_for(3))
-    for words in (["local=dp_sgd"], ["secure=secagg", "weights=uniform"]):
+    for words in (["local=dp_sgd"], ["secure=secagg", "aggregation_weights=uniform"]):
         with pytest.raises(ConfigError, match=r"set output\.checkpoint_every=1"):
             deploy(words, tmp_path / "run", network)

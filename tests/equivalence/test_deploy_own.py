@@ -12,6 +12,7 @@ import torch
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients.cache import CACHE
+from fedraclora.commands.simulate import simulate
 from fedraclora.data.fit import Form, gathered
 from fedraclora.data.own import read_own
 from fedraclora.data.own_set import own_samples
@@ -19,7 +20,7 @@ from fedraclora.errors import ClientError, ConfigError, DataError
 from fedraclora.imports import import_object
 from tests.campaigns.faults.network import Network, composed, rows, serve
 from tests.campaigns.wire import raw
-from tests.common import simulated, summary_of
+from tests.common import summary_of
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "deploy"
 WORDS = [
@@ -35,10 +36,10 @@ WORDS = [
     "method.rank=3",
     "method.alpha=2",
     "clients=3",
-    "cohort=3",
+    "clients_per_round=3",
     "rounds=3",
     "local.lr=0.1",
-    "head=average",
+    "head=full",
     "output=study",
 ]
 
@@ -68,7 +69,7 @@ def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
     run(tmp_path / "run", Network(tmp_path / "cache", nodes))
     inline = tmp_path / "inline"
     words = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={inline}"]
-    simulated(composed([*WORDS, *words]), inline)
+    simulate(composed([*WORDS, *words]), inline)
     found, wanted = summary_of(tmp_path / "run"), summary_of(inline)
     assert found["weights_digest"] == wanted["weights_digest"]
     assert [r.get("metrics") for r in rows(tmp_path / "run")] == [
@@ -97,7 +98,7 @@ def files_of(folder: Path, **changes: float) -> dict[int, dict[str, bool | float
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["evaluate.clients=cohort"], ["local=dp_sgd", "local.dp.noise_multiplier=1"]]
+    "words", [[], ["evaluate.clients=round"], ["local=dp_sgd", "local.dp.noise_multiplier=1"]]
 )
 def test_a_client_whose_samples_change_is_refused_by_name_and_nobody_else(
     words: list[str], tmp_path: Path
@@ -178,14 +179,14 @@ def test_parts_of_ones_own_have_the_bits_of_inline(
     nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
         1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)
     }
-    words = ["method=deployed_parts:Method", "method.boost=2", "rounds=2", "cohort=2"]
+    words = ["method=deployed_parts:Method", "method.boost=2", "rounds=2", "clients_per_round=2"]
     words += ["steps=[deployed_parts:Doubled]"]
     extras = "local.extras=[{name: deployed_parts:Decay, rate: 0.3}]"
     run(tmp_path / "run", Network(tmp_path / "cache", nodes), *words, extras)
     digests = {}
     for name, more in (("same", [extras]), ("without", [])):
         own = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={tmp_path / name}"]
-        simulated(composed([*WORDS, *own, *words, *more]), tmp_path / name)
+        simulate(composed([*WORDS, *own, *words, *more]), tmp_path / name)
         digests[name] = summary_of(tmp_path / name)["weights_digest"]
     assert summary_of(tmp_path / "run")["weights_digest"] == digests["same"] != digests["without"]
     assert [row.get("doubled") for row in rows(tmp_path / "run")] == [
@@ -202,7 +203,7 @@ def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path
     run(tmp_path / "run", Network(tmp_path / "cache", nodes), "data.test_function=null", "rounds=2")
     inline = tmp_path / "inline"
     words = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={inline}"]
-    simulated(composed([*WORDS, *words, "rounds=2"]), inline)
+    simulate(composed([*WORDS, *words, "rounds=2"]), inline)
     found = summary_of(tmp_path / "run")
     assert found["weights_digest"] == summary_of(inline)["weights_digest"]
     assert found["metrics"] == {}
@@ -216,8 +217,12 @@ LEAST = "evaluate.min_clients=3"
 @pytest.mark.parametrize(
     "words",
     [
-        ["head=average", "method=fedsa_lora"],
-        ["head=local", *["secure=secagg", "weights=uniform", "output.checkpoint_every=1"], LEAST],
+        ["head=full", "method=fedsa_lora"],
+        [
+            "head=personal",
+            *["secure=secagg", "aggregation_weights=uniform", "output.checkpoint_every=1"],
+            LEAST,
+        ],
     ],
     ids=["factors", "head and secure sums"],
 )
@@ -231,7 +236,7 @@ def test_what_stays_at_a_client_is_measured_there(words: list[str], tmp_path: Pa
     run(tmp_path / "run", Network(tmp_path / "cache", nodes), *more)
     inline = tmp_path / "inline"
     own = ["engine=inline", "data.samples=clinic.data:owner", "data.test_fraction=0"]
-    simulated(composed([*WORDS, *own, f"output.dir={inline}", *more]), inline)
+    simulate(composed([*WORDS, *own, f"output.dir={inline}", *more]), inline)
     for found, wanted in zip(rows(tmp_path / "run"), rows(inline), strict=True):
         assert found["metrics"] == wanted["metrics"]
         assert found["clients"] == wanted["clients"]

@@ -12,6 +12,7 @@ import pytest
 from flwr.app import Message
 
 from fedraclora.clients.secure import MEASUREMENTS
+from fedraclora.commands.simulate import simulate
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.records import from_records
@@ -27,16 +28,23 @@ from tests.campaigns.faults.harms import raises
 from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small
 from tests.campaigns.faults.real import Drill, end_node
 from tests.campaigns.faults.trials import absent
-from tests.common import simulated, summary_of
+from tests.common import summary_of
 
 ONCE = "output.checkpoint_every=1"  # real clients answer a round once
-SECURE = ["clients=5", "cohort=5", "weights=uniform", "secure=secagg", "rounds=2", ONCE]
+SECURE = [
+    "clients=5",
+    "clients_per_round=5",
+    "aggregation_weights=uniform",
+    "secure=secagg",
+    "rounds=2",
+    ONCE,
+]
 
 TOOK = {"uplink_bytes", "downlink_bytes", "texts_up", "texts_down"}
 
 
 def test_the_bits_are_those_of_a_simulation_and_keys_are_forgotten(tmp_path: Path) -> None:
-    simulated(small(SECURE, tmp_path / "inline", "inline"), tmp_path / "inline")
+    simulate(small(SECURE, tmp_path / "inline", "inline"), tmp_path / "inline")
     network = Network(tmp_path / "cache", nodes_for(5))
     deploy(SECURE, tmp_path / "run", network)
     found, wanted = summary_of(tmp_path / "run"), summary_of(tmp_path / "inline")
@@ -138,7 +146,7 @@ def test_a_client_that_is_gone_while_measurements_are_summed_is_left_out(
         return measured and clients_of(asked) == [3]
 
     network = Network(tmp_path / "cache", nodes_for(5), raises(lost))
-    words = ["rounds=1", "evaluate.clients=cohort", f"evaluate.min_clients={least}"]
+    words = ["rounds=1", "evaluate.clients=round", f"evaluate.min_clients={least}"]
     deploy([*SECURE, *words], tmp_path / "run", network)
     for row in rows(tmp_path / "run"):
         found: Any = row["clients"]
@@ -167,7 +175,12 @@ def test_the_noise_of_a_real_client_is_not_in_the_seed(tmp_path: Path) -> None:
 
 
 def test_the_same_key_gives_the_same_private_deployment(tmp_path: Path) -> None:
-    words = ["privacy=client_level", "privacy.delta=1e-3", "weights=uniform", "cohort=2"]
+    words = [
+        "privacy=client_level",
+        "privacy.delta=1e-3",
+        "aggregation_weights=uniform",
+        "clients_per_round=2",
+    ]
     words += ["output.checkpoint_every=1"]
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy([*words, "rounds=4"], tmp_path / "run", network)
@@ -189,7 +202,7 @@ def test_an_attack_is_for_simulations(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_secure_sums_of_real_nodes_of_which_one_is_killed(tmp_path: Path) -> None:
     """Four SuperNodes with TLS; one dies in the second round, with a client process in it."""
-    words = ["clients=4", "cohort=4", "rounds=2", "weights=uniform", ONCE]
+    words = ["clients=4", "clients_per_round=4", "rounds=2", "aggregation_weights=uniform", ONCE]
     secured = [*words, "secure=secagg", "secure.clip=100"]
     with LocalDeployment([[0], [1], [2], [3]]) as running:
         job = Drill(running, tmp_path / "run", secured)

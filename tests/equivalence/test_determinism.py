@@ -25,7 +25,7 @@ from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
@@ -47,44 +47,44 @@ SMALL = [
     "output.chain=true",
     "engine.chunk=2",
     f"clients={CLIENTS}",
-    f"cohort={COHORT}",
+    f"clients_per_round={COHORT}",
     f"rounds={ROUNDS}",
 ]
 # Every method, and sketches that live over the places where runs are cut.
 RUNS = {name: [f"method={name}"] for name in METHODS} | {
-    "carried": ["method=fed_rac_lora", "method.resample_every=4"],
-    "pool": ["method=pool_rac_lora", "method.pool=2", "method.refresh=3", "method.side=left"],
-    "left cover": ["method=fed_rac_lora", "method.side=left", "method.blocks=cover"],
+    "carried": ["method=fed_rac_lora", "method.merge_every=4"],
+    "pool": ["method=pool_rac_lora", "method.pool=2", "method.refresh=3", "method.train=A"],
+    "left cover": ["method=fed_rac_lora", "method.train=A", "method.blocks=cover"],
     "moments": [
         "method=cola",
-        "method.resample_every=3",
+        "method.merge_every=3",
         "local=adamw",
-        "local.moments=link",
-        "local.moments_kept=0.1",
+        "local.optimizer_state=merge",
+        "local.optimizer_state_kept=0.1",
     ],
     "moments of groups": [
         "method=fed_rac_lora",
         "method.sketches=2",
-        "method.resample_every=3",
+        "method.merge_every=3",
         "local=adamw",
-        "local.moments=run",
+        "local.optimizer_state=run",
     ],
     "projected moments": [
         "method=galore_average",
         "method.gap=3",
         "method.scale=0.5",
         "local=adamw",
-        "local.moments=run",
+        "local.optimizer_state=run",
     ],
     "adamw": ["method=fedavg_lora", "local=adamw"],
-    "moments of rows": ["method=subspace_rac_lora", "local=adamw", "local.moments=rows"],
-    "pool in fewer bits": ["method=pool_rac_lora", "method.refresh=4", "wire.downlink=int8"],
+    "moments of rows": ["method=subspace_rac_lora", "local=adamw", "local.optimizer_state=rows"],
+    "pool in fewer bits": ["method=pool_rac_lora", "method.refresh=4", "compression.downlink=int8"],
     "fewer bits": [
         "method=fed_rac_lora",
-        "method.resample_every=4",
-        "wire.uplink=int8",
-        "wire.feedback=true",
-        "wire.downlink=int4",
+        "method.merge_every=4",
+        "compression.uplink=int8",
+        "compression.feedback=true",
+        "compression.downlink=int4",
     ],
 }
 few = pytest.mark.short(when=lambda name: name in {"fed_rac_lora", "fedavg", "adamw", "fewer bits"})
@@ -92,7 +92,7 @@ few = pytest.mark.short(when=lambda name: name in {"fed_rac_lora", "fedavg", "ad
 settings = pytest.mark.short(when=lambda name: name in WIDELY or name not in METHODS)
 
 Plain = dict[str, object]
-Whole = Callable[[str], RunBuilder]
+Whole = Callable[[str], Assembled]
 
 
 class Killed(BaseException):
@@ -134,32 +134,32 @@ def changed(plain: Plain, **values: object) -> Plain:
     return new
 
 
-def prepared(plain: Plain, folder: Path | None = None, *, resume: bool = False) -> RunBuilder:
+def prepared(plain: Plain, folder: Path | None = None, *, resume: bool = False) -> Assembled:
     if folder is not None:
         folder.mkdir(exist_ok=True)
     return assemble(from_plain(plain, METHODS), folder, resume=resume)
 
 
-def finished(plain: Plain) -> RunBuilder:
+def finished(plain: Plain) -> Assembled:
     run = prepared(plain)
     run.strategy.run(run.grid)
     return run
 
 
-def weights_of(run: RunBuilder) -> Tree:
+def weights_of(run: Assembled) -> Tree:
     return run.strategy.method.weights(run.strategy.state, run.strategy.draw)
 
 
-def digests(run: RunBuilder) -> tuple[str, str]:
+def digests(run: Assembled) -> tuple[str, str]:
     return digest(weights_of(run)), run.strategy.recorder.ledger.digest()
 
 
-def fixed_rows(run: RunBuilder) -> list[Plain]:
+def fixed_rows(run: Assembled) -> list[Plain]:
     rows = run.strategy.recorder.ledger.rows
     return [{k: v for k, v in row.items() if k not in NONDETERMINISTIC} for row in rows]
 
 
-def assert_same(found: RunBuilder, wanted: RunBuilder) -> None:
+def assert_same(found: Assembled, wanted: Assembled) -> None:
     """Equal to the bit: effective weights, base, carried tensors, and the ledger."""
     for left, right in (
         (weights_of(found), weights_of(wanted)),
@@ -280,14 +280,14 @@ def break_client(monkeypatch: pytest.MonkeyPatch, client: int, round_: int) -> N
     monkeypatch.setattr(CohortTrainer, "train", train)
 
 
-def poison_client(run: RunBuilder, client: int) -> None:
+def poison_client(run: Assembled, client: int) -> None:
     """Put a NaN into one sample of a client."""
     data = run.built.task.train
     assert isinstance(data, Partitioned)
     data.samples.inputs["x"][data.rows[data.offsets[client]]] = float("nan")
 
 
-def ledger_failures(run: RunBuilder, round_: int) -> list[Plain]:
+def ledger_failures(run: Assembled, round_: int) -> list[Plain]:
     failures = run.strategy.recorder.ledger.rows[round_]["failures"]
     assert isinstance(failures, list)
     return failures
@@ -320,7 +320,7 @@ def test_a_nan_loss_is_named_with_its_client_and_round(configs: dict[str, Plain]
     assert run.strategy.done == 1
 
 
-@pytest.mark.parametrize(("how", "weights"), [("raises", "examples"), ("nan", "uniform")])
+@pytest.mark.parametrize(("how", "weights"), [("raises", "samples"), ("nan", "uniform")])
 @pytest.mark.short(when=lambda name: name in WIDELY | ALSO)  # factors of every form
 @pytest.mark.parametrize("name", METHODS)
 def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
@@ -330,7 +330,7 @@ def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
     weights: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = prepared(changed(configs[name], max_failures=1, weights=weights))
+    run = prepared(changed(configs[name], max_failures=1, aggregation_weights=weights))
     strategy, start = run.strategy, run.strategy.state
     rest = draw_cohort(0, 1, CLIENTS, COHORT).tolist()
     client = rest.pop(1)
@@ -345,7 +345,7 @@ def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
     result = trainer.train(start.base, sent, clients, round_=1, rate_scale=factor)
     layout = sent.layout
     rows = layout.pack({n: result.trained[n] for n, _ in layout.shapes}, lead=1)
-    shares = result.samples.double() if weights == "examples" else torch.ones(len(rest)).double()
+    shares = result.samples.double() if weights == "samples" else torch.ones(len(rest)).double()
     closed = strategy.method.close_round(start, sent, Uplinks(clients, shares, layout, rows))
     wanted = strategy.method.weights(closed, strategy.draw)
 

@@ -15,7 +15,7 @@ from fedraclora.errors import ClientError
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
@@ -30,7 +30,7 @@ WORDS = (
     "output=study",
     "output.checkpoint_every=2",
     "clients=30",
-    "cohort=8",
+    "clients_per_round=8",
     "rounds=6",
     "local.lr=0.1",
     "local.epochs=2",
@@ -55,30 +55,30 @@ ROUGH = {
 }
 
 
-def job(system: dict[str, Any], *words: str, folder: Path | None = None, **more: Any) -> RunBuilder:
+def job(system: dict[str, Any], *words: str, folder: Path | None = None, **more: Any) -> Assembled:
     plain = composed([*WORDS, *words])
     group = plain["system"]
     assert isinstance(group, dict)
     return assemble(from_plain({**plain, "system": group | system}, METHODS), folder, **more)
 
 
-def played(done: RunBuilder) -> RunBuilder:
+def played(done: Assembled) -> Assembled:
     with closing(done.grid):
         done.strategy.run(done.grid)
     return done
 
 
-def rows(done: RunBuilder) -> list[dict[str, Any]]:
+def rows(done: Assembled) -> list[dict[str, Any]]:
     return list(done.strategy.recorder.ledger.rows[1:])
 
 
-def bits(done: RunBuilder) -> tuple[str, str]:
+def bits(done: Assembled) -> tuple[str, str]:
     return digest(done.strategy.state.base), done.strategy.recorder.ledger.digest()
 
 
 def test_a_round_takes_what_its_slowest_client_takes() -> None:
     """Everyone is asked in every round, so everyone fetches the same: the last link."""
-    done = played(job(STEADY, "cohort=30"))
+    done = played(job(STEADY, "clients_per_round=30"))
     slowest = int(done.built.task.train.sizes(torch.arange(30)).max())
     assert slowest > 1
     now = 0.0
@@ -128,7 +128,7 @@ def test_the_merge_is_that_of_the_clients_that_answered_with_their_budgets() -> 
     assert ranks is not None
     assert len(set(ranks.tolist())) > 1
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    state = config.method.init(base, done.plan, strategy.draw)
+    state = config.method.initial_state(base, done.plan, strategy.draw)
     sizes = task.train.sizes(kept).double()
     sent = config.method.open_round(state, 1, Cohort(kept, sizes, ranks), strategy.draw)
     trainer = CohortTrainer(

@@ -132,7 +132,7 @@ def test_rounds_are_those_of_plain_autograd(kind: str, name: str, how: str) -> N
     local = LocalSettings(batch_size=4, epochs=2, shuffle=False, **SAME[how])  # type: ignore[arg-type]
     plan, base = case.plan(), base_of(case.task)
     trainer = trainer_of(case.task, plan, local)
-    state = method.init(base, plan, draw)
+    state = method.initial_state(base, plan, draw)
     start, scales = started(method.open_round(state, 1, COHORT, draw), base)
     assert set(scales.values()) == {2.0 / 3}  # alpha is not the rank
     for round_ in (1, 2):
@@ -179,11 +179,11 @@ def test_a_batch_is_the_loop_for_factors_of_every_form(name: str) -> None:
     run(CASES["mlp"](), dora(name), LOCAL, rounds=2, check={1, 2})
 
 
-@pytest.mark.parametrize("bias", ["average", "frozen"])
-@pytest.mark.parametrize("side", ["left", "auto"])
-def test_either_side_and_biases_of_both_kinds(side: str, bias: str) -> None:
+@pytest.mark.parametrize("bias", ["full", "frozen"])
+@pytest.mark.parametrize("train", ["A", "auto"])
+def test_either_side_and_biases_of_both_kinds(train: str, bias: str) -> None:
     case = replace(CASES["cnn-adapted"](), bias=bias)
-    run(case, dora("ffa_lora", side=side, sketch="gaussian"), LOCAL, rounds=2, check={1, 2})
+    run(case, dora("ffa_lora", train=train, sketch="gaussian"), LOCAL, rounds=2, check={1, 2})
 
 
 STEPPED = {n: s for n, s in (SETTINGS | PAIRED).items() if "prox" not in s}
@@ -199,14 +199,14 @@ def test_every_local_setting(setting: str) -> None:
 @pytest.mark.parametrize("unusual", [{"groups": 2}, {"padding": 1, "padding_mode": "circular"}])
 def test_layers_that_fall_back_to_vmap(unusual: dict[str, object]) -> None:
     case, method = Case(convolution(**unusual), targets="all"), dora("fedavg_lora", rank=2)
-    state = method.init(base_of(case.task), case.plan(), Draw(SEED))
+    state = method.initial_state(base_of(case.task), case.plan(), Draw(SEED))
     assert not foldable(case, method.open_round(state, 1, COHORT, Draw(SEED)))
     run(case, method, LOCAL, rounds=2, check={2})
 
 
 def test_a_model_with_tied_weights_beside_what_is_adapted() -> None:
     case, method = Case(reader(tied=True), targets="mix", head="frozen"), dora("fedavg_lora")
-    state = method.init(base_of(case.task), case.plan(), Draw(SEED))
+    state = method.initial_state(base_of(case.task), case.plan(), Draw(SEED))
     assert foldable(case, method.open_round(state, 1, COHORT, Draw(SEED)))
     run(case, method, LOCAL, rounds=2, check={2})
 
@@ -221,7 +221,7 @@ def test_rank_budgets(name: str) -> None:
 def test_bf16_mixed_is_near(name: str) -> None:
     case, method = single(CASES[name]()), dora("fedavg_lora")
     base = base_of(case.task)
-    state = method.init(base, case.plan(), Draw(SEED))
+    state = method.initial_state(base, case.plan(), Draw(SEED))
     sent = method.open_round(state, 1, COHORT, Draw(SEED))
     wide, mixed = (trained_in(case, base, sent, p).trained for p in (FLOAT32, BF16_MIXED))
     start = {n: base.get(n, s.opening()) for n, s in sent.trained().items()}

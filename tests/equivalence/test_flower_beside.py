@@ -36,7 +36,7 @@ from tests.flower_apps import (
     weights_of,
 )
 
-LOW_RANK = [FedRacLora(rank=2, alpha=3), FedRacLora(rank=2, resample_every=2), FedAvgLora(rank=2)]
+LOW_RANK = [FedRacLora(rank=2, alpha=3), FedRacLora(rank=2, merge_every=2), FedAvgLora(rank=2)]
 NAMES = ["merged", "links of two rounds", "not merged"]
 
 
@@ -342,7 +342,7 @@ def test_rounding_is_drawn_by_partition_whatever_the_ids_of_nodes(
         for nodes in (nodes_of(tmp_path), nodes_of(tmp_path / "turned", turned=True))
     )
     assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
-    words = ("output.progress=false", "head=adapt", "bias=average", f"wire.uplink={uplink}")
+    words = ("output.progress=false", "head=lora", "bias=full", f"compression.uplink={uplink}")
     beside = fedraclora.simulate(
         *words, model=network(), data=[samples(k) for k in range(4)], method=LOW_RANK[0],
         train=trained, test=samples(9), rounds=3,

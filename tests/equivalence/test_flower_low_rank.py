@@ -66,7 +66,7 @@ def own(round_: Round) -> Trained:
     "method",
     [
         FedRacLora(rank=2, alpha=3),
-        FedRacLora(rank=2, alpha=3, resample_every=2, side="left"),
+        FedRacLora(rank=2, alpha=3, merge_every=2, train="A"),
         FedAvgLora(rank=2, alpha=3),
         pytest.param(PoolRacLora(rank=2, alpha=3), marks=pytest.mark.slow),
         pytest.param(FullAverage(), marks=pytest.mark.slow),
@@ -75,7 +75,7 @@ def own(round_: Round) -> Trained:
 )
 def test_rounds_of_flowers_loop_have_the_bits_of_simulate(method: Any, tmp_path: Path) -> None:
     strategy, result = run(nodes_of(tmp_path), method)
-    words = ("output.progress=false", "head=adapt", "bias=average")
+    words = ("output.progress=false", "head=lora", "bias=full")
     beside = fedraclora.simulate(
         *words, model=network(), data=[samples(k) for k in range(4)], method=method, train=own,
         test=samples(9), rounds=3,
@@ -307,12 +307,12 @@ def test_options_of_fedavg_go_on_to_work(
     [
         ({"method": FedSaLora(rank=1)}, "FedSaLora.*stays at each client"),
         ({"method": SLora(rank=1)}, "sparse"),
-        ({"method": FedRacLora(rank=1, first="gradient")}, "gradient"),
+        ({"method": FedRacLora(rank=1, init="gradient")}, "gradient"),
         ({"method": FedRacLora}, "an instance"),
         ({"arrayrecord_key": "weights"}, "arrayrecord_key"),
         ({"uplink": "int7"}, "uplink.*int7.*int8"),
         ({"uplink": "int8", "downlink_coding": "zstd"}, "downlink_coding.*float32"),
-        ({"head": "local"}, "local"),
+        ({"head": "personal"}, "head=personal"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(
@@ -575,7 +575,7 @@ def test_a_node_writes_what_a_round_has_changed_alone(tmp_path: Path) -> None:
         nn.init.zeros_(model[1].bias)
         return model
 
-    options = {"model": wide(), "targets": ["0.0"], "head": "frozen", "bias": "frozen"}
+    options = {"model": wide(), "target_modules": ["0.0"], "head": "frozen", "bias": "frozen"}
     sizes = {}
     for method in (FedRacLora(rank=1), FedAvgLora(rank=1)):
         nodes = nodes_of(tmp_path / type(method).__name__, 1, app=app_of(wide))

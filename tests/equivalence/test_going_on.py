@@ -24,7 +24,7 @@ JOB = [
     "data.outputs=5",
     "data.labels=null",
     "clients=null",
-    "cohort=3",
+    "clients_per_round=3",
     "partition=given",
     "model=linear",
     "pretrain=none",
@@ -38,7 +38,7 @@ JOB = [
 OWN = [
     "data=own",
     "clients=3",
-    "cohort=2",
+    "clients_per_round=2",
     "data.classes=3",
     "data.shape=[5]",
     "partition=given",
@@ -154,7 +154,11 @@ def test_what_was_planned_over_the_whole_run_stays(
     setting: str, word: str, said: str, tmp_path: Path
 ) -> None:
     """Checked on the configs alone: nothing is trained."""
-    private = ["privacy=client_level", "weights=uniform", "privacy.noise_multiplier=null"]
+    private = [
+        "privacy=client_level",
+        "aggregation_weights=uniform",
+        "privacy.noise_multiplier=null",
+    ]
     more = private if "privacy" in setting else []
     stored = composed([*JOB, *more, "rounds=2", setting])
     asked = composed([*JOB, word])

@@ -31,7 +31,7 @@ from fedraclora.data.samples import Partitioned
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.program import LocalResult
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
@@ -44,7 +44,7 @@ JOB = [
     "data=digits",
     "pretrain=none",
     "clients=12",
-    "cohort=6",
+    "clients_per_round=6",
     "rounds=4",
     "local.lr=0.1",
     "output=study",
@@ -54,33 +54,38 @@ CLIENTS = torch.arange(len(SIZES))
 BITS = 2.0**-8  # of bfloat16
 
 
-def job(*words: str, folder: Path | None = None, resume: bool = False) -> RunBuilder:
+def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assembled:
     config = from_plain(composed([*JOB, *words]), METHODS)
     return assemble(config, folder, resume=resume)
 
 
-def run(*words: str) -> RunBuilder:
+def run(*words: str) -> Assembled:
     done = job(*words)
     with closing(done.grid):
         done.strategy.run(done.grid)
     return done
 
 
-def weights(done: RunBuilder) -> Tree:
+def weights(done: Assembled) -> Tree:
     return done.strategy.method.weights(done.strategy.state, done.strategy.draw)
 
 
 # --- the CPU's numbers ---------------------------------------------------------------------------
 
 RUNS = {
-    "head stays at the clients": ("head=local", "local=adamw"),
+    "head stays at the clients": ("head=personal", "local=adamw"),
     "rank budgets": ("system=mixed_ranks", "method.rank=4"),
-    "carried": ("method.resample_every=3", "aggregator=sum"),
-    "sums of blocks": ("clients=40", "cohort=40", "engine.chunk=32"),
-    "left, clipped, pulled": ("method.side=left", "local.clip=1.0", "local.prox=0.1"),
+    "carried": ("method.merge_every=3", "aggregator=sum"),
+    "sums of blocks": ("clients=40", "clients_per_round=40", "engine.chunk=32"),
+    "left, clipped, pulled": ("method.train=A", "local.clip=1.0", "local.prox=0.1"),
     "projected": ("method.sketch=gaussian", "local.precondition=true"),
     "one by one": ("engine=inline",),
-    "rows of trained lengths": ("method=fedavg_lora", "dora=true", "model=cnn", "targets=all"),
+    "rows of trained lengths": (
+        "method=fedavg_lora",
+        "dora=true",
+        "model=cnn",
+        "target_modules=all",
+    ),
     "made on demand": ("data=virtual", "partition=given", "data.features=6", "rounds=2"),
 }
 
@@ -117,7 +122,7 @@ def trained(case: Case, device: str, name: str, local: LocalConfig, **settings: 
     plan, draw, base = there.plan(), Draw(SEED), base_of(there.task)
     method = method_of(name)
     cohort = Cohort(CLIENTS, torch.ones(len(SIZES)))
-    sent = method.open_round(method.init(base, plan, draw), 1, cohort, draw)
+    sent = method.open_round(method.initial_state(base, plan, draw), 1, cohort, draw)
     trainer = CohortTrainer(
         there.task, plan, local, seed=SEED, device=torch.device(device), **settings
     )
@@ -157,7 +162,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, card: Card) -> No
     assert digest(rest.strategy.state.base) == digest(whole.strategy.state.base)
 
 
-@pytest.mark.parametrize("words", [(), ("model=cnn",), ("head=local",), ("system=mixed_ranks",)])
+@pytest.mark.parametrize("words", [(), ("model=cnn",), ("head=personal",), ("system=mixed_ranks",)])
 def test_no_step_waits_for_the_host(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +249,7 @@ def test_mixed_precision_is_near_to_that_of_the_cpu(case: str, card: Card) -> No
 
 
 def test_the_chunk_is_planned_from_the_memory_of_the_card(card: Card) -> None:
-    done = job("device=cuda", "clients=200", "cohort=100", "model.hidden=[50]")
+    done = job("device=cuda", "clients=200", "clients_per_round=100", "model.hidden=[50]")
     plan = done.chunk
     assert (plan.chunk, plan.device) == (100, "cuda")
     assert str(plan).startswith("100 clients (the cohort): ")
@@ -252,7 +257,9 @@ def test_the_chunk_is_planned_from_the_memory_of_the_card(card: Card) -> None:
     assert plan.memory is not None
     if card.pretended:
         assert plan.budget == int(FREE_SHARE * FREE)
-        here = job("device=cpu", "clients=200", "cohort=100", "model.hidden=[50]").chunk.memory
+        here = job(
+            "device=cpu", "clients=200", "clients_per_round=100", "model.hidden=[50]"
+        ).chunk.memory
         assert plan.memory == here
     else:
         assert 0 < plan.budget < torch.cuda.get_device_properties(0).total_memory
@@ -265,7 +272,7 @@ def test_the_model_is_what_a_card_takes(case: str, card: Card) -> None:
     plan, draw, base = there.plan(), Draw(SEED), base_of(there.task)
     method, device = method_of("fed_rac_lora"), torch.device("cuda")
     cohort = Cohort(torch.arange(64), torch.ones(64))
-    sent = method.open_round(method.init(base, plan, draw), 1, cohort, draw)
+    sent = method.open_round(method.initial_state(base, plan, draw), 1, cohort, draw)
     trainer = CohortTrainer(there.task, plan, LOCAL, seed=SEED, device=device)
     model = measure_memory(trainer, base, sent, CLIENTS)
     ids = torch.full((64,), 2)  # the largest client
@@ -321,7 +328,7 @@ def bounded(card: Card, size: int) -> Iterator[None]:
 
 
 def test_a_chunk_that_is_too_large_is_halved(card: Card, caplog: pytest.LogCaptureFixture) -> None:
-    words = ("device=cuda", "clients=64", "cohort=64", "rounds=2", "model.hidden=[2048]")
+    words = ("device=cuda", "clients=64", "clients_per_round=64", "rounds=2", "model.hidden=[2048]")
     words += ("method=fedavg", "data.labels=null", "partition=iid")
     memory = job(*words).chunk.memory
     assert memory is not None

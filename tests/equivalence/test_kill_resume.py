@@ -29,7 +29,7 @@ JOB = [
     "data.outputs=5",
     "data.labels=null",
     "clients=null",
-    "cohort=3",
+    "clients_per_round=3",
     "rounds=3",
     "partition=given",
     "model=linear",
@@ -40,13 +40,13 @@ JOB = [
     "output.progress=false",
     "output.checkpoint_every=2",
 ]
-BITS = ["wire.uplink=int4", "wire.downlink=int8", "wire.feedback=true"]
+BITS = ["compression.uplink=int4", "compression.downlink=int8", "compression.feedback=true"]
 METHODS = {
-    "fed_rac_lora": ["method=fed_rac_lora", "method.resample_every=3"],
+    "fed_rac_lora": ["method=fed_rac_lora", "method.merge_every=3"],
     "pool_rac_lora": ["method=pool_rac_lora", "method.pool=2", "method.refresh=3"],
     "fedavg_lora": ["method=fedavg_lora"],
-    "moments": ["method=cola", "local=adamw", "local.moments=run"],
-    "basis of the last link": ["method=subspace_rac_lora", "method.resample_every=1"],
+    "moments": ["method=cola", "local=adamw", "local.optimizer_state=run"],
+    "basis of the last link": ["method=subspace_rac_lora", "method.merge_every=1"],
     "fewer bits": ["method=ffa_lora", *BITS],
     "pool in fewer bits": ["method=pool_rac_lora", "method.pool=2", "method.refresh=2", *BITS],
 }

@@ -1,4 +1,4 @@
-"""head=local: each client keeps its own head; nothing of it travels, and a resume rolls it back."""
+"""head=personal: each client keeps its own head, and a resume rolls it back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.evaluation.evaluate import class_accuracies, personal_accuracy
 from fedraclora.experiments.pages import aliases
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.walking import Walking
 from fedraclora.tree import digest
@@ -30,8 +30,8 @@ JOB = [
     "pretrain=none",
     "model.hidden=[12]",
     "clients=12",
-    "cohort=4",
-    "head=local",
+    "clients_per_round=4",
+    "head=personal",
     "local.lr=0.2",
     "output=study",
     "output.checkpoint_every=2",
@@ -39,12 +39,12 @@ JOB = [
 ]
 
 
-def job(*words: str, folder: Path | None = None, resume: bool = False) -> RunBuilder:
+def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assembled:
     config = from_plain(composed([*JOB, *words]), METHODS)
     return assemble(config, folder, resume=resume)
 
 
-def store_digest(run: RunBuilder) -> str:
+def store_digest(run: Assembled) -> str:
     return digest(run.strategy.recorder.store.state())
 
 
@@ -68,7 +68,7 @@ def test_heads_stay_at_home_and_differ(method: str) -> None:
 
 @pytest.mark.parametrize("method", REFUSED)
 def test_a_head_that_would_move_with_the_rest_is_refused(method: str) -> None:
-    with pytest.raises(ConfigError, match="head is local"):
+    with pytest.raises(ConfigError, match="head is personal"):
         job(f"method={method}", "local.steps=1")
 
 
@@ -128,7 +128,7 @@ def test_inline_and_vectorised_agree() -> None:
 
 
 def test_a_task_without_classes_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"head is local.*no classes.*evaluate\.clients=cohort"):
+    with pytest.raises(ConfigError, match=r"head is personal.*no classes.*evaluate\.clients=round"):
         job("data=least_squares", "partition=given", "clients=null")
 
 

@@ -52,7 +52,7 @@ def test_training_is_that_on_the_dequantised_base(case: Case) -> None:
     found = []
     for task in (case.task, wide):
         base = base_of(task)
-        state = method.init(base, case.plan(), Draw(SEED))
+        state = method.initial_state(base, case.plan(), Draw(SEED))
         sent = method.open_round(state, 1, Cohort(clients, torch.ones(3)), Draw(SEED))
         trainer = trainer_of(task, case.plan(), LOCAL)
         found.append(trainer.train(base, sent, clients, round_=1, rate_scale=1.0).trained)

@@ -46,7 +46,7 @@ def test_an_engine_computes_the_round_in_plain_torch(engine: str) -> None:
     for t in range(1, ROUNDS + 1):
         W, _ = round_(W, t=t)
     found = fedraclora.simulate(
-        "head=adapt",
+        "head=lora",
         "output.progress=false",
         model=model(),
         data=CLIENTS,

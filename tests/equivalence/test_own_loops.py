@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedraclora.clients.engines import in_process
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.devices.distributions import Choice
 from fedraclora.devices.system import SystemConfig
+from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
@@ -26,7 +28,7 @@ from fedraclora.privacy.secret import KEY_BYTES, Secret
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.private import PrivateRounds
-from fedraclora.strategies.wiring import RoundsBuilder
+from fedraclora.strategies.wiring import wire
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.own.trainer import OwnTrainer
@@ -80,7 +82,7 @@ def run(case: Case, method: Any, train: Any = None, **more: Any) -> tuple[Tree, 
     trainer = kind(case.task, case.plan(), LOCAL if train is None else OWN, **given)
     chosen, system = more.pop("chosen", {}), more.pop("system", None)
     secure = chosen.get("secure")
-    weights = str(more.get("weights", "examples"))
+    weights = str(more.get("weights", "samples"))
     terms = None if secure is None else SecAggTerms(secure, weights)
     steps = round_steps({"local": trainer.local, **chosen})
     for step in steps:
@@ -88,8 +90,8 @@ def run(case: Case, method: Any, train: Any = None, **more: Any) -> tuple[Tree, 
             step.secret = Secret(bytes(KEY_BYTES))
     sizes = {"rounds": 3, "clients": len(SIZES), "cohort": 4, "chunk": 1, "seed": SEED}
     loop = LoopConfig(**sizes, dtype="float64", **more)
-    parts = {"terms": terms, "steps": steps, "system": system}
-    wired = RoundsBuilder(method, trainer, loop, in_process(), **parts).ready()
+    parts = replace(EngineParts.of(trainer, 4), terms=terms)
+    wired = wire(method, parts, loop, in_process(), steps=steps, system=system)
     try:
         wired.start()
         return wired.weights(), wired
@@ -106,7 +108,7 @@ def assert_equal(one: Tree, other: Tree) -> None:
 @pytest.mark.short(when=lambda name: name in {"fed_rac_lora", "fedavg", "fedsa_lora", "fed_sb"})
 @pytest.mark.parametrize("name", KINDS)
 def test_every_plain_method_trains_as_by_the_projects_loop(name: str) -> None:
-    case = Case(mlp(), bias="average")
+    case = Case(mlp(), bias="full")
     method = method_of(name)
     if name in LOOPS_ALONE:
         with pytest.raises(ConfigError, match=r"local=own.*client program"):
@@ -156,21 +158,21 @@ def test_every_kind_of_layer_trains_as_by_the_projects_loop(name: str) -> None:
 
 LAYERS = {
     "cnn": lambda: Case(cnn(), targets="all"),
-    "gpt2": lambda: Case(gpt2(), head="average"),
-    "bert": lambda: Case(bert(), head="average", dense="*LayerNorm"),
-    "embeddings": lambda: Case(bert(), targets=["query", "word_embeddings"], head="average"),
+    "gpt2": lambda: Case(gpt2(), head="full"),
+    "bert": lambda: Case(bert(), head="full", dense="*LayerNorm"),
+    "embeddings": lambda: Case(bert(), targets=["query", "word_embeddings"], head="full"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-@pytest.mark.short(when=lambda side: side == "right")
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.short(when=lambda train: train == "B")
+@pytest.mark.parametrize("train", ["B", "A"])
 @pytest.mark.parametrize("name", ["cnn", "gpt2", "embeddings"])
-def test_layers_of_peft_train_as_by_the_projects_loop(name: str, side: str) -> None:
+def test_layers_of_peft_train_as_by_the_projects_loop(name: str, train: str) -> None:
     pytest.importorskip("peft")
     case = LAYERS[name]()
     targets = [w.removesuffix(".weight") for w in case.plan().targets]
-    saved = [*case.task.head] if case.head == "average" else []
+    saved = [*case.task.head] if case.head == "full" else []
     layers = partial(with_peft, targets=targets, saved=saved)
-    for method in (method_of("fed_rac_lora", side=side), method_of("fedavg_lora")):
+    for method in (method_of("fed_rac_lora", train=train), method_of("fedavg_lora")):
         assert_equal(run(case, method, layers)[0], run(case, method)[0])

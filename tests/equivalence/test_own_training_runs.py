@@ -15,9 +15,10 @@ from torch import nn
 import fedraclora
 from fedraclora.client import Round, Trained
 from fedraclora.clients import node as client_node
+from fedraclora.commands.simulate import simulate
 from fedraclora.errors import ClientError
 from tests.campaigns.faults.network import Network, composed, serve
-from tests.common import normal, simulated, summary_of
+from tests.common import normal, summary_of
 
 MODULE = """
 import pathlib
@@ -66,7 +67,7 @@ WORDS = [
     "method.rank=2",
     "method.alpha=3",
     "clients=3",
-    "cohort=3",
+    "clients_per_round=3",
     "rounds=3",
     "output=study",
     "local=own",
@@ -92,7 +93,7 @@ def test_nodes_train_as_one_process(source: str, tmp_path: Path, module: None) -
     words = [*WORDS, *more[: source == "texts"], "engine=deploy", f"output.dir={tmp_path}/far"]
     serve(composed(words), Network(tmp_path / "cache", nodes))
     here = [*WORDS, *more, "engine=inline", f"data.samples={name}", f"output.dir={tmp_path}/near"]
-    simulated(composed(here), tmp_path / "near")
+    simulate(composed(here), tmp_path / "near")
     far, near = summary_of(tmp_path / "far"), summary_of(tmp_path / "near")
     assert far["weights_digest"] == near["weights_digest"]
     assert "mine_at_nodes:train" in far["begins"]["optimiser"]
@@ -127,7 +128,7 @@ def test_a_real_deployment_has_the_bits_of_inline(tmp_path: Path, module: None) 
     words = [w for w in WORDS if not w.startswith("rounds")]
     words += ["rounds=2", "data.samples=mine_at_nodes:owner", "data.test_fraction=0"]
     ended = {}
-    for command in (["deploy", "local=3"], ["simulate", "engine=inline"]):
+    for command in (["deploy", "nodes=3"], ["simulate", "engine=inline"]):
         place = tmp_path / command[0]
         asked = [sys.executable, "-m", "fedraclora.commands.cli", *command, *words]
         subprocess.run(
@@ -158,16 +159,21 @@ def train(round_: Round) -> Trained:
     return round_.read(model, samples=len(y), steps=1)
 
 
-def run(*words: str, **more: Any) -> fedraclora.RunResult:
+def run(*words: str, **more: Any) -> fedraclora.Run:
     inputs = [normal(size, 6, key=size).float() for size in (5, 9, 7, 12)]
     data = [(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()) for x in inputs]
     method = {"name": "fedavg_lora", "rank": 2, "alpha": 3}
     given = {"model": net(), "data": data[:3], "test": data[3], "method": method, "train": train}
-    fixed = ("output.progress=false", "rounds=4", "cohort=2", "output.checkpoint_every=1")
+    fixed = (
+        "output.progress=false",
+        "rounds=4",
+        "clients_per_round=2",
+        "output.checkpoint_every=1",
+    )
     return fedraclora.simulate(*fixed[: 4 if "folder" in more else 3], *words, **{**given, **more})
 
 
-def digest(one: fedraclora.RunResult) -> object:
+def digest(one: fedraclora.Run) -> object:
     return one.summary["weights_digest"]
 
 

@@ -102,7 +102,7 @@ def test_a_round_is_that_of_a_loop_on_peft(
     task, plan, method, draw = case.task, case.plan(), method_of(name), Draw(SEED)
     base, clients = base_of(task), torch.tensor([0, 2, 3, 5])
     sizes = torch.tensor([SIZES[client] for client in clients], dtype=torch.float64)
-    state = method.init(base, plan, draw)
+    state = method.initial_state(base, plan, draw)
     sent = method.open_round(state, 1, Cohort(clients, sizes), draw)
     values, frozen = own_tensors(sent, base, 0)
 

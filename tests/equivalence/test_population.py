@@ -24,7 +24,7 @@ from fedraclora.models.networks import build_mlp
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.plan import make_plan
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.training.cohort import CohortTrainer
@@ -34,14 +34,20 @@ from tests.reference.client import train_one
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MANY = 10**6
-SMALL = ["model.hidden=[8]", "pretrain=none", "cohort=20", "rounds=3", "output.checkpoint_every=1"]
+SMALL = [
+    "model.hidden=[8]",
+    "pretrain=none",
+    "clients_per_round=20",
+    "rounds=3",
+    "output.checkpoint_every=1",
+]
 MADE = {
     "virtual": ["data=virtual", "data.features=8", "data.held_out=50", "partition=given"],
     "bootstrap": ["data=digits", "data.labels=null", "partition=bootstrap"],
 }
 
 
-def job(clients: int, *words: str, folder: Path | None = None) -> RunBuilder:
+def job(clients: int, *words: str, folder: Path | None = None) -> Assembled:
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[f"clients={clients}", *SMALL, *words])
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -72,7 +78,7 @@ def test_a_chunk_trains_as_its_clients_do_one_by_one(make: object, features: int
     assert len(data.sizes(clients).unique()) > 1
     method, base = FedRacLora(rank=2), dict(task.model.named_parameters())
     base = {n: p.detach().clone() for n, p in base.items()}
-    state = method.init(base, plan, Draw(0))
+    state = method.initial_state(base, plan, Draw(0))
     downlink = method.open_round(state, 1, Cohort(clients, torch.ones(6)), Draw(0))
     trainer = CohortTrainer(task, plan, local, seed=5, device=torch.device("cpu"))
     result = trainer.train(base, downlink, clients, round_=1, rate_scale=1.0)

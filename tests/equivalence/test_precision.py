@@ -16,7 +16,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.program import LocalResult
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
@@ -39,7 +39,7 @@ def single(case: Case) -> Case:
 def sent_of(case: Case, name: str = "fed_rac_lora") -> tuple[Tree, Downlink]:
     base = base_of(case.task)
     method = method_of(name)
-    state = method.init(base, case.plan(), Draw(SEED))
+    state = method.initial_state(base, case.plan(), Draw(SEED))
     return base, method.open_round(state, 1, Cohort(CLIENTS, torch.ones(len(SIZES))), Draw(SEED))
 
 
@@ -128,14 +128,21 @@ def test_float64_is_refused() -> None:
 # --- whole runs ----------------------------------------------------------------------------------
 
 
-def run(*words: str) -> RunBuilder:
-    job = ["data=digits", "pretrain=none", "clients=12", "cohort=3", "output=study", *words]
+def run(*words: str) -> Assembled:
+    job = [
+        "data=digits",
+        "pretrain=none",
+        "clients=12",
+        "clients_per_round=3",
+        "output=study",
+        *words,
+    ]
     done = assemble(from_plain(composed(job), METHODS), None)
     done.strategy.run(done.grid)
     return done
 
 
-def metrics(done: RunBuilder, row: int) -> dict[str, float]:
+def metrics(done: Assembled, row: int) -> dict[str, float]:
     found: dict[str, float] = done.strategy.recorder.ledger.rows[row]["metrics"]  # type: ignore[assignment]
     return found
 

@@ -36,7 +36,7 @@ ALONE = {"momentum", "decay", "clip", "prox", "dp", "adamw", "full-batch-steps"}
 def run(case: Case, method: Method, local: LocalSettings, rounds: int, check: set[int]) -> None:
     """Run a method under budgets; hold the rounds of ``check`` against the oracle."""
     plan, draw = case.plan(), Draw(SEED)
-    state = method.init(base_of(case.task), plan, draw)
+    state = method.initial_state(base_of(case.task), plan, draw)
     trainer = trainer_of(case.task, plan, local)
     for round_ in range(1, rounds + 1):
         clients = draw_cohort(SEED, round_, len(SIZES), 5)
@@ -64,27 +64,27 @@ def run(case: Case, method: Method, local: LocalSettings, rounds: int, check: se
         )
 
 
-# Of settings that a few others hold together, those; the preconditioner on the other side.
+# Of settings that a few others hold together, those; the preconditioner on the other train.
 @pytest.mark.short(
-    when=lambda side, setting: setting not in ALONE and (side == "left") == (setting in PROJECTED)
+    when=lambda train, setting: setting not in ALONE and (train == "A") == (setting in PROJECTED)
 )
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("train", ["B", "A"])
 @pytest.mark.parametrize("setting", EVERY_SETTING)
-def test_every_local_setting(setting: str, side: str) -> None:
+def test_every_local_setting(setting: str, train: str) -> None:
     """The third round starts from a carried factor, of which decay and momentum see a part."""
     local = replace(LOCAL, **EVERY_SETTING[setting])  # type: ignore[arg-type]
-    method = method_of("fed_rac_lora", side=side, sketch="gaussian", resample_every=3)
+    method = method_of("fed_rac_lora", train=train, sketch="gaussian", merge_every=3)
     run(CASES["mlp"](), method, local, rounds=3, check={1, 3})
 
 
 # Where a client's components begin is no matter of the setting: those that meet most others.
-@pytest.mark.short(when=lambda side, setting: setting in (MEETING if side == "left" else PROJECTED))
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.short(when=lambda train, setting: setting in (MEETING if train == "A" else PROJECTED))
+@pytest.mark.parametrize("train", ["B", "A"])
 @pytest.mark.parametrize("setting", EVERY_SETTING)
-def test_parts_of_one_sketch(setting: str, side: str) -> None:
+def test_parts_of_one_sketch(setting: str, train: str) -> None:
     """Groups are clients with budgets that begin elsewhere; the server step moves the start."""
     local = replace(LOCAL, **EVERY_SETTING[setting])  # type: ignore[arg-type]
-    changes = {"side": side, "sketch": "gaussian", "resample_every": 3}
+    changes = {"train": train, "sketch": "gaussian", "merge_every": 3}
     method = method_of("fed_rac_lora", rank=2, sketches=2, server_lr=1.5, **changes)
     run(CASES["mlp"](), method, local, rounds=3, check={1, 3})
 
@@ -93,13 +93,13 @@ def test_parts_of_one_sketch(setting: str, side: str) -> None:
 @pytest.mark.parametrize("name", ["fed_rac_lora", "ffa_lora"])
 @pytest.mark.parametrize("case", ["mlp", "cnn-adapted", "bert-query-value", "gpt2", "reader"])
 def test_every_layer_kind(case: str, name: str) -> None:
-    run(CASES[case](), method_of(name, side="auto"), LOCAL, rounds=2, check={1, 2})
+    run(CASES[case](), method_of(name, train="auto"), LOCAL, rounds=2, check={1, 2})
 
 
 def test_what_falls_back_to_vmap() -> None:
     case = Case(convolution(padding=1, padding_mode="circular"), targets="all")
     method, plan = method_of("ffa_lora"), case.plan()
-    state = method.init(base_of(case.task), plan, Draw(SEED))
+    state = method.initial_state(base_of(case.task), plan, Draw(SEED))
     cohort = Cohort(torch.arange(2), torch.ones(2), torch.tensor([1, 2]))
     assert not foldable(case, method.open_round(state, 1, cohort, Draw(SEED)))
     run(case, method, replace(LOCAL, weight_decay=0.1, clip=0.5), rounds=2, check={1, 2})
@@ -112,7 +112,7 @@ def test_what_falls_back_to_vmap() -> None:
 def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:
     """Both factors trained, one per client, three of them: cut where they meet."""
     make, names = LAYERS[kind]
-    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="adapt")
+    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="lora")
     plan = case.plan()
     ranks = torch.tensor([1, 2, 1, 3, 1, 2])
     downlink = Downlink(adapters_of(forms, names, plan.targets), ranks=ranks)
@@ -123,7 +123,7 @@ def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("forms", [f for f in FORMS if len(f) == 2], ids="-".join)
 def test_prox_and_preconditioner_with_factors_of_every_form(forms: tuple[str, ...]) -> None:
-    case = Case(mlp(), targets="fc1,fc2", head="average")
+    case = Case(mlp(), targets="fc1,fc2", head="full")
     plan = case.plan()
     dense = {n: to_train(plan.shapes[n], main=False) for n in plan.dense}
     adapters = adapters_of(forms, ("fc1.weight", "fc2.weight"), plan.targets)
@@ -137,7 +137,7 @@ def test_budgets_of_the_whole_rank_are_no_budgets_to_the_bit(setting: str) -> No
     case = CASES["bert-query-value"]()
     local = replace(LOCAL, **EVERY_SETTING[setting])  # type: ignore[arg-type]
     method, plan, clients = method_of("fed_rac_lora"), case.plan(), torch.arange(len(SIZES))
-    state = method.init(base_of(case.task), plan, Draw(SEED))
+    state = method.initial_state(base_of(case.task), plan, Draw(SEED))
     weights = torch.ones(len(SIZES))
     trained = []
     for ranks in (None, torch.full((len(SIZES),), 3), torch.arange(3, 3 + len(SIZES))):
@@ -155,7 +155,7 @@ def test_a_small_budget_is_a_small_adapter_under_the_first_rows_of_the_sketch() 
     case = CASES["mlp"]()
     plan, clients = case.plan(), torch.arange(len(SIZES))
     method = method_of("fed_rac_lora", rank=4, sketch="gaussian")
-    state = method.init(base_of(case.task), plan, Draw(SEED))
+    state = method.initial_state(base_of(case.task), plan, Draw(SEED))
     budget = Cohort(clients, torch.ones(len(SIZES)), torch.full((len(SIZES),), 2))
     sent = method.open_round(state, 1, budget, Draw(SEED))
     small = {}

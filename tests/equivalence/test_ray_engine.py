@@ -30,7 +30,7 @@ from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.stopped import stop_reason
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.files import load_checkpoint
@@ -52,7 +52,7 @@ WORDS = (
     "model.hidden=[12]",
     "output=study",
     "clients=80",
-    "cohort=70",
+    "clients_per_round=70",
     "rounds=4",
     "local.lr=0.1",
     "local=momentum",
@@ -61,38 +61,38 @@ WORDS = (
 RUNS = {
     "rows": ("method.rank=2", "engine.chunk=9"),
     "sums": ("method.rank=2", "engine.chunk=32"),
-    "carried": ("method.rank=2", "engine.chunk=32", "method.resample_every=3"),
+    "carried": ("method.rank=2", "engine.chunk=32", "method.merge_every=3"),
     "basis of the last link": ("method=subspace_rac_lora", "method.rank=2", "engine.chunk=32"),
     "pool": ("method=pool_rac_lora", "engine.chunk=32", "method.pool=2", "method.refresh=3"),
     "dense": ("method=fedavg", "engine.chunk=32"),
     "both factors": ("method=fedavg_lora", "engine.chunk=20"),
-    "local head": ("method.rank=2", "engine.chunk=16", "head=local"),
+    "local head": ("method.rank=2", "engine.chunk=16", "head=personal"),
     "moments": (
         "method=cola",
-        "method.resample_every=2",
+        "method.merge_every=2",
         "engine.chunk=16",
-        "head=local",
-        "local.moments=link",
+        "head=personal",
+        "local.optimizer_state=merge",
     ),
     "projected moments": (
         "method=galore_average",
         "method.gap=3",
         "engine.chunk=16",
-        "local.moments=run",
+        "local.optimizer_state=run",
     ),
     "secure": (
         "method.rank=2",
         "engine.chunk=32",
         "secure=secagg",
         "secure.neighbours=4",
-        "weights=uniform",
+        "aggregation_weights=uniform",
     ),
     "ranks": ("method.rank=4", "engine.chunk=32", "system=mixed_ranks"),
     "moments of rows": (
         "method.rank=2",
         "engine.chunk=32",
         "local=adamw",
-        "local.moments=rows",
+        "local.optimizer_state=rows",
     ),
     "replayed scalars": (
         "method=decomfl",
@@ -116,20 +116,20 @@ RUNS = {
         "engine.chunk=9",
         "attack=sign_flip",
         "aggregator=median",
-        "wire.uplink=eden2",
-        "wire.uplink_coding=zstd",
-        "wire.downlink=eden2",
-        "wire.downlink_coding=zstd",
+        "compression.uplink=eden2",
+        "compression.uplink_coding=zstd",
+        "compression.downlink=eden2",
+        "compression.downlink_coding=zstd",
     ),
     "fewer bits": (
         "method=pool_rac_lora",
         "method.pool=2",
         "engine.chunk=9",
-        "wire.uplink=eden3",
-        "wire.uplink_coding=zstd",
-        "wire.downlink=eden4",
-        "wire.downlink_coding=zstd",
-        "wire.feedback=true",
+        "compression.uplink=eden3",
+        "compression.uplink_coding=zstd",
+        "compression.downlink=eden4",
+        "compression.downlink_coding=zstd",
+        "compression.feedback=true",
     ),
 }
 
@@ -148,14 +148,14 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def run(*words: str) -> RunBuilder:
+def run(*words: str) -> Assembled:
     done = assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
     with closing(done.grid):
         done.strategy.run(done.grid)
     return done
 
 
-def bits(done: RunBuilder) -> tuple[str, str]:
+def bits(done: Assembled) -> tuple[str, str]:
     strategy = done.strategy
     weights = strategy.method.weights(strategy.state, strategy.draw)
     return digest(weights), strategy.recorder.ledger.digest()
@@ -167,7 +167,7 @@ def in_process(name: str) -> tuple[str, str]:
 
 
 @cache
-def on_ray(name: str, workers: int) -> RunBuilder:
+def on_ray(name: str, workers: int) -> Assembled:
     *words, chunk = sorted(RUNS[name], key=lambda w: w.startswith("engine"))
     return run(*words, "engine=ray", chunk, f"engine.workers={workers}")
 

@@ -21,7 +21,7 @@ from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.runs import RAY_WORKERS, ray_settings
 from fedraclora.experiments.bench.workloads import WORKLOADS, Case
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.tree import digest
 from tests.common import assemble
@@ -33,7 +33,7 @@ WORDS = (
     "model.hidden=[12]",
     "output=study",
     "clients=80",
-    "cohort=70",
+    "clients_per_round=70",
     "rounds=3",
     "local.lr=0.1",
     "method.rank=2",
@@ -56,11 +56,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield str(request.param)
 
 
-def job(*words: str) -> RunBuilder:
+def job(*words: str) -> Assembled:
     return assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
 
 
-def bits(done: RunBuilder) -> tuple[str, str]:
+def bits(done: Assembled) -> tuple[str, str]:
     with closing(done.grid):
         done.strategy.run(done.grid)
     return digest(done.strategy.state.base), done.strategy.recorder.ledger.digest()

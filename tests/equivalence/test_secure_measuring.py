@@ -23,13 +23,13 @@ X = normal(100, 4).float()
 CLIENTS = [(x, (x[:, 0] > 0).long()) for x in X.split([1, 9, 20, 30, 40])]  # the first has too few
 MODEL = torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2))
 WORDS = ("output.progress=false", "local.lr=0.1", "method.rank=2", "method.alpha=3")
-WORDS += ("weights=uniform", "evaluate.share=0.4", "rounds=2", "method=fed_rac_lora")
+WORDS += ("aggregation_weights=uniform", "evaluate.share=0.4", "rounds=2", "method=fed_rac_lora")
 SECURE = "secure=secagg"
 THREE = "evaluate.min_clients=3"
 TOOK = {"uplink_bytes", "downlink_bytes", "texts_up", "texts_down"}
 
 
-def simulated(*words: str, **more: Any) -> fedraclora.RunResult:
+def simulated(*words: str, **more: Any) -> fedraclora.Run:
     given: dict[str, Any] = {"data": CLIENTS} | more
     return fedraclora.simulate(*WORDS, *words, model=MODEL, test=0, **given)
 
@@ -163,12 +163,12 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["privacy=client_level", "weights=uniform", SECURE], "with privacy beside"),
+        (["privacy=client_level", "aggregation_weights=uniform", SECURE], "with privacy beside"),
         (["local=dp_sgd"], r"not go with local\.dp"),
     ],
 )
 def test_what_would_cost_privacy_that_nobody_accounts_is_refused(
     words: list[str], said: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"evaluate\.clients is cohort.*{said}.*no noise"):
-        simulated("evaluate.clients=cohort", *words)
+    with pytest.raises(ConfigError, match=rf"evaluate\.clients is round.*{said}.*no noise"):
+        simulated("evaluate.clients=round", *words)

@@ -72,7 +72,7 @@ def federate(
     rounds: int = 1,
     cohort: int | None = None,
     seed: int = SEED,
-    weights: str = "examples",
+    weights: str = "samples",
 ) -> FedStrategy:
     """Run rounds in chunks of three clients."""
     cohort = cohort or task.train.num_clients
@@ -93,7 +93,7 @@ def gradient(task: Task, weights: Tree) -> Tree:
 
 
 def sketch(strategy: FedStrategy, name: str, round_: int = 1) -> torch.Tensor:
-    """The drawn factor of one layer in a round, with ``resample_every=1``."""
+    """The drawn factor of one layer in a round, with ``merge_every=1``."""
     method, state = strategy.method, strategy.state
     assert isinstance(method, FedRacLora)
     before = replace(state, memo=Memo(sketch=round_ - 1))
@@ -103,10 +103,10 @@ def sketch(strategy: FedStrategy, name: str, round_: int = 1) -> torch.Tensor:
     return Factor.of(spec).draw()
 
 
-def projected(step: torch.Tensor, drawn: torch.Tensor, side: str) -> torch.Tensor:
+def projected(step: torch.Tensor, drawn: torch.Tensor, train: str) -> torch.Tensor:
     """G H_A for a right sketch, H_B G for a left one, H the projection onto the sketch."""
     onto: torch.Tensor = torch.linalg.pinv(drawn)
-    return step @ onto @ drawn if side == "right" else drawn @ onto @ step
+    return step @ onto @ drawn if train == "B" else drawn @ onto @ step
 
 
 def weights_of(strategy: FedStrategy) -> Tree:
@@ -124,33 +124,33 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, atol: float) -> None
 # ---- One step -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("train", ["B", "A"])
 @pytest.mark.parametrize("kind", ORTHONORMAL)
 @pytest.mark.parametrize("make", [linear_task, deep_task])
-def test_one_step_is_a_projected_gradient_step(make: Make, kind: str, side: str) -> None:
+def test_one_step_is_a_projected_gradient_step(make: Make, kind: str, train: str) -> None:
     task = make(9)
-    strategy = federate(task, rac(kind, side=side), WHOLE)
+    strategy = federate(task, rac(kind, train=train), WHOLE)
     start, found = start_of(task), weights_of(strategy)
     gamma = LR * (ALPHA / R) ** 2
     for name, G in gradient(task, start).items():
-        step = projected(G, sketch(strategy, name), side)
+        step = projected(G, sketch(strategy, name), train)
         assert float(step.abs().max()) > 1e-3
         assert_close(found[name], start[name] - gamma * step, 1e-12)
 
 
 @pytest.mark.parametrize("normalise", ["rows", "identity", "none"])
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("train", ["B", "A"])
 @pytest.mark.parametrize("kind", SKETCHES)
 def test_the_preconditioner_gives_the_projected_step_for_any_sketch(
-    kind: str, side: str, normalise: str
+    kind: str, train: str, normalise: str
 ) -> None:
     task = deep_task(9)
-    method = rac(kind, side=side, normalise=normalise, density=0.6)
+    method = rac(kind, train=train, normalise=normalise, density=0.6)
     strategy = federate(task, method, replace(WHOLE, precondition=True))
     start, found = start_of(task), weights_of(strategy)
     gamma = LR * (ALPHA / R) ** 2
     for name, G in gradient(task, start).items():
-        step = projected(G, sketch(strategy, name), side)
+        step = projected(G, sketch(strategy, name), train)
         assert_close(found[name], start[name] - gamma * step, 1e-12)
 
 
@@ -163,16 +163,14 @@ def test_without_the_preconditioner_the_step_is_that_of_the_gram_matrix() -> Non
     assert_close(weights_of(strategy)["0.weight"], start - gamma * G @ A.T @ A, 1e-12)
 
 
-@pytest.mark.parametrize("weights", ["examples", "uniform"])
+@pytest.mark.parametrize("weights", ["samples", "uniform"])
 def test_one_step_of_a_cohort_is_the_projected_step_of_its_mean_gradient(weights: str) -> None:
     parts = (4, 1, 7)
     task = linear_task(*parts)
     strategy = federate(task, rac(), WHOLE, weights=weights)
     start, H = start_of(task)["0.weight"], sketch(strategy, "0.weight")
     shares = (
-        torch.tensor(parts, dtype=torch.float64)
-        if weights == "examples"
-        else torch.ones(3).double()
+        torch.tensor(parts, dtype=torch.float64) if weights == "samples" else torch.ones(3).double()
     )
     mean = torch.zeros(M, N, dtype=torch.float64)
     data = task.train
@@ -182,20 +180,20 @@ def test_one_step_of_a_cohort_is_the_projected_step_of_its_mean_gradient(weights
         x, y = own.inputs["x"], own.target
         mean += share * (x @ start.T - y).T @ x / len(own)
     gamma = LR * (ALPHA / R) ** 2
-    wanted = start - gamma * projected(mean, H, "right")
+    wanted = start - gamma * projected(mean, H, "B")
     assert_close(weights_of(strategy)["0.weight"], wanted, 1e-12)
 
 
 # ---- Many steps ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("train", ["B", "A"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_full_rank_is_fedavg(momentum: float, side: str) -> None:
+def test_full_rank_is_fedavg(momentum: float, train: str) -> None:
     task = deep_task(6, 1, 11, 4, 9)
     local = LocalSettings(lr=0.05, epochs=2, batch_size=4, momentum=momentum)
     wanted = federate(task, FedAvg(), local, rounds=4, cohort=3)
-    found = federate(task, rac(rank=1.0, alpha="auto", side=side), local, rounds=4, cohort=3)
+    found = federate(task, rac(rank="full", alpha="auto", train=train), local, rounds=4, cohort=3)
     start = start_of(task)
     for name, value in weights_of(wanted).items():
         if name.endswith("weight"):
@@ -212,20 +210,20 @@ def test_full_rank_is_fedavg_at_a_rate_divided_by_the_scale_squared() -> None:
     assert_close(weights_of(found)["0.weight"], weights_of(wanted)["0.weight"], 1e-10)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("train", ["B", "A"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_heavy_ball_steps_on_a_factor_are_projected_ones_on_the_weight(
-    nesterov: bool, side: str
+    nesterov: bool, train: str
 ) -> None:
     task, mu, steps = deep_task(9), 0.8, 6
     local = replace(WHOLE, lr=0.05, steps=steps, momentum=mu, nesterov=nesterov)
-    strategy = federate(task, rac(side=side), local)
+    strategy = federate(task, rac(train=train), local)
     gamma = 0.05 * (ALPHA / R) ** 2
     W = start_of(task)
     V = {n: torch.zeros_like(w) for n, w in W.items()}
     for _ in range(steps):
         for name, G in gradient(task, W).items():
-            step = projected(G, sketch(strategy, name), side)
+            step = projected(G, sketch(strategy, name), train)
             V[name] = mu * V[name] + step
             W[name] = W[name] - gamma * (step + mu * V[name] if nesterov else V[name])
     for name, value in weights_of(strategy).items():
@@ -236,11 +234,11 @@ def test_heavy_ball_steps_on_a_factor_are_projected_ones_on_the_weight(
 
 
 @pytest.mark.parametrize(
-    ("kind", "side", "precondition"),
-    [("orthonormal", "right", False), ("coordinate", "left", False), ("gaussian", "right", True)],
+    ("kind", "train", "precondition"),
+    [("orthonormal", "B", False), ("coordinate", "A", False), ("gaussian", "B", True)],
 )
 def test_a_round_contracts_the_squared_norm_by_one_less_the_share_of_the_rank(
-    kind: str, side: str, precondition: bool
+    kind: str, train: str, precondition: bool
 ) -> None:
     # 1/2 ||W||^2 / N as a regression: the samples are the unit vectors, the targets are zero.
     samples = Samples({"x": torch.eye(N).double()}, torch.zeros(N, M).double())
@@ -251,10 +249,10 @@ def test_a_round_contracts_the_squared_norm_by_one_less_the_share_of_the_rank(
     before = float(start_of(task)["0.weight"].square().sum())
     ratios = []
     for seed in range(300):
-        strategy = federate(task, rac(kind, alpha="auto", side=side), local, seed=seed)
+        strategy = federate(task, rac(kind, alpha="auto", train=train), local, seed=seed)
         ratios.append(float(weights_of(strategy)["0.weight"].square().sum()) / before)
     error = float(np.std(ratios, ddof=1)) / len(ratios) ** 0.5
-    wanted = 1 - R / (N if side == "right" else M)
+    wanted = 1 - R / (N if train == "B" else M)
     assert 0 < error < 0.02
     assert abs(float(np.mean(ratios)) - wanted) < 4 * error
 
@@ -262,7 +260,7 @@ def test_a_round_contracts_the_squared_norm_by_one_less_the_share_of_the_rank(
 def test_a_sketch_that_is_never_drawn_anew_confines_the_whole_run() -> None:
     task = linear_task(6, 5, 9)
     strategy = federate(
-        task, rac(resample_every=None), LocalSettings(lr=0.05, batch_size=32), rounds=6
+        task, rac(merge_every=None), LocalSettings(lr=0.05, batch_size=32), rounds=6
     )
     A, start = sketch(strategy, "0.weight"), start_of(task)["0.weight"]
     change = weights_of(strategy)["0.weight"] - start
@@ -274,7 +272,7 @@ def test_a_sketch_that_is_never_drawn_anew_confines_the_whole_run() -> None:
 @pytest.mark.parametrize(("rounds", "ranks"), [(2, 2), (3, 2), (4, 4), (6, 4), (7, 5)])
 def test_each_draw_adds_its_rank_to_the_update(rounds: int, ranks: int) -> None:
     task = linear_task(6, 5, 9)
-    method = rac(rank=2, resample_every=3)
+    method = rac(rank=2, merge_every=3)
     strategy = federate(task, method, LocalSettings(lr=0.05, batch_size=32), rounds=rounds)
     change = weights_of(strategy)["0.weight"] - start_of(task)["0.weight"]
     found = int(torch.linalg.matrix_rank(change, atol=1e-9))

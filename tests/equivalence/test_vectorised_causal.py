@@ -57,7 +57,7 @@ def test_a_checkpointed_model_keeps_its_blocks_inputs_alone() -> None:
     for checkpointing in (False, True):
         case = causal_case("llama", checkpointing=checkpointing)
         sent = method_of("fedavg_lora").open_round(
-            method_of("fedavg_lora").init(base_of(case.task), case.plan(), Draw(1)),
+            method_of("fedavg_lora").initial_state(base_of(case.task), case.plan(), Draw(1)),
             1,
             Cohort(torch.arange(1), torch.ones(1)),
             Draw(1),

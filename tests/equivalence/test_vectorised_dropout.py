@@ -34,7 +34,7 @@ def test_dropout_has_the_same_masks(name: str, model: str) -> None:
 def test_dropout_is_on() -> None:
     plain, dropped = Case(mlp()), Case(mlp(dropout=0.4))
     method, plan, clients = method_of("fed_rac_lora"), plain.plan(), torch.arange(len(SIZES))
-    state = method.init(base_of(plain.task), plan, Draw(SEED))
+    state = method.initial_state(base_of(plain.task), plan, Draw(SEED))
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
     with_, without = (
         trainer_of(c.task, plan, LOCAL).train(state.base, sent, clients, round_=1, rate_scale=1.0)
@@ -77,7 +77,7 @@ def test_dropout_of_another_kind_is_on_or_refused(layer: type[nn.Module]) -> Non
     inputs = {"x": normal(sum(SIZES), 2, 8, 8)}
     case = Case(task_of(model, inputs, classes(3), head=("fc",)), targets="all")
     method, plan, clients = method_of("fed_rac_lora"), case.plan(), torch.arange(len(SIZES))
-    state = method.init(base_of(case.task), plan, Draw(SEED))
+    state = method.initial_state(base_of(case.task), plan, Draw(SEED))
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
     refused, losses = "", []
     try:

@@ -20,7 +20,7 @@ from fedraclora.protocol.method import Downlink
 @pytest.mark.parametrize("kind", LAYERS)
 def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:
     make, names = LAYERS[kind]
-    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="adapt")
+    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="lora")
     plan = case.plan()
     downlink = Downlink(adapters_of(forms, names, plan.targets))
     clients = torch.arange(len(SIZES))
@@ -33,7 +33,7 @@ def test_prox_and_preconditioner_with_factors_of_every_form(
     kind: str, forms: tuple[str, ...]
 ) -> None:
     make, names = LAYERS[kind]
-    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="average")
+    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="full")
     plan = case.plan()
     dense = {n: to_train(plan.shapes[n], main=False) for n in plan.dense}
     downlink = Downlink(adapters_of(forms, names, plan.targets), dense)

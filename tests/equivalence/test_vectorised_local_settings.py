@@ -33,23 +33,23 @@ def test_a_preconditioner_by_the_factor_that_is_frozen(trained: str, setting: st
     run(CASES["mlp"](), method_of(name, **changes), local, rounds=2, check={1, 2})
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_preconditioner_and_prox_on_either_side(side: str) -> None:
+@pytest.mark.parametrize("train", ["B", "A"])
+def test_preconditioner_and_prox_on_either_side(train: str) -> None:
     # Small steps: the drawn factor of the last layer is square and nearly singular, so that a long
     # step of its preconditioner makes rounding as large as the bound.
     local = replace(LOCAL, lr=0.001, precondition=True, prox=0.3)
-    method = method_of("fed_rac_lora", side=side, sketch="gaussian", resample_every=None)
+    method = method_of("fed_rac_lora", train=train, sketch="gaussian", merge_every=None)
     run(CASES["cnn-adapted"](), method, local, rounds=2, check={2})
 
 
 def test_the_schedule_scales_both_rates() -> None:
     case = CASES["mlp"]()
     method, plan = method_of("fed_rac_lora"), case.plan()
-    state = method.init(base_of(case.task), plan, Draw(SEED))
+    state = method.initial_state(base_of(case.task), plan, Draw(SEED))
     clients = torch.arange(len(SIZES))
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
     slow = assert_agrees(case, plan, LOCAL, state.base, sent, clients, rate_scale=0.25)
-    lower = replace(LOCAL, lr=0.25 * 0.2, dense_lr=0.25 * 0.1)
+    lower = replace(LOCAL, lr=0.25 * 0.2, full_lr=0.25 * 0.1)
     same = assert_agrees(case, plan, lower, state.base, sent, clients)
     for name, value in slow.items():
         torch.testing.assert_close(value, same[name], rtol=0, atol=ATOL)
@@ -59,7 +59,7 @@ def test_the_schedule_scales_both_rates() -> None:
 def test_no_step_changes_nothing(setting: dict[str, int]) -> None:
     case = CASES["mlp"]()
     method, plan = method_of("fedavg_lora"), case.plan()
-    state = method.init(base_of(case.task), plan, Draw(SEED))
+    state = method.initial_state(base_of(case.task), plan, Draw(SEED))
     clients = torch.arange(len(SIZES))
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
     local = replace(LOCAL, **setting)  # type: ignore[arg-type]

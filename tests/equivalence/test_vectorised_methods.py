@@ -40,10 +40,10 @@ def test_every_method_on_every_model(name: str, case: str) -> None:
     run(CASES[case](), method_of(name), LOCAL, rounds=3, check={1, 3}, name=case)
 
 
-@pytest.mark.parametrize("side", ["left", "auto"])
+@pytest.mark.parametrize("train", ["A", "auto"])
 @pytest.mark.parametrize("model", ["mlp", "cnn-adapted", "bert-query-value"])
-def test_a_sketch_on_either_side(model: str, side: str) -> None:
-    method = method_of("fed_rac_lora", side=side, resample_every=2, sketch="gaussian")
+def test_a_sketch_on_either_side(model: str, train: str) -> None:
+    method = method_of("fed_rac_lora", train=train, merge_every=2, sketch="gaussian")
     run(CASES[model](), method, LOCAL, rounds=2, check={2})
 
 
@@ -53,7 +53,7 @@ def test_one_client_and_clients_of_one_sample(sizes: tuple[int, ...], name: str)
     case = Case(mlp(sizes=sizes))
     method, plan = method_of(name), case.plan()
     clients = torch.arange(len(sizes))
-    state = method.init(base_of(case.task), plan, Draw(SEED))
+    state = method.initial_state(base_of(case.task), plan, Draw(SEED))
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(sizes))), Draw(SEED))
     agreed(f"mlp of {sizes}", case, plan, LOCAL, state.base, sent, clients)
 
@@ -61,7 +61,7 @@ def test_one_client_and_clients_of_one_sample(sizes: tuple[int, ...], name: str)
 def test_results_come_in_the_order_that_was_asked() -> None:
     case = CASES["mlp"]()
     method, plan = method_of("fedavg_lora"), case.plan()
-    state = method.init(base_of(case.task), plan, Draw(SEED))
+    state = method.initial_state(base_of(case.task), plan, Draw(SEED))
     clients = torch.tensor([4, 0, 5, 2, 1, 3])
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
     assert_agrees(case, plan, LOCAL, state.base, sent, clients)
@@ -80,7 +80,7 @@ def test_a_pool_may_stand_beside_weights_that_it_is_not_folded_into(
     world = Case(scaled(), dense="gain,shift") if case == "vmap" else CASES[case]()
     method, plan, draw = method_of("pool_rac_lora", pool=2), world.plan(), Draw(SEED)
     cohort = Cohort(torch.arange(len(SIZES)), torch.arange(1.0, len(SIZES) + 1).double())
-    state = method.init(base_of(world.task), plan, draw)
+    state = method.initial_state(base_of(world.task), plan, draw)
     for round_ in range(1, 4):
         sent = method.open_round(state, round_, cohort, draw)
         layout = sent.layout

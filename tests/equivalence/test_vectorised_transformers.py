@@ -42,7 +42,7 @@ def causal(kind: str, attention: str = "sdpa") -> Case:
         model = transformers.LlamaForSequenceClassification(
             transformers.LlamaConfig(**common, **small)
         )
-    return Case(task_of(model, inputs, classes(3), head=("score",)), head="average")
+    return Case(task_of(model, inputs, classes(3), head=("score",)), head="full")
 
 
 @pytest.mark.short(when=lambda kind, attention: (kind, attention) in CAUSAL)

@@ -50,7 +50,7 @@ def make_bench(poison: int | None = None, **local: float) -> Bench:
         x[4 * poison] = float("nan")
     data = Partitioned.of(Samples({"x": x}, y), [np.arange(4 * k, 4 * k + 4) for k in range(3)])
     task = Task(model, (), "squared_error", ("loss",), data, data.samples)
-    plan = make_plan(model, (), head_policy="adapt")
+    plan = make_plan(model, (), head_policy="lora")
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     settings = LocalSettings(lr=0.1, batch_size=0, **local)  # type: ignore[arg-type]
     trainer = CohortTrainer(task, plan, settings, seed=0, device=torch.device("cpu"))

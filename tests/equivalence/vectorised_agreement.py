@@ -33,7 +33,7 @@ CHUNKS = 2, len(SIZES)
 KINDS = list({kind: name for name, kind in reversed(METHODS.items())}.values())  # one of a class
 
 
-LOCAL = LocalSettings(lr=0.2, dense_lr=0.1, batch_size=4, epochs=2)
+LOCAL = LocalSettings(lr=0.2, full_lr=0.1, batch_size=4, epochs=2)
 
 
 read = cache(choice)
@@ -148,8 +148,8 @@ def run(
     """
     plan, draw = case.plan(), Draw(SEED)
     if hasattr(method, "eps"):  # along a direction slopes are as large as it is long
-        local, name = replace(local, lr=local.lr / 100, dense_lr=None), ""
-    state = method.init(base_of(case.task), plan, draw)
+        local, name = replace(local, lr=local.lr / 100, full_lr=None), ""
+    state = method.initial_state(base_of(case.task), plan, draw)
     trainer = trainer_of(case.task, plan, local)
     for round_ in range(1, rounds + 1):
         clients = draw_cohort(SEED, round_, len(SIZES), 5)

@@ -36,18 +36,18 @@ class Case:
 
     task: Task
     targets: str = "all-linear"
-    head: str = "adapt"
-    bias: str = "average"
+    head: str = "lora"
+    bias: str = "full"
     dense: str | None = None
 
     def plan(self) -> Plan:
         return make_plan(
             self.task.model,
             self.task.head,
-            targets=self.targets,
+            target_modules=self.targets,
             head_policy=self.head,
             bias_policy=self.bias,
-            dense=self.dense,
+            modules_to_save=self.dense,
         )
 
 
@@ -196,15 +196,15 @@ def scaled() -> Task:
 
 CASES: dict[str, Callable[[], Case]] = {
     "mlp": lambda: Case(mlp()),
-    "mlp-averaged-head": lambda: Case(mlp(), head="average", bias="frozen"),
+    "mlp-averaged-head": lambda: Case(mlp(), head="full", bias="frozen"),
     "cnn-adapted": lambda: Case(cnn(), targets="all"),
     "cnn-full": lambda: Case(cnn(), dense="conv*"),
     "cnn-frozen": lambda: Case(cnn(), head="frozen"),
     "bert-query-value": lambda: Case(bert(), targets="query,value"),
     "bert-all-linear-norms": lambda: Case(bert(attention="eager"), dense="LayerNorm"),
-    "bert-words": lambda: Case(bert(), targets="value", head="average", dense="word_embeddings"),
+    "bert-words": lambda: Case(bert(), targets="value", head="full", dense="word_embeddings"),
     "gpt2": lambda: Case(gpt2(), targets="c_attn,c_proj"),
-    "gpt": lambda: Case(gpt(), head="average", dense="wte,wpe,*ln_?"),
+    "gpt": lambda: Case(gpt(), head="full", dense="wte,wpe,*ln_?"),
     "reader": lambda: Case(reader(), dense="norm"),
 }
 

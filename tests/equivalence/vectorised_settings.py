@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "full-batch-steps": {"batch_size": 0, "steps": 4},
     "batch-of-one": {"batch_size": 1},
     "stored-order": {"shuffle": False},
-    "one-rate": {"dense_lr": None},
+    "one-rate": {"full_lr": None},
 }
 
 # The short suite has each setting, kind of layer and mask on B, on both factors and on whole
@@ -91,10 +91,10 @@ PAIRED |= {
 
 PAIRED_METHODS = {
     "both": ("fedavg_lora", {}),
-    "both-left": ("fedavg_lora", {"side": "left"}),
+    "both-left": ("fedavg_lora", {"train": "A"}),
     "both-far-from-zero": ("frlora", {}),
     "B": ("fed_rac_lora", {"sketch": "gaussian"}),
-    "A": ("fed_rac_lora", {"sketch": "gaussian", "side": "left", "resample_every": None}),
+    "A": ("fed_rac_lora", {"sketch": "gaussian", "train": "A", "merge_every": None}),
     "in-turn": ("rolora", {}),
     "own-frozen-factors": ("flora_stacking", {}),
 }

@@ -54,13 +54,13 @@ def given(module: ModuleType) -> dict[str, Any]:
     if hasattr(module, "Denoiser"):
         clients = [module.samples(n) for n in SIZES]
         model, test = module.Denoiser(), module.samples(8, noisy=True)
-        layers = {"targets": module.TARGETS, "head": "frozen", "bias": "frozen"}
+        layers = {"target_modules": module.TARGETS, "head": "frozen", "bias": "frozen"}
         return {"model": model, "data": clients, "test": test, "loss": "squared_error", **layers}
     clients = [vectors(n, key) for key, n in enumerate(SIZES)]
     return {"model": module.network(), "data": clients, "test": vectors(8, 9)}
 
 
-def run(module: ModuleType, folder: Path, rounds: int, **more: Any) -> fedraclora.RunResult:
+def run(module: ModuleType, folder: Path, rounds: int, **more: Any) -> fedraclora.Run:
     method = {"name": "fed_rac_lora", "rank": 2, "alpha": 3.0}
     found = given(module) | {"train": module.train, "method": method} | more
     return fedraclora.simulate(*QUIET, folder=folder, rounds=rounds, **found)

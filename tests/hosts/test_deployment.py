@@ -16,7 +16,7 @@ from tests.hosts.deployment import Deployment, wait_for
 
 WORDS = [
     *(word for word in SMALL if word.split("=")[0] not in {"clients", "cohort"}),
-    *["clients=2", "cohort=2", "method=fedavg", "model.hidden=[256]"],
+    *["clients=2", "clients_per_round=2", "method=fedavg", "model.hidden=[256]"],
 ]
 
 

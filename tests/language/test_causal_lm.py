@@ -33,7 +33,7 @@ def build(**change: Any):
     return build_causal_lm(**given)
 
 
-def run(questions: Path, tokenizer: str, *words: str, **keys: Any) -> fedraclora.RunResult:
+def run(questions: Path, tokenizer: str, *words: str, **keys: Any) -> fedraclora.Run:
     given = ("experiment=tiny_instructions", f"data.file={questions}", "data.client=who")
     return fedraclora.simulate(*given, f"data.tokenizer={tokenizer}", *words, **keys)
 
@@ -100,7 +100,13 @@ def test_a_run_learns_to_answer(
     found = fedraclora.simulate(
         *("data=instructions", f"data.file={questions}", "data.client=who", "output=study"),
         f"data.tokenizer={tokenizer}",
-        *("rounds=8", "targets=all-linear", "local.steps=8", "local.lr=0.05", "method.rank=4"),
+        *(
+            "rounds=8",
+            "target_modules=all-linear",
+            "local.steps=8",
+            "local.lr=0.05",
+            "method.rank=4",
+        ),
         *("evaluate.every=2", "evaluate.generate=4", "evaluate.new_tokens=8"),
         folder=folder,
         model={"config": config},
@@ -264,7 +270,7 @@ def test_a_narrow_base_stays_as_it_is(method: str, questions: Path, tokenizer: s
         (["method=fed_rac_lora"], "method=fed_rac_lora merges"),
         (["method=pool_rac_lora", "method.refresh=4"], "method=pool_rac_lora merges each update"),
         (["method=fed_relora"], r"model\.base is bfloat16.*method=fed_relora merges"),
-        (["method=ffa_lora", "head=average"], r"lm_head\.weight is trained"),
+        (["method=ffa_lora", "head=full"], r"lm_head\.weight is trained"),
         (["method=fedavg_lora", "dora=true"], "dora=true rescales the weights"),
         (["method=ffa_lora", "precision=float32"], "set precision=bf16-mixed"),
     ],
@@ -279,11 +285,11 @@ def test_a_narrow_base_is_never_merged_into(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["targets=[query]"], "targets=.*unknown target layer 'query'"),
+        (["target_modules=[query]"], "target_modules=.*unknown target layer 'query'"),
         (["method.rank=17", "method.cap=false"], "method.rank is 17, but .* has only 16"),
-        (["head=average", "+model.config.tie_word_embeddings=true"], "lm_head.weight is tied to"),
+        (["head=full", "+model.config.tie_word_embeddings=true"], "lm_head.weight is tied to"),
         (["+model.config.vocab_size=9"], r"token id .*9 tokens"),
-        (["partition=iid", "clients=90", "cohort=2"], "partition=iid"),
+        (["partition=iid", "clients=90", "clients_per_round=2"], "partition=iid"),
         (["data.tokenizer=null"], "data.tokenizer is not set"),
     ],
 )

@@ -40,7 +40,7 @@ def given(questions: Path, tokenizer: str) -> tuple[str, ...]:
     ],
 )
 def test_a_quantised_base_stays_as_it_is(base: str, method: str, given: tuple[str, ...]) -> None:
-    words = (*given, f"method={method}", "targets=[q_proj,v_proj]", "evaluate.generate=null")
+    words = (*given, f"method={method}", "target_modules=[q_proj,v_proj]", "evaluate.generate=null")
     runs = [fedraclora.simulate(*words, f"model.base={name}") for name in ("float32", base)]
     wide, narrow = (run.summary["chunk_plan"] for run in runs)
     matrices = sum(w.numel() for n, w in runs[0].weights().items() if "proj" in n)
@@ -142,10 +142,10 @@ def test_a_classifier_has_a_narrow_base_too(tmp_path: Path) -> None:
         (["method=fed_rac_lora"], r"is int8.*method=fed_rac_lora merges"),
         (["method=fedavg_lora", "dora=true"], r"is int8.*dora=true"),
         (["method=fedavg_lora", "server_optimiser=adam"], "server_optimiser=adam with space=wei"),
-        (["method=fedavg_lora", "method.initial=lora_ga"], "takes its first factors"),
-        (["method=fedavg_lora", "method.initial=pissa"], "can be merged into"),
+        (["method=fedavg_lora", "method.init=lora_ga"], "takes its first factors"),
+        (["method=fedavg_lora", "method.init=pissa"], "can be merged into"),
         (["method=fedavg_lora", "allocation=adalora"], "merges each update"),
-        (["method=ffa_lora", "dense=[o_proj]"], r"o_proj\.weight is trained"),
+        (["method=ffa_lora", "modules_to_save=[o_proj]"], r"o_proj\.weight is trained"),
         (["method=ffa_lora", "pretrain=table3"], "are frozen, but pretrain"),
     ],
 )
@@ -159,8 +159,10 @@ def test_what_would_change_it_is_refused(
 def test_a_start_is_not_merged_into_it(given: tuple[str, ...], tmp_path: Path) -> None:
     run = fedraclora.simulate(*given, "rounds=1", "method=fedavg_lora", "evaluate.generate=null")
     run.export(tmp_path / "adapter", "peft")
-    words = (*given, "method=fedavg_lora", "model.base=int8", f"start={tmp_path / 'adapter'}")
-    with pytest.raises(ConfigError, match=r"start=.*model\.base=int8.*name that by model\.path"):
+    words = (*given, "method=fedavg_lora", "model.base=int8", f"init_from={tmp_path / 'adapter'}")
+    with pytest.raises(
+        ConfigError, match=r"init_from=.*model\.base=int8.*name that by model\.path"
+    ):
         fedraclora.simulate(*words)
 
 

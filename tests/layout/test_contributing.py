@@ -52,7 +52,7 @@ def test_the_example_does_what_its_docstring_says(my_method: type[Method]) -> No
     method = my_method(rank=rank, alpha=3.0)  # type: ignore[call-arg]
     draw = Draw(seed=1)
     cohort = Cohort(torch.arange(K), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
-    state = method.init(base, plan, draw)
+    state = method.initial_state(base, plan, draw)
     sent = method.open_round(state, 1, cohort, draw)
     layout = Layout(tuple((name, slot.shape) for name, slot in sent.uploaded().items()))
     rows = torch_normal(rng, K, layout.size)
@@ -111,7 +111,7 @@ def test_the_example_of_a_step_runs_as_it_is_printed(capsys: pytest.CaptureFixtu
     assert all(-1 < row["cosine"] < 1 for row in found["run"].rows[1:])
     assert found["Cosine"]().columns(None, None) == {}, "a round that was given up has no treat"
     alone = fedraclora.simulate(
-        "pretrain=none", "output.progress=false", clients=20, cohort=1, rounds=1,
+        "pretrain=none", "output.progress=false", clients=20, clients_per_round=1, rounds=1,
         steps=[found["Cosine"]()],
     )  # fmt: skip
     assert alone.rows[1]["cosine"] is None

@@ -55,7 +55,7 @@ WORDS = [
     "model=function",
     "model.function=clients.model:network",
     "clients=3",
-    "cohort=3",
+    "clients_per_round=3",
     "rounds=2",
     "pretrain=none",
     "output=study",
@@ -120,4 +120,4 @@ def test_the_same_on_ray_and_on_nodes(
     words = (f"data.samples={OWNER}", "engine=ray", "engine.workers=2")
     assert digest(folder, "simulate", *words) == plain
     (folder / "run").rename(folder / "ray")
-    assert digest(folder, "deploy", "local=3", f"data.samples={OWNER}") == plain
+    assert digest(folder, "deploy", "nodes=3", f"data.samples={OWNER}") == plain

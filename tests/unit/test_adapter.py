@@ -39,12 +39,12 @@ FULL = ("conv.weight", "norm.weight", "fc1.weight", "fc2.weight")
 
 # head policy, bias policy -> targets beside fc1 and fc2, dense, weights of full fine-tuning
 POLICIES = [
-    ("average", "frozen", set(), ("head.weight", "head.bias"), FULL),
-    ("average", "average", set(), ("fc1.bias", "head.weight", "head.bias"), FULL),
+    ("full", "frozen", set(), ("head.weight", "head.bias"), FULL),
+    ("full", "full", set(), ("fc1.bias", "head.weight", "head.bias"), FULL),
     ("frozen", "frozen", set(), (), FULL),
-    ("frozen", "average", set(), ("fc1.bias",), FULL),
-    ("adapt", "frozen", {"head.weight"}, (), (*FULL, "head.weight")),
-    ("adapt", "average", {"head.weight"}, ("fc1.bias", "head.bias"), (*FULL, "head.weight")),
+    ("frozen", "full", set(), ("fc1.bias",), FULL),
+    ("lora", "frozen", {"head.weight"}, (), (*FULL, "head.weight")),
+    ("lora", "full", {"head.weight"}, ("fc1.bias", "head.bias"), (*FULL, "head.weight")),
 ]
 
 
@@ -61,7 +61,9 @@ def test_head_and_bias_are_one_policy(
 
 @pytest.mark.parametrize(("head", "bias"), [p[:2] for p in POLICIES])
 def test_nothing_is_trained_twice(head: str, bias: str) -> None:
-    plan = make_plan(network(), HEAD, head_policy=head, bias_policy=bias, dense="conv,fc2")
+    plan = make_plan(
+        network(), HEAD, head_policy=head, bias_policy=bias, modules_to_save="conv,fc2"
+    )
     assert not set(plan.targets) & set(plan.dense)
     assert not set(plan.weights) & set(plan.dense)
     assert set(plan.targets) <= set(plan.weights)
@@ -83,13 +85,13 @@ def test_shapes_are_stored_shapes_of_every_parameter() -> None:
     ],
 )
 def test_further_layers_are_trained_in_full_by_pattern(dense: str, wanted: tuple[str, ...]) -> None:
-    plan = make_plan(network(), HEAD, head_policy="frozen", dense=dense)
+    plan = make_plan(network(), HEAD, head_policy="frozen", modules_to_save=dense)
     assert plan.dense == wanted
     assert set(plan.targets) == TARGETS
 
 
 def test_what_is_trained_in_full_is_not_adapted() -> None:
-    plan = make_plan(network(), HEAD, head_policy="frozen", dense="fc1")
+    plan = make_plan(network(), HEAD, head_policy="frozen", modules_to_save="fc1")
     assert set(plan.targets) == {"fc2.weight"}
     assert plan.dense == ("fc1.weight", "fc1.bias")
 
@@ -97,8 +99,8 @@ def test_what_is_trained_in_full_is_not_adapted() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dense": "cnov"}, "unknown layer 'cnov'"),
-        ({"targets": "fc3"}, "unknown target layer 'fc3'"),
+        ({"modules_to_save": "cnov"}, "unknown layer 'cnov'"),
+        ({"target_modules": "fc3"}, "unknown target layer 'fc3'"),
     ],
 )
 def test_a_name_that_does_not_exist_is_refused(changes: dict[str, str], words: str) -> None:
@@ -119,7 +121,7 @@ class Tied(nn.Module):
 
 
 # named_parameters() lists a tied weight once, under its first name: a tied head would drop out.
-@pytest.mark.parametrize("policy", ["adapt", "average"])
+@pytest.mark.parametrize("policy", ["lora", "full"])
 def test_a_tied_head_is_refused_or_trained_but_not_dropped(policy: str) -> None:
     try:
         plan = make_plan(Tied(), ("lm_head",), head_policy=policy)
@@ -139,7 +141,7 @@ def test_a_tied_head_is_refused_or_trained_but_not_dropped(policy: str) -> None:
         (0.25, 784, Rank(196)),
         (0.25, 10, Rank(2)),
         (0.001, 10, Rank(1)),
-        (1.0, 10, Rank(10)),
+        ("full", 10, Rank(10)),
         (9, 7, Rank(7, "rank of fc1 capped at 7 (asked: 9)")),
     ],
 )
@@ -155,7 +157,7 @@ def test_a_rank_that_several_parts_share_a_dimension_for_says_so() -> None:
     assert found.note is not None
     assert found.note.startswith(said)
     assert resolve_rank(3, 24, "fc1", cap=False, **shared) == Rank(3)
-    assert resolve_rank(1.0, 24, "fc1", cap=False, **shared) == Rank(3)
+    assert resolve_rank("full", 24, "fc1", cap=False, **shared) == Rank(3)
     wanted = r"only 3 .*24 dimensions .*8 sketches \(method\.pool\); .*method\.cap"
     with pytest.raises(ConfigError, match=wanted):
         resolve_rank(16, 24, "fc1", cap=False, **shared)
@@ -177,7 +179,7 @@ def test_a_share_gives_at_least_one_and_at_most_all(dim: int, share: float) -> N
         (float("nan"), "method.rank is nan"),
         (float("inf"), "method.rank is inf"),
         (True, "method.rank is True"),
-        (1.5, "(0, 1]"),
+        (1.5, "below 1"),
         (
             8,
             "method.rank is 8",
@@ -237,14 +239,14 @@ def test_an_impossible_alpha_names_the_key(alpha: float | str) -> None:
 def test_a_plan_does_not_touch_the_model() -> None:
     model = network()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    make_plan(model, HEAD, head_policy="adapt", bias_policy="average")
+    make_plan(model, HEAD, head_policy="lora", bias_policy="full")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.requires_grad
 
 
-@pytest.mark.parametrize("head", ["frozen", "local"])
+@pytest.mark.parametrize("head", ["frozen", "personal"])
 def test_a_model_of_one_layer_has_no_head_that_could_be_left(head: str) -> None:
     with pytest.raises(ConfigError, match=f"head is {head}"):
         make_plan(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (), head_policy=head)
-    assert make_plan(nn.Linear(4, 3), (), head_policy="adapt").targets.keys() == {"weight"}
+    assert make_plan(nn.Linear(4, 3), (), head_policy="lora").targets.keys() == {"weight"}

@@ -38,7 +38,7 @@ def net() -> nn.Module:
         return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
 
 
-def run(**keys: Any) -> fedraclora.RunResult:
+def run(**keys: Any) -> fedraclora.Run:
     return fedraclora.simulate("output.progress=false", **({"model": net(), "rounds": 2} | keys))
 
 
@@ -207,7 +207,7 @@ def test_a_frame_is_the_table_of_a_file(tmp_path: Path) -> None:
 def test_the_module_is_copied_and_begins_the_run() -> None:
     model = net()
     before = digest(dict(model.named_parameters()))
-    found = run(model=model, data=CLIENTS, method="fedavg", rounds=1, cohort=1)
+    found = run(model=model, data=CLIENTS, method="fedavg", rounds=1, clients_per_round=1)
     assert digest(dict(model.named_parameters())) == before
     untouched = run(model=model, data=CLIENTS, method="fedavg", rounds=1, local={"lr": 1e-30})
     for name, value in untouched.weights().items():
@@ -465,11 +465,13 @@ def test_layers_that_are_not_trained_are_named(capsys: pytest.CaptureFixture[str
     model = nn.Sequential(*layers)
     simulated = fedraclora.simulate(model=model, data=CLIENTS, rounds=1)
     told = capsys.readouterr().err
-    assert "not trained: layer 1 (targets=all" in told
-    assert "targets=all adds convolutions, targets=[NAME]" in told, "all has no embedding"
+    assert "not trained: layer 1 (target_modules=all" in told
+    assert "target_modules=all adds convolutions, target_modules=[NAME]" in told, (
+        "all has no embedding"
+    )
     before = dict(model.named_parameters())
     assert torch.equal(simulated.weights()["1.weight"], before["1.weight"])
-    whole = fedraclora.simulate(model=model, data=CLIENTS, rounds=1, targets="all")
+    whole = fedraclora.simulate(model=model, data=CLIENTS, rounds=1, target_modules="all")
     assert "not trained" not in capsys.readouterr().err
     assert not torch.equal(whole.weights()["1.weight"], before["1.weight"])
 
@@ -543,7 +545,7 @@ def test_a_config_with_objects_is_the_same_run_with_them() -> None:
 
 
 def test_the_head_that_a_config_names_holds_for_an_object_given_beside_it() -> None:
-    first = run(data=CLIENTS, head="average", **{"model.head": ["0"]})
+    first = run(data=CLIENTS, head="full", **{"model.head": ["0"]})
     again = fedraclora.simulate(first.config, model=net(), data=CLIENTS)
     assert again.config["model"] == first.config["model"]
     assert again.summary["weights_digest"] == first.summary["weights_digest"]
@@ -602,14 +604,14 @@ def test_new_rows_of_a_frame_are_brought_to_its_scale(loss: str | None) -> None:
 def test_images_of_bytes_and_named_classes_are_told_for_exports() -> None:
     images = np.arange(2 * 10 * 5, dtype=np.uint8).reshape(2, 10, 5)
     clients = [(part, np.arange(10) % 2) for part in images]
-    found = run(data=clients, rounds=0).builder.built.task.reading
+    found = run(data=clients, rounds=0).built().task.reading
     assert found == {"shape": [5], "subtract": 0, "divide_by": 255}
     table = datasets.Dataset.from_dict({"x": X, "label": Y % 2}).cast_column(
         "label", datasets.ClassLabel(names=["no", "yes"])
     )
     for data in (table, {"one": table.select(range(40)), "two": table.select(range(40, 90))}):
         found = run(data=data, clients=2 if data is table else None, rounds=0)
-        assert found.builder.built.task.reading == {"shape": [5], "classes": ["no", "yes"]}
+        assert found.built().task.reading == {"shape": [5], "classes": ["no", "yes"]}
 
 
 def test_whole_numbers_without_a_sign_and_arrays_of_which_nothing_is_masked_are_read() -> None:

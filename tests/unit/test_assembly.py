@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedraclora.commands.simulate import simulate
 from fedraclora.compose.overrides import composed
 from fedraclora.config import pretraining
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
 from fedraclora.run.recorder import resolved
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled, loop_of
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.server.loop import loop_of
 from fedraclora.training import chunking
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
-from tests.common import assemble, simulated, summary_of
+from tests.common import assemble, summary_of
 
 WORDS = (
     "data=digits",
@@ -28,7 +28,7 @@ WORDS = (
     "pretrain=none",
     "model.hidden=[12]",
     "clients=50",
-    "cohort=40",
+    "clients_per_round=40",
     "rounds=4",
     "local.lr=0.1",
     "output=study",
@@ -36,11 +36,11 @@ WORDS = (
 )
 
 
-def job(folder: Path | None, *words: str, resume: bool = False) -> RunBuilder:
+def job(folder: Path | None, *words: str, resume: bool = False) -> Assembled:
     return assemble(from_plain(composed([*WORDS, *words]), METHODS), folder, resume=resume)
 
 
-def bits(run: RunBuilder) -> tuple[str, str]:
+def bits(run: Assembled) -> tuple[str, str]:
     return digest(run.strategy.state.base), run.strategy.recorder.ledger.digest()
 
 
@@ -117,7 +117,7 @@ def test_the_plan_is_printed_and_stands_in_the_summary(
     small: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = composed([*WORDS, "rounds=1", f"output.dir={tmp_path}", "output.progress=true"])
-    simulated(plain, tmp_path)
+    simulate(plain, tmp_path)
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(r"chunk: 9 clients \(memory\): [\d.]+ MB each \(.* MB on cpu, beside", said)
     summary = summary_of(tmp_path)

@@ -174,11 +174,11 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return brought_parts
 
 
-def digest(run: fedraclora.RunResult) -> object:
+def digest(run: fedraclora.Run) -> object:
     return run.summary["weights_digest"]
 
 
-def run(*words: Any, **keys: Any) -> fedraclora.RunResult:
+def run(*words: Any, **keys: Any) -> fedraclora.Run:
     given = {"model": "brought_parts:net", "data": "brought_parts:clients", "rounds": 2}
     given = {k: v for k, v in given.items() if f"{k}=own" not in words}
     return fedraclora.simulate("output.progress=false", *words, **{**given, **keys})
@@ -274,9 +274,9 @@ def test_an_object_gives_the_bits_of_its_name(mine: Any, kind: str) -> None:
 
 # What may be said beside a part, and must mean the same for an object and for its name.
 BESIDE = [
-    "head=average", "head=frozen", "head=local", "bias=frozen", "targets=all", "targets=['0']",
-    "dense=['0']", "model.head=['0']", "model.head=[]", "model.targets=['0']", "weights=uniform",
-    "wire.uplink=int8",
+    "head=full", "head=frozen", "head=personal", "bias=frozen", "target_modules=all",
+    "target_modules=['0']", "modules_to_save=['0']", "model.head=['0']", "model.head=[]",
+    "model.target_modules=['0']", "aggregation_weights=uniform", "compression.uplink=int8",
 ]  # fmt: skip
 
 
@@ -286,7 +286,7 @@ BESIDE = [
 def test_what_is_said_beside_a_part_holds_for_an_object_and_its_name(
     mine: Any, kind: str, beside: str
 ) -> None:
-    """``head=average`` and ``head=frozen`` did nothing for a model by its name."""
+    """``head=full`` and ``head=frozen`` did nothing for a model by its name."""
     make, words = KINDS[kind]
     divided = {"data": "brought_parts:table", "clients": 4} if "partition" in kind else {}
     others = [word for word in words if word.partition("=")[0] != beside.partition("=")[0]]
@@ -298,8 +298,8 @@ def test_what_is_said_beside_a_part_holds_for_an_object_and_its_name(
 
 def test_a_head_that_a_model_does_not_have_is_not_trained_in_silence(mine: Any) -> None:
     del mine
-    with pytest.raises(ConfigError, match=r"head=average.*head=adapt"):
-        run(model=nn.Linear(3, 3), head="average")
+    with pytest.raises(ConfigError, match=r"head=full.*head=lora"):
+        run(model=nn.Linear(3, 3), head="full")
 
 
 def ended(*words: str, **keys: Any) -> tuple[object, object]:
@@ -317,7 +317,7 @@ def test_each_key_that_takes_an_object_is_among_these() -> None:
     assert wanted == {kind.partition(".")[0] for kind in KINDS}
 
 
-def run_again(before: fedraclora.RunResult, keys: dict[str, Any]) -> fedraclora.RunResult:
+def run_again(before: fedraclora.Run, keys: dict[str, Any]) -> fedraclora.Run:
     return fedraclora.simulate({**before.config, "resume": None}, **keys)
 
 

@@ -12,10 +12,15 @@ import fedraclora
 from fedraclora.errors import ConfigError
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false")
-SIZES: dict[str, Any] = {"model": {"hidden": [7]}, "clients": 5, "cohort": 3, "rounds": 4}
+SIZES: dict[str, Any] = {
+    "model": {"hidden": [7]},
+    "clients": 5,
+    "clients_per_round": 3,
+    "rounds": 4,
+}
 
 
-def run(*words: str, **keys: Any) -> fedraclora.RunResult:
+def run(*words: str, **keys: Any) -> fedraclora.Run:
     return fedraclora.simulate(*WORDS, *words, **(SIZES | keys))
 
 

@@ -38,7 +38,13 @@ KNOWN, UNKNOWN = (
     ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED,
 )
 WORDS = ["data=own", "data.classes=3", "data.shape=[4]", "model=linear", "pretrain=none"]
-WORDS += ["data.loss=cross_entropy", "clients=2", "cohort=2", "rounds=1", "output.progress=false"]
+WORDS += [
+    "data.loss=cross_entropy",
+    "clients=2",
+    "clients_per_round=2",
+    "rounds=1",
+    "output.progress=false",
+]
 
 
 class Link(BaseHTTPRequestHandler):

@@ -45,7 +45,7 @@ def trainer() -> CohortTrainer:
 def start_of(trainer: CohortTrainer) -> tuple[Tree, Downlink]:
     base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
     method = FedRacLora(rank=2)
-    state = method.init(base, trainer.plan, Draw(0))
+    state = method.initial_state(base, trainer.plan, Draw(0))
     return base, method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), Draw(0))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import zstandard
 
-from fedraclora.config.settings import WireConfig
+from fedraclora.config.settings import CompressionConfig
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.coding import ZSTD, compressed, decompressed
@@ -143,10 +143,12 @@ def test_without_coding_messages_are_what_they_were() -> None:
 
 
 def test_coding_of_full_numbers_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"wire.uplink_coding.*wire.uplink=float32"):
-        WireConfig(downlink="int8", uplink_coding=ZSTD)
-    with pytest.raises(ConfigError, match=r"wire.downlink_coding.*wire.downlink=float32"):
-        WireConfig(uplink="int8", downlink_coding=ZSTD)
+    with pytest.raises(ConfigError, match=r"compression.uplink_coding.*compression.uplink=float32"):
+        CompressionConfig(downlink="int8", uplink_coding=ZSTD)
+    with pytest.raises(
+        ConfigError, match=r"compression.downlink_coding.*compression.downlink=float32"
+    ):
+        CompressionConfig(uplink="int8", downlink_coding=ZSTD)
 
 
 def sent_down(m: int = 70, n: int = 40, own: int = 5) -> Downlink:

@@ -412,14 +412,14 @@ def test_a_long_label_breaks_and_no_number_does(
     monkeypatch.setenv("COLUMNS", "80")
     start = "/a/folder/with/a/path/that/is/longer/than/the/terminal/is/wide/so/that/no/column/fits"
     for seed in range(2):
-        make(f"warm{seed}", rac(), seed, final=0.7 + 0.1 * seed, start=start)
-    make("cold", rac(), 0, final=0.5, start=None)
+        make(f"warm{seed}", rac(), seed, final=0.7 + 0.1 * seed, init_from=start)
+    make("cold", rac(), 0, final=0.5, init_from=None)
     table = compare([tmp_path / "sweep"], tmp_path / "out")
     assert [record["label"] for record in table.records] == [
         "warm0 and 1 more",
-        "fed_rac_lora start=null",
+        "fed_rac_lora init_from=null",
     ]
-    assert f"warm0 and 1 more: fed_rac_lora start={start}" in table.notes
+    assert f"warm0 and 1 more: fed_rac_lora init_from={start}" in table.notes
     Table(("group", "accuracy"), ((start, "0.8765 ± 0.012"),), ()).print()
     drawn = capsys.readouterr().out.splitlines()
     assert {len(line) for line in drawn} == {len(drawn[0])}

@@ -27,8 +27,8 @@ tune:
   seeds: [7]
   overrides: [rounds=1, data.validation=0.2, evaluate.split=validation]
 final: {seeds: [0, 1], overrides: []}
-overrides: [data=digits, pretrain=none, "model.hidden=[8]", clients=6, cohort=3, rounds=2,
-  output=study, local.steps=2]
+overrides: [data=digits, pretrain=none, "model.hidden=[8]", clients=6, clients_per_round=3,
+  rounds=2, output=study, local.steps=2]
 rows:
   fedavg_lora: [method=fedavg_lora, method.rank=2, method.alpha=3]
   fedkrso: [method=fedkrso, method.rank=2]
@@ -63,7 +63,7 @@ def test_every_row_is_tuned_alike_and_runs_the_same_seeds(ran: Path) -> None:
         finals = [line for line in mine if line["phase"] == "final"]
         assert sorted(line["seed"] for line in finals) == [0, 1]
         assert all(line["config"]["local"]["batch_size"] == 8 for line in finals)
-        assert all(line["config"]["head"] == "adapt" for line in finals)
+        assert all(line["config"]["head"] == "lora" for line in finals)
 
 
 def test_the_board_has_what_the_runs_say(ran: Path) -> None:
@@ -151,12 +151,12 @@ def test_methods_choose_rows_and_add_what_has_none(tmp_path: Path) -> None:
 
 
 def test_a_row_of_another_task_is_refused_unless_the_study_is_about_it(tmp_path: Path) -> None:
-    text = TINY + "  wider: [method=fedkrso, cohort=4]\n"
+    text = TINY + "  wider: [method=fedkrso, clients_per_round=4]\n"
     study = Study.read(tiny(tmp_path, text))
-    with pytest.raises(ConfigError, match=r"'wider' has cohort=4, .*'fedavg_lora' has cohort"):
+    with pytest.raises(ConfigError, match=r"'wider' has clients_per_round=4, .*'fedavg_lora' has"):
         check_same(study)
-    check_same(Study.read(tiny(tmp_path, text + "varied: [cohort]\n")))
-    for word in ("local.batch_size=2", "head=average", "data.labels=[1]"):
+    check_same(Study.read(tiny(tmp_path, text + "varied: [clients_per_round]\n")))
+    for word in ("local.batch_size=2", "head=full", "data.labels=[1]"):
         other = Study.read(tiny(tmp_path, TINY + f'  other: [method=fedkrso, "{word}"]\n'))
         with pytest.raises(ConfigError, match=word.partition("=")[0]):
             check_same(other)

@@ -29,11 +29,11 @@ from fedraclora.config.run_config import (
 from fedraclora.config.settings import (
     ENGINES,
     Chunk,
+    CompressionConfig,
     EvaluateConfig,
     OutputConfig,
     PretrainConfig,
     RayConfig,
-    WireConfig,
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.limits import Later, OneOf, later_keys
@@ -108,7 +108,7 @@ def test_what_decides_the_result_is_digested_and_no_more() -> None:
     config = from_plain(plain(), METHOD_TABLE)
     left_out = set(config.plain) - set(config.digested)
     assert left_out == {*NOT_IN_DIGEST, *later_keys(RunConfig)}
-    assert {"wire", "dora"} <= left_out  # where they are off, runs of before are the same
+    assert {"compression", "dora"} <= left_out  # where they are off, runs of before are the same
     there, here = config.plain["engine"], config.digested["engine"]
     assert isinstance(there, dict)
     assert here == {"chunk": there["chunk"], "threads": there["threads"]}
@@ -137,15 +137,15 @@ def test_what_clients_need_is_read_without_a_method() -> None:
             "unknown method 'fed_rac_lorra'; did you mean 'fed_rac",
         ),
         ({"method__rnak": 4}, "unknown key 'method.rnak'; did you mean 'method.rank'"),
-        ({"method__rank": "four"}, "method.rank is 'four'; int or float or a mapping is wanted"),
+        ({"method__rank": "four"}, "method.rank is 'four'; a positive integer, a fraction"),
         ({"method__rank": 0}, "method.rank is 0; a positive integer"),
         ({"method__rank": True}, "method.rank is True"),
         ({"method__alpha": 0}, "method.alpha is 0"),
         ({"method__alpha": float("nan")}, "method.alpha is nan"),
         ({"method__alpha": None}, "method.alpha is None"),
         ({"method__sketch": "gausian"}, "unknown method.sketch 'gausian'; did you mean 'gaussian'"),
-        ({"method__side": "lefty"}, "unknown method.side 'lefty'; did you mean 'left'"),
-        ({"method__resample_every": 0}, "method.resample_every is 0; 1 or more, or null"),
+        ({"method__train": "lefty"}, "unknown method.train 'lefty'"),
+        ({"method__merge_every": 0}, "method.merge_every is 0; 1 or more, or null"),
         ({"method__density": 0.0}, "method.density is 0.0; a number in (0, 1] is wanted"),
         ({"method__blocks": "covers"}, "did you mean 'cover'"),
         ({"method__normalise": "row"}, "did you mean 'rows'"),
@@ -153,16 +153,16 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"model__name": "mpl"}, "unknown model 'mpl'; did you mean 'mlp'"),
         ({"local__lr": "fast"}, "local.lr is 'fast'; float is wanted"),
         (
-            {"wire": {"uplink": 8}},
-            f"wire.uplink is 8; one of float32, {', '.join(ROUNDED)} is wanted",
+            {"compression": {"uplink": 8}},
+            f"compression.uplink is 8; one of float32, {', '.join(ROUNDED)} is wanted",
         ),
         (
             {"output__dir": 42},
             "or null is wanted: quote it, 'output.dir=\"42\"'",
         ),
-        ({"head": None}, "head is None; one of adapt, average, frozen, local is wanted"),
+        ({"head": None}, "head is None; one of lora, full, frozen, personal is wanted"),
         ({"local__schedule": 1}, "one of constant, cosine, linear, step is wanted"),
-        ({"method__side": 1}, "method.side is 1; one of right, left, auto is wanted"),
+        ({"method__train": 1}, "method.train is 1; one of B, A, auto is wanted"),
         ({"method__sketch": 1}, "method.sketch is 1; one of orthonormal, coordinate, srht, gau"),
         ({"local__lr": -0.5}, "local.lr is -0.5"),
         ({"local__momentun": 0.5}, "unknown key 'local.momentun'; did you mean 'local.momentum'"),
@@ -182,7 +182,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"engine__name": "ray", "engine__gpus": -1}, "engine.gpus is -1"),
         ({"engine__name": "ray", "engine__retries": -1}, "engine.retries is -1"),
         ({"engine__name": "ray", "engine__timeout": 0}, "engine.timeout is 0"),
-        ({"engine__name": "flower"}, "'flower' was removed: use engine=ray"),
+        ({"engine__name": "flower"}, "'flower' is no more: use engine=ray"),
         ({"engine__workers": 2}, "unknown key 'engine.workers'"),
         ({"evaluate__every": 0}, "evaluate.every"),
         ({"evaluate__split": "tests"}, "unknown evaluate.split 'tests'; did you mean 'test'"),
@@ -191,13 +191,13 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"rounds": -1}, "rounds is -1; 0 or more is wanted"),
         ({"rounds": 1.0}, "rounds is 1.0; int is wanted"),
         ({"clients": 0}, "clients is 0; 1 or more, or null, is wanted"),
-        ({"cohort": 0}, "cohort is 0; a number of clients, or a fraction"),
-        ({"cohort": -3}, "cohort is -3"),
-        ({"cohort": 1.5}, "cohort is 1.5"),
-        ({"cohort": float("nan")}, "cohort is nan"),
+        ({"clients_per_round": 0}, "clients_per_round is 0; a number of clients, or a share"),
+        ({"clients_per_round": -3}, "clients_per_round is -3"),
+        ({"clients_per_round": 1.5}, "clients_per_round is 1.5"),
+        ({"clients_per_round": float("nan")}, "clients_per_round is nan"),
         (
-            {"cohort": 201},
-            "cohort is 201, but there are only 200 clients; lower cohort or raise cl",
+            {"clients_per_round": 201},
+            "clients_per_round is 201, but there are only 200 clients; lower clients_per_round or",
         ),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"precision": "bf16"}, "unknown precision 'bf16'; did you mean 'bf16-mixed'"),
@@ -214,12 +214,12 @@ def test_what_cannot_run_is_refused_by_its_key(changes: dict[str, Any], words: s
 
 def test_keys_that_are_missing_are_named_in_one_message() -> None:
     whole = plain(system__speed={"name": "lognormal", "median": 3.0})
-    del whole["cohort"], whole["rounds"]
+    del whole["clients_per_round"], whole["rounds"]
     with pytest.raises(MissingKeysError) as caught:
         from_plain(whole, METHOD_TABLE)
-    assert "no key cohort, rounds" in str(caught.value)
+    assert "no key clients_per_round, rounds" in str(caught.value)
     assert "system.speed.sigma is missing" in str(caught.value)
-    assert set(caught.value.keys) == {"cohort", "rounds", "system.speed.sigma"}
+    assert set(caught.value.keys) == {"clients_per_round", "rounds", "system.speed.sigma"}
 
 
 def test_all_that_a_row_lacks_is_named() -> None:
@@ -268,12 +268,12 @@ BOOTSTRAP = {**choice("partition", "bootstrap"), "sizes": "constant"}
 VIRTUAL = {"name": "virtual", "sizes": "constant"}
 IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it takes to read it
     ("local.damping", 0.1, {"method": FACTORS, "local__adjust": "riemannian"}),
-    ("local.final", 0.3, {"local__schedule": "cosine"}),
+    ("local.min_lr_ratio", 0.3, {"local__schedule": "cosine"}),
     ("local.step_factor", 0.1, STEPS),
     ("local.step_every", 7, STEPS),
     ("local.epochs", 3, {"local__steps": None}),
-    ("local.dense_lr", 0.3, {"bias": "average"}),
-    ("local.moments_kept", 0.1, {"method": FACTORS | {"resample_every": 4}}),
+    ("local.full_lr", 0.3, {"bias": "full"}),
+    ("local.optimizer_state_kept", 0.1, {"method": FACTORS | {"merge_every": 4}}),
     ("method.density", 0.3, {"method__sketch": "sparse_sign"}),
     ("method.kept_scale", 0.5, {"method": DRAWN | {"fresh": 0.5}}),
     ("method.pairs", True, {"method": DRAWN | {"fresh": 0.5}}),
@@ -281,7 +281,7 @@ IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it ta
     ("pretrain.batch_size", 7, {"pretrain__epochs": 2}),
     ("pretrain.labels", [1], {"pretrain__epochs": 2}),
     ("attack.share", 0.3, {"attack": {"name": "label_flip"}}),
-    ("evaluate.clients", 7, {"head": "local"}),
+    ("evaluate.sample", 7, {"head": "personal"}),
     ("stop.metric", "accuracy", {"stop__patience": 3}),
     ("partition.spread", 1.5, {"partition": BOOTSTRAP | {"sizes": "pareto"}}),
     ("data.spread", 1.5, {"data": VIRTUAL | {"sizes": "lognormal"}}),
@@ -289,7 +289,7 @@ IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it ta
 BESIDE: dict[str, Any] = {  # what puts all of these out of action
     "local__steps": 2,
     "bias": "frozen",
-    "local__moments": "link",
+    "local__optimizer_state": "merge",
     "local__momentum": 0.5,
     "pretrain": {"name": "none"},
 }
@@ -301,7 +301,7 @@ def test_a_key_that_nothing_reads_is_refused_by_name(
 ) -> None:
     dotted = key.replace(".", "__")
     needs: dict[str, dict[str, Any]] = {
-        "local.moments_kept": {"method": FACTORS},
+        "local.optimizer_state_kept": {"method": FACTORS},
         "method.kept_scale": {"method": DRAWN},
         "method.pairs": {"method": DRAWN},
         "partition.spread": {"partition": BOOTSTRAP},
@@ -315,11 +315,11 @@ def test_a_key_that_nothing_reads_is_refused_by_name(
 
 
 def test_all_keys_that_nothing_reads_are_named_at_once() -> None:
-    said = refusal(attack__share=0.3, local__final=0.1, evaluate__clients=3)
+    said = refusal(attack__share=0.3, local__min_lr_ratio=0.1, evaluate__sample=3)
     assert [line.split()[0] for line in said.splitlines()] == [
-        "local.final",
+        "local.min_lr_ratio",
         "attack.share",
-        "evaluate.clients",
+        "evaluate.sample",
     ]
 
 
@@ -342,21 +342,27 @@ def test_choices_that_have_a_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"cohort": 1.0}, {"cohort": 1}, {"cohort": 200}, {"rounds": 0}]
+    "changes",
+    [
+        {"clients_per_round": "100%"},
+        {"clients_per_round": 1},
+        {"clients_per_round": 200},
+        {"rounds": 0},
+    ],
 )
 def test_limits_are_part_of_what_is_allowed(changes: dict[str, Any]) -> None:
     from_plain(plain(**changes), METHOD_TABLE)
 
 
 def test_the_data_may_bring_their_own_clients() -> None:
-    assert from_plain(plain(clients=None, cohort=50), METHOD_TABLE).clients is None
+    assert from_plain(plain(clients=None, clients_per_round=50), METHOD_TABLE).clients is None
 
 
 # Not after the data were loaded and a run folder was made, or after the first round has trained.
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"weights": "example"}, "weights"),
+        ({"aggregation_weights": "example"}, "aggregation_weights"),
         ({"head": "averaged"}, "head"),
         ({"bias": "froze"}, "bias"),
         ({"partition__name": "dirichlett"}, "partition"),
@@ -414,7 +420,7 @@ def test_a_run_without_answers_is_that_of_before_there_were_any() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WireOfLater(WireConfig):
+class WireOfLater(CompressionConfig):
     pace: Annotated[Sequence[int], Later()] = ()
 
 
@@ -437,10 +443,10 @@ def test_a_key_that_folders_of_before_lack_is_its_default_there_and_then_in_no_d
     was = plain()
     before = from_plain(was, METHOD_TABLE).digested
     monkeypatch.setattr(run_config, "RunConfig", RunOfLater)
-    monkeypatch.setitem(run_config.KINDS, "wire", WireOfLater)
+    monkeypatch.setitem(run_config.KINDS, "compression", WireOfLater)
     table = {**METHOD_TABLE, "fed_rac_lora": MethodOfLater}
-    method, wire = {**was["method"], "decay": 0.5}, {**was["wire"], "pace": []}
-    now = {**was, "cosine": False, "wire": wire, "method": method}
+    method, wire = {**was["method"], "decay": 0.5}, {**was["compression"], "pace": []}
+    now = {**was, "cosine": False, "compression": wire, "method": method}
     short = without(was, *later_keys(RunConfig))
     for config in (was, now, short):
         found = from_plain(config, table, began=True)
@@ -449,9 +455,9 @@ def test_a_key_that_folders_of_before_lack_is_its_default_there_and_then_in_no_d
         assert (found.cosine, found.dora) == (False, False)  # type: ignore[attr-defined]
     for changed in ({"cosine": True}, {"method": {**method, "decay": 0.1}}):
         assert digested({**now, **changed}, table) != before
-    half = {**was["wire"], "uplink": "int8"}
-    assert digested({**now, "wire": half}, table) == digested(
-        {**now, "wire": {**half, "pace": []}}, table
+    half = {**was["compression"], "uplink": "int8"}
+    assert digested({**now, "compression": half}, table) == digested(
+        {**now, "compression": {**half, "pace": []}}, table
     )
 
 

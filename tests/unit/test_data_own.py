@@ -197,7 +197,7 @@ def test_clients_that_are_found_are_the_only_division(data: str, name: str, fold
 def test_the_default_partition_fits_the_data(folder: Path) -> None:
     built = build_task(from_plain(composed(["data=own", f"data.samples={folder}", *TINY]), METHODS))
     assert built.clients == built.cohort == 3
-    words = ["data=virtual", "clients=5", "cohort=2", "data.held_out=9", *TINY]
+    words = ["data=virtual", "clients=5", "clients_per_round=2", "data.held_out=9", *TINY]
     built = build_task(from_plain(composed(words), METHODS))
     assert built.task.train.num_clients == 5
     assert built.task.info["partition"]["partition"] == "given"  # type: ignore[index]

@@ -17,7 +17,14 @@ from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from tests.common import assemble, normal
 
-SMALL = ["data=digits", "pretrain=none", "clients=6", "cohort=3", "rounds=1", "model.hidden=[9]"]
+SMALL = [
+    "data=digits",
+    "pretrain=none",
+    "clients=6",
+    "clients_per_round=3",
+    "rounds=1",
+    "model.hidden=[9]",
+]
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 3), st.sampled_from(["B", "A", "both"]))

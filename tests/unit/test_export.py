@@ -31,7 +31,7 @@ from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_gpt
 from fedraclora.run.folder import read_config
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.runner import finished
+from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
@@ -105,7 +105,7 @@ def trained(model: str, method: str, folder: Path | None = None, **keys: object)
 def loaded(run, place: Path) -> nn.Module:
     """Load an adapter as its card says, and merge it."""
     base = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
-    task = run.builder.built.task.model
+    task = run.built().task.model
     if base is None:
         model = copy.deepcopy(task)
         model.load_state_dict(load_file(place / "base.safetensors"))
@@ -142,16 +142,24 @@ CASES = {
     "mlp, factors that are carried": ("mlp", "fedavg_lora", {}),
     "mlp, re-factored products": ("mlp", "flexlora", {}),
     "mlp, magnitudes": ("mlp", "fedavg_lora", {"dora": True}),
-    "mlp, everything in full": ("mlp", "fedavg", {"head": "average"}),
-    "bert, head in full": ("bert", "fed_rac_lora", {"head": "average"}),
-    "bert, head adapted": ("bert", "fedavg_lora", {"head": "adapt"}),
-    "bert, magnitudes": ("bert", "ffa_lora", {"dora": True, "head": "average"}),
-    "bert, norms in full": ("bert", "flexlora", {"dense": ["LayerNorm"], "head": "frozen"}),
+    "mlp, everything in full": ("mlp", "fedavg", {"head": "full"}),
+    "bert, head in full": ("bert", "fed_rac_lora", {"head": "full"}),
+    "bert, head adapted": ("bert", "fedavg_lora", {"head": "lora"}),
+    "bert, magnitudes": ("bert", "ffa_lora", {"dora": True, "head": "full"}),
+    "bert, norms in full": (
+        "bert",
+        "flexlora",
+        {"modules_to_save": ["LayerNorm"], "head": "frozen"},
+    ),
     "gpt, a chain": ("gpt", "fed_rac_lora", {}),
-    "gpt, carried, head in full": ("gpt", "fedavg_lora", {"head": "average"}),
+    "gpt, carried, head in full": ("gpt", "fedavg_lora", {"head": "full"}),
     "gpt, magnitudes": ("gpt", "fedavg_lora", {"dora": True}),
-    "gpt, embeddings": ("gpt", "fed_rac_lora", {"targets": ["wte", "c_attn"], "bias": "frozen"}),
-    "bert, residual base": ("bert", "fedavg_lora initial=pissa", {}),
+    "gpt, embeddings": (
+        "gpt",
+        "fed_rac_lora",
+        {"target_modules": ["wte", "c_attn"], "bias": "frozen"},
+    ),
+    "bert, residual base": ("bert", "fedavg_lora init=pissa", {}),
 }
 
 
@@ -164,7 +172,7 @@ def test_peft_merges_an_adapter_to_the_weights_and_the_metric_of_the_run(case, t
     record = run.export(tmp_path / "adapter")
     merged = loaded(run, tmp_path / "adapter")
     assert distance(merged, run.weights()) < 1e-6
-    task = run.builder.built.task
+    task = run.built().task
     weights = {n: p.detach() for n, p in merged.named_parameters()}
     found = evaluate(merged, weights, task.test, task.loss, task.metrics)
     assert found == pytest.approx(run.summary["metrics"], abs=1e-5)
@@ -191,7 +199,7 @@ def test_a_chain_has_the_rank_of_all_its_links_and_carried_factors_their_own(tmp
 
 @pytest.mark.parametrize("method", ["fed_rac_lora", "fedavg"])
 def test_a_truncated_adapter_misses_what_its_record_says(method, tmp_path):
-    run = trained("mlp", method, tmp_path / "run", head="average")
+    run = trained("mlp", method, tmp_path / "run", head="full")
     errors = []
     for rank in (1, 3):
         record = run.export(tmp_path / f"{rank}", rank=rank)
@@ -242,7 +250,7 @@ def test_a_run_in_memory_is_exported_by_the_difference_of_its_weights(dora, tmp_
 
 
 def test_the_lines_of_the_card_load_an_adapter_whose_folder_was_moved(tmp_path):
-    run = trained("bert", "fedavg_lora", tmp_path / "run", head="average")
+    run = trained("bert", "fedavg_lora", tmp_path / "run", head="full")
     record = run.export(tmp_path / "adapter")
     assert record["base"] == "./base"
     moved = shutil.move(tmp_path / "adapter", tmp_path / "elsewhere")
@@ -291,7 +299,7 @@ def test_the_card_brings_raw_rows_of_a_table_to_the_model_and_names_its_answers(
         *("model=mlp", "model.hidden=[8]", "local.lr=0.1", "local.epochs=3"),
         method={"name": "fed_rac_lora", "rank": 2},
         clients=4,
-        cohort=4,
+        clients_per_round=4,
         rounds=3,
     )
     run.export(tmp_path / "out", form)
@@ -307,7 +315,7 @@ def test_the_card_brings_raw_rows_of_a_table_to_the_model_and_names_its_answers(
     assert answer[-1] is None or np.isnan(float(answer[-1]))
     assert not any(given is None for given in answer[:-1])
     found = followed(tmp_path / "out", raw=raw)  # it builds the model, too
-    expected = forward(run.model(), run.builder.built.task.test.inputs)
+    expected = forward(run.model(), run.built().task.test.inputs)
     assert torch.allclose(found["output"], expected, atol=1e-4)
     if label == "kind":
         right = np.mean(np.array(found["answer"]) == rows.kind)
@@ -322,7 +330,9 @@ def test_the_card_brings_raw_rows_of_a_table_to_the_model_and_names_its_answers(
 def test_the_card_builds_a_model_of_ours(model, tmp_path):
     words = ("data=digits", "data.labels=[7,1,4]", "pretrain=none", model, "local.lr=0.1")
     method = {"name": "fed_rac_lora", "rank": 2}
-    run = fedraclora.simulate(QUIET, *words, method=method, clients=4, cohort=4, rounds=1)
+    run = fedraclora.simulate(
+        QUIET, *words, method=method, clients=4, clients_per_round=4, rounds=1
+    )
     run.export(tmp_path / "out", "state_dict")
     found = followed(tmp_path / "out", raw=torch.zeros(2, 64))
     assert distance(found["model"], run.weights()) == 0
@@ -355,7 +365,7 @@ def test_the_classes_of_texts_are_named_in_the_config_of_their_model(tmp_path):
 
 
 def test_the_card_of_a_model_from_elsewhere_names_its_classes(tmp_path):
-    run = trained("bert", "fedavg_lora", tmp_path / "run", head="average")
+    run = trained("bert", "fedavg_lora", tmp_path / "run", head="full")
     run.export(tmp_path / "bert", "hf")
     inputs, target = texts(20)
     names = {"reading": {"classes": ["bad", "good"]}}
@@ -365,9 +375,9 @@ def test_the_card_of_a_model_from_elsewhere_names_its_classes(tmp_path):
         test=texts(9, 4),
         method={"name": "fedavg_lora", "rank": 1},
         rounds=1,
-        head="average",
+        head="full",
     )
-    built = run.builder.built
+    built = run.built()
     task = replace(built.task, **names)
     run = replace(run, built=lambda: replace(built, task=task))
     run.export(tmp_path / "adapter")
@@ -448,12 +458,12 @@ def test_a_gguf_file_is_where_a_run_begins(llama_run, llama_export, tmp_path):
     fit = {"input_ids": inputs["input_ids"] % 20, "attention_mask": inputs["attention_mask"]}
     run = fedraclora.simulate(
         QUIET,
-        "targets=[q_proj]",
+        "target_modules=[q_proj]",
         model={"name": "hf", "path": str(llama_export("gguf") / "model.gguf")},
         data=[({n: t[k::2] for n, t in fit.items()}, target[k::2]) for k in range(2)],
         test=({n: t % 20 for n, t in test[0].items()}, test[1]),
         method={"name": "fed_rac_lora", "rank": 1},
-        head="average",
+        head="full",
         rounds=0,
     )
     assert run.summary["task"]["weights"] == "F32 in model.gguf, de-quantised to float32"
@@ -560,7 +570,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(case, tmp_path):
 def test_a_factor_that_stays_with_clients_is_refused_and_a_local_head_is_said(tmp_path):
     with pytest.raises(ConfigError, match="FedSaLora keep a factor"):
         trained("mlp", "fedsa_lora").export(tmp_path / "fedsa")
-    run = trained("mlp", "fed_rac_lora", head="local")
+    run = trained("mlp", "fed_rac_lora", head="personal")
     record = run.export(tmp_path / "local")
     assert "4.weight" in record["warnings"][0]
     assert "Each client kept 4.weight" in (tmp_path / "local" / "README.md").read_text()
@@ -581,7 +591,11 @@ def test_layers_that_peft_cannot_adapt_are_named(tmp_path):
     x, y = numbers(40)
     keys = {"data": [(x[:20], y[:20]), (x[20:], y[20:])], "test": numbers(9, 4), "rounds": 1}
     run = fedraclora.simulate(
-        QUIET, "targets=all", model=Grouped(), method={"name": "fedavg_lora", "rank": 1}, **keys
+        QUIET,
+        "target_modules=all",
+        model=Grouped(),
+        method={"name": "fedavg_lora", "rank": 1},
+        **keys,
     )
     with pytest.raises(ModelError, match=r"'conv' is .*in groups"):
         run.export(tmp_path / "grouped")
@@ -595,9 +609,9 @@ def plain_run(tmp_path_factory):
         *("data=virtual", "data.held_out=50", "data.samples=20", "model.hidden=[9]"),
         method={"name": "fed_rac_lora", "rank": RANK},
         clients=5,
-        cohort=5,
+        clients_per_round=5,
         rounds=2,
-        head="average",
+        head="full",
         folder=tmp_path_factory.mktemp("plain") / "run",
     )
 

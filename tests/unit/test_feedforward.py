@@ -107,7 +107,7 @@ DOWNLINKS: dict[str, Callable[[int], Downlink]] = {
 
 def opened(loss: str, downlink: Downlink) -> tuple[CohortTrainer, OpenChunk]:
     whole = task(loss)
-    plan = make_plan(whole.model, whole.head, head_policy="adapt")
+    plan = make_plan(whole.model, whole.head, head_policy="lora")
     local = LocalConfig(batch_size=4, shuffle=False)
     trainer = CohortTrainer(whole, plan, local, seed=1, device=torch.device("cpu"))
     base = {n: p.detach().clone() for n, p in whole.model.named_parameters()}
@@ -209,7 +209,7 @@ def test_a_chain_of_three_factors_is_left_to_autograd() -> None:
 def test_mixed_precision_is_left_to_autograd() -> None:
     whole = task()
     whole = replace(whole, model=whole.model.float(), train=whole.train.to("cpu", torch.float32))
-    plan = make_plan(whole.model, whole.head, head_policy="adapt")
+    plan = make_plan(whole.model, whole.head, head_policy="lora")
     base = {n: p.detach().clone() for n, p in whole.model.named_parameters()}
     for precision, written in (("float32", True), ("bf16-mixed", False)):
         trainer = CohortTrainer(

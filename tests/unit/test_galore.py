@@ -30,7 +30,7 @@ SENT = Downlink(
     dense={n: to_train(shape, main=n != "bias") for n, shape in SHAPES.items()},
     program=PROGRAM,
 )
-ADAMW = {"optimiser": "adamw", "lr": 0.05, "dense_lr": 0.01}
+ADAMW = {"optimiser": "adamw", "lr": 0.05, "full_lr": 0.01}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1, "weight_decay": 0.3},
     "momentum": {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.3},
@@ -62,7 +62,7 @@ def test_steps_are_those_of_the_formula_over_rounds(setting: str) -> None:
     """Two rounds of unequal clients, who count their gaps each for itself."""
     local = LocalSettings(**SETTINGS[setting])
     if setting != "sgd":
-        local = replace(local, moments="run")
+        local = replace(local, optimizer_state="run")
     start, counts = normals("start"), ([5, 3, 1], [4, 3, 3])  # who finishes first stands last
     values = {n: v.clone() for n, v in start.items()}
     own = [{n: v[k].clone().requires_grad_() for n, v in start.items()} for k in range(3)]

@@ -317,4 +317,5 @@ def test_the_app_of_a_message_imports_nothing_that_takes_time() -> None:
         "fedraclora.engines",
         "fedraclora.engines.replies",
         "fedraclora.errors",
+        "fedraclora.renamed",
     }

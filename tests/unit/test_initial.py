@@ -58,7 +58,7 @@ def run(folder: Path | None, rounds: int = ROUNDS, **keys: Any):
         "model": {"name": "hf", "path": "package:small_bert/model"},
         "method": {"name": "fed_rac_lora", "rank": 1},
         "local": {"lr": 1.0, "batch_size": 10},
-        "head": "average",
+        "head": "full",
         "bias": "frozen",
     }
     return fedraclora.simulate(
@@ -137,7 +137,7 @@ def test_a_package_that_has_changed_or_gone_is_named(package, large, tmp_path):
 
 def test_weights_that_nobody_else_has_are_kept_once(package, large, tmp_path):
     run(tmp_path / "first")
-    second = run(tmp_path / "second", start=str(tmp_path / "first"))
+    second = run(tmp_path / "second", init_from=str(tmp_path / "first"))
     (_, first, meta), *_ = read_links(second.folder / "chain")
     assert "elsewhere" not in meta
     assert set(second.weights()) <= set(first)

@@ -58,8 +58,8 @@ def weight(dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def begin(initial: str, kind: str = "linear", dtype: torch.dtype = torch.float64) -> State:
     stored = weight(dtype).mT.contiguous() if kind == "conv1d" else weight(dtype)
-    method = FedAvgLora(rank=R, alpha=ALPHA, initial=initial)
-    return method.init({"w": stored}, plan_of(kind), DRAW)
+    method = FedAvgLora(rank=R, alpha=ALPHA, init=initial)
+    return method.initial_state({"w": stored}, plan_of(kind), DRAW)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
@@ -80,8 +80,8 @@ def test_pissa_moves_the_principal_part_from_the_weight_into_the_factors(kind: s
 def test_a_start_leaves_the_effective_weights(
     name: str, initial: str, dtype: torch.dtype, most: float
 ) -> None:
-    method = METHODS[name](rank=R, alpha=ALPHA, initial=initial)  # type: ignore[call-arg]
-    state = method.init({"w": weight(dtype)}, plan_of(), DRAW)
+    method = METHODS[name](rank=R, alpha=ALPHA, init=initial)  # type: ignore[call-arg]
+    state = method.initial_state({"w": weight(dtype)}, plan_of(), DRAW)
     found = method.weights(state, DRAW)["w"]
     torch.testing.assert_close(found, weight(dtype), rtol=0, atol=most)
 
@@ -139,7 +139,7 @@ def make_task() -> Task:
 
 
 def task_plan(task: Task) -> tuple[Plan, Tree]:
-    plan = make_plan(task.model, task.head, head_policy="average", bias_policy="average")
+    plan = make_plan(task.model, task.head, head_policy="full", bias_policy="full")
     return plan, {n: p.detach().clone() for n, p in task.model.named_parameters()}
 
 
@@ -201,19 +201,19 @@ def test_a_probe_is_the_gradient_where_clients_start() -> None:
 @pytest.mark.parametrize("initial", STARTS)
 def test_starts_are_refused_where_factors_do_not_live_on(initial: str) -> None:
     for make in (
-        lambda: FedAvgLora(initial=initial, resample_every=4),
-        lambda: FloraStacking(initial=initial),
-        lambda: FedSb(initial=initial),
+        lambda: FedAvgLora(init=initial, merge_every=4),
+        lambda: FloraStacking(init=initial),
+        lambda: FedSb(init=initial),
     ):
-        with pytest.raises(ConfigError, match=rf"method\.initial is {initial}.*fedavg_lora"):
+        with pytest.raises(ConfigError, match=rf"method\.init is {initial}.*fedavg_lora"):
             make()
 
 
 def test_an_unknown_start_names_those_that_fit() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'pissa'\?.*orthogonal"):
-        FedAvgLora(initial="pisa")
+        FedAvgLora(init="pisa")
     with pytest.raises(ConfigError) as refused:
-        FedSb(initial="pisa")
+        FedSb(init="pisa")
     assert "pissa" not in str(refused.value).partition("There are")[2]
 
 
@@ -221,30 +221,30 @@ def test_rank_budgets_are_refused_beside_a_start() -> None:
     check_ranks(FlexLora())
     for initial in STARTS:
         with pytest.raises(ConfigError, match="rank budgets"):
-            check_ranks(FlexLora(initial=initial))
+            check_ranks(FlexLora(init=initial))
 
 
 def test_lora_ga_needs_twice_as_many_vectors_as_its_rank() -> None:
-    method = FedExLora(rank=6, alpha=ALPHA, initial="lora_ga")
-    state = method.init({"w": weight()}, plan_of(), DRAW)
+    method = FedExLora(rank=6, alpha=ALPHA, init="lora_ga")
+    state = method.initial_state({"w": weight()}, plan_of(), DRAW)
     assert state.notes == ("rank of w capped at 4: lora_ga needs twice as many vectors",)
     assert method.ranks_and_scales(plan_of()) == ({"w": 4}, {"w": ALPHA / 4})
     with pytest.raises(ConfigError, match=r"2 r singular vectors.*only 8"):
-        replace(method, cap=False).init({"w": weight()}, plan_of(), DRAW)
+        replace(method, cap=False).initial_state({"w": weight()}, plan_of(), DRAW)
     thin = Plan({"w": LayerView("linear", (1, N))}, shapes={"w": (1, N)})
     with pytest.raises(ConfigError, match="leave the layer out"):
-        replace(method, rank=1).init({"w": weight()[:1]}, thin, DRAW)
+        replace(method, rank=1).initial_state({"w": weight()[:1]}, thin, DRAW)
 
 
 def test_a_start_is_bounded_by_the_smaller_side() -> None:
     """A drawing of a right sketch is bounded by n alone; singular vectors are by both."""
     assert FedAvgLora(rank=10).rank_of(plan_of(), "w") == 10
-    assert FedAvgLora(rank=10, initial="pissa").rank_of(plan_of(), "w") == M
+    assert FedAvgLora(rank=10, init="pissa").rank_of(plan_of(), "w") == M
 
 
 def test_every_method_that_trains_both_factors_takes_a_start_or_refuses_it() -> None:
     both = {name for name, kind in METHODS.items() if issubclass(kind, Factored)}
     assert set(LIVING) <= both
     for name in sorted(both - set(LIVING) - {"lora", "cola", "relora", "fed_cola", "fed_relora"}):
-        with pytest.raises(ConfigError, match=r"method\.initial is pissa"):
-            METHODS[name](initial="pissa")  # type: ignore[call-arg]
+        with pytest.raises(ConfigError, match=r"method\.init is pissa"):
+            METHODS[name](init="pissa")  # type: ignore[call-arg]

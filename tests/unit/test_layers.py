@@ -142,7 +142,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_layer() -> None:
     with pytest.raises(ConfigError) as caught:
         find_targets(network(), "query,frist.key", ("head",))
     text = str(caught.value)
-    assert "targets=query,frist.key" in text
+    assert "target_modules=query,frist.key" in text
     assert "did you mean 'first.key'" in text
     assert "second.query" in text
 
@@ -153,7 +153,7 @@ def test_the_head_is_no_target() -> None:
 
 
 def test_a_model_without_layers_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"targets=all-linear.*no layer"):
+    with pytest.raises(ModelError, match=r"target_modules=all-linear.*no layer"):
         find_targets(nn.Sequential(nn.ReLU()), "all-linear", ())
 
 

@@ -65,7 +65,9 @@ def test_numbers_are_counted_in_the_link_of_their_round() -> None:
         (B, 0),
     ]  # within a link what is trained goes on
     cohort = Cohort(torch.arange(2), torch.ones(2, dtype=torch.float64))
-    sent = method.open_round(method.init({"w": torch.zeros(m, n)}, plan, draw), 1, cohort, draw)
+    sent = method.open_round(
+        method.initial_state({"w": torch.zeros(m, n)}, plan, draw), 1, cohort, draw
+    )
     assert [*sent.trained()] == ["w/B"]
 
 
@@ -214,7 +216,7 @@ class Beside(LayerMethod):
 
     traits = Traits(exact=True, linear=True, merges=True)
     keeps = ("A",)
-    draws = "right"
+    draws = "A"
     parts = 2  # the rows of two links share the dimension
 
     @override

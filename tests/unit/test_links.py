@@ -15,7 +15,13 @@ from fedraclora.errors import ConfigError
 from fedraclora.run.digests import read_sealed
 
 SMALL = ("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]")
-SMALL += ("clients=2", "cohort=2", "rounds=2", "output.sync=false", "output.progress=false")
+SMALL += (
+    "clients=2",
+    "clients_per_round=2",
+    "rounds=2",
+    "output.sync=false",
+    "output.progress=false",
+)
 LINKS = ("report.html", "curves.png", "ledger.jsonl", ".lock", "chain", "checkpoint", "export")
 LINKS += ("chain/own", ".report.html.partial", "run_id")
 

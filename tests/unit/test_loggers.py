@@ -23,16 +23,16 @@ from fedraclora.loggers import LOGGERS, Logging, logging_to
 from fedraclora.run.callback import Begin
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
-SIZES: dict[str, Any] = {"clients": 6, "cohort": 3, "rounds": 3}
+SIZES: dict[str, Any] = {"clients": 6, "clients_per_round": 3, "rounds": 3}
 
 
-def run(folder: Path | None, *names: str, **keys: Any) -> fedraclora.RunResult:
+def run(folder: Path | None, *names: str, **keys: Any) -> fedraclora.Run:
     return fedraclora.simulate(
         *WORDS, folder=folder, output={"loggers": list(names), "plots": False}, **(SIZES | keys)
     )
 
 
-def series(found: fedraclora.RunResult) -> dict[int, float]:
+def series(found: fedraclora.Run) -> dict[int, float]:
     return {int(r): float(v) for r, v in found.history["accuracy"].items()}
 
 
@@ -176,7 +176,8 @@ def test_trackio_reads_the_rounds_back(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     code = (
         "import sys, fedraclora, trackio\n"
-        f"run = fedraclora.simulate(*{WORDS}, folder=sys.argv[1], clients=6, cohort=3, rounds=3,\n"
+        f"run = fedraclora.simulate(*{WORDS}, folder=sys.argv[1], clients=6, clients_per_round=3, "
+        "rounds=3,\n"
         "    output={'loggers': ['trackio'], 'plots': False})\n"
         "from trackio.sqlite_storage import SQLiteStorage\n"
         "(name,) = SQLiteStorage.get_runs('fedraclora')\n"

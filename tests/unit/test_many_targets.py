@@ -85,7 +85,7 @@ def test_a_chunk_of_clients_trains_as_plain_torch(kind: str) -> None:
         for n in weights
     }
     local = LocalConfig(lr=LR, steps=STEPS, batch_size=0, shuffle=False)
-    plan = make_plan(model, (), head_policy="adapt")
+    plan = make_plan(model, (), head_policy="lora")
     trainer = CohortTrainer(task, plan, local, seed=1, device=torch.device("cpu"))
     found = trainer.train(base, Downlink(adapters), torch.arange(3), round_=1, rate_scale=1.0)
     for client, rows in enumerate(parts):
@@ -120,7 +120,7 @@ def test_they_are_read_from_a_program_and_from_files(kind: str, tmp_path: Path) 
     for client in range(2):
         half = slice(20 * client, 20 * client + 20)
         np.savez(tmp_path / f"{client}.npz", **{n: a[half] for n, a in numbers.items()})
-    words = ("output.progress=false", "rounds=1", "local.lr=0.1", "targets=all-linear")
+    words = ("output.progress=false", "rounds=1", "local.lr=0.1", "target_modules=all-linear")
     task = "regression" if kind == "squared_error" else kind
     sources: dict[str, dict[str, Any]] = {
         "program": {"data": [(numbers["x"], numbers["target"])], "loss": kind},

@@ -94,7 +94,7 @@ def net() -> torch.nn.Module:
 
 def simulated(*words: str, **given: Any) -> Any:
     """Run three rounds in which clients measure."""
-    settings = {"method": "fed_rac_lora", "rounds": 3, "cohort": 4} | given
+    settings = {"method": "fed_rac_lora", "rounds": 3, "clients_per_round": 4} | given
     settings = {key: value for key, value in settings.items() if value is not None}
     share = ["evaluate.share=0.4"] if any("evaluate.clients=" in word for word in words) else []
     common = (*share, "local.lr=0.1", "output.progress=false")
@@ -106,7 +106,7 @@ def simulated(*words: str, **given: Any) -> Any:
 )
 def test_the_metrics_of_clients_pooled_are_those_of_their_samples_together(method: str) -> None:
     run = simulated("evaluate.clients=all", "engine.chunk=2", method=method)
-    task = run.builder.built.task
+    task = run.built().task
     sizes = task.held.data.sizes(torch.arange(6)).tolist()
     own = [
         task.held.data.gather(torch.tensor([k]), torch.arange(n)[None]) for k, n in enumerate(sizes)
@@ -145,10 +145,10 @@ def test_a_server_without_samples_has_no_metric_that_is_not_of_all_samples(
     own = fedraclora.Metric(furthest, higher_is_better=False)
     metrics = ["auc", "accuracy", own, "pearson", "spearman", "f1", "loss"]
     words = ("evaluate.clients=all", "evaluate.share=0.4", "output.progress=false")
-    words += ("weights=uniform", f"secure={secure}")
+    words += ("aggregation_weights=uniform", f"secure={secure}")
     given: dict[str, Any] = {"metrics": metrics, "loss": "logistic", "test": 0, "rounds": 1}
     run = fedraclora.simulate(*words, "local.lr=0.1", model=scorer, data=moons(), **given)
-    row, held = run.rows[1], run.builder.built.task.held
+    row, held = run.rows[1], run.built().task.held
     assert [*row["metrics"]] == ["accuracy", "f1", "loss"]
     model, every = run.model(), []
     for client, size in enumerate(held.data.sizes(torch.arange(6)).tolist()):
@@ -181,7 +181,7 @@ def test_the_spread_has_the_worst_tenth_by_the_direction_of_the_metric() -> None
 
 
 def test_clients_columns_and_their_file_survive_a_stop(tmp_path: Path) -> None:
-    words = ("evaluate.clients=cohort", "output.checkpoint_every=1", "output.plots=false")
+    words = ("evaluate.clients=round", "output.checkpoint_every=1", "output.plots=false")
     whole = simulated(*words, folder=tmp_path / "whole")
     part = simulated(*words, folder=tmp_path / "part", rounds=2)
     assert part.clients["round"].max() == 2
@@ -208,7 +208,7 @@ def test_a_metric_of_clients_stops_a_run_and_is_a_metric_like_any(tmp_path: Path
     assert "clients" in run.summary["best"]
     with pytest.raises(ConfigError, match=r"clients.accuracy.p50.*median"):
         simulated(*words, "stop.metric=clients.accuracy.p50")
-    with pytest.raises(ConfigError, match=r"evaluate.clients=cohort"):
+    with pytest.raises(ConfigError, match=r"evaluate.clients=round"):
         simulated(metric, "stop.patience=1")
     table = compare([tmp_path / "a"], tmp_path / "out", metric="clients.loss.mean")
     last = run.rows[2]["clients"]["loss"]["mean"]
@@ -220,12 +220,14 @@ def test_a_metric_of_clients_stops_a_run_and_is_a_metric_like_any(tmp_path: Path
 
 
 def test_what_is_measured_after_local_training_is_what_each_client_trained() -> None:
-    run = simulated("evaluate.clients=all", "evaluate.personal=true", method="ffa_lora", cohort=6)
+    run = simulated(
+        "evaluate.clients=all", "evaluate.personal=true", method="ffa_lora", clients_per_round=6
+    )
     last = run.rows[-1]["clients"]
     assert last["finetuned_loss"]["mean"] < last["loss"]["mean"]
     assert {*run.clients["when"]} == {"before", "after"}
     assert (run.clients["steps"][run.clients["when"] == "after"] > 0).all()
-    plain = simulated("evaluate.clients=all", method="ffa_lora", cohort=6)
+    plain = simulated("evaluate.clients=all", method="ffa_lora", clients_per_round=6)
     assert plain.summary["weights_digest"] == run.summary["weights_digest"]
 
 
@@ -233,20 +235,20 @@ def test_the_personal_accuracy_is_that_of_the_clients_own_models_alone() -> None
     """Clients gave the name to what they measured after training, round 0 to another mean."""
     words = ("evaluate.clients=all", "evaluate.personal=true")
     test = moons(7)[6]
-    run = simulated(*words, method="fedsa_lora", cohort=6, test=test)
+    run = simulated(*words, method="fedsa_lora", clients_per_round=6, test=test)
     names = [{*row["metrics"]} for row in run.rows]
     assert names == [{"personal_accuracy"}] * 4
     assert {"accuracy", "finetuned_accuracy"} <= {*run.rows[-1]["clients"]}
     assert not [n for row in run.rows for n in row["clients"] if n.startswith("personal_")]
-    task, counts = run.builder.built.task, run.builder.built.label_counts(torch.arange(6))
+    task, counts = run.built().task, run.built().label_counts(torch.arange(6))
     found = class_accuracies(task.model, {}, task.test, 2, 100)
     wanted = np.mean([(count / count.sum()) @ found for count in counts])
     assert run.rows[0]["metrics"]["personal_accuracy"] == pytest.approx(wanted, abs=1e-12)
 
 
-@pytest.mark.parametrize("words", [("head=local",), ("method=fedsa_lora",)])
+@pytest.mark.parametrize("words", [("head=personal",), ("method=fedsa_lora",)])
 def test_clients_measure_the_models_of_their_own(words: tuple[str, ...]) -> None:
-    run = simulated("evaluate.clients=all", *words, method=None, cohort=6)
+    run = simulated("evaluate.clients=all", *words, method=None, clients_per_round=6)
     mixed = run.rows[-1]["clients"]
     assert mixed["loss"]["mean"] < run.rows[0]["clients"]["loss"]["mean"]
 
@@ -255,7 +257,7 @@ def test_no_pretraining_sees_what_clients_hold_out(monkeypatch: pytest.MonkeyPat
     seen = []
     monkeypatch.setattr(pretraining, "pretrain", lambda _model, train, *_: seen.append(train))
     run = simulated("evaluate.clients=all", "pretrain.epochs=1", rounds=0)
-    task = run.builder.built.task
+    task = run.built().task
     held = [rows_of(task.held.data, client) for client in range(6)]
     hidden = {tuple(row) for k in range(6) for row in features(task.held.data, k)}
     assert sum(map(len, held)) == len(hidden) > 10
@@ -275,7 +277,7 @@ def test_a_client_too_small_to_hold_any_out_is_named(caplog: pytest.LogCaptureFi
     data = [*moons(3), (torch.ones(2, 3).double(), torch.tensor([0, 1]))]
     words = ("evaluate.clients=all", "evaluate.share=0.2", "output.progress=false")
     with caplog.at_level("INFO"):
-        run = fedraclora.simulate(*words, model=net(), data=data, rounds=1, cohort=2)
+        run = fedraclora.simulate(*words, model=net(), data=data, rounds=1, clients_per_round=2)
     (failed,) = run.rows[1]["clients"]["failures"]
     assert failed["client"] == 3
     assert "evaluate.share" in failed["reason"]
@@ -334,8 +336,10 @@ def test_a_training_function_never_sees_what_its_client_holds_out(source: str) -
             "classes": 2,
         }
         given = {"data": own, "clients": 6}
-    run = fedraclora.simulate(*words, model=net(), train=two_steps, rounds=1, cohort=6, **given)
-    held = run.builder.built.task.held
+    run = fedraclora.simulate(
+        *words, model=net(), train=two_steps, rounds=1, clients_per_round=6, **given
+    )
+    held = run.built().task.held
     assert run.rows[1]["clients"]["n"] == 6
     for client, seen in SEEN.items():
         hidden = {tuple(np.float32(row)) for row in features(held.data, client)}
@@ -370,13 +374,13 @@ def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_p
     data: Any = {"name": "own", "samples": samples, "test_fraction": 0.2, "classes": 2}
     data = [with_tests(client) for client in range(6)] if source == "list" else data
     words = ["evaluate.clients=all", "output.progress=false"]
-    given = {"model": net(), "data": data, "clients": 6, "cohort": 3}
+    given = {"model": net(), "data": data, "clients": 6, "clients_per_round": 3}
     run = fedraclora.simulate(*words, **given, rounds=1)
-    task, alone = run.builder.built.task, fedraclora.simulate(*words[1:], **given, rounds=0)
+    task, alone = run.built().task, fedraclora.simulate(*words[1:], **given, rounds=0)
     for client in range(6):
         held, size = (
             features(task.held.data, client),
-            len(features(alone.builder.built.task.train, client)),
+            len(features(alone.built().task.train, client)),
         )
         if client % 2:
             assert (np.array(held) > 40).all()
@@ -386,7 +390,7 @@ def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_p
     last = run.clients[run.clients["round"] == 1]
     assert [*last["samples"][last["client"] % 2 == 1]] == [2, 2, 2]
     share = fedraclora.simulate(*words, "evaluate.share=0.3", **given, rounds=0)
-    assert all(np.max(features(share.builder.built.task.held.data, k)) < 40 for k in range(1, 6))
+    assert all(np.max(features(share.built().task.held.data, k)) < 40 for k in range(1, 6))
 
 
 def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_cannot_be_used(
@@ -400,7 +404,7 @@ def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_c
     alone = run()
     assert "test samples that 3 bring" in caplog.text
     SEEN.clear()
-    own = run("evaluate.clients=all", train=two_steps, cohort=6)
+    own = run("evaluate.clients=all", train=two_steps, clients_per_round=6)
     assert "3 on test samples of their own" in caplog.text
     assert all(float(x.max()) < 40 for seen in SEEN.values() for x in seen)
     assert [len(SEEN[client][0]) for client in (1, 3)] == [12, 26]
@@ -409,7 +413,7 @@ def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_c
     swapped[0], swapped[1] = {**swapped[1], "train": swapped[0]}, swapped[1]["train"]  # type: ignore[call-overload, dict-item]
     assert run(data=swapped).config["data"]["digest"] != alone.config["data"]["digest"]
     few = run("evaluate.clients=all", "data.labels=[1,0]")
-    assert len(features(few.builder.built.task.held.data, 3)) == 2
+    assert len(features(few.built().task.held.data, 3)) == 2
     wide = [*swapped[:5], {"train": of_client(5), "test": (np.zeros((2, 4)), np.zeros(2, int))}]
     for said, changed in (
         ("train and test, which is the entry of one client", {"data": with_tests(1)}),

@@ -32,7 +32,7 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.assembly import Assembled
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
@@ -219,16 +219,16 @@ def world(
     name: str = "fed_rac_lora",
     *,
     precision: str = FLOAT32,
-    head: str = "adapt",
+    head: str = "lora",
     dense: str | None = None,
     **local: Any,
 ) -> World:
     method = METHODS[name](**({} if name == "fedavg" else {"rank": 3}))
-    plan = make_plan(task.model, task.head, head_policy=head, dense=dense)
+    plan = make_plan(task.model, task.head, head_policy=head, modules_to_save=dense)
     settings = LocalSettings(**{"batch_size": 8, "epochs": 2, **local})
     trainer = CohortTrainer(task, plan, settings, seed=1, device=CPU, precision=precision)
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    state = method.init(base, plan, Draw(1))
+    state = method.initial_state(base, plan, Draw(1))
     cohort = Cohort(torch.arange(20), torch.ones(20))
     return World(trainer, base, method.open_round(state, 1, cohort, Draw(1)))
 
@@ -248,8 +248,8 @@ WORLDS: dict[str, Callable[[], World]] = {
     "mlp-full-batch": lambda: world(mlp(), batch_size=0),
     "mlp-one-step": lambda: world(mlp(), steps=1, momentum=0.9),
     "mlp-many-steps": lambda: world(mlp(), epochs=8, batch_size=1),
-    "mlp-both-factors": lambda: world(mlp(), "fedavg_lora", head="average"),
-    "mlp-local-head": lambda: world(mlp(), head="local"),
+    "mlp-both-factors": lambda: world(mlp(), "fedavg_lora", head="full"),
+    "mlp-local-head": lambda: world(mlp(), head="personal"),
     "full-momentum": lambda: world(mlp(), "fedavg", momentum=0.9),
     "full-adamw": lambda: world(mlp(), "fedavg", optimiser="adamw"),
     "full-clipped": lambda: world(mlp(), "fedavg", clip=1.0, prox=0.1),
@@ -334,7 +334,7 @@ def test_padding_is_looked_for_a_few_clients_at_a_time(monkeypatch: pytest.Monke
 
 
 def test_what_stays_at_a_client_starts_at_its_own() -> None:
-    sent = world(mlp(), head="local").sent
+    sent = world(mlp(), head="personal").sent
     kept = {n for n, s in sent.trained().items() if not s.upload}
     assert kept == {"head.weight", "head.bias"}
     found = owned(sent, 2).trained()
@@ -405,14 +405,21 @@ def test_two_steps_of_three_clients_are_all_that_is_run(
     assert clients == wanted
 
 
-def run(*words: str) -> RunBuilder:
-    job = ["data=digits", "pretrain=none", "clients=12", "cohort=6", "rounds=2", "output=study"]
+def run(*words: str) -> Assembled:
+    job = [
+        "data=digits",
+        "pretrain=none",
+        "clients=12",
+        "clients_per_round=6",
+        "rounds=2",
+        "output=study",
+    ]
     done = assemble(from_plain(composed([*job, *words]), METHODS), None)
     done.strategy.run(done.grid)
     return done
 
 
-@pytest.mark.parametrize("words", [(), ("head=local",), ("local=adamw", "method=fedavg")])
+@pytest.mark.parametrize("words", [(), ("head=personal",), ("local=adamw", "method=fedavg")])
 def test_a_run_that_was_measured_ends_as_one_that_was_not(words: tuple[str, ...]) -> None:
     measured = run("engine.chunk=auto", *words)
     plain = run(f"engine.chunk={measured.chunk.chunk}", *words)

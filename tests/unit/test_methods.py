@@ -46,7 +46,7 @@ class Round:
         self, method: Method, state: State | None = None, number: int = 1, cohort: Cohort = COHORT
     ) -> None:
         self.method = method
-        self.before = state or method.init({"w": W}, PLAN, DRAW)
+        self.before = state or method.initial_state({"w": W}, PLAN, DRAW)
         self.sent: Downlink = method.open_round(self.before, number, cohort, DRAW)
         layout = self.sent.layout
         rows = torch_normal(generator(number, "replies"), K, layout.size)
@@ -265,7 +265,7 @@ def test_the_two_factors_about_a_core_are_independent() -> None:
     """A square weight has equal shapes on both sides: they must not be one drawing."""
     plan = Plan({"w": LayerView("linear", (M, M))}, shapes={"w": (M, M)})
     method = FedSb(R, ALPHA)
-    sent = method.open_round(method.init({"w": W[:, :M]}, plan, DRAW), 1, COHORT, DRAW)
+    sent = method.open_round(method.initial_state({"w": W[:, :M]}, plan, DRAW), 1, COHORT, DRAW)
     B, A = (sent.adapters["w"].factors[label].draw() for label in ("B", "A"))
     assert float((B - A.mT).abs().max()) > 0.1
 
@@ -290,7 +290,7 @@ def test_the_subspaces_of_fedkrso_are_those_of_the_run() -> None:
 def test_slora_turns_its_change_into_factors_and_keeps_the_rest() -> None:
     plan = replace(PLAN, weights=("w",))
     method = SLora(R, ALPHA, sparse_rounds=2)
-    state = method.init({"w": W}, plan, DRAW)
+    state = method.initial_state({"w": W}, plan, DRAW)
     first = Round(method, state)
     assert first.sent.program.name == "sparse"
     assert "w/B" not in first.after.carried

@@ -82,7 +82,14 @@ def words_of(theirs: Path, tmp_path: Path) -> list[str]:
     return [
         *("data=text", f"data.file={file}", "data.text=[text]", "data.label=label"),
         *("data.test_fraction=0.2", "model=minilm", f"model.path={theirs}", "model.sha256=null"),
-        *("partition=iid", "pretrain=none", "clients=2", "cohort=2", "rounds=1", "local.lr=0.1"),
+        *(
+            "partition=iid",
+            "pretrain=none",
+            "clients=2",
+            "clients_per_round=2",
+            "rounds=1",
+            "local.lr=0.1",
+        ),
     ]
 
 
@@ -90,7 +97,9 @@ def run_folder(theirs: Path, tmp_path: Path) -> Path:
     """The folder of a run that was poisoned: its config names the model's folder."""
     folder = tmp_path / "run"
     small = ("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "rounds=1")
-    fedraclora.simulate(*small, "clients=2", "cohort=2", "model.hidden=[4]", folder=folder)
+    fedraclora.simulate(
+        *small, "clients=2", "clients_per_round=2", "model.hidden=[4]", folder=folder
+    )
     text = yaml.safe_dump(composed(words_of(theirs, tmp_path)), sort_keys=False)
     write_digests(folder, text, None)
     (folder / "config.yaml").write_text(text)

@@ -23,7 +23,7 @@ A = SketchSpec("gaussian", "right", 2, 7, seed=3, index=0)
 SENT = Downlink(
     {"w": Adapter.of({"B": to_train((5, 2)), "A": A}, 1.5)}, {"b": to_train((5,))}, link=4
 )
-ADAMW = LocalConfig(optimiser="adamw", lr=0.1, weight_decay=0.2, moments="link")
+ADAMW = LocalConfig(optimiser="adamw", lr=0.1, weight_decay=0.2, optimizer_state="merge")
 
 
 def held(links: list[int]) -> Tree:
@@ -41,9 +41,9 @@ def test_an_optimiser_keeps_its_moments_of_what_is_trained() -> None:
     first = ["moments/first/w/B", "moments/first/b"]
     second = ["moments/second/w/B", "moments/second/b"]
     assert names == [*first, *second, "moments/steps", "moments/link"]
-    sgd = LocalConfig(momentum=0.5, moments="run")
+    sgd = LocalConfig(momentum=0.5, optimizer_state="run")
     assert list(blank_moments(sgd, SENT, torch.float32)) == [*first, *names[4:]]
-    assert blank_moments(replace(ADAMW, moments="round"), SENT, torch.float32) == {}
+    assert blank_moments(replace(ADAMW, optimizer_state="round"), SENT, torch.float32) == {}
 
 
 def test_only_clients_whose_link_has_ended_begin_anew() -> None:
@@ -60,14 +60,14 @@ def test_only_clients_whose_link_has_ended_begin_anew() -> None:
 
 def test_moments_of_a_run_are_never_reset() -> None:
     before = held([4, 3, 0])
-    after = begin_moments(before, replace(ADAMW, moments="run"), 4)
+    after = begin_moments(before, replace(ADAMW, optimizer_state="run"), 4)
     assert all(torch.equal(t, before[n]) for n, t in after.items() if n != "moments/link")
     assert begin_moments({}, ADAMW, 4) == {}
 
 
 def test_a_partial_reset_keeps_the_largest_of_each_client_and_the_steps() -> None:
     before = held([4, 3, 2])
-    after = begin_moments(before, replace(ADAMW, moments_kept=0.3), 4)
+    after = begin_moments(before, replace(ADAMW, optimizer_state_kept=0.3), 4)
     assert torch.equal(after["moments/steps"], before["moments/steps"])
     for kind in ("first", "second"):
         kept, was = (moments[f"moments/{kind}/w/B"] for moments in (after, before))
@@ -84,7 +84,7 @@ def test_what_is_kept_moves_nothing_far_while_its_gradient_is_zero() -> None:
     before = held([3, 3, 3])
     before["moments/first/w/B"] = gradients[-1]
     before["moments/second/w/B"] = torch.stack(gradients).square().mean(dim=0)  # in another order
-    local = replace(ADAMW, weight_decay=0.0, moments_kept=0.2)
+    local = replace(ADAMW, weight_decay=0.0, optimizer_state_kept=0.2)
     value = torch.zeros(3, 5, 2, dtype=torch.float64)
     optimiser = CohortOptimiser(
         local, {"w/B": value}, {"w/B": 0.1}, begin_moments(before, local, 4)
@@ -109,7 +109,7 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", CASES)
 def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any]) -> None:
     """Each as its own torch optimiser that was never interrupted."""
-    local = LocalConfig(lr=0.1, moments="run", **changes)
+    local = LocalConfig(lr=0.1, optimizer_state="run", **changes)
     K, counts, more = 3, [1, 4, 2], [3, 2, 2]  # those that finish first stand last
     shape = (4, 2)
     gradients = [torch_normal(generator(9, "gradient", j), K, *shape) for j in range(8)]
@@ -152,10 +152,13 @@ def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any])
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"moments": "epoch"}, "unknown local.moments 'epoch'"),
-        ({"moments": "link"}, "sgd without momentum"),
-        ({"momentum": 0.5, "moments_kept": 0.1}, "set local.moments=link"),
-        ({"momentum": 0.5, "moments": "link", "moments_kept": 1.5}, "a number in [0, 1]"),
+        ({"optimizer_state": "epoch"}, "unknown local.optimizer_state 'epoch'"),
+        ({"optimizer_state": "merge"}, "sgd without momentum"),
+        ({"momentum": 0.5, "optimizer_state_kept": 0.1}, "set local.optimizer_state=merge"),
+        (
+            {"momentum": 0.5, "optimizer_state": "merge", "optimizer_state_kept": 1.5},
+            "a number in [0, 1]",
+        ),
         ({"restart_every": 0}, "local.restart_every is 0; 1 or"),
     ],
 )

@@ -32,8 +32,18 @@ def means(count: int = 7, clients: int = 9, least: int = 0, **changes: Any) -> N
 
 def private(*words: str, **given: Any) -> Any:
     """Run rounds in which clients measure under client-level privacy."""
-    settings = {"method": "fed_rac_lora", "rounds": 4, "cohort": 3, "data": moons()} | given
-    common = ["privacy=client_level", "weights=uniform", f"privacy.delta={DELTA}", "local.lr=0.1"]
+    settings = {
+        "method": "fed_rac_lora",
+        "rounds": 4,
+        "clients_per_round": 3,
+        "data": moons(),
+    } | given
+    common = [
+        "privacy=client_level",
+        "aggregation_weights=uniform",
+        f"privacy.delta={DELTA}",
+        "local.lr=0.1",
+    ]
     common += ["evaluate.share=0.4", "output.progress=false", "evaluate.min_clients=3"]
     return fedraclora.simulate(*common, *MEASURED, *words, model=net(), **settings)
 
@@ -121,7 +131,7 @@ def test_trained_and_measured_cost_what_gaussians_together_do() -> None:
     assert epsilon(1.5, 1.0, 0, DELTA, (0.0, 1.0, 1)) == math.inf
 
 
-@pytest.mark.parametrize("who", ["all", "cohort"])
+@pytest.mark.parametrize("who", ["all", "round"])
 def test_a_row_has_noisy_means_alone_and_the_account_of_all_releases(who: str) -> None:
     data = [*moons(), tuple(side[:1] for side in moons()[0])]  # one holds nothing out
     run = private(f"evaluate.clients={who}", "evaluate.clients_every=3", data=data)
@@ -145,7 +155,7 @@ def test_a_measurement_that_no_coin_chose_anybody_for_is_noise_and_is_paid_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(NoisyMeans, "drawn", lambda *_: torch.arange(0))
-    words = ("evaluate.clients=cohort", "evaluate.personal=true", "evaluate.clients_every=1")
+    words = ("evaluate.clients=round", "evaluate.personal=true", "evaluate.clients_every=1")
     run = private(*words, rounds=7)
     assert all(row["clients"]["uplink_bytes"] == 0 for row in run.rows)
     told = [row["clients"] for row in run.rows if "withheld" not in row["clients"]]
@@ -160,8 +170,8 @@ def test_without_noise_to_speak_of_the_means_are_those_of_the_clients() -> None:
     noisy = private(*words, "privacy.measure_noise=1e-9", rounds=1)
     open_ = fedraclora.simulate(
         *(*words, "evaluate.share=0.4", "output.progress=false"),
-        *("local.lr=0.1", "weights=uniform"),
-        model=net(), data=moons(), method="fed_rac_lora", rounds=1, cohort=3,
+        *("local.lr=0.1", "aggregation_weights=uniform"),
+        model=net(), data=moons(), method="fed_rac_lora", rounds=1, clients_per_round=3,
     )  # fmt: skip
     for name in ("accuracy", "loss", "finetuned_accuracy", "finetuned_loss"):
         wanted = open_.rows[0]["clients"][name]["mean"]
@@ -170,14 +180,14 @@ def test_without_noise_to_speak_of_the_means_are_those_of_the_clients() -> None:
 
 def test_a_target_is_spent_on_both() -> None:
     words = ["privacy.noise_multiplier=null", "privacy.target_epsilon=6"]
-    run = private("evaluate.clients=all", *words, cohort=6)
+    run = private("evaluate.clients=all", *words, clients_per_round=6)
     assert 5.99 < run.rows[-1]["privacy"]["epsilon"] <= 6
     with pytest.raises(ConfigError, match=r"privacy\.measure_noise"):
-        private("evaluate.clients=all", *words, "privacy.measure_noise=0.1", cohort=6)
+        private("evaluate.clients=all", *words, "privacy.measure_noise=0.1", clients_per_round=6)
 
 
 def test_a_run_that_goes_on_draws_the_same_noise_and_keeps_the_account(tmp_path: Path) -> None:
-    words = ("evaluate.clients=cohort", "evaluate.clients_every=3", "output.plots=false")
+    words = ("evaluate.clients=round", "evaluate.clients_every=3", "output.plots=false")
     private(*words, rounds=1, folder=tmp_path / "run")  # measured after 0 and 1
     assert not (tmp_path / "run" / "clients.parquet").exists()
     shutil.copytree(tmp_path / "run", tmp_path / "copy")

@@ -28,7 +28,7 @@ SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vo
 SIZES |= {"intermediate_size": 12, "max_position_embeddings": LENGTH, "num_labels": CLASSES}
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Method and local settings of a round that is plain gradient descent.
-PLAIN: dict[str, Any] = {"method": "fedavg", "rounds": 1, "dense": ["*"], "seed": 3}
+PLAIN: dict[str, Any] = {"method": "fedavg", "rounds": 1, "modules_to_save": ["*"], "seed": 3}
 STEPS = {"lr": 0.4, "epochs": 3, "batch_size": 0}
 
 
@@ -91,7 +91,7 @@ def labels(samples: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
     return x, (x[:, :outputs] > 0.3).astype("float32")
 
 
-def run(model: nn.Module, data: Any, **keys: Any) -> fedraclora.RunResult:
+def run(model: nn.Module, data: Any, **keys: Any) -> fedraclora.Run:
     return fedraclora.simulate(
         "output.progress=false", **({"model": model, "data": data, "rounds": 1} | keys)
     )
@@ -379,10 +379,10 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
             "y": np.full((10, 2, 2), 255),
         },
     ),
-    "the head": (ConfigError, "1 is the head", {"targets": ["0", "1"]}),
+    "the head": (ConfigError, "1 is the head", {"target_modules": ["0", "1"]}),
     "a convolution alone": (
         ConfigError,
-        "targets=all adapts",
+        "target_modules=all adapts",
         {
             "loss": "pixel_classes",
             "model": nn.Conv2d(3, 2, 1),

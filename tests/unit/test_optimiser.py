@@ -148,18 +148,21 @@ def test_clipping_leaves_zero_and_the_given_gradients_alone() -> None:
     [
         ({}, [1, 1, 1, 1, 1]),
         ({"schedule": "linear"}, [1, 0.8, 0.6, 0.4, 0.2]),
-        ({"schedule": "linear", "final": 0.5}, [1, 0.9, 0.8, 0.7, 0.6]),
+        ({"schedule": "linear", "min_lr_ratio": 0.5}, [1, 0.9, 0.8, 0.7, 0.6]),
         ({"schedule": "step", "step_every": 2, "step_factor": 0.1}, [1, 1, 0.1, 0.1, 0.01]),
         ({"warmup": 2}, [1 / 3, 2 / 3, 1, 1, 1]),
         ({"warmup": 1, "schedule": "linear"}, [0.5, 1, 0.75, 0.5, 0.25]),
         ({"warmup": 1, "restart_every": 2}, [0.5, 1, 0.5, 1, 0.5]),
         ({"warmup": 1, "schedule": "step", "step_every": 2}, [0.5, 1, 1, 0.5, 0.5]),
         (
-            {"warmup": 1, "restart_every": 2, "schedule": "linear", "final": 0.2},
+            {"warmup": 1, "restart_every": 2, "schedule": "linear", "min_lr_ratio": 0.2},
             [0.5, 1, 0.5 * 0.8, 0.6, 0.5 * 0.4],
         ),
         ({"schedule": "cosine"}, [1, 0.9045085, 0.6545085, 0.3454915, 0.0954915]),
-        ({"schedule": "cosine", "final": 0.2}, [1, 0.9236068, 0.7236068, 0.4763932, 0.2763932]),
+        (
+            {"schedule": "cosine", "min_lr_ratio": 0.2},
+            [1, 0.9236068, 0.7236068, 0.4763932, 0.2763932],
+        ),
     ],
 )
 def test_the_schedule_over_five_rounds(changes: dict[str, Any], wanted: list[float]) -> None:
@@ -173,7 +176,7 @@ def test_a_schedule_of_one_round_is_one() -> None:
 
 
 def test_dense_tensors_have_their_own_step_size() -> None:
-    config = LocalSettings(lr=0.4, dense_lr=0.01)
+    config = LocalSettings(lr=0.4, full_lr=0.01)
     assert config.rate(main=True, rate_scale=0.5) == 0.2
     assert config.rate(main=False, rate_scale=0.5) == 0.005
     assert LocalSettings(lr=0.4).rate(main=False, rate_scale=1.0) == 0.4
@@ -191,7 +194,7 @@ NAN, INF = float("nan"), float("inf")
         ({"lr": -1.0}, "local.lr is -1.0"),
         ({"lr": NAN}, "local.lr is nan"),
         ({"lr": INF}, "local.lr is inf"),
-        ({"dense_lr": 0.0}, "local.dense_lr is 0.0"),
+        ({"full_lr": 0.0}, "local.full_lr is 0.0"),
         ({"clip": -1.0}, "local.clip is -1.0"),
         ({"clip_by": "layer"}, "local.clip_by is layer"),
         ({"clip": 1.0, "clip_by": "row"}, "unknown local.clip_by 'row'"),
@@ -232,7 +235,7 @@ def test_settings_that_cannot_train_are_refused(changes: dict[str, Any], words: 
         ("prox", INF),
         ("weight_decay", NAN),
         ("beta2", 1.0),
-        ("final", NAN),
+        ("min_lr_ratio", NAN),
         ("step_factor", NAN),
     ],
 )

@@ -25,7 +25,7 @@ ENDLESS: list[Any] = []
 ENDLESS.append(ENDLESS)
 
 
-def run(*words: str, **keys: Any) -> fedraclora.RunResult:
+def run(*words: str, **keys: Any) -> fedraclora.Run:
     x = torch.linspace(-1, 1, 40).reshape(20, 2)
     return run_of(
         "ffa_lora",
@@ -105,7 +105,7 @@ def test_a_step_that_gives_no_numbers_is_named(field: str) -> None:
 )
 def test_what_a_step_that_measures_cannot_give_is_named(hook: str, found: object) -> None:
     with pytest.raises(ConfigError, match="step Odd"):
-        run(steps=[step(hook, found)], evaluate={"clients": "cohort"})
+        run(steps=[step(hook, found)], evaluate={"clients": "round"})
 
 
 def test_what_a_step_may_give_is_used() -> None:
@@ -224,7 +224,7 @@ def test_rules_of_the_users_that_do_nothing_change_nothing() -> None:
 
 def test_no_row_has_a_column_that_others_may_give() -> None:
     more: list[dict[str, Any]] = [
-        {"evaluate": {"clients": "cohort"}, "wire": {"uplink": "int8", "downlink": "int8"}},
+        {"evaluate": {"clients": "round"}, "compression": {"uplink": "int8", "downlink": "int8"}},
         {"local": "dp_sgd"},
         {"attack": {"name": "sign_flip", "share": 0.4}},
         {"system": {"drop_out": 0.2}},
@@ -240,7 +240,14 @@ def test_a_command_names_the_users_own_code(
     lines = ["import fedraclora", "class Odd(fedraclora.RoundStep):", "    def treat(self, *_):"]
     (tmp_path / "odd_step.py").write_text("\n".join([*lines, "        return {}['mine']", ""]))
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = ["data=digits", "pretrain=none", "clients=4", "cohort=4", "rounds=1", "output.dir=null"]
+    words = [
+        "data=digits",
+        "pretrain=none",
+        "clients=4",
+        "clients_per_round=4",
+        "rounds=1",
+        "output.dir=null",
+    ]
     with pytest.raises(SystemExit) as ended:
         cli.main(["simulate", *words, "steps=[odd_step:Odd]"])
     said = capsys.readouterr().err

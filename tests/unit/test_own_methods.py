@@ -34,7 +34,7 @@ def net() -> nn.Sequential:
     return model
 
 
-def run(method: object, *words: str, **keys: Any) -> fedraclora.RunResult:
+def run(method: object, *words: str, **keys: Any) -> fedraclora.Run:
     given: dict[str, Any] = {"model": net(), "data": CLIENTS, "rounds": 2, "method": method}
     return fedraclora.simulate("output.progress=false", *words, **(given | keys))
 
@@ -196,6 +196,6 @@ def test_a_layer_that_is_not_there_is_named_as_it_was_said(name: object) -> None
 
 def test_text_of_numpy_is_text_in_a_config(tmp_path: Path) -> None:
     plain = run({"name": "fed_rac_lora", "rank": 2}).config
-    plain = plain | {"method": {**plain["method"], "side": np.str_("left")}}  # type: ignore[dict-item]
+    plain = plain | {"method": {**plain["method"], "train": np.str_("A")}}  # type: ignore[dict-item]
     found = fedraclora.simulate(plain, model=net(), data=CLIENTS, folder=tmp_path)
-    assert type(found.config["method"]["side"]) is str  # type: ignore[index]
+    assert type(found.config["method"]["train"]) is str  # type: ignore[index]

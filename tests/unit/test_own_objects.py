@@ -43,8 +43,14 @@ CLIENTS = [samples(size, key) for key, size in enumerate(SIZES)]
 TABLE = tuple(map(torch.cat, zip(*CLIENTS, strict=True)))
 
 
-def run(**keys: Any) -> fedraclora.RunResult:
-    given = {"model": net(), "data": CLIENTS, "test": samples(20, 9), "rounds": 2, "cohort": 3}
+def run(**keys: Any) -> fedraclora.Run:
+    given = {
+        "model": net(),
+        "data": CLIENTS,
+        "test": samples(20, 9),
+        "rounds": 2,
+        "clients_per_round": 3,
+    }
     return fedraclora.simulate(**(given | {"method": {"rank": 2}} | keys))
 
 

@@ -16,10 +16,15 @@ from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.strategies import steps
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "output.checkpoint_every=1")
-SIZES: dict[str, Any] = {"model": {"hidden": [7]}, "clients": 5, "cohort": 3, "rounds": 3}
+SIZES: dict[str, Any] = {
+    "model": {"hidden": [7]},
+    "clients": 5,
+    "clients_per_round": 3,
+    "rounds": 3,
+}
 
 
-def run(*words: str, **keys: Any) -> fedraclora.RunResult:
+def run(*words: str, **keys: Any) -> fedraclora.Run:
     given = WORDS if "folder" in keys else WORDS[:-1]
     return fedraclora.simulate(*given, *words, **(SIZES | keys))
 
@@ -44,7 +49,7 @@ class Cosine(fedraclora.RoundStep):
         return {self.column: self.cosine}
 
 
-def cosines(found: fedraclora.RunResult) -> list[Any]:
+def cosines(found: fedraclora.Run) -> list[Any]:
     return [row["cosine"] for row in found.rows[1:]]
 
 
@@ -67,8 +72,11 @@ def test_its_column_is_the_same_in_every_engine(engine: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"secure": "secagg", "weights": "uniform"}, "secure=secagg .*Cosine"),
-        ({"privacy": "client_level", "weights": "uniform"}, "privacy=client_level .*Cosine"),
+        ({"secure": "secagg", "aggregation_weights": "uniform"}, "secure=secagg .*Cosine"),
+        (
+            {"privacy": "client_level", "aggregation_weights": "uniform"},
+            "privacy=client_level .*Cosine",
+        ),
     ],
 )
 def test_a_step_that_looks_at_single_updates_is_refused_as_one_of_the_project_is(
@@ -82,7 +90,7 @@ def test_so_is_one_of_the_project_that_a_key_chooses(monkeypatch: pytest.MonkeyP
     """Before round 1, by its class attribute alone: the table of conflicts has no row of it."""
     row = ("max_failures", lambda allowed: Cosine() if allowed else None)
     monkeypatch.setattr(steps, "STEPS", (row, *steps.STEPS))
-    chosen: dict[str, Any] = {"max_failures": 1, "weights": "uniform"}
+    chosen: dict[str, Any] = {"max_failures": 1, "aggregation_weights": "uniform"}
     assert len(cosines(run(**chosen))) == 3
     for key, choice in (("secure", "secagg"), ("privacy", "client_level")):
         with pytest.raises(ConfigError, match=rf"{key}={choice} .*Cosine"):

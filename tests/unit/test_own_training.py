@@ -68,16 +68,16 @@ def with_peft(round_: Round) -> Trained:
     return descend(round_, round_.install(adapted))
 
 
-def run(*words: str, method: str = "fed_rac_lora", **more: Any) -> fedraclora.RunResult:
+def run(*words: str, method: str = "fed_rac_lora", **more: Any) -> fedraclora.Run:
     chosen: dict[str, Any] = {"name": method}
     if method != "fedavg":
         chosen |= {"rank": 2, "alpha": 3}
     given = {"model": net(), "data": CLIENTS, "test": samples(20, 9), "method": chosen}
-    quiet = ("output.progress=false", "engine=inline", "rounds=3", "cohort=2")
+    quiet = ("output.progress=false", "engine=inline", "rounds=3", "clients_per_round=2")
     return fedraclora.simulate(*quiet, *words, **{**given, **more})
 
 
-def apart(one: fedraclora.RunResult, other: fedraclora.RunResult) -> float:
+def apart(one: fedraclora.Run, other: fedraclora.Run) -> float:
     first, second = one.weights(), other.weights()
     return max(float((first[n] - second[n]).abs().max()) for n in first)
 
@@ -212,7 +212,7 @@ def test_a_model_that_was_merged_and_switched_off_trains_as_a_fresh_one() -> Non
 
     config = {"r": 2, "target_modules": ["0"], "modules_to_save": ["2"]}
     ADAPTED[:] = [get_peft_model(net(), LoraConfig(**config)) for _ in SIZES]  # type: ignore[arg-type]
-    words = ("head=average", "model.head=['2']")
+    words = ("head=full", "model.head=['2']")
     assert apart(run(*words, train=switched), run(*words, train=plain)) < 1e-6
 
 
@@ -290,7 +290,7 @@ def test_a_client_that_moves_a_weight_fails_alone(way: str) -> None:
             SPOILING[way](model)
         return descend(round_, model)
 
-    words = ("cohort=3", "max_failures=1")
+    words = ("clients_per_round=3", "max_failures=1")
     wanted = run(*words, train=lambda round_: train(round_, raises=True))
     assert apart(run(*words, train=train), wanted) == 0
 
@@ -430,7 +430,7 @@ def test_a_client_whose_memory_another_one_changes_is_refused() -> None:
         return plain(round_)
 
     with pytest.raises(ClientError, match=r"client 1: .*in place \(\[0\]\).*client 2: .*in place"):
-        run("cohort=3", "max_failures=2", train=train, data=shared)
+        run("clients_per_round=3", "max_failures=2", train=train, data=shared)
 
 
 def test_an_iterator_is_refused_before_a_round_uses_it_up() -> None:
@@ -562,7 +562,7 @@ def test_a_function_that_swallows_the_end_of_its_time_has_failed(late: Any) -> N
 
     local = {"train": train, "local": {"timeout": 0.2}}
     with pytest.raises(ClientError, match=r"round 1.*client 1.*local\.timeout=0\.2"):
-        run("cohort=3", **local)
+        run("clients_per_round=3", **local)
     assert signal.getsignal(signal.SIGALRM) == handler
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 

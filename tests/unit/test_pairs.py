@@ -246,7 +246,7 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
             "local.gate_penalty is 0.0",
         ),
         (
-            {"optimiser": "lora_rite", "moments": "link"},
+            {"optimiser": "lora_rite", "optimizer_state": "merge"},
             "under local.optimiser=lora_rite",
         ),
     ],

@@ -43,7 +43,7 @@ def pools_of(sent: Downlink) -> dict[str, Pool]:
 
 
 def begun(method: PoolRacLora | FedRacLora, dtype: torch.dtype = torch.float64) -> State:
-    return method.init({NAME: normal(M, N).to(dtype)}, PLAN, DRAW)
+    return method.initial_state({NAME: normal(M, N).to(dtype)}, PLAN, DRAW)
 
 
 def after(method: PoolRacLora | FedRacLora, state: State, round_: int) -> State:
@@ -87,11 +87,11 @@ def test_links_under_one_sketch_add_up_by_hand() -> None:
     assert method.weights(state, DRAW).keys() == {NAME}
 
 
-@pytest.mark.parametrize(("side", "part"), [("right", R * M), ("left", 1 * N)])
-def test_an_absent_client_fetches_each_part_once(side: str, part: int) -> None:
+@pytest.mark.parametrize(("train", "part"), [("B", R * M), ("A", 1 * N)])
+def test_an_absent_client_fetches_each_part_once(train: str, part: int) -> None:
     """After q rounds away min(q, K) parts, a newcomer all K; a left sketch has 3 rows for K r."""
     K, rounds = 3, 11
-    method = PoolRacLora(rank=R if side == "right" else 1, alpha=ALPHA, side=side, pool=K)
+    method = PoolRacLora(rank=R if train == "B" else 1, alpha=ALPHA, train=train, pool=K)
     # n = 8 has room for three sketches of two rows, m = 3 for three of one.
     run = states(method, rounds, torch.float32)
     counted = CatchUp(run[0].base, rounds + 1)
@@ -139,13 +139,13 @@ def test_a_refresh_moves_no_bit_and_empties_the_pool() -> None:
     assert (pools_of(sent), sent.adapters[NAME].factors["A"].drawing.index) == ({}, 2)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_what_is_published_is_off_by_one_rounding_however_often(side: str) -> None:
+@pytest.mark.parametrize("train", ["B", "A"])
+def test_what_is_published_is_off_by_one_rounding_however_often(train: str) -> None:
     """By hand: S in float64 at the server, Q(S) everywhere else, where a pool is folded too."""
-    rank = R if side == "right" else 1
-    method = PoolRacLora(rank=rank, alpha=ALPHA, side=side, pool=2, refresh=6)
+    rank = R if train == "B" else 1
+    method = PoolRacLora(rank=rank, alpha=ALPHA, train=train, pool=2, refresh=6)
     rounding, kept = DownlinkRounding("int4", 5), replace(method, refresh=None)
-    label, dim = ("B", 1) if side == "right" else ("A", 0)
+    label, dim = ("B", 1) if train == "B" else ("A", 0)
     state, sums = begun(method, torch.float32), [0.0, 0.0]
     for round_ in range(1, 7):
         sent = method.open_round(state, round_, COHORT, DRAW)
@@ -161,10 +161,10 @@ def test_what_is_published_is_off_by_one_rounding_however_often(side: str) -> No
             assert state.link is not None
             assert read_link(*link_tensors(state.link)).dense[part].dtype == torch.float32
             assert torch.equal(read_link(*link_tensors(state.link)).dense[part], state.base[part])
-    rng = generator(5, "downlink", 6, "link", 0, NAME, 0 if side == "right" else 1)
+    rng = generator(5, "downlink", 6, "link", 0, NAME, 0 if train == "B" else 1)
     folded = rounded(torch.cat(sums, dim), "int4", rng)  # type: ignore[arg-type]
     sketches = kept.pools(before, DRAW)[NAME].frozen.draw()
-    product = folded @ sketches if side == "right" else sketches @ folded
+    product = folded @ sketches if train == "B" else sketches @ folded
     W = (before.base[NAME].double() + ALPHA / rank * product).float()
     torch.testing.assert_close(state.base[NAME], W, rtol=0, atol=0)
     assert not any(name.startswith(RESIDUE) for name in state.moments)
@@ -200,7 +200,7 @@ def test_a_pool_reaches_the_span_of_its_sketches_and_no_more() -> None:
 
 
 def test_a_fraction_of_one_tiles_every_layer() -> None:
-    method = PoolRacLora(rank=1.0, pool=4)
+    method = PoolRacLora(rank="full", pool=4)
     sent = method.open_round(states(method, 5, torch.float64)[-1], 6, COHORT, DRAW)
     drawn = pools_of(sent)[NAME].frozen.draw()
     torch.testing.assert_close(drawn.T @ drawn, torch.eye(N).double())
@@ -218,7 +218,7 @@ def test_a_message_names_the_pool_and_has_none_of_its_parts() -> None:
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def simulated(folder: Path, rounds: int, **keys: object) -> fedraclora.RunResult:
+def simulated(folder: Path, rounds: int, **keys: object) -> fedraclora.Run:
     x = normal(75, 12, key=50).float()
     *clients, test = [(x[k::5], (x[k::5, 0] > 0).long()) for k in range(5)]
     with seeded(0, "model"):
@@ -232,7 +232,7 @@ def simulated(folder: Path, rounds: int, **keys: object) -> fedraclora.RunResult
         test=test,
         method={"name": "pool_rac_lora", "rank": R, "alpha": ALPHA, "pool": 3, "cap": True},
         local={"lr": 0.1, "batch_size": 5},
-        cohort=2,
+        clients_per_round=2,
         rounds=rounds,
         folder=folder,
         **keys,
@@ -255,9 +255,9 @@ def test_a_run_is_one_adapter_of_rank_k_r_exactly(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         ({"pool": 0}, "method.pool is 0; 1 or more"),
-        ({"resample_every": None}, "from sketch to sketch"),
+        ({"merge_every": None}, "from sketch to sketch"),
         ({"refresh": 3}, r"method\.refresh is 3; .*multiple"),
-        ({"resample_every": 2, "refresh": 9}, r"method.resample_every \(2\) from 8 on"),
+        ({"merge_every": 2, "refresh": 9}, r"method.merge_every \(2\) from 8 on"),
         ({"sketch": "gaussian"}, "cover cuts orthonormal bases"),
     ],
 )

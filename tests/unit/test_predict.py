@@ -86,7 +86,7 @@ def test_a_row_is_answered_for_each_row_in_its_order(folder: Path) -> None:
     )
     np.testing.assert_allclose(found.filter(like="probability").sum(axis=1), 1)
     with torch.no_grad():
-        x = run.builder.built.task.test.inputs["x"]
+        x = run.built().task.test.inputs["x"]
         by_hand = run.model()(x).softmax(dim=1).numpy()
     np.testing.assert_allclose(found.filter(like="probability"), by_hand, rtol=1e-5)
 
@@ -233,7 +233,7 @@ def test_bytes_are_scaled_to_the_very_bits_of_training() -> None:
 
 def test_classes_are_told_by_name_where_some_were_chosen() -> None:
     run = fedraclora.simulate(
-        *(QUIET, "data=digits", "data.labels=[7,3]", "pretrain=none", "cohort=2"),
+        *(QUIET, "data=digits", "data.labels=[7,3]", "pretrain=none", "clients_per_round=2"),
         clients=2,
         rounds=0,
     )
@@ -246,10 +246,10 @@ def test_classes_are_told_by_name_where_some_were_chosen() -> None:
         run.evaluate((raw, np.full(len(raw), 5)))
 
 
-@pytest.mark.parametrize("words", [["method=fedsa_lora"], ["head=local"]])
+@pytest.mark.parametrize("words", [["method=fedsa_lora"], ["head=personal"]])
 def test_a_model_of_which_clients_keep_a_part_is_refused(words: list[str]) -> None:
     run = fedraclora.simulate(
-        QUIET, "data=digits", "pretrain=none", *words, clients=2, cohort=2, rounds=1
+        QUIET, "data=digits", "pretrain=none", *words, clients=2, clients_per_round=2, rounds=1
     )
     for call in (run.evaluate, lambda: run.predict("test")):
         with pytest.raises(ConfigError, match="each client keeps"):
@@ -358,7 +358,7 @@ def test_whole_numbers_of_a_file_are_numbers_also_beside_rows_without_an_answer(
         *(QUIET, "data=table", f"data.file={tmp_path}/train.csv", "data.label=kind"),
         *("data.missing=drop", "model.hidden=[4]", "output.plots=false"),
         clients=2,
-        cohort=2,
+        clients_per_round=2,
         rounds=1,
         folder=tmp_path / "run",
     )

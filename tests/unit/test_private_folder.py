@@ -33,8 +33,8 @@ def _umask(request: pytest.FixtureRequest) -> Iterator[int]:
     os.umask(before)
 
 
-def simulated(folder: Path, *words: str, rounds: int = 1, **given: Any) -> fedraclora.RunResult:
-    settings: dict[str, Any] = {"cohort": 3, "rounds": rounds, "folder": folder} | given
+def simulated(folder: Path, *words: str, rounds: int = 1, **given: Any) -> fedraclora.Run:
+    settings: dict[str, Any] = {"clients_per_round": 3, "rounds": rounds, "folder": folder} | given
     return fedraclora.simulate(*WORDS, *words, model=net(), data=moons(), **settings)
 
 
@@ -91,7 +91,9 @@ def test_a_run_that_goes_on_leaves_its_folder_as_open_as_it_was(
 @pytest.mark.parametrize("_umask", [0o022], indirect=True)
 def test_what_is_saved_of_a_run_is_private(_umask: int, tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    run = fedraclora.simulate("local.lr=0.1", model=net(), data=moons(), cohort=3, rounds=1)
+    run = fedraclora.simulate(
+        "local.lr=0.1", model=net(), data=moons(), clients_per_round=3, rounds=1
+    )
     place = run.save(tmp_path / "saved")
     assert is_private(place)
     assert {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {0o600}

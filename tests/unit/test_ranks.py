@@ -76,7 +76,7 @@ def test_parts_share_the_components() -> None:
 def test_two_sketches_with_a_server_step_of_two_merge_the_mean_of_each_group() -> None:
     world = Plan({"w": LayerView("linear", (M, N))}, shapes={"w": (M, N)})
     method = FedRacLora(rank=2, alpha=5.0, sketches=2, server_lr=2.0)
-    state = method.init({"w": torch.zeros(M, N, dtype=torch.float64)}, world, Draw(3))
+    state = method.initial_state({"w": torch.zeros(M, N, dtype=torch.float64)}, world, Draw(3))
     sent = method.open_round(state, 1, Cohort(torch.arange(4), torch.ones(4)), Draw(3))
     assert sent.ranks is not None
     group = sent.ranks[:, 0]
@@ -94,7 +94,7 @@ def test_two_sketches_with_a_server_step_of_two_merge_the_mean_of_each_group() -
 def test_more_sketches_than_dimensions_are_refused() -> None:
     world = Plan({"w": LayerView("linear", (M, N))}, shapes={"w": (M, N)})
     with pytest.raises(ConfigError, match=r"8 sketches .*7 dimensions of w.*fewer"):
-        FedRacLora(rank=1, sketches=8).init({}, world, Draw(3))
+        FedRacLora(rank=1, sketches=8).initial_state({}, world, Draw(3))
 
 
 def test_the_middle_of_three_factors_is_cut_on_both_sides() -> None:

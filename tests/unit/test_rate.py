@@ -39,8 +39,8 @@ def rule(config: dict[str, Any]) -> float:
     method: Method = bind("method", METHODS, config["method"])()
     shapes = SHAPES[config["model"]["name"]]
     model = torch.nn.Sequential(*(torch.nn.Linear(n, m, bias=False) for m, n in shapes))
-    plan = make_plan(model, (), head_policy="adapt")
-    state = method.init(weights_of(model), plan, Draw(0))
+    plan = make_plan(model, (), head_policy="lora")
+    state = method.initial_state(weights_of(model), plan, Draw(0))
     sent = method.open_round(state, 1, Cohort(torch.arange(4), torch.ones(4)), Draw(0))
     local = config["local"]
     return rate_of(sent, local["optimiser"], local["steps"] or 37.5)
@@ -56,7 +56,7 @@ def recorded(folder: str, methods: set[str]) -> Iterator[tuple[dict[str, Any], f
         tuned, tried = tuned_value(study, row, done), sorted({*tried_values(study, row, done)})
         config = done[study.jobs("final", row, [tuned])[0].key]["config"]
         plain = config["local"]["clip"] is None and not config["local"]["momentum"]
-        sided = config["method"].get("side") != "left"
+        sided = config["method"].get("train") != "A"
         if plain and sided and config["method"]["name"] in methods:
             rank = config["method"]["rank"]
             if rank >= 1 and config["method"].get("sketches", 1) == 1:
@@ -102,7 +102,7 @@ def test_layers_narrower_than_any_that_was_tuned_have_no_higher_rate(
     assert found[0] == found[1] == pytest.approx(55 / (2 * 96 * 2))
 
 
-WORDS = ("rounds=1", "data=digits", "model.hidden=[12]", "clients=4", "cohort=4")
+WORDS = ("rounds=1", "data=digits", "model.hidden=[12]", "clients=4", "clients_per_round=4")
 
 
 def test_a_run_says_its_rate_and_is_that_of_the_number(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +123,13 @@ def test_what_the_rule_does_not_know_is_refused(word: str) -> None:
 
 
 def test_numbers_to_predict_are_refused_under_sgd() -> None:
-    words = ["data=least_squares", "model=linear", "clients=4", "cohort=4", "local.lr=auto"]
+    words = [
+        "data=least_squares",
+        "model=linear",
+        "clients=4",
+        "clients_per_round=4",
+        "local.lr=auto",
+    ]
     with pytest.raises(ConfigError, match="squared_error"):
         fedraclora.simulate(*words, "pretrain=none", "partition=iid")
 

@@ -28,17 +28,17 @@ from fedraclora.errors import CheckpointError
 from fedraclora.launch import stored_run
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
-WORDS += ("output.plots=false", "clients=6", "cohort=3", "rounds=4")
+WORDS += ("output.plots=false", "clients=6", "clients_per_round=3", "rounds=4")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.RunResult]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.Run]:
     root = tmp_path_factory.mktemp("runs")
     wires = {"fed_rac_lora": "float32", "fedavg_lora": "int8"}
     return {
         name: fedraclora.simulate(
-            *WORDS, f"wire.uplink={bits}", folder=root / name, method=name, local={"lr": 0.2}
+            *WORDS, f"compression.uplink={bits}", folder=root / name, method=name, local={"lr": 0.2}
         )
         for name, bits in wires.items()
     }
@@ -63,9 +63,7 @@ def measured(shown: Shown, folder: Path, shift: float) -> Shown:
     return replace(shown, rows=rows, folder=folder)
 
 
-def test_the_spread_over_clients_is_drawn(
-    runs: dict[str, fedraclora.RunResult], tmp_path: Path
-) -> None:
+def test_the_spread_over_clients_is_drawn(runs: dict[str, fedraclora.Run], tmp_path: Path) -> None:
     """Of sums alone, without the clients' own numbers, by round and no more."""
     assert runs["fed_rac_lora"].folder is not None
     shown = read_shown(runs["fed_rac_lora"].folder)
@@ -94,7 +92,7 @@ def outside(text: str) -> list[str]:
     return re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?https?:[^"')\s]*""", own)
 
 
-def test_a_report_of_one_run(runs: dict[str, fedraclora.RunResult], capsys: Any) -> None:
+def test_a_report_of_one_run(runs: dict[str, fedraclora.Run], capsys: Any) -> None:
     run = runs["fed_rac_lora"]
     assert cli.run("report", [str(run.folder)]) == 0
     assert run.folder is not None
@@ -107,7 +105,7 @@ def test_a_report_of_one_run(runs: dict[str, fedraclora.RunResult], capsys: Any)
     assert "method:\n  name: fed_rac_lora" in text
 
 
-def test_runs_stand_side_by_side(runs: dict[str, fedraclora.RunResult], tmp_path: Path) -> None:
+def test_runs_stand_side_by_side(runs: dict[str, fedraclora.Run], tmp_path: Path) -> None:
     folders = [run.folder for run in runs.values() if run.folder is not None]
     text = page_of([read_shown(folder) for folder in folders])
     assert "<code>method.name</code>" in text
@@ -122,7 +120,7 @@ def test_runs_stand_side_by_side(runs: dict[str, fedraclora.RunResult], tmp_path
 
 
 def test_the_best_of_several_runs_is_one_that_came_to_its_end(
-    runs: dict[str, fedraclora.RunResult],
+    runs: dict[str, fedraclora.Run],
 ) -> None:
     shown = [read_shown(run.folder) for run in runs.values() if run.folder is not None]
     for row, value in zip(shown, (0.25, 0.75), strict=True):
@@ -140,18 +138,18 @@ def test_the_best_of_several_runs_is_one_that_came_to_its_end(
 
 
 def test_settings_that_differ_are_written_as_they_are_typed(
-    runs: dict[str, fedraclora.RunResult],
+    runs: dict[str, fedraclora.Run],
 ) -> None:
     one, two = (read_shown(run.folder) for run in runs.values() if run.folder is not None)
     other = {key: value for key, value in two.config.items() if key != "stop"}
-    first = replace(one, config={**one.config, "start": None})
-    found = differences([first, replace(two, config=other | {"start": "a"})])
-    assert found["start"] == ["null", "a"]
+    first = replace(one, config={**one.config, "init_from": None})
+    found = differences([first, replace(two, config=other | {"init_from": "a"})])
+    assert found["init_from"] == ["null", "a"]
     assert found["stop.metric"] == ["loss", ""]
 
 
 def test_a_deployed_run_is_run_again_in_one_process(
-    runs: dict[str, fedraclora.RunResult], tmp_path: Path
+    runs: dict[str, fedraclora.Run], tmp_path: Path
 ) -> None:
     run = runs["fed_rac_lora"]
     assert run.folder is not None
@@ -172,7 +170,7 @@ def test_a_deployed_run_is_run_again_in_one_process(
 
 
 def test_failures_and_generations_are_shown(
-    runs: dict[str, fedraclora.RunResult], tmp_path: Path
+    runs: dict[str, fedraclora.Run], tmp_path: Path
 ) -> None:
     folder = runs["fed_rac_lora"].folder
     assert folder is not None
@@ -207,7 +205,7 @@ def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["summary.json", "stopped.json"])
 def test_a_damaged_file_is_named(
-    name: str, runs: dict[str, fedraclora.RunResult], tmp_path: Path
+    name: str, runs: dict[str, fedraclora.Run], tmp_path: Path
 ) -> None:
     folder = runs["fed_rac_lora"].folder
     assert folder is not None
@@ -235,7 +233,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_text_and_curves(
-    width: int, scheme: str, browser: Any, runs: dict[str, fedraclora.RunResult], tmp_path: Path
+    width: int, scheme: str, browser: Any, runs: dict[str, fedraclora.Run], tmp_path: Path
 ) -> None:
     folders = [run.folder for run in runs.values() if run.folder is not None]
     page_file = tmp_path / "report.html"
@@ -297,7 +295,12 @@ def test_a_run_that_is_running_says_how_far_it_is(tmp_path: Path) -> None:
             assert "resume" not in str(raised.value)  # which the lock would refuse
             seen["evaluated"] = str(stored_run(tmp_path, 1).rows[1]["metrics"])
 
-    given: dict[str, Any] = {"model": "mlp", "data": clients, "cohort": 0.5, "rounds": 3}
+    given: dict[str, Any] = {
+        "model": "mlp",
+        "data": clients,
+        "clients_per_round": "50%",
+        "rounds": 3,
+    }
     run = fedraclora.simulate(*WORDS[2:3], folder=tmp_path, on_round=look, **given)
     assert "2 of 3, running" in seen["text"]
     assert "final accuracy" not in seen["text"]
@@ -310,9 +313,7 @@ def test_a_run_that_is_running_says_how_far_it_is(tmp_path: Path) -> None:
     assert (shown.reached, shown.clients) == ("3 of 3, not at its end", "2 take part in a round")
 
 
-def test_that_measurements_are_withheld_is_in_the_report(
-    runs: dict[str, fedraclora.RunResult],
-) -> None:
+def test_that_measurements_are_withheld_is_in_the_report(runs: dict[str, fedraclora.Run]) -> None:
     shown = read_shown(runs["fed_rac_lora"].folder or Path())
     told = {"clients": {"withheld": "too few of them"}}
     poorer = replace(shown, rows=[row | told if row["round"] else row for row in shown.rows])

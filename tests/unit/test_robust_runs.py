@@ -14,7 +14,14 @@ from tests.common import assemble
 
 SMALL = [
     *("data=digits", "partition=iid", "pretrain=none", "model.hidden=[32]"),
-    *("clients=20", "cohort=20", "rounds=25", "local.lr=1", "local.epochs=5", "evaluate.every=25"),
+    *(
+        "clients=20",
+        "clients_per_round=20",
+        "rounds=25",
+        "local.lr=1",
+        "local.epochs=5",
+        "evaluate.every=25",
+    ),
 ]
 FLIP = ("attack=sign_flip", "attack.scale=5")
 

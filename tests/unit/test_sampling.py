@@ -38,7 +38,7 @@ def test_every_client_has_the_same_chance() -> None:
 
 @pytest.mark.parametrize(("cohort", "clients"), [(0, 5), (6, 5), (-1, 5), (1, 0)])
 def test_a_cohort_that_cannot_be_drawn_is_refused(cohort: int, clients: int) -> None:
-    with pytest.raises(ConfigError, match=f"cohort is {cohort}.*choose 1 to {clients}"):
+    with pytest.raises(ConfigError, match=f"clients_per_round is {cohort}.*choose 1 to {clients}"):
         check_cohort(cohort, clients)
 
 
@@ -49,6 +49,6 @@ def test_other_cohorts_pass(cohort: int, clients: int) -> None:
 
 def test_weights_are_examples_or_ones_in_float64() -> None:
     samples = torch.tensor([3, 1, 2**40])
-    assert client_weights("examples", samples).tolist() == [3.0, 1.0, 2.0**40]
+    assert client_weights("samples", samples).tolist() == [3.0, 1.0, 2.0**40]
     assert client_weights("uniform", samples).tolist() == [1.0, 1.0, 1.0]
-    assert client_weights("examples", samples).dtype == torch.float64
+    assert client_weights("samples", samples).dtype == torch.float64

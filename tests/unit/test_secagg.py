@@ -61,7 +61,7 @@ def test_what_float32_adds_to_the_clip_does_not_run_over(
     K: int, weight: int, clip: float, start: float, sign: float
 ) -> None:
     """All clients at the clip in one coordinate, from a start whose rounding is as long again."""
-    terms = SecAggTerms(SecAgg(clip, max_weight=weight), "examples")
+    terms = SecAggTerms(SecAgg(clip, max_weight=weight), "samples")
     step = terms.config.step(K, clip, LARGEST)
     begin = torch.tensor([start, start, 0.0], dtype=torch.float64)
     reached = (begin + torch.tensor([sign * clip, 0.0, 0.0])).float()

@@ -41,7 +41,7 @@ def run(start: Path | None, folder: Path | None = None, *, rounds: int = 0, **ke
         test=numbers(30, 9),
         rounds=rounds,
         folder=folder,
-        start=None if start is None else str(start),
+        init_from=None if start is None else str(start),
         **given,
     )
 
@@ -52,7 +52,7 @@ def test_a_finished_run_is_where_another_begins(method, tmp_path):
     second = run(tmp_path / "first", tmp_path / "second")
     assert second.summary["weights_digest"] == first.summary["weights_digest"]
     assert second.rows[0]["metrics"] == first.rows[-1]["metrics"]
-    stored = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())["start"]
+    stored = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())["init_from"]
     assert stored["sha256"] == first.summary["weights_digest"]
     assert second.summary["task"]["start"]["run"] == str(tmp_path / "first")
 
@@ -62,8 +62,13 @@ def plain_run(folder: Path | None, start: Path | None = None, **keys: Any):
     return fedraclora.simulate(
         *("output.progress=false", "data=virtual", "data.held_out=50", "data.samples=20"),
         *(["output.plots=false"] if folder else []),
-        **{"model": {"name": "mlp", "hidden": [9]}, "clients": 5, "cohort": 5, "rounds": 2}
-        | {"folder": folder, "start": None if start is None else str(start)}
+        **{
+            "model": {"name": "mlp", "hidden": [9]},
+            "clients": 5,
+            "clients_per_round": 5,
+            "rounds": 2,
+        }
+        | {"folder": folder, "init_from": None if start is None else str(start)}
         | keys,
     )
 
@@ -76,7 +81,7 @@ def test_a_run_that_began_elsewhere_goes_on_without_that_folder_and_bit_for_bit(
     stored = yaml.safe_load((tmp_path / "halves" / "config.yaml").read_text())
     halves = fedraclora.simulate(stored | {"rounds": 4}, folder=tmp_path / "halves", resume=True)
     assert halves.summary["weights_digest"] == whole.summary["weights_digest"]
-    assert stored["start"]["path"] == str(tmp_path / "first")
+    assert stored["init_from"]["path"] == str(tmp_path / "first")
 
 
 def test_a_beginning_that_has_changed_since_is_refused(tmp_path):
@@ -225,15 +230,15 @@ def test_a_run_that_cannot_be_begun_from_is_refused_by_name(case, tmp_path):
 
 @pytest.mark.parametrize("start", ["{name:[0]}", "{name:a}", "{path:a,rank:three}", "{path:[a]}"])
 def test_a_beginning_that_is_no_folder_is_refused(start):
-    with pytest.raises(ConfigError, match="start"):
-        fedraclora.simulate("data=digits", "pretrain=none", "rounds=0", f"start={start}")
+    with pytest.raises(ConfigError, match="init_from"):
+        fedraclora.simulate("data=digits", "pretrain=none", "rounds=0", f"init_from={start}")
 
 
 def test_a_folder_from_before_there_were_beginnings_is_read(tmp_path):
     run_ = plain_run(tmp_path / "old")
     path = tmp_path / "old" / "config.yaml"
     stored = yaml.safe_load(path.read_text())
-    del stored["start"]
+    del stored["init_from"]
     text = yaml.safe_dump(stored)
     write_digests(tmp_path / "old", text, None)
     path.write_text(text)

@@ -23,7 +23,7 @@ def sketched(scale: float, *, side: str = "right", **changes: object) -> Adapter
     return Adapter.of(factors, scale)
 
 
-LOCAL = LocalSettings(lr=0.2, dense_lr=0.01)
+LOCAL = LocalSettings(lr=0.2, full_lr=0.01)
 
 
 def test_orthonormal_rows_take_lr_times_scale_squared() -> None:

@@ -37,7 +37,7 @@ rows:
   ours: [method=fed_rac_lora, method.rank=4]
 """
 SMALL = """
-  small: [data=digits, pretrain=none, "model.hidden=[8]", clients=6, cohort=3,
+  small: [data=digits, pretrain=none, "model.hidden=[8]", clients=6, clients_per_round=3,
     rounds=2, output=study]
 """
 

@@ -33,7 +33,7 @@ def played(
     method: SubspaceRacLora, rounds: int, gradient: torch.Tensor | None = None
 ) -> list[tuple[State, Downlink]]:
     """Close rounds with one step of SGD by a constant gradient, or random replies."""
-    state = method.init({"w": torch.zeros(M, N, dtype=torch.float64)}, PLAN, DRAW)
+    state = method.initial_state({"w": torch.zeros(M, N, dtype=torch.float64)}, PLAN, DRAW)
     found = []
     for round_ in range(1, rounds + 1):
         sent = opened(method, state, round_)
@@ -64,7 +64,7 @@ def drawn(sent: Downlink) -> dict[str, torch.Tensor]:
 
 
 def test_a_link_keeps_the_leading_singular_vectors_of_the_change_of_the_last() -> None:
-    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, resample_every=1, fresh=0.5, kept_scale=0.5)
+    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, merge_every=1, fresh=0.5, kept_scale=0.5)
     (first, _), (second, left), (_, right) = played(method, 3)
     zero = torch.zeros(M, N, dtype=torch.float64)
     u = torch.linalg.svd(first.base["w"] - zero)[0][:, :2]  # B trained: the left ones
@@ -78,7 +78,7 @@ def test_a_link_keeps_the_leading_singular_vectors_of_the_change_of_the_last() -
 
 
 def test_the_basis_and_what_is_trained_last_as_long_as_the_link() -> None:
-    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, resample_every=2)
+    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, merge_every=2)
     states = played(method, 6)
     assert [sorted(state.carried) for state, _ in states] == [
         ["w/B"],
@@ -104,10 +104,10 @@ def test_the_basis_and_what_is_trained_last_as_long_as_the_link() -> None:
 
 
 def test_with_all_rows_fresh_links_are_those_of_drawings_by_turns() -> None:
-    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, resample_every=1, fresh=1.0)
+    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, merge_every=1, fresh=1.0)
     for state, sent in played(method, 4):
         link = state.memo.sketch - 1
-        plain = BernoulliLora(rank=RANK, alpha=ALPHA).sided("right" if link % 2 == 0 else "left")
+        plain = BernoulliLora(rank=RANK, alpha=ALPHA).training("B" if link % 2 == 0 else "A")
         before = replace(state, memo=replace(state.memo, sketch=link))
         asked, wanted = drawn(sent), drawn(plain.open_round(before, link + 1, COHORT, DRAW))
         assert asked.keys() == wanted.keys()
@@ -118,7 +118,7 @@ def test_with_all_rows_fresh_links_are_those_of_drawings_by_turns() -> None:
 
 
 def test_pairs_draw_every_even_link() -> None:
-    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, resample_every=1, fresh=0.0, pairs=True)
+    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, merge_every=1, fresh=0.0, pairs=True)
     states = played(method, 4)
     for i, (state, sent) in enumerate(states):
         even = i % 2 == 0
@@ -133,7 +133,7 @@ def test_pairs_draw_every_even_link() -> None:
 def test_a_steady_gradient_of_low_rank_is_soon_seen_whole() -> None:
     """Subspace iteration: kept rows turn to the two directions that the gradient has."""
     left, right = (torch_normal(generator(1, "low", side), n, 2) for side, n in ((0, M), (1, N)))
-    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, resample_every=1, fresh=0.5)
+    method = SubspaceRacLora(rank=RANK, alpha=ALPHA, merge_every=1, fresh=0.5)
     seen = [s.report["energy_seen"] for s, _ in played(method, 5, left @ right.mT)]
     assert seen[0] == pytest.approx(RANK / N)
     assert seen[1:] == pytest.approx([1.0] * 4, abs=1e-9)
@@ -176,7 +176,7 @@ def test_coordinates_are_drawn_by_what_the_last_link_moved() -> None:
 
 def test_coordinate_links_have_unit_rows_without_repetition() -> None:
     method = SubspaceRacLora(
-        rank=RANK, alpha=ALPHA, resample_every=1, basis="coordinate", kept_scale=1.0
+        rank=RANK, alpha=ALPHA, merge_every=1, basis="coordinate", kept_scale=1.0
     )
     for i, (_, sent) in enumerate(played(method, 5)[1:], start=1):
         rows = frozen(sent, "B").mT if i % 2 else frozen(sent, "A")
@@ -194,8 +194,8 @@ def test_the_scale_of_kept_rows_gives_noise_no_more_than_a_drawing_does() -> Non
     ("changes", "words"),
     [
         ({"basis": "random"}, "basis"),
-        ({"resample_every": 0}, "1 or more is wanted"),
-        ({"resample_every": None}, "1 or more is wanted"),
+        ({"merge_every": 0}, "1 or more is wanted"),
+        ({"merge_every": None}, "1 or more is wanted"),
         ({"fresh": 1.5}, r"share in \[0, 1\]"),
         ({"fresh": math.nan}, r"share in \[0, 1\]"),
         ({"kept_scale": 0.0}, "auto, or a number"),

@@ -114,7 +114,7 @@ def test_every_case_has_a_theorem_and_its_step_is_the_one_the_ledger_logs() -> N
     assert len({case.name for case in cases}) == len(cases)
     without_noise = {"gd", "gd_link", "cover"}
     assert {c.theorem for c in cases} == {*without_noise, "sgd", "reshuffling", "federated"}
-    assert {c.side for c in cases} == {"left", "right"}
+    assert {c.train for c in cases} == {"A", "B"}
     for case in cases:
         descent = theorem(case, {"sigma_sq": 1.0, "zeta_sq": 1.0})
         assert descent.progress > 0

@@ -25,7 +25,7 @@ from fedraclora.strategies.weights import load_weights
 from fedraclora.trust import VARIABLE, foreign, names_in, only_said, trust, trusting
 
 SMALL = ("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]")
-SMALL += ("clients=4", "cohort=4", "rounds=1", "output=study", "output.sync=false")
+SMALL += ("clients=4", "clients_per_round=4", "rounds=1", "output=study", "output.sync=false")
 MINE = """
 import functools, os, pathlib, subprocess
 from os import system
@@ -238,8 +238,7 @@ def theirs(tmp_path: Path, canary: Callable[[], str]) -> Path:
         ("predict", "{}", "--data", "test"),
         ("export", "{}"),
         ("simulate", "resume={}", "rounds=2"),
-        ("flower", "resume={}"),
-        ("deploy", "local=2", "resume={}"),
+        ("deploy", "nodes=2", "resume={}"),
     ],
 )
 def test_commands_run_nothing_of_a_folder_and_list_all_it_names(
@@ -380,7 +379,7 @@ def test_a_preset_makes_no_objects_and_takes_nothing_of_the_environment(
     with pytest.raises(ConfigError, match=said):
         composed(words)
     assert command("simulate", *words) == 1
-    assert command("deploy", "local=2", *words) == 1
+    assert command("deploy", "nodes=2", *words) == 1
     assert not canary()
     assert not Path("X").exists()
 

@@ -39,7 +39,7 @@ from fedraclora.tuning.space import Space, settings
 from fedraclora.weights.files import flatten
 
 TASK = ["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[12]", "clients=4"]
-TASK += ["cohort=4", "rounds=2", "local.epochs=1", "output.progress=false"]
+TASK += ["clients_per_round=4", "rounds=2", "local.epochs=1", "output.progress=false"]
 SMALL = ["tune.rungs=[0.5]", "tune.sizes=[1]", "tune.test_seeds=[0]"]
 
 
@@ -418,7 +418,10 @@ def test_what_cannot_be_run_is_left_out_and_told_once(
 ) -> None:
     """A method that merges has no DoRA; what `never` has is not run either."""
     words = ["tune.method=[fed_rac_lora,ffa_lora]", "dora=true", "tune.runs=2", "tune.first=[]"]
-    words += ["tune.never=[[wire.uplink=int8,wire.downlink=int8]]", "output.progress=true"]
+    words += [
+        "tune.never=[[compression.uplink=int8,compression.downlink=int8]]",
+        "output.progress=true",
+    ]
     tuned(tmp_path, *words)
     text = capsys.readouterr().out
     assert {t.params["method"] for t in ended(tmp_path)} == {"ffa_lora"}
@@ -436,9 +439,9 @@ def space_of(*words: str, said: tuple[str, ...] = ()) -> Space:
 
 
 def test_what_is_said_is_not_tuned_and_holds_for_each_method_that_has_it() -> None:
-    words = ("method.rank=3", "method.alpha=6", "wire.uplink=int8", "local.lr=0.2")
+    words = ("method.rank=3", "method.alpha=6", "compression.uplink=int8", "local.lr=0.2")
     space = space_of("tune.method=[ffa_lora,fedavg]", said=words)
-    assert {*space.tuned} == {"method.resample_every", "wire.downlink"}
+    assert {*space.tuned} == {"method.merge_every", "compression.downlink"}
     assert space.rates is None
     assert (space.methods["ffa_lora"]["rank"], space.methods["ffa_lora"]["alpha"]) == (3, 6)
     assert "rank" not in space.methods["fedavg"]
@@ -446,20 +449,20 @@ def test_what_is_said_is_not_tuned_and_holds_for_each_method_that_has_it() -> No
 
 def test_numbers_in_few_bits_are_those_that_the_wire_has() -> None:
     space = space_of("tune.never=[]")
-    assert {*space.tuned["wire.uplink"]} == {FULL, *ROUNDED}
-    assert {*space_of().tuned["wire.uplink"]} == {FULL, *ROUNDED} - {"bfloat16"}
+    assert {*space.tuned["compression.uplink"]} == {FULL, *ROUNDED}
+    assert {*space_of().tuned["compression.uplink"]} == {FULL, *ROUNDED} - {"bfloat16"}
 
 
 @pytest.mark.parametrize(("links", "wanted"), [("ffa_lora", False), ("fed_rac_lora", True)])
 def test_links_are_tuned_where_a_method_has_some(links: str, wanted: bool) -> None:
-    params = {"method": links, "method.rank": 3, "method.resample_every": 2, RATE_KEY: 0.1}
-    params |= {"wire.uplink": "int8", "wire.downlink": "int8"}
+    params = {"method": links, "method.rank": 3, "method.merge_every": 2, RATE_KEY: 0.1}
+    params |= {"compression.uplink": "int8", "compression.downlink": "int8"}
     space = space_of("tune.rank=[3]", "tune.lr=[1e-3,1]")
     config = space.suggest(optuna.trial.FixedTrial(params))
     method = config["method"]
     assert isinstance(method, Mapping)
     assert method["rank"] == 3
-    assert (method["resample_every"] == 2) == wanted
+    assert (method["merge_every"] == 2) == wanted
     assert np.isclose(config["local"]["lr"], 0.1)  # type: ignore[index]
 
 
@@ -484,7 +487,7 @@ def test_links_are_tuned_where_a_method_has_some(links: str, wanted: bool) -> No
         (["tune.runs={"], "cannot be read"),
         (["tune.sizes=[1,2,3,4,5]"], "one to four"),
         (["tune.sizes=0.1"], "a list of float"),
-        (["wire.uplink=edn2"], "eden2"),
+        (["compression.uplink=edn2"], "eden2"),
         (["local.clips=1"], "clip"),
     ],
 )

@@ -279,7 +279,7 @@ def _of_peft(
         raise ModelError(
             f"the method adapts {weight}, but the model has LoRA layers of PEFT on "
             f"{', '.join(layers)} alone: name the same layers in target_modules and in targets; "
-            "the last layer stands apart (head=average or frozen leaves it without factors)"
+            "the last layer stands apart (head=full or frozen leaves it without factors)"
         )
     if [*asked.factors] != ["B", "A"]:
         raise ModelError(

@@ -153,7 +153,12 @@ class OwnTrainer(CohortTrainer):
         there = int(count_examples(self.data, torch.tensor([client], device=self.device)))
         if said > there and not self.warned:
             self.warned, text = True, "client %d says samples=%d to round.read, and has %d: it is "
-            log.warning(text + "weighted by what it says (or weights=uniform)", client, said, there)
+            log.warning(
+                text + "weighted by what it says (or aggregation_weights=uniform)",
+                client,
+                said,
+                there,
+            )
 
     def _data_of(self, client: int) -> Any:
         """Return the samples of one client."""

@@ -16,8 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.binding import section
-from fedraclora.config.build import answering_of, measured_samples
-from fedraclora.config.builder import TaskBuilder
+from fedraclora.config.build import BuiltTask, answering_of, measured_samples
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.data.dataset import Read
 from fedraclora.data.locate import user_path
@@ -44,7 +43,7 @@ SPLITS = ("test", "validation")
 
 
 @dataclass(frozen=True, repr=False)
-class RunResult:
+class Run:
     """A run that has come to its end.
 
     Attributes:
@@ -56,7 +55,7 @@ class RunResult:
         folder: Where its files lie; None where it ran in memory.
         config: The whole config as plain values; `fedraclora.simulate` takes it for the same run.
         effective: Gives the weights for `weights`.
-        builder: Builds the task: the model, and what it is measured on.
+        built: Gives the task: the model, and what it is measured on.
         by_clients: Gives the columns of `clients`.
     """
 
@@ -65,13 +64,13 @@ class RunResult:
     folder: Path | None
     config: dict[str, object]
     effective: Callable[[], Tree]
-    builder: TaskBuilder
+    built: Callable[[], BuiltTask]
     by_clients: Callable[[], Columns] = dict
 
     @override
     def __repr__(self) -> str:
         shown = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
-        return f"RunResult({', '.join(shown)}, folder={self.folder})"
+        return f"Run({', '.join(shown)}, folder={self.folder})"
 
     @cached_property
     def clients(self) -> DataFrame:
@@ -127,7 +126,7 @@ class RunResult:
 
     def model(self) -> nn.Module:
         """Build the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
-        model = dequantise(copy.deepcopy(self.builder.task.model).cpu())
+        model = dequantise(copy.deepcopy(self.built().task.model).cpu())
         parameters = dict(model.named_parameters())
         model.load_state_dict({n: t for n, t in self.weights().items() if n in parameters}, False)
         return model.eval()
@@ -154,7 +153,7 @@ class RunResult:
             DataError: If the samples are not such as the run's.
             CheckpointError: If a file of the run is missing or damaged.
         """
-        weights, asked, task = self._whole(round), self.settings.evaluate, self.builder.task
+        weights, asked, task = self._whole(round), self.settings.evaluate, self.built().task
         read = self.read(data, target=target)
         found = measure_of(task, read.samples, asked.batch_size)(weights)
         if (answering := answering_of(asked, task, read.samples)) is not None:
@@ -182,7 +181,7 @@ class RunResult:
         """
         import pandas as pd
 
-        weights, asked, task = self._whole(round), self.settings.evaluate, self.builder.task
+        weights, asked, task = self._whole(round), self.settings.evaluate, self.built().task
         read = self.read(data, measured=False)
         if task.loss == "next_token" and task.tokenizer is not None:
             every = replace(asked, generate=1, answers=len(read.samples))
@@ -224,7 +223,7 @@ class RunResult:
         """
         if isinstance(data, Read):
             return data
-        built = self.builder.built
+        built = self.built()
         if isinstance(data, str) and data in SPLITS:
             samples = measured_samples(built.task, data)
             if not len(samples):
@@ -273,15 +272,15 @@ class RunResult:
     def _whole(self, round_: int | None) -> Tree:
         """Give the weights on the run's device; refuse those of which clients have a part."""
         config = self.settings
-        if config.method.client_state or config.head == "local":
-            kept = "its head (head=local)"
+        if config.method.client_state or config.head == "personal":
+            kept = "its head (head=personal)"
             if config.method.client_state:
                 kept = f"a factor of every adapter ({type(config.method).__name__})"
             raise ConfigError(
                 f"each client keeps {kept} to itself, so that the server has no whole model to "
                 "measure or to answer with: the run's own rows have the clients' (personal_...)"
             )
-        return {n: t.to(self.builder.built.device) for n, t in self.weights(round_).items()}
+        return {n: t.to(self.built().device) for n, t in self.weights(round_).items()}
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw the curves of the run; a notebook shows what it gives.
@@ -328,7 +327,7 @@ class RunResult:
         from fedraclora.export import export
         from fedraclora.strategies.trained import trained_model
 
-        task, facts = self.builder.task, self._facts(round)
+        task, facts = self.built().task, self._facts(round)
         weights = partial(self.weights, round)
         trained = trained_model(self.config, self.folder, task, weights, facts, round)
         place = user_path("folder", folder)
@@ -341,16 +340,16 @@ class RunResult:
         row: Mapping[str, object] = next((r for r in self.rows if r["round"] == last), {})
         return {
             **{key: section(self.config, key) for key in ("method", "data", "model")},
-            **{key: self.builder.task.info[key] for key in ("loss", "loss_from")},
-            "wire": self.config.get("wire", {}),
+            **{key: self.built().task.info[key] for key in ("loss", "loss_from")},
+            "compression": self.config.get("compression", {}),
             "rounds": last,
-            "clients": self.builder.built.clients,
-            "cohort": self.builder.built.cohort,
+            "clients": self.built().clients,
+            "cohort": self.built().cohort,
             "metrics": row.get("metrics"),
             "uplink_bytes": row.get("uplink_total"),
             "downlink_bytes": row.get("downlink_total"),
             "seed": self.config.get("seed"),
-            "samples": self.builder.task.reading,
+            "samples": self.built().task.reading,
         }
 
     def save(self, folder: str | Path) -> Path:
