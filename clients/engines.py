@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,15 @@ import torch
 from typing_extensions import override
 
 from fedraclora.clients.worker import Worker
-from fedraclora.clients.worker_state import WorkerParts, WorkerState
-from fedraclora.config.run_config import RunConfig
+from fedraclora.clients.worker_state import WorkerState
+from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.settings import DeployConfig, RayConfig
 from fedraclora.data.held import files_of
-from fedraclora.engines.base import Engine, EngineParts, Grid
+from fedraclora.engines.base import Engine, Grid
 from fedraclora.errors import ConfigError
-from fedraclora.objects import named_by
+from fedraclora.privacy.secagg import SecAggTerms
+from fedraclora.run.client_state import ClientStore
+from fedraclora.training.cohort import CohortTrainer
 from fedraclora.weights.update import BaseWeights, WeightHistory
 from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
 
@@ -53,8 +54,8 @@ def in_process() -> Engine:
     """Make the engine of clients in this process, which read the server's own weights."""
     weights = BaseWeights({})
 
-    def make_grid(parts: EngineParts) -> Grid:
-        return InProcessGrid(Worker(parts.trainer, weights, parts.store, parts.terms))
+    def make_grid(trainer: CohortTrainer, store: ClientStore, terms: SecAggTerms | None) -> Grid:
+        return InProcessGrid(Worker(trainer, weights, store, terms))
 
     return Engine(weights, make_grid)
 
@@ -62,56 +63,48 @@ def in_process() -> Engine:
 def on_ray(
     settings: RayConfig,
     state: Callable[[Any], WorkerStateLike],
-    given: Callable[[EngineParts], object],
+    given: object,
 ) -> Engine:
     """Make the engine of resident Ray workers, which follow the server's weights by links.
 
     Args:
         settings: How many workers, of which cluster.
         state: Makes what a worker holds between rounds; importable on every node.
-        given: Gives what states are made of; it travels once to each machine.
+        given: What states are made of; it travels once to each machine.
     """
     history = WeightHistory()
 
-    def make_grid(parts: EngineParts) -> Grid:
+    def make_grid(trainer: CohortTrainer, store: ClientStore, _: SecAggTerms | None) -> Grid:
         from fedraclora.engines.ray import Cluster, RayGrid
 
         with ExitStack() as failed:
-            cluster = Cluster(settings, parts.built.device.type)
+            cluster = Cluster(settings, trainer.device.type)
             failed.callback(cluster.close)
-            files = files_of(parts.built.task.train)
+            files = files_of(trainer.task.train)
             if files is not None and (without := cluster.lacking(here := Path(files.source or ""))):
                 files.sizes(torch.arange(files.num_clients))  # read here, they travel as they are
                 text = f"sent to all hosts, since {here} is not the same on {', '.join(without)}"
                 cluster.told["samples"] = text
-            own, store = given(parts), parts.store
-            grid = RayGrid(cluster, state, own, history=history, store=store, settings=settings)
+            grid = RayGrid(cluster, state, given, history=history, store=store, settings=settings)
             failed.pop_all()
             return grid
 
     return Engine(history, make_grid, spread=True, share=settings.share)
 
 
-def _parts_of(config: RunConfig, parts: EngineParts) -> WorkerParts:
-    """Collect what a worker is made of; data and model travel in the task."""
-    judges = {key: config.data.get(key) for key in ("loss", "metrics")}
-    own = {"local": config.plain.get("local"), **judges}
-    return WorkerParts(config, parts.built, parts.trainer.plan, named_by(own))
-
-
-def engine_of(config: RunConfig) -> Engine:
-    """Make the engine that a config names.
+def engine_of(builder: TaskBuilder) -> Engine:
+    """Make the engine that the config of a run names.
 
     Raises:
         ConfigError: If its clients are not this process's to start.
     """
-    match config.engine:
+    match builder.config.engine:
         case DeployConfig():
             raise ConfigError(
                 "engine=deploy is for real hosts: run `fedraclora deploy` with connection=NAME, "
                 "or with nodes=3 for three nodes on this machine"
             )
         case RayConfig() as settings:
-            return on_ray(settings, WorkerState, partial(_parts_of, config))
+            return on_ray(settings, WorkerState, builder)
         case _:
             return in_process()

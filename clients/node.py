@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -23,9 +23,8 @@ from fedraclora.clients.answers import AnswerOnce
 from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, served, some
 from fedraclora.clients.samples import check_samples
 from fedraclora.clients.worker import Worker
-from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
+from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import task_from_plain
-from fedraclora.config.settings import PretrainConfig
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.engines.replies import FORMAT, STALE
 from fedraclora.errors import ConfigError, WireError
@@ -232,13 +231,11 @@ def trainer_for(
 
 def built_from(plain: Plain) -> tuple[CohortTrainer, SecAggTerms | None]:
     """Build data and model of a config, and what clients insist on in secure aggregation."""
-    config = task_from_plain(plain)
-    know_programs(plain)
-    fix_bits(config.engine.threads, pick_device(config.device))
     # Pretrained weights come from the server: to train them here again would be for nothing.
-    built = build_task(replace(config, pretrain=PretrainConfig()))
-    trainer = trainer_of(config, built, plan_of(config, built.task))
-    return trainer, terms_of(config, built)
+    builder = TaskBuilder(task_from_plain(plain), pretrain=False)
+    know_programs(plain)
+    builder.fix_bits()
+    return builder.trainer, builder.terms
 
 
 def know_programs(plain: Plain) -> None:

@@ -25,7 +25,7 @@ LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)(?=[)#])")
 METHOD = re.compile(r"strategies/methods/(\w+)\.py")
 # A page of the reference -> the modules and names whose docstrings it shows.
 REFERENCE = {
-    "python": ("From Python", ["fedraclora.simulate", "fedraclora.Run"]),
+    "python": ("From Python", ["fedraclora.simulate", "fedraclora.RunResult"]),
     "methods": ("Methods", []),  # those that docs/methods.md links to
     "lowrank": ("Low-rank algebra", ["fedraclora.lowrank"]),
     "sketch": ("Sketches", ["fedraclora.sketch"]),

@@ -1,6 +1,6 @@
 """Fed-RAC-LoRA: federated fine-tuning by a chain of randomised low-rank links.
 
-``fedraclora.simulate(...)`` runs a method on a task in this process and gives a `Run`;
+``fedraclora.simulate(...)`` runs a method on a task in this process and gives a `RunResult`;
 ``fedraclora.read_run(folder)`` reads one, and ``fedraclora.tune(...)`` finds settings. See
 `fedraclora.api`.
 """
@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedraclora.api import Callback, Metric, RoundStep, Run, Tuned, read_run, simulate, tune
+    from fedraclora.api import (
+        Callback,
+        Metric,
+        RoundStep,
+        RunResult,
+        Tuned,
+        read_run,
+        simulate,
+        tune,
+    )
     from fedraclora.protocol.program import ClientProgram
 
 __all__ = [
@@ -21,7 +30,7 @@ __all__ = [
     "ClientProgram",
     "Metric",
     "RoundStep",
-    "Run",
+    "RunResult",
     "Tuned",
     "read_run",
     "simulate",

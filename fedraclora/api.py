@@ -20,13 +20,14 @@ from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError, of_system
 from fedraclora.evaluation.own_metrics import Metric
 from fedraclora.imports import refuse_run
-from fedraclora.launch import carry_out, choose, measuring_run
+from fedraclora.launch import choose, measuring_run, run_shown
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import has_begun
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import finished
 from fedraclora.strategies.rate import settled_rate
-from fedraclora.strategies.run import Run
+from fedraclora.strategies.result import RunResult
+from fedraclora.strategies.runner import finished
 from fedraclora.strategies.server.callbacks import each_of, own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
 from fedraclora.strategies.start import settled_start
@@ -34,7 +35,7 @@ from fedraclora.trust import trust as trust_all
 from fedraclora.tuning.result import Tuned
 from fedraclora.tuning.task import tune_task
 
-__all__ = ["Callback", "Metric", "RoundStep", "Run", "Tuned", "read_run", "simulate", "tune"]
+__all__ = ["Callback", "Metric", "RoundStep", "RunResult", "Tuned", "read_run", "simulate", "tune"]
 
 
 def simulate(
@@ -56,7 +57,7 @@ def simulate(
     on_round: object = (),
     trust: Sequence[str] = (),
     **keys: object,
-) -> Run:
+) -> RunResult:
     """Run a federated method on a task in this process, to its end.
 
     What is not said has its default, so that the same words give the same bits as
@@ -68,7 +69,7 @@ def simulate(
         choices: Words of the command line (``"method=ffa_lora"``, ``"local.lr=0.1"``), or nested
             mappings that say the same (``{"method": "ffa_lora", "local": {"lr": 0.1}}``; in a
             group ``name`` chooses its file). A mapping with every key of the config, such as
-            `Run.config`, stands alone: it is taken as it is, but for ``resume`` and
+            `RunResult.config`, stands alone: it is taken as it is, but for ``resume`` and
             ``output.dir``, which say where its run was, and ``keys`` are laid over it.
         model: A `torch.nn.Module`, also of Hugging Face; it is copied, and its weights are where
             the run begins. The last layer is the head; ``"model.head=[name]"`` says otherwise. Or
@@ -107,7 +108,7 @@ def simulate(
             `fedraclora.RoundStep`. What one raises stops the run, which can be resumed.
         callbacks: What watches the run, or ends it early: a list of `fedraclora.Callback`. A
             function among them is called with a copy of each new row of the history, a dict (see
-            `Run.rows`), and returns None. What one raises stops the run, which can be resumed.
+            `RunResult.rows`), and returns None. What one raises stops the run; it can be resumed.
         on_round: The same, an older word.
         trust: Modules whose code may run although it is installed, or a file of others names it
             (docs/security.md): for the rest of this process. What the arguments name is yours.
@@ -176,7 +177,7 @@ def simulate(
                 "it out"
             )
         plain = settled_rate(settled_start(settled(plain)), print)
-        return carry_out(plain, None, callbacks=watching, steps=given)
+        return run_shown(RunBuilder(from_plain(plain, METHODS), callbacks=watching, steps=given))
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     with usable(place):
         if not resume and has_begun(place):
@@ -186,9 +187,11 @@ def simulate(
                 "name another folder"
             )
         found, place, goes_on = choose(asked, typed, None)
+        config = from_plain(found, METHODS, began=goes_on)
         if goes_on and is_done(place, found):
-            return finished(from_plain(found, METHODS, began=True), place)
-        return carry_out(found, place, resume=goes_on, callbacks=watching, steps=given)
+            return finished(config, place)
+        run = RunBuilder(config, place, resume=goes_on, callbacks=watching, steps=given)
+        return run_shown(run)
 
 
 def tune(
@@ -281,7 +284,7 @@ def _asked(
     return Asked(plain, typed, watching, given)
 
 
-def read_run(folder: str | Path, *, trust: Sequence[str] = ()) -> Run:
+def read_run(folder: str | Path, *, trust: Sequence[str] = ()) -> RunResult:
     """Read a run from its folder: its history, its model, and what it measures and predicts.
 
     Args:

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
-from fedraclora.clients.engines import engine_of
 from fedraclora.compose.resume import go_on
-from fedraclora.config.build import fix_bits, pick_device, settled
+from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.run.callback import Callback, method_label
-from fedraclora.run.folder import is_finished, is_running, refuse_existing, resume_word
+from fedraclora.run.callback import method_label
+from fedraclora.run.folder import is_finished, is_running, resume_word
 from fedraclora.run.ledger import reached_round
 from fedraclora.run.trusted import read_trusted
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import execute, finished
 from fedraclora.strategies.rate import settled_rate
-from fedraclora.strategies.run import Run
-from fedraclora.strategies.server.round_step import RoundStep
+from fedraclora.strategies.result import RunResult
+from fedraclora.strategies.runner import execute, finished
 from fedraclora.strategies.start import settled_start
 from fedraclora.terminal.progress import RunProgress
 
 STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
 
 
-def carry_out(
-    plain: PlainDict,
-    folder: Path | None,
-    *,
-    resume: bool = False,
-    callbacks: Sequence[Callback] = (),
-    steps: Sequence[RoundStep] = (),
-) -> Run:
-    """Run to the end in this process with a progress bar; see `strategies.outcome.execute`.
-
-    Args:
-        plain: The resolved config.
-        folder: The run folder; None: the run leaves nothing behind.
-        resume: Go on with the run in the folder.
-        callbacks: What watches the rounds, or ends them early.
-        steps: Those of a program's own, which the config names.
-
-    Returns:
-        The run.
-    """
-    config = from_plain(plain, METHODS, began=resume)
-    label = method_label(plain)
-    with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
-        watching = (progress, *callbacks)
-        return execute(config, folder, engine_of, resume=resume, callbacks=watching, steps=steps)
+def run_shown(run: RunBuilder) -> RunResult:
+    """Run to the end in this process with a progress bar; see `strategies.runner.execute`."""
+    config = run.config
+    label, shown = method_label(config.plain), config.output.progress
+    with RunProgress(config.rounds, shown=shown, label=label) as progress:
+        return execute(run, progress)
 
 
 def choose(
@@ -76,7 +56,6 @@ def choose(
     folder = run_folder(section(plain, "output"), sweep_job)
     if resume == "auto" and (folder / "config.yaml").is_file():
         return go_on(folder, read_trusted(folder, plain), plain, None), folder, True
-    refuse_existing(folder)
     return plain, folder, False
 
 
@@ -97,7 +76,7 @@ def run_folder(output: Mapping[str, object], sweep_job: str | None) -> Path:
     return folder if sweep_job is None else folder / sweep_job
 
 
-def stored_run(folder: Path, round_: int | None) -> Run:
+def stored_run(folder: Path, round_: int | None) -> RunResult:
     """Read a run from its folder.
 
     Args:
@@ -124,8 +103,8 @@ def stored_run(folder: Path, round_: int | None) -> Run:
     return finished(config, folder)
 
 
-def measuring_run(folder: Path, round_: int | None) -> Run:
+def measuring_run(folder: Path, round_: int | None) -> RunResult:
     """Read a run as `stored_run` does, and have torch round as it did in the run."""
     run = stored_run(folder, round_)
-    fix_bits(run.settings.engine.threads, pick_device(run.settings.device))
+    run.builder.fix_bits()
     return run

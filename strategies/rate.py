@@ -26,7 +26,7 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError
 from fedraclora.objects import is_named
-from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.protocol.method import Downlink, Draw, first_downlink
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.wrappers import method_of
 from fedraclora.training.localconfig import LocalConfig
@@ -86,8 +86,7 @@ def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
         )
     plan, draw, base = plan_of(config, built.task), Draw(config.seed), weights_of(built.task.model)
     method = method_of(config, built.task)
-    cohort = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
-    downlink = method.open_round(method.initial_state(base, plan, draw), 1, cohort, draw)
+    downlink = first_downlink(method, method.initial_state(base, plan, draw), draw, built.cohort)
     steps = steps_of(config.local, built)
     rate = float(f"{rate_of(downlink, config.local.optimiser, steps):.2g}")
     sketch = f"{kind} of " if (kind := getattr(config.method, "sketch", None)) else ""

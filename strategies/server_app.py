@@ -19,15 +19,16 @@ from typing_extensions import override
 
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig
-from fedraclora.engines.base import Engine, EngineParts, Grid
+from fedraclora.engines.base import Engine, Grid
 from fedraclora.engines.deploy.grid import DeployGrid
 from fedraclora.engines.deploy.pulling import pull_in_time
 from fedraclora.errors import ConfigError
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.folder import run_id
 from fedraclora.run.ledger import Row
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.runner import execute
 from fedraclora.weights.update import WeightHistory
 
 # How lines of the log begin that a program reads.
@@ -47,14 +48,11 @@ def main(grid: FlowerGrid, context: Context) -> None:
     config = config_from_text(str(context.run_config.get("cfg-json", "")), began=resume)
 
     folder, ended = Path(str(config.output.dir)).expanduser(), watch()
-
-    def engine_of(config: RunConfig) -> Engine:
-        known, shared = not config.pretrain.epochs, config.output.shared
-        settings = settings_of(config)
-        return on_hosts(grid, settings, folder, known=known, shared=shared, ended=ended)
-
-    run = execute(config, folder, engine_of, resume=resume, callbacks=[LogLines()])
-    write_line(SUMMARY, run.summary)
+    known, shared = not config.pretrain.epochs, config.output.shared
+    settings = settings_of(config)
+    engine = on_hosts(grid, settings, folder, known=known, shared=shared, ended=ended)
+    run = RunBuilder(config, folder, resume=resume, engine=engine, callbacks=[LogLines()])
+    write_line(SUMMARY, execute(run).summary)
 
 
 def on_hosts(
@@ -78,7 +76,7 @@ def on_hosts(
     """
     history = WeightHistory()
 
-    def make_grid(_: EngineParts) -> Grid:
+    def make_grid(*_: object) -> Grid:
         pull_in_time()
         name = run_id(folder, shared=shared)
         return DeployGrid(flower, history, name, settings, known=known, ended=ended)

@@ -1,22 +1,25 @@
 """Wires a run: the one place where the strategy, its files and its engine meet.
 
-Whatever runs rounds goes through `wire`: the command line and `fedraclora.simulate` (by
-`strategies.assembly`), Flower's app, the benchmark, the curves of the theory, the contract tests.
+Whatever runs rounds goes through here: runs of a config (`strategies.builder`), the benchmark, the
+curves of the theory, the contract tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engines.base import Engine, EngineParts, Grid
+from fedraclora.engines.base import Engine, Grid
 from fedraclora.narrow_weight import dense
-from fedraclora.protocol.method import Draw, Method, State
+from fedraclora.privacy.secagg import SecAggTerms
+from fedraclora.protocol.method import Downlink, Draw, Method, State, first_downlink
 from fedraclora.run.callback import Callback
+from fedraclora.run.client_state import ClientStore
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.buffered import BufferedStrategy
@@ -25,22 +28,170 @@ from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.strategies.server.round_step import RoundStep, RunContext, Sizes
 from fedraclora.strategies.steps import round_steps
+from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree, weights_of
 
+INITIAL = ("initial_weights", "initial_state", "first_downlink")  # else they last for all rounds
 
-@dataclass(frozen=True)
-class Wired:
-    """A run that is ready to start.
 
-    Attributes:
-        strategy: Drives the rounds.
-        engine: Owns the grid.
-        grid: Where clients run.
+class RoundsBuilder:
+    """Builds what runs rounds from some parts, each other part once: when it is first read.
+
+    Args:
+        method: The algorithm.
+        trainer: Trains chunks of clients in this process.
+        loop: Settings of the round loop.
+        engine: Where clients run.
+        parts: Any other part, by the name of its property; None: the default.
     """
 
-    strategy: FedStrategy
+    method: Method
+    trainer: CohortTrainer
+    loop: LoopConfig
     engine: Engine
-    grid: Grid
+    folder: Path | None = None
+    """The run folder, which exists where files are written; None: the run is in memory."""
+    resume = False
+    """Whether the run goes on from its checkpoint."""
+    alone = False
+    """Whether no other run begins from the model of the task, which is then this run's to change"""
+
+    def __init__(
+        self,
+        method: Method,
+        trainer: CohortTrainer,
+        loop: LoopConfig,
+        engine: Engine,
+        **parts: Any,
+    ) -> None:
+        if unknown := [name for name in parts if not hasattr(type(self), name)]:
+            raise TypeError(f"a run has no part {unknown[0]}")
+        vars(self).update({name: part for name, part in parts.items() if part is not None})
+        self.method, self.trainer, self.loop, self.engine = method, trainer, loop, engine
+
+    @cached_property
+    def draw(self) -> Draw:
+        """The randomness of the method."""
+        return Draw(self.loop.seed)
+
+    @cached_property
+    def initial_weights(self) -> Tree:
+        """The weights of the model; let go once there is a strategy."""
+        return weights_of(self.trainer.task.model)
+
+    @cached_property
+    def initial_state(self) -> State:
+        """The method's state before round 1; let go once there is a strategy."""
+        return self.method.initial_state(self.initial_weights, self.trainer.plan, self.draw)
+
+    @cached_property
+    def first_downlink(self) -> Downlink:
+        """What the method sends in round 1, for its shapes; let go once there is a strategy."""
+        return first_downlink(self.method, self.initial_state, self.draw, self.loop.cohort)
+
+    @cached_property
+    def store(self) -> ClientStore:
+        """What clients keep between rounds, where they run in this process."""
+        return ClientStore()
+
+    @cached_property
+    def terms(self) -> SecAggTerms | None:
+        """What clients insist on in secure aggregation; None without it."""
+        return None
+
+    @cached_property
+    def recorder(self) -> RunRecorder:
+        """Ledger, chain and checkpoints."""
+        return RunRecorder(None, store=self.store)
+
+    @cached_property
+    def steps(self) -> Sequence[RoundStep]:
+        """What happens to a round besides."""
+        return round_steps({"local": self.trainer.local})
+
+    @cached_property
+    def callbacks(self) -> Sequence[Callback]:
+        """What watches the rounds, or ends them early."""
+        return ()
+
+    @cached_property
+    def measuring(self) -> Measuring | None:
+        """Which clients measure on samples of their own, and when; None: none does."""
+        return None
+
+    @cached_property
+    def system(self) -> SystemConfig:
+        """The clients' devices."""
+        return SystemConfig()
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Gives the samples of clients [K], where the server knows them before they train."""
+        return torch.ones_like
+
+    @cached_property
+    def examples(self) -> Sizes:
+        """Gives the same, unpacked: what clients are weighted by."""
+        return torch.ones_like
+
+    @cached_property
+    def kind(self) -> type[FedStrategy]:
+        """The strategy that the devices need."""
+        return FedStrategy if self.system.buffer is None else BufferedStrategy
+
+    @cached_property
+    def context(self) -> RunContext:
+        """What round steps may know of the run."""
+        local = self.trainer.local
+        devices = DeviceSimulator(self.system, self.loop.seed, local)
+        given = self.sizes, self.examples, self.measuring
+        return RunContext(self.method, local, self.loop, devices, *given)
+
+    @cached_property
+    def strategy(self) -> FedStrategy:
+        """What drives the rounds; it stands where the run goes on."""
+        state = self.initial_state
+        strategy = self.kind(
+            self.context,
+            state,
+            replica=self.engine.replica,
+            recorder=self.recorder,
+            steps=self.steps,
+            callbacks=self.callbacks,
+            model=self.trainer.task.model if self.alone else None,
+        )
+        if self.resume:
+            restored, done = self.recorder.restore(state, strategy.catch_up)
+            strategy.resume(restored, done)
+            if self.recorder.chain is not None and self.engine.recall is not None:
+                links = self.recorder.links()
+                self.engine.recall(restored.base, links, strategy.catch_up.version)
+        for name in INITIAL:
+            vars(self).pop(name, None)
+        return strategy
+
+    @cached_property
+    def grid(self) -> Grid:
+        """Where clients are asked; what runs them is started."""
+        _ = self.strategy  # what cannot run is refused before anything starts
+        return self.engine.start(self.trainer, self.store, self.terms)
+
+    def ready(self) -> Self:
+        """Build every part now, and end the engine where that fails; whoever has the run closes it.
+
+        Raises:
+            FedRacLoraError: Whatever cannot be together, or does not start.
+        """
+        try:
+            self.build()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def build(self) -> None:
+        """Build every part now, in an order in which what is cheap to refuse comes first."""
+        _ = self.grid
 
     def start(self, last: int | None = None) -> None:
         """Run the rounds that are left.
@@ -59,75 +210,5 @@ class Wired:
 
     def close(self) -> None:
         """End what the engine started."""
-        self.engine.close()
-
-
-def wire(
-    method: Method,
-    parts: EngineParts,
-    loop: LoopConfig,
-    engine: Engine,
-    *,
-    state: State | None = None,
-    recorder: RunRecorder | None = None,
-    resume: bool = False,
-    steps: Sequence[RoundStep] | None = None,
-    system: SystemConfig | None = None,
-    sizes: Sizes = torch.ones_like,
-    examples: Sizes = torch.ones_like,
-    callbacks: Sequence[Callback] = (),
-    measuring: Measuring | None = None,
-    kind: type[FedStrategy] | None = None,
-    alone: bool = False,
-) -> Wired:
-    """Build the strategy and start the engine.
-
-    Args:
-        method: The algorithm.
-        parts: Task, trainer and what clients keep.
-        loop: Settings of the round loop.
-        engine: Where clients run; it is ended where the run cannot be wired.
-        state: The method's state before round 1; None: it begins from the weights of the model.
-        recorder: Ledger, chain and checkpoints; None: rows are kept in memory alone.
-        resume: Go on from the book's checkpoint.
-        steps: What happens to a round besides; None: nothing was chosen.
-        system: The clients' devices; None: ideal ones.
-        sizes: Samples of clients [K], where the server knows them before they train.
-        examples: The same, unpacked: what clients are weighted by.
-        callbacks: What watches the rounds, or ends them early.
-        measuring: Which clients measure on samples of their own, and when; None: none does.
-        kind: The strategy; None: the one that these devices need.
-        alone: Whether no other run begins from the model of the task, which is then this run's to
-            change.
-
-    Returns:
-        The run; whoever has it closes it.
-
-    Raises:
-        FedRacLoraError: Whatever cannot be together, or does not start.
-    """
-    trainer, system = parts.trainer, system or SystemConfig()
-    if state is None:
-        state = method.initial_state(weights_of(trainer.task.model), trainer.plan, Draw(loop.seed))
-    recorder = recorder or RunRecorder(None, store=parts.store)
-    kind = kind or (FedStrategy if system.buffer is None else BufferedStrategy)
-    with ExitStack() as failed:
-        failed.callback(engine.close)
-        devices = DeviceSimulator(system, loop.seed, trainer.local)
-        strategy = kind(
-            RunContext(method, trainer.local, loop, devices, sizes, examples, measuring),
-            state,
-            replica=engine.replica,
-            recorder=recorder,
-            steps=round_steps({"local": trainer.local}) if steps is None else steps,
-            callbacks=callbacks,
-            model=trainer.task.model if alone else None,
-        )
-        if resume:
-            restored, done = recorder.restore(state, strategy.catch_up)
-            strategy.resume(restored, done)
-            if recorder.chain is not None and engine.recall is not None:
-                engine.recall(restored.base, recorder.links(), strategy.catch_up.version)
-        wired = Wired(strategy, engine, engine.start(parts))
-        failed.pop_all()
-    return wired
+        if "engine" in vars(self):
+            self.engine.close()

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedraclora.clients.engines import engine_of
+from fedraclora.binding import PlainDict
+from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.engines.base import Grid
+from fedraclora.launch import run_shown
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.assembly import assemble_with
+from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.methods import METHODS
 from fedraclora.wire.exchange import Ask, Came
 
-# A run put together, on the engine that its config names.
-assemble = partial(assemble_with, engine_of=engine_of)
+
+def assemble(config: RunConfig, folder: Path | None, **more: Any) -> RunBuilder:
+    """Build every part of a run."""
+    return RunBuilder(config, folder, **more).ready()
+
+
+def simulated(plain: PlainDict, folder: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Run to the end; give the summary."""
+    config = from_plain(plain, METHODS, began=resume)
+    return run_shown(RunBuilder(config, folder, resume=resume)).summary
 
 
 def normal(*shape: int, seed: int = 0, key: str | int = "x") -> torch.Tensor:

@@ -31,9 +31,9 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
 
-def write(run: fedraclora.Run, folder: Path) -> None:
+def write(run: fedraclora.RunResult, folder: Path) -> None:
     """Write the test questions of a run, and the task that reads them."""
-    task = run.built().task
+    task = run.builder.built.task
     samples, tokenizer, decode = task.test, task.tokenizer, task.tokenizer.decode
     questions, fits = [], {"": True, " ": True}  # what stands before an answer
     for row, (choices, right) in enumerate(

@@ -57,7 +57,9 @@ def train(round: Round, folder: str) -> Trained:
     return round.read(model, samples=len(round.data), steps=end.global_step, loss=end.training_loss)
 
 
-def main(model: str, rows: str, method: str = "fed_rac_lora", **keys: object) -> fedraclora.Run:
+def main(
+    model: str, rows: str, method: str = "fed_rac_lora", **keys: object
+) -> fedraclora.RunResult:
     """Run it, one client for each value of ``client`` in the file."""
     return fedraclora.simulate(
         model=transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32"),

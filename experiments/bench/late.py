@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from fedraclora.clients.engines import in_process
-from fedraclora.engines.base import EngineParts
 from fedraclora.experiments.bench.runs import ENDLESS, BenchRow, opened, settle, trainer_maker
 from fedraclora.experiments.bench.timing import Rows
 from fedraclora.experiments.bench.usage import Laps
@@ -22,7 +21,7 @@ from fedraclora.run.ledger import column
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.wiring import wire
+from fedraclora.strategies.wiring import RoundsBuilder
 from fedraclora.training.chunking import plan_chunk
 
 LAP = 10  # rounds that are timed as one, with the checkpoint that they have
@@ -50,8 +49,8 @@ def late(case: Case, clients: int, asked: int, round_: int) -> BenchRow:
     folder = Path(made.name)
     # Checkpoints come at the end of each start, which is that of a lap.
     recorder = RunRecorder(folder, every=ENDLESS, sync=False)
-    parts = EngineParts.of(trainer, asked)
-    run = wire(method, parts, loop, in_process(), state=state, recorder=recorder)
+    parts = {"initial_state": state, "recorder": recorder}
+    run = RoundsBuilder(method, trainer, loop, in_process(), **parts).ready()
     run.start(round_ - LAP)
     facts: dict[str, float] = {}
 

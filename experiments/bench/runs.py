@@ -16,17 +16,16 @@ from fedraclora.clients.worker import Worker
 from fedraclora.clients.worker_state import RequestHandler
 from fedraclora.config.build import fix_bits
 from fedraclora.config.settings import RayConfig
-from fedraclora.engines.base import EngineParts
 from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import LR, Case, all_linear_plan
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.method import Downlink, Draw, Method, State, first_downlink
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.wiring import wire
+from fedraclora.strategies.wiring import RoundsBuilder
 from fedraclora.training.chunking import plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
@@ -130,8 +129,7 @@ def trainer_maker(
 def opened(method: Method, trainer: CohortTrainer, cohort: int) -> tuple[State, Downlink]:
     """Build the state before the first round, and what the cohort is sent in it."""
     state = method.initial_state(weights_of(trainer.task.model), trainer.plan, Draw(0))
-    everyone = Cohort(torch.arange(cohort), torch.ones(cohort))
-    return state, method.open_round(state, 1, everyone, Draw(0))
+    return state, first_downlink(method, state, Draw(0), cohort)
 
 
 def federated_row(
@@ -170,9 +168,9 @@ def federated_row(
     recorder = RunRecorder(None, sync=False)  # no folder: no chain, no checkpoints
     recorder.ledger = Ledger(crew / "ledger.jsonl")
     given = make_trainer, case.device, crew
-    engine = on_ray(settings, BenchSite, lambda _: given) if workers else in_process()
-    parts = EngineParts.of(trainer, cohort)
-    run = wire(method, parts, loop, engine, state=state, recorder=recorder, alone=case.alone)
+    engine = on_ray(settings, BenchSite, given) if workers else in_process()
+    given_parts = {"initial_state": state, "recorder": recorder, "alone": case.alone}
+    run = RoundsBuilder(method, trainer, loop, engine, **given_parts).ready()
 
     def round_(laps: Laps) -> None:
         def end(_: object) -> None:

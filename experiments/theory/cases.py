@@ -11,7 +11,7 @@ import yaml
 
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.theory.bounds import local_step_limit, rounding
-from fedraclora.experiments.theory.problems import Problem, first_downlink, problem
+from fedraclora.experiments.theory.problems import Problem, problem, round_1
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.quantised import FULL
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
@@ -238,7 +238,7 @@ class TheoryCase:
         task, method, local = problem(self.problem).task, self.method, self.local_steps > 1
         if self.pairs:
             return paired(self.rank, next(task.model.parameters()).shape[1])
-        found = [of_downlink(first_downlink(task, method))]
+        found = [of_downlink(round_1(task, method))]
         if isinstance(method, SubspaceRacLora):
             shape, kept = next(task.model.parameters()).shape, method.kept(self.rank, 1)
             rows = [(self.rank, kept, d, method.length(self.rank, d)) for d in shape]

@@ -21,18 +21,17 @@ from fedraclora.data.dataset import DataSet
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.synthetic import least_squares, logistic_regression
 from fedraclora.data.task import SLOPES, Task
-from fedraclora.engines.base import EngineParts
 from fedraclora.errors import unknown
 from fedraclora.experiments.theory.bounds import logistic_pl
 from fedraclora.models.networks import build_linear
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
+from fedraclora.protocol.method import Downlink, Draw, Method, Plan, first_downlink
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.quantised import FULL
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.callbacks import Evaluate
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.wiring import wire
+from fedraclora.strategies.wiring import RoundsBuilder
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
@@ -74,16 +73,16 @@ def federate(
     )
     trainer = CohortTrainer(task, plan_of(task), local, seed=seed, device=torch.device("cpu"))
     callbacks = [] if measure is None else [Evaluate(measure)]
-    run = wire(method, EngineParts.of(trainer, cohort), loop, in_process(), callbacks=callbacks)
+    run = RoundsBuilder(method, trainer, loop, in_process(), callbacks=callbacks).ready()
     run.start()
     return run.strategy
 
 
-def first_downlink(task: Task, method: Method) -> Downlink:
+def round_1(task: Task, method: Method) -> Downlink:
     """Build what a method sends in round 1, from which the spectrum of E[H] is read."""
     draw = Draw(0)
     state = method.initial_state(start_of(task), plan_of(task), draw)
-    return method.open_round(state, 1, Cohort(torch.arange(1), torch.ones(1).double()), draw)
+    return first_downlink(method, state, draw, 1)
 
 
 def plan_of(task: Task) -> Plan:

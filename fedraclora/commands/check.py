@@ -50,7 +50,7 @@ from fedraclora.engines.deploy.supernode import EARLY, OLDEST
 from fedraclora.engines.sockets import use_sockets
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.folder import versions_of
-from fedraclora.strategies.outcome import OR_CLIENTS, UNMEASURED
+from fedraclora.strategies.runner import OR_CLIENTS, UNMEASURED
 from fedraclora.training.chunking import HOST_BYTES
 from fedraclora.trust import names_in, refuse_unsaid
 

@@ -28,21 +28,19 @@ from fedraclora.compose.overrides import (
     without_idle,
 )
 from fedraclora.compose.resume import is_done, told_how_to_go_on
-from fedraclora.launch import carry_out, choose
+from fedraclora.config.run_config import from_plain
+from fedraclora.launch import choose, run_shown
 from fedraclora.protocol.uplinks import calmer
 from fedraclora.run.folder import read_summary
 from fedraclora.run.ledger import headline, metrics_of, number
+from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.methods import METHODS
 from fedraclora.terminal.progress import console_for_tables, size
 
 LONGEST = 255  # bytes of a name that file systems take
 
 FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
-
-
-def simulate(plain: PlainDict, folder: Path, *, resume: bool = False) -> PlainDict:
-    """Run a simulation and return the summary of `carry_out`."""
-    return carry_out(plain, folder, resume=resume).summary
 
 
 def print_outcome(summary: PlainDict, folder: Path, plain: Plain) -> None:
@@ -113,7 +111,8 @@ def run_one(plain: PlainDict, typed: list[str], sweep_job: str | None) -> PlainD
         print(f"{folder} is finished already")
         return read_summary(folder)
     with told_how_to_go_on(folder, "simulate"):
-        summary = simulate(plain, folder, resume=resume)
+        config = from_plain(plain, METHODS, began=resume)
+        summary = run_shown(RunBuilder(config, folder, resume=resume)).summary
     print_outcome(summary, folder, plain)
     return summary
 

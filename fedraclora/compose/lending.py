@@ -125,7 +125,7 @@ def lend_all(
         data: Of the clients.
         choices: Of `OWN_GROUPS`, which may be objects, too.
         beside: What goes with data of the program, None where it was not said.
-        whole: Whether they are laid over a whole config, such as `Run.config`.
+        whole: Whether they are laid over a whole config, such as `RunResult.config`.
         own: Whether a function of the user's trains.
 
     Raises:

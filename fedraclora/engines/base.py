@@ -12,8 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fedraclora.config.build import BuiltTask
-from fedraclora.config.run_config import RunConfig
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.link import Link
 from fedraclora.run.client_state import ClientStore
@@ -77,34 +75,9 @@ class Grid(ABC):
         """End what the grid has started."""
 
 
-@dataclass(frozen=True)
-class EngineParts:
-    """What an engine is given of a run.
-
-    Attributes:
-        built: Task, sizes and device.
-        trainer: Trains chunks of clients in this process.
-        store: What clients keep between rounds.
-        terms: What clients insist on in secure aggregation; None without it.
-    """
-
-    built: BuiltTask
-    trainer: CohortTrainer
-    store: ClientStore = field(default_factory=ClientStore)
-    terms: SecAggTerms | None = None
-
-    @classmethod
-    def of(cls, trainer: CohortTrainer, cohort: int) -> EngineParts:
-        """Take the parts of a run without a config from its trainer.
-
-        Args:
-            trainer: Of the run.
-            cohort: Clients of a round.
-        """
-        clients = trainer.task.train.num_clients
-        return cls(BuiltTask(trainer.task, clients, cohort, 0, trainer.device), trainer)
-
-
+# Starts what runs clients, from the trainer of this process, what clients keep between rounds, and
+# what they insist on in secure aggregation.
+MakeGrid = Callable[[CohortTrainer, ClientStore, SecAggTerms | None], Grid]
 Recall = Callable[[Tree, Iterable[tuple[int, Link]], int], None]
 
 
@@ -125,20 +98,27 @@ class Engine:
     """
 
     replica: BaseWeights
-    make_grid: Callable[[EngineParts], Grid]
+    make_grid: MakeGrid
     recall: Recall | None = None
     spread: bool = False
     share: float | None = None
     elsewhere: bool = False
     grid: Grid | None = field(default=None, init=False)
 
-    def start(self, parts: EngineParts) -> Grid:
+    def start(
+        self, trainer: CohortTrainer, store: ClientStore, terms: SecAggTerms | None = None
+    ) -> Grid:
         """Start what runs clients.
+
+        Args:
+            trainer: Of this process.
+            store: What clients keep between rounds, where they run here.
+            terms: What clients insist on in secure aggregation; None without it.
 
         Raises:
             FedRacLoraError: If it does not start, or there is less than is asked for.
         """
-        self.grid = self.make_grid(parts)
+        self.grid = self.make_grid(trainer, store, terms)
         return self.grid
 
     def close(self) -> None:
@@ -147,6 +127,3 @@ class Engine:
             self.grid.close()
             self.grid = None
         self.replica.close()
-
-
-MakeEngine = Callable[[RunConfig], Engine]

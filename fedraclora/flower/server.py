@@ -29,7 +29,7 @@ from fedraclora.flower.transport import FlowerTransport, NodeStore
 from fedraclora.models.built import require_numbers
 from fedraclora.narrow_weight import dense as written_out
 from fedraclora.protocol.coding import NONE, ZSTD
-from fedraclora.protocol.method import Cohort, Draw, Method
+from fedraclora.protocol.method import Cohort, Draw, Method, first_downlink
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.quantised import FULL
 from fedraclora.run.folder import alone, has_checkpoint, is_ours, refuse_existing, run_id
@@ -337,8 +337,7 @@ class LowRank(FedAvg):
         self._shape = ArrayRecord() if is_adapter else arrays
         # Copies: the app may go on to use its model, for an evaluation say.
         base = {n: given[n] if n in given else t.clone() for n, t in self._base.items()}
-        one = Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1))
-        asked = method.open_round(method.initial_state(base, plan, draw), 1, one, draw)
+        asked = first_downlink(method, method.initial_state(base, plan, draw), draw, 1)
         if not asked.program.plain:
             raise ConfigError(
                 f"{method} needs more of its clients than their own training ("

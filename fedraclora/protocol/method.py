@@ -41,6 +41,7 @@ __all__ = [
     "Term",
     "Traits",
     "apply_link",
+    "first_downlink",
 ]
 
 
@@ -243,6 +244,19 @@ class Method(Protocol):
 
         Catch-up of an absent client and the bytes of seeds and headers are not in it.
         """
+
+
+def first_downlink(method: Method, state: State, draw: Draw, clients: int) -> Downlink:
+    """Build what a method sends in round 1, for whoever must know its shapes before a run.
+
+    Args:
+        method: The algorithm.
+        state: Before round 1. Not modified, as by no round that is opened.
+        draw: Of the run.
+        clients: Size of the cohort, of which each client has the same weight.
+    """
+    cohort = Cohort(torch.arange(clients), torch.ones(clients, dtype=torch.float64))
+    return method.open_round(state, 1, cohort, draw)
 
 
 def check_method(method: Any) -> None:

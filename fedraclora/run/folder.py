@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from fedraclora.binding import Plain, section
-from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
+from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
 from fedraclora.run.ledger import reached_round, read_ledger, seals
 from fedraclora.run.recorder import RESUMED_FROM
@@ -116,27 +116,31 @@ def refuse_full(folder: Path) -> None:
 
 
 @contextmanager
-def withdrawn(folder: Path) -> Iterator[None]:
-    """Take away what a start has made in a run folder, where it fails before the run has begun.
+def new_folder(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Make and hold the folder of a new run; take it away where the run fails before it has begun.
 
     What was there before stays, and so does a folder that holds something else.
 
+    Args:
+        folder: It.
+        shared: As for `make`.
+
     Raises:
-        FedRacLoraError: As `refuse_existing`.
+        FedRacLoraError: As `refuse_existing` and `alone`.
     """
     refuse_existing(folder)
-    known = {path.name for path in folder.iterdir()} if folder.is_dir() else None
-    try:
-        yield
-    except BaseException:
-        if folder.is_dir():
-            # It stays as it was found; and it may be somebody's who came first.
-            with suppress(OSError, FedRacLoraError), alone(folder, shared=True):
+    known = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with alone(folder, shared=shared):
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # it stays as it was found
                 if not has_begun(folder):
-                    _remove(folder, [name for name in MADE if name not in (known or ())])
-                    if known is None:
-                        folder.rmdir()
-        raise
+                    _remove(folder, [name for name in MADE if name not in known])
+                    for path in made:
+                        path.rmdir()
+            raise
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
@@ -152,11 +156,7 @@ def begin_folder(folder: Path, plain: Plain) -> None:
     """Write the config of a new run into its folder, with digests of it and of the data's files.
 
     What a start that was killed has left makes room.
-
-    Raises:
-        FedRacLoraError: As `refuse_existing`.
     """
-    refuse_existing(folder)
     if (folder / "config.yaml").exists():
         _remove(folder, ("ledger.jsonl", "chain", "private"))
     _write_config(folder, plain, data_files(section(plain, "data")))

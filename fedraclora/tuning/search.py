@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from fedraclora.binding import PlainDict, section
-from fedraclora.clients.engines import engine_of
 from fedraclora.compose.resume import laid_over
 from fedraclora.config.run_config import digested, from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
@@ -35,9 +34,10 @@ from fedraclora.run.callback import Callback
 from fedraclora.run.digests import data_files, plans_rounds
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import Row, metrics_of, number
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import execute
-from fedraclora.strategies.run import Run
+from fedraclora.strategies.result import RunResult
+from fedraclora.strategies.runner import execute
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.tuning.frontier import Point, last_within, mean_curve, ranks
 from fedraclora.tuning.space import Space, TuneConfig
@@ -317,11 +317,11 @@ class Search:
             spent()
         return runs, DIVERGED if runs[-1].lost else ended
 
-    def execute(self, plain: PlainDict, seed: int, *watching: Callback) -> Run:
+    def execute(self, plain: PlainDict, seed: int, *watching: Callback) -> RunResult:
         """Run a config under a seed."""
         config = from_plain(laid_over(plain, {"seed": seed}), METHODS)
         watching = (*self.callbacks, *watching)
-        return execute(config, None, engine_of, callbacks=watching, steps=self.steps)
+        return execute(RunBuilder(config, callbacks=watching, steps=self.steps))
 
     def _goes_on(self, study: Study, trial: Trial, watch: Watch) -> bool:
         """Decide at a rung: by the Pareto rank among all runs that got there."""

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State, first_downlink
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
@@ -73,7 +73,7 @@ def lifts(method: Method, state: State, draw: Draw) -> bool:
     Raises:
         ConfigError: If there are none, since factors begin anew.
     """
-    sent = method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
+    sent = first_downlink(method, state, draw, 2)
     if not sent.adapters or (not method.traits.merges and _lives_on(method, state, sent, draw)):
         return False
     for weight, adapter in sent.adapters.items():

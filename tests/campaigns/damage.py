@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from fedraclora.commands.run_files import read_files
-from fedraclora.commands.simulate import simulate
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.resume import is_done
 from fedraclora.errors import FedRacLoraError
@@ -34,6 +33,7 @@ from fedraclora.strategies.weights import load_weights
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.tree import digest
 from fedraclora.weights.links import link_digest
+from tests.common import simulated
 
 Plain = dict[str, object]
 CLIENTS, ROUNDS = 4, 4
@@ -143,7 +143,7 @@ def run(plain: Plain, typed: list[str], stop: int | None = None) -> None:
     RunProgress.row = died  # type: ignore[method-assign,assignment]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            simulate(config, folder, resume=resume)
+            simulated(config, folder, resume=resume)
     finally:
         RunProgress.row = before  # type: ignore[method-assign]
 

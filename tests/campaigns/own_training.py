@@ -581,7 +581,7 @@ def function_of(case: Case, *, honest: bool = False) -> Callable[[Round], Any]:
 ENGINES = {"inline": ("engine=inline",), "ray": ("engine=ray", "engine.workers=1")}
 
 
-def run(train: Callable[[Round], Any], case: Case, engine: str = "inline") -> fedraclora.Run:
+def run(train: Callable[[Round], Any], case: Case, engine: str = "inline") -> fedraclora.RunResult:
     data = [FORMS[case.form](*samples(size, key)) for key, size in enumerate(SIZES)]
     fixed = (
         "output.progress=false",

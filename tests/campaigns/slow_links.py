@@ -31,11 +31,11 @@ from fedraclora.commands.status import reported
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
-from fedraclora.launch import carry_out
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 from fedraclora.run.folder import provenance
 from fedraclora.run.ledger import read_ledger, round_seconds
 from fedraclora.terminal.tables import Table
+from tests.common import simulated
 from tests.hosts import Bed
 from tests.hosts.deployment import Deployment, wait_for
 
@@ -173,11 +173,11 @@ def link(deployment: Deployment, rate: int | None) -> None:
         owner.link(*([] if rate is None else [f"{rate}mbit", f"{rate * DOWN}mbit"]))
 
 
-def simulated(row: str, more: Sequence[str]) -> list[dict[str, object]]:
+def in_process(row: str, more: Sequence[str]) -> list[dict[str, object]]:
     """Run in this process; give the ledger."""
     with tempfile.TemporaryDirectory() as made, redirect_stdout(StringIO()):
         folder = Path(made) / "run"
-        carry_out(composed([*words_of(row, more), f"output.dir={folder}"]), folder)
+        simulated(composed([*words_of(row, more), f"output.dir={folder}"]), folder)
         return read_ledger(folder / "ledger.jsonl")
 
 
@@ -195,7 +195,7 @@ def on_the_clock(row: str, rate: int) -> Row:
     paces = {"uplink": rate / 8, "downlink": rate * DOWN / 8}
     more = [f"+system.{way}={{name: constant, value: {pace}}}" for way, pace in paces.items()]
     clock = [
-        float(str(r["virtual_seconds"])) for r in simulated(row, [*more, "rounds=3", *BRIEF])[1:]
+        float(str(r["virtual_seconds"])) for r in in_process(row, [*more, "rounds=3", *BRIEF])[1:]
     ]
     return {"kind": "clock", "row": row, "rate": rate, "seconds": float(np.diff(clock)[-1])}
 

@@ -17,7 +17,6 @@ import pytest
 import yaml
 from rich.table import Table as RichTable
 
-from fedraclora.clients.engines import engine_of
 from fedraclora.commands.cli import COMMANDS, main
 from fedraclora.commands.status import UNREAD
 from fedraclora.compose.choices import choice
@@ -27,8 +26,9 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import read_ledger
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.runner import execute
 from fedraclora.terminal.progress import RunProgress, console_for_tables, plain_console
 from fedraclora.weights.files import flatten
 from tests.common import summary_of
@@ -311,7 +311,7 @@ def test_a_run_folder_that_exists_is_not_written_over(simulate: Run, tmp_path: P
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two rounds, without the summary that would make it a finished one."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    execute(from_plain(composed([*SMALL, f"output.dir={folder}"]), METHODS), folder, engine_of)
+    execute(RunBuilder(from_plain(composed([*SMALL, f"output.dir={folder}"]), METHODS), folder))
     (folder / "summary.json").unlink()
     return folder.rename(folder.with_name("kept"))
 

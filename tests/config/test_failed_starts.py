@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from fedraclora.api import simulate
-from fedraclora.clients.engines import engine_of
 from fedraclora.commands.cli import main
 from fedraclora.commands.compare import compare
 from fedraclora.commands.simulate import sweep_name
@@ -24,8 +23,9 @@ from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies.base import FedStrategy
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.runner import execute
 
 SMALL = [
     *("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]"),
@@ -135,9 +135,9 @@ def test_a_start_that_fails_takes_its_folder_away(
     with monkeypatch.context() as patch:
         patch.setattr(FedStrategy, "_measured", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            execute(config, folder, engine_of)
+            execute(RunBuilder(config, folder))
     assert not folder.exists()
-    execute(config, folder, engine_of)
+    execute(RunBuilder(config, folder))
     assert (folder / "summary.json").is_file()
 
 
@@ -163,7 +163,7 @@ def test_a_folder_of_somebody_elses_is_refused_and_stays(
         (tmp_path / name).write_text(text)
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match="and no run"):  # of a server app, which chooses no folder
-        execute(configured(tmp_path), tmp_path, engine_of)
+        execute(RunBuilder(configured(tmp_path), tmp_path))
     for more in ([], ["resume=auto"]):
         status, error = command(*SMALL, f"output.dir={tmp_path}", *more)
         assert status == 1
@@ -178,7 +178,7 @@ def test_a_folder_of_somebody_elses_is_refused_and_stays(
 @pytest.mark.parametrize("name", [".hydra", ".lock", "run_id"])
 def test_what_is_hidden_or_of_a_killed_start_is_not_in_the_way(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir() if name == ".hydra" else (tmp_path / name).write_text("a")
-    execute(configured(tmp_path), tmp_path, engine_of)
+    execute(RunBuilder(configured(tmp_path), tmp_path))
     assert (tmp_path / "summary.json").is_file()
 
 
@@ -191,7 +191,7 @@ def test_what_somebody_else_puts_beside_a_start_that_fails_stays(
 
     monkeypatch.setattr(FedStrategy, "_measured", failing)
     with pytest.raises(ZeroDivisionError):
-        execute(configured(tmp_path), tmp_path, engine_of)
+        execute(RunBuilder(configured(tmp_path), tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt"}
 
 
@@ -199,7 +199,7 @@ def test_a_start_that_was_killed_is_not_in_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(tmp_path / "other")
-    wanted = execute(config, tmp_path / "other", engine_of).summary["weights_digest"]
+    wanted = execute(RunBuilder(config, tmp_path / "other")).summary["weights_digest"]
     folder = tmp_path / "run"
 
     def killed(self: FedStrategy) -> dict[str, object]:
@@ -210,11 +210,11 @@ def test_a_start_that_was_killed_is_not_in_the_way(
     with monkeypatch.context() as patch:
         patch.setattr(FedStrategy, "_measured", killed)
         with pytest.raises(KeyboardInterrupt):
-            execute(configured(folder, "seed=1"), folder, engine_of)
+            execute(RunBuilder(configured(folder, "seed=1"), folder))
     monkeypatch.undo()
     assert (folder / "config.yaml").is_file()
     assert not has_begun(folder)
-    found = execute(configured(folder), folder, engine_of).summary["weights_digest"]
+    found = execute(RunBuilder(configured(folder), folder)).summary["weights_digest"]
     assert found == wanted
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 0
 
@@ -242,7 +242,7 @@ def test_a_full_disk_names_the_file_and_costs_nothing(
     flushed: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", flushed.append)
-        wanted = execute(configured(tmp_path / "a", *kept), tmp_path / "a", engine_of).summary
+        wanted = execute(RunBuilder(configured(tmp_path / "a", *kept), tmp_path / "a")).summary
     left = place * (len(flushed) - 1) // 11  # from the first flush of the run to its last
     folder = tmp_path / "b"
     config = configured(folder, *kept)
@@ -256,10 +256,10 @@ def test_a_full_disk_names_the_file_and_costs_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left") as caught:
-            execute(config, folder, engine_of)
+            execute(RunBuilder(config, folder))
     assert Path(str(caught.value.filename)).is_relative_to(folder)
     resume = folder.exists() and has_begun(folder)
-    found = execute(config, folder, engine_of, resume=resume).summary
+    found = execute(RunBuilder(config, folder, resume=resume)).summary
     assert found["weights_digest"] == wanted["weights_digest"]
     assert found["ledger_digest"] == wanted["ledger_digest"]
 
@@ -273,7 +273,7 @@ def test_a_full_disk_says_how_to_go_on_where_there_is_a_run(
 
     place = (
         "fedraclora.strategies.base.FedStrategy._close",
-        "fedraclora.strategies.outcome.begin_folder",
+        "fedraclora.strategies.runner.begin_folder",
     )[not begun]
     monkeypatch.setattr(place, full)
     folder = tmp_path / "run"
@@ -312,7 +312,7 @@ def test_a_place_where_no_folder_can_be_made_is_one_line(command: Run, tmp_path:
 @pytest.mark.parametrize("bytes_", [b"\xff\xfe\x00\x9c" * 9, b"[1, 2"], ids=["binary", "cut"])
 def test_a_damaged_file_is_named(command: Run, name: str, bytes_: bytes, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    execute(configured(folder), folder, engine_of)
+    execute(RunBuilder(configured(folder), folder))
     (folder / name).write_bytes(bytes_)
     status, error = command(f"resume={folder}")
     assert status == 1

@@ -31,7 +31,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import Cohort, Draw
-from fedraclora.strategies.outcome import mean_floats
+from fedraclora.strategies.runner import mean_floats
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.strategies.wrappers.dora import Dora

@@ -31,7 +31,6 @@ from fedraclora.compose.choices import choice
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engines.base import EngineParts
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.experiments.pages import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
@@ -57,7 +56,7 @@ from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.shared.walking import MOVES, AlongDirections
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.private import PrivateRounds
-from fedraclora.strategies.wiring import wire
+from fedraclora.strategies.wiring import RoundsBuilder
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree, digest
@@ -667,31 +666,33 @@ def run(
     treatment = treatment or {"aggregator": aggregator, "attack": attack or Attack()}
     security = treatment.get("secure")
     terms = SecAggTerms(security, weights) if isinstance(security, SecAgg) else None
-    parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
+    store = ClientStore()
     chosen = round_steps({**treatment, "local": local}, steps)
     for step in chosen:
         if isinstance(step, PrivateRounds):
             step.secret = treatment.get("secret")
 
     def loss(weights: Tree) -> dict[str, float]:
-        return {"loss": world.loss(personal(wired.strategy, parts.store, weights))}
+        return {"loss": world.loss(personal(wired.strategy, store, weights))}
 
-    wired = wire(
+    wired = RoundsBuilder(
         method,
-        parts,
+        trainer,
         loop,
         engine,
-        state=method.initial_state(world.base, world.plan, Draw(seed)),
+        store=store,
+        terms=terms,
+        initial_state=method.initial_state(world.base, world.plan, Draw(seed)),
         callbacks=[Evaluate(loss)],
-        recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
+        recorder=RunRecorder(folder, every=1, sync=False, store=store),
         resume=resume,
         steps=chosen,
         measuring=measuring,
         system=system,
         kind=kind,
-    )
+    ).ready()
     assert isinstance(wired.grid, InProcessGrid)
-    wired.grid.worker = worker = RecordingWorker(trainer, engine.replica, parts.store, terms)
+    wired.grid.worker = worker = RecordingWorker(trainer, engine.replica, store, terms)
     if arrange is not None:
         arranged(wired.grid, arrange)
     wired.start()

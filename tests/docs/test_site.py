@@ -60,7 +60,13 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
 
 def test_the_reference_says_what_docstrings_say(site: Path) -> None:
     python = (site / "reference" / "python.html").read_text()
-    for name in ("simulate", "Run", "Run.history", "Run.model", "Run.evaluate", "Run.save"):
+    for name in (
+        "simulate",
+        "RunResult",
+        "RunResult.history",
+        "RunResult.model",
+        "RunResult.evaluate",
+    ):
         assert f'id="fedraclora.{name}"' in python
     methods = (site / "reference" / "methods.html").read_text()
     page = (site / "methods.html").read_text()

@@ -9,7 +9,7 @@ from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.run.ledger import NONDETERMINISTIC
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server import exchange as exchange_module
 from fedraclora.strategies.server.loop import LoopConfig
@@ -33,13 +33,13 @@ WORDS = [
 WHOLE = [32, 64, 80, 128]  # chunks that no block crosses
 
 
-def finished(*words: str) -> Assembled:
+def finished(*words: str) -> RunBuilder:
     run = assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
     run.strategy.run(run.grid)
     return run
 
 
-def bits(run: Assembled) -> tuple[str, list[dict[str, object]]]:
+def bits(run: RunBuilder) -> tuple[str, list[dict[str, object]]]:
     """Weights, and every fixed column of the ledger."""
     strategy = run.strategy
     weights = strategy.method.weights(strategy.state, strategy.draw)

@@ -15,7 +15,6 @@ from fedraclora.clients.engines import in_process
 from fedraclora.compose.choices import choice
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
-from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ClientError
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
@@ -26,7 +25,7 @@ from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.wiring import wire
+from fedraclora.strategies.wiring import RoundsBuilder
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
@@ -75,7 +74,7 @@ def trained(
         task = replace(task, train=train)
     trainer = CohortTrainer(task, plan, local, seed=SEED, device=torch.device("cpu"))
     loop = LoopConfig(rounds, clients, clients, chunk=2, seed=SEED, dtype="float64")
-    run = wire(method, EngineParts.of(trainer, clients), loop, in_process())
+    run = RoundsBuilder(method, trainer, loop, in_process()).ready()
     run.start()
     return run.strategy
 

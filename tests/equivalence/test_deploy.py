@@ -10,14 +10,13 @@ import torch
 from flwr.app import ArrayRecord
 
 from fedraclora.clients.cache import CACHE, MARKER
-from fedraclora.clients.engines import engine_of
-from fedraclora.commands.simulate import simulate
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.run.ledger import Row
 from fedraclora.run.rebuild import state_at
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import execute
+from fedraclora.strategies.runner import execute
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
@@ -31,11 +30,11 @@ from tests.campaigns.faults.network import (
     rows,
     small,
 )
-from tests.common import summary_of
+from tests.common import simulated, summary_of
 
 
 def inline(words: list[str], folder: Path) -> dict[str, object]:
-    simulate(small(words, folder, "inline"), folder)
+    simulated(small(words, folder, "inline"), folder)
     return summary_of(folder)
 
 
@@ -265,7 +264,7 @@ def test_a_run_that_began_in_process_goes_on_deployed(tmp_path: Path) -> None:
 
     config = from_plain(small(words, cut, "inline"), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        execute(config, cut, engine_of, callbacks=[AfterRound(stop)])
+        execute(RunBuilder(config, cut, callbacks=[AfterRound(stop)]))
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy(words, cut, network, resume=True)
     assert summary_of(cut)["weights_digest"] == wanted["weights_digest"]

@@ -16,7 +16,6 @@ import pytest
 import fedraclora
 from fedraclora.commands import deploy
 from fedraclora.commands.deploy import Record
-from fedraclora.commands.simulate import simulate
 from fedraclora.compose.overrides import composed
 from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import COMPLETED
@@ -27,7 +26,7 @@ from fedraclora.experiments.bench.usage import descendants
 from fedraclora.run.ledger import number, read_ledger
 from tests.campaigns.faults.real import Drill, client_processes, wait_for
 from tests.campaigns.faults.trials import absent, final_weights
-from tests.common import summary_of
+from tests.common import simulated, summary_of
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root
 
@@ -77,7 +76,7 @@ def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
     assert "--token-file" in words  # of the server; nobody can read the tokens of tasks
     assert "--token" not in words
     assert "final accuracy" in capsys.readouterr().out
-    simulate(composed([*WORDS, *sizes, "engine=vectorised", f"output.dir={alone}"]), alone)
+    simulated(composed([*WORDS, *sizes, "engine=vectorised", f"output.dir={alone}"]), alone)
     wanted, found = summary_of(alone), summary_of(here)
     assert found["weights_digest"] == wanted["weights_digest"]
     one, both = (number(read_ledger(f / "ledger.jsonl")[2], "catchup_bytes") for f in (here, alone))

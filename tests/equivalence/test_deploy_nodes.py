@@ -14,7 +14,6 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from fedraclora.clients import node as client_node
 from fedraclora.clients import respond
 from fedraclora.clients.cache import served
-from fedraclora.commands.simulate import simulate
 from fedraclora.engines.deploy import grid
 from fedraclora.engines.records import from_records, message_bytes
 from fedraclora.errors import ClientError, ConfigError
@@ -22,7 +21,7 @@ from fedraclora.wire.records import clients_of
 from tests.campaigns.faults.harms import header, stays_silent, vector
 from tests.campaigns.faults.network import Network, deploy, rows, small
 from tests.campaigns.faults.trials import absent, final_weights
-from tests.common import summary_of
+from tests.common import simulated, summary_of
 
 NODES: dict[int, dict[str, Any]] = {
     11: {"partition-ids": "0, 2,5"},
@@ -34,8 +33,8 @@ SEVEN = ["clients=7", "clients_per_round=7", "rounds=2"]
 ONCE = "output.checkpoint_every=1"
 
 
-def simulated(words: list[str], folder: Path, engine: str = "inline") -> dict[str, object]:
-    simulate(small([*SEVEN, *words], folder, engine), folder)
+def in_process(words: list[str], folder: Path, engine: str = "inline") -> dict[str, object]:
+    simulated(small([*SEVEN, *words], folder, engine), folder)
     return summary_of(folder)
 
 
@@ -72,7 +71,7 @@ def test_one_message_a_node_has_the_bits_of_one_for_each_client(
 ) -> None:
     network = Network(tmp_path / "cache", NODES)
     deploy([*SEVEN, *words], tmp_path / "run", network)
-    wanted = simulated(words, tmp_path / "inline")
+    wanted = in_process(words, tmp_path / "inline")
     assert summary_of(tmp_path / "run")["weights_digest"] == wanted["weights_digest"]
     for mine, plain in zip(rows(tmp_path / "run"), rows(tmp_path / "inline"), strict=True):
         same = {"train_loss", "local_steps", "failures", "uplink_bytes", "notes"}
@@ -90,7 +89,7 @@ def test_one_message_a_node_has_the_bits_of_one_for_each_client(
 def test_chunks_that_lie_on_one_node_have_the_bits_of_vectorised(tmp_path: Path) -> None:
     words = ["engine.chunk=4", "head=full"]
     deploy([*SEVEN, *words], tmp_path / "run", Network(tmp_path / "cache", IN_A_ROW))
-    wanted = simulated(words, tmp_path / "vectorised", "vectorised")
+    wanted = in_process(words, tmp_path / "vectorised", "vectorised")
     assert summary_of(tmp_path / "run")["weights_digest"] == wanted["weights_digest"]
     assert wanted["chunk"] == summary_of(tmp_path / "run")["chunk"] == 4
     assert not any("incidents" in row for row in rows(tmp_path / "run"))

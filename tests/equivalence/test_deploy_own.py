@@ -12,7 +12,6 @@ import torch
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients.cache import CACHE
-from fedraclora.commands.simulate import simulate
 from fedraclora.data.fit import Form, gathered
 from fedraclora.data.own import read_own
 from fedraclora.data.own_set import own_samples
@@ -20,7 +19,7 @@ from fedraclora.errors import ClientError, ConfigError, DataError
 from fedraclora.imports import import_object
 from tests.campaigns.faults.network import Network, composed, rows, serve
 from tests.campaigns.wire import raw
-from tests.common import summary_of
+from tests.common import simulated, summary_of
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "deploy"
 WORDS = [
@@ -69,7 +68,7 @@ def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
     run(tmp_path / "run", Network(tmp_path / "cache", nodes))
     inline = tmp_path / "inline"
     words = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={inline}"]
-    simulate(composed([*WORDS, *words]), inline)
+    simulated(composed([*WORDS, *words]), inline)
     found, wanted = summary_of(tmp_path / "run"), summary_of(inline)
     assert found["weights_digest"] == wanted["weights_digest"]
     assert [r.get("metrics") for r in rows(tmp_path / "run")] == [
@@ -186,7 +185,7 @@ def test_parts_of_ones_own_have_the_bits_of_inline(
     digests = {}
     for name, more in (("same", [extras]), ("without", [])):
         own = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={tmp_path / name}"]
-        simulate(composed([*WORDS, *own, *words, *more]), tmp_path / name)
+        simulated(composed([*WORDS, *own, *words, *more]), tmp_path / name)
         digests[name] = summary_of(tmp_path / name)["weights_digest"]
     assert summary_of(tmp_path / "run")["weights_digest"] == digests["same"] != digests["without"]
     assert [row.get("doubled") for row in rows(tmp_path / "run")] == [
@@ -203,7 +202,7 @@ def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path
     run(tmp_path / "run", Network(tmp_path / "cache", nodes), "data.test_function=null", "rounds=2")
     inline = tmp_path / "inline"
     words = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={inline}"]
-    simulate(composed([*WORDS, *words, "rounds=2"]), inline)
+    simulated(composed([*WORDS, *words, "rounds=2"]), inline)
     found = summary_of(tmp_path / "run")
     assert found["weights_digest"] == summary_of(inline)["weights_digest"]
     assert found["metrics"] == {}
@@ -236,7 +235,7 @@ def test_what_stays_at_a_client_is_measured_there(words: list[str], tmp_path: Pa
     run(tmp_path / "run", Network(tmp_path / "cache", nodes), *more)
     inline = tmp_path / "inline"
     own = ["engine=inline", "data.samples=clinic.data:owner", "data.test_fraction=0"]
-    simulate(composed([*WORDS, *own, f"output.dir={inline}", *more]), inline)
+    simulated(composed([*WORDS, *own, f"output.dir={inline}", *more]), inline)
     for found, wanted in zip(rows(tmp_path / "run"), rows(inline), strict=True):
         assert found["metrics"] == wanted["metrics"]
         assert found["clients"] == wanted["clients"]

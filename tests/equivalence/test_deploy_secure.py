@@ -12,7 +12,6 @@ import pytest
 from flwr.app import Message
 
 from fedraclora.clients.secure import MEASUREMENTS
-from fedraclora.commands.simulate import simulate
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.records import from_records
@@ -28,7 +27,7 @@ from tests.campaigns.faults.harms import raises
 from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small
 from tests.campaigns.faults.real import Drill, end_node
 from tests.campaigns.faults.trials import absent
-from tests.common import summary_of
+from tests.common import simulated, summary_of
 
 ONCE = "output.checkpoint_every=1"  # real clients answer a round once
 SECURE = [
@@ -44,7 +43,7 @@ TOOK = {"uplink_bytes", "downlink_bytes", "texts_up", "texts_down"}
 
 
 def test_the_bits_are_those_of_a_simulation_and_keys_are_forgotten(tmp_path: Path) -> None:
-    simulate(small(SECURE, tmp_path / "inline", "inline"), tmp_path / "inline")
+    simulated(small(SECURE, tmp_path / "inline", "inline"), tmp_path / "inline")
     network = Network(tmp_path / "cache", nodes_for(5))
     deploy(SECURE, tmp_path / "run", network)
     found, wanted = summary_of(tmp_path / "run"), summary_of(tmp_path / "inline")

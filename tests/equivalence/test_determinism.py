@@ -25,7 +25,7 @@ from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
@@ -92,7 +92,7 @@ few = pytest.mark.short(when=lambda name: name in {"fed_rac_lora", "fedavg", "ad
 settings = pytest.mark.short(when=lambda name: name in WIDELY or name not in METHODS)
 
 Plain = dict[str, object]
-Whole = Callable[[str], Assembled]
+Whole = Callable[[str], RunBuilder]
 
 
 class Killed(BaseException):
@@ -134,32 +134,32 @@ def changed(plain: Plain, **values: object) -> Plain:
     return new
 
 
-def prepared(plain: Plain, folder: Path | None = None, *, resume: bool = False) -> Assembled:
+def prepared(plain: Plain, folder: Path | None = None, *, resume: bool = False) -> RunBuilder:
     if folder is not None:
         folder.mkdir(exist_ok=True)
     return assemble(from_plain(plain, METHODS), folder, resume=resume)
 
 
-def finished(plain: Plain) -> Assembled:
+def finished(plain: Plain) -> RunBuilder:
     run = prepared(plain)
     run.strategy.run(run.grid)
     return run
 
 
-def weights_of(run: Assembled) -> Tree:
+def weights_of(run: RunBuilder) -> Tree:
     return run.strategy.method.weights(run.strategy.state, run.strategy.draw)
 
 
-def digests(run: Assembled) -> tuple[str, str]:
+def digests(run: RunBuilder) -> tuple[str, str]:
     return digest(weights_of(run)), run.strategy.recorder.ledger.digest()
 
 
-def fixed_rows(run: Assembled) -> list[Plain]:
+def fixed_rows(run: RunBuilder) -> list[Plain]:
     rows = run.strategy.recorder.ledger.rows
     return [{k: v for k, v in row.items() if k not in NONDETERMINISTIC} for row in rows]
 
 
-def assert_same(found: Assembled, wanted: Assembled) -> None:
+def assert_same(found: RunBuilder, wanted: RunBuilder) -> None:
     """Equal to the bit: effective weights, base, carried tensors, and the ledger."""
     for left, right in (
         (weights_of(found), weights_of(wanted)),
@@ -280,14 +280,14 @@ def break_client(monkeypatch: pytest.MonkeyPatch, client: int, round_: int) -> N
     monkeypatch.setattr(CohortTrainer, "train", train)
 
 
-def poison_client(run: Assembled, client: int) -> None:
+def poison_client(run: RunBuilder, client: int) -> None:
     """Put a NaN into one sample of a client."""
     data = run.built.task.train
     assert isinstance(data, Partitioned)
     data.samples.inputs["x"][data.rows[data.offsets[client]]] = float("nan")
 
 
-def ledger_failures(run: Assembled, round_: int) -> list[Plain]:
+def ledger_failures(run: RunBuilder, round_: int) -> list[Plain]:
     failures = run.strategy.recorder.ledger.rows[round_]["failures"]
     assert isinstance(failures, list)
     return failures

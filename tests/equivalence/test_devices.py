@@ -15,7 +15,7 @@ from fedraclora.errors import ClientError
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
@@ -55,24 +55,24 @@ ROUGH = {
 }
 
 
-def job(system: dict[str, Any], *words: str, folder: Path | None = None, **more: Any) -> Assembled:
+def job(system: dict[str, Any], *words: str, folder: Path | None = None, **more: Any) -> RunBuilder:
     plain = composed([*WORDS, *words])
     group = plain["system"]
     assert isinstance(group, dict)
     return assemble(from_plain({**plain, "system": group | system}, METHODS), folder, **more)
 
 
-def played(done: Assembled) -> Assembled:
+def played(done: RunBuilder) -> RunBuilder:
     with closing(done.grid):
         done.strategy.run(done.grid)
     return done
 
 
-def rows(done: Assembled) -> list[dict[str, Any]]:
+def rows(done: RunBuilder) -> list[dict[str, Any]]:
     return list(done.strategy.recorder.ledger.rows[1:])
 
 
-def bits(done: Assembled) -> tuple[str, str]:
+def bits(done: RunBuilder) -> tuple[str, str]:
     return digest(done.strategy.state.base), done.strategy.recorder.ledger.digest()
 
 

@@ -31,7 +31,7 @@ from fedraclora.data.samples import Partitioned
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.program import LocalResult
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
@@ -54,19 +54,19 @@ CLIENTS = torch.arange(len(SIZES))
 BITS = 2.0**-8  # of bfloat16
 
 
-def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assembled:
+def job(*words: str, folder: Path | None = None, resume: bool = False) -> RunBuilder:
     config = from_plain(composed([*JOB, *words]), METHODS)
     return assemble(config, folder, resume=resume)
 
 
-def run(*words: str) -> Assembled:
+def run(*words: str) -> RunBuilder:
     done = job(*words)
     with closing(done.grid):
         done.strategy.run(done.grid)
     return done
 
 
-def weights(done: Assembled) -> Tree:
+def weights(done: RunBuilder) -> Tree:
     return done.strategy.method.weights(done.strategy.state, done.strategy.draw)
 
 

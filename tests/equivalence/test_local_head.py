@@ -17,7 +17,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.evaluation.evaluate import class_accuracies, personal_accuracy
 from fedraclora.experiments.pages import aliases
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.walking import Walking
 from fedraclora.tree import digest
@@ -39,12 +39,12 @@ JOB = [
 ]
 
 
-def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assembled:
+def job(*words: str, folder: Path | None = None, resume: bool = False) -> RunBuilder:
     config = from_plain(composed([*JOB, *words]), METHODS)
     return assemble(config, folder, resume=resume)
 
 
-def store_digest(run: Assembled) -> str:
+def store_digest(run: RunBuilder) -> str:
     return digest(run.strategy.recorder.store.state())
 
 
@@ -128,7 +128,7 @@ def test_inline_and_vectorised_agree() -> None:
 
 
 def test_a_task_without_classes_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"head is personal.*no classes.*evaluate\.clients=round"):
+    with pytest.raises(ConfigError, match=r"head=personal.*no classes.*evaluate\.clients=round"):
         job("data=least_squares", "partition=given", "clients=null")
 
 

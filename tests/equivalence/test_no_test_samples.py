@@ -26,18 +26,18 @@ MODEL = torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Lin
 WORDS = ("output.progress=false", "local.lr=0.1", "method.rank=2", "method.alpha=3")
 
 
-def simulated(**more: Any) -> fedraclora.Run:
+def simulated(**more: Any) -> fedraclora.RunResult:
     return fedraclora.simulate(
         *WORDS, model=MODEL, data=CLIENTS, **({"method": "fed_rac_lora", "rounds": 2} | more)
     )
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> fedraclora.Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> fedraclora.RunResult:
     return simulated(test=0, folder=tmp_path_factory.mktemp("run") / "run")
 
 
-def test_whether_the_server_measures_changes_no_weight(run: fedraclora.Run) -> None:
+def test_whether_the_server_measures_changes_no_weight(run: fedraclora.RunResult) -> None:
     """All samples are trained on: no share of them was held out for nobody."""
     measured = simulated(test=(normal(9, 4, seed=1).float(), torch.arange(9) % 2))
     assert measured.rows[2]["metrics"] != {}
@@ -48,7 +48,7 @@ def test_whether_the_server_measures_changes_no_weight(run: fedraclora.Run) -> N
 
 
 def test_every_command_reads_a_run_that_nobody_measured(
-    run: fedraclora.Run, tmp_path: Path
+    run: fedraclora.RunResult, tmp_path: Path
 ) -> None:
     assert run.folder is not None
     again = simulated(test=0, folder=tmp_path / "again", rounds=1)
@@ -76,7 +76,7 @@ def test_what_is_no_share_is_refused(test: object) -> None:
 
 
 def test_a_share_may_be_said_in_place_of_samples() -> None:
-    task = simulated(test=0.5, rounds=1).built().task
+    task = simulated(test=0.5, rounds=1).builder.built.task
     assert (task.info["train"], task.info["test"]) == (30, 30)
     assert task.info["held_out"] == 0.5
 

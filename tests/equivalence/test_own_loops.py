@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,6 @@ from fedraclora.clients.engines import in_process
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.devices.distributions import Choice
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
@@ -28,7 +26,7 @@ from fedraclora.privacy.secret import KEY_BYTES, Secret
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.private import PrivateRounds
-from fedraclora.strategies.wiring import wire
+from fedraclora.strategies.wiring import RoundsBuilder
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.own.trainer import OwnTrainer
@@ -90,8 +88,8 @@ def run(case: Case, method: Any, train: Any = None, **more: Any) -> tuple[Tree, 
             step.secret = Secret(bytes(KEY_BYTES))
     sizes = {"rounds": 3, "clients": len(SIZES), "cohort": 4, "chunk": 1, "seed": SEED}
     loop = LoopConfig(**sizes, dtype="float64", **more)
-    parts = replace(EngineParts.of(trainer, 4), terms=terms)
-    wired = wire(method, parts, loop, in_process(), steps=steps, system=system)
+    parts = {"terms": terms, "steps": steps, "system": system}
+    wired = RoundsBuilder(method, trainer, loop, in_process(), **parts).ready()
     try:
         wired.start()
         return wired.weights(), wired

@@ -15,10 +15,9 @@ from torch import nn
 import fedraclora
 from fedraclora.client import Round, Trained
 from fedraclora.clients import node as client_node
-from fedraclora.commands.simulate import simulate
 from fedraclora.errors import ClientError
 from tests.campaigns.faults.network import Network, composed, serve
-from tests.common import normal, summary_of
+from tests.common import normal, simulated, summary_of
 
 MODULE = """
 import pathlib
@@ -93,7 +92,7 @@ def test_nodes_train_as_one_process(source: str, tmp_path: Path, module: None) -
     words = [*WORDS, *more[: source == "texts"], "engine=deploy", f"output.dir={tmp_path}/far"]
     serve(composed(words), Network(tmp_path / "cache", nodes))
     here = [*WORDS, *more, "engine=inline", f"data.samples={name}", f"output.dir={tmp_path}/near"]
-    simulate(composed(here), tmp_path / "near")
+    simulated(composed(here), tmp_path / "near")
     far, near = summary_of(tmp_path / "far"), summary_of(tmp_path / "near")
     assert far["weights_digest"] == near["weights_digest"]
     assert "mine_at_nodes:train" in far["begins"]["optimiser"]
@@ -159,7 +158,7 @@ def train(round_: Round) -> Trained:
     return round_.read(model, samples=len(y), steps=1)
 
 
-def run(*words: str, **more: Any) -> fedraclora.Run:
+def run(*words: str, **more: Any) -> fedraclora.RunResult:
     inputs = [normal(size, 6, key=size).float() for size in (5, 9, 7, 12)]
     data = [(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()) for x in inputs]
     method = {"name": "fedavg_lora", "rank": 2, "alpha": 3}
@@ -173,7 +172,7 @@ def run(*words: str, **more: Any) -> fedraclora.Run:
     return fedraclora.simulate(*fixed[: 4 if "folder" in more else 3], *words, **{**given, **more})
 
 
-def digest(one: fedraclora.Run) -> object:
+def digest(one: fedraclora.RunResult) -> object:
     return one.summary["weights_digest"]
 
 

@@ -24,7 +24,7 @@ from fedraclora.models.networks import build_mlp
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.plan import make_plan
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.training.cohort import CohortTrainer
@@ -47,7 +47,7 @@ MADE = {
 }
 
 
-def job(clients: int, *words: str, folder: Path | None = None) -> Assembled:
+def job(clients: int, *words: str, folder: Path | None = None) -> RunBuilder:
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[f"clients={clients}", *SMALL, *words])
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

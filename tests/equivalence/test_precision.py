@@ -16,7 +16,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.program import LocalResult
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
@@ -128,7 +128,7 @@ def test_float64_is_refused() -> None:
 # --- whole runs ----------------------------------------------------------------------------------
 
 
-def run(*words: str) -> Assembled:
+def run(*words: str) -> RunBuilder:
     job = [
         "data=digits",
         "pretrain=none",
@@ -142,7 +142,7 @@ def run(*words: str) -> Assembled:
     return done
 
 
-def metrics(done: Assembled, row: int) -> dict[str, float]:
+def metrics(done: RunBuilder, row: int) -> dict[str, float]:
     found: dict[str, float] = done.strategy.recorder.ledger.rows[row]["metrics"]  # type: ignore[assignment]
     return found
 

@@ -30,7 +30,7 @@ from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.stopped import stop_reason
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.files import load_checkpoint
@@ -148,14 +148,14 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def run(*words: str) -> Assembled:
+def run(*words: str) -> RunBuilder:
     done = assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
     with closing(done.grid):
         done.strategy.run(done.grid)
     return done
 
 
-def bits(done: Assembled) -> tuple[str, str]:
+def bits(done: RunBuilder) -> tuple[str, str]:
     strategy = done.strategy
     weights = strategy.method.weights(strategy.state, strategy.draw)
     return digest(weights), strategy.recorder.ledger.digest()
@@ -167,7 +167,7 @@ def in_process(name: str) -> tuple[str, str]:
 
 
 @cache
-def on_ray(name: str, workers: int) -> Assembled:
+def on_ray(name: str, workers: int) -> RunBuilder:
     *words, chunk = sorted(RUNS[name], key=lambda w: w.startswith("engine"))
     return run(*words, "engine=ray", chunk, f"engine.workers={workers}")
 

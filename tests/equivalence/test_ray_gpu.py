@@ -21,7 +21,7 @@ from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.runs import RAY_WORKERS, ray_settings
 from fedraclora.experiments.bench.workloads import WORKLOADS, Case
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.tree import digest
 from tests.common import assemble
@@ -56,11 +56,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield str(request.param)
 
 
-def job(*words: str) -> Assembled:
+def job(*words: str) -> RunBuilder:
     return assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
 
 
-def bits(done: Assembled) -> tuple[str, str]:
+def bits(done: RunBuilder) -> tuple[str, str]:
     with closing(done.grid):
         done.strategy.run(done.grid)
     return digest(done.strategy.state.base), done.strategy.recorder.ledger.digest()

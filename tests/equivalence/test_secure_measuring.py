@@ -29,7 +29,7 @@ THREE = "evaluate.min_clients=3"
 TOOK = {"uplink_bytes", "downlink_bytes", "texts_up", "texts_down"}
 
 
-def simulated(*words: str, **more: Any) -> fedraclora.Run:
+def simulated(*words: str, **more: Any) -> fedraclora.RunResult:
     given: dict[str, Any] = {"data": CLIENTS} | more
     return fedraclora.simulate(*WORDS, *words, model=MODEL, test=0, **given)
 

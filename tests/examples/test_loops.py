@@ -60,7 +60,7 @@ def given(module: ModuleType) -> dict[str, Any]:
     return {"model": module.network(), "data": clients, "test": vectors(8, 9)}
 
 
-def run(module: ModuleType, folder: Path, rounds: int, **more: Any) -> fedraclora.Run:
+def run(module: ModuleType, folder: Path, rounds: int, **more: Any) -> fedraclora.RunResult:
     method = {"name": "fed_rac_lora", "rank": 2, "alpha": 3.0}
     found = given(module) | {"train": module.train, "method": method} | more
     return fedraclora.simulate(*QUIET, folder=folder, rounds=rounds, **found)

@@ -84,7 +84,9 @@ def rows_of(kind: str) -> list[dict[str, object]]:
     return found
 
 
-def run(kind: str, folders: dict[str, str], *reference: str, **keys: object) -> fedraclora.Run:
+def run(
+    kind: str, folders: dict[str, str], *reference: str, **keys: object
+) -> fedraclora.RunResult:
     return loaded(kind).main(  # type: ignore[no-any-return]
         folders[kind],
         f"{folders[kind]}/rows.jsonl",

@@ -33,7 +33,7 @@ def build(**change: Any):
     return build_causal_lm(**given)
 
 
-def run(questions: Path, tokenizer: str, *words: str, **keys: Any) -> fedraclora.Run:
+def run(questions: Path, tokenizer: str, *words: str, **keys: Any) -> fedraclora.RunResult:
     given = ("experiment=tiny_instructions", f"data.file={questions}", "data.client=who")
     return fedraclora.simulate(*given, f"data.tokenizer={tokenizer}", *words, **keys)
 

@@ -156,7 +156,7 @@ def test_choices_that_cannot_be_known_are_refused(
         ask()
 
 
-def run(questions: Path, tokenizer: str, *words: str, **keys: Any) -> fedraclora.Run:
+def run(questions: Path, tokenizer: str, *words: str, **keys: Any) -> fedraclora.RunResult:
     given = ("experiment=tiny_instructions", f"data.file={questions}", "data.client=who")
     more = ("evaluate.generate=null", f"data.tokenizer={tokenizer}", "rounds=2")
     return fedraclora.simulate(*given, *more, *words, **keys)

@@ -17,19 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedraclora
-from fedraclora.commands.simulate import simulate
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.values import literal, words_of
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.ledger import read_ledger, round_seconds
 from fedraclora.tree import digest
+from tests.common import simulated
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false")
 SMALL: dict[str, Any] = {"model": {"hidden": [7]}, "clients": 6, "clients_per_round": 3}
 STUDY = "output=study"  # no pictures, no chain
 
 
-def run(*words: str | Mapping[str, object], **keys: Any) -> fedraclora.Run:
+def run(*words: str | Mapping[str, object], **keys: Any) -> fedraclora.RunResult:
     return fedraclora.simulate(*WORDS, *words, **(SMALL | {"rounds": 2} | keys))
 
 
@@ -38,7 +38,7 @@ def test_a_run_in_memory_is_that_of_the_command_line(method: str, tmp_path: Path
     seen: list[object] = []
     found = run(method=method, on_round=lambda row: seen.append(row["round"]))
     words = [*WORDS, STUDY, "model.hidden=[7]", "clients=6", "clients_per_round=3", "rounds=2"]
-    wanted = simulate(composed([*words, f"method={method}"]), tmp_path / "run")
+    wanted = simulated(composed([*words, f"method={method}"]), tmp_path / "run")
     assert found.folder is None
     assert [row["round"] for row in found.rows] == seen == [0, 1, 2]
     assert found.summary["weights_digest"] == wanted["weights_digest"]
@@ -112,7 +112,7 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_rounds(
 ) -> None:
     first = run(folder=tmp_path / "run", rounds=3)
     monkeypatch.setattr(
-        "fedraclora.strategies.outcome.time", SimpleNamespace(perf_counter=lambda: 7.0)
+        "fedraclora.strategies.runner.time", SimpleNamespace(perf_counter=lambda: 7.0)
     )
     again = run(folder=tmp_path / "run", resume=True, rounds=4)
     earlier = sum(map(round_seconds, first.rows))

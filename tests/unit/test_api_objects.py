@@ -38,7 +38,7 @@ def net() -> nn.Module:
         return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
 
 
-def run(**keys: Any) -> fedraclora.Run:
+def run(**keys: Any) -> fedraclora.RunResult:
     return fedraclora.simulate("output.progress=false", **({"model": net(), "rounds": 2} | keys))
 
 
@@ -604,14 +604,14 @@ def test_new_rows_of_a_frame_are_brought_to_its_scale(loss: str | None) -> None:
 def test_images_of_bytes_and_named_classes_are_told_for_exports() -> None:
     images = np.arange(2 * 10 * 5, dtype=np.uint8).reshape(2, 10, 5)
     clients = [(part, np.arange(10) % 2) for part in images]
-    found = run(data=clients, rounds=0).built().task.reading
+    found = run(data=clients, rounds=0).builder.built.task.reading
     assert found == {"shape": [5], "subtract": 0, "divide_by": 255}
     table = datasets.Dataset.from_dict({"x": X, "label": Y % 2}).cast_column(
         "label", datasets.ClassLabel(names=["no", "yes"])
     )
     for data in (table, {"one": table.select(range(40)), "two": table.select(range(40, 90))}):
         found = run(data=data, clients=2 if data is table else None, rounds=0)
-        assert found.built().task.reading == {"shape": [5], "classes": ["no", "yes"]}
+        assert found.builder.built.task.reading == {"shape": [5], "classes": ["no", "yes"]}
 
 
 def test_whole_numbers_without_a_sign_and_arrays_of_which_nothing_is_masked_are_read() -> None:

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedraclora.commands.simulate import simulate
 from fedraclora.compose.overrides import composed
 from fedraclora.config import pretraining
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
 from fedraclora.run.recorder import resolved
-from fedraclora.strategies.assembly import Assembled, loop_of
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.server.loop import loop_of
 from fedraclora.training import chunking
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
-from tests.common import assemble, summary_of
+from tests.common import assemble, simulated, summary_of
 
 WORDS = (
     "data=digits",
@@ -36,11 +36,11 @@ WORDS = (
 )
 
 
-def job(folder: Path | None, *words: str, resume: bool = False) -> Assembled:
+def job(folder: Path | None, *words: str, resume: bool = False) -> RunBuilder:
     return assemble(from_plain(composed([*WORDS, *words]), METHODS), folder, resume=resume)
 
 
-def bits(run: Assembled) -> tuple[str, str]:
+def bits(run: RunBuilder) -> tuple[str, str]:
     return digest(run.strategy.state.base), run.strategy.recorder.ledger.digest()
 
 
@@ -117,7 +117,7 @@ def test_the_plan_is_printed_and_stands_in_the_summary(
     small: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = composed([*WORDS, "rounds=1", f"output.dir={tmp_path}", "output.progress=true"])
-    simulate(plain, tmp_path)
+    simulated(plain, tmp_path)
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(r"chunk: 9 clients \(memory\): [\d.]+ MB each \(.* MB on cpu, beside", said)
     summary = summary_of(tmp_path)

@@ -174,11 +174,11 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return brought_parts
 
 
-def digest(run: fedraclora.Run) -> object:
+def digest(run: fedraclora.RunResult) -> object:
     return run.summary["weights_digest"]
 
 
-def run(*words: Any, **keys: Any) -> fedraclora.Run:
+def run(*words: Any, **keys: Any) -> fedraclora.RunResult:
     given = {"model": "brought_parts:net", "data": "brought_parts:clients", "rounds": 2}
     given = {k: v for k, v in given.items() if f"{k}=own" not in words}
     return fedraclora.simulate("output.progress=false", *words, **{**given, **keys})
@@ -317,7 +317,7 @@ def test_each_key_that_takes_an_object_is_among_these() -> None:
     assert wanted == {kind.partition(".")[0] for kind in KINDS}
 
 
-def run_again(before: fedraclora.Run, keys: dict[str, Any]) -> fedraclora.Run:
+def run_again(before: fedraclora.RunResult, keys: dict[str, Any]) -> fedraclora.RunResult:
     return fedraclora.simulate({**before.config, "resume": None}, **keys)
 
 

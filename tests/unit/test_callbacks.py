@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def run(*words: str, **keys: Any) -> fedraclora.Run:
+def run(*words: str, **keys: Any) -> fedraclora.RunResult:
     return fedraclora.simulate(*WORDS, *words, **(SIZES | keys))
 
 

@@ -111,7 +111,7 @@ def server(*, how: str = "none") -> Any:
     return table(20, how, 9)
 
 
-def run(**keys: Any) -> fedraclora.Run:
+def run(**keys: Any) -> fedraclora.RunResult:
     given = {"model": net(), "rounds": 1, "clients_per_round": 2, "method": {"rank": 2}}
     return fedraclora.simulate("output.progress=false", "pretrain=none", **(given | keys))
 

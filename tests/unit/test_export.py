@@ -31,7 +31,7 @@ from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_gpt
 from fedraclora.run.folder import read_config
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.outcome import finished
+from fedraclora.strategies.runner import finished
 from fedraclora.strategies.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
@@ -105,7 +105,7 @@ def trained(model: str, method: str, folder: Path | None = None, **keys: object)
 def loaded(run, place: Path) -> nn.Module:
     """Load an adapter as its card says, and merge it."""
     base = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
-    task = run.built().task.model
+    task = run.builder.built.task.model
     if base is None:
         model = copy.deepcopy(task)
         model.load_state_dict(load_file(place / "base.safetensors"))
@@ -172,7 +172,7 @@ def test_peft_merges_an_adapter_to_the_weights_and_the_metric_of_the_run(case, t
     record = run.export(tmp_path / "adapter")
     merged = loaded(run, tmp_path / "adapter")
     assert distance(merged, run.weights()) < 1e-6
-    task = run.built().task
+    task = run.builder.built.task
     weights = {n: p.detach() for n, p in merged.named_parameters()}
     found = evaluate(merged, weights, task.test, task.loss, task.metrics)
     assert found == pytest.approx(run.summary["metrics"], abs=1e-5)
@@ -315,7 +315,7 @@ def test_the_card_brings_raw_rows_of_a_table_to_the_model_and_names_its_answers(
     assert answer[-1] is None or np.isnan(float(answer[-1]))
     assert not any(given is None for given in answer[:-1])
     found = followed(tmp_path / "out", raw=raw)  # it builds the model, too
-    expected = forward(run.model(), run.built().task.test.inputs)
+    expected = forward(run.model(), run.builder.built.task.test.inputs)
     assert torch.allclose(found["output"], expected, atol=1e-4)
     if label == "kind":
         right = np.mean(np.array(found["answer"]) == rows.kind)
@@ -377,7 +377,7 @@ def test_the_card_of_a_model_from_elsewhere_names_its_classes(tmp_path):
         rounds=1,
         head="full",
     )
-    built = run.built()
+    built = run.builder.built
     task = replace(built.task, **names)
     run = replace(run, built=lambda: replace(built, task=task))
     run.export(tmp_path / "adapter")

@@ -20,13 +20,13 @@ from fedraclora.models.built import seeded
 from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.plan import trained_of
-from fedraclora.strategies.outcome import idle_workers
+from fedraclora.strategies.runner import idle_workers
 
 X = np.random.default_rng(4).normal(size=(40, 5)).astype("float32")
 CLIENTS = [(part, (part[:, 0] > 0).astype("int64")) for part in np.split(X, 4)]
 
 
-def run(**keys: Any) -> fedraclora.Run:
+def run(**keys: Any) -> fedraclora.RunResult:
     with seeded(0, "test"):
         model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
     method = {"name": "ffa_lora", "rank": 2}

@@ -26,13 +26,13 @@ WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=
 SIZES: dict[str, Any] = {"clients": 6, "clients_per_round": 3, "rounds": 3}
 
 
-def run(folder: Path | None, *names: str, **keys: Any) -> fedraclora.Run:
+def run(folder: Path | None, *names: str, **keys: Any) -> fedraclora.RunResult:
     return fedraclora.simulate(
         *WORDS, folder=folder, output={"loggers": list(names), "plots": False}, **(SIZES | keys)
     )
 
 
-def series(found: fedraclora.Run) -> dict[int, float]:
+def series(found: fedraclora.RunResult) -> dict[int, float]:
     return {int(r): float(v) for r, v in found.history["accuracy"].items()}
 
 

@@ -106,7 +106,7 @@ def simulated(*words: str, **given: Any) -> Any:
 )
 def test_the_metrics_of_clients_pooled_are_those_of_their_samples_together(method: str) -> None:
     run = simulated("evaluate.clients=all", "engine.chunk=2", method=method)
-    task = run.built().task
+    task = run.builder.built.task
     sizes = task.held.data.sizes(torch.arange(6)).tolist()
     own = [
         task.held.data.gather(torch.tensor([k]), torch.arange(n)[None]) for k, n in enumerate(sizes)
@@ -148,7 +148,7 @@ def test_a_server_without_samples_has_no_metric_that_is_not_of_all_samples(
     words += ("aggregation_weights=uniform", f"secure={secure}")
     given: dict[str, Any] = {"metrics": metrics, "loss": "logistic", "test": 0, "rounds": 1}
     run = fedraclora.simulate(*words, "local.lr=0.1", model=scorer, data=moons(), **given)
-    row, held = run.rows[1], run.built().task.held
+    row, held = run.rows[1], run.builder.built.task.held
     assert [*row["metrics"]] == ["accuracy", "f1", "loss"]
     model, every = run.model(), []
     for client, size in enumerate(held.data.sizes(torch.arange(6)).tolist()):
@@ -240,7 +240,7 @@ def test_the_personal_accuracy_is_that_of_the_clients_own_models_alone() -> None
     assert names == [{"personal_accuracy"}] * 4
     assert {"accuracy", "finetuned_accuracy"} <= {*run.rows[-1]["clients"]}
     assert not [n for row in run.rows for n in row["clients"] if n.startswith("personal_")]
-    task, counts = run.built().task, run.built().label_counts(torch.arange(6))
+    task, counts = run.builder.built.task, run.builder.built.label_counts(torch.arange(6))
     found = class_accuracies(task.model, {}, task.test, 2, 100)
     wanted = np.mean([(count / count.sum()) @ found for count in counts])
     assert run.rows[0]["metrics"]["personal_accuracy"] == pytest.approx(wanted, abs=1e-12)
@@ -257,7 +257,7 @@ def test_no_pretraining_sees_what_clients_hold_out(monkeypatch: pytest.MonkeyPat
     seen = []
     monkeypatch.setattr(pretraining, "pretrain", lambda _model, train, *_: seen.append(train))
     run = simulated("evaluate.clients=all", "pretrain.epochs=1", rounds=0)
-    task = run.built().task
+    task = run.builder.built.task
     held = [rows_of(task.held.data, client) for client in range(6)]
     hidden = {tuple(row) for k in range(6) for row in features(task.held.data, k)}
     assert sum(map(len, held)) == len(hidden) > 10
@@ -339,7 +339,7 @@ def test_a_training_function_never_sees_what_its_client_holds_out(source: str) -
     run = fedraclora.simulate(
         *words, model=net(), train=two_steps, rounds=1, clients_per_round=6, **given
     )
-    held = run.built().task.held
+    held = run.builder.built.task.held
     assert run.rows[1]["clients"]["n"] == 6
     for client, seen in SEEN.items():
         hidden = {tuple(np.float32(row)) for row in features(held.data, client)}
@@ -376,11 +376,11 @@ def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_p
     words = ["evaluate.clients=all", "output.progress=false"]
     given = {"model": net(), "data": data, "clients": 6, "clients_per_round": 3}
     run = fedraclora.simulate(*words, **given, rounds=1)
-    task, alone = run.built().task, fedraclora.simulate(*words[1:], **given, rounds=0)
+    task, alone = run.builder.built.task, fedraclora.simulate(*words[1:], **given, rounds=0)
     for client in range(6):
         held, size = (
             features(task.held.data, client),
-            len(features(alone.built().task.train, client)),
+            len(features(alone.builder.built.task.train, client)),
         )
         if client % 2:
             assert (np.array(held) > 40).all()
@@ -390,7 +390,7 @@ def test_a_client_measures_on_the_test_samples_that_it_brings(source: str, tmp_p
     last = run.clients[run.clients["round"] == 1]
     assert [*last["samples"][last["client"] % 2 == 1]] == [2, 2, 2]
     share = fedraclora.simulate(*words, "evaluate.share=0.3", **given, rounds=0)
-    assert all(np.max(features(share.built().task.held.data, k)) < 40 for k in range(1, 6))
+    assert all(np.max(features(share.builder.built.task.held.data, k)) < 40 for k in range(1, 6))
 
 
 def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_cannot_be_used(
@@ -413,7 +413,7 @@ def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_c
     swapped[0], swapped[1] = {**swapped[1], "train": swapped[0]}, swapped[1]["train"]  # type: ignore[call-overload, dict-item]
     assert run(data=swapped).config["data"]["digest"] != alone.config["data"]["digest"]
     few = run("evaluate.clients=all", "data.labels=[1,0]")
-    assert len(features(few.built().task.held.data, 3)) == 2
+    assert len(features(few.builder.built.task.held.data, 3)) == 2
     wide = [*swapped[:5], {"train": of_client(5), "test": (np.zeros((2, 4)), np.zeros(2, int))}]
     for said, changed in (
         ("train and test, which is the entry of one client", {"data": with_tests(1)}),

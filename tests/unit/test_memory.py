@@ -32,7 +32,7 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.assembly import Assembled
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
@@ -405,7 +405,7 @@ def test_two_steps_of_three_clients_are_all_that_is_run(
     assert clients == wanted
 
 
-def run(*words: str) -> Assembled:
+def run(*words: str) -> RunBuilder:
     job = [
         "data=digits",
         "pretrain=none",

@@ -91,7 +91,7 @@ def labels(samples: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
     return x, (x[:, :outputs] > 0.3).astype("float32")
 
 
-def run(model: nn.Module, data: Any, **keys: Any) -> fedraclora.Run:
+def run(model: nn.Module, data: Any, **keys: Any) -> fedraclora.RunResult:
     return fedraclora.simulate(
         "output.progress=false", **({"model": model, "data": data, "rounds": 1} | keys)
     )

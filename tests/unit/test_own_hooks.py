@@ -25,7 +25,7 @@ ENDLESS: list[Any] = []
 ENDLESS.append(ENDLESS)
 
 
-def run(*words: str, **keys: Any) -> fedraclora.Run:
+def run(*words: str, **keys: Any) -> fedraclora.RunResult:
     x = torch.linspace(-1, 1, 40).reshape(20, 2)
     return run_of(
         "ffa_lora",

@@ -225,7 +225,7 @@ def wrong(output: Tensor, target: Tensor) -> Tensor:
 wrong.higher_is_better = False  # type: ignore[attr-defined]
 
 
-def judged(engine: str, loss: Any, metrics: Any, **keys: Any) -> fedraclora.api.Run:
+def judged(engine: str, loss: Any, metrics: Any, **keys: Any) -> fedraclora.api.RunResult:
     words = (*QUIET, f"engine={engine}", "local.batch_size=4", "local.lr=0.3")
     return fedraclora.simulate(
         *words, model=net(), data=clients(), rounds=2, loss=loss, metrics=metrics, **keys
@@ -293,7 +293,7 @@ def test_a_loss_that_says_nothing_hides_no_classes(words: tuple[str, ...], parti
     runs = [fedraclora.simulate(*QUIET, *words, **given, loss=loss) for loss in losses]
     one, other = (run.rows[1]["metrics"] for run in runs)
     assert one == pytest.approx(other, abs=1e-6)
-    counts = [run.built().label_counts(torch.arange(2)).tolist() for run in runs]
+    counts = [run.builder.built.label_counts(torch.arange(2)).tolist() for run in runs]
     assert counts[0] == counts[1]
 
 
@@ -301,7 +301,7 @@ def test_a_logistic_loss_has_classes_to_divide_by_and_counts_of_the_users_are_no
     x, y = (torch.cat(each) for each in zip(*clients(), strict=True))
     given: dict[str, Any] = {"data": (x, y), "clients": 2, "partition": "dirichlet", "rounds": 0}
     yes = fedraclora.simulate(*QUIET, model=net(1), loss="logistic", **given)
-    assert yes.built().classes == 0
+    assert yes.builder.built.classes == 0
     with pytest.raises(ConfigError, match="divides by class"):
         fedraclora.simulate(*QUIET, **given | {"model": net(1), "data": (x, y + 0.5)}, loss=focal)
 

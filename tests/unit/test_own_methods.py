@@ -34,7 +34,7 @@ def net() -> nn.Sequential:
     return model
 
 
-def run(method: object, *words: str, **keys: Any) -> fedraclora.Run:
+def run(method: object, *words: str, **keys: Any) -> fedraclora.RunResult:
     given: dict[str, Any] = {"model": net(), "data": CLIENTS, "rounds": 2, "method": method}
     return fedraclora.simulate("output.progress=false", *words, **(given | keys))
 

@@ -43,7 +43,7 @@ CLIENTS = [samples(size, key) for key, size in enumerate(SIZES)]
 TABLE = tuple(map(torch.cat, zip(*CLIENTS, strict=True)))
 
 
-def run(**keys: Any) -> fedraclora.Run:
+def run(**keys: Any) -> fedraclora.RunResult:
     given = {
         "model": net(),
         "data": CLIENTS,

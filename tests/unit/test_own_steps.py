@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def run(*words: str, **keys: Any) -> fedraclora.Run:
+def run(*words: str, **keys: Any) -> fedraclora.RunResult:
     given = WORDS if "folder" in keys else WORDS[:-1]
     return fedraclora.simulate(*given, *words, **(SIZES | keys))
 
@@ -49,7 +49,7 @@ class Cosine(fedraclora.RoundStep):
         return {self.column: self.cosine}
 
 
-def cosines(found: fedraclora.Run) -> list[Any]:
+def cosines(found: fedraclora.RunResult) -> list[Any]:
     return [row["cosine"] for row in found.rows[1:]]
 
 

@@ -68,7 +68,7 @@ def with_peft(round_: Round) -> Trained:
     return descend(round_, round_.install(adapted))
 
 
-def run(*words: str, method: str = "fed_rac_lora", **more: Any) -> fedraclora.Run:
+def run(*words: str, method: str = "fed_rac_lora", **more: Any) -> fedraclora.RunResult:
     chosen: dict[str, Any] = {"name": method}
     if method != "fedavg":
         chosen |= {"rank": 2, "alpha": 3}
@@ -77,7 +77,7 @@ def run(*words: str, method: str = "fed_rac_lora", **more: Any) -> fedraclora.Ru
     return fedraclora.simulate(*quiet, *words, **{**given, **more})
 
 
-def apart(one: fedraclora.Run, other: fedraclora.Run) -> float:
+def apart(one: fedraclora.RunResult, other: fedraclora.RunResult) -> float:
     first, second = one.weights(), other.weights()
     return max(float((first[n] - second[n]).abs().max()) for n in first)
 

@@ -218,7 +218,7 @@ def test_a_message_names_the_pool_and_has_none_of_its_parts() -> None:
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def simulated(folder: Path, rounds: int, **keys: object) -> fedraclora.Run:
+def simulated(folder: Path, rounds: int, **keys: object) -> fedraclora.RunResult:
     x = normal(75, 12, key=50).float()
     *clients, test = [(x[k::5], (x[k::5, 0] > 0).long()) for k in range(5)]
     with seeded(0, "model"):

@@ -86,7 +86,7 @@ def test_a_row_is_answered_for_each_row_in_its_order(folder: Path) -> None:
     )
     np.testing.assert_allclose(found.filter(like="probability").sum(axis=1), 1)
     with torch.no_grad():
-        x = run.built().task.test.inputs["x"]
+        x = run.builder.built.task.test.inputs["x"]
         by_hand = run.model()(x).softmax(dim=1).numpy()
     np.testing.assert_allclose(found.filter(like="probability"), by_hand, rtol=1e-5)
 

@@ -33,7 +33,7 @@ def _umask(request: pytest.FixtureRequest) -> Iterator[int]:
     os.umask(before)
 
 
-def simulated(folder: Path, *words: str, rounds: int = 1, **given: Any) -> fedraclora.Run:
+def simulated(folder: Path, *words: str, rounds: int = 1, **given: Any) -> fedraclora.RunResult:
     settings: dict[str, Any] = {"clients_per_round": 3, "rounds": rounds, "folder": folder} | given
     return fedraclora.simulate(*WORDS, *words, model=net(), data=moons(), **settings)
 

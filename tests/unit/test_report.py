@@ -33,7 +33,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.Run]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.RunResult]:
     root = tmp_path_factory.mktemp("runs")
     wires = {"fed_rac_lora": "float32", "fedavg_lora": "int8"}
     return {
@@ -63,7 +63,9 @@ def measured(shown: Shown, folder: Path, shift: float) -> Shown:
     return replace(shown, rows=rows, folder=folder)
 
 
-def test_the_spread_over_clients_is_drawn(runs: dict[str, fedraclora.Run], tmp_path: Path) -> None:
+def test_the_spread_over_clients_is_drawn(
+    runs: dict[str, fedraclora.RunResult], tmp_path: Path
+) -> None:
     """Of sums alone, without the clients' own numbers, by round and no more."""
     assert runs["fed_rac_lora"].folder is not None
     shown = read_shown(runs["fed_rac_lora"].folder)
@@ -92,7 +94,7 @@ def outside(text: str) -> list[str]:
     return re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?https?:[^"')\s]*""", own)
 
 
-def test_a_report_of_one_run(runs: dict[str, fedraclora.Run], capsys: Any) -> None:
+def test_a_report_of_one_run(runs: dict[str, fedraclora.RunResult], capsys: Any) -> None:
     run = runs["fed_rac_lora"]
     assert cli.run("report", [str(run.folder)]) == 0
     assert run.folder is not None
@@ -105,7 +107,7 @@ def test_a_report_of_one_run(runs: dict[str, fedraclora.Run], capsys: Any) -> No
     assert "method:\n  name: fed_rac_lora" in text
 
 
-def test_runs_stand_side_by_side(runs: dict[str, fedraclora.Run], tmp_path: Path) -> None:
+def test_runs_stand_side_by_side(runs: dict[str, fedraclora.RunResult], tmp_path: Path) -> None:
     folders = [run.folder for run in runs.values() if run.folder is not None]
     text = page_of([read_shown(folder) for folder in folders])
     assert "<code>method.name</code>" in text
@@ -120,7 +122,7 @@ def test_runs_stand_side_by_side(runs: dict[str, fedraclora.Run], tmp_path: Path
 
 
 def test_the_best_of_several_runs_is_one_that_came_to_its_end(
-    runs: dict[str, fedraclora.Run],
+    runs: dict[str, fedraclora.RunResult],
 ) -> None:
     shown = [read_shown(run.folder) for run in runs.values() if run.folder is not None]
     for row, value in zip(shown, (0.25, 0.75), strict=True):
@@ -138,7 +140,7 @@ def test_the_best_of_several_runs_is_one_that_came_to_its_end(
 
 
 def test_settings_that_differ_are_written_as_they_are_typed(
-    runs: dict[str, fedraclora.Run],
+    runs: dict[str, fedraclora.RunResult],
 ) -> None:
     one, two = (read_shown(run.folder) for run in runs.values() if run.folder is not None)
     other = {key: value for key, value in two.config.items() if key != "stop"}
@@ -149,7 +151,7 @@ def test_settings_that_differ_are_written_as_they_are_typed(
 
 
 def test_a_deployed_run_is_run_again_in_one_process(
-    runs: dict[str, fedraclora.Run], tmp_path: Path
+    runs: dict[str, fedraclora.RunResult], tmp_path: Path
 ) -> None:
     run = runs["fed_rac_lora"]
     assert run.folder is not None
@@ -170,7 +172,7 @@ def test_a_deployed_run_is_run_again_in_one_process(
 
 
 def test_failures_and_generations_are_shown(
-    runs: dict[str, fedraclora.Run], tmp_path: Path
+    runs: dict[str, fedraclora.RunResult], tmp_path: Path
 ) -> None:
     folder = runs["fed_rac_lora"].folder
     assert folder is not None
@@ -205,7 +207,7 @@ def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["summary.json", "stopped.json"])
 def test_a_damaged_file_is_named(
-    name: str, runs: dict[str, fedraclora.Run], tmp_path: Path
+    name: str, runs: dict[str, fedraclora.RunResult], tmp_path: Path
 ) -> None:
     folder = runs["fed_rac_lora"].folder
     assert folder is not None
@@ -233,7 +235,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_text_and_curves(
-    width: int, scheme: str, browser: Any, runs: dict[str, fedraclora.Run], tmp_path: Path
+    width: int, scheme: str, browser: Any, runs: dict[str, fedraclora.RunResult], tmp_path: Path
 ) -> None:
     folders = [run.folder for run in runs.values() if run.folder is not None]
     page_file = tmp_path / "report.html"
@@ -313,7 +315,9 @@ def test_a_run_that_is_running_says_how_far_it_is(tmp_path: Path) -> None:
     assert (shown.reached, shown.clients) == ("3 of 3, not at its end", "2 take part in a round")
 
 
-def test_that_measurements_are_withheld_is_in_the_report(runs: dict[str, fedraclora.Run]) -> None:
+def test_that_measurements_are_withheld_is_in_the_report(
+    runs: dict[str, fedraclora.RunResult],
+) -> None:
     shown = read_shown(runs["fed_rac_lora"].folder or Path())
     told = {"clients": {"withheld": "too few of them"}}
     poorer = replace(shown, rows=[row | told if row["round"] else row for row in shown.rows])

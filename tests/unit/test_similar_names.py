@@ -69,7 +69,7 @@ def test_every_loader_names_clients_that_look_alike(source: str, tmp_path: Path)
         fedraclora.simulate(*QUIET, **brought(source, tmp_path, sites, LABELS))
     sites = [("a", "A", "b")[row % 3] for row in range(60)]
     run = fedraclora.simulate(*QUIET, **brought(source, tmp_path, sites, LABELS))
-    assert run.built().clients == 3
+    assert run.builder.built.clients == 3
     assert "'A' and 'a'" in run.summary["task"]["similar_names"][0]
 
 
@@ -97,7 +97,7 @@ def test_blanks_around_names_of_a_table_do_not_count(tmp_path: Path) -> None:
     for source in ("table", "frame"):
         run = fedraclora.simulate(*QUIET, **brought(source, tmp_path, sites, labels))
         assert run.summary["task"]["partition"]["names"] == ["a", "b"]
-        assert run.built().task.reading["classes"] == ["ill", "well"]
+        assert run.builder.built.task.reading["classes"] == ["ill", "well"]
 
 
 def test_clients_of_a_dict_are_named_apart() -> None:

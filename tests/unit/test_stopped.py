@@ -14,8 +14,8 @@ from fedraclora.errors import ClientError, DivergenceError
 from fedraclora.protocol.uplinks import Refusal, too_many
 from fedraclora.run.callback import run_title
 from fedraclora.run.stopped import STOPPED, divergence
-from fedraclora.strategies import outcome
-from fedraclora.strategies.outcome import stopping_noted
+from fedraclora.strategies import runner
+from fedraclora.strategies.runner import stopping_noted
 from fedraclora.strategies.server.callbacks import Callbacks
 
 PLAIN = {
@@ -36,7 +36,8 @@ def assembled(rows: list[dict[str, object]]) -> Any:
     recorder = SimpleNamespace(ledger=SimpleNamespace(rows=rows))
     output = SimpleNamespace(plots=True)
     return SimpleNamespace(
-        strategy=SimpleNamespace(recorder=recorder, done=len(rows) - 1, callbacks=Callbacks([])),
+        recorder=recorder,
+        strategy=SimpleNamespace(done=len(rows) - 1, callbacks=Callbacks([])),
         config=SimpleNamespace(plain=PLAIN, output=output, rounds=9),
         built=SimpleNamespace(classes=0),
     )
@@ -76,7 +77,7 @@ def test_what_cannot_be_noted_does_not_hide_the_error(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(outcome, "note_stop", full)
+    monkeypatch.setattr(runner, "note_stop", full)
     with pytest.raises(ClientError, match="round 3"), stopping_noted(assembled(ROWS), tmp_path):
         raise ClientError("round 3")
     assert "could not be noted" in caplog.text

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedraclora.commands.simulate import simulate
 from fedraclora.compose.choices import section_keys
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import digested, from_plain
@@ -19,6 +18,7 @@ from fedraclora.run.ledger import Row, read_ledger
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
+from tests.common import simulated
 
 JOB = [
     "data=digits",
@@ -97,7 +97,7 @@ def test_min_delta_is_a_key_which_folders_of_before_need_not_have(tmp_path: Path
     with pytest.raises(ConfigError, match=r"stop\.min_delta is -1\.0; .*0"):
         StopConfig(min_delta=-1.0)
     with pytest.raises(ConfigError, match=r"stop\.min_delta.*stop\.patience"):
-        simulate(composed([*JOB, "stop.patience=null", "stop.min_delta=0.1"]), tmp_path / "run")
+        simulated(composed([*JOB, "stop.patience=null", "stop.min_delta=0.1"]), tmp_path / "run")
 
 
 def test_a_metric_may_be_one_that_should_rise() -> None:
@@ -123,11 +123,11 @@ def test_what_cannot_stop_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stop.metric 'f1'. There are: accuracy"):
         stop.measure({}, 1)
     with pytest.raises(ConfigError, match=r"data\.validation is 0.*above 0"):
-        simulate(composed([*JOB, "data.validation=0.0"]), tmp_path / "run")
+        simulated(composed([*JOB, "data.validation=0.0"]), tmp_path / "run")
 
 
 def run(folder: Path, *words: str, resume: bool = False) -> dict[str, Any]:
-    summary = simulate(composed([*JOB, *words]), folder, resume=resume)
+    summary = simulated(composed([*JOB, *words]), folder, resume=resume)
     found: dict[str, Any] = json.loads(json.dumps(summary, default=str))
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,22 +12,23 @@ from typing_extensions import override
 
 from fedraclora.clients.engines import engine_of, in_process
 from fedraclora.compose.overrides import composed
+from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, EngineConfig, WaitPolicy
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engines.base import Engine, EngineParts, Grid
+from fedraclora.engines.base import Engine, Grid
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.protocol.plan import make_plan
-from fedraclora.strategies.assembly import assemble_with
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.buffered import BufferedStrategy
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.wiring import Wired, wire
+from fedraclora.strategies.wiring import RoundsBuilder
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.update import BaseWeights, WeightHistory
@@ -37,15 +40,14 @@ def config(*words: str) -> RunConfig:
     return from_plain(composed(["data=digits", "pretrain=none", *words]), METHODS)
 
 
-def parts() -> EngineParts:
+def trainer() -> CohortTrainer:
     model = nn.Sequential(nn.Linear(5, 3))
     samples = Samples({"x": torch.ones(6, 5)}, torch.tensor([0, 1, 2, 0, 1, 2]))
     train = Partitioned.of(samples, list(np.arange(6).reshape(3, 2)))
     task = Task(model, ("0",), "cross_entropy", ("loss",), train, samples)
     plan = make_plan(model, ("0",), head_policy="lora", bias_policy="frozen")
     local = LocalConfig(lr=0.1, steps=1)
-    trainer = CohortTrainer(task, plan, local, seed=4, device=torch.device("cpu"))
-    return EngineParts.of(trainer, 2)
+    return CohortTrainer(task, plan, local, seed=4, device=torch.device("cpu"))
 
 
 class Watched(Engine):
@@ -57,10 +59,10 @@ class Watched(Engine):
         self.starts, self.ended = starts, 0
 
     @override
-    def start(self, parts: EngineParts) -> Grid:
+    def start(self, *given: Any) -> Grid:
         if not self.starts:
             raise EngineError("nobody is there")
-        return super().start(parts)
+        return super().start(*given)
 
     @override
     def close(self) -> None:
@@ -68,9 +70,9 @@ class Watched(Engine):
         self.ended += 1
 
 
-def wired(engine: Watched, **more: object) -> Wired:
+def wired(engine: Watched, **more: object) -> RoundsBuilder:
     method = FedRacLora(rank=2, alpha=3.0)
-    return wire(method, parts(), LOOP, engine, **more)  # type: ignore[arg-type]
+    return RoundsBuilder(method, trainer(), LOOP, engine, **more).ready()
 
 
 def test_a_wired_run_runs_and_is_ended_by_who_has_it() -> None:
@@ -102,21 +104,21 @@ def test_an_engine_that_does_not_start_is_ended() -> None:
 def test_an_engine_of_a_run_that_is_refused_is_ended() -> None:
     engine = Watched()
     with pytest.raises(ConfigError, match=r"targets|zzz"):
-        assemble_with(config("target_modules=[zzz]"), None, engine_of=lambda _: engine)
+        RunBuilder(config("target_modules=[zzz]"), engine=engine).ready()
     assert engine.ended == 1
 
 
 @pytest.mark.parametrize(("name", "command"), [("deploy", "deploy")])
 def test_what_is_not_of_this_process_is_refused_with_its_command(name: str, command: str) -> None:
     with pytest.raises(ConfigError, match=rf"engine={name} .*fedraclora {command}"):
-        engine_of(config(f"engine={name}"))
+        engine_of(TaskBuilder(config(f"engine={name}")))
 
 
 def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
-    found = engine_of(config("engine=ray", "engine.gpus=0.5"))
+    found = engine_of(TaskBuilder(config("engine=ray", "engine.gpus=0.5")))
     assert isinstance(found.replica, WeightHistory)
     assert (found.spread, found.share) == (True, 0.5)
-    here = engine_of(config("engine=inline"))
+    here = engine_of(TaskBuilder(config("engine=inline")))
     assert type(here.replica) is BaseWeights
     assert (here.spread, here.share) == (False, None)
 

@@ -21,14 +21,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedraclora.clients.engines import engine_of
 from fedraclora.commands import RESULTS
 from fedraclora.commands.run_files import refuse_overwriting
 from fedraclora.commands.status import explained
@@ -53,12 +51,11 @@ from fedraclora.commands.study.file import (
 )
 from fedraclora.commands.study.tables import write_results
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError, DataError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, known_mean, metrics_of, round_seconds
-from fedraclora.strategies.assembly import Assembled, assemble_with
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.wire.fields import printable
 
 PHASES = ("tune", "final")
@@ -139,14 +136,14 @@ def refuse_failed(failed: Mapping[str, str]) -> None:
 def run_job(job: Job) -> Line:
     """Run one job in memory and give its line for runs.jsonl."""
     from fedraclora.run.folder import provenance
-    from fedraclora.strategies.outcome import summarise
+    from fedraclora.strategies.runner import summarise
 
     began, used = time.perf_counter(), time.process_time()
     config = composed_run(job)
     line: Line = {**vars(job), "key": job.key}
     if files := data_files(config.data):
         line["data_files"] = files
-    run = assemble_with(config, None, engine_of=engine_of)
+    run = RunBuilder(config).ready()
     if job.phase == "final":
         line |= {"config": config.digested, **provenance(), "client_bytes": client_bytes(run)}
     try:
@@ -174,22 +171,22 @@ def since(used: float) -> float:
     return round(time.process_time() - used, 3)
 
 
-def client_bytes(run: Assembled) -> int | None:
+def client_bytes(run: RunBuilder) -> int | None:
     """Count the bytes of the tensors that live while one client trains in round 1.
 
     Weights, frozen factors, what is trained with its gradients and moments, and a batch with what
     its backward pass needs (`fedraclora.training.memory`). None for a cohort of one, which is not
     measured.
     """
-    from fedraclora.protocol.method import Cohort
+    from fedraclora.protocol.method import first_downlink
     from fedraclora.training.memory import LOOKED_AT, measure_memory
 
     if run.built.cohort < 2:
         return None
     memory = run.chunk.memory
     if memory is None:
-        strategy, two = run.strategy, Cohort(torch.arange(2), torch.ones(2))
-        sent = strategy.method.open_round(strategy.state, 1, two, strategy.draw)
+        strategy = run.strategy
+        sent = first_downlink(strategy.method, strategy.state, strategy.draw, 2)
         population = torch.arange(min(run.built.clients, LOOKED_AT))
         memory = measure_memory(run.trainer, strategy.state.base, sent, population)
     return memory.weights + memory.training(1)
@@ -321,7 +318,7 @@ def check_first_runs(study: Study, rows: Sequence[str], done: Done) -> None:
 
 
 def _check_start(study: Study, phase: str, config: RunConfig) -> None:
-    run = assemble_with(replace(config, pretrain=PretrainConfig()), None, engine_of=engine_of)
+    run = RunBuilder(config, pretrain=False).ready()
     run.close()
     answers = {"exact_match"} if config.evaluate.generate else set()
     task = run.built.task

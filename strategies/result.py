@@ -16,7 +16,8 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.binding import section
-from fedraclora.config.build import BuiltTask, answering_of, measured_samples
+from fedraclora.config.build import answering_of, measured_samples
+from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.data.dataset import Read
 from fedraclora.data.locate import user_path
@@ -43,7 +44,7 @@ SPLITS = ("test", "validation")
 
 
 @dataclass(frozen=True, repr=False)
-class Run:
+class RunResult:
     """A run that has come to its end.
 
     Attributes:
@@ -55,7 +56,7 @@ class Run:
         folder: Where its files lie; None where it ran in memory.
         config: The whole config as plain values; `fedraclora.simulate` takes it for the same run.
         effective: Gives the weights for `weights`.
-        built: Gives the task: the model, and what it is measured on.
+        builder: Builds the task: the model, and what it is measured on.
         by_clients: Gives the columns of `clients`.
     """
 
@@ -64,13 +65,13 @@ class Run:
     folder: Path | None
     config: dict[str, object]
     effective: Callable[[], Tree]
-    built: Callable[[], BuiltTask]
+    builder: TaskBuilder
     by_clients: Callable[[], Columns] = dict
 
     @override
     def __repr__(self) -> str:
         shown = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
-        return f"Run({', '.join(shown)}, folder={self.folder})"
+        return f"RunResult({', '.join(shown)}, folder={self.folder})"
 
     @cached_property
     def clients(self) -> DataFrame:
@@ -126,7 +127,7 @@ class Run:
 
     def model(self) -> nn.Module:
         """Build the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
-        model = dequantise(copy.deepcopy(self.built().task.model).cpu())
+        model = dequantise(copy.deepcopy(self.builder.task.model).cpu())
         parameters = dict(model.named_parameters())
         model.load_state_dict({n: t for n, t in self.weights().items() if n in parameters}, False)
         return model.eval()
@@ -153,7 +154,7 @@ class Run:
             DataError: If the samples are not such as the run's.
             CheckpointError: If a file of the run is missing or damaged.
         """
-        weights, asked, task = self._whole(round), self.settings.evaluate, self.built().task
+        weights, asked, task = self._whole(round), self.settings.evaluate, self.builder.task
         read = self.read(data, target=target)
         found = measure_of(task, read.samples, asked.batch_size)(weights)
         if (answering := answering_of(asked, task, read.samples)) is not None:
@@ -181,7 +182,7 @@ class Run:
         """
         import pandas as pd
 
-        weights, asked, task = self._whole(round), self.settings.evaluate, self.built().task
+        weights, asked, task = self._whole(round), self.settings.evaluate, self.builder.task
         read = self.read(data, measured=False)
         if task.loss == "next_token" and task.tokenizer is not None:
             every = replace(asked, generate=1, answers=len(read.samples))
@@ -223,7 +224,7 @@ class Run:
         """
         if isinstance(data, Read):
             return data
-        built = self.built()
+        built = self.builder.built
         if isinstance(data, str) and data in SPLITS:
             samples = measured_samples(built.task, data)
             if not len(samples):
@@ -280,7 +281,7 @@ class Run:
                 f"each client keeps {kept} to itself, so that the server has no whole model to "
                 "measure or to answer with: the run's own rows have the clients' (personal_...)"
             )
-        return {n: t.to(self.built().device) for n, t in self.weights(round_).items()}
+        return {n: t.to(self.builder.built.device) for n, t in self.weights(round_).items()}
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw the curves of the run; a notebook shows what it gives.
@@ -327,7 +328,7 @@ class Run:
         from fedraclora.export import export
         from fedraclora.strategies.trained import trained_model
 
-        task, facts = self.built().task, self._facts(round)
+        task, facts = self.builder.task, self._facts(round)
         weights = partial(self.weights, round)
         trained = trained_model(self.config, self.folder, task, weights, facts, round)
         place = user_path("folder", folder)
@@ -340,16 +341,16 @@ class Run:
         row: Mapping[str, object] = next((r for r in self.rows if r["round"] == last), {})
         return {
             **{key: section(self.config, key) for key in ("method", "data", "model")},
-            **{key: self.built().task.info[key] for key in ("loss", "loss_from")},
+            **{key: self.builder.task.info[key] for key in ("loss", "loss_from")},
             "compression": self.config.get("compression", {}),
             "rounds": last,
-            "clients": self.built().clients,
-            "cohort": self.built().cohort,
+            "clients": self.builder.built.clients,
+            "cohort": self.builder.built.cohort,
             "metrics": row.get("metrics"),
             "uplink_bytes": row.get("uplink_total"),
             "downlink_bytes": row.get("downlink_total"),
             "seed": self.config.get("seed"),
-            "samples": self.built().task.reading,
+            "samples": self.builder.task.reading,
         }
 
     def save(self, folder: str | Path) -> Path:

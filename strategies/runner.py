@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from fedraclora.binding import section
-from fedraclora.config.build import BuiltTask, build_task, measured_samples
+from fedraclora.config.build import BuiltTask, measured_samples
+from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.settings import PretrainConfig
 from fedraclora.data.held import whole_objects
 from fedraclora.data.partition import spread_clients
 from fedraclora.data.samples import Partitioned
-from fedraclora.engines.base import MakeEngine
 from fedraclora.evaluation.choices import Questions
 from fedraclora.evaluation.clients import scored
 from fedraclora.evaluation.metrics import Measure, lower_of
@@ -35,18 +35,17 @@ from fedraclora.run.folder import (
     begin_folder,
     has_checkpoint,
     is_finished,
+    new_folder,
     read_config,
     read_summary,
-    withdrawn,
     write_summary,
 )
 from fedraclora.run.ledger import known_mean, reached_round, read_ledger, round_seconds
 from fedraclora.run.recorder import read_clients, together
 from fedraclora.run.stopped import forget_stop, note_stop
-from fedraclora.strategies.assembly import Assembled, assemble_with
-from fedraclora.strategies.run import Run
+from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.server.callbacks import Stopping
-from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import digest
 
@@ -59,7 +58,7 @@ OR_CLIENTS = " (evaluate.clients=round: clients do, on samples of their own)"
 TITLE = 13  # characters, so that what follows stands in one column
 
 
-def finished(config: RunConfig, folder: Path) -> Run:
+def finished(config: RunConfig, folder: Path) -> RunResult:
     """Read a run from its folder, with its summary if it has come to its end; nothing is written.
 
     Args:
@@ -71,38 +70,35 @@ def finished(config: RunConfig, folder: Path) -> Run:
     """
     rows = read_ledger(folder / "ledger.jsonl")
     effective = partial(load_weights, folder, own=config.plain)
-    data = located(folder, config.data)  # who asks may work in another folder
-    bare = replace(config, data=data, pretrain=PretrainConfig())  # the weights are in the folder
-
-    def build() -> BuiltTask:
-        check_data(folder, bare.data)  # of other data other scales and classes could come
-        return build_task(bare)
-
-    built = cache(build)
     summary = read_summary(folder) if is_finished(folder) else {}
-    by_clients = partial(read_clients, folder)
-    return Run(summary, rows, folder, dict(config.plain), effective, built, by_clients)
+    by_clients, plain = partial(read_clients, folder), dict(config.plain)
+    return RunResult(
+        summary, rows, folder, plain, effective, StoredTask(config, folder), by_clients
+    )
 
 
-def execute(
-    config: RunConfig,
-    folder: Path | None,
-    engine_of: MakeEngine,
-    *,
-    resume: bool = False,
-    callbacks: Sequence[Callback] = (),
-    steps: Sequence[RoundStep] = (),
-) -> Run:
+class StoredTask(TaskBuilder):
+    """Builds the task of a run from its folder, whose weights need no pretraining."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        found = located(folder, config.data)  # who asks may work in another folder
+        super().__init__(replace(config, data=found), pretrain=False)
+        self.folder = folder
+
+    @cached_property
+    @override
+    def built(self) -> BuiltTask:
+        check_data(self.folder, self.config.data)  # of other data other scales could come
+        return super().built
+
+
+def execute(run: RunBuilder, *watching: Callback) -> RunResult:
     """Run to the end and write everything that a run leaves behind.
 
     Args:
-        config: Checked settings.
-        folder: The run folder; made once every part of the run has been built, so that a config
-            that cannot run leaves none behind. None: the run leaves nothing behind.
-        engine_of: Makes the engine.
-        resume: Go on with the run in the folder.
-        callbacks: What watches the rounds, or ends them early, behind its loggers.
-        steps: Those of a program's own, which the config names.
+        run: Of which nothing is built yet. Its folder is taken away again where the run cannot
+            begin.
+        watching: What watches the rounds, or ends them early, before the run's own callbacks.
 
     Returns:
         The run, its engine ended.
@@ -111,30 +107,29 @@ def execute(
         FedRacLoraError: Whatever is wrong with the config, the data, the folder or the clients.
     """
     began = time.perf_counter()
-    watched, shared = (logging_to(config.output.loggers), *callbacks), config.output.shared
+    config, folder, resume = run.config, run.folder, run.resume
+    run.watching = (logging_to(config.output.loggers), *watching, *run.watching)
     with ExitStack() as stack:
-        goes_on, reached = False, 0
+        reached = 0
         if folder is not None:
-            stack.enter_context(alone(folder, shared=shared) if resume else withdrawn(folder))
+            held = alone if resume else new_folder
+            stack.enter_context(held(folder, shared=config.output.shared))
         if resume and folder is not None:
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
             reached = reached_round(folder)
-            goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        run = assemble_with(
-            config, folder, engine_of=engine_of, resume=goes_on, callbacks=watched, steps=steps
-        )
+            run.resume = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
+        run.ready()
         stack.callback(run.close)
         if folder is not None:
             if resume:
-                run.strategy.recorder.incidents += amend(folder, config.plain)
+                run.recorder.incidents += amend(folder, config.plain)
             else:
-                stack.enter_context(alone(folder, shared=shared))
                 begin_folder(folder, config.plain)
         if (done := run.strategy.done) < reached:
             again = f"went on after round {done}: rounds {done + 1} to {reached} were run again"
-            run.strategy.recorder.incidents.append(f"the run {again}")
-        before = math.fsum(map(round_seconds, run.strategy.recorder.ledger.rows))
+            run.recorder.incidents.append(f"the run {again}")
+        before = math.fsum(map(round_seconds, run.recorder.ledger.rows))
         stack.enter_context(stopping_noted(run, folder))
         title = run_title(config.plain)
         said = opening_lines(run), notes_of(run)
@@ -146,13 +141,13 @@ def execute(
             draw(run, folder)
         write_summary(folder, summary)
     run.strategy.callbacks.end(summary)
-    rows = list(run.strategy.recorder.ledger.rows)
-    columns, plain = together(run.strategy.recorder.by_clients), dict(config.plain)
-    return Run(summary, rows, folder, plain, run.weights, lambda: run.built, lambda: columns)
+    rows = list(run.recorder.ledger.rows)
+    columns, plain = together(run.recorder.by_clients), dict(config.plain)
+    return RunResult(summary, rows, folder, plain, run.weights, run, lambda: columns)
 
 
 @contextmanager
-def stopping_noted(run: Assembled, folder: Path | None) -> Iterator[None]:
+def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
     """Tell those who watch a run that it stopped before its end, if it does.
 
     Its reason and its curves are written into the folder.
@@ -163,7 +158,7 @@ def stopping_noted(run: Assembled, folder: Path | None) -> Iterator[None]:
         yield
     except BaseException as error:
         run.strategy.callbacks.end({}, failed=True)
-        if folder is None or not run.strategy.recorder.ledger.rows:
+        if folder is None or not run.recorder.ledger.rows:
             raise
         try:
             note_stop(folder, run.strategy.done, error)
@@ -174,14 +169,14 @@ def stopping_noted(run: Assembled, folder: Path | None) -> Iterator[None]:
         raise
 
 
-def summarise(run: Assembled, seconds: float) -> dict[str, object]:
+def summarise(run: RunBuilder, seconds: float) -> dict[str, object]:
     """Collect the final figures of a run.
 
     Args:
         run: At its end.
         seconds: What it took: this process, and the rounds of those before it.
     """
-    strategy, ledger = run.strategy, run.strategy.recorder.ledger
+    strategy, ledger = run.strategy, run.recorder.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
     method, state = strategy.method.in_force(strategy.state)
     up, down = mean_floats(method, state.plan, strategy.done)
@@ -226,11 +221,11 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     }
 
 
-def draw(run: Assembled, folder: Path) -> None:
+def draw(run: RunBuilder, folder: Path) -> None:
     """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
     from fedraclora.plots.run import label_distribution, run_curves
 
-    rows, plain = run.strategy.recorder.ledger.rows, run.config.plain
+    rows, plain = run.recorder.ledger.rows, run.config.plain
     run_curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
@@ -248,7 +243,7 @@ def mean_floats(method: Method, plan: Plan, rounds: int) -> tuple[float, float]:
     return up, down
 
 
-def opening_lines(run: Assembled) -> list[str]:
+def opening_lines(run: RunBuilder) -> list[str]:
     """Say what a run begins with, beside `notes_of`."""
     config, model, lines = run.config, run.built.task.model, dict(introduction(run))
     told = run.built.task.info
@@ -284,7 +279,7 @@ def opening_lines(run: Assembled) -> list[str]:
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
 
 
-def samples_of(run: Assembled) -> dict[str, str]:
+def samples_of(run: RunBuilder) -> dict[str, str]:
     """Say how many samples are trained and tested on; nothing where clients hold them unseen."""
     told = run.built.task.info
     if "train" not in told:
@@ -300,7 +295,7 @@ def samples_of(run: Assembled) -> dict[str, str]:
     return {"data": text}
 
 
-def idle_workers(run: Assembled) -> dict[str, str]:
+def idle_workers(run: RunBuilder) -> dict[str, str]:
     """Say that a round has fewer chunks than there are workers, where smaller ones would help."""
     cohort, workers = run.built.cohort, run.grid.workers
     chunks, smaller = -(-cohort // run.chunk.chunk), -(-cohort // workers)
@@ -311,7 +306,7 @@ def idle_workers(run: Assembled) -> dict[str, str]:
     return {"idle": f"{text} last bits"}
 
 
-def measured_by(run: Assembled) -> dict[str, str]:
+def measured_by(run: RunBuilder) -> dict[str, str]:
     """Say which clients measure on what; nothing where none does."""
     config, held, asked = run.config, run.built.task.held, run.config.evaluate
     own = run.built.task.info.get("tests_of_clients", 0)
@@ -339,7 +334,7 @@ def measured_by(run: Assembled) -> dict[str, str]:
     return {"measured by": text}
 
 
-def introduction(run: Assembled) -> dict[str, str]:
+def introduction(run: RunBuilder) -> dict[str, str]:
     """Name loss, metrics, optimiser and what is trained, by title: for the summary, too."""
     task = run.built.task
     known = len(measured_samples(task, run.config.evaluate.split))
@@ -355,9 +350,9 @@ def introduction(run: Assembled) -> dict[str, str]:
     }
 
 
-def notes_of(run: Assembled) -> list[str]:
+def notes_of(run: RunBuilder) -> list[str]:
     """Say what is not as it was asked for, such as a rank that was cut, where a run begins."""
-    notes = [] if run.strategy.recorder.ledger.rows else list(run.strategy.state.notes)
+    notes = [] if run.recorder.ledger.rows else list(run.strategy.state.notes)
     if more := notes[NAMED:]:
         notes = [*notes[:NAMED], f"{len(more)} more such notes are in the ledger"]
     if run.config.own_model and (names := thawed(run.built.task.model, run.plan)):

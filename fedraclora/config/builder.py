@@ -1,0 +1,104 @@
+"""What every process that trains clients builds from a config: task, plan, trainer and terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from typing_extensions import override
+
+from fedraclora.config.build import (
+    BuiltTask,
+    build_task,
+    fix_bits,
+    pick_device,
+    plan_of,
+    terms_of,
+    trainer_of,
+)
+from fedraclora.config.run_config import TaskConfig
+from fedraclora.config.settings import PretrainConfig
+from fedraclora.data.task import Task
+from fedraclora.objects import lend, named_by
+from fedraclora.privacy.secagg import SecAggTerms
+from fedraclora.protocol.method import Plan
+from fedraclora.protocol.named import Named, of_main
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.trust import trust, trusted
+
+
+class TaskBuilder:
+    """Builds a task and what trains its clients, each part once: when it is first read.
+
+    A server, its workers and nodes build the same from the same config. A pickled builder takes
+    task and plan along, with the objects and the trust of the program; the other process builds its
+    own trainer.
+
+    Args:
+        config: Checked settings.
+        pretrain: Whether the model is pretrained; not where its weights come from elsewhere.
+
+    Raises:
+        FedRacLoraError: Where a part is read: whatever is wrong with data, partition or model.
+    """
+
+    def __init__(self, config: TaskConfig, *, pretrain: bool = True) -> None:
+        self.config = config if pretrain else replace(config, pretrain=PretrainConfig())
+
+    @cached_property
+    def built(self) -> BuiltTask:
+        """The task with its sizes."""
+        return build_task(self.config)
+
+    @property
+    def task(self) -> Task:
+        """Model and data, on their device."""
+        return self.built.task
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which weights are adapted, and which are trained in full."""
+        return plan_of(self.config, self.task)
+
+    @cached_property
+    def trainer(self) -> CohortTrainer:
+        """What trains chunks of clients in this process."""
+        return trainer_of(self.config, self.built, self.plan)
+
+    @cached_property
+    def terms(self) -> SecAggTerms | None:
+        """What clients insist on in secure aggregation; None without it."""
+        return terms_of(self.config, self.built)
+
+    def fix_bits(self) -> None:
+        """Have torch round in this process as it does in every process of the run."""
+        fix_bits(self.config.engine.threads, pick_device(self.config.device))
+
+    @override
+    def __reduce__(self) -> tuple[Callable[..., TaskBuilder], tuple[object, ...]]:
+        """Give what another process makes its builder of."""
+        config = self.config
+        own = {"local": config.plain.get("local")}
+        own |= {key: config.data.get(key) for key in ("loss", "metrics")}
+        return _arrived, (config, self.built, self.plan, named_by(own), trusted(), of_main())
+
+
+def _arrived(
+    config: TaskConfig,
+    built: BuiltTask,
+    plan: Plan,
+    program: Mapping[str, Any],
+    modules: Sequence[str],
+    named: Sequence[type[Named]],
+) -> TaskBuilder:
+    """Make the builder of another process, with what the program has lent, trusted and named."""
+    trust(modules)
+    for kind in named:
+        kind.register()
+    for name, thing in program.items():
+        lend(thing, name)
+    builder = TaskBuilder(config)
+    vars(builder).update(built=built, plan=plan)
+    return builder

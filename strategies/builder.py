@@ -1,0 +1,350 @@
+"""Builds a run from its config: task, method, what is measured, engine, files and strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from typing_extensions import override
+
+from fedraclora.binding import OWN_GROUPS, object_of, section
+from fedraclora.clients.engines import engine_of
+from fedraclora.config.build import BuiltTask, answering_of, build_task, measured_samples
+from fedraclora.config.builder import TaskBuilder
+from fedraclora.config.run_config import RunConfig
+from fedraclora.data.partition import spread_clients
+from fedraclora.data.samples import count_examples
+from fedraclora.data.task import Task
+from fedraclora.devices.system import SystemConfig
+from fedraclora.engines.base import Engine
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.evaluation.choices import measure_of
+from fedraclora.evaluation.evaluate import personal_accuracy
+from fedraclora.evaluation.metrics import PERSONAL, lower_of
+from fedraclora.objects import code_digests, object_digest
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State, first_downlink
+from fedraclora.protocol.plan import trained_of
+from fedraclora.protocol.uplinks import SUM_BLOCK
+from fedraclora.run.callback import Callback
+from fedraclora.run.digests import free_keys
+from fedraclora.run.initial import source_of
+from fedraclora.run.ledger import BY_CLIENTS
+from fedraclora.run.recorder import RunRecorder, resolved
+from fedraclora.strategies.server.callbacks import (
+    Evaluate,
+    Stopping,
+    Undefined,
+    own_callbacks,
+    unchanged,
+)
+from fedraclora.strategies.server.loop import LoopConfig, loop_of
+from fedraclora.strategies.server.measuring import Measuring
+from fedraclora.strategies.server.round_step import RoundStep, Sizes, step_name, step_of, steps_of
+from fedraclora.strategies.start import begin_from
+from fedraclora.strategies.steps import round_steps
+from fedraclora.strategies.wiring import RoundsBuilder
+from fedraclora.strategies.wrappers import method_of
+from fedraclora.training.chunking import ChunkPlan, plan_chunk
+from fedraclora.training.precision import check_base
+from fedraclora.tree import Tree, weights_of
+
+Measure = Callable[[Tree], dict[str, float]]  # of weights
+
+
+class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
+    """Builds a run from its config, each part once: when it is first read.
+
+    Args:
+        config: Checked settings.
+        folder: The run folder; None: the run leaves nothing behind.
+        resume: Whether to go on with the run in the folder.
+        callbacks: What watches the rounds besides, or ends them early.
+        steps: Round steps of a program's own, which the config names.
+        engine: Where clients run; None: as the config says.
+        pretrain: Whether the model is pretrained where the config says so.
+    """
+
+    config: RunConfig
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path | None = None,
+        *,
+        resume: bool = False,
+        callbacks: Sequence[Callback] = (),
+        steps: Sequence[RoundStep] = (),
+        engine: Engine | None = None,
+        pretrain: bool = True,
+    ) -> None:
+        TaskBuilder.__init__(self, config, pretrain=pretrain)
+        self.folder, self.resume, self.alone = folder, resume, folder is not None
+        self.watching, self._given = tuple(callbacks), steps
+        if engine is not None:
+            self.engine = engine
+
+    @override
+    def build(self) -> None:
+        for part in ("own_steps", "engine", "plan", "initial_state", "chunk", "trained"):
+            getattr(self, part)
+        super().build()
+
+    @cached_property
+    def own_steps(self) -> list[RoundStep]:
+        """The user's round steps, in their order."""
+        return steps_of(self.config.steps, self._given)
+
+    @cached_property
+    @override
+    def engine(self) -> Engine:  # type: ignore[override]
+        """Where clients run."""
+        return engine_of(self)
+
+    @cached_property
+    @override
+    def built(self) -> BuiltTask:
+        self.fix_bits()
+        built = build_task(self.config)
+        if not self.resume and (start := begin_from(self.config, built.task.model)):
+            info = {**built.task.info, "start": start}
+            built = replace(built, task=replace(built.task, info=info))
+        return built
+
+    @cached_property
+    @override
+    def plan(self) -> Plan:
+        plan, measuring = super().plan, self.measuring
+        if plan.local and not self.built.classes and not (measuring and measuring.alone):
+            raise ConfigError(
+                "head=personal, which the server measures by class, but it knows no classes of the "
+                "clients' data: let clients measure alone (evaluate.clients=round, and no "
+                "data.test_file)"
+            )
+        return plan
+
+    @cached_property
+    @override
+    def measuring(self) -> Measuring | None:
+        noisy = isinstance(self.config.privacy, ClientLevel)
+        return Measuring.of(self.config.evaluate, self.task, noisy=noisy)
+
+    @cached_property
+    @override
+    def method(self) -> Method:  # type: ignore[override]
+        """The algorithm, with what the config puts around it."""
+        return method_of(self.config, self.task)
+
+    @cached_property
+    @override
+    def draw(self) -> Draw:
+        return Draw(self.config.seed)
+
+    @cached_property
+    @override
+    def initial_weights(self) -> Tree:
+        return weights_of(self.task.model)
+
+    @cached_property
+    @override
+    def initial_state(self) -> State:
+        base = self.initial_weights
+        state = self.method.initial_state(base, self.plan, self.draw)
+        name, server = self.config.chosen("method"), self.config.server_optimiser
+        self.initial_state = state  # of which the first downlink is made
+        first = self.first_downlink
+        moved = any(state.base[name] is not weight for name, weight in base.items())
+        changes = {
+            f"method={name} merges each update into the weights": self.method.traits.merges,
+            "dora=true rescales the weights": self.config.dora,
+            f"method={name} takes its first factors out of the weights":
+                moved or not first.program.trains,
+            f"server_optimiser={server.name} with space=weights steps in the weights":
+                server.name != "none" and server.space == "weights",
+        }  # fmt: skip
+        check_base(base, (*self.plan.dense, *self.plan.local), changes)
+        return state
+
+    @cached_property
+    @override
+    def first_downlink(self) -> Downlink:
+        return first_downlink(self.method, self.initial_state, self.draw, self.built.cohort)
+
+    @cached_property
+    def chunk(self) -> ChunkPlan:
+        """How many clients train as one batch, and why so many."""
+        asked = self.config.engine.chunk
+        stored = resolved(self.folder, "chunk") if self.resume and self.folder else None
+        if self.config.local.train is not None:
+            return ChunkPlan(1, "local.train trains one client at a time")
+        if asked == "auto" and stored is not None:
+            return ChunkPlan(stored, "as it began")  # whatever memory is free now
+        engine, first, cohort = self.engine, self.first_downlink, self.built.cohort
+        return plan_chunk(
+            asked,
+            self.trainer,
+            self.initial_weights,
+            first,
+            cohort,
+            share=engine.share,
+            spread=engine.spread,
+            elsewhere=engine.elsewhere,
+        )
+
+    @cached_property
+    def trained(self) -> str:
+        """What clients train of the model, in words."""
+        return trained_of(self.first_downlink, self.plan.shapes)
+
+    @cached_property
+    @override
+    def loop(self) -> LoopConfig:  # type: ignore[override]
+        """Settings of the round loop."""
+        # Hosts of others are asked for each client by itself: so one fails alone.
+        chunk = 1 if self.engine.elsewhere else self.chunk.chunk
+        return loop_of(self.config, self.built, chunk, self.trainer.dtype)
+
+    @cached_property
+    @override
+    def recorder(self) -> RunRecorder:
+        config, task = self.config, self.task
+        came = {"chunk": self.chunk.chunk, "device": self.built.device.type}
+        came |= {"dtype": self.loop.dtype}
+        came |= {k: v for k, v in section(task.info, "partition").items() if k == "rows"}
+        fixed = {**config.digested, "resolved": came | {"summation_block": SUM_BLOCK}}
+        return RunRecorder(
+            self.folder,
+            fixed=fixed | self._code(),
+            every=config.output.checkpoint_every,
+            sync=config.output.sync,
+            chain=config.output.chain,
+            store=self.store,
+            free=("device", *free_keys(config.plain)),  # what the device came to is in `resolved`
+            source=None  # of weights that nobody else has
+            if config.pretrain.epochs or config.init_from is not None
+            else source_of(config.model, task.head, self.initial_weights),
+        )
+
+    def _code(self) -> dict[str, dict[str, str]]:
+        """Hash the code that a user has brought: of what the config names, and of the steps."""
+        code = {step_name(step): object_digest(type(step_of(step))) for step in self.own_steps}
+        code |= code_digests(self.config.plain)
+        return {"code": code} if code else {}
+
+    @cached_property
+    @override
+    def steps(self) -> Sequence[RoundStep]:
+        return round_steps(vars(self.config), self.own_steps)
+
+    @cached_property
+    @override
+    def system(self) -> SystemConfig:
+        return self.config.system
+
+    @cached_property
+    @override
+    def sizes(self) -> Sizes:
+        train, device = self.task.train, self.built.device
+        return lambda clients: train.sizes(clients.to(device)).cpu()
+
+    @cached_property
+    @override
+    def examples(self) -> Sizes:
+        train, device = self.task.train, self.built.device
+        return lambda clients: count_examples(train, clients.to(device)).cpu()
+
+    @cached_property
+    @override
+    def callbacks(self) -> Sequence[Callback]:
+        return [
+            *watching(self.config, self.task, self.measure, self.measuring),
+            unchanged({group: getattr(self.config, group) for group in OWN_GROUPS}),
+            *self.watching,
+        ]
+
+    def measure(self, split: str) -> Measure:
+        """Build what measures weights: on the server, or on clients if a part stays there.
+
+        The figures of clients' own models have names of their own, ``personal_...``.
+        """
+        config, built, store = self.config, self.built, self.store
+        task, batch, count = built.task, config.evaluate.batch_size, config.evaluate.sample
+        samples, local = measured_samples(task, split), self.plan.local
+
+        def own(weights: Tree) -> dict[str, float]:
+            owned = {c: self._personal(own) for c, own in store.latest(count).items()}
+            if not owned and not local:  # nobody has trained yet: all have the server's
+                owned = {client: {} for client in spread_clients(built.clients, count).tolist()}
+            counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
+            return personal_accuracy(task.model, weights, owned, samples, counts, batch)
+
+        shared = measure_of(task, samples, batch)
+
+        def each(weights: Tree) -> dict[str, float]:
+            owned = store.latest(count).values()
+            found = [shared(w) for w in map(self._personal, owned)] or [shared(weights)]
+            return {f"{PERSONAL}{n}": sum(f[n] for f in found) / len(found) for n in found[0]}
+
+        stays = local or config.method.client_state
+        return (own if built.classes else each) if stays else shared
+
+    def _personal(self, own: Tree) -> Tree:
+        """Compute the weights of a client from its stored state."""
+        shapes, device = self.plan.shapes, self.built.device
+        dense = {n: t.to(device) for n, t in own.items() if n in shapes}
+        return self.method.weights(self.strategy.state, self.draw, own) | dense
+
+
+def watching(
+    config: RunConfig,
+    task: Task,
+    measure: Callable[[str], Measure],
+    measuring: Measuring | None,
+) -> list[Callback]:
+    """List what measures the weights of a run, and may end it early by that."""
+    split, found = config.evaluate.split, list[Callback]()
+    samples = measured_samples(task, split)
+    found.append(Undefined(samples.target))
+    if len(samples):
+        answering = answering_of(config.evaluate, task, samples)
+        found.append(Evaluate(measure(split), answering, config.rounds))
+    for key in ("choices", "generate"):
+        if (asked := getattr(config.evaluate, key)) is not None and not len(samples):
+            raise ConfigError(
+                f"evaluate.{key} is {asked}, but the server has no test samples with prompts: "
+                "leave it out, or give it some (data.test_file)"
+            )
+    if config.stop.patience is not None:
+        metric = config.stop.metric
+        by_clients = metric.startswith(BY_CLIENTS)
+        if by_clients and measuring is None:
+            raise ConfigError(
+                f"stop.metric is {metric}, which clients measure, but none does: set "
+                "evaluate.clients=round or all"
+            )
+        if measuring is not None and not by_clients and task.validation is None:
+            raise ConfigError(
+                f"stop.metric is {metric}, which the server measures on the validation split, but "
+                "data.validation is 0: set it above 0, or take a metric of the clients, such as "
+                f"clients.{task.metrics[0]}.mean"
+            )
+        known = measuring.named if by_clients and measuring else task.measured
+        if (metric if by_clients else metric.removeprefix(PERSONAL)) not in {*known, "gap"}:
+            raise unknown("stop.metric of these data", metric, known)
+        validated = None if by_clients else measure("validation")
+        found.append(Stopping(config.stop, validated, lower_of(task.info)))
+    named = [
+        object_of(f"callbacks[{k}]", it, Callback, called=True)
+        for k, it in enumerate(config.callbacks)
+    ]
+    return [*found, *own_callbacks("callbacks", named)]
+
+
+def code_of(config: RunConfig, steps: Sequence[RoundStep]) -> dict[str, dict[str, str]]:
+    """Hash the code that a user has brought: of what the config names, and of the steps."""
+    code = {step_name(step): object_digest(type(step_of(step))) for step in steps}
+    code |= code_digests(config.plain)
+    return {"code": code} if code else {}
