@@ -41,7 +41,6 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedraclora.clients.cache import RUNS, cache_of, claim, on_disk, served
 from fedraclora.clients.node import trainer_for
-from fedraclora.commands.app import RunRequest
 from fedraclora.commands.status import explained, in_one_piece
 from fedraclora.config.build import measured_samples
 from fedraclora.data.own import read_own
@@ -50,6 +49,7 @@ from fedraclora.engines.deploy.supernode import EARLY, OLDEST
 from fedraclora.engines.sockets import use_sockets
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.folder import versions_of
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.runner import OR_CLIENTS, UNMEASURED
 from fedraclora.training.chunking import HOST_BYTES
 from fedraclora.trust import names_in, refuse_unsaid
@@ -103,25 +103,25 @@ class Looks:
         return found
 
 
-def check_run(request: RunRequest, connection: Connection | None, file: str | None) -> int:
+def check_run(run: RunBuilder, connection: Connection | None, file: str | None) -> int:
     """Check what an operator can: a run that is composed, and who is connected; write ``file``."""
-    look, plain = Looks(), request.config.plain
+    look, plain = Looks(), run.config.plain
     versions = look.versions({})
     with look("run") as say:
         if file is not None:
             text = yaml.safe_dump({"versions": versions, "config": plain})
             Path(file).write_text(text, encoding="utf-8")
-        built, rounds = request.built, plain["rounds"]
+        built, rounds = run.built, plain["rounds"]
         say(f"clients={built.clients}, clients_per_round={built.cohort}, rounds={rounds}")
     with look("metrics") as say:
-        known = measured_samples(built.task, request.config.evaluate.split)
+        known = measured_samples(built.task, run.config.evaluate.split)
         if not len(known) and built.task.held is None:
             raise UserWarning(UNMEASURED + OR_CLIENTS)
         say(", ".join(built.task.measured))
     at = "" if connection is None else str(connection.known().get(connection.name, ""))
     if at.rpartition(":")[0].strip("[]") in LOOPBACK:
         with look("folder") as say:
-            folder = Path(str(request.config.output.dir)).expanduser()
+            folder = Path(str(run.config.output.dir)).expanduser()
             near = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
             if not (near.is_dir() and os.access(near, os.W_OK | os.X_OK)):
                 raise UserWarning(

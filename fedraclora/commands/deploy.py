@@ -20,11 +20,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
-from fedraclora.commands.app import RunRequest
-from fedraclora.commands.simulate import shows_composed
+from fedraclora.commands.app import ServerRun, write_app
+from fedraclora.commands.simulate import print_outcome, shows_composed
 from fedraclora.compose.overrides import composed, is_override, key_of, searched
-from fedraclora.compose.resume import told_how_to_go_on
+from fedraclora.compose.resume import is_done, told_how_to_go_on
 from fedraclora.compose.words import check_word, part
+from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.control import PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
@@ -32,7 +33,7 @@ from fedraclora.errors import ConfigError, EngineError
 from fedraclora.launch import choose
 from fedraclora.run.callback import method_label, run_title
 from fedraclora.run.digests import PATHS
-from fedraclora.run.folder import alone, amend, begin_folder
+from fedraclora.run.folder import alone, amend, begin_folder, refuse_existing, write_summary
 from fedraclora.run.ledger import Ledger
 from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 from fedraclora.temporary import PrivateFolder
@@ -43,7 +44,7 @@ OWN_KEYS = ("connection", "nodes")
 KEPT = 40  # lines of a log that are shown where a run fails
 
 
-def prepare(words: Sequence[str], nodes: int | None) -> RunRequest:
+def prepare(words: Sequence[str], nodes: int | None) -> ServerRun:
     """Compose and check a run.
 
     Args:
@@ -60,10 +61,14 @@ def prepare(words: Sequence[str], nodes: int | None) -> RunRequest:
     check_own(asked, typed, nodes)
     plain, folder, resume = choose(asked, typed, None)
     check_own(plain, [], nodes)  # of a run to go on with
+    if not resume:
+        refuse_existing(folder)
     folder, engine = folder.resolve(), section(asked, "engine")
     told = section(plain, "engine").get("folder") or engine.get("folder")
     there = folder if nodes else told or f"~/fedraclora/{folder.name}"
-    return RunRequest.of(plain, folder, engine, there=there, resume=resume)
+    if section(plain, "engine").get("name") != DeployConfig.name:
+        plain = {**plain, "engine": engine}  # it began on another one
+    return ServerRun(plain, folder, there=there, resume=resume)
 
 
 def deployed(words: Sequence[str], nodes: object) -> list[str]:
@@ -91,7 +96,7 @@ class Record:
         resume: Whether the run is there already.
 
     Raises:
-        CheckpointError: If another process holds it, or a run is there that was not asked for.
+        CheckpointError: If another process holds it.
     """
 
     def __init__(self, folder: Path, plain: PlainDict, *, resume: bool) -> None:
@@ -149,11 +154,11 @@ class Record:
             run_curves(self.ledger.rows, picture, run_title(self.plain), planned=rounds)
 
 
-def run(request: RunRequest, connection: Connection, record: Record | None) -> None:
+def follow(run: ServerRun, connection: Connection, record: Record | None) -> None:
     """Start a run, follow it to its end, and print the outcome.
 
     Args:
-        request: What is asked for.
+        run: What is asked for.
         connection: Where.
         record: Keeps what the server tells, where its folder is on another machine.
 
@@ -164,13 +169,13 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
     tail: deque[str] = deque(maxlen=KEPT)
     opened: list[str] = []
     try:
-        number = submit(request, connection)
+        number = submit(run, connection)
     except Exception:
         if record is not None:
             record.withdraw()
         raise
-    label, shown = method_label(request.plain), request.config.output.progress
-    with RunProgress(request.config.rounds, shown=shown, label=label) as progress:
+    label, shown = method_label(run.plain), run.config.output.progress
+    with RunProgress(run.config.rounds, shown=shown, label=label) as progress:
         progress.say(f"run {number} at connection {connection.name}")
         try:
             for line in lines_of(connection, number):
@@ -197,13 +202,14 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
         raise EngineError(f"run {number} ended as {status.word}: {status.details}")
     if record is not None:
         record.draw()
-    request.conclude(summary)
+    write_summary(run.folder, summary)  # a bundle knows no revision: that of this checkout
+    print_outcome(summary, run.folder, run.plain)
 
 
-def submit(request: RunRequest, connection: Connection) -> int:
+def submit(run: ServerRun, connection: Connection) -> int:
     """Start a run; give Flower's number of it."""
     with PrivateFolder() as made:
-        return connection.submit(*request.write(Path(made)))
+        return connection.submit(*write_app(run, Path(made)))
 
 
 def lines_of(connection: Connection, number: int) -> Iterator[str]:
@@ -217,19 +223,19 @@ def lines_of(connection: Connection, number: int) -> Iterator[str]:
 
 @contextmanager
 def place(
-    request: RunRequest, nodes: int | None, name: str
+    run: ServerRun, nodes: int | None, name: str
 ) -> Iterator[tuple[Connection, Record | None]]:
     """Open the connection to run at, and what keeps the record here."""
     if nodes is None:
-        with Record(request.folder, request.plain, resume=request.resume) as record:
+        with Record(run.folder, run.plain, resume=run.resume) as record:
             yield Connection(name, command_line(os.environ)), record
         return
-    if request.resume:
-        with alone(request.folder):
+    if run.resume:
+        with alone(run.folder):
             pass  # the server will hold it: better to know before all of it starts
-    ends = [request.built.clients * k // nodes for k in range(nodes + 1)]  # chunks stay whole
+    ends = [run.built.clients * k // nodes for k in range(nodes + 1)]  # chunks stay whole
     served = [list(range(*span)) for span in pairwise(ends)]
-    data = own_data(request.config.data)
+    data = own_data(run.config.data)
     with LocalDeployment([ids for ids in served if ids], data=data) as deployment:
         yield deployment.connection, None
 
@@ -327,17 +333,19 @@ def main(words: Sequence[str]) -> int:
     if shows_composed(deployed(rest, own.get("nodes"))):
         return 0
     name, nodes = where(own)
-    request = prepare(rest, nodes)
+    run = prepare(rest, nodes)
     if file is not None:
         from fedraclora.commands.check import check_run
 
         connection = None if nodes else Connection(name, command_line(os.environ))
-        return check_run(request, connection, file or None)
-    if not request.is_done():
-        again = f"deploy nodes={nodes}" if nodes else f"deploy connection={name}"
-        with (
-            told_how_to_go_on(request.folder, again, there=not nodes),
-            place(request, nodes, name) as (connection, record),
-        ):
-            run(request, connection, record)
+        return check_run(run, connection, file or None)
+    if run.resume and is_done(run.folder, run.plain):
+        print(f"{run.folder} is finished already")
+        return 0
+    again = f"deploy nodes={nodes}" if nodes else f"deploy connection={name}"
+    with (
+        told_how_to_go_on(run.folder, again, there=not nodes),
+        place(run, nodes, name) as (connection, record),
+    ):
+        follow(run, connection, record)
     return 0

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from fedraclora.commands import cli, deploy
+from fedraclora.commands.app import ServerRun
 from fedraclora.commands.deploy import Record
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import part
@@ -178,7 +179,7 @@ LINES = [line(ROW, row) for row in ROWS]
 
 
 @pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deploy.RunRequest:
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerRun:
     monkeypatch.setattr(deploy, "PAUSE", 0.0)
     words = [
         *SMALL,
@@ -190,11 +191,11 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deploy.RunRequest:
     return deploy.prepare([*words, f"output.dir={tmp_path}/run"], None)
 
 
-def test_a_run_elsewhere_leaves_its_record_here(asked: deploy.RunRequest) -> None:
+def test_a_run_elsewhere_leaves_its_record_here(asked: ServerRun) -> None:
     """The stream breaks once, and begins anew."""
     streams = [["INFO: hello\n", *LINES[:2]], [*LINES, line(SUMMARY, OUTCOME)]]
     with Record(asked.folder, asked.plain, resume=False) as record:
-        deploy.run(asked, Elsewhere(streams), record)
+        deploy.follow(asked, Elsewhere(streams), record)
     assert read_ledger(asked.folder / "ledger.jsonl") == ROWS
     assert summary_of(asked.folder)["rounds"] == 2
     assert (asked.folder / "curves.png").is_file()
@@ -202,19 +203,19 @@ def test_a_run_elsewhere_leaves_its_record_here(asked: deploy.RunRequest) -> Non
 
 
 def test_what_the_server_begins_with_is_said_once(
-    asked: deploy.RunRequest, capsys: pytest.CaptureFixture[str]
+    asked: ServerRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = replace(asked.config, output=replace(asked.config.output, progress=True))
+    asked.config = replace(asked.config, output=replace(asked.config.output, progress=True))
     opening = line(OPENING, {"lines": ["loss: token_classes", "note: [/odd] names"]})
     streams = [[opening, LINES[0]], [opening, *LINES, line(SUMMARY, OUTCOME)]]
     with Record(asked.folder, asked.plain, resume=False) as record:
-        deploy.run(replace(asked, config=shown), Elsewhere(streams), record)
+        deploy.follow(asked, Elsewhere(streams), record)
     said = capsys.readouterr().err
     assert said.count("loss: token_classes\nnote: [/odd] names\nround") == 1
     assert said.count("token_classes") == 1
 
 
-def test_a_server_that_went_back_overwrites_rounds(asked: deploy.RunRequest) -> None:
+def test_a_server_that_went_back_overwrites_rounds(asked: ServerRun) -> None:
     with Record(asked.folder, asked.plain, resume=False) as record:
         for row in ROWS:
             record.take(row)
@@ -224,37 +225,35 @@ def test_a_server_that_went_back_overwrites_rounds(asked: deploy.RunRequest) -> 
     assert read_ledger(asked.folder / "ledger.jsonl") == [ROWS[0], again]
 
 
-def test_a_folder_with_a_run_is_not_written_over(asked: deploy.RunRequest) -> None:
+def test_a_folder_with_a_run_is_not_written_over(asked: ServerRun) -> None:
     with Record(asked.folder, asked.plain, resume=False) as record:
         record.take({"round": 0})
-    with (
-        pytest.raises(CheckpointError, match="holds a run already"),
-        Record(asked.folder, asked.plain, resume=False),
-    ):
-        pass
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        deploy.prepare([*SMALL, f"output.dir={asked.folder}"], None)
 
 
 @pytest.mark.usefixtures("nothing_starts")
-def test_a_run_that_goes_on_is_not_started_again(asked: deploy.RunRequest) -> None:
+def test_a_run_that_goes_on_is_not_started_again(asked: ServerRun) -> None:
+    asked.resume = True
     with (
         alone(asked.folder),
         pytest.raises(CheckpointError, match="another process is running"),
-        deploy.place(replace(asked, resume=True), 3, ""),
+        deploy.place(asked, 3, ""),
     ):
         pass
 
 
 @pytest.mark.parametrize("word", ["finished:failed", "finished:stopped"])
 def test_a_run_that_failed_has_its_words(
-    word: str, asked: deploy.RunRequest, capsys: pytest.CaptureFixture[str]
+    word: str, asked: ServerRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     link = Elsewhere([["ERROR: no space\n", LINES[0]]], word)
     with pytest.raises(EngineError, match=f"run 7 ended as {word}: the disk is full"):
-        deploy.run(asked, link, None)
+        deploy.follow(asked, link, None)
     assert "ERROR: no space" in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_the_run(asked: deploy.RunRequest) -> None:
+def test_ctrl_c_stops_the_run(asked: ServerRun) -> None:
     class Interrupted(Elsewhere):
         def follow(self, run: int) -> Iterator[str]:
             yield LINES[0]
@@ -262,7 +261,7 @@ def test_ctrl_c_stops_the_run(asked: deploy.RunRequest) -> None:
 
     link = Interrupted([])
     with pytest.raises(KeyboardInterrupt):
-        deploy.run(asked, link, None)
+        deploy.follow(asked, link, None)
     assert link.stopped == [7]
 
 

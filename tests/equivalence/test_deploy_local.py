@@ -72,7 +72,7 @@ def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
 
     monkeypatch.setattr(Record, "take", look)
     with Record(here, request.plain, resume=False) as record:
-        deploy.run(request, deployment.connection, record)
+        deploy.follow(request, deployment.connection, record)
     assert "--token-file" in words  # of the server; nobody can read the tokens of tasks
     assert "--token" not in words
     assert "final accuracy" in capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_a_preset_of_tune_is_deployed_with_the_bits_of_simulate(
     folders = [f"output.dir={here}", f"engine.folder={there}"]
     request = deploy.prepare([*words, *folders], None)
     with Record(here, request.plain, resume=False) as record:
-        deploy.run(request, deployment.connection, record)
+        deploy.follow(request, deployment.connection, record)
     simulated = fedraclora.simulate(*words, folder=alone)
     assert summary_of(here)["weights_digest"] == simulated.summary["weights_digest"]
     assert summary_of(here)["rounds"] == simulated.summary["rounds"]
@@ -183,7 +183,7 @@ def test_a_run_that_fails_has_its_words_and_its_status(
     words = [*WORDS, "clients=2", "clients_per_round=2", f"output.dir={tmp_path / 'here'}"]
     request = deploy.prepare([*words, f"engine.folder={tmp_path / 'file' / 'run'}"], None)
     with pytest.raises(EngineError, match=r"finished:failed: .*cannot make the folder"):
-        deploy.run(request, deployment.connection, None)
+        deploy.follow(request, deployment.connection, None)
 
 
 @pytest.mark.slow

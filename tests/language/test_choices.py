@@ -185,7 +185,7 @@ def test_questions_of_a_run_are_a_task_of_the_harness(tmp_path: Path, tokenizer:
     """Each prompt and each answer is read as the run has read it."""
     root = Path(__file__).resolve().parents[2]
     task = asking(tmp_path, tokenizer)
-    run_of = SimpleNamespace(built=lambda: SimpleNamespace(task=task))
+    run_of = SimpleNamespace(builder=SimpleNamespace(built=SimpleNamespace(task=task)))
     runpy.run_path(str(root / "docs" / "examples" / "harness.py"))["write"](run_of, tmp_path / "t")
     lines = (tmp_path / "t" / "questions.jsonl").read_text().splitlines()
     for line, row in zip(map(json.loads, lines), ROWS, strict=True):
