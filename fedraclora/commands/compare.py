@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from fedraclora.commands.run_files import (
     BEGINS,
@@ -31,14 +29,7 @@ from fedraclora.commands.run_files import (
     refuse_overwriting,
     values,
 )
-from fedraclora.commands.study.entries import (
-    UNTRAINED,
-    is_exact,
-    mean_of_known,
-    of_all,
-    shown_error,
-    traffic,
-)
+from fedraclora.commands.study.entries import UNTRAINED, is_exact, of_all, shown_error
 from fedraclora.commands.study.leaderboard import compare_study, is_study
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
@@ -46,11 +37,22 @@ from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
 from fedraclora.protocol.uplinks import calmer
 from fedraclora.run.folder import resume_word
-from fedraclora.run.ledger import column, known_mean, number, round_seconds
+from fedraclora.run.ledger import number
+from fedraclora.run.statistics import (
+    Spread,
+    first_reaching,
+    last,
+    last_within,
+    mean_curve,
+    rounds_of,
+)
 from fedraclora.run.stopped import stop_reason
 from fedraclora.run.trusted import refuse_linked
 from fedraclora.terminal.tables import Table
 from fedraclora.wire.fields import printable
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 SHOWN = 8  # ways to begin that are told apart
@@ -93,16 +95,18 @@ def compare(
     notes += _begun(groups)
     whole = [run for run in runs if run.summary and run.diverged_at is None] or runs
     higher = higher_is_better(metric, [name for run in runs for name in run.lower])
-    wanted = Wanted(metric, target, min(traffic(run.rows[-1]) for run in whole), higher)
-    ranked = _ranked(groups, wanted)
+    rounds = rounds_of({run.folder: run.rows for run in runs}, [metric])
+    budget = last(rounds)["traffic"][[run.folder for run in whole]].min()
+    wanted = Wanted(metric, target, float(budget), higher)
+    ranked = _ranked(groups, rounds, wanted)
     records = tuple(record for _, record in ranked)
     measured = {key for r in records for key in r if math.isfinite(number(r, key))}
     shown = [_shown(record, len(group.runs), wanted, measured) for group, record in ranked]
     table = replace(Table.of(shown, notes), records=records, texts=2)
     out.mkdir(parents=True, exist_ok=True)
     table.write(out, "table")
-    ledgers = {printable(group.title): [run.rows for run in group.runs] for group, _ in ranked}
-    compare_figure(ledgers, metric, out / "compare.png")
+    curves = {printable(g.title): mean_curve(_of_group(rounds, g), g.title) for g, _ in ranked}
+    compare_figure(curves, metric, out / "compare.png")
     return table
 
 
@@ -165,7 +169,11 @@ def _metric(runs: Sequence[RunFiles], asked: str | None, notes: list[str]) -> st
     return metric
 
 
-def _ranked(groups: Sequence[Group], wanted: Wanted) -> list[Ranked]:
+def _of_group(rounds: DataFrame, group: Group) -> DataFrame:
+    return rounds[rounds["run"].isin([run.folder for run in group.runs])]
+
+
+def _ranked(groups: Sequence[Group], rounds: DataFrame, wanted: Wanted) -> list[Ranked]:
     """Sort groups, the best first, and number them; behind them what has no rank."""
     sign = -1.0 if wanted.higher else 1.0
 
@@ -174,7 +182,8 @@ def _ranked(groups: Sequence[Group], wanted: Wanted) -> list[Ranked]:
         lost = not math.isfinite(mean)
         return lost, ranked[0].unfinished, 0.0 if lost else mean
 
-    found = sorted(((group, _record(group, wanted)) for group in groups), key=place)
+    records = (_record(group, _of_group(rounds, group), wanted) for group in groups)
+    found = sorted(zip(groups, records, strict=True), key=place)
     for rank, (group, record) in enumerate(found, 1):
         if math.isfinite(number(record, "metric_mean")) and not group.unfinished:
             record["rank"] = rank
@@ -209,30 +218,62 @@ def _begun(groups: Sequence[Group]) -> Iterator[str]:
             yield f"{title}: {'; '.join(texts[:SHOWN])}" + ("; ..." if texts[SHOWN:] else "")
 
 
-def _record(group: Group, wanted: Wanted) -> dict[str, object]:
-    """The numbers of one group: means over its runs, and the deviation of the metric."""
-    metric = wanted.metric
-    finals = [math.nan if run.diverged_at else run.final(metric) for run in group.runs]
+def _record(group: Group, rounds: DataFrame, wanted: Wanted) -> dict[str, object]:
+    """The numbers of one group: means over its runs, and the deviation of the metric.
+
+    Args:
+        group: The runs.
+        rounds: Of the runs (`statistics.rounds_of`).
+        wanted: What is compared.
+    """
     # One diverged seed makes the mean undefined: leaving it out would flatter the method.
-    whole = all(math.isfinite(value) for value in finals)
-    found = [_figures(run, wanted) for run in group.runs]
-    means = {key: mean_of_known(figures[key] for figures in found) for key in found[0]}
-    means["within_traffic"] = sum(figures["within_traffic"] for figures in found)
+    final = Spread.of(
+        math.nan if run.diverged_at is not None else run.final(wanted.metric) for run in group.runs
+    )
+    ends, by_run = last(rounds), rounds.groupby("run", sort=False)
+    within = last_within(rounds, wanted.budget)
+
+    def mean(figures: Iterable[float]) -> float:
+        return Spread.of_known(figures).mean
+
     record: dict[str, object] = {
         "rank": math.nan,
         "label": group.label,
         "state": group.state,
         "seeds": len(group.seeds),
-        "rounds": means.pop("rounds"),
-        "metric": metric,
-        "metric_mean": statistics.fmean(finals) if whole else math.nan,
-        "metric_std": statistics.stdev(finals) if whole and len(finals) > 1 else math.nan,
+        "rounds": mean(ends["round"]),
+        "metric": wanted.metric,
+        "metric_mean": final.mean if math.isfinite(final.mean) else math.nan,
+        "metric_std": final.deviation,
         "exact": _is_exact(group.runs[0]),
-        **means,
+    }
+    for way in ("uplink", "downlink"):
+        each = ends[way] / by_run["cohort"].sum()
+        record[f"{way}_mb_per_client_round"] = mean(each / MEGABYTE)
+    for way in ("uplink", "downlink", "traffic"):
+        record[f"{way}_mb"] = mean(ends[way] / MEGABYTE)
+    record |= {
+        "metric_at_traffic": mean(within["value"]),
+        "within_traffic": len(within),
+        "uplink_floats": mean(number(run.summary, "uplink_floats") for run in group.runs),
     }
     if wanted.target is not None:
-        record["target_reached"] = int(sum(figures["target_reached"] for figures in found))
-    return record
+        reached = first_reaching(rounds, wanted.target, higher=wanted.higher)
+        record |= {
+            "target_rounds": mean(reached["round"]),
+            "target_uplink_mb": mean(reached["uplink"] / MEGABYTE),
+            "target_traffic_mb": mean(reached["traffic"] / MEGABYTE),
+            "target_virtual_seconds": mean(reached["virtual_seconds"]),
+            "target_reached": len(reached),
+        }
+    return record | {
+        "aggregation_error_last": mean(by_run["aggregation_error"].last()),
+        "aggregation_error_mean": mean(by_run["aggregation_error"].mean()),
+        **{key: mean(by_run[key].mean()) for key in ROUNDING_ERRORS.values()},
+        "virtual_seconds": mean(ends["virtual_seconds"]),
+        "dropped_per_round": mean(by_run["dropped"].mean()),
+        "round_seconds": mean(ends["seconds"]),
+    }
 
 
 def _is_exact(run: RunFiles) -> bool:
@@ -241,49 +282,6 @@ def _is_exact(run: RunFiles) -> bool:
         return is_exact(run.config)
     except FedRacLoraError:
         return False
-
-
-def _figures(run: RunFiles, wanted: Wanted) -> dict[str, float]:
-    """The numbers of one run; NaN where it has none."""
-    metric, target = wanted.metric, wanted.target
-    # Of the weights before round 1 nobody has learnt anything yet.
-    trained = [row for row in run.rows_of(metric) if number(row, "round") > 0]
-    within = [row for row in trained if traffic(row) <= wanted.budget]
-    last, clients = run.rows[-1], np.nansum(column(run.rows, "cohort"))
-    sent, fetched = (number(last, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
-    errors = column(run.rows, "report", "aggregation_error")
-    errors = errors[np.isfinite(errors)]
-    # What simulated devices lost; without devices there are none.
-    dropped = [float(len(row["dropped"])) for row in run.rows if "dropped" in row]
-    figures = {
-        "rounds": number(last, "round"),
-        "uplink_mb_per_client_round": float(sent / clients) if clients else math.nan,
-        "downlink_mb_per_client_round": float(fetched / clients) if clients else math.nan,
-        "uplink_mb": sent,
-        "downlink_mb": fetched,
-        "traffic_mb": sent + fetched,
-        "metric_at_traffic": number(within[-1] if within else {}, "metrics", metric),
-        "within_traffic": float(bool(within)),
-        "uplink_floats": number(run.summary, "uplink_floats"),
-    }
-    if target is not None:
-        sign = 1.0 if wanted.higher else -1.0
-        rows = run.rows_of(metric)
-        reached = (r for r in rows if sign * number(r, "metrics", metric) >= sign * target)
-        row = next(reached, {})
-        figures["target_rounds"] = number(row, "round")
-        figures["target_uplink_mb"] = number(row, "uplink_total") / MEGABYTE
-        figures["target_traffic_mb"] = traffic(row) / MEGABYTE
-        figures["target_virtual_seconds"] = number(row, "virtual_seconds")
-        figures["target_reached"] = float(bool(row))
-    return figures | {
-        "aggregation_error_last": float(errors[-1]) if errors.size else math.nan,
-        "aggregation_error_mean": known_mean(run.rows, "report", "aggregation_error"),
-        **{key: known_mean(run.rows, key) for key in ROUNDING_ERRORS.values()},
-        "virtual_seconds": number(last, "virtual_seconds"),
-        "dropped_per_round": mean_of_known(dropped),
-        "round_seconds": math.fsum(round_seconds(row) for row in run.rows),
-    }
 
 
 def _shown(

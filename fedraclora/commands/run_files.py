@@ -14,7 +14,8 @@ from fedraclora.config.unread import as_read
 from fedraclora.errors import CheckpointError, ConfigError, unknown
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.run.folder import is_finished, read_config, read_summary
-from fedraclora.run.ledger import BY_CLIENTS, metrics_of, number, read_ledger
+from fedraclora.run.ledger import metrics_of, number, read_ledger
+from fedraclora.run.statistics import measured_value
 from fedraclora.run.stopped import divergence
 from fedraclora.weights.files import flatten
 
@@ -79,21 +80,15 @@ class RunFiles:
         """Names of the metrics of the run, the first one first."""
         return list(dict.fromkeys(name for row in self.rows for name in metrics_of(row)))
 
-    def rows_of(self, metric: str) -> list[dict[str, Any]]:
-        """List the rows in which those measured who measure a metric: the server, or clients."""
-        if not metric.startswith(BY_CLIENTS):
-            return self.evaluated
-        return [row for row in self.rows if metric in metrics_of(row)]
-
     @property
     def lower(self) -> list[str]:
         """Metrics of the user's own of which less is better, as the summary says."""
         return lower_of(self.summary.get("task"))
 
     def final(self, metric: str) -> float:
-        """The metric at the last evaluated round; NaN where it is missing or not finite."""
-        rows = self.rows_of(metric)
-        return number(rows[-1], "metrics", metric) if rows else math.nan
+        """The metric where it was last measured; NaN where it was not, or is not finite."""
+        found = (measured_value(row, [metric]) for row in reversed(self.rows))
+        return next((value for value in found if value is not None), math.nan)
 
     @cached_property
     def diverged_at(self) -> int | None:

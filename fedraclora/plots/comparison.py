@@ -25,74 +25,78 @@ from fedraclora.plots.axes import (
     new_panels,
     write_png,
 )
-from fedraclora.run.ledger import Row, column, round_seconds
 
-_POSITIONS = (
-    "round",
-    "uplink of all clients so far (MB)",
-    "uplink + downlink with catch-up so far (MB)",
-    "seconds of rounds so far",
-    "virtual seconds so far",
-)
+_POSITIONS = {  # of a curve: column, title, and what one unit of it is
+    "round": ("round", 1.0),
+    "uplink": ("uplink of all clients so far (MB)", MEGABYTE),
+    "traffic": ("uplink + downlink with catch-up so far (MB)", MEGABYTE),
+    "seconds": ("seconds of rounds so far", 1.0),
+    "virtual_seconds": ("virtual seconds so far", 1.0),
+}
 BELOW = 4.5  # height of the metric against uplink, inches
 LABEL_HEIGHT = 0.14  # of the number beside a point, inches
 WILD = 20  # times the median spread: of a method of which a seed broke down
 CARETDOWN = 7  # a marker of matplotlib
 
 
-def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, path: Path) -> None:
-    """Draw a metric against rounds, uplink, all traffic and time, one line per group.
+def compare_figure(curves: Mapping[str, Mapping[str, Values]], metric: str, path: Path) -> None:
+    """Draw a metric against rounds, uplink, all traffic and time, one line per group of runs.
 
     Time is that of the wall, that of a virtual clock, or both: what any of the runs has.
 
-    A line is the mean over the group's ledgers (seeds) at the rounds that all of them
-    evaluated; the band runs from the least to the greatest of them. The first fifth of the lines
-    does not stretch the axis of the metric: where that would halve the room of the rest, lines
-    come in from its edge.
+    A line is the mean over the group's runs (seeds) at the rounds that all of them measured; the
+    band runs from the least to the greatest of them. The first fifth of the lines does not stretch
+    the axis of the metric: where that would halve the room of the rest, lines come in from its
+    edge.
 
     Args:
-        groups: Label -> ledgers.
-        metric: Key of the rows' ``metrics``.
+        curves: By label, the columns of a mean curve, such as ``statistics.mean_curve`` gives: of
+            `_POSITIONS`, ``value``, ``least``, ``greatest`` and ``runs``.
+        metric: Its name.
         path: The PNG to write.
     """
-    labels = [fill(label, 75) for label in groups]
-    legend_columns = max(1, min(len(groups), 85 // (max(map(len, labels), default=0) + 8)))
+    labels = [fill(label, 75) for label in curves]
+    legend_columns = max(1, min(len(curves), 85 // (max(map(len, labels), default=0) + 8)))
     legend_rows = math.ceil(len("\n".join(labels).splitlines()) / legend_columns)
-    measured = [_on_common_rounds(ledgers, metric) for ledgers in groups.values()]
-    known = np.any([np.isfinite(seeds[:, :, :-1]).any(axis=(0, 1)) for seeds in measured], axis=0)
-    positions = [name for name, is_known in zip(_POSITIONS, known, strict=True) if is_known]
+    known = [k for k in _POSITIONS if any(np.isfinite(curve[k]).any() for curve in curves.values())]
     columns = 2  # of a page that may be narrow: the texts of more would be too small there
-    lines_of_panels = math.ceil(len(positions) / columns)
+    lines_of_panels = math.ceil(len(known) / columns)
     figure = new_figure(7.5, 3.0 * lines_of_panels + 0.24 * legend_rows + 0.1)
     figure.suptitle(f"{metric}: mean over seeds, band from least to greatest", fontsize=12)
-    panels = new_panels(figure, lines_of_panels, columns, len(positions), sharey=True)
-    for index, seeds in enumerate(measured):
-        y, colour = seeds[:, :, -1], COLOURS[index % len(COLOURS)]
-        dash = DASHES[index // len(COLOURS) % len(DASHES)]
-        where = seeds[:, :, :-1].mean(axis=0)
-        where[:, 1:3][where[:, 1:3] <= 0] = np.nan  # no place on the logarithmic axes
-        for panel, x in zip(panels, where.T[known], strict=True):
-            panel.plot(x, y.mean(axis=0), dash, color=colour, marker=marker(x), markersize=4)
-            if len(seeds) > 1:
-                panel.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.18, linewidth=0)
-    for place, (panel, name) in enumerate(zip(panels, positions, strict=True)):
-        label_axes(panel, name, "" if place % columns else metric)
-        if "MB" in name:
+    panels = new_panels(figure, lines_of_panels, columns, len(known), sharey=True)
+    for place, (panel, key) in enumerate(zip(panels, known, strict=True)):
+        title, unit = _POSITIONS[key]
+        for index, curve in enumerate(curves.values()):
+            _draw_mean(panel, np.asarray(curve[key]) / unit, curve, index, log=unit == MEGABYTE)
+        label_axes(panel, title, "" if place % columns else metric)
+        if unit == MEGABYTE:
             make_logarithmic(panel, "x")
-    panels[0].set_ylim(*_span([seeds[:, :, -1] for seeds in measured]))  # all share it
+    spans = [(np.asarray(c["least"]), np.asarray(c["greatest"])) for c in curves.values()]
+    panels[0].set_ylim(*_span(spans))  # all share it
     lines = panels[0].get_lines()
     figure.legend(lines, labels, loc="outside lower center", ncols=legend_columns, frameon=False)
     write_png(figure, path)
 
 
-def _span(curves: Sequence[Values]) -> tuple[float | None, float | None]:
+def _draw_mean(
+    panel: Axes, x: Values, curve: Mapping[str, Values], index: int, *, log: bool
+) -> None:
+    colour, dash = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
+    x = np.where(log & (x <= 0), np.nan, x)  # no place on a logarithmic axis
+    panel.plot(x, curve["value"], dash, color=colour, marker=marker(x), markersize=4)
+    if max(curve["runs"], default=1) > 1:
+        band = curve["least"], curve["greatest"]
+        panel.fill_between(x, *band, color=colour, alpha=0.18, linewidth=0)
+
+
+def _span(curves: Sequence[tuple[Values, Values]]) -> tuple[float | None, float | None]:
     """Choose the ends of the axis of the metric; None: an end is left to what is drawn.
 
     Args:
-        curves: Of each group, [ledgers, rounds].
+        curves: Of each group the least and the greatest of its runs, [rounds].
     """
-    whole = np.concatenate([curve.ravel() for curve in curves])
-    later = np.concatenate([curve[:, int(0.2 * curve.shape[1]) :].ravel() for curve in curves])
+    whole = np.concatenate([values for curve in curves for values in curve])
+    later = np.concatenate([v[int(0.2 * len(v)) :] for curve in curves for v in curve])
     if not later.size:
         return None, None
     low, high = float(later.min()), float(later.max())
@@ -101,23 +105,6 @@ def _span(curves: Sequence[Values]) -> tuple[float | None, float | None]:
     margin = 0.05 * (high - low)
     below, above = whole.min() < low, whole.max() > high
     return (low - margin if below else None), (high + margin if above else None)
-
-
-def _on_common_rounds(ledgers: Sequence[Sequence[Row]], metric: str) -> Values:
-    """The rounds that all ledgers evaluated: [ledgers, rounds, `_POSITIONS` and the metric]."""
-    tables = []
-    for rows in ledgers:
-        up, down = (column(rows, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
-        must = (column(rows, "round"), up, up + down, column(rows, "metrics", metric))
-        known = np.isfinite(must).all(axis=0)
-        # Not every run has a clock, or a virtual one; the others have no line there.
-        timed = any("seconds" in row for row in rows)
-        clock = np.cumsum([round_seconds(row) if timed else math.nan for row in rows])
-        virtual = column(rows, "virtual_seconds")
-        table = np.stack([*must[:-1], clock, virtual, must[-1]], axis=1)
-        tables.append(table[known])
-    common = set.intersection(*(set(table[:, 0]) for table in tables))
-    return np.stack([table[np.isin(table[:, 0], list(common))] for table in tables])
 
 
 @dataclass(frozen=True)

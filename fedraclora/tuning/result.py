@@ -7,11 +7,10 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
@@ -22,10 +21,16 @@ from fedraclora.compose.resume import laid_over
 from fedraclora.errors import ClientError
 from fedraclora.objects import LENT, NAME
 from fedraclora.plots.frontier import frontier_figure
+from fedraclora.run.statistics import (
+    Spread,
+    frontier,
+    measured_value,
+    names_of,
+    steady_within,
+)
 from fedraclora.terminal.tables import Table
 from fedraclora.trust import names_in, trust_word
-from fedraclora.tuning.frontier import Point, frontier, last_within
-from fedraclora.tuning.search import DIVERGED, HALVED, Search, done, score_of, shown
+from fedraclora.tuning.search import DIVERGED, HALVED, KEPT, Search, done, shown
 from fedraclora.tuning.space import KEYS
 from fedraclora.weights.files import keep_private, make_folder
 
@@ -35,6 +40,22 @@ if TYPE_CHECKING:
 
 SIZE = "MB a client"  # both ways, of all clients over their number
 NOT_WRITTEN = ("output", "engine", "resume")  # of a run, and not of what it trains
+
+
+class Point(NamedTuple):
+    """What a run had after a round.
+
+    Attributes:
+        run: Number of the trial.
+        round: Of the run.
+        traffic: Bytes of all clients both ways, so far.
+        value: The metric.
+    """
+
+    run: int
+    round: int
+    traffic: float
+    value: float
 
 
 @dataclass(frozen=True)
@@ -67,12 +88,12 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     from pandas import DataFrame
 
     study, unit, folder = search.study(), search.unit, search.folder
-    curves = points_of(search, study)
-    every = frontier([p for curve in curves for p in curve], higher=search.higher)
-    best = [point for point in every if point.round]  # what is no better than untrained is no use
+    curves = rounds_of_trials(search, study)
+    # What is no better than the untrained model is no use.
+    best = [point for point in points(frontier(curves, higher=search.higher)) if point.round]
     records = [record(search, study, point, unit) for point in best]
-    last = {found["run"]: found for found in records}  # of each run the best point
-    Table.of(sorted(last.values(), key=itemgetter(SIZE)), [note(search, study, best)]).print()
+    ends = {found["run"]: found for found in records}  # of each run the best point
+    Table.of(sorted(ends.values(), key=itemgetter(SIZE)), [note(search, study, best)]).print()
     shutil.rmtree(folder / "experiment", ignore_errors=True)  # of fewer runs, other sizes
     within = {s: taken_within(b, curves, higher=search.higher) for s, b in search.sizes.items()}
     chosen = {size: point for size, point in within.items() if point}
@@ -88,13 +109,14 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     Table.of(DataFrame(rows, dtype=object).fillna("").to_dict("records"), [said]).print()
     Table.of(records).write(folder, "frontier")
     if best:
-        runs, sizes = [xy(curve, unit) for curve in curves], search.config.sizes
+        runs = [xy(points(curve), unit) for _, curve in curves.groupby("run", sort=False)]
+        sizes = search.config.sizes
         labels = "MB a client, both ways", f"{search.metric}, validation"
         groups = {"frontier": (runs, xy(best, unit))}
         frontier_figure(groups, labels, folder / "frontier.png", marks=sizes)
     search.say(f"written to {folder}: frontier.csv, frontier.png, experiment/at_...MB.yaml")
     if configs:
-        most = max(point.bytes for curve in curves for point in curve)
+        most = float(curves["traffic"].max())
         if most < min(search.sizes.values()):
             search.say(f"no run took over {most / unit:.3g} MB a client: name smaller tune.sizes")
     tests = test_chosen(search, study, chosen, configs, over=over, has_test=has_test)
@@ -119,54 +141,61 @@ def how_to_run(
     return f"to run it: fedraclora.simulate('--config-dir', '{folder}', '{title}'{given})"
 
 
-def points_of(search: Search, study: Study) -> list[list[Point]]:
-    """List what each run measured from round 0 on, but of those that diverged.
+def rounds_of_trials(search: Search, study: Study) -> DataFrame:
+    """Read what each run measured from round 0 on, but of those that diverged: run and `KEPT`.
 
     Where the number of rounds decides what each of them does, a run counts at its end alone.
     """
-    whole, found = search.is_whole, []
+    import pandas as pd
+
+    whole, found = search.is_whole, [pd.DataFrame(columns=["run", *KEPT])]
     for trial in done(study):
         ended = trial.user_attrs["ended"]
-        curve = [replace(Point(**p), trial=trial.number) for p in trial.user_attrs["curve"]]
+        curve = pd.DataFrame(trial.user_attrs["curve"]).assign(run=trial.number)
         if ended != DIVERGED and not (whole and ended):
-            found.append([p for p in curve if not whole or p.round in {0, search.rounds}])
-    return found
+            found.append(curve[curve["round"].isin([0, search.rounds])] if whole else curve)
+    return pd.concat(found[1:] or found, ignore_index=True)
 
 
-def taken_within(most: float, curves: Sequence[Sequence[Point]], *, higher: bool) -> Point | None:
+def points(rounds: DataFrame) -> list[Point]:
+    """Give the rows of a frame one by one."""
+    return [Point(*row) for row in rounds[[*Point._fields]].itertuples(index=False)]
+
+
+def taken_within(most: float, curves: DataFrame, *, higher: bool) -> Point | None:
     """Choose what to take within so many bytes: the best of the runs, each at its last round there.
 
     The best of many rounds would be a lucky one. A run that is no better there than the untrained
     model is not taken.
     """
-    sign, found = 1 if higher else -1, list[Point]()
-    for curve in curves:
-        last = last_within(curve, most)
-        found += [last] if sign * last.score > sign * curve[0].score else []
-    return max(found, key=lambda point: (sign * point.score, -point.bytes), default=None)
+    ends = steady_within(curves, most)
+    untrained = curves.drop_duplicates("run").set_index("run")["value"]
+    good = ends[ends["value"] > untrained if higher else ends["value"] < untrained]
+    order = {"by": ["value", "traffic"], "ascending": [not higher, True], "kind": "stable"}
+    return next(iter(points(good.sort_values(**order).reset_index())), None)
 
 
-def lacking(search: Search, size: float, curves: Sequence[Sequence[Point]]) -> str:
+def lacking(search: Search, size: float, curves: DataFrame) -> str:
     """Say why nothing is to be taken at a size."""
-    if not curves:
+    if curves.empty:
         return "no run came to an end that counts (all diverged?): smaller tune.lr, new output.dir"
-    fits = any(last_within(curve, search.sizes[size]).round for curve in curves)
+    fits = steady_within(curves, search.sizes[size])["round"].any()
     return "none is better than the untrained model" if fits else "all need more"
 
 
-def xy(points: Sequence[Point], unit: float) -> list[tuple[float, float]]:
+def xy(shown: Sequence[Point], unit: float) -> list[tuple[float, float]]:
     """Place points in the figure, but the untrained one."""
-    return [(point.bytes / unit, point.score) for point in points if point.round]
+    return [(point.traffic / unit, point.value) for point in shown if point.round]
 
 
 def record(search: Search, study: Study, point: Point, unit: float) -> dict[str, object]:
     """Describe a point of the frontier; what its method does not have is empty."""
-    short, params = {key: name for name, key in KEYS.items()}, study.trials[point.trial].params
+    short, params = {key: name for name, key in KEYS.items()}, study.trials[point.run].params
     values = search.space.values(params, config_of(search, study, point))
     return {
-        "run": point.trial,
-        SIZE: float(f"{point.bytes / unit:.4g}"),
-        search.metric: round(point.score, 4),
+        "run": point.run,
+        SIZE: float(f"{point.traffic / unit:.4g}"),
+        search.metric: round(point.value, 4),
         "rounds": point.round,
         **{short.get(k, k): shown(values.get(k, "")) for k in search.space.told()},
     }
@@ -188,7 +217,7 @@ def config_of(search: Search, study: Study, point: Point) -> PlainDict:
     """Return the config of a point of the frontier, as it is to be run: trained on all samples."""
     from optuna.trial import FixedTrial
 
-    config = search.space.rated(search.space.suggest(FixedTrial(study.trials[point.trial].params)))
+    config = search.space.rated(search.space.suggest(FixedTrial(study.trials[point.run].params)))
     return laid_over(config, {**search.final, "rounds": point.round})
 
 
@@ -239,7 +268,7 @@ def add_to_preset(folder: Path, size: float, said: str) -> None:
 
 def place(point: Point) -> str:
     """Name a point in what is kept."""
-    return f"run {point.trial}, {point.round} rounds"
+    return f"run {point.run}, {point.round} rounds"
 
 
 def test_chosen(
@@ -281,7 +310,8 @@ def test_once(search: Search, study: Study, point: Point, config: PlainDict) -> 
         if str(seed) not in scores:
             scores[str(seed)] = math.nan
             with suppress(ClientError):  # as in `Search`
-                found = score_of(search.execute(config, seed).summary, search.metric)
+                summary = search.execute(config, seed).summary
+                found = measured_value(summary, names_of(search.metric))
                 scores[str(seed)] = math.nan if found is None else found
             study.set_user_attr("tested", {**known, place(point): scores})
     return [float(scores[str(seed)]) for seed in seeds]
@@ -291,8 +321,8 @@ def tested(search: Search, point: Point, scores: Sequence[float]) -> str:
     """Say how a point did on the test samples: its mean, and the seeds on which it diverged."""
     runs = dict(zip(search.config.test_seeds, scores, strict=True))
     finite = {seed: score for seed, score in runs.items() if math.isfinite(score)}
-    spread = f" ± {stdev(finite.values()):.4f}" if len(finite) > 1 else ""
-    parts = [f"{fmean(finite.values()):.4f}{spread} ({seeds_of(finite)})"] if finite else []
+    shown = Spread.of(finite.values()).text(4)
+    parts = [f"{shown} ({seeds_of(finite)})"] if finite else []
     if lost := runs.keys() - finite.keys():
         parts.append(f"DIVERGED ({seeds_of(sorted(lost))}): lower local.lr before you use it")
     return f"test {search.metric} of {place(point)}: {', '.join(parts)}"

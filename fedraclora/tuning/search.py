@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -27,19 +27,26 @@ from fedraclora.binding import PlainDict, section
 from fedraclora.compose.resume import laid_over
 from fedraclora.config.run_config import digested, from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
-from fedraclora.evaluation.metrics import PERSONAL
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.rng import generator
 from fedraclora.run.callback import Callback
 from fedraclora.run.digests import data_files, plans_rounds
 from fedraclora.run.folder import alone
-from fedraclora.run.ledger import Row, metrics_of, number
+from fedraclora.run.ledger import Row, number
+from fedraclora.run.statistics import (
+    mean_curve,
+    measured_value,
+    names_of,
+    ranks,
+    rounds_of,
+    steady_within,
+    traffic,
+)
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.runner import execute
 from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.tuning.frontier import Point, last_within, mean_curve, ranks
 from fedraclora.tuning.space import Space, TuneConfig
 from fedraclora.weights.files import (
     config_difference,
@@ -52,12 +59,14 @@ from fedraclora.weights.files import (
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
+    from pandas import DataFrame
 
 FEW = 4  # runs at a rung, before which none is ended there
 REFUSED = 100  # settings in a row, after which nothing is left to try
 # What may end a run.
 BUDGET, DIVERGED, HALVED = "the budget is spent", "diverged", "halved"
 BEYOND = "the next round is beyond the largest size"
+KEPT = ["round", "traffic", "value"]  # of the mean curve of a trial
 
 
 class Watch(Callback):
@@ -69,18 +78,18 @@ class Watch(Callback):
     """
 
     def __init__(self, metric: str, ends: Callable[[Watch], bool]) -> None:
-        self.metric, self.ask = metric, ends
-        self.points: list[Point] = []
+        self.names, self.ask = names_of(metric), ends
+        self.rows: list[Row] = []
         self.round, self.bytes, self.last = 0, 0.0, 0.0  # last: bytes of the last round
         self.lost = False  # whether what was measured last is no number
 
     @override
     def row(self, row: Row) -> None:
-        before, self.bytes = self.bytes, number(row, "uplink_total") + number(row, "downlink_total")
+        before, self.bytes = self.bytes, traffic(row)
         self.round, self.last = int(number(row, "round")), self.bytes - before
-        if (score := score_of(row, self.metric)) is not None:
+        if (score := measured_value(row, self.names)) is not None:
             self.lost = not math.isfinite(score)
-            self.points += [] if self.lost else [Point(self.round, self.bytes, score)]
+        self.rows.append(row)
 
     @override
     def ends(self, rows: Sequence[Row]) -> bool:
@@ -134,16 +143,22 @@ class Search:
         """Whether a run counts at its end alone: its number of rounds decides what each does."""
         return plans_rounds(self.space.plain) is not None
 
-    def worth(self, curve: Sequence[Point]) -> list[float]:
+    def curve(self, runs: Sequence[Watch]) -> DataFrame:
+        """Average what runs of several seeds measured (`statistics.mean_curve`)."""
+        rows = {seed: run.rows for seed, run in enumerate(runs)}
+        return mean_curve(rounds_of(rows, names_of(self.metric)), "mean")
+
+    def worth(self, curve: DataFrame) -> list[float]:
         """Give the metric of a run at each of ``tune.sizes``: that of its last rounds there.
 
         Where the first round is larger it is that of the untrained model. A run that counts as a
         whole has the metric so far, at the bytes of all rounds.
         """
         if self.is_whole:
-            size = curve[-1].bytes * self.rounds / max(curve[-1].round, 1)
-            curve = [curve[0], replace(curve[-1], bytes=size)]
-        return [last_within(curve, most).score for most in self.sizes.values()]
+            whole = curve["traffic"] * self.rounds / curve["round"].clip(lower=1)
+            curve = curve.assign(traffic=whole).iloc[[0, -1]]
+        worth = (steady_within(curve, most)["value"] for most in self.sizes.values())
+        return [float(value.iloc[0]) for value in worth]
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -259,13 +274,13 @@ class Search:
         except Exception:
             _fail(study, trial.number)
             raise
-        curve = mean_curve([run.points for run in runs])
-        score = curve[0 if ended == DIVERGED else -1].score if curve else math.nan
-        if not math.isfinite(score):
+        curve = self.curve(runs)
+        if curve.empty:
             raise ConfigError(
                 f"{self.metric} is no number before round 1: take another tune.metric"
             )
-        trial.set_user_attr("curve", [vars(point) for point in curve])
+        score = float(curve["value"].iloc[0 if ended == DIVERGED else -1])
+        trial.set_user_attr("curve", curve[KEPT].to_dict("records"))
         trial.set_user_attr("ended", ended)
         study.tell(trial, [score] * len(self.sizes) if ended == DIVERGED else self.worth(curve))
         why = f", ended ({ended}) after round {max(run.round for run in runs)}" if ended else ""
@@ -275,7 +290,8 @@ class Search:
         why += f" ({shorten(failed, 160)})" if (failed := trial.user_attrs.get("failed")) else ""
         values = self.space.values(trial.params, plain)
         words = " ".join(f"{k}={shown(v)}" for k, v in values.items())
-        told = f"{self.metric} {score:.4f} at {curve[-1].bytes / self.unit:.3g} MB a client"
+        size = curve["traffic"].iloc[-1] / self.unit
+        told = f"{self.metric} {score:.4f} at {size:.3g} MB a client"
         told += f" in {trial.user_attrs['core_seconds']:.3g} s"
         self.say(f"run {trial.number}: {told}{why}: {words}")
         return None
@@ -326,10 +342,10 @@ class Search:
     def _goes_on(self, study: Study, trial: Trial, watch: Watch) -> bool:
         """Decide at a rung: by the Pareto rank among all runs that got there."""
         rung = sum(watch.round >= share * self.rounds for share in self.config.rungs)
-        key, measured = f"rung {rung - 1}", [p for p in watch.points if p.round == watch.round]
-        if not rung or not measured or key in trial.user_attrs:
+        key, value = f"rung {rung - 1}", measured_value(watch.rows[-1], watch.names)
+        if not rung or value is None or watch.lost or key in trial.user_attrs:
             return True
-        trial.set_user_attr(key, self.worth(watch.points))
+        trial.set_user_attr(key, self.worth(self.curve([watch])))
         there = [t for t in study.get_trials(deepcopy=False) if key in t.user_attrs]
         sign = 1 if self.higher else -1
         found = ranks([[sign * score for score in t.user_attrs[key]] for t in there])
@@ -343,13 +359,6 @@ class Search:
         for line in self.config.never:
             if {*line} <= words:
                 raise ConfigError(f"tune.never has [{', '.join(line)}]")
-
-
-def score_of(row: Row, metric: str) -> float | None:
-    """Return what a round or a run measured, NaN if that is no number; None: nothing."""
-    found = metrics_of(row)
-    name = metric if metric in found else f"{PERSONAL}{metric}"
-    return number(found, name) if name in found else None
 
 
 def trials(study: Study, *states: str) -> list[FrozenTrial]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from fedraclora.errors import ShapeError
 from fedraclora.plots import comparison, run
@@ -23,6 +24,7 @@ from fedraclora.plots.comparison import (
 from fedraclora.plots.run import label_distribution, run_curves
 from fedraclora.rng import generator
 from fedraclora.run.ledger import Row
+from fedraclora.run.statistics import mean_curve, rounds_of
 
 
 def rows(rounds: int, every: int = 1, *, up: int = 4000, error: float | None = None) -> list[Row]:
@@ -135,6 +137,13 @@ def test_the_last_panel_has_what_is_known_of_the_aggregation_the_basis_or_the_st
     assert shown(rows(4)) == ("step", 12)
 
 
+def means(groups: dict[str, list[list[Row]]], metric: str = "accuracy") -> dict[str, DataFrame]:
+    return {
+        name: mean_curve(rounds_of(dict(enumerate(ledgers)), [metric]), name)
+        for name, ledgers in groups.items()
+    }
+
+
 def test_compare_draws_groups_of_seeds(tmp_path: Path) -> None:
     groups = {
         "fed_rac_lora rank=4": [rows(20), rows(20), rows(14)],
@@ -142,7 +151,7 @@ def test_compare_draws_groups_of_seeds(tmp_path: Path) -> None:
         "diverged": [[{"round": 1, "metrics": {"accuracy": None}}]],
         "a long label " * 30: [rows(20)],
     }
-    compare_figure(groups, "accuracy", tmp_path / "compare.png")
+    compare_figure(means(groups), "accuracy", tmp_path / "compare.png")
     assert_picture(tmp_path / "compare.png")
 
 
@@ -154,7 +163,7 @@ def test_compare_leaves_the_first_rounds_out_of_its_axis(
     late = rows(20)
     for row, value in zip(late[1:], np.r_[[0.05] * 3, np.linspace(0.8, 0.9, 17)], strict=True):
         row["metrics"] = {"accuracy": float(value)}
-    compare_figure({"late": [late]}, "accuracy", tmp_path / "compare.png")
+    compare_figure(means({"late": [late]}), "accuracy", tmp_path / "compare.png")
     assert all(panel.get_ylim()[0] > 0.7 for panel in figures[0].axes)
 
 
@@ -164,7 +173,7 @@ def test_compare_draws_runs_on_devices_beside_others(tmp_path: Path) -> None:
         "one lost its clock": [on_devices(rows(20)), rows(20)],
         "none": [rows(20, 5), rows(20, 5)],
     }
-    compare_figure(groups, "accuracy", tmp_path / "compare.png")
+    compare_figure(means(groups), "accuracy", tmp_path / "compare.png")
     assert_picture(tmp_path / "compare.png")
 
 
@@ -182,32 +191,14 @@ def test_compare_draws_runs_on_devices_beside_others(tmp_path: Path) -> None:
 def test_the_first_rounds_do_not_squeeze_the_others(
     curves: list[list[list[float]]], span: tuple[float | None, float | None]
 ) -> None:
-    found = comparison._span([np.array(curve) for curve in curves])
+    found = comparison._span([(np.min(curve, axis=0), np.max(curve, axis=0)) for curve in curves])
     assert found == pytest.approx(span, abs=1e-12)
 
 
 def test_many_groups_fit_into_the_legend(tmp_path: Path) -> None:
     groups = {f"fed_rac_lora rank={i} local.lr=0.1": [rows(4)] for i in range(40)}
-    compare_figure(groups, "loss", tmp_path / "compare.png")
+    compare_figure(means(groups, "loss"), "loss", tmp_path / "compare.png")
     assert_picture(tmp_path / "compare.png")
-
-
-def test_seeds_are_joined_on_the_rounds_that_all_evaluated() -> None:
-    table = comparison._on_common_rounds([rows(20, 2), rows(15, 3, up=8000)], "accuracy")
-    assert table[:, :, 0].tolist() == [[0.0, 6.0, 12.0]] * 2
-    assert table[:, 2, 1].tolist() == [0.048, 0.096]  # MB up
-    assert table[:, 2, 2].tolist() == pytest.approx([0.144, 0.288])  # MB both ways
-    assert table[0, 2, 3] == pytest.approx(12 * 0.13)  # seconds
-    assert np.isnan(table[:, :, 4]).all()  # no virtual clock
-    assert table[0, 2, 5] == 1 - math.exp(-12 / 9)
-
-
-def test_seeds_on_devices_have_their_own_virtual_seconds() -> None:
-    ledgers = [on_devices(rows(20, 2), 40.0), on_devices(rows(15, 3), 60.0)]
-    table = comparison._on_common_rounds(ledgers, "accuracy")
-    assert table[:, :, 0].tolist() == [[0.0, 6.0, 12.0]] * 2
-    assert np.isnan(table[:, 0, 4]).all()  # row 0 has no clock, and stays for the other panels
-    assert table[:, 1:, 4].tolist() == [[240.0, 480.0], [360.0, 720.0]]
 
 
 def test_dropped_clients_are_counted_by_reason() -> None:
@@ -227,7 +218,7 @@ def test_metrics_are_drawn_against_virtual_time_where_there_is_one(
         monkeypatch.setattr(module, "write_png", lambda figure, path: figures.append(figure))
     found = on_devices(rows(6, 2)) if devices else rows(6, 2)
     run_curves(found, tmp_path / "curves.png", "one")
-    compare_figure({"a": [found], "b": [rows(6)]}, "accuracy", tmp_path / "compare.png")
+    compare_figure(means({"a": [found], "b": [rows(6)]}), "accuracy", tmp_path / "compare.png")
     for figure in figures:
         panels = {str(panel.get_xlabel()): panel for panel in figure.axes}
         assert ("virtual seconds so far" in panels) == devices
@@ -243,7 +234,7 @@ def test_a_study_without_clocks_has_no_panel_of_seconds(
     figures: list[Figure] = []
     monkeypatch.setattr(comparison, "write_png", lambda figure, path: figures.append(figure))
     untimed = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(6)]
-    compare_figure({"a": [untimed], "b": [untimed]}, "accuracy", tmp_path / "compare.png")
+    compare_figure(means({"a": [untimed], "b": [untimed]}), "accuracy", tmp_path / "compare.png")
     assert [str(panel.get_xlabel()).partition(" ")[0] for panel in figures[0].axes] == [
         "round",
         "uplink",

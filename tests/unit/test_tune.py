@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pandas import DataFrame
 
 import fedraclora
 from fedraclora.binding import PlainDict, section
@@ -31,10 +32,16 @@ from fedraclora.config.run_config import task_from_plain
 from fedraclora.errors import CheckpointError, ConfigError, DivergenceError
 from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.run.folder import alone
+from fedraclora.run.statistics import frontier, ranks
 from fedraclora.tuning import search, task
-from fedraclora.tuning.frontier import Point, frontier, ranks
 from fedraclora.tuning.rates import RATE_KEY, TIMES, RateRange
-from fedraclora.tuning.result import Tuned, lacking, points_of, taken_within
+from fedraclora.tuning.result import (
+    Point,
+    Tuned,
+    lacking,
+    rounds_of_trials,
+    taken_within,
+)
 from fedraclora.tuning.space import Space, settings
 from fedraclora.weights.files import flatten
 
@@ -124,9 +131,8 @@ def test_the_frontier_is_what_no_other_point_beats(drawn: list[tuple[int, int]],
         return a[0] <= b[0] and better and a != b
 
     wanted = {p for p in drawn if not any(beats(other, p) for other in drawn)}
-    all_ = [Point(1, size, score) for size, score in drawn]
-    found = [(p.bytes, p.score) for p in frontier(all_, higher=up)]
-    assert found == sorted(wanted)
+    rounds = frontier(DataFrame(drawn, columns=["traffic", "value"]), higher=up)
+    assert [*rounds.itertuples(index=False, name=None)] == sorted(wanted)
     signed = [(-size, score if up else -score) for size, score in drawn]
     rank = dict(zip(drawn, ranks(signed), strict=True))
     assert {p for p in drawn if rank[p] == 0} == wanted
@@ -359,8 +365,7 @@ def test_a_run_that_diverges_has_the_metric_of_the_untrained_model(feeding: Feed
     tried = [t.system_attrs["fixed_params"] for t in study.trials[3:]]
     assert tried == [{**ran[2].params, TIMES: ran[2].params[TIMES] / 4}]
     assert ran[1].params[TIMES] / 4 < RateRange.least
-    (curve,) = points_of(made, study)
-    assert {point.trial for point in curve} == {0}
+    assert {*rounds_of_trials(made, study)["run"]} == {0}
     assert "not finite" in fed.told[1]
 
 
@@ -566,32 +571,39 @@ def test_where_the_rule_knows_no_rate_it_says_so(
 def test_why_nothing_is_taken_at_a_size_is_said(feeding: Feeding) -> None:
     made, _ = feeding(Fed([]), "tune.sizes=[10]")
     size = made.sizes[10]
-    assert "diverged" in lacking(made, 10, [])
-    assert lacking(made, 10, [[Point(0, 0, 0.1), Point(1, 2 * size, 0.9)]]) == "all need more"
-    worse = [Point(0, 0, 0.5), Point(1, size / 2, 0.3)]
-    assert "untrained" in lacking(made, 10, [worse])
+    assert "diverged" in lacking(made, 10, trials_of())
+    assert lacking(made, 10, trials_of([(0, 0.1), (2 * size, 0.9)])) == "all need more"
+    assert "untrained" in lacking(made, 10, trials_of([(0, 0.5), (size / 2, 0.3)]))
+
+
+def trials_of(*curves: Sequence[tuple[float, float]]) -> DataFrame:
+    """A frame of trials from traffic and value after each round."""
+    rows = [Point(k, t, *p) for k, curve in enumerate(curves) for t, p in enumerate(curve)]
+    return DataFrame(rows, columns=Point._fields)
 
 
 def test_one_unlucky_round_does_not_decide() -> None:
-    steady = [Point(k, k, 0.5 if k else 0.1, 0) for k in range(21)]
-    better = [Point(k, k, 0.7 - 0.4 * (k in {20, 8}) if k else 0.1, 1) for k in range(21)]
-    taken = taken_within(20, [steady, better], higher=True)
+    steady = [(k, 0.5 if k else 0.1) for k in range(21)]
+    better = [(k, 0.7 - 0.4 * (k in {20, 8}) if k else 0.1) for k in range(21)]
+    trials = trials_of(steady, better)
+    taken = taken_within(20, trials, higher=True)
     assert taken is not None
-    assert (taken.round, taken.trial) == (20, 1)
-    assert taken.score == pytest.approx(0.62)  # the mean of the last five
-    early = taken_within(3, [steady, better], higher=True)
-    assert early == better[3]  # which rise: the last one counts
+    assert (taken.round, taken.run) == (20, 1)
+    assert taken.value == pytest.approx(0.62)  # the mean of the last five
+    early = taken_within(3, trials, higher=True)
+    assert early == (1, 3, *better[3])  # which rise: the last one counts
 
 
 def test_within_a_size_a_run_counts_at_its_last_round_there() -> None:
-    lucky = [Point(k, k, s, 0) for k, s in enumerate((0.1, 0.9, 0.5, 0.6, 0.2))]
-    steady = [Point(k, 2 * k, s, 1) for k, s in enumerate((0.1, 0.7, 0.8))]
-    curves = [lucky, steady]
-    taken = [taken_within(most, curves, higher=True) for most in (0.5, 1, 3, 4, 9)]
-    assert taken == [None, lucky[1], steady[1], steady[2], steady[2]]
-    flipped = [[replace(p, score=-p.score) for p in curve] for curve in curves]
-    assert taken_within(3, flipped, higher=False) == replace(steady[1], score=-0.7)
-    assert taken_within(9, [[*lucky[:1], replace(lucky[4], score=0.1)]], higher=True) is None
+    lucky = [*enumerate((0.1, 0.9, 0.5, 0.6, 0.2))]
+    steady = [(2 * k, value) for k, value in enumerate((0.1, 0.7, 0.8))]
+    trials = trials_of(lucky, steady)
+    taken = [taken_within(most, trials, higher=True) for most in (0.5, 1, 3, 4, 9)]
+    at = [None if point is None else (point.run, point.round) for point in taken]
+    assert at == [None, (0, 1), (1, 1), (1, 2), (1, 2)]
+    flipped = trials.assign(value=-trials["value"])
+    assert taken_within(3, flipped, higher=False) == (1, 1, 2, -0.7)
+    assert taken_within(9, trials_of([lucky[0], (4, 0.1)]), higher=True) is None
 
 
 def test_a_run_counts_at_each_size_and_ends_where_the_next_round_is_beyond_all(
@@ -602,16 +614,16 @@ def test_a_run_counts_at_each_size_and_ends_where_the_next_round_is_beyond_all(
     made.run()
     assert study.trials[0].values == pytest.approx([0.0, 0.2, 0.2])
     assert study.trials[0].user_attrs["ended"] == search.BEYOND
-    assert [len(curve) for curve in points_of(made, study)] == [3]
+    assert [*rounds_of_trials(made, study)["round"]] == [0, 1, 2]
 
 
 def test_a_run_under_a_schedule_counts_as_a_whole(feeding: Feeding) -> None:
     curve = [(1e6 * size, 0.1 * size) for size in range(5)]
     made, _ = feeding(Fed([]), "tune.sizes=[0.9,1]")
     made.space.plain["local"] = {**section(made.space.plain, "local"), "schedule": "cosine"}
-    points = [Point(k, *point) for k, point in enumerate(curve)]
-    assert made.worth(points) == pytest.approx([0.0, 0.4])
-    assert made.worth(points[:3]) == pytest.approx([0.0, 0.2])  # at the bytes of all rounds
+    rounds = trials_of(curve)
+    assert made.worth(rounds) == pytest.approx([0.0, 0.4])
+    assert made.worth(rounds[:3]) == pytest.approx([0.0, 0.2])  # at the bytes of all rounds
 
 
 def test_going_on_with_other_sizes_is_refused(twice: tuple[Path, list[Any], Tuned]) -> None:

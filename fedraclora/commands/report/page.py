@@ -28,6 +28,7 @@ from fedraclora.plots.axes import MEGABYTE, Values
 from fedraclora.run.callback import method_label, run_title
 from fedraclora.run.folder import is_running
 from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds, withheld
+from fedraclora.run.statistics import traffic
 from fedraclora.run.stopped import stop_reason
 from fedraclora.run.trusted import refuse_linked
 from fedraclora.terminal.progress import size
@@ -333,7 +334,7 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
     for title, (x_name, y_name, x_keys, y_keys) in axes.items():
         lines = {}
         for label, rows in runs.items():
-            x = column(rows, *x_keys) if x_keys else traffic(rows)
+            x = column(rows, *x_keys) if x_keys else np.array([*map(traffic, rows)]) / MEGABYTE
             y = seconds(rows) if y_keys == ("seconds",) else column(rows, *y_keys)
             kept = np.isfinite(y)
             if kept.sum() > 1:
@@ -342,11 +343,6 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
         if lines and not (metric == "loss" and title.startswith("loss")):
             found[title] = drawn(lines, x_name, y_name)
     return found
-
-
-def traffic(rows: Sequence[Row]) -> Values:
-    """Megabytes both ways up to each round."""
-    return (column(rows, "uplink_total") + column(rows, "downlink_total")) / MEGABYTE
 
 
 def seconds(rows: Sequence[Row]) -> Values:

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedraclora.binding import Plain, bind, section
 from fedraclora.commands.study.file import Study, check_split, row_config
 from fedraclora.errors import ConfigError
-from fedraclora.evaluation.metrics import PERSONAL, higher_is_better, lower_of
+from fedraclora.evaluation.metrics import higher_is_better, lower_of
 from fedraclora.protocol.method import Method
-from fedraclora.run.ledger import Row, number
+from fedraclora.run.ledger import number
+from fedraclora.run.statistics import (
+    Spread,
+    measured,
+    measured_value,
+    names_of,
+    ranks,
+    rounds_of,
+    traffic,
+)
 from fedraclora.strategies.methods import METHODS
-from fedraclora.tuning.frontier import ranks
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
 
 Line = dict[str, Any]  # of runs.jsonl
 Done = Mapping[str, Line]  # by key
@@ -47,9 +57,8 @@ def score(line: Mapping[str, Any], metric: str) -> float:
     metrics = line["metrics"]
     if not metrics:
         return -math.inf
-    for name in (metric, f"{PERSONAL}{metric}"):
-        if name in metrics:
-            return float(metrics[name])
+    if (value := measured_value(line, names_of(metric))) is not None:
+        return value
     raise ConfigError(
         f"a run has no metric {metric}; its metrics are {', '.join(metrics)}: name one of them as "
         "the study's metric (what has run is kept)"
@@ -67,7 +76,7 @@ def mean_score(study: Study, row: str, value: float, done: Done) -> float:
     found = [score(line, study.chosen_by) for line in lines]
     # A run that diverged is the worst, whatever is chosen by.
     scores = [sign * s if math.isfinite(s) else -math.inf for s in found]
-    return statistics.fmean(scores) if scores else 0.0
+    return Spread.of(scores).mean if scores else 0.0
 
 
 def best_value(study: Study, row: str, values: list[float], done: Done) -> float:
@@ -161,8 +170,8 @@ def dropped(study: Study, done: Done) -> list[str]:
         config = row_config(study, row, "tune")
         good = mean_score(study, row, value, done)
         if config is not None and math.isfinite(good):
-            sent = statistics.fmean(traffic(line) for line in lines)
-            groups.setdefault(config.chosen("method"), {})[row] = good, -sent
+            sent = Spread.of(map(traffic, lines))
+            groups.setdefault(config.chosen("method"), {})[row] = good, -sent.mean
     return [
         row
         for found in groups.values()
@@ -194,41 +203,9 @@ def is_unverified(kind: type[Method]) -> bool:
     return "- Unverified:" in docstring(kind)
 
 
-def uplink(point: Row) -> float:
-    """Bytes that all clients have sent so far."""
-    return number(point, "uplink_total")
-
-
-def traffic(point: Row) -> float:
-    """Bytes sent both ways so far, with catch-up."""
-    return uplink(point) + number(point, "downlink_total")
-
-
-def mean_and_deviation(values: Sequence[float], digits: int) -> str:
-    """Write the mean, and the standard deviation of more values than one."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
-
-
-def of_runs(values: Sequence[float], runs: int, digits: int) -> str:
-    """Write mean and deviation of the runs that have a value, and how many of all these are."""
-    return mean_and_deviation(values, digits) + of_all(len(values), runs)
-
-
 def of_all(there: object, all_: object, what: str = "runs") -> str:
     """Say how many of all have a figure, where not all have."""
     return "" if there == all_ else f" ({there} of {all_} {what})"
-
-
-def mean_of_known(values: Iterable[float]) -> float:
-    """Mean of the finite values; NaN if there is none."""
-    known = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(known) if known else math.nan
-
-
-def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | None:
-    """Find the first measured round whose metric (more is better) is no worse than a target."""
-    return next((p for p in points if score(p, metric) >= target), None)
 
 
 def is_exact(config: Plain) -> bool:
@@ -285,39 +262,28 @@ class Entry:
         """The row, which says so where the metric is that of clients' own models."""
         return f"{self.row} (clients' own models)" if self.personal else self.row
 
-    @property
-    def curves(self) -> list[list[Row]]:
-        """The rounds at which the metric was measured, per seed; a few have generated answers."""
-        names = {self.study.metric, f"{PERSONAL}{self.study.metric}"}
-        return [
-            [
-                point
-                for point in line["curve"]
-                if not point["metrics"] or names & {*point["metrics"]}
-            ]
-            for line in self.lines
-        ]
-
-    @property
-    def seeds(self) -> list[int]:
-        """Of the final runs."""
-        return [int(line["seed"]) for line in self.lines]
+    @cached_property
+    def rounds(self) -> DataFrame:
+        """The rounds at which the metric was measured, by seed (`statistics.rounds_of`)."""
+        curves = {int(line["seed"]): line.get("curve", ()) for line in self.lines}
+        return measured(rounds_of(curves, names_of(self.study.metric)))
 
     @cached_property
-    def scores(self) -> list[float]:
-        """The metric at the end, per seed."""
-        return [score(line, self.study.metric) for line in self.lines]
+    def scores(self) -> Series:
+        """The metric at the end, by seed."""
+        from pandas import Series
 
-    @property
-    def mean(self) -> float:
-        """Its mean; minus infinity if a seed diverged."""
-        return statistics.fmean(self.scores)
+        found = {int(line["seed"]): score(line, self.study.metric) for line in self.lines}
+        return Series(found, dtype=float)
 
-    @property
-    def spread(self) -> float:
-        """Its standard deviation over the seeds; NaN for one seed, or where one diverged."""
-        whole = len(self.scores) > 1 and math.isfinite(self.mean)
-        return statistics.stdev(self.scores) if whole else math.nan
+    @cached_property
+    def spread(self) -> Spread:
+        """Its mean and deviation over the seeds; a mean of minus infinity if one diverged."""
+        return Spread.of(self.scores)
+
+    def scores_after(self, round_: int) -> Series:
+        """Give the metric after a round, by seed."""
+        return self.rounds[self.rounds["round"] == round_].set_index("run")["value"]
 
     @property
     def personal(self) -> bool:
@@ -338,12 +304,11 @@ class Entry:
     @property
     def aggregation_error(self) -> str:
         """The error of aggregation over rounds and seeds, in words where it is none or unknown."""
-        measured = self.average(lambda line: number(line, "aggregation_error"))
-        return shown_error(self.exact, measured)
+        return shown_error(self.exact, self.average("aggregation_error"))
 
-    def average(self, figure: Callable[[Line], float]) -> float:
-        """Mean of a figure over the seeds that have it; NaN if none has."""
-        return mean_of_known(map(figure, self.lines))
+    def average(self, key: str) -> float:
+        """Mean of a number of the lines over the seeds that have it; NaN if none has."""
+        return Spread.of_known(number(line, key) for line in self.lines).mean
 
 
 def finals(study: Study, done: Done) -> list[Entry]:
@@ -357,8 +322,8 @@ def finals(study: Study, done: Done) -> list[Entry]:
 
 def entries(study: Study, done: Done) -> list[Entry]:
     """List the rows whose final runs are all there and did not diverge, the best first."""
-    stable = [entry for entry in finals(study, done) if math.isfinite(entry.mean)]
-    return sorted(stable, key=lambda entry: (entry.personal, -entry.mean))
+    stable = [entry for entry in finals(study, done) if math.isfinite(entry.spread.mean)]
+    return sorted(stable, key=lambda entry: (entry.personal, -entry.spread.mean))
 
 
 def notes_of(

@@ -12,27 +12,35 @@ is shown, on either side.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from fedraclora.commands import RESULTS
 from fedraclora.commands.status import reported
-from fedraclora.commands.study.entries import Entry, entries, read_lines, score, traffic
+from fedraclora.commands.study.entries import Entry, entries, read_lines
 from fedraclora.commands.study.file import SHARED, Study
 from fedraclora.errors import ConfigError
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.frontier import GOOD, frontier_figure, shares_figure
-from fedraclora.run.ledger import number
+from fedraclora.run.statistics import (
+    Spread,
+    first_reaching,
+    frontier,
+    last,
+    last_within,
+    mean_curve,
+    paired,
+)
 from fedraclora.terminal.tables import Table
-from fedraclora.tuning.frontier import Point, frontier, mean_curve
 from fedraclora.weights.files import flatten
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
 
 OURS = "Fed-RAC-LoRA"
 FAMILIES = {
@@ -50,75 +58,18 @@ FREE = "evaluate.every"  # of the groups that rows share: when they are measured
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A row of a study, and the mean of its runs.
-
-    Attributes:
-        entry: The row.
-        points: The mean of its seeds at each measured round, but of the untrained model.
-    """
-
-    entry: Entry
-    points: Sequence[Point]
-
-    @classmethod
-    def of(cls, entry: Entry) -> Curve:
-        """Average the runs of a row."""
-        metric = entry.study.metric
-        runs = [
-            [Point(int(number(p, "round")), traffic(p), score(p, metric)) for p in curve]
-            for curve in entry.curves
-        ]
-        return cls(entry, [p for p in mean_curve(runs) if p.round])
-
-    def beside(self, reference: Curve) -> Curve:
-        """Add what the reference's end has on all of its seeds beyond that on this row's.
-
-        So a row of fewer seeds is held against the same runs.
-
-        Raises:
-            ConfigError: If the two have no seed in common.
-        """
-        end = reference.scores_at(reference.points[-1].round)
-        own = [end[seed] for seed in self.entry.seeds if seed in end]
-        if not own:
-            raise ConfigError(f"row {self.entry.row!r} has no seed of {reference.entry.row!r}")
-        more = statistics.fmean(end.values()) - statistics.fmean(own)
-        return replace(self, points=[replace(p, score=p.score + more) for p in self.points])
-
-    @property
-    def family(self) -> str:
-        """Under whose colour it is drawn."""
-        return FAMILIES.get(str(self.entry.lines[0]["config"]["method"]["name"]), OTHER)
-
-    def at(self, budget: float) -> Point | None:
-        """Give the last point within a budget of bytes."""
-        return max(
-            (p for p in self.points if p.bytes <= budget), key=lambda p: p.bytes, default=None
-        )
-
-    def scores_at(self, round_: int) -> dict[int, float]:
-        """Give the metric after a round, by seed."""
-        found = zip(self.entry.seeds, self.entry.curves, strict=True)
-        metric = self.entry.study.metric
-        return {
-            seed: score(p, metric) for seed, curve in found for p in curve if p["round"] == round_
-        }
-
-
-@dataclass(frozen=True)
 class Task:
     """The rows of a task.
 
     Attributes:
         name: Its name.
-        curves: Of all rows whose runs are there and did not diverge, the reference among them.
+        entries: All rows whose runs are there and did not diverge, the reference among them.
         reference: The row that they are held against.
     """
 
     name: str
-    curves: Sequence[Curve]
-    reference: Curve
+    entries: Mapping[str, Entry]
+    reference: Entry
 
     @classmethod
     def read(cls, name: str, told: Mapping[str, Any], results: Path = RESULTS) -> Task:
@@ -128,12 +79,12 @@ class Task:
             ConfigError: If two rows have one name, or differ in what a comparison shares, or the
                 reference is not there.
         """
-        curves: dict[str, Curve] = {}
+        found: dict[str, Entry] = {}
         shared: dict[str, object] = {}
         for folder in told["studies"]:
             path = results / folder
             for entry in entries(Study.read(path / "study.yaml"), read_lines(path / "runs.jsonl")):
-                if entry.row in curves:
+                if entry.row in found:
                     raise ConfigError(f"{folder}: another study of {name} has a row {entry.row!r}")
                 told_by = flatten(entry.lines[0]["config"])
                 config = {k: _alone(v) for k, v in told_by.items() if _shared(k)}
@@ -144,36 +95,76 @@ class Task:
                         f"rows of {name} have {shared[wrong[0]]}; they are not compared alike"
                     )
                 shared |= config
-                curves[entry.row] = Curve.of(entry)
-        if told["reference"] not in curves:
+                found[entry.row] = entry
+        if told["reference"] not in found:
             raise ConfigError(f"{name}: the runs of {told['reference']!r} are not there")
-        reference = curves[told["reference"]]
-        return cls(name, [curve.beside(reference) for curve in curves.values()], reference)
+        return cls(name, found, found[told["reference"]])
+
+    @cached_property
+    def curves(self) -> DataFrame:
+        """The mean over the seeds of each row, by row (``run``), but of the untrained model.
+
+        Added to the metric is what the reference's end has on all of its seeds beyond that on the
+        row's: so a row of fewer seeds is held against the same runs.
+
+        Raises:
+            ConfigError: If a row has no seed of the reference.
+        """
+        import pandas as pd
+
+        end, means = self.final, []
+        for row, entry in self.entries.items():
+            own = end[end.index.intersection(entry.scores.index)]
+            if own.empty:
+                raise ConfigError(f"row {row!r} has no seed of {self.reference.row!r}")
+            more = Spread.of(end).mean - Spread.of(own).mean
+            curve = mean_curve(entry.rounds, row)
+            means.append(curve.assign(value=curve["value"] + more)[curve["round"] > 0])
+        return pd.concat(means)
+
+    @cached_property
+    def final(self) -> Series:
+        """The metric of the reference at its end, by seed."""
+        return self.reference.scores_after(mean_curve(self.reference.rounds, "")["round"].max())
 
     @cached_property
     def whole(self) -> float:
         """Bytes that the reference sends in all."""
-        return self.reference.points[-1].bytes
+        return float(last(self.curves)["traffic"][self.reference.row])
 
     @cached_property
     def target(self) -> float:
         """Its metric at the end."""
-        return self.reference.points[-1].score
+        return float(last(self.curves)["value"][self.reference.row])
 
-    def reached(self, curve: Curve) -> Point | None:
-        """Find where a row first is as good as the reference at its end."""
-        return next((p for p in curve.points if p.score >= self.target), None)
+    def of(self, rows: Iterable[str]) -> DataFrame:
+        """Return the curves of some rows."""
+        return self.curves[self.curves["run"].isin([*rows])]
 
-    def leading(self, curves: Iterable[Curve]) -> tuple[Curve, Point] | None:
-        """Find the row that gets there in the fewest bytes."""
-        found = [(curve, p) for curve in curves if (p := self.reached(curve)) is not None]
-        return min(found, key=lambda pair: pair[1].bytes, default=None)
+    def leading(self, rows: Iterable[str]) -> Series | None:
+        """Find the row that is as good as the reference at its end in the fewest bytes, if any."""
+        reached = first_reaching(self.of(rows), self.target)
+        return None if reached.empty else reached.loc[reached["traffic"].idxmin()]
 
-    def sides(self) -> tuple[list[Curve], list[Curve]]:
-        """Part ours from the rivals, without the reference itself."""
-        others = [c for c in self.curves if c.entry.row != self.reference.entry.row]
-        ours = [curve for curve in others if curve.family == OURS]
-        return ours, [curve for curve in others if curve.family != OURS]
+    def best_within(self, rows: Iterable[str], share: float) -> Series | None:
+        """Find the row that is best within a share of the reference's traffic, if any."""
+        within = last_within(self.of(rows), share * self.whole)
+        return None if within.empty else within.loc[within["value"].idxmax()]
+
+    def sides(self) -> tuple[list[str], list[str]]:
+        """Part our rows from the rivals', without the reference itself."""
+        others = [row for row in self.entries if row != self.reference.row]
+        ours = [row for row in others if self.family(row) == OURS]
+        return ours, [row for row in others if row not in ours]
+
+    def family(self, row: str) -> str:
+        """Under whose colour a row is drawn."""
+        config = self.entries[row].lines[0]["config"]
+        return FAMILIES.get(str(config["method"]["name"]), OTHER)
+
+    def rows_of(self, family: str) -> list[str]:
+        """List the rows of a family."""
+        return [row for row in self.entries if self.family(row) == family]
 
 
 def _alone(value: object) -> object:
@@ -185,13 +176,10 @@ def _shared(key: str) -> bool:
     return f"{key}.".startswith(tuple(f"{k}." for k in SHARED)) and not key.startswith(FREE)
 
 
-def difference(one: Mapping[int, float], other: Mapping[int, float]) -> str:
+def difference(one: Series, other: Series) -> str:
     """Write the mean difference over seeds that both have, in points, with its standard error."""
-    found = [100 * (one[seed] - other[seed]) for seed in one if seed in other]
-    if not found:
-        return "-"
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    return f"{statistics.fmean(found):+.1f} ± {error:.1f}"
+    found = paired(100 * one, 100 * other)
+    return f"{found.mean:+.1f} ± {found.error:.1f}" if found.count else "-"
 
 
 def shares(task: Task) -> dict[str, object]:
@@ -199,22 +187,22 @@ def shares(task: Task) -> dict[str, object]:
     ours, rivals = map(task.leading, task.sides())
     record: dict[str, object] = {
         "task": task.name,
-        "metric": task.reference.entry.study.metric,
+        "metric": task.reference.study.metric,
         "FedAvg-LoRA, float32": f"{task.target:.3f}",
         "its MB": f"{task.whole / MEGABYTE:.4g}",
     }
-    end = task.reference.scores_at(task.reference.points[-1].round)
     for title, found in (("ours", ours), ("best rival", rivals)):
         if found is None:
             record |= {title: "none gets there", f"{title}, %": "", f"{title}, points there": ""}
             continue
-        curve, point = found
+        there = task.entries[found.name].scores_after(found["round"])
         record |= {
-            title: curve.entry.row,
-            f"{title}, %": f"{100 * point.bytes / task.whole:.2g}",
-            f"{title}, points there": difference(curve.scores_at(point.round), end),
+            title: found.name,
+            f"{title}, %": f"{100 * found['traffic'] / task.whole:.2g}",
+            f"{title}, points there": difference(there, task.final),
         }
-    record["ours / rival"] = f"{ours[1].bytes / rivals[1].bytes:.2f}" if ours and rivals else ""
+    both = ours is not None and rivals is not None
+    record["ours / rival"] = f"{ours['traffic'] / rivals['traffic']:.2f}" if both else ""
     return record
 
 
@@ -223,15 +211,13 @@ def winners(task: Task) -> list[dict[str, object]]:
     records = []
     for budget in BUDGETS:
         record: dict[str, object] = {"task": task.name, "traffic": f"{100 * budget:g} %"}
-        scores: list[Mapping[int, float]] = []
-        for title, curves in zip(("ours", "best rival"), task.sides(), strict=True):
-            found = [(c, p) for c in curves if (p := c.at(budget * task.whole)) is not None]
-            if not found:
+        scores: list[Series] = []
+        for title, rows in zip(("ours", "best rival"), task.sides(), strict=True):
+            if (found := task.best_within(rows, budget)) is None:
                 record |= {title: "all need more", f"{title}, metric": ""}
                 continue
-            curve, point = max(found, key=lambda pair: pair[1].score)
-            record |= {title: curve.entry.row, f"{title}, metric": f"{point.score:.3f}"}
-            scores.append(curve.scores_at(point.round))
+            record |= {title: found.name, f"{title}, metric": f"{found['value']:.3f}"}
+            scores.append(task.entries[found.name].scores_after(found["round"]))
         record["difference, points"] = difference(*scores) if len(scores) == 2 else ""
         records.append(record)
     return records
@@ -241,17 +227,16 @@ def draw_task(task: Task, path: Path) -> None:
     """Draw the rows of a task by family."""
     groups = {}
     for family in ORDER:
-        rows = [curve.points for curve in task.curves if curve.family == family]
-        best = frontier([point for row in rows for point in row], higher=True)
-        groups[family] = [_xy(row) for row in rows], _xy(best)
-    metric = task.reference.entry.study.metric
-    labels = "MB both ways, with catch-up, of all clients", metric
+        curves = task.of(task.rows_of(family))
+        rows = [_xy(curve) for _, curve in curves.groupby("run", sort=False)]
+        groups[family] = rows, _xy(frontier(curves, higher=True))
+    labels = "MB both ways, with catch-up, of all clients", task.reference.study.metric
     marks = [GOOD * task.whole / MEGABYTE]
     frontier_figure(groups, labels, path, marks=marks, level=task.target)
 
 
-def _xy(points: Iterable[Point]) -> list[tuple[float, float]]:
-    return [(point.bytes / MEGABYTE, point.score) for point in points]
+def _xy(rounds: DataFrame) -> list[tuple[float, float]]:
+    return [*zip(rounds["traffic"] / MEGABYTE, rounds["value"], strict=True)]
 
 
 def draw_shares(tasks: Sequence[Task], path: Path) -> None:
@@ -259,9 +244,9 @@ def draw_shares(tasks: Sequence[Task], path: Path) -> None:
     found: dict[str, dict[str, float]] = {family: {} for family in ORDER}
     for task in tasks:
         for family, shares_ in found.items():
-            rows = (c for side in task.sides() for c in side if c.family == family)
+            rows = [row for row in task.rows_of(family) if row != task.reference.row]
             if (best := task.leading(rows)) is not None:
-                shares_[task.name] = best[1].bytes / task.whole
+                shares_[task.name] = best["traffic"] / task.whole
     shares_figure(found, [task.name for task in tasks], path)
 
 

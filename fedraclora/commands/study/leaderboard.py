@@ -7,8 +7,7 @@ their metric is another one: each model is measured under its client's own mix o
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +17,12 @@ from fedraclora.commands.study.entries import (
     Done,
     Entry,
     entries,
-    first_reaching,
     is_unverified,
     notes_of,
     of_all,
     shown_error,
     shown_value,
-    traffic,
     tuned_by,
-    uplink,
 )
 from fedraclora.commands.study.file import Study
 from fedraclora.commands.study.run import refuse_failed, run_study
@@ -36,6 +32,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import Entrant, leaderboard_figure
 from fedraclora.run.ledger import Row, number
+from fedraclora.run.statistics import Spread, first_reaching, traffic
 from fedraclora.terminal.tables import Table
 from fedraclora.wire.fields import printable
 
@@ -101,32 +98,28 @@ def _record(entry: Entry) -> Row:
     """The numbers of an entry; NaN where something is not known or was not reached."""
     study = entry.study
     target = math.inf if study.target is None else study.target
-    reached = [first_reaching(curve, study.metric, target) for curve in entry.curves]
-    points = [point for point in reached if point is not None]
+    reached = first_reaching(entry.rounds, target)
 
-    def at_target(figure: Callable[[Row], float]) -> float:
-        return statistics.fmean(map(figure, points)) if points else math.nan
-
-    def mean(key: str) -> float:
-        return entry.average(lambda line: number(line, key))
+    def at_target(figure: str) -> float:
+        return Spread.of(reached[figure]).mean
 
     return {
         "method": entry.row,
         "verified": not is_unverified(type(entry.method)),
         "personal": entry.personal,
-        study.metric: entry.mean,
-        "std": entry.spread,
+        study.metric: entry.spread.mean,
+        "std": entry.spread.deviation,
         "seeds": len(entry.lines),
-        "seeds_at_target": len(points),
-        "rounds_to_target": at_target(lambda point: number(point, "round")),
-        "uplink_to_target": at_target(uplink),
-        "traffic_to_target": at_target(traffic),
-        "uplink": entry.average(uplink),
-        "traffic": entry.average(traffic),
+        "seeds_at_target": len(reached),
+        "rounds_to_target": at_target("round"),
+        "uplink_to_target": at_target("uplink"),
+        "traffic_to_target": at_target("traffic"),
+        "uplink": entry.average("uplink_total"),
+        "traffic": Spread.of_known(map(traffic, entry.lines)).mean,
         "exact": entry.exact,
-        "aggregation_error": mean("aggregation_error"),
-        "server_cpu_seconds": mean("server_cpu_seconds"),
-        "client_bytes": mean("client_bytes"),
+        "aggregation_error": entry.average("aggregation_error"),
+        "server_cpu_seconds": entry.average("server_cpu_seconds"),
+        "client_bytes": entry.average("client_bytes"),
         str(study.grid["key"]): entry.value,
     }
 
