@@ -195,9 +195,9 @@ def plain(study: Study, row: str, scores: list[float | None], up: int) -> dict[s
             for t in (0, 10, 20)
         ]
         line: dict[str, Any] = {"metrics": {} if last is None else curve[-1]["metrics"]}
-        line |= {"key": job.key, "curve": curve, "uplink_floats": 1, "aggregation_error": 0.25}
+        line |= {"key": job.key, "seed": job.seed, "curve": curve, "aggregation_error": 0.25}
         line |= {k: curve[-1][k] for k in ("uplink_total", "downlink_total")}
-        line |= {"config": {"method": {"name": row, "rank": 2}}}
+        line |= {"uplink_floats": 1, "config": {"method": {"name": row, "rank": 2}}}
         found[job.key] = line | ({"diverged": "nan"} if last is None else {})
     return found
 

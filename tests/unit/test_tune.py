@@ -173,7 +173,7 @@ def test_it_goes_on_with_the_same_command(
 def test_the_frontier_is_that_of_what_was_measured(twice: tuple[Path, list[Any], Tuned]) -> None:
     folder, _, tuning = twice
     curves = [t.user_attrs["curve"] for t in ended(folder) if t.user_attrs["ended"] != "diverged"]
-    all_ = {(p["bytes"], p["score"]) for curve in curves for p in curve}
+    all_ = {(p["traffic"], p["value"]) for curve in curves for p in curve}
     best = {p for p in all_ if not any(o[0] <= p[0] and o[1] >= p[1] and o != p for o in all_)}
     wanted = sorted(float(f"{size / 4e6:.4g}") for size, _ in best if size)
     assert tuning.frontier["MB a client"].tolist() == wanted
