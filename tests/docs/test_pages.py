@@ -13,7 +13,7 @@ from fedraclora.commands import deploy
 from fedraclora.commands.study.file import Study
 from fedraclora.commands.study.leaderboard import chosen, find
 from fedraclora.compose.overrides import composed
-from fedraclora.compose.words import check_word, key_values
+from fedraclora.compose.words import check_word, key_values, part
 from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.bench.command import parse
 from fedraclora.experiments.theory.command import TheoryConfig
@@ -55,7 +55,7 @@ def test_each_simulation_composes(line: str) -> None:
 
 @pytest.mark.parametrize("line", DEPLOYMENTS)
 def test_each_deployment_composes(line: str) -> None:
-    own, words = deploy.parted(check_word(shlex.split(line)[2:])[0])
+    own, words = part(check_word(shlex.split(line)[2:])[0], deploy.OWN_KEYS)
     deploy.prepare(words, deploy.where(own)[1])
 
 
