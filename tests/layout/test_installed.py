@@ -85,7 +85,8 @@ def used(folder: Path, shell: Shell) -> Path:
     (folder / "mine" / "experiment").mkdir(parents=True)
     # Drawn samples: a process imports no library for data or partitions.
     preset = ["# @package _global_", "defaults: [override /data: virtual]"]
-    preset += ["data: {samples: 20, held_out: 50}", "clients: 6", "cohort: 3", "rounds: 1"]
+    preset += ["data: {samples: 20, held_out: 50}", "clients: 6"]
+    preset += ["clients_per_round: 3", "rounds: 1"]
     preset += ["output: {progress: false, plots: false}"]
     (folder / "mine" / "experiment" / "little.yaml").write_text("\n".join(preset))
     shell("fedraclora simulate --config-dir mine experiment=little output.dir=first")
