@@ -32,7 +32,7 @@ from fedraclora.config.unread import refuse_misfits, refuse_unknown, refuse_unre
 from fedraclora.data import DATASETS, PARTITIONS, make_partition
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
-from fedraclora.limits import Count, Fraction, Later, Limit, Limited, OneOf, Whole, later_keys
+from fedraclora.limits import Count, Fraction, Limit, Limited, OneOf, Whole, later_keys
 from fedraclora.models import MODELS
 from fedraclora.objects import NAME, is_named, lent
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
@@ -69,9 +69,6 @@ def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, obj
         kept["data"] = without(data, "root", *beside)
     if isinstance(engine := kept.get("engine"), Mapping):
         kept["engine"] = {k: v for k, v in engine.items() if k in ENGINE_IN_DIGEST}
-    evaluate = kept.get("evaluate")  # runs from before there were answers are the same
-    if isinstance(evaluate, Mapping) and evaluate.get("generate") is None:
-        kept["evaluate"] = without(evaluate, "generate", "answers", "new_tokens", "shown")
     if isinstance(begun := kept.get("init_from"), Mapping):
         kept["init_from"] = without(begun, "path")
     tables: dict[str, Mapping[str, Callable[..., object]]]
@@ -113,9 +110,9 @@ class Selection(Limited, group="data"):
 
     labels: list[int] | None = None
     validation: Fraction = 0.0
-    loss: Annotated[str | Mapping[str, object] | None, Later()] = None
-    metrics: Annotated[list[str | dict[str, object]] | None, Later()] = None
-    duplicates: Annotated[str, OneOf(("error", "keep")), Later()] = "error"
+    loss: str | Mapping[str, object] | None = None
+    metrics: list[str | dict[str, object]] | None = None
+    duplicates: Annotated[str, OneOf(("error", "keep"))] = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,19 +207,19 @@ class RunConfig(TaskConfig):
     """
 
     method: Method
-    allocation: Annotated[Uniform, Later()] = field(default_factory=Uniform)
+    allocation: Uniform = field(default_factory=Uniform)
     output: OutputConfig
     aggregator: Aggregator
     server_optimiser: ServerOptimiser
     rounds: Whole = 150
     control_variates: bool = False
-    dora: Annotated[bool, Later()] = False
-    init_from: Annotated[str | dict[str, str] | None, Later()] = None
-    resume: Annotated[str | None, Later()] = None
+    dora: bool = False
+    init_from: str | dict[str, str] | None = None
+    resume: str | None = None
     stop: StopConfig = field(default_factory=StopConfig)
-    compression: Annotated[CompressionConfig, Later()] = field(default_factory=CompressionConfig)
-    steps: Annotated[list[str | dict[str, object]], Later()] = field(default_factory=list)
-    callbacks: Annotated[list[str | dict[str, object]], Later()] = field(default_factory=list)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    steps: list[str | dict[str, object]] = field(default_factory=list)
+    callbacks: list[str | dict[str, object]] = field(default_factory=list)
 
     @property
     def digested(self) -> dict[str, object]:

@@ -17,7 +17,6 @@ from fedraclora.evaluation.metrics import MEASURED
 from fedraclora.limits import (
     Count,
     Inner,
-    Later,
     Limit,
     Limited,
     NotNegative,
@@ -54,8 +53,8 @@ class CompressionConfig(Limited, group="compression"):
     uplink: Annotated[str, OneOf((FULL, *ROUNDED))] = FULL
     downlink: Annotated[str, OneOf((FULL, *ROUNDED))] = FULL
     feedback: bool = False
-    uplink_coding: Annotated[str, OneOf((NONE, ZSTD)), Later()] = NONE
-    downlink_coding: Annotated[str, OneOf((NONE, ZSTD)), Later()] = NONE
+    uplink_coding: Annotated[str, OneOf((NONE, ZSTD))] = NONE
+    downlink_coding: Annotated[str, OneOf((NONE, ZSTD))] = NONE
 
     @override
     def __post_init__(self) -> None:
@@ -200,7 +199,7 @@ class DeployConfig(EngineConfig):
     timeout: Seconds = 3600.0
     retries: Whole = 2
     max_samples: Count = 10_000_000
-    max_claims: Annotated[Whole | None, Later()] = None
+    max_claims: Whole | None = None
     folder: str | None = None
 
     @override
@@ -298,11 +297,11 @@ class EvaluateConfig(Limited, group="evaluate"):
     split: Annotated[str, OneOf(("test", "validation"))] = "test"
     clients: Annotated[str, OneOf(WHO_MEASURES)] = "none"
     sample: Count = 20
-    min_clients: Annotated[int, Ge(LEAST_CLIENTS), Later()] = 5
-    share: Annotated[Inner | None, Later()] = None
-    clients_every: Annotated[Count, Later()] = 1
-    personal: Annotated[bool, Later()] = False
-    choices: Annotated[Count | None, Later()] = None
+    min_clients: Annotated[int, Ge(LEAST_CLIENTS)] = 5
+    share: Inner | None = None
+    clients_every: Count = 1
+    personal: bool = False
+    choices: Count | None = None
     generate: Count | None = None
     answers: Count = 64
     new_tokens: Count = 32
@@ -341,7 +340,7 @@ class StopConfig(Limited, group="stop"):
 
     metric: Annotated[str, STOPPED_BY] = "loss"
     patience: Count | None = None
-    min_delta: Annotated[NotNegative, Later()] = 0.0
+    min_delta: NotNegative = 0.0
 
 
 @dataclass(frozen=True)

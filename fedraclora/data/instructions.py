@@ -17,7 +17,7 @@ from fedraclora.data.locate import Root, check_file, resolve
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.split import holdout_of
 from fedraclora.errors import DataError
-from fedraclora.limits import Composed, Count, Fraction, Later, OneOf, limited
+from fedraclora.limits import Composed, Count, Fraction, OneOf, limited
 from fedraclora.rng import generator
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def load_instructions(
     prompt: str | None = None,
     response: str | None = None,
     answers: Mapping[str, object] | None = None,
-    choices: Annotated[str | Sequence[str] | None, Later()] = None,
+    choices: str | Sequence[str] | None = None,
     header: bool = True,
     client: str | int | None = None,
     template: str | None = None,

@@ -25,7 +25,7 @@ from fedraclora.data.samples import Samples, stand_in
 from fedraclora.data.split import NO_HOLDOUT, Holdout, holdout_of
 from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
-from fedraclora.limits import Count, Fraction, Later, Part, limited
+from fedraclora.limits import Count, Fraction, Part, limited
 from fedraclora.trust import is_function
 
 OF_A_NODE = Part("node")  # keys that a node sets, and no choice lists
@@ -44,7 +44,7 @@ def own_samples(
     test_fraction: Fraction | None = None,
     split_seed: int = 0,
     served: Annotated[Sequence[int] | None, OF_A_NODE] = None,
-    objects: Annotated[bool, Later()] = False,
+    objects: bool = False,
     loss: str | Mapping[str, object] = "cross_entropy",
     metrics: Sequence[str | Mapping[str, object]] | None = None,
 ) -> DataSet:

@@ -27,7 +27,7 @@ from fedraclora.data.partitioners import (
 )
 from fedraclora.errors import ConfigError, FedRacLoraError, unknown
 from fedraclora.imports import check_call, failure_of
-from fedraclora.limits import Count, Later, OneOf, limited
+from fedraclora.limits import Count, OneOf, limited
 from fedraclora.objects import is_named
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def natural(
     seed: int,
     column: str = "client",
     least: Count = 1,
-    largest: Annotated[Count | None, Later()] = None,
+    largest: Count | None = None,
 ) -> list[RowNumbers]:
     """Make one client of each value of a column (a film, a source), in sorted order.
 

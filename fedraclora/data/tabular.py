@@ -31,7 +31,7 @@ from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import holdout_of, rows_by_use
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.limits import Fraction, Later, OneOf, limited
+from fedraclora.limits import Fraction, OneOf, limited
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -140,7 +140,7 @@ def load_table(
     standardise: bool = True,
     missing: Annotated[str, OneOf(("error", "drop"))] = "error",
     separator: str | None = None,
-    split: Annotated[str | int | None, Later()] = None,
+    split: str | int | None = None,
 ) -> DataSet:
     """Load a table of numbers.
 

@@ -21,7 +21,7 @@ from typing_extensions import override
 from fedraclora.devices.distributions import Availability, Distribution, Diurnal, LogNormal
 from fedraclora.devices.timeline import Load, Race, Timeline
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.limits import Count, Fraction, Later, Limited, NotNegative, Seconds
+from fedraclora.limits import Count, Fraction, Limited, NotNegative, Seconds
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.rng import cohort_uniforms, generator, hash_key
 
@@ -53,7 +53,7 @@ class SystemConfig(Limited, group="system"):
     speed: Distribution | None = None
     downlink: Distribution | None = None
     uplink: Distribution | None = None
-    latency: Annotated[Distribution | None, Later()] = None
+    latency: Distribution | None = None
     rank_budget: Distribution | None = None
     availability: Availability | None = None
     drop_out: Fraction = 0.0

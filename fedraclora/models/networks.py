@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Count, Fraction, Later, Limit, limited
+from fedraclora.limits import Count, Fraction, Limit, limited
 from fedraclora.models.built import Built, require_input, seeded
 
 
@@ -113,7 +113,7 @@ def build_cnn(
     channels: Sequence[Count] = (16, 32),
     hidden: Count | None = 64,
     dropout: Fraction = 0.0,
-    kernel: Annotated[Count, Limit("an odd number", lambda size: size % 2 == 1), Later()] = 3,
+    kernel: Annotated[Count, Limit("an odd number", lambda size: size % 2 == 1)] = 3,
 ) -> Built:
     """Build convolutions ``conv1``, ... and two linear layers, with ReLU between all.
 

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Inner, Later, Limited, Positive
+from fedraclora.limits import Inner, Limited, Positive
 from fedraclora.privacy.accountant import Releases, epsilon, noise_for
 from fedraclora.privacy.secagg import FEW
 from fedraclora.privacy.secret import Secret
@@ -85,8 +85,8 @@ class ClientLevel(Privacy):
     quantile: Inner | None = None
     clip_rate: Positive = 0.2
     count_noise: Positive | None = None
-    measure_noise: Annotated[Positive | None, Later()] = None
-    measure_bound: Annotated[Positive | None, Later()] = None
+    measure_noise: Positive | None = None
+    measure_bound: Positive | None = None
 
     @override
     def __post_init__(self) -> None:

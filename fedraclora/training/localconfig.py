@@ -16,7 +16,6 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import (
     Count,
     Fraction,
-    Later,
     Limited,
     NotNegative,
     OneOf,
@@ -97,9 +96,7 @@ class LocalConfig(Limited, group="local"):
     min_lr_ratio: NotNegative = 0.0
     step_every: Count = 50
     step_factor: NotNegative = 0.5
-    extras: Annotated[
-        Sequence[str | Mapping[str, object] | ClientProgram], Later(), TakesObject()
-    ] = ()
+    extras: Annotated[Sequence[str | Mapping[str, object] | ClientProgram], TakesObject()] = ()
 
     @property
     def added(self) -> tuple[ClientProgram, ...]:

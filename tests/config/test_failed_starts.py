@@ -81,7 +81,7 @@ REFUSED: dict[str, list[str]] = {
     "local=dp_sgd local.dp.noise_multiplier=1e308": ["local.dp.noise_multiplier is 1e+308"],
     "local.dp={name: gaussian, clip: 1e30, noise_multiplier: 1e30}": ["local.dp.", "product"],
     "seed=99999999999999999999": ["seed is 99999999999999999999", "up to 9223372"],
-    "local.epochs=2147483648": ["local.epochs is 2147483648", "1000000 or fewer"],
+    "local.epochs=2147483648": ["local.epochs is 2147483648", "1000000"],
     "engine=inline method=fed_sb local=lora_rite": ["lora_rite is defined for adapters B A"],
     "secure=secagg aggregation_weights=uniform clients_per_round=2": [
         "3 or more",

@@ -77,7 +77,7 @@ def test_engines_of_many_processes_have_the_bits_of_one() -> None:
 
 
 def test_a_run_says_what_it_is_in_a_line() -> None:
-    assert repr(run(rounds=1)).startswith("Run(rounds=1, metrics={'accuracy': ")
+    assert repr(run(rounds=1)).startswith("RunResult(rounds=1, metrics={'accuracy': ")
 
 
 def test_a_run_goes_on_and_a_finished_one_is_read(tmp_path: Path) -> None:

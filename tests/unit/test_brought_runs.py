@@ -352,7 +352,7 @@ def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
         ("attack=brought_parts:Louder attack.share=2", "attack.share is 2"),
         ("local.extras=[{name:brought_parts:Decay,rat:2}]", r"extras\[0\]\.rat.*did you mean"),
         ("local.extras=[brought_parts:Halved]", "class Halved; .*ClientProgram"),
-        ("local.extras=[{name:brought_parts:Decay,rate:-2}]", r"local\.extras\.rate is -2.*from 0"),
+        ("local.extras=[{name:brought_parts:Decay,rate:-2}]", r"local\.extras.*rate is -2.*from 0"),
         ("steps=[brought_parts:Decay]", r"steps\[0\].*class Decay; .*RoundStep"),
         ("steps=[{name:brought_parts:Halved,by:much}]", r"steps\[0\].by is 'much'; float"),
         ("callbacks=[brought_parts:FACTOR]", r"callbacks\[0\].*of type float"),
@@ -491,8 +491,6 @@ def test_settings_of_a_part_are_checked_like_those_of_the_project(mine: Any) -> 
     config = from_plain(composed(["local.extras=[brought_parts:Decay]"]), METHODS)
     assert [type(extra).__name__ for extra in config.local.added] == ["Decay"]
     assert config.digested["local"]["extras"] == ["brought_parts:Decay"]  # type: ignore[index]
-    plain = from_plain(composed([]), METHODS).digested["local"]
-    assert "extras" not in plain  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,6 @@ import fedraclora
 from fedraclora.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedraclora.models.adapter import merge_adapter
 from fedraclora.models.built import seeded
-from fedraclora.run.digests import write_digests
-from fedraclora.strategies.weights import load_weights
 from tests.unit.test_export import loaded, numbers, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
@@ -232,17 +230,3 @@ def test_a_run_that_cannot_be_begun_from_is_refused_by_name(case, tmp_path):
 def test_a_beginning_that_is_no_folder_is_refused(start):
     with pytest.raises(ConfigError, match="init_from"):
         fedraclora.simulate("data=digits", "pretrain=none", "rounds=0", f"init_from={start}")
-
-
-def test_a_folder_from_before_there_were_beginnings_is_read(tmp_path):
-    run_ = plain_run(tmp_path / "old")
-    path = tmp_path / "old" / "config.yaml"
-    stored = yaml.safe_load(path.read_text())
-    del stored["init_from"]
-    text = yaml.safe_dump(stored)
-    write_digests(tmp_path / "old", text, None)
-    path.write_text(text)
-    weights = load_weights(tmp_path / "old")
-    assert all(torch.equal(weights[n], w) for n, w in run_.weights().items())
-    again = plain_run(tmp_path / "old", resume=True, rounds=3)
-    assert again.summary["rounds"] == 3

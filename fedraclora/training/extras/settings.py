@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.limits import Later, NotNegative, OneOf, Part, Positive, Seconds
+from fedraclora.limits import NotNegative, OneOf, Part, Positive, Seconds
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
 from fedraclora.protocol.program import (
     ClientChunk,
@@ -102,9 +102,9 @@ class LocalSettings(LocalConfig):
     adjust: Annotated[str, OneOf(("none", *ADJUSTMENTS))] = "none"
     damping: Positive = 1e-6
     gate_penalty: Positive | None = None
-    train: Annotated[str | None, Later(), OWN_KEYS] = None
-    parameters: Annotated[Mapping[str, object] | None, Later(), OWN_KEYS] = None
-    timeout: Annotated[Seconds | None, Later(), OWN_KEYS] = None
+    train: Annotated[str | None, OWN_KEYS] = None
+    parameters: Annotated[Mapping[str, object] | None, OWN_KEYS] = None
+    timeout: Annotated[Seconds | None, OWN_KEYS] = None
 
     @property
     @override
