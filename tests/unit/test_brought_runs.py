@@ -454,7 +454,7 @@ def test_a_run_does_not_go_on_with_a_part_that_has_changed(
     assert text != MODULE
     (tmp_path / "brought_parts.py").write_text(text)
     monkeypatch.delitem(sys.modules, "brought_parts")
-    with pytest.raises(CheckpointError, match=r"code of brought_parts:\w+.*changed"):
+    with pytest.raises(CheckpointError, match=r"code of .*changed"):
         run(*words, **longer)
     (tmp_path / "brought_parts.py").write_text(MODULE)
     monkeypatch.delitem(sys.modules, "brought_parts")
