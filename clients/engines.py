@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from fedraclora.clients.worker import Worker
 from fedraclora.clients.worker_state import WorkerState
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.settings import DeployConfig, RayConfig
-from fedraclora.data.held import files_of
 from fedraclora.engines.base import Engine, Grid
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.secagg import SecAggTerms
@@ -80,9 +78,10 @@ def on_ray(
         with ExitStack() as failed:
             cluster = Cluster(settings, trainer.device.type)
             failed.callback(cluster.close)
-            files = files_of(trainer.task.train)
-            if files is not None and (without := cluster.lacking(here := Path(files.source or ""))):
-                files.sizes(torch.arange(files.num_clients))  # read here, they travel as they are
+            data = trainer.task.train
+            here = data.folder
+            if here is not None and (without := cluster.lacking(here)):
+                data.sizes(torch.arange(data.num_clients))  # read here, they travel as they are
                 text = f"sent to all hosts, since {here} is not the same on {', '.join(without)}"
                 cluster.told["samples"] = text
             grid = RayGrid(cluster, state, given, history=history, store=store, settings=settings)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedraclora.clients.client_state import restore
-from fedraclora.data.samples import ClientData, Samples, TableRows
+from fedraclora.data.samples import Samples
 from fedraclora.errors import WireError
 from fedraclora.evaluation.clients import SummedMeasure, sums_of, write_sizes
 from fedraclora.evaluation.metrics import AFTER, Measure
@@ -63,7 +63,7 @@ class Measurer:
         clients, counts = request.clients[kept], sizes[kept]
         steps, layout, numbers = torch.zeros_like(clients), Layout(()), torch.zeros(0, 0).double()
         if len(clients):
-            samples = rows_of_clients(held.data, clients.to(device), counts.to(device)), counts
+            samples = held.data.samples_of(clients.to(device)), counts
             downlink = ask.own.select(kept).beside(base)
             found = self._before(ask, downlink, base, clients, store, samples)
             if request.measure == "after":
@@ -171,14 +171,3 @@ class Measurer:
     def _sent(self, weights: Tree, samples: Samples, counts: torch.Tensor) -> Tree:
         size = 1 if self.task.held is None else self.task.held.batch_size
         return sums_of(self.measure, self.task, weights, samples, counts, size)
-
-
-def rows_of_clients(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> Samples:
-    """Put the samples of clients one after another."""
-    if isinstance(data, TableRows):  # copied once
-        starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        place = torch.arange(len(starts), device=sizes.device) - starts
-        rows = data.rows_at(clients.repeat_interleave(sizes), place[:, None])
-        return data.samples.take(rows[:, 0])
-    places = (torch.arange(n, device=clients.device)[None] for n in sizes.tolist())
-    return Samples.join([data.gather(*one) for one in zip(clients.split(1), places, strict=True)])

@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 
 from fedraclora.clients.cache import on_disk
-from fedraclora.clients.measure import rows_of_clients
-from fedraclora.data.held import whole_objects
 from fedraclora.data.task import Task
 from fedraclora.errors import DataError
 from fedraclora.objects import object_digest
@@ -61,9 +59,9 @@ def samples_digest(client: int, task: Task) -> str:
         if data is None:
             continue
         ids = torch.tensor([client], device=task.test.target.device)
-        samples = rows_of_clients(data, ids, data.sizes(ids))
+        samples = data.samples_of(ids)
         found.update(digest(samples.tensors).encode())
-        if whole_objects(data) and task.brought is not None:
+        if data.opaque and task.brought is not None:
             own = task.brought(client)
             found.update(str(getattr(own, "_fingerprint", None) or object_digest(own)).encode())
     return found.hexdigest()

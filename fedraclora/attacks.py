@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.data.samples import ClientData, Samples
+from fedraclora.data.clients import ChangedClients, ClientData
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Limited, Share
 from fedraclora.protocol.downlink import opening_rows
@@ -181,43 +182,24 @@ class ALittleIsEnough(Attack):
 
 
 @dataclass(frozen=True)
-class Flipped:
+class Flipped(ChangedClients):
     """Client data in which some clients' labels are flipped; the rest is as it was.
 
     Attributes:
-        data: Of all clients.
         attackers: Their ids, int64.
         classes: Number of labels.
     """
 
-    data: ClientData
     attackers: torch.Tensor
     classes: int
 
-    @property
-    def num_clients(self) -> int:
-        """See `ClientData.num_clients`."""
-        return self.data.num_clients
-
-    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """See `ClientData.sizes`."""
-        return self.data.sizes(clients)
-
+    @override
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
-        """See `ClientData.gather`."""
         taken = self.data.gather(clients, positions)
         hit = torch.isin(clients, self.attackers.to(clients.device))
         hit = hit.repeat_interleave(positions.shape[1])
         flipped = self.classes - 1 - taken.target
         return replace(taken, target=torch.where(hit, flipped, taken.target))
-
-    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """See `ClientData.lengths`."""
-        return self.data.lengths(clients, positions)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Flipped:
-        """See `ClientData.to`."""
-        return replace(self, data=self.data.to(device, dtype))
 
 
 ATTACKS: dict[str, type[Attack]] = {

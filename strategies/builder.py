@@ -16,7 +16,6 @@ from fedraclora.config.build import BuiltTask, answering_of, build_task, measure
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
 from fedraclora.data.partition import spread_clients
-from fedraclora.data.samples import count_examples
 from fedraclora.data.task import Task
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Engine
@@ -254,7 +253,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     @override
     def examples(self) -> Sizes:
         train, device = self.task.train, self.built.device
-        return lambda clients: count_examples(train, clients.to(device)).cpu()
+        return lambda clients: train.examples(clients.to(device)).cpu()
 
     @cached_property
     @override

@@ -18,9 +18,7 @@ from fedraclora.binding import section
 from fedraclora.config.build import BuiltTask, measured_samples
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
-from fedraclora.data.held import whole_objects
 from fedraclora.data.partition import spread_clients
-from fedraclora.data.samples import Partitioned
 from fedraclora.evaluation.choices import Questions
 from fedraclora.evaluation.clients import scored
 from fedraclora.evaluation.metrics import Measure, lower_of
@@ -321,9 +319,10 @@ def measured_by(run: RunBuilder) -> dict[str, str]:
         )
     if config.veiled:  # nobody learns who holds nothing out, nor how many do
         text += f"; nothing is released of fewer than {asked.min_clients} (evaluate.min_clients)"
-    elif isinstance(held.data, Partitioned):  # others are made or read when they are asked
-        small = torch.nonzero(held.data.sizes(torch.arange(run.built.clients)) == 0).flatten()
-        text += f": {len(held.data.rows)} in all"
+    elif held.data.table is not None:  # others are made or read when they are asked
+        sizes = held.data.sizes(torch.arange(run.built.clients))
+        small = torch.nonzero(sizes == 0).flatten()
+        text += f": {int(sizes.sum())} in all"
         if len(small):
             some = ", ".join(map(str, small[:NAMED].tolist())) + (
                 "..." if small[NAMED:].any() else ""
@@ -339,7 +338,7 @@ def introduction(run: RunBuilder) -> dict[str, str]:
     task = run.built.task
     known = len(measured_samples(task, run.config.evaluate.split))
     wide = math.prod(task.test.target.shape[1:]) if task.loss == "squared_error" else 1
-    hint = "" if whole_objects(task.train) else OR_CLIENTS
+    hint = "" if task.train.opaque else OR_CLIENTS
     return {
         "loss": f"{task.loss.partition('@')[0]} ({task.info['loss_from']})"
         + (f", summed over the {wide} numbers of a target" if wide > 1 else "")

@@ -37,7 +37,7 @@ from fedraclora.clients.worker import answer_of
 from fedraclora.compose.words import key_values
 from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.config.run_config import DEVICES
-from fedraclora.data.samples import Partitioned
+from fedraclora.data.clients import Partitioned
 from fedraclora.data.task import cross_entropy, cross_entropy_slope, forward
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError, unknown
 from fedraclora.experiments.bench.launch import interpreter, run_peer

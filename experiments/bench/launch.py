@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from fedraclora.commands import CODE
-from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.workloads import LR, Workload
@@ -45,13 +44,14 @@ def write_work(folder: Path, workload: Workload, task: Task, rounds: int, thread
         The file of settings, which names the others.
     """
     data = task.train
-    if not isinstance(data, Partitioned) or set(data.samples.inputs) != {"x"}:
+    samples, _ = data.table or (None, None)
+    if samples is None or set(samples.inputs) != {"x"}:
         raise ConfigError(
             "the peers train on vectors only, and the data of this workload are others: leave the "
             "peers out of it"
         )
     shape = (data.num_clients, workload.samples)
-    x, y = data.samples.inputs["x"].cpu().numpy(), data.samples.target.cpu().numpy()
+    x, y = samples.inputs["x"].cpu().numpy(), samples.target.cpu().numpy()
     np.savez(folder / "data.npz", x=x.reshape(*shape, -1), y=y.reshape(shape))
     start: dict[str, Any] = {n: p.detach().cpu().numpy() for n, p in task.model.named_parameters()}
     np.savez(folder / "start.npz", **start)

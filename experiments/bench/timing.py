@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
@@ -132,7 +131,7 @@ def training_loss(task: Task, weights: Mapping[str, torch.Tensor]) -> float:
     """Mean loss of weights over the samples of all clients."""
     owner = next(task.model.parameters())
     moved = {name: weight.to(owner) for name, weight in weights.items()}
-    if not isinstance(task.train, Partitioned):
+    if (found := task.train.table) is None:
         raise ConfigError("the loss of virtual clients cannot be compared")
-    samples = task.train.samples
+    samples, _ = found
     return evaluate(task.model, moved, samples, task.loss, ("loss",), batch_size=8192)["loss"]

@@ -19,9 +19,10 @@ import torch
 import yaml
 from torch import nn
 
+from fedraclora.data.clients import ClientData, Partitioned
 from fedraclora.data.locate import package_path
 from fedraclora.data.own_loss import IGNORED_TOKEN
-from fedraclora.data.samples import ClientData, Partitioned, Samples
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.data.virtual import virtual
 from fedraclora.models import MODELS
@@ -118,8 +119,8 @@ class Case:
     @cached_property
     def tokens(self) -> int:
         """Tokens of all texts without padding; 0 where the samples are no texts."""
-        data = self.task.train
-        lengths = data.samples.lengths if isinstance(data, Partitioned) else None
+        found = self.task.train.table
+        lengths = None if found is None else found[0].lengths
         return 0 if lengths is None else int(lengths.sum())
 
     def of(self, clients: int) -> Case:

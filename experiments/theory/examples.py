@@ -26,7 +26,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
 from fedraclora.experiments.theory.problems import federate

@@ -43,7 +43,7 @@ from fedraclora.clients.cache import RUNS, cache_of, claim, on_disk, served
 from fedraclora.clients.node import trainer_for
 from fedraclora.commands.status import explained, in_one_piece
 from fedraclora.config.build import measured_samples
-from fedraclora.data.own import read_own
+from fedraclora.data.per_client import read_own
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.deploy.supernode import EARLY, OLDEST
 from fedraclora.engines.sockets import use_sockets

@@ -18,7 +18,7 @@ from fedraclora.data.dataset import DataSet
 from fedraclora.data.objects import data_of, is_share, lend_set
 from fedraclora.data.own_loss import short_name
 from fedraclora.data.partitioners import by_partitioner
-from fedraclora.data.tables import is_columns, is_frame
+from fedraclora.data.program import is_columns, is_frame
 from fedraclora.data.tabular import load_table
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.own_metrics import Metric

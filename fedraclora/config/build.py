@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,17 @@ from fedraclora.config.run_config import Selection, TaskConfig, parted
 from fedraclora.config.settings import EvaluateConfig, WaitPolicy
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.arrays import ArrayReader
+from fedraclora.data.client_split import hold_out_of_clients, numbered, without_held
+from fedraclora.data.clients import ClientData, Partitioned, count_labels
+from fedraclora.data.dataset import Division
 from fedraclora.data.duplicates import SomeRows, check_duplicates
-from fedraclora.data.fit import Form
+from fedraclora.data.fit import SampleSpec
 from fedraclora.data.gguf_header import read_gguf_header
-from fedraclora.data.held import Portion, hold_out_of_clients, numbered, without_held
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import count_classes, judged_by, refuse_contradiction, with_labels
-from fedraclora.data.own import Brought, counted
 from fedraclora.data.partition import make_partition
-from fedraclora.data.samples import ClientData, Partitioned, Samples, count_labels
+from fedraclora.data.per_client import counted
+from fedraclora.data.samples import Samples
 from fedraclora.data.similar_names import with_clear_names
 from fedraclora.data.task import LOSSES, HeldOut, Task
 from fedraclora.errors import ConfigError
@@ -47,7 +48,6 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import keep_freed_memory
 from fedraclora.training.own.trainer import OwnTrainer
-from fedraclora.trust import is_function
 
 # What trains, with attackers and without: the project's loop, and a function of the user's.
 KINDS: tuple[tuple[type[AttackedTrainer], type[CohortTrainer]], ...] = (
@@ -226,7 +226,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
     data, validation = hold_out(data, selection.validation, config.seed)
     division: dict[str, Any] = dict(config.partition)
     parts, info = make_partition(data, **division, clients=config.clients, seed=config.seed)
-    if isinstance(parts, Brought) and parts.source is None:  # how many they are is not known
+    train = _clients(data, parts)
+    if train.elsewhere:  # how many they are is not known
         info = {key: fact for key, fact in info.items() if not key.startswith("samples_")}
     built = bind(
         "model",
@@ -236,8 +237,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
         classes=data.classes,
         seed=config.seed,
     )()
-    brought = [data.train, *(parts.found if isinstance(parts, Brought) else ())]
-    tables = [table for table in (*brought, data.test) if len(table) and table.inputs]
+    seen = [data.train, *train.seen]
+    tables = [table for table in (*seen, data.test) if len(table) and table.inputs]
     for table in tables:
         check_fit(built.model, table.inputs)
     floats = (t.dtype for t in data.train.inputs.values() if t.is_floating_point())
@@ -259,12 +260,9 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts |= _said_of_weights(config) | _said_of_loss(config, data, model, tables)
     if built.drawn:
         facts["new_head"] = f"{', '.join(built.drawn)}: drawn, model.path has none of these outputs"
-    train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
     asked = config.evaluate
-    train, held = hold_out_of_clients(
-        train, asked.portion, config.seed, **asked.source, listed=data.tests
-    )
-    trained = SomeRows.of(train) or [SomeRows(table) for table in brought]
+    train, held = hold_out_of_clients(train, asked.portion, config.seed, **asked.source)
+    trained = SomeRows.of(train) or [SomeRows(table) for table in seen]
     facts |= _duplicates(config, data, trained, validation, held, selection.duplicates)
     if config.pretrain.epochs:
         facts["pretrain"] = pretrain_model(config, without_held(whole, data, held), model)
@@ -286,7 +284,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         reading=({"shape": [*data.sample_shape]} if data.sample_shape else {}) | data.reading,
         reader=data.reader or _array_reader(config, data),
         like=data.like,
-        brought=_brought(data, train),
+        brought=train.object_of if train.brings_objects else None,
         held=None if held is None else HeldOut(held.to(device), asked.batch_size),
         choices=asked.choices,
     )
@@ -315,13 +313,11 @@ def _duplicates(
     return {"duplicates": found} if found else {}
 
 
-def _brought(data: DataSet, train: ClientData) -> Callable[[int], Any] | None:
-    """Make what gives the samples of a client as its owner has them; None: they are tensors."""
-    if isinstance(train, Brought | Portion):
-        return train.own if is_function(train.source or "") else None
-    if data.entries is None or not isinstance(train, Partitioned):
-        return None
-    return partial(data.entries.client_of, train.parts)
+def _clients(data: DataSet, parts: Division) -> ClientData:
+    """Give the rows of clients their table, with what clients brought beside it."""
+    if not isinstance(parts, list):
+        return parts
+    return Partitioned.of(data.train, parts, entries=data.entries, own_tests=data.tests)
 
 
 def _said_of_loss(
@@ -353,7 +349,7 @@ def _said_of_loss(
 def _array_reader(config: TaskConfig, data: DataSet) -> ArrayReader:
     """Make what reads new samples of data that are arrays."""
     classes = data.classes if "label" in data.columns else None  # else the model says what fits
-    form = Form(tuple(data.sample_shape), data.like or data.loss, classes)
+    form = SampleSpec(tuple(data.sample_shape), data.like or data.loss, classes)
     return ArrayReader(form, numbered=config.data.get("name") == "object")
 
 

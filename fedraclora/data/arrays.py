@@ -18,7 +18,7 @@ import torch
 
 from fedraclora.data.dataset import DataSet, Read, take
 from fedraclora.data.fit import (
-    Form,
+    SampleSpec,
     as_scaled,
     as_tensor,
     found_shape,
@@ -26,7 +26,7 @@ from fedraclora.data.fit import (
     said_of_inputs,
     scale_of_bytes,
 )
-from fedraclora.data.frames import (
+from fedraclora.data.labels import (
     OBJECTIVES,
     OF_ARRAYS,
     ArrayTask,
@@ -37,9 +37,9 @@ from fedraclora.data.frames import (
 )
 from fedraclora.data.locate import Root, resolve, unread
 from fedraclora.data.mnist import parse_idx, read_packed
+from fedraclora.data.program import TARGET_NAMES, is_columns, table_of
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import holdout_of
-from fedraclora.data.tables import TARGET_NAMES, is_columns, table_of
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Fraction, limited
 
@@ -107,15 +107,17 @@ def load_arrays(
         other = read_file(resolve(test_file, key="data.test_file", root=root))
         arrays |= {"test_x": other["x"], "test_target": other["target"]}
     names = _classes(arrays["target"], task, source)
-    form = Form(None, (OBJECTIVES | OF_ARRAYS)[task][0])
+    form = SampleSpec(None, (OBJECTIVES | OF_ARRAYS)[task][0])
     raw = _samples(arrays["x"], arrays["target"], names, source)
-    train = form.fit(raw, source)
+    train = form.validate(raw, source)
     info = {"source": str(file)} | said_of_inputs(raw, train)
     everyone = owners = _owners(arrays, len(train), source)
     if held is None or "test_x" in arrays:
         where = source if test_file is None else f"data.test_file={test_file}"
         form = replace(form, shape=found_shape(train))
-        held_out = form.fit(_samples(arrays["test_x"], arrays["test_target"], names, where), where)
+        held_out = form.validate(
+            _samples(arrays["test_x"], arrays["test_target"], names, where), where
+        )
     else:
         labels = train.target.numpy() if task == "classification" else None
         kept, out = held.split(len(train), labels=labels)
@@ -285,7 +287,7 @@ class ArrayReader:
         column: The column to predict of a Hugging Face ``Dataset``, or None.
     """
 
-    form: Form
+    form: SampleSpec
     numbered: bool
     column: str | None = None
 
@@ -304,7 +306,7 @@ class ArrayReader:
             samples = _inputs_of(found, where, self.column)
             form = replace(form, loss=":", classes=None)  # for which every target will do
         inputs = {n: self._raw(n, t, reading, where) for n, t in samples.inputs.items()}
-        fitted = form.fit(Samples(inputs, samples.target), where)
+        fitted = form.validate(Samples(inputs, samples.target), where)
         return Read(fitted, np.arange(len(fitted)), len(fitted))
 
     def _numbered(self, target: Any, names: list[str]) -> Any:

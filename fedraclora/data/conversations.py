@@ -6,16 +6,15 @@ contents), ``instruction``, ``input`` and ``output`` (Alpaca), or ``prompt`` and
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedraclora.data.frames import NamedTable, open_text, read_cells
+from fedraclora.data.tables import Table
 from fedraclora.errors import ConfigError, DataError, unknown
 
 Message = dict[str, str]
@@ -131,7 +130,7 @@ class RowForm:
         if self.prompt is not None and self.response is not None:
             prompt = filled_in(self.prompt, row, "data.prompt", where)
             return _pair(prompt, self._answer(row, where) if self.answered else None)
-        if "messages" in row:
+        if not is_missing(row.get("messages")):
             return read_messages(row["messages"], where, answered=self.answered)
         for first, last in (("instruction", "output"), ("prompt", "response")):
             if first in row and (last in row or not self.answered):
@@ -183,9 +182,12 @@ def text_of(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
     """
     if column not in row:
         raise ConfigError(f"{key}: {where}: {unknown('column', column, [*map(str, row)])}")
-    value = row[column]
-    missing = value is None or value != value  # noqa: PLR0124  NaN, which tables hold for nothing
-    return "" if missing else str(value).strip()
+    return "" if is_missing(row[column]) else str(row[column]).strip()
+
+
+def is_missing(value: object) -> bool:
+    """Tell whether a cell holds nothing: None, or NaN, which tables hold for it."""
+    return value is None or (isinstance(value, float) and value != value)  # noqa: PLR0124
 
 
 def read_messages(value: Any, where: str, *, answered: bool = True) -> list[Message]:
@@ -220,8 +222,7 @@ def read_conversations(found: Any, form: RowForm, *, header: bool = True) -> lis
     """Read every conversation of a file, or of rows that a program has.
 
     Args:
-        found: A file whose name ends in .jsonl (or .jsonl.gz), .parquet, .csv or .tsv (read with
-            quoting off, for sentences hold lone quotes); or what `program_rows` takes.
+        found: A file of `Table.read`; or what `program_rows` takes.
         form: How rows are read.
         header: Whether the first row of a .csv or .tsv names the columns; else they are 0, 1, ...
 
@@ -231,11 +232,10 @@ def read_conversations(found: Any, form: RowForm, *, header: bool = True) -> lis
     """
     file = isinstance(found, Path)
     where = str(found) if file else "data"
-    try:
-        rows = file_rows(found, header) if file else program_rows(found, form)
-        conversations = [form.read(row, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{where} cannot be read: {error}") from error
+    rows = (
+        Table.read(found, words=None, header=header).rows() if file else program_rows(found, form)
+    )
+    conversations = [form.read(row, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
     if not conversations:
         raise DataError(f"{where} holds no rows")
     return conversations
@@ -248,7 +248,7 @@ def program_rows(found: Any, form: RowForm) -> list[Mapping[str, Any]]:
         DataError: If they are something else.
     """
     if hasattr(found, "iloc"):
-        return [*NamedTable.of(found, "data").frame.to_dict("records")]
+        return Table.of(found, "data").rows()
     texts = isinstance(found, list) and all(isinstance(row, str) for row in found)
     columns = ["prompt"] if form.prompt is None else _PLACE.findall(form.prompt) or [form.prompt]
     if texts and not form.answered and len(set(columns)) == 1:
@@ -259,46 +259,3 @@ def program_rows(found: Any, form: RowForm) -> list[Mapping[str, Any]]:
         f"data is a {type(found).__name__}; a file, a frame or a list of dicts with the columns of "
         "the run's data is wanted" + ("" if form.answered else ", or a list of prompts")
     )
-
-
-def file_rows(path: Path, header: bool) -> Iterator[Mapping[str, Any]]:
-    """Give the rows of a file, by column."""
-    name = path.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
-        return _lines(path)
-    if name.endswith(".parquet"):
-        import pandas as pd
-
-        return iter(pd.read_parquet(path).to_dict("records"))
-    if name.endswith((".csv", ".tsv")):
-        return _cells(path, "\t" if name.endswith(".tsv") else ",", header)
-    raise ConfigError(
-        f"data.file={path}: a name that ends in .jsonl, .parquet, .csv or .tsv is wanted"
-    )
-
-
-def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number} is no JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is no JSON object: one a line is wanted")
-            yield row
-
-
-def _cells(path: Path, delimiter: str, header: bool) -> Iterator[Mapping[str, Any]]:
-    rows = read_cells(path, delimiter)
-    _, names = next(rows, (0, [])) if header else (0, None)
-    for line, cells in rows:
-        columns = [str(n) for n in range(len(cells))] if names is None else names
-        if len(cells) != len(columns):
-            raise DataError(
-                f"{path}, line {line}: {len(cells)} fields; {len(columns)} are wanted, as in the "
-                "first row"
-            )
-        yield dict(zip(columns, cells, strict=True))

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.samples import ClientData, Entries, Samples
+from fedraclora.data.clients import ClientData
+from fedraclora.data.entries import Entries
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Called, Composed, Count, OneOf
 

@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedraclora.data.clients import ClientData
 from fedraclora.data.own_loss import IGNORED_TOKEN
-from fedraclora.data.samples import ClientData, Partitioned, Samples
+from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
 from fedraclora.rng import generator
 
@@ -59,7 +60,8 @@ class SomeRows:
     @classmethod
     def of(cls, data: ClientData | None) -> list[SomeRows]:
         """List the rows of clients, where they are rows of a table that is here."""
-        return [cls(data.samples, data.rows)] if isinstance(data, Partitioned) else []
+        found = None if data is None else data.table
+        return [] if found is None else [cls(*found)]
 
     def take(self, kept: npt.NDArray[np.bool_]) -> Samples:
         """Take some of the rows."""

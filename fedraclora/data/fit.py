@@ -26,7 +26,7 @@ LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Form:
+class SampleSpec:
     """What samples must look like.
 
     Attributes:
@@ -39,7 +39,7 @@ class Form:
     loss: str
     classes: int | None = None
 
-    def fit(self, samples: Samples, where: str) -> Samples:
+    def validate(self, samples: Samples, where: str) -> Samples:
         """Convert samples, and check them.
 
         Args:
@@ -283,7 +283,7 @@ def is_binary(target: torch.Tensor) -> bool:
 
 
 def scale_of_bytes(samples: Samples) -> dict[str, object]:
-    """Say what `Form.fit` does to the numbers of images, given as they came (`DataSet.reading`)."""
+    """Say what `SampleSpec.validate` does to images, given as they came (`DataSet.reading`)."""
     if set(samples.inputs) != {"x"} or samples.inputs["x"].dtype != torch.uint8:
         return {}
     return {"subtract": 0.0, "divide_by": 255.0}

@@ -23,8 +23,9 @@ from fedraclora.data.dataset import (
     DataSet,
     RowNumbers,
 )
+from fedraclora.data.entries import Entries, length, parts_of, stand_in
 from fedraclora.data.fingerprint import called_twice
-from fedraclora.data.fit import Form, found_shape, outputs_for, said_of_inputs, scale_of_bytes
+from fedraclora.data.fit import SampleSpec, found_shape, outputs_for, said_of_inputs, scale_of_bytes
 from fedraclora.data.objective import (
     check_names,
     objective_of,
@@ -33,10 +34,7 @@ from fedraclora.data.objective import (
     usual_metrics,
 )
 from fedraclora.data.own_loss import named_loss
-from fedraclora.data.samples import Entries, Samples, length, parts_of, stand_in
-from fedraclora.data.similar_names import check_similar
-from fedraclora.data.split import TEST_FRACTION, hold_out_test, holdout_of
-from fedraclora.data.tables import (
+from fedraclora.data.program import (
     column_of,
     divided_by,
     is_clients,
@@ -47,6 +45,9 @@ from fedraclora.data.tables import (
     of_frame,
     table_of,
 )
+from fedraclora.data.samples import Samples
+from fedraclora.data.similar_names import check_similar
+from fedraclora.data.split import TEST_FRACTION, hold_out_test, holdout_of
 from fedraclora.data.tabular import TableForm
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Count, Fraction, limited
@@ -121,16 +122,18 @@ def data_of(
     shape = () if whole else found_shape(tables[0])
     like = said_like(loss)
     reads = like or loss
-    form = Form(shape, reads, classes or outputs_for(seen, reads))
+    form = SampleSpec(shape, reads, classes or outputs_for(seen, reads))
     names = names if len(tables) > 1 else ["data"]
-    fitted = [form.fit(table, name) for table, name in zip(tables, names, strict=True)]
+    fitted = [form.validate(table, name) for table, name in zip(tables, names, strict=True)]
     table, sizes = stacked(fitted, names), [*map(len, fitted)]
     of_tests = [f"data, client {k}, test" for k in own_tests]
-    own_tests = {k: form.fit(t, n) for (k, t), n in zip(own_tests.items(), of_tests, strict=True)}
+    own_tests = {
+        k: form.validate(t, n) for (k, t), n in zip(own_tests.items(), of_tests, strict=True)
+    }
     stacked([table.take(torch.arange(0)), *own_tests.values()], ["data", *of_tests])  # are alike
     found = DataSet(
         train=table,
-        test=table.take(torch.arange(0)) if held_out is None else form.fit(held_out, "test"),
+        test=table.take(torch.arange(0)) if held_out is None else form.validate(held_out, "test"),
         classes=int(form.classes or 1),
         loss=loss,
         metrics=metrics or usual_metrics(loss, table.target),

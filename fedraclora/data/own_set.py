@@ -14,14 +14,15 @@ import torch
 from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
 from fedraclora.data.dataset import OF_RUN, Clients, DataSet
+from fedraclora.data.entries import stand_in
 from fedraclora.data.fingerprint import called_twice
-from fedraclora.data.fit import Form, found_shape, gathered, scale_of_bytes
+from fedraclora.data.fit import SampleSpec, found_shape, gathered, scale_of_bytes
 from fedraclora.data.locate import user_path
 from fedraclora.data.objective import has_classes, said_like, usual_metrics
-from fedraclora.data.own import PARAMETERS, Brought, counted
 from fedraclora.data.own_loss import IGNORED_TOKEN, named_loss
 from fedraclora.data.partition import SIZES_SEEN, spread_clients
-from fedraclora.data.samples import Samples, stand_in
+from fedraclora.data.per_client import PARAMETERS, PerClientSource, counted
+from fedraclora.data.samples import Samples
 from fedraclora.data.split import NO_HOLDOUT, Holdout, holdout_of
 from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
@@ -79,7 +80,7 @@ def own_samples(
     """
     loss = named_loss(loss)
     like = said_like(loss)
-    form = Form(None if shape is None else tuple(shape), like or loss, classes)
+    form = SampleSpec(None if shape is None else tuple(shape), like or loss, classes)
     named = {"test_file": test_file, "test_function": test_function}
     holdout, said = _holdout(named, test_fraction, split_seed, samples), parameters or {}
     function = test_function or (samples is not None and is_function(samples))
@@ -97,14 +98,14 @@ def own_samples(
             )
         if samples is not None and not is_function(samples):
             raise ConfigError(f"data.samples is {samples}; with data.objects a function is wanted")
-        brought = Brought(samples, count, form, served, parameters=said, objects=True)
+        brought = PerClientSource(samples, count, form, served, parameters=said, objects=True)
         info: dict[str, object] = {"source": "each client's own", "loss_from": "nobody measures"}
         nothing = stand_in(0)
         return DataSet(nothing, nothing, 1, loss, (), {}, (), brought, info=info)
-    brought = Brought(samples, count, form, served, holdout, said)
+    brought = PerClientSource(samples, count, form, served, holdout, said)
     if served is None:
         brought, measured = _measured(brought, test_file, test_function)
-        form = brought.form
+        form = brought.spec
     elif classes is None:
         raise ConfigError("data.classes is not set, and a node cannot know it")
     else:
@@ -145,7 +146,9 @@ def _holdout(
     return NO_HOLDOUT if found is None or samples is None else found
 
 
-def _measured(brought: Brought, file: str | None, function: str | None) -> tuple[Brought, Samples]:
+def _measured(
+    brought: PerClientSource, file: str | None, function: str | None
+) -> tuple[PerClientSource, Samples]:
     """Find what is measured on, and with it what samples look like."""
     named, where = None, f"data.test_file={file}"
     if file is not None:
@@ -156,16 +159,16 @@ def _measured(brought: Brought, file: str | None, function: str | None) -> tuple
         named = gathered(called_twice(where, call), where)
     if named is not None:
         brought.reading.update(scale_of_bytes(named))
-    if brought.form.classes is None or brought.form.shape is None:
-        tables = [] if named is None else [brought.form.fit(named, where)]
+    if brought.spec.classes is None or brought.spec.shape is None:
+        tables = [] if named is None else [brought.spec.validate(named, where)]
         if brought.source is not None:
             some = spread_clients(brought.num_clients, SIZES_SEEN).tolist()
             tables += [brought.whole(client) for client in some]
-        brought = replace(brought, form=_completed(brought.form, tables))
+        brought = replace(brought, spec=_completed(brought.spec, tables))
     if named is not None:
-        return brought, brought.form.fit(named, where)
+        return brought, brought.spec.validate(named, where)
     if not brought.holdout.fraction:
-        return brought, brought.form.nothing()
+        return brought, brought.spec.nothing()
     table = brought.held_out()
     if not len(table):
         raise ConfigError(
@@ -175,7 +178,7 @@ def _measured(brought: Brought, file: str | None, function: str | None) -> tuple
     return brought, table
 
 
-def _completed(form: Form, tables: Sequence[Samples]) -> Form:
+def _completed(form: SampleSpec, tables: Sequence[Samples]) -> SampleSpec:
     """Read from samples what is not said of them."""
     if not tables:
         raise ConfigError(
@@ -204,7 +207,7 @@ def _completed(form: Form, tables: Sequence[Samples]) -> Form:
     return replace(form, shape=shape, classes=classes)
 
 
-def _readable(brought: Brought, served: Sequence[int]) -> Samples:
+def _readable(brought: PerClientSource, served: Sequence[int]) -> Samples:
     """Read the samples of the first of a node's clients that has some; raises as it does."""
     for client in served[:-1]:
         with suppress(FedRacLoraError):  # it is refused by name when it is asked

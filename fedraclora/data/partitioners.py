@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from fedraclora.data.clients import TableRows
 from fedraclora.data.dataset import Clients, Column, DataSet, RowNumbers
-from fedraclora.data.samples import TableRows
 from fedraclora.data.virtual import (
     ClientLaw,
     OfLaw,

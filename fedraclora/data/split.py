@@ -3,7 +3,7 @@
 A source either names its test samples (``data.test_file``, ``data.test_function``, a column
 ``data.split``), or a `Holdout` draws them from its rows (``data.test_fraction``). Validation
 samples are drawn from what is left (``data.validation``). What single clients hold out besides is
-in `fedraclora.data.held`.
+in `fedraclora.data.client_split`.
 """
 
 from __future__ import annotations

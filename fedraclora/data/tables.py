@@ -1,205 +1,216 @@
-"""Tables of a Python program: arrays, datasets of torch and Hugging Face, frames of pandas."""
+"""The one reader of tables: CSV, TSV, Parquet and JSON Lines files, and frames of a program."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Mapping
-from dataclasses import replace
-from typing import Any, TypeGuard
+import bz2
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-import torch
 
-from fedraclora.data.dataset import DataSet, RowNumbers
-from fedraclora.data.fit import gathered, is_masked
-from fedraclora.data.frames import NamedTable
-from fedraclora.data.objective import INPUT_IDS, judged_by
-from fedraclora.data.own_loss import is_own
-from fedraclora.data.samples import Samples
-from fedraclora.data.tabular import TableForm, of_frames
-from fedraclora.errors import ConfigError, DataError
-from fedraclora.imports import failure_of, told_as
+from fedraclora.errors import ConfigError, DataError, unknown
 
-TARGET_NAMES = ("label", "labels", "target")  # where the caller names no column
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+JSON_LINES = {".jsonl", ".json"}
+KINDS = {*SEPARATORS, *JSON_LINES, ".parquet"}
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def table_of(found: object, where: str, target: str | None = None) -> Samples:
-    """Read one table.
+@dataclass(frozen=True)
+class Table:
+    """Rows with a name for each column.
 
-    Raises:
-        DataError: If it is none, or holds something else than numbers.
+    Attributes:
+        frame: The rows; columns are named by text.
+        path: Where they are from, for messages.
     """
-    if is_columns(found):
-        return of_columns(found, where, target)
-    if isinstance(found, torch.utils.data.Dataset):
-        return of_dataset(found, where, target)
-    if not isinstance(found, tuple | list | Samples):
-        raise DataError(
-            f"{where} is of type {type(found).__name__}; (inputs, target), a dataset of torch or "
-            "of Hugging Face, or a list with one of them for each client is wanted"
-        )
-    return gathered(found, where)
 
+    frame: DataFrame
+    path: Path
 
-def of_dataset(found: Any, where: str, target: str | None) -> Samples:
-    """Read a map-style dataset of torch: pairs, or dicts with a target among them."""
-    try:
-        count = len(found)
-    except Exception as error:
-        raise DataError(
-            f"{where}: {type(found).__name__} has no length ({error}); a map-style dataset is "
-            "wanted (list(...) of an iterable one makes one)"
-        ) from error
-    if not count:
-        raise DataError(f"{where} holds no sample")
-    rows = []
-    for row in range(count):
-        with told_as(DataError, f"{where}: ", f"reading sample {row}"):
-            rows.append(found[row])
-        if is_masked(rows[-1]):
-            raise DataError(f"{where}: sample {row} is masked in part: fill it, or leave it out")
-    try:
-        samples = torch.utils.data.default_collate(rows)
-    except Exception as error:  # of whatever somebody else's type raises
-        raise DataError(
-            f"{where}: its samples cannot be put into one array ({error}); give inputs of one "
-            "shape: pad texts, resize images"
-        ) from error
-    if isinstance(samples, dict):
-        name = found_target(samples, target)
-        if name not in samples:
+    @classmethod
+    def of(cls, found: object, where: str) -> Table:
+        """Take a frame of a program as a table.
+
+        Raises:
+            DataError: If it is no frame, has no rows, or two columns have one name.
+        """
+        import pandas as pd
+
+        if not isinstance(found, pd.DataFrame):
+            path = "" if where == "test" else ", or the path of such a table,"
             raise DataError(
-                f"{where}: its samples have {[*samples]}; name the target with target=..."
+                f"{where} is a {type(found).__name__}; a frame of pandas with the columns of data"
+                f"{path} is wanted (pandas.read_csv reads one)"
             )
-        rest = {n: t for n, t in samples.items() if n != name}
-        samples = (rest if len(rest) > 1 else next(iter(rest.values())), samples[name])
-    return gathered(samples, where)
+        frame = found.rename(columns=str)
+        _refuse_twins(frame.columns, where)
+        if not len(frame):
+            raise DataError(f"{where} holds no rows")
+        return cls(frame, Path(where))
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        *,
+        words: Sequence[str] | None = (),
+        separator: str | None = None,
+        header: bool = True,
+    ) -> Table:
+        """Read a whole file, packed (.gz, .bz2, .xz, for numbers .zip) or not.
+
+        Args:
+            path: A file whose name ends in .csv, .tsv, .tab, .parquet or .jsonl.
+            words: Columns of a .csv or .tsv that are kept as they are written; the others are
+                numbers where all their cells are. None: all of them, and nothing is stripped; a
+                .tsv is then read with quoting off, for sentences hold lone quotes.
+            separator: What parts the columns of a .csv or .tsv; None: a comma, or a tab.
+            header: Whether its first row names the columns; else they are 0, 1, ...
+
+        Raises:
+            ConfigError: If the kind of file is not known.
+            DataError: If it cannot be read, a row has too few or too many fields, or it has none.
+        """
+        import pandas as pd
+
+        kind = next((s for s in reversed(path.suffixes) if s in KINDS), None)
+        if kind is None:
+            raise ConfigError(
+                f"{path}: a name that ends in .csv, .tsv, .tab, .parquet or .jsonl (.gz and .bz2 "
+                "after that or not) is wanted; for .npz and IDX files there is data=arrays"
+            )
+        try:
+            if kind == ".parquet":
+                frame = pd.read_parquet(path)
+            elif kind in JSON_LINES:
+                frame = pd.DataFrame(_json_rows(path), dtype=object)
+                frame = frame if words is None else frame.infer_objects()
+            elif words is None:
+                frame = _written_cells(path, separator or SEPARATORS[kind], header=header)
+            else:
+                frame = _typed_cells(path, separator or SEPARATORS[kind], words)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
+        except (OSError, ValueError, EOFError, csv.Error, lzma.LZMAError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{path} cannot be read as a table: {reason}") from error
+        frame.columns = [str(name).strip() for name in frame.columns]
+        if not len(frame):
+            raise DataError(f"{path} holds no rows")
+        if len(frame.columns) == 1 and ";" in frame.columns[0]:
+            raise DataError(
+                f"{path}: the columns are parted by semicolons; set \"data.separator=';'\""
+            )
+        return cls(frame, path)
+
+    def column(self, key: str, name: str | int) -> str:
+        """Give the name of a column that a key of the config names, or counts from 0.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        names = [*self.frame.columns]
+        if str(name) in names:
+            return str(name)
+        if isinstance(name, int) and 0 <= name < len(names):
+            return names[name]
+        raise ConfigError(f"{key}: {self.path}: {unknown('column', name, names)}")
+
+    def texts(self, key: str, name: str | int) -> list[str]:
+        """Give a column as texts; a missing value is the empty one.
+
+        Raises:
+            ConfigError: If there is no such column.
+        """
+        values = self.frame[self.column(key, name)]
+        return ["" if gap else str(v) for gap, v in zip(values.isna(), values, strict=True)]
+
+    def rows(self) -> list[Mapping[str, Any]]:
+        """Give each row by the names of the columns."""
+        return [*self.frame.to_dict("records")]
 
 
-def found_target(names: Collection[str], said: str | None) -> str | None:
-    """Find the column to predict: what the caller said, else one of the usual names."""
-    return said or next((name for name in TARGET_NAMES if name in names), None)
+def written(column: object) -> list[str]:
+    """Give values as texts; whole numbers without a point, whatever type holds them."""
+    values = np.asarray(column, dtype=object)
+    whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in values)
+    return [str(value).strip() for value in whole]
 
 
-def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:
-    """Tell whether these are tables of several clients, and not one."""
-    return isinstance(data, Mapping | list) and not is_columns(data)
+def _typed_cells(path: Path, separator: str, words: Sequence[str]) -> DataFrame:
+    """Read a .csv or .tsv as pandas does: columns of numbers are numbers."""
+    import pandas as pd
 
-
-def listed_tables(data: object) -> list[Any]:
-    """List the tables of several clients, or the one table.
-
-    Raises:
-        DataError: If there is none.
-    """
-    if not is_clients(data):
-        return [data]
-    if not data:
-        raise DataError("data is an empty list; the samples of one or more clients are wanted")
-    return list(data.values()) if isinstance(data, Mapping) else data
-
-
-def named_classes(data: Any, target: str | None) -> dict[str, object]:
-    """Take the names of the classes that a ``Dataset`` of Hugging Face has (`DataSet.reading`)."""
-    first = listed_tables(data)[0]
-    if not is_columns(first):
-        return {}
-    name = found_target(first.column_names, target)
-    names = getattr((first.features or {}).get(name), "names", None)
-    named = [str(known) for known in names or ()]
-    return {"classes": named} if named != [str(k) for k in range(len(named))] else {}
-
-
-def is_frame(found: object) -> bool:
-    """Tell whether this is a frame of pandas."""
-    return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "columns")
-
-
-def of_frame(data: Any, test: Any, loss: str | None, how: TableForm) -> DataSet:
-    """Read a frame as `fedraclora.data.tabular.load_table` reads a file: words become classes.
-
-    Args:
-        data: The frame.
-        test: One to measure on, or None.
-        loss: Its name, or None: what the column to predict tells.
-        how: How rows are read; the label may be None, and the task is found here.
-
-    Raises:
-        ConfigError: If a column or the loss is none that there is.
-        DataError: If rows cannot be used.
-    """
-    own, loss = (loss, None) if is_own(loss or "") else (None, loss)
-    if loss not in {None, "cross_entropy", "squared_error"}:
-        raise ConfigError(
-            f"loss is {loss}; of a frame classes or numbers are predicted: leave it out"
-        )
-    rows = NamedTable.of(data, "data")
-    held_out = None if test is None else NamedTable.of(test, "test")
-    name = found_target(rows.frame.columns, None if how.label is None else str(how.label))
-    numbers = name in rows.frame.columns and rows.frame[name].dtype.kind == "f"
-    if numbers and loss is None and bool((rows.frame[name].dropna() % 1 == 0).all()):
-        raise DataError(
-            f"the column {name!r} holds whole numbers as {rows.frame[name].dtype}, which does not "
-            "tell whether they are classes: say loss='squared_error' if they are numbers to "
-            "predict, else convert them to int64"
-        )
-    task = (
-        "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"
+    read = partial(
+        pd.read_csv,
+        path,
+        sep=separator,
+        encoding="utf-8-sig",
+        skipinitialspace=True,
+        low_memory=False,
     )
-    found = of_frames(rows, held_out, replace(how, label=name, task=task))
-    kind = "numbers" if numbers else "classes"
-    found = judged_by(found, own, how.metrics)
-    source = "said" if loss or own else f"guessed from the column {name!r}: {kind}"
-    return replace(found, info=found.info | {"loss_from": source})
+    _refuse_twins(read(header=None, nrows=1, dtype=str).iloc[0], path)  # it renames
+    frame = read(dtype=dict.fromkeys(words, str))
+    if not isinstance(frame.index, pd.RangeIndex):  # it has made the first column a name of rows
+        raise DataError(f"{path}: its rows have more fields than the first row, which names them")
+    return frame
 
 
-def is_columns(found: object) -> bool:
-    """Check whether this is a ``Dataset`` of Hugging Face."""
-    return hasattr(found, "column_names") and hasattr(found, "with_format")
+def _written_cells(path: Path, separator: str, *, header: bool) -> DataFrame:
+    """Read a .csv or .tsv cell by cell, as it is written."""
+    import pandas as pd
+
+    rows: list[list[str]] = []
+    with open_text(path) as file:
+        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+        reader = csv.reader(file, delimiter=separator, quoting=quoting)
+        for cells in filter(None, reader):  # without blank lines, as at the end of a file
+            if rows and len(cells) != len(rows[0]):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(cells)} fields; {len(rows[0])} are "
+                    "wanted, as in the first row"
+                )
+            rows.append(cells)
+    names = rows.pop(0) if header and rows else [str(n) for n in range(len(rows[0]) if rows else 0)]
+    _refuse_twins(filter(str.strip, names), path)
+    return pd.DataFrame(rows, columns=names, dtype=object)
 
 
-def of_columns(found: Any, where: str, target: str | None) -> Samples:
-    """Read a ``Dataset`` of Hugging Face: the target, and inputs by name or as one ``x``."""
-    names = list(found.column_names)
-    target_name = found_target(names, target)
-    if target_name is None or target_name not in names:
-        raise DataError(
-            f"{where}: the columns are {names}; name the one to predict with target=..."
-        )
-    inputs = {n: column_of(found, n, where) for n in names if n != target_name}
-    if not inputs:
-        raise DataError(f"{where}: {target_name!r} is the only column; inputs are wanted, too")
-    if INPUT_IDS not in inputs and len(inputs) > 1:
-        rows = {name: np.asarray(column) for name, column in inputs.items()}
-        words = [name for name, row in rows.items() if row.dtype.kind not in "biuf"]
-        flat = [name for name, row in rows.items() if row.ndim != 1]
-        if words or flat:
-            raise DataError(
-                f"{where}: the columns {words or flat} are no plain numbers; keep one column of "
-                "inputs, columns of numbers alone, or input_ids and attention_mask of a tokenizer"
-            )
-        x = np.stack([*rows.values()], axis=1).astype(np.float32)
-        return gathered((x, found[target_name][:]), where)
-    given = inputs if INPUT_IDS in inputs else next(iter(inputs.values()))
-    return gathered((given, column_of(found, target_name, where)), where)
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number} is no JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number} is no JSON object: one a line is wanted")
+            rows.append(row)
+    return rows
 
 
-def column_of(found: Any, name: str, where: str) -> Any:
-    """Read a column of a ``Dataset`` of Hugging Face as an array."""
-    if name not in found.column_names:
-        raise DataError(f"{where}: there is no column {name!r} among {list(found.column_names)}")
-    return found.with_format("numpy")[name][:]
+def open_text(path: Path) -> TextIO:
+    """Open a text file, packed or not; a byte-order mark is skipped."""
+    opener: Any = _OPENERS.get(path.suffix, open)
+    file: TextIO = opener(path, "rt", encoding="utf-8-sig", newline="")
+    return file
 
 
-def divided_by(data: Any, partitioner: Any) -> list[RowNumbers]:
-    """Divide a ``Dataset`` by a partitioner of flwr-datasets; return the rows of each client."""
-    try:
-        divider = copy.deepcopy(partitioner)  # it takes a data set once, and may be the caller's
-        divider.dataset = data.add_column("__row__", list(range(len(data))))
-        return [
-            np.asarray(divider.load_partition(k)["__row__"][:], dtype=np.int64)
-            for k in range(divider.num_partitions)
-        ]
-    except Exception as error:
-        kind = type(partitioner).__name__
-        raise DataError(f"partition: {failure_of(error, f'dividing data by a {kind}')}") from error
+def _refuse_twins(names: Iterable[object], where: object) -> None:
+    seen = [str(name).strip() for name in names if name == name]  # noqa: PLR0124  not NaN
+    if twice := sorted({name for name in seen if seen.count(name) > 1}):
+        raise DataError(f"{where} has several columns {twice[0]!r}: give each a name of its own")

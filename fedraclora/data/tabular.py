@@ -18,9 +18,7 @@ from fedraclora.data.dataset import (
     take,
 )
 from fedraclora.data.fit import as_scaled, scale_of
-from fedraclora.data.frames import (
-    SEPARATORS,
-    NamedTable,
+from fedraclora.data.labels import (
     TaskName,
     as_values,
     found_classes,
@@ -30,6 +28,7 @@ from fedraclora.data.frames import (
 from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import holdout_of, rows_by_use
+from fedraclora.data.tables import SEPARATORS, Table, written
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Fraction, OneOf, limited
 
@@ -84,10 +83,10 @@ class TableForm:
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
         """Read a file, a frame, or a table."""
         if isinstance(found, Path):
-            table = NamedTable.read(found, [str(self.label)], self.separator)
+            table = Table.read(found, words=[str(self.label)], separator=self.separator)
         else:
-            table = found if isinstance(found, NamedTable) else NamedTable.of(found, "data")
-        mend = OF_RUN if isinstance(found, NamedTable) else LATER
+            table = found if isinstance(found, Table) else Table.of(found, "data")
+        mend = OF_RUN if isinstance(found, Table) else LATER
         purpose = "which answers are compared with (predict needs none)"
         label = _later(table, str(self.label), purpose) if target else None
         features = [_later(table, name, LEARNT) for name in reading["features"]]
@@ -102,7 +101,7 @@ class TableForm:
 LEARNT = "which the run learnt from"
 
 
-def _later(table: NamedTable, name: str, purpose: str) -> str:
+def _later(table: Table, name: str, purpose: str) -> str:
     """Give a column that rows for a finished run must have.
 
     Args:
@@ -172,9 +171,11 @@ def load_table(
     """
     holdout_of(test_fraction, split_seed, test_file=test_file, split=split)  # before a file is read
 
-    def read(spelling: str, key: str, *columns: str | int | None) -> NamedTable:
+    def read(spelling: str, key: str, *columns: str | int | None) -> Table:
         path = resolve(spelling, key=key, root=root)
-        return NamedTable.read(path, [str(c) for c in columns if c is not None], separator)
+        return Table.read(
+            path, words=[str(c) for c in columns if c is not None], separator=separator
+        )
 
     table = read(str(file or ""), "data.file", label, client, split)
     tested = None if test_file is None else read(test_file, "data.test_file", label)
@@ -186,9 +187,7 @@ def load_table(
     return of_frames(table, tested, how, str(file))
 
 
-def of_frames(
-    table: NamedTable, test: NamedTable | None, how: TableForm, source: str = "a frame"
-) -> DataSet:
+def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a frame") -> DataSet:
     """Make a data set of rows; errors as of `load_table`.
 
     Args:
@@ -216,7 +215,7 @@ def of_frames(
     classes = found_classes(labels, named, how.task, path)
     train = Samples({"x": x}, target_of(labels, classes))
     owners = None if clients is None else np.array(clients)
-    everyone = None if owner is None else np.array(_written(frame[owner].dropna()))
+    everyone = None if owner is None else np.array(written(frame[owner].dropna()))
     if held is not None:
         strata = np.array(labels) if how.task == "classification" else None
         rows, out = held.split(len(train), labels=strata)
@@ -254,28 +253,28 @@ def of_frames(
     )
 
 
-def _of_splits(table: NamedTable, how: TableForm, source: str) -> DataSet:
+def _of_splits(table: Table, how: TableForm, source: str) -> DataSet:
     """Make a data set of rows that say what they are for; arguments as of `of_frames`."""
     plain, column = replace(how, split=None), table.column("data.split", str(how.split))
-    values = np.array(_written(table.frame[column]))
+    values = np.array(written(table.frame[column]))
     rows = rows_by_use(values, f"{table.path}: data.split={column}")
     parts = {use: table.frame.iloc[some].drop(columns=column) for use, some in rows.items()}
-    train, tested = (NamedTable(parts[name], table.path) for name in ("train", "test"))
+    train, tested = (Table(parts[name], table.path) for name in ("train", "test"))
     found = of_frames(train, tested, plain, source)
 
     def read(rows: DataFrame) -> Samples | None:
-        return plain(NamedTable(rows, table.path), found.reading).samples if len(rows) else None
+        return plain(Table(rows, table.path), found.reading).samples if len(rows) else None
 
     tests: list[Samples | None] = []
     if how.client is not None:
-        whose = np.array(_written(parts["test"][str(how.client)]))
+        whose = np.array(written(parts["test"][str(how.client)]))
         clients = np.unique(found.columns["client"])
         tests = [read(parts["test"][whose == name]) for name in clients]
     return replace(found, tests=tests if any(tests) else (), validation=read(parts["validation"]))
 
 
 def _features(
-    table: NamedTable, asked: ColumnNames | None, label: str, client: str | None
+    table: Table, asked: ColumnNames | None, label: str, client: str | None
 ) -> tuple[list[str], list[str]]:
     """Choose the columns to predict from; give those that are left out, too."""
     from pandas.api.types import is_numeric_dtype
@@ -300,7 +299,7 @@ def _features(
     return used, [name for name in others if name not in used]
 
 
-def _refuse_spoilt(table: NamedTable, name: str, share: float = 0.5, mend: Mend = OF_RUN) -> None:
+def _refuse_spoilt(table: Table, name: str, share: float = 0.5, mend: Mend = OF_RUN) -> None:
     """Reject a column of numbers with a cell that is none: it would be left out in silence.
 
     Args:
@@ -330,7 +329,7 @@ def _refuse_spoilt(table: NamedTable, name: str, share: float = 0.5, mend: Mend 
 
 
 def _rows(
-    table: NamedTable,
+    table: Table,
     features: list[str],
     label: str | None,
     client: str | None,
@@ -364,16 +363,9 @@ def _rows(
     if gone.all():
         raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")
     whole = frame[~gone]
-    clients = None if client is None else _written(whole[client])
-    labels = [] if label is None else _written(whole[label])
+    clients = None if client is None else written(whole[client])
+    labels = [] if label is None else written(whole[label])
     return torch.from_numpy(x[~gone]), labels, clients, np.flatnonzero(~gone)
-
-
-def _written(column: object) -> list[str]:
-    """Values as texts; whole numbers without a point, whatever type holds them."""
-    values = np.asarray(column, dtype=object)
-    whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in values)
-    return [str(value).strip() for value in whole]
 
 
 def _refuse_flat(path: Path, names: list[str], raw: Samples, scaled: Samples) -> None:

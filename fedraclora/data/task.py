@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedraclora.data.clients import ClientData
 from fedraclora.data.own_loss import IGNORED_TOKEN, Losses, OwnLoss, is_own, short_name
-from fedraclora.data.samples import ClientData, Samples
+from fedraclora.data.samples import Samples
 from fedraclora.errors import unknown
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], Losses]

@@ -13,19 +13,17 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import DataSet, Read, RowNumbers
-from fedraclora.data.frames import (
-    NamedColumn,
-    NamedTable,
+from fedraclora.data.labels import (
     TaskName,
     found_classes,
-    read_columns,
     supervised,
     target_of,
 )
 from fedraclora.data.locate import Root, check_file, load_tokenizer, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import holdout_of
-from fedraclora.errors import ConfigError, DataError, unknown
+from fedraclora.data.tables import Table
+from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Composed, Count, Fraction, limited
 from fedraclora.rng import generator
 
@@ -173,14 +171,10 @@ class TextReader:
             that are asked for have no text.
         """
         count, file = len(self.text), isinstance(found, Path)
-        named: list[NamedColumn] = [("data.text", column) for column in self.text]
+        named: list[tuple[str, str | int]] = [("data.text", column) for column in self.text]
         named += [("data.label", self.label)] if target else []
         named += [] if owner is None else [("data.client", owner)]
-        columns = (
-            read_columns(found, named, header=self.header)
-            if file
-            else _columns_of(found, named, count)
-        )
+        columns = _texts_of(found, named, count, header=self.header)
         table = np.array(columns, dtype=object).T
         filled = np.array([all(text.strip() for text in row[:count]) for row in table], dtype=bool)
         asked = np.ones(len(table), dtype=bool)
@@ -238,14 +232,14 @@ class TextReader:
         return loaded
 
 
-def _columns_of(found: Any, named: Sequence[NamedColumn], texts: int) -> list[list[str]]:
-    """Take columns of a frame, or texts of a list, which has no others."""
-    if hasattr(found, "iloc"):
-        frame = NamedTable.of(found, "data").frame
-        for key, name in named:
-            if str(name) not in frame.columns:
-                raise ConfigError(f"{key}: {unknown('column', name, [*frame.columns])}")
-        return [frame[str(name)].fillna("").astype(str).tolist() for _, name in named]
+def _texts_of(
+    found: Any, named: Sequence[tuple[str, str | int]], texts: int, *, header: bool
+) -> list[list[str]]:
+    """Take columns of a file or a frame, or texts of a list, which has no others."""
+    if isinstance(found, Path) or hasattr(found, "iloc"):
+        file = isinstance(found, Path)
+        table = Table.read(found, words=None, header=header) if file else Table.of(found, "data")
+        return [table.texts(key, name) for key, name in named]
     plain = isinstance(found, list) and all(isinstance(row, str | tuple | list) for row in found)
     rows = [[row] if isinstance(row, str) else [*row] for row in found] if plain else []
     if not rows or len(named) > texts or any(len(row) != texts for row in rows):

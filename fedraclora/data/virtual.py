@@ -26,7 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from annotated_types import Ge
+from typing_extensions import override
 
+from fedraclora.data.clients import ClientData
 from fedraclora.data.dataset import FLOAT_TYPES, OF_RUN, Clients, DataSet, Dtype, classification
 from fedraclora.data.samples import Movable, Samples
 from fedraclora.limits import Count, NotNegative, OneOf, Positive, limited
@@ -87,18 +89,18 @@ class ClientLaw(Movable):
         return classes, words[..., 1:], own[:, 2:]
 
 
-class OfLaw(Movable):
+class OfLaw(Movable, ClientData):
     """Clients whose number and sizes are those of a law."""
 
     law: ClientLaw
 
     @property
+    @override
     def num_clients(self) -> int:
-        """Number of clients."""
         return self.law.clients
 
+    @override
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Number of samples of each client: int64 [K]."""
         return self.law.sizes(clients)
 
 
@@ -164,6 +166,7 @@ class Mixture(OfLaw):
     noise: float
     shift: float
 
+    @override
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Make samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
         classes, words, own = self.law.draw(clients, positions)
@@ -175,6 +178,7 @@ class Mixture(OfLaw):
         x += self._normals(own).mul_(self.shift)[:, None]
         return Samples({"x": x.flatten(0, 1)}, classes.flatten())
 
+    @override
     def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> None:
         """Samples are not padded."""
 

@@ -18,8 +18,9 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from fedraclora.data.clients import ClientData
 from fedraclora.data.own_loss import OwnLoss
-from fedraclora.data.samples import ClientData, Samples, count_examples
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.errors import ConfigError
@@ -164,7 +165,7 @@ class CohortTrainer:
             trained={name: chunk.as_asked(value) for name, value in values.items()},
             losses=chunk.as_asked(losses / schedule.steps.clamp(min=1)).cpu(),
             steps=chunk.as_asked(schedule.steps).cpu(),
-            samples=chunk.as_asked(count_examples(self.data, chunk.clients)).cpu(),
+            samples=chunk.as_asked(self.data.examples(chunk.clients)).cpu(),
             moments={n: chunk.as_asked(t) for n, t in moments.items()},
         )
 

@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from fedraclora.data.samples import ClientData
+from fedraclora.data.clients import ClientData
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.program import Hook, Optimiser

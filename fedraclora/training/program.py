@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedraclora.data.samples import ClientData, Samples
+from fedraclora.data.clients import ClientData
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import SLOPES, Task
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind

@@ -31,10 +31,12 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from torch import nn
+from typing_extensions import override
 
 from fedraclora.clients.worker import Worker
 from fedraclora.codec import split
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import ChangedClients, Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.engines.records import from_records, to_records
 from fedraclora.errors import ClientError, WireError
@@ -270,13 +272,13 @@ SETTINGS = {
 }
 
 
-class Failing:
+@dataclass(frozen=True)
+class Failing(ChangedClients):
     """Data of clients, one of whom has lost them."""
 
-    def __init__(self, data: Partitioned, client: int) -> None:
-        self.data, self.client = data, client
-        self.num_clients, self.sizes, self.lengths = data.num_clients, data.sizes, data.lengths
+    client: int
 
+    @override
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Samples by position, or an error."""
         if self.client in clients.tolist():

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 from worlds import RAGGED, Run, assert_equal_trees, make_method, make_world, run
 
-from fedraclora.data.samples import ClientData, Samples
+from fedraclora.data.clients import ChangedClients
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError
 from fedraclora.protocol.program import LocalResult
 from fedraclora.training.cohort import CohortTrainer
@@ -45,15 +47,12 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
 
 @dataclass(frozen=True)
-class Raising:
+class Raising(ChangedClients):
     """Client data where one client raises."""
 
-    data: ClientData
     client: int
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.data, name)
-
+    @override
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Samples by position, or an error."""
         if self.client in clients.tolist():

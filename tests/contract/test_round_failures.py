@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 from worlds import (
     RAGGED,
     Run,
@@ -18,7 +19,8 @@ from worlds import (
     run,
 )
 
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import ChangedClients, Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, WireError
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.server import exchange
@@ -29,26 +31,13 @@ METHOD = make_method("fed_rac_lora")
 
 
 @dataclass(frozen=True)
-class Faulty:
+class Faulty(ChangedClients):
     """Client data where some clients raise and some hold NaN, from a round of our choice on."""
 
-    data: Partitioned
     raising: tuple[int, ...] = ()
     poisoned: tuple[int, ...] = ()
 
-    @property
-    def num_clients(self) -> int:
-        """Number of clients."""
-        return self.data.num_clients
-
-    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Samples of each client."""
-        return self.data.sizes(clients)
-
-    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Nothing is padded."""
-        return self.data.lengths(clients, positions)
-
+    @override
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Samples by position, or an error."""
         bad = sorted(set(clients.tolist()) & set(self.raising))

@@ -28,7 +28,8 @@ from fedraclora.binding import row_of
 from fedraclora.clients.engines import InProcessGrid, in_process
 from fedraclora.clients.worker import Worker
 from fedraclora.compose.choices import choice
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.records import from_records, to_records

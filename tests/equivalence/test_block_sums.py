@@ -7,7 +7,8 @@ import torch
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.run.ledger import NONDETERMINISTIC
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS

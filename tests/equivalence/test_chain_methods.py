@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from fedraclora.clients.engines import in_process
 from fedraclora.compose.choices import choice
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
 from fedraclora.protocol.link import Plan

@@ -12,9 +12,9 @@ import torch
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients.cache import CACHE
-from fedraclora.data.fit import Form, gathered
-from fedraclora.data.own import read_own
+from fedraclora.data.fit import SampleSpec, gathered
 from fedraclora.data.own_set import own_samples
+from fedraclora.data.per_client import read_own
 from fedraclora.errors import ClientError, ConfigError, DataError
 from fedraclora.imports import import_object
 from tests.campaigns.faults.network import Network, composed, rows, serve
@@ -279,9 +279,9 @@ def test_sources_that_are_none_are_named(source: str, error: type[Exception], sa
     ],
 )
 def test_samples_that_do_not_fit_are_named(found: object, said: str) -> None:
-    form = Form((4,), "clinic.model:smoothed", 10)
+    form = SampleSpec((4,), "clinic.model:smoothed", 10)
     with pytest.raises(DataError, match=said):
-        form.fit(gathered(found, "it"), "it")
+        form.validate(gathered(found, "it"), "it")
 
 
 def test_files_without_a_target_or_with_pickles_are_refused(tmp_path: Path) -> None:

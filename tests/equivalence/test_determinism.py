@@ -18,7 +18,7 @@ from vectorised_settings import ALSO, WIDELY
 
 from fedraclora.commands.simulate import run_one
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.samples import Partitioned
+from fedraclora.data.clients import Partitioned
 from fedraclora.errors import ClientError
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort

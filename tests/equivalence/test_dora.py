@@ -21,7 +21,7 @@ from vectorised_agreement import LOCAL, base_of, foldable, method_of, run, train
 from vectorised_cases import CASES, SEED, SIZES, Case, classes, convolution, normal, reader, task_of
 from vectorised_settings import MEETING, PAIRED, SETTINGS
 
-from fedraclora.data.samples import Partitioned
+from fedraclora.data.clients import Partitioned
 from fedraclora.protocol.method import Cohort, Downlink, Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.wrappers.dora import Dora

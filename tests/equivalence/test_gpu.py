@@ -27,7 +27,7 @@ from vectorised_settings import WIDELY
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.samples import Partitioned
+from fedraclora.data.clients import Partitioned
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.program import LocalResult

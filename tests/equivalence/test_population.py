@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from fedraclora.config.run_config import from_plain
+from fedraclora.data.clients import ClientData
 from fedraclora.data.digits import load_digits
 from fedraclora.data.partitioners import bootstrap
-from fedraclora.data.samples import ClientData
 from fedraclora.data.task import Task
 from fedraclora.data.virtual import virtual
 from fedraclora.models.networks import build_mlp

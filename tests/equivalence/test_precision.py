@@ -11,7 +11,7 @@ from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.samples import Partitioned
+from fedraclora.data.clients import Partitioned
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Downlink, Draw

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from fedraclora.data.clients import Partitioned
 from fedraclora.data.own_loss import IGNORED_TOKEN
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.models.hf import build_gpt, build_transformer
 from fedraclora.models.networks import build_cnn, build_mlp

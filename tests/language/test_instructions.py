@@ -217,7 +217,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "line 1 is no JSON object"),
         ("a.jsonl", "\n", "holds no rows"),
         ("a.csv", "prompt,response\na\n", "line 2: 1 fields; 2 are wanted"),
-        ("a.txt", "a", "ends in .jsonl"),
+        ("a.txt", "a", "ends in .csv"),
     ]:
         (tmp_path / name).write_text(text)
         with pytest.raises((DataError, ConfigError), match=said):

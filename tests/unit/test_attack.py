@@ -16,7 +16,8 @@ from fedraclora.attacks import (
     ScaledNoise,
     SignFlip,
 )
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.rng import hash_key
 

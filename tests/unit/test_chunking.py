@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from fedraclora.config.settings import RayConfig
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.protocol.method import Cohort, Downlink, Draw

@@ -15,9 +15,9 @@ from fedraclora.compose.overrides import composed
 from fedraclora.config.build import build_task, settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS, make_partition
-from fedraclora.data.fit import Form, gathered
-from fedraclora.data.own import read_own
+from fedraclora.data.fit import SampleSpec, gathered
 from fedraclora.data.own_set import own_samples
+from fedraclora.data.per_client import read_own
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import loss_function
 from fedraclora.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def fit(x: object, target: object, loss: str = "cross_entropy", classes: int = 3) -> Samples:
-    return Form(None, loss, classes).fit(gathered((x, target), "here"), "here")
+    return SampleSpec(None, loss, classes).validate(gathered((x, target), "here"), "here")
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int32, np.uint32, np.int64])
@@ -70,7 +70,9 @@ def test_images_of_bytes_go_from_0_to_1_and_other_numbers_are_kept() -> None:
     torch.testing.assert_close(found.flatten(), torch.tensor([0, 0.2, 0.4, 1.0]))
     assert fit(np.array([[7, 300]], np.int64), [0]).inputs["x"].tolist() == [[7.0, 300.0]]
     assert fit(np.array([1.5, 2.5]), [0, 1]).inputs["x"].shape == (2, 1)
-    tokens = Form((), "cross_entropy", 3).fit(gathered((np.array([[7]], np.int32), [0]), ""), "")
+    tokens = SampleSpec((), "cross_entropy", 3).validate(
+        gathered((np.array([[7]], np.int32), [0]), ""), ""
+    )
     assert tokens.inputs["x"].dtype == torch.int64
 
 

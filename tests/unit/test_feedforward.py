@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, SLOPES, Task
 from fedraclora.protocol.factor import Factor, to_train
 from fedraclora.protocol.method import Adapter, Downlink

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView

@@ -13,7 +13,8 @@ from torch import nn
 from torch.func import functional_call
 
 import fedraclora
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train

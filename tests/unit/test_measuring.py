@@ -17,8 +17,9 @@ from fedraclora.commands.compare import compare
 from fedraclora.commands.report.figures import figures_of
 from fedraclora.commands.report.page import page_of, read_shown
 from fedraclora.config import pretraining
-from fedraclora.data.held import hold_out_of_clients
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.client_split import hold_out_of_clients
+from fedraclora.data.clients import ChangedClients, Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.clients import spread
 from fedraclora.evaluation.evaluate import class_accuracies, evaluate
@@ -48,7 +49,7 @@ def test_what_is_held_out_is_never_trained_on_and_is_of_seed_and_client_alone(
 ) -> None:
     whole = clients_of()
     train, held = hold_out_of_clients(whole, 0.2, 5, split)
-    lazy = hold_out_of_clients(Hidden(whole), 0.2, 5, split)  # type: ignore[arg-type]
+    lazy = hold_out_of_clients(ChangedClients(whole), 0.2, 5, split)
     for client, size in enumerate(SIZES):
         own = rows_of(train, client), rows_of(held, client)
         assert len(own[0]) >= 1
@@ -62,16 +63,6 @@ def test_what_is_held_out_is_never_trained_on_and_is_of_seed_and_client_alone(
     if split == "validation":  # what the test is measured on is left alone
         test = hold_out_of_clients(whole, 0.2, 5)[1]
         assert not {*rows_of(test, 3)} & {*rows_of(train, 3), *rows_of(held, 3)}
-
-
-class Hidden:
-    """Client data of which nothing is known but what every data set has."""
-
-    def __init__(self, data: Partitioned) -> None:
-        self.data = data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.data, name)
 
 
 def moons(clients: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -24,7 +24,8 @@ from typing_extensions import override
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_transformer

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import fedraclora
 from fedraclora.client import Round, Trained
-from fedraclora.data.samples import length
+from fedraclora.data.entries import length
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.training.own.deadline import OutOfTimeError, call_within
 from fedraclora.training.own.places import bits_of

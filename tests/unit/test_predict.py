@@ -18,7 +18,7 @@ import fedraclora
 from fedraclora.commands.cli import main
 from fedraclora.data import DATASETS, conversations, select_labels
 from fedraclora.data.arrays import ArrayReader
-from fedraclora.data.fit import Form, as_scaled
+from fedraclora.data.fit import SampleSpec, as_scaled
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.data.text import TextReader
@@ -217,7 +217,7 @@ def test_images_are_read_as_those_of_the_run(tmp_path: Path) -> None:
 
 
 def test_bytes_are_none_of_a_run_on_other_numbers() -> None:
-    reader = ArrayReader(Form((3,), "cross_entropy", 2), numbered=True)
+    reader = ArrayReader(SampleSpec((3,), "cross_entropy", 2), numbered=True)
     x = DRAW.normal(size=(4, 3))
     assert torch.equal(reader(x, {}, target=False).samples.inputs["x"], torch.tensor(x).float())
     with pytest.raises(DataError, match="holds bytes"):
@@ -226,7 +226,7 @@ def test_bytes_are_none_of_a_run_on_other_numbers() -> None:
 
 def test_bytes_are_scaled_to_the_very_bits_of_training() -> None:
     every = torch.arange(256, dtype=torch.uint8)
-    fitted = Form((1,), "cross_entropy", 2).fit(Samples({"x": every}, every % 2), "here")
+    fitted = SampleSpec((1,), "cross_entropy", 2).validate(Samples({"x": every}, every % 2), "here")
     scaled = as_scaled(every, {"subtract": 0.0, "divide_by": 255.0}).float()
     assert torch.equal(fitted.inputs["x"][:, 0], scaled)
 

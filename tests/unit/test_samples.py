@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedraclora.data.samples import Partitioned, Samples, count_labels
+from fedraclora.data.clients import Partitioned, count_labels
+from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
 
 TABLE = Samples({"x": torch.arange(10.0).reshape(5, 2)}, torch.arange(5) * 10)

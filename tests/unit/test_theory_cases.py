@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from fedraclora.data.samples import Partitioned
+from fedraclora.data.clients import Partitioned
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.theory import examples

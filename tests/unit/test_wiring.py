@@ -15,7 +15,8 @@ from fedraclora.compose.overrides import composed
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, EngineConfig, WaitPolicy
-from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.clients import Partitioned
+from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig

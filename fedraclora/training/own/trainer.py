@@ -18,7 +18,6 @@ import torch
 from typing_extensions import override
 
 from fedraclora.data.fingerprint import USED_UP, Fingerprint, fingerprint_of, what_differs
-from fedraclora.data.samples import Partitioned, count_examples
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.imports import failure_of
 from fedraclora.models.outputs import nothing_drawn
@@ -93,7 +92,7 @@ class OwnTrainer(CohortTrainer):
 
     def _look_at_objects(self) -> None:
         """Take the fingerprints of a program's objects: clients may share the memory of theirs."""
-        if not isinstance(self.data, Partitioned):  # a function gives each client its own
+        if self.data.table is None:  # a function gives each client its own
             return
         for client in range(min(FIRST, self.data.num_clients)):
             self.came.note(client, self._data_of(client))
@@ -150,7 +149,7 @@ class OwnTrainer(CohortTrainer):
         for name, count in (("samples", said), ("steps", found.steps)):
             if count > self.most:
                 raise ClientError(f"{name}={count} is more than engine.max_samples, {self.most}")
-        there = int(count_examples(self.data, torch.tensor([client], device=self.device)))
+        there = int(self.data.examples(torch.tensor([client], device=self.device)))
         if said > there and not self.warned:
             self.warned, text = True, "client %d says samples=%d to round.read, and has %d: it is "
             log.warning(

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from fedraclora.binding import call_function
 from fedraclora.data.arrays import read_npz
+from fedraclora.data.clients import ClientData
 from fedraclora.data.dataset import take
+from fedraclora.data.entries import length, parts_of, picked, stand_in
 from fedraclora.data.fingerprint import called_twice
-from fedraclora.data.fit import Form, gathered, said_of_inputs, scale_of_bytes
+from fedraclora.data.fit import SampleSpec, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.locate import user_path
-from fedraclora.data.samples import Samples, length, parts_of, picked, stand_in
+from fedraclora.data.samples import Samples
 from fedraclora.data.split import NO_HOLDOUT, Holdout
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.trust import is_function
@@ -128,13 +131,13 @@ def read_own(
 
 
 @dataclass(frozen=True)
-class Brought:
+class PerClientSource(ClientData):
     """Client data that are looked for when a client is asked.
 
     Attributes:
         source: A folder, or ``package.module:function``; None: they are on other machines.
-        num_clients: Size of the population.
-        form: What samples look like.
+        count: Size of the population.
+        spec: What samples look like.
         only: The clients that are here; None: all are, if any.
         holdout: How samples of each client are held out, to measure on.
         parameters: Further arguments of the function, by name.
@@ -145,8 +148,8 @@ class Brought:
     """
 
     source: str | None
-    num_clients: int
-    form: Form
+    count: int
+    spec: SampleSpec
     only: Sequence[int] | None = None
     holdout: Holdout = NO_HOLDOUT
     parameters: Mapping[str, object] = field(default_factory=dict)
@@ -160,6 +163,11 @@ class Brought:
     _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _tests: dict[int, Samples | None] = field(default_factory=dict, repr=False, compare=False)
     _own: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    @override
+    def num_clients(self) -> int:
+        return self.count
 
     def client(self, client: int) -> Samples:
         """Return the training samples of one client.
@@ -178,7 +186,13 @@ class Brought:
                 self._held_out[client] = take(whole, held_out)
         return self._found[client]
 
-    def own(self, client: int) -> Any:
+    @property
+    @override
+    def brings_objects(self) -> bool:
+        return is_function(self.source or "")
+
+    @override
+    def object_of(self, client: int) -> Any:
         """Return the training samples of one client as its function gives them.
 
         Raises:
@@ -193,6 +207,12 @@ class Brought:
             self._own[client] = found if len(rows) == size else picked(found, rows)
         return self._own[client]
 
+    @property
+    @override
+    def brings_tests(self) -> bool:
+        return True
+
+    @override
     def tests(self, client: int) -> Samples | None:
         """Return the test samples that a client brings; None where it has none, or is elsewhere."""
         if self.source is None or (self.only is not None and client not in self.only):
@@ -209,9 +229,25 @@ class Brought:
         return Samples.join([self._held_out.pop(client) for client in range(self.num_clients)])
 
     @property
-    def found(self) -> list[Samples]:
-        """The samples of the clients that were asked so far."""
+    @override
+    def seen(self) -> list[Samples]:
         return [*self._found.values()]
+
+    @property
+    @override
+    def elsewhere(self) -> bool:
+        return self.source is None
+
+    @property
+    @override
+    def folder(self) -> Path | None:
+        there = self.source is not None and not is_function(self.source)
+        return Path(str(self.source)) if there else None
+
+    @property
+    @override
+    def opaque(self) -> bool:
+        return self.objects
 
     def whole(self, client: int) -> Samples:
         """Return all samples of one client; its source is asked for them once."""
@@ -221,20 +257,21 @@ class Brought:
                 "data.samples to a folder or a function that has those of every client"
             )
         if self.objects:
-            return stand_in(length(self.own(client)))
+            return stand_in(length(self.object_of(client)))
         if client not in self._read:
             alone, said = len(self.only or range(self.num_clients)) == 1, self.parameters
             twice = not self._tests  # the first one stands for all
             found, test = read_own(self.source, client, alone=alone, parameters=said, twice=twice)
             self._read[client] = found
             where = f"client {client}, test (data.samples={self.source})"
-            self._tests[client] = None if test is None else self.form.fit(test, where)
+            self._tests[client] = None if test is None else self.spec.validate(test, where)
         self.reading.update(scale_of_bytes(self._read[client]))
         where = f"client {client} (data.samples={self.source})"
-        fitted = self.form.fit(self._read[client], where)
+        fitted = self.spec.validate(self._read[client], where)
         self.told.update(said_of_inputs(self._read[client], fitted))
         return fitted
 
+    @override
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]; 1 for those that are elsewhere."""
         known = self.source is not None
@@ -244,8 +281,8 @@ class Brought:
         ]
         return torch.tensor(sizes, dtype=torch.int64, device=clients.device)
 
+    @override
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
-        """Take samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
         taken = []
         for client, rows in zip(clients.tolist(), positions, strict=True):
             own = self.client(client)
@@ -253,8 +290,8 @@ class Brought:
             taken.append(own.take(rows.flatten().clamp(max=len(own) - 1)))
         return Samples.join(taken)
 
+    @override
     def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Tokens without padding, int64 like ``positions``; None where samples have no mask."""
         found = []
         for client, rows in zip(clients.tolist(), positions, strict=True):
             own = self.client(client)
@@ -263,7 +300,7 @@ class Brought:
             found.append(own.lengths[rows.clamp(max=len(own) - 1)])
         return torch.stack(found)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Brought:
-        """Move to a device; floating samples take ``dtype`` when given."""
+    @override
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PerClientSource:
         found = {client: samples.to(device, dtype) for client, samples in self._found.items()}
         return replace(self, device=device, dtype=dtype, _found=found)

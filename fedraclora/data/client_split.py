@@ -6,19 +6,20 @@ for the test, the next for validation where that is asked for, and it trains on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
+from fedraclora.data.clients import ClientData, Partitioned
 from fedraclora.data.dataset import DataSet, keep_rows
-from fedraclora.data.own import Brought
-from fedraclora.data.samples import ClientData, Partitioned, Samples, picked
+from fedraclora.data.entries import picked
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.rng import cohort_permutations, hash_key
-from fedraclora.trust import is_function
 
 AT_ONCE = 256  # clients whose rows are looked up together
 ROW = "row of the source"  # of the columns of a data set
@@ -26,7 +27,7 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Portion:
+class ClientSplit(ClientData):
     """A part of each client's samples, as data of clients.
 
     Attributes:
@@ -37,7 +38,6 @@ class Portion:
         split: What is measured on: test, or validation, which is held out beside the test.
         own_tests: Whether a client that brings test samples measures on those, and trains on all
             others.
-        listed: Such samples of each client, where they are here.
     """
 
     whole: ClientData
@@ -46,54 +46,66 @@ class Portion:
     held: bool
     split: str = "test"
     own_tests: bool = False
-    listed: Sequence[Samples | None] = ()
     _last: list[Rows] = field(default_factory=list, repr=False, compare=False)
 
     @property
+    @override
     def num_clients(self) -> int:
-        """Number of clients."""
         return self.whole.num_clients
 
-    @property
-    def source(self) -> str | None:
-        """Where clients' samples are from, as `Brought` says it."""
-        return self.whole.source if isinstance(self.whole, Brought) else None
-
-    def own(self, client: int) -> Any:
-        """Return the part of one client as its function gives it."""
-        assert isinstance(self.whole, Brought)  # noqa: S101 - others have no source
-        ids = torch.tensor([client])
-        places = self.places(ids, torch.arange(int(self.sizes(ids)))[None])
-        return picked(self.whole.own(client), places[0].numpy())
-
+    @override
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Number of samples of each client: int64 [K]; 0 where nothing can be held out."""
+        """Count the samples of each client: int64 [K]; 0 where nothing can be held out."""
         first, end = self._bounds(clients)
         return end - first
 
-    def tests(self, client: int) -> Samples | None:
-        """Return test samples that a client brings, which are measured on in place of a share."""
-        if not self.own_tests:
-            return None
-        if isinstance(self.whole, Brought):
-            return self.whole.tests(client)
-        return self.listed[client] if self.listed else None
-
+    @override
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
-        """Take samples by position in the part: ids [K], positions [K, b] -> K * b rows."""
         if self.held and (own := self.tests(int(clients[0]))) is not None:  # one at a time
             return own.take(positions[0])
         return self.whole.gather(clients, self.places(clients, positions))
 
+    @override
     def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Tokens without padding, int64 like ``positions``; None where samples have no mask."""
         shape = positions.shape
         found = self.whole.lengths(clients, self.places(clients, positions.flatten(1)))
         return None if found is None else found.reshape(shape)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Portion:
-        """Move to a device; floating samples take ``dtype`` when given."""
+    @override
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ClientSplit:
         return replace(self, whole=self.whole.to(device, dtype), _last=[])
+
+    @property
+    @override
+    def folder(self) -> Path | None:
+        return self.whole.folder
+
+    @property
+    @override
+    def elsewhere(self) -> bool:
+        return self.whole.elsewhere
+
+    @property
+    @override
+    def brings_objects(self) -> bool:
+        return self.whole.brings_objects
+
+    @override
+    def object_of(self, client: int) -> Any:
+        """Return the part of one client as its owner has it."""
+        ids = torch.tensor([client])
+        places = self.places(ids, torch.arange(int(self.sizes(ids)))[None])
+        return picked(self.whole.object_of(client), places[0].numpy())
+
+    @property
+    @override
+    def brings_tests(self) -> bool:
+        return self.own_tests and self.whole.brings_tests
+
+    @override
+    def tests(self, client: int) -> Samples | None:
+        """Return test samples that a client brings, which are measured on in place of a share."""
+        return self.whole.tests(client) if self.own_tests else None
 
     def places(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Find positions in the client of positions in the part: int64 [K, b], both.
@@ -112,7 +124,7 @@ class Portion:
         """Find where the part begins and ends in the order of each client, int64 [K] each."""
         sizes = self.whole.sizes(clients)
         tests = torch.full_like(sizes, -1)  # without tests of its own
-        if self.own_tests and (self.listed or isinstance(self.whole, Brought)):
+        if self.brings_tests:
             own = map(self.tests, clients.tolist())
             tests = sizes.new_tensor([-1 if each is None else len(each) for each in own])
         wanted = (sizes.double() * self.share + 0.5).long().masked_fill(tests >= 0, 0)
@@ -123,7 +135,12 @@ class Portion:
 
 
 def hold_out_of_clients(
-    data: ClientData, share: float | None, seed: int, split: str = "test", **tests: Any
+    data: ClientData,
+    share: float | None,
+    seed: int,
+    split: str = "test",
+    *,
+    own_tests: bool = False,
 ) -> tuple[ClientData, ClientData | None]:
     """Part each client's samples into what it trains on and what it measures on.
 
@@ -132,8 +149,8 @@ def hold_out_of_clients(
         share: Of each client's samples, in (0, 1), rounded to the nearest count; each client keeps
             one to train on. None: nothing is held out.
         seed: Of the run.
-        split: As in `Portion`.
-        **tests: Its ``own_tests`` and ``listed``.
+        split: As in `ClientSplit`.
+        own_tests: The same.
 
     Returns:
         Both, over the same samples. What a client has of each is a function of the seed, its id and
@@ -144,47 +161,33 @@ def hold_out_of_clients(
     """
     if share is None:
         return data, None
-    if whole_objects(data):
+    if data.opaque:
         raise ConfigError(
             "evaluate.clients is set, but the clients' samples are objects that no tensors were "
             "made of, on which nobody can measure: set evaluate.clients=none"
         )
-    parts = tuple(Portion(data, share, seed, held, split, **tests) for held in (False, True))
+    parts = tuple(ClientSplit(data, share, seed, held, split, own_tests) for held in (False, True))
     train, held = (_rows_of(data, p) for p in parts) if isinstance(data, Partitioned) else parts
-    if isinstance(held, Partitioned) and not len(held.rows):
+    if held.table is not None and not len(held.table[1]):
         raise ConfigError(
             f"evaluate.share is {share}, of which the largest client holds no sample out: raise it"
         )
     return train, held
 
 
-def files_of(data: ClientData) -> Brought | None:
-    """Return the data of clients whose samples lie in a folder, of which they may be a part."""
-    whole = data.whole if isinstance(data, Portion) else data
-    if not isinstance(whole, Brought) or whole.source is None or is_function(whole.source):
-        return None
-    return whole
-
-
-def whole_objects(data: ClientData) -> bool:
-    """Check whether client data are objects that no tensors were made of."""
-    if isinstance(data, Brought):
-        return data.objects
-    return isinstance(data, Partitioned) and not data.samples.inputs
-
-
-def _rows_of(data: Partitioned, part: Portion) -> Partitioned:
+def _rows_of(data: Partitioned, part: ClientSplit) -> Partitioned:
     """Look the rows of a part up, so that they cost what those of any division cost.
 
     Test samples that clients brought become further rows of the table.
     """
     sizes = part.sizes(torch.arange(data.num_clients))
     table, brought = data.samples, torch.zeros(0)
-    if part.held and part.own_tests and any(part.listed):
-        own = torch.tensor([len(each or ()) for each in part.listed])
+    if part.held and part.brings_tests:
+        tests = data.own_tests
+        own = torch.tensor([len(each or ()) for each in tests])
         first = len(table) + own.cumsum(0) - own
         brought = first.masked_fill(own == 0, -1)
-        table = Samples.join([table, *(each for each in part.listed if each)])
+        table = Samples.join([table, *(each for each in tests if each)])
     found = []
     for ids in torch.arange(data.num_clients).split(AT_ONCE):
         place = torch.arange(int(sizes[ids].max())).expand(len(ids), -1)
@@ -194,7 +197,8 @@ def _rows_of(data: Partitioned, part: Portion) -> Partitioned:
         rows = rows.masked_fill(place >= sizes[ids, None], len(table)).sort(dim=1).values
         found.append(rows[rows < len(table)])
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    return Partitioned(table, torch.cat(found), offsets)
+    entries = None if part.held else data.entries
+    return Partitioned(table, torch.cat(found), offsets, entries)
 
 
 def numbered(data: DataSet) -> DataSet:
@@ -211,7 +215,8 @@ def without_held(whole: DataSet, data: DataSet, held: ClientData | None) -> Data
         held: Rows of the latter that clients hold out; clients that are made or found on demand
             have other samples than the table.
     """
-    if not isinstance(held, Partitioned):
+    if held is None or held.table is None:
         return whole
-    rows = held.rows[held.rows < len(data.train)].numpy()  # others are tests that clients brought
+    _, rows_held = held.table
+    rows = rows_held[rows_held < len(data.train)].numpy()  # others are tests that clients brought
     return keep_rows(whole, np.setdiff1d(whole.columns[ROW], data.columns[ROW][rows]))

@@ -1,0 +1,199 @@
+"""What is predicted: the names of classes, targets of labels, and the data set of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+
+from fedraclora.data.dataset import Column, DataSet, RowNumbers
+from fedraclora.data.fit import found_shape, outputs_for
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import LOSSES
+from fedraclora.errors import ConfigError, DataError
+from fedraclora.limits import OneOf
+
+OBJECTIVES = {  # the loss of each, and its metrics
+    "classification": ("cross_entropy", ("accuracy", "loss")),
+    "regression": ("squared_error", ("pearson", "spearman", "loss")),
+}
+TaskName = Annotated[str, OneOf(OBJECTIVES)]
+# Of arrays there are those, too, of which a sample has many targets, by the names of their losses.
+OF_ARRAYS = {name: (name, LOSSES[name].metrics) for name in ("multi_label", "pixel_classes")}
+ArrayTask = Annotated[str, OneOf((*OBJECTIVES, *OF_ARRAYS))]
+
+
+def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> list[str]:
+    """Name the classes in their order: as asked for, else sorted (whole numbers by size).
+
+    Raises:
+        ConfigError: If what is asked for does not occur.
+
+    Example:
+        >>> class_names(["10", "9", "9"]), class_names(["no", "yes", "Yes"])
+        (['9', '10'], ['Yes', 'no', 'yes'])
+    """
+    found = set(labels)
+    if values is not None:
+        names = [str(value) for value in values]
+        missing = sorted(set(names) - found)
+        if missing or len(set(names)) < len(names):
+            raise ConfigError(
+                f"data.values={names}: the labels {missing} do not occur in the data, or one is "
+                "named twice"
+            )
+        return names
+    numeric = all(name.removeprefix("-").isdigit() for name in found)
+    return sorted(found, key=int) if numeric else sorted(found)
+
+
+def as_values(names: Sequence[str], values: object = None) -> list[Any]:
+    """Give classes as their column has them: whole numbers and truth values as such, else texts.
+
+    Args:
+        names: Of the classes, in their order.
+        values: Those of the column; None: of a file of texts, where whole numbers count as such.
+
+    Example:
+        >>> as_values(["3", "10"]), as_values(["3", "10"], ["10", "3"]), as_values(["03", "10"])
+        ([3, 10], ['3', '10'], ['03', '10'])
+    """
+    kind = "i" if values is None else np.asarray(values).dtype.kind
+    if kind == "b":
+        return [name == "True" for name in names]
+    whole = all(n.removeprefix("-").isdecimal() and str(int(n)) == n for n in names)
+    return [int(name) for name in names] if whole and kind in "iuf" else [*names]
+
+
+def found_classes(
+    labels: Sequence[str],
+    label: str,
+    task: str,
+    source: object,
+    values: Sequence[str] | None = None,
+) -> list[str]:
+    """Name the classes of a column of labels; none where numbers are predicted.
+
+    Args:
+        labels: Of each row.
+        label: The column, for messages.
+        task: A key of `OBJECTIVES`.
+        source: The file, for messages.
+        values: See `class_names`.
+
+    Raises:
+        ConfigError: If the labels look like numbers to predict, or are all the same.
+    """
+    if task != "classification":
+        return []
+    names = class_names(labels, values)
+    if any("." in name and name.replace(".", "", 1).lstrip("-").isdigit() for name in names):
+        raise ConfigError(
+            f"data.label={label}: the values ({', '.join(names[:3])}, ...) are fractions, not "
+            "classes; to predict a number set data.task=regression"
+        )
+    whole = all(name.lstrip("-").isdigit() for name in names)
+    if whole and len(names) > max(100, len(labels) / 10):
+        raise ConfigError(
+            f"data.label={label}: {len(names)} whole numbers in {len(labels)} rows are hardly "
+            "classes; to predict a number set data.task=regression (classes may be words)"
+        )
+    if len(names) < 2:
+        raise ConfigError(f"data.label={label}: {source} has the one value {names} only")
+    return names
+
+
+def target_of(
+    labels: Sequence[str],
+    names: Sequence[str],
+    where: object = "test",
+    rows: RowNumbers | None = None,
+) -> torch.Tensor:
+    """Turn labels into classes by their place in ``names``, or into scores.
+
+    Args:
+        labels: Of each row.
+        names: Of the classes, in their order; none where numbers are predicted.
+        where: What has the labels, for messages.
+        rows: Its rows that they stand in, from 0; None: all.
+
+    Returns:
+        int64 [N] (classes), or float32 [N] (scores).
+
+    Raises:
+        DataError: If a label is none of the classes, or a score no finite number.
+    """
+    if not names:
+        scores = np.zeros(len(labels), dtype=np.float32)
+        for row, label in enumerate(labels):
+            try:
+                with np.errstate(over="ignore"):
+                    scores[row] = np.float32(label)
+            except ValueError as error:
+                raise DataError(
+                    f"data.label: {label!r} is not a number, but data.task=regression predicts "
+                    "numbers: set data.task=classification, or mend the rows that have it"
+                ) from error
+        if not np.isfinite(scores).all():
+            raise DataError(
+                "data.label: a score is NaN, infinite or larger than float32 can hold: mend it, or "
+                "leave its row out"
+            )
+        return torch.from_numpy(scores)
+    number = {name: index for index, name in enumerate(names)}
+    strange = sorted(set(labels) - set(number))
+    if strange:
+        place = next(row for row, name in enumerate(labels) if name in strange)
+        raise DataError(
+            f"{where}: labels {strange} do not occur in the training rows {[*names]}; the first of "
+            f"them is in row {(place if rows is None else rows[place]) + 1}"
+        )
+    return torch.tensor([number[name] for name in labels], dtype=torch.int64)
+
+
+def supervised(
+    train: Samples,
+    test: Samples,
+    names: Sequence[str],
+    task: str,
+    *,
+    metrics: Sequence[str] | None,
+    owners: Column | None,
+    client: str = "client",
+    info: dict[str, object],
+    reading: dict[str, object],
+    **more: Any,
+) -> DataSet:
+    """Build a data set of samples with classes or with numbers to predict.
+
+    Args:
+        train: Training samples.
+        test: Held-out samples.
+        names: Of the classes, in their order; none for numbers.
+        task: A key of `OBJECTIVES` or `OF_ARRAYS`.
+        metrics: Names of metrics, the headline first; None for those usual for the task.
+        owners: The client of each training row, or None.
+        client: The name of that column in the table.
+        info: Facts for the summary.
+        reading: See `DataSet`; the classes are added where they are missing, as `as_values` has
+            those of a file.
+        **more: Other fields of `DataSet`.
+    """
+    loss, usual = (OBJECTIVES | OF_ARRAYS)[task]
+    usual = ("loss",) if task == "regression" and train.target.dim() > 1 else usual
+    named: dict[str, object] = {"classes": [*names]} if names else {}
+    columns = {} if owners is None else dict.fromkeys((client, "client"), owners)
+    return DataSet(
+        train=train,
+        test=test,
+        classes=len(names) or outputs_for([train, test], loss) or 1,
+        loss=loss,
+        metrics=tuple(metrics or usual),
+        columns=columns | ({"label": train.target.numpy()} if names else {}),
+        sample_shape=found_shape(train),
+        info=info | named,
+        reading=({"classes": as_values(names)} if names else {}) | reading,
+        **more,
+    )
