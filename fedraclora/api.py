@@ -147,23 +147,22 @@ def simulate(
     if not isinstance(resume, bool):
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
     trust_all(trust)
-    plain, typed, watching, given = _asked(
-        *choices,
-        model=model,
-        data=data,
-        method=method,
-        partition=partition,
-        test=test,
-        train=train,
-        client=client,
-        target=target,
-        loss=loss,
-        metrics=metrics,
-        steps=steps,
-        callbacks=callbacks,
-        on_round=on_round,
-        **keys,
-    )
+    said: dict[str, object] = {
+        "model": model,
+        "data": data,
+        "method": method,
+        "partition": partition,
+        "test": test,
+        "train": train,
+        "client": client,
+        "target": target,
+        "loss": loss,
+        "metrics": metrics,
+        "steps": steps,
+        "callbacks": callbacks,
+        "on_round": on_round,
+    }
+    plain, typed, watching, given = _asked(choices, said | keys)
     output = section(plain, "output")
     place = place_of(plain, output, folder)
     if place is None:
@@ -225,7 +224,7 @@ def tune(
         raise ConfigError("tune wants words or some keys: a whole config leaves nothing to tune")
     own = [c for c in choices if isinstance(c, str) and c.startswith("tune.")]
     rest = [c for c in choices if c not in own]
-    plain, typed, watching, steps = _asked(*rest, **given)
+    plain, typed, watching, steps = _asked((*rest,), given)
     output = section(plain, "output")
     place = place_of(plain, output, folder)
     plain["output"] = {**output, "dir": None if place is None else str(place)}
@@ -234,6 +233,9 @@ def tune(
         if not isinstance(given.get(group), str | Mapping | None):  # an object has all its keys
             said |= {group, *(f"{group}.{key}" for key in section(plain, group))}
     return tune_task(plain, said, own, tune, steps=steps, callbacks=watching)
+
+
+JUDGES = ("loss", "metrics")
 
 
 class Asked(NamedTuple):
@@ -245,27 +247,13 @@ class Asked(NamedTuple):
     steps: list[RoundStep]
 
 
-def _asked(
-    *choices: str | Mapping[str, object],
-    model: nn.Module | str | Mapping[str, object] | None = None,
-    data: object = None,
-    method: object = None,
-    partition: object = None,
-    test: object = None,
-    train: Callable[..., object] | str | None = None,
-    client: str | None = None,
-    target: str | None = None,
-    loss: object = None,
-    metrics: object = None,
-    steps: object = (),
-    callbacks: object = (),
-    on_round: object = (),
-    **keys: object,
-) -> Asked:
-    """Compose what is asked for, its objects lent; see `simulate`."""
-    beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
+def _asked(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, Any]) -> Asked:
+    """Compose what is asked for by arguments of `simulate`, its objects lent."""
+    keys = dict(given)
+    model, data, train = (keys.pop(name, None) for name in ("model", "data", "train"))
+    steps, callbacks, on_round = (keys.pop(name, ()) for name in ("steps", "callbacks", "on_round"))
+    beside = {name: keys.pop(name, None) for name in ("test", "client", "target", *JUDGES)}
     whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
-    keys |= {"method": method, "partition": partition}
     own = {group: keys.pop(group, None) for group in OWN_GROUPS}
     lent = lend_all(model, data, own, beside, whole=whole, own=train is not None)
     if train is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedraclora.binding import OWN_GROUPS, PlainDict, section
 from fedraclora.compose.overrides import key_of
-from fedraclora.compose.values import plain_value, words_of
+from fedraclora.compose.values import pairs_of, plain_value
 from fedraclora.config.run_config import targets_of
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.objects import data_of, is_share, lend_set
@@ -68,7 +68,7 @@ class Lent:
         """
         found, groups = dict(plain), dict(self.groups)
         told = {group: keys for group, keys in self.keys.items() if isinstance(keys, Mapping)}
-        twice = [k for k in map(key_of, words_of(told)) if "." in k and typed.count(k) > 1]
+        twice = [k for k, _ in pairs_of(told) if "." in k and typed.count(k) > 1]
         if twice:
             raise ConfigError(
                 f"{twice[0]} is said in a word and by an argument of simulate: leave one out"

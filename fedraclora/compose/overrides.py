@@ -17,10 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from fedraclora.binding import PlainDict
+from fedraclora.binding import EMPTY, Plain, PlainDict
 from fedraclora.compose import CONF
 from fedraclora.compose.choices import choice, groups
 from fedraclora.compose.words import part_folders
@@ -35,7 +41,6 @@ from fedraclora.weights.files import flatten
 NO_SUCH_KEY = re.compile(r"Could not (?:override|delete from config\.) '([^']+)'")
 IS_THERE = re.compile(r"Could not append to config\. An item is already at '([^']+)'")
 NO_FOLDER = r"provider=hydra\.searchpath"
-BLANK = " "  # behind a key that would be read as a number; Hydra has no quotes for keys
 SWEEP = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?:\n| requires)")
 
 
@@ -49,12 +54,13 @@ def key_of(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-def composed(words: Sequence[str]) -> PlainDict:
+def composed(words: Sequence[str], values: Plain = EMPTY) -> PlainDict:
     """Compose the config as the command line would, as a plain, resolved dict.
 
     Args:
         words: Hydra's overrides, for example ``["method=fedavg", "seed=1"]``, and
             ``--config-dir DIR``.
+        values: Plain values by key, laid over what the words compose before it is resolved.
 
     Returns:
         The config.
@@ -66,13 +72,35 @@ def composed(words: Sequence[str]) -> PlainDict:
 
     def once(words: Sequence[str]) -> PlainDict:
         cfg = compose("config", overrides=list(words), return_hydra_config=True)
+        lay_over(cfg, values)
         return plain_of(cfg, cfg.hydra.runtime.choices)
 
     with (
-        in_plain_words(words),
+        in_plain_words([*words, *(f"{key}={value}" for key, value in values.items())]),
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
     ):
         return without_idle(once(words), words, once)
+
+
+def lay_over(cfg: DictConfig, values: Plain) -> None:
+    """Set keys of a composed config, as overrides do: a mapping is merged into what is there.
+
+    Args:
+        cfg: The config, which is changed.
+        values: By key; ``+`` before it adds one that is not there.
+
+    Raises:
+        ConfigCompositionException: As Hydra does, if there is no such key.
+        ConfigError: If a value cannot be read.
+    """
+    for key, value in values.items():
+        added = key.startswith("+")
+        try:
+            OmegaConf.update(cfg, key_of(key), value, merge=True, force_add=added)
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            raise ConfigCompositionException(f"Could not override '{key}'.") from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key} is {value!r}: {' '.join(str(error).split())}") from error
 
 
 def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> PlainDict:
@@ -123,12 +151,7 @@ def _keyed(path: str, value: object) -> object:
                 f"{path} has the key {key}, which is read as a number and not as the name of a "
                 f"layer: name the layer's weight ({key}.weight), or quote the name in a YAML file"
             )
-    return {name: _keyed(f"{path}.{name}", v) for k, v in value.items() if (name := name_of(k))}
-
-
-def name_of(key: object) -> str:
-    """Return a key of a mapping as text, without the blank that kept it from being a number."""
-    return str(key).removesuffix(BLANK)
+    return {name: _keyed(f"{path}.{name}", v) for k, v in value.items() if (name := str(k))}
 
 
 def without_idle(

@@ -5,32 +5,32 @@ from __future__ import annotations
 import inspect
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 from fedraclora.binding import PlainDict
 from fedraclora.compose.choices import groups
-from fedraclora.compose.overrides import BLANK, composed, key_of
+from fedraclora.compose.overrides import composed, key_of
 from fedraclora.compose.resume import laid_over
 from fedraclora.config.run_config import RunConfig, targets_of
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import TakesObject, later_keys
 from fedraclora.objects import lend
 from fedraclora.schema import hints
 from fedraclora.strategies.methods import METHODS
 
-BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
-ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes
-# Keys that Hydra may read as something else: by their beginning, with some that it does not.
-NUMBER = re.compile(r"[+-]?\.?\d|[+-]?(nan|inf|null|true|false)$", re.IGNORECASE)
-NOT_STRINGS = {"null", "true", "false", "nan", "inf"}
+NAME_OF_CHOICE = re.compile(r"[\w./:-]+")  # of a file, a row, or ``module:name``
 
 
 def config_of(
     choices: tuple[str | Mapping[str, object], ...], keys: Mapping[str, object]
 ) -> tuple[PlainDict, list[str]]:
     """Compose the config that is asked for.
+
+    Args:
+        choices: Overrides, as strings, and nested mappings of keys; what comes later wins.
+        keys: The same as a last mapping.
 
     Returns:
         The resolved config, and the keys that were said.
@@ -41,19 +41,29 @@ def config_of(
     if len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0]):
         whole = nowhere({str(k): plain_value(str(k), value) for k, value in choices[0].items()})
         values = {key: plain_value(key, value) for key, value in keys.items()}
-        return laid_over(whole, values), [word.partition("=")[0] for word in words_of(values)]
+        return laid_over(whole, values), [key for key, _ in pairs_of(values)]
     words: list[str] = []
+    values, typed = {}, []
     for choice in (*choices, keys):
         if isinstance(choice, str):
             words.append(choice)
+            typed.append(key := key_of(choice))
+            if key not in groups():  # a choice leaves keys that were set
+                values = {k: v for k, v in values.items() if not f"{k}.".startswith(f"{key}.")}
         elif isinstance(choice, Mapping):
-            words += words_of(choice)
+            for key, value in pairs_of(choice):
+                typed.append(key_of(key))
+                if key in groups():
+                    words.append(choice_word(key, value))
+                else:
+                    values.pop(key, None)
+                    values[key] = plain_value(key_of(key), value)
         else:
             raise ConfigError(
                 f"{choice!r:.200} is of type {type(choice).__name__}; a word such as "
                 "'method=fedavg' or a mapping of keys is wanted"
             )
-    return composed(words), [key_of(word) for word in words]
+    return composed(words, values), typed
 
 
 def is_whole(mapping: Mapping[str, object]) -> bool:
@@ -67,54 +77,31 @@ def nowhere(config: PlainDict) -> PlainDict:
     return laid_over(config, {"output.dir": None, "resume": None})
 
 
-def words_of(mapping: Mapping[str, object], before: str = "") -> list[str]:
-    """Write nested choices as words of the command line.
+def pairs_of(mapping: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """List nested choices by their keys; of a group ``name`` stands for the group.
 
     Example:
-        >>> words_of({"local": {"lr": 0.1}, "data": {"name": "digits", "labels": [5, 6]}})
-        ['local.lr=0.1', 'data=digits', 'data.labels=[5,6]']
+        >>> [*pairs_of({"local": {"lr": 0.1}, "data": {"name": "digits", "labels": [5, 6]}})]
+        [('local.lr', 0.1), ('data', 'digits'), ('data.labels', [5, 6])]
     """
-    words = []
     for key, value in mapping.items():
-        path = f"{before}{key}"
-        if isinstance(value, Mapping) and not before:
-            words += words_of(value, f"{path}.")
-        elif key == "name" and before and before[:-1] in groups():
-            words.append(f"{before[:-1]}={literal(path, value)}")
-        else:
-            words.append(f"{path}={literal(path, value)}")
-    return words
+        if not isinstance(value, Mapping) or "." in key:
+            yield key, value
+            continue
+        for inner, one in value.items():
+            yield (key if inner == "name" and key in groups() else f"{key}.{inner}"), one
 
 
-def literal(key: str, value: object) -> str:
-    r"""Write a value as Hydra reads it.
-
-    Args:
-        key: Whose it is, for the message.
-        value: The value.
+def choice_word(group: str, name: object) -> str:
+    """Write the choice of a group as Hydra's override.
 
     Raises:
-        ConfigError: If no config can hold it.
-
-    Example:
-        >>> literal("a", [None, True, 0.5, "it's", "null", {"*": 1}])
-        "[null,true,0.5,'it\\'s','null',{*:1}]"
+        ConfigError: If no choice has such a name.
     """
-    value = plain_value(key, value)
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        if BARE.fullmatch(value) and value.lower() not in NOT_STRINGS:
-            return value
-        escaped = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (m[2] and r"\'"), value)
-        return f"'{escaped}'"
-    if isinstance(value, list):
-        return f"[{','.join(literal(key, v) for v in value)}]"
-    if isinstance(value, dict):
-        marked = {f"{k}{BLANK}" if NUMBER.match(k) else k: v for k, v in value.items()}
-        pairs = ((ESCAPED.sub(r"\\\g<0>", k), literal(key, v)) for k, v in marked.items())
-        return f"{{{','.join(f'{name}:{text}' for name, text in pairs)}}}"
-    return repr(value)
+    name = plain_value(f"{group}.name", name)
+    if name is not None and not (isinstance(name, str) and NAME_OF_CHOICE.fullmatch(name)):
+        raise unknown(group, name, groups()[group])
+    return f"{group}={'null' if name is None else name}"
 
 
 @cache

@@ -15,10 +15,12 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 import fedraclora
-from fedraclora.compose.overrides import composed
-from fedraclora.compose.values import literal, words_of
+from fedraclora.binding import section
+from fedraclora.compose.overrides import composed, lay_over, plain_of
+from fedraclora.compose.values import config_of
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.ledger import read_ledger, round_seconds
 from fedraclora.tree import digest
@@ -167,7 +169,7 @@ def test_to_import_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-# ---- Values as words ----------------------------------------------------------------------------
+# ---- Values beside words ------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(codec="ascii", exclude_categories=["Cc"], exclude_characters="$"))
 PLAIN = st.recursive(
@@ -177,25 +179,50 @@ PLAIN = st.recursive(
 )
 
 
-@given(value=PLAIN)
-def test_hydra_reads_back_the_value_that_was_written(value: object) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+@given(value=PLAIN.filter(lambda value: value != "???"))  # which stands for what is to be given
+def test_a_value_comes_into_the_config_as_it_is(value: object) -> None:
+    cfg = OmegaConf.create({"group": {"key": 1}, "other": "${group.key}"})
+    OmegaConf.set_struct(cfg, value=True)
+    lay_over(cfg, {"group.key": value})
+    assert plain_of(cfg, {}) == {"group": {"key": value}, "other": value}
 
-    parsed = OverridesParser.create().parse_override(f"key={literal('key', value)}")
-    assert parsed.value() == value
 
-
-def test_hydra_reads_back_a_mapping() -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    value = {"*": 1, "fc*.weight": [2.5, None], "a b": {"c=d": "e,f"}, "x\\y": "'"}
-    parsed = OverridesParser.create().parse_override(f"key={literal('key', value)}")
-    assert parsed.value() == value
+def test_a_mapping_comes_into_the_config_as_it_is() -> None:
+    rank = {"*": 1, "fc*.weight": 2, "0": 3, "a b": 4, "c=d": 5, "x\\y": 6, "null": 7}
+    for said in ({"method": {"rank": rank}}, {"method.rank": rank}):
+        plain, typed = config_of((said,), {})
+        assert typed == ["method.rank"]
+        assert section(plain, "method")["rank"] == rank
 
 
 def test_values_of_other_libraries_are_plain_ones() -> None:
-    words = words_of({"seed": np.int64(3), "local": {"lr": np.float32(0.5)}, "a": Path("/b c")})
-    assert words == ["seed=3", "local.lr=0.5", "a='/b c'"]
+    said = {"seed": np.int64(3), "local": {"lr": np.float32(0.5)}, "output.dir": Path("/b c")}
+    plain, typed = config_of((said,), {})
+    assert (plain["seed"], section(plain, "local")["lr"]) == (3, 0.5)
+    assert section(plain, "output")["dir"] == "/b c"
+    assert typed == ["seed", "local.lr", "output.dir"]
+
+
+def test_of_words_and_mappings_the_last_wins() -> None:
+    first = ({"local": {"name": "adamw", "lr": 0.1}}, "local.lr=0.2", "local=momentum")
+    local = section(config_of(first, {})[0], "local")
+    assert (local["name"], local["lr"]) == ("momentum", 0.2)
+    assert section(config_of(first, {"local": {"lr": 0.3}})[0], "local")["lr"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"local": {"lrr": 0.1}}, "local.lrr.*local.lr"),
+        ({"sed": 1}, "sed.*seed"),
+        ({"data": {"name": "digits 2"}}, "data 'digits 2'.*digits"),
+        ({"method": 5}, "method '5'"),
+        ({"seed": "${"}, "seed is"),
+    ],
+)
+def test_what_a_mapping_may_not_say_is_named(said: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config_of((said,), {})
 
 
 def test_a_written_config_is_a_whole_config(tmp_path: Path) -> None:
