@@ -254,22 +254,22 @@ def _asked(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, 
     steps, callbacks, on_round = (keys.pop(name, ()) for name in ("steps", "callbacks", "on_round"))
     beside = {name: keys.pop(name, None) for name in ("test", "client", "target", *JUDGES)}
     whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
-    own = {group: keys.pop(group, None) for group in OWN_GROUPS}
-    lent = lend_all(model, data, own, beside, whole=whole, own=train is not None)
+    groups = {group: keys.pop(group, None) for group in OWN_GROUPS}
+    lent = lend_all(model, data, groups, beside, whole=whole, own=train is not None)
     if train is not None:
         lent.words.append("local=own")
     plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
     plain = trained_by(train, lent.put_into(plain, typed))
     words = {"steps": [*each_of(steps)], "callbacks": [*each_of(callbacks)]}
-    given, named = own_steps(steps), (str, Mapping)
+    own, named = own_steps(steps), (str, Mapping)
     if words["steps"]:
-        told = iter(map(described, given))
+        told = iter(map(described, own))
         plain["steps"] = [x if isinstance(x, named) else next(told) for x in words["steps"]]
     watching = [x for x in words["callbacks"] if not isinstance(x, named)]
     if len(watching) < len(words["callbacks"]):
         plain["callbacks"] = [x for x in words["callbacks"] if isinstance(x, named)]
     watching = [*own_callbacks("callbacks", watching), *own_callbacks("on_round", on_round)]
-    return Asked(plain, typed, watching, given)
+    return Asked(plain, typed, watching, own)
 
 
 def read_run(folder: str | Path, *, trust: Sequence[str] = ()) -> RunResult:

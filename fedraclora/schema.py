@@ -32,6 +32,7 @@ KNOWN = (bool, int, float, str, list, dict, Mapping, Sequence, object, type(None
 # Types as a config file calls them.
 WORDS = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "null"}
 
+T = typing.TypeVar("T")
 Target = Callable[..., object]
 Schema = Mapping[str, typing.Any]  # JSON Schema
 
@@ -83,12 +84,12 @@ def path(kind: str, key: str) -> str:
 
 def bound(
     kind: str,
-    target: Callable[..., typing.Any],
+    target: Callable[..., T],
     group: Mapping[str, object],
     given: Mapping[str, object] = types.MappingProxyType({}),
     *,
     whole: bool = True,
-) -> Callable[..., typing.Any]:
+) -> Callable[..., T]:
     """Bind the keys of a group as arguments of a call, each checked.
 
     Args:
@@ -141,7 +142,7 @@ def validated(kind: str, target: Target, values: Mapping[str, object]) -> dict[s
     from pydantic_core import ValidationError
 
     try:
-        return adapter.validate_python({**values}, context=kind)
+        return dict(adapter.validate_python({**values}, context=kind))
     except ValidationError as error:
         refusal = _refusal(kind, target, values, error)
     raise refusal
@@ -240,10 +241,10 @@ def _refusal(
     kind: str, target: Target, values: Mapping[str, object], error: ValidationError
 ) -> ConfigError:
     """Translate what pydantic says of the first key, in their order, that it refuses."""
-    order = [*values]
-    told = sorted(error.errors(include_url=False), key=lambda one: order.index(one["loc"][0]))
+    order = [*map(str, values)]
+    told = sorted(error.errors(include_url=False), key=lambda one: order.index(str(one["loc"][0])))
     name = str(told[0]["loc"][0])
-    key, value = path(kind, name), values[order[order.index(told[0]["loc"][0])]]
+    key, value = path(kind, name), [*values.values()][order.index(name)]
     if told[0]["type"] in {"extra_forbidden", "invalid_key"}:
         known = [path(kind, p.name) for p in parameters(target)]
         return UnreadKeysError(str(renamed(key) or unknown("key", key, known)), [key])
@@ -282,12 +283,13 @@ def json_schema(hint: object) -> Schema:
     from pydantic import ConfigDict, TypeAdapter
     from pydantic.json_schema import GenerateJsonSchema
 
-    class Named(GenerateJsonSchema):
+    class Named(GenerateJsonSchema):  # type: ignore[misc]
         def handle_invalid_for_json_schema(self, schema: typing.Any, error_info: str) -> Schema:
             return {"title": getattr(schema.get("cls"), "__name__", error_info)}
 
     strict = ConfigDict(arbitrary_types_allowed=True)
-    return TypeAdapter(hint, config=strict).json_schema(schema_generator=Named)
+    found: Schema = TypeAdapter(hint, config=strict).json_schema(schema_generator=Named)
+    return found
 
 
 def wanted(schema: Schema, *, limits: bool = False) -> str:
@@ -311,7 +313,7 @@ def wanted(schema: Schema, *, limits: bool = False) -> str:
     if kind == "object":
         return "a mapping"
     bounds = _bounds(schema) if limits else ""
-    return bounds or WORDS.get(str(kind), schema.get("title", "object"))
+    return bounds or WORDS.get(str(kind), str(schema.get("title", "object")))
 
 
 def _choices(schema: Schema) -> list[str]:
