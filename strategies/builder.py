@@ -26,7 +26,7 @@ from fedraclora.evaluation.metrics import PERSONAL, lower_of
 from fedraclora.objects import code_digests, object_digest
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State, first_downlink
-from fedraclora.protocol.plan import trained_of
+from fedraclora.protocol.plan import TrainedPart, trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.callback import Callback
 from fedraclora.run.digests import free_keys
@@ -194,8 +194,8 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
         )
 
     @cached_property
-    def trained(self) -> str:
-        """What clients train of the model, in words."""
+    def trained(self) -> TrainedPart:
+        """What clients train of the model."""
         return trained_of(self.first_downlink, self.plan.shapes)
 
     @cached_property

@@ -139,7 +139,7 @@ class LogLines(Callback):
 
     @override
     def begin(self, run: Begin) -> None:
-        write_line(OPENING, {"lines": [*run.lines, *(f"note: {note}" for note in run.notes)]})
+        write_line(OPENING, run.facts)
 
     @override
     def row(self, row: Row) -> None:

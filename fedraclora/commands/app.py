@@ -12,7 +12,7 @@ from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.server_app import config_from_text
 
 ABOVE_THE_APP = ("commands", "compose", "conf", "experiments", "launch.py", "terminal", "tuning")
-NOT_OF_THE_APP = (*ABOVE_THE_APP, "__pycache__", "*.typed", "*.j2")
+NOT_OF_THE_APP: tuple[str, ...] = (*ABOVE_THE_APP, "__pycache__", "*.typed", "*.j2")
 PROJECT = Path(__file__).with_name("app.toml")  # pyproject.toml: a link to it, or in a wheel a copy
 
 

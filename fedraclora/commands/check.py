@@ -50,7 +50,7 @@ from fedraclora.engines.sockets import use_sockets
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.folder import versions_of
 from fedraclora.strategies.builder import RunBuilder
-from fedraclora.strategies.runner import OR_CLIENTS, UNMEASURED
+from fedraclora.terminal.opening import OR_CLIENTS, UNMEASURED
 from fedraclora.training.chunking import HOST_BYTES
 from fedraclora.trust import names_in, refuse_unsaid
 

@@ -167,7 +167,7 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
     """
     summary: dict[str, object] = {}
     tail: deque[str] = deque(maxlen=KEPT)
-    opened: list[str] = []
+    opened = False
     try:
         number = submit(run, connection)
     except Exception:
@@ -188,8 +188,8 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
                     summary = json.loads(line.removeprefix(SUMMARY))
                 elif line.startswith(OPENING):
                     if not opened:  # a stream that broke begins anew
-                        opened = json.loads(line.removeprefix(OPENING))["lines"]
-                        progress.say("\n".join(opened))
+                        opened = True
+                        progress.open(json.loads(line.removeprefix(OPENING)))
                 else:
                     tail.append(line)
         except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from fedraclora.run.folder import is_finished, read_config, read_summary
 from fedraclora.run.ledger import metrics_of, number, read_ledger
 from fedraclora.run.statistics import measured_value
 from fedraclora.run.stopped import divergence
+from fedraclora.terminal.opening import introduction
 from fedraclora.weights.files import flatten
 
 RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")
@@ -67,8 +68,8 @@ class RunFiles:
     def begins(self) -> dict[str, str]:
         """Loss, optimiser and what is trained, in words; none of a run of before they were kept."""
         found = self.summary.get("begins")
-        said = found if isinstance(found, dict) else {}
-        return {title: str(said[title]) for title in BEGINS if title in said}
+        said = introduction(found) if isinstance(found, dict) else {}
+        return {title: said[title] for title in BEGINS if title in said}
 
     @cached_property
     def evaluated(self) -> list[dict[str, Any]]:

@@ -358,7 +358,7 @@ class LowRank(FedAvg):
         self._transport = FlowerTransport(
             grid, history, self.configrecord_key, told, self.timeout, name
         )
-        trained = trained_of(asked, plan.shapes)
+        trained = str(trained_of(asked, plan.shapes))
         fixed = {"method": str(method), "seed": self.seed, "trained": trained, **self.wire}
         chosen = {} if self._server is None else {"server_optimiser": self._server}
         fixed |= {key: step.settings for key, step in chosen.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from torch import nn
+from typing_extensions import override
 
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.lowrank.layers import (
@@ -305,8 +306,41 @@ def thawed(model: nn.Module, plan: Plan) -> list[str]:
     return [n for n, p in model.named_parameters() if n in trained and not p.requires_grad]
 
 
-def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Name what clients train in the first round: ranks, layers, and how many numbers.
+@dataclass(frozen=True)
+class TrainedPart:
+    """What clients train of a model; as a string in words.
+
+    Attributes:
+        layers: Names of adapted layers.
+        ranks: The least and the greatest rank among them, or both as one.
+        dense: Names of parameters that are trained in full.
+        everything: Whether these are all.
+        numbers: A client trains.
+        total: The model has.
+    """
+
+    layers: Sequence[str]
+    ranks: Sequence[int]
+    dense: Sequence[str]
+    everything: bool
+    numbers: int
+    total: int
+
+    @override
+    def __str__(self) -> str:
+        parts = []
+        if self.layers:
+            ranks = " to ".join(map(str, self.ranks))
+            parts.append(f"rank {ranks} of {some_of(self.layers, 'layer')}")
+        if self.dense:
+            whole = "all of it" if self.everything else some_of(self.dense, "parameter")
+            parts.append(f"in full {whole}")
+        count = f"{self.numbers:,} numbers a client, the model has {self.total:,}"
+        return f"{'; '.join(parts)}: {count}"
+
+
+def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> TrainedPart:
+    """Collect what clients train in the first round: ranks, layers, and how many numbers.
 
     Args:
         sent: Of the round.
@@ -317,7 +351,7 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
         >>> from fedraclora.protocol.factor import to_train
         >>> adapter = Adapter({"B": to_train((6, 2)), "A": to_train((2, 4))}, 1.0)
         >>> sent = Downlink({"fc.weight": adapter}, {"fc.bias": to_train((6,))})
-        >>> trained_of(sent, {"fc.weight": (6, 4), "fc.bias": (6,)})
+        >>> str(trained_of(sent, {"fc.weight": (6, 4), "fc.bias": (6,)}))
         'rank 2 of layer fc; in full parameter fc.bias: 26 numbers a client, the model has 30'
     """
     ranks = {}
@@ -326,17 +360,15 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
         if any(factor.trained for factor in (first, *others)):
             # Components, which may be more than a side of the weight is long.
             ranks[weight.removesuffix(".weight")] = [first.shape[1], *(f.shape[0] for f in others)]
-    parts = []
-    if ranks:
-        ends = dict.fromkeys([min(map(min, ranks.values())), max(map(max, ranks.values()))])
-        parts.append(f"rank {' to '.join(map(str, ends))} of {some_of([*ranks], 'layer')}")
-    if sent.dense:
-        every = shapes.keys() == {*sent.dense}
-        whole = "all of it" if every else some_of([*sent.dense], "parameter")
-        parts.append(f"in full {whole}")
-    count = sum(prod(slot.shape) for slot in sent.trained().values())
-    total = sum(map(prod, shapes.values()))
-    return f"{'; '.join(parts)}: {count:,} numbers a client, the model has {total:,}"
+    ends = [min(map(min, ranks.values())), max(map(max, ranks.values()))] if ranks else []
+    return TrainedPart(
+        [*ranks],
+        [*dict.fromkeys(ends)],
+        [*sent.dense],
+        shapes.keys() == {*sent.dense},
+        sum(prod(slot.shape) for slot in sent.trained().values()),
+        sum(map(prod, shapes.values())),
+    )
 
 
 def some_of(names: Sequence[str], what: str) -> str:

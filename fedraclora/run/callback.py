@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedraclora.binding import Plain, section
 from fedraclora.run.ledger import Row
@@ -21,16 +22,15 @@ class Begin:
         config: The whole config, as plain nested values.
         folder: The run folder; None where the run is in memory.
         done: The last round that was closed before; 0 at the beginning.
-        lines: What the run learns, and how: lines for a reader.
-        notes: What is not as it was asked for.
+        facts: What the run learns, how, and what is not as it was asked for: values of JSON
+            (`fedraclora.strategies.facts`).
     """
 
     title: str
     config: Mapping[str, object]
     folder: Path | None
     done: int = 0
-    lines: Sequence[str] = ()
-    notes: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Callback:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from logging.handlers import BufferingHandler
+from typing import Any
 
 from rich.console import Console  # noqa: TID251  here it is made plain
 from rich.progress import BarColumn, Progress, TextColumn
@@ -18,6 +19,7 @@ from typing_extensions import override
 
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import headline, number, round_seconds, withheld
+from fedraclora.terminal.opening import notes_of, opening_lines
 
 log = logging.getLogger(__name__)
 PROJECT = logging.getLogger("fedraclora")
@@ -76,9 +78,13 @@ class RunProgress(Callback):
 
         Where no progress is shown it goes to the log: it is not to be missed.
         """
-        for line in run.lines:
+        self.open(run.facts)
+
+    def open(self, facts: Mapping[str, Any]) -> None:
+        """Say the same of a run that begins elsewhere."""
+        for line in opening_lines(facts):
             self.say(line) if self.shown else log.info("%s", line)
-        for note in run.notes:
+        for note in notes_of(facts):
             self.say(f"note: {note}") if self.shown else log.warning("%s", note)
 
     def say(self, text: str) -> None:

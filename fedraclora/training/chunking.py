@@ -7,7 +7,7 @@ once, and stored. In the user's own parts of a local step no clients may meet: a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -134,6 +134,14 @@ class ChunkPlan:
             f"for a step) and {shared} MB shared = {whole} of {budget} MB on {self.device}, beside "
             f"{weights} MB of weights"
         )
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> ChunkPlan:
+        """Read back what `record` gave, with the device beside it."""
+        known = {"chunk", "reason", "budget", "device"}
+        sizes = {key: record[key] for key in record.keys() - known}
+        plan = {key: record[key] for key in record.keys() & known}
+        return cls(**plan, memory=MemoryModel(**sizes) if sizes else None)
 
     def record(self) -> dict[str, object]:
         """Convert the plan to numbers for a run's summary."""

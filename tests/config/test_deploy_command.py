@@ -23,6 +23,7 @@ from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
+from fedraclora.strategies.facts import facts_of
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 from tests.common import assemble, summary_of
@@ -206,13 +207,15 @@ def test_what_the_server_begins_with_is_said_once(
     asked: ServerRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked.config = replace(asked.config, output=replace(asked.config.output, progress=True))
-    opening = line(OPENING, {"lines": ["loss: token_classes", "note: [/odd] names"]})
+    words = [*SMALL, "clients=3", "clients_per_round=3", "rounds=0"]
+    began = facts_of(assemble(from_plain(composed(words), METHODS), None))
+    opening = line(OPENING, began | {"state": ["[/odd] names"]})
     streams = [[opening, LINES[0]], [opening, *LINES, line(SUMMARY, OUTCOME)]]
     with Record(asked.folder, asked.plain, resume=False) as record:
         deploy.follow(asked, Elsewhere(streams), record)
     said = capsys.readouterr().err
-    assert said.count("loss: token_classes\nnote: [/odd] names\nround") == 1
-    assert said.count("token_classes") == 1
+    assert said.count("note: [/odd] names\nround") == 1
+    assert said.count("cross_entropy") == 1
 
 
 def test_a_server_that_went_back_overwrites_rounds(asked: ServerRun) -> None:

@@ -17,6 +17,7 @@ from fedraclora.data.own_set import own_samples
 from fedraclora.data.per_client import read_own
 from fedraclora.errors import ClientError, ConfigError, DataError
 from fedraclora.imports import import_object
+from fedraclora.terminal.opening import introduction
 from tests.campaigns.faults.network import Network, composed, rows, serve
 from tests.campaigns.wire import raw
 from tests.common import simulated, summary_of
@@ -206,7 +207,7 @@ def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path
     found = summary_of(tmp_path / "run")
     assert found["weights_digest"] == summary_of(inline)["weights_digest"]
     assert found["metrics"] == {}
-    assert "nobody measures" in found["begins"]["metrics"]
+    assert "nobody measures" in introduction(found["begins"])["metrics"]
     assert "samples_min" not in found["task"]["partition"]  # the server does not know it
 
 

@@ -18,6 +18,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.strategies.methods import METHODS
+from fedraclora.terminal.opening import introduction
 from tests.common import normal
 
 X = normal(60, 4).float()
@@ -44,7 +45,7 @@ def test_whether_the_server_measures_changes_no_weight(run: fedraclora.RunResult
     assert run.summary["weights_digest"] == measured.summary["weights_digest"]
     assert [row["metrics"] for row in run.rows] == [{}, {}, {}]
     assert run.summary["metrics"] == {}
-    assert "nobody measures" in run.summary["begins"]["metrics"]  # type: ignore[index]
+    assert "nobody measures" in introduction(run.summary["begins"])["metrics"]  # type: ignore[index]
 
 
 def test_every_command_reads_a_run_that_nobody_measured(

@@ -16,6 +16,7 @@ import fedraclora
 from fedraclora.client import Round, Trained
 from fedraclora.clients import node as client_node
 from fedraclora.errors import ClientError
+from fedraclora.terminal.opening import introduction
 from tests.campaigns.faults.network import Network, composed, serve
 from tests.common import normal, simulated, summary_of
 
@@ -95,7 +96,7 @@ def test_nodes_train_as_one_process(source: str, tmp_path: Path, module: None) -
     simulated(composed(here), tmp_path / "near")
     far, near = summary_of(tmp_path / "far"), summary_of(tmp_path / "near")
     assert far["weights_digest"] == near["weights_digest"]
-    assert "mine_at_nodes:train" in far["begins"]["optimiser"]
+    assert "mine_at_nodes:train" in introduction(far["begins"])["optimiser"]
     rows = fedraclora.read_run(tmp_path / "far", trust=["mine_at_nodes"]).rows
     assert rows[3]["train_metrics"] == {"margin": pytest.approx((0 * 6 + 1 * 7 + 2 * 8) / 21)}
     assert rows[3]["local_steps"] == 9  # three of each, of which state tells

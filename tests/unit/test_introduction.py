@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from fedraclora.models.built import seeded
 from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.plan import trained_of
-from fedraclora.strategies.runner import idle_workers
+from fedraclora.terminal.opening import idle_workers, introduction
 
 X = np.random.default_rng(4).normal(size=(40, 5)).astype("float32")
 CLIENTS = [(part, (part[:, 0] > 0).astype("int64")) for part in np.split(X, 4)]
@@ -49,7 +48,7 @@ def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixtur
     assert f" 0.bias, 2.bias: {count:,} numbers" in lines[3]
     assert re.search("32 training .* 4 clients, 8 test .*0.2 of all", lines[4])
     begins: Any = found.summary["begins"]
-    assert begins["trained"] in lines[3]
+    assert introduction(begins)["trained"] in lines[3]
 
 
 def test_the_most_steps_of_a_method_are_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,8 +78,9 @@ def test_full_weights_of_a_large_layer_are_measured_and_trained() -> None:
 def test_workers_that_a_round_leaves_idle_are_told_with_the_chunk_that_uses_them(
     cohort: int, chunk: int, workers: int, said: list[str]
 ) -> None:
-    of = {"built": {"cohort": cohort}, "chunk": {"chunk": chunk}, "grid": {"workers": workers}}
-    text = idle_workers(SimpleNamespace(**{k: SimpleNamespace(**v) for k, v in of.items()}))  # type: ignore[arg-type]
+    text = idle_workers(
+        {"clients_per_round": cohort, "chunk": {"chunk": chunk}, "workers": workers}
+    )
     assert bool(text) == bool(said)
     assert all(part in text["idle"] for part in said)
 
@@ -136,16 +136,16 @@ def test_many_layers_that_differ_in_numbers_are_told_as_one() -> None:
     adapters = {
         name: Adapter.of(dict(each), 1.0) for name, each in zip(names, factors, strict=True)
     }
-    said = trained_of(Downlink(adapters, {"out.bias": to_train((3,))}), shapes)
+    said = str(trained_of(Downlink(adapters, {"out.bias": to_train((3,))}), shapes))
     assert said.startswith(
         "rank 1 to 3 of 12 layers in block.*.query; in full parameter out.bias: 243 numbers"
     )
     wide = Adapter.of({"B": to_train((2, 8)), "A": torch.zeros(8, 30)}, 1.0)  # 8 columns travel
     both = {"fc.weight": Adapter.of({"B": to_train((6, 8)), "A": to_train((8, 9))}, 1.0)}
     for asked in ({"out.weight": wide}, both | {"out.weight": wide}):
-        assert trained_of(Downlink(asked), shapes).startswith("rank 8 of layer")
+        assert str(trained_of(Downlink(asked), shapes)).startswith("rank 8 of layer")
     full = {name: to_train(shape) for name, shape in shapes.items()}
-    assert trained_of(Downlink({}, full), shapes).startswith("in full all of it: 291 numbers")
+    assert str(trained_of(Downlink({}, full), shapes)).startswith("in full all of it: 291 numbers")
 
 
 def test_biases_and_row_lengths_are_not_all_of_a_model() -> None:
@@ -153,5 +153,5 @@ def test_biases_and_row_lengths_are_not_all_of_a_model() -> None:
     shapes = {"0.weight": (6, 4), "0.bias": (6,)}
     adapters = {"0.weight": Adapter.of({"B": to_train((6, 2)), "A": to_train((2, 4))}, 1.0)}
     dense = {"0.bias": to_train((6,)), "0.magnitude": to_train((6,))}
-    said = trained_of(Downlink(adapters, dense), shapes)
+    said = str(trained_of(Downlink(adapters, dense), shapes))
     assert "in full parameters 0.bias, 0.magnitude: 32 numbers" in said

@@ -22,6 +22,7 @@ from fedraclora.commands.study.file import refuse_lower
 from fedraclora.data.own_loss import OwnLoss, check_loss
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.rng import generator, torch_normal
+from fedraclora.terminal.opening import introduction
 
 torch.set_num_threads(1)
 QUIET = ("output.progress=false",)
@@ -270,7 +271,7 @@ def test_a_loss_of_ones_own_is_the_projects_where_it_is_the_same() -> None:
     assert one.model()(clients()[0][0]).shape == (20, 2)
     said = other.predict(clients()[0][0])  # read as for cross_entropy, which is a guess
     assert {"prediction", "probability.0"} <= {*said.columns}
-    assert "read as those of cross_entropy" in other.summary["begins"]["loss"]  # type: ignore[index]
+    assert "read as those of cross_entropy" in introduction(other.summary["begins"])["loss"]  # type: ignore[index]
 
 
 def divided(data: Any, clients: int, seed: int) -> list[Any]:
@@ -405,9 +406,9 @@ def test_half_squares_are_summed_over_a_target_and_torchs_own_loss_has_their_mea
     gap = (given["model"](data[0][0]).detach() - data[0][1]).square()
     found = plain.rows[0]["metrics"]["loss"]
     assert found == pytest.approx(float(0.5 * gap.sum(dim=1).mean()), rel=1e-5)
-    assert "summed over the 5 numbers" in plain.summary["begins"]["loss"]
+    assert "summed over the 5 numbers" in introduction(plain.summary["begins"])["loss"]
     mean = fedraclora.simulate(*QUIET, **given, loss=nn.MSELoss(reduction="none"))
     assert mean.rows[0]["metrics"]["loss"] == pytest.approx(float(gap.mean()), rel=1e-5)
     one = [(x, y[:, :1]) for x, y in given["data"]]
     short = fedraclora.simulate(*QUIET, model=nn.Linear(3, 1), data=one, rounds=0)
-    assert "summed" not in short.summary["begins"]["loss"]
+    assert "summed" not in introduction(short.summary["begins"])["loss"]

@@ -31,6 +31,7 @@ from fedraclora.run.ledger import Row, column, headline, known_mean, number, rou
 from fedraclora.run.statistics import traffic
 from fedraclora.run.stopped import stop_reason
 from fedraclora.run.trusted import refuse_linked
+from fedraclora.terminal.opening import introduction
 from fedraclora.terminal.progress import size
 from fedraclora.weights.files import flatten, keep_private, make_folder
 
@@ -186,7 +187,7 @@ class Shown(RunFiles):
     def unmeasured(self) -> str:
         """Why there are no metrics, in words; empty where nothing says so."""
         begins = self.summary.get("begins")
-        return str(begins.get("metrics", "")) if isinstance(begins, dict) else ""
+        return introduction(begins)["metrics"] if isinstance(begins, dict) else ""
 
     def _choice(self, group: str) -> str:
         return str(section(self.config, group).get("name", ""))

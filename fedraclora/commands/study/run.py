@@ -56,6 +56,7 @@ from fedraclora.evaluation.metrics import lower_of
 from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, known_mean, metrics_of, round_seconds
 from fedraclora.strategies.builder import RunBuilder
+from fedraclora.terminal.opening import introduction
 from fedraclora.wire.fields import printable
 
 PHASES = ("tune", "final")
@@ -255,7 +256,8 @@ def run_jobs(
         done[line["key"]] = line
         if (begins := line.get("begins")) and job.row not in told:
             told.add(job.row)
-            print(f"{job.row}: {'; '.join(f'{key} {text}' for key, text in begins.items())}")
+            said = introduction(begins).items()
+            print(f"{job.row}: {'; '.join(f'{key} {text}' for key, text in said)}")
         ended = f"diverged: {line['diverged']}" if "diverged" in line else line["metrics"]
         print(f"{printable(line['key'])} {ended}", flush=True)
         score(line, metric)  # that it was not measured is said after the first run, not the last

@@ -1,0 +1,153 @@
+"""What a run says when it begins, from the facts of `strategies.facts`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedraclora.protocol.plan import TrainedPart, some_of
+from fedraclora.training.chunking import ChunkPlan
+
+NAMED = 8  # names of a list, and notes
+UNMEASURED = "none: the server has no test samples (data.test_file), so that nobody measures"
+OR_CLIENTS = " (evaluate.clients=round: clients do, on samples of their own)"
+TITLE = 13  # characters, so that what follows stands in one column
+SAID = ("texts", "inputs", "weights", "precision", "new_head")  # what the task says of itself
+
+Facts = Mapping[str, Any]
+
+
+def opening_lines(facts: Facts) -> list[str]:
+    """Write what a run begins with, beside `notes_of`; a line for each title."""
+    told, lines = facts["task"], introduction(facts)
+    lines |= _samples(facts)
+    lines |= {n.replace("_", " "): str(told[n]) for n in SAID if n in told}
+    if frozen := facts["frozen_layers"]:
+        lines["not trained"] = (
+            f"{some_of(frozen, 'layer')} (target_modules=all adds convolutions, "
+            "target_modules=[NAME] adapts an embedding, modules_to_save=[NAME] trains a layer in "
+            "full)"
+        )
+    if pretrained := facts["pretrained"]:
+        of = pretrained["labels"]
+        classes = "" if of is None else f" on the classes {', '.join(map(str, of))}"
+        lines["pretrained"] = (
+            f"all weights, {pretrained['epochs']} epochs in one place{classes}, before the clients "
+            "begin (pretrain=none leaves it out)"
+        )
+    lines |= {"steps": ", ".join(facts["steps"])} if facts["steps"] else {}
+    if facts["own_samples"]:
+        lines["weights"] = (
+            "the samples that your function says to round.read (or aggregation_weights=uniform)"
+        )
+    lines |= _measured_by(facts)
+    if facts["choices"] is not None:
+        lines["choices"] = facts["choices"]
+    if facts["split"] != "test":
+        later = " (fedraclora evaluate RUN)" if facts["tests"] else ""
+        lines["measured on"] = f"validation samples: the test is left for the end{later}"
+    chunk = ChunkPlan.of_record(facts["chunk"])
+    lines |= {"chunk": str(chunk), **facts["engine"], **idle_workers(facts)}
+    return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
+
+
+def introduction(facts: Facts) -> dict[str, str]:
+    """Name loss, metrics, optimiser and what is trained, by title."""
+    loss, hint = facts["loss"], OR_CLIENTS if facts["clients_could_measure"] else ""
+    wide, like = loss["numbers"], loss["like"]
+    return {
+        "loss": f"{loss['name']} ({loss['from']})"
+        + (f", summed over the {wide} numbers of a target" if wide > 1 else "")
+        + (f", its outputs read as those of {like}" if like else ""),
+        "metrics": ", ".join(facts["metrics"]) or UNMEASURED + hint,
+        "optimiser": _optimizer(facts["optimizer"]),
+        "trained": str(TrainedPart(**facts["trained"])),
+    }
+
+
+def notes_of(facts: Facts) -> list[str]:
+    """Say what is not as it was asked for, such as a rank that was cut, where a run begins."""
+    told, notes = facts["task"], facts["state"]
+    if more := notes[NAMED:]:
+        notes = [*notes[:NAMED], f"{len(more)} more such notes are in the ledger"]
+    if names := facts["thawed"]:
+        text = (
+            f"requires_grad=False of {some_of(names, 'parameter')} is not read: these are trained "
+            "or adapted, as target_modules, head and modules_to_save say (target_modules=[NAME] "
+            "adapts that layer alone, head=frozen)"
+        )
+        notes = [*notes, text]
+    warning, duplicates = told.get("loss_warning"), told.get("duplicates")
+    said = [*duplicates.values()] if isinstance(duplicates, dict) else []
+    said += similar if isinstance(similar := told.get("similar_names"), list) else []
+    return [*([str(warning)] if warning else []), *said, *notes]
+
+
+def idle_workers(facts: Facts) -> dict[str, str]:
+    """Say that a round has fewer chunks than there are workers, where smaller ones would help."""
+    chunk, workers, cohort = facts["chunk"]["chunk"], facts["workers"], facts["clients_per_round"]
+    chunks, smaller = -(-cohort // chunk), -(-cohort // workers)
+    if chunks >= workers or smaller >= chunk:
+        return {}
+    text = f"{workers - chunks} of {workers} workers, as {cohort} clients a round are {chunks} "
+    text += f"chunk{'s' * (chunks > 1)}; engine.chunk={smaller} gives work to more, with other"
+    return {"idle": f"{text} last bits"}
+
+
+def _samples(facts: Facts) -> dict[str, str]:
+    """Say how many samples are trained and tested on; nothing where clients hold them unseen."""
+    told = facts["task"]
+    if "train" not in told:
+        return {}
+    text = f"{told['train']:,} training samples of {facts['clients']:,} clients"
+    text += f", {told['test']:,} test samples"
+    if share := told.get("held_out"):
+        text += f" ({share:g} of all, held out by a seed)"
+    for title, key in (("features", "features"), ("left out", "columns_left_out")):
+        if isinstance(names := told.get(key), list):
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            text += f"; {title} {', '.join(map(str, names[:NAMED]))}{more}"
+    return {"data": text}
+
+
+def _measured_by(facts: Facts) -> dict[str, str]:
+    """Say which clients measure on what; nothing where none does."""
+    held = facts["measured_by"]
+    own = held["own"]
+    if held["clients"] is None:
+        idle = f"no client: set evaluate.clients=all to use the test samples that {own} bring"
+        return {"measured by": idle} if own else {}
+    who = "the cohort" if held["clients"] == "round" else "all clients"
+    rest = f" on {held['portion']:g} of its samples, which nobody trains on"
+    text = f"{who}, each{rest}"
+    if own and held["own_tests"]:
+        text = f"{who}, {own} on test samples of their own, others{rest}"
+    if held["least"] is not None:
+        text += f"; nothing is released of fewer than {held['least']} (evaluate.min_clients)"
+    elif held["rows"] is not None:
+        text += f": {held['rows']} in all"
+        if none := held["without"]:
+            some = ", ".join(map(str, none[:NAMED])) + ("..." if none[NAMED:] else "")
+            text += f"; {len(none)} of {facts['clients']} have too few to hold any out ({some})"
+    if unknown := ", ".join(held["unscored"]):
+        text += f"; no value over all samples of {unknown}, which need every output"
+    return {"measured by": text}
+
+
+def _optimizer(local: Facts) -> str:
+    """Say how clients take their steps, and what the server makes of their mean."""
+    at_server = [f"{local['server']} at the server"] if local["server"] != "none" else []
+    if (name := local["train"]) is not None:
+        said = f"that of your own training function {name} (local.train), as its loss and steps are"
+        return ", ".join([said, *at_server])
+    steps = local["epochs"] if local["steps"] is None else local["steps"]
+    unit = ("epoch" if local["steps"] is None else "step") + ("s" if steps != 1 else "")
+    size = f"batches of {local['batch_size']}" if local["batch_size"] else "one batch"
+    parts = [local["name"], f"learning rate {local['lr']:g}"]
+    parts += [f"{local['full_lr']:g} beside adapters"] if local["full_lr"] is not None else []
+    parts += [f"momentum {local['momentum']:g}"] if local["momentum"] else []
+    parts += [f"weight decay {local['weight_decay']:g}"] if local["weight_decay"] else []
+    parts += [f"schedule {local['schedule']}"] if local["schedule"] != "constant" else []
+    bound = f", {local['most']} steps at most (method.steps)" if local["most"] else ""
+    parts += [f"{steps} {unit} of {size}{bound}", *local["extras"]]
+    return ", ".join([*parts, *at_server])

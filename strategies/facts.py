@@ -1,0 +1,94 @@
+"""What a run begins with, as numbers and names: `terminal.opening` writes it for a reader."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from fedraclora.config.build import measured_samples
+from fedraclora.config.run_config import RunConfig
+from fedraclora.evaluation.choices import Questions
+from fedraclora.evaluation.clients import scored
+from fedraclora.evaluation.metrics import Measure
+from fedraclora.protocol.plan import frozen_layers, thawed
+from fedraclora.strategies.builder import RunBuilder
+
+Facts = dict[str, Any]  # JSON values
+
+
+def facts_of(run: RunBuilder) -> Facts:
+    """Collect what a run begins with; values of JSON, so that they reach other machines."""
+    config, task, built = run.config, run.task, run.built
+    samples = measured_samples(task, config.evaluate.split)
+    own = config.own_model
+    return {
+        **learning_facts(run),
+        "task": task.info,
+        "clients": built.clients,
+        "clients_per_round": built.cohort,
+        "frozen_layers": [*frozen_layers(task.model, run.plan)] if own else [],
+        "thawed": [*thawed(task.model, run.plan)] if own else [],
+        "pretrained": config.pretrain.epochs and vars(config.pretrain),
+        "steps": [*map(str, config.steps)],
+        "own_samples": config.local.is_own and config.aggregation_weights == "samples",
+        "measured_by": held_facts(run),
+        "choices": None if task.choices is None else Questions.of(task, samples).told,
+        "split": config.evaluate.split,
+        "tests": len(task.test),
+        "chunk": {**run.chunk.record(), "device": run.chunk.device},
+        "workers": run.grid.workers,
+        "engine": run.grid.told,
+        "state": [] if run.recorder.ledger.rows else [*run.strategy.state.notes],
+    }
+
+
+def learning_facts(run: RunBuilder) -> Facts:
+    """Collect what is learnt and how: for the summary, too."""
+    task, config = run.task, run.config
+    wide = math.prod(task.test.target.shape[1:]) if task.loss == "squared_error" else 1
+    known = len(measured_samples(task, config.evaluate.split)) or task.held
+    return {
+        "loss": {
+            "name": task.loss.partition("@")[0],
+            "from": task.info["loss_from"],
+            "numbers": wide,
+            "like": task.like,
+        },
+        "metrics": [*task.measured] if known else [],
+        "clients_could_measure": not task.train.opaque,
+        "optimizer": optimizer_facts(config),
+        "trained": asdict(run.trained),
+    }
+
+
+def optimizer_facts(config: RunConfig) -> Facts:
+    """Collect how clients take their steps, and what the server makes of their mean."""
+    local, server = config.local, config.server_optimiser
+    keys = ("lr", "full_lr", "momentum", "weight_decay", "schedule", "epochs", "steps")
+    return {
+        "name": local.optimiser,
+        **{key: getattr(local, key) for key in (*keys, "batch_size")},
+        "train": None if local.train is None else local.train.partition("@")[0],
+        "most": getattr(config.method, "steps", None),  # of which one number each is sent
+        "extras": [extra.setting for extra in local.added],
+        "server": server.name,
+    }
+
+
+def held_facts(run: RunBuilder) -> Facts:
+    """Collect which clients measure on what."""
+    task, asked, held = run.task, run.config.evaluate, run.task.held
+    found: Facts = {"own": task.info.get("tests_of_clients", 0), "clients": None}
+    if held is None:
+        return found
+    found |= {"clients": asked.clients, "portion": asked.portion}
+    found |= {"own_tests": asked.source["own_tests"], "least": None, "rows": None}
+    if run.config.veiled:  # nobody learns who holds nothing out, nor how many do
+        found["least"] = asked.min_clients
+    elif held.data.table is not None:  # others are made or read when they are asked
+        sizes = held.data.sizes(torch.arange(run.built.clients))
+        found |= {"rows": int(sizes.sum()), "without": torch.nonzero(sizes == 0).flatten().tolist()}
+    return found | {"unscored": [*scored(Measure.of_task(task))]}
