@@ -8,21 +8,17 @@ answers) gets the very same bytes if it asks the very same, and nothing if it as
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
-
-import numpy as np
-import torch
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fedraclora.clients.cache import on_disk
 from fedraclora.clients.secure import MEASUREMENTS
-from fedraclora.engines.records import from_records, to_records
+from fedraclora.codec import from_bytes, join, split, to_bytes
 from fedraclora.errors import ClientError
+from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.wire.downlink import AskWriter
-from fedraclora.wire.exchange import Answer, Ask, Stage
-from fedraclora.wire.reply import read_answer, write_answer
+from fedraclora.wire.answers import Answer, Staged
+from fedraclora.wire.exchange import Ask, Stage
 
 # What is answered once in a round.
 ONCE = ("train", "masked", "unmask", f"{MEASUREMENTS}-masked", f"{MEASUREMENTS}-unmask")
@@ -37,8 +33,9 @@ def kind_of(stage: Stage | None) -> str:
 
 def is_given(answer: Answer) -> bool:
     """Check whether an answer says more than why there is none."""
-    stage = answer.stage
-    return bool(stage.data if stage and stage.name == "unmask" else len(answer.clients))
+    if isinstance(answer, Staged) and answer.stage.name == "unmask":
+        return bool(answer.stage.data)
+    return bool(len(answer.clients))
 
 
 class AnswerOnce:
@@ -55,9 +52,9 @@ class AnswerOnce:
         self.folder, self.rounds, self.ask = folder / "answers", rounds, ask
         self.kind, self.round_ = kind_of(ask.stage), ask.request.round_
         self.path = self.folder / f"{self.kind}.safetensors"
-        asked = recorddict_to_proto(to_records(AskWriter().write(ask)))
-        raw = asked.SerializeToString(deterministic=True)
-        self.digest = hashlib.sha256(f"{version}|".encode() + raw).hexdigest()
+        tensors, plain = split(ask)
+        asked = f"{version}|{digest(tensors)}|{json.dumps(plain, sort_keys=True)}"
+        self.digest = hashlib.sha256(asked.encode()).hexdigest()
 
     def given(self) -> Answer | None:
         """Return the answer that was sent to the question before; None: it is to be answered.
@@ -76,9 +73,7 @@ class AnswerOnce:
         tensors, meta = load_tensors(self.path, "restore it, or remove the folder of this run")
         answered = int(str(meta["round"]))
         if answered == self.round_ and meta["question"] == self.digest:
-            raw = tensors["reply"].numpy().tobytes()
-            found = recorddict_from_proto(ProtoRecordDict.FromString(raw))
-            return read_answer(from_records(found), self.ask)
+            return join(Answer, from_bytes(tensors["reply"], meta["tensors"]), meta["answer"])
         if answered >= self.round_:
             raise ClientError(
                 f"client {self.ask.clients[0]} of this node answered round {answered} before, and "
@@ -95,10 +90,11 @@ class AnswerOnce:
         """
         if self.kind not in ONCE or not is_given(answer):
             return
-        raw = recorddict_to_proto(to_records(write_answer(answer))).SerializeToString()
-        numbers = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+        tensors, plain = split(answer.packed())
+        raw, table = to_bytes(tensors)
         with on_disk(self.folder):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             meta = {"round": self.round_, "question": self.digest}
-            save_tensors(self.path, {"reply": numbers}, meta, sync=True)
+            meta |= {"tensors": table, "answer": plain}
+            save_tensors(self.path, {"reply": raw}, meta, sync=True)
             self.path.chmod(0o600)

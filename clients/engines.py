@@ -19,7 +19,8 @@ from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.weights.update import BaseWeights, WeightHistory
-from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
+from fedraclora.wire.answers import Answer, Came, NoAnswer
+from fedraclora.wire.exchange import Ask
 
 if TYPE_CHECKING:  # Ray is imported where it is started
     from fedraclora.engines.ray import WorkerStateLike

@@ -21,7 +21,8 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.materialise import standing_weights
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.exchange import Answer, Ask, TrainRequest
+from fedraclora.wire.answers import Measured
+from fedraclora.wire.exchange import Ask, TrainRequest
 from fedraclora.wire.secagg import Words
 
 Owned = tuple[Samples, torch.Tensor]  # of one client after another, and how many of each
@@ -41,7 +42,7 @@ class Measurer:
         self._layout = Layout(())  # of what a client sends; known once it is wanted
         self._shared: tuple[Tree, Downlink | None, Tree] = ({}, None, {})
 
-    def answer(self, ask: Ask, base: Tree, store: ClientStore) -> Answer:
+    def answer(self, ask: Ask, base: Tree, store: ClientStore) -> Measured:
         """Measure the clients of an ask; one without samples for that is a failure, named.
 
         Args:
@@ -84,12 +85,11 @@ class Measurer:
             layout = Layout.of(found, skip=1)
             numbers = layout.pack(found, lead=1)
         whole = self.task.train.sizes(small.to(device)).tolist()
-        return Answer(
-            request.round_,
-            request.version,
-            request.first,
-            clients,
-            losses=torch.zeros(len(clients), dtype=torch.float64),
+        return Measured(
+            round_=request.round_,
+            version=request.version,
+            first=request.first,
+            clients=clients,
             samples=counts,
             steps=steps,
             pieces=(numbers,),
@@ -105,7 +105,7 @@ class Measurer:
         return clients[sizes > 0].tolist()
 
     def vectors(
-        self, request: TrainRequest, answer: Answer
+        self, request: TrainRequest, answer: Measured
     ) -> tuple[dict[int, Callable[[], Words]], dict[str, Any]]:
         """Write what clients have measured as vectors for a secure sum.
 

@@ -25,7 +25,8 @@ from fedraclora.clients.samples import check_samples
 from fedraclora.clients.worker import Worker
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import task_from_plain
-from fedraclora.engines.records import from_records, to_records
+from fedraclora.engines.asks import read_ask
+from fedraclora.engines.records import clients_of, read_weight_update, write_answer
 from fedraclora.engines.replies import FORMAT, STALE
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.objects import is_named, named_object
@@ -36,12 +37,9 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import StoredReplica, read_stored_replica
-from fedraclora.wire.downlink import AskReader
-from fedraclora.wire.exchange import Answer, Ask, NoAnswer
-from fedraclora.wire.records import clients_of
-from fedraclora.wire.reply import write_answer
+from fedraclora.wire.answers import Answer, NoAnswer
+from fedraclora.wire.exchange import Ask
 from fedraclora.wire.together import chunks_of, join_answers, part_of, split_answer, unanswered
-from fedraclora.wire.weight_update import read_weight_update
 
 KEPT = 4  # runs and nodes whose weights and data stay in memory
 
@@ -64,8 +62,8 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         ClientError: If a folder cannot be written to.
         WireError: If the message is for a client that is not served here.
     """
-    asked, mine = from_records(content), served(context)
-    if strangers := sorted({*clients_of(asked)} - {*mine}):
+    mine = served(context)
+    if strangers := sorted({*clients_of(content)} - {*mine}):
         raise WireError(
             f"a message is for the clients {some(strangers)}, but this node serves {some(mine)}"
         )
@@ -77,12 +75,12 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     trainer, terms = trainer_for(settings, None if own is None else str(own), owners)
     worker, holding = worker_of(folder, trainer, terms)
     with on_disk(folder):
-        followed = holding.follow(read_weight_update(asked))
+        followed = holding.follow(read_weight_update(content))
     if not followed:
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
     version = f"{holding.version} {holding.mark}"
     handler = NodeHandler(worker, version, folder.parent, json.loads(settings))
-    reply = to_records(write_answer(handler.answer(AskReader().read(asked))))
+    reply = write_answer(handler.answer(read_ask(content)))
     held: dict[str, Any] = {"held": holding.version, "mark": str(holding.mark)}
     reply["job"] = ConfigRecord({**held, "run": run})
     return reply

@@ -5,10 +5,9 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedraclora.clients import node
-from fedraclora.engines.records import APART, PART, folded, from_records, unfolded
+from fedraclora.engines.records import APART, PART, clients_of, folded, unfolded
 from fedraclora.engines.replies import check_format, failed
 from fedraclora.errors import WireError
-from fedraclora.wire.records import clients_of
 
 
 def respond(message: Message, context: Context) -> Message:
@@ -41,5 +40,5 @@ def run_of(content: RecordDict) -> str:
 def trained(content: RecordDict, context: Context, run: str) -> RecordDict:
     """Train clients of this node."""
     content = unfolded(content)
-    least = PART if len(clients_of(from_records(content))) > 1 else APART
+    least = PART if len(clients_of(content)) > 1 else APART
     return folded(node.answer(context, run, content), least)

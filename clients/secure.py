@@ -23,7 +23,8 @@ import torch
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.privacy.secagg import FEW, SecAggTerms
 from fedraclora.run.client_state import ClientStore
-from fedraclora.wire.exchange import Answer, Stage, TrainRequest
+from fedraclora.wire.answers import Staged
+from fedraclora.wire.exchange import Stage, TrainRequest
 from fedraclora.wire.secagg import (
     Words,
     as_words,
@@ -53,7 +54,7 @@ def answer_stage(
     store: ClientStore,
     terms: SecAggTerms,
     measurers: Collection[int] = (),
-) -> Answer:
+) -> Staged:
     """Answer a stage in which nobody trains.
 
     Args:
@@ -98,21 +99,16 @@ def _answer(
     clients: list[int],
     words: Words | None = None,
     notes: Sequence[str] = (),
-) -> Answer:
+) -> Staged:
     """Say something in a stage; ``words``: uint32 [k, P + 2], of these clients."""
-    empty = torch.empty(0)
-    return Answer(
-        request.round_,
-        request.version,
-        request.first,
-        torch.tensor(clients, dtype=torch.int64),
-        empty,
-        empty,
-        empty,
-        pieces=(empty if words is None else torch.from_numpy(words),),
+    return Staged(
+        round_=request.round_,
+        version=request.version,
+        clients=torch.tensor(clients, dtype=torch.int64),
         failures=failures,
         notes=[*notes],
         stage=stage.heard,
+        words=None if words is None else torch.from_numpy(words),
     )
 
 
@@ -245,7 +241,7 @@ def masked_vectors(
     failures: dict[int, str],
     notes: Sequence[str] = (),
     told: Mapping[str, Any] | None = None,
-) -> Answer:
+) -> Staged:
     """Write the masked vectors of those who have one, were told their neighbours' shares, and may.
 
     A client that cannot open a share says whose, and sends no vector: then it is asked again, and

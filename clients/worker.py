@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,9 @@ from fedraclora.training.memory import LESS, is_out_of_memory
 from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.update import BaseWeights
+from fedraclora.wire.answers import Answer, FromTraining, Staged, Summed, Trained
 from fedraclora.wire.changes import Changes, Coded
-from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest
+from fedraclora.wire.exchange import Ask, Stage, TrainRequest
 from fedraclora.wire.feedback import left_over, to_add
 from fedraclora.wire.fields import printable
 
@@ -246,7 +248,7 @@ class Worker:
         job.note(text)
         return parts(places, self.limit)
 
-    def _masked(self, job: Job, stage: Stage, terms: SecAggTerms) -> Answer:
+    def _masked(self, job: Job, stage: Stage, terms: SecAggTerms) -> Staged:
         """Hide what clients send from everyone; see `fedraclora.clients.secure`."""
         request, downlink, base, local = job.request, job.downlink, job.base, self.trainer.local
         places, layout = torch.tensor(job.places, dtype=torch.int64), downlink.layout
@@ -270,7 +272,7 @@ class Worker:
         return reply
 
     @staticmethod
-    def _reply(job: Job) -> Answer:
+    def _reply(job: Job) -> FromTraining:
         downlink, request = job.downlink, job.request
         places = torch.tensor(job.places, dtype=torch.int64)
         return answer_of(
@@ -294,7 +296,7 @@ def answer_of(
     notes: list[str],
     mask: torch.Tensor | None = None,
     coded: Coded | None = None,
-) -> Answer:
+) -> FromTraining:
     """Answer with what a chunk brought back.
 
     Args:
@@ -315,48 +317,56 @@ def answer_of(
             {n: torch.empty(0, *s) for n, s in layout.shapes}, none.double(), none, none
         )
     trained = {n: result.trained[n] for n, _ in layout.shapes}
-    answer = Answer(
-        request.round_,
-        request.version,
-        request.first,
-        clients,
-        result.losses,
-        result.samples,
-        result.steps,
-        pieces=(),
-        reduced=request.reduce is not None,
-        metrics=result.metrics,
-        failures={client: printable(reason) for client, reason in failures.items()},
-        notes=[printable(note) for note in notes],
-        rounding=None if coded is None else torch.tensor(coded.errors, dtype=torch.float64),
-        layout=layout,
-    )
-    pieces: tuple[torch.Tensor, ...]
+    said: dict[str, Any] = {
+        "round_": request.round_,
+        "version": request.version,
+        "first": request.first,
+        "clients": clients,
+        "losses": result.losses,
+        "samples": result.samples,
+        "steps": result.steps,
+        "metrics": result.metrics,
+        "failures": {client: printable(reason) for client, reason in failures.items()},
+        "notes": [printable(note) for note in notes],
+        "rounding": None if coded is None else torch.tensor(coded.errors, dtype=torch.float64),
+        "layout": layout,
+    }
     if request.reduce is not None:
         numbers = layout.pack(trained, lead=1)
-        weights = client_weights(request.reduce, result.samples)
-        refused = check_rows(clients, weights, result.losses, [numbers])
-        if refused:
-            kept = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
-            numbers, weights = numbers[kept.to(numbers.device)], weights[kept]
-            answer = replace(answer.select(kept), refused=refused)
-        whole = len(numbers) == len(request.clients)
-        places = None if whole else torch.searchsorted(request.clients, answer.clients)
-        sums = block_sums(numbers, weights, places)
-        missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
-        pieces = (F.pad(sums, (0, 0, 0, missing)) if missing else sums,)
-    elif coded is not None:
+        return summed(Summed(**said, pieces=(numbers,)), request)
+    sizes, pieces = None, layout.pieces(trained) if coded is None and mask is None else ()
+    if coded is not None:
         codes = coded.codes
         if request.coding != NONE:
             codes = compressed(codes)
-            answer = replace(answer, sizes=torch.tensor([*map(len, codes)], dtype=torch.int64))
+            sizes = torch.tensor([*map(len, codes)], dtype=torch.int64)
         pieces = (torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]),)
     elif mask is not None:
         numbers = layout.pack(trained, lead=1)
         pieces = (numbers[mask.to(numbers.device)],)
-    else:
-        pieces = layout.pieces(trained)
-    return replace(answer, pieces=tuple(piece.detach().cpu() for piece in pieces))
+    return Trained(**said, sizes=sizes, pieces=tuple(each.detach().cpu() for each in pieces))
+
+
+def summed(answer: Summed, request: TrainRequest) -> Summed:
+    """Put weighted sums of blocks into the place of an answer's rows, without those of no use.
+
+    Args:
+        answer: Whose numbers are the rows of its clients, [k, P].
+        request: What was asked.
+    """
+    numbers = answer.numbers
+    weights = client_weights(str(request.reduce), answer.samples)
+    refused = check_rows(answer.clients, weights, answer.losses, [numbers])
+    if refused:
+        kept = ~torch.isin(answer.clients, torch.tensor([r.client for r in refused]))
+        numbers, weights = numbers[kept.to(numbers.device)], weights[kept]
+        answer = replace(answer.select(kept), refused=refused)
+    whole = len(numbers) == len(request.clients)
+    places = None if whole else torch.searchsorted(request.clients, answer.clients)
+    sums = block_sums(numbers, weights, places)
+    missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
+    sums = F.pad(sums, (0, 0, 0, missing)) if missing else sums
+    return replace(answer, pieces=(sums.detach().cpu(),))
 
 
 def leaving(local: LocalConfig, result: LocalResult) -> LocalResult:

@@ -7,36 +7,34 @@ from fedraclora.config.builder import TaskBuilder
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree, fingerprint, weights_of
 from fedraclora.weights.replica import Replica
-from fedraclora.wire.downlink import AskReader
-from fedraclora.wire.records import Content
-from fedraclora.wire.reply import write_answer
+from fedraclora.wire.answers import Answer
+from fedraclora.wire.exchange import Ask
 
 
 class RequestHandler:
-    """Answers the messages of clients whose own tensors come with them.
+    """Answers the asks of clients whose own tensors come with them.
 
     Args:
         worker: Trains; what it keeps itself is not used.
     """
 
     def __init__(self, worker: Worker) -> None:
-        self.worker, self._reader = worker, AskReader()
+        self.worker = worker
 
-    def train(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
-        """Answer a message.
+    def train(self, ask: Ask, stored: Tree) -> tuple[Answer, Tree]:
+        """Answer an ask.
 
         Args:
-            content: The message.
+            ask: What is asked.
             stored: What its clients hold (`fedraclora.run.client_state.ClientStore.part`).
 
         Returns:
-            The reply, and what was kept in this round.
+            The answer, and what was kept in this round.
         """
         store = self.worker.store = ClientStore()
         store.restore(stored)
-        ask = self._reader.read(content)
-        reply = write_answer(self.worker.train(ask))
-        return reply, store.since(ask.request.round_)
+        answer = self.worker.train(ask)
+        return answer, store.since(ask.request.round_)
 
 
 class WorkerState(RequestHandler):

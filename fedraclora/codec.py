@@ -42,7 +42,8 @@ IS = "is"  # the key of the name of a class, beside its fields
 PLAIN = (bool, int, float, str)
 NUMBERS = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float64)}  # of few bits, read
 KINDS = NUMBERS | {"bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS |= {k: getattr(torch, k) for k in ("int8", "int16", "int32", "int64", "uint8", "bool")}
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint32", "bool")
+KINDS |= {k: getattr(torch, k) for k in INTEGERS}
 
 
 def split(value: object, path: str = "", *, coding: str = NONE) -> tuple[Tree, Any]:
@@ -214,9 +215,17 @@ def _dict(
     key_of, inner = parts
     if inner is torch.Tensor:  # of each only what is in few bits is told
         plain = {**{key: [] for key in below(tensors, f"{path}/" if path else "")}, **plain}
-    keys = [int(key) if key_of is int else key for key in plain]
+    keys = [_number(key, path) if key_of is int else key for key in plain]
     values = (_join(inner, tensors, value, _at(path, key)) for key, value in plain.items())
     return dict(zip(keys, values, strict=True))
+
+
+def _number(key: str, path: str) -> int:
+    """Take a key for the whole number that it writes, in the one way to write it."""
+    number = int(key) if key.isdecimal() and len(key) < 20 else -1
+    if str(number) != key:
+        raise ValueError(f"{path} names {key!r:.60}; a number of at least 0 is wanted")
+    return number
 
 
 def _tensor(tensors: Mapping[str, torch.Tensor], told: list[Any], path: str) -> torch.Tensor:

@@ -16,7 +16,8 @@ from fedraclora.launch import run_shown
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.wire.exchange import Ask, Came
+from fedraclora.wire.answers import Came
+from fedraclora.wire.exchange import Ask
 
 
 def assemble(config: RunConfig, folder: Path | None, **more: Any) -> RunBuilder:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from typing_extensions import override
 
+from fedraclora.engines.asks import AskWriter, read_ask
 from fedraclora.engines.post import PostedGrid
-from fedraclora.engines.records import from_records
+from fedraclora.engines.records import read_answer
 from fedraclora.protocol.downlink import Downlink
-from fedraclora.wire.downlink import AskReader, AskWriter
-from fedraclora.wire.exchange import DTYPES, Answer, Ask, NoAnswer, TrainRequest
-from fedraclora.wire.records import Content
-from fedraclora.wire.reply import read_answer
+from fedraclora.wire.answers import Answer, NoAnswer
+from fedraclora.wire.exchange import DTYPES, Ask, Stage, TrainRequest
 
 
 def become_a_task() -> None:
@@ -25,22 +25,33 @@ def become_a_task() -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
 
-def pack_downlink(downlink: Downlink, request: TrainRequest, dtype: str) -> Content:
+def pack_downlink(downlink: Downlink, request: TrainRequest, dtype: str) -> RecordDict:
     """Write a downlink for the clients of one request."""
     return AskWriter().write(Ask(request, downlink.to(DTYPES[dtype]), apart=True))
 
 
-def unpack_downlink(content: Content) -> tuple[Downlink, TrainRequest]:
+def unpack_downlink(content: RecordDict) -> tuple[Downlink, TrainRequest]:
     """Read what one train message asks of its clients."""
-    ask = AskReader().read(content)
+    ask = read_ask(content)
     return ask.own, ask.request
+
+
+def stage_in(records: RecordDict) -> Stage | None:
+    """The stage of secure aggregation that a message asks for or answers, if it does."""
+    name = "secure" if "secure" in records else "config"
+    plain = json.loads(str(records.config_records[name]["header"]))
+    plain = plain if name == "secure" else plain.get("stage")
+    if plain is None:
+        return None
+    data = {int(client): said for client, said in plain["data"].items()}
+    return Stage(plain["name"], plain["settings"], data)
 
 
 def answer_to(reply: Message, ask: Ask) -> Answer | NoAnswer:
     """Read a reply as the grid of real hosts does."""
     if reply.has_error():
         return PostedGrid.refusal(reply)
-    return read_answer(from_records(reply.content), ask)
+    return read_answer(reply.content, ask)
 
 
 class FakeGrid(Grid):

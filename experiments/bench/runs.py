@@ -83,7 +83,7 @@ def lapped(work: Callable[[], None]) -> Callable[[Laps], None]:
     return round_
 
 
-class BenchSite(RequestHandler):
+class BenchState(RequestHandler):
     """What a Ray worker holds between rounds.
 
     Args:
@@ -168,7 +168,7 @@ def federated_row(
     recorder = RunRecorder(None, sync=False)  # no folder: no chain, no checkpoints
     recorder.ledger = Ledger(crew / "ledger.jsonl")
     given = make_trainer, case.device, crew
-    engine = on_ray(settings, BenchSite, given) if workers else in_process()
+    engine = on_ray(settings, BenchState, given) if workers else in_process()
     given_parts = {"initial_state": state, "recorder": recorder, "alone": case.alone}
     run = RoundsBuilder(method, trainer, loop, engine, **given_parts).ready()
 

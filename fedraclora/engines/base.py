@@ -18,7 +18,8 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 from fedraclora.weights.update import BaseWeights
-from fedraclora.wire.exchange import Ask, Came
+from fedraclora.wire.answers import Came
+from fedraclora.wire.exchange import Ask
 
 
 @dataclass

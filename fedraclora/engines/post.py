@@ -6,16 +6,15 @@ import re
 import time
 from collections.abc import Callable
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid as FlowerGrid
 
+from fedraclora.engines.asks import AskWriter
 from fedraclora.engines.base import Grid
-from fedraclora.engines.records import Made, to_records
 from fedraclora.engines.replies import RUN_AT_FAULT
 from fedraclora.errors import EngineError
-from fedraclora.wire.downlink import AskWriter
-from fedraclora.wire.exchange import Ask, NoAnswer
-from fedraclora.wire.records import Content
+from fedraclora.wire.answers import NoAnswer
+from fedraclora.wire.exchange import Ask
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 WRAPPED = ("ClientAppException", "RayTaskError")
@@ -53,9 +52,8 @@ class PostedGrid(Grid):
         super().__init__()
         self.grid, self.ended, self.pause = grid, ended, pause
         self._writer = AskWriter()
-        self._made: Made = {}
 
-    def message(self, ask: Ask, node: int, more: Content, ttl: float) -> Message:
+    def message(self, ask: Ask, node: int, more: RecordDict, ttl: float) -> Message:
         """Write an ask as a message.
 
         Args:
@@ -64,10 +62,7 @@ class PostedGrid(Grid):
             more: Records that it needs besides.
             ttl: Seconds after which nobody waits for an answer: it is not trained hours later.
         """
-        shared = self._writer.write(ask)
-        if id(shared["arrays"]) not in self._made:
-            self._made = {}  # of the exchange before
-        content = to_records({**shared, **more}, self._made)
+        content = RecordDict({**self._writer.write(ask), **more})
         round_ = str(ask.request.round_)
         return Message(content, node, self.kind, group_id=round_, ttl=ttl)
 

@@ -1,5 +1,10 @@
 """Messages as Flower's records: the one place where these are made and read.
 
+A dataclass is written by the codec (`fedraclora.codec`): its plain fields as JSON in the record
+``config``, what has one value per client as bytes in ``chunk`` (a list would be checked number by
+number), and its numbers as one array in ``arrays``. Many small arrays are what a Flower deployment
+is slow at.
+
 Flower 1.42 stores every object of a message apart, and each hop asks for each by a request of its
 own: a message is one, its content another, a record a third, and an array in it two more. On real
 hosts records travel folded: whatever is small lies in the record `job`, which makes three in all.
@@ -9,9 +14,12 @@ sent.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from math import prod
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,46 +27,191 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from fedraclora.codec import from_bytes, join, split, to_bytes
 from fedraclora.errors import WireError
-from fedraclora.tree import to_numpy
-from fedraclora.wire.fields import reading, shown
-from fedraclora.wire.records import Content, Fields, Tensors
+from fedraclora.tree import Tree, to_numpy
+from fedraclora.weights.update import WeightUpdate
+from fedraclora.wire.answers import VECTORS, Answer
+from fedraclora.wire.exchange import Ask
+from fedraclora.wire.fields import parsed, reading, shown, whole
+from fedraclora.wire.reply import received
 
-Made = MutableMapping[int, tuple[Tensors, ArrayRecord]]
+R = TypeVar("R", ConfigRecord, ArrayRecord)
+UPDATE = "update"  # the record of an update of base weights
+UPDATE_NUMBERS = "update-numbers"
 JOB = "job"  # the record of a message that takes the others
 RECORDS = "records"  # where in it they are
 APART = 1 << 18  # bytes of arrays from which their record stays apart
 PART = 1 << 22  # the same where nobody else is sent them: Flower would cut them soon
 
 
-def to_records(content: Content, made: Made | None = None) -> RecordDict:
-    """Write a message as Flower's records.
+# --- answers -------------------------------------------------------------------------------------
+
+
+def write_answer(answer: Answer) -> RecordDict:
+    """Write an answer as records."""
+    tensors, plain = split(answer.packed())
+    numbers = tensors.pop(answer.payload, None)
+    found = {"config": header_record(plain), "chunk": vector_record(tensors)}
+    arrays = {} if numbers is None else {"arrays": array_record(numbers)}
+    return RecordDict({**found, **arrays})
+
+
+def read_answer(records: RecordDict, ask: Ask) -> Answer:
+    """Read an answer back: what another machine sent is looked at unchecked here, and nowhere else.
+
+    Every field has the type and the range that it should have, or the answer is refused. Whether
+    it is the answer to the ask is for the server to say.
 
     Args:
-        content: The message.
-        made: Takes what was written of tensors that other messages share, and gives it.
+        records: Of the message.
+        ask: What it answers.
+
+    Raises:
+        WireError: Saying what came and what was wanted.
     """
-    found = RecordDict()
-    for name, record in content.items():
-        if isinstance(record, Fields):
-            found[name] = ConfigRecord(dict(record))
+    round_ = ask.request.round_
+    with reading(f"round {round_}: a reply"):
+        plain = read_json(records, "config")
+        kind = Answer.known.get(str(plain.get("is")), Answer)
+        tensors = read_vectors(records)
+        if "arrays" in records:
+            tensors[kind.payload] = read_array(records, "arrays")
+        return received(join(Answer, tensors, plain), ask)
+
+
+# --- updates of base weights ---------------------------------------------------------------------
+
+
+def add_weight_update(records: RecordDict, update: WeightUpdate) -> None:
+    """Write an update into a message, in the place of one that is there."""
+    tensors, plain = split(update, coding=update.coding)
+    raw, table = to_bytes(tensors)
+    records[UPDATE] = header_record({"update": plain, "tensors": table})
+    records[UPDATE_NUMBERS] = array_record(raw)
+
+
+def read_weight_update(records: RecordDict) -> WeightUpdate:
+    """Read the update of a message.
+
+    Raises:
+        WireError: If it has none, or one that is damaged.
+    """
+    with of_message(records), reading("an update of base weights"):
+        header = read_json(records, UPDATE)
+        if header.keys() != {"update", "tensors"}:
+            raise WireError(f"an update has the fields {shown([*header])}; update and tensors are")
+        tensors = from_bytes(read_array(records, UPDATE_NUMBERS), header["tensors"])
+        return join(WeightUpdate, tensors, header["update"])
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+def header_record(header: object) -> ConfigRecord:
+    """Write plain JSON values."""
+    return ConfigRecord({"header": json.dumps(header)})
+
+
+def vector_record(vectors: Mapping[str, torch.Tensor]) -> ConfigRecord:
+    """Write short vectors (`VECTORS`) as bytes."""
+    return ConfigRecord({name: to_numpy(vector).tobytes() for name, vector in vectors.items()})
+
+
+def array_record(flat: torch.Tensor) -> ArrayRecord:
+    """Write one array."""
+    return tree_record({"flat": flat})
+
+
+def tree_record(tree: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Write named tensors, one array each."""
+    return ArrayRecord({name: Array(to_numpy(tensor)) for name, tensor in tree.items()})
+
+
+def record_of(records: RecordDict, name: str, kind: type[R]) -> R:
+    """Return the record ``name`` of a message.
+
+    Raises:
+        WireError: If there is none, or one of another kind.
+    """
+    record = records.get(name)
+    if not isinstance(record, kind):
+        raise WireError(
+            f"a message has the records {shown(list(records))}; {kind.__name__} {name} is wanted"
+        )
+    return record
+
+
+def read_json(records: RecordDict, name: str) -> dict[str, Any]:
+    """Read the JSON object in the record ``name``.
+
+    Raises:
+        WireError: If it is missing, or none.
+    """
+    text = record_of(records, name, ConfigRecord).get("header")
+    return parsed(text, f"the header in the record {name}")
+
+
+def read_vectors(records: RecordDict) -> Tree:
+    """Read the vectors of a message, by their paths.
+
+    Raises:
+        WireError: If they are not whole, or not known.
+    """
+    found: Tree = {}
+    for path, raw in record_of(records, "chunk", ConfigRecord).items():
+        if path == "first":
             continue
-        _, arrays = (made or {}).get(id(record), (record, None))
-        if arrays is None:
-            arrays = ArrayRecord({key: Array(to_numpy(t)) for key, t in record.items()})
-        if made is not None and name == "arrays":
-            made[id(record)] = (record, arrays)  # the tensors, too: else their id is given again
-        found[name] = arrays
+        kind = VECTORS.get(path.partition("/")[0])
+        if kind is None or not isinstance(raw, bytes) or len(raw) % kind.itemsize:
+            raise WireError(
+                f"a message has {shown(raw)} for the vector {shown(path)}; bytes of one of "
+                f"{[*VECTORS]} are wanted"
+            )
+        found[path] = torch.empty(len(raw) // kind.itemsize, dtype=kind)
+        found[path].view(torch.uint8).copy_(torch.from_numpy(np.frombuffer(raw, np.uint8).copy()))
     return found
 
 
-def from_records(records: RecordDict) -> Content:
-    """Read a message back from Flower's records.
+def clients_of(records: RecordDict) -> list[int]:
+    """Read the ids of the clients of a message.
 
     Raises:
-        WireError: If the bytes of an array are not those of the shape that it names.
+        WireError: If it names none.
     """
-    return {name: _read(name, record) for name, record in records.items()}
+    vectors = read_vectors(records)
+    if "clients" not in vectors:
+        raise WireError("a message does not say which clients it is for")
+    ids: list[int] = vectors["clients"].tolist()
+    return ids
+
+
+@contextmanager
+def of_message(records: RecordDict) -> Iterator[None]:
+    """Name round and clients of a message to clients in the error of what is read of it."""
+    try:
+        yield
+    except WireError as error:
+        asked = read_json(records, "config").get("request")
+        round_ = whole(asked.get("round_") if isinstance(asked, dict) else None, "its round")
+        raise WireError(f"round {round_}, clients {shown(clients_of(records))}: {error}") from error
+
+
+def read_array(records: RecordDict, name: str, key: str = "flat") -> torch.Tensor:
+    """Read an array of the record ``name``; the tensor may lie anywhere in memory.
+
+    Args:
+        records: Of the message.
+        name: Of the record.
+        key: Of the array in it.
+
+    Raises:
+        WireError: If it is missing, or its bytes are not those of the shape that it names.
+    """
+    record = record_of(records, name, ArrayRecord)
+    with reading(f"the array of the record {name}"):
+        _check_bytes(record[key].data)
+        return torch.from_numpy(record[key].numpy())
 
 
 def message_bytes(message: Message) -> int:
@@ -66,15 +219,6 @@ def message_bytes(message: Message) -> int:
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
     return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
-
-
-def _read(name: str, record: ArrayRecord | ConfigRecord | MetricRecord) -> Fields | Tensors:
-    if not isinstance(record, ArrayRecord):
-        return Fields(record)
-    with reading(f"the array of the record {name}"):
-        for array in record.values():
-            _check_bytes(array.data)
-        return Tensors({key: torch.from_numpy(a.numpy()) for key, a in record.items()})
 
 
 def _check_bytes(data: bytes) -> None:
@@ -90,6 +234,9 @@ def _check_bytes(data: bytes) -> None:
         raise WireError(
             f"an array of shape {shown(shape)} and type {dtype} takes {size} bytes, but {came} came"
         )
+
+
+# --- folded --------------------------------------------------------------------------------------
 
 
 def folded(content: RecordDict, apart_from: int = APART) -> RecordDict:

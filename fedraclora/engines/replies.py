@@ -11,7 +11,7 @@ from fedraclora.errors import OF_THE_RUN, WireError
 UNREADABLE = (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError)
 APP_RAISED = 2  # Flower's code for a ClientApp that raised
 RUN_AT_FAULT = 1000  # ours, far from Flower's: it raised what no client is to blame for
-FORMAT = 2  # of messages on real hosts: a node reads those of all its clients in one
+FORMAT = 3  # of messages on real hosts: an answer says which of four kinds it is
 STALE = "stale"  # the record of a reply that asks for every base weight whole
 
 

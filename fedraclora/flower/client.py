@@ -15,7 +15,8 @@ from torch import nn
 import fedraclora.strategies.methods  # noqa: F401  messages name client programs of theirs
 from fedraclora.clients.cache import folder_of, make_room, on_disk
 from fedraclora.clients.worker import Worker
-from fedraclora.engines.records import JOB, folded, from_records, to_records, unfolded
+from fedraclora.engines.asks import read_ask
+from fedraclora.engines.records import JOB, folded, read_weight_update, unfolded, write_answer
 from fedraclora.errors import ClientError, StaleError, WireError
 from fedraclora.lowrank.layers import layer_kind, layer_view, weight_name
 from fedraclora.protocol.method import Plan
@@ -25,10 +26,7 @@ from fedraclora.training.own.round import Asked, Round
 from fedraclora.training.own.trainer import as_result, seed_of, seeded_everywhere
 from fedraclora.tree import Tree, wide
 from fedraclora.weights.replica import StoredReplica
-from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.exchange import Ask
-from fedraclora.wire.reply import write_answer
-from fedraclora.wire.weight_update import read_weight_update
 
 
 class FlowerRound:
@@ -64,8 +62,8 @@ class FlowerRound:
             )
         self._message, self._open = message, ExitStack()
         arrays = message.content.array_records
-        content = from_records(unfolded(RecordDict({**arrays, JOB: job})))
-        self._ask = AskReader().read(content)
+        content = unfolded(RecordDict({**arrays, JOB: job}))
+        self._ask = read_ask(content)
         self._weight, self._seed = str(job["weight"]), int(cast(int, job["seed"]))
         self._partition = context.node_config.get("partition-id")
         self._run = str(job["run"])
@@ -131,7 +129,7 @@ class FlowerRound:
             answer = Worker(done, self._replica).train(by_own)
             named = asked.clients[: len(answer.clients)]
             why = dict(zip(asked.clients.tolist(), answer.failures.values(), strict=False))
-            written = to_records(write_answer(replace(answer, clients=named, failures=why)))
+            written = write_answer(replace(answer, clients=named, failures=why))
             arrays, written[JOB] = written.pop("arrays"), found[JOB]
             found = RecordDict({"arrays": arrays, "metrics": record, **folded(written)})
         return Message(found, reply_to=self._message)

@@ -46,7 +46,8 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import wide
 from fedraclora.weights.files import keep_private
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.exchange import Ask, Came, NoAnswer
+from fedraclora.wire.answers import Came, NoAnswer
+from fedraclora.wire.exchange import Ask
 
 log = logging.getLogger("flwr")
 

@@ -20,16 +20,15 @@ from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.grid import DeployGrid, Envelope
-from fedraclora.engines.records import from_records
+from fedraclora.engines.records import read_answer
 from fedraclora.engines.replies import APP_RAISED
 from fedraclora.errors import StaleError, WireError
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.exchange import Answer, Ask, NoAnswer
+from fedraclora.wire.answers import Answer, NoAnswer, Trained, Worked
+from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import shown
-from fedraclora.wire.records import Fields
-from fedraclora.wire.reply import read_answer
 from fedraclora.wire.together import Answered
 
 
@@ -110,12 +109,14 @@ class FlowerTransport(DeployGrid):
         for ask, (own, answer) in zip(asks, good, strict=True):
             request, (was,), (now,) = ask.request, own.clients, ask.clients
             self.names[now], self.contents[now] = names[was], contents[was]
-            moved.append((ask, replace(answer, clients=request.clients, first=request.first)))
+            there: dict[str, Any] = {"clients": request.clients}
+            there |= {"first": request.first} if isinstance(answer, Worked) else {}
+            moved.append((ask, replace(answer, **there)))
         return moved + [pair for pair in found if not isinstance(pair[1], Answer)]
 
     @override
-    def job(self) -> Fields:
-        return Fields(run=self.run_id, **self.told)
+    def job(self) -> ConfigRecord:
+        return ConfigRecord({"run": self.run_id, **self.told})
 
     @override
     def wrapped(self, content: RecordDict) -> RecordDict:
@@ -154,10 +155,10 @@ class FlowerTransport(DeployGrid):
         request = envelope.ask.request
         if envelope.message.metadata.message_type == MessageType.EVALUATE:
             self.contents[client] = RecordDict({name: metrics})
-            none, first = torch.zeros(1), request.first
-            asked = request.round_, request.version, first, request.clients
-            return Answer(*asked, none, none, none, pieces=())
-        answer = read_answer(from_records(content), envelope.ask)
+            return Answer(round_=request.round_, version=request.version, clients=request.clients)
+        answer = read_answer(content, envelope.ask)
+        if not isinstance(answer, Trained):
+            raise WireError(f"the reply is {answer.name!r}; one that is 'trained' is wanted")
         kind = torch.int64 if isinstance(weight, int) else torch.float64
         answer = replace(answer, samples=torch.tensor([weight], dtype=kind))
         self.contents[client] = RecordDict({name: metrics, **content.array_records})

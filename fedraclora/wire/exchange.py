@@ -1,26 +1,26 @@
-"""An exchange as data: what some clients of a cohort are asked, and what came back.
+"""An ask as data: what some clients of a cohort are asked in an exchange, and its payload.
 
-The server, its steps and the engines of one process know these alone. What leaves the process is
-written as a message (`fedraclora.wire.downlink`, `reply`) and counted as such (`payload_bytes`).
+In one process and between Ray's workers it travels as it is; Flower's records are made of it in
+`fedraclora.engines.asks`. Either way what all clients of an exchange share is apart from what is a
+client's own (`without_own`, `own_rows`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import OF_THE_RUN
+from fedraclora.codec import join, split
 from fedraclora.protocol.coding import NONE
+from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.quantised import FULL, packed_bytes, sent_bytes
-from fedraclora.protocol.uplinks import Refusal
-from fedraclora.tree import Layout, Tree
+from fedraclora.tree import Tree, to_numpy
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -82,28 +82,15 @@ class Stage:
     data: dict[int, Any]
 
     @property
-    def texts(self) -> dict[str, str]:
-        """What is said, as JSON."""
-        head = json.dumps({"stage": self.name, "settings": self.settings})
-        return {"head": head} | {str(c): json.dumps(said) for c, said in self.data.items()}
-
-    @property
     def length(self) -> int:
-        """Count the bytes of these texts."""
-        return sum(map(len, self.texts.values()))
+        """Count the bytes of what is said, as JSON."""
+        head = {"stage": self.name, "settings": self.settings}
+        return sum(len(json.dumps(said)) for said in (head, *self.data.values()))
 
     @property
     def heard(self) -> Stage:
         """Give it as the other side hears it: through JSON, and no object in common."""
-        return Stage.of(self.texts)
-
-    @classmethod
-    def of(cls, texts: Mapping[str, Any]) -> Stage:
-        """Read `texts` back."""
-        fields = dict(texts)
-        head = json.loads(fields.pop("head"))
-        data = {int(client): json.loads(value) for client, value in fields.items()}
-        return cls(head["stage"], dict(head["settings"]), data)
+        return join(Stage, {}, json.loads(json.dumps(split(self)[1])))
 
 
 @dataclass(frozen=True)
@@ -128,6 +115,12 @@ class Ask:
     coding: str = NONE
 
     @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Be pickled as numpy arrays, which go to other processes with one copy."""
+        tensors, plain = split(self)
+        return _from_arrays, ({name: to_numpy(t) for name, t in tensors.items()}, plain)
+
+    @override
     def __str__(self) -> str:
         first, *_, last = [*self.clients, *self.clients]
         who = f"client {first}" if first == last else f"clients {first} to {last}"
@@ -140,6 +133,11 @@ class Ask:
         return found
 
     @property
+    def places(self) -> torch.Tensor:
+        """Where its downlink has the values of its clients, int64 [k]."""
+        return self.request.order if self.apart else torch.arange(len(self.request.clients))
+
+    @property
     def own(self) -> Downlink:
         """What these clients are to train."""
         if self.downlink is None:
@@ -147,113 +145,73 @@ class Ask:
         return self.downlink.select(self.request.order) if self.apart else self.downlink
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came back: what clients trained, and who failed.
-
-    Attributes:
-        round_, version: Of what is answered.
-        first: Place of the first client that was asked in the cohort.
-        clients: Ids of the clients whose work is here, int64 [k].
-        losses, samples, steps: One value per client [k].
-        pieces: The columns of `numbers`, side by side: in this process large tensors stay where
-            they were trained.
-        reduced: Whether they are sums.
-        failures: Why a client trained nothing, by id.
-        refused: Clients that a sum leaves out, because their numbers cannot be used.
-        notes: Sentences for the ledger.
-        rounding: What rounding added to the change of each client, relative to it [k]; None where
-            numbers are sent as they are.
-        sizes: How many bytes each client sent, int64 [k]; None where they are not coded.
-        layout: What each client sends.
-        stage: What clients say of secure aggregation, where numbers are masked; None without it.
-        metrics: What a user's training function says of its training, float64 [k] by name.
-    """
-
-    round_: int
-    version: int
-    first: int
-    clients: torch.Tensor
-    losses: torch.Tensor
-    samples: torch.Tensor
-    steps: torch.Tensor
-    pieces: tuple[torch.Tensor, ...]
-    reduced: bool = False
-    failures: dict[int, str] = field(default_factory=dict)
-    refused: list[Refusal] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    rounding: torch.Tensor | None = None
-    sizes: torch.Tensor | None = None
-    layout: Layout = Layout(())  # noqa: RUF009
-    stage: Stage | None = None
-    metrics: Tree = field(default_factory=dict)
-
-    @cached_property
-    def numbers(self) -> torch.Tensor:
-        """Their rows [k, P]; under rank budgets what is left of the rows, one after another.
-
-        Or float64 sums of the chunk's blocks [blocks, P].
-        """
-        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=-1)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of `numbers`, which are not joined for it."""
-        *lead, last = (piece.shape for piece in self.pieces)
-        return (*last[:-1], sum(piece[-1] for piece in (*lead, last))) if last else ()
-
-    @property
-    def vectors(self) -> dict[str, torch.Tensor]:
-        """What has one value per client."""
-        names = ("clients", "losses", "samples", "steps", "rounding", "sizes")
-        each = {name: getattr(self, name) for name in names}
-        return {name: vector for name, vector in each.items() if vector is not None}
-
-    def select(self, kept: torch.Tensor) -> Answer:
-        """Keep some of the clients, bool [k], in everything but their numbers."""
-        vectors: dict[str, Any] = {name: each[kept] for name, each in self.vectors.items()}
-        told = {name: metric[kept] for name, metric in self.metrics.items()}
-        return replace(self, **vectors, metrics=told)
+def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> Ask:
+    # Copied into memory of torch's own: that of Ray is not to be written to.
+    return join(Ask, {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, plain)
 
 
 @dataclass(frozen=True)
-class NoAnswer:
-    """Why all the clients that were asked together have no answer.
+class OwnPart:
+    """What an ask says to its clients alone; the rest is the same for all of an exchange.
 
     Attributes:
-        reason: In words.
-        of_the_run: Whether they met what no client is to blame for.
+        request: Who is asked; what else it says is shared.
+        rows: What is one per client of the downlink's tensors, [k, ...] by name.
+        ranks: Their rank budgets, if they have any.
+        stage: Of secure aggregation.
     """
 
-    reason: str
-    of_the_run: bool = False
+    request: TrainRequest
+    rows: Tree
+    ranks: torch.Tensor | None
+    stage: Stage | None
 
     @classmethod
-    def of(cls, raised: Exception) -> NoAnswer:
-        """Say what was raised where clients were to be trained."""
-        reason = f"{type(raised).__name__}: {raised}"
-        return cls(reason, isinstance(raised, OF_THE_RUN))
+    def of(cls, ask: Ask) -> OwnPart:
+        """Select it from an ask."""
+        sent, places = ask.downlink, ask.places
+        if sent is None:
+            return cls(ask.request, {}, None, ask.stage)
+        own = {n: f.numbers for n, f in sent.named.items() if f.per_client}
+        rows = {name: numbers[places] for name, numbers in own.items() if numbers is not None}
+        ranks = None if sent.ranks is None else sent.ranks[places]
+        return cls(ask.request, rows, ranks, ask.stage)
+
+    def joined(self, shared: Ask) -> Ask:
+        """Put it together with what is shared (`shared_of`)."""
+        found = replace(shared, request=self.request, stage=self.stage)
+        if found.downlink is None or not (self.rows or self.ranks is not None):
+            return found
+        rows = self.rows
+        downlink = found.downlink.mapped(
+            lambda name, each: replace(each, numbers=rows[name]) if name in rows else each
+        )
+        return replace(found, downlink=replace(downlink, ranks=self.ranks))
 
 
-Came = Iterable[tuple[Ask, Answer | NoAnswer]]  # what came, each with what it answers
+def shared_of(ask: Ask) -> Ask:
+    """Leave out what an ask says to its clients alone, but for who they are (`OwnPart`)."""
+
+    def blank(_: str, each: Factor) -> Factor:
+        return replace(each, numbers=None) if each.per_client else each
+
+    downlink = ask.downlink
+    if downlink is not None:
+        downlink = downlink.mapped(blank)
+        downlink = downlink if downlink.ranks is None else replace(downlink, ranks=None)
+    return replace(ask, downlink=downlink, apart=False, stage=None)
 
 
 def sent_tensors(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     """Collect every tensor that a downlink carries, by name, and whether it is one per client.
 
-    Coefficients, which are float64 always, are `coefficients`.
+    Coefficients, which are float64 always, are left out.
     """
     named = downlink.named.items()
     sent = {n: (f.numbers, f.per_client) for n, f in named if f.numbers is not None}
     for extra, tree in downlink.extras.items():
         sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
     return sent
-
-
-def coefficients(downlink: Downlink) -> Tree:
-    """Collect the coefficients of the factors that are computed from the last link, by name."""
-    factors = downlink.factors().items()
-    return {name: f.coefficients for name, f in factors if f.coefficients is not None}
 
 
 def payload_bytes(

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fedraclora.errors import WireError
+from fedraclora.tree import Layout
 
 LONGEST = 1000  # characters of a text that another machine wrote
 MANY = 100  # sentences in one message
 LARGEST = 2**63 - 1
+AXES, LONGEST_AXIS = 8, 2**40  # of a shape that a message names
 
 
 @contextmanager
@@ -93,14 +95,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def exactly(header: dict[str, Any], known: frozenset[str], what: str) -> None:
-    """Reject a header that lacks a field, or has one that is not known."""
-    if missing := known - header.keys():
-        raise WireError(f"{what} has no {', '.join(sorted(missing))}")
-    if more := header.keys() - known:
-        raise WireError(f"{what} has {shown(sorted(more))}, which no message has")
-
-
 def whole(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
     """Take a whole number.
 
@@ -123,28 +117,6 @@ def real(value: object, what: str) -> float:
     return value  # type: ignore[return-value]
 
 
-def flag(value: object, what: str) -> bool:
-    """Take true or false.
-
-    Raises:
-        WireError: If it is neither.
-    """
-    if not isinstance(value, bool):
-        raise WireError(f"{what} is {shown(value)}; true or false is wanted")
-    return value
-
-
-def worded(value: object, what: str) -> str:
-    """Take a text, made printable and cut to `LONGEST` characters.
-
-    Raises:
-        WireError: If it is none.
-    """
-    if not isinstance(value, str):
-        raise WireError(f"{what} is {shown(value)}; a text is wanted")
-    return printable(value)
-
-
 def named(value: object, what: str) -> str:
     """Take a name, as it is.
 
@@ -156,13 +128,13 @@ def named(value: object, what: str) -> str:
     return value
 
 
-def listed(value: object, what: str, most: int | None = None) -> list[Any]:
+def listed(value: object, what: str, most: int | None = None) -> Sequence[Any]:
     """Take a list.
 
     Raises:
         WireError: If it is none, or has more than ``most`` elements.
     """
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         raise WireError(f"{what} is {shown(value)}; a list is wanted")
     if most is not None and len(value) > most:
         raise WireError(f"{what} has {len(value)} elements; at most {most} are wanted")
@@ -180,13 +152,30 @@ def mapping(value: object, what: str) -> dict[str, Any]:
     return value
 
 
-def client_id(value: object, what: str) -> int:
-    """Take the id of a client, as a key of a JSON object writes it.
+def shape_of(sizes: object, what: str) -> tuple[int, ...]:
+    """Take a shape.
 
     Raises:
         WireError: If it is none.
     """
-    number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 20 else -1
-    if str(number) != value or number > LARGEST:
-        raise WireError(f"{what} names {shown(value)}; the id of a client is wanted")
-    return number
+    return tuple(whole(size, what, most=LONGEST_AXIS) for size in listed(sizes, what, AXES))
+
+
+def layout_of(shapes: object, what: str) -> Layout:
+    """Take a layout: pairs of a name and a shape.
+
+    Args:
+        shapes: The pairs.
+        what: It is, to begin the sentence.
+
+    Raises:
+        WireError: If it is none, or names a tensor twice.
+    """
+    found = []
+    for pair in listed(shapes, what):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise WireError(f"{what} holds {shown(pair)}; a name and a shape are wanted")
+        found.append((named(pair[0], what), shape_of(pair[1], what)))
+    if len(dict(found)) != len(found):
+        raise WireError(f"{what} names a tensor twice")
+    return Layout(tuple(found))

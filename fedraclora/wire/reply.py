@@ -1,11 +1,14 @@
-"""What comes back as a message, and the checks of an answer, wherever it comes from."""
+"""The checks of an answer, wherever it comes from: by its kind, and all here.
+
+`received` looks at the fields of one that another machine sent; `checked` holds any answer against
+what was asked, and reads its numbers.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -14,118 +17,157 @@ from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.tree import Layout, difference
-from fedraclora.wire.exchange import Answer, Ask
-from fedraclora.wire.fields import (
-    MANY,
-    client_id,
-    exactly,
-    flag,
-    listed,
-    mapping,
-    reading,
-    shown,
-    whole,
-    worded,
+from fedraclora.wire.answers import (
+    VECTORS,
+    Answer,
+    FromTraining,
+    Staged,
+    Summed,
+    Trained,
+    Worked,
+    kind_of,
 )
-from fedraclora.wire.records import (
-    Content,
-    Fields,
-    array_record,
-    header_record,
-    message_header,
-    read_array,
-    read_first,
-    read_layout,
-    read_vectors,
-    round_of,
-    vector_record,
-)
-from fedraclora.wire.secagg import read_stage, read_words
+from fedraclora.wire.exchange import Ask
+from fedraclora.wire.fields import MANY, layout_of, named, printable, reading, shown, whole
+from fedraclora.wire.secagg import check_stage, check_words
 
-WANTED = {"clients", "losses", "samples", "steps"}
-HEADER = frozenset({"round", "version", "failures", "refused", "reduced", "notes", "layout"})
+A = TypeVar("A", bound=Answer)
+Decode = Callable[..., torch.Tensor]
 
 
-def write_answer(answer: Answer) -> Content:
-    """Write an answer as a message."""
-    header: dict[str, object] = {
-        "round": answer.round_,
-        "version": answer.version,
-        "failures": {str(c): r for c, r in answer.failures.items()},
-        "refused": [[r.client, r.reason] for r in answer.refused],
-        "reduced": answer.reduced,
-        "notes": answer.notes,
-        "layout": answer.layout.shapes,
-    }
-    if answer.metrics:
-        header["metrics"] = {
-            n: [None if math.isnan(v) else v for v in told.tolist()]
-            for n, told in answer.metrics.items()
-        }
-    found: Content = {"arrays": array_record(answer.numbers)}
-    if answer.stage is None:
-        chunk = vector_record(answer.vectors)
-        chunk["first"] = answer.first
-        return {"config": header_record(header), **found, "chunk": chunk}
-    told = ("round", "failures", *(("version", "notes") if answer.stage.name == "masked" else ()))
-    return {
-        "config": header_record({name: header[name] for name in told}),
-        **found,
-        "chunk": vector_record({"clients": answer.clients}),
-        "secure": Fields(answer.stage.texts),
-    }
-
-
-def read_answer(content: Content, ask: Ask) -> Answer:
-    """Read an answer back: the one place where what another machine sent is looked at unchecked.
-
-    Every field has the type and the range that it should have, or the answer is refused. Whether
-    it is the answer to the ask is for the server to say.
-
-    Args:
-        content: The message.
-        ask: What it answers.
+def received(answer: Answer, ask: Ask) -> Answer:
+    """Check the fields of an answer that another machine sent; make its texts printable.
 
     Raises:
         WireError: Saying what came and what was wanted.
     """
-    with reading("a reply"):
-        return _read(content, ask) if ask.stage is None else _read_stage(content, ask.stage.name)
+    if type(answer) is not (kind := kind_of(ask)):
+        raise WireError(f"the reply is {answer.name!r}; one that is {kind.name!r} is wanted")
+    whole(answer.round_, "its round")
+    whole(answer.version, "its version")
+    for name, vector in answer.vectors.items():
+        _check_vector(name, vector)
+    if len(answer.notes) > MANY:
+        raise WireError(f"notes has {len(answer.notes)} elements; at most {MANY} are wanted")
+    changes: dict[str, Any] = {
+        "failures": {c: printable(why) for c, why in answer.failures.items()},
+        "notes": [printable(note) for note in answer.notes],
+    }
+    match answer:
+        case Staged():
+            check_stage(answer.stage)
+            if answer.words is not None:
+                check_words(answer.words)
+            return replace(answer, **changes)
+        case Worked():
+            whole(answer.first, "the place of its first client")
+            layout_of(answer.layout.shapes, "the layout")
+            if len(answer.pieces) != 1:
+                raise WireError(f"the reply has {len(answer.pieces)} arrays; one is wanted")
+    if isinstance(answer, FromTraining):
+        _check_training(answer, ask)
+        changes["metrics"] = {printable(n): told for n, told in answer.metrics.items()}
+    if isinstance(answer, Summed):
+        changes["refused"] = [
+            Refusal(whole(r.client, "a client that is refused"), printable(r.reason))
+            for r in answer.refused
+        ]
+    return replace(answer, **changes)
 
 
-def checked(
-    answer: Answer,
-    layout: Layout,
-    ranks: torch.Tensor | None = None,
-    read: Callable[..., torch.Tensor] | None = None,
-) -> Answer:
-    """Check the numbers of an answer, and read them where they came in fewer bits.
+def _check_vector(name: str, vector: torch.Tensor) -> None:
+    if vector.dtype != VECTORS[name] or vector.dim() != 1:
+        raise WireError(
+            f"{name} has the shape {tuple(vector.shape)} and the type {vector.dtype}; a row of "
+            f"{VECTORS[name]} is wanted"
+        )
+
+
+def _check_training(answer: FromTraining, ask: Ask) -> None:
+    """Check what only clients that trained say."""
+    wanted = {"rounding": ask.request.uplink != FULL}
+    if isinstance(answer, Trained):
+        wanted["sizes"] = ask.request.coding != NONE
+    for name, is_wanted in wanted.items():
+        if (getattr(answer, name) is not None) != is_wanted:
+            raise WireError(f"the reply has {'no' if is_wanted else 'the'} vector {name}")
+    for name, told in answer.metrics.items():
+        named(name, "a metric")
+        _check_vector("metrics", told)
+        if told.isinf().any():
+            raise WireError(f"the metric {shown(name)} is {shown(told.tolist())}; it is infinite")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an exchange takes for an answer.
+
+    Attributes:
+        round_, version: Of the exchange.
+        layout: What each client sends, budgets aside; None: as the answer says.
+        ranks: The cohort's rank budgets, if it has any: then rows are cut, and their sizes are
+            left to `fedraclora.protocol.rank_budgets.widen`.
+        decode: Gives the numbers of some clients from their bytes and their ids, and from
+            ``lengths``, the bytes of each, where these are coded; None: they come as they are.
+    """
+
+    round_: int
+    version: int
+    layout: Layout | None = None
+    ranks: torch.Tensor | None = None
+    decode: Decode | None = None
+
+
+def checked(answer: Answer, ask: Ask, kind: type[A], wanted: Wanted) -> A:
+    """Hold an answer against what was asked, and read its numbers where they are in fewer bits.
 
     Args:
         answer: What came.
-        layout: What a client sends, budgets aside.
-        ranks: The cohort's rank budgets, if it has any: then rows are cut, and their sizes are
-            left to `fedraclora.protocol.rank_budgets.widen`.
-        read: Gives the numbers of some clients from their bytes and their ids, and from `lengths`,
-            the bytes of each, where these are coded; None: the numbers came as they are.
+        ask: What was asked.
+        kind: Of the answers that the caller can use.
+        wanted: What else it must be.
 
     Raises:
         WireError: Saying what came and what was wanted.
     """
-    if read is not None and not answer.reduced:
-        with reading("a reply"):
-            try:
-                numbers = read(answer.numbers, answer.clients, lengths=answer.sizes)
-                answer = replace(answer, pieces=(numbers,))
-            except WireError as error:
-                raise WireError(f"{_who(answer)} sent what cannot be read: {error}") from error
+    who, right = _who(answer), kind_of(ask)
+    if type(answer) is not right or not isinstance(answer, kind):
+        raise WireError(f"{who} sent what is {answer.name!r}; {right.name!r} is wanted")
+    if (answer.round_, answer.version) != (wanted.round_, wanted.version):
+        raise WireError(
+            f"clients {answer.clients.tolist()} answered for round {answer.round_} from version "
+            f"{answer.version}, but were asked for round {wanted.round_} from version "
+            f"{wanted.version}"
+        )
+    found = answer
+    if isinstance(answer, Worked):
+        found = cast(A, _numbers_checked(answer, wanted))
+    elif isinstance(answer, Staged) and answer.stage.name != getattr(ask.stage, "name", None):
+        raise WireError("the reply is not one of this stage of secure aggregation")
+    return found
+
+
+def _numbers_checked(answer: Worked, wanted: Wanted) -> Worked:
+    if isinstance(answer, Trained) and wanted.decode is not None:
+        answer = _decoded(answer, wanted.decode)
+    layout = answer.layout if wanted.layout is None else wanted.layout
     if answer.layout != layout:
         raise WireError(
             f"{_who(answer)} sent other tensors than was asked: {difference(answer.layout, layout)}"
         )
     with reading("a reply"):
-        _check_sizes(answer, layout, cut=ranks is not None and not answer.reduced)
+        cut = wanted.ranks is not None and isinstance(answer, Trained)
+        _check_sizes(answer, layout, cut=cut)
     return answer
+
+
+def _decoded(answer: Trained, decode: Decode) -> Trained:
+    with reading("a reply"):
+        try:
+            numbers = decode(answer.numbers, answer.clients, lengths=answer.sizes)
+        except WireError as error:
+            raise WireError(f"{_who(answer)} sent what cannot be read: {error}") from error
+    return replace(answer, pieces=(numbers,))
 
 
 def _who(answer: Answer) -> str:
@@ -133,92 +175,15 @@ def _who(answer: Answer) -> str:
     return f"round {answer.round_}: clients {answer.clients.tolist()}"
 
 
-def _read(content: Content, ask: Ask) -> Answer:
-    """Read the fields of an answer."""
-    header = message_header(content)
-    told = mapping(header.pop("metrics", {}), "metrics")
-    exactly(header, HEADER, "the header of a reply")
-    round_ = whole(header["round"], "its round")
-    wanted = WANTED if ask.request.uplink == FULL else WANTED | {"rounding"}
-    wanted = wanted if ask.request.coding == NONE else wanted | {"sizes"}
-    vectors: dict[str, Any] = read_vectors(content)
-    if vectors.keys() != wanted:
-        raise WireError(
-            f"round {round_}: a reply has the vectors {[*vectors]}; {sorted(wanted)} are wanted"
-        )
-    return Answer(
-        round_,
-        whole(header["version"], "its version"),
-        read_first(content),
-        **vectors,
-        pieces=(read_array(content, "arrays"),),
-        reduced=flag(header["reduced"], "reduced"),
-        failures=_failures(header["failures"]),
-        refused=_refused(header["refused"]),
-        notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
-        layout=read_layout(header["layout"], f"round {round_}: the layout"),
-        metrics={worded(n, "a metric"): _told(n, v, len(ask.clients)) for n, v in told.items()},
-    )
-
-
-def _told(name: str, values: object, most: int) -> torch.Tensor:
-    """Read what clients say by one name: finite numbers, or null of one that does not say it."""
-    each = [math.nan if v is None else v for v in listed(values, f"the metric {shown(name)}", most)]
-    if not all(type(v) is float and not math.isinf(v) for v in each):
-        raise WireError(f"the metric {shown(name)} has {shown(values)}; finite numbers are wanted")
-    return torch.tensor(each, dtype=torch.float64)
-
-
-def _read_stage(content: Content, name: str) -> Answer:
-    """Read an answer of secure aggregation."""
-    stage, vectors = read_stage(content), read_vectors(content)
-    if stage is None or stage.name != name:
-        raise WireError(f"the reply is not an answer to the stage {name} of secure aggregation")
-    header, empty = message_header(content), torch.empty(0)
-    return Answer(
-        round_of(content),
-        whole(header.get("version", 0), "its version"),
-        0,
-        vectors["clients"],
-        empty,
-        empty,
-        empty,
-        pieces=(read_words(content) if name == "masked" else empty,),
-        failures=_failures(header["failures"]),
-        notes=[worded(note, "a note") for note in listed(header.get("notes", []), "notes", MANY)],
-        stage=stage,
-    )
-
-
-def _failures(value: object) -> dict[int, str]:
-    """Read why clients trained nothing, by id."""
-    return {
-        client_id(client, "failures"): worded(why, "the reason of a failure")
-        for client, why in mapping(value, "failures").items()
-    }
-
-
-def _refused(value: object) -> list[Refusal]:
-    """Read which clients a sum leaves out, and why."""
-    found = []
-    for pair in listed(value, "refused"):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise WireError(
-                f"an entry of refused is {shown(pair)}; the id of a client and a reason are wanted"
-            )
-        client = whole(pair[0], "a client that is refused")
-        found.append(Refusal(client, worded(pair[1], "the reason of a refusal")))
-    return found
-
-
-def _check_sizes(reply: Answer, layout: Layout, *, cut: bool) -> None:
+def _check_sizes(answer: Worked, layout: Layout, *, cut: bool) -> None:
     """Reject a number of rows, losses or sizes that is not the number of clients."""
-    shape, count = reply.shape, len(reply.clients)
-    rows = shape[0] if reply.reduced and shape else count
+    shape, count = answer.shape, len(answer.clients)
+    rows = shape[0] if isinstance(answer, Summed) and shape else count
     fits = len(shape) == 1 if cut else shape == (rows, layout.size)
-    lengths = [len(each) for each in (*reply.vectors.values(), *reply.metrics.values())]
+    told: Mapping[str, torch.Tensor] = getattr(answer, "metrics", {})
+    lengths = [len(each) for each in (*answer.vectors.values(), *told.values())]
     if not fits or set(lengths) != {count}:
         raise WireError(
-            f"round {reply.round_}: a reply has rows of shape {shape} and {lengths} "
+            f"round {answer.round_}: a reply has rows of shape {shape} and {lengths} "
             f"ids, losses and sizes; {(rows, layout.size)} and {count} of each are wanted"
         )

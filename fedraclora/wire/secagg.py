@@ -1,4 +1,4 @@
-"""Secure aggregation on the wire: the messages of its stages, and the algebra of masks.
+"""Secure aggregation on the wire: its stages, keys and shares, and the algebra of masks.
 
 A client's vector of whole numbers modulo 2^32 gets one mask of its own and one for each neighbour,
 which that neighbour takes off; what is left of a sum is the clients' own masks, whose seeds come
@@ -29,7 +29,6 @@ from fedraclora.errors import WireError
 from fedraclora.privacy.secret import stream
 from fedraclora.wire.exchange import Stage
 from fedraclora.wire.fields import reading
-from fedraclora.wire.records import Content, Fields, read_array
 
 Words = npt.NDArray[np.uint32]
 STAGES = ("keys", "shares", "masked", "unmask")
@@ -39,34 +38,27 @@ SCALAR_BYTES = 48  # of a private key on it
 PUBLIC_LENGTH, SEALED_LENGTH, SHARE_LENGTH, MARK_LENGTH = 400, 1000, 200, 64  # of texts, at most
 
 
-def read_stage(content: Content) -> Stage | None:
-    """Read the stage of a message; None where it has none.
+def check_stage(stage: Stage) -> Stage:
+    """Reject a stage that is not one of ours.
 
     Raises:
-        WireError: If it is not one of ours.
+        WireError: Naming it.
     """
-    record = content.get("secure")
-    if not isinstance(record, Fields):
-        return None
-    with reading("a message of secure aggregation"):
-        stage = Stage.of(record)
     if stage.name not in STAGES:
         raise WireError(f"secure aggregation has no stage {stage.name!r}; its stages are {STAGES}")
     return stage
 
 
-def read_words(content: Content) -> torch.Tensor:
-    """Read the masked vectors of a reply, uint32 [k, P + 2].
+def check_words(words: torch.Tensor) -> None:
+    """Reject masked vectors that are not uint32 [k, P + 2].
 
     Raises:
-        WireError: If there are none.
+        WireError: If they are something else.
     """
-    found = read_array(content, "arrays")
-    if found.dtype != torch.uint32 or found.dim() != 2:
+    if words.dtype != torch.uint32 or words.dim() != 2:
         raise WireError(
             "a masked reply is not an array of 32-bit words with one row for each client"
         )
-    return found
 
 
 # --- keys ----------------------------------------------------------------------------------------

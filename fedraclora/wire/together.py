@@ -13,12 +13,21 @@ from typing import Any
 import torch
 
 from fedraclora.errors import WireError
-from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.rank_budgets import uploaded_numbers
-from fedraclora.tree import difference, join_columns
+from fedraclora.tree import Layout, difference, join_columns
+from fedraclora.wire.answers import (
+    Answer,
+    FromTraining,
+    NoAnswer,
+    Staged,
+    Summed,
+    Trained,
+    Worked,
+    of_nobody,
+)
 from fedraclora.wire.changes import uploaded_bytes
-from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage, sent_tensors
+from fedraclora.wire.exchange import Ask, sent_tensors
 from fedraclora.wire.fields import MANY, printable, shown
 
 Answered = tuple[Ask, Answer | NoAnswer]
@@ -68,21 +77,7 @@ def chunks_of(ask: Ask, size: int) -> list[Ask]:
 
 def unanswered(ask: Ask, why: str) -> Answer:
     """Say why none of these clients has an answer, in the form of one."""
-    request, none = ask.request, torch.zeros(0, dtype=torch.int64)
-    return Answer(
-        request.round_,
-        request.version,
-        request.first,
-        none,
-        none.double(),
-        none,
-        none,
-        pieces=(torch.zeros(0, 0).double(),),
-        failures=dict.fromkeys(ask.clients, printable(why)),
-        rounding=None if request.uplink == FULL else none.double(),
-        sizes=None if request.coding == NONE else none,
-        stage=None if ask.stage is None else Stage(ask.stage.name, {}, {}),
-    )
+    return of_nobody(ask, dict.fromkeys(ask.clients, printable(why)))
 
 
 def join_answers(ask: Ask, answers: Sequence[Answer]) -> Answer:
@@ -90,24 +85,39 @@ def join_answers(ask: Ask, answers: Sequence[Answer]) -> Answer:
     first, *more = [a for a in answers if len(a.clients)] or answers
     if len(answers) == 1:
         return first
-    odd = [a for a in more if len(a.clients) and a.layout != first.layout]
-    used = [first, *(a for a in more if len(a.clients) and a.layout == first.layout)]
+    odd = [a for a in more if len(a.clients) and _layout(a) != _layout(first)]
+    used = [first, *(a for a in more if len(a.clients) and _layout(a) == _layout(first))]
     failures = {c: why for a in answers for c, why in a.failures.items()}
     for answer in odd:
-        why = f"it sent {difference(answer.layout, first.layout)}"
+        why = f"it sent {difference(_layout(answer), _layout(first))}"
         failures |= dict.fromkeys(answer.clients.tolist(), why)
-    vectors: dict[str, Any] = {n: torch.cat([a.vectors[n] for a in used]) for n in first.vectors}
-    said = {c: told for a in answers if a.stage for c, told in a.stage.data.items()}
+    joined: dict[str, Any] = {n: torch.cat([a.vectors[n] for a in used]) for n in first.vectors}
+    joined["failures"] = failures
+    joined["notes"] = [*dict.fromkeys(note for a in answers for note in a.notes)][:MANY]
+    if isinstance(first, Staged):
+        return _stages_joined(first, [a for a in answers if isinstance(a, Staged)], joined)
+    worked = [a for a in used if isinstance(a, Worked)]
+    joined |= {"first": ask.request.first, "pieces": (torch.cat([a.numbers for a in worked]),)}
+    trained = [a for a in worked if isinstance(a, FromTraining)]
+    if trained:
+        joined["metrics"] = join_columns([(a.metrics, len(a.clients)) for a in trained])
+    if isinstance(first, Summed):
+        joined["refused"] = [r for a in answers if isinstance(a, Summed) for r in a.refused]
+    return replace(first, **joined)
+
+
+def _layout(answer: Answer) -> Layout:
+    return answer.layout if isinstance(answer, Worked) else Layout(())
+
+
+def _stages_joined(first: Staged, answers: Sequence[Staged], joined: dict[str, Any]) -> Staged:
+    said = {c: told for a in answers for c, told in a.stage.data.items()}
+    words = [a.words for a in answers if a.words is not None and len(a.clients)]
     return replace(
         first,
-        **vectors,
-        first=ask.request.first,
-        pieces=(torch.cat([a.numbers for a in used]),),
-        failures=failures,
-        refused=[refusal for a in answers for refusal in a.refused],
-        notes=[*dict.fromkeys(note for a in answers for note in a.notes)][:MANY],
-        metrics=join_columns([(a.metrics, len(a.clients)) for a in used]),
-        stage=None if first.stage is None else replace(first.stage, data=said),
+        **joined,
+        stage=replace(first.stage, data=said),
+        words=torch.cat(words) if words else first.words,
     )
 
 
@@ -127,60 +137,71 @@ def split_answer(ask: Ask, answer: Answer, asks: Sequence[Ask]) -> list[Answered
     if len(asks) == 1:
         return [(asks[0], answer)]
     ids = answer.clients.tolist()
-    named = [*ids, *answer.failures, *(r.client for r in answer.refused)]
+    named = [*ids, *answer.failures]
+    named += [r.client for r in answer.refused] if isinstance(answer, Summed) else []
     if len({*named}) != len(named) or not {*named} <= {*ask.clients} or ids != sorted(ids):
         raise WireError(
             f"the reply is of clients {shown(named)}, but {shown(ask.clients)} were asked, each "
             "once and in this order"
         )
-    if answer.stage is None and answer.first != ask.request.first:
-        raise WireError(
-            f"the reply begins at place {answer.first} of the cohort, but place "
-            f"{ask.request.first} was asked for"
-        )
-    vectors, k = answer.vectors, len(ids)
-    told = {} if answer.stage is not None else vectors | answer.metrics
-    if any(len(each) != k for each in told.values()):
-        raise WireError(f"the reply has {[*map(len, told.values())]} values of {k} clients")
-    rows, at = _rows(ask, answer), {client: i for i, client in enumerate(ids)}
-    stage, notes, found = answer.stage, answer.notes, list[Answered]()
+    rows, at = _parts(ask, answer), {client: i for i, client in enumerate(ids)}
+    notes, found = answer.notes, list[Answered]()
     for each in asks:
         (client,) = each.clients
-        i = at.get(client, k)
-        said = {} if stage is None else {c: t for c, t in stage.data.items() if c == client}
-        if i == k and not said:
+        i = at.get(client)
+        said = answer.stage.data.keys() & {client} if isinstance(answer, Staged) else ()
+        if i is None and not said:
             why = answer.failures.get(client, "the reply of its node does not name it")
-            measures = each.request.measure is not None and stage is None
+            measures = each.request.measure is not None and each.stage is None
             found.append((each, unanswered(each, why) if measures else NoAnswer(why)))
             continue
-        here = slice(i, i + 1)  # empty in a stage that has no numbers of it
-        parts: dict[str, Any] = {name: vector[here] for name, vector in vectors.items()}
-        part = replace(
-            answer,
-            first=each.request.first,
-            **parts,
-            metrics={name: metric[here] for name, metric in answer.metrics.items()},
-            pieces=(rows[i] if i < k else answer.numbers[:0],),
-            failures={},
-            refused=[],
-            notes=notes,
-            stage=None if stage is None else replace(stage, data=said),
-        )
+        kept = torch.arange(len(ids)) == (len(ids) if i is None else i)
+        part = replace(answer.select(kept), failures={}, notes=notes)
+        if isinstance(part, Staged):
+            data = {c: told for c, told in part.stage.data.items() if c == client}
+            words = None if part.words is None else part.words[kept] if len(ids) else part.words
+            part = replace(part, stage=replace(part.stage, data=data), words=words)
+        elif isinstance(part, Worked) and i is not None:
+            part = replace(part, first=each.request.first, pieces=(rows[i],))
+        if isinstance(part, Summed):
+            part = replace(part, refused=[])
         notes = []
         found.append((each, part))
     return found
 
 
-def _rows(ask: Ask, answer: Answer) -> list[torch.Tensor]:
+def _parts(ask: Ask, answer: Answer) -> list[torch.Tensor]:
+    """Give the numbers of each client; of a stage none, whose words are not told apart here."""
+    k = len(answer.clients)
+    if isinstance(answer, Staged):
+        if answer.words is not None and k and len(answer.words) != k:
+            raise WireError(f"the reply has {len(answer.words)} masked vectors of {k} clients")
+        return []
+    if not isinstance(answer, Worked):
+        raise WireError("the reply has no numbers")
+    if answer.first != ask.request.first:
+        raise WireError(
+            f"the reply begins at place {answer.first} of the cohort, but place "
+            f"{ask.request.first} was asked for"
+        )
+    metrics = answer.metrics if isinstance(answer, FromTraining) else {}
+    told = [*answer.vectors.values(), *metrics.values()]
+    if any(len(each) != k for each in told):
+        raise WireError(f"the reply has {[*map(len, told)]} values of {k} clients")
+    return _rows(ask, answer)
+
+
+def _rows(ask: Ask, answer: Worked) -> list[torch.Tensor]:
     """Give the numbers of each client: a row, or where these differ in length what is its own."""
     numbers, clients = answer.numbers, answer.clients
-    if not len(clients) or not len(numbers):  # in most stages nobody has any
+    if not len(clients) or not len(numbers):
         return [numbers[:0]] * len(clients)
     if numbers.dim() == 2 and len(numbers) == len(clients):
         return [*numbers.split(1)]
     own, kind, asked = ask.own, ask.request.uplink, ask.request.clients
     coded = kind != FULL
-    if (sizes := answer.sizes) is None:
+    sizes = answer.sizes if isinstance(answer, Trained) else None
+    if sizes is None:
         many = uploaded_bytes(own, len(asked), kind) if coded else uploaded_numbers(own, len(asked))
         sizes = many[torch.isin(asked, clients)]
     each = sizes.tolist()

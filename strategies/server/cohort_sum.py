@@ -10,8 +10,13 @@ import torch
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.rank_budgets import widen
-from fedraclora.protocol.uplinks import RunningSum, check_rows, norms_of
-from fedraclora.wire.exchange import Answer, Ask
+from fedraclora.protocol.uplinks import Refusal, RunningSum, check_rows, norms_of
+from fedraclora.wire.answers import FromTraining, Summed
+from fedraclora.wire.exchange import Ask
+
+Taken = tuple[
+    FromTraining, list[Refusal]
+]  # what is left of a reply, and whose rows the sum leaves out
 
 
 class CohortSum(RunningSum):
@@ -30,11 +35,11 @@ class CohortSum(RunningSum):
     def __init__(self, downlink: Downlink, cohort: Cohort, weighting: str, size: int) -> None:
         super().__init__(size)
         self.downlink, self.cohort, self.weighting = downlink, cohort, weighting
-        self.waiting: dict[int, tuple[Sequence[int], Answer | None]] = {}
+        self.waiting: dict[int, tuple[Sequence[int], FromTraining | None]] = {}
         self.turn = 0
         self.longest: tuple[int, float] | None = None
 
-    def take(self, ask: Ask, reply: Answer | None) -> Iterator[Answer]:
+    def take(self, ask: Ask, reply: FromTraining | None) -> Iterator[Taken]:
         """Take what answers an ask, and yield the replies whose rows have been added by it.
 
         Args:
@@ -48,23 +53,24 @@ class CohortSum(RunningSum):
             if reply is not None:
                 yield self._added(asked, reply)
 
-    def rest(self) -> Iterator[Answer]:
+    def rest(self) -> Iterator[Taken]:
         """Yield the replies that waited for others that never came."""
         for place in sorted(self.waiting):
             asked, reply = self.waiting.pop(place)
             if reply is not None:
                 yield self._added(asked, reply)
 
-    def _added(self, asked: Sequence[int], reply: Answer) -> Answer:
+    def _added(self, asked: Sequence[int], reply: FromTraining) -> Taken:
         """Check and add the rows of a reply, and give the rest of it, which holds no view of them.
 
         A reply of clients that were not asked is left as it is.
         """
         if not set(reply.clients.tolist()) <= set(asked):
-            return reply
-        if reply.reduced:
+            return reply, []
+        if isinstance(reply, Summed):
             self.add_blocks(reply.numbers)
-            return replace(reply, pieces=(reply.numbers.new_empty(0, reply.shape[1]),))
+            left = reply.numbers.new_empty(0, reply.shape[1])
+            return replace(reply, pieces=(left,)), []
         places = torch.searchsorted(self.cohort.clients, reply.clients)
         pieces = reply.pieces
         if self.downlink.ranks is not None:
@@ -73,7 +79,7 @@ class CohortSum(RunningSum):
         refused = check_rows(reply.clients, weights, reply.losses, pieces, norms)
         if refused:
             kept = ~torch.isin(reply.clients, torch.tensor([r.client for r in refused]))
-            reply = replace(reply.select(kept), refused=[*reply.refused, *refused])
+            reply = reply.select(kept)
             pieces = tuple(piece[kept] for piece in pieces)
             weights, places, norms = weights[kept], places[kept], norms[kept]
         if len(norms):
@@ -82,4 +88,4 @@ class CohortSum(RunningSum):
             # Of equal norms that of the first client.
             self.longest = max(self.longest or found, found, key=lambda pair: pair[1])
         width = sum(piece.shape[1] for piece in pieces)
-        return replace(reply, pieces=(pieces[0].new_empty(0, width),))
+        return replace(reply, pieces=(pieces[0].new_empty(0, width),)), refused

@@ -29,19 +29,11 @@ from fedraclora.strategies.server.cohort_sum import CohortSum
 from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Tree, join_columns
+from fedraclora.wire.answers import Answer, Came, FromTraining, NoAnswer, Summed, Trained, Worked
 from fedraclora.wire.changes import Changes, uploaded_bytes
-from fedraclora.wire.exchange import (
-    DTYPES,
-    Answer,
-    Ask,
-    Came,
-    NoAnswer,
-    TrainRequest,
-    payload_bytes,
-    sent_tensors,
-)
+from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest, payload_bytes, sent_tensors
 from fedraclora.wire.fields import printable
-from fedraclora.wire.reply import checked
+from fedraclora.wire.reply import Wanted, checked
 
 
 @dataclass
@@ -87,7 +79,7 @@ class Exchange:
     rate_scale: float = 1.0
     reduce: bool = False
     before: Exchange | None = None
-    replies: list[Answer] = field(default_factory=list)
+    replies: list[Worked] = field(default_factory=list)
     failures: list[Refusal] = field(default_factory=list)
     received: int = 0
     sizes: dict[int, int] = field(default_factory=dict)
@@ -192,7 +184,7 @@ class Exchange:
         weights = client_weights(self.loop.weights, self._joined("samples"))
         self._check_ids(clients.tolist())
         places = torch.searchsorted(self.cohort.clients, clients)
-        summed = self.sum is not None or self.replies[0].reduced
+        summed = self.sum is not None or isinstance(self.replies[0], Summed)
         numbers = self._joined("numbers")
         if self.sum is not None and numbers.numel():
             raise WireError(f"round {self.round_}: replies came to the messages of other clients")
@@ -230,11 +222,11 @@ class Exchange:
         parts = [getattr(reply, name) for reply in self.replies]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _bytes_of(self, reply: Answer) -> int:
+    def _bytes_of(self, reply: FromTraining, refused: Sequence[Refusal]) -> int:
         """Count the bytes of the numbers in a reply, those included that a sum leaves out."""
-        out = torch.tensor([f.client for f in reply.refused], dtype=torch.int64)
+        out = torch.tensor([f.client for f in refused], dtype=torch.int64)
         came = torch.cat([reply.clients, out])
-        if reply.sizes is not None:
+        if isinstance(reply, Trained) and reply.sizes is not None:
             return sum(self.sizes[client] for client in came.tolist())
         if self.downlink.ranks is None:  # each sends as many
             return len(came) * int(self._each[0])
@@ -255,7 +247,8 @@ class Exchange:
             return self._joined(name)[used]
 
         self.mean_loss = mean_said(of("losses"), weights, UNSAID)
-        told = join_columns([(reply.metrics, len(reply.clients)) for reply in self.replies])
+        trained = [each for each in self.replies if isinstance(each, FromTraining)]
+        told = join_columns([(each.metrics, len(each.clients)) for each in trained])
         for name in sorted(told):
             self.metrics[name] = mean_said(told[name][used], weights, math.nan)
         self.steps = int(of("steps").sum())
@@ -278,14 +271,14 @@ class Exchange:
         for ask, answer in came:
             clients, asked = ask.clients, id(ask) in left
             if self.sum is not None and asked:
-                for added in self.sum.take(ask, self._read(answer, clients)):
-                    self._take(added)
+                for added, refused in self.sum.take(ask, self._read(ask, answer, clients)):
+                    self._take(added, refused)
             elif not self.loop.untrusted:
-                self._take(self._read(answer, clients if asked else []))
+                self._take(self._read(ask, answer, clients if asked else []))
             elif asked:
                 left.remove(id(ask))  # whatever else answers it is a replay
                 try:
-                    reply = self._read(answer, clients)
+                    reply = self._read(ask, answer, clients)
                     if reply is not None:
                         check_reply(reply, ask, self.loop, self.counts[ask.request.order])
                 except Exception as error:  # whatever another machine may send
@@ -293,8 +286,8 @@ class Exchange:
                     self.failures += [Refusal(c, why) for c in clients]
                 else:
                     self._take(reply)
-        for added in () if self.sum is None else self.sum.rest():
-            self._take(added)
+        for added, refused in () if self.sum is None else self.sum.rest():
+            self._take(added, refused)
 
     def failed(self, answer: NoAnswer) -> str:
         """Say why clients have no answer.
@@ -306,32 +299,30 @@ class Exchange:
             raise ClientError(f"round {self.round_} cannot be run: {answer.reason}")
         return answer.reason
 
-    def _read(self, answer: Answer | NoAnswer, asked: Sequence[int]) -> Answer | None:
+    def _read(
+        self, ask: Ask, answer: Answer | NoAnswer, asked: Sequence[int]
+    ) -> FromTraining | None:
         """Check what came; None where it is a failure, which is noted."""
         if isinstance(answer, NoAnswer):
             why = printable(self.failed(answer))
             self.failures += [Refusal(c, why) for c in asked]
             return None
-        read = None
+        decode = None
         if self.loop.uplink != FULL:
             changes = Changes(self.loop.uplink, self.downlink, self.base, self.cohort.clients)
-            read = partial(changes.decode, dtype=DTYPES[self.loop.dtype])
-        reply = checked(answer, self.layout, self.downlink.ranks, read)
-        if (reply.round_, reply.version) != (self.round_, self.version):
-            raise WireError(
-                f"clients {reply.clients.tolist()} answered for round {reply.round_} from version "
-                f"{reply.version}, but were asked for round {self.round_} from version "
-                f"{self.version}"
-            )
-        if reply.sizes is not None:
+            decode = partial(changes.decode, dtype=DTYPES[self.loop.dtype])
+        wanted = Wanted(self.round_, self.version, self.layout, self.downlink.ranks, decode)
+        reply = checked(answer, ask, FromTraining, wanted)
+        if isinstance(reply, Trained) and reply.sizes is not None:
             self.sizes |= dict(zip(reply.clients.tolist(), reply.sizes.tolist(), strict=True))
         return reply
 
-    def _take(self, reply: Answer | None) -> None:
+    def _take(self, reply: FromTraining | None, refused: Sequence[Refusal] = ()) -> None:
         if reply is not None:
-            self.received += self._bytes_of(reply)
+            out = [*(reply.refused if isinstance(reply, Summed) else ()), *refused]
+            self.received += self._bytes_of(reply, out)
             self.replies.append(reply)
-            self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *reply.refused]
+            self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *out]
 
     def _check_ids(self, clients: Sequence[int]) -> None:
         """Check who answered against the cohort: each once and none else; note who is silent."""

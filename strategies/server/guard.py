@@ -16,10 +16,11 @@ from fedraclora.protocol.factor import adapted_weight
 from fedraclora.protocol.method import Downlink, Method, State
 from fedraclora.protocol.uplinks import SUM_BLOCK, Uplinks, finite, greatest_norm
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.wire.exchange import DTYPES, Answer, Ask
+from fedraclora.wire.answers import Summed, Trained, Worked
+from fedraclora.wire.exchange import DTYPES, Ask
 
 
-def check_reply(reply: Answer, ask: Ask, loop: LoopConfig, counts: torch.Tensor) -> None:
+def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor) -> None:
     """Check a reply against the message that it answers.
 
     Args:
@@ -31,21 +32,22 @@ def check_reply(reply: Answer, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
     Raises:
         WireError: Saying what came and what was wanted.
     """
-    clients, first, reduced = ask.clients, ask.request.first, ask.request.reduce is not None
+    clients, first = ask.clients, ask.request.first
     answered = reply.clients.tolist()
-    named = [*answered, *reply.failures, *(r.client for r in reply.refused)]
+    named = [*answered, *reply.failures]
+    named += [r.client for r in reply.refused] if isinstance(reply, Summed) else []
     if sorted(named) != sorted(clients):
         raise WireError(f"the reply is of clients {sorted(named)}, but {clients} were asked")
     if answered != [client for client in clients if client in set(answered)]:
         raise WireError(
             f"the reply is of clients {answered}, in another order than they were asked: {clients}"
         )
-    if reply.reduced != reduced or reply.first != first:
+    if reply.first != first:
         raise WireError(
-            f"the reply begins at place {reply.first} of the cohort with reduced={reply.reduced}, "
-            f"but place {first} with reduced={reduced} was asked for"
+            f"the reply begins at place {reply.first} of the cohort, but place {first} was asked "
+            "for"
         )
-    expected = torch.float64 if reduced else DTYPES[loop.dtype]
+    expected = DTYPES[loop.dtype] if isinstance(reply, Trained) else torch.float64
     if reply.numbers.dtype != expected:
         raise WireError(
             f"the numbers of the reply are {reply.numbers.dtype}, but {expected} is wanted"
@@ -57,23 +59,24 @@ def check_reply(reply: Answer, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
             raise WireError(
                 f"the reply says {found.tolist()} {name}; {least} to {most} are possible"
             )
-    if reply.rounding is not None and not (reply.rounding.isfinite() & (reply.rounding >= 0)).all():
+    rounding = reply.vectors.get("rounding")
+    if rounding is not None and not (rounding.isfinite() & (rounding >= 0)).all():
         raise WireError(
-            f"the reply says that rounding added {reply.rounding.tolist()} of each change; "
+            f"the reply says that rounding added {rounding.tolist()} of each change; "
             "numbers from 0 on are possible"
         )
-    if reduced:
+    if isinstance(reply, Summed):
         _check_sums(reply, clients)
-    else:
-        sent = int(counts[torch.isin(ask.request.clients, reply.clients)].sum())
-        if reply.numbers.numel() != sent:
-            raise WireError(
-                f"{len(answered)} clients sent {reply.numbers.numel()} numbers in all, but {sent} "
-                "are wanted"
-            )
+        return
+    sent = int(counts[torch.isin(ask.request.clients, reply.clients)].sum())
+    if reply.numbers.numel() != sent:
+        raise WireError(
+            f"{len(answered)} clients sent {reply.numbers.numel()} numbers in all, but {sent} "
+            "are wanted"
+        )
 
 
-def _check_sums(reply: Answer, clients: Sequence[int]) -> None:
+def _check_sums(reply: Summed, clients: Sequence[int]) -> None:
     """Check sums against who is in them: clients have checked their own rows."""
     blocks = -(-len(clients) // SUM_BLOCK)
     if len(reply.numbers) != blocks:

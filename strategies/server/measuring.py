@@ -23,9 +23,10 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Layout, difference
-from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
+from fedraclora.wire.answers import Answer, Came, Measured, NoAnswer
+from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import printable
-from fedraclora.wire.reply import checked
+from fedraclora.wire.reply import Wanted, checked
 
 
 @dataclass(frozen=True)
@@ -170,20 +171,15 @@ class Measurement(Exchange):
 
     def _add(self, ask: Ask, answer: Answer) -> None:
         """Check an answer against its ask, and keep it."""
-        if (answer.round_, answer.version) != (self.round_, self.version):
-            raise WireError(
-                f"it is of round {answer.round_} and version {answer.version}, but "
-                f"{self.round_} and {self.version} were asked for"
-            )
+        answer = checked(answer, ask, Measured, Wanted(self.round_, self.version))
         names = sums_named(self.measuring.measure, self.when.values())
         if [name for name, _ in answer.layout.shapes] != (names if len(answer.clients) else []):
             raise WireError(f"it has {answer.layout.shapes}; {names} are wanted")
-        answer, sizes = checked(answer, answer.layout), torch.tensor([answer.layout.size])
-        loop = replace(self.loop, dtype="float64")
-        check_reply(answer, ask, loop, counts=sizes.expand(len(ask.clients)))
+        sizes = torch.tensor([answer.layout.size])
+        check_reply(answer, ask, self.loop, counts=sizes.expand(len(ask.clients)))
         # Where noise covers what each client sends, none may take those of its chunk with it.
         finite = self.measuring.noisy or torch.isfinite(answer.numbers).all()
-        if loop.untrusted and not finite:
+        if self.loop.untrusted and not finite:
             raise WireError("what it measured has a NaN or an infinity")
         self.replies.append(answer)
         self.failures += [Refusal(c, why) for c, why in answer.failures.items()]

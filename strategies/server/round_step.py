@@ -32,7 +32,8 @@ from fedraclora.strategies.server.measuring import Measurement, Measuring
 from fedraclora.strategies.server.sound import OF_STEPS
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
-from fedraclora.wire.exchange import Ask, Came
+from fedraclora.wire.answers import Came
+from fedraclora.wire.exchange import Ask
 
 Send = Callable[[Sequence[Ask]], Came]
 Sizes = Callable[[torch.Tensor], torch.Tensor]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from fedraclora.errors import ClientError, WireError
@@ -13,7 +14,9 @@ from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import Send
-from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage
+from fedraclora.wire.answers import NoAnswer, Staged
+from fedraclora.wire.exchange import Ask, Stage
+from fedraclora.wire.reply import Wanted, checked
 
 Check = Callable[[int, Any, Any], None]
 Said = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
@@ -47,7 +50,7 @@ class SecAggSession:
     def __init__(self, exchange: Exchange, send: Send, texts: Texts) -> None:
         self.exchange, self.send, self.texts = exchange, send, texts
 
-    def size(self, _answer: Answer) -> int:
+    def size(self, _answer: Staged) -> int:
         """Return how many words the vectors of an answer must have."""
         return self.exchange.layout.size + 2
 
@@ -70,7 +73,7 @@ class SecAggSession:
     def collect(self, stage: str, data: dict[int, Any], check: Check) -> Said:
         """Ask as `ask` does; whoever does not answer is nobody's business yet."""
 
-        def read(said: dict[int, Any], _answer: Answer) -> Said:
+        def read(said: dict[int, Any], _answer: Staged) -> Said:
             found, bad = {}, {}
             for client in said.keys() & data.keys():
                 try:
@@ -90,8 +93,9 @@ class SecAggSession:
             settings: What all are told.
         """
 
-        def read(said: dict[int, Any], answer: Answer) -> Said:
-            rows, clients = answer.numbers.numpy(), answer.clients.tolist()
+        def read(said: dict[int, Any], answer: Staged) -> Said:
+            clients = answer.clients.tolist()
+            rows = np.zeros((0, 0), np.uint32) if answer.words is None else answer.words.numpy()
             wanted = (len(clients), self.size(answer)) if clients else rows.shape
             if rows.shape != wanted:
                 raise WireError(f"masked vectors of shape {rows.shape} came; {wanted} is wanted")
@@ -110,7 +114,7 @@ class SecAggSession:
         self,
         name: str,
         data: dict[int, Any],
-        read: Callable[[dict[int, Any], Answer], Said],
+        read: Callable[[dict[int, Any], Staged], Said],
         settings: Mapping[str, Any] = NOTHING,
     ) -> Said:
         """Ask clients; give what they said, and why others did not.
@@ -131,18 +135,17 @@ class SecAggSession:
         left = {id(ask): ask.clients for ask in asks}
         answers: dict[int, Any] = {}
         failures: dict[int, str] = {}
+        wanted = Wanted(self.exchange.round_, self.exchange.version)
         for ask, answer in self.send(asks):
             asked = left.pop(id(ask), [])
             if isinstance(answer, NoAnswer):
                 failures |= dict.fromkeys(asked, self.exchange.failed(answer))
                 continue
             try:
-                said = answer.stage
-                if said is None or said.name != name:
-                    raise WireError("the reply is not one of secure aggregation, or of its stage")
-                found, why = read(said.data, answer)
-                why |= answer.failures
-                self.texts.up += said.length
+                staged = checked(answer, ask, Staged, wanted)
+                found, why = read(staged.stage.data, staged)
+                why |= staged.failures
+                self.texts.up += staged.stage.length
             except Exception as error:  # whatever another machine may send
                 why, found = dict.fromkeys(asked, f"its reply is refused: {error!r}"), {}
             answers |= {c: part for c, part in found.items() if c in asked}

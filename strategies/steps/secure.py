@@ -31,7 +31,7 @@ from fedraclora.strategies.steps.secagg_session import Check, Said, SecAggSessio
 from fedraclora.strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.files import write_text
-from fedraclora.wire.exchange import Answer
+from fedraclora.wire.answers import Staged
 from fedraclora.wire.secagg import LARGEST, signed
 
 FILE = "masked.round"  # the last round that asked real clients for vectors
@@ -66,8 +66,8 @@ class MeasureSession(SecAggSession):
         return SummedMeasure(self.measure, self.layout or Layout(()), self.points)
 
     @override
-    def size(self, answer: Answer) -> int:
-        told = read_sizes(answer.stage and answer.stage.settings.get("layout"))
+    def size(self, answer: Staged) -> int:
+        told = read_sizes(answer.stage.settings.get("layout"))
         if [name for name, _ in told.shapes] != (names := sums_named(self.measure, [""])):
             raise WireError(f"it measured {told.shapes}; {names} are wanted")
         self.told |= dict.fromkeys(answer.clients.tolist(), told)

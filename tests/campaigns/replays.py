@@ -25,9 +25,8 @@ from typing import Any
 
 from flwr.app import Error, Message, RecordDict
 
-from fedraclora.engines.records import from_records
+from fedraclora.engines.asks import read_ask
 from fedraclora.rng import generator
-from fedraclora.wire.downlink import AskReader
 from fedraclora.wire.exchange import Ask
 from tests.campaigns.faults.network import Network, deploy, nodes_for, over_the_wire, rows
 from tests.campaigns.mutants import Random, pick
@@ -77,7 +76,7 @@ Key = tuple[str, int, str]  # round, client, kind of question
 
 def asked_by(message: Message) -> Ask:
     """Read what a message asks."""
-    return AskReader().read(from_records(message.content))
+    return read_ask(message.content)
 
 
 def key_of(message: Message) -> Key:

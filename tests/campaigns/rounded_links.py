@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import RecordDict
 from typing_extensions import override
 
-from fedraclora.engines.records import from_records, to_records
+from fedraclora.engines.records import add_weight_update, read_weight_update
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import State
 from fedraclora.protocol.quantised import FULL, ROUNDED
@@ -37,7 +38,6 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.tree import Tree
 from fedraclora.weights.update import WeightHistory, WeightUpdate
-from fedraclora.wire.weight_update import add_weight_update, read_weight_update
 from tests.contract import worlds
 from tests.messages import unpack_downlink
 from tests.reference.follower import Follower, Matrix, array
@@ -195,8 +195,8 @@ def after_all(states: list[State]) -> str:
 
 def told(update: WeightUpdate) -> WeightUpdate:
     """Read an update from the records of its message."""
-    add_weight_update(content := {}, update)
-    return read_weight_update(from_records(to_records(content)))
+    add_weight_update(content := RecordDict(), update)
+    return read_weight_update(content)
 
 
 def off(found: dict[str, Matrix], wanted: Tree) -> str:

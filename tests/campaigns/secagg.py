@@ -29,7 +29,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 
 from fedraclora.clients.answers import AnswerOnce
 from fedraclora.clients.secure import answer_stage, masked_vectors, of_updates
-from fedraclora.engines.records import from_records, to_records
+from fedraclora.engines.asks import AskWriter, read_ask
+from fedraclora.engines.records import write_answer
 from fedraclora.errors import FedRacLoraError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.downlink import Downlink
@@ -41,20 +42,18 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.strategies.steps.unmask import CulpritError
-from fedraclora.wire.downlink import AskReader, AskWriter
-from fedraclora.wire.exchange import Answer, Ask, NoAnswer, Stage
-from fedraclora.wire.reply import write_answer
+from fedraclora.wire.answers import Answer, NoAnswer
+from fedraclora.wire.exchange import Ask, Stage
 from fedraclora.wire.secagg import (
     LARGEST,
     Words,
     as_words,
     mark,
-    read_stage,
     seal,
     shared_key,
     signed,
 )
-from tests.messages import answer_to, become_a_task
+from tests.messages import answer_to, become_a_task, stage_in
 
 STAGES = ("keys", "shares", "masked", "unmask")
 CLIP, WEIGHT, SHAPE = 2.0, 7, (3, 2)
@@ -134,15 +133,15 @@ class Client:
 
     def answer(self, content: RecordDict) -> RecordDict:
         """Answer a message, as a node does."""
-        ask = AskReader().read(from_records(content))
+        ask = read_ask(content)
         if ask.stage is None:
             raise FedRacLoraError("this client masks what it sends")
         if self.folder is None:
-            return to_records(write_answer(self.said(ask, ask.stage)))
+            return write_answer(self.said(ask, ask.stage))
         once = AnswerOnce(self.folder, 10, ask, "0")
         if (answer := once.given()) is None:
             once.keep(answer := self.said(ask, ask.stage))
-        return to_records(write_answer(answer))
+        return write_answer(answer)
 
     def said(self, ask: Ask, stage: Stage) -> Answer:
         """What it answers."""
@@ -189,7 +188,7 @@ class Wire:
         came: list[tuple[Ask, Answer | NoAnswer]] = []
         for ask in asks:
             self.ids += 1
-            message = Message(to_records(AskWriter().write(ask)), 2, "train.cohort")
+            message = Message(AskWriter().write(ask), 2, "train.cohort")
             message.metadata.__dict__["_message_id"] = str(self.ids)
             client = self.clients[ask.clients[0]]
             name = "" if ask.stage is None else ask.stage.name
@@ -212,14 +211,26 @@ def heard(reply: Message, ask: Ask) -> Answer | NoAnswer:
         return NoAnswer(f"its reply is refused: {error}")
 
 
-def stage_of(content: RecordDict) -> Stage | None:
+def stage_of(content: RecordDict) -> Stage:
     """The stage of a message."""
-    return read_stage(from_records(content))
+    found = stage_in(content)
+    assert found is not None
+    return found
 
 
-def write_stage(stage: Stage) -> ConfigRecord:
-    """It as a record."""
-    return ConfigRecord(dict(stage.texts))
+def said_in(content: RecordDict, record: str) -> dict[str, Any]:
+    """What the JSON of a record says, if it is there."""
+    found: dict[str, Any] = json.loads(str(dict(content.get(record, {})).get("header", "{}")))
+    return found
+
+
+def put_stage(content: RecordDict, stage: Stage) -> None:
+    """Write it in the place of the one that a message has."""
+    plain: dict[str, Any] = {"name": stage.name, "settings": stage.settings}
+    plain["data"] = {str(client): said for client, said in stage.data.items()}
+    asked = "secure" in content
+    whole = plain if asked else said_in(content, "config") | {"stage": plain}
+    content["secure" if asked else "config"] = ConfigRecord({"header": json.dumps(whole)})
 
 
 def exchange_of(clients: list[int]) -> Exchange:
@@ -342,9 +353,7 @@ class Bender:
 
     def said(self, message: Message) -> Stage:
         """What a reply says."""
-        found = stage_of(message.content)
-        assert found is not None
-        return found
+        return stage_of(message.content)
 
     def data(self, client: Client, message: Message) -> list[Message]:
         """JSON that is wrong somewhere, or right and of no secret."""
@@ -358,10 +367,10 @@ class Bender:
                 stage.data[number] = said | bad
             else:
                 stage.data[number] = bent_data(said, self.draw)
-        record = write_stage(stage)
+        put_stage(message.content, stage)
         if not self.draw.integers(8):
-            record[str(client.number)] = ["no json", "[" * 5000, "NaN", 5][self.draw.integers(4)]
-        message.content["secure"] = record
+            text = ["no json", "[" * 5000, "NaN", 5][self.draw.integers(4)]
+            message.content["config"] = ConfigRecord({"header": text})  # type: ignore[dict-item]
         return [message]
 
     def twice(self, client: Client, message: Message) -> list[Message]:
@@ -379,9 +388,12 @@ class Bender:
 
     def header(self, client: Client, message: Message) -> list[Message]:
         """A header that blames others, or is none."""
+        whole = said_in(message.content, "config")
         texts = [
-            json.dumps({"round": 1, "failures": {str(c): "blamed" for c in range(9)}}),
-            json.dumps({"round": ROUND, "failures": 5}),
+            json.dumps(whole | {"failures": {str(c): "blamed" for c in range(9)}}),
+            json.dumps(whole | {"round_": 1}),
+            json.dumps(whole | {"failures": 5}),
+            json.dumps(whole | {"is": "trained"}),
             json.dumps({"failures": {"x": []}}),
             "no json",
             "[]",
@@ -394,7 +406,7 @@ class Bender:
         stage = self.said(message)
         mine = next(iter(stage.data.values()), {"unopened": [1]})
         stage.data.update(dict.fromkeys(range(9), mine))
-        message.content["secure"] = write_stage(stage)
+        put_stage(message.content, stage)
         return [message]
 
     def records(self, client: Client, message: Message) -> list[Message]:
@@ -405,6 +417,8 @@ class Bender:
 
     def words(self, client: Client, message: Message) -> list[Message]:
         """Masked vectors of other numbers, types, shapes and clients."""
+        if "arrays" not in message.content:
+            return [message]
         row: Words = message.content["arrays"]["flat"].numpy()
         if not len(row):
             return [message]
@@ -440,7 +454,7 @@ class Bender:
         near = [c for c in range(9) if c != client.number]
         closed = [near, near[:1], [client.number], ["a"], 5, [], {"a": 1}, [1.5]]
         stage = Stage("masked", {}, {client.number: {"unopened": closed[self.draw.integers(8)]}})
-        message.content["secure"] = write_stage(stage)
+        put_stage(message.content, stage)
         if self.draw.integers(2):
             record = ArrayRecord()
             record["flat"] = Array(np.zeros((0, 7), dtype=np.uint32))
@@ -515,7 +529,6 @@ class Victim:
         except Exception:  # a node answers with an error, whatever it is
             return "refused"
         said = stage_of(reply)
-        assert said is not None
         if said.name == "masked":
             self.vectors |= {row.tobytes() for row in reply["arrays"]["flat"].numpy()}
         for data in said.data.values() if said.name == "unmask" else ():
@@ -533,7 +546,6 @@ def bent_question(content: RecordDict, others: list[RecordDict], draw: Random) -
     """A message of the server's that is not what it should be."""
     found = copy.deepcopy(content)
     stage = stage_of(found)
-    assert stage is not None
     kind = int(draw.integers(9))
     if kind == 0:
         return found  # the very same
@@ -541,7 +553,7 @@ def bent_question(content: RecordDict, others: list[RecordDict], draw: Random) -
         return copy.deepcopy(others[draw.integers(len(others))])
     if kind == 2:
         header = json.loads(str(found["config"]["header"]))
-        header["round"] = int(draw.choice([-1, 0, 1, ROUND - 1, ROUND, ROUND + 1, 11]))
+        header["request"]["round_"] = int(draw.choice([-1, 0, 1, ROUND - 1, ROUND, ROUND + 1, 11]))
         found["config"]["header"] = json.dumps(header)
         return found
     if kind == 3 and "arrays" in found:
@@ -551,13 +563,13 @@ def bent_question(content: RecordDict, others: list[RecordDict], draw: Random) -
         return found
     if kind == 4:
         settings = dict(stage.settings) | {"step": float(draw.choice([1e-30, 1.0, 1e9]))}
-        found["secure"] = write_stage(Stage(stage.name, settings, stage.data))
+        put_stage(found, Stage(stage.name, settings, stage.data))
         return found
     if kind == 5:
-        found["secure"] = write_stage(Stage(STAGES[draw.integers(4)], stage.settings, stage.data))
+        put_stage(found, Stage(STAGES[draw.integers(4)], stage.settings, stage.data))
         return found
     data = {c: swapped(said, draw) for c, said in stage.data.items()}
-    found["secure"] = write_stage(Stage(stage.name, stage.settings, data))
+    put_stage(found, Stage(stage.name, stage.settings, data))
     return found
 
 
@@ -607,7 +619,7 @@ def hostile_server(seed: int, folder: Path) -> str:
 
     def watched(self: Client, content: RecordDict) -> RecordDict:
         reply = plain(self, content)
-        if self.number == 2 and (said := stage_of(reply)) is not None:
+        if self.number == 2 and (said := stage_of(reply)):
             if said.name == "masked":
                 victim.vectors.update(row.tobytes() for row in reply["arrays"]["flat"].numpy())
             for data in said.data.values() if said.name == "unmask" else ():

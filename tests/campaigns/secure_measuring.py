@@ -24,7 +24,8 @@ from flwr.app import Message, RecordDict
 
 from fedraclora.clients.secure import answer_stage, masked_vectors
 from fedraclora.config.settings import EvaluateConfig
-from fedraclora.engines.records import from_records, to_records
+from fedraclora.engines.asks import read_ask
+from fedraclora.engines.records import write_answer
 from fedraclora.evaluation.clients import (
     AFTER,
     BINS,
@@ -45,8 +46,6 @@ from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.server.measuring import Measurement, Measuring
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.downlink import AskReader
-from fedraclora.wire.reply import write_answer
 from tests.campaigns.secagg import ROUND, SHAPE, STAGES, Client, Random, Wire, stage_of
 from tests.messages import become_a_task
 
@@ -147,20 +146,20 @@ class Owner(Client):
 
     def answer(self, content: RecordDict) -> RecordDict:
         """Answer a message, as a node does."""
-        ask, world = AskReader().read(from_records(content)), self.world
+        ask, world = read_ask(content), self.world
         assert ask.stage is not None
         if ask.stage.name != "masked":
             holding = [self.number] if world.samples[self.number] else []
             said = answer_stage(ask.request, ask.stage, self.store, self.terms, holding)
-            if ask.stage.name == "unmask" and said.stage is not None and said.stage.data:
+            if ask.stage.name == "unmask" and said.stage.data:
                 world.gave.append(self.number)
-            return to_records(write_answer(said))
+            return write_answer(said)
         k, summed = self.number, SummedMeasure(world.measure, world.layout, world.points)
         sent = {n: t[k : k + 1] for n, t in world.sent.items()}
         words = {k: lambda: summed.words(sent, world.samples[k : k + 1])[0]}
         told = {"layout": write_sizes(world.layout)}
         answer = masked_vectors(ask.request, ask.stage, self.store, words, {}, told=told)
-        return to_records(write_answer(answer))
+        return write_answer(answer)
 
 
 def trial(seed: int) -> str:
@@ -175,7 +174,7 @@ def trial(seed: int) -> str:
 
     def bend(stage: str, client: Client, message: Message) -> list[Message]:
         if not message.has_error():
-            assert stage_of(message.content) is not None
+            assert stage_of(message.content).name == stage
         at = world.leaves.get(client.number)
         return [] if at and stages.index(stage) >= stages.index(at) else [message]
 

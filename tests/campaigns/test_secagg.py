@@ -18,7 +18,8 @@ from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.run.client_state import ClientStore
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.strategies.steps.unmask import CulpritError
-from fedraclora.wire.exchange import Answer, Ask, Stage, TrainRequest
+from fedraclora.wire.answers import Answer
+from fedraclora.wire.exchange import Ask, Stage, TrainRequest
 from fedraclora.wire.secagg import LARGEST, signed
 from tests.campaigns.secagg import (
     CLIP,
@@ -29,10 +30,10 @@ from tests.campaigns.secagg import (
     Random,
     Wire,
     campaign,
+    put_stage,
     resealed,
     stage_of,
     sum_of,
-    write_stage,
 )
 from tests.campaigns.secure_measuring import campaign as measured
 
@@ -77,7 +78,7 @@ def bend(stage: str, client: int, change: Any) -> Any:
         said = stage_of(message.content) if not message.has_error() else None
         if name == stage and who.number == client and said is not None:
             data = {c: change(copy.deepcopy(data)) for c, data in said.data.items()}
-            message.content["secure"] = write_stage(Stage(name, {}, data))
+            put_stage(message.content, Stage(name, {}, data))
         return [message]
 
     return bent
@@ -144,13 +145,11 @@ def test_a_node_repeats_its_answer_and_gives_no_other(tmp_path: Path) -> None:
         content = wire.asked[stage, 2]
         replies = [anew.answer(copy.deepcopy(content)) for _ in range(2)]
         assert replies[0] == replies[1]
-        found = stage_of(content)
-        assert found is not None
-        other = Stage(stage, {"step": 1.0}, found.data)
-        content["secure"] = write_stage(other)
+        put_stage(content, Stage(stage, {"step": 1.0}, stage_of(content).data))
         with pytest.raises(ClientError, match=r"question of round 4 .* once"):
             anew.answer(content)
-    header = json.loads(str(content["config"]["header"])) | {"round": 11}
+    header = json.loads(str(content["config"]["header"]))
+    header["request"]["round_"] = 11
     content["config"]["header"] = json.dumps(header)
     with pytest.raises(ClientError, match=r"round 11 .*rounds 1 to 10"):
         anew.answer(content)

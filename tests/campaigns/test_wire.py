@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-from fedraclora.engines.records import from_records
+from fedraclora.engines.records import read_answer
 from fedraclora.run.ledger import Ledger
-from fedraclora.wire.reply import read_answer
 from tests.campaigns.mutants import claimed, deep, stored
 from tests.campaigns.wire import Case, campaign, collected, frames, judged, read, scene_of
 from tests.messages import become_a_task
@@ -28,13 +27,14 @@ def test_damaged_frames() -> None:
     assert counts["frame refused"] > 700
 
 
+SHAPES: list[Any] = [5, None, [5], [["w"]], [["w", [-1]]], [["w", [2**62]]], [[5, [2]]], deep(900)]
 ENDED = {
     "notes": [5, None, "x", [5], [deep(900)], {"a": "b"}, ["x"] * 101],
     "failures": [5, None, [], {"x": "y"}, {"1": 5}, {"01": "y"}, {"1": deep(900)}],
     "refused": [5, None, {}, [5], [[1]], [["1", "x"]], [[1, None]], deep(900)],
-    "round": [True, 3.0, "3", None, 2**63, 10**400],
-    "reduced": [0, None, "false", []],
-    "layout": [5, None, [5], [["w"]], [["w", [-1]]], [["w", [2**62]]], [[5, [2]]], deep(900)],
+    "round_": [True, 3.0, "3", None, 2**63, 10**400],
+    "is": [0, None, "summed", "nothing", []],
+    "layout": [5, None, [], *({"shapes": shapes} for shapes in SHAPES)],
 }
 
 
@@ -98,7 +98,7 @@ def test_an_array_that_claims_to_be_large_takes_no_memory() -> None:
     content = read(scene.replies[0])
     content["arrays"] = ArrayRecord({"flat": stored(claimed((10**13,), "<f4", b"\0" * 16))})
     with pytest.raises(Exception, match=r"takes 40000000000000 bytes, but 16 came"):
-        read_answer(from_records(content), scene.exchange.asks[0])
+        read_answer(content, scene.exchange.asks[0])
 
 
 def test_texts_of_clients_are_cut_and_made_printable() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord
 from worlds import Run, assert_equal_trees, assert_updates_lead_on, make_world, run
 
 from fedraclora.aggregation.server_optimisers import Momentum
@@ -34,7 +35,6 @@ from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.exchange import TrainRequest, payload_bytes
-from fedraclora.wire.records import Fields
 from tests.messages import pack_downlink, unpack_downlink
 
 M, N, R, ALPHA = 30, 40, 3, 7.0
@@ -187,6 +187,11 @@ def test_a_replica_without_the_last_link_says_so() -> None:
         computed(got.beside({"w/past": torch.zeros(R, N)})).draw()
 
 
+def told_of(shapes: list[Any]) -> list[tuple[str, str, Any]]:
+    """Weight, label and shape of each."""
+    return [(*name.split("/"), shape) for name, shape in shapes]
+
+
 @pytest.mark.parametrize(
     ("shapes", "told"),
     [
@@ -196,12 +201,13 @@ def test_a_replica_without_the_last_link_says_so() -> None:
         ([["w/B", [R * R, 2]]], "columns than the 3"),
     ],
 )
-def test_damaged_coefficients_are_refused(shapes: object, told: str) -> None:
+def test_damaged_coefficients_are_refused(shapes: list[Any], told: str) -> None:
     _, sent = played(2)[1]
     content = pack_downlink(sent, REQUEST, "float32")
     config = content["config"]
-    assert isinstance(config, Fields)
-    header = json.loads(str(config["header"])) | {"coefficients": shapes}
+    assert isinstance(config, ConfigRecord)
+    named = [[f"adapters/{w}/factors/{f}/coefficients", s] for w, f, s in told_of(shapes)]
+    header = json.loads(str(config["header"])) | {"coefficients": named}
     config["header"] = json.dumps(header)
     with pytest.raises(WireError, match=told):
         unpack_downlink(content)

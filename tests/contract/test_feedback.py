@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord
 from typing_extensions import override
 from worlds import (
     RAGGED,
@@ -35,9 +36,9 @@ from fedraclora.strategies.server.quantised import RESIDUE
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.tree import Tree, below
 from fedraclora.wire.changes import Changes, Coded
-from fedraclora.wire.described import describe, described_downlink
+from fedraclora.wire.exchange import TrainRequest
 from fedraclora.wire.feedback import PREFIX
-from tests.messages import unpack_downlink
+from tests.messages import pack_downlink, unpack_downlink
 
 BITS: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "feedback": True}
 
@@ -340,7 +341,9 @@ def test_feedback_of_numbers_that_are_not_rounded_is_refused() -> None:
 )
 def test_a_turn_that_no_pool_has_is_refused(turn: object, wiretap: Wiretap) -> None:
     finished("pool_rac_lora", {"pool": 2}, rounds=1)
-    described = json.loads(json.dumps(describe(wiretap.seen[0].asked)))
-    described["downlink"]["program"]["turn"] = turn
+    sent = pack_downlink(wiretap.seen[0].asked, TrainRequest(1, 0, 1.0, torch.arange(3)), "float64")
+    header = json.loads(str(sent["config"]["header"]))
+    header["downlink"]["program"]["turn"] = turn
+    sent["config"] = ConfigRecord({"header": json.dumps(header)})
     with pytest.raises(WireError, match="turn"):
-        described_downlink(described, {}, set())
+        unpack_downlink(sent)

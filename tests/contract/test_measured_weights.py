@@ -20,13 +20,13 @@ from worlds import (
 
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.data.task import HeldOut
+from fedraclora.engines.asks import AskWriter, read_ask
+from fedraclora.engines.records import write_answer
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.materialise import standing, standing_weights
-from fedraclora.wire.downlink import AskReader, AskWriter
 from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest
-from fedraclora.wire.reply import write_answer
 
 Variant = tuple[str, dict[str, Any]]
 LOCAL = LocalSettings(lr=0.05, steps=2, batch_size=2)
@@ -42,7 +42,7 @@ def test_the_start_of_a_round_has_the_weights_of_the_server(variant: Variant, wo
     sent = method.open_round(state, 3, Cohort(clients, torch.ones(world.clients)), draw)
     request = TrainRequest(3, ran.strategy.catch_up.version, 1.0, clients, measure="before")
     ask = Ask(request, standing(sent).to(DTYPES["float64"]), apart=True)
-    heard = AskReader().read(AskWriter().write(ask)).own.beside(state.base)
+    heard = read_ask(AskWriter().write(ask)).own.beside(state.base)
     names = dict(world.task.model.named_parameters())
     for own in [{}, *ran.worker.store.latest(1).values()]:
         slots = sent.trained()

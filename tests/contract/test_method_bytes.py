@@ -25,14 +25,12 @@ from worlds import (
     variants,
 )
 
-from fedraclora.engines.records import to_records
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.factor import SEED_BYTES
 from fedraclora.protocol.link import Link
 from fedraclora.strategies.shared.walking import AlongDirections
 from fedraclora.weights.chain import read_link
 from fedraclora.weights.links import read_links
-from fedraclora.wire.records import Content
 from tests.messages import unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]
@@ -64,13 +62,13 @@ def done(variant: Variant, folder: Path) -> Run:
     return finished(variant, folder=folder)
 
 
-def serialised(content: Content) -> RecordDict:
+def serialised(content: RecordDict) -> RecordDict:
     """A message as it arrives elsewhere: written, serialised and read back."""
-    raw = recorddict_to_proto(to_records(content)).SerializeToString()
+    raw = recorddict_to_proto(content).SerializeToString()
     return recorddict_from_proto(ProtoRecordDict.FromString(raw))
 
 
-def array_bytes(content: Content) -> int:
+def array_bytes(content: RecordDict) -> int:
     """Bytes of the numbers in a message: flat arrays, without numpy's own header."""
     record = serialised(content)["arrays"]
     assert isinstance(record, ArrayRecord)
@@ -80,12 +78,12 @@ def array_bytes(content: Content) -> int:
     return sum(int(array.nbytes) for array in arrays)
 
 
-def message_bytes(content: Content) -> int:
+def message_bytes(content: RecordDict) -> int:
     """Bytes of a message by Flower's own count."""
-    return sum(record.count_bytes() for record in to_records(content).values())
+    return sum(record.count_bytes() for record in content.values())
 
 
-def seeds(content: Content) -> int:
+def seeds(content: RecordDict) -> int:
     downlink, _ = unpack_downlink(content)
     drawn = sum(f.sketch is not None for f in downlink.named.values())
     return drawn + isinstance(downlink.program, AlongDirections)

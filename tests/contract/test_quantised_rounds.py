@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import RecordDict
 from typing_extensions import override
 from worlds import (
     RAGGED,
@@ -46,7 +47,6 @@ from fedraclora.strategies.steps import private as private_step
 from fedraclora.strategies.steps.robust import RobustRule
 from fedraclora.tree import digest
 from fedraclora.wire.changes import Changes
-from fedraclora.wire.records import Content
 from tests.messages import unpack_downlink
 
 COHORT, ROUNDS = 3, 3
@@ -73,7 +73,7 @@ def finished(name: str, **more: Any) -> Run:
     return run(make_world(width=more.pop("width")), make_method(name), RAGGED, **more)
 
 
-def seeds(content: Content) -> int:
+def seeds(content: RecordDict) -> int:
     downlink, _ = unpack_downlink(content)
     return sum(f.sketch is not None for f in downlink.named.values())
 

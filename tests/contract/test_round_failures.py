@@ -25,7 +25,7 @@ from fedraclora.errors import ClientError, WireError
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.server import exchange
 from fedraclora.weights.files import load_checkpoint
-from fedraclora.wire.exchange import Answer
+from fedraclora.wire.answers import Worked
 
 METHOD = make_method("fed_rac_lora")
 
@@ -104,7 +104,7 @@ def huge(patch: pytest.MonkeyPatch, client: int, size: float) -> None:
     """Let a client's numbers be of a size, whatever it has trained."""
     check = exchange.checked
 
-    def checked(*given: Any) -> Answer:
+    def checked(*given: Any) -> Worked:
         reply = check(*given)
         rows = reply.clients == client
         return replace(reply, pieces=(reply.numbers.masked_fill(rows[:, None], size),))

@@ -35,8 +35,8 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.run.ledger import number
-from fedraclora.wire.exchange import Answer, Ask
-from fedraclora.wire.records import Content, Tensors
+from fedraclora.wire.answers import Answer, Staged
+from fedraclora.wire.exchange import Ask
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
@@ -71,8 +71,8 @@ def secure(world: World, method: Any = None, **changes: Any) -> Run:
     )
 
 
-def tensors(content: Content) -> list[Tensors]:
-    return [record for record in content.values() if isinstance(record, Tensors)]
+def tensors(content: RecordDict) -> list[ArrayRecord]:
+    return [record for record in content.values() if isinstance(record, ArrayRecord)]
 
 
 def leaving(monkeypatch: pytest.MonkeyPatch, when: dict[str, set[int]]) -> None:
@@ -81,17 +81,16 @@ def leaving(monkeypatch: pytest.MonkeyPatch, when: dict[str, set[int]]) -> None:
 
     def train(self: Worker, ask: Ask) -> Answer:
         answer = whole(self, ask)
-        stage = answer.stage
-        gone = when.get(stage.name, set()) if stage is not None else set()
-        if stage is None or not gone:
+        if not isinstance(answer, Staged) or not (gone := when.get(answer.stage.name, set())):
             return answer
+        stage = answer.stage
         said = {c: data for c, data in stage.data.items() if c not in gone}
         answer = replace(answer, stage=replace(stage, data=said))
-        if stage.name != "masked":
+        if answer.words is None:
             return answer
         keep = ~torch.isin(answer.clients, torch.tensor([*gone]))
-        words = torch.from_numpy(answer.numbers.numpy()[keep.numpy()])
-        return replace(answer, clients=answer.clients[keep], pieces=(words,))
+        words = torch.from_numpy(answer.words.numpy()[keep.numpy()])
+        return replace(answer, clients=answer.clients[keep], words=words)
 
     monkeypatch.setattr(Worker, "train", train)
 
@@ -277,7 +276,7 @@ def test_no_client_says_two_things_about_one_neighbour(world: World) -> None:
         found = secure(world)
     (ask, *_) = asked
     answer = found.worker.train(ask)
-    assert answer.stage is not None
+    assert isinstance(answer, Staged)
     assert answer.stage.data == {}
     assert all("does not answer twice" in why for why in answer.failures.values())
     assert set(found.worker.store.secrets.values()) == {b'{"answered": 1}'}
@@ -308,10 +307,10 @@ def test_a_sum_that_cannot_be_is_refused(world: World, monkeypatch: pytest.Monke
 
     def train(self: Worker, ask: Ask) -> Answer:
         answer = whole(self, ask)
-        if answer.stage is not None and answer.stage.name == "masked":
-            words = answer.numbers.numpy().copy()
+        if isinstance(answer, Staged) and answer.words is not None:
+            words = answer.words.numpy().copy()
             words[:, :-2] += np.uint32(2**30)
-            return replace(answer, pieces=(torch.from_numpy(words),))
+            return replace(answer, words=torch.from_numpy(words))
         return answer
 
     monkeypatch.setattr(Worker, "train", train)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
@@ -32,7 +33,13 @@ from fedraclora.data.clients import Partitioned
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engines.records import from_records, to_records
+from fedraclora.engines.asks import AskWriter, read_ask
+from fedraclora.engines.records import (
+    add_weight_update,
+    read_answer,
+    read_weight_update,
+    write_answer,
+)
 from fedraclora.experiments.pages import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.coding import NONE
@@ -65,11 +72,8 @@ from fedraclora.weights.chain import CatchUp, read_link
 from fedraclora.weights.links import read_links
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import BaseWeights, WeightHistory, WeightUpdate
-from fedraclora.wire.downlink import AskReader, AskWriter
-from fedraclora.wire.exchange import Answer, Ask
-from fedraclora.wire.records import Content
-from fedraclora.wire.reply import read_answer, write_answer
-from fedraclora.wire.weight_update import add_weight_update, read_weight_update
+from fedraclora.wire.answers import Answer
+from fedraclora.wire.exchange import Ask
 from tests.common import Arrange, arranged
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
@@ -531,12 +535,12 @@ class RecordingWorker(Worker):
         return answer
 
     @property
-    def asked(self) -> list[Content]:
+    def asked(self) -> list[RecordDict]:
         """What it was asked, as messages."""
         return [AskWriter().write(ask) for ask, _ in self.seen]
 
     @property
-    def answered(self) -> list[Content]:
+    def answered(self) -> list[RecordDict]:
         """What it answered, as messages."""
         return [write_answer(answer) for _, answer in self.seen]
 
@@ -546,9 +550,9 @@ def put_on_the_wire(patch: pytest.MonkeyPatch) -> None:
     whole = Worker.train
 
     def train(self: Worker, ask: Ask) -> Answer:
-        heard = AskReader().read(from_records(to_records(AskWriter().write(ask))))
+        heard = read_ask(AskWriter().write(ask))
         answer = write_answer(whole(self, heard))
-        return read_answer(from_records(to_records(answer)), ask)
+        return read_answer(answer, ask)
 
     patch.setattr(Worker, "train", train)
 
@@ -572,9 +576,9 @@ class Run:
         return list(self.strategy.recorder.ledger.rows[1:])
 
 
-def array_bytes(content: Content) -> int:
+def array_bytes(content: RecordDict) -> int:
     """Bytes of the numbers in a message of Flower's, without numpy's own header."""
-    records = to_records(content).array_records.values()
+    records = content.array_records.values()
     return sum(int(array.numpy().nbytes) for r in records for array in r.values())
 
 
@@ -604,9 +608,9 @@ def assert_updates_lead_on(folder: Path, coding: str = NONE) -> Tree:
         update = history.since(held)
         assert update.start == held
         assert update.payload_bytes == counted.missing(torch.tensor([held])).sum()
-        add_weight_update(content := {}, update)
+        add_weight_update(content := RecordDict(), update)
         assert update.payload_bytes == array_bytes(content) + 8 * seeds_of(update)
-        update = read_weight_update(from_records(to_records(content)))
+        update = read_weight_update(content)
         replica = Replica(start.plan, torch.device("cpu"))
         replica.take(states[held].base, held, None)
         assert replica.follow(update)

@@ -15,7 +15,7 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server import exchange as exchange_module
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import digest
-from fedraclora.wire.exchange import Answer
+from fedraclora.wire.answers import FromTraining, Summed
 from fedraclora.wire.reply import checked
 from tests.common import assemble
 
@@ -68,11 +68,11 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Partitioned, "gather", gather)
 
 
-def replies_of(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+def replies_of(monkeypatch: pytest.MonkeyPatch) -> list[FromTraining]:
     """Every reply that a strategy reads from now on."""
-    seen: list[Answer] = []
+    seen: list[FromTraining] = []
 
-    def read(*arguments: object) -> Answer:
+    def read(*arguments: object) -> FromTraining:
         seen.append(checked(*arguments))  # type: ignore[arg-type]
         return seen[-1]
 
@@ -95,13 +95,13 @@ def test_sums_of_blocks_are_those_of_rows(
     words += ["method.rank=2"] if method != "fedavg" else []
     seen = replies_of(monkeypatch)
     summed = bits(finished(*words))
-    assert all(reply.reduced for reply in seen)
+    assert all(isinstance(reply, Summed) for reply in seen)
     assert (
         sum(len(reply.numbers) for reply in seen) == 3 * 3
     )  # blocks of 32, 32 and 16; three rounds
     seen.clear()
     assert rows_again(monkeypatch, *words) == summed
-    assert not any(reply.reduced for reply in seen)
+    assert not any(isinstance(reply, Summed) for reply in seen)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_rows_come_where_a_block_is_cut_or_a_method_looks_at_clients(
 ) -> None:
     seen = replies_of(monkeypatch)
     finished(*words, "rounds=1")
-    assert [r.reduced for r in seen] == [False] * len(seen)
+    assert [isinstance(r, Summed) for r in seen] == [False] * len(seen)
 
 
 @pytest.mark.short(when=lambda chunk, weights: weights == "samples" or chunk == WHOLE[0])
@@ -125,6 +125,6 @@ def test_failed_clients_leave_the_same_gaps(
     words = (f"engine.chunk={chunk}", f"aggregation_weights={weights}")
     seen = replies_of(monkeypatch)
     summed = bits(finished(*words))
-    assert all(reply.reduced for reply in seen)
+    assert all(isinstance(reply, Summed) for reply in seen)
     assert {f["client"] for f in summed[1][1]["failures"]} == {0, 3, 35, 40, 77}  # type: ignore[attr-defined]
     assert rows_again(monkeypatch, *words) == summed

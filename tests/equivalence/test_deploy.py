@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 
 from fedraclora.clients.cache import CACHE, MARKER
 from fedraclora.config.run_config import from_plain
-from fedraclora.engines.records import from_records, message_bytes
+from fedraclora.engines.records import clients_of, message_bytes
 from fedraclora.run.ledger import Row
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.builder import RunBuilder
@@ -21,7 +21,6 @@ from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import read_stored_replica, replica_file
-from fedraclora.wire.records import clients_of
 from tests.campaigns.faults.network import (
     Network,
     client,
@@ -292,7 +291,7 @@ def test_clients_are_found_wherever_they_are(tmp_path: Path) -> None:
         == inline([], tmp_path / "inline")["weights_digest"]
     )
     used = {
-        m.metadata.dst_node_id: clients_of(from_records(m.content))
+        m.metadata.dst_node_id: clients_of(m.content)
         for m in network.train_messages()
         if m.metadata.dst_node_id != 1
     }

@@ -16,16 +16,15 @@ import torch
 from flwr.app import Error, Message
 from typing_extensions import override
 
+from fedraclora.engines.asks import read_ask
 from fedraclora.engines.deploy import grid, node_registry, straggler_monitor
 from fedraclora.engines.deploy.pulling import NOT_WHOLE
-from fedraclora.engines.records import from_records, message_bytes
+from fedraclora.engines.records import message_bytes, read_answer
 from fedraclora.errors import ClientError
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.weights import replica
-from fedraclora.wire.downlink import AskReader
-from fedraclora.wire.reply import read_answer
 from tests.campaigns.faults.harms import (
     BEHAVIOURS,
     HARMS,
@@ -57,14 +56,14 @@ def check_mean_of_the_rest(folder: Path, network: Network) -> None:
     """W_2 = W_1 + s (sum of p_k B_k) A over the clients 0 and 2, worked out from the messages."""
     before, after = (state_at(folder, version).base for version in (ROUND - 1, ROUND))
     sent = [m for m in network.train_messages() if m.metadata.group_id == str(ROUND)]
-    ask = AskReader().read(from_records(sent[0].content))
+    ask = read_ask(sent[0].content)
     downlink, layout = ask.own, ask.own.layout
     asked = {m.metadata.message_id: client(m) for m in sent if m.metadata.message_id}
     found = {}
     for message in sent:
         k = asked.get(message.metadata.reply_to_message_id, ONE)
         if k != ONE:
-            found[k] = read_answer(from_records(message.content), ask)
+            found[k] = read_answer(message.content, ask)
     rest = [found[k] for k in (0, 2)]
     weights = torch.cat([r.samples for r in rest]).double()
     assert weights[0] != weights[1]

@@ -15,9 +15,8 @@ from fedraclora.clients import node as client_node
 from fedraclora.clients import respond
 from fedraclora.clients.cache import served
 from fedraclora.engines.deploy import grid
-from fedraclora.engines.records import from_records, message_bytes
+from fedraclora.engines.records import clients_of, message_bytes
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.wire.records import clients_of
 from tests.campaigns.faults.harms import header, stays_silent, vector
 from tests.campaigns.faults.network import Network, deploy, rows, small
 from tests.campaigns.faults.trials import absent, final_weights
@@ -44,7 +43,7 @@ def asked(network: Network) -> list[Message]:
 
 
 def who(message: Message) -> list[int]:
-    return clients_of(from_records(message.content))
+    return clients_of(message.content)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ import pytest
 import torch
 from flwr.app import Message
 
-from fedraclora.engines.records import from_records
+from fedraclora.engines.asks import read_ask
+from fedraclora.engines.records import unfolded
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.wire.records import round_of
-from fedraclora.wire.secagg import read_stage
 from tests.campaigns.faults.harms import Once, raises
 from tests.campaigns.faults.network import (
     Fault,
@@ -25,6 +24,7 @@ from tests.campaigns.faults.network import (
     rows,
 )
 from tests.common import summary_of
+from tests.messages import stage_in
 
 ONCE = "output.checkpoint_every=1"
 NOISY = ["local=dp_sgd", "local.lr=0.1", "local.dp.noise_multiplier=3", ONCE]
@@ -32,7 +32,7 @@ SECURE = ["clients=5", "clients_per_round=5", "aggregation_weights=uniform", "se
 
 
 def round_of_message(message: Message) -> int:
-    return round_of(from_records(message.content))
+    return read_ask(unfolded(message.content)).request.round_
 
 
 def asked(network: Network, who: int, round_: int) -> list[Message]:
@@ -78,7 +78,7 @@ def at_stage(stage: str, clients: set[int]) -> Callable[[Message], bool]:
     """Whether a message asks one of these clients for a stage."""
 
     def guilty(message: Message) -> bool:
-        said = read_stage(from_records(message.content))
+        said = stage_in(message.content)
         return said is not None and said.name == stage and client(message) in clients
 
     return guilty
@@ -99,7 +99,7 @@ def test_a_round_that_is_asked_twice_tells_nothing_new(tmp_path: Path) -> None:
         assert "a client answers a round once" in network.call(other).error.reason
     for round_, words in ((1, "answered round 2 before"), (3, "the run has rounds 1 to 2")):
         other = again(message)
-        other.content["config"]["header"] = header.replace('"round": 2', f'"round": {round_}')
+        other.content["config"]["header"] = header.replace('"round_": 2', f'"round_": {round_}')
         assert words in network.call(other).error.reason
 
 
@@ -145,7 +145,7 @@ def test_a_secure_round_with_too_few_goes_on_where_it_failed(tmp_path: Path) -> 
     assert row["failures"] == []
     assert "run again: round 1: 1 client(s) failed" in row["incidents"][0]  # type: ignore[index]
     stages = [
-        [read_stage(from_records(m.content)).name for m in asked(network, who, 1)]  # type: ignore[union-attr]
+        [stage_in(m.content).name for m in asked(network, who, 1)]  # type: ignore[union-attr]
         for who in (0, 3)
     ]
     first = ["keys", "shares", "masked"]
@@ -172,7 +172,7 @@ def test_a_secure_round_that_was_cut_short_is_given_up(tmp_path: Path) -> None:
     assert (one["secure"]["clients"], three["secure"]["clients"]) == (5, 5)  # type: ignore[index]
     assert summary_of(folder)["rounds"] == 3
     for who in range(5):
-        names = [read_stage(from_records(m.content)).name for m in asked(network, who, 2)]  # type: ignore[union-attr]
+        names = [stage_in(m.content).name for m in asked(network, who, 2)]  # type: ignore[union-attr]
         assert names == ["keys", "shares", "masked", "unmask"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -9,25 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 
 from fedraclora.clients.secure import MEASUREMENTS
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
-from fedraclora.engines.records import from_records
+from fedraclora.engines.records import clients_of
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.secret import KEY_FILE
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import number
 from fedraclora.weights.files import load_tensors
 from fedraclora.weights.links import read_links
-from fedraclora.wire.records import clients_of
-from fedraclora.wire.secagg import read_stage
 from tests.campaigns.faults.harms import raises
 from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small
 from tests.campaigns.faults.real import Drill, end_node
 from tests.campaigns.faults.trials import absent
 from tests.common import simulated, summary_of
+from tests.messages import stage_in
 
 ONCE = "output.checkpoint_every=1"  # real clients answer a round once
 SECURE = [
@@ -65,7 +65,7 @@ def test_the_server_sees_masks_and_sealed_shares_only(tmp_path: Path) -> None:
     sizes = {
         (array.numpy().dtype.name, array.numpy().size)
         for message in network.train_messages()
-        if read_stage(from_records(message.content)) is not None
+        if stage_in(message.content) is not None
         for name, record in message.content.array_records.items()
         if name == "arrays"
         for array in record.values()
@@ -80,12 +80,8 @@ def at_stage(stage: str, client: int, reply: Callable[[Message], list[Message]])
     """A fault of one client at one stage."""
 
     def fault(message: Message, answer: Callable[[], Message]) -> list[Message]:
-        said = read_stage(from_records(message.content))
-        if (
-            said is not None
-            and said.name == stage
-            and clients_of(from_records(message.content)) == [client]
-        ):
+        said = stage_in(message.content)
+        if said is not None and said.name == stage and clients_of(message.content) == [client]:
             return reply(answer())
         return [answer()]
 
@@ -93,7 +89,9 @@ def at_stage(stage: str, client: int, reply: Callable[[Message], list[Message]])
 
 
 def nothing_of_it(message: Message) -> list[Message]:
-    message.content["secure"]["3"] = '{"mask": "no key", "box": "no key"}'
+    header = json.loads(str(message.content["config"]["header"]))
+    header["stage"]["data"]["3"] = {"mask": "no key", "box": "no key"}
+    message.content["config"] = ConfigRecord({"header": json.dumps(header)})
     return [message]
 
 
@@ -140,7 +138,7 @@ def test_a_client_that_is_gone_while_measurements_are_summed_is_left_out(
     """It trained, and its masks are taken off the sum of what the others measured, if enough do."""
 
     def lost(message: Message) -> bool:
-        said = read_stage(asked := from_records(message.content))
+        said = stage_in(asked := message.content)
         measured = said is not None and said.name == "masked" and MEASUREMENTS in said.settings
         return measured and clients_of(asked) == [3]
 

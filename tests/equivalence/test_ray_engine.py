@@ -36,8 +36,8 @@ from fedraclora.tree import Tree, digest
 from fedraclora.weights.files import load_checkpoint
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory, WeightUpdate
-from fedraclora.wire.exchange import Ask, NoAnswer, TrainRequest
-from fedraclora.wire.records import Content
+from fedraclora.wire.answers import Answer, NoAnswer
+from fedraclora.wire.exchange import Ask, TrainRequest
 from tests.campaigns import kill_workers
 from tests.common import assemble
 
@@ -231,7 +231,7 @@ class BrokenSite:
     def __init__(self, plan: Plan) -> None:
         self.replica = Replica(plan, torch.device("cpu"))
 
-    def train(self, content: Content, kept: Tree) -> tuple[Content, Tree]:
+    def train(self, ask: Ask, kept: Tree) -> tuple[Answer, Tree]:
         raise ConfigError("there is no such batch")
 
 

@@ -21,8 +21,8 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.update import BaseWeights
-from fedraclora.wire.exchange import Answer, Ask, TrainRequest
-from fedraclora.wire.reply import checked
+from fedraclora.wire.answers import Answer, Trained
+from fedraclora.wire.exchange import Ask, TrainRequest
 
 CLIENTS = torch.tensor([0, 1, 2])
 
@@ -73,8 +73,10 @@ def test_a_factor_that_stays_goes_on_where_its_client_left_off() -> None:
 
 def test_a_factor_that_stays_does_not_travel() -> None:
     bench = make_bench()
-    reply = checked(bench.round(1), bench.downlink.layout)
-    assert tuple(reply.numbers.shape) == (3, 10)
+    answer = bench.round(1)
+    assert isinstance(answer, Trained)
+    assert answer.layout == bench.downlink.layout
+    assert answer.shape == (3, 10)
 
 
 def test_a_client_that_diverged_keeps_what_it_had() -> None:

@@ -9,8 +9,19 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from flwr.app import RecordDict
 
 from fedraclora.config.settings import CompressionConfig
+from fedraclora.engines.asks import AskWriter, read_ask
+from fedraclora.engines.records import (
+    add_weight_update,
+    array_record,
+    read_answer,
+    read_array,
+    read_json,
+    read_weight_update,
+    write_answer,
+)
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.coding import ZSTD, compressed, decompressed
@@ -23,12 +34,10 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
+from fedraclora.wire.answers import Trained
 from fedraclora.wire.changes import Changes, Coded
-from fedraclora.wire.downlink import HEADER, AskReader, AskWriter
-from fedraclora.wire.exchange import Answer, Ask, TrainRequest, payload_bytes
-from fedraclora.wire.records import Tensors, read_json
-from fedraclora.wire.reply import checked, read_answer, write_answer
-from fedraclora.wire.weight_update import add_weight_update, read_weight_update
+from fedraclora.wire.exchange import Ask, TrainRequest, payload_bytes
+from fedraclora.wire.reply import Wanted, checked
 
 COUNT, CLIENTS = 3000, torch.tensor([2, 4, 9])
 kinds = pytest.mark.parametrize("kind", ROUNDED)
@@ -101,13 +110,20 @@ def test_lengths_are_those_of_the_bytes(lengths: list[int]) -> None:
         )
 
 
-def answered(sent: Downlink, base: dict[str, torch.Tensor]) -> tuple[Changes, Answer]:
+def answered(sent: Downlink, base: dict[str, torch.Tensor]) -> tuple[Changes, Trained]:
     changes, coded = Changes("int4", sent, base, CLIENTS), Coded()
     changes.encode(torch_normal(generator(0, "rows"), 3, COUNT), 5, 7, coded)
     codes = compressed(coded.codes)
     sizes, some = torch.tensor([len(code) for code in codes]), torch.ones(3)
-    answer = Answer(
-        *(7, 6, 0, CLIENTS, some.double(), some.long(), some.long(), (torch.cat(codes),)),
+    answer = Trained(
+        round_=7,
+        version=6,
+        first=0,
+        clients=CLIENTS,
+        losses=some.double(),
+        samples=some.long(),
+        steps=some.long(),
+        pieces=(torch.cat(codes),),
         rounding=torch.tensor(coded.errors, dtype=torch.float64),
         sizes=sizes,
         layout=sent.layout,
@@ -120,23 +136,24 @@ def test_a_reply_that_is_damaged_names_client_and_round() -> None:
     changes, answer = answered(sent, base)
     request = TrainRequest(7, 6, 1.0, CLIENTS, uplink="int4", coding=ZSTD)
     ask = Ask(request, sent)
-    assert AskReader().read(AskWriter().write(ask)).request.coding == ZSTD
+    assert read_ask(AskWriter().write(ask)).request.coding == ZSTD
     came = read_answer(write_answer(answer), ask)
-    decode = partial(changes.decode, dtype=torch.float32)
-    assert checked(came, sent.layout, read=decode).numbers.shape == (3, COUNT)
+    assert isinstance(came, Trained)
+    wanted = Wanted(7, 6, sent.layout, decode=partial(changes.decode, dtype=torch.float32))
+    assert checked(came, ask, Trained, wanted).numbers.shape == (3, COUNT)
     wrong = came.numbers.clone()
     wrong[int(came.sizes[0]) + 40] ^= 1  # type: ignore[index]
     with pytest.raises(WireError, match=r"round 7.*client 4"):
-        checked(replace(came, pieces=(wrong,)), sent.layout, read=decode)
+        checked(replace(came, pieces=(wrong,)), ask, Trained, wanted)
     for coding, reply in (("none", answer), (ZSTD, replace(answer, sizes=None))):
-        with pytest.raises(WireError, match="vectors"):
+        with pytest.raises(WireError, match="vector sizes"):
             read_answer(write_answer(reply), replace(ask, request=replace(request, coding=coding)))
 
 
 def test_without_coding_messages_are_what_they_were() -> None:
     sent = Downlink({}, {"b": to_train((COUNT,))})
     ask = Ask(TrainRequest(7, 6, 1.0, CLIENTS, uplink="int4"), sent)
-    assert read_json(AskWriter().write(ask), "config").keys() == HEADER
+    assert "coding" not in read_json(AskWriter().write(ask), "config")["request"]
     _, answer = answered(sent, {"b": torch.zeros(COUNT)})
     assert "sizes" not in write_answer(replace(answer, sizes=None))["chunk"]
     assert int(packed_bytes([COUNT], "int4")) == len(packed("int4"))
@@ -165,23 +182,23 @@ def test_an_ask_is_coded_and_counted_as_it_is_sent(clients: int) -> None:
     sent, request = sent_down(), TrainRequest(7, 6, 1.0, CLIENTS[:clients])
     ask = Ask(request, sent.select(torch.arange(clients)), "int4", coding=ZSTD)
     content = AskWriter().write(ask)
-    count = sum(array.nbytes for name in ("arrays", "own") for array in content[name].values())
+    count = sum(read_array(content, name).nbytes for name in ("arrays", "own"))
     assert count == payload_bytes(sent, 3, "int4", clients, ZSTD)
     assert count < payload_bytes(sent, 3, "int4", clients) - 100
-    assert torch.equal(AskReader().read(content).own.dense["B"].draw(), sent.dense["B"].draw())
+    assert torch.equal(read_ask(content).own.dense["B"].draw(), sent.dense["B"].draw())
     plain = AskWriter().write(replace(ask, coding="none"))
     assert content["config"] == plain["config"]
-    assert torch.equal(content["own"]["flat"], plain["own"]["flat"])
+    assert torch.equal(read_array(content, "own"), read_array(plain, "own"))
 
 
 def test_an_ask_that_is_damaged_names_clients_and_round() -> None:
     ask = Ask(TrainRequest(7, 6, 1.0, CLIENTS), sent_down(), "int4", apart=True, coding=ZSTD)
     content = AskWriter().write(ask)
-    frame = content["arrays"]["flat"]
+    frame = read_array(content, "arrays")
     for damaged in (flipped(frame, 60), frame[:-1], frame[1:], torch.cat([frame, frame[:1]])):
-        wrong = content | {"arrays": Tensors(content["arrays"] | {"flat": damaged})}
+        wrong = RecordDict({**content, "arrays": array_record(damaged)})
         with pytest.raises(WireError, match=r"round 7, clients \[2, 4, 9\].*int4"):
-            AskReader().read(wrong)
+            read_ask(wrong)
 
 
 def flipped(frame: torch.Tensor, place: int) -> torch.Tensor:
@@ -210,8 +227,8 @@ def linked(rounds: int, m: int = 60, n: int = 50) -> tuple[WeightHistory, CatchU
 def test_links_are_coded_counted_and_chosen_by_their_size_without() -> None:
     history, counted, plan = linked(3)
     update, client = history.since(0), torch.tensor([0])
-    add_weight_update(content := {}, update)
-    count = len(content["parcel-numbers"]["flat"]) + 3 * 8
+    add_weight_update(content := RecordDict(), update)
+    count = len(read_array(content, "update-numbers")) + 3 * 8
     assert int(counted.missing(client)[0]) == update.payload_bytes == count < 3 * 60
     assert int(counted.missing(client, coded=False)[0]) == 3 * (240 + 8 + 8)
     found = read_weight_update(content)
@@ -234,8 +251,8 @@ def test_a_link_that_is_damaged_is_named_with_clients_and_round() -> None:
     ask = Ask(TrainRequest(7, 6, 1.0, CLIENTS), Downlink())
     content = AskWriter().write(ask)
     add_weight_update(content, history.since(0))
-    raw = content["parcel-numbers"]["flat"]
+    raw = read_array(content, "update-numbers")
     for place in (20, len(raw) - 2):  # of the first, and the second
-        wrong = content | {"parcel-numbers": Tensors(flat=flipped(raw, place))}
+        wrong = RecordDict({**content, "update-numbers": array_record(flipped(raw, place))})
         with pytest.raises(WireError, match=r"round 7, clients \[2, 4, 9\]: links/./1/terms/w"):
             read_weight_update(wrong)

@@ -7,28 +7,28 @@ import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from fedraclora.engines.records import APART, folded, from_records, to_records, unfolded
-from fedraclora.errors import WireError
-from fedraclora.wire.records import (
-    Content,
-    Fields,
+from fedraclora.engines.records import (
+    APART,
     array_record,
+    folded,
     header_record,
     read_array,
+    unfolded,
     vector_record,
 )
+from fedraclora.errors import WireError
 from tests.messages import become_a_task
 
 
 def small() -> RecordDict:
-    plain: Content = {
+    plain = {
         "config": header_record({"round": 3, "names": ["fc1.weight"]}),
         "arrays": array_record(torch.tensor([[1.5, float("nan")], [-0.0, 2.0]])),
         "chunk": vector_record({"clients": torch.tensor([2, 2**40])}),
         "empty": array_record(torch.zeros(0, dtype=torch.uint8)),
-        "job": Fields(run="abc", mark=b"\x00\xff", held=-1),
+        "job": ConfigRecord({"run": "abc", "mark": b"\x00\xff", "held": -1}),
     }
-    found = to_records(plain)
+    found = RecordDict(plain)
     found["told"] = MetricRecord({"loss": 0.25, "steps": [1, -2]})
     return found
 
@@ -54,7 +54,7 @@ def test_a_small_message_has_three_objects() -> None:
 
 def test_a_large_array_stays_apart_and_is_one_for_all_who_are_sent_it() -> None:
     content, other = small(), small()
-    large = to_records({"arrays": array_record(torch.zeros(APART, dtype=torch.uint8))})
+    large = {"arrays": array_record(torch.zeros(APART, dtype=torch.uint8))}
     content["arrays"] = other["arrays"] = large["arrays"]
     other["chunk"] = ConfigRecord(dict(vector_record({"clients": torch.tensor([3])})))
     sent, also = objects(folded(content)), objects(folded(other))
@@ -92,7 +92,7 @@ def test_any_byte_that_is_lost_or_changed_is_an_error_or_seen_by_who_reads_on() 
         for damaged in (raw[:place], raw[:place] + bytes([raw[place] ^ 0x55]) + raw[place + 1 :]):
             content = RecordDict({"job": ConfigRecord({"run": "abc", "records": damaged})})
             try:
-                read_array(from_records(unfolded(content)), "arrays")
+                read_array(unfolded(content), "arrays")
             except WireError:
                 continue
 

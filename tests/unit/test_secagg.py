@@ -8,16 +8,16 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
+from flwr.app import ConfigRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.clients.secure import _whole
+from fedraclora.engines.asks import AskWriter, read_ask
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.run.client_state import ClientStore
-from fedraclora.wire.downlink import AskReader, AskWriter
 from fedraclora.wire.exchange import Ask, Stage, TrainRequest
-from fedraclora.wire.records import Fields
 from fedraclora.wire.secagg import (
     LARGEST,
     as_words,
@@ -27,7 +27,6 @@ from fedraclora.wire.secagg import (
     new_seed,
     own_mask,
     pair_mask,
-    read_stage,
     seal,
     shared_key,
     signed,
@@ -153,12 +152,19 @@ def test_a_threshold_is_more_than_half() -> None:
 def test_a_stage_comes_back_as_it_was_sent() -> None:
     stage = Stage("shares", {"t": 3}, {4: {"keys": {"5": "x"}}, 9: None})
     request = TrainRequest(7, 0, 1.0, torch.tensor([4, 9]))
-    ask = AskReader().read(AskWriter().write(Ask(request, stage=stage)))
+    ask = read_ask(AskWriter().write(Ask(request, stage=stage)))
     assert (ask.stage, ask.request.round_, ask.clients) == (stage, 7, [4, 9])
-    assert read_stage({}) is None
-    for head in ("no json", '{"stage": "shares"}', '{"stage": "later", "settings": {}}'):
-        with pytest.raises(WireError, match=r"cannot be read|no stage 'later'"):
-            read_stage({"secure": Fields(head=head)})
+    sent = AskWriter().write(Ask(request, stage=stage))
+    head = '{"name": "later", "settings": {}, "data": {}}'
+    for wrong in ("no json", '{"name": "shares"}', head):
+        sent["secure"] = ConfigRecord({"header": wrong})
+        with pytest.raises(WireError, match=r"is no JSON|cannot be read|no stage 'later'"):
+            read_ask(sent)
+    sent["secure"] = ConfigRecord(
+        {"header": head.replace("later", "keys").replace("{}}", '{"5": 1}}')}
+    )
+    with pytest.raises(WireError, match=r"clients \[4, 9\] .*for \[5\]"):
+        read_ask(sent)
 
 
 def test_secrets_travel_with_a_client_and_are_in_no_checkpoint() -> None:

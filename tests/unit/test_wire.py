@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora import tree
 from fedraclora.clients.client_state import restore
 from fedraclora.clients.worker import answer_of
+from fedraclora.engines.asks import AskWriter, read_ask
+from fedraclora.engines.records import array_record, read_answer, write_answer
 from fedraclora.errors import WireError
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Downlink, Factor
@@ -25,10 +29,9 @@ from fedraclora.strategies.methods.fedkrso import InTurn
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.downlink import AskReader, AskWriter
-from fedraclora.wire.exchange import Answer, Ask, TrainRequest, payload_bytes
-from fedraclora.wire.records import Content, Fields, Tensors
-from fedraclora.wire.reply import checked, read_answer, write_answer
+from fedraclora.wire.answers import Staged, Trained, kind_of
+from fedraclora.wire.exchange import Ask, OwnPart, Stage, TrainRequest, payload_bytes, shared_of
+from fedraclora.wire.reply import Wanted, checked
 from tests.common import normal
 from tests.messages import pack_downlink, unpack_downlink
 
@@ -138,7 +141,7 @@ def test_a_downlink_without_numbers_comes_back() -> None:
     got, _ = unpack_downlink(content)
     assert_same(got, sent)
     array = content["arrays"]
-    assert isinstance(array, Tensors)
+    assert isinstance(array, ArrayRecord)
     assert array["flat"].numpy().size == 0
     assert payload_bytes(sent, K, "float32") == 8
 
@@ -164,9 +167,9 @@ def test_the_payload_counts_numbers_of_one_client_and_seeds() -> None:
     assert payload_bytes(Downlink(), K, "float64") == 0
 
 
-def arrays_of(content: Content) -> list[Any]:
+def arrays_of(content: RecordDict) -> list[Any]:
     """Every array of a message."""
-    return [r["flat"].numpy() for r in content.values() if isinstance(r, Tensors)]
+    return [r["flat"].numpy() for r in content.values() if isinstance(r, ArrayRecord)]
 
 
 @pytest.mark.parametrize("place", range(K))
@@ -177,42 +180,36 @@ def test_the_payload_is_the_arrays_of_a_message_to_one_client(place: int) -> Non
     assert numbers + 8 == payload_bytes(everything(), K, "float64")
 
 
-def test_what_a_cohort_shares_is_packed_and_read_once() -> None:
-    writer, reader, sent = AskWriter(), AskReader(), everything()
+def test_what_a_cohort_shares_is_written_once() -> None:
+    writer, sent = AskWriter(), everything()
     parts = [replace(ORDER, clients=CLIENTS[i : i + 2], first=i) for i in (0, 2)]
     first, second = (writer.write(Ask(part, sent, apart=True)) for part in parts)
     assert first["arrays"] is second["arrays"]
     assert first["config"] is second["config"]
-    one, two = reader.read(first), reader.read(second)
-    assert (one.request.first, two.request.first) == (0, 2)
-    left, right = (ask.own.dense["head.bias"].draw() for ask in (one, two))
-    assert isinstance(left, torch.Tensor)
-    assert isinstance(right, torch.Tensor)
-    assert left.data_ptr() == right.data_ptr()
+    assert [read_ask(each).request.first for each in (first, second)] == [0, 2]
     plain = Downlink()
-    again = [reader.read(writer.write(Ask(part, plain))).downlink for part in parts]
-    assert again[0] is again[1]
-    assert again[0] == Downlink()
+    again = [read_ask(writer.write(Ask(part, plain))).downlink for part in parts]
+    assert again == [Downlink(), Downlink()]
 
 
 def test_a_message_is_one_array_and_one_for_what_clients_do_not_share() -> None:
     content = pack_downlink(everything(), ORDER, "float64")
     assert sorted(content) == ["arrays", "chunk", "config", "own"]
-    assert all(len(record) == 1 for record in content.values() if isinstance(record, Tensors))
+    assert all(len(record) == 1 for record in content.values() if isinstance(record, ArrayRecord))
     assert "own" not in pack_downlink(Downlink(), ORDER, "float64")
 
 
-def edited(content: Content, edit: dict[str, object]) -> Content:
+def edited(content: RecordDict, edit: dict[str, object]) -> RecordDict:
     """The same message with another header."""
     config = content["config"]
-    assert isinstance(config, Fields)
+    assert isinstance(config, ConfigRecord)
     config["header"] = json.dumps(json.loads(str(config["header"])) | edit)
     return content
 
 
 def test_a_message_without_its_records_is_refused() -> None:
-    wrong: Content = {"config": Tensors(x=torch.zeros(1)), "arrays": Fields()}
-    with pytest.raises(WireError, match="config, arrays and chunk"):
+    wrong = RecordDict({"config": array_record(torch.zeros(1)), "arrays": ConfigRecord()})
+    with pytest.raises(WireError, match="ConfigRecord config is wanted"):
         unpack_downlink(wrong)
 
 
@@ -220,7 +217,7 @@ def test_a_message_without_its_records_is_refused() -> None:
 def test_a_message_that_lacks_a_record_is_refused(gone: str) -> None:
     content = pack_downlink(everything(), ORDER, "float64")
     del content[gone]
-    with pytest.raises(WireError, match=rf"config, arrays and chunk|{gone} is wanted"):
+    with pytest.raises(WireError, match=rf"{gone} is wanted"):
         unpack_downlink(content)
 
 
@@ -242,7 +239,7 @@ def test_a_dense_tensor_has_to_be_trained() -> None:
     [
         ({}, "one of these"),
         ({"sketch": vars(SPEC), "numbers": [], "shape": [R, N]}, "one of these"),
-        ({"coefficients": []}, "one of these"),
+        ({"coefficients": []}, "no numbers of"),
         ({"sketch": vars(SPEC), "shape": [R, N + 1]}, "came in the shape"),
         ({"sketch": vars(SPEC), "shape": [N, R], "trained": True}, "came in the shape"),
         ({"sketch": vars(SPEC), "count": 0}, "the number of parts"),
@@ -259,14 +256,14 @@ def test_a_factor_says_one_thing_of_itself(described: dict[str, object], why: st
 # --- uplink --------------------------------------------------------------------------------------
 
 
-def reply_of(*given: Any) -> Content:
+def reply_of(*given: Any) -> RecordDict:
     """A reply as it leaves the process."""
     return write_answer(answer_of(*given))
 
 
-def unpack_result(content: Content, *given: Any) -> Answer:
+def unpack_result(content: RecordDict, *given: Any) -> Trained:
     """A reply as the server has it."""
-    return checked(read_answer(content, Ask(ORDER)), *given)
+    return checked(read_answer(content, Ask(ORDER)), Ask(ORDER), Trained, Wanted(9, 8, *given))
 
 
 LAYOUT = Layout((("w/B", (M, R)), ("b", (3,))))
@@ -307,7 +304,7 @@ def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.M
     monkeypatch.setattr(tree, "LARGE", 3)
     sent = result(2)
     answer = answer_of(sent, ORDER, CLIENTS[:2], LAYOUT, {}, [])
-    kept = checked(answer, LAYOUT)
+    kept = checked(answer, Ask(ORDER), Trained, Wanted(9, 8, LAYOUT))
     assert [piece.data_ptr() for piece in kept.pieces] == [
         sent.trained[name].data_ptr() for name, _ in LAYOUT.shapes
     ]
@@ -316,7 +313,7 @@ def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.M
     assert torch.equal(read.pieces[0], kept.numbers)
     answer = answer_of(sent, ORDER, CLIENTS[:1], LAYOUT, {}, [])
     with pytest.raises(WireError, match=r"rows of shape \(2, "):
-        checked(answer, LAYOUT)
+        checked(answer, Ask(ORDER), Trained, Wanted(9, 8, LAYOUT))
 
 
 def test_what_is_not_uploaded_does_not_travel() -> None:
@@ -394,7 +391,7 @@ def test_a_reply_with_missing_rows_is_refused() -> None:
 def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
     content = reply_of(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     config = content["chunk"]
-    assert isinstance(config, Fields)
+    assert isinstance(config, ConfigRecord)
     stored = config[vector]
     assert isinstance(stored, bytes)
     config[vector] = stored[:-8]
@@ -407,7 +404,60 @@ def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
 def test_a_reply_that_lacks_a_vector_is_refused(vector: str) -> None:
     content = reply_of(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     config = content["chunk"]
-    assert isinstance(config, Fields)
+    assert isinstance(config, ConfigRecord)
     del config[vector]
     with pytest.raises(WireError, match="round 9"):
         unpack_result(content, LAYOUT)
+
+
+# --- between processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [None, torch.tensor([1, 2, 2, 1])])
+def test_what_is_shared_and_what_is_a_clients_own_come_together_again(
+    ranks: torch.Tensor | None,
+) -> None:
+    ask = Ask(replace(ORDER, clients=CLIENTS[1:3], first=1), everything(), apart=True)
+    ask = replace(ask, downlink=replace(everything(), ranks=ranks))
+    shared, part = pickle.loads(pickle.dumps((shared_of(ask), OwnPart.of(ask))))
+    assert not any(each.per_client for each in shared.own.named.values())
+    found = part.joined(shared)
+    assert_same(found.own, ask.own)
+    assert found.clients == [3, 5]
+    assert (found.own.ranks is None) == (ranks is None)
+    assert ranks is None or torch.equal(found.own.ranks, ranks[1:3])
+
+
+@pytest.mark.parametrize("reduce", [None, "uniform"])
+def test_an_answer_goes_to_another_process_as_it_is(
+    reduce: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree, "LARGE", 3)
+    request = replace(ORDER, reduce=reduce)
+    answer = answer_of(result(K), request, CLIENTS, LAYOUT, {7: "it broke"}, ["a note"])
+    found = pickle.loads(pickle.dumps(answer))
+    assert type(found) is type(answer) is kind_of(Ask(request))
+    assert (found.failures, found.notes, found.layout) == ({7: "it broke"}, ["a note"], LAYOUT)
+    assert torch.equal(found.numbers, answer.numbers)
+    assert all(torch.equal(found.vectors[n], each) for n, each in answer.vectors.items())
+
+
+@pytest.mark.parametrize("stage", ["keys", "masked"])
+def test_a_stage_comes_back_with_its_words_and_no_others(stage: str) -> None:
+    ask = Ask(ORDER, stage=Stage(stage, {}, {}))
+    words = torch.arange(8).to(torch.uint32).reshape(2, 4) if stage == "masked" else None
+    sent = Staged(
+        round_=9,
+        version=8,
+        clients=CLIENTS[:2],
+        stage=Stage(stage, {}, {2: {"a": [1]}}),
+        words=words,
+    )
+    records = write_answer(sent)
+    assert ("arrays" in records) == (words is not None)
+    found = checked(read_answer(records, ask), ask, Staged, Wanted(9, 8))
+    assert found.stage == sent.stage
+    assert (found.words is None) == (words is None)
+    assert words is None or torch.equal(found.words, words)
+    with pytest.raises(WireError, match=r"'staged'; .*'trained' is wanted"):
+        read_answer(records, Ask(ORDER))

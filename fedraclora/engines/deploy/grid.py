@@ -18,16 +18,21 @@ from fedraclora.engines.deploy.node_registry import NodeRegistry
 from fedraclora.engines.deploy.pulling import LOOKS, in_part, pulled
 from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
 from fedraclora.engines.post import PostedGrid
-from fedraclora.engines.records import folded, from_records, message_bytes, unfolded
+from fedraclora.engines.records import (
+    JOB,
+    add_weight_update,
+    folded,
+    message_bytes,
+    read_answer,
+    unfolded,
+)
 from fedraclora.engines.replies import FORMAT, STALE, UNREADABLE
 from fedraclora.errors import ClientError, WireError
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
+from fedraclora.wire.answers import Answer, Came, NoAnswer
+from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import printable, shown
-from fedraclora.wire.records import Content, Fields
-from fedraclora.wire.reply import read_answer
 from fedraclora.wire.together import Answered, join_asks, split_answer
-from fedraclora.wire.weight_update import add_weight_update
 
 Queues = dict[int, list[list[Ask]]]  # of each node the asks of each message that is to go there
 Reply = tuple[str, Message | NoAnswer]  # a reply, with the number of the message it answers
@@ -226,7 +231,7 @@ class DeployGrid(PostedGrid):
         """Write a message that brings its node's weights to the newest; ``whole``: all of them."""
         held, ask = self.registry.versions.get(node), join_asks(asks)
         update = self.history.since(None if whole else self.first if held is None else held)
-        more: Content = {"job": self.job()}
+        more = RecordDict({JOB: self.job()})
         add_weight_update(more, update)
         message = self.message(ask, node, more, seconds)
         message.content = self.wrapped(folded(message.content))
@@ -245,9 +250,9 @@ class DeployGrid(PostedGrid):
         waiting[name := self._push(new)] = new
         return name
 
-    def job(self) -> Fields:
+    def job(self) -> ConfigRecord:
         """Say what a client must know beside what it is asked."""
-        return Fields(run=self.run_id, format=FORMAT)
+        return ConfigRecord({"run": self.run_id, "format": FORMAT})
 
     def wrapped(self, content: RecordDict) -> RecordDict:
         """Put what is written of a message into the shape in which it is sent."""
@@ -302,7 +307,7 @@ class DeployGrid(PostedGrid):
 
     def answered(self, content: RecordDict, envelope: Envelope) -> Answer:
         """Read what a node answers, whose weights are those of the server."""
-        return read_answer(from_records(content), envelope.ask)
+        return read_answer(content, envelope.ask)
 
 
 def by_chunk(asks: Iterable[Ask], size: int) -> Iterator[tuple[int, list[Ask]]]:

@@ -7,7 +7,7 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
@@ -26,12 +26,8 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.downlink import AskWriter
-from fedraclora.wire.exchange import Answer, Ask, Came, NoAnswer
-from fedraclora.wire.records import Content
-from fedraclora.wire.reply import read_answer
-
-SHARED = ("config", "arrays")  # records that all messages of an exchange have in common
+from fedraclora.wire.answers import Answer, Came, NoAnswer
+from fedraclora.wire.exchange import Ask, OwnPart, shared_of
 
 
 class WorkerStateLike(Protocol):
@@ -39,20 +35,19 @@ class WorkerStateLike(Protocol):
 
     replica: Replica
 
-    def train(self, content: Content, stored: Tree) -> tuple[Content, Tree]:
-        """Answer a message; ``stored`` is what its clients hold, before and after."""
+    def train(self, ask: Ask, stored: Tree) -> tuple[Answer, Tree]:
+        """Answer an ask; ``stored`` is what its clients hold, before and after."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker gives back: the reply, or why there is none.
+    """What a worker gives back: the answer, or why there is none.
 
     ``stale``: its base weights could not be brought to the version that was asked for.
     """
 
-    content: Content | None = None
-    kept: Tree | None = None
-    error: NoAnswer | None = None
+    answer: Answer | NoAnswer = field(default_factory=lambda: NoAnswer("it has other weights"))
+    kept: Tree = field(default_factory=dict)
     stale: bool = False
 
 
@@ -74,34 +69,32 @@ class Resident:
         with importing("a Ray worker"):
             self.state = build(ray.get(parts[0]))
         gc.freeze()
-        self._shared: tuple[str, dict[str, Any]] = ("", {})
+        self._shared: tuple[str, Ask] | None = None
 
     def facts(self) -> dict[str, Any]:
         """Report what runs here."""
         own = {"node": platform.node(), "code": loaded_code(), "mark": self.state.replica.mark}
         return facts() | own
 
-    def train(
-        self, update: list[Any], shared: list[Any], rest: dict[str, Any], stored: Tree
-    ) -> Done:
-        """Update the base weights and answer a train message.
+    def train(self, update: list[Any], shared: list[Any], part: OwnPart, stored: Tree) -> Done:
+        """Update the base weights and answer an ask.
 
         Args:
             update: The reference of what brings them to the newest version.
-            shared: The reference of the records that all messages of the exchange share.
-            rest: The other records.
+            shared: The reference of what all clients of the exchange are asked.
+            part: The rest of the ask.
             stored: What the clients hold.
         """
         if not self.state.replica.follow(ray.get(update[0])):
             return Done(stale=True)
         key = shared[0].hex()
-        if self._shared[0] != key:  # read once, so that the worker unpacks it once
-            self._shared = (key, ray.get(shared[0]))
+        if self._shared is None or self._shared[0] != key:  # read once
+            self._shared = key, ray.get(shared[0])
         try:
-            content, left = self.state.train({**self._shared[1], **rest}, stored)
+            answer, left = self.state.train(part.joined(self._shared[1]), stored)
         except Exception as error:
-            return Done(error=NoAnswer.of(error))
-        return Done(content, left)
+            return Done(NoAnswer.of(error))
+        return Done(answer, left)
 
 
 class RayGrid(Grid):
@@ -221,18 +214,15 @@ class RayGrid(Grid):
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
         # The time is not heeded: engine.timeout is that of each chunk.
         found: list[tuple[Ask, Answer | NoAnswer]] = []
-        writer, shared = AskWriter(), dict[int, tuple[Content, Any]]()
+        shared = dict[int, tuple[object, Any]]()
 
         def submit(slot: WorkerSlot, ask: Ask) -> Any:
-            content = writer.write(ask)
-            key, common = id(content["arrays"]), {name: content[name] for name in SHARED}
-            if key not in shared:  # kept: else their id is given again
-                shared[key] = common, ray.put(common)
-            rest = {n: r for n, r in content.items() if n not in SHARED}
+            if (key := id(ask.downlink)) not in shared:  # kept: else its id is given again
+                shared[key] = ask.downlink, ray.put(shared_of(ask))
             stored = self.store.part(ask.clients, ask.request.round_)
             update = self._update(slot)
             slot.version = self.history.version
-            return slot.actor.train.remote([update], [shared[key][1]], rest, stored)
+            return slot.actor.train.remote([update], [shared[key][1]], OwnPart.of(ask), stored)
 
         left = [*asks]
         while left:
@@ -245,11 +235,9 @@ class RayGrid(Grid):
                     slot.version = None
                     again.append(ask)
                     continue
-                if done.error is not None:
-                    found.append((ask, done.error))
-                else:
+                if isinstance(done.answer, Answer):
                     self.store.absorb(done.kept)
-                    found.append((ask, read_answer(done.content, ask)))
+                found.append((ask, done.answer))
             left = again
         self.incidents += self.pool.incidents
         self.pool.incidents = []

@@ -88,19 +88,19 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "two rows": (numbers(lambda t: torch.cat([t, t])), "and 1 of each are wanted"),
     "another dtype": (numbers(torch.Tensor.double), "the numbers of the reply are torch.float64"),
     "whole numbers": (numbers(torch.Tensor.int), "the numbers of the reply are torch.int32"),
-    "another round": (header(round=1), "answered for round 1 from version 1"),
+    "another round": (header(round_=1), "answered for round 1 from version 1"),
     "another version": (header(version=0), "answered for round 2 from version 0"),
-    "another layout": (header(layout=[["w", [66]]]), "w (66,), wanted is fc1"),
-    "a sum": (header(reduced=True), "reduced=True"),
+    "another layout": (header(layout={"shapes": [["w", [66]]]}), "w (66,), wanted is fc1"),
+    "a sum": (header(**{"is": "summed"}), "the reply is 'summed'"),
     "another client": (vector("clients", 2), "the reply is of clients [2], but [1] were asked"),
     "two clients": (vector("clients", 1, 2), "and 2 of each are wanted"),
-    "another place": (lambda c: c["chunk"].__setitem__("first", 0), "the reply begins at place 0"),  # type: ignore[assignment]
-    "no header": (without("config"), "config, arrays and chunk are wanted"),
+    "another place": (header(first=0), "the reply begins at place 0"),
+    "no header": (without("config"), "ConfigRecord config is wanted"),
     "no JSON": (
         lambda c: c.__setitem__("config", ConfigRecord({"header": "{"})),
         "its reply is refused",
     ),
-    "no numbers": (without("arrays"), "config, arrays and chunk are wanted"),
+    "no numbers": (without("arrays"), "no numbers of pieces/0"),
     "other weights": (proof, "it trained on weights of version and fingerprint (1, '123')"),
     "no proof": (without("job"), "it trained on weights of version and fingerprint (None, None)"),
     "negative samples": (vector("samples", -5), "the reply says [-5] samples; 1 to 10000000"),
@@ -111,7 +111,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
         "the reply says [9221120237041090560] samples",
     ),
     "negative steps": (vector("steps", -1), "the reply says [-1] steps"),
-    "a refusal of another": (header(refused=[[2, "so there"]]), "the reply is of clients [1, 2]"),
+    "a failure of another": (header(failures={"2": "so"}), "the reply is of clients [1, 2]"),
 }
 
 

@@ -19,9 +19,8 @@ from typing_extensions import override
 from fedraclora.clients import node as client_node
 from fedraclora.clients.respond import respond
 from fedraclora.compose.overrides import composed
-from fedraclora.engines.records import folded, from_records, unfolded
+from fedraclora.engines.records import clients_of, folded, unfolded
 from fedraclora.strategies.server_app import app as server_app
-from fedraclora.wire.records import clients_of
 from tests.messages import FakeGrid
 
 SMALL = [
@@ -174,5 +173,5 @@ def rows(folder: Path) -> list[dict[str, object]]:
 
 def client(message: Message) -> int:
     """Whom a train message is for."""
-    (found,) = clients_of(from_records(message.content))
+    (found,) = clients_of(message.content)
     return found

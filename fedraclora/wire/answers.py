@@ -1,0 +1,240 @@
+"""Answers as data: what clients trained, sums of that, a stage of a secure sum, what they measured.
+
+Each is a dataclass with the fields of its kind. In one process and between Ray's workers it travels
+as it is; Flower's records are made of it in `fedraclora.engines.records`, by the codec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import torch
+from typing_extensions import override
+
+from fedraclora.codec import join, split
+from fedraclora.errors import OF_THE_RUN
+from fedraclora.protocol.coding import NONE
+from fedraclora.protocol.named import Named
+from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.uplinks import Refusal
+from fedraclora.tree import Layout, Tree, to_numpy
+from fedraclora.wire.exchange import Ask, Stage
+
+# What has one value for each client, and its type; named alike in asks and answers.
+VECTORS = {
+    "clients": torch.int64,
+    "places": torch.int64,
+    "ranks": torch.int64,
+    "samples": torch.int64,
+    "sizes": torch.int64,
+    "steps": torch.int64,
+    "losses": torch.float64,
+    "rounding": torch.float64,
+    "metrics": torch.float64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Named):
+    """What came back from the clients of an ask.
+
+    Attributes:
+        round_: The round that is answered.
+        version: Version of the base weights from which the clients went.
+        clients: Ids of the clients whose work is here, int64 [k].
+        failures: Why a client has done nothing, by id.
+        notes: Sentences for the ledger.
+        payload: Where the codec finds its large tensor.
+    """
+
+    payload: ClassVar[str] = ""
+
+    round_: int
+    version: int
+    clients: torch.Tensor
+    failures: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """What has one value per client."""
+        each = {name: value for name, value in vars(self).items() if name in VECTORS}
+        return {n: v for n, v in each.items() if isinstance(v, torch.Tensor)}
+
+    def select(self, kept: torch.Tensor) -> Self:
+        """Keep some of the clients, bool [k], in everything but their numbers."""
+        found: dict[str, Any] = {name: each[kept] for name, each in self.vectors.items()}
+        return replace(self, **found)
+
+    def packed(self) -> Self:
+        """Return it as it is written: its numbers in one tensor."""
+        return self
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Be pickled as numpy arrays, which go to other processes with one copy."""
+        tensors, plain = split(self.packed())
+        return _from_arrays, ({name: to_numpy(t) for name, t in tensors.items()}, plain)
+
+
+def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> Answer:
+    # Copied into memory of torch's own: that of Ray is not to be written to.
+    return join(Answer, {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, plain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worked(Answer):
+    """An answer with numbers of clients that used their samples.
+
+    Attributes:
+        first: Place of the first client that was asked in the cohort.
+        samples, steps: How many samples each has, and local steps it took, int64 [k].
+        pieces: The columns of `numbers`, side by side: in one process large tensors stay where
+            they were trained.
+        layout: What each client sends.
+    """
+
+    payload: ClassVar[str] = "pieces/0"
+
+    first: int
+    samples: torch.Tensor
+    steps: torch.Tensor
+    pieces: tuple[torch.Tensor, ...]
+    layout: Layout = Layout(())  # noqa: RUF009
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """All their numbers in one tensor; see the kind of answer for its shape."""
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=-1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `numbers`, which are not joined for it."""
+        *lead, last = (piece.shape for piece in self.pieces)
+        return (*last[:-1], sum(piece[-1] for piece in (*lead, last))) if last else ()
+
+    @override
+    def packed(self) -> Self:
+        return self if len(self.pieces) == 1 else replace(self, pieces=(self.numbers,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromTraining(Worked):
+    """An answer of clients that trained.
+
+    Attributes:
+        losses: Mean training loss of each, float64 [k].
+        rounding: What rounding added to the change of each client, relative to it, float64 [k];
+            None where numbers are sent as they are.
+        metrics: What a user's training function says of its training, float64 [k] by name; NaN
+            where it does not.
+    """
+
+    losses: torch.Tensor
+    rounding: torch.Tensor | None = None
+    metrics: Tree = field(default_factory=dict)
+
+    @override
+    def select(self, kept: torch.Tensor) -> Self:
+        told = {name: metric[kept] for name, metric in self.metrics.items()}
+        return replace(super().select(kept), metrics=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(FromTraining):
+    """What each client trained: rows [k, P]; under rank budgets what is left of them, end to end.
+
+    Attributes:
+        sizes: How many bytes each client sent, int64 [k]; None where they are not coded.
+    """
+
+    name = "trained"
+
+    sizes: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summed(FromTraining):
+    """Weighted sums of what clients trained: float64 [blocks, P], of the blocks of a chunk.
+
+    Attributes:
+        refused: Clients that the sums leave out, because their numbers cannot be used.
+    """
+
+    name = "summed"
+
+    refused: list[Refusal] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Worked):
+    """What each client measured: float64 rows [k, P] of sums over its samples."""
+
+    name = "measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged(Answer):
+    """What clients say in a stage of a secure sum.
+
+    Attributes:
+        stage: What each says, by id.
+        words: Their masked vectors, uint32 [k, P + 2]; None in a stage that has none.
+    """
+
+    name = "staged"
+    payload: ClassVar[str] = "words"
+
+    stage: Stage
+    words: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """Why all the clients that were asked together have no answer.
+
+    Attributes:
+        reason: In words.
+        of_the_run: Whether they met what no client is to blame for.
+    """
+
+    reason: str
+    of_the_run: bool = False
+
+    @classmethod
+    def of(cls, raised: Exception) -> NoAnswer:
+        """Say what was raised where clients were to be trained."""
+        reason = f"{type(raised).__name__}: {raised}"
+        return cls(reason, isinstance(raised, OF_THE_RUN))
+
+
+Came = Iterable[tuple[Ask, Answer | NoAnswer]]  # what came, each with what it answers
+
+
+def kind_of(ask: Ask) -> type[Answer]:
+    """Return which kind of answer is one to an ask."""
+    if ask.stage is not None:
+        return Staged
+    if ask.request.measure is not None:
+        return Measured
+    return Trained if ask.request.reduce is None else Summed
+
+
+def of_nobody(ask: Ask, failures: Mapping[int, str]) -> Answer:
+    """Answer an ask of whose clients every one has failed, and why."""
+    request, none = ask.request, torch.zeros(0, dtype=torch.int64)
+    said: dict[str, Any] = {"round_": request.round_, "version": request.version, "clients": none}
+    said |= {"failures": dict(failures)}
+    if ask.stage is not None:
+        return Staged(**said, stage=Stage(ask.stage.name, {}, {}))
+    said |= {"first": request.first, "samples": none, "steps": none}
+    said |= {"pieces": (torch.zeros(0, 0).double(),)}
+    if request.measure is not None:
+        return Measured(**said)
+    said |= {"losses": none.double(), "rounding": None if request.uplink == FULL else none.double()}
+    if request.reduce is not None:
+        return Summed(**said)
+    return Trained(**said, sizes=None if request.coding == NONE else none)

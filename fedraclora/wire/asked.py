@@ -1,0 +1,144 @@
+"""What an ask that came in a message must be, beside what its types say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+
+from fedraclora.errors import WireError
+from fedraclora.protocol.coding import NONE, ZSTD
+from fedraclora.protocol.cohorts import WEIGHTINGS
+from fedraclora.protocol.factor import Factor
+from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.sketch import SketchSpec
+from fedraclora.wire.exchange import TrainRequest
+from fedraclora.wire.fields import real, shape_of, shown, whole
+
+WEIGHTS = (None, *WEIGHTINGS)
+WHEN = (None, "before", "after")
+
+
+def check_kind(value: object, what: str) -> str:
+    """Take how numbers travel.
+
+    Raises:
+        WireError: If it is none of the kinds.
+    """
+    if value not in (FULL, *ROUNDED):
+        raise WireError(f"{what} is {shown(value)}; one of {(FULL, *ROUNDED)} is wanted")
+    return str(value)
+
+
+def check_request(request: TrainRequest) -> TrainRequest:
+    """Reject what the types of a request do not.
+
+    Raises:
+        WireError: Naming the field, what came and what was wanted.
+    """
+    clients, places = request.clients, request.places
+    if not len(clients) or (clients < 0).any() or (clients.diff() <= 0).any():
+        raise WireError(
+            f"a message is for the clients {shown(clients.tolist())}; ids from 0 on in ascending "
+            "order are wanted"
+        )
+    if places is not None and not (
+        len(places) == len(clients) and places[0] == request.first and (places.diff() > 0).all()
+    ):
+        raise WireError(
+            f"the places of {len(clients)} clients in the cohort are {shown(places.tolist())}; one "
+            f"for each, from {request.first} on in ascending order, is wanted"
+        )
+    for name, value, wanted in (
+        ("reduce", request.reduce, WEIGHTS),
+        ("measure", request.measure, WHEN),
+        ("coding", request.coding, (NONE, ZSTD)),
+    ):
+        if value not in wanted:
+            raise WireError(f"{name} is {shown(value)}; one of {wanted} is wanted")
+    if request.clip is not None and not real(request.clip, "clip") > 0:
+        raise WireError(f"clip is {shown(request.clip)}; a positive number is wanted")
+    check_kind(request.uplink, "uplink")
+    whole(request.round_, "its round")
+    whole(request.version, "its version")
+    return request
+
+
+def ranks_of(ranks: torch.Tensor, clients: int) -> torch.Tensor:
+    """Read the rank budgets of the clients of a message (`rank_budgets.spans`).
+
+    Raises:
+        WireError: If they are none.
+    """
+    if len(ranks) == clients and (ranks > 0).all():
+        return ranks
+    pairs = ranks.reshape(-1, 2) if len(ranks) == 2 * clients else ranks.new_zeros(1, 2)
+    if not ((pairs[:, 0] >= 0) & (pairs[:, 0] < pairs[:, 1])).all():
+        raise WireError(
+            f"the rank budgets of {clients} clients are {shown(ranks.tolist())}; for each a number "
+            "from 1 on, or the first component and the one after the last, is wanted"
+        )
+    return pairs
+
+
+def check_downlink(downlink: Downlink, own: Collection[str]) -> None:
+    """Reject what the types of a downlink that came in a message do not; ``own``: one per client.
+
+    Raises:
+        WireError: Naming the field, what came and what was wanted.
+    """
+    _check(downlink)
+    for key, each in downlink.named.items():
+        _check_factor(key, each, key in own)
+        if key in downlink.dense and not each.trained:
+            raise WireError(f"{key} is frozen; of no adapter, only what is trained is sent")
+
+
+def _check(downlink: Downlink) -> None:
+    """Reject what types do not."""
+    whole(downlink.link, "its link")
+    downlink.program.check(downlink)
+    slots = downlink.trained()
+    for extra, tree in downlink.extras.items():
+        for name, value in tree.items():
+            if name not in slots or tuple(value.shape) != slots[name].shape:
+                raise WireError(
+                    f"the extra {extra} of a message names {name}, but no tensor of that name and "
+                    "shape is trained"
+                )
+
+
+def _check_sketch(first: SketchSpec, count: int, what: str) -> None:
+    whole(first.seed, f"the seed of {what}")
+    whole(count, f"the number of parts of {what}", 1, max(1, first.dim // first.rank))
+
+
+def _check_factor(key: str, factor: Factor, own: bool) -> None:
+    """Reject what a factor or tensor says of itself that does not fit.
+
+    Args:
+        key: Its name.
+        factor: As it was read.
+        own: Whether its numbers are one for each client.
+    """
+    numbers, drawing, C = factor.numbers, factor.sketch, factor.coefficients
+    shape = shape_of([*factor.shape], f"the shape of {key}")
+    said = (numbers is not None) + (drawing is not None)
+    if said > 1 or (not said and not factor.trained) or (C is not None and drawing is None):
+        raise WireError(f"{key} is to be numbers, a drawing or trained from zero, one of these")
+    if drawing is not None:
+        _check_sketch(drawing, factor.count, key)
+    if C is not None and drawing is not None:
+        if C.dtype != torch.float64 or C.dim() != 2:
+            raise WireError(f"the coefficients of {key} are no matrix of float64")
+        if not len(C) <= drawing.dim or C.shape[1] <= drawing.rank:
+            raise WireError(
+                f"the coefficients of {key} have the shape {tuple(C.shape)}; a row for each "
+                f"component, and more columns than the {drawing.rank} of its drawing, are wanted"
+            )
+    inferred = replace(factor, trained=False, shape=())
+    found = inferred.shape if numbers is None else tuple(numbers.shape[own:])
+    if (said and found != shape) or (not factor.trained and len(shape) != 2):
+        raise WireError(f"{key} is to be of the shape {shape}, but came in the shape {found}")
