@@ -152,7 +152,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     def initial_state(self) -> State:
         base = self.initial_weights
         state = self.method.initial_state(base, self.plan, self.draw)
-        name, server = self.config.chosen("method"), self.config.server_optimiser
+        name, server = self.config.choices["method"], self.config.server_optimiser
         self.initial_state = state  # of which the first downlink is made
         first = self.first_downlink
         moved = any(state.base[name] is not weight for name, weight in base.items())

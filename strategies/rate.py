@@ -92,7 +92,7 @@ def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
     sketch = f"{kind} of " if (kind := getattr(config.method, "sketch", None)) else ""
     ranks = {f.shape[1] for a in downlink.adapters.values() for f in [*a.factors.values()][:1]}
     return rate, (
-        f"{config.chosen('method')}, {sketch}rank {', '.join(map(str, sorted(ranks)))}, under "
+        f"{config.choices['method']}, {sketch}rank {', '.join(map(str, sorted(ranks)))}, under "
         f"{config.local.optimiser}, {steps:g} steps a round"
     )
 

@@ -21,7 +21,7 @@ from fedraclora.config.build import (
 from fedraclora.config.run_config import TaskConfig
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.data.task import Task
-from fedraclora.objects import lend, named_by
+from fedraclora.objects import lend
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.named import Named, of_main
@@ -80,9 +80,8 @@ class TaskBuilder:
     def __reduce__(self) -> tuple[Callable[..., TaskBuilder], tuple[object, ...]]:
         """Give what another process makes its builder of."""
         config = self.config
-        own = {"local": config.plain.get("local")}
-        own |= {key: config.data.get(key) for key in ("loss", "metrics")}
-        return _arrived, (config, self.built, self.plan, named_by(own), trusted(), of_main())
+        lent = config.lent_to_clients
+        return _arrived, (config, self.built, self.plan, lent, trusted(), of_main())
 
 
 def _arrived(

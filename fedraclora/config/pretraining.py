@@ -28,7 +28,7 @@ def pretrain_model(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -
             f"model.base is {config.model['base']}, whose weights are frozen, but pretrain "
             "trains them: set pretrain=none, or model.base=float32"
         )
-    if whole.aside is None and config.chosen("pretrain") == "aside":
+    if whole.aside is None and config.choices["pretrain"] == "aside":
         raise ConfigError(
             "pretrain=aside trains on samples that the data set sets aside, and "
             f"data={config.data['name']} sets none aside: set data.aside where it has that key, or "

@@ -11,7 +11,8 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
-from typing import Annotated
+from functools import cached_property
+from typing import Annotated, Any
 
 from fedraclora.aggregation.base import Aggregator
 from fedraclora.aggregation.robust import AGGREGATORS
@@ -34,7 +35,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
 from fedraclora.limits import Count, Fraction, Limit, Limited, OneOf, Whole, later_keys
 from fedraclora.models import MODELS
-from fedraclora.objects import NAME, is_named, lent
+from fedraclora.objects import NAME, is_named, lent, named_by
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS, share_of
@@ -120,7 +121,7 @@ class TaskConfig(Limited):
     """What every process that trains clients must know: data, model and local training.
 
     Attributes:
-        plain: The dict this was read from.
+        plain: The dict this was read from, for ``config.yaml``, digests and titles alone.
         data, partition, model: Tables' rows and their arguments.
         local, engine, pretrain: Settings.
         attack: What some clients do to harm the run, in a simulation.
@@ -167,9 +168,17 @@ class TaskConfig(Limited):
     max_failures: Whole = 0
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
-    def chosen(self, group: str) -> str:
-        """Name what was chosen of a group, for messages: ``relora``, whose class has many names."""
-        return str(section(self.plain, group).get("name"))
+    @cached_property
+    def choices(self) -> Mapping[str, str]:
+        """What was chosen of each group: ``relora``, whose class has many names."""
+        groups = {key: group for key, group in self.plain.items() if isinstance(group, Mapping)}
+        return {key: str(group["name"]) for key, group in groups.items() if "name" in group}
+
+    @property
+    def lent_to_clients(self) -> dict[str, Any]:
+        """What a Python program has lent that clients train with, by its name in the config."""
+        judges = {key: self.data.get(key) for key in ("loss", "metrics")}
+        return named_by({"local": self.plain.get("local"), **judges})
 
     @property
     def veiled(self) -> bool:
@@ -224,7 +233,7 @@ class RunConfig(TaskConfig):
     @property
     def digested(self) -> dict[str, object]:
         """The part of the config that decides the result."""
-        return digested(self.plain, {self.chosen("method"): type(self.method)})
+        return digested(self.plain, {self.choices["method"]: type(self.method)})
 
 
 # Groups that choose a row of a table: those that are called at once, and those that wait for data.

@@ -228,7 +228,7 @@ def refuse_misfits(config: RunConfig) -> None:
         ConfigError: Naming the key, and what to set.
     """
     private = "local.dp" if config.local.extra_of(SampleLevel) else ""
-    both = config.chosen("privacy") != "none" and isinstance(config.secure, SecAgg)
+    both = config.choices["privacy"] != "none" and isinstance(config.secure, SecAgg)
     private = "privacy beside secure=secagg" if both else private
     if config.evaluate.by_clients and private:
         raise ConfigError(
@@ -242,7 +242,7 @@ def refuse_misfits(config: RunConfig) -> None:
             f"clients_per_round is {asked}, but there are only {clients} clients; "
             "lower clients_per_round or raise clients"
         )
-    if config.chosen("local") == "own" and config.local.train is None:
+    if config.choices["local"] == "own" and config.local.train is None:
         raise ConfigError(
             "local is own, and local.train names no training function: set local.train=module:name "
             "(in Python fedraclora.simulate(train=function))"

@@ -74,13 +74,14 @@ def refusal(**changes: Any) -> str:
 
 
 def test_what_was_checked_is_read_and_no_dict_beside_it() -> None:
-    """The dict of a checked config is for files, digests and messages; its names are `chosen`."""
+    """The dict of a checked config is for files, digests and messages; its names are `choices`."""
     root = Path(__file__).resolve().parents[2]
-    raw = re.compile(r"section\((\w+\.)*(config|c)\.plain")
+    raw = re.compile(r"section\((\w+\.)*(config|c)\.plain|\b(config|c)\.plain(\[|\.get)")
     rooms = ("fedraclora", "strategies", "clients", "experiments")
     files = [file for room in rooms for file in (root / room).rglob("*.py")]
     assert [str(file) for file in files if raw.search(file.read_text())] == []
     assert raw.search('str(section(config.plain, "method").get("name"))')
+    assert raw.search('config.plain["local"]')
 
 
 # --- the whole -----------------------------------------------------------------------------------

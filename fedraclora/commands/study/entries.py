@@ -171,7 +171,7 @@ def dropped(study: Study, done: Done) -> list[str]:
         good = mean_score(study, row, value, done)
         if config is not None and math.isfinite(good):
             sent = Spread.of(map(traffic, lines))
-            groups.setdefault(config.chosen("method"), {})[row] = good, -sent.mean
+            groups.setdefault(config.choices["method"], {})[row] = good, -sent.mean
     return [
         row
         for found in groups.values()
