@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid as FlowerGrid
 from flwr.serverapp import ServerApp
-from typing_extensions import override
 
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig
@@ -23,16 +22,12 @@ from fedraclora.engines.base import Engine, Grid
 from fedraclora.engines.deploy.grid import DeployGrid
 from fedraclora.engines.deploy.pulling import pull_in_time
 from fedraclora.errors import ConfigError
-from fedraclora.run.callback import Begin, Callback
+from fedraclora.run.events import EventRecord
 from fedraclora.run.folder import run_id
-from fedraclora.run.ledger import Row
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.runner import execute
 from fedraclora.weights.update import WeightHistory
-
-# How lines of the log begin that a program reads.
-ROW, SUMMARY, OPENING = "fedraclora-row ", "fedraclora-summary ", "fedraclora-opening "
 
 app = ServerApp()
 
@@ -51,8 +46,8 @@ def main(grid: FlowerGrid, context: Context) -> None:
     known, shared = not config.pretrain.epochs, config.output.shared
     settings = settings_of(config)
     engine = on_hosts(grid, settings, folder, known=known, shared=shared, ended=ended)
-    run = RunBuilder(config, folder, resume=resume, engine=engine, callbacks=[LogLines()])
-    write_line(SUMMARY, execute(run).summary)
+    run = RunBuilder(config, folder, resume=resume, engine=engine, callbacks=[EventRecord()])
+    execute(run)
 
 
 def on_hosts(
@@ -132,20 +127,3 @@ def settings_of(config: RunConfig) -> DeployConfig:
             "engine out"
         )
     return config.engine
-
-
-class LogLines(Callback):
-    """Writes the log lines by which `fedraclora deploy` follows a run."""
-
-    @override
-    def begin(self, run: Begin) -> None:
-        write_line(OPENING, run.facts)
-
-    @override
-    def row(self, row: Row) -> None:
-        write_line(ROW, row)
-
-
-def write_line(mark: str, value: Mapping[str, object]) -> None:
-    """Write JSON as one line of what Flower streams to its user."""
-    print(mark + json.dumps(value, default=str), flush=True)  # noqa: T201

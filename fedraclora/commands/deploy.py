@@ -9,7 +9,6 @@ of simulate. The status is that of the run.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -33,9 +32,9 @@ from fedraclora.errors import ConfigError, EngineError
 from fedraclora.launch import choose
 from fedraclora.run.callback import method_label, run_title
 from fedraclora.run.digests import PATHS
+from fedraclora.run.events import ROW, SUMMARY, Event
 from fedraclora.run.folder import alone, amend, begin_folder, refuse_existing, write_summary
 from fedraclora.run.ledger import Ledger
-from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 from fedraclora.temporary import PrivateFolder
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
@@ -179,19 +178,18 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
         progress.say(f"run {number} at connection {connection.name}")
         try:
             for line in lines_of(connection, number):
-                if line.startswith(ROW):
-                    row = json.loads(line.removeprefix(ROW))
-                    progress.row(row)
-                    if record is not None:
-                        record.take(row)
-                elif line.startswith(SUMMARY):
-                    summary = json.loads(line.removeprefix(SUMMARY))
-                elif line.startswith(OPENING):
-                    if not opened:  # a stream that broke begins anew
-                        opened = True
-                        progress.open(json.loads(line.removeprefix(OPENING)))
-                else:
+                event = Event.read(line)
+                if event is None:
                     tail.append(line)
+                elif event.kind == ROW:
+                    progress.row(event.value)
+                    if record is not None:
+                        record.take(event.value)
+                elif event.kind == SUMMARY:
+                    summary = event.value
+                elif not opened:  # a stream that broke begins anew
+                    opened = True
+                    progress.open(event.value)
         except KeyboardInterrupt:
             progress.stopping(f"run {number}")
             connection.stop(number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,11 +20,11 @@ from fedraclora.engines.deploy import control
 from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
+from fedraclora.run.events import OPENING, ROW, SUMMARY, Event
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.facts import facts_of
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.server_app import OPENING, ROW, SUMMARY
 from tests.common import assemble, summary_of
 
 SMALL = ["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[6]", "output=study"]
@@ -172,8 +171,8 @@ class Elsewhere(Connection):
         self.stopped.append(run)
 
 
-def line(mark: str, value: object) -> str:
-    return f"{mark}{json.dumps(value)}\n"
+def line(kind: str, value: dict[str, object]) -> str:
+    return Event(kind, value).line
 
 
 LINES = [line(ROW, row) for row in ROWS]

@@ -239,7 +239,7 @@ def test_a_server_that_goes_on_from_a_checkpoint_takes_clients_back_with_it(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedraclora.strategies.server_app.LogLines.row", stop)
+        patch.setattr("fedraclora.run.events.EventRecord.row", stop)
         with pytest.raises(KeyboardInterrupt):
             deploy(words, cut, network)
     held = read_stored_replica(file_of(network, cut, 0))

@@ -1,0 +1,70 @@
+"""The record of what happens in a run, for a program that follows it from elsewhere.
+
+Each event is one line of JSON in what the server prints: Flower's streams of a log are the only way
+from a server to whoever has started a run there. Other lines of the log are none of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from fedraclora.binding import PlainDict
+from fedraclora.run.callback import Begin, Callback
+from fedraclora.run.ledger import Row
+
+MARK = "fedraclora-event "  # how a line begins that is one
+OPENING, ROW, SUMMARY = "opening", "row", "summary"
+
+
+@dataclass(frozen=True)
+class Event:
+    r"""Something that happened in a run.
+
+    Attributes:
+        kind: ``opening`` (what the run begins with: `Begin.facts`), ``row`` (a row of the ledger)
+            or ``summary`` (the final figures).
+        value: That, as values of JSON.
+
+    Example:
+        >>> Event.read(Event("row", {"round": 1}).line)
+        Event(kind='row', value={'round': 1})
+        >>> Event.read("INFO: another line\n") is None
+        True
+    """
+
+    kind: str
+    value: PlainDict
+
+    @property
+    def line(self) -> str:
+        """The line that says it."""
+        return f"{MARK}{json.dumps(vars(self), default=str)}\n"
+
+    @classmethod
+    def read(cls, line: str) -> Event | None:
+        """Read a line of a log; None: it is no event."""
+        return cls(**json.loads(line.removeprefix(MARK))) if line.startswith(MARK) else None
+
+
+class EventRecord(Callback):
+    """Prints the events of a run."""
+
+    @override
+    def begin(self, run: Begin) -> None:
+        self._write(OPENING, run.facts)
+
+    @override
+    def row(self, row: Row) -> None:
+        self._write(ROW, row)
+
+    @override
+    def end(self, summary: Mapping[str, object], *, failed: bool) -> None:
+        if not failed:
+            self._write(SUMMARY, summary)
+
+    def _write(self, kind: str, value: Mapping[str, object]) -> None:
+        print(Event(kind, dict(value)).line, end="", flush=True)  # noqa: T201
