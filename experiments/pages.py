@@ -6,7 +6,8 @@ A page holds ``<!-- table NAME/table.md -->`` or ``<!-- table NAME/budgets.md: C
 where NAME is a folder of ``experiments/results``, or, for one column of several studies side by
 side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. ``<!-- board NAME -->`` is the
 leaderboard of a study, with its figure, ``<!-- methods -->`` what the docstrings of the methods
-say, with their traits, ``<!-- bench -->`` all tables of the benchmark,
+say, with their traits, ``<!-- features -->`` what parts of a run declare that they do not go with,
+``<!-- bench -->`` all tables of the benchmark,
 ``<!-- bench WORKLOAD, WORKLOAD -->`` some, and ``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->`` some
 of their rows side by side. What stands between such a line and the next ``<!-- end -->`` is made
 here. A column is named by how its title begins; ± is added where a column ``std`` follows. A test
@@ -22,10 +23,12 @@ from functools import cache
 from pathlib import Path
 from string import Template
 
+import fedraclora.strategies.steps  # noqa: F401  which declare features
 from fedraclora.binding import bind
 from fedraclora.commands import RESULTS
 from fedraclora.commands.cli import USAGE
 from fedraclora.commands.study.entries import DEVIATION, docstring, is_unverified
+from fedraclora.compatibility import KNOWN
 from fedraclora.compose.choices import choice, groups, sections
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.table import side_by_side, tables
@@ -42,7 +45,7 @@ PER_MATRIX = re.compile(" numbers per matrix( and client)?")  # once on the page
 TITLE = re.compile(r"\*[^*]+\*, ")  # of a paper, which the docstring has, too
 ARXIV = re.compile(r"(?:arXiv )?(\d{4}\.\d{5})")
 BLOCK = re.compile(
-    r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench)(?P<words>.*?) -->\n)"
+    r"(?P<head><!-- (?P<kind>table|beside|board|methods|features|bench)(?P<words>.*?) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -65,6 +68,8 @@ def _made(found: re.Match[str], results: Path) -> str:
     head, *rest = [part.strip() for part in found["words"].split(": ")]
     if found["kind"] == "methods":
         return methods()
+    if found["kind"] == "features":
+        return features()
     if found["kind"] == "board":
         return board(head, results)
     if found["kind"] == "bench":
@@ -119,6 +124,24 @@ def _title(row: Mapping[str, str], column: str) -> str:
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
+
+
+def features() -> str:
+    """List the pairs that do not go together, by what declares them, and what to take instead."""
+    rows = []
+    for name, feature in sorted(KNOWN.items()):
+        pairs = [*feature.avoids.items()]
+        pairs += [(f"a run without {beside}", why) for beside, why in feature.requires.items()]
+        for k, (beside, why) in enumerate(pairs):
+            rows.append((name if k == 0 else "", beside, why))
+    wanted = {beside for feature in KNOWN.values() for beside in feature.avoids}
+    used = [name for name in sorted(KNOWN) if KNOWN[name].avoids or name in wanted]
+    instead = [(name, KNOWN[name].instead) for name in used]
+    tables = (
+        Table(("what", "does not go with", "since"), tuple(rows), (), texts=3),
+        Table(("in the place of", "take"), tuple(instead), (), texts=2),
+    )
+    return "\n".join(table.markdown() for table in tables)
 
 
 def board(name: str, results: Path) -> str:

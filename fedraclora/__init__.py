@@ -23,11 +23,13 @@ if TYPE_CHECKING:
         simulate,
         tune,
     )
+    from fedraclora.compatibility import Feature
     from fedraclora.protocol.program import ClientProgram
 
 __all__ = [
     "Callback",
     "ClientProgram",
+    "Feature",
     "Metric",
     "RoundStep",
     "RunResult",
@@ -41,6 +43,7 @@ __all__ = [
 HOMES = {
     "Callback": "fedraclora.run.callback",
     "ClientProgram": "fedraclora.protocol.program",
+    "Feature": "fedraclora.compatibility",
     "RoundStep": "fedraclora.strategies.server.round_step",
 }
 

@@ -33,6 +33,7 @@ from torch import nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Chance, Count, Fraction, Limited, OneOf, Positive
@@ -59,6 +60,21 @@ def snip(values: Tree, gradients: Tree) -> float:
 
 PROXIES: dict[str, Callable[[Tree, Tree], float]] = {"grad_norm": gradient_norm, "snip": snip}
 SYNFLOW = "synflow"  # without data: `fedraclora.allocation`
+ALLOCATED = Feature(
+    "an allocation of ranks",
+    instead="allocation=none",
+    avoids={"system.rank_budget": "a budget is a share of the one rank of all layers"},
+)
+CHOOSES_LAYERS = Feature(
+    "allocation=heterolora",
+    instead="allocation=none",
+    avoids={
+        "a method with a pool of sketches": "pools have a part of every layer for each link",
+        "a method of which a part stays at each client": (
+            "what clients keep of a layer that is left out would be forgotten"
+        ),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,8 @@ class Uniform(Limited, group="allocation"):
     name: ClassVar[str] = "none"
 
 
+@ALLOCATED
+@CHOOSES_LAYERS
 @dataclass(frozen=True)
 class HeteroLora(Uniform):
     """HeteroLoRA: clients send gradients, and the layers of highest score alone are adapted.
@@ -119,6 +137,7 @@ class HeteroLora(Uniform):
         return [name for name in scores if name in best]
 
 
+@ALLOCATED
 @dataclass(frozen=True)
 class AdaLora(Uniform):
     """AdaLoRA: components are cut by importance, under a budget that falls with the rounds.

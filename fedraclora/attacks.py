@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.data.clients import ChangedClients, ClientData
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
@@ -78,6 +79,14 @@ class Attack(Limited, group="attack"):
         """Replace attackers' rows once they have agreed: float64 [K, P]; attackers are bool [K]."""
         return rows
 
+    @Feature("an attack", instead="attack=none")
+    def _attacks(self) -> str:
+        return f"attack={self.name}" if self.share > 0 else ""
+
+    @Feature("an attack whose clients collude", instead="another attack")
+    def _colludes(self) -> str:
+        return f"attack={self.name}" if self.colludes else ""
+
 
 @dataclass(frozen=True)
 class SignFlip(Attack):
@@ -120,6 +129,7 @@ class ScaledNoise(Attack):
         return noise
 
 
+@Feature("attack=label_flip", instead="another attack")
 @dataclass(frozen=True)
 class LabelFlip(Attack):
     """Attackers train on flipped labels: class c of C is called C - 1 - c."""

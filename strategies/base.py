@@ -69,7 +69,6 @@ class FedStrategy:
         self.draw = run.draw
         self.replica, self.recorder, self.callbacks = replica, recorder, Callbacks(callbacks)
         self.measuring = run.measuring
-        self.devices.check(self.method)
         self.parameters = {} if model is None else dict(model.named_parameters())
         self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed, self.loop.feedback)
         self.steps = RoundSteps(steps, run, state)

@@ -30,12 +30,22 @@ import torch
 from typing_extensions import override
 
 from fedraclora.codec import join, split
+from fedraclora.compatibility import conflict
 from fedraclora.devices.asynchronous import AsyncClock, AsyncStep, PendingClient
+from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Cohort, Downlink, Link, Method, State
+from fedraclora.protocol.method import (
+    BEYOND_WEIGHTS,
+    OTHER_LAYOUT,
+    Cohort,
+    Downlink,
+    Link,
+    Method,
+    State,
+)
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.exchange import Exchange
@@ -229,12 +239,7 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
 def _check_late(late: list[list[Batch]], state: State) -> None:
     """Reject replies to older downlinks where these depended on more than the weights."""
     if late and state.depends_on_past:
-        raise ConfigError(
-            "a reply to an older downlink came (system.buffer), but what this method carries from "
-            "round to round, or takes from the last link, has changed since; take a method that "
-            "merges in every round and carries nothing (fed_rac_lora with method.merge_every=1) "
-            "or never merges (null)"
-        )
+        raise conflict(SystemConfig, BEYOND_WEIGHTS)
 
 
 def _closed(
@@ -243,11 +248,7 @@ def _closed(
     """Close a round for replies in the same coordinates: start + their discounted changes."""
     layout = sent.layout
     if any(batch.sent.layout != layout for batch in group):
-        raise ConfigError(
-            "system.buffer is set, but what this method trains changes from round to round, so "
-            "that a late reply does not fit the round in which it comes; take another method, or "
-            "system.buffer=null"
-        )
+        raise conflict(SystemConfig, OTHER_LAYOUT)
     rows = torch.cat([batch.rows for batch in group])
     late = torch.cat([torch.full((len(b.flights),), float(round_ - b.round_)) for b in group])
     weights = torch.cat([batch.weights for batch in group]) / (1 + late.double()).sqrt()

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.limits import Limited
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Draw
@@ -63,6 +64,30 @@ class Aggregator(Limited, group="aggregator"):
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         """Turn the clients' uploads into what the method sees."""
 
+    @Feature("another aggregator than mean", instead="aggregator=mean")
+    def _rule(self) -> str:
+        return f"aggregator={self.name}"
+
+    @Feature("a rule that looks at single updates", instead="aggregator=mean")
+    def _individual_rule(self) -> str:
+        return self._rule() if self.individuals else ""
+
+    @Feature(
+        "a rule that makes one vector of a cohort",
+        instead="aggregator=multi_krum, krum, norm_bound or mean",
+        avoids={"a method that needs each client's own update": "it hands on that vector alone"},
+    )
+    def _estimating_rule(self) -> str:
+        return self._rule() if self.estimates else ""
+
+    @Feature(
+        "a rule that compares clients",
+        instead="aggregator=norm_bound or mean",
+        avoids={"other things to train at each client": "unlike numbers cannot be compared"},
+    )
+    def _comparing_rule(self) -> str:
+        return self._rule() if self.compares else ""
+
 
 @dataclass(frozen=True)
 class Mean(Aggregator):
@@ -74,6 +99,10 @@ class Mean(Aggregator):
     @override
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         return got
+
+    @override
+    def _rule(self) -> str:
+        return ""
 
 
 @dataclass(frozen=True)

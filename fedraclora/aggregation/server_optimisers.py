@@ -25,6 +25,7 @@ from typing import Annotated, ClassVar
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.limits import Fraction, Limited, OneOf, Positive
 from fedraclora.tree import Tree
 
@@ -55,6 +56,57 @@ class ServerOptimiser(Limited, group="server_optimiser"):
             Steps by name and moments, float64, as new tensors.
         """
         return dict(change), dict(moments)
+
+    def _steps_in(self, space: str) -> bool:
+        return self.name != "none" and self.space == space
+
+    @Feature(
+        "server_optimiser.space=weights",
+        instead="server_optimiser=none or space=factors",
+        avoids={
+            "a method whose clients send numbers along drawn directions": (
+                "its steps would have to travel as whole weights"
+            ),
+            "a method of which a part stays at each client": (
+                "each client has weights of its own, and the server none"
+            ),
+            "dora=true": "what is added to a base weight is not added to the effective one",
+        },
+    )
+    def _steps_in_weights(self) -> bool:
+        return self._steps_in("weights")
+
+    @Feature(
+        "server_optimiser.space=factors",
+        instead="server_optimiser=none or space=weights",
+        avoids={
+            "a method that needs each client's own update": "it steps by the mean of their factors",
+            "a method whose clients send numbers along drawn directions": (
+                "those of the next round are along others"
+            ),
+            "a method whose clients send gradients first": "by them it chooses what they train",
+            "a method whose factors begin anew with each link": "so would their moments",
+            "other factors to start from at each client": "their mean has no one start",
+            "an allocation of ranks": "it changes what has moments",
+        },
+    )
+    def _steps_in_factors(self) -> bool:
+        return self._steps_in("factors")
+
+    @Feature(
+        "an adaptive server_optimiser with space=factors",
+        instead="server_optimiser=momentum, server_optimiser=none or space=weights",
+        avoids={
+            "a method whose factors stand beside others in each link": (
+                "it scales coordinates one by one, and these change with the frozen factors"
+            ),
+            "a method whose frozen factors have changed": (
+                "it scales coordinates one by one, and these have changed, too"
+            ),
+        },
+    )
+    def _scales_factors(self) -> bool:
+        return self._steps_in("factors") and self.adapts
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from typing_extensions import override
 
 from fedraclora.binding import OWN_GROUPS, row_of
+from fedraclora.compatibility import told
 from fedraclora.compose import CONF
 from fedraclora.compose.presets import readable, take_own
 from fedraclora.config.keys import help_of, node_of, nodes, summary
@@ -212,6 +213,9 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     merged = _merged(lineage(f"{group}/{name}", roots))
     file = _file(f"{group}/{name}", roots)
     about = [summary(_row(group, name))] if file is None else _comment(file)
+    kind = ROWS.get(group, {}).get(name)
+    beside = told(kind) if isinstance(kind, type) else ""
+    about += textwrap.wrap(beside, WIDTH, break_on_hyphens=False)
     return "\n".join([f"{group}={name}", *_explained(about, merged)])
 
 

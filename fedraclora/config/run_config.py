@@ -20,9 +20,11 @@ from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS, ServerOp
 from fedraclora.allocation import ALLOCATIONS, Uniform
 from fedraclora.attacks import ATTACKS, Attack
 from fedraclora.binding import Plain, bind, build, row_of, section, without
+from fedraclora.compatibility import Feature, Features, refuse
 from fedraclora.config.settings import (
     ENGINES,
     CompressionConfig,
+    DeployConfig,
     EngineConfig,
     EvaluateConfig,
     OutputConfig,
@@ -34,6 +36,7 @@ from fedraclora.data import DATASETS, PARTITIONS, make_partition
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
 from fedraclora.limits import Count, Fraction, Limit, Limited, OneOf, Whole, later_keys
+from fedraclora.lowrank.dora import DORA
 from fedraclora.models import MODELS
 from fedraclora.objects import NAME, is_named, lent, named_by
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
@@ -43,7 +46,7 @@ from fedraclora.protocol.method import Method, check_method
 from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
 from fedraclora.schema import checked
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.precision import PRECISIONS
+from fedraclora.training.precision import FLOAT32, PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
 ClientsPerRound = Annotated[
@@ -190,6 +193,44 @@ class TaskConfig(Limited):
         """Whether the model is somebody's own, about which nothing is known."""
         return self.model.get("name") in {"function", "object"}
 
+    # What two groups together are to a third one.
+
+    @Feature("precision", instead="precision=float32")
+    def _is_mixed(self) -> str:
+        return f"precision is {self.precision}" if self.precision != FLOAT32 else ""
+
+    @Feature("max_failures", instead="max_failures=0")
+    def _allows_failures(self) -> str:
+        return f"max_failures is {self.max_failures}" if self.max_failures else ""
+
+    @Feature("head=personal", instead="head=full, lora or frozen")
+    def _keeps_heads(self) -> bool:
+        return self.head == "personal"
+
+    @Feature(
+        "head=personal that the server measures",
+        instead="evaluate.clients=round, head=lora, full or frozen",
+    )
+    def _measures_heads(self) -> bool:
+        return self._keeps_heads() and not self.evaluate.by_clients
+
+    @Feature("privacy=client_level beside secure=secagg", instead="secure=none")
+    def _hides_sums(self) -> bool:
+        return isinstance(self.privacy, ClientLevel) and isinstance(self.secure, SecAgg)
+
+    @Feature(
+        "clients of a deployment that answer a round once",
+        instead="secure=none, local.dp=null",
+        avoids={
+            "output.checkpoint_every above 1": (
+                "a server that went back by more than a round could not go on"
+            ),
+        },
+    )
+    def _answers_once(self) -> bool:
+        once = isinstance(self.secure, SecAgg) or self.local.answers_once
+        return once and isinstance(self.engine, DeployConfig)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TaskConfig):
@@ -234,6 +275,10 @@ class RunConfig(TaskConfig):
     def digested(self) -> dict[str, object]:
         """The part of the config that decides the result."""
         return digested(self.plain, {self.choices["method"]: type(self.method)})
+
+    @DORA
+    def _trains_lengths(self) -> bool:
+        return self.dora
 
 
 # Groups that choose a row of a table: those that are called at once, and those that wait for data.
@@ -311,6 +356,7 @@ def from_plain(
     refuse_misfits(config)
     if not began:
         refuse_unread(config)
+    refuse(Features([config, *vars(config).values(), *config.local.added]).conflicts())
     return config
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Le
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import MEASURED
 from fedraclora.limits import (
@@ -29,6 +30,16 @@ from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.quantised import FULL, ROUNDED
 
+DEPLOYED = Feature(
+    "engine=deploy",
+    instead="another engine",
+    avoids={
+        "an attack": "attacks only run in simulations",
+        "system": "devices are simulated, and clients of a deployment are real",
+        "max_failures": "engine.min_clients says how many clients a round needs",
+        "head=personal that the server measures": "such heads stay at the clients",
+    },
+)
 MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
 Threads = Annotated[int, Ge(1), Le(MOST_THREADS)]
 Chunk = Annotated[
@@ -94,6 +105,10 @@ class WaitPolicy:
     min_clients: int | None = None
     max_samples: int = 10_000_000
     retries: int = 0
+
+    @DEPLOYED
+    def _asks_others(self) -> bool:
+        return self.untrusted
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,7 @@ class RayConfig(EngineConfig):
         return 1.0 if self.gpus is None else min(1.0, self.gpus)
 
 
+@DEPLOYED
 @dataclass(frozen=True)
 class DeployConfig(EngineConfig):
     """Real SuperNodes on hosts of their own, by `fedraclora deploy`; the bits of inline.
@@ -210,6 +226,8 @@ class DeployConfig(EngineConfig):
                 "engine.chunk is auto, but with engine=deploy nobody knows the memory of all nodes "
                 "before a run: set a number of clients (1: one after another)"
             )
+        if self.folder is not None and not self.folder.startswith("/"):
+            raise ConfigError(f"engine.folder is {self.folder!r}; an absolute path is wanted")
 
     @override
     def waiting(self, cohort: int) -> WaitPolicy:
@@ -262,7 +280,16 @@ class OutputConfig(Limited, group="output"):
     loggers: Sequence[str] = ()
     shared: bool = False
 
+    @Feature("output.checkpoint_every above 1", instead="output.checkpoint_every=1")
+    def _checkpoints_rarely(self) -> str:
+        rarely = self.checkpoint_every != 1
+        return f"output.checkpoint_every is {self.checkpoint_every}" if rarely else ""
 
+
+UNCOVERED = (
+    "clients tell the server what they measured, to which no noise is added and which no account "
+    "of epsilon has"
+)
 HELD_OUT = 0.2
 WHO_MEASURES = ("none", "round", "all")
 
@@ -311,6 +338,17 @@ class EvaluateConfig(Limited, group="evaluate"):
     def by_clients(self) -> bool:
         """Return whether clients measure."""
         return self.clients != "none"
+
+    @Feature(
+        "clients that measure",
+        instead="evaluate.clients=none",
+        avoids={
+            "local.dp": UNCOVERED,
+            "privacy=client_level beside secure=secagg": UNCOVERED,
+        },
+    )
+    def _asks_clients(self) -> str:
+        return f"evaluate.clients is {self.clients}" if self.by_clients else ""
 
     @property
     def portion(self) -> float | None:

@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING
 from fedraclora.allocation import Uniform
 from fedraclora.attacks import Attack
 from fedraclora.binding import Plain, row_of, without
-from fedraclora.config.settings import DeployConfig, StopConfig
+from fedraclora.config.settings import StopConfig
 from fedraclora.data import DATASETS
 from fedraclora.data.own_loss import is_own, named_loss, short_name
 from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
 from fedraclora.evaluation.metrics import MEASURED, PERSONAL
-from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.cohorts import cohort_size
 from fedraclora.protocol.method import Method
 from fedraclora.renamed import renamed
-from fedraclora.training.extras.settings import LocalSettings, SampleLevel
+from fedraclora.training.extras.settings import LocalSettings
 
 if TYPE_CHECKING:
     from fedraclora.config.run_config import RunConfig
@@ -222,20 +221,11 @@ def refuse_unread(config: RunConfig) -> None:
 
 
 def refuse_misfits(config: RunConfig) -> None:
-    """Reject settings of several groups that do not fit each other.
+    """Reject numbers and names of one group that another one makes impossible.
 
     Raises:
         ConfigError: Naming the key, and what to set.
     """
-    private = "local.dp" if config.local.extra_of(SampleLevel) else ""
-    both = config.choices["privacy"] != "none" and isinstance(config.secure, SecAgg)
-    private = "privacy beside secure=secagg" if both else private
-    if config.evaluate.by_clients and private:
-        raise ConfigError(
-            f"evaluate.clients is {config.evaluate.clients}, which does not go with {private}: "
-            "clients tell the server what they measured, to which no noise is added and which no "
-            "account of epsilon has; set evaluate.clients=none"
-        )
     asked, clients = config.clients_per_round, config.clients
     if clients is not None and cohort_size(asked, clients) > clients:
         raise ConfigError(
@@ -247,41 +237,8 @@ def refuse_misfits(config: RunConfig) -> None:
             "local is own, and local.train names no training function: set local.train=module:name "
             "(in Python fedraclora.simulate(train=function))"
         )
-    if config.local.is_own and config.precision != "float32":
-        raise ConfigError(
-            f"precision is {config.precision}, which the project's own loop reads; with local=own "
-            "your function says how it computes: leave precision out"
-        )
     said, stop = config.data.get("metrics"), config.stop.metric
     names = map(named_loss, said if isinstance(said, list) else ())
     known = {*MEASURED, *(short_name(name) for name in names if is_own(name))}
     if not stop.startswith("clients.") and stop.removeprefix(PERSONAL) not in known:
         raise unknown("stop.metric", stop, MEASURED)
-    if isinstance(config.engine, DeployConfig):
-        _check_deployed(config, config.engine)
-
-
-def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
-    """Reject settings that make sense in a simulation alone."""
-    if config.max_failures:
-        raise ConfigError(
-            f"max_failures is {config.max_failures}, but with engine=deploy engine.min_clients "
-            "says how many clients a round needs: leave max_failures out"
-        )
-    if config.system.enabled:
-        raise ConfigError("system, FedBuff too, is for simulations: engine=deploy has system=none")
-    if config.head == "personal" and not config.evaluate.by_clients:
-        raise ConfigError(
-            "head is personal: such heads are measured where they are, and with engine=deploy they "
-            "stay at the clients; set evaluate.clients=round, or choose head=lora, full or "
-            "frozen"
-        )
-    once = isinstance(config.secure, SecAgg) or config.local.answers_once
-    if once and config.output.checkpoint_every != 1:
-        raise ConfigError(
-            f"output.checkpoint_every is {config.output.checkpoint_every}, but under secure=secagg "
-            "or local=dp_sgd a real client answers each round once, so that a server which went "
-            "back by more than a round could not go on: set output.checkpoint_every=1"
-        )
-    if engine.folder is not None and not engine.folder.startswith("/"):
-        raise ConfigError(f"engine.folder is {engine.folder!r}; an absolute path is wanted")

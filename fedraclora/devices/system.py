@@ -18,6 +18,7 @@ import torch
 from annotated_types import Ge, Lt
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.devices.distributions import Availability, Distribution, Diurnal, LogNormal
 from fedraclora.devices.timeline import Load, Race, Timeline
 from fedraclora.errors import ClientError, ConfigError
@@ -27,6 +28,19 @@ from fedraclora.rng import cohort_uniforms, generator, hash_key
 
 _MEGABYTE = 1e6
 _TIMES = "system.speed, downlink, uplink or latency"
+UNMIXED = (  # of which one server step takes replies of one round alone
+    "a method that needs each client's own update",
+    "a method of which a part stays at each client",
+    "another aggregator than mean",
+    "an attack whose clients collude",
+    "secure=secagg",
+    "control_variates=true",
+    "an allocation of ranks",
+    "server_optimiser.space=factors",
+    "other things to train at each client",
+    "clients that send gradients",
+    "a method with a pool of sketches",
+)
 _SEARCH = 64  # clients looked at for each one wanted, before a smaller cohort is taken
 
 
@@ -100,6 +114,58 @@ class SystemConfig(Limited, group="system"):
         """Return whether clients take virtual time."""
         paces = (self.speed, self.downlink, self.uplink, self.latency)
         return any(pace is not None for pace in paces)
+
+    @Feature("system", instead="system=none")
+    def _differs(self) -> bool:
+        return self.enabled
+
+    @Feature(
+        "devices that take time",
+        instead="system.speed=null, system.downlink=null and system.uplink=null",
+    )
+    def _takes_time(self) -> bool:
+        return self.timed
+
+    @Feature(
+        "system.buffer",
+        instead="system.buffer=null",
+        avoids={
+            "a method whose clients send numbers along drawn directions": (
+                "late ones are along the directions of another round"
+            ),
+            **dict.fromkeys(UNMIXED, "it mixes replies of several rounds"),
+            "a method whose links last several rounds": (
+                "what late replies trained has been merged since"
+            ),
+            "a method whose next link begins with what the last left": (
+                "a late reply belongs to a link that has ended"
+            ),
+            "method.blocks=cover": (
+                "each late reply ends a link of its own, and as many blocks would be left out"
+            ),
+            "a method that trains another layout in each round": (
+                "a late reply does not fit the round in which it comes"
+            ),
+            "a method whose next round depends on more than the weights": (
+                "what a late reply was trained beside has changed since"
+            ),
+        },
+    )
+    def _waits_for_nobody(self) -> bool:
+        return self.buffer is not None
+
+    @Feature(
+        "system.rank_budget",
+        instead="system.rank_budget=null",
+        avoids={
+            "a method that trains one rank everywhere": (
+                "clients with a budget train some components alone"
+            ),
+            "a method without one rank": "a budget is a share of it",
+        },
+    )
+    def _limits_ranks(self) -> bool:
+        return self.rank_budget is not None
 
     def ask(self, seed: int, round_: int, population: int, cohort: int, now: float) -> torch.Tensor:
         """Draw whom a round asks: uniformly among the clients that are available.

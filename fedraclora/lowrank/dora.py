@@ -21,6 +21,20 @@ from collections.abc import Container, Iterable, Sequence
 
 import torch
 
+from fedraclora.compatibility import Feature
+
+DORA = Feature(
+    "dora=true",
+    instead="dora=false",
+    avoids={
+        "a method that folds updates into the weights": "a rescaled weight is no W + s B A",
+        "an allocation of ranks": (
+            "it changes which layers are adapted, and only those have magnitudes"
+        ),
+        "clients that send gradients": "from these the factors begin, and magnitudes have none",
+    },
+)
+
 
 def magnitude_of(weight: str) -> str:
     """Name the magnitude of an adapted weight: a tensor of the same layer.

@@ -41,12 +41,14 @@ import numpy.typing as npt
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Inner, Limited, Positive
 from fedraclora.privacy.accountant import Releases, epsilon, noise_for
 from fedraclora.privacy.secagg import FEW
 from fedraclora.privacy.secret import Secret
 
+UNCOVERED = "no noise covers what it tells of them"
 # Rounding to the precision of the wire moves the norm of a shortened update by a few last bits.
 NORM_SLACK = 1 - 1e-5
 
@@ -58,6 +60,31 @@ class Privacy(Limited, group="privacy"):
     name: ClassVar[str] = "none"
 
 
+@Feature(
+    "privacy=client_level",
+    instead="privacy=none",
+    avoids={
+        "system": "privacy draws its cohorts itself",
+        "another step that looks at single updates": UNCOVERED,
+        "a step of a program's own that stands before all others": UNCOVERED,
+        "another aggregator than mean": (
+            "privacy takes the mean itself, whose sensitivity it knows"
+        ),
+        "a method that needs each client's own update": "privacy gives the noisy mean alone",
+        "a method some of whose numbers are never trained": (
+            "noise is added to all numbers that are sent, and these must stay as they are"
+        ),
+        "aggregation_weights=samples": "under privacy clients count alike",
+        "compression.uplink=eden1": (
+            "rounding lengthens an update by a quarter, and of the clipped mean a fifth is cut away"
+        ),
+        "other factors to start from at each client": "their mean has no one start",
+        "too few clients that measure": (
+            "nothing is released of fewer clients than evaluate.min_clients"
+        ),
+        "a method that asks twice in a round": "privacy is accounted for one exchange a round",
+    },
+)
 @dataclass(frozen=True)
 class ClientLevel(Privacy):
     """Client-level differential privacy: the server adds noise. Needs aggregation_weights=uniform.
@@ -102,6 +129,16 @@ class ClientLevel(Privacy):
             raise ConfigError(
                 "privacy.noise_multiplier or privacy.target_epsilon is wanted, and not both"
             )
+
+    @Feature(
+        "privacy.quantile",
+        instead="privacy.quantile=null",
+        avoids={
+            "secure=secagg": "it counts short updates one by one, which a sum hides",
+        },
+    )
+    def _adapts(self) -> bool:
+        return self.quantile is not None
 
     def settle(self, clients: int, cohort: int, rounds: int, *beside: Releases) -> Mechanism:
         """Fix the noise of a run.

@@ -23,11 +23,13 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Lt
 
+from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Limit, Limited, Positive
 from fedraclora.rng import generator
 
 _EVEN = Limit("an even number from 2 on", lambda value: value >= 2 and value % 2 == 0)
+SUM_ALONE = "the server gets a sum alone"
 LEAST_CLIENTS = 3  # clients of a sum: of two, each knows the other's part
 # Why there is no sum of measurements, in the words of clients and of the server.
 FEW = "fewer than evaluate.min_clients={} clients have samples to measure on"
@@ -40,6 +42,25 @@ class Open(Limited, group="secure"):
     name: ClassVar[str] = "none"
 
 
+@Feature(
+    "secure=secagg",
+    instead="secure=none",
+    avoids={
+        "a rule that looks at single updates": SUM_ALONE,
+        "an attack whose clients collude": SUM_ALONE,
+        "a method that needs each client's own update": SUM_ALONE,
+        "another step that looks at single updates": SUM_ALONE,
+        "a cohort of two or less": "it hides a client among 3 or more",
+        "other things to train at each client": "what is added up must be the same numbers",
+        "compression.uplink in fewer bits": (
+            "its clients round their updates already, to common steps"
+        ),
+        "too few clients that measure": (
+            "nothing is released of fewer clients than evaluate.min_clients"
+        ),
+        "a method that asks twice in a round": "its masks serve one exchange a round",
+    },
+)
 @dataclass(frozen=True)
 class SecAgg(Open):
     """Secure aggregation (SecAgg+): the server sees the sum of a cohort only.
@@ -65,6 +86,22 @@ class SecAgg(Open):
     neighbours: Annotated[int, _EVEN] | None = None
     threshold: Annotated[float, Ge(0.5), Lt(1)] = 0.5
     max_weight: Count = 1
+
+    @Feature(
+        "secure.max_weight above 1",
+        instead="secure.max_weight=1",
+        avoids={"aggregation_weights=uniform": "under it every weight is 1"},
+    )
+    def _weighs_clients(self) -> str:
+        return f"secure.max_weight is {self.max_weight}" if self.max_weight > 1 else ""
+
+    @Feature(
+        "secure.max_weight=1",
+        instead="for secure.max_weight the most samples that a client may have",
+        avoids={"aggregation_weights=samples": "clients weigh as much as they have samples"},
+    )
+    def _weighs_nobody(self) -> bool:
+        return self.max_weight == 1
 
     def graph(self, clients: list[int], seed: int, round_: int) -> dict[int, list[int]]:
         """Draw who are whose neighbours: the nearest ones on a ring in a drawn order.

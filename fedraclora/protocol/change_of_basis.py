@@ -25,11 +25,11 @@ def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
         The label of the trained one and the other as a float64 matrix on the CPU; None where both
         are trained, there are three, or each client has a frozen one of its own.
     """
-    trained = [label for label, f in adapter.factors.items() if f.trained]
-    frozen = [f for f in adapter.factors.values() if not f.trained]
-    if len(trained) != 1 or len(frozen) != 1 or frozen[0].per_client:
+    if not adapter.trains_beside_shared:
         return None
-    return trained[0], frozen[0].draw().to("cpu", torch.float64)
+    (label,) = (label for label, f in adapter.factors.items() if f.trained)
+    (frozen,) = (f for f in adapter.factors.values() if not f.trained)
+    return label, frozen.draw().to("cpu", torch.float64)
 
 
 def as_product(label: str, trained: torch.Tensor, beside: torch.Tensor) -> Product:

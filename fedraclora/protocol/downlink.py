@@ -12,9 +12,15 @@ from functools import cached_property
 
 import torch
 
+from fedraclora.compatibility import Feature
 from fedraclora.protocol.factor import Factor, FactorLike, past_name
 from fedraclora.protocol.program import PLAIN, ClientProgram
 from fedraclora.tree import Layout, Tree
+
+PARTS_OF_WEIGHTS = Feature(
+    "factors or lengths that hold a part of the weights",
+    instead="method.init=kaiming_uniform (a drawing), another method, dora=false",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,12 @@ class Adapter:
     def of(cls, factors: Mapping[str, FactorLike], scale: float) -> Adapter:
         """Take factors as a method says them, in the order of their product."""
         return cls({label: Factor.of(given) for label, given in factors.items()}, scale)
+
+    @property
+    def trains_beside_shared(self) -> bool:
+        """Return whether it has two factors: a trained one, and a frozen one for all clients."""
+        frozen = [f for f in self.factors.values() if not f.trained]
+        return len(self.factors) == 2 and len(frozen) == 1 and not frozen[0].per_client
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,81 @@ class Downlink:
         own = (f.per_client for f in self.named.values() if f.upload)
         return self.ranks is not None or any(own)
 
+    # What a run in which this is sent does not go with.
+
+    @Feature(
+        "other things to train at each client",
+        instead="another method, system=none (system.rank_budget=null), method.sketches=1",
+        each_round=True,
+    )
+    def _trains_apart(self) -> bool:
+        return self.apart
+
+    @Feature("other factors to start from at each client", each_round=True)
+    def _starts_apart(self) -> bool:
+        return any(slot.per_client for slot in self.uploaded().values())
+
+    @Feature(
+        "a round without a mean gradient",
+        instead="another method, system.rank_budget=null",
+        each_round=True,
+    )
+    def _has_no_mean_gradient(self) -> str:
+        if self.apart:
+            return "other factors for each client"
+        return self._own_steps()
+
+    @Feature("clients that send gradients", each_round=True)
+    def _asks_gradients(self) -> bool:
+        return not self.program.trains
+
+    @Feature(
+        "steps of the project's loop alone",
+        instead="another method, another method.init or allocation=none",
+        each_round=True,
+    )
+    def _own_steps(self) -> str:
+        return "" if self.program.plain else f"the client program {self.program.name}"
+
+    @Feature("a method whose clients send gradients first")
+    def _begins_with_gradients(self) -> bool:
+        return not self.program.trains
+
+    @Feature("a method some of whose numbers are never trained")
+    def _fixes(self) -> bool:
+        return self.program.fixes
+
+    @Feature("a method that trains a share of the entries of full weights")
+    def _fixes_entries(self) -> bool:
+        return self.program.fixes and not self.adapters
+
+    @Feature("a method whose clients send numbers along drawn directions")
+    def _along_directions(self) -> str:
+        return f"the client program {self.program.name}" if self.program.moves_weights else ""
+
+    @Feature("a method whose clients train by differences of losses")
+    def _by_losses(self) -> bool:
+        return self.program.forms_gradients
+
+    @Feature("momentum that is kept over rounds", instead="method.momentum=0")
+    def _keeps_direction(self) -> bool:
+        return self.program.keeps_direction
+
+    @Feature("a factor A or B that is trained", take="a method whose clients train one in round 1")
+    def _trains_rows(self) -> bool:
+        factors = self.factors().items()
+        sent = (name for name, factor in factors if factor.trained and factor.upload)
+        return not self.program.trains or any(name.endswith(("/A", "/B")) for name in sent)
+
+    @PARTS_OF_WEIGHTS
+    def _holds_weights(self) -> str:
+        """Name a product, or a tensor with a start of its own, that is not zero at first."""
+        for name, adapter in self.adapters.items():
+            factors = adapter.factors.values()
+            if any(f.numbers is not None for f in factors) and all(map(_begun, factors)):
+                return f"the factors of {name}"
+        return next((name for name, slot in self.dense.items() if _begun(slot)), "")
+
     def select(self, places: torch.Tensor) -> Downlink:
         """Keep the per-client values of the clients at ``places`` (int64) only."""
 
@@ -162,6 +249,11 @@ class Downlink:
         return self.mapped(
             lambda _, each: each.with_numbers(lambda t: t[place]) if each.per_client else each
         )
+
+
+def _begun(factor: Factor) -> bool:
+    """Return whether a factor, as it is sent, is there and not zero."""
+    return factor.sketch is not None if factor.numbers is None else bool(factor.numbers.any())
 
 
 def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:

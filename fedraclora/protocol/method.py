@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
+from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.limits import check_limits
 from fedraclora.protocol.downlink import Adapter, Downlink
@@ -43,6 +44,14 @@ __all__ = [
     "apply_link",
     "first_downlink",
 ]
+
+
+# What a round shows of a method while it is computed.
+ASKS_TWICE = Feature("a method that asks twice in a round")
+BEGINS_ANEW = Feature("a method whose trained factors begin anew")
+FROZEN_CHANGED = Feature("a method whose frozen factors have changed")
+OTHER_LAYOUT = Feature("a method that trains another layout in each round")
+BEYOND_WEIGHTS = Feature("a method whose next round depends on more than the weights")
 
 
 @dataclass(frozen=True)
@@ -244,6 +253,86 @@ class Method(Protocol):
 
         Catch-up of an absent client and the bytes of seeds and headers are not in it.
         """
+
+    # What a run with this method does not go with; a method of your own may declare more.
+
+    @Feature(
+        "a method whose links last one round",
+        instead="method.merge_every=2 or more, where the method has it, or another method",
+    )
+    def _links_last_a_round(self) -> bool:
+        return not self.traits.pools and self.link_rounds == 1
+
+    @Feature(
+        "a method whose links last several rounds",
+        instead="a method whose links last one round (method.merge_every=1)",
+    )
+    def _links_last_rounds(self) -> bool:
+        traits = self.traits
+        return traits.merges and not traits.pools and (self.link_rounds or 1) > 1
+
+    @Feature(
+        "a method that needs each client's own update",
+        instead="a method that docs/methods.md marks `linear`",
+    )
+    def _needs_updates(self) -> str:
+        return "" if self.traits.linear else f"method={_named(type(self))}"
+
+    @Feature("a method of which a part stays at each client")
+    def _leaves_a_part(self) -> bool:
+        return self.client_state
+
+    @Feature("a method that trains other tensors from round to round")
+    def _varies(self) -> bool:
+        return self.traits.varies
+
+    @Feature(
+        "a method that folds updates into the weights",
+        instead="a method that leaves them (method.merge_every=null, where it has that)",
+    )
+    def _merges(self) -> bool:
+        return self.traits.merges
+
+    @Feature("a method with a pool of sketches")
+    def _pools(self) -> bool:
+        return self.traits.pools
+
+    @Feature("a method whose next link begins with what the last left")
+    def _begins_with_last(self) -> bool:
+        return self.begins_with_last
+
+    @Feature(
+        "a method that trains one rank everywhere",
+        instead="a method that docs/methods.md marks `ranks`",
+    )
+    def _has_one_rank(self) -> bool:
+        return not self.traits.ranks
+
+    @Feature(
+        "a method without one rank",
+        instead="a whole number as method.rank, allocation=none",
+    )
+    def _has_no_rank(self) -> str:
+        rank = getattr(self, "rank", None)
+        return "" if isinstance(rank, int) else f"its rank is {rank!r}"
+
+    @Feature("a method whose factors begin anew with each link")
+    def _factors_begin_anew(self, sent: Downlink) -> str:
+        if not self.traits.merges:
+            return ""
+        return next((n for n, a in sent.adapters.items() if not a.trains_beside_shared), "")
+
+    @Feature("a method whose factors stand beside others in each link")
+    def _factors_change(self, sent: Downlink) -> str:
+        changes = self.traits.merges or self.traits.pools
+        return next(iter(sent.adapters), "") if changes else ""
+
+
+def _named(kind: type) -> str:
+    """Name the class of a method as a config does: one in `methods` by its module."""
+    package, _, module = kind.__module__.rpartition(".")
+    inside = package.endswith("strategies.methods")
+    return module if inside else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def first_downlink(method: Method, state: State, draw: Draw, clients: int) -> Downlink:

@@ -26,21 +26,8 @@ from math import prod
 import torch
 
 from fedraclora.errors import ConfigError, ShapeError, WireError
-from fedraclora.protocol.method import Adapter, Cohort, Downlink, Method
+from fedraclora.protocol.method import Adapter, Cohort, Downlink
 from fedraclora.tree import Tree
-
-
-def check_ranks(method: Method) -> None:
-    """Reject rank budgets where a method cannot keep its promises under them.
-
-    Raises:
-        ConfigError: If the method does not claim `Traits.ranks`.
-    """
-    if not method.traits.ranks:
-        raise ConfigError(
-            f"clients have rank budgets, but {type(method).__name__} trains one rank everywhere; "
-            "take a method whose clients share a sketch (fed_rac_lora, ffa_lora), or no budgets"
-        )
 
 
 def check_budgets(downlink: Downlink, cohort: Cohort) -> None:

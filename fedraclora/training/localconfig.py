@@ -12,6 +12,7 @@ from annotated_types import Ge, Le
 from typing_extensions import override
 
 from fedraclora.binding import object_of
+from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.limits import (
     Count,
@@ -121,6 +122,115 @@ class LocalConfig(Limited, group="local"):
     def answers_once(self) -> bool:
         """Return whether a second answer to a round would tell what the first one hides."""
         return any(extra.answers_once for extra in self.added)
+
+    # What a run with these settings does not go with.
+
+    @Feature(
+        "local=own",
+        instead="local=sgd",
+        avoids={
+            "control_variates=true": (
+                "the project's loop takes them out of each gradient, and a function of yours has "
+                "none of it"
+            ),
+            "steps of the project's loop alone": (
+                "the method says what becomes of each gradient, and a function of yours does not "
+                "know it"
+            ),
+            "dora=true": "a model of yours has no place for the lengths of its rows",
+            "attack=label_flip": (
+                "it flips labels that the project's loop reads, and a function of yours has "
+                "samples of its own"
+            ),
+            "devices that take time": (
+                "how many steps a function of yours takes is not known before it ends"
+            ),
+            "precision": (
+                "the project's own loop reads it, and your function says how it computes"
+            ),
+        },
+    )
+    def _trains_by_own_function(self) -> bool:
+        return self.is_own
+
+    @Feature("local.steps", instead="local.steps=null", take="local.steps=1 or more")
+    def _counts_steps(self) -> bool:
+        return bool(self.steps)
+
+    @Feature(
+        "local moments that live on",
+        instead="local.optimizer_state=round or link, with local.optimizer_state_kept=0",
+        avoids={
+            "a method that trains other tensors from round to round": (
+                "moments of the last round are none of the next"
+            ),
+        },
+    )
+    def _keeps_moments(self) -> str:
+        if self.optimizer_state_kept:
+            return f"local.optimizer_state_kept is {self.optimizer_state_kept}"
+        return "local.optimizer_state is run" if self.optimizer_state == "run" else ""
+
+    @Feature(
+        "local.optimizer_state=rows",
+        instead="local.optimizer_state=round or link",
+        avoids={
+            "privacy=client_level": (
+                "its noise would drown squares of gradients, which are small and never negative"
+            ),
+            "secure=secagg": "squares of gradients are smaller than the steps of its sums",
+            "compression.uplink in fewer bits": "what rounds to zero is divided by",
+            "compression.downlink in fewer bits": "what rounds to zero is divided by",
+            "server_optimiser.space=factors": "it would step in second moments, too",
+            "other things to train at each client": (
+                "the mean over a row has parts that a client does not train"
+            ),
+            "a method that asks twice in a round": "only the first exchange has them",
+            "system.buffer": "replies of several rounds have seen other squares",
+        },
+        requires={"a factor A or B that is trained": "no other tensor has such rows"},
+    )
+    def _averages_moments(self) -> bool:
+        return self.optimizer_state == "rows"
+
+    @Feature(
+        "local.momentum",
+        instead="local.momentum=0",
+        avoids={
+            "momentum that is kept over rounds": (
+                "its steps would not be those that the server takes again"
+            ),
+        },
+    )
+    def _has_momentum(self) -> bool:
+        return self.momentum > 0
+
+    @Feature(
+        "local.weight_decay",
+        instead="local.weight_decay=0",
+        avoids={
+            "a method whose clients train by differences of losses": (
+                "what is trained are numbers along directions, and their decay is not that of the "
+                "weights"
+            ),
+            "a method that trains a share of the entries of full weights": (
+                "decay would move the others"
+            ),
+        },
+    )
+    def _decays(self) -> str:
+        return f"local.weight_decay is {self.weight_decay}" if self.weight_decay > 0 else ""
+
+    @Feature("local steps that are not plain SGD", instead="local=sgd")
+    def _beside_plain_sgd(self) -> str:
+        beside = {
+            "optimiser": self.optimiser != "sgd",
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "clip": self.clip is not None,
+        }
+        found = [f"local.{n}={getattr(self, n)}" for n, used in beside.items() if used]
+        return next(iter([*found, *(extra.setting for extra in self.added)]), "")
 
     @override
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.limits import Chance, Count, Positive
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.factor import FactorLike, as_rows, label_of
@@ -83,6 +84,10 @@ class FedRacLora(GradientFirst, Asymmetric):
     def unread(self) -> dict[str, str]:
         reader = "method.sketch=sparse_sign"
         return {} if self.sketch == "sparse_sign" else {"density": reader}
+
+    @Feature("method.blocks=cover", instead="method.blocks=independent")
+    def _covers(self) -> bool:
+        return self.blocks == "cover" and self.traits.merges
 
     @override
     def drawn(self, shape: tuple[int, int]) -> str | None:

@@ -9,9 +9,7 @@ import torch
 
 from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load, Timeline
-from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Downlink, Method
-from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.chain import CatchUp
@@ -44,21 +42,11 @@ class DeviceSimulator:
         """Virtual seconds since the run began, as a column of the ledger; {} if ideal."""
         return {"virtual_seconds": self.now} if self.system.timed else {}
 
-    def check(self, method: Method) -> None:
-        """Reject rank budgets that a method cannot keep.
-
-        Raises:
-            ConfigError: Saying why.
-        """
-        if self.system.rank_budget is not None:
-            check_ranks(method)
-            self._rank(method)
-
     def ranks(self, clients: torch.Tensor, method: Method) -> torch.Tensor | None:
         """Draw the rank budgets of clients, int64 [K], or None."""
         if self.system.rank_budget is None:
             return None
-        return self.system.ranks(self.seed, clients, self._rank(method))
+        return self.system.ranks(self.seed, clients, getattr(method, "rank"))  # noqa: B009  checked
 
     def race(
         self,
@@ -130,13 +118,3 @@ class DeviceSimulator:
             steps = torch.full_like(steps, local.steps)
         steps = steps if most is None else steps.clamp(max=most)
         return steps // in_epoch * sizes + steps % in_epoch * batch
-
-    def _rank(self, method: Method) -> int:
-        rank = getattr(method, "rank", None)
-        if not isinstance(rank, int):
-            found = "no one rank" if rank is None else f"the rank {rank!r}, not a whole number"
-            raise ConfigError(
-                f"system.rank_budget is a share of method.rank, but {type(method).__name__} has "
-                f"{found}; set system.rank_budget=null, or allocation=none if one is set"
-            )
-        return rank

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedraclora.compatibility import Feature
 from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import WaitPolicy
@@ -68,6 +69,72 @@ class LoopConfig(WaitPolicy):
         if self.untrusted:
             return f"engine.min_clients={'all' if self.min_clients is None else self.min_clients}"
         return f"max_failures={self.max_failures}"
+
+    @Feature("aggregation_weights=uniform", instead="aggregation_weights=samples")
+    def _weighs_alike(self) -> bool:
+        return self.weights == "uniform"
+
+    @Feature("aggregation_weights=samples", instead="aggregation_weights=uniform")
+    def _weighs_by_samples(self) -> bool:
+        return self.weights == "samples"
+
+    @Feature("compression.uplink in fewer bits", instead="compression.uplink=float32")
+    def _rounds_up(self) -> str:
+        return f"compression.uplink is {self.uplink}" if self.uplink != FULL else ""
+
+    @Feature(
+        "compression.uplink=eden1",
+        instead="compression.uplink=eden2 (6 % is cut away) or more bits",
+    )
+    def _cuts_updates(self) -> bool:
+        return self.uplink == "eden1"
+
+    @Feature(
+        "compression.downlink in fewer bits",
+        instead="compression.downlink=float32",
+        avoids={
+            "a method whose clients send numbers along drawn directions": (
+                "every replica takes the very steps of the server"
+            ),
+            "factors or lengths that hold a part of the weights": (
+                "they go down whole in each round, so that rounding would damage the model and not "
+                "what it learns"
+            ),
+        },
+    )
+    def _rounds_down(self) -> str:
+        return f"compression.downlink is {self.downlink}" if self.downlink != FULL else ""
+
+    @Feature(
+        "compression.feedback=true",
+        instead="compression.feedback=false",
+        avoids={
+            "a method that trains other tensors from round to round": (
+                "what rounding left of one is nothing of the next"
+            ),
+            "a method whose links last one round": (
+                "a factor of the next link stands beside another one, which does not see what "
+                "rounding left"
+            ),
+            "other things to train at each client": (
+                "a client's next factor stands beside another one"
+            ),
+            "an allocation of ranks": "what clients train changes its shape",
+            "control_variates=true": (
+                "variates would take what is added to a change for a gradient"
+            ),
+            "server_optimiser.space=weights beside links that end": (
+                "whole weights are sent there, in which what rounding left of the factors would be "
+                "lost"
+            ),
+            "privacy=client_level": (
+                "the server shortens what came once more, and no client knows of what that cuts "
+                "away"
+            ),
+        },
+    )
+    def _feeds_back(self) -> bool:
+        return self.feedback
 
     def whole_blocks(self, cohort: int) -> bool:
         """Return whether every summation block of a cohort lies in one chunk."""

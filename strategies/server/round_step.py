@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.binding import object_of
+from fedraclora.compatibility import Feature, declared_by
 from fedraclora.errors import ConfigError
 from fedraclora.objects import is_named
 from fedraclora.protocol.method import Downlink, Draw, Method, State
@@ -69,18 +70,30 @@ class RunContext:
         """The randomness of the method."""
         return Draw(self.loop.seed)
 
+    @Feature(
+        "too few clients that measure",
+        instead=(
+            "evaluate.clients=none or all, more clients_per_round or a lower "
+            "evaluate.min_clients (3 or more)"
+        ),
+    )
+    def _measures_by_few(self) -> str:
+        if self.measuring is None:
+            return ""
+        count, least = self.measuring.count(self.loop), self.measuring.asked.min_clients
+        told = f"evaluate.clients asks {count}, evaluate.min_clients={least}"
+        return told if count < least else ""
+
 
 class RoundStep:
     """Does nothing to a round; a step overrides the hooks that it needs.
 
     One of a program's own is given to ``fedraclora.simulate(steps=[...])``. It serves one run at a
-    time, which calls `begin` first.
+    time, which calls `begin` first. What it does not go with it declares by
+    ``@fedraclora.Feature(name, instead=..., avoids={...})`` (`fedraclora.compatibility`).
 
     Attributes:
-        key: Of the config, that has chosen it; empty where a program makes it.
-        settings: What that key says; the table of what does not go together looks at it.
-        avoids: What it does not go with: names of `strategies.steps.conflicts`, and why. Most pairs
-            of the steps of this project stand in ``conflicts.yaml``.
+        settings: What the key of the config says that has chosen it; None where a program makes it.
         first: Of a program's own: whether it sees what came before all other steps; else it
             stands behind them, and sees what the method gets.
         individuals: Whether it looks at the updates of single clients; if not, a sum is enough.
@@ -93,15 +106,22 @@ class RoundStep:
         run: What it may know; `RoundSteps` says it.
     """
 
-    key: str = ""
     settings: Any = None
-    avoids: ClassVar[Mapping[str, str]] = {}
     first: bool = False
     individuals: bool = False
     repeatable: bool = True
     spent: str | None = None
     own: bool = False
     run: RunContext
+
+    @Feature("another step that looks at single updates", instead="steps without it")
+    def _looks_at_updates(self) -> str:
+        told = declared_by(type(self.settings))  # what chose it says itself what it is
+        return f"the step {step_name(self)}" if self.individuals and not told else ""
+
+    @Feature("a step of a program's own that stands before all others", instead="steps without it")
+    def _stands_first(self) -> str:
+        return f"the step {step_name(self)}" if self.first else ""
 
     def begin(self, state: State) -> None:
         """Get ready before the first round, whose state is given.
@@ -275,6 +295,7 @@ class RoundSteps:
         self.steps, self.run = tuple(steps), run
         for step in self.steps:
             step.run = run
+        for step in self.steps:
             step.begin(state)
 
     @property

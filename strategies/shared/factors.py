@@ -19,6 +19,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, OneOf
 from fedraclora.lowrank.algebra import Product
+from fedraclora.protocol.downlink import PARTS_OF_WEIGHTS
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, State
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
@@ -145,6 +146,10 @@ class Factored(Probing, Drawn):
             return super().factors(layer, now)
         start = self.first(layer, now, drawn, layer.link)  # each link has its own
         return {label: layer.trained(label, start if label == drawn else None) for label in "BA"}
+
+    @PARTS_OF_WEIGHTS
+    def _begins_with_parts(self) -> str:  # some begin with a probe, which holds none yet
+        return f"method.init is {self.init}" if self.init in STARTS else ""
 
     @override
     def check_initial(self) -> None:

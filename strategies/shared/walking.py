@@ -28,7 +28,7 @@ from typing import cast
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.compatibility import Feature
 from fedraclora.limits import Count, Positive
 from fedraclora.protocol.factor import SEED_BYTES, past_name, to_train
 from fedraclora.protocol.link import Move
@@ -282,18 +282,21 @@ class Looking:
                 part.add_(self.moving[name][:active])
 
 
+@Feature(
+    "a method that moves all weights along common directions",
+    avoids={"head=personal": "none of the weights stays at a client"},
+)
 @dataclass(frozen=True)
 class Walking(Method):
     """Base class: a fresh set of directions in each round, along which the server goes the mean."""
 
     @override
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        if plan.local:
-            raise ConfigError(
-                f"head is personal, but {type(self).__name__} moves all weights along common "
-                "directions, and none stays at a client: set head=full, adapt or frozen"
-            )
         return State(base, plan)
+
+    @override
+    def _merges(self) -> bool:
+        return True
 
     def shape(self, plan: Plan) -> tuple[int, ...]:
         """Return the shape of the numbers that a client sends."""

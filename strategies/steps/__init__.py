@@ -1,8 +1,9 @@
 """What may happen to a round besides its method, one step in one file.
 
 A step is a `strategies.server.round_step.RoundStep` and overrides the hooks that it needs. `STEPS`
-is the table of them all: their order, and by which key of the config each is chosen. `conflicts` is
-the table of what does not go together. The strategy knows the hooks and none of the steps.
+is the table of them all: their order, and by which key of the config each is chosen. The first of a
+list is `compatible`, which refuses what does not go together. The strategy knows the hooks and none
+of the steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fedraclora.aggregation.base import Mean
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.strategies.steps.conflicts import Fits
+from fedraclora.strategies.steps.compatible import CompatibilityCheck
 from fedraclora.strategies.steps.fedopt import OptimisedServer
 from fedraclora.strategies.steps.local import NoEnergy, RowMoments, SampleAccount, follows_gradient
 from fedraclora.strategies.steps.private import PrivateRounds
@@ -48,7 +49,7 @@ def round_steps(chosen: Mapping[str, Any], own: Sequence[RoundStep] = ()) -> lis
     steps = [step for step in own if step.first]
     for key, make in STEPS:
         if key in chosen and (step := make(chosen[key])) is not None:
-            step.key, step.settings = key, chosen[key]
+            step.settings = chosen[key]
             steps.append(step)
     steps += (step for step in own if not step.first)
-    return [Fits(steps), *steps]
+    return [CompatibilityCheck(steps), *steps]

@@ -32,6 +32,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
+from fedraclora.compatibility import Feature, conflict
 from fedraclora.data.own_loss import PASSING
 from fedraclora.errors import ConfigError
 from fedraclora.imports import told_as
@@ -39,13 +40,21 @@ from fedraclora.lowrank.algebra import product_norm
 from fedraclora.protocol.change_of_basis import as_product, held_beside, transported
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.factor import weight_of
-from fedraclora.protocol.method import Downlink, Draw, Link, Method, State, apply_link
+from fedraclora.protocol.method import (
+    FROZEN_CHANGED,
+    Downlink,
+    Draw,
+    Link,
+    Method,
+    State,
+    apply_link,
+)
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.schema import of_project
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.server.sound import told, tree
-from fedraclora.strategies.steps.conflicts import ADAPTIVE, refused
+from fedraclora.strategies.wrappers.around import inside
 from fedraclora.tree import Tree
 
 
@@ -58,6 +67,15 @@ class OptimisedServer(RoundStep):
 
     def __init__(self, rule: ServerOptimiser) -> None:
         self.rule = rule
+
+    @Feature(
+        "server_optimiser.space=weights beside links that end",
+        instead="server_optimiser=none or space=factors",
+    )
+    def _sends_whole_weights(self) -> bool:
+        outer, *_, inner = [self.run.method, *inside(self.run.method)]
+        ends = outer.traits.merges and inner.link_rounds is not None
+        return self.rule.space == "weights" and ends
 
     @override
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
@@ -187,7 +205,7 @@ def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree,
         old, moment = moments[partner].double(), moments[first].double()
         same = torch.equal(moments[partner], new.to(moments[partner]))
         if rule.adapts and not same:
-            raise refused(ADAPTIVE, "a method whose frozen factors have changed", weight)
+            raise conflict(ServerOptimiser, FROZEN_CHANGED, weight)
         out[first] = moment if same else transported(label, moment, old, new)
         before += product_norm(*as_product(label, moment, old)) ** 2
         after += product_norm(*as_product(label, out[first], new)) ** 2

@@ -14,15 +14,16 @@ from functools import partial
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import conflict
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.protocol.method import Downlink, State
+from fedraclora.protocol.method import ASKS_TWICE, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, CohortOf, RoundStep
 from fedraclora.strategies.shared.past import ENERGY
-from fedraclora.strategies.steps.conflicts import ROW_MOMENTS, TWICE, refused
+from fedraclora.training.extras.settings import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import ROW_SLOT, row_slots
 
@@ -72,7 +73,7 @@ class SampleAccount(RoundStep):
     @override
     def bound(self, *, first: bool) -> float | None:
         if not first:
-            raise refused(TWICE, "local.dp")
+            raise conflict(SampleLevel, ASKS_TWICE)
         return None
 
     @override
@@ -116,7 +117,7 @@ class RowMoments(RoundStep):
         after, sent = close(got), exchange.downlink
         names = [name for name in sent.dense if name.startswith(ROW_SLOT)]
         if not names and sent.program.trains:
-            raise refused(ROW_MOMENTS, TWICE)
+            raise conflict(LocalConfig, ASKS_TWICE)
         if not names or not len(got.clients):
             return after
         mean, dtype = got.mean(), next(iter(state.base.values())).dtype

@@ -9,18 +9,18 @@ from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, rows_of, starts
 from fedraclora.aggregation.robust import shortened
+from fedraclora.compatibility import conflict
 from fedraclora.errors import CheckpointError
 from fedraclora.privacy.accountant import Releases
 from fedraclora.privacy.client_level import NORM_SLACK, ClientLevel, Mechanism, NoisyMeans
 from fedraclora.privacy.secret import Secret
-from fedraclora.protocol.method import State
+from fedraclora.protocol.method import ASKS_TWICE, State
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.strategies.server.round_step import CohortOf, RoundStep, Send
-from fedraclora.strategies.steps.conflicts import PRIVATE, TWICE, refused
 
 
 @dataclass
@@ -104,7 +104,7 @@ class PrivateRounds(RoundStep):
     @override
     def bound(self, *, first: bool) -> float:
         if not first:
-            raise refused(TWICE, PRIVATE)
+            raise conflict(ClientLevel, ASKS_TWICE)
         return self.clip
 
     @override

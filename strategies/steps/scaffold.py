@@ -14,13 +14,20 @@ from dataclasses import replace
 import torch
 from typing_extensions import override
 
-from fedraclora.protocol.change_of_basis import held_beside
+from fedraclora.compatibility import Feature, conflict
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State, first_downlink
+from fedraclora.protocol.method import (
+    BEGINS_ANEW,
+    Cohort,
+    Downlink,
+    Draw,
+    Method,
+    State,
+    first_downlink,
+)
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
-from fedraclora.strategies.steps.conflicts import VARIATES, refused
 from fedraclora.training.extras.variates import (
     blank_variates,
     moved_by,
@@ -32,6 +39,36 @@ from fedraclora.training.optimiser import mean_gradients
 from fedraclora.tree import Tree
 
 
+@Feature(
+    "control_variates=true",
+    instead="control_variates=false",
+    avoids={
+        "privacy=client_level": (
+            "its noise, which no client knows of, would add up in the server's variate"
+        ),
+        "a rule that looks at single updates": (
+            "it changes or leaves out updates of which clients keep variates as they are"
+        ),
+        "local steps that are not plain SGD": "their sum does not tell the mean gradient",
+        "a method of which a part stays at each client": (
+            "gradients of two rounds have no coordinates in common"
+        ),
+        "a method that needs each client's own update": (
+            "its server refits factors, so that gradients of two rounds have no coordinates in "
+            "common"
+        ),
+        "a round without a mean gradient": "the variates are mean gradients",
+        "a method whose trained factors begin anew": (
+            "their gradients tell nothing of the next, unless a shared factor stands beside them"
+        ),
+        "an allocation of ranks": "it changes what has variates",
+    },
+    requires={
+        "local.steps": (
+            "the server knows the mean gradient by the one number of steps that all clients take"
+        ),
+    },
+)
 class ControlVariates(RoundStep):
     """Sends the server's variate down, and moves it by what came.
 
@@ -77,8 +114,8 @@ def lifts(method: Method, state: State, draw: Draw) -> bool:
     if not sent.adapters or (not method.traits.merges and _lives_on(method, state, sent, draw)):
         return False
     for weight, adapter in sent.adapters.items():
-        if held_beside(adapter) is None:
-            raise refused(VARIATES, "a method whose trained factors begin anew", weight)
+        if not adapter.trains_beside_shared:
+            raise conflict(ControlVariates, BEGINS_ANEW, weight)
     return True
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature, conflict
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, RoundLostError, WireError
 from fedraclora.evaluation.clients import (
     BINS,
@@ -18,15 +19,15 @@ from fedraclora.evaluation.clients import (
     sums_named,
     usual,
 )
-from fedraclora.privacy.secagg import FEW, SecAgg
+from fedraclora.privacy.secagg import FEW, LEAST_CLIENTS, SecAgg
 from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import ASKS_TWICE
 from fedraclora.protocol.uplinks import Refusal, Uplinks
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.measuring import Measurement
 from fedraclora.strategies.server.round_step import CohortOf, RoundStep, Send
-from fedraclora.strategies.steps.conflicts import SECURE, TWICE, refused
 from fedraclora.strategies.steps.secagg_session import Check, Said, SecAggSession, Texts
 from fedraclora.strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 from fedraclora.tree import Layout, Tree
@@ -117,6 +118,11 @@ class SecureSum(RoundStep):
     counts: bool = False
     file: Path | None = None
 
+    @Feature("a cohort of two or less", instead="clients_per_round=3 or more")
+    def _asks_few(self) -> str:
+        cohort = self.run.loop.cohort
+        return f"clients_per_round is {cohort}" if cohort < LEAST_CLIENTS else ""
+
     @override
     def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
         """Learn what earlier processes of a run have done.
@@ -141,7 +147,7 @@ class SecureSum(RoundStep):
     @override
     def bound(self, *, first: bool) -> float:
         if not first:
-            raise refused(TWICE, SECURE)
+            raise conflict(SecAgg, ASKS_TWICE)
         self.counts = True  # with the clip of privacy=client_level clients tell nothing
         return self.config.clip
 

@@ -33,7 +33,6 @@ def method_of(config: RunConfig, task: Task | None = None) -> Method:
             f"local.steps is {taken}, but clients send the scalars of method.steps={sent} steps: "
             "they would send zeros for the others; take local.steps=null, or no less than that"
         )
-    fixed = config.control_variates or config.server_optimiser.space == "factors"
     flow = None if task is None else partial(flows, task.model, task.test)
-    method = allocated(config.method, config.allocation, flow, fixed=fixed)
+    method = allocated(config.method, config.allocation, flow)
     return Dora(method) if config.dora else method

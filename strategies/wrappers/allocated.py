@@ -29,7 +29,7 @@ from typing import ClassVar, cast
 
 from typing_extensions import override
 
-from fedraclora.allocation import SYNFLOW, AdaLora, HeteroLora, Uniform
+from fedraclora.allocation import ALLOCATED, CHOOSES_LAYERS, SYNFLOW, AdaLora, HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import (
     Cohort,
@@ -64,6 +64,8 @@ class Chosen(Memo):
     adapted: dict[str, int] = field(default_factory=dict)
 
 
+@ALLOCATED
+@CHOOSES_LAYERS
 @dataclass(frozen=True)
 class Allocated(Around):
     """A method under a rule.
@@ -90,10 +92,6 @@ class Allocated(Around):
         state = self.inner.initial_state(base, plan, draw)
         if any(state.base[name] is not base[name] for name in plan.targets):
             raise refused(self.inner, "it changes the base weights before the first round")
-        if self.inner.traits.pools:
-            raise refused(self.inner, "its pools have a part of every layer for each link")
-        if self.client_state:
-            raise refused(self.inner, "its clients keep factors of their own")
         if self.inner.memo is not Memo:
             raise refused(self.inner, "it keeps numbers of its own from round to round")
         return replace(state, memo=Chosen())
@@ -153,29 +151,17 @@ class Allocated(Around):
         return replace(after, plan=state.plan, memo=memo, report=report)
 
 
-def allocated(
-    method: Method,
-    rule: Uniform,
-    flow: Flow | None = None,
-    *,
-    fixed: bool = False,
-) -> Method:
+def allocated(method: Method, rule: Uniform, flow: Flow | None = None) -> Method:
     """Put a method under a rule; the method itself where there is none.
 
     Args:
         method: The method.
         rule: The rule.
         flow: Scores the adapters of a downlink by SYNFLOW, where there is a model.
-        fixed: Whether the server keeps tensors by the coordinates of what is trained.
 
     Raises:
         ConfigError: If they do not fit.
     """
-    if fixed and isinstance(rule, HeteroLora | AdaLora):
-        raise ConfigError(
-            f"allocation={rule.name} changes what is trained, but control_variates and "
-            "server_optimiser.space=factors need its coordinates: set allocation=none"
-        )
     if isinstance(rule, HeteroLora):
         return Allocated(method, rule, flow)
     if not isinstance(rule, AdaLora):

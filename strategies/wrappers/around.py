@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from typing_extensions import override
@@ -56,8 +57,9 @@ class Around(Method):
         return self.inner.floats(plan, round_)
 
 
-def innermost(method: Method) -> Method:
-    """Return the method that all others are put around."""
+def inside(method: Method) -> Iterator[Method]:
+    """Yield a method, and what it is put around, down to the method itself."""
+    yield method
     while isinstance(method, Around):
         method = method.inner
-    return method
+        yield method

@@ -8,7 +8,7 @@
 - Aggregation: **not exact**, whatever the method: M is averaged exactly, and V as the method
   averages it, but the mean of the clients' W' is not the W' of the means. What a method reports of
   its own error (``aggregation_error``) is that of V.
-- Fits methods that never fold an update into W: there is no low-rank term by which a client could
+- For methods that never fold an update into W: there is no low-rank term by which a client could
   bring its W from one W' to the next. Clients that keep a factor for themselves share M.
 - Refused: embeddings, where a row of the table is no output of the layer; rows of zeros, which have
   no direction; starts from gradients (``lora_ga``); an `allocation`; and ``compression.downlink``
@@ -24,39 +24,19 @@ from dataclasses import dataclass, replace
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.lowrank.dora import magnitude_of, magnitudes, rescaled, row_lengths
+from fedraclora.lowrank.dora import DORA, magnitude_of, magnitudes, rescaled, row_lengths
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import server_step
-from fedraclora.strategies.shared.walking import Walking
-from fedraclora.strategies.wrappers.allocated import Allocated
 from fedraclora.strategies.wrappers.around import Around
 from fedraclora.tree import Tree
 
-INSTEAD = "take fedavg_lora, ffa_lora, rolora, fedsa_lora or hetlora, or dora=false"
 
-
+@DORA
 @dataclass(frozen=True)
 class Dora(Around):
-    """A method under magnitudes.
-
-    Raises:
-        ConfigError: If it does not fit.
-    """
-
-    def __post_init__(self) -> None:
-        """Reject settings that do not fit together."""
-        if self.inner.traits.merges or isinstance(self.inner, Walking):
-            raise ConfigError(
-                f"dora is true, but does not fit {type(self.inner).__name__}: it folds updates "
-                f"into W, and a rescaled weight is no W + s B A; {INSTEAD}"
-            )
-        if isinstance(self.inner, Allocated):
-            raise ConfigError(
-                "dora is true, but an allocation changes which layers are adapted, and only those "
-                "have magnitudes; set allocation=none, or dora=false"
-            )
+    """A method under magnitudes."""
 
     @property
     @override
@@ -109,10 +89,7 @@ class Dora(Around):
 
     def _with_magnitudes(self, state: State, sent: Downlink) -> Downlink:
         if not sent.program.trains:
-            raise ConfigError(
-                "dora is true, but clients send gradients, from which the factors begin; take "
-                "another method.init, or dora=false"
-            )
+            return sent  # which is refused: there are no lengths to train
         starts = {n: state.carried[n] for n in map(magnitude_of, sent.adapters)}
         slots = {n: to_train(tuple(start.shape), start) for n, start in starts.items()}
         return replace(sent, dense=sent.dense | slots)

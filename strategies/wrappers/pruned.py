@@ -27,7 +27,7 @@ from typing import ClassVar, cast
 import torch
 from typing_extensions import override
 
-from fedraclora.allocation import AdaLora, component_scores, kept_components
+from fedraclora.allocation import ALLOCATED, AdaLora, component_scores, kept_components
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.protocol.method import (
@@ -66,6 +66,7 @@ class RanksLeft(Memo):
     rounds: int = 0
 
 
+@ALLOCATED
 @dataclass(frozen=True)
 class Pruned(Around):
     """A method under the rule.

@@ -85,7 +85,6 @@ def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     code = [path for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py")]
     own = {path.relative_to(ROOT).as_posix().removeprefix("fedraclora/") for path in code}
     own = {name for name in own if not name.startswith(DOORS)}
-    own |= {"strategies/steps/conflicts.yaml"}
     rest = {"pyproject.toml", ".info/CONTENT"}
     copy_app(tmp_path / "copy")
     assert names(tmp_path / "copy") == {f"fedraclora/{name}" for name in own} | rest

@@ -23,11 +23,14 @@ from worlds import (
     run,
 )
 
+from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.allocation import AdaLora, HeteroLora, Uniform, flows
+from fedraclora.compatibility import Features
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.frlora import FrLora
+from fedraclora.strategies.steps.scaffold import ControlVariates
 from fedraclora.strategies.wrappers.allocated import Allocated, allocated
 from tests.messages import unpack_downlink
 
@@ -190,8 +193,6 @@ def test_a_client_that_fails_in_the_probe_is_not_asked_to_train() -> None:
 REFUSED: dict[str, tuple[Method, str]] = {
     "changes the base": (FrLora(rank=2), "changes the base weights"),
     "pissa": (make_method("fedavg_lora", init="pissa"), "changes the base weights"),
-    "keeps a pool": (make_method("pool_rac_lora"), "a part of every layer"),
-    "keeps state": (make_method("fedsa_lora"), "keep factors of their own"),
     "probes by itself": (make_method("fedavg_lora", init="lora_ga"), "gradient"),
     "follows a recipe": (make_method("ravan"), "block_diagonal"),
     "no adapters": (make_method("fedavg"), "does not adapt every layer"),
@@ -207,6 +208,15 @@ def test_methods_that_do_not_fit_are_refused(method: Method, said: str) -> None:
         opened(world, allocated(method, HeteroLora()))
 
 
+@pytest.mark.parametrize("name", ["pool_rac_lora", "fedsa_lora"])
+def test_methods_of_which_more_than_layers_is_kept_are_refused(name: str) -> None:
+    assert not [*Features([HeteroLora(), make_method("fed_rac_lora")]).conflicts()]
+    (said,) = Features([HeteroLora(), make_method(name)]).conflicts()
+    assert said.startswith("allocation=heterolora does not go with")
+    with pytest.raises(ConfigError, match="does not go with"):
+        run(make_world(), allocated(make_method(name), HeteroLora()), RAGGED, rounds=1)
+
+
 def opened(world: World, method: Method) -> None:
     draw = Draw(1)
     state = method.initial_state(world.base, world.plan, draw)
@@ -219,9 +229,13 @@ def test_methods_that_carry_factors_are_asked_once() -> None:
         run(make_world(), method, RAGGED, rounds=1)
 
 
+@pytest.mark.parametrize("kept", [Momentum(space="factors"), ControlVariates()])
 @pytest.mark.parametrize("rule", [HeteroLora(), AdaLora()], ids=lambda r: r.name)
-def test_what_the_server_keeps_by_coordinates_is_refused_beside_a_rule(rule: Uniform) -> None:
+def test_what_the_server_keeps_by_coordinates_is_refused_beside_a_rule(
+    rule: Uniform, kept: object
+) -> None:
     method = make_method("fedavg_lora")
-    assert allocated(method, Uniform(), fixed=True) is method
-    with pytest.raises(ConfigError, match="control_variates and server"):
-        allocated(method, rule, fixed=True)
+    assert not [*Features([method, kept, Uniform()]).conflicts()]
+    for part in (rule, allocated(method, rule)):
+        (said,) = Features([method, kept, part]).conflicts()
+        assert "an allocation of ranks" in said

@@ -32,6 +32,7 @@ from worlds import (
 from fedraclora.aggregation.base import Total
 from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.allocation import HeteroLora
+from fedraclora.compatibility import Features
 from fedraclora.devices.distributions import LogNormal
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
@@ -284,15 +285,15 @@ def test_buffered_rounds_carry_the_magnitudes(world: World) -> None:
 
 @pytest.mark.parametrize("variant", MERGING, ids=label)
 def test_methods_that_merge_are_refused(variant: Variant) -> None:
-    with pytest.raises(ConfigError, match="it folds updates into W"):
-        dora(variant[0], **variant[1])
+    method = make_method(variant[0], **variant[1])
+    told = [*Features([method, Dora(method)]).conflicts()]
+    assert any("a method that folds updates into the weights" in line for line in told)
 
 
 def test_a_start_from_gradients_is_refused(world: World) -> None:
     method = dora("fedavg_lora", init="lora_ga")
-    state = method.initial_state(world.base, world.plan, DRAW)
-    with pytest.raises(ConfigError, match=r"clients send gradients.* take another method\.init"):
-        method.open_round(state, 1, some_cohort(), DRAW)
+    with pytest.raises(ConfigError, match=r"dora=true .* send gradients: .*dora=false"):
+        run(world, method, RAGGED, rounds=1)
 
 
 def test_a_pull_to_the_start_is_refused(world: World) -> None:
@@ -303,7 +304,7 @@ def test_a_pull_to_the_start_is_refused(world: World) -> None:
 def test_an_allocation_is_refused() -> None:
     inner: Method = allocated(make_method("fedavg_lora"), HeteroLora())
     with pytest.raises(ConfigError, match="allocation=none, or dora=false"):
-        Dora(inner)
+        run(make_world(), Dora(inner), RAGGED, rounds=1)
 
 
 def test_a_row_of_zeros_is_refused(world: World) -> None:

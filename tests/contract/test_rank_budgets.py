@@ -35,11 +35,12 @@ from worlds import (
     with_pools,
 )
 
-from fedraclora.errors import ConfigError
+from fedraclora.compatibility import Features
+from fedraclora.devices.distributions import Constant
+from fedraclora.devices.system import SystemConfig
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
-from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import digest_rows
 from fedraclora.strategies.server.loop import LoopConfig
@@ -51,6 +52,7 @@ ABLE = [v for v in variants() if make_method(v[0], **v[1]).traits.ranks]
 UNABLE = [v for v in variants() if not make_method(v[0], **v[1]).traits.ranks]
 LAYERS = {"linear": linear, "conv1d": conv1d}
 DRAW = Draw(seed=17)
+BUDGETED = SystemConfig(rank_budget=Constant(0.5))
 RANKS = (1, RANK, 2, 9)  # of the cohort of `some_cohort`
 BUDGETS = torch.tensor([2, 1, 9, 3, 1])  # of the five clients of a run
 ITEM, COHORT, ROUNDS = 8, 3, 5
@@ -279,8 +281,7 @@ def test_budgets_matter(variant: Variant) -> None:
 @pytest.mark.parametrize("variant", UNABLE, ids=label)
 def test_methods_that_do_not_claim_budgets_refuse_them(variant: Variant) -> None:
     method = make_method(variant[0], **variant[1])
-    with pytest.raises(ConfigError, match=f"rank budgets, but {type(method).__name__}"):
-        check_ranks(method)
+    assert [*Features([BUDGETED, method]).conflicts()]
     world = make_world()
     sent = method.open_round(
         method.initial_state(world.base, world.plan, DRAW), 1, with_ranks(), DRAW
@@ -292,7 +293,7 @@ def test_methods_that_do_not_claim_budgets_refuse_them(variant: Variant) -> None
 @able
 def test_methods_that_claim_budgets_hand_them_on(variant: Variant, world: World) -> None:
     method = make_method(variant[0], **variant[1])
-    check_ranks(method)
+    assert not [*Features([BUDGETED, method]).conflicts()]
     state = method.initial_state(world.base, world.plan, DRAW)
     sent = method.open_round(state, 1, with_ranks(), DRAW)
     assert sent.ranks is not None

@@ -1,9 +1,8 @@
-"""The list of steps: one of a user's own, the order, and the table of what does not go together."""
+"""The list of steps: one of a user's own, and the order."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +22,6 @@ from fedraclora.run.ledger import Row
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.steps import round_steps
-from fedraclora.strategies.steps.conflicts import (
-    CONFLICTS,
-    FEATURES,
-    INSTEAD,
-    WHY,
-    instead_of,
-    refused,
-)
 from fedraclora.training.extras.settings import LocalSettings
 from tests.contract.worlds import World, assert_close_trees, make_method, make_world, run
 
@@ -115,7 +106,7 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
     }
     everything = round_steps({**chosen, "local": replace(LOCAL, dp=SampleNoise())})
     assert [type(step).__name__ for step in everything] == [
-        "Fits",
+        "CompatibilityCheck",
         "NoEnergy",
         "Attackers",
         "RobustRule",
@@ -125,28 +116,9 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
         "ControlVariates",
         "OptimisedServer",
     ]
-    assert [type(step).__name__ for step in round_steps({"local": LOCAL})] == ["Fits"]
+    assert [type(step).__name__ for step in round_steps({"local": LOCAL})] == ["CompatibilityCheck"]
     some = round_steps({"attack": SignFlip(0.2), "local": LOCAL})
-    assert [type(step).__name__ for step in some] == ["Fits", "Attackers"]
-
-
-def test_every_feature_has_a_row_and_every_row_its_features() -> None:
-    used = {name for pair in CONFLICTS for name in pair}
-    assert used == {*FEATURES}
-    assert {*INSTEAD} <= {*FEATURES}
-    pairs = [frozenset(pair) for pair in CONFLICTS]
-    assert len(pairs) == len(set(pairs)), "a pair stands in the table twice"
-
-
-@pytest.mark.parametrize("pair", CONFLICTS, ids=" x ".join)
-def test_an_error_names_both_and_both_ways_out(pair: tuple[str, str]) -> None:
-    what, beside = pair
-    told = str(refused(what, beside, "it is 7"))
-    assert told.startswith(
-        f"{what} does not go with {beside} (it is 7): {WHY[what][beside]}; take "
-    )
-    assert instead_of(what) in told
-    assert instead_of(beside) in told
+    assert [type(step).__name__ for step in some] == ["CompatibilityCheck", "Attackers"]
 
 
 @pytest.mark.parametrize(
@@ -164,12 +136,3 @@ def test_the_energy_seen_is_told_where_steps_follow_the_gradient(
 ) -> None:
     done = run(make_world(), make_method("subspace_rac_lora"), local, rounds=2, cohort=3)
     assert ("energy_seen" in done.rows[-1]["report"]) == told
-
-
-@pytest.mark.parametrize("name", ["fedex_lora", "hetlora", "flexlora"])
-def test_a_method_that_needs_single_updates_is_named(name: str) -> None:
-    method = make_method(name)
-    setup = SimpleNamespace(inner=method, traits=method.traits)
-    what = "a method that needs each client's own update"
-    assert FEATURES[what](setup) == f"method={name}"  # type: ignore[arg-type]
-    assert "linear" in instead_of(what)

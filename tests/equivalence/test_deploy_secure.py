@@ -192,7 +192,7 @@ def test_the_same_key_gives_the_same_private_deployment(tmp_path: Path) -> None:
 
 def test_an_attack_is_for_simulations(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes_for(3))
-    with pytest.raises(ConfigError, match="attacks are for simulations"):
+    with pytest.raises(ConfigError, match="engine=deploy does not go with an attack"):
         deploy(["attack=sign_flip"], tmp_path / "run", network)
 
 

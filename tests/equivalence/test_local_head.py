@@ -68,7 +68,7 @@ def test_heads_stay_at_home_and_differ(method: str) -> None:
 
 @pytest.mark.parametrize("method", REFUSED)
 def test_a_head_that_would_move_with_the_rest_is_refused(method: str) -> None:
-    with pytest.raises(ConfigError, match="head is personal"):
+    with pytest.raises(ConfigError, match="head=personal"):
         job(f"method={method}", "local.steps=1")
 
 

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from fedraclora.compatibility import Features
 from fedraclora.data.clients import Partitioned
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
+from fedraclora.devices.distributions import Constant
+from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Downlink, Draw, Plan, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.program import GRADIENT
-from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.methods import METHODS
@@ -219,10 +221,10 @@ def test_an_unknown_start_names_those_that_fit() -> None:
 
 
 def test_rank_budgets_are_refused_beside_a_start() -> None:
-    check_ranks(FlexLora())
+    budgets = SystemConfig(rank_budget=Constant(0.5))
+    assert not [*Features([budgets, FlexLora()]).conflicts()]
     for initial in STARTS:
-        with pytest.raises(ConfigError, match="rank budgets"):
-            check_ranks(FlexLora(init=initial))
+        assert [*Features([budgets, FlexLora(init=initial)]).conflicts()]
 
 
 def test_lora_ga_needs_twice_as_many_vectors_as_its_rank() -> None:

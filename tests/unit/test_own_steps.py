@@ -87,7 +87,7 @@ def test_a_step_that_looks_at_single_updates_is_refused_as_one_of_the_project_is
 
 
 def test_so_is_one_of_the_project_that_a_key_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before round 1, by its class attribute alone: the table of conflicts has no row of it."""
+    """Before round 1, by its class attribute alone: nothing else says so."""
     row = ("max_failures", lambda allowed: Cosine() if allowed else None)
     monkeypatch.setattr(steps, "STEPS", (row, *steps.STEPS))
     chosen: dict[str, Any] = {"max_failures": 1, "aggregation_weights": "uniform"}
@@ -98,15 +98,26 @@ def test_so_is_one_of_the_project_that_a_key_chooses(monkeypatch: pytest.MonkeyP
 
 
 def test_a_step_says_itself_what_it_does_not_go_with() -> None:
+    @fedraclora.Feature(
+        "a picky step",
+        instead="steps without it",
+        avoids={"control_variates=true": "it has seen enough"},
+    )
     class Picky(Cosine):
-        avoids = {"control_variates=true": "it has seen enough"}  # noqa: RUF012
+        pass
 
     run(steps=[Picky()])
-    with pytest.raises(ConfigError, match=r"Picky .*control_variates=true: .*seen enough"):
+    with pytest.raises(
+        ConfigError, match=r"picky step .* control_variates=true: .*enough; .*without it"
+    ):
         run(steps=[Picky()], control_variates=True, local={"steps": 2})
-    Picky.avoids = {"control_variates=on": "it is no condition"}
-    with pytest.raises(ConfigError, match=r"Picky avoids 'control_variates=on'.*=true"):
-        run(steps=[Picky()])
+
+    @fedraclora.Feature("a wrong step", avoids={"control_variates=on": "it is no feature"})
+    class Wrong(Cosine):
+        pass
+
+    with pytest.raises(ConfigError, match=r"a wrong step 'control_variates=on'.*=true"):
+        run(steps=[Wrong()])
 
 
 class Raises(Cosine):

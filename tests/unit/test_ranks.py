@@ -7,13 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedraclora.compatibility import Features
+from fedraclora.devices.distributions import Constant
+from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError, ShapeError, WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Cohort, Downlink, Draw, Plan
 from fedraclora.protocol.rank_budgets import (
     check_budgets,
-    check_ranks,
     cut_gradients,
     hold,
     rank_axes,
@@ -205,6 +207,7 @@ def test_a_part_of_a_cohort_keeps_its_budgets() -> None:
 
 
 def test_methods_without_a_shared_sketch_refuse_budgets() -> None:
-    check_ranks(FedRacLora())
-    with pytest.raises(ConfigError, match=r"rank budgets, but FedAvg .* take a method"):
-        check_ranks(FedAvg())
+    budgets = SystemConfig(rank_budget=Constant(0.5))
+    assert not [*Features([budgets, FedRacLora()]).conflicts()]
+    one, _ = Features([budgets, FedAvg()]).conflicts()
+    assert one.startswith("system.rank_budget does not go with a method that trains one rank")

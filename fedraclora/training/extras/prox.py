@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
@@ -29,6 +30,19 @@ class Prox(ClientProgram):
 
     mu: float
     form: ClassVar[str] = "local.prox={mu}"
+
+    @Feature(
+        "local.prox",
+        instead="local.prox=0",
+        avoids={
+            "a method whose clients train by differences of losses": (
+                "there is no gradient to add its term to"
+            ),
+            "dora=true": "a weight is no sum of the base and a low-rank term",
+        },
+    )
+    def _pulls(self) -> str:
+        return self.setting
 
     @override
     def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:

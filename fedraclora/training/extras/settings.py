@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.limits import NotNegative, OneOf, Part, Positive, Seconds
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
 from fedraclora.protocol.program import (
@@ -27,6 +28,14 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 
 
+@Feature(
+    "local.dp",
+    instead="local.dp=null",
+    avoids={
+        "a method whose clients train by differences of losses": "there is no gradient of a sample",
+        "a method that asks twice in a round": "privacy is accounted for one exchange a round",
+    },
+)
 @dataclass(frozen=True)
 class SampleLevel(ClientProgram):
     """DP-SGD on what a client trains.

@@ -1,0 +1,215 @@
+"""What does not go together in a run: each part says it of itself, and one function compares.
+
+A feature is something that a run may have: a setting, a step of its rounds, a trait of its method,
+what is sent. Declare it where it comes from:
+
+    @Feature("a log of updates", instead="steps without it", avoids={"secure=secagg": "..."})
+    class LogUpdates(RoundStep): ...
+
+On a class, each object of it has the feature. On a method of a class, an object has it if that
+method returns something true; a text tells the value that was met. A method that takes an argument
+is asked with what is sent to the clients (`fedraclora.protocol.downlink.Downlink`), once that is
+known. Names of features that exist are in `KNOWN`; docs/compatibility.md lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from typing import Any, TypeVar
+
+from fedraclora.errors import ConfigError, unknown
+
+Part = TypeVar("Part", bound=Callable[..., Any])
+Found = bool | str
+MARK = "declared_features"
+KNOWN: dict[str, Feature] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """Something that a run may have, and what it does not go with.
+
+    Attributes:
+        name: In messages, and in what other features avoid and require.
+        instead: What to take to be without it.
+        take: What to take to have it, where another feature requires it; empty: its name says so.
+        avoids: Names of features that it does not go with, and why.
+        requires: Names of features that it needs, and why.
+        each_round: Whether a round may have it that others have not: then it is looked for again
+            whenever something is sent.
+    """
+
+    name: str
+    instead: str = "another method"
+    take: str = ""
+    avoids: Mapping[str, str] = field(default_factory=dict)
+    requires: Mapping[str, str] = field(default_factory=dict)
+    each_round: bool = False
+
+    def __post_init__(self) -> None:
+        """Make the name known."""
+        KNOWN[self.name] = self
+
+    def __call__(self, part: Part) -> Part:
+        """Declare it of a class, or of the objects for which a method returns something true."""
+        setattr(part, MARK, (*vars(part).get(MARK, ()), self))
+        return part
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A feature of a class.
+
+    Attributes:
+        feature: What it is.
+        method: Says of an object whether it has the feature; empty: each one has.
+        by_sent: Whether that method is asked with what is sent.
+    """
+
+    feature: Feature
+    method: str = ""
+    by_sent: bool = False
+
+    def found(self, part: object, sent: object) -> Found:
+        """Return whether an object has the feature, or the value that it has."""
+        if not self.method:
+            return True
+        given = (sent,) if self.by_sent else ()
+        return getattr(part, self.method)(*given)  # type: ignore[no-any-return]
+
+
+def declared_by(kind: type) -> tuple[Declared, ...]:
+    """List the features that a class and its bases declare."""
+    if kind in DECLARED:  # asked in each round
+        return DECLARED[kind]
+    found = dict[tuple[str, str], Declared]()
+    for each in reversed(kind.__mro__):
+        for feature in vars(each).get(MARK, ()):
+            found[feature.name, ""] = Declared(feature)
+        for name, value in vars(each).items():
+            for feature in () if isinstance(value, type) else getattr(value, MARK, ()):
+                by_sent = len(signature(value).parameters) > 1
+                found[feature.name, name] = Declared(feature, name, by_sent)
+    return DECLARED.setdefault(kind, tuple(found.values()))
+
+
+def told(kind: type) -> str:
+    """Say what every object of a class does not go with, and what it needs; empty: nothing."""
+    features = [each.feature for each in declared_by(kind) if not each.method]
+    avoids = [name for feature in features for name in feature.avoids]
+    needs = [name for feature in features for name in feature.requires]
+    lists = (("Does not go with", avoids), ("Needs", needs))
+    return " ".join(f"{what}: {'; '.join(names)}." for what, names in lists if names)
+
+
+DECLARED: dict[type, tuple[Declared, ...]] = {}
+
+
+class Features:
+    """The features of a run, each looked for when it is first wanted.
+
+    Args:
+        parts: Whatever may declare some; others are passed over.
+        sent: What is sent to clients; None: it is not known yet, nor whether something is missing.
+        known: What was found before, by name.
+    """
+
+    def __init__(
+        self,
+        parts: Iterable[object],
+        sent: object = None,
+        known: Mapping[str, Found] | None = None,
+    ) -> None:
+        self.complete = sent is not None
+        self.declared: dict[str, list[tuple[Feature, Callable[[], Found]]]] = {}
+        self.known = dict(known or {})
+        for part in parts:
+            for each in declared_by(type(part)):
+                if self.complete or not each.by_sent:
+                    one = each.feature, partial(each.found, part, sent)
+                    self.declared.setdefault(each.feature.name, []).append(one)
+
+    def has(self, name: str) -> Found:
+        """Return whether the run has a feature, or the value that it has."""
+        if name not in self.known:
+            found = (holds() for _, holds in self.declared.get(name, ()))
+            self.known[name] = next((value for value in found if value), False)
+        return self.known[name]
+
+    @property
+    def lasting(self) -> dict[str, Found]:
+        """Return what was found and holds in all rounds."""
+        return {name: found for name, found in self.known.items() if not KNOWN[name].each_round}
+
+    def conflicts(self, *, each_round: bool = False) -> Iterator[str]:
+        """Yield a sentence for each pair that does not go together, and for each that is missing.
+
+        Args:
+            each_round: Whether to look only at pairs that may change from round to round.
+
+        Raises:
+            ConfigError: If a feature avoids or requires what is no feature.
+        """
+        declared = [pair[0] for pairs in self.declared.values() for pair in pairs]
+        for what in dict.fromkeys(declared):
+            for beside, why in _named(
+                what, what.avoids, each_round=each_round, complete=self.complete
+            ):
+                if (one := self.has(what.name)) and (other := self.has(beside.name)):
+                    yield _conflict(what, beside, why, one, other)
+            needed = what.requires if self.complete else {}
+            for beside, why in _named(what, needed, each_round=each_round, complete=True):
+                if self.has(what.name) and not self.has(beside.name):
+                    take = beside.take or beside.name
+                    yield f"{what.name} needs {beside.name}: {why}; take {take}, or {what.instead}"
+
+
+def _named(
+    what: Feature, pairs: Mapping[str, str], *, each_round: bool, complete: bool
+) -> Iterator[tuple[Feature, str]]:
+    """Yield the features that one avoids or requires, and why.
+
+    Raises:
+        ConfigError: If there is none of a name, and the run is complete; it names the nearest.
+    """
+    for name, why in pairs.items():
+        if name not in KNOWN and not complete:
+            continue  # the module that declares it is not imported yet
+        if name not in KNOWN:
+            raise unknown(f"feature beside {what.name}", name, KNOWN)
+        if not each_round or what.each_round or KNOWN[name].each_round:
+            yield KNOWN[name], why
+
+
+def _conflict(what: Feature, beside: Feature, why: str, *found: Found) -> str:
+    met = ", ".join(value for value in found if isinstance(value, str))
+    return (
+        f"{what.name} does not go with {beside.name}{met and f' ({met})'}: {why}; "
+        f"take {beside.instead}, or {what.instead}"
+    )
+
+
+def refuse(conflicts: Iterable[str]) -> None:
+    """Reject a run in which something does not go together.
+
+    Raises:
+        ConfigError: With all that does not, a line each.
+    """
+    if found := [*dict.fromkeys(conflicts)]:
+        raise ConfigError("\n  ".join(found))
+
+
+def conflict(kind: type, beside: Feature, *found: Found) -> ConfigError:
+    """Build the error for a feature that a part comes upon while it computes.
+
+    Args:
+        kind: The class of the part, which declares that it avoids the feature.
+        beside: The feature.
+        found: Values that were met.
+    """
+    declared = (each.feature for each in declared_by(kind))
+    what = next(feature for feature in declared if beside.name in feature.avoids)
+    return ConfigError(_conflict(what, beside, what.avoids[beside.name], *found))

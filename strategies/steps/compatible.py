@@ -1,0 +1,64 @@
+"""Refuses what does not go together, before the first round and in each one.
+
+What that is each part of a run says itself (`fedraclora.compatibility`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from typing_extensions import override
+
+from fedraclora.aggregation.base import AggregationContext
+from fedraclora.compatibility import Features, refuse
+from fedraclora.protocol.method import Cohort, Downlink, State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.strategies.server.round_step import RoundStep, step_of
+from fedraclora.strategies.wrappers.around import inside
+
+
+class CompatibilityCheck(RoundStep):
+    """Compares the features of all parts of a run.
+
+    Args:
+        steps: All other steps.
+    """
+
+    def __init__(self, steps: Sequence[RoundStep]) -> None:
+        self.steps = steps
+        self.sent: Downlink | None = None  # what was looked at last
+        self.found = Features(())  # before the first round
+
+    def parts(self) -> Iterator[object]:
+        """Yield the parts of a run that stay the same in all its rounds."""
+        run = self.run
+        yield from (run, run.loop, run.devices.system, run.local, *run.local.added)
+        yield from reversed([*inside(run.method)])  # the method, then what is put around it
+        for step in self.steps:
+            yield from (step_of(step), step.settings)
+
+    @override
+    def begin(self, state: State) -> None:
+        budgets = self.run.devices.system.rank_budget is not None
+        ranks = torch.ones(2, dtype=torch.int64) if budgets else None
+        some = Cohort(torch.arange(2), torch.ones(2), ranks)
+        sent = self.run.method.open_round(state, 1, some, self.run.draw)
+        self.found = Features([*self.parts(), sent, sent.program], sent)
+        refuse(self.found.conflicts())
+
+    @override
+    def send(self, sent: Downlink, state: State) -> Downlink:
+        self._check(sent)
+        return sent
+
+    @override
+    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        if context.sent is not self.sent:  # it may be that of a later exchange
+            self._check(context.sent)
+        return got
+
+    def _check(self, sent: Downlink) -> None:
+        self.sent = sent
+        now = Features([*self.parts(), sent, sent.program], sent, self.found.lasting)
+        refuse(now.conflicts(each_round=True))
