@@ -7,6 +7,7 @@ where NAME is a folder of ``experiments/results``, or, for one column of several
 side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. ``<!-- board NAME -->`` is the
 leaderboard of a study, with its figure, ``<!-- methods -->`` what the docstrings of the methods
 say, with their traits, ``<!-- features -->`` what parts of a run declare that they do not go with,
+``<!-- patches -->`` what is changed in Flower,
 ``<!-- bench -->`` all tables of the benchmark,
 ``<!-- bench WORKLOAD, WORKLOAD -->`` some, and ``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->`` some
 of their rows side by side. What stands between such a line and the next ``<!-- end -->`` is made
@@ -30,6 +31,7 @@ from fedraclora.commands.cli import USAGE
 from fedraclora.commands.study.entries import DEVIATION, docstring, is_unverified
 from fedraclora.compatibility import KNOWN
 from fedraclora.compose.choices import choice, groups, sections
+from fedraclora.engines.flower_patches import PATCHES
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.table import side_by_side, tables
 from fedraclora.protocol.method import Method
@@ -45,7 +47,8 @@ PER_MATRIX = re.compile(" numbers per matrix( and client)?")  # once on the page
 TITLE = re.compile(r"\*[^*]+\*, ")  # of a paper, which the docstring has, too
 ARXIV = re.compile(r"(?:arXiv )?(\d{4}\.\d{5})")
 BLOCK = re.compile(
-    r"(?P<head><!-- (?P<kind>table|beside|board|methods|features|bench)(?P<words>.*?) -->\n)"
+    r"(?P<head><!-- "
+    r"(?P<kind>table|beside|board|methods|features|bench|patches)(?P<words>.*?) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -66,10 +69,9 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 def _made(found: re.Match[str], results: Path) -> str:
     head, *rest = [part.strip() for part in found["words"].split(": ")]
-    if found["kind"] == "methods":
-        return methods()
-    if found["kind"] == "features":
-        return features()
+    derived = {"methods": methods, "features": features, "patches": patches}
+    if found["kind"] in derived:
+        return derived[found["kind"]]()
     if found["kind"] == "board":
         return board(head, results)
     if found["kind"] == "bench":
@@ -160,6 +162,12 @@ def board(name: str, results: Path) -> str:
     text = (folder / "leaderboard.md").read_text(encoding="utf-8")
     picture = f"![leaderboard](../../experiments/results/{name}/leaderboard.png)"
     return f"{text}\nBy {command}.\n\n{picture}\n"
+
+
+def patches() -> str:
+    """Write the table of what is changed in Flower."""
+    rows = [f"| `{each.name}` | {each.buys} |\n" for each in PATCHES]
+    return "".join(["| patch | what it buys |\n|---|---|\n", *rows])
 
 
 def methods() -> str:

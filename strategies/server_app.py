@@ -18,9 +18,9 @@ from flwr.serverapp import ServerApp
 
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig
+from fedraclora.engines import flower_patches
 from fedraclora.engines.base import Engine, Grid
 from fedraclora.engines.deploy.grid import DeployGrid
-from fedraclora.engines.deploy.pulling import pull_in_time
 from fedraclora.errors import ConfigError
 from fedraclora.run.events import EventRecord
 from fedraclora.run.folder import run_id
@@ -72,7 +72,7 @@ def on_hosts(
     history = WeightHistory()
 
     def make_grid(*_: object) -> Grid:
-        pull_in_time()
+        flower_patches.patch(flower_patches.SERVER)
         name = run_id(folder, shared=shared)
         return DeployGrid(flower, history, name, settings, known=known, ended=ended)
 

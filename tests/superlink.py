@@ -52,8 +52,8 @@ class SuperLink:
         """Start it, and wait until it listens."""
         try:
             words, trust = ["--insecure", "--simulation"], "insecure = true"
-            self._program = programs.superlink(self.home, words, self.environ, trust)
-            self._program.await_listening(self.home / "link")
+            self._program, at = programs.superlink(self.home, words, self.environ, trust)
+            self._program.await_listening(at)
         except BaseException:
             self.__exit__()
             raise

@@ -45,8 +45,7 @@ from fedraclora.commands.status import explained, in_one_piece
 from fedraclora.config.build import measured_samples
 from fedraclora.data.per_client import read_own
 from fedraclora.engines.deploy.control import Connection
-from fedraclora.engines.deploy.supernode import EARLY, OLDEST
-from fedraclora.engines.sockets import use_sockets
+from fedraclora.engines.flower_patches import ANY, EARLY, OLDEST, patch
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.folder import versions_of
 from fedraclora.strategies.builder import RunBuilder
@@ -223,7 +222,7 @@ def knock(args: Namespace, key: ec.EllipticCurvePrivateKey) -> tuple[httpx.Respo
 
     Flower 1.42 refuses that, whoever asks, and says whether it knows the key: nothing changes.
     """
-    use_sockets("flower-supernode")
+    patch(ANY)
     roots, public = args.root_certificates, public_key_to_bytes(key.public_key())
     roots = None if roots is None or args.insecure else Path(roots).read_bytes()
     signed = [NodeAuthHttpInterceptor(key, key.public_key())]

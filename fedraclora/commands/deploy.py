@@ -2,7 +2,8 @@
 
 ``connection=NAME`` starts it at a SuperLink that Flower's configuration names, and follows it;
 ``nodes=N`` makes a SuperLink and N SuperNodes on this machine for it. The other arguments are those
-of simulate. The status is that of the run.
+of simulate. The status is that of the run. With ``deploy.patched=false`` beside ``nodes=N`` Flower
+runs as it is, slower (docs/deploy.md).
 ``--cfg job`` prints the config, and starts nothing; ``--check`` says what would fail, and
 ``--check=FILE`` writes what owners of data check against, by ``fedraclora node --check=FILE``.
 """
@@ -25,8 +26,10 @@ from fedraclora.compose.overrides import composed, is_override, key_of, searched
 from fedraclora.compose.resume import is_done, told_how_to_go_on
 from fedraclora.compose.words import check_word, part
 from fedraclora.config.settings import DeployConfig
+from fedraclora.engines import flower_patches
 from fedraclora.engines.deploy.control import PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.engines.flower_patches import ALL, UNPATCHED
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.launch import choose
@@ -39,7 +42,8 @@ from fedraclora.temporary import PrivateFolder
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
 
-OWN_KEYS = ("connection", "nodes")
+PATCHED = "deploy.patched"
+OWN_KEYS = ("connection", "nodes", PATCHED)
 KEPT = 40  # lines of a log that are shown where a run fails
 
 
@@ -221,7 +225,7 @@ def lines_of(connection: Connection, number: int) -> Iterator[str]:
 
 @contextmanager
 def place(
-    run: ServerRun, nodes: int | None, name: str
+    run: ServerRun, nodes: int | None, name: str, *, patched: bool = True
 ) -> Iterator[tuple[Connection, Record | None]]:
     """Open the connection to run at, and what keeps the record here."""
     if nodes is None:
@@ -234,7 +238,10 @@ def place(
     ends = [run.built.clients * k // nodes for k in range(nodes + 1)]  # chunks stay whole
     served = [list(range(*span)) for span in pairwise(ends)]
     data = own_data(run.config.data)
-    with LocalDeployment([ids for ids in served if ids], data=data) as deployment:
+    local = LocalDeployment([ids for ids in served if ids], data=data, patched=patched)
+    for line in flower_patches.lines(local.environ):
+        print(line, file=sys.stderr)
+    with local as deployment:
         yield deployment.connection, None
 
 
@@ -324,6 +331,24 @@ def where(own: Mapping[str, object]) -> tuple[str, int | None]:
     return name, nodes
 
 
+def is_patched(own: Mapping[str, object], nodes: int | None) -> bool:
+    """Tell whether Flower is patched, in programs that are started here.
+
+    Raises:
+        ConfigError: If that is no truth value, or others start the programs.
+    """
+    patched = own.get(PATCHED, True)
+    if not isinstance(patched, bool):
+        raise ConfigError(f"{PATCHED}={patched}: use true or false")
+    if not patched and nodes is None:
+        raise ConfigError(
+            f"{PATCHED}=false works with nodes=N, which starts Flower's programs here. At a "
+            f"connection, set {UNPATCHED}={ALL} in the environment of the SuperLink and of "
+            "`fedraclora node`"
+        )
+    return patched
+
+
 def main(words: Sequence[str]) -> int:
     """Do what the command line asks for; the status is that of the run."""
     words, file = check_word(words)
@@ -331,6 +356,7 @@ def main(words: Sequence[str]) -> int:
     if shows_composed(deployed(rest, own.get("nodes"))):
         return 0
     name, nodes = where(own)
+    patched = is_patched(own, nodes)
     run = prepare(rest, nodes)
     if file is not None:
         from fedraclora.commands.check import check_run
@@ -341,9 +367,10 @@ def main(words: Sequence[str]) -> int:
         print(f"{run.folder} is finished already")
         return 0
     again = f"deploy nodes={nodes}" if nodes else f"deploy connection={name}"
+    again += "" if patched else f" {PATCHED}=false"
     with (
         told_how_to_go_on(run.folder, again, there=not nodes),
-        place(run, nodes, name) as (connection, record),
+        place(run, nodes, name, patched=patched) as (connection, record),
     ):
         follow(run, connection, record)
     return 0

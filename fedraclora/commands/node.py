@@ -1,8 +1,9 @@
 """``fedraclora node``: a SuperNode that answers sooner than Flower's, with the words of that.
 
 Its own API is a socket in a private folder: words that say where it listens and who may call it
-are refused. ``--check`` starts nothing, and says what would fail; ``--check=FILE`` compares with
-the run, too, of which the operator's ``fedraclora deploy --check=FILE`` wrote that file.
+are refused. With ``FEDRACLORA_UNPATCHED=all`` in the environment it is Flower's. ``--check`` starts
+nothing, and says what would fail; ``--check=FILE`` compares with the run, too, of which the
+operator's ``fedraclora deploy --check=FILE`` wrote that file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from fedraclora.compose.words import check_word
-from fedraclora.engines.deploy.local import SUPERNODE
+from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, why_without
+from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
 
 # Flower takes an option by its first letters, too.
@@ -26,7 +28,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         ConfigError: If it says where the node's own API listens.
     """
-    for word in words:
+    for word in words if why_without(AT_SOCKETS) is None else ():
         name = word.partition("=")[0]
         if name.startswith("--") and any(option.startswith(name) for option in OF_THE_API):
             raise ConfigError(
@@ -40,4 +42,5 @@ def main(words: Sequence[str]) -> int:
         from fedraclora.commands.check import check_node
 
         return check_node(words, file or None)
-    return os.execv(sys.executable, [sys.executable, "-P", str(SUPERNODE), *words])  # noqa: S606
+    command = [sys.executable, "-P", str(RUNNER), NODE, *words]
+    return os.execv(sys.executable, command)  # noqa: S606

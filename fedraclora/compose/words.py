@@ -74,7 +74,7 @@ def trust_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 FLAGS = ("-sc", "--shell-completion")
 COMPOSED = ("simulate", "deploy")  # the commands whose words Hydra composes
-WHERE = re.compile(r"\s(?:connection|nodes)=\S*")  # of deploy: no config has them
+WHERE = re.compile(r"\s(?:connection|nodes|deploy\.patched)=\S*")  # of deploy: no config has them
 FOLDER_FLAGS = ("--config-dir", "-cd")
 
 

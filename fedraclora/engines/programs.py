@@ -18,32 +18,78 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedraclora.engines.sockets import VARIABLE
+from typing_extensions import override
+
+from fedraclora.engines import flower_patches
+from fedraclora.engines.flower_patches import ALL, AT_SOCKETS, SOCKETS, UNPATCHED
 from fedraclora.errors import EngineError
 
 log = logging.getLogger(__name__)
 
 TETHERED = Path(__file__).with_name("tethered.py")
-AT_SOCKETS = Path(__file__).with_name("sockets.py")
-HOST, LINK, NODE = "127.0.0.1", 1, 2  # ports of a SuperLink and of a node that are sockets
+RUNNER = Path(flower_patches.__file__)  # runs Flower's programs
+HOST, LINK, NODE = "127.0.0.1", 1, 2  # ports that stand for the sockets of a SuperLink and a node
 LONGEST = 80  # characters of a home's path: that of a socket in it may have 107
 CONNECTION = "local"  # of the connection to a SuperLink of our own, in Flower's configuration
 START = 120.0  # seconds until a program must listen
 END = 20.0  # seconds for all that it has started to end
 
 
-def environment(home: Path) -> dict[str, str]:
+@dataclass(frozen=True)
+class Address:
+    """Where one of Flower's programs listens on this machine.
+
+    Attributes:
+        port: Of 127.0.0.1; of a socket the number that stands for it.
+        socket: Its path; None: it listens at the port.
+    """
+
+    port: int
+    socket: Path | None
+
+    @classmethod
+    def choose(cls, path: Path, port: int, environ: Mapping[str, str]) -> Address:
+        """Take the socket of a path, and where there are no sockets a port that is free.
+
+        Args:
+            path: Where the socket is to be.
+            port: Stands for it.
+            environ: That of `environment`.
+        """
+        if SOCKETS in environ:
+            return cls(port, path)
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            return cls(probe.getsockname()[1], None)
+
+    @override
+    def __str__(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    def listens(self) -> bool:
+        """Check whether somebody listens there."""
+        where = (HOST, self.port) if self.socket is None else str(self.socket)
+        with socket.socket(socket.AF_INET if self.socket is None else socket.AF_UNIX) as link:
+            return link.connect_ex(where) == 0
+
+
+def environment(home: Path, *, patched: bool = True) -> dict[str, str]:
     """Build the environment for Flower's programs: this Python, a home of their own, no network.
 
     Args:
         home: A private folder, with the socket of the SuperLink.
+        patched: Whether modules of Flower are patched (`flower_patches`).
     """
+    environ = command_line(os.environ) | ({} if patched else {UNPATCHED: ALL})
+    environ.pop(SOCKETS, None)
+    if flower_patches.why_without(AT_SOCKETS, environ) is None:
+        environ[SOCKETS] = addresses({LINK: home / "link"})
     return {
-        **command_line(os.environ),
+        **environ,
         "FLWR_HOME": str(home),
-        VARIABLE: addresses({LINK: home / "link"}),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         # Else an environment without torch is built from the network, for every run.
@@ -55,7 +101,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def addresses(sockets: Mapping[int, Path]) -> str:
-    """Write down which ports of this machine stand for sockets, as `sockets` reads it."""
+    """Write down which ports of this machine stand for sockets, as `flower_patches` reads it."""
     return json.dumps({f"{HOST}:{port}": str(path) for port, path in sockets.items()})
 
 
@@ -67,7 +113,7 @@ def command_line(environ: Mapping[str, str]) -> dict[str, str]:
 
 def flwr_of(environ: Mapping[str, str]) -> list[str]:
     """Return how Flower's command line is called: in its own way where no address is a socket."""
-    return [sys.executable, "-P", str(AT_SOCKETS), "flwr"] if VARIABLE in environ else ["flwr"]
+    return [sys.executable, "-P", str(RUNNER), "flwr"] if SOCKETS in environ else ["flwr"]
 
 
 def flwr(
@@ -97,7 +143,6 @@ class Program:
         words: Its command line.
         environ: Its environment.
         file: Takes what it writes.
-        script: Python file to run in its place; it takes the same words.
 
     Raises:
         EngineError: If there is no such program.
@@ -109,16 +154,14 @@ class Program:
         words: Sequence[str],
         environ: Mapping[str, str],
         file: Path,
-        script: Path | None = None,
     ) -> None:
         self.name, self.file = name, file
         found = shutil.which(name, path=environ["PATH"])
         if found is None:
             raise EngineError(f"there is no {name} beside this Python: install flwr")
-        program = [str(AT_SOCKETS), found] if script is None else [str(script)]
         with file.open("wb") as log:
             self.process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", str(TETHERED), *program, *words],
+                [sys.executable, "-P", str(TETHERED), str(RUNNER), found, *words],
                 env=environ,
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -137,14 +180,14 @@ class Program:
         lines = self.file.read_text(errors="replace").strip().splitlines()
         return " / ".join(lines[-5:]) or "nothing"
 
-    def await_listening(self, address: Path) -> None:
-        """Wait until it listens at a socket.
+    def await_listening(self, address: Address) -> None:
+        """Wait until it listens.
 
         Raises:
             EngineError: If it ends, or does not in time.
         """
         end = time.monotonic() + START
-        while not listens(address):
+        while not address.listens():
             if self.ended or time.monotonic() > end:
                 kind = self.name.removeprefix("flower-").replace("super", "Super")
                 kind = kind.replace("link", "Link").replace("node", "Node")
@@ -167,20 +210,26 @@ class Program:
                 os.killpg(self.process.pid, sign)
 
 
-def superlink(home: Path, words: Sequence[str], environ: Mapping[str, str], trust: str) -> Program:
-    """Start a SuperLink at the socket of a home, and name it there for Flower's command line.
+def superlink(
+    home: Path, words: Sequence[str], environ: Mapping[str, str], trust: str
+) -> tuple[Program, Address]:
+    """Start a SuperLink in a home, and name it there for Flower's command line.
 
     Args:
         home: A private folder.
         words: Its command line, but for the address.
         environ: That of `environment`.
         trust: How its connection is secured: a line of Flower's configuration.
+
+    Returns:
+        The program, and where it will listen.
     """
+    at = Address.choose(home / "link", LINK, environ)
     (home / "config.toml").write_text(
-        f'[superlink.{CONNECTION}]\naddress = "{HOST}:{LINK}"\n{trust}\n', encoding="utf-8"
+        f'[superlink.{CONNECTION}]\naddress = "{at}"\n{trust}\n', encoding="utf-8"
     )
-    words = [*words, "--host", HOST, "--port", str(LINK)]
-    return Program("flower-superlink", words, environ, home / "superlink.log")
+    words = [*words, "--host", HOST, "--port", str(at.port)]
+    return Program("flower-superlink", words, environ, home / "superlink.log"), at
 
 
 def end_all(programs: Sequence[Program]) -> None:
@@ -203,12 +252,6 @@ def end_all(programs: Sequence[Program]) -> None:
         log.warning("%g s after %s not all has ended of %s", END, sign.name, ", ".join(late))
     for program in programs:
         program.process.communicate()
-
-
-def listens(address: Path) -> bool:
-    """Check whether somebody listens at a socket."""
-    with socket.socket(socket.AF_UNIX) as link:
-        return link.connect_ex(str(address)) == 0
 
 
 def without_readers(pipe: int, seconds: float) -> bool:

@@ -238,13 +238,14 @@ class RunRecorder:
             "round": round_,
             "memo": state.memo.stored(),
             "fixed": self.fixed,
-            "base_digest": digest(state.base),
             "plan": plan_meta(state.plan),
             "weights": WEIGHTS,
             "ledger": self.ledger.seal(round_),
             "chain": None if self.chain is None else self._link,
             "files": beside(self.folder),
-        } | ({"base_order": list(state.base)} if left else {})
+        }
+        if left:  # else the file's own digest is that of the base, too
+            meta |= {"base_order": list(state.base), "base_digest": digest(state.base)}
         tensors |= catch_up.state() | self.store.state()
         save_checkpoint(self.folder / "checkpoint", tensors, meta)
 

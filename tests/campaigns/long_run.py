@@ -35,7 +35,6 @@ KINDS = {
     "flwr-serverapp": "server",
     "flower-superexec": "SuperExec and messages",
     "flower-supernode": "SuperNode",
-    "supernode.py": "SuperNode",
     "flower-superlink": "SuperLink",
     "deploy": "command",
 }

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import fedraclora
-from fedraclora.commands import deploy
+from fedraclora.commands import cli, deploy
 from fedraclora.commands.deploy import Record
 from fedraclora.compose.overrides import composed
-from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment, make_identity, make_node_key
-from fedraclora.engines.programs import Program, listens
+from fedraclora.engines.flower_patches import PATCHES
+from fedraclora.engines.programs import Address, Program
 from fedraclora.errors import EngineError
 from fedraclora.experiments.bench.usage import descendants
 from fedraclora.run.ledger import number, read_ledger
@@ -87,6 +87,33 @@ def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
 
 
 @pytest.mark.slow
+def test_without_patches_of_flower_a_deployment_has_the_bits_of_simulate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slower, by the command alone, and who asks for it is told that ports are open."""
+    here, alone = tmp_path / "here", tmp_path / "alone"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    words = ["nodes=2", "deploy.patched=false", *WORDS, f"output.dir={here}"]
+    assert cli.run("deploy", words) == 0
+    said = capsys.readouterr().err
+    assert all(each.name in said for each in PATCHES)
+    assert "ports" in said
+    simulated(composed([*WORDS, "clients=2", "clients_per_round=2", f"output.dir={alone}"]), alone)
+    assert summary_of(here)["weights_digest"] == summary_of(alone)["weights_digest"]
+    assert not [*tmp_path.glob("fedraclora-*")]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("deploy.patched=false", "nodes=N"), ("deploy.patched=no", "true or false")]
+)
+def test_patches_are_left_out_of_what_is_started_here_alone(
+    word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run("deploy", ["connection=house", word]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_preset_of_tune_is_deployed_with_the_bits_of_simulate(
     deployment: LocalDeployment, tmp_path: Path
 ) -> None:
@@ -129,12 +156,14 @@ def test_no_other_user_starts_a_run_or_takes_a_task(deployment: LocalDeployment)
     assert deployment.link is not None
     for program in (deployment.link, first, second):
         assert listeners(program.process.pid) == {}
-    apis = [deployment.home / name for name in ("link", "node0.api", "node1.api")]
+    apis = [Address(2, deployment.home / name) for name in ("link", "node0.api", "node1.api")]
     end = time.monotonic() + PATIENCE
-    while not all(map(listens, apis)) and time.monotonic() < end:  # nodes take a while to start
+    while (
+        not all(map(Address.listens, apis)) and time.monotonic() < end
+    ):  # nodes take a while to start
         time.sleep(0.2)
-    assert all(map(listens, apis))
-    assert as_stranger(lambda: [*map(listens, apis)]) == "[False, False, False]"
+    assert all(map(Address.listens, apis))
+    assert as_stranger(lambda: [*map(Address.listens, apis)]) == "[False, False, False]"
 
 
 def test_its_folder_and_its_keys_are_private(deployment: LocalDeployment) -> None:
@@ -220,14 +249,10 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("node", ["ours", "Flower's own"])
-def test_one_process_of_a_node_trains_until_it_is_killed(
-    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("patched", [True, False])
+def test_one_process_of_a_node_trains_until_it_is_killed(patched: bool, tmp_path: Path) -> None:
     """Who kills it as it works fails that client's rounds alone, by name."""
-    if node != "ours":
-        monkeypatch.setattr(local, "SUPERNODE", None)
-    with LocalDeployment([[0], [1], [2]]) as running:
+    with LocalDeployment([[0], [1], [2]], patched=patched) as running:
         job = Drill(running, tmp_path / "run", ["rounds=6"])
         job.begin()
         job.rounds_until(1)

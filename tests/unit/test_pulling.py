@@ -14,7 +14,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.run import Run
 from flwr.superlink.grid import http_grid
 
-from fedraclora.engines.deploy.pulling import in_part, pull_in_time, pulled
+from fedraclora.engines.deploy.pulling import in_part, pulled
+from fedraclora.engines.flower_patches import SERVER, patch
 from tests.messages import become_a_task
 
 
@@ -42,7 +43,7 @@ class Link:
     def grid(self, monkeypatch: pytest.MonkeyPatch) -> http_grid.HttpGrid:
         """Make Flower's own grid, with this at its other end."""
         monkeypatch.setattr(http_grid, "pull_objects", http_grid.pull_objects)  # put back after
-        pull_in_time()
+        patch(SERVER)
         grid = http_grid.HttpGrid(token="any")
         grid._client = self
         grid._run = Run.create_empty(1)

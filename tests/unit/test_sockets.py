@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from importlib import import_module
 from inspect import getsource
 from pathlib import Path
 
@@ -23,18 +22,11 @@ from flwr.supercore.protobuf import client
 from flwr.supercore.runtime.runtime_http_client import RuntimeHttpClient
 
 from fedraclora.commands import cli
-from fedraclora.engines import sockets
-from fedraclora.engines.deploy import supernode
-from fedraclora.engines.programs import environment, listens
+from fedraclora.engines import flower_patches
+from fedraclora.engines.flower_patches import SOCKETS, own_api, patch, sockets
+from fedraclora.engines.programs import Address, environment
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root
-
-USED = {  # of what is replaced in Flower's modules
-    ("flwr.superlink.cli.flower_superlink", "uvicorn"): {"run"},
-    ("flwr.superlink.cli.flower_superlink", "subprocess"): {"Popen", "TimeoutExpired"},
-    ("flwr.supernode.cli.flower_supernode", "uvicorn"): {"Server", "Config"},
-    ("flwr.supernode.start_client_internal", "subprocess"): {"Popen"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +35,14 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
     home = tmp_path_factory.mktemp("n")
     words = [sys.executable, "-m", "fedraclora.commands.cli", "node", "--insecure"]
     environ = {**environment(home), "TMPDIR": str(home)}
-    del environ[sockets.VARIABLE]
+    del environ[SOCKETS]
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(
             [*words, "--superlink", "127.0.0.1:9"], env=environ, stdout=log, stderr=log
         )
     try:
         end = time.monotonic() + 120
-        while not (found := [p for p in home.glob("fedraclora-*/api") if listens(p)]):
+        while not (found := [p for p in home.glob("fedraclora-*/api") if Address(2, p).listens()]):
             assert process.poll() is None, (home / "log").read_text()
             assert time.monotonic() < end
             time.sleep(0.1)
@@ -65,8 +57,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
 
 def take_task(path: Path) -> object:
     """Ask a node for a task, as its own program for that does."""
-    os.environ[sockets.VARIABLE] = json.dumps({"127.0.0.1:2": str(path)})
-    sockets.use_sockets("flwr-clientapp")
+    os.environ[SOCKETS] = json.dumps({"127.0.0.1:2": str(path)})
+    patch("flwr-clientapp")
     version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
     flower = RuntimeHttpClient.from_server_address("127.0.0.1:2", True, None, [version])
     with closing(flower):
@@ -75,7 +67,7 @@ def take_task(path: Path) -> object:
 
 def taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(client, "httpx", client.httpx)  # type: ignore[attr-defined]
-    monkeypatch.setenv(sockets.VARIABLE, "{}")
+    monkeypatch.setenv(SOCKETS, "{}")
     return take_task(path)
 
 
@@ -110,9 +102,9 @@ def test_a_token_is_in_no_list_of_processes(
     monkeypatch.setattr("tempfile.tempdir", None)
     started = list[list[str]]()
     monkeypatch.setattr(subprocess, "Popen", lambda words, **_: started.append(words))
-    sockets.popen(["flwr-serverapp", "--token", "secret", "--insecure"])
+    flower_patches.start(["flwr-serverapp", "--token", "secret", "--insecure"])
     ((python, _, script, *words),) = started
-    assert (python, script) == (sys.executable, sockets.__file__)
+    assert (python, script) == (sys.executable, flower_patches.__file__)
     name, option, file, *rest = words
     assert (name, option, rest) == ("flwr-serverapp", "--token-file", ["--insecure"])
     assert Path(file).read_text() == "secret"
@@ -122,33 +114,9 @@ def test_a_token_is_in_no_list_of_processes(
 @pytest.mark.parametrize("text", ["127.0.0.1:8000=/run/link/api", '["/run/link/api"]'])
 def test_where_sockets_are_must_be_readable(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else all would listen at ports, without a word."""
-    monkeypatch.setenv(sockets.VARIABLE, text)
+    monkeypatch.setenv(SOCKETS, text)
     with pytest.raises(SystemExit, match="JSON like"):
-        sockets.use_sockets("flower-superlink")
-
-
-@pytest.mark.parametrize(("module", "name"), USED)
-def test_no_more_is_used_of_what_is_replaced(module: str, name: str) -> None:
-    assert {*re.findall(rf"\b{name}\.([A-Za-z]+)", getsource(import_module(module)))} == USED[
-        module, name
-    ]
-
-
-@pytest.mark.parametrize("program", ["superlink", "supernode"])
-def test_what_listens_and_what_starts_others_is_replaced(
-    program: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else what a program starts calls a port at which nobody listens, for ever."""
-    monkeypatch.setenv(sockets.VARIABLE, json.dumps({"127.0.0.1:2": "here"}))
-    monkeypatch.setattr(client, "httpx", client.httpx)  # type: ignore[attr-defined]
-    places = [(import_module(m), name) for m, name in USED if f".{program}." in m]
-    before = [getattr(module, name) for module, name in places]
-    for (module, name), value in zip(places, before, strict=True):
-        monkeypatch.setattr(module, name, value)  # put back at the end
-    sockets.use_sockets(f"flower-{program}")
-    assert len(places) == 2
-    now = [getattr(module, name) for module, name in places]
-    assert all(new is not old for new, old in zip(now, before, strict=True))
+        patch("flower-superlink")
 
 
 def test_flower_has_one_way_to_call() -> None:
@@ -169,13 +137,12 @@ def test_the_socket_of_a_node_has_a_path_that_a_socket_can_have(
     far = tmp_path / ("far" * 30)
     far.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(far))
-    monkeypatch.setattr(sys, "argv", ["supernode.py"])
-    monkeypatch.setenv(sockets.VARIABLE, "{}")
-    given = list[dict[str, str]]()
-    monkeypatch.setattr(supernode, "run_supernode", lambda: given.append(sockets.sockets()))
-    supernode.main()
-    ((path,),) = (found.values() for found in given)
+    monkeypatch.setattr(sys, "argv", ["flower-supernode"])
+    monkeypatch.setenv(SOCKETS, "{}")
+    with own_api():
+        ((address, path),) = sockets().items()
     assert len(path) <= 107
+    assert sys.argv[1:] == ["--host", *" --port ".join(address.split(":")).split()]
 
 
 @pytest.mark.parametrize(

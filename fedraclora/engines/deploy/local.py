@@ -21,12 +21,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedraclora.engines.deploy.control import Connection
+from fedraclora.engines.flower_patches import SOCKETS
 from fedraclora.engines.programs import (
     CONNECTION,
     HOST,
     LINK,
     LONGEST,
     NODE,
+    Address,
     Program,
     addresses,
     end_all,
@@ -34,11 +36,9 @@ from fedraclora.engines.programs import (
     flwr,
     superlink,
 )
-from fedraclora.engines.sockets import VARIABLE
 from fedraclora.errors import EngineError
 from fedraclora.temporary import PrivateFolder
 
-SUPERNODE = Path(__file__).with_name("supernode.py")
 DAYS = 7  # for which a certificate is good
 
 
@@ -50,22 +50,29 @@ class LocalDeployment:
         data: Where the nodes find their samples, for runs with ``data=own``; None for others.
         lasting: Whether the SuperLink keeps what it knows in a file, so that it may be started
             again; in memory it answers sooner.
+        patched: Whether modules of Flower are patched; without that all of it is slower, and
+            listens at ports that every user of this machine can reach.
 
     Attributes:
         home: The folder; gone after the end.
         connection: To it.
         identity: The certificate and the key of the SuperLink.
         link: The SuperLink, and ``nodes`` the SuperNodes; None where one does not run.
+        at: Where the SuperLink listens, once it is started.
     """
 
     def __init__(
-        self, served: Sequence[Sequence[int]], data: str | None = None, *, lasting: bool = False
+        self,
+        served: Sequence[Sequence[int]],
+        data: str | None = None,
+        *,
+        lasting: bool = False,
+        patched: bool = True,
     ) -> None:
         self.served, self.data, self.lasting = served, data, lasting
         self._made = PrivateFolder(longest=LONGEST)
         self.home = self._made.path
-        # Each look of the SuperLink's SuperExec for a task is a request, and a run is one task.
-        self.environ = {**environment(self.home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
+        self.environ = environment(self.home, patched=patched)
         self.connection = Connection(CONNECTION, self.environ)
         self.nodes: list[Program | None] = [None] * len(served)
         self.link: Program | None = None
@@ -99,8 +106,10 @@ class LocalDeployment:
         if self.lasting:
             words += ["--database", str(self.home / "superlink.db")]
         trust = f'root-certificates = "{certificate}"'
-        self.link = superlink(self.home, words, self.environ, trust)
-        self.link.await_listening(self.home / "link")
+        # Each look of its SuperExec for a task is a request, and a run is one task.
+        environ = {**self.environ, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
+        self.link, self.at = superlink(self.home, words, environ, trust)
+        self.link.await_listening(self.at)
 
     def register(self, public: Path) -> None:
         """Register a node's key at the SuperLink.
@@ -128,11 +137,13 @@ class LocalDeployment:
 
     def node(self, secure: Sequence[str], log: str, config: str) -> Program:
         """Start a SuperNode with some credentials: those of node ``k``, or others."""
-        words = [*secure, "--superlink", f"{HOST}:{LINK}", "--host", HOST, "--port", str(NODE)]
+        path = (self.home / log).with_suffix(".api")
+        at, environ = Address.choose(path, NODE, self.environ), dict(self.environ)
+        if at.socket is not None:
+            environ[SOCKETS] = addresses({LINK: self.home / "link", NODE: path})
+        words = [*secure, "--superlink", str(self.at), "--host", HOST, "--port", str(at.port)]
         words += ["--node-config", config]
-        own = {LINK: self.home / "link", NODE: (self.home / log).with_suffix(".api")}
-        environ = {**self.environ, VARIABLE: addresses(own)}
-        return Program("flower-supernode", words, environ, self.home / log, SUPERNODE)
+        return Program("flower-supernode", words, environ, self.home / log)
 
     def close(self) -> None:
         """End everything, the nodes first, and remove the folder."""

@@ -1,4 +1,4 @@
-"""The SuperNode with short pauses: how long they are, and what of Flower it relies on."""
+"""What is patched in Flower: that it is what it was, and what stands in its place."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import re
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import Message, RecordDict
@@ -27,12 +30,9 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import Run
 from flwr.supercore.superexec import run_superexec
-from flwr.supercore.superexec.executor import subprocess_executor
-from flwr.superlink.grid import http_grid
 from flwr.superlink.servicer.control import control_handlers
-from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode import start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.runtime import run_clientapp
 from httpx import (
     BaseTransport,
     Client,
@@ -43,46 +43,159 @@ from httpx import (
     SyncByteStream,
 )
 
-from fedraclora.engines.deploy import supernode
-from fedraclora.engines.deploy.local import SUPERNODE
-from fedraclora.engines.deploy.supernode import (
+from fedraclora.engines import flower_patches
+from fedraclora.engines.flower_patches import (
+    AT_SOCKETS,
     EARLY,
+    FLEET,
+    NODE,
     OLDEST,
     PART,
+    PATCHES,
+    SOCKETS,
+    UNPATCHED,
+    WAKE,
+    Patch,
     Pauses,
+    difference,
+    executor_pauses,
     going_on,
     in_parts,
+    lines,
+    node_pauses,
     off,
+    patch,
     patient,
-    put,
+    source_of,
+    why_without,
 )
 from tests.messages import become_a_task
 
+FILE = flower_patches.__file__
+
+
+@pytest.fixture
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """What stands at each place that is patched; all of it is put back at the end."""
+    found = dict[str, object]()
+    for each in PATCHES:
+        for place in each.uses:
+            module, _, name = place.partition(":")
+            found[place] = getattr(import_module(module), name)
+            monkeypatch.setattr(import_module(module), name, found[place])
+    # What forks is stood in for: this process has threads, and is no SuperExec.
+    monkeypatch.setattr(os, "fork", lambda: 1)
+    monkeypatch.setattr(flower_patches, "end_with_parent", lambda: None)
+    monkeypatch.setenv(WAKE, "0")
+    forks = list[socket.socket]()
+    monkeypatch.setattr(flower_patches, "FORKS", forks)
+    monkeypatch.setenv(SOCKETS, '{"127.0.0.1:2": "/nowhere/api"}')
+    yield found
+    for link in forks:
+        link.close()
+
+
+def replaced(unpatched: dict[str, object]) -> set[str]:
+    """The places at which something else stands now."""
+    return {
+        place
+        for place, before in unpatched.items()
+        if getattr(import_module(place.partition(":")[0]), place.partition(":")[2]) is not before
+    }
+
+
+@pytest.mark.parametrize("each", PATCHES, ids=lambda each: each.name)
+def test_flower_is_what_a_patch_was_written_for(each: Patch) -> None:
+    """If this fails, Flower has changed what is patched; the patch is left out until it follows."""
+    assert difference(each) is None
+
+
+@pytest.mark.parametrize("each", PATCHES, ids=lambda each: each.name)
+def test_a_patch_replaces_all_that_it_looks_at_and_nothing_else(
+    each: Patch, unpatched: dict[str, object]
+) -> None:
+    for replace in each.programs.values():
+        replace()
+    assert replaced(unpatched) == {*each.uses}
+
+
+CHANGES = [
+    (each, form, place)
+    for each in PATCHES
+    for form, places in (("uses", each.uses), ("takes", each.takes))
+    for place in places
+]
+
 
 @pytest.mark.parametrize(
-    ("module", "name", "used"),
-    [
-        (start_client_internal, "time", {"sleep"}),
-        (start_client_internal, "subprocess", {"Popen"}),
-        (run_superexec, "time", {"sleep"}),
-        (subprocess_executor, "subprocess", {"Popen", "DEVNULL"}),
-    ],
+    ("each", "form", "place"), CHANGES, ids=[f"{e.name}, {p}" for e, _, p in CHANGES]
 )
-def test_no_more_is_used_of_what_is_replaced(module: ModuleType, name: str, used: set[str]) -> None:
-    assert {*re.findall(rf"\b{name}\.(\w+)", inspect.getsource(module))} == used
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_patch_is_left_out_where_flower_has_changed_what_it_replaces(
+    each: Patch,
+    form: str,
+    place: str,
+    gone: bool,
+    unpatched: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new use, another argument, a module that is no more: then none of it is replaced."""
+    module, _, name = place.partition(":")
+    read, plain = source_of, source_of(module)
+    last = name.rpartition(".")[2]
+    more = f"{plain}\n{name}.another_thing()\n"
+    if form == "takes":
+        more = re.sub(rf"(def {last}\([^)]*?)(,?\s*\) ->)", r"\1, another=None\2", plain)
+        assert more != plain
+    changed = "" if gone else more
+    monkeypatch.setattr(
+        flower_patches, "source_of", lambda asked: changed if asked == module else read(asked)
+    )
+    monkeypatch.setattr(flower_patches, "difference", difference.__wrapped__)
+    why = why_without(each)
+    assert why is not None
+    assert module in why
+    assert ("nothing" in why) is gone
+    assert any(each.name in line and why in line for line in lines())
+    if each is AT_SOCKETS:  # who said that addresses are sockets must not listen elsewhere
+        with pytest.raises(SystemExit, match="is left out"):
+            patch(NODE)
+    monkeypatch.delenv(SOCKETS)
+    for program in each.programs:
+        patch(program)
+    others = {p for one in PATCHES if one is not each for p in one.uses}
+    assert not replaced(unpatched) & (each.uses.keys() - others)
 
 
-def test_every_message_passes_what_is_replaced() -> None:
-    """It is looked up when it is called, and once in each turn of the loop."""
-    source = inspect.getsource(start_client_internal.start_client_internal)
-    assert len(re.findall(r"\b_push_messages\(", source)) == 1
+def test_patches_that_are_named_are_left_out(
+    unpatched: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(UNPATCHED, "fork, slow_links")
+    assert lines() == [
+        "Flower's patches fork, slow_links are left out: FEDRACLORA_UNPATCHED=fork, slow_links"
+    ]
+    patch(NODE)
+    assert f"{FLEET}:make_simple_http_retry_invoker" in replaced(unpatched)
+    assert f"{FLEET}:FleetHttpClient" not in replaced(unpatched)
 
 
-@pytest.mark.parametrize("module", [start_client_internal, http_grid])
-def test_parts_are_looked_for_with_the_pause_that_is_replaced(module: ModuleType) -> None:
-    source = inspect.getsource(module)
-    assert len(re.findall(r"= pull_objects\(", source)) == 1
-    assert not re.findall("backoff|max_t", source)
+def test_all_patches_can_be_left_out(
+    unpatched: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(UNPATCHED, "all")
+    monkeypatch.delenv(SOCKETS)
+    told, ports = lines()
+    assert all(each.name in told for each in PATCHES)
+    assert "ports that every user" in ports
+    for program in {program for each in PATCHES for program in each.programs}:
+        patch(program)
+    assert not replaced(unpatched)
+
+
+def test_a_name_that_is_no_patch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(UNPATCHED, "fork,spoon")
+    with pytest.raises(SystemExit, match="spoon is none of all, fork"):
+        patch(NODE)
 
 
 def test_a_request_is_written_in_parts_each_with_its_own_time() -> None:
@@ -118,8 +231,6 @@ def test_a_part_that_is_refused_keeps_no_other_part_back() -> None:
     sent.clear()
     going_on(push_object_contents_from_iterable, ObjectPushError)(parts, push_object_fn=push_part)
     assert sorted(sent) == ["second", "third"]
-    source = inspect.getsource(start_client_internal)
-    assert len(re.findall(r"\bpush_object_contents_from_iterable\(", source)) == 1
 
 
 @pytest.mark.parametrize(
@@ -135,8 +246,6 @@ def test_a_link_that_breaks_in_a_handshake_ends_no_node(said: str, ends: bool) -
     error = ConnectError(said)
     assert make_simple_http_retry_invoker().should_giveup(error)
     assert patient(make_simple_http_retry_invoker)().should_giveup(error) is ends
-    source = inspect.getsource(fleet_http_connection)
-    assert len(re.findall(r"= make_simple_http_retry_invoker\(\)", source)) == 1
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(3700, "ahead of"), (-3700, "behind")])
@@ -170,17 +279,12 @@ def test_a_node_whose_key_is_not_registered_says_so(
     assert ("not registered" in capsys.readouterr().err) is (code == 2004)
 
 
-def test_a_name_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(AttributeError, match="no_such_name"):
-        put(SimpleNamespace(time=1), no_such_name=2)
-
-
 def test_pauses_are_a_tenth_of_the_time_since_something_happened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, slept = [50.0], list[float]()
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append)
-    monkeypatch.setattr(supernode, "time", clock)
+    monkeypatch.setattr(flower_patches, "time", clock)
     pauses = Pauses()
     for seconds in (50.2, 52.0, 60.0, 500.0):
         now[0] = seconds
@@ -190,6 +294,32 @@ def test_pauses_are_a_tenth_of_the_time_since_something_happened(
     pauses.sleep(3.0)
     pauses.sleep(0.5)
     assert slept == pytest.approx([0.1, 0.2, 1.0, 3.0, 0.5, 0.1, 0.005])
+
+
+def test_every_message_wakes_who_starts_a_process_for_it(
+    unpatched: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who looks for it would pause for a minute; once the node has gone the pauses are Flower's."""
+    pushed, ends, pipe = list[str](), list[int](), os.pipe
+
+    def make_pipe() -> tuple[int, int]:
+        ends.extend(pipe())
+        return ends[0], ends[1]
+
+    monkeypatch.setattr(os, "pipe", make_pipe)
+    monkeypatch.delenv(WAKE, raising=False)
+    monkeypatch.setattr(start_client_internal, "_push_messages", pushed.append)
+    node_pauses()
+    executor_pauses()
+    began = time.monotonic()
+    for word in ("one", "two"):
+        start_client_internal._push_messages(word)  # type: ignore[call-arg,arg-type]
+        run_superexec.time.sleep(60)  # type: ignore[attr-defined]
+    os.close(ends[1])
+    run_superexec.time.sleep(0.01)  # type: ignore[attr-defined]
+    os.close(ends[0])
+    assert 0.01 < time.monotonic() - began < 30
+    assert pushed == ["one", "two"]
 
 
 def test_an_app_is_installed_once_for_all_processes(tmp_path: Path) -> None:
@@ -212,19 +342,12 @@ for app in (b"one", b"two", b"two", b"one"):
 pathlib.Path(sys.argv[2], "one").rmdir()
 installed(b"one", name=2)
 """
-    command = [sys.executable, "-c", words, str(SUPERNODE), str(tmp_path)]
+    command = [sys.executable, "-c", words, FILE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     first, processes, *more = done.stdout.splitlines()
     child, parent = processes.split()
     assert first == f"one 1 {child}"
     assert more == [f"two 1 {parent}", f"one 1 {parent}", f"one 2 {parent}"]
-
-
-def test_it_installs_as_flower_does() -> None:
-    """It is called with the bytes of the app first, and nobody reads what it gives."""
-    assert "\n        install_from_fab(fab.content, skip_prompt=True)\n" in inspect.getsource(
-        run_clientapp
-    )
 
 
 @pytest.mark.parametrize(
@@ -242,54 +365,20 @@ def test_a_process_ends_at_once_with_its_status(how: str, status: int, said: str
     words += "atexit.register(print, 'late')\n"
     words += f"def run():\n    print('ran', end='')\n    {how}\nscope['end_after'](run)"
     done = subprocess.run(
-        [sys.executable, "-c", words, str(SUPERNODE)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", words, FILE],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (status, "ran")
     assert done.stderr.strip().endswith(said)
     assert bool(done.stderr) == bool(said)
 
 
-def test_a_message_wakes_who_looks_for_it(tmp_path: Path) -> None:
-    """Flower is stood in for: its loop would look every minute, and the server has gone at last."""
-    stand_in = tmp_path / "flwr" / "supercore"
-    for folder in (stand_in / "cli", stand_in / "superexec" / "executor", stand_in.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    for folder in (stand_in.parent, stand_in, stand_in / "superexec"):
-        (folder / "__init__.py").touch()
-    (stand_in / "superexec" / "executor" / "__init__.py").touch()
-    (stand_in / "superexec" / "executor" / "subprocess_executor.py").write_text("import subprocess")
-    (stand_in / "superexec" / "run_superexec.py").write_text("import time")
-    (stand_in / "cli" / "__init__.py").write_text(
-        "from flwr.supercore.superexec import run_superexec\n"
-        "def flower_superexec():\n"
-        "    for seconds in (60, 60, 0.01, 0.01):\n"
-        "        print(seconds, flush=True)\n"
-        "        run_superexec.time.sleep(seconds)\n"
-    )
-    asleep, wake = os.pipe()
-    words = "import os, runpy, sys; scope = runpy.run_path(sys.argv[1])\n"
-    words += "os.fork = lambda: 1\nscope['run_superexec'](int(sys.argv[2]))"
-    with subprocess.Popen(
-        [sys.executable, "-c", words, str(SUPERNODE), str(asleep)],
-        pass_fds=[asleep],
-        env={"PYTHONPATH": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        os.close(asleep)
-        assert process.stdout is not None
-        for _ in range(2):
-            assert process.stdout.readline() == "60\n"
-            os.write(wake, b"..")
-        os.close(wake)
-        assert process.stdout.read() == "0.01\n0.01\n"
-    assert process.returncode == 0
-
-
 def test_it_imports_nothing_of_this_project() -> None:
     """An app brings its own copy, which a module that is loaded would hide."""
     words = "import runpy, sys; runpy.run_path(sys.argv[1]); print(*sys.modules)"
-    command = [sys.executable, "-c", words, str(SUPERNODE)]
+    command = [sys.executable, "-c", words, FILE]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert not [name for name in loaded if name.partition(".")[0] in {"fedraclora", "flwr"}]
 
@@ -318,7 +407,7 @@ def test_a_process_for_each_command_line_is_forked_until_nobody_asks(tmp_path: P
         words = "import runpy, socket, sys; scope = runpy.run_path(sys.argv[1]); "
         words += "scope['run_clientapps'](socket.socket(fileno=int(sys.argv[2])))"
         with subprocess.Popen(
-            [sys.executable, "-c", words, str(SUPERNODE), str(theirs.fileno())],
+            [sys.executable, "-c", words, FILE, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env={"PYTHONPATH": str(tmp_path)},
             stdout=subprocess.PIPE,

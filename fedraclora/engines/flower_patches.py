@@ -1,0 +1,764 @@
+"""What is replaced in Flower's modules: one table, `PATCHES`, and what stands in its place.
+
+``python -P flower_patches.py PROGRAM WORD ...`` runs one of Flower's programs with the patches that
+are for it. Each patch says how Flower 1.42 uses what it replaces. This is compared with the source
+of the Flower that is installed; where that differs, the patch is left out, and a line says so.
+Everything works without them, slower: `UNPATCHED` in the environment leaves out some, or all.
+
+Run as a file, without this project: what an app imports is its own copy of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import gc
+import hashlib
+import json
+import math
+import mmap
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cache
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+UNPATCHED = "FEDRACLORA_UNPATCHED"  # of the environment: patches that are left out, or `ALL`
+ALL = "all"
+SOCKETS = "FEDRACLORA_SOCKETS"  # of the environment: which addresses are Unix sockets, as JSON
+# Flower's programs, by their commands.
+LINK, NODE, EXECUTOR = "flower-superlink", "flower-supernode", "flower-superexec"
+CLIENT_APP = "flwr-clientapp"
+NODE_EXECUTOR = f"{EXECUTOR} of a node"  # the same as `EXECUTOR`, with the patches of a node
+SERVER = "the server of a run"  # in the process that Flower starts for its ServerApp
+ANY = "any other program"
+ADDRESS = ("127.0.0.1", "2")  # stands for the socket of a node's own API
+LONGEST_PATH = 80  # characters of a folder's: that of a socket in it may have 107
+TOKEN = "--token"  # noqa: S105  a word of the programs for tasks; its value is the secret
+INSTALLED = 1 << 13  # bytes of a digest and a path
+EARLY, OLDEST = 5, 300  # seconds by which Flower lets a clock be ahead, or behind
+UNKNOWN_KEY = (
+    "the SuperLink refuses this node: its key is not registered (send the public part to the "
+    "operator, who runs `flwr supernode register`), or a node with this key was killed less than a "
+    "minute ago"
+)
+PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
+LEAST = 0.1  # seconds of a pause between looks that are requests
+WITHIN = 0.005  # the same in the memory of this process
+WOKEN = 1.0  # seconds of a pause that a message ends
+SHARE = 0.1  # of the time since something happened, that a pause may add to it
+LONGEST = 2.0  # seconds between looks for a part of a reply
+PART = 1 << 16  # bytes of a request that are written at once
+WAKE = (
+    "FEDRACLORA_WAKE"  # of the environment of a node's SuperExec: the end of a pipe that wakes it
+)
+WAKES = list[int]()  # the same in its SuperNode
+UNTIL = ContextVar("UNTIL", default=math.inf)  # when parts of a reply are waited for no longer
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Names of Flower's modules that are replaced together, or not at all.
+
+    Attributes:
+        name: For the environment and the documentation.
+        buys: What it is for.
+        uses: How a module uses a name that is replaced there (`uses_of`), by ``module:name``.
+        takes: Arguments of what the replacement calls (`arguments_of`), by ``module:function``.
+        programs: What replaces them, by the program in which it does.
+    """
+
+    name: str
+    buys: str
+    uses: Mapping[str, str]
+    programs: Mapping[str, Callable[[], None]] = field(repr=False)
+    takes: Mapping[str, str] = field(default_factory=dict)
+
+
+def uses_of(source: str, name: str) -> str:
+    r"""Write down how a module uses a name: its attributes, and the form of calls.
+
+    Example:
+        >>> uses_of("time.sleep(3)\nrun(time, at=time.now)", "time")
+        'time; time.now; time.sleep(_)'
+    """
+    tree, found = ast.parse(source), dict[int, str]()
+    for node in ast.walk(tree):  # from the outside in: a call comes before what is called
+        called = node.func if isinstance(node, ast.Call) else node
+        inner = called.value if isinstance(called, ast.Attribute) else called
+        if isinstance(inner, ast.Name) and inner.id == name and id(inner) not in found:
+            words = f"({_words(node)})" if isinstance(node, ast.Call) else ""
+            found[id(inner)] = ast.unparse(called) + words
+    return "; ".join(sorted({*found.values()}))
+
+
+def _words(call: ast.Call) -> str:
+    """Write the form of a call's arguments."""
+    words = ["*_" if isinstance(word, ast.Starred) else "_" for word in call.args]
+    return ", ".join([*words, *(word.arg or "**_" for word in call.keywords)])
+
+
+def arguments_of(source: str, qualified: str) -> str:
+    r"""Write down the arguments of a function of a module; nothing if there is none.
+
+    Example:
+        >>> arguments_of("class C:\n def f(self, a: int, *, b=1): ...", "C.f")
+        'self, a, *, b'
+    """
+    body: list[ast.stmt] = ast.parse(source).body
+    found: Any = None
+    for part in qualified.split("."):
+        found = next((s for s in body if getattr(s, "name", None) == part), None)
+        body = getattr(found, "body", [])
+    if not isinstance(found, ast.FunctionDef):
+        return ""
+    taken = found.args
+    words = [arg.arg for arg in (*taken.posonlyargs, *taken.args)]
+    words += [f"*{taken.vararg.arg}"] if taken.vararg else ["*"] * bool(taken.kwonlyargs)
+    words += [arg.arg for arg in taken.kwonlyargs]
+    return ", ".join([*words, *([f"**{taken.kwarg.arg}"] if taken.kwarg else [])])
+
+
+@cache
+def source_of(module: str) -> str:
+    """Read the source of a module of Flower without an import of it; nothing if there is none."""
+    first, *rest = module.split(".")
+    found = find_spec(first)
+    for home in [] if found is None else found.submodule_search_locations or []:
+        path = Path(home, *rest)
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file.read_text(encoding="utf-8")
+    return ""
+
+
+@cache
+def difference(patch: Patch) -> str | None:
+    """Say how this Flower differs from what a patch was written for; None if it does not."""
+    for form, wanted in (("uses", patch.uses), ("takes", patch.takes)):
+        look = uses_of if form == "uses" else arguments_of
+        for place, known in wanted.items():
+            module, _, name = place.partition(":")
+            if (now := look(source_of(module), name)) != known:
+                what = module if form == "uses" else place
+                return f"{what} {form} `{now or 'nothing'}`, and `{known}` is known"
+    return None
+
+
+def why_without(patch: Patch, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Say why a patch is left out; None if it is not.
+
+    Args:
+        patch: One of `PATCHES`.
+        environ: Of the program that is patched.
+
+    Raises:
+        SystemExit: If `UNPATCHED` names what is no patch.
+    """
+    asked = {name for name in environ.get(UNPATCHED, "").replace(" ", "").split(",") if name}
+    known = [ALL, *(each.name for each in PATCHES)]
+    if unknown := asked.difference(known):
+        sys.exit(f"{UNPATCHED}={environ[UNPATCHED]}: {min(unknown)} is none of {', '.join(known)}")
+    if asked & {ALL, patch.name}:
+        return f"{UNPATCHED}={environ[UNPATCHED]}"
+    if (why := difference(patch)) is None:
+        return None
+    return f"flwr {metadata.version('flwr')}: {why}"
+
+
+def lines(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Say which patches of Flower are left out, and why: a line for each reason."""
+    names = dict[str, list[str]]()
+    for each in PATCHES:
+        if (why := why_without(each, environ)) is not None:
+            names.setdefault(why, []).append(each.name)
+    found = [f"Flower's patches {', '.join(own)} are left out: {w}" for w, own in names.items()]
+    if any(AT_SOCKETS.name in own for own in names.values()):
+        found.append("without sockets Flower listens at ports that every user here can reach")
+    return found
+
+
+def patch(program: str) -> None:
+    """Patch the modules of Flower in this process, for one of its programs.
+
+    Raises:
+        SystemExit: If addresses are said to be sockets (`SOCKETS`), and this Flower cannot do that.
+    """
+    for each in PATCHES:
+        if (replace := each.programs.get(program, each.programs.get(ANY))) is None:
+            continue
+        if (why := why_without(each)) is None:
+            replace()
+        elif each is AT_SOCKETS and sockets():
+            sys.exit(f"{SOCKETS} is set, but the patch `{each.name}` is left out ({why})")
+
+
+def put(module: str, **names: object) -> None:
+    """Replace names of a module of Flower."""
+    found = import_module(module)
+    for name, value in names.items():
+        getattr(found, name)
+        setattr(found, name, value)
+
+
+# --- sockets: the APIs of Flower's programs where other users of the machine cannot come
+
+
+def sockets() -> dict[str, str]:
+    """Read which addresses are sockets, and where these are.
+
+    Raises:
+        SystemExit: If that cannot be read: then nothing may listen or call anywhere.
+    """
+    text = os.environ.get(SOCKETS, "{}")
+    try:
+        return {str(address): str(path) for address, path in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        sys.exit(f'{SOCKETS}={text}: JSON like {{"127.0.0.1:8000": "/run/link/api"}} is wanted')
+
+
+def listening(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what makes a web server have it listen at the socket of its address, if that has one."""
+
+    def made(*words: Any, host: str, port: int, **named: Any) -> Any:
+        return make(*words, host=host, port=port, uds=sockets().get(f"{host}:{port}"), **named)
+
+    return made
+
+
+def calling(*, verify: Any = True, **named: Any) -> Any:
+    """Make a client of the web that calls addresses which have a socket there."""
+    import httpx
+
+    known = httpx.create_ssl_context(verify) if isinstance(verify, str) else verify
+    mounts = {
+        f"all://{address}": httpx.HTTPTransport(uds=path, verify=known)
+        for address, path in sockets().items()
+    }
+    return httpx.Client(verify=known, mounts=mounts, **named)
+
+
+def call_sockets() -> None:
+    """Let a program of Flower call at sockets, if there are any."""
+    if sockets():
+        import httpx
+
+        put(CLIENT, httpx=SimpleNamespace(**{**vars(httpx), "Client": calling}))
+
+
+def link_at_socket() -> None:
+    """Let the SuperLink listen at a socket, and what it starts call there."""
+    if sockets():
+        import uvicorn
+
+        call_sockets()
+        late = subprocess.TimeoutExpired
+        put(SUPERLINK, uvicorn=SimpleNamespace(run=listening(uvicorn.run)))
+        put(SUPERLINK, subprocess=SimpleNamespace(Popen=start, TimeoutExpired=late))
+
+
+def node_at_socket() -> None:
+    """Let the SuperNode listen at a socket, and its SuperExec call there."""
+    if sockets():
+        import uvicorn
+
+        call_sockets()
+        made = SimpleNamespace(Server=uvicorn.Server, Config=listening(uvicorn.Config))
+        put(SUPERNODE, uvicorn=made)
+        start_own_executor()
+
+
+def executor_at_socket() -> None:
+    """Let the SuperExec call at a socket, and what it starts."""
+    if sockets():
+        call_sockets()
+        start_tasks()
+
+
+def start(words: Sequence[str], **named: Any) -> subprocess.Popen[bytes]:
+    """Start another of Flower's programs by this file, with its token in a private file."""
+    words = list(words)
+    if TOKEN in words:
+        at = words.index(TOKEN)
+        with tempfile.NamedTemporaryFile("w", prefix="token-", delete=False) as file:
+            file.write(words[at + 1])
+        words[at : at + 2] = [f"{TOKEN}-file", file.name]
+    return subprocess.Popen([sys.executable, "-P", __file__, *words], **named)  # noqa: S603
+
+
+def start_own_executor() -> None:
+    """Let the SuperNode start its SuperExec by this file."""
+
+    def popen(words: Sequence[str]) -> subprocess.Popen[bytes]:
+        handles = [int(os.environ[WAKE])] if WAKE in os.environ else []
+        own = [NODE_EXECUTOR if word == EXECUTOR else word for word in words]
+        return start(own, pass_fds=handles)
+
+    put(NODE_LOOP, subprocess=SimpleNamespace(Popen=popen))
+
+
+def start_tasks() -> None:
+    """Let the SuperExec start what answers a message: by a fork, or by this file."""
+
+    def popen(words: Sequence[str], **named: Any) -> None:
+        if FORKS and words[0] == CLIENT_APP:
+            FORKS[0].send(json.dumps(words).encode())
+        else:
+            start(words, **named)
+
+    put(TASKS, subprocess=SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
+
+
+# --- pauses: brief ones while there is much to do
+
+
+class Pauses:
+    """Pauses between looks for something to do: brief while there is much, longer after a while."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def note(self) -> None:
+        """Take down that something happened."""
+        self.last = time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Pause for at most so many seconds: Flower's pauses below 1 s are within this process."""
+        least = WITHIN if seconds < 1 else LEAST
+        time.sleep(min(seconds, max(least, SHARE * (time.monotonic() - self.last))))
+
+
+def node_pauses() -> None:
+    """Let the SuperNode pause so, and wake its SuperExec with a message.
+
+    Without that a SuperExec that looks often takes a message whose parts are still on their way,
+    and the process that it starts for it pauses for a second.
+    """
+    pauses, (asleep, wake) = Pauses(), os.pipe()
+    os.environ[WAKE] = str(asleep)
+    push = import_module(NODE_LOOP)._push_messages  # noqa: SLF001
+
+    def push_messages(*words: Any, **named: Any) -> None:  # called with every message
+        pauses.note()
+        os.write(wake, b".")
+        push(*words, **named)
+        pauses.note()
+
+    put(NODE_LOOP, time=SimpleNamespace(sleep=pauses.sleep), _push_messages=push_messages)
+    start_own_executor()
+
+
+def executor_pauses() -> None:
+    """Let the SuperExec of a node pause until there is a message, or for long."""
+    asleep = int(os.environ.pop(WAKE))
+
+    def sleep(seconds: float) -> None:
+        woken, _, _ = select.select([asleep], [], [], max(seconds, WOKEN))
+        if woken and not os.read(asleep, 1 << 10):  # the SuperNode has gone
+            time.sleep(seconds)
+
+    put(EXECUTOR_LOOP, time=SimpleNamespace(sleep=sleep))
+
+
+# --- fork: the process for a message from one that has imported Flower
+
+FORKS = list[socket.socket]()  # the one to which command lines of such processes go
+
+
+def fork_tasks() -> None:
+    """Fork what forks the processes for messages, and let the SuperExec of a node ask it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:  # before there are threads
+        ours.close()
+        end_after(lambda: run_clientapps(theirs))
+    theirs.close()
+    end_with_parent()
+    FORKS.append(ours)
+    start_tasks()
+
+
+def run_clientapps(asked: socket.socket) -> None:
+    """Fork a process that runs ``flwr-clientapp`` for each command line that comes.
+
+    Args:
+        asked: Brings them, as JSON; when its other end closes, this process ends.
+    """
+    from flwr.supernode.cli import flwr_clientapp
+
+    patch(CLIENT_APP)
+    import_module("httpcore")  # which httpx imports with its first client
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the whole group
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    gc.freeze()  # else each of them would write to all that it shares with this one
+    while words := asked.recv(1 << 16):
+        if os.fork() == 0:
+            asked.close()
+            end_with_parent()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            sys.argv = json.loads(words)
+            end_after(flwr_clientapp)
+
+
+def end_after(run: Callable[[], None]) -> NoReturn:
+    """Run what ends by itself, and end at once: to take a whole interpreter apart takes longer."""
+    status: object = None
+    try:
+        run()
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the process ends that started this one.
+
+    Flower's own watch of it tells a thread, which wakes nobody from long pauses.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+# --- install: an app is unpacked once
+
+
+def once(install: Callable[..., Path]) -> Callable[..., None]:
+    """Leave out the installation of an app that the process for the message before installed.
+
+    Flower unpacks and checks all files of an app for every message, and throws them away where it
+    has the app. Processes that are forked from this one share what was installed last, and where.
+
+    Args:
+        install: Flower's; it takes the bytes of an app, and gives its folder.
+    """
+    last = mmap.mmap(-1, INSTALLED)
+
+    def installed(app: bytes, **named: Any) -> None:
+        digest = hashlib.sha256(app).hexdigest()
+        found, _, folder = os.fsdecode(last[:].rstrip(b"\0")).partition(" ")
+        if found != digest or not Path(folder).is_dir():
+            last[:] = os.fsencode(f"{digest} {install(app, **named)}").ljust(INSTALLED, b"\0")
+
+    return installed
+
+
+def install_once() -> None:
+    """Let processes for messages that are forked from this one install an app once."""
+    from flwr.cli.install import install_from_fab
+
+    put(APP, install_from_fab=once(install_from_fab))
+
+
+# --- resend, slow_links, retries: links that are slow or break
+
+
+def going_on(push: Callable[..., None], refused: type[Exception]) -> Callable[..., None]:
+    """Send the other parts of a reply, too, where one is refused.
+
+    A part is sent again if its answer was lost with the link. The SuperLink, which has it by then,
+    refuses it; Flower would leave the rest out, and the run wait three minutes for that.
+
+    Args:
+        push: Flower's; it takes the parts, and what sends one.
+        refused: What that raises.
+    """
+
+    def push_parts(parts: object, push_object_fn: Callable[[str, bytes], None]) -> None:
+        def push_part(name: str, content: bytes) -> None:
+            with suppress(refused):
+                push_object_fn(name, content)
+
+        push(parts, push_part)
+
+    return push_parts
+
+
+def resend() -> None:
+    """Let the SuperNode send all parts of a reply."""
+    from flwr.supercore.inflatable import inflatable_utils as parts
+
+    push = going_on(parts.push_object_contents_from_iterable, parts.ObjectPushError)
+    put(NODE_LOOP, push_object_contents_from_iterable=push)
+
+
+def in_parts(client: Any) -> Any:
+    """Let each `PART` of a request have the 30 s that Flower gives to a request as a whole.
+
+    With TLS a write ends when all of it is sent. Below 3 Mbit/s two at a time of 5 MB never were.
+
+    Args:
+        client: Flower's class.
+    """
+    from httpx import Request
+
+    def send(self: Any, context: Any, **named: Any) -> Any:
+        content = context.request.content
+        parts = (content[k : k + PART] for k in range(0, len(content), PART))
+        context.request.stream = Request("POST", "", content=parts).stream
+        return client._send(self, context, **named)  # noqa: SLF001
+
+    return type(client.__name__, (client,), {"_send": send})
+
+
+def send_in_parts() -> None:
+    """Let the SuperNode write requests in parts."""
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
+    put(FLEET, FleetHttpClient=in_parts(FleetHttpClient))
+
+
+def patient(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Let a node try again, too, whose link broke while it made a connection safe.
+
+    Flower takes every error with TLS in its text for a wrong certificate, and ends the node. It
+    ends one whose signatures are refused, too; that has its reason here.
+
+    Args:
+        make: Flower's; it makes what tries again, and asks its ``should_giveup`` about each error.
+    """
+    from flwr.supercore.error import ApiErrorCode, FlowerError
+
+    def made() -> Any:
+        retries = make()
+        gives_up = retries.should_giveup
+
+        def should_giveup(error: Exception) -> bool:
+            answer: Any = getattr(error, "response", None)
+            if getattr(answer, "status_code", 0) == 401 and (told := off(answer.headers)):
+                sys.stderr.write(f"{told}\n")
+                if answer.request.url.path.endswith("/activate-node"):
+                    return True  # Flower ends a node that has begun, and says nothing
+            code = getattr(FlowerError.from_json(getattr(answer, "text", None)), "code", 0)
+            if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                sys.stderr.write(f"{UNKNOWN_KEY}\n")
+            broke = "handshake operation timed out" in str(error) or "EOF" in str(error)
+            return not broke and gives_up(error)
+
+        retries.should_giveup = should_giveup
+        return retries
+
+    return made
+
+
+def off(headers: Mapping[str, str]) -> str:
+    """Say by how much the clock here is off, if Flower refuses signatures for that; else nothing.
+
+    Args:
+        headers: Of an answer; the date is that of the SuperLink's clock.
+    """
+    there = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
+    ahead = (datetime.now(UTC) - there).total_seconds()
+    if -OLDEST < ahead < EARLY:
+        return ""
+    told = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's"
+    return (
+        f"the SuperLink refuses what this node signs: the clock here is {told}, and Flower takes "
+        f"{OLDEST} s behind to {EARLY} s ahead: set it"
+    )
+
+
+def retry_handshakes() -> None:
+    """Let the SuperNode try again where a link broke in a handshake."""
+    from flwr.supercore.retry import make_simple_http_retry_invoker
+
+    put(FLEET, make_simple_http_retry_invoker=patient(make_simple_http_retry_invoker))
+
+
+# --- deadline: parts of a reply are waited for no longer than somebody wants them
+
+
+def pull_in_time() -> None:
+    """Let Flower's grid wait for the parts of a reply until `UNTIL`, in this process."""
+    from flwr.supercore.inflatable.inflatable_utils import pull_objects
+
+    def pull_parts(**named: Any) -> dict[str, bytes]:
+        seconds = max(0.0, UNTIL.get() - time.monotonic())
+        pauses: dict[str, Any] = {"initial_backoff": LEAST, "backoff_cap": LONGEST}
+        return pull_objects(**named, **pauses, max_time=seconds, max_tries_per_object=None)
+
+    put(GRID, pull_objects=pull_parts)
+
+
+# --- the table
+
+CLIENT = "flwr.supercore.protobuf.client"
+SUPERLINK = "flwr.superlink.cli.flower_superlink"
+SUPERNODE = "flwr.supernode.cli.flower_supernode"
+NODE_LOOP = "flwr.supernode.start_client_internal"
+EXECUTOR_LOOP = "flwr.supercore.superexec.run_superexec"
+TASKS = "flwr.supercore.superexec.executor.subprocess_executor"
+APP = "flwr.supernode.runtime.run_clientapp"
+FLEET = "flwr.supernode.fleet_http_connection"
+GRID = "flwr.superlink.grid.http_grid"
+PARTS = "flwr.supercore.inflatable.inflatable_utils"
+STARTS_EXECUTOR = {f"{NODE_LOOP}:subprocess": "subprocess.Popen(_)"}
+STARTS_TASKS = {
+    f"{TASKS}:subprocess": "subprocess.DEVNULL; subprocess.Popen(_); "
+    "subprocess.Popen(_, stdout, stderr)"
+}
+SLEEPS = "time.sleep(_)"
+
+AT_SOCKETS = Patch(
+    "sockets",
+    "Puts the APIs of SuperLink and SuperNode at Unix sockets of this user, and tokens into files. "
+    "Without it they listen at ports of 127.0.0.1, which any user of the machine may use.",
+    uses={
+        f"{CLIENT}:httpx": "httpx.Client(verify, timeout, follow_redirects); httpx.Request; "
+        "httpx.Response; httpx.Response(_, headers, content, request, extensions); "
+        "httpx.Timeout(connect, read, write, pool)",
+        f"{SUPERLINK}:uvicorn": "uvicorn.run(app, host, port, reload, access_log, log_config, "
+        "ssl_keyfile, ssl_certfile, workers)",
+        f"{SUPERLINK}:subprocess": "subprocess.Popen; subprocess.Popen(_, **_); "
+        "subprocess.TimeoutExpired",
+        f"{SUPERNODE}:uvicorn": "uvicorn.Config(app, host, port, reload, access_log, "
+        "ssl_certfile, ssl_keyfile, workers); uvicorn.Server; uvicorn.Server(_)",
+        **STARTS_EXECUTOR,
+        **STARTS_TASKS,
+    },
+    programs={
+        LINK: link_at_socket,
+        NODE: node_at_socket,
+        EXECUTOR: executor_at_socket,
+        NODE_EXECUTOR: executor_at_socket,
+        ANY: call_sockets,
+    },
+)
+PATCHES = (  # `fork` first: it forks before there are threads
+    Patch(
+        "fork",
+        "Forks the process for a message from one that has imported Flower, where Flower starts a "
+        "Python for each. Without it a round takes 2 to 5 s more.",
+        uses={**STARTS_EXECUTOR, **STARTS_TASKS},
+        programs={NODE: start_own_executor, NODE_EXECUTOR: fork_tasks},
+    ),
+    Patch(
+        "install",
+        "Unpacks and checks an app once, where Flower does it for every message. Without it a "
+        "message costs 0.3 processor seconds more.",
+        uses={f"{APP}:install_from_fab": "install_from_fab(_, skip_prompt)"},
+        takes={"flwr.cli.install:install_from_fab": "fab_file, install_dir, skip_prompt"},
+        programs={CLIENT_APP: install_once},
+    ),
+    Patch(
+        "pauses",
+        "Pauses for a tenth of the time since something happened, where a SuperNode pauses for "
+        "3 s, and wakes its SuperExec with each message. Without it a round takes 3 s more.",
+        uses={
+            f"{NODE_LOOP}:time": SLEEPS,
+            f"{NODE_LOOP}:_push_messages": "_push_messages(state, object_store, send, push_object)",
+            f"{EXECUTOR_LOOP}:time": SLEEPS,
+            **STARTS_EXECUTOR,
+        },
+        programs={NODE: node_pauses, NODE_EXECUTOR: executor_pauses},
+    ),
+    AT_SOCKETS,
+    Patch(
+        "resend",
+        "Sends the rest of a reply where the SuperLink has a part of it already. Without it a link "
+        "that breaks for some seconds costs three minutes, and the client in that round.",
+        uses={
+            f"{NODE_LOOP}:push_object_contents_from_iterable": "push_object_contents_from_iterable"
+            "(_, push_object_fn)"
+        },
+        takes={
+            f"{PARTS}:push_object_contents_from_iterable": "object_contents, push_object_fn, *, "
+            "max_concurrent_pushes"
+        },
+        programs={NODE: resend},
+    ),
+    Patch(
+        "slow_links",
+        "Gives each 64 kB of a request the 30 s that Flower gives to the whole. Without it large "
+        "messages never arrive below 3 Mbit/s.",
+        uses={
+            f"{FLEET}:FleetHttpClient": "FleetHttpClient.from_server_address(_, _, _, interceptors)"
+        },
+        takes={f"{CLIENT}:ProtobufClient._send": "self, context, *, stream"},
+        programs={NODE: send_in_parts},
+    ),
+    Patch(
+        "retries",
+        "Tries again where a link breaks in a TLS handshake, and says why a SuperLink refuses the "
+        "node. Without it such a link ends the node.",
+        uses={f"{FLEET}:make_simple_http_retry_invoker": "make_simple_http_retry_invoker()"},
+        takes={
+            "flwr.supercore.retry.retry_invoker:RetryInvoker.__init__": "self, wait_gen_factory, "
+            "recoverable_exceptions, max_tries, max_time, *, on_success, on_backoff, on_giveup, "
+            "jitter, should_giveup, wait_function",
+            "flwr.supercore.error.base:FlowerError.from_json": "value",
+        },
+        programs={NODE: retry_handshakes},
+    ),
+    Patch(
+        "deadline",
+        "Waits for the parts of a reply until `engine.timeout`, and looks for them after 0.1 s. "
+        "Without it a node that goes amid its reply holds up the round for three minutes or more.",
+        uses={f"{GRID}:pull_objects": "pull_objects(object_ids, pull_object_fn)"},
+        takes={
+            f"{PARTS}:pull_objects": "object_ids, pull_object_fn, *, max_concurrent_pulls, "
+            "max_time, max_tries_per_object, initial_backoff, backoff_cap"
+        },
+        programs={SERVER: pull_in_time},
+    ),
+)
+
+
+# --- the program
+
+
+@contextmanager
+def own_api() -> Iterator[None]:
+    """Give the own API of a node a socket in a private folder, inside, if it has none."""
+    with ExitStack() as stack:
+        if not sockets() and why_without(AT_SOCKETS) is None:
+            folder = runpy.run_path(str(Path(__file__).parents[1] / "temporary.py"))
+            made = stack.enter_context(folder["PrivateFolder"](longest=LONGEST_PATH))
+            os.environ[SOCKETS] = json.dumps({":".join(ADDRESS): f"{made}/api"})
+            sys.argv += ["--host", ADDRESS[0], "--port", ADDRESS[1]]
+        yield
+
+
+def main() -> None:
+    """Run the program that the command line names."""
+    del sys.argv[0]
+    program = Path(sys.argv[0]).name
+    # Flower's programs start each other by name: those of this Python are meant.
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
+    if program in {LINK, NODE}:
+        for line in lines():
+            sys.stderr.write(f"{line}\n")
+    with own_api() if program == NODE else ExitStack():
+        if program == NODE and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch(program)
+        command = EXECUTOR if program == NODE_EXECUTOR else sys.argv[0]
+        sys.argv[0] = shutil.which(command) or command
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
