@@ -56,8 +56,9 @@ COUNTED = ("uplink_bytes", "downlink_bytes", "catchup_bytes")
 
 
 class _Sampled(RoundStep):
-    """Asks those whom Flower has sampled."""
+    """Asks those whom Flower has sampled, for rows: a client's weight is known here alone."""
 
+    individuals = True
     clients: torch.Tensor
 
     @override

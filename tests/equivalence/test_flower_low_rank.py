@@ -566,6 +566,20 @@ def test_weights_are_computed_and_written_when_they_are_read(
         assert kept[rounds].count_bytes() == wanted.arrays.count_bytes()
 
 
+def test_of_one_node_the_mean_is_its_own_whatever_it_weighs(tmp_path: Path) -> None:
+    options = {"head": "frozen", "bias": "frozen", "fraction_evaluate": 0.0}
+    options |= {"min_available_nodes": 1, "min_train_nodes": 1}
+    ends = []
+    for share in (0, 0.5, 3.0):
+        nodes = nodes_of(tmp_path / str(share), 1, app=app_of(share=share))
+        strategy = flower.LowRank(FedRacLora(rank=1), network(), **options)
+        found = strategy.start(nodes, ArrayRecord(network().state_dict()), 1).arrays
+        ends.append(found["0.weight"].numpy())
+        assert abs(ends[-1] - network()[0].weight.detach().numpy()).max() > 1e-3
+    assert (ends[0] == ends[1]).all()
+    assert (ends[0] == ends[2]).all()
+
+
 def test_a_node_writes_what_a_round_has_changed_alone(tmp_path: Path) -> None:
     """Of a method that merges nothing no weight, of another what it trains."""
 
