@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from statistics import median
 
 import torch
 
 from fedraclora.binding import PlainDict, section
-from fedraclora.config.build import BuiltTask, build_task, plan_of
+from fedraclora.config.build import BuiltTask, plan_of
+from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig, from_plain
-from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError
 from fedraclora.objects import is_named
 from fedraclora.protocol.method import Downlink, Draw, first_downlink
@@ -52,7 +51,7 @@ def settled_rate(plain: Mapping[str, object], say: Callable[[str], object]) -> P
     if local.get("lr") != "auto":
         return dict(plain)
     config = ruled(plain)
-    rate, told = rate_for(config, build_task(replace(config, pretrain=PretrainConfig())))
+    rate, told = rate_for(config, TaskBuilder(config, pretrain=False).built)
     if config.output.progress:
         say(f"learning rate {rate:g}, by the rule for {told} (docs/local.md)")
     return {**plain, "local": {**local, "lr": rate}}

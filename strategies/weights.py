@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedraclora.binding import Plain
-from fedraclora.config.build import build_task, plan_of
+from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError
@@ -53,5 +53,5 @@ def load_weights(
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}")
     config = from_plain(read_trusted(folder, own), METHODS)
-    plan = stored_plan(folder) or plan_of(config, build_task(config).task)
+    plan = stored_plan(folder) or TaskBuilder(config).plan
     return dense(weights_at(folder, round_, method_of(config), Draw(config.seed), plan))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from fedraclora.binding import PlainDict, bind, section
 from fedraclora.compose.resume import laid_over
-from fedraclora.config.build import build_task, settled
+from fedraclora.config.build import settled
+from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import TaskConfig, from_plain, parted, task_from_plain
-from fedraclora.config.settings import PretrainConfig
 from fedraclora.data import DATASETS
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, unknown
@@ -73,7 +72,7 @@ def tune_task(
     share = held_out(task_from_plain(plain), asked)
     final = {"evaluate.split": "test", "data.validation": section(plain, "data")["validation"]}
     plain = laid_over(plain, {"evaluate.split": "validation", "data.validation": share})
-    built = build_task(replace(task_from_plain(plain), pretrain=PretrainConfig()))
+    built = TaskBuilder(task_from_plain(plain), pretrain=False).built
     space = space.of_task(plain, built, auto=is_auto, preset="experiment" in said)
     task, metric = built.task, asked.metric or built.task.measured[0]
     if metric not in task.measured:
