@@ -38,7 +38,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where it is set, each of the many processes of the tests would compile the project anew.
 test test-all golden: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install simulate test tests test-all lint style types fmt docs golden bench bench-peers clean
+.PHONY: help install simulate test tests test-all lint style types fmt conf docs golden bench bench-peers clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ types: install
 fmt: install ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+conf: install ## Write the files of conf/ from the signatures: every key, its default and its meaning
+	$(BIN)/python -m fedraclora.experiments.choice_files
 
 docs: install ## Build the site of the documentation in site/ (a link that leads nowhere is an error)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -209,14 +209,18 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     Raises:
         ConfigError: If there is no such choice.
     """
-    roots = [CONF, *folders]
-    merged = _merged(lineage(f"{group}/{name}", roots))
-    file = _file(f"{group}/{name}", roots)
+    file = _file(f"{group}/{name}", [CONF, *folders])
     about = [summary(_row(group, name))] if file is None else _comment(file)
     kind = ROWS.get(group, {}).get(name)
     beside = told(kind) if isinstance(kind, type) else ""
-    about += textwrap.wrap(beside, WIDTH, break_on_hyphens=False)
-    return "\n".join([f"{group}={name}", *_explained(about, merged)])
+    about += [*textwrap.wrap(beside, WIDTH, break_on_hyphens=False), ""]
+    head = [f"  {line}".rstrip() for line in about]
+    return "\n".join([f"{group}={name}", *head, *key_lines(group, name, folders=folders)])
+
+
+def key_lines(group: str, name: str, *, folders: Sequence[Path] = ()) -> list[str]:
+    """Write a line for each key of a choice, and of what it builds on; see `keys_of`."""
+    return _explained([], _merged(lineage(f"{group}/{name}", [CONF, *folders])))
 
 
 def _explained(about: Sequence[str], config: Mapping[str, object]) -> list[str]:

@@ -6,6 +6,7 @@ import inspect
 import math
 import pkgutil
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -30,6 +31,8 @@ from fedraclora.compose.choices import (
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import EvaluateConfig
 from fedraclora.errors import DataError
+from fedraclora.experiments import choice_files
+from fedraclora.experiments.choice_files import choice_texts, part_texts
 from fedraclora.experiments.pages import aliases, method_of
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import ruled
@@ -41,6 +44,8 @@ FILES = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob(
 CHOICES = ["config", *(f"{group}/{name}" for group, names in groups().items() for name in names)]
 # What choices build on, and no choice; `tune` is read by that command alone.
 SHARED = sorted({*FILES} - {*CHOICES, "tune"})
+# Files that say what differs from what they build on; the others are written from the signatures.
+DIFFERENT = [n for n, p in FILES.items() if "/" in n and "\ndefaults:" in p.read_text()]
 
 TINY = ["rounds=1", "clients=10", "clients_per_round=3"]
 DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's data.labels
@@ -208,7 +213,7 @@ def test_a_class_in_python_is_what_its_choice_composes() -> None:
     """``LocalSettings()`` trains as ``local=sgd``, ``FedRacLora()`` is ``method=fed_rac_lora``."""
     assert from_plain(composed("config", []), METHODS).local == LocalSettings()
     for name, kind in METHODS.items():
-        assert method_of(name) == kind() or f"method/{name}" in FILES
+        assert method_of(name) == kind() or f"method/{name}" in DIFFERENT
 
 
 def test_a_number_of_an_adaptive_optimiser_is_a_key_of_choices_that_have_one() -> None:
@@ -219,6 +224,9 @@ def test_a_number_of_an_adaptive_optimiser_is_a_key_of_choices_that_have_one() -
         apart = of_moments | ({"train", "parameters", "timeout"} - set(keys))
         assert (name == "own") == ("train" in keys)
         assert set(keys) - of_moments - {"name"} == set(vars(LocalSettings())) - apart
+
+
+BY_HAND = ("experiment/", "sentences", "texts", "tune")  # all of it
 
 
 def bare(name: str, folder: Path) -> dict[str, object]:
@@ -239,7 +247,39 @@ def bare(name: str, folder: Path) -> dict[str, object]:
     return {str(k): v for k, v in plain.items()}
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if "/" in n])
+def test_writing_the_files_anew_changes_nothing() -> None:
+    texts = choice_texts() | part_texts()
+    assert [str(path) for path, text in texts.items() if path.read_text() != text] == []
+    assert {*FILES.values()} - {*texts} == {FILES[n] for n in FILES if n.startswith(BY_HAND)}
+
+
+def test_a_default_that_changed_a_key_that_is_gone_and_a_comment_are_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr(choice_files, "CONF", tmp_path / "conf")
+    mlp, gone = tmp_path / "conf" / "model" / "mlp.yaml", tmp_path / "conf" / "model" / "gone.yaml"
+    text, top = mlp.read_text(), (tmp_path / "conf" / "config.yaml").read_text()
+    gone.write_text(text)
+    mlp.write_text(text.replace("dropout: 0.0", "dropout: 0.5").replace("bias: true", "skew: 1"))
+    changed = top.replace("rounds: 150", "rounds: 15")
+    assert changed != top
+    (tmp_path / "conf" / "config.yaml").write_text(changed)
+    choice_files.main()
+    assert mlp.read_text() == text
+    assert (tmp_path / "conf" / "config.yaml").read_text() == top
+    assert not gone.exists()
+
+
+def test_what_is_written_is_what_the_signatures_say() -> None:
+    for name in {*FILES} & {*NODES} - {*DIFFERENT} - {"local/own"}:
+        assert OmegaConf.to_container(OmegaConf.load(FILES[name])) == NODES[name]
+    top = OmegaConf.to_container(OmegaConf.load(FILES["config"]))
+    assert isinstance(top, dict)
+    assert {k: v for k, v in top.items() if k not in {"defaults", "hydra"}} == NODES["run"]
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_no_default_stands_twice(name: str, tmp_path: Path) -> None:
     """A file says what differs from what it builds on, in code and in other files."""
     group = name.partition("/")[0]
@@ -272,8 +312,8 @@ ALIASES = {
 
 @pytest.mark.parametrize("name", ALIASES)
 def test_another_name_of_a_method_has_no_settings_of_its_own(name: str) -> None:
-    lines = FILES[f"method/{name}"].read_text().splitlines()
-    assert lines[1:] == [f"defaults: [{ALIASES[name]}]", f"name: {name}"]
+    own = yaml.safe_load(FILES[f"method/{name}"].read_text())
+    assert own == {"defaults": [ALIASES[name]], "name": name}
     assert METHODS[name] is METHODS[ALIASES[name]]
 
 
