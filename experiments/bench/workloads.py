@@ -23,8 +23,8 @@ from fedraclora.data.clients import ClientData, Partitioned
 from fedraclora.data.locate import package_path
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
+from fedraclora.data.sources.virtual import virtual
 from fedraclora.data.task import Task
-from fedraclora.data.virtual import virtual
 from fedraclora.models import MODELS
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan

@@ -20,7 +20,7 @@ from fedraclora.clients.engines import in_process
 from fedraclora.data.clients import Partitioned
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.samples import Samples
-from fedraclora.data.synthetic import least_squares, logistic_regression
+from fedraclora.data.sources.synthetic import least_squares, logistic_regression
 from fedraclora.data.task import SLOPES, Task
 from fedraclora.errors import unknown
 from fedraclora.experiments.theory.bounds import logistic_pl

@@ -15,11 +15,11 @@ from fedraclora.compose.overrides import key_of
 from fedraclora.compose.values import pairs_of, plain_value
 from fedraclora.config.run_config import targets_of
 from fedraclora.data.dataset import DataSet
-from fedraclora.data.objects import data_of, is_share, lend_set
+from fedraclora.data.encoders.program import is_columns, is_frame
 from fedraclora.data.own_loss import short_name
 from fedraclora.data.partitioners import by_partitioner
-from fedraclora.data.program import is_columns, is_frame
-from fedraclora.data.tabular import load_table
+from fedraclora.data.sources.program import data_of, is_share, lend_set
+from fedraclora.data.sources.table import load_table
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.own_metrics import Metric
 from fedraclora.models.objects import lend_model, require_module

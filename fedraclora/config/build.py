@@ -19,12 +19,12 @@ from fedraclora.config.pretraining import pretrain_model
 from fedraclora.config.run_config import Selection, TaskConfig, parted
 from fedraclora.config.settings import EvaluateConfig, WaitPolicy
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
-from fedraclora.data.arrays import ArrayReader
 from fedraclora.data.client_split import hold_out_of_clients, numbered, without_held
 from fedraclora.data.clients import ClientData, Partitioned, count_labels
 from fedraclora.data.dataset import Division
 from fedraclora.data.duplicates import SomeRows, check_duplicates
-from fedraclora.data.fit import SampleSpec
+from fedraclora.data.encoders.array import SampleSpec
+from fedraclora.data.encoders.array_reader import ArrayReader
 from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import count_classes, judged_by, refuse_contradiction, with_labels

@@ -1,45 +1,43 @@
-"""Data sets, by name, and the way from what there is to what clients train on.
+"""Data sets, by name: sources -> encoders -> one split -> clients.
 
-==========================================  ==========================  ==========================
-what comes in                               is read by                  and becomes samples by
-==========================================  ==========================  ==========================
-arrays: ``.npz``, IDX                       `arrays`                    `fit`
-tables of numbers: CSV, Parquet, frames     `frames`                    `tabular`
-tables of texts                             `frames`                    `text`, a tokenizer
-conversations: JSONL, CSV, Parquet          `conversations`             `chat`, `instructions`
-arrays and data sets of a Python program    `objects`, `tables`         `fit`
-files or functions that each client has     `own`                       `fit`, `own_set`
-a package, or numbers that are drawn        `digits`, `mnist`, `shakespeare`, `synthetic`, ...
-==========================================  ==========================  ==========================
+==================  ===============================================================================
+`sources`           one file a data source: its keys, and where its samples come from
+`tables`, `npz`     read files: the one reader of tables, and arrays
+`encoders`          make tensors of what was read: arrays, tables of numbers, texts, chats
+`split`             which rows are trained on, and which are measured on
+`dataset`           `DataSet`: samples, and what a model and a partition need to know of them
+`partition`         whose each row is, in the ways of `partitioners`
+`clients`           `ClientData`: the samples of all clients, whichever source they are from;
+                    `per_client` are those that each client brings, `client_law` drawn ones
+`client_split`      what a client trains on, and what it alone measures on
+==================  ===============================================================================
 
-Each way ends in a `dataset.DataSet`: samples, and what a model and a partition need to know of
-them. `partition` says whose each row is, in the ways of `partitioners`; what comes of that, as
-clients made on demand (`virtual`) and samples that clients bring (`own`), is `samples.ClientData`.
-`held` parts it into what a client trains on and what it alone measures on. What is learnt from
-samples stands in `task`: its losses, with those of the user's own (`own_loss`) and for language
-models (`token_losses`); `objective` finds out which is meant. `locate` finds files.
+A new source is a file in `sources` and a row in `DATASETS` (CONTRIBUTING, "A new data source").
+What is learnt from samples stands in `task`: its losses, with those of the user's own (`own_loss`)
+and for language models (`token_losses`); `objective` finds out which is meant. `locate` finds
+files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedraclora.data.arrays import load_arrays
 from fedraclora.data.dataset import DataSet, select_labels
-from fedraclora.data.digits import load_digits
-from fedraclora.data.fedprox_synthetic import fedprox_synthetic
-from fedraclora.data.glue_instructions import load_glue_instructions
-from fedraclora.data.instructions import load_instructions
-from fedraclora.data.mnist import load_mnist, load_mnist_5k
-from fedraclora.data.objects import lent_data, load_function
-from fedraclora.data.own_set import own_samples
 from fedraclora.data.partition import PARTITIONS, make_partition
-from fedraclora.data.shakespeare import load_shakespeare
+from fedraclora.data.sources.arrays import load_arrays
+from fedraclora.data.sources.digits import load_digits
+from fedraclora.data.sources.fedprox_synthetic import fedprox_synthetic
+from fedraclora.data.sources.glue_instructions import load_glue_instructions
+from fedraclora.data.sources.instructions import load_instructions
+from fedraclora.data.sources.mnist import load_mnist, load_mnist_5k
+from fedraclora.data.sources.own import own_samples
+from fedraclora.data.sources.program import lent_data, load_function
+from fedraclora.data.sources.shakespeare import load_shakespeare
+from fedraclora.data.sources.synthetic import least_squares, logistic_regression
+from fedraclora.data.sources.table import load_table
+from fedraclora.data.sources.text import load_text
+from fedraclora.data.sources.virtual import virtual
 from fedraclora.data.split import hold_out
-from fedraclora.data.synthetic import least_squares, logistic_regression
-from fedraclora.data.tabular import load_table
-from fedraclora.data.text import load_text
-from fedraclora.data.virtual import virtual
 
 __all__ = ["DATASETS", "PARTITIONS", "DataSet", "hold_out", "make_partition", "select_labels"]
 

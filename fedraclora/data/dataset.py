@@ -88,7 +88,7 @@ class DataSet:
             ``features`` in their order; what to ``subtract`` from inputs and to ``divide_by``;
             ``classes`` in their order, numbers where the target has numbers; the scale of a
             ``target`` that is a number.
-        reader: Reads samples that come later; None: arrays, as `fedraclora.data.arrays` reads them.
+        reader: Reads samples that come later; None: arrays, as `ArrayReader` reads them.
         clients: Every natural client that the source names, also those of whom no row is left;
             None where none is named.
         entries: What clients brought as objects, as it is; None where nobody has such.

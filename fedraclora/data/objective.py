@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from fedraclora.data.dataset import DataSet
-from fedraclora.data.fit import is_binary
 from fedraclora.data.own_loss import OwnLoss, is_own, named_loss
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import LOSSES, forward
+from fedraclora.data.task import LOSSES, forward, is_binary
 from fedraclora.errors import ConfigError, DataError, unknown
 
 INPUT_IDS = "input_ids"

@@ -22,16 +22,9 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from fedraclora.data.client_law import ClientLaw, OfLaw, SizeLaw, class_mixes, pick, size_quantiles
 from fedraclora.data.clients import TableRows
 from fedraclora.data.dataset import Clients, Column, DataSet, RowNumbers
-from fedraclora.data.virtual import (
-    ClientLaw,
-    OfLaw,
-    SizeLaw,
-    class_mixes,
-    pick,
-    size_quantiles,
-)
 from fedraclora.errors import ConfigError
 from fedraclora.imports import told_as
 from fedraclora.limits import Count, NotNegative, Positive, Whole, limited

@@ -16,12 +16,17 @@ import torch
 from typing_extensions import override
 
 from fedraclora.binding import call_function
-from fedraclora.data.arrays import read_npz
 from fedraclora.data.clients import ClientData
 from fedraclora.data.dataset import take
+from fedraclora.data.encoders.array import (
+    SampleSpec,
+    gathered,
+    read_npz,
+    said_of_inputs,
+    scale_of_bytes,
+)
 from fedraclora.data.entries import length, parts_of, picked, stand_in
 from fedraclora.data.fingerprint import called_twice
-from fedraclora.data.fit import SampleSpec, gathered, said_of_inputs, scale_of_bytes
 from fedraclora.data.locate import user_path
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import NO_HOLDOUT, Holdout

@@ -34,7 +34,7 @@ class Samples(Movable):
     ``inputs`` maps the model's argument names to tensors [N, ...]; the single name ``"x"`` is
     passed by position. ``target`` is [N] (classes, int64) or [N, ...] (regression, tokens).
     ``beside`` is what no model is given, [N, ...]: the answers that a question may have
-    (`fedraclora.data.chat.padded`).
+    (`fedraclora.data.encoders.chat.padded`).
     """
 
     inputs: dict[str, torch.Tensor]

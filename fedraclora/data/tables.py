@@ -124,7 +124,7 @@ class Table:
         if str(name) in names:
             return str(name)
         if isinstance(name, int) and 0 <= name < len(names):
-            return names[name]
+            return str(names[name])
         raise ConfigError(f"{key}: {self.path}: {unknown('column', name, names)}")
 
     def texts(self, key: str, name: str | int) -> list[str]:
@@ -173,8 +173,10 @@ def _written_cells(path: Path, separator: str, *, header: bool) -> DataFrame:
 
     rows: list[list[str]] = []
     with open_text(path) as file:
-        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-        reader = csv.reader(file, delimiter=separator, quoting=quoting)
+        plain = separator == "\t"
+        reader = csv.reader(
+            file, delimiter=separator, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+        )
         for cells in filter(None, reader):  # without blank lines, as at the end of a file
             if rows and len(cells) != len(rows[0]):
                 raise DataError(
@@ -183,7 +185,7 @@ def _written_cells(path: Path, separator: str, *, header: bool) -> DataFrame:
                 )
             rows.append(cells)
     names = rows.pop(0) if header and rows else [str(n) for n in range(len(rows[0]) if rows else 0)]
-    _refuse_twins(filter(str.strip, names), path)
+    _refuse_twins([name for name in names if name.strip()], path)
     return pd.DataFrame(rows, columns=names, dtype=object)
 
 

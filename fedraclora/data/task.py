@@ -178,6 +178,11 @@ def loss_function(name: str) -> Loss:
     return LOSSES[name]
 
 
+def is_binary(target: torch.Tensor) -> bool:
+    """Check whether a target holds nothing but 0 and 1."""
+    return bool(((target == 0) | (target == 1)).all())
+
+
 def read_as(loss: str) -> Loss:
     """Say how targets and outputs of a loss are read; of the user's own nothing is known."""
     return LOSSES.get(loss, Loss(squared_error))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedraclora.data.chat import Encoded, padded
+from fedraclora.data.encoders.chat import Encoded, padded
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import CHOICE_METRICS, Task, forward

@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from fedraclora.data.fit import as_unscaled
+from fedraclora.data.encoders.array import as_unscaled
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, forward
 from fedraclora.data.token_losses import Labelled, output_layer

@@ -86,7 +86,7 @@ def test_what_is_right_is_let_pass(parts: dict[str, str], ended: Ended) -> None:
 
 PLANTED: dict[str, tuple[str, Any, dict[str, str], str]] = {
     "masks are lost": (
-        "fedraclora.data.fit.is_masked",
+        "fedraclora.data.encoders.array.is_masked",
         lambda _: False,
         {"data": "masked"},
         "silent",

@@ -12,9 +12,9 @@ import torch
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients.cache import CACHE
-from fedraclora.data.fit import SampleSpec, gathered
-from fedraclora.data.own_set import own_samples
+from fedraclora.data.encoders.array import SampleSpec, gathered
 from fedraclora.data.per_client import read_own
+from fedraclora.data.sources.own import own_samples
 from fedraclora.errors import ClientError, ConfigError, DataError
 from fedraclora.imports import import_object
 from fedraclora.terminal.opening import introduction

@@ -16,10 +16,10 @@ from typing_extensions import override
 
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.clients import ClientData
-from fedraclora.data.digits import load_digits
 from fedraclora.data.partitioners import bootstrap
+from fedraclora.data.sources.digits import load_digits
+from fedraclora.data.sources.virtual import virtual
 from fedraclora.data.task import Task
-from fedraclora.data.virtual import virtual
 from fedraclora.models.networks import build_mlp
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw

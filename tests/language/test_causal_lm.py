@@ -14,8 +14,8 @@ from chats import WORDS, write_rows
 import fedraclora
 from fedraclora.compose.choices import choice
 from fedraclora.data import token_losses
-from fedraclora.data.instructions import load_instructions
 from fedraclora.data.locate import package_path
+from fedraclora.data.sources.instructions import load_instructions
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.models.hf import build_causal_lm

@@ -17,7 +17,7 @@ from chats import TEMPLATE, WORDS, write_rows
 import fedraclora
 from fedraclora.data import token_losses
 from fedraclora.data.clients import Partitioned
-from fedraclora.data.instructions import load_instructions
+from fedraclora.data.sources.instructions import load_instructions
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.evaluation.choices import Questions, measure_of

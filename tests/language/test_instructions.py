@@ -13,10 +13,10 @@ import torch
 from chats import WORDS, write_rows
 
 from fedraclora.data import make_partition
-from fedraclora.data.chat import Chat
-from fedraclora.data.conversations import Conversation, RowForm, read_conversations
-from fedraclora.data.glue_instructions import TASKS, load_glue_instructions
-from fedraclora.data.instructions import load_instructions
+from fedraclora.data.encoders.chat import Chat
+from fedraclora.data.encoders.conversations import Conversation, RowForm, read_conversations
+from fedraclora.data.sources.glue_instructions import TASKS, load_glue_instructions
+from fedraclora.data.sources.instructions import load_instructions
 from fedraclora.errors import ConfigError, DataError
 
 PAIR = {"prompt": "what colour is the ball", "response": "red"}

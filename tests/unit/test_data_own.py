@@ -15,10 +15,10 @@ from fedraclora.compose.overrides import composed
 from fedraclora.config.build import build_task, settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS, make_partition
-from fedraclora.data.fit import SampleSpec, gathered
-from fedraclora.data.own_set import own_samples
+from fedraclora.data.encoders.array import SampleSpec, gathered
 from fedraclora.data.per_client import read_own
 from fedraclora.data.samples import Samples
+from fedraclora.data.sources.own import own_samples
 from fedraclora.data.task import loss_function
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.strategies.methods import METHODS

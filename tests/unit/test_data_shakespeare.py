@@ -9,7 +9,7 @@ import torch
 
 from fedraclora.data import DATASETS, DataSet, make_partition
 from fedraclora.data.locate import package_path
-from fedraclora.data.shakespeare import read_roles
+from fedraclora.data.sources.shakespeare import read_roles
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError
 

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 
 from fedraclora.data import DATASETS, make_partition
-from fedraclora.data.synthetic import logistic_optimum
+from fedraclora.data.sources.synthetic import logistic_optimum
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
 

@@ -13,7 +13,7 @@ import torch
 
 from fedraclora.binding import bind
 from fedraclora.data import DATASETS, DataSet, hold_out, make_partition, select_labels
-from fedraclora.data.mnist import parse_idx
+from fedraclora.data.sources.mnist import parse_idx
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 DRAW = np.random.default_rng(5)

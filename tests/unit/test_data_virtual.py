@@ -16,7 +16,7 @@ from fedraclora.data.clients import ClientData, count_labels
 from fedraclora.data.partition import spread_clients
 from fedraclora.data.partitioners import bootstrap
 from fedraclora.data.samples import Samples
-from fedraclora.data.virtual import Mixture, virtual
+from fedraclora.data.sources.virtual import Mixture, virtual
 from fedraclora.errors import ConfigError
 
 MANY = 10**6

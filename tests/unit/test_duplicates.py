@@ -12,8 +12,8 @@ import torch
 
 import fedraclora
 from fedraclora.config.run_config import digested
-from fedraclora.data.chat import Encoded, packed, padded
 from fedraclora.data.duplicates import SomeRows, check_duplicates, shared_rows
+from fedraclora.data.encoders.chat import Encoded, packed, padded
 from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
 from fedraclora.rng import generator

@@ -16,12 +16,13 @@ from torch import nn
 
 import fedraclora
 from fedraclora.commands.cli import main
-from fedraclora.data import DATASETS, conversations, select_labels
-from fedraclora.data.arrays import ArrayReader
-from fedraclora.data.fit import SampleSpec, as_scaled
+from fedraclora.data import DATASETS, select_labels
+from fedraclora.data.encoders import conversations
+from fedraclora.data.encoders.array import SampleSpec, as_scaled
+from fedraclora.data.encoders.array_reader import ArrayReader
+from fedraclora.data.encoders.text import TextReader
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
-from fedraclora.data.text import TextReader
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.evaluation.evaluate import _Words, predict
 

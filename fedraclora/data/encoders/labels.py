@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import Column, DataSet, RowNumbers
-from fedraclora.data.fit import found_shape, outputs_for
+from fedraclora.data.encoders.array import found_shape, outputs_for
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError

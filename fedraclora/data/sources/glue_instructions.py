@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedraclora.data.chat import Chat
-from fedraclora.data.conversations import Conversation, RowForm, read_conversations
 from fedraclora.data.dataset import DataSet
-from fedraclora.data.instructions import (
+from fedraclora.data.encoders.chat import Chat
+from fedraclora.data.encoders.conversations import Conversation, RowForm, read_conversations
+from fedraclora.data.encoders.instructions import (
     ANSWER_METRICS,
     InstructionReader,
     SampleLength,
@@ -91,7 +91,7 @@ def load_glue_instructions(
     which know no source, are dealt out.
 
     Args:
-        tokenizer: See `fedraclora.data.instructions.load_instructions`.
+        tokenizer: See `load_instructions`.
         root: The data root, which has the folder ``glue``.
         tasks: Of `TASKS`.
         clients_per_task: Clients of each task.

@@ -23,18 +23,14 @@ from fedraclora.data.dataset import (
     DataSet,
     RowNumbers,
 )
-from fedraclora.data.entries import Entries, length, parts_of, stand_in
-from fedraclora.data.fingerprint import called_twice
-from fedraclora.data.fit import SampleSpec, found_shape, outputs_for, said_of_inputs, scale_of_bytes
-from fedraclora.data.objective import (
-    check_names,
-    objective_of,
-    said_like,
-    takes_whole,
-    usual_metrics,
+from fedraclora.data.encoders.array import (
+    SampleSpec,
+    found_shape,
+    outputs_for,
+    said_of_inputs,
+    scale_of_bytes,
 )
-from fedraclora.data.own_loss import named_loss
-from fedraclora.data.program import (
+from fedraclora.data.encoders.program import (
     column_of,
     divided_by,
     is_clients,
@@ -45,10 +41,20 @@ from fedraclora.data.program import (
     of_frame,
     table_of,
 )
+from fedraclora.data.encoders.table import TableForm
+from fedraclora.data.entries import Entries, length, parts_of, stand_in
+from fedraclora.data.fingerprint import called_twice
+from fedraclora.data.objective import (
+    check_names,
+    objective_of,
+    said_like,
+    takes_whole,
+    usual_metrics,
+)
+from fedraclora.data.own_loss import named_loss
 from fedraclora.data.samples import Samples
 from fedraclora.data.similar_names import check_similar
 from fedraclora.data.split import TEST_FRACTION, hold_out_test, holdout_of
-from fedraclora.data.tabular import TableForm
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.objects import lend, lent, object_digest
@@ -371,7 +377,7 @@ def load_function(
     held = holdout_of(test_fraction, 0, test_function=test_function)
     found = data_of(
         called("data.function", function),
-        test=called("data.test_function", test_function) if held is None else held.fraction,
+        test=called("data.test_function", str(test_function)) if held is None else held.fraction,
         client=client,
         target=target,
         loss=None if loss is None else named_loss(loss),

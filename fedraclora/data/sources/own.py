@@ -12,11 +12,16 @@ import numpy as np
 import torch
 
 from fedraclora.binding import call_function
-from fedraclora.data.arrays import read_npz
 from fedraclora.data.dataset import OF_RUN, Clients, DataSet
+from fedraclora.data.encoders.array import (
+    SampleSpec,
+    found_shape,
+    gathered,
+    read_npz,
+    scale_of_bytes,
+)
 from fedraclora.data.entries import stand_in
 from fedraclora.data.fingerprint import called_twice
-from fedraclora.data.fit import SampleSpec, found_shape, gathered, scale_of_bytes
 from fedraclora.data.locate import user_path
 from fedraclora.data.objective import has_classes, said_like, usual_metrics
 from fedraclora.data.own_loss import IGNORED_TOKEN, named_loss

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedraclora.data.npz import read_arrays
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import LOSSES, read_as
+from fedraclora.data.task import LOSSES, is_binary, read_as
 from fedraclora.errors import DataError
 
 # What torch has little of.
@@ -277,11 +279,6 @@ def _kind(array: np.ndarray[Any, Any]) -> str:
     return kinds.get(array.dtype.kind, f"values of type {array.dtype}")
 
 
-def is_binary(target: torch.Tensor) -> bool:
-    """Check whether a target holds nothing but 0 and 1."""
-    return bool(((target == 0) | (target == 1)).all())
-
-
 def scale_of_bytes(samples: Samples) -> dict[str, object]:
     """Say what `SampleSpec.validate` does to images, given as they came (`DataSet.reading`)."""
     if set(samples.inputs) != {"x"} or samples.inputs["x"].dtype != torch.uint8:
@@ -334,3 +331,23 @@ def outputs_for(tables: Sequence[Samples], loss: str) -> int | None:
     if loss == "next_token" or any(t.target.is_floating_point() for t in tables):
         return None  # of the latter the form says what is wrong
     return max(2, 1 + max(int(t.target.max()) for t in tables))
+
+
+def read_npz(path: Path, where: str) -> Samples:
+    """Read the arrays of a ``.npz`` file: the target, and the inputs by their names.
+
+    Raises:
+        DataError: If it cannot be read, or has no target or no inputs.
+    """
+    do = (
+        "write one with numpy.savez(path, x=..., target=...), or name a function that reads it. "
+        "Tables (CSV, Parquet) that are to be divided among clients are for data=table"
+    )
+    arrays = read_arrays(path, do, where)
+    if "target" not in arrays or len(arrays) < 2:
+        raise DataError(
+            f"{where}: {path} holds {[*arrays]}; target is wanted, and x (or the inputs of the "
+            "model by name)"
+        )
+    target = arrays.pop("target")
+    return gathered((arrays, target), where)

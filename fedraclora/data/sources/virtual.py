@@ -19,132 +19,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from annotated_types import Ge
 from typing_extensions import override
 
-from fedraclora.data.clients import ClientData
+from fedraclora.data.client_law import ClientLaw, OfLaw, SizeLaw, class_mixes, pick, size_quantiles
 from fedraclora.data.dataset import FLOAT_TYPES, OF_RUN, Clients, DataSet, Dtype, classification
-from fedraclora.data.samples import Movable, Samples
-from fedraclora.limits import Count, NotNegative, OneOf, Positive, limited
-from fedraclora.rng import generator, hash_key, position_bits
+from fedraclora.data.samples import Samples
+from fedraclora.limits import Count, NotNegative, Positive, limited
+from fedraclora.rng import generator, hash_key
 
-SizeLaw = Annotated[str, OneOf(("constant", "lognormal", "pareto"))]
-OWN = (1 << 32) - 1  # the position whose random words are of the client, not of a sample
-QUANTILES = 1024
-MIX_NUMBERS = 1 << 20  # in the table of mixes, over all classes
 POOL_NUMBERS = 1 << 21  # in the table of normals, over all features
-
-
-def pick(words: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """Turn words of 32 random bits into numbers from 0 to ``count - 1`` (below 2^31)."""
-    return (words * count) >> 32
-
-
-@dataclass(frozen=True)
-class ClientLaw(Movable):
-    """How many samples a client has, and of which classes.
-
-    Attributes:
-        key: Of all draws (`fedraclora.rng.hash_key`).
-        clients: Size of the population.
-        quantiles: Numbers of samples, int64 [Q]; each is a client's with the same chance.
-        mixes: Mixes of classes, int64 [M, classes - 1]; each is a client's with the same chance.
-            Class c has the words from bound c - 1 up to bound c, out of 2^32.
-    """
-
-    key: int
-    clients: int
-    quantiles: torch.Tensor
-    mixes: torch.Tensor
-
-    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Number of samples of each client: int64 [K]."""
-        own = position_bits(self.key, clients, torch.full_like(clients, OWN)[:, None])[:, 0]
-        return self.quantiles[pick(own[:, 0], len(self.quantiles))]
-
-    def draw(
-        self, clients: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draw the classes of samples.
-
-        Args:
-            clients: Ids, int64 [K].
-            positions: Of samples in their client, int64 [K, b].
-
-        Returns:
-            Classes, int64 [K, b]; three more random words of each sample [K, b, 3]; two more of
-            each client [K, 2].
-        """
-        places = torch.cat([positions, torch.full_like(clients, OWN)[:, None]], dim=1)
-        words = position_bits(self.key, clients, places)
-        words, own = words[:, :-1], words[:, -1]
-        mixes = self.mixes[pick(own[:, 1], len(self.mixes))]
-        classes = torch.searchsorted(mixes, words[..., 0].contiguous(), right=True)
-        return classes, words[..., 1:], own[:, 2:]
-
-
-class OfLaw(Movable, ClientData):
-    """Clients whose number and sizes are those of a law."""
-
-    law: ClientLaw
-
-    @property
-    @override
-    def num_clients(self) -> int:
-        return self.law.clients
-
-    @override
-    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        return self.law.sizes(clients)
-
-
-def class_mixes(
-    rng: np.random.Generator, shares: npt.NDArray[np.float64], alpha: float | None
-) -> torch.Tensor:
-    """Draw the table of the clients' mixes of classes, as `ClientLaw` reads it.
-
-    Args:
-        rng: Where the mixes are drawn from.
-        shares: Mean share of each class over the clients [classes], positive, of sum 1.
-        alpha: Concentration of the Dirichlet distribution of the mixes, per class: small is
-            skewed, large is even; None gives all clients the mean.
-
-    Returns:
-        int64 [mixes, classes - 1]: up to 2^14 of them.
-    """
-    mean = np.asarray(shares, dtype=np.float64)[None]
-    if alpha is not None:
-        count = max(1, min(1 << 14, MIX_NUMBERS // mean.size))
-        mean = rng.dirichlet(alpha * mean.size * mean[0], size=count)
-    bounds = np.minimum(np.cumsum(mean, axis=1)[:, :-1], 1.0) * 2.0**32
-    return torch.from_numpy(bounds.astype(np.int64))
-
-
-def size_quantiles(samples: int, sizes: str, spread: float) -> torch.Tensor:
-    """Give the table of the clients' numbers of samples, as `ClientLaw` reads it.
-
-    Args:
-        samples: The median.
-        sizes: ``constant``, ``lognormal`` (``spread``: deviation of the logarithm) or ``pareto``
-            (``spread``: inverse of the tail's exponent).
-        spread: How unequal clients are; 0 makes all sizes equal.
-
-    Returns:
-        int64 [1024], each at least 1.
-    """
-    levels = (np.arange(QUANTILES) + 0.5) / QUANTILES
-    factor = np.ones(QUANTILES)
-    if sizes == "lognormal":
-        factor = np.exp(spread * np.array([NormalDist().inv_cdf(q) for q in levels]))
-    elif sizes == "pareto":
-        factor = (2 * (1 - levels)) ** -spread
-    return torch.from_numpy(np.maximum(1, np.rint(samples * factor)).astype(np.int64))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from fedraclora.data.conversations import Conversation
+from fedraclora.data.encoders.conversations import Conversation
 from fedraclora.data.locate import load_tokenizer, user_path
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples

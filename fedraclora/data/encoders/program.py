@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import DataSet, RowNumbers
-from fedraclora.data.fit import gathered, is_masked
+from fedraclora.data.encoders.array import gathered, is_masked
+from fedraclora.data.encoders.table import TableForm, of_frames
 from fedraclora.data.objective import INPUT_IDS, judged_by
 from fedraclora.data.own_loss import is_own
 from fedraclora.data.samples import Samples
 from fedraclora.data.tables import Table
-from fedraclora.data.tabular import TableForm, of_frames
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import failure_of, told_as
 
@@ -116,7 +116,7 @@ def is_frame(found: object) -> bool:
 
 
 def of_frame(data: Any, test: Any, loss: str | None, how: TableForm) -> DataSet:
-    """Read a frame as `fedraclora.data.tabular.load_table` reads a file: words become classes.
+    """Read a frame as `load_table` reads a file: words become classes.
 
     Args:
         data: The frame.

@@ -1,0 +1,1 @@
+"""Encoders: what a source has, as tensors of samples; later rows are read by the same."""
