@@ -91,7 +91,8 @@ def load_glue_instructions(
     which know no source, are dealt out.
 
     Args:
-        tokenizer: See `load_instructions`.
+        tokenizer: A folder, a GGUF file, ``package:NAME/path`` or ``hub:NAME``; only the last may
+            download.
         root: The data root, which has the folder ``glue``.
         tasks: Of `TASKS`.
         clients_per_task: Clients of each task.
