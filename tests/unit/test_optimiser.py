@@ -201,7 +201,7 @@ NAN, INF = float("nan"), float("inf")
         ({"eps": 0.0}, "local.eps is 0.0"),
         ({"epochs": -1}, "local.epochs is -1; 0"),
         ({"steps": -2}, "local.steps is -2"),
-        ({"batch_size": -1}, "local.batch_size is -1; 0 (all)"),
+        ({"batch_size": -1}, "local.batch_size is -1; 0 or more"),
         ({"prox": -0.1}, "local.prox"),
         ({"weight_decay": -0.1}, "local.weight_decay"),
         ({"momentum": 1.0}, "local.momentum is 1.0"),
