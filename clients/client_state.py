@@ -20,9 +20,9 @@ from fedraclora.training.extras.variates import (
     variates_of,
 )
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.materialise import start_from
+from fedraclora.training.materialize import start_from
 from fedraclora.training.moments import begin_moments, blank_moments
-from fedraclora.training.optimiser import mean_gradients
+from fedraclora.training.optimizer import mean_gradients
 from fedraclora.tree import Tree, wide
 from fedraclora.wire.exchange import TrainRequest
 from fedraclora.wire.feedback import blank_residues

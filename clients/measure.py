@@ -19,7 +19,7 @@ from fedraclora.evaluation.metrics import AFTER, Measure
 from fedraclora.protocol.method import Downlink
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.materialise import standing_weights
+from fedraclora.training.materialize import standing_weights
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.answers import Measured
 from fedraclora.wire.exchange import Ask, TrainRequest

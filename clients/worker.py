@@ -24,7 +24,7 @@ from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.program import LocalResult
-from fedraclora.protocol.quantised import ROUNDED
+from fedraclora.protocol.quantized import ROUNDED
 from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.protocol.uplinks import SUM_BLOCK, block_sums, check_rows
 from fedraclora.run.client_state import ClientStore
@@ -51,7 +51,7 @@ class Job:
         request: What is asked.
         base: The weights that they start from.
         downlink: What they train, from what they hold.
-        moments: With which their optimisers begin, [K, ...] by name.
+        moments: With which their optimizers begin, [K, ...] by name.
         residues: What rounding left of what they sent last, [K, ...] by name; none is kept: {}.
         hidden: Whether what they send is rounded and masked, and only then known to be sent.
         places, results: Of the clients that have trained, part after part.

@@ -1,4 +1,4 @@
-"""Fed-RAC-LoRA: federated fine-tuning by a chain of randomised low-rank links.
+"""Fed-RAC-LoRA: federated fine-tuning by a chain of randomized low-rank links.
 
 ``fedraclora.simulate(...)`` runs a method on a task in this process and gives a `RunResult`;
 ``fedraclora.read_run(folder)`` reads one, and ``fedraclora.tune(...)`` finds settings. See

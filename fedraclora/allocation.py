@@ -38,7 +38,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Chance, Count, Fraction, Limited, OneOf, Positive
 from fedraclora.protocol.method import Downlink, Plan
-from fedraclora.training.materialise import materialise
+from fedraclora.training.materialize import materialize
 from fedraclora.training.vmapped import effective_weights
 from fedraclora.tree import Tree
 
@@ -282,7 +282,7 @@ def flows(
             "proxy=grad_norm"
         )
     wide = {name: tensor.double().abs() for name, tensor in base.items()}
-    trained, _, frozen = materialise(sent, wide, torch.tensor([0]))
+    trained, _, frozen = materialize(sent, wide, torch.tensor([0]))
     values = {n: t[0].abs() for n, t in trained.items()}
     frozen = {n: (t[0] if t.dim() == 3 else t).abs() for n, t in frozen.items()}
     leaves = {n: values[n].requires_grad_() for n in values if n not in sent.dense}

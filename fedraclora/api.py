@@ -13,7 +13,7 @@ from fedraclora.binding import OWN_GROUPS, PlainDict, section
 from fedraclora.compose.lending import lend_all, trained_by
 from fedraclora.compose.resume import is_done
 from fedraclora.compose.values import config_of, is_whole
-from fedraclora.config.build import settled
+from fedraclora.config.build import resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.settings import OutputConfig
 from fedraclora.data.locate import user_path
@@ -25,12 +25,12 @@ from fedraclora.run.callback import Callback
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.rate import settled_rate
+from fedraclora.strategies.rate import resolved_rate
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.runner import finished
 from fedraclora.strategies.server.callbacks import each_of, own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
-from fedraclora.strategies.start import settled_start
+from fedraclora.strategies.start import resolved_start
 from fedraclora.trust import trust as trust_all
 from fedraclora.tuning.result import Tuned
 from fedraclora.tuning.task import tune_task
@@ -61,7 +61,7 @@ def simulate(
     """Run a federated method on a task in this process, to its end.
 
     What is not said has its default, so that the same words give the same bits as
-    ``fedraclora simulate``. The engine is one of the config, too: ``engine=vectorised`` (many
+    ``fedraclora simulate``. The engine is one of the config, too: ``engine=vectorized`` (many
     clients as one batch), ``inline`` or ``ray``. Model, data and method may be objects
     of the program.
 
@@ -175,7 +175,7 @@ def simulate(
                 f"{', '.join(idle)}: a run in memory writes nothing; say folder=... too, or leave "
                 "it out"
             )
-        plain = settled_rate(settled_start(settled(plain)), print)
+        plain = resolved_rate(resolved_start(resolved(plain)), print)
         return run_shown(RunBuilder(from_plain(plain, METHODS), callbacks=watching, steps=given))
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     with usable(place):
@@ -186,7 +186,7 @@ def simulate(
                 "name another folder"
             )
         found, place, goes_on = choose(asked, typed, None)
-        config = from_plain(found, METHODS, began=goes_on)
+        config = from_plain(found, METHODS, resuming=goes_on)
         if goes_on and is_done(place, found):
             return finished(config, place)
         run = RunBuilder(config, place, resume=goes_on, callbacks=watching, steps=given)
@@ -255,11 +255,13 @@ def _asked(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, 
     beside = {name: keys.pop(name, None) for name in ("test", "client", "target", *JUDGES)}
     whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
     groups = {group: keys.pop(group, None) for group in OWN_GROUPS}
-    lent = lend_all(model, data, groups, beside, whole=whole, own=train is not None)
+    registered_object = lend_all(model, data, groups, beside, whole=whole, own=train is not None)
     if train is not None:
-        lent.words.append("local=own")
-    plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
-    plain = trained_by(train, lent.put_into(plain, typed))
+        registered_object.words.append("local=own")
+    plain, typed = config_of(
+        choices if whole else (*registered_object.words, *choices), keys | registered_object.keys
+    )
+    plain = trained_by(train, registered_object.put_into(plain, typed))
     words = {"steps": [*each_of(steps)], "callbacks": [*each_of(callbacks)]}
     own, named = own_steps(steps), (str, Mapping)
     if words["steps"]:

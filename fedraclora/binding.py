@@ -19,7 +19,7 @@ from fedraclora.trust import is_function
 Plain = Mapping[str, object]  # a config, or a part of it, as nested values
 PlainDict = dict[str, object]  # one that may be written into
 # Groups whose choice may be an object of the user's.
-OWN_GROUPS = ("method", "local", "partition", "aggregator", "server_optimiser", "attack")
+OWN_GROUPS = ("method", "local", "partition", "aggregator", "server_optimizer", "attack")
 EMPTY: Plain = types.MappingProxyType({})
 
 
@@ -111,8 +111,9 @@ def object_of(
 
     Args:
         key: Of the config, for messages.
-        value: ``module:name``, or what `fedraclora.objects.lend` gave; or a mapping with that as
-            its ``name``, whose other keys are parameters, by name. Or the object itself.
+        value: ``module:name``, or what `fedraclora.objects.register_object` gave; or a mapping
+            with that as its ``name``, whose other keys are parameters, by name. Or the object
+            itself.
         kind: The class of what is wanted: an instance of it stands for itself, a class or a
             function is called with the parameters. None: what can be called is wanted: a class is
             called with the parameters, a function gets them beside those that it is called with.

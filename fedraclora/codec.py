@@ -34,7 +34,7 @@ from fedraclora.narrow_weight import in_parts, rejoined
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import OUTER
 from fedraclora.protocol.named import Named
-from fedraclora.protocol.quantised import FULL, ROUNDED, decode, encode
+from fedraclora.protocol.quantized import FULL, ROUNDED, decode, encode
 from fedraclora.tree import Tree, below
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
 from fedraclora.compose.resume import go_on
-from fedraclora.config.build import settled
+from fedraclora.config.build import resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
@@ -18,10 +18,10 @@ from fedraclora.run.ledger import reached_round
 from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.rate import settled_rate
+from fedraclora.strategies.rate import resolved_rate
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.runner import execute, finished
-from fedraclora.strategies.start import settled_start
+from fedraclora.strategies.start import resolved_start
 from fedraclora.terminal.progress import RunProgress
 
 STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
@@ -52,7 +52,7 @@ def choose(
     if resume not in {None, "auto"}:
         folder = user_path("resume", resume)
         return go_on(folder, read_trusted(folder, plain), plain, typed), folder, True
-    plain = settled_rate(settled_start(settled(plain)), print)
+    plain = resolved_rate(resolved_start(resolved(plain)), print)
     folder = run_folder(section(plain, "output"), sweep_job)
     if resume == "auto" and (folder / "config.yaml").is_file():
         return go_on(folder, read_trusted(folder, plain), plain, None), folder, True
@@ -91,7 +91,7 @@ def stored_run(folder: Path, round_: int | None) -> RunResult:
         raise CheckpointError(f"there is no run folder {folder}")
     if (folder / "export.json").is_file():
         raise CheckpointError(f"{folder} is an export of a run: name the folder of the run itself")
-    config = from_plain(read_trusted(folder), METHODS, began=True)
+    config = from_plain(read_trusted(folder), METHODS, resuming=True)
     if not is_finished(folder) and round_ is None:
         ways = f"go on with {resume_word(folder)} first"
         if is_running(folder):  # which holds its folder

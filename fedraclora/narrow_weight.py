@@ -1,9 +1,9 @@
-"""Frozen matrices held as whole numbers of 8 or 4 bits, which every product dequantises anew.
+"""Frozen matrices held as whole numbers of 8 or 4 bits, which every product dequantizes anew.
 
     int8   W_ij = c_ij s_i,   one scale a row
     int4   W_ij = c_ij s_ig,  one scale for 32 numbers of a row, two numbers in a byte
 
-The scales are those of torchao's symmetric affine quantisation. The tensor is our own: torchao's
+The scales are those of torchao's symmetric affine quantization. The tensor is our own: torchao's
 have no int4 that trains on a CPU, none goes through cohort layers, `torch.func.vmap` and files, and
 where torchao is installed transformers imports it, two seconds in every process.
 """
@@ -27,7 +27,7 @@ _aten = torch.ops.aten
 class QuantisedWeight(torch.Tensor):
     """A matrix [m, n] of codes and scales that computes like the dense one, and cannot be written.
 
-    Any operator dequantises it for as long as it runs. What autograd keeps for the way back is the
+    Any operator dequantizes it for as long as it runs. What autograd keeps for the way back is the
     codes: so no step holds the dense weights of two layers.
 
     Attributes:
@@ -61,7 +61,7 @@ class QuantisedWeight(torch.Tensor):
         made.codes, made.scale, made.turned = codes, scale, turned
         return made
 
-    def dequantised(self) -> torch.Tensor:
+    def dequantized(self) -> torch.Tensor:
         """Compute the dense matrix; the scale is multiplied in its own precision."""
         codes, (m, groups) = self.codes, self.scale.shape
         if codes.dtype == torch.uint8:
@@ -117,7 +117,7 @@ class QuantisedWeight(torch.Tensor):
                 return own.remade(dtype=dtype, device=kwargs.get("device"))
             if func._schema.is_mutable:  # noqa: SLF001
                 raise RuntimeError(f"{func} would write into {own}, which is frozen")
-        args, kwargs = tree_map_only(cls, cls.dequantised, (args, kwargs))
+        args, kwargs = tree_map_only(cls, cls.dequantized, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -133,7 +133,7 @@ def is_narrow(weight: torch.Tensor) -> bool:
     return isinstance(weight, QuantisedWeight) or weight.dtype.itemsize < 4
 
 
-def quantised(weight: torch.Tensor, base: str, name: str) -> QuantisedWeight:
+def quantized(weight: torch.Tensor, base: str, name: str) -> QuantisedWeight:
     """Round a matrix [m, n] to the nearest codes, symmetric about zero.
 
     Args:
@@ -162,9 +162,9 @@ def quantised(weight: torch.Tensor, base: str, name: str) -> QuantisedWeight:
 
 
 def dense(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Dequantise named weights; those that are dense are not copied."""
-    quantised = QuantisedWeight
-    return {n: t.dequantised() if isinstance(t, quantised) else t for n, t in tree.items()}
+    """Dequantize named weights; those that are dense are not copied."""
+    quantized = QuantisedWeight
+    return {n: t.dequantized() if isinstance(t, quantized) else t for n, t in tree.items()}
 
 
 MARK = "|codes"  # behind the name of a weight; what follows says how it lies
@@ -172,7 +172,7 @@ SCALE = "|scale"
 
 
 def in_parts(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give named tensors with codes and scales in the place of quantised weights.
+    """Give named tensors with codes and scales in the place of quantized weights.
 
     Example:
         >>> w = QuantisedWeight(torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 1))
@@ -193,7 +193,7 @@ def in_parts(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def rejoined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Put quantised weights together again; the inverse of `in_parts`."""
+    """Put quantized weights together again; the inverse of `in_parts`."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         stem = name.removesuffix(MARK)

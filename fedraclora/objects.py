@@ -2,8 +2,9 @@
 
 A config is plain text, and a module, an array or a function is not. In its place stands
 ``module:name``, which any process imports; or the name by which the program has lent the object to
-this process (`lend`), with a digest: the same object gives the same config, hence the same run, and
-a run that goes on wants the same object again. `fedraclora.binding.object_of` gives the object.
+this process (`register_object`), with a digest: the same object gives the same config, hence the
+same run, and a run that goes on wants the same object again. `fedraclora.binding.object_of` gives
+the object.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from fedraclora.tree import digest as digest_of
 from fedraclora.trust import is_function
 
 NAME = "object"  # what a group is called that stands for one
-LENT = re.compile(r"[\w.<>]+@[0-9a-f]{16}")
+REGISTERED = re.compile(r"[\w.<>]+@[0-9a-f]{16}")
 PLAIN = (str, bytes, int, float, complex, type(None), type(...))
-_LENT: dict[str, Any] = {}
+_REGISTERED: dict[str, Any] = {}
 
 
-def lend(thing: Any, digest: str | None = None) -> str:
+def register_object(thing: Any, digest: str | None = None) -> str:
     """Keep an object of the caller's under its digest, or under a name with its digest.
 
     Args:
@@ -58,11 +59,11 @@ def lend(thing: Any, digest: str | None = None) -> str:
         inner = inner.func
     named = inner if hasattr(inner, "__qualname__") else type(inner)
     name = digest or f"{named.__qualname__}@{object_digest(thing)}"
-    _LENT[name] = thing
+    _REGISTERED[name] = thing
     return name
 
 
-def lent(group: str, digest: object) -> Any:
+def registered_object(group: str, digest: object) -> Any:
     """Return the object with a digest.
 
     Args:
@@ -72,8 +73,8 @@ def lent(group: str, digest: object) -> Any:
     Raises:
         ConfigError: If this process has no such object.
     """
-    if digest in _LENT:
-        return _LENT[str(digest)]
+    if digest in _REGISTERED:
+        return _REGISTERED[str(digest)]
     raise ConfigError(
         f"this run has an object of a Python program as its {group}, of digest {digest}, which "
         f"this process does not have: call fedraclora.simulate({group.rpartition('.')[2]}=...) "
@@ -83,7 +84,7 @@ def lent(group: str, digest: object) -> Any:
 
 def is_named(value: object) -> bool:
     """Check whether a value of a config stands for an object: imported, or lent."""
-    return isinstance(value, str) and (is_function(value) or bool(LENT.fullmatch(value)))
+    return isinstance(value, str) and (is_function(value) or bool(REGISTERED.fullmatch(value)))
 
 
 def named_object(key: str, name: object) -> Any:
@@ -91,13 +92,13 @@ def named_object(key: str, name: object) -> Any:
 
     Args:
         key: Of the config, for messages.
-        name: ``module:name``, or what `lend` gave.
+        name: ``module:name``, or what `register_object` gave.
 
     Raises:
         ConfigError: If it is neither, cannot be imported, or is not here.
     """
-    if isinstance(name, str) and LENT.fullmatch(name):
-        return lent(key, name)
+    if isinstance(name, str) and REGISTERED.fullmatch(name):
+        return registered_object(key, name)
     return import_object(key, str(name))
 
 
@@ -112,7 +113,7 @@ def words_in(config: object) -> Iterator[str]:
 
 def named_by(config: Mapping[str, object]) -> dict[str, Any]:
     """Find the objects that a config names and that were lent to this process."""
-    return {word: _LENT[word] for word in words_in(config) if word in _LENT}
+    return {word: _REGISTERED[word] for word in words_in(config) if word in _REGISTERED}
 
 
 def code_digests(config: Mapping[str, object]) -> dict[str, str]:
@@ -120,7 +121,9 @@ def code_digests(config: Mapping[str, object]) -> dict[str, str]:
 
     That is ``module:name``, as far as it was imported, and what was lent under a digest of its own.
     """
-    lent_ = [type(thing) for word, thing in named_by(config).items() if not LENT.fullmatch(word)]
+    lent_ = [
+        type(thing) for word, thing in named_by(config).items() if not REGISTERED.fullmatch(word)
+    ]
     found = {kind.__qualname__: object_digest(kind) for kind in lent_}
     for word in filter(is_function, words_in(config)):
         module, _, name = word.partition(":")

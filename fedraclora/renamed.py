@@ -12,20 +12,24 @@ TEST_KEYS = (
 # The old key, or group -> the new one, or which of several by what is meant.
 KEYS = {
     "cohort": "clients_per_round",
+    "server_optimiser": "server_optimizer",
     "dense": "modules_to_save",
     "start": "init_from",
     "targets": "target_modules",
     "weights": "aggregation_weights",
     "wire": "compression",
     "data.arguments": "data.parameters",
+    "data.standardise": "data.standardize",
     "data.test": TEST_KEYS,
     "data.test_share": "data.test_fraction",
     "local.dense_lr": "local.full_lr",
     "local.final": "local.min_lr_ratio",
+    "local.optimiser": "local.optimizer",
     "local.moments": "local.optimizer_state",
     "local.moments_kept": "local.optimizer_state_kept",
     "method.first": "method.init",
     "method.initial": "method.init",
+    "method.normalise": "method.normalize",
     "method.resample_every": "method.merge_every",
     "method.side": "method.train (of methods that train both factors: method.zero_init)",
     "model.targets": "model.target_modules",
@@ -38,8 +42,9 @@ VALUES = {
     "`fedraclora deploy nodes=3`, or in a Flower app of your own fedraclora.flower.LowRank "
     "(docs/flower.md)",
     ("engine", "flower"): "use engine=ray (processes of this machine or a cluster; same weights as "
-    "engine=vectorised), `fedraclora deploy nodes=3` (Flower's SuperNodes), or in a Flower app of "
+    "engine=vectorized), `fedraclora deploy nodes=3` (Flower's SuperNodes), or in a Flower app of "
     "your own fedraclora.flower.LowRank (docs/flower.md)",
+    ("engine", "vectorised"): "write engine=vectorized",
     ("evaluate.clients", "cohort"): "write evaluate.clients=round",
     ("head", "adapt"): "write head=lora",
     ("head", "average"): "write head=full",

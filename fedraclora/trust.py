@@ -37,7 +37,7 @@ LOSSES = "torch.nn.functional"  # of whose functions those with a target may be 
 INSTALLED = {"site-packages", "dist-packages"}
 # Keys of a config that may name code: in these groups by these leaves.
 NAMING: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(("method", "partition", "aggregator", "server_optimiser", "attack"), ("name",)),
+    **dict.fromkeys(("method", "partition", "aggregator", "server_optimizer", "attack"), ("name",)),
     "local": ("name", "train", "extras"),
     "model": ("name", "function"),
     "data": ("name", "function", "samples", "test_function", "loss", "metrics"),

@@ -23,11 +23,11 @@ from fedraclora.strategies.server.callbacks import Callbacks, in_round, joined
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import hold_to_traits, largest, overflowing
 from fedraclora.strategies.server.measuring import Measurement
-from fedraclora.strategies.server.quantised import DownlinkRounding
+from fedraclora.strategies.server.quantized import DownlinkRounding
 from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
 from fedraclora.strategies.server.rows import Cost, ledger_row
 from fedraclora.training.localconfig import effective_step
-from fedraclora.training.materialise import standing
+from fedraclora.training.materialize import standing
 from fedraclora.tree import point_at
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.update import BaseWeights

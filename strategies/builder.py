@@ -152,7 +152,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     def initial_state(self) -> State:
         base = self.initial_weights
         state = self.method.initial_state(base, self.plan, self.draw)
-        name, server = self.config.choices["method"], self.config.server_optimiser
+        name, server = self.config.choices["method"], self.config.server_optimizer
         self.initial_state = state  # of which the first downlink is made
         first = self.first_downlink
         moved = any(state.base[name] is not weight for name, weight in base.items())
@@ -161,7 +161,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
             "dora=true rescales the weights": self.config.dora,
             f"method={name} takes its first factors out of the weights":
                 moved or not first.program.trains,
-            f"server_optimiser={server.name} with space=weights steps in the weights":
+            f"server_optimizer={server.name} with space=weights steps in the weights":
                 server.name != "none" and server.space == "weights",
         }  # fmt: skip
         check_base(base, (*self.plan.dense, *self.plan.local), changes)

@@ -66,10 +66,10 @@ def learning_facts(run: RunBuilder) -> Facts:
 
 def optimizer_facts(config: RunConfig) -> Facts:
     """Collect how clients take their steps, and what the server makes of their mean."""
-    local, server = config.local, config.server_optimiser
+    local, server = config.local, config.server_optimizer
     keys = ("lr", "full_lr", "momentum", "weight_decay", "schedule", "epochs", "steps")
     return {
-        "name": local.optimiser,
+        "name": local.optimizer,
         **{key: getattr(local, key) for key in (*keys, "batch_size")},
         "train": None if local.train is None else local.train.partition("@")[0],
         "most": getattr(config.method, "steps", None),  # of which one number each is sent

@@ -31,13 +31,13 @@ from fedraclora.strategies.wrappers import method_of
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import weights_of
 
-# c, by the optimiser and the factors that clients train.
+# c, by the optimizer and the factors that clients train.
 FITTED = {"adamw": {"B": 55.0, "A": 55.0, "BA": 27.5}, "sgd": {"B": 1.1, "A": 0.2, "BA": 0.1}}
 NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have huge rates
 KNOWN = "the rule knows sgd and adamw without momentum, clipping or extras, on two factors a layer"
 
 
-def settled_rate(plain: Mapping[str, object], say: Callable[[str], object]) -> PlainDict:
+def resolved_rate(plain: Mapping[str, object], say: Callable[[str], object]) -> PlainDict:
     """Write the rate of the rule in the place of ``local.lr=auto``, and say it.
 
     Args:
@@ -78,7 +78,7 @@ def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
         ConfigError: If the rule does not know its method, or numbers are predicted under SGD.
     """
     # SGD's rates follow the scale of gradients, which that of a cross-entropy bounds.
-    if config.local.optimiser == "sgd" and built.task.loss == "squared_error":
+    if config.local.optimizer == "sgd" and built.task.loss == "squared_error":
         raise ConfigError(
             "local.lr is auto, but of SGD the rule knows rates for classes, not for squared_error: "
             "say local.lr=NUMBER"
@@ -87,19 +87,19 @@ def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
     method = method_of(config, built.task)
     downlink = first_downlink(method, method.initial_state(base, plan, draw), draw, built.cohort)
     steps = steps_of(config.local, built)
-    rate = float(f"{rate_of(downlink, config.local.optimiser, steps):.2g}")
+    rate = float(f"{rate_of(downlink, config.local.optimizer, steps):.2g}")
     sketch = f"{kind} of " if (kind := getattr(config.method, "sketch", None)) else ""
     ranks = {f.shape[1] for a in downlink.adapters.values() for f in [*a.factors.values()][:1]}
     return rate, (
         f"{config.choices['method']}, {sketch}rank {', '.join(map(str, sorted(ranks)))}, under "
-        f"{config.local.optimiser}, {steps:g} steps a round"
+        f"{config.local.optimizer}, {steps:g} steps a round"
     )
 
 
 def is_known(local: LocalConfig) -> bool:
     """Return whether the rule was fitted to such local steps."""
     plain = local.momentum == 0 and local.clip is None and not local.added
-    return plain and local.optimiser in FITTED
+    return plain and local.optimizer in FITTED
 
 
 def steps_of(local: LocalConfig, built: BuiltTask) -> float:
@@ -111,12 +111,12 @@ def steps_of(local: LocalConfig, built: BuiltTask) -> float:
     return round(local.epochs * float(batches.mean()), 1)
 
 
-def rate_of(downlink: Downlink, optimiser: str, steps: float) -> float:
+def rate_of(downlink: Downlink, optimizer: str, steps: float) -> float:
     """Compute the rate of the rule.
 
     Args:
         downlink: Of the first round.
-        optimiser: ``adamw`` or ``sgd``.
+        optimizer: ``adamw`` or ``sgd``.
         steps: Of a client in a round.
 
     Raises:
@@ -126,14 +126,14 @@ def rate_of(downlink: Downlink, optimiser: str, steps: float) -> float:
     for adapter in downlink.adapters.values():
         factors = [*adapter.factors.values()]
         trained = "".join(label for label, f in adapter.factors.items() if f.trained)
-        if len(factors) != 2 or trained not in FITTED[optimiser]:
+        if len(factors) != 2 or trained not in FITTED[optimizer]:
             break
         rank = factors[0].shape[1]
         width = max(NARROWEST, min(factors[0].shape[0], factors[1].shape[1]))
         length = math.prod(spec.gram_scale for f in factors if (spec := f.drawing)) ** 0.5
-        scale, rate = adapter.scale * length, FITTED[optimiser][trained]
+        scale, rate = adapter.scale * length, FITTED[optimizer][trained]
         wide = rank * width * math.sqrt(steps)
-        rates.append(rate / (scale * wide) if optimiser == "adamw" else rate / scale**2)
+        rates.append(rate / (scale * wide) if optimizer == "adamw" else rate / scale**2)
     if not rates or len(rates) < len(downlink.adapters):
         raise ConfigError(f"local.lr is auto, but {KNOWN}: say local.lr=NUMBER")
     return median(rates)

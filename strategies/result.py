@@ -24,7 +24,7 @@ from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.evaluation.choices import measure_of
 from fedraclora.evaluation.evaluate import Prediction, predict
-from fedraclora.models.built import check_fit, dequantise
+from fedraclora.models.built import check_fit, dequantize
 from fedraclora.models.outputs import refuse_outputs
 from fedraclora.run.callback import run_title
 from fedraclora.run.folder import refuse_full
@@ -127,7 +127,7 @@ class RunResult:
 
     def model(self) -> nn.Module:
         """Build the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
-        model = dequantise(copy.deepcopy(self.builder.task.model).cpu())
+        model = dequantize(copy.deepcopy(self.builder.task.model).cpu())
         parameters = dict(model.named_parameters())
         model.load_state_dict({n: t for n, t in self.weights().items() if n in parameters}, False)
         return model.eval()
@@ -268,7 +268,7 @@ class RunResult:
     @cached_property
     def settings(self) -> RunConfig:
         """The config, checked."""
-        return from_plain(self.config, METHODS, began=True)
+        return from_plain(self.config, METHODS, resuming=True)
 
     def _whole(self, round_: int | None) -> Tree:
         """Give the weights on the run's device; refuse those of which clients have a part."""

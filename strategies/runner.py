@@ -125,7 +125,7 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
         title = run_title(config.plain)
         run.strategy.callbacks.begin(Begin(title, config.plain, folder, done, facts_of(run)))
         run.start()
-    summary = summarise(run, before + time.perf_counter() - began)
+    summary = summarize(run, before + time.perf_counter() - began)
     if folder is not None:
         if config.output.plots:
             draw(run, folder)
@@ -159,7 +159,7 @@ def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
         raise
 
 
-def summarise(run: RunBuilder, seconds: float) -> dict[str, object]:
+def summarize(run: RunBuilder, seconds: float) -> dict[str, object]:
     """Collect the final figures of a run.
 
     Args:

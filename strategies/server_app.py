@@ -40,7 +40,7 @@ def main(grid: FlowerGrid, context: Context) -> None:
         ConfigError: If it is missing, or its engine is not ``deploy``.
     """
     resume = bool(context.run_config.get("resume", False))
-    config = config_from_text(str(context.run_config.get("cfg-json", "")), began=resume)
+    config = config_from_text(str(context.run_config.get("cfg-json", "")), resuming=resume)
 
     folder, ended = Path(str(config.output.dir)).expanduser(), watch()
     known, shared = not config.pretrain.epochs, config.output.shared
@@ -79,8 +79,8 @@ def on_hosts(
     return Engine(history, make_grid, history.recall, elsewhere=True)
 
 
-def config_from_text(text: str, *, began: bool = False) -> RunConfig:
-    """Read the config of a run, which goes on if it ``began`` before.
+def config_from_text(text: str, *, resuming: bool = False) -> RunConfig:
+    """Read the config of a run, which goes on if it ``resuming`` before.
 
     Raises:
         ConfigError: If it is missing, not JSON, of another engine or without ``output.dir``.
@@ -94,7 +94,7 @@ def config_from_text(text: str, *, began: bool = False) -> RunConfig:
             "cfg-json, the config of the run, is empty: start the run by `fedraclora deploy`, "
             "which writes it"
         )
-    config = from_plain(plain, METHODS, began=began)
+    config = from_plain(plain, METHODS, resuming=resuming)
     settings_of(config)
     if config.output.dir is None or not Path(config.output.dir).expanduser().is_absolute():
         raise ConfigError(

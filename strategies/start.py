@@ -20,7 +20,7 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.weights import load_weights
 
 
-def settled_start(plain: Mapping[str, object]) -> PlainDict:
+def resolved_start(plain: Mapping[str, object]) -> PlainDict:
     """Write the digest of what a run begins from beside its path, for a config that is to be kept.
 
     Args:
@@ -106,7 +106,7 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
 
 def _take_weights(folder: Path, model: nn.Module, own: Plain) -> None:
     """Copy the weights of a finished run; its code is trusted, or named by the user's config."""
-    before = from_plain(read_trusted(folder, own), METHODS, began=True)
+    before = from_plain(read_trusted(folder, own), METHODS, resuming=True)
     if before.method.client_state:
         raise ConfigError(
             f"init_from={folder}: the clients of {type(before.method).__name__} kept a factor of "

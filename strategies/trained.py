@@ -20,7 +20,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.export.trained import TrainedModel, name_classes, put_weights
 from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
-from fedraclora.models.built import dequantise
+from fedraclora.models.built import dequantize
 from fedraclora.narrow_weight import BITS, base_name, dense
 from fedraclora.protocol.factor import past_name, weight_of
 from fedraclora.protocol.link import Link, Plan, matrices
@@ -62,7 +62,7 @@ def trained_model(
             whole model, or a run in memory is asked for an earlier round.
         CheckpointError: If a file is missing or damaged, or does not reach so far.
     """
-    config = from_plain(plain, METHODS, began=True)
+    config = from_plain(plain, METHODS, resuming=True)
     method = method_of(config)
     if method.client_state:
         raise ConfigError(
@@ -72,7 +72,7 @@ def trained_model(
     changes: dict[str, Product] = {}
     magnitudes: Tree = {}
     held = dict(task.model.named_parameters())
-    model = dequantise(copy.deepcopy(task.model).cpu().eval())
+    model = dequantize(copy.deepcopy(task.model).cpu().eval())
     if folder is None:
         plan = plan_of(config, task)
         start = {n: p.detach().cpu().clone() for n, p in held.items()}
@@ -203,6 +203,6 @@ def _warnings(plan: Plan, held: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     if narrow := sorted({base_name(w) for w in held.values()} & (BITS.keys() | {"bfloat16"})):
         found.append(
             f"The run held weights in {narrow[0]} (model.base). Merged weights are those, "
-            "dequantised, and what was trained; an adapter is exact beside them."
+            "dequantized, and what was trained; an adapter is exact beside them."
         )
     return tuple(found)

@@ -27,7 +27,7 @@ def assemble(config: RunConfig, folder: Path | None, **more: Any) -> RunBuilder:
 
 def simulated(plain: PlainDict, folder: Path, *, resume: bool = False) -> dict[str, Any]:
     """Run to the end; give the summary."""
-    config = from_plain(plain, METHODS, began=resume)
+    config = from_plain(plain, METHODS, resuming=resume)
     return run_shown(RunBuilder(config, folder, resume=resume)).summary
 
 

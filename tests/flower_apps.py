@@ -113,13 +113,13 @@ def samples(client: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     """Somebody's own training."""
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
     order = torch.randperm(len(x))  # of the generator that a round seeds
     for rows in order.split(-(-len(x) // STEPS)):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return float(loss.detach())
 
 

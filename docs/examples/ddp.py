@@ -67,14 +67,14 @@ def on_data(round: Round, sharded: bool) -> Trained:
     model = round.install(network())
     wrapped = fully_shard(model) if sharded else DistributedDataParallel(model)
     wanted = [p for p in wrapped.parameters() if p.requires_grad]
-    optimiser = torch.optim.SGD(wanted, lr=RATE * round.rate_scale)
+    optimizer = torch.optim.SGD(wanted, lr=RATE * round.rate_scale)
     (x, y), total = round.data, torch.zeros(())
     for rows in torch.randperm(len(x)).split(BATCH)[:STEPS]:
         own = rows[dist.get_rank() :: RANKS]
         loss = F.cross_entropy(wrapped(x[own]), y[own])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         total += loss.detach() / STEPS / RANKS
     dist.all_reduce(total)
     # Every rank reads; of FSDP it gathers the parts.

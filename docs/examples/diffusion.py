@@ -42,14 +42,14 @@ def train(round: Round) -> Trained:
     model.unet.add_adapter(LoraConfig(r=RANK, target_modules=TARGETS))
     round.install(model).train()
     wanted = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(wanted, lr=RATE * round.rate_scale)
+    optimizer = torch.optim.AdamW(wanted, lr=RATE * round.rate_scale)
     (inputs, _), total = round.data, 0.0
     for rows in torch.randint(len(inputs["sample"]), (STEPS, BATCH)):
         noisy, timestep, noise = with_noise(inputs["sample"][rows])
         loss = F.mse_loss(model(noisy, timestep, inputs["prompt"][rows]), noise)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         total += loss.item() / STEPS
     return round.read(model, samples=len(inputs["sample"]), steps=STEPS, loss=total)
 

@@ -55,7 +55,7 @@ def train(round: Round, folder: str, reference: str) -> Trained:
             per_device_train_batch_size=BATCH,
             **PLAIN,
         )
-        # A new one in each round: a trainer keeps its optimiser and its count of steps.
+        # A new one in each round: a trainer keeps its optimizer and its count of steps.
         trainer = trl.DPOTrainer(model, first, args, train_dataset=round.data, processing_class=tok)
         if first is None:  # else the reference is a copy of the round's factors
             model.delete_adapter("ref")

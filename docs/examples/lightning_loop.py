@@ -1,6 +1,6 @@
 """A LightningModule as the local training of every client.
 
-A new `lightning.Trainer` in each round: a second `fit` of one would go on with its optimiser. It
+A new `lightning.Trainer` in each round: a second `fit` of one would go on with its optimizer. It
 writes no file, and `configure_optimizers` takes what is to be trained alone.
 
     python lightning_loop.py
@@ -26,7 +26,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 class Classifier(lightning.LightningModule):
-    """What there is already: a network, its loss and its optimiser."""
+    """What there is already: a network, its loss and its optimizer."""
 
     def __init__(self, network: nn.Module, rate: float) -> None:
         super().__init__()

@@ -35,11 +35,11 @@ def patients(client):  # of one owner's CSV, on its node; means and deviations a
 
 def train(round):
     model = round.install(net((6,), 2))
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     inputs, target = round.data
     loss = nn.functional.cross_entropy(model(inputs), target)
     loss.backward()
-    optimiser.step()
+    optimizer.step()
     return round.read(model, samples=len(target), steps=1, loss=loss.item())
 
 
@@ -95,7 +95,7 @@ class OneSketch(LayerMethod):
     link_rounds = None
 
     def factors(self, layer, now):
-        frozen = now.sketch(layer, "A", self.kind, index=0, normalise="rows")
+        frozen = now.sketch(layer, "A", self.kind, index=0, normalize="rows")
         return {"B": layer.trained("B"), "A": frozen}
 
     def update(self, layer, replies):

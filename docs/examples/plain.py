@@ -32,7 +32,7 @@ def train(round: Round) -> Trained:
     model = round.install(network())
     model.train()
     wanted = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.SGD(wanted, lr=RATE * round.rate_scale, momentum=0.9)
+    optimizer = torch.optim.SGD(wanted, lr=RATE * round.rate_scale, momentum=0.9)
     data = TensorDataset(*round.data)
     batches = [batch for _ in range(EPOCHS) for batch in DataLoader(data, BATCH, shuffle=True)]
     losses, steps = [], 0
@@ -44,8 +44,8 @@ def train(round: Round) -> Trained:
             # The last step may have fewer batches.
             for parameter in wanted:
                 parameter.grad /= TOGETHER if i % TOGETHER == 0 else i % TOGETHER
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             steps += 1
     mean = sum(losses) / len(losses)
     return round.read(model, samples=len(data), steps=steps, loss=mean)

@@ -50,7 +50,7 @@ def train(round: Round, folder: str) -> Trained:
             per_device_train_batch_size=4,
             **PLAIN,
         )
-        # A new one in each round: a trainer keeps its optimiser and its count of steps.
+        # A new one in each round: a trainer keeps its optimizer and its count of steps.
         trainer = trl.SFTTrainer(model, args, train_dataset=round.data, processing_class=tok)
         trainer.remove_callback(transformers.PrinterCallback)
         end = trainer.train()

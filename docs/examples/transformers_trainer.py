@@ -55,7 +55,7 @@ def train(round: Round, folder: str) -> Trained:
             lr_scheduler_type="constant",  # another would start over in every round
             per_device_train_batch_size=8,
         )
-        # A new one in each round: a trainer keeps its optimiser and its count of steps.
+        # A new one in each round: a trainer keeps its optimizer and its count of steps.
         trainer = transformers.Trainer(model, args, train_dataset=rows, processing_class=tok)
         trainer.remove_callback(transformers.PrinterCallback)
         end = trainer.train()

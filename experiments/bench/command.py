@@ -63,15 +63,15 @@ from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.feedforward import FeedForward
-from fedraclora.training.materialise import materialise
+from fedraclora.training.materialize import materialize
 from fedraclora.training.memory import is_out_of_memory
-from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.training.schedule import Schedule
 from fedraclora.tree import Tree
 
 NOT_INSTALLED = "not installed; `make bench-peers` installs the peers"
-PRECISION_OF = {"vectorised": FLOAT32, "bf16": BF16_MIXED}
+PRECISION_OF = {"vectorized": FLOAT32, "bf16": BF16_MIXED}
 
 
 def main(words: Sequence[str]) -> int:
@@ -299,11 +299,11 @@ STATIONS: tuple[tuple[str, tuple[Callable[..., object], ...]], ...] = (
     ("  ask", (Exchange.ask,)),
     ("  train", (CohortTrainer.train,)),
     ("    schedule", (Schedule.of,)),
-    ("    sketch, start values", (materialise,)),
+    ("    sketch, start values", (materialize,)),
     ("    gather samples", (Partitioned.gather,)),
     ("    forward", (FeedForward.forward, cross_entropy_slope, forward, cross_entropy)),
     ("    backward", (FeedForward.backward, torch.autograd.grad)),
-    ("    optimiser", (CohortOptimiser.step,)),
+    ("    optimizer", (CohortOptimizer.step,)),
     ("  answer", (answer_of,)),
     ("  collect", (Exchange.collect,)),
     ("  aggregate, merge", (FedRacLora.close_round,)),

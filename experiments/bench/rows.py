@@ -86,13 +86,13 @@ class Central:
     def round(self) -> None:
         """Start from B = 0 and take the steps, each on one batch of every client."""
         workload, data = self.workload, self.task.train
-        optimiser = torch.optim.SGD(self.trained, lr=LR)
+        optimizer = torch.optim.SGD(self.trained, lr=LR)
         clients = torch.arange(data.num_clients, device=self.trained[0].device)
         with torch.no_grad():
             for factor in self.trained:
                 factor.zero_()
         for step in range(workload.steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             for part in clients.split(self.at_once):
                 places = torch.arange(workload.batch, device=clients.device) + step * workload.batch
                 batch = data.gather(part, places.expand(len(part), -1)).trim()
@@ -102,11 +102,11 @@ class Central:
                     outputs = forward(self.model, batch.inputs)
                     losses, _ = LOSSES[self.task.loss](outputs, batch.target)
                 (losses.sum() / (len(clients) * workload.batch)).backward()
-            optimiser.step()
+            optimizer.step()
 
 
 class PlainLoop:
-    """One module, one optimiser per client, a running sum.
+    """One module, one optimizer per client, a running sum.
 
     Args:
         workload: Whose local work is done.
@@ -128,12 +128,12 @@ class PlainLoop:
         places = torch.arange(self.workload.samples, device=device).split(self.workload.batch)
         for client in torch.arange(data.num_clients, device=device).split(1):
             model.load_state_dict(self.state)
-            optimiser = torch.optim.SGD(model.parameters(), lr=LR)
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR)
             for place in places:
                 batch = data.gather(client, place[None])
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 F.cross_entropy(forward(model, batch.inputs), batch.target).backward()
-                optimiser.step()
+                optimizer.step()
             for name, value in model.named_parameters():
                 sums[name] += value.detach()
         self.state = {n: t / data.num_clients for n, t in sums.items()}
@@ -152,15 +152,15 @@ class OwnLoop:
     def train(self, round_: Round) -> Trained:
         """Train one client for one round."""
         model, workload, data = round_.install(self.model), self.case.workload, round_.data
-        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
         total = torch.zeros(())
         for place in torch.arange(workload.samples).split(workload.batch):
             batch = data.take(place).trim()
             losses, counts = LOSSES[self.case.task.loss](forward(model, batch.inputs), batch.target)
             loss = losses.sum() / counts.sum()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             total += loss.detach()
         loss = total / workload.steps
         return round_.read(model, samples=len(data), steps=workload.steps, loss=loss.item())
@@ -173,7 +173,7 @@ class PeftLoop:
     """One model with one adapter, one client after another, a running sum, a merge.
 
     Args:
-        case: Whose local work is done, under the sketches of the vectorised row.
+        case: Whose local work is done, under the sketches of the vectorized row.
         precision: Of the matrix products.
     """
 
@@ -219,14 +219,14 @@ class PeftLoop:
             with torch.no_grad():
                 for factor in B.values():
                     factor.zero_()
-            optimiser = torch.optim.SGD(B.values(), lr=LR)
+            optimizer = torch.optim.SGD(B.values(), lr=LR)
             for place in places:
                 batch = data.gather(client, place[None]).trim()  # to its own longest text
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 with products_in(self.precision, self.case.device):
                     loss = self.model(**batch.inputs, labels=batch.target).loss
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
             for name, factor in B.items():
                 sums[name] += factor.detach()
         with torch.no_grad():
@@ -255,7 +255,7 @@ def checkpointed(case: Case) -> Case:
 
 
 def central(case: Case) -> BenchRow:
-    """Central training: in one piece, or in as many as the vectorised engine makes of it.
+    """Central training: in one piece, or in as many as the vectorized engine makes of it.
 
     Each is tried twice and the faster is kept: which it is depends on the caches.
     """
@@ -309,7 +309,7 @@ def hosted(rows: Sequence[str], device: torch.device) -> Iterator[None]:
 
 
 BUILDERS: dict[str, Callable[[Case], BenchRow]] = {
-    "vectorised": federated_row,
+    "vectorized": federated_row,
     "central": central,
     "bf16": lambda case: federated_row(case, precision=BF16_MIXED),
     "inline": lambda case: federated_row(case, chunk=1),

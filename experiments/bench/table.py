@@ -88,8 +88,8 @@ def table(report: Report) -> Table:
         {title: label(name, rows[name]), **cells(report, name), **of_peak(rows, name, by)}
         for name in ranked
     ]
-    if cuda and {"bf16", "vectorised"} <= rows.keys():
-        gain = against(rows["vectorised"], rows["bf16"], "seconds")
+    if cuda and {"bf16", "vectorized"} <= rows.keys():
+        gain = against(rows["vectorized"], rows["bf16"], "seconds")
         note += f" bf16-mixed: {gain} times the samples a second of float32."
     return Table.of(records, [note])
 
@@ -110,7 +110,7 @@ def cpu_cells(report: Report, name: str) -> dict[str, str]:
         "CPU s a round": f"{row['cpu_seconds']:.3g}",
         "peak MB": f"{row['peak_bytes'] / 1e6:.0f}",
         "CPU / central": against(row, rows.get("central"), "cpu_seconds"),
-        "CPU / vectorised": against(row, rows.get("vectorised"), "cpu_seconds"),
+        "CPU / vectorized": against(row, rows.get("vectorized"), "cpu_seconds"),
     }
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from math import exp, sqrt
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.quantised import FULL, ROUNDINGS
+from fedraclora.protocol.quantized import FULL, ROUNDINGS
 
 STEP_ROUNDING = 1e-9  # a step of 1 / L, computed, may be larger than 1 / L by rounding
 
@@ -129,7 +129,7 @@ class Descent:
 def logistic_pl(curvature: float, norm: float, gap: float) -> float:
     """Bound from below the PL constant of the mean logistic loss where ``f - f* <= gap``.
 
-    Along any ray from the minimiser the loss h obeys ``|h'''| <= norm h''`` (generalised
+    Along any ray from the minimizer the loss h obeys ``|h'''| <= norm h''`` (generalized
     self-concordance), which bounds both the length x / norm of the ray inside the sublevel set and
     the PL ratio on it, ``curvature (1 - e^-x)^2 / (2 (x + e^-x - 1))``. Projected gradient descent
     with a step of at most 1 / L never leaves the sublevel set of its start; SGD and local steps
@@ -139,7 +139,7 @@ def logistic_pl(curvature: float, norm: float, gap: float) -> float:
     for logistic regression*, EJS 2010, arXiv 0910.4627.
 
     Args:
-        curvature: Least eigenvalue of the Hessian at the minimiser.
+        curvature: Least eigenvalue of the Hessian at the minimizer.
         norm: Greatest norm of a sample.
         gap: Of the sublevel set, positive.
 
@@ -171,7 +171,7 @@ def rounding(uplink: str, downlink: str) -> float:
     Source: derived here (docs/records/theory.md, section 3).
 
     Args:
-        uplink: How numbers go up, `fedraclora.protocol.quantised`.
+        uplink: How numbers go up, `fedraclora.protocol.quantized`.
         downlink: How they go down.
 
     Example:

@@ -13,7 +13,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.theory.bounds import local_step_limit, rounding
 from fedraclora.experiments.theory.problems import Problem, problem, round_1
 from fedraclora.protocol.downlink import Downlink
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora

@@ -2,7 +2,7 @@
 
 The counter-example is that of arXiv 2410.08305, section 3, where LoRA stays beside what full
 training finds. ``f(W) = vec(W)^T M vec(W) + b^T vec(W)`` with M = diag(10, 1, ..., 1) and b = 1, so
-L = 20, at rank 1. The paper's b, start, initialisation and chain length are not known; here W^0 =
+L = 20, at rank 1. The paper's b, start, initialization and chain length are not known; here W^0 =
 0, LoRA's A has N(0, 1) entries, B = 0, and a chain has a link every `CHAIN` steps.
 
 In the other a basis taken from noisy links alone does not find what a drawn one finds:
@@ -31,7 +31,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
 from fedraclora.experiments.theory.problems import federate
-from fedraclora.objects import lend
+from fedraclora.objects import register_object
 from fedraclora.protocol.method import Method
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg
@@ -108,7 +108,7 @@ def noisy() -> Task:
     layer = nn.Linear(SIZE, SIZE, bias=False)
     layer.weight.data = torch.diag(torch.tensor([0.0] + [1.0] * (SIZE - 1)))
     model = nn.Sequential(OrderedDict(fc1=layer)).double()
-    return Task(model, (), lend(loss), ("loss",), data, samples)
+    return Task(model, (), register_object(loss), ("loss",), data, samples)
 
 
 def beside_noise(weights: Tree) -> dict[str, float]:

@@ -42,14 +42,14 @@ def draw(
 def panel(judged: Sequence[Judged], name: str, quantity: str, title: str) -> Panel:
     """Make the panel of the cases of a name."""
     curves = {
-        j.case.label: normalised(j.curves[quantity])
+        j.case.label: normalized(j.curves[quantity])
         for j in judged
         if j.case.panel == name and quantity in j.curves
     }
     return Panel(title, GAP if quantity == "gap" else GRADIENT, curves)
 
 
-def normalised(curve: Curve) -> Measured:
+def normalized(curve: Curve) -> Measured:
     """Divide a curve by its first mean; a bound on every seed is shown beside the worst one."""
     first = curve.mean[0]
     if curve.sure:

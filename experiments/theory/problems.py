@@ -27,7 +27,7 @@ from fedraclora.experiments.theory.bounds import logistic_pl
 from fedraclora.models.networks import build_linear
 from fedraclora.protocol.method import Downlink, Draw, Method, Plan, first_downlink
 from fedraclora.protocol.plan import make_plan
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.server.callbacks import Evaluate

@@ -22,7 +22,7 @@ from fedraclora.experiments.theory.bounds import (
 )
 from fedraclora.experiments.theory.cases import TheoryCase
 from fedraclora.experiments.theory.problems import MEASURES, federate, problem, start_of
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.run.ledger import column
 
 Vector = npt.NDArray[np.float64]
@@ -172,7 +172,7 @@ def judge(case: TheoryCase, paths: list[Path]) -> Judged:
 def curve(
     quantity: str, rounds: npt.NDArray[np.int64], values: Vector, bound: Vector, *, sure: bool
 ) -> Curve:
-    """Summarise values [seeds, points]."""
+    """Summarize values [seeds, points]."""
     error = values.std(axis=0, ddof=1) / len(values) ** 0.5
     mean, worst = values.mean(axis=0), values.max(axis=0)
     return Curve(quantity, rounds.astype(float), mean, error, worst, bound, sure)

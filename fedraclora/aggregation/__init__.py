@@ -1,1 +1,1 @@
-"""What a server makes of a cohort's updates: means, robust rules, optimisers."""
+"""What a server makes of a cohort's updates: means, robust rules, optimizers."""

@@ -33,7 +33,7 @@ class ServerRun(RunBuilder):
 
     def __init__(self, plain: PlainDict, folder: Path, *, there: object, resume: bool) -> None:
         output = {**section(plain, "output"), "dir": str(there)}
-        config = config_from_text(json.dumps({**plain, "output": output}), began=resume)
+        config = config_from_text(json.dumps({**plain, "output": output}), resuming=resume)
         super().__init__(config, folder, resume=resume, pretrain=False)
         self.plain = plain
         _ = self.task  # reads nodes' data, too

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.protocol.link import Link, Plan, apply_link
-from fedraclora.protocol.method import Memo, State
+from fedraclora.protocol.method import Counters, State
 from fedraclora.run.folder import alone, read_config, resume_word
 from fedraclora.run.initial import read_states
 from fedraclora.run.rebuild import kept_rounds, state_at
@@ -105,7 +105,7 @@ def _groups(chain: Path, every: int, done: int) -> Iterator[list[LinkFile]]:
 def _fold(folder: Path, groups: Mapping[int, list[LinkFile]]) -> None:
     """Fold groups of links, each by the round of its last one."""
     start, history, first = State({}, Plan({})), WeightHistory(), dict[str, Any]()
-    for number, state, meta in read_states(folder, None, Memo):
+    for number, state, meta in read_states(folder, None, Counters):
         if number > max(groups, default=0):
             break
         first = first or meta
@@ -114,7 +114,7 @@ def _fold(folder: Path, groups: Mapping[int, list[LinkFile]]) -> None:
             continue
         if len(files := groups.get(number, [])) > 1:
             tensors, described = _folded(start, state, history)
-            kept = {"memo": meta.get("memo"), "previous": first.get("previous")}
+            kept = {"counters": meta.get("counters"), "previous": first.get("previous")}
             described |= {key: value for key, value in kept.items() if value is not None}
             fold_links(folder / "chain", files, tensors, described)
         start, history, first = state, WeightHistory(), {}

@@ -25,7 +25,7 @@ RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")
 RESULT_FILES = ({"table.md", "table.csv"}, {"study.yaml"}, {"table.md", "theory.json"})
 # Of a ledger and a summary: what numbers in fewer bits were off by, relative to what was rounded.
 ROUNDING_ERRORS = {"rounding error, up": "rounding_up", "rounding error, down": "rounding_down"}
-BEGINS = ("loss", "optimiser", "trained")  # of what a run says first, what it is shown with
+BEGINS = ("loss", "optimizer", "trained")  # of what a run says first, what it is shown with
 NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # where and which draw, not what
 
 
@@ -66,7 +66,7 @@ class RunFiles:
 
     @property
     def begins(self) -> dict[str, str]:
-        """Loss, optimiser and what is trained, in words; none of a run of before they were kept."""
+        """Loss, optimizer and what is trained, in words; none of a run of before they were kept."""
         found = self.summary.get("begins")
         said = introduction(found) if isinstance(found, dict) else {}
         return {title: said[title] for title in BEGINS if title in said}

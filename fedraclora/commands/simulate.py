@@ -111,7 +111,7 @@ def run_one(plain: PlainDict, typed: list[str], sweep_job: str | None) -> PlainD
         print(f"{folder} is finished already")
         return read_summary(folder)
     with told_how_to_go_on(folder, "simulate"):
-        config = from_plain(plain, METHODS, began=resume)
+        config = from_plain(plain, METHODS, resuming=resume)
         summary = run_shown(RunBuilder(config, folder, resume=resume)).summary
     print_outcome(summary, folder, plain)
     return summary

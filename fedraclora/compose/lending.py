@@ -23,7 +23,7 @@ from fedraclora.data.sources.table import load_table
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.own_metrics import Metric
 from fedraclora.models.objects import lend_model, require_module
-from fedraclora.objects import NAME, lend, object_digest
+from fedraclora.objects import NAME, object_digest, register_object
 from fedraclora.protocol.method import check_method
 from fedraclora.schema import checked
 from fedraclora.strategies.methods import METHODS
@@ -33,7 +33,7 @@ TABLES = (".csv", ".tsv", ".tab", ".parquet")
 # Choices whose keys an object has, too: words for these hold.
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)
-FRAME_KEYS = ("features", "missing", "standardise", "test_fraction", "split_seed", "split")
+FRAME_KEYS = ("features", "missing", "standardize", "test_fraction", "split_seed", "split")
 OBJECT_KEYS = ("loss", "metrics", "classes")
 KEPT = {"data": ("labels", "validation", "duplicates"), "model": ("head", "target_modules")}
 
@@ -132,19 +132,21 @@ def lend_all(
         ConfigError: If something is of no kind that is known, or is said of data that are a choice.
         DataError: If samples are not what they should be.
     """
-    lent, judged = Lent(), lent_judges(beside.get("loss"), beside.get("metrics"))
+    registered_object, judged = Lent(), lent_judges(beside.get("loss"), beside.get("metrics"))
     options = {key: value for key, value in beside.items() if value is not None} | judged
     divider = _divider(choices, data, options)
     for group, given in {"model": model, **choices}.items():
-        _lend_choice(lent, group, given)
+        _lend_choice(registered_object, group, given)
     if isinstance(data, str | Path) and str(data).endswith(TABLES):
-        lent.words.append("data=table")
+        registered_object.words.append("data=table")
         held_out = "test_fraction" if is_share(options.get("test")) else "test_file"
         names = {"client": "client", "target": "label", "test": held_out}
         names |= {key: key for key in judged}
         if unknown := [key for key in options if key not in names]:
             raise ConfigError(f"{unknown[0]}=... is not for a file of rows; say data.task instead")
-        lent.keys["data"] = {"file": str(data)} | {names[k]: v for k, v in options.items()}
+        registered_object.keys["data"] = {"file": str(data)} | {
+            names[k]: v for k, v in options.items()
+        }
     elif isinstance(data, Mapping) and hasattr(data, "column_names"):
         raise ConfigError(
             f"data is a {type(data).__name__} with the splits {list(data)}; give one as data=... "
@@ -161,24 +163,28 @@ def lend_all(
                 f"{', '.join(beyond)}: these go with data of the program, and data is "
                 f"{'not said' if data is None else data!r}"
             )
-        if data is None and "model" in lent.groups and not whole:
+        if data is None and "model" in registered_object.groups and not whole:
             raise ConfigError(
                 "model is an object of the program, but no data are named: give the samples of the "
                 "clients as data=..."
             )
         said = data if isinstance(data, Mapping) else {} if data is None else {"name": data}
-        lent.keys |= {"data": {**said, **judged}} if judged else {"data": data} if said else {}
+        registered_object.keys |= (
+            {"data": {**said, **judged}} if judged else {"data": data} if said else {}
+        )
     else:
         words = OF_FRAME if is_frame(data) else OF_DATA
-        lent.words += [word for word in words if key_of(word) not in lent.groups]
-        lent.data = partial(data_of, data, partitioner=divider, own=own)
-        lent.options = options
-    return lent
+        registered_object.words += [
+            word for word in words if key_of(word) not in registered_object.groups
+        ]
+        registered_object.data = partial(data_of, data, partitioner=divider, own=own)
+        registered_object.options = options
+    return registered_object
 
 
 def lent_judges(loss: object, metrics: object) -> dict[str, Any]:
     """Lend losses and metrics that are objects; give the names of all that were said."""
-    found = {"loss": lend(loss) if callable(loss) else loss, "metrics": metrics}
+    found = {"loss": register_object(loss) if callable(loss) else loss, "metrics": metrics}
     if callable(metrics) or isinstance(metrics, str | Mapping | list | tuple):
         listed = metrics if isinstance(metrics, list | tuple) else [metrics]
         found["metrics"] = [lent_metric(each) if callable(each) else each for each in listed]
@@ -188,9 +194,9 @@ def lent_judges(loss: object, metrics: object) -> dict[str, Any]:
 def lent_metric(metric: Any) -> str:
     """Lend a metric under the name that the ledger is to have."""
     if not isinstance(metric, Metric):
-        return lend(metric)
-    name = metric.name or short_name(lend(metric.function))
-    return lend(metric, f"{name}@{object_digest(metric)}")
+        return register_object(metric)
+    name = metric.name or short_name(register_object(metric.function))
+    return register_object(metric, f"{name}@{object_digest(metric)}")
 
 
 def is_choice(data: object) -> bool:
@@ -211,21 +217,21 @@ def _divider(choices: dict[str, object], data: object, options: Mapping[str, obj
     return choices.pop("partition") if divides else None
 
 
-def _lend_choice(lent: Lent, group: str, given: object) -> None:
+def _lend_choice(registered_object: Lent, group: str, given: object) -> None:
     """Write an object of a class that has a name by its fields; lend another."""
     if given is None or isinstance(given, str | Mapping):
-        lent.keys |= {} if given is None else {group: given}
+        registered_object.keys |= {} if given is None else {group: given}
         return
     if group == "model":
-        lent.model = given
-        lent.words += OF_MODEL
-        lent.groups[group] = {"digest": lend_model(require_module(given))}
+        registered_object.model = given
+        registered_object.words += OF_MODEL
+        registered_object.groups[group] = {"digest": lend_model(require_module(given))}
         return
     if isinstance(given, type):
         raise ConfigError(f"{group} is the class {given.__name__}: make one, {given.__name__}(...)")
     if group == "partition":
         divide = partial(by_partitioner, given) if hasattr(given, "load_partition") else given
-        lent.groups[group] = {"name": lend(divide)}
+        registered_object.groups[group] = {"name": register_object(divide)}
         return
     if not dataclasses.is_dataclass(given):
         raise ConfigError(
@@ -237,13 +243,17 @@ def _lend_choice(lent: Lent, group: str, given: object) -> None:
     if group == "method" and not known:
         check_method(given)
         digest = hashlib.sha256(repr(given).encode()).hexdigest()[:32]
-        lent.groups[group] = {"name": NAME, "digest": lend(given, digest)}
+        registered_object.groups[group] = {"name": NAME, "digest": register_object(given, digest)}
         return
     fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.init}
     keys = {key: plain_value(f"{group}.{key}", value) for key, value in fields.items()}
     is_local = group == "local"  # its choices are files, of which none has all keys
-    name = lend(type(given)) if not known else fields["optimiser"] if is_local else known[0]
-    where: dict[str, Any] = lent.keys if known and not is_local else lent.groups
+    name = (
+        register_object(type(given)) if not known else fields["optimizer"] if is_local else known[0]
+    )
+    where: dict[str, Any] = (
+        registered_object.keys if known and not is_local else registered_object.groups
+    )
     where[group] = {"name": name, **keys}
 
 
@@ -267,5 +277,5 @@ def trained_by(train: object, plain: PlainDict) -> PlainDict:
         )
     if not isinstance(train, str) and not callable(train):
         raise ConfigError(f"train is {train!r:.100}; a function of a round is wanted")
-    train = train if isinstance(train, str) else lend(train)
+    train = train if isinstance(train, str) else register_object(train)
     return {**plain, "local": {**local, "train": train}}

@@ -16,7 +16,7 @@ from fedraclora.compose.resume import laid_over
 from fedraclora.config.run_config import RunConfig, targets_of
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import TakesObject, later_keys
-from fedraclora.objects import lend
+from fedraclora.objects import register_object
 from fedraclora.schema import hints
 from fedraclora.strategies.methods import METHODS
 
@@ -132,7 +132,7 @@ def plain_value(key: str, value: object) -> object:
     if isinstance(value, list | tuple):
         return [plain_value(key, v) for v in value]
     if takes_objects(key.removesuffix(".name")):
-        return lend(value)
+        return register_object(value)
     raise ConfigError(
         f"{key} is of type {type(value).__name__}; a number, a string, a list or a mapping is "
         "wanted"

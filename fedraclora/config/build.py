@@ -83,7 +83,7 @@ class BuiltTask:
         return count_labels(self.task.train, clients.to(self.device), self.classes)
 
 
-def settled(plain: Plain) -> dict[str, object]:
+def resolved(plain: Plain) -> dict[str, object]:
     """Fill in what data of the clients' own say of themselves, for processes that have one's alone.
 
     Args:
@@ -369,7 +369,7 @@ def _said_of_weights(config: TaskConfig) -> dict[str, object]:
     if not isinstance(path, str) or not path.endswith(GGUF):
         return {}
     header = read_gguf_header(resolve(path, key="model.path"), "model.path")
-    found = [f"{header.kinds} in {Path(path).name}, de-quantised to float32", *assumed(header)]
+    found = [f"{header.kinds} in {Path(path).name}, de-quantized to float32", *assumed(header)]
     return {"weights": "; ".join(found)}
 
 

@@ -51,7 +51,7 @@ def pretrain_model(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -
         train, test = part.aside or (part.train, part.test)
         with seeded(config.seed, "pretrain"):  # dropout draws from torch's global generator
             adamw = LocalConfig(
-                optimiser="adamw",
+                optimizer="adamw",
                 weight_decay=0.01,
                 lr=asked.lr,
                 epochs=asked.epochs,

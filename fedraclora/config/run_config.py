@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from fedraclora.aggregation.base import Aggregator
 from fedraclora.aggregation.robust import AGGREGATORS
-from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS, ServerOptimiser
+from fedraclora.aggregation.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from fedraclora.allocation import ALLOCATIONS, Uniform
 from fedraclora.attacks import ATTACKS, Attack
 from fedraclora.binding import Plain, bind, build, row_of, section, without
@@ -38,7 +38,7 @@ from fedraclora.errors import MissingKeysError
 from fedraclora.limits import Count, Fraction, Limit, Limited, OneOf, Whole, later_keys
 from fedraclora.lowrank.dora import DORA
 from fedraclora.models import MODELS
-from fedraclora.objects import NAME, is_named, lent, named_by
+from fedraclora.objects import NAME, is_named, named_by, registered_object
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS, share_of
@@ -241,7 +241,7 @@ class RunConfig(TaskConfig):
         allocation: Which layers it adapts, and at which rank.
         output: What the run leaves behind.
         aggregator: What happens to the updates before the method sees them.
-        server_optimiser: What the server makes of the mean of a round.
+        server_optimizer: What the server makes of the mean of a round.
         rounds: Rounds.
         control_variates: Take out what a client's gradients differ by (SCAFFOLD); needs
             local.steps.
@@ -260,7 +260,7 @@ class RunConfig(TaskConfig):
     allocation: Uniform = field(default_factory=Uniform)
     output: OutputConfig
     aggregator: Aggregator
-    server_optimiser: ServerOptimiser
+    server_optimizer: ServerOptimizer
     rounds: Whole = 150
     control_variates: bool = False
     dora: bool = False
@@ -286,7 +286,7 @@ ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
     "allocation": ALLOCATIONS,
     "engine": ENGINES,
     "aggregator": AGGREGATORS,
-    "server_optimiser": SERVER_OPTIMISERS,
+    "server_optimizer": SERVER_OPTIMIZERS,
     "privacy": PRIVACIES,
     "secure": SECURES,
     "attack": ATTACKS,
@@ -327,14 +327,14 @@ def task_from_plain(plain: Plain) -> TaskConfig:
 
 
 def from_plain(
-    plain: Plain, methods: Mapping[str, type[Method]], *, began: bool = False
+    plain: Plain, methods: Mapping[str, type[Method]], *, resuming: bool = False
 ) -> RunConfig:
     """Check a plain config and build the settings.
 
     Args:
         plain: Nested dict of plain values (`fedraclora simulate --cfg job` prints all).
         methods: The METHODS table of `strategies`, handed in since it lies above this module.
-        began: Whether it is that of a run that goes on, which an earlier version may have begun:
+        resuming: Whether it is that of a run that goes on, which an earlier version may have begun:
             keys that nothing reads are then left as they are.
 
     Returns:
@@ -343,18 +343,18 @@ def from_plain(
     Raises:
         ConfigError: Naming the key, what came and what was wanted.
     """
-    if not began:
+    if not resuming:
         refuse_unknown(plain, [*inspect.signature(RunConfig).parameters])
     group = section(plain, "method")
     if group.get("name") == NAME:
-        method = lent("method", group.get("digest"))
+        method = registered_object("method", group.get("digest"))
     else:
         method = bind("method", methods, group)()
         if is_named(group["name"]):
             check_method(method)
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
     refuse_misfits(config)
-    if not began:
+    if not resuming:
         refuse_unread(config)
     refuse(Features([config, *vars(config).values(), *config.local.added]).conflicts())
     return config

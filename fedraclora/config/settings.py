@@ -28,7 +28,7 @@ from fedraclora.limits import (
 )
 from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.coding import NONE, ZSTD
-from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.protocol.quantized import FULL, ROUNDED
 
 DEPLOYED = Feature(
     "engine=deploy",
@@ -120,7 +120,7 @@ class EngineConfig(Limited, group="engine"):
         threads: Of torch, in each process that trains.
     """
 
-    name: ClassVar[str] = "vectorised"
+    name: ClassVar[str] = "vectorized"
 
     chunk: Chunk = "auto"
     threads: Threads = 1
@@ -155,7 +155,7 @@ class InlineConfig(EngineConfig):
         if self.chunk != 1:
             raise ConfigError(
                 f"engine.chunk is {self.chunk!r}, but engine={self.name} trains one client at a "
-                "time: leave it out, or choose engine=vectorised"
+                "time: leave it out, or choose engine=vectorized"
             )
 
 
@@ -197,7 +197,7 @@ class DeployConfig(EngineConfig):
 
     Attributes:
         chunk: Clients of one node that train as one batch, where they stand in one chunk of the
-            cohort; 1: one after another. With more the bits are those of ``engine=vectorised``.
+            cohort; 1: one after another. With more the bits are those of ``engine=vectorized``.
         min_clients: Replies that a round needs; None = of all clients that are asked.
         wait: Seconds to wait until so many of them are connected.
         timeout: Seconds to wait for the replies of an exchange.

@@ -25,7 +25,7 @@ Root = Annotated[str | None, Composed("${oc.env:FEDRACLORA_DATA,null}")]
 
 PACKAGE = "package:"
 HUB = "hub:"
-GGUF = ".gguf"  # of files with quantised weights
+GGUF = ".gguf"  # of files with quantized weights
 
 PINS = {
     "mlxtend": "mlxtend==0.25.0",

@@ -336,7 +336,7 @@ def _named(
 
 
 def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:
-    """Summarise clients by the numbers of samples of some, or of all that are kept."""
+    """Summarize clients by the numbers of samples of some, or of all that are kept."""
     return {
         "partition": name,
         "clients_asked": asked,

@@ -36,7 +36,7 @@ UNMIXED = (  # of which one server step takes replies of one round alone
     "secure=secagg",
     "control_variates=true",
     "an allocation of ranks",
-    "server_optimiser.space=factors",
+    "server_optimizer.space=factors",
     "other things to train at each client",
     "clients that send gradients",
     "a method with a pool of sketches",

@@ -23,7 +23,7 @@ from fedraclora.engines.records import (
 from fedraclora.errors import WireError
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.downlink import Downlink
-from fedraclora.protocol.quantised import FULL, decode, encode
+from fedraclora.protocol.quantized import FULL, decode, encode
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.asked import check_downlink, check_kind, check_request, ranks_of
 from fedraclora.wire.exchange import DTYPES, Ask, OwnPart, Stage, TrainRequest, shared_of

@@ -29,13 +29,13 @@ class Traffic:
     Attributes:
         fetched: Payload bytes by which clients caught up on base weights, what was sent again
             included.
-        serialised: Bytes of messages in both directions, as they are written.
+        serialized: Bytes of messages in both directions, as they are written.
         sent: The ask of each message: twice where it was sent twice, and not where its clients
             were not there.
     """
 
     fetched: int = 0
-    serialised: int = 0
+    serialized: int = 0
     sent: list[Ask] = field(default_factory=list)
 
 

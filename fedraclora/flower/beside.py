@@ -36,7 +36,7 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy.fedopt import FedOpt
 from typing_extensions import override
 
-from fedraclora.aggregation.server_optimisers import ServerOptimiser
+from fedraclora.aggregation.server_optimizers import ServerOptimizer
 from fedraclora.errors import ConfigError
 from fedraclora.tree import Tree, to_numpy
 
@@ -106,7 +106,7 @@ def shared_config(
 
 
 @dataclass(frozen=True)
-class OwnStep(ServerOptimiser):
+class OwnStep(ServerOptimizer):
     """The step of a server optimizer of Flower's, computed by its own code in float64.
 
     Attributes:

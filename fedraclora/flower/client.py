@@ -39,7 +39,7 @@ class FlowerRound:
         context: Likewise. Weights are kept on the disk, in the folder ``cache`` of the node's
             configuration, else in that of Flower.
         model: Of the app: plain, or a PeftModel whose rank and layers are the method's. It is
-            changed in place. Make optimiser or trainer after this.
+            changed in place. Make optimizer or trainer after this.
         adapter: Of PEFT: its name.
 
     Attributes:
@@ -98,7 +98,7 @@ class FlowerRound:
             metrics: As in Flower's `MetricRecord`, with the client's weight under ``num-examples``
                 (the strategy's ``weighted_by_key``): a number above 0, whole or not.
             loss: Mean training loss, for the ledger at the server.
-            steps: Optimiser steps taken, for the ledger.
+            steps: Optimizer steps taken, for the ledger.
 
         Raises:
             ClientError: If a frozen tensor has moved, nothing was trained, or a number is not

@@ -31,7 +31,7 @@ from fedraclora.narrow_weight import dense as written_out
 from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.method import Cohort, Draw, Method, first_downlink
 from fedraclora.protocol.plan import trained_of
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.run.folder import alone, has_checkpoint, is_ours, refuse_existing, run_id
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder
@@ -89,7 +89,7 @@ class LowRank(FedAvg):
         target_modules, head, bias, modules_to_save: See `fedraclora.protocol.plan.make_plan`.
         seed: Of all sketches, and of the clients' seeds.
         uplink, downlink: How numbers travel: ``float32`` (as they are), or in fewer bits, a key of
-            `fedraclora.protocol.quantised.ROUNDED`.
+            `fedraclora.protocol.quantized.ROUNDED`.
         uplink_coding, downlink_coding: ``zstd`` codes these without loss; ``none``: as they are.
         min_clients: Nodes whose replies a round needs.
         same_start: Whether each client's own model begins at the server's weights, as one from a
@@ -362,7 +362,7 @@ class LowRank(FedAvg):
         )
         trained = str(trained_of(asked, plan.shapes))
         fixed = {"method": str(method), "seed": self.seed, "trained": trained, **self.wire}
-        chosen = {} if self._server is None else {"server_optimiser": self._server}
+        chosen = {} if self._server is None else {"server_optimizer": self._server}
         fixed |= {key: step.settings for key, step in chosen.items()}
         recorder = RunRecorder(
             self.folder,

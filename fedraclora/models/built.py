@@ -25,7 +25,7 @@ from fedraclora.data.task import forward
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.limits import OneOf
 from fedraclora.lowrank.layers import is_batch_norm, is_head, layer_kind
-from fedraclora.narrow_weight import BITS, QuantisedWeight, quantised
+from fedraclora.narrow_weight import BITS, QuantisedWeight, quantized
 from fedraclora.rng import hash_key
 
 Attention = Annotated[str, OneOf(("sdpa", "eager"))]  # one fused kernel, or plain products
@@ -163,7 +163,7 @@ def take_module(model: object, where: str) -> nn.Module:
         if is_blank(layer.eval()):
             raise ModelError(
                 f"{where}: layer {name!r} ({type(layer).__name__}) is frozen before it has seen a "
-                "batch: with a mean of 0 and a variance of 1 it normalises nothing. Load "
+                "batch: with a mean of 0 and a variance of 1 it normalizes nothing. Load "
                 "pretrained weights, or use GroupNorm or LayerNorm"
             )
     return model
@@ -238,17 +238,17 @@ def held_in(built: Built, base: str) -> Built:
             but for the head and what two layers share. The rest stays float32.
 
     Raises:
-        ConfigError: If nothing can be quantised, or a row does not divide.
+        ConfigError: If nothing can be quantized, or a row does not divide.
     """
     if base in FLOATS:
         built.model.to(FLOATS[base])
     else:
-        _quantise(built.model, built.head, base)
+        _quantize(built.model, built.head, base)
     return replace(built, narrow=base != "float32")
 
 
-def _quantise(model: nn.Module, head: tuple[str, ...], base: str) -> None:
-    """Quantise the weights of linear layers; those of Conv1D by their columns, the outputs."""
+def _quantize(model: nn.Module, head: tuple[str, ...], base: str) -> None:
+    """Quantize the weights of linear layers; those of Conv1D by their columns, the outputs."""
     every = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     count = 0
     for name, module in model.named_modules():
@@ -259,7 +259,7 @@ def _quantise(model: nn.Module, head: tuple[str, ...], base: str) -> None:
         if every.count(id(weight)) > 1:
             continue
         matrix = weight.detach().mT if kind == "conv1d" else weight.detach()
-        found = quantised(matrix.contiguous(), base, f"{name}.weight")
+        found = quantized(matrix.contiguous(), base, f"{name}.weight")
         held = found.mT if kind == "conv1d" else found
         module.weight = nn.Parameter(held, requires_grad=False)
         count += 1
@@ -270,12 +270,12 @@ def _quantise(model: nn.Module, head: tuple[str, ...], base: str) -> None:
         )
 
 
-def dequantise(model: nn.Module) -> nn.Module:
-    """Put dense weights in the place of quantised ones; give the model."""
+def dequantize(model: nn.Module) -> nn.Module:
+    """Put dense weights in the place of quantized ones; give the model."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, QuantisedWeight):
-            module.weight = nn.Parameter(weight.dequantised(), requires_grad=False)
+            module.weight = nn.Parameter(weight.dequantized(), requires_grad=False)
     return model
 
 

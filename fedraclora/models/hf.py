@@ -56,7 +56,7 @@ def build_hf(
         shape: Must be empty: the data are token ids.
         classes: Number of outputs; a new head is drawn where the stored one has another number.
         seed: The seed of the run; the new head is drawn from it.
-        path: A folder, a GGUF file (it is de-quantised to float32), ``package:NAME/path`` or
+        path: A folder, a GGUF file (it is de-quantized to float32), ``package:NAME/path`` or
             ``hub:NAME``; only the last may download.
         layers: Keep the first so many layers; None for all.
         dropout: Dropout of hidden states.
@@ -205,7 +205,7 @@ def build_causal_lm(
         classes: Number of different tokens of the data.
         seed: The seed of the run; random weights are drawn from it.
         path: A folder, a GGUF file, ``package:NAME/path`` or ``hub:NAME``; only the last may
-            download. A GGUF file is dequantised to ``base``: the weights stay rounded.
+            download. A GGUF file is dequantized to ``base``: the weights stay rounded.
         config: Instead of ``path``: ``model_type`` and further keys of its configuration in
             transformers, for random weights; ``vocab_size`` is that of the data if it is not said.
         layers: Keep the first so many layers; None for all.

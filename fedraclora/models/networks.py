@@ -56,7 +56,7 @@ def build_mlp(
         dropout: Probability of dropping a hidden unit.
 
     Returns:
-        The model, with torch's default initialisation. The head is the last layer.
+        The model, with torch's default initialization. The head is the last layer.
 
     Raises:
         ConfigError: If the data are token ids or an argument is wrong, naming the key.
@@ -129,7 +129,7 @@ def build_cnn(
         kernel: Pixels of a side of each convolution.
 
     Returns:
-        The model, with torch's default initialisation; convolutions are among the targets.
+        The model, with torch's default initialization; convolutions are among the targets.
 
     Raises:
         ConfigError: If the input is no image, is too small for so many convolutions, or an

@@ -15,7 +15,7 @@ from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.imports import check_call, told_as
 from fedraclora.lowrank.layers import is_head
 from fedraclora.models.built import Built, found_head, require_numbers, seeded, take_module
-from fedraclora.objects import lend, lent
+from fedraclora.objects import register_object, registered_object
 from fedraclora.tree import digest
 
 QUICK = 2.0  # seconds of a builder that is called a second time, to see if it draws
@@ -28,7 +28,7 @@ def lend_model(model: nn.Module) -> str:
         ModelError: If it has weights that are no numbers, or does not tell what it is.
     """
     require_numbers(model, "model")
-    return lend(model, model_digest(model))
+    return register_object(model, model_digest(model))
 
 
 def model_digest(model: nn.Module) -> str:
@@ -85,7 +85,9 @@ def build_object(
         ModelError: If a frozen layer of BatchNorm has never seen a batch, or it cannot be copied.
     """
     del shape, classes, seed
-    return _taken(copy_of(lent("model", digest), digest), "model", head, target_modules)
+    return _taken(
+        copy_of(registered_object("model", digest), digest), "model", head, target_modules
+    )
 
 
 def _taken(

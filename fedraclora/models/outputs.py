@@ -173,7 +173,7 @@ def refuse_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
             raise ModelError(
                 "the output of the model for a sample depends on the other samples of its batch "
                 "(statistics over the batch, for example), so that clients cannot be trained as "
-                "one batch; normalise over features (LayerNorm, GroupNorm) instead"
+                "one batch; normalize over features (LayerNorm, GroupNorm) instead"
             )
         for module, flag in flags.items():
             module.training = flag

@@ -80,7 +80,7 @@ def load_pretrained(
         The model, and the names of the parameters that were drawn.
 
     Raises:
-        ConfigError: If the weights are quantised, and not in a GGUF file.
+        ConfigError: If the weights are quantized, and not in a GGUF file.
         DataError: If the weights are missing, another file, damaged, not finite, or not all that
             the model has.
     """
@@ -123,8 +123,8 @@ def _check_config(kind: Any, source: Source, stored: Mapping[str, Stored], confi
     gguf = source.place.endswith(GGUF)
     if not gguf and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(
-            f"model.path={source.path}: its weights are quantised, and of such only GGUF files are "
-            "read: dequantise them first (model.dequantize() of transformers, then save_pretrained)"
+            f"model.path={source.path}: its weights are quantized, and of such only GGUF files are "
+            "read: dequantize them first (model.dequantize() of transformers, then save_pretrained)"
         )
     for name, value in _floats(config.to_dict()):
         if not math.isfinite(value):
@@ -301,7 +301,7 @@ def assumed(header: Header) -> list[str]:
 
 
 def made_plain(model: Any) -> Any:
-    """Take off a model what says that its weights are quantised: they are float32 now."""
+    """Take off a model what says that its weights are quantized: they are float32 now."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None

@@ -67,7 +67,7 @@ class SecAgg(Open):
 
     Attributes:
         clip: The greatest norm of an update: longer ones are shortened, and counted in the ledger
-            (secure.clipped). The step of the quantisation follows from it. Under
+            (secure.clipped). The step of the quantization follows from it. Under
             privacy=client_level that one's clip is used.
         neighbours: With how many others each client shares masks and keys (even); None: all.
         threshold: Share of its neighbours that must stay for a client's masks to come off; above

@@ -47,7 +47,7 @@ class Factor:
             from the replica's value.
         main: True for what the method is about (step size ``local.lr``), False for the head
             and biases beside it (``local.full_lr``).
-        upload: False for what stays at the client (personalised methods).
+        upload: False for what stays at the client (personalized methods).
     """
 
     numbers: torch.Tensor | None = field(default=None, metadata={"kind": OUTER})

@@ -13,7 +13,7 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.narrow_weight import QuantisedWeight, base_name
 from fedraclora.protocol.factor import Factor, FactorLike, past_name
 from fedraclora.protocol.named import Named
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.tree import Tree
 
 
@@ -43,7 +43,7 @@ class Term:
     Attributes:
         factors: In order; one alone is a change in the shape in which the weight is stored.
         scale: Of their product.
-        kind: In which its numbers travel (`fedraclora.protocol.quantised`): they are such numbers.
+        kind: In which its numbers travel (`fedraclora.protocol.quantized`): they are such numbers.
         keep: Place of the factor that stays beside the weight until the next such term, which may
             be computed from it (`fedraclora.protocol.factor`): a matrix; None: none does.
 
@@ -160,7 +160,7 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
         plan: Gives each target's (out, in) view.
 
     Raises:
-        ConfigError: If there is a term for a quantised weight.
+        ConfigError: If there is a term for a quantized weight.
 
     Returns:
         A new tree; untouched tensors are shared with ``base``.

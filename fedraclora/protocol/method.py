@@ -31,11 +31,11 @@ from fedraclora.tree import Tree
 __all__ = [
     "Adapter",
     "Cohort",
+    "Counters",
     "Downlink",
     "Draw",
     "Factor",
     "Link",
-    "Memo",
     "Method",
     "Plan",
     "State",
@@ -90,7 +90,7 @@ class Cohort:
 
     Attributes:
         clients: Ids, int64 [K].
-        weights: Aggregation weights, float64 [K], not normalised; ones where the server cannot
+        weights: Aggregation weights, float64 [K], not normalized; ones where the server cannot
             know them.
         ranks: Rank budgets, int64 [K], each 1 or more (`fedraclora.devices.system` draws no
             other); None: no budgets.
@@ -110,10 +110,10 @@ class Cohort:
 
 
 @dataclass(frozen=True)
-class Memo:
+class Counters:
     """Whole numbers that a method keeps from round to round; in files they have the names of here.
 
-    A method that keeps more names a subclass in `Method.memo`, whose fields have defaults: each
+    A method that keeps more names a subclass in `Method.counters`, whose fields have defaults: each
     is a number, or numbers by weight.
 
     Attributes:
@@ -156,13 +156,13 @@ class State:
         link: How the last close changed `base`, or None.
         report: Figures of the last round for the ledger.
         notes: Sentences for the ledger (a rank that was capped).
-        moments: What the server keeps beside the method: moments of its optimiser.
+        moments: What the server keeps beside the method: moments of its optimizer.
     """
 
     base: Tree
     plan: Plan
     carried: Tree = field(default_factory=dict)
-    memo: Memo = field(default_factory=Memo)
+    counters: Counters = field(default_factory=Counters)
     link: Link | None = None
     report: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -193,8 +193,8 @@ def _sketch_seed(seed: int, weight: str) -> int:
 class Method(Protocol):
     """A federated method. Subclass it explicitly to take the defaults."""
 
-    memo: ClassVar[type[Memo]] = Memo
-    """What the method keeps in `State.memo`."""
+    counters: ClassVar[type[Counters]] = Counters
+    """What the method keeps in `State.counters`."""
     cuts_components: ClassVar[bool] = False
     """Whether components of factors that live on may be cut while the others go on."""
 

@@ -50,7 +50,7 @@ class LocalResult:
         losses: Mean loss over the local steps of each client, float64 [K].
         steps: Local steps taken, int64 [K].
         samples: Training samples of each client, unpacked, int64 [K].
-        moments: Of their optimisers where these live on (`moments`), [K, ...] by name.
+        moments: Of their optimizers where these live on (`moments`), [K, ...] by name.
         states: What a user's training function keeps for clients, by id.
         metrics: What it says of its training, float64 [K] by name; NaN where it does not.
     """
@@ -70,10 +70,10 @@ class When(IntEnum):
     LOSS = 0  # they are those of the loss: a term may be added to it
     PROGRAM = 1  # what the method's program says
     BUDGET = 2  # cut to the components that a client trains
-    CLIP = 3  # as the optimiser will have them
+    CLIP = 3  # as the optimizer will have them
 
 
-class Optimiser(Protocol):
+class Optimizer(Protocol):
     """Takes the steps of a chunk."""
 
     def step(self, gradients: Tree) -> None:
@@ -108,7 +108,7 @@ class ClientChunk:
         ranks: Rank budgets (`fedraclora.protocol.rank_budgets.spans`), or None.
         masks: What of a tensor its client trains (`fedraclora.protocol.rank_budgets.trainable`).
         local: Settings of local training (`fedraclora.training.localconfig.LocalConfig`).
-        moments: With which optimisers begin, [K, ...] by the names under which clients keep them;
+        moments: With which optimizers begin, [K, ...] by the names under which clients keep them;
             none: at zero.
     """
 
@@ -137,7 +137,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
             its name.
         plain: Whether clients take plain local steps all the same, of all that is trained.
         trains: Whether clients take local steps; False: they send the mean of their gradients, and
-            stay where they are (`fedraclora.training.optimiser.GradientMean`).
+            stay where they are (`fedraclora.training.optimizer.GradientMean`).
         fixes: Whether some entries of what is trained have no gradient, ever: they stay as they
             are, unless something else than a gradient moves them.
         moves_weights: Whether clients move whole weights, and send something else in their place.
@@ -258,8 +258,8 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """
         return {}
 
-    def optimiser(self, chunk: ClientChunk, rates: Rates) -> Optimiser | None:
-        """Return the optimiser in the place of the core's; None: it has none.
+    def optimizer(self, chunk: ClientChunk, rates: Rates) -> Optimizer | None:
+        """Return the optimizer in the place of the core's; None: it has none.
 
         Args:
             chunk: Of clients; its values are updated in place.
@@ -273,7 +273,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
     def moment_shapes(
         self, downlink: Downlink, kinds: tuple[str, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what an optimiser holds for one client.
+        """Return the shapes of what an optimizer holds for one client.
 
         Args:
             downlink: Says what is trained.

@@ -151,7 +151,7 @@ class Uplinks:
 
     Attributes:
         clients: Client ids in ascending order, int64 [K].
-        weights: Aggregation weights, float64 [K], not normalised.
+        weights: Aggregation weights, float64 [K], not normalized.
         layout: Names and shapes of what each client sent.
         stacked: [K, P], one packed row per client, or None if only the sum is known.
         summed: float64 [P], ``sum_k weights[k] * row_k``, or None if not yet formed.

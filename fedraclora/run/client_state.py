@@ -126,7 +126,7 @@ class ClientStore:
     def latest(self, count: int) -> dict[int, Tree]:
         """Read the tensors of the ``count`` clients that trained last (the smaller id in a tie).
 
-        Moments of optimisers, control variates and what rounding left are no part of a client's
+        Moments of optimizers, control variates and what rounding left are no part of a client's
         model and are left out.
         """
         recent = sorted(self._entries.items(), key=lambda item: (-item[1][-1].round_, item[0]))

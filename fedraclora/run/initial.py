@@ -18,7 +18,7 @@ from fedraclora.binding import bind
 from fedraclora.data.locate import HUB, PACKAGE
 from fedraclora.errors import CheckpointError, FedRacLoraError
 from fedraclora.models import MODELS
-from fedraclora.protocol.method import Memo, Plan, State, apply_link
+from fedraclora.protocol.method import Counters, Plan, State, apply_link
 from fedraclora.run.ledger import read_ledger
 from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import read_link, read_plan
@@ -113,7 +113,7 @@ def _built(model: str) -> Tree:
 
 
 def read_states(
-    folder: Path, plan: Plan | None, kind: type[Memo]
+    folder: Path, plan: Plan | None, kind: type[Counters]
 ) -> Iterator[tuple[int, State, dict[str, Any]]]:
     """Follow the chain of a run folder from the initial state on.
 
@@ -140,8 +140,8 @@ def read_states(
             link = read_link(tensors, meta)
             base = apply_link(state.base, link, state.plan)
         kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
-        carried, memo = kept | below(tensors, CARRIED), kind.read(meta.get("memo", {}))
-        last, state = number, State(base, state.plan, carried, memo, link)
+        carried, counters = kept | below(tensors, CARRIED), kind.read(meta.get("counters", {}))
+        last, state = number, State(base, state.plan, carried, counters, link)
         yield number, state, meta
 
 
@@ -165,7 +165,7 @@ def plan_in(meta: Mapping[str, Any], path: Path) -> Plan:
 
 
 def state_after(
-    folder: Path, round_: int, plan: Plan | None, kind: type[Memo]
+    folder: Path, round_: int, plan: Plan | None, kind: type[Counters]
 ) -> tuple[State, dict[str, Any]]:
     """Follow the chain of a run folder up to a round; arguments as for `read_states`.
 
@@ -205,5 +205,5 @@ def checkpoint_base(stored: Tree, meta: Mapping[str, Any], folder: Path, plan: P
     """
     if (order := meta.get("base_order")) is None:
         return stored
-    rebuilt = state_after(folder, meta["round"], plan, Memo)[0].base
+    rebuilt = state_after(folder, meta["round"], plan, Counters)[0].base
     return {n: stored[n] if n in stored else rebuilt[n] for n in order}

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from fedraclora.errors import CheckpointError
-from fedraclora.protocol.method import Draw, Memo, Method, Plan, State
+from fedraclora.protocol.method import Counters, Draw, Method, Plan, State
 from fedraclora.run.initial import checkpoint_base, plan_in, state_after
 from fedraclora.run.recorder import checkpoint_meta, hold_chain, hold_checkpoint
 from fedraclora.tree import Tree, below
@@ -39,19 +39,23 @@ def state_at(
             if the round was folded into a later one; and where an older release has not kept what
             the method takes.
     """
-    kind = Memo if method is None else method.memo
+    kind = Counters if method is None else method.counters
     if round_ is None:
         tensors, meta = load_checkpoint(folder / "checkpoint")
         plan = plan or plan_in(meta, folder / "checkpoint")
         carried = below(tensors, "carried/")
         hold_checkpoint(folder, tensors, meta)
         base = checkpoint_base(below(tensors, "base/"), meta, folder, plan)
-        return State(base, plan, carried, kind.read(meta["memo"]))
+        return State(base, plan, carried, kind.read(meta["counters"]))
     chain = folder / "chain"
     _check_kept(chain, round_)
     state, meta = state_after(folder, round_, plan, kind)
     hold_chain(folder, checkpoint_meta(folder))
-    if not meta.get("memo") and method is not None and type(method).weights is not Method.weights:
+    if (
+        not meta.get("counters")
+        and method is not None
+        and type(method).weights is not Method.weights
+    ):
         raise CheckpointError(
             f"{chain} was written by an older release, which kept the base weights alone "
             "(fedraclora.run.rebuild.state_at gives them); only the weights of the last checkpoint "

@@ -214,7 +214,7 @@ class RunRecorder:
         """Write a link, with what the method carries where that is not what it was."""
         new = dict(state.carried)
         changed, gone = carried_change(self._carried, new)
-        meta = meta | {"memo": state.memo.stored()} | gone
+        meta = meta | {"counters": state.counters.stored()} | gone
         path = append_link(
             chain, round_, tensors | changed, meta, previous=self._link, sync=self.sync
         )
@@ -236,7 +236,7 @@ class RunRecorder:
         tensors, _ = split({"base": base, "carried": state.carried, "moments": state.moments})
         meta: dict[str, object] = {
             "round": round_,
-            "memo": state.memo.stored(),
+            "counters": state.counters.stored(),
             "fixed": self.fixed,
             "plan": plan_meta(state.plan),
             "weights": WEIGHTS,
@@ -267,9 +267,9 @@ class RunRecorder:
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
         check_fixed(self.folder, meta.get("fixed", {}), self.fixed, self.free)
         self.source = None  # a run that goes on has kept its initial weights
-        memo = meta["memo"]
-        if not isinstance(memo, dict):
-            raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
+        counters = meta["counters"]
+        if not isinstance(counters, dict):
+            raise CheckpointError(f"{self.folder}: the checkpoint's memo is {counters!r}")
         round_ = meta["round"]
         self._verify(self.folder, meta, round_)
         self.ledger.cut(round_)
@@ -290,7 +290,7 @@ class RunRecorder:
             # The links of older releases lack what is carried: the next one has all of it.
             self._carried = dict(carried) if isinstance(meta.get("chain"), str) else {}
         return State(
-            base, start.plan, carried, type(start.memo).read(memo), moments=moments
+            base, start.plan, carried, type(start.counters).read(counters), moments=moments
         ), round_
 
     def _verify(self, folder: Path, meta: Mapping[str, Any], round_: int) -> None:

@@ -32,7 +32,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch.bases import COORDINATE, HAAR, SRHT, Basis, Leaf, signs, words
 
 SIDES = ("right", "left")
-NORMALISATIONS = ("rows", "identity", "none")
+NORMALIZATIONS = ("rows", "identity", "none")
 BLOCKS = ("independent", "cover")
 
 
@@ -41,7 +41,7 @@ class Kind:
     """One law of A [rank, dim], float64.
 
     Attributes:
-        draw: (leaf of the seed tree, spec) -> A as drawn, before any normalisation.
+        draw: (leaf of the seed tree, spec) -> A as drawn, before any normalization.
         gram: spec -> c of ``E[A A^T] = c I`` for A as drawn (its mean diagonal).
         mean_rank: spec -> E[rank A].
         basis: The basis behind the kind, or None where rows are not orthonormal.
@@ -147,7 +147,7 @@ SKETCHES: dict[str, Kind] = {
 }
 # Settings of methods.
 Sketch = Annotated[str, OneOf(SKETCHES)]
-Normalise = Annotated[str, OneOf(NORMALISATIONS)]
+Normalize = Annotated[str, OneOf(NORMALIZATIONS)]
 Blocks = Annotated[str, OneOf(BLOCKS)]
 
 
@@ -164,9 +164,9 @@ class SketchSpec:
         index: Number of the draw, from 0; with ``cover`` the number of the block.
         blocks: ``independent`` draws, or ``cover``: consecutive blocks of rows of an endless
             sequence of independent orthonormal bases, so that dim / rank rounds reach every
-            direction once. A block that ends one basis and begins the next is orthonormalised
+            direction once. A block that ends one basis and begins the next is orthonormalized
             and its span holds both parts. Above dim 1024, ``srht`` is much the faster cover.
-        normalise: ``rows``: unit rows in expectation, ``E[A A^T] = I`` on the diagonal (exact
+        normalize: ``rows``: unit rows in expectation, ``E[A A^T] = I`` on the diagonal (exact
             for orthonormal kinds); ``identity``: ``E[A^T A] = I``, larger by sqrt(dim / rank);
             ``none``: as drawn.
         density: Probability of a non-zero entry; for ``sparse_sign`` only.
@@ -192,11 +192,11 @@ class SketchSpec:
     seed: int
     index: int
     blocks: str = "independent"
-    normalise: str = "rows"
+    normalize: str = "rows"
     density: float = 0.1
 
     def __post_init__(self) -> None:
-        check_sketch(self.kind, self.normalise, self.blocks)
+        check_sketch(self.kind, self.normalize, self.blocks)
         if self.side not in SIDES:
             raise unknown("sketch side", self.side, SIDES)
         if self.rank < 1 or self.dim < 1 or self.index < 0:
@@ -235,18 +235,18 @@ class SketchSpec:
         """The c of ``E[A A^T] = c I`` (its mean diagonal): the effective step is lr s^2 c.
 
         Example:
-            >>> SketchSpec("gaussian", "right", 2, 8, 0, 0, normalise="identity").gram_scale
+            >>> SketchSpec("gaussian", "right", 2, 8, 0, 0, normalize="identity").gram_scale
             4.0
         """
-        if self.normalise == "rows":
+        if self.normalize == "rows":
             return 1.0
-        if self.normalise == "identity":
+        if self.normalize == "identity":
             return self.dim / self.rank
         return SKETCHES[self.kind].gram(self)
 
 
 def _drawn(spec: SketchSpec) -> torch.Tensor:
-    """Draw, normalise and turn a sketch."""
+    """Draw, normalize and turn a sketch."""
     kind = SKETCHES[spec.kind]
     if spec.blocks == "cover" and kind.basis is not None:
         rows = kind.basis.block(spec.seed, spec.dim, spec.rank, spec.index)
@@ -304,12 +304,12 @@ def constants(spec: SketchSpec) -> Constants:
     return Constants(share, share)
 
 
-def check_sketch(kind: str, normalise: str, blocks: str) -> None:
+def check_sketch(kind: str, normalize: str, blocks: str) -> None:
     """Check the names of a sketch before any shape is known.
 
     Args:
         kind: A key of `SKETCHES`.
-        normalise: One of ``rows``, ``identity``, ``none``.
+        normalize: One of ``rows``, ``identity``, ``none``.
         blocks: One of ``independent``, ``cover``.
 
     Raises:
@@ -325,8 +325,8 @@ def check_sketch(kind: str, normalise: str, blocks: str) -> None:
     """
     if kind not in SKETCHES:
         raise unknown("sketch", kind, SKETCHES)
-    if normalise not in NORMALISATIONS:
-        raise unknown("normalisation of a sketch", normalise, NORMALISATIONS)
+    if normalize not in NORMALIZATIONS:
+        raise unknown("normalization of a sketch", normalize, NORMALIZATIONS)
     if blocks not in BLOCKS:
         raise unknown("choice of blocks of a sketch", blocks, BLOCKS)
     if blocks == "cover" and SKETCHES[kind].basis is None:

@@ -139,7 +139,7 @@ def srht_rows(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
     """Make rows, in random order, of F D: F a fixed orthonormal transform, D random signs.
 
     F is Sylvester's Hadamard matrix over sqrt(dim) where dim is a power of two (a subsampled
-    randomised Hadamard transform), else the orthonormal DCT-II.
+    randomized Hadamard transform), else the orthonormal DCT-II.
 
     References:
         Ailon & Chazelle, *The fast Johnson-Lindenstrauss transform*, SIAM J. Comput. 39(1),

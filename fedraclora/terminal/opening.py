@@ -52,7 +52,7 @@ def opening_lines(facts: Facts) -> list[str]:
 
 
 def introduction(facts: Facts) -> dict[str, str]:
-    """Name loss, metrics, optimiser and what is trained, by title."""
+    """Name loss, metrics, optimizer and what is trained, by title."""
     loss, hint = facts["loss"], OR_CLIENTS if facts["clients_could_measure"] else ""
     wide, like = loss["numbers"], loss["like"]
     return {
@@ -60,7 +60,7 @@ def introduction(facts: Facts) -> dict[str, str]:
         + (f", summed over the {wide} numbers of a target" if wide > 1 else "")
         + (f", its outputs read as those of {like}" if like else ""),
         "metrics": ", ".join(facts["metrics"]) or UNMEASURED + hint,
-        "optimiser": _optimizer(facts["optimizer"]),
+        "optimizer": _optimizer(facts["optimizer"]),
         "trained": str(TrainedPart(**facts["trained"])),
     }
 

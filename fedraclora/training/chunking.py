@@ -121,7 +121,7 @@ class ChunkPlan:
 
     @override
     def __str__(self) -> str:
-        """Summarise it in one line, in MB (10^6 bytes)."""
+        """Summarize it in one line, in MB (10^6 bytes)."""
         if self.memory is None:
             return f"{self.chunk} clients ({self.reason})"
         m = self.memory

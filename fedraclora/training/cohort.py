@@ -30,7 +30,7 @@ from fedraclora.protocol.program import (
     ClientProgram,
     Hook,
     LocalResult,
-    Optimiser,
+    Optimizer,
     When,
     mean_losses,
 )
@@ -40,10 +40,10 @@ from fedraclora.rng import generator, hash_key
 from fedraclora.schema import of_project
 from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.materialise import arrange, materialise
-from fedraclora.training.optimiser import (
+from fedraclora.training.materialize import arrange, materialize
+from fedraclora.training.optimizer import (
     ROW_SLOT,
-    CohortOptimiser,
+    CohortOptimizer,
     GradientMean,
     clip_per_client,
     correcting,
@@ -125,7 +125,7 @@ class CohortTrainer:
             clients: Ids, int64 [K], each with at least one sample.
             round_: From 1; keys the shuffles.
             rate_scale: Of the step sizes (`LocalConfig.rate_scale`).
-            moments: With which the clients' optimisers begin, [K, ...] in the order of
+            moments: With which the clients' optimizers begin, [K, ...] in the order of
                 ``clients``; none: at zero, and they end with the round.
 
         Returns:
@@ -139,27 +139,27 @@ class CohortTrainer:
         carried = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
         chunk = replace(chunk, moments=carried)
         hooks = self._hooks(chunk)
-        kind = CohortOptimiser if method.trains else GradientMean
+        kind = CohortOptimizer if method.trains else GradientMean
         plain = kind(self.local, values, rates, carried, rows)
         programs = (*self.local.added, downlink.program) if method.trains else ()
-        own = (program.optimiser(chunk, rates) for program in programs)
-        optimiser: Optimiser = next(filter(None, own), plain)
-        if chunk.network is not None and not hooks and optimiser is plain and plain.is_plain:
+        own = (program.optimizer(chunk, rates) for program in programs)
+        optimizer: Optimizer = next(filter(None, own), plain)
+        if chunk.network is not None and not hooks and optimizer is plain and plain.is_plain:
             chunk.network.descend(rates)
         losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)
         lengths = self.data.lengths(chunk.clients, schedule.positions)
         try:
             for step, batch in enumerate(schedule.plan(lengths)):
-                losses[: batch.active] += self._step(chunk, step, batch, optimiser, hooks)
+                losses[: batch.active] += self._step(chunk, step, batch, optimizer, hooks)
         finally:
             chunk.program.pack(None)
             chunk.program.context.clear()
-        if isinstance(optimiser, GradientMean):
-            values = optimiser.means(schedule.steps)
+        if isinstance(optimizer, GradientMean):
+            values = optimizer.means(schedule.steps)
         else:
             values = method.upload(chunk.program.base, values)
         losses[losses == UNSAID] = math.nan  # this one has been computed
-        moments = optimiser.moments(schedule.steps)
+        moments = optimizer.moments(schedule.steps)
         values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
         return LocalResult(
             trained={name: chunk.as_asked(value) for name, value in values.items()},
@@ -186,7 +186,7 @@ class CohortTrainer:
         if not torch.equal(order, places := torch.arange(len(order)).to(order)):
             back = torch.empty_like(order).index_copy_(0, order, places)
             clients, sizes, schedule = clients[order], sizes[order], schedule.select(order)
-        values, starts, frozen = materialise(downlink, base, order)
+        values, starts, frozen = materialize(downlink, base, order)
         program = self._program(inner, base)
         if narrow and not program.folded:  # there weights are dense all the same
             program.base = apply_link(widened(base), Link(narrow), self.plan)
@@ -245,7 +245,7 @@ class CohortTrainer:
         return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
 
     def _step(
-        self, chunk: OpenChunk, step: int, batch: StepBatch, optimiser: Optimiser, hooks: list[Hook]
+        self, chunk: OpenChunk, step: int, batch: StepBatch, optimizer: Optimizer, hooks: list[Hook]
     ) -> torch.Tensor:
         """Take one local step of the clients that still train; give their losses, [active]."""
         network = chunk.network
@@ -267,7 +267,7 @@ class CohortTrainer:
                 gradients = hook(gradients, leaves)
                 if given is not None:
                     refuse_other(gradients, given)
-            optimiser.step(gradients)
+            optimizer.step(gradients)
             hold(chunk.values, chunk.starts, chunk.masks, batch.active)
         return loss.detach()
 
@@ -381,11 +381,11 @@ def pretrain(model: nn.Module, train: Samples, loss: str, local: LocalConfig, se
         model: The network.
         train: What it learns from.
         loss: A key of `fedraclora.data.task.LOSSES`.
-        local: The optimiser, its step size, the samples of a step and the passes over ``train``.
+        local: The optimizer, its step size, the samples of a step and the passes over ``train``.
         seed: Of the run; orders the samples.
     """
     cohort = {n: p.detach()[None] for n, p in model.named_parameters()}
-    optimiser = CohortOptimiser(local, cohort, dict.fromkeys(cohort, local.lr))
+    optimizer = CohortOptimizer(local, cohort, dict.fromkeys(cohort, local.lr))
     for epoch in range(local.epochs):
         order = torch.from_numpy(generator(seed, "pretrain", epoch).permutation(len(train)))
         for rows in order.split(local.batch_size):
@@ -394,4 +394,4 @@ def pretrain(model: nn.Module, train: Samples, loss: str, local: LocalConfig, se
             model.zero_grad()
             (losses.sum() / counts.sum()).backward()
             found = {n: p.grad[None] for n, p in model.named_parameters() if p.grad is not None}
-            optimiser.step(found)
+            optimizer.step(found)

@@ -195,7 +195,7 @@ class CohortLayerNorm(CohortLayer):
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise [K * b, ..., *normalised_shape]."""
+        """Normalize [K * b, ..., *normalized_shape]."""
         x = self.batched(x)
         inner: nn.LayerNorm = self.inner  # type: ignore[assignment]
         K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")

@@ -19,7 +19,7 @@ from torch import nn
 from fedraclora.data.task import SLOPES, Task
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.adapted import times
-from fedraclora.training.materialise import factor_of
+from fedraclora.training.materialize import factor_of
 from fedraclora.tree import Tree
 
 THIN = 64  # outputs up to which a layer's weight and sketch are stacked into one product

@@ -30,7 +30,7 @@ from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.program import ClientProgram
 
 Extra = TypeVar("Extra", bound=ClientProgram)
-ADAPTIVE_KEYS = Part("adaptive")  # keys that choices without such an optimiser do not list
+ADAPTIVE_KEYS = Part("adaptive")  # keys that choices without such an optimizer do not list
 MOST_STEPS = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
 Laid = Annotated[int, Ge(0), Le(MOST_STEPS)]
 
@@ -43,10 +43,10 @@ class LocalConfig(Limited, group="local"):
     they ask for.
 
     Attributes:
-        optimiser: ``sgd`` or ``adamw``.
+        optimizer: ``sgd`` or ``adamw``.
         optimizer_state: How long its moments are kept: for a ``round``, until a ``merge``, for the
             ``run`` (`moments`); or ``rows``: the server averages second moments of rows
-            (`optimiser`).
+            (`optimizer`).
         optimizer_state_kept: Share of them that is kept after a merge; for ``merge`` only.
         lr: Step size of what the method trains; auto: by a rule (docs/local.md).
         full_lr: Step size of head and biases trained in full beside it; None = ``lr``.
@@ -57,7 +57,7 @@ class LocalConfig(Limited, group="local"):
         momentum: Heavy-ball momentum of ``sgd``.
         nesterov: Nesterov momentum.
         weight_decay: L2 term of ``sgd``, decoupled decay of the others.
-        beta1, beta2, eps: Constants of adaptive optimisers, all but ``sgd``.
+        beta1, beta2, eps: Constants of adaptive optimizers, all but ``sgd``.
         clip: Largest norm c of a client's gradient, or None. A longer one, and one up to 1e-6
             shorter, is multiplied by c / (norm + 1e-6), as in torch.
         clip_by: Of which gradient: ``all`` of it, or that of each ``layer`` by itself.
@@ -72,9 +72,9 @@ class LocalConfig(Limited, group="local"):
             parameters ``{name: module:name, key: value}``.
     """
 
-    OPTIMISERS: ClassVar[tuple[str, ...]] = ("sgd", "adamw")
+    OPTIMIZERS: ClassVar[tuple[str, ...]] = ("sgd", "adamw")
 
-    optimiser: Annotated[str, OneOf(OPTIMISERS)] = "sgd"
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "sgd"
     optimizer_state: Annotated[str, OneOf(("round", "merge", "run", "rows"))] = "round"
     optimizer_state_kept: Share = 0.0
     lr: Positive = 0.5
@@ -181,7 +181,7 @@ class LocalConfig(Limited, group="local"):
             "secure=secagg": "squares of gradients are smaller than the steps of its sums",
             "compression.uplink in fewer bits": "what rounds to zero is divided by",
             "compression.downlink in fewer bits": "what rounds to zero is divided by",
-            "server_optimiser.space=factors": "it would step in second moments, too",
+            "server_optimizer.space=factors": "it would step in second moments, too",
             "other things to train at each client": (
                 "the mean over a row has parts that a client does not train"
             ),
@@ -224,7 +224,7 @@ class LocalConfig(Limited, group="local"):
     @Feature("local steps that are not plain SGD", instead="local=sgd")
     def _beside_plain_sgd(self) -> str:
         beside = {
-            "optimiser": self.optimiser != "sgd",
+            "optimizer": self.optimizer != "sgd",
             "momentum": self.momentum,
             "weight_decay": self.weight_decay,
             "clip": self.clip is not None,
@@ -249,14 +249,14 @@ class LocalConfig(Limited, group="local"):
                 f"local.clip_by is {self.clip_by}, but local.clip is null, so nothing is clipped; "
                 "set local.clip to the largest norm, or leave local.clip_by at all"
             )
-        adaptive = self.OPTIMISERS[1:]
-        # What an optimiser would pass over: a run would not be what its config says.
+        adaptive = self.OPTIMIZERS[1:]
+        # What an optimizer would pass over: a run would not be what its config says.
         users = {"momentum": ("sgd",)} | dict.fromkeys(("beta1", "beta2", "eps"), adaptive)
         for key, used in users.items():
             value, default = getattr(self, key), getattr(LocalConfig, key)
-            if value != default and self.optimiser not in used:
+            if value != default and self.optimizer not in used:
                 raise ConfigError(
-                    f"local.{key} is {value}, which {self.optimiser} makes no use of; it is for "
+                    f"local.{key} is {value}, which {self.optimizer} makes no use of; it is for "
                     f"{' and '.join(used)}: leave it at {default}"
                 )
         self._check_warmup()
@@ -273,7 +273,7 @@ class LocalConfig(Limited, group="local"):
 
     def _check_extras(self) -> None:
         for extra in self.added if self.optimizer_state != "round" else ():
-            steps_itself = type(extra).optimiser is not ClientProgram.optimiser
+            steps_itself = type(extra).optimizer is not ClientProgram.optimizer
             if extra.ends_moments or (self.optimizer_state == "rows" and steps_itself):
                 raise ConfigError(
                     f"local.optimizer_state is {self.optimizer_state}, but under {extra.setting} "
@@ -289,7 +289,7 @@ class LocalConfig(Limited, group="local"):
     def _check_moments(self) -> None:
         if self.optimizer_state == "rows" and "second" not in moment_kinds(self):
             raise ConfigError(
-                f"local.optimizer_state is rows, but {self.optimiser} has no second moment; take "
+                f"local.optimizer_state is rows, but {self.optimizer} has no second moment; take "
                 "local=adamw, or local.optimizer_state=round or merge"
             )
         if self.optimizer_state != "round" and not moment_kinds(self):
@@ -327,8 +327,8 @@ class LocalConfig(Limited, group="local"):
 
 
 def moment_kinds(local: LocalConfig) -> tuple[str, ...]:
-    """Name what an optimiser holds beside each tensor that it trains."""
-    if local.optimiser == "sgd":
+    """Name what an optimizer holds beside each tensor that it trains."""
+    if local.optimizer == "sgd":
         return ("first",) if local.momentum else ()
     return ("first", "second")
 
@@ -339,7 +339,7 @@ def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) ->
     gamma = lr s^2 c where A A^T is about c I (with two frozen factors the product of their c), but
     where an extra of local training says otherwise. It compares sketches, ranks and scales where
     the raw learning rate does not. It is the step of a gradient: momentum is not in
-    it, and the steps of adaptive optimisers have no such factor.
+    it, and the steps of adaptive optimizers have no such factor.
 
     Args:
         downlink: The round's.
@@ -353,7 +353,7 @@ def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) ->
     if local.is_own:
         return {}
     rate = local.rate(main=True, rate_scale=rate_scale)
-    if local.optimiser != "sgd":
+    if local.optimizer != "sgd":
         return {"lr": rate}
     gammas = []
     for adapter in downlink.adapters.values():

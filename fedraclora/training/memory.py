@@ -26,9 +26,9 @@ from typing_extensions import override
 from fedraclora.data.clients import ClientData
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.downlink import Downlink
-from fedraclora.protocol.program import Hook, Optimiser
+from fedraclora.protocol.program import Hook, Optimizer
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.materialise import start_from
+from fedraclora.training.materialize import start_from
 from fedraclora.training.moments import moment_shapes
 from fedraclora.training.program import OpenChunk
 from fedraclora.training.schedule import StepBatch
@@ -109,7 +109,7 @@ class LiveTensors(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if QuantisedWeight in types:
-            return NotImplemented  # it dequantises first, by operators that are counted here
+            return NotImplemented  # it dequantizes first, by operators that are counted here
         named = kwargs or {}
         # What comes in without having come out of anything was there before.
         self._see((*args, *named.values()), counted=False)
@@ -145,7 +145,7 @@ class MemoryModel:
         shared: What else all clients of a chunk share: frozen factors, copies of weights in
             another precision.
         trained: Of a client: what it trains, where it starts, gradients and moments of the
-            optimiser, and which sample comes when.
+            optimizer, and which sample comes when.
         step: Of a client: its batch, what the forward pass keeps for the backward pass, and
             whatever else comes and goes in a step.
         tokens: Of a client in a step, at most, padding included; 0 where samples have none.
@@ -244,7 +244,7 @@ class Probe(CohortTrainer):
         live: Counts; to be entered around `train`.
         laid_out: The peak before the first step.
         formed: The peak until gradients are formed.
-        stepped: The peak of what hooks and the optimiser make of them.
+        stepped: The peak of what hooks and the optimizer make of them.
         resident: Bytes that live before the first step.
         at_once: Bytes of gradients that never live beside what is trained (`FeedForward.descend`).
     """
@@ -263,7 +263,7 @@ class Probe(CohortTrainer):
 
     @override
     def _step(
-        self, chunk: OpenChunk, step: int, batch: StepBatch, optimiser: Optimiser, hooks: list[Hook]
+        self, chunk: OpenChunk, step: int, batch: StepBatch, optimizer: Optimizer, hooks: list[Hook]
     ) -> torch.Tensor:
         def formed(gradients: Tree, _: Tree) -> Tree:
             self.formed = self._lap(self.formed)
@@ -274,7 +274,7 @@ class Probe(CohortTrainer):
         for _ in range(min(2, int(chunk.schedule.steps.max())) if self.steps else 0):
             # The same batch twice: none is wider.
             full = StepBatch(batch.active, batch.width, self.length or batch.length)
-            super()._step(chunk, step, full, optimiser, [formed, *hooks])
+            super()._step(chunk, step, full, optimizer, [formed, *hooks])
             self.stepped = self._lap(self.stepped)
             if self.live.now == self.resident:
                 break  # the first left nothing (moments, buffers) that lies beside the second

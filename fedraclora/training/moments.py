@@ -1,4 +1,4 @@
-"""Moments of a client's optimiser that live on from round to round, at the client.
+"""Moments of a client's optimizer that live on from round to round, at the client.
 
 A link may be several rounds long, so that it can be measured, or stopped, on its way. Its local
 steps are those of one long round if the moments (and Adam's count of steps) live on:
@@ -7,10 +7,10 @@ steps are those of one long round if the moments (and Adam's count of steps) liv
     local.optimizer_state = merge   they live until the merge: a new link begins with new ones
     local.optimizer_state = run     they are never reset, though a merge ends their sketch
     local.optimizer_state = rows    they begin anew in every round, but the server averages second
-                                    moments of rows (`fedraclora.training.optimiser`)
+                                    moments of rows (`fedraclora.training.optimizer`)
 
-``merge`` is a chain whose links have an optimiser of their own (COLA). ``run`` is what the public
-code of RAC-LoRA does: its optimiser does not know of the merge. ``local.optimizer_state_kept``
+``merge`` is a chain whose links have an optimizer of their own (COLA). ``run`` is what the public
+code of RAC-LoRA does: its optimizer does not know of the merge. ``local.optimizer_state_kept``
 lets a share of the moments outlive a link: for each tensor the entries whose first moment is
 largest, the others are set to zero. That is the partial reset of ReLoRA (Lialin et al., ICLR 2024,
 arXiv 2307.05695), which keeps 1 % or less; like its public code it leaves the count of steps as it
@@ -36,7 +36,7 @@ from fedraclora.tree import Tree
 
 
 def moment_shapes(local: LocalConfig, downlink: Downlink) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what an optimiser holds for one client.
+    """Return the shapes of what an optimizer holds for one client.
 
     Args:
         local: Settings.

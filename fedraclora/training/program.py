@@ -258,7 +258,7 @@ def refuse_mixing(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if is_batch_norm(module) and (module.training or module.running_mean is None):
             raise ModelError(
-                f"layer {name!r} ({type(module).__name__}) normalises by the batch, and no engine "
+                f"layer {name!r} ({type(module).__name__}) normalizes by the batch, and no engine "
                 "trains such layers. Its outputs for one sample depend on the others of the batch, "
                 "those of other clients and padding included; and its running statistics are no "
                 "weights, so no method averages them, and the server would evaluate with those "

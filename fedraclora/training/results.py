@@ -23,7 +23,7 @@ class Trained:
         client, number: Whose, and of which round.
         tensors: By the names of the method, in its shapes.
         samples: That it trained on: its weight in the mean.
-        steps: Optimiser steps that it took.
+        steps: Optimizer steps that it took.
         loss: Mean training loss; None: it does not say.
         metrics: Further numbers of its training, by name.
         seal: Of all this, as `Round.read` gave it; 0: it did not.

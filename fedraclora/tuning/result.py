@@ -19,7 +19,7 @@ from fedraclora.compose.choices import groups
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.resume import laid_over
 from fedraclora.errors import ClientError
-from fedraclora.objects import LENT, NAME
+from fedraclora.objects import NAME, REGISTERED
 from fedraclora.plots.frontier import frontier_figure
 from fedraclora.run.statistics import (
     Spread,
@@ -133,11 +133,11 @@ def how_to_run(
             "every setting diverged on a test seed: tune again with a smaller tune.lr in another "
             "folder (output.dir)"
         )
-    title, lent = f"experiment=at_{max(stable):g}MB", lent_in(configs[max(stable)])
-    if not lent:
+    title, registered_object = f"experiment=at_{max(stable):g}MB", lent_in(configs[max(stable)])
+    if not registered_object:
         trust = trust_word(names_in(configs[max(configs)]).values())
         return f"to run it: fedraclora simulate --config-dir {folder} {title} {trust}".rstrip()
-    given = "".join(f", {key}=..." for key in lent)
+    given = "".join(f", {key}=..." for key in registered_object)
     return f"to run it: fedraclora.simulate('--config-dir', '{folder}', '{title}'{given})"
 
 
@@ -224,7 +224,7 @@ def config_of(search: Search, study: Study, point: Point) -> PlainDict:
 def lent_in(config: PlainDict) -> list[str]:
     """List the groups of a config that stand for objects of a Python program."""
     named = [(k, str(v["name"])) for k, v in config.items() if isinstance(v, dict) and "name" in v]
-    return [key for key, name in named if name == NAME or LENT.fullmatch(name)]
+    return [key for key, name in named if name == NAME or REGISTERED.fullmatch(name)]
 
 
 def write_preset(search: Search, config: PlainDict, found: PlainDict, size: float) -> None:
@@ -235,7 +235,7 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, size: floa
     """
     drop = {*NOT_WRITTEN, *(("steps", "callbacks") if search.steps or search.callbacks else ())}
     named = {k: str(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
-    drop |= {*(lent := lent_in(config))}
+    drop |= {*(registered_object := lent_in(config))}
     chosen = {group: named[group] for group in sorted(groups().keys() & named.keys() - drop)}
     base = composed([f"{group}={name}" for group, name in chosen.items()])
     tuned = search.space.told()
@@ -245,7 +245,9 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, size: floa
         if isinstance(new, dict) and isinstance(old, dict):
             new = {k: v for k, v in new.items() if f"{key}.{k}" in tuned or v != old.get(k, ...)}
         keys |= {} if new in ({}, old) else {key: new}
-    keys |= {key: {"name": f"what the program gives: simulate({key}=...)"} for key in lent}
+    keys |= {
+        key: {"name": f"what the program gives: simulate({key}=...)"} for key in registered_object
+    }
     told = ", ".join(f"{key} {value}" for key, value in found.items() if value != "")
     text = f"# @package _global_\n# By fedraclora tune: {told}\n"
     path = preset_path(search.folder, size)

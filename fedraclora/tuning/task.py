@@ -7,7 +7,7 @@ from functools import partial
 
 from fedraclora.binding import PlainDict, bind, section
 from fedraclora.compose.resume import laid_over
-from fedraclora.config.build import settled
+from fedraclora.config.build import resolved
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import TaskConfig, from_plain, parted, task_from_plain
 from fedraclora.data import DATASETS
@@ -18,7 +18,7 @@ from fedraclora.run.callback import Callback
 from fedraclora.run.folder import make
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.strategies.start import settled_start
+from fedraclora.strategies.start import resolved_start
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tuning.rates import RATE_KEY
 from fedraclora.tuning.result import Tuned, outcome
@@ -64,7 +64,7 @@ def tune_task(
     folder = user_path("output.dir", output.get("dir") or FOLDER)
     if (folder / "ledger.jsonl").exists():
         raise ConfigError(f"{folder} holds a run: name another folder (output.dir) for the tuning")
-    plain = {**settled_start(settled(plain)), "output": {**output, "dir": None}}
+    plain = {**resolved_start(resolved(plain)), "output": {**output, "dir": None}}
     if is_auto := section(plain, "local").get("lr") == "auto":  # is no rate
         said, plain = {*said} - {RATE_KEY}, laid_over(plain, {RATE_KEY: LocalConfig.lr})
     space = Space.of(plain, said, asked, typed)

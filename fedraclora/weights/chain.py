@@ -19,7 +19,7 @@ from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import past_name, pasts, weight_of
 from fedraclora.protocol.link import Move
 from fedraclora.protocol.method import Link, Plan, Term
-from fedraclora.protocol.quantised import FULL, sent_bytes
+from fedraclora.protocol.quantized import FULL, sent_bytes
 from fedraclora.tree import Tree
 
 

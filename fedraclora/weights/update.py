@@ -21,7 +21,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.link import Link
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.tree import Tree, fingerprint, to_numpy
 from fedraclora.weights.chain import LinkSizes, term_bytes, value_bytes
 

@@ -18,7 +18,7 @@ from fedraclora.codec import join, split
 from fedraclora.errors import OF_THE_RUN
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.named import Named
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.tree import Layout, Tree, to_numpy
 from fedraclora.wire.exchange import Ask, Stage

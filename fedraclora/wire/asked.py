@@ -12,7 +12,7 @@ from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.cohorts import WEIGHTINGS
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.protocol.quantized import FULL, ROUNDED
 from fedraclora.sketch import SketchSpec
 from fedraclora.wire.exchange import TrainRequest
 from fedraclora.wire.fields import real, shape_of, shown, whole

@@ -18,7 +18,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.coding import decompressed
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.quantised import WIDTHS, decode, encode, packed_bytes
+from fedraclora.protocol.quantized import WIDTHS, decode, encode, packed_bytes
 from fedraclora.protocol.rank_budgets import uploaded_mask, uploaded_numbers
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
@@ -45,7 +45,7 @@ class Changes:
     """Writes and reads the changes of clients.
 
     Attributes:
-        kind: Of the numbers, one of `fedraclora.protocol.quantised.ROUNDED`.
+        kind: Of the numbers, one of `fedraclora.protocol.quantized.ROUNDED`.
         sent: What was asked.
         base: The weights that clients train from.
         clients: For whom ``sent`` is, int64 [K], in ascending order.

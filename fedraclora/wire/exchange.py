@@ -19,7 +19,7 @@ from fedraclora.codec import join, split
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.quantised import FULL, packed_bytes, sent_bytes
+from fedraclora.protocol.quantized import FULL, packed_bytes, sent_bytes
 from fedraclora.tree import Tree, to_numpy
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -39,7 +39,7 @@ class TrainRequest:
         reduce: None for one row per client; ``examples`` or ``uniform`` for weighted sums of
             blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
         clip: The greatest norm of the update that a client may send; None: any.
-        uplink: How the clients' numbers travel (`fedraclora.protocol.quantised`).
+        uplink: How the clients' numbers travel (`fedraclora.protocol.quantized`).
         coding: And how these are coded (`fedraclora.protocol.coding`).
         feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
         measure: None: to train. ``before``: to measure the weights from which the round begins, on

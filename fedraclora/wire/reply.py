@@ -14,7 +14,7 @@ import torch
 
 from fedraclora.errors import WireError
 from fedraclora.protocol.coding import NONE
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.tree import Layout, difference
 from fedraclora.wire.answers import (

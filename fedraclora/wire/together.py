@@ -1,7 +1,7 @@
 """Asks of several clients as one message, and their answers as one reply: joined, and apart again.
 
 Clients of one node need not stand in a row of the cohort; those that stand in one of its chunks are
-trained as one batch, as ``engine=vectorised`` trains the chunk.
+trained as one batch, as ``engine=vectorized`` trains the chunk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fedraclora.errors import WireError
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.tree import Layout, difference, join_columns
 from fedraclora.wire.answers import (

@@ -26,7 +26,7 @@ from fedraclora.limits import Share
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
-from fedraclora.sketch import Normalise, Sketch
+from fedraclora.sketch import Normalize, Sketch
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LowRankMethod
 from fedraclora.tree import Tree
@@ -38,7 +38,7 @@ class BernoulliLora(LowRankMethod):
 
     Attributes:
         sketch: A key of `fedraclora.sketch.SKETCHES`.
-        normalise: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
+        normalize: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
         probability: p, that B is drawn and A trained; m / (m + n) makes both outcomes cost the same
             on average.
         coins: Seed of the coins.
@@ -48,7 +48,7 @@ class BernoulliLora(LowRankMethod):
     link_rounds = 1  # a coin is thrown for each
 
     sketch: Sketch = "orthonormal"
-    normalise: Normalise = "rows"
+    normalize: Normalize = "rows"
     probability: Share = 0.5
     coins: int = 0
 

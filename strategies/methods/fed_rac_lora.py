@@ -53,7 +53,7 @@ from fedraclora.strategies.shared.layerwise import (
     Layer,
     LayerUpdate,
     Replies,
-    Round,
+    RoundContext,
     drawn_of,
 )
 from fedraclora.tree import Tree
@@ -94,14 +94,14 @@ class FedRacLora(GradientFirst, Asymmetric):
         return drawn_of(OTHER[self.train], shape)
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         drawn, trained = self.sides(layer.shape)  # A and B; under a left sketch, B and A
         sketch: FactorLike = self.drawing(layer, now)
         if drawn in layer.carried:
             sketch = full_factor(layer.carried[drawn], self.drawing(layer, now))
         return {trained: layer.trained(trained, rank=layer.rank * self.sketches), drawn: sketch}
 
-    def drawing(self, layer: Layer, now: Round) -> SketchSpec:
+    def drawing(self, layer: Layer, now: RoundContext) -> SketchSpec:
         """Draw the frozen factor of a link."""
         drawn, _ = self.sides(layer.shape)
         return now.sketch(
@@ -110,7 +110,7 @@ class FedRacLora(GradientFirst, Asymmetric):
             self.sketch,
             index=self.sketch_number(layer.link),
             rank=layer.rank * self.sketches,
-            normalise=self.normalise,
+            normalize=self.normalize,
             blocks=self.blocks,
             density=self.density,
         )
@@ -119,7 +119,7 @@ class FedRacLora(GradientFirst, Asymmetric):
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:
         drawn, _ = self.sides(layer.shape)
         count = min(layer.rank * self.sketches, len(gradient[1]))
-        length = self.drawing(layer, Round(1, Draw(0))).gram_scale ** 0.5  # as a drawing's
+        length = self.drawing(layer, RoundContext(1, Draw(0))).gram_scale ** 0.5  # as a drawing's
         return {drawn: past.leading(gradient, drawn, count) * length}
 
     def sketch_number(self, link: int) -> int:
@@ -134,7 +134,7 @@ class FedRacLora(GradientFirst, Asymmetric):
         return LayerUpdate(carried=factors)
 
     @override
-    def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
+    def components(self, cohort: Cohort, now: RoundContext) -> torch.Tensor | None:
         if self.sketches == 1:
             return cohort.ranks
         groups = generator(now.draw.seed, "groups", now.number)

@@ -29,7 +29,7 @@ from fedraclora.strategies.shared.layerwise import (
     Layer,
     LayerUpdate,
     Replies,
-    Round,
+    RoundContext,
 )
 
 
@@ -50,7 +50,7 @@ class FedSb(Drawn):
     init: str = "orthonormal"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         rank, own = self.parts * layer.rank, now.draw.sketch_seed(f"{layer.name}/B")
         return {
             "B": now.sketch(layer, "B", self.init, rank=rank, seed=own),

@@ -6,7 +6,7 @@
 
 One factor begins as a drawing and the other at zero, so a new link leaves the weights as they are.
 ``merge_every = None`` is one link without end: FedAvg-LoRA, and LoRA where there is one client.
-Links with one client are COLA; ReLoRA also keeps a share of the optimiser's moments and warms the
+Links with one client are COLA; ReLoRA also keeps a share of the optimizer's moments and warms the
 step size up anew, which are local settings (``local=relora``).
 
 - Uplink: r (m + n) numbers per matrix and client. Downlink: the same; a seed where a link begins,

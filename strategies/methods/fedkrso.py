@@ -11,7 +11,7 @@
 - Server: one mean and a merge of 2 m n G r operations.
 - Source: *FedKRSO*, INFOCOM 2026, arXiv 2602.03019.
 - Departures: the rows of all P_j are one drawing, of unit length in expectation; the paper has
-  E[P_j^T P_j] = I (``normalise=identity``), whose stable steps are n / r times smaller. Under
+  E[P_j^T P_j] = I (``normalize=identity``), whose stable steps are n / r times smaller. Under
   momentum or weight decay a subspace goes on moving after its turn. A turn that no local step
   reaches (G times the interval above the steps of a client) leaves zeros, which are sent.
 - Unverified: only the abstract and a summary were read: the number of subspaces, how clients
@@ -32,7 +32,13 @@ from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.sketch import Sketch
 from fedraclora.strategies.shared.common import column_parts
 from fedraclora.strategies.shared.factors import Asymmetric
-from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerUpdate,
+    Replies,
+    RoundContext,
+)
 from fedraclora.tree import Tree
 
 
@@ -83,9 +89,9 @@ class FedKrso(Asymmetric):
     interval: Count = 1
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         rows = layer.rank * self.sketches
-        P = now.sketch(layer, "A", self.sketch, rank=rows, normalise=self.normalise)  # drawn once
+        P = now.sketch(layer, "A", self.sketch, rank=rows, normalize=self.normalize)  # drawn once
         return {"B": layer.trained("B", rank=rows), "A": P}
 
     @override

@@ -11,7 +11,7 @@
   of 2 m n (K - 1) r operations.
 - Source: Yan et al., *FedMomentum: preserving LoRA training momentum in federated fine-tuning*,
   2026, arXiv 2603.08014.
-- Departures: the SVD is exact, where the paper's is randomised; all of the rest is merged.
+- Departures: the SVD is exact, where the paper's is randomized; all of the rest is merged.
 - Unverified: only the abstract and summaries were read. How the paper splits S between the
   factors, how much of the rest it merges and when, and its scale are not known.
 """

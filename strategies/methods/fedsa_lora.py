@@ -22,7 +22,13 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.shared.factors import Drawn
-from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerUpdate,
+    Replies,
+    RoundContext,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class FedSaLora(Drawn):
     client_state = True
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         return {
             "B": layer.trained("B", upload=False),  # a client's own
             "A": layer.trained("A", self.first(layer, now)),

@@ -28,7 +28,13 @@ from fedraclora.lowrank.algebra import Product, fix_signs
 from fedraclora.protocol.link import Term, matrices
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.shared.factors import Drawn
-from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerUpdate,
+    Replies,
+    RoundContext,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class FedSvd(Drawn):
     init: str = "orthonormal"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         A = layer.carried.get("A", self.first(layer, now))
         return {"B": layer.trained("B"), "A": A}
 

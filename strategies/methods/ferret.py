@@ -124,7 +124,7 @@ class Ferret(Limited, Walking, group="method"):
         return replace(super().walk(plan, round_, draw), law="kaiming_uniform")
 
     @override
-    def gone(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:
+    def applied_moves(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:
         names, counts = zip(*self.blocks(plan), strict=True)
         parts = zip(names, (self.server_lr * mean).split([*counts]), strict=True)
         return tuple(replace(walk, names=n, scalars=part.clone()) for n, part in parts)

@@ -1,7 +1,7 @@
 """GaLore at the clients, full weights averaged: moments live in a subspace of the gradients.
 
     client k: every ``gap`` local steps P_k = the r leading singular vectors of its gradient G, on
-    the smaller side;  R = P_k^T G (m <= n), or G P_k (m > n);  D = the optimiser's step for R
+    the smaller side;  R = P_k^T G (m <= n), or G P_k (m > n);  D = the optimizer's step for R
     W_k <- W_k + scale P_k D,  or W_k + scale D P_k^T;   W <- sum_k p_k W_k
 
 - Uplink: m n numbers per matrix. Downlink: what the client missed, at most m n.
@@ -24,7 +24,7 @@
   and whether its clients' moments outlive a round.
 
 Moments have r rows (columns) in the place of the m (n) of the smaller side. What is trained and not
-projected (heads, biases) takes plain steps of the same optimiser. P belongs to the moments: it
+projected (heads, biases) takes plain steps of the same optimizer. P belongs to the moments: it
 lives as long as they do, and the steps of a gap are counted where Adam counts its own. When P is
 taken anew the moments stay as they are, in coordinates that then mean other directions, as in the
 authors' code.
@@ -52,7 +52,7 @@ from fedraclora.protocol.program import ClientChunk, ClientProgram, Rates
 from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.shared.common import as_matrices, turned
 from fedraclora.training.localconfig import LocalConfig, moment_kinds
-from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
 from fedraclora.wire.fields import whole
 
@@ -121,7 +121,7 @@ def leading_vectors(G: torch.Tensor, projection: Projection) -> torch.Tensor:
     return signed.mul_(s[: projection.rank] > least)
 
 
-class GaLore(CohortOptimiser):
+class GaLore(CohortOptimizer):
     """SGD or AdamW on tensors [K, ...], some of whose gradients are projected.
 
     Args:
@@ -163,7 +163,7 @@ class GaLore(CohortOptimiser):
             super()._take(name, value, gradient)
             return
         config = self.config
-        if config.weight_decay and config.optimiser == "sgd":
+        if config.weight_decay and config.optimizer == "sgd":
             gradient = gradient.add(value, alpha=config.weight_decay)
         elif config.weight_decay:
             value.mul_(1 - self.rates[name] * config.weight_decay)
@@ -172,7 +172,7 @@ class GaLore(CohortOptimiser):
         if name not in self.first:
             for moments, _ in zip((self.first, self.second), moment_kinds(config), strict=False):
                 moments[name] = R.new_zeros(len(self.values[name]), *R.shape[1:])
-        D = torch.zeros_like(R)  # from here the optimiser takes its step
+        D = torch.zeros_like(R)  # from here the optimizer takes its step
         super()._take(name, D, R)
         projection.add(value, P, D, self.scale)
 
@@ -194,7 +194,7 @@ class GaLore(CohortOptimiser):
 
 @dataclass(frozen=True)
 class ProjectGradients(ClientProgram, group="method"):
-    """The optimiser of whole weights sees their projected gradients alone.
+    """The optimizer of whole weights sees their projected gradients alone.
 
     Attributes:
         gap: Local steps that a projection serves.
@@ -227,7 +227,7 @@ class ProjectGradients(ClientProgram, group="method"):
         return found
 
     @override
-    def optimiser(self, chunk: ClientChunk, rates: Rates) -> GaLore:
+    def optimizer(self, chunk: ClientChunk, rates: Rates) -> GaLore:
         projections = self.projections(chunk.downlink)
         return GaLore(chunk.local, chunk.values, rates, chunk.moments, self, projections)
 

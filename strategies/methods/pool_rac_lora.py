@@ -56,7 +56,7 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.program import PLAIN, ClientProgram
 from fedraclora.sketch import Blocks, SketchSpec
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
-from fedraclora.strategies.shared.layerwise import Round
+from fedraclora.strategies.shared.layerwise import RoundContext
 from fedraclora.tree import Tree, parameters
 from fedraclora.wire.fields import whole
 
@@ -211,16 +211,16 @@ class PoolRacLora(FedRacLora):
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         sent = super().open_round(state, round_, cohort, draw)
-        era, j = self.turn(state.memo.sketch)
+        era, j = self.turn(state.counters.sketch)
         turn = j % self.pool, self.pool, era
         return replace(sent, program=InPool(self.pools(state, draw), turn))
 
     def pools(self, state: State, draw: Draw) -> dict[str, Pool]:
         """Say what stands beside each weight; nothing does where an era begins."""
         found: dict[str, Pool] = {}
-        turn = self.turn(state.memo.sketch)[1]
+        turn = self.turn(state.counters.sketch)[1]
         for layer in self.layers_of(state) if turn else ():
-            adapter = self.adapter(layer, Round(1, draw))
+            adapter = self.adapter(layer, RoundContext(1, draw))
             sketch = next(spec for f in adapter.factors.values() if (spec := f.drawing))
             pool = Pool.around(sketch, turn % self.pool, self.pool, adapter.scale)
             found[layer.name] = pool.begun(turn)
@@ -229,7 +229,7 @@ class PoolRacLora(FedRacLora):
     @override
     def merge(self, state: State, terms: dict[str, Term], dense: Tree) -> Link:
         """Add each product to its part; where an era ends, fold pools into W and empty them."""
-        link, parts, pools = state.memo.sketch, Tree(), dict[str, Pool]()
+        link, parts, pools = state.counters.sketch, Tree(), dict[str, Pool]()
         place = self.turn(link)[1] % self.pool
         for name, term in terms.items():
             for label, factor in zip("BA", term.factors, strict=True):

@@ -11,7 +11,7 @@
 - Rank budgets: client k trains the first r_k components; the others stay as they are.
 - Server: one mean, K r m or K r n operations.
 - Source: Chen et al., *Robust federated finetuning of LLMs via alternating optimization of LoRA*,
-  NeurIPS 2025, arXiv 2502.01755 (earlier 2409.02346). Not the RoLoRA of quantisation.
+  NeurIPS 2025, arXiv 2502.01755 (earlier 2409.02346). Not the RoLoRA of quantization.
 - Departures: none known.
 - Unverified: the official code was not read: how A is drawn, and the scale.
 """
@@ -25,7 +25,13 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.shared.factors import Drawn
-from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerUpdate,
+    Replies,
+    RoundContext,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class RoLora(Drawn):
     carries = True
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         A = self.first(layer, now)
         if now.number % 2:
             return {"B": layer.trained("B"), "A": layer.carried.get("A", A)}

@@ -118,7 +118,7 @@ class SLora(LayerMethod):
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         plan = state.plan
-        if state.memo.sketch:
+        if state.counters.sketch:
             return super().open_round(state, round_, cohort, draw)
         full = {name: to_train(plan.shapes[name]) for name in plan.targets}
         seeds = {name: draw.sketch_seed(name) for name in full}
@@ -131,7 +131,7 @@ class SLora(LayerMethod):
             return super().close_round(state, sent, got)
         mean, plan = got.mean(), state.plan
         dense = dense_means(state, mean)
-        carried, ends = dict(state.carried), state.memo.age + 1 >= self.sparse_rounds
+        carried, ends = dict(state.carried), state.counters.age + 1 >= self.sparse_rounds
         for name, view in plan.targets.items():
             old, new = state.base[name], mean[name]
             if ends:

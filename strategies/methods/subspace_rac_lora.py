@@ -10,7 +10,7 @@ adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f
 
 Each link turns the basis by the gradient once: subspace iteration with a warm start, along the
 chain. The first link is drawn, or has its K from the gradient (`strategies.shared.initials`).
-With ``pairs`` all other even links are drawn: each pair is one randomised range finder. With
+With ``pairs`` all other even links are drawn: each pair is one randomized range finder. With
 ``fresh = 1`` these are Fed-RAC-LoRA's links, of sides by turns.
 
 - Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed, and
@@ -49,7 +49,13 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.shared import past
 from fedraclora.strategies.shared.initials import GradientFirst
-from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerUpdate,
+    Replies,
+    RoundContext,
+)
 from fedraclora.tree import Tree
 
 KeptLength = Annotated[
@@ -86,12 +92,14 @@ class SubspaceRacLora(GradientFirst):
     kept_scale: KeptLength = "auto"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         label, trained = past.sides(layer.link)
         drawing = now.sketch(layer, label, FRESH_ROWS[self.basis], index=layer.link)
         return {trained: layer.trained(trained), label: self.frozen(layer, label, drawing, now)}
 
-    def frozen(self, layer: Layer, label: str, drawing: SketchSpec, now: Round) -> FactorLike:
+    def frozen(
+        self, layer: Layer, label: str, drawing: SketchSpec, now: RoundContext
+    ) -> FactorLike:
         """Build a frozen factor: K from the gradient, coordinates or the last link, and F."""
         count = self.kept(layer.rank, layer.link)
         kept = count, self.length(layer.rank, drawing.dim)
@@ -151,7 +159,7 @@ class SubspaceRacLora(GradientFirst):
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         after = super().close_round(state, sent, got)
-        terms, link = (after.link or Link()).terms, state.memo.sketch
+        terms, link = (after.link or Link()).terms, state.counters.sketch
         kept = {name: self.kept(self.rank_of(state.plan, name), link) for name in terms}
         return replace(after, report=after.report | past.report(terms, sent, kept))
 

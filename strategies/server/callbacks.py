@@ -57,7 +57,7 @@ class Callbacks:
         row: Row = {"metrics": {}}
         now = weights() if measuring else {}
         for callback in measuring:
-            if isinstance(callback, Told):
+            if isinstance(callback, GuardedHooks):
                 self._columns.append((callback.name, callback.measure(dense(now), round_)))
             else:
                 row |= callback.measure(now, round_)
@@ -82,7 +82,9 @@ class Callbacks:
     def ends(self, rows: Sequence[Row]) -> bool:
         """Ask each whether the run is at its end."""
         self._rows += copy.deepcopy(rows[len(self._rows) :])
-        self.ended = any(c.ends(self._rows if isinstance(c, Told) else rows) for c in self.list)
+        self.ended = any(
+            c.ends(self._rows if isinstance(c, GuardedHooks) else rows) for c in self.list
+        )
         return self.ended
 
     def end(self, summary: Mapping[str, object], *, failed: bool = False) -> None:
@@ -97,7 +99,7 @@ class Callbacks:
 
 
 def _measures(callback: Callback) -> bool:
-    inner = callback.inner if isinstance(callback, Told) else callback
+    inner = callback.inner if isinstance(callback, GuardedHooks) else callback
     return type(inner).measure is not Callback.measure
 
 
@@ -257,7 +259,7 @@ class Undefined(Callback):
         self.said |= bool(found)
 
 
-class Told:
+class GuardedHooks:
     """Stands for an object of a program's own: what one of its hooks raises is told by its name.
 
     Args:
@@ -323,7 +325,9 @@ def own_callbacks(key: str, given: object) -> list[Callback]:
         ConfigError: If something is neither.
     """
     things = [(_callback(key, thing), _name(thing)) for thing in each_of(given)]
-    return [cast(Callback, Told(each, name, OF_CALLBACKS, copies=True)) for each, name in things]
+    return [
+        cast(Callback, GuardedHooks(each, name, OF_CALLBACKS, copies=True)) for each, name in things
+    ]
 
 
 def each_of(given: object) -> list[Any]:

@@ -14,7 +14,7 @@ from fedraclora.errors import ClientError, FedRacLoraError, WireError
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.rank_budgets import check_budgets, uploaded_numbers, widen
 from fedraclora.protocol.uplinks import (
     UNSAID,

@@ -11,7 +11,7 @@ from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import WaitPolicy
 from fedraclora.protocol.coding import NONE
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.uplinks import SUM_BLOCK
 
 
@@ -28,7 +28,7 @@ class LoopConfig(WaitPolicy):
         weights: ``examples`` or ``uniform``.
         dtype: Of numbers on the wire, that of the base weights.
         uplink, downlink: How they travel: as they are, or rounded to fewer bits
-            (`fedraclora.protocol.quantised`).
+            (`fedraclora.protocol.quantized`).
         feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
         uplink_coding, downlink_coding: How what is in fewer bits is coded
             (`fedraclora.protocol.coding`).
@@ -59,7 +59,7 @@ class LoopConfig(WaitPolicy):
 
     @property
     def kinds(self) -> tuple[str, str]:
-        """Kinds of numbers that go up and down: keys of `quantised.WIDTHS` or of its levels."""
+        """Kinds of numbers that go up and down: keys of `quantized.WIDTHS` or of its levels."""
         up, down = (self.dtype if k == FULL else k for k in (self.uplink, self.downlink))
         return up, down
 
@@ -123,7 +123,7 @@ class LoopConfig(WaitPolicy):
             "control_variates=true": (
                 "variates would take what is added to a change for a gradient"
             ),
-            "server_optimiser.space=weights beside links that end": (
+            "server_optimizer.space=weights beside links that end": (
                 "whole weights are sent there, in which what rounding left of the factors would be "
                 "lost"
             ),

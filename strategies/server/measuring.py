@@ -15,7 +15,7 @@ from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.clients import Floats, scored, spread, sums_named, usual, values_of
 from fedraclora.evaluation.metrics import AFTER, Measure
 from fedraclora.protocol.method import Cohort, Downlink
-from fedraclora.protocol.quantised import FULL
+from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.run.ledger import BY_CLIENTS, Row, number
 from fedraclora.run.recorder import Columns, RunRecorder

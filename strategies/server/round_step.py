@@ -25,7 +25,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.callback import Callback
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
-from fedraclora.strategies.server.callbacks import Told, each_of, joined
+from fedraclora.strategies.server.callbacks import GuardedHooks, each_of, joined
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
@@ -206,7 +206,7 @@ class RoundStep:
 
 def step_of(step: object) -> object:
     """Give the step itself, where it is a program's own."""
-    return step.inner if isinstance(step, Told) else step
+    return step.inner if isinstance(step, GuardedHooks) else step
 
 
 def step_name(step: object) -> str:
@@ -247,7 +247,8 @@ def own_steps(given: object) -> list[RoundStep]:
             why = "what watches a run is given as callbacks=[...]"
         raise ConfigError(f"steps has {thing!r:.200}; {why}")
     return [
-        cast(RoundStep, Told(thing, f"the step {step_name(thing)}", OF_STEPS)) for thing in things
+        cast(RoundStep, GuardedHooks(thing, f"the step {step_name(thing)}", OF_STEPS))
+        for thing in things
     ]
 
 
@@ -378,6 +379,6 @@ class RoundSteps:
         return row
 
     def summary(self, row: Row) -> Row:
-        """Summarise the run from the last row of the ledger."""
+        """Summarize the run from the last row of the ledger."""
         names = (step.spent for step in self.steps)
         return {name: row[name] for name in names if name is not None and name in row}

@@ -66,7 +66,7 @@ class Cost:
         failed = torch.tensor([f.client for f in exchange.all_failures], dtype=torch.int64)
         catch_up.fetch(asked[~torch.isin(asked, failed)])
         self.fetched = sent.fetched
-        self.transport = sent.serialised - self.up - self.down - self.fetched
+        self.transport = sent.serialized - self.up - self.down - self.fetched
 
     def add(self, part: Cost) -> Row:
         """Add what it took that clients measured; give its bytes up, and down with catch-up."""

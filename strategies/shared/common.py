@@ -66,12 +66,12 @@ def closed(
         ends: Whether the link ends: what is trained next is another thing, so that moments end.
         report: Figures for the ledger.
     """
-    sketch, age = state.memo.sketch, state.memo.age + 1
+    sketch, age = state.counters.sketch, state.counters.age + 1
     return replace(
         state,
         base=apply_link(state.base, link, state.plan),
         carried=carried or {},
-        memo=replace(state.memo, sketch=sketch + ends, age=0 if ends else age),
+        counters=replace(state.counters, sketch=sketch + ends, age=0 if ends else age),
         link=link,
         report=report or {},
         notes=(),

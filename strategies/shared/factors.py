@@ -23,7 +23,7 @@ from fedraclora.protocol.downlink import PARTS_OF_WEIGHTS
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, State
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
-from fedraclora.sketch import Normalise, Sketch, SketchSpec, check_sketch
+from fedraclora.sketch import Normalize, Sketch, SketchSpec, check_sketch
 from fedraclora.strategies.shared.common import closed
 from fedraclora.strategies.shared.initials import (
     STARTS,
@@ -34,7 +34,13 @@ from fedraclora.strategies.shared.initials import (
     check_start,
     gradient_factors,
 )
-from fedraclora.strategies.shared.layerwise import Factors, Layer, LayerMethod, Round, drawn_of
+from fedraclora.strategies.shared.layerwise import (
+    Factors,
+    Layer,
+    LayerMethod,
+    RoundContext,
+    drawn_of,
+)
 from fedraclora.tree import Tree
 
 # What is drawn: A (right), B (left), or the larger factor.
@@ -50,7 +56,7 @@ class Asymmetric(LayerMethod):
 
     Attributes:
         sketch: A key of `fedraclora.sketch.SKETCHES`.
-        normalise: ``rows``, ``identity`` (of each part) or ``none`` (`fedraclora.sketch`).
+        normalize: ``rows``, ``identity`` (of each part) or ``none`` (`fedraclora.sketch`).
         sketches: G, equal parts of one drawing, of the rank each.
     """
 
@@ -58,14 +64,14 @@ class Asymmetric(LayerMethod):
     parts_are = "sketches (method.sketches, times method.pool where there is one)"
 
     sketch: Sketch = "orthonormal"
-    normalise: Normalise = "rows"
+    normalize: Normalize = "rows"
     sketches: Count = 1
 
     @override
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
-        check_sketch(self.sketch, self.normalise, getattr(self, "blocks", "independent"))
+        check_sketch(self.sketch, self.normalize, getattr(self, "blocks", "independent"))
 
     def sides(self, shape: tuple[int, int]) -> tuple[str, str]:
         """Return the labels of the factor that is drawn and of the one that is trained."""
@@ -79,7 +85,7 @@ class Asymmetric(LayerMethod):
     @override
     def scale_of(self, rank: int) -> float:
         # E[A^T A] = I is that of all rows together, and each part has a G-th of it.
-        parts = self.sketches**0.5 if self.normalise == "identity" else 1.0
+        parts = self.sketches**0.5 if self.normalize == "identity" else 1.0
         return super().scale_of(rank) * parts
 
 
@@ -107,7 +113,9 @@ class Drawn(LayerMethod):
         """Reject an `initial` that does not exist, or does not fit."""
         check_start(self.init, fits=False, why=f"{type(self).__name__} has none such")
 
-    def first(self, layer: Layer, now: Round, label: str = "A", index: int = 0) -> SketchSpec:
+    def first(
+        self, layer: Layer, now: RoundContext, label: str = "A", index: int = 0
+    ) -> SketchSpec:
         """Draw a factor as it begins; another ``index`` is another drawing."""
         return now.sketch(layer, label, self.init, index=index)
 
@@ -140,7 +148,7 @@ class Factored(Probing, Drawn):
         return self.init in STARTS
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         drawn = self.drawn(layer.shape)
         if layer.carried or drawn is None:
             return super().factors(layer, now)

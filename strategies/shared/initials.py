@@ -269,7 +269,7 @@ class Probing(LayerMethod):
 
     def probes(self, state: State) -> bool:
         """Return whether the next round asks for gradients."""
-        begun = state.memo.sketch or state.memo.age or state.carried
+        begun = state.counters.sketch or state.counters.age or state.carried
         return bool(self.probe_rounds) and not begun
 
     @override
@@ -344,7 +344,7 @@ class GradientFirst(Probing):
         for layer in self.layers_of(state):
             found = self.first_factor(layer, gradients[layer.name])
             carried |= {f"{layer.name}/{k}": t.to(layer.dtype) for k, t in found.items()}
-        return replace(closed(state, Link(), carried=carried), memo=state.memo)
+        return replace(closed(state, Link(), carried=carried), counters=state.counters)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:

@@ -99,7 +99,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundContext:
     """The round that is opened, and its drawings.
 
     Attributes:
@@ -122,7 +122,7 @@ class Round:
         *,
         index: int = 0,
         rank: int | None = None,
-        normalise: str = "none",
+        normalize: str = "none",
         blocks: str = "independent",
         density: float = 0.1,
         seed: int | None = None,
@@ -135,7 +135,7 @@ class Round:
             kind: A key of `fedraclora.sketch.SKETCHES`.
             index: Number of the drawing: another one is independent.
             rank: r, if it is not that of the layer.
-            normalise: How rows are scaled (`fedraclora.sketch`).
+            normalize: How rows are scaled (`fedraclora.sketch`).
             blocks: ``independent``, or ``cover`` (row blocks of one basis).
             density: Share of non-zero entries, of ``sparse_sign`` alone.
             seed: None: the layer's own.
@@ -148,7 +148,7 @@ class Round:
             seed=self.draw.sketch_seed(layer.name) if seed is None else seed,
             index=index,
             blocks=blocks,
-            normalise=normalise,
+            normalize=normalize,
             density=density,
         )
 

@@ -62,7 +62,7 @@ from fedraclora.strategies.shared.layer import (
     Layer,
     LayerUpdate,
     Replies,
-    Round,
+    RoundContext,
     RoundReplies,
     known,
     multiplied,
@@ -70,7 +70,7 @@ from fedraclora.strategies.shared.layer import (
 from fedraclora.strategies.shared.sound import factors_of, kept_place, update_of
 from fedraclora.tree import Tree, parameters, wide, widened
 
-__all__ = ["Factors", "Layer", "LayerMethod", "LayerUpdate", "LowRank", "Replies", "Round"]
+__all__ = ["Factors", "Layer", "LayerMethod", "LayerUpdate", "LowRank", "Replies", "RoundContext"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class LayerMethod(LowRankMethod):
 
     # What a method says.
 
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         """Return what clients get for one matrix, by label; here they train both factors.
 
         Returns:
@@ -182,7 +182,7 @@ class LayerMethod(LowRankMethod):
     def looks_at_clients(self) -> bool:
         return not self.traits.exact  # then the error of a round is measured
 
-    def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
+    def components(self, cohort: Cohort, now: RoundContext) -> torch.Tensor | None:
         """Choose which components each client trains (`Downlink.ranks`); None: all of them."""
         return cohort.ranks if self.traits.ranks else None
 
@@ -236,8 +236,8 @@ class LayerMethod(LowRankMethod):
             rank=rank,
             scale=self.scale_of(rank),
             carried=held(""),
-            link=state.memo.sketch,
-            ends=state.memo.age + 1 == self.link_rounds,
+            link=state.counters.sketch,
+            ends=state.counters.age + 1 == self.link_rounds,
             dtype=wide(state.base[name].dtype),
             past=state.base.get(past_name(name)),
             frozen=held(FROZEN),
@@ -247,20 +247,20 @@ class LayerMethod(LowRankMethod):
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
         check_patterns(self.rank, plan.targets)
         notes = rank_notes(self.layer_rank(plan, name) for name in plan.targets)
-        return State(base, plan, memo=self.memo(), notes=notes)
+        return State(base, plan, counters=self.counters(), notes=notes)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        now, plan = Round(round_, draw), self.subset(state.plan, round_)
+        now, plan = RoundContext(round_, draw), self.subset(state.plan, round_)
         return Downlink(
             {name: self.adapter(self.layer(state, name), now) for name in plan.targets},
             dense_slots(state),
             program=self.program(plan),
             ranks=self.components(cohort, now),
-            link=state.memo.sketch,
+            link=state.counters.sketch,
         )
 
-    def adapter(self, layer: Layer, now: Round) -> Adapter:
+    def adapter(self, layer: Layer, now: RoundContext) -> Adapter:
         """Return the factors of one matrix in the order of their product."""
         found = factors_of(self, layer, now)
         found |= {
@@ -297,7 +297,7 @@ class LayerMethod(LowRankMethod):
             keep = kept_place(update, layer)
             if merged := _rounded(update.merged or (), layer.dtype):
                 terms[name] = Term(merged, adapter.scale, keep=keep)
-        ends = state.memo.age + 1 == self.link_rounds
+        ends = state.counters.age + 1 == self.link_rounds
         dense = dense_means(state, came.mean, self.traits.step)
         link = self.merge(state, terms, dense)
         report = {} if error is None else error.report()
@@ -331,7 +331,7 @@ class LayerMethod(LowRankMethod):
 
     def standing(self, state: State, draw: Draw, own: Tree | None = None) -> Link:
         """Compute what the factors as they stand add to the base."""
-        own, now, terms = own or {}, Round(1, draw), {}
+        own, now, terms = own or {}, RoundContext(1, draw), {}
         for layer in self.layers_of(state):
             found = self.adapter(layer, now).factors.items()
             factors = [Factor.of(own.get(f"{layer.name}/{label}", f)) for label, f in found]
@@ -344,7 +344,7 @@ class LayerMethod(LowRankMethod):
         """Count what is sent: of what is carried all numbers, of others those they begin with."""
         lasts = None if self.carries else self.link_rounds
         first = 1 + (round_ - 1) // lasts * lasts if lasts else 1  # of the link
-        ranks = self.components(NOBODY, Round(round_, Draw(0)))
+        ranks = self.components(NOBODY, RoundContext(round_, Draw(0)))
         up, down = dense_floats(plan), 0
         for name in self.subset(plan, round_).targets:
             carried = {*"BA"} if self.begins_carried else {*self.keeps} if round_ > 1 else set()
@@ -362,7 +362,7 @@ class LayerMethod(LowRankMethod):
         """Return what clients get in a round for a matrix of which nothing is carried."""
         rank, link = self.rank_of(plan, name), (round_ - 1) // (self.link_rounds or round_)
         layer = Layer(name, plan.targets[name].shape, rank, self.scale_of(rank), {}, link)
-        return self.adapter(layer, Round(round_, Draw(0)))
+        return self.adapter(layer, RoundContext(round_, Draw(0)))
 
 
 # For a round of which only the size is asked.

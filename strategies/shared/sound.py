@@ -20,7 +20,7 @@ from fedraclora.strategies.shared.layer import (
     Layer,
     LayerUpdate,
     Replies,
-    Round,
+    RoundContext,
     known,
 )
 
@@ -28,14 +28,14 @@ from fedraclora.strategies.shared.layer import (
 class OfLayers(Protocol):
     """What a method says of one matrix."""
 
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         """Return what clients get."""
 
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         """Return what a round makes of it."""
 
 
-def factors_of(method: OfLayers, layer: Layer, now: Round) -> dict[str, Factor]:
+def factors_of(method: OfLayers, layer: Layer, now: RoundContext) -> dict[str, Factor]:
     """Ask a method what clients get for a matrix; give it in the order of the product.
 
     Raises:

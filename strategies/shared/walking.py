@@ -14,7 +14,7 @@ backward pass. Local step t of a client looks along P directions:
     g_p = (L(W + eps z_p) - L(W - eps z_p)) / (2 eps)      the gradient of c_p is g_p / P
     W <- W + sum_j (c_j - c_j before) z_j                  (with V between, under momentum)
 
-The optimiser takes its step on c: SGD and its momentum on c are those on W. All clients of a chunk
+The optimizer takes its step on c: SGD and its momentum on c are those on W. All clients of a chunk
 look at once, in two forward passes a direction, with the same dropout in both. The loss that is
 reported is the mean of the two, up to eps^2 that of W.
 """
@@ -86,7 +86,7 @@ class Walk(Move):
         """Draw a direction of one weight, in its shape: float64 on the CPU, not to be modified."""
         seed = hash_key(self.seed, "direction", name) >> 65
         dim, at = like.numel(), self.first + number
-        spec = SketchSpec(self.law, "right", 1, dim, seed, at, normalise="identity")
+        spec = SketchSpec(self.law, "right", 1, dim, seed, at, normalize="identity")
         drawn = spec.draw()
         return drawn.view(*like.shape[::-1]).mT if name in self.turned else drawn.view(like.shape)
 
@@ -266,7 +266,7 @@ class Looking:
         return torch.stack([each[j] for j in drawn.tolist()]).to(weight)
 
     def _follow(self, now: torch.Tensor) -> None:
-        """Move weights by what the optimiser made of the numbers."""
+        """Move weights by what the optimizer made of the numbers."""
         active = len(now)
         moved, self.seen = (now - self.seen[:active]).cpu(), now.clone()
         columns = moved.any(dim=0).nonzero().flatten().tolist()
@@ -319,13 +319,15 @@ class Walking(Method):
         slot = to_train(self.shape(state.plan))
         return Downlink(dense={MOVES: slot}, program=self.program(walk, round_))
 
-    def gone(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:  # noqa: ARG002
+    def applied_moves(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:  # noqa: ARG002
         """Say how the server goes; ``mean`` is what clients sent, as it is stored."""
         return (replace(walk, scalars=mean),)
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        link = Link(moves=self.gone(walk_of(sent), stored(got.mean()[MOVES], state), state.plan))
+        link = Link(
+            moves=self.applied_moves(walk_of(sent), stored(got.mean()[MOVES], state), state.plan)
+        )
         return replace(state, base=apply_link(state.base, link, state.plan), link=link, notes=())
 
     @override

@@ -35,7 +35,7 @@ STEPS: tuple[tuple[str, Callable[[Any], RoundStep | None]], ...] = (
     ("local", lambda it: SampleAccount(dp.noise) if (dp := it.extra_of(SampleLevel)) else None),
     ("local", lambda local: RowMoments() if local.optimizer_state == "rows" else None),
     ("control_variates", lambda on: ControlVariates() if on else None),
-    ("server_optimiser", lambda rule: None if rule.name == "none" else OptimisedServer(rule)),
+    ("server_optimizer", lambda rule: None if rule.name == "none" else OptimisedServer(rule)),
 )
 
 

@@ -1,7 +1,7 @@
-"""A server optimiser between the mean of a round and the next state, for any method.
+"""A server optimizer between the mean of a round and the next state, for any method.
 
 In the space of **weights** Delta is the change of the effective weights that the method would make,
-whatever it is made of, and what the optimiser adds to it goes into the base weights:
+whatever it is made of, and what the optimizer adds to it goes into the base weights:
 
     W_new = W_old + step(Delta);   Delta = W(after) - W(before), dense
 
@@ -31,7 +31,7 @@ from dataclasses import replace
 import torch
 from typing_extensions import override
 
-from fedraclora.aggregation.server_optimisers import ServerOptimiser
+from fedraclora.aggregation.server_optimizers import ServerOptimizer
 from fedraclora.compatibility import Feature, conflict
 from fedraclora.data.own_loss import PASSING
 from fedraclora.errors import ConfigError
@@ -62,15 +62,15 @@ class OptimisedServer(RoundStep):
     """Closes a round with the server's step in the place of the mean.
 
     Args:
-        rule: The optimiser.
+        rule: The optimizer.
     """
 
-    def __init__(self, rule: ServerOptimiser) -> None:
+    def __init__(self, rule: ServerOptimizer) -> None:
         self.rule = rule
 
     @Feature(
-        "server_optimiser.space=weights beside links that end",
-        instead="server_optimiser=none or space=factors",
+        "server_optimizer.space=weights beside links that end",
+        instead="server_optimizer=none or space=factors",
     )
     def _sends_whole_weights(self) -> bool:
         outer, *_, inner = [self.run.method, *inside(self.run.method)]
@@ -88,12 +88,12 @@ class OptimisedServer(RoundStep):
 
 
 def step_in_weights(
-    rule: ServerOptimiser, method: Method, before: State, after: State, draw: Draw
+    rule: ServerOptimizer, method: Method, before: State, after: State, draw: Draw
 ) -> State:
     """Take the server's step where the method has taken the mean.
 
     Args:
-        rule: The optimiser.
+        rule: The optimizer.
         method: Tells effective weights.
         before: The state before the round.
         after: The one that the method made.
@@ -137,12 +137,12 @@ def step_in_weights(
 
 
 def step_in_factors(
-    rule: ServerOptimiser, state: State, sent: Downlink, got: Uplinks
+    rule: ServerOptimizer, state: State, sent: Downlink, got: Uplinks
 ) -> tuple[Uplinks, Tree, dict[str, float]]:
     """Put start + step(mean - start) in the place of the mean of what clients sent.
 
     Args:
-        rule: The optimiser.
+        rule: The optimizer.
         state: Before the round.
         sent: What was asked.
         got: What came; its mean is enough.
@@ -165,15 +165,15 @@ def step_in_factors(
     return replace(got, stacked=None, summed=stepped, denominator=1.0), moments, report
 
 
-def advanced(rule: ServerOptimiser, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
-    """Let a server optimiser take its steps; check those of a user's.
+def advanced(rule: ServerOptimizer, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
+    """Let a server optimizer take its steps; check those of a user's.
 
     Raises:
-        ConfigError: Naming the optimiser, and what it gives.
+        ConfigError: Naming the optimizer, and what it gives.
     """
     if of_project(type(rule)):
         return rule.advance(change, moments)
-    who = f"the server optimiser {type(rule).__name__}"
+    who = f"the server optimizer {type(rule).__name__}"
     with told_as(ConfigError, f"{who}: ", "calling its advance", passing=PASSING):
         found: object = rule.advance(dict(change), dict(moments))
     if not isinstance(found, tuple) or len(found) != 2:
@@ -191,7 +191,7 @@ def advanced(rule: ServerOptimiser, change: Tree, moments: Tree) -> tuple[Tree, 
     return found
 
 
-def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree, dict[str, float]]:
+def _beside(rule: ServerOptimizer, moments: Tree, sent: Downlink) -> tuple[Tree, dict[str, float]]:
     """Move the moments of factors along with the frozen ones beside them; say what is left."""
     out, before, after = dict(moments), 0.0, 0.0
     for weight, adapter in sent.adapters.items():
@@ -205,7 +205,7 @@ def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree,
         old, moment = moments[partner].double(), moments[first].double()
         same = torch.equal(moments[partner], new.to(moments[partner]))
         if rule.adapts and not same:
-            raise conflict(ServerOptimiser, FROZEN_CHANGED, weight)
+            raise conflict(ServerOptimizer, FROZEN_CHANGED, weight)
         out[first] = moment if same else transported(label, moment, old, new)
         before += product_norm(*as_product(label, moment, old)) ** 2
         after += product_norm(*as_product(label, out[first], new)) ** 2
@@ -213,7 +213,7 @@ def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree,
 
 
 def _own(state: State) -> Tree:
-    """Select the moments of the optimiser: the others are not its own."""
+    """Select the moments of the optimizer: the others are not its own."""
     kinds = ("first/", "second/", "beside/")
     return {n: m for n, m in state.moments.items() if n.startswith(kinds)}
 

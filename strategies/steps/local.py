@@ -1,7 +1,7 @@
 """Steps that local settings ask for: an account of privacy, moments of rows, and no energy.
 
 Second moments of rows are sent with each round, and averaged as they come back; the formulas are in
-`fedraclora.training.optimiser`. They travel as tensors that clients train, so that every engine and
+`fedraclora.training.optimizer`. They travel as tensors that clients train, so that every engine and
 every rule for those serves them.
 """
 
@@ -25,7 +25,7 @@ from fedraclora.strategies.server.round_step import CloseRound, CohortOf, RoundS
 from fedraclora.strategies.shared.past import ENERGY
 from fedraclora.training.extras.settings import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.optimiser import ROW_SLOT, row_slots
+from fedraclora.training.optimizer import ROW_SLOT, row_slots
 
 
 def follows_gradient(local: LocalConfig) -> bool:
@@ -35,7 +35,7 @@ def follows_gradient(local: LocalConfig) -> bool:
     rows, so that `strategies.shared.past.energies` would read its own step size back; a layer that
     is clipped by itself would count for too little beside the others.
     """
-    return local.optimiser == "sgd" and not local.added and local.clip_by == "all"
+    return local.optimizer == "sgd" and not local.added and local.clip_by == "all"
 
 
 class NoEnergy(RoundStep):

@@ -1,7 +1,7 @@
 """SCAFFOLD at the server: the mean variate, what of it goes down, and which methods it is for.
 
 The formulas are in `fedraclora.training.extras.variates`. The server keeps its part in the state of
-the run, the clients theirs between rounds, where the moments of their optimisers are.
+the run, the clients theirs between rounds, where the moments of their optimizers are.
 
 - Uplink: that of the method. Downlink: r m numbers per matrix and client more, as is trained.
 - Client state: as much as is trained; m n numbers per matrix where sketches are drawn anew.
@@ -35,7 +35,7 @@ from fedraclora.training.extras.variates import (
     variates_of,
     with_variates,
 )
-from fedraclora.training.optimiser import mean_gradients
+from fedraclora.training.optimizer import mean_gradients
 from fedraclora.tree import Tree
 
 

@@ -33,9 +33,9 @@ from fedraclora.allocation import ALLOCATED, CHOOSES_LAYERS, SYNFLOW, AdaLora, H
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import (
     Cohort,
+    Counters,
     Downlink,
     Draw,
-    Memo,
     Method,
     Plan,
     State,
@@ -53,7 +53,7 @@ Flow = Callable[[Tree, Downlink, Plan], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Chosen(Memo):
+class Chosen(Counters):
     """What a rule keeps.
 
     Attributes:
@@ -76,7 +76,7 @@ class Allocated(Around):
         flow: Gives scores of SYNFLOW; None: there is no model to ask.
     """
 
-    memo: ClassVar[type[Chosen]] = Chosen
+    counters: ClassVar[type[Chosen]] = Chosen
 
     rule: HeteroLora
     flow: Flow | None = field(default=None, compare=False)
@@ -92,14 +92,14 @@ class Allocated(Around):
         state = self.inner.initial_state(base, plan, draw)
         if any(state.base[name] is not base[name] for name in plan.targets):
             raise refused(self.inner, "it changes the base weights before the first round")
-        if self.inner.memo is not Memo:
+        if self.inner.counters is not Counters:
             raise refused(self.inner, "it keeps numbers of its own from round to round")
-        return replace(state, memo=Chosen())
+        return replace(state, counters=Chosen())
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
         """Return the method, and the state with the layers that were chosen last."""
-        adapted = cast(Chosen, state.memo).adapted
+        adapted = cast(Chosen, state.counters).adapted
         return self.inner, narrowed(state, {n for n in state.plan.targets if adapted.get(n, 1)})
 
     @override
@@ -146,9 +146,9 @@ class Allocated(Around):
                 "last link, of layers that are left out: set every=null",
             )
         adapted = {name: int(name in sent.adapters) for name in state.plan.targets}
-        memo = replace(cast(Chosen, after.memo), adapted=adapted)
+        counters = replace(cast(Chosen, after.counters), adapted=adapted)
         report = after.report | {"adapted_layers": float(len(sent.adapters))}
-        return replace(after, plan=state.plan, memo=memo, report=report)
+        return replace(after, plan=state.plan, counters=counters, report=report)
 
 
 def allocated(method: Method, rule: Uniform, flow: Flow | None = None) -> Method:

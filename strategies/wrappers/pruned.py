@@ -31,10 +31,10 @@ from fedraclora.allocation import ALLOCATED, AdaLora, component_scores, kept_com
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.protocol.method import (
+    Counters,
     Downlink,
     Draw,
     Link,
-    Memo,
     Method,
     Plan,
     State,
@@ -52,7 +52,7 @@ SMOOTH = {"importance/": 0, "uncertainty/": 1}
 
 
 @dataclass(frozen=True)
-class RanksLeft(Memo):
+class RanksLeft(Counters):
     """What the rule keeps.
 
     Attributes:
@@ -76,7 +76,7 @@ class Pruned(Around):
         rule: When how many components are left.
     """
 
-    memo: ClassVar[type[RanksLeft]] = RanksLeft
+    counters: ClassVar[type[RanksLeft]] = RanksLeft
 
     inner: LayerMethod
     rule: AdaLora
@@ -97,26 +97,26 @@ class Pruned(Around):
                 f"components with which {len(ranks)} layers begin; 1 to {first} must be left: "
                 "change it, or method.rank"
             )
-        return replace(state, memo=RanksLeft(rank=ranks, components=first))
+        return replace(state, counters=RanksLeft(rank=ranks, components=first))
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         inner, at = self.at(state)
         after = inner.close_round(at, sent, got)
-        memo = replace(self.kept(after), rounds=self.kept(after).rounds + 1)
-        after = replace(after, plan=state.plan, memo=memo)
+        counters = replace(self.kept(after), rounds=self.kept(after).rounds + 1)
+        after = replace(after, plan=state.plan, counters=counters)
         if not sent.program.trains:  # the factors have only now begun
             return after
         smoothed = self._smoothed(state, sent, after)
-        budget = self.rule.budget(memo.rounds, memo.components, len(state.plan.targets))
-        if budget is None or budget >= sum(memo.rank.values()):
+        budget = self.rule.budget(counters.rounds, counters.components, len(state.plan.targets))
+        if budget is None or budget >= sum(counters.rank.values()):
             return replace(after, carried=after.carried | smoothed)
         return self._cut(state, sent, after, smoothed, budget)
 
     @staticmethod
     def kept(state: State) -> RanksLeft:
         """Compute the ranks that the rule leaves in a state."""
-        return cast(RanksLeft, state.memo)
+        return cast(RanksLeft, state.counters)
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
@@ -174,10 +174,10 @@ class Pruned(Around):
                 carried[f"{prefix}{name}/B"] = smoothed[f"{prefix}{name}/B"][:, kept]
                 carried[f"{prefix}{name}/A"] = smoothed[f"{prefix}{name}/A"][kept]
         link = Link(terms, before.dense)
-        another = after.memo.sketch + 1  # what is trained is another thing now
-        memo = replace(self.kept(after), rank=left, sketch=another)
+        another = after.counters.sketch + 1  # what is trained is another thing now
+        counters = replace(self.kept(after), rank=left, sketch=another)
         base = apply_link(state.base, link, state.plan)
-        return replace(after, base=base, carried=carried, memo=memo, link=link)
+        return replace(after, base=base, carried=carried, counters=counters, link=link)
 
 
 def joined(term: Term | None, more: Product, scale: float) -> Term:

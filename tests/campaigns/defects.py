@@ -11,7 +11,7 @@ Keys:
 One defect by hand: ``pytest -p tests.campaigns.defects --defect NAME``.
 
 The defects are those that were found in public implementations of federated low-rank methods, and
-the ways to get their algebra wrong that lie beside them, and the like for server optimisers,
+the ways to get their algebra wrong that lie beside them, and the like for server optimizers,
 control variates, buffers, numbers in fewer bits, pools and projected gradients. Methods are tested
 under alpha != rank, m != n and unequal weights, or most of these would pass.
 """

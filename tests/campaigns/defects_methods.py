@@ -43,8 +43,8 @@ from fedraclora.strategies.shared.layerwise import (
     Round,
 )
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.materialise import start_from
-from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.materialize import start_from
+from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
 from tests.campaigns.planting import Planting, defect, defects_of
 
@@ -285,11 +285,11 @@ def clients_counted_in_a_mean_of_weights(planting: Planting) -> None:
     planting.function(weighted_sum, counted)
 
 
-@defect("fed_rac_lora", "an optimiser that is not reset")
+@defect("fed_rac_lora", "an optimizer that is not reset")
 def moments_outlive_the_round(planting: Planting) -> None:
-    sound, last = CohortOptimiser.step, dict[str, torch.Tensor]()
+    sound, last = CohortOptimizer.step, dict[str, torch.Tensor]()
 
-    def step(self: CohortOptimiser, gradients: Tree) -> None:
+    def step(self: CohortOptimizer, gradients: Tree) -> None:
         if self.count == 0:
             held = {n: t for n, t in last.items() if n in self.values}
             fits = {n: t.clone() for n, t in held.items() if t.shape == self.values[n].shape}
@@ -298,7 +298,7 @@ def moments_outlive_the_round(planting: Planting) -> None:
         last.clear()
         last.update(self.first)
 
-    planting.put(CohortOptimiser, "step", step)
+    planting.put(CohortOptimizer, "step", step)
 
 
 METHOD_DEFECTS = defects_of(globals())

@@ -1,4 +1,4 @@
-"""Defects of what stands beside the methods: server optimisers, control variates, buffers.
+"""Defects of what stands beside the methods: server optimizers, control variates, buffers.
 
 Each names the law that it breaks, by the name of the test that must find it.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fedraclora.strategies.steps.scaffold
-from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerOptimiser, Yogi
+from fedraclora.aggregation.server_optimizers import Adaptive, Momentum, ServerOptimizer, Yogi
 from fedraclora.clients.client_state import restore
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.factor import adapted_weight
@@ -27,11 +27,11 @@ from fedraclora.training.extras.variates import (
     variates_of,
     with_variates,
 )
-from fedraclora.training.optimiser import correcting, mean_gradients
+from fedraclora.training.optimizer import correcting, mean_gradients
 from fedraclora.tree import Tree
 from tests.campaigns.planting import Planting, defect, defects_of
 
-OPTIMISERS = ("tests/contract/test_server_optimisers.py",)
+OPTIMIZERS = ("tests/contract/test_server_optimizers.py",)
 DRIFT = ("tests/contract/test_control_variates.py",)
 BUFFERED = ("tests/contract/test_buffered_rounds.py",)
 IN_WEIGHTS = "test_in_weights_the_server_follows_the_mean_of_the_clients_weights"
@@ -42,20 +42,20 @@ STEP = "test_every_step_is_the_discounted_mean_of_what_came"
 Advanced = tuple[Tree, Tree]
 
 
-# ---- Server optimisers ----------------------------------------------------------------
+# ---- Server optimizers ----------------------------------------------------------------
 
 
 @defect(
     f"{IN_WEIGHTS} and momentum",
     "FedAvgM: the velocity is not carried from round to round",
-    OPTIMISERS,
+    OPTIMIZERS,
 )
 def server_momentum_forgotten(planting: Planting) -> None:
     sound = Momentum.advance
     planting.put(Momentum, "advance", lambda self, *given: sound(replace(self, beta=0.0), *given))
 
 
-@defect(f"{IN_WEIGHTS} and adam", "FedAdam: the last change scaled by V alone", OPTIMISERS)
+@defect(f"{IN_WEIGHTS} and adam", "FedAdam: the last change scaled by V alone", OPTIMIZERS)
 def first_moment_forgotten(planting: Planting) -> None:
     sound = Adaptive.advance
     planting.put(Adaptive, "advance", lambda self, *given: sound(replace(self, beta1=0.0), *given))
@@ -64,7 +64,7 @@ def first_moment_forgotten(planting: Planting) -> None:
 @defect(
     f"{IN_WEIGHTS} and adam",
     "Flower's FedAdam: the first rounds corrected, which algorithm 2 of FedOpt has not",
-    OPTIMISERS,
+    OPTIMIZERS,
 )
 def moments_corrected_as_adam_does(planting: Planting) -> None:
     sound = Adaptive.advance
@@ -80,7 +80,7 @@ def moments_corrected_as_adam_does(planting: Planting) -> None:
 @defect(
     f"{IN_WEIGHTS} and adagrad",
     "Flower's FedOpt: V begins at 0, where the paper has tau^2",
-    OPTIMISERS,
+    OPTIMIZERS,
 )
 def second_moment_begins_at_nothing(planting: Planting) -> None:
     sound = Adaptive.advance
@@ -92,7 +92,7 @@ def second_moment_begins_at_nothing(planting: Planting) -> None:
     planting.put(Adaptive, "advance", advance)
 
 
-@defect(f"{IN_WEIGHTS} and yogi", "FedYogi: sign(Delta^2 - V)", OPTIMISERS)
+@defect(f"{IN_WEIGHTS} and yogi", "FedYogi: sign(Delta^2 - V)", OPTIMIZERS)
 def yogi_moves_the_wrong_way(planting: Planting) -> None:
     def second(self: Yogi, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
         return old - (1 - self.beta2) * square * torch.sign(square - old)
@@ -100,7 +100,7 @@ def yogi_moves_the_wrong_way(planting: Planting) -> None:
     planting.put(Yogi, "second", second)
 
 
-@defect(f"{IN_WEIGHTS} and adam", "an optimiser that is made anew in each round", OPTIMISERS)
+@defect(f"{IN_WEIGHTS} and adam", "an optimizer that is made anew in each round", OPTIMIZERS)
 def server_moments_begin_anew(planting: Planting) -> None:
     sound = Adaptive.advance
     planting.put(Adaptive, "advance", lambda self, change, moments: sound(self, change, {}))
@@ -108,9 +108,9 @@ def server_moments_begin_anew(planting: Planting) -> None:
 
 @dataclass(frozen=True)
 class Beside:
-    """A server optimiser that steps beside the mean, in the place of stepping instead of it."""
+    """A server optimizer that steps beside the mean, in the place of stepping instead of it."""
 
-    rule: ServerOptimiser
+    rule: ServerOptimizer
 
     def advance(self, change: Tree, moments: Tree) -> Advanced:
         """Give the sum of both steps."""
@@ -121,21 +121,21 @@ class Beside:
 @defect(
     f"{IN_WEIGHTS} and momentum",
     "resets nothing: the mean is merged, and the server's step is added",
-    OPTIMISERS,
+    OPTIMIZERS,
 )
 def server_steps_beside_the_mean(planting: Planting) -> None:
-    def beside(rule: ServerOptimiser, *given: Any) -> State:
+    def beside(rule: ServerOptimizer, *given: Any) -> State:
         return step_in_weights(Beside(rule), *given)  # type: ignore[arg-type]
 
     planting.function(step_in_weights, beside)
 
 
-@defect(IN_FACTORS, "momentum of B under one A added under another", OPTIMISERS)
+@defect(IN_FACTORS, "momentum of B under one A added under another", OPTIMIZERS)
 def momentum_left_beside_the_old_sketch(planting: Planting) -> None:
     planting.function(transported, lambda label, trained, old, new: trained)
 
 
-@defect(IN_FACTORS, "B A_old A_new^T, which is right for orthonormal rows alone", OPTIMISERS)
+@defect(IN_FACTORS, "B A_old A_new^T, which is right for orthonormal rows alone", OPTIMIZERS)
 def momentum_moved_without_the_gram(planting: Planting) -> None:
     def moved(
         label: str, trained: torch.Tensor, old: torch.Tensor, new: torch.Tensor

@@ -12,13 +12,13 @@ import torch
 
 from fedraclora.protocol.factor import weight_of
 from fedraclora.protocol.method import Downlink, Link, State, Term
-from fedraclora.protocol.quantised import encode
+from fedraclora.protocol.quantized import encode
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.methods.galore_average import GaLore, Projection
 from fedraclora.strategies.methods.pool_rac_lora import PoolRacLora, added
 from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora
-from fedraclora.strategies.server import quantised
-from fedraclora.strategies.server.quantised import DownlinkRounding, stays
+from fedraclora.strategies.server import quantized
+from fedraclora.strategies.server.quantized import DownlinkRounding, stays
 from fedraclora.strategies.shared import layerwise, past
 from fedraclora.strategies.shared.layer import Layer
 from fedraclora.strategies.shared.layerwise import LayerMethod
@@ -30,8 +30,8 @@ from fedraclora.weights.update import WeightHistory, WeightUpdate
 from fedraclora.wire.feedback import LIFE, left_over, to_add
 from tests.campaigns.planting import Planting, defect, defects_of
 
-BITS = ("tests/unit/test_quantised.py",)
-ROUNDS = ("tests/contract/test_quantised_rounds.py",)
+BITS = ("tests/unit/test_quantized.py",)
+ROUNDS = ("tests/contract/test_quantized_rounds.py",)
 LINKS = ("tests/contract/test_rounded_links.py",)
 FEEDBACK = ("tests/contract/test_feedback.py",)
 DRIFT = ("tests/contract/test_control_variates.py",)
@@ -108,7 +108,7 @@ def residue_outlives_its_link(planting: Planting) -> None:
     FEEDBACK,
 )
 def residue_lost_where_a_link_ends(planting: Planting) -> None:
-    planting.put(quantised, "summed", lambda name, term, moments, sent: term)
+    planting.put(quantized, "summed", lambda name, term, moments, sent: term)
 
 
 @defect(

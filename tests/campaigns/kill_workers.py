@@ -1,6 +1,6 @@
 """``python -m tests.campaigns.kill_workers``: a Ray run that loses a worker ends as if it had not.
 
-A small job runs once on the engine ``vectorised``, for the digests of its weights and its ledger.
+A small job runs once on the engine ``vectorized``, for the digests of its weights and its ledger.
 Then, as often as asked, it runs on Ray workers, one of which is killed with SIGKILL at a random
 moment: in a round drawn uniformly, the start of the workers included. Both digests must come out
 the same.
@@ -106,7 +106,7 @@ def main(words: Sequence[str] | None = None) -> int:
     console, good = plain_console(), 0
     on_ray = [*JOB, "engine=ray", "engine.chunk=5", f"engine.workers={asked.workers}"]
     with tempfile.TemporaryDirectory(prefix="kill-workers-") as root:
-        whole = Path(root) / "vectorised"
+        whole = Path(root) / "vectorized"
         wanted = finish(launch(JOB, whole, resume=False), whole)
         for trial in range(1, asked.times + 1):
             folder = Path(root) / f"{trial:03d}"

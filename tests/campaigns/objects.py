@@ -51,7 +51,16 @@ import fedraclora
 from fedraclora.errors import FedRacLoraError
 from fedraclora.rng import generator
 from fedraclora.run.ledger import read_ledger
-from tests.campaigns.odd_objects import PARTS, PLAIN, QUIET, TEST, Kind, Raised, Told, in_folder
+from tests.campaigns.odd_objects import (
+    PARTS,
+    PLAIN,
+    QUIET,
+    TEST,
+    GuardedHooks,
+    Kind,
+    Raised,
+    in_folder,
+)
 from tests.campaigns.odd_plugins import PLUG_INS
 
 SECONDS = 20  # of the processor, for one case
@@ -162,7 +171,7 @@ def _in_child(parts: Parts, home: Path) -> None:
 def tried(parts: Parts, work: Path) -> Ended:
     """Make the objects of a case, run it, and check what came."""
     warnings.simplefilter("ignore")  # of other libraries, of what odd objects do
-    told = Told()
+    told = GuardedHooks()
     keys: dict[str, Any] = {"test": TEST}
     with in_folder(work):
         try:
@@ -182,7 +191,7 @@ def tried(parts: Parts, work: Path) -> Ended:
 
 
 def faults(
-    run: Any, parts: Parts, keys: Mapping[str, Any], told: Told, kept: object
+    run: Any, parts: Parts, keys: Mapping[str, Any], told: GuardedHooks, kept: object
 ) -> Iterator[str]:
     """Hold a run against what was given; say what is wrong."""
     kinds, rows, rounds = kinds_of(parts), run.rows, int(keys.get("rounds", 1))
@@ -216,7 +225,7 @@ def faults(
         yield "numbers: other weights than of the same samples as arrays"
 
 
-def plainly(keys: Mapping[str, Any], told: Told) -> object:
+def plainly(keys: Mapping[str, Any], told: GuardedHooks) -> object:
     """Give the digest of the weights after a run on the same samples as plain arrays."""
     alone = dict.fromkeys(("clients", "partition", "client", "on_round", "folder"))
     like = {**keys, **alone, "data": PLAIN, "model": told.model, "resume": False}

@@ -61,7 +61,7 @@ class Raised(Exception):
 
 
 @dataclass
-class Told:
+class GuardedHooks:
     """What is known of a case beside its parts.
 
     Attributes:
@@ -130,7 +130,7 @@ class Kind:
         said: What must be printed where it runs.
     """
 
-    make: Callable[[Told], dict[str, Any]]
+    make: Callable[[GuardedHooks], dict[str, Any]]
     ends: str = "runs"
     task: str = ""
     same: bool = False
@@ -233,7 +233,7 @@ class Tied(nn.Module):
 class Uncopied(nn.Sequential):
     """Cannot be copied."""
 
-    def __deepcopy__(self, memo: Any) -> Any:
+    def __deepcopy__(self, counters: Any) -> Any:
         raise RuntimeError("a lock cannot be copied")
 
 
@@ -293,7 +293,7 @@ def hooked() -> nn.Module:
 def model(make: Callable[[], Any], ends: str = "runs", **more: Any) -> Kind:
     """Make a kind of model, with fixed draws."""
 
-    def made(told: Told) -> dict[str, Any]:
+    def made(told: GuardedHooks) -> dict[str, Any]:
         with seeded(0, "model of the campaign"):
             found = make()
         if ends == "runs":
@@ -450,7 +450,7 @@ def data(
     """Make a kind of samples, with keywords that they need."""
     task = keys.pop("task", "")
 
-    def made(told: Told) -> dict[str, Any]:
+    def made(told: GuardedHooks) -> dict[str, Any]:
         told.clients = clients if ends == "runs" else 0
         divided = isinstance(keys.get("partition"), str | dict)
         return {"data": make(), **({"clients": clients} if divided else {}), **keys}
@@ -570,7 +570,7 @@ DATA = {
         ),
         "refused",
     ),
-    "quantised": data(
+    "quantized": data(
         lambda: last(
             lambda x, y: (torch.quantize_per_tensor(torch.tensor(x), 0.1, 0, torch.qint8), y)
         ),
@@ -664,11 +664,11 @@ def says(ends: str = "runs", **keys: Any) -> Kind:
     return Kind(lambda _told: dict(keys), ends, keys.pop("task", ""))
 
 
-def called(make: Callable[[Told], Any], ends: str = "runs") -> Kind:
+def called(make: Callable[[GuardedHooks], Any], ends: str = "runs") -> Kind:
     return Kind(lambda told: {"on_round": make(told)}, ends)
 
 
-def raising(told: Told) -> Any:
+def raising(told: GuardedHooks) -> Any:
     told.raises = True
 
     def stop(_row: Any) -> None:
@@ -687,7 +687,7 @@ def writing(row: Any) -> None:
 class Listener:
     """Can be called."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, told: GuardedHooks) -> None:
         self.told = told
 
     def __call__(self, row: Any) -> None:
@@ -963,7 +963,7 @@ PARTS: dict[str, dict[str, Kind]] = {
         "a missing metric": says("refused", metrics=["speed"]),
     },
     "engine": {
-        "vectorised": says(),
+        "vectorized": says(),
         "inline": says(engine="inline"),
         "a missing one": says("refused", engine="warp"),
         "five": says("refused", engine=5),

@@ -2,7 +2,7 @@
 
     python -m tests.campaigns.objects --plug-ins
 
-Methods, round steps, callbacks, metrics, losses, partitioners, aggregators and server optimisers
+Methods, round steps, callbacks, metrics, losses, partitioners, aggregators and server optimizers
 that give nothing, other shapes and types, NaN, huge whole numbers, numbers of numpy, texts, names
 that a ledger has, errors, and nothing at all; some are right in another form.
 """
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import fedraclora
 from tests.campaigns.odd_objects import Kind, says
-from tests.unit.test_own_hooks import WRONG, changed, optimiser, rule, step
+from tests.unit.test_own_hooks import WRONG, changed, optimizer, rule, step
 from tests.unit.test_own_methods import FACTORS, UPDATES, Odd, carried, merged, sketch
 
 NUMBERS = [10**400, 2**70, math.nan, math.inf, -0.0, True, np.float32(2), np.int64(3)]
@@ -188,12 +188,12 @@ def partitions() -> Iterator[tuple[str, Kind]]:
 
 
 def rules() -> Iterator[tuple[str, Kind]]:
-    """Give aggregators and server optimisers of the user's."""
+    """Give aggregators and server optimizers of the user's."""
     for k, value in enumerate(OTHERS):
         made: Any = lambda *_, value=value: value  # noqa: E731
         name = f"{k} {type(value).__name__}"
         yield f"aggregator {name}", mine(lambda made=made: {"aggregator": rule(made)})  # type: ignore[misc]
-        yield f"optimiser {name}", mine(lambda m=made: {"server_optimiser": optimiser(m)})  # type: ignore[misc]
+        yield f"optimizer {name}", mine(lambda m=made: {"server_optimizer": optimizer(m)})  # type: ignore[misc]
     for name, field in {"rows": "stacked", "weights": "weights"}.items():
         for what, change in {
             "NaN": lambda t: t * math.nan,
@@ -204,11 +204,11 @@ def rules() -> Iterator[tuple[str, Kind]]:
             of: Any = changed(**{field: lambda got, f=field, c=change: c(getattr(got, f))})
             yield f"aggregator {name} {what}", mine(lambda of=of: {"aggregator": rule(of)})  # type: ignore[misc]
     yield "aggregator raises", mine(lambda: {"aggregator": rule(fails)})
-    yield "optimiser raises", mine(lambda: {"server_optimiser": optimiser(fails)})
+    yield "optimizer raises", mine(lambda: {"server_optimizer": optimizer(fails)})
     nan: Any = lambda c, m: ({n: t * math.nan for n, t in c.items()}, m)  # noqa: E731
-    yield "optimiser NaN", mine(lambda: {"server_optimiser": optimiser(nan)})
+    yield "optimizer NaN", mine(lambda: {"server_optimizer": optimizer(nan)})
     same: Any = lambda c, m: (c, m)  # noqa: E731
-    yield "optimiser of nothing", mine(lambda: {"server_optimiser": optimiser(same)}, "runs")
+    yield "optimizer of nothing", mine(lambda: {"server_optimizer": optimizer(same)}, "runs")
     yield "aggregator of nothing", mine(lambda: {"aggregator": rule(lambda got, _: got)}, "runs")
 
 

@@ -4,7 +4,7 @@
     python -m tests.campaigns.own_training --times 20 --engine ray
 
 What is returned, what is done to the model, the samples and the time, the kind of the samples, the
-optimiser, the model and the run are drawn by a seeded generator. One client of five misbehaves.
+optimizer, the model and the run are drawn by a seeded generator. One client of five misbehaves.
 Either nothing that counts has changed, and the run is that of honest clients to the bit; or this
 client failed, in one sentence that names it, and the run is to the bit that of the four others.
 What can be wrong is
@@ -113,7 +113,7 @@ def table_of(data: Any) -> dict[str, torch.Tensor]:
     return {name: torch.as_tensor(table[name][:]) for name in ("x", "y")}
 
 
-OPTIMISERS: dict[str, Callable[..., Any]] = {
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "SGD": lambda given: torch.optim.SGD(given, lr=0.2),
     "momentum": lambda given: torch.optim.SGD(given, lr=0.1, momentum=0.9, nesterov=True),
     "Adam": lambda given: torch.optim.Adam(given, lr=0.01),
@@ -123,9 +123,9 @@ OPTIMISERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def learn(round_: Round, model: Model, optimiser: str = "SGD") -> float:
+def learn(round_: Round, model: Model, optimizer: str = "SGD") -> float:
     table = table_of(round_.data)
-    steps = OPTIMISERS[optimiser]([p for p in model.parameters() if p.requires_grad])
+    steps = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
 
     def closure() -> torch.Tensor:
         steps.zero_grad()
@@ -509,7 +509,7 @@ class Case:
     kind: str = "plain"
     run: str = "plain"
     form: str = "tensors"
-    optimiser: str = "SGD"
+    optimizer: str = "SGD"
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -548,7 +548,7 @@ def drawn(seed: int, number: int) -> Case:
             deed, given = pick(DEEDS), pick(RETURNS)
         case _:
             given = pick(RETURNS)
-    return Case(deed, given, way, pick(MODELS), pick(RUNS), pick(FORMS), pick(OPTIMISERS))
+    return Case(deed, given, way, pick(MODELS), pick(RUNS), pick(FORMS), pick(OPTIMIZERS))
 
 
 def function_of(case: Case, *, honest: bool = False) -> Callable[[Round], Any]:
@@ -562,7 +562,7 @@ def function_of(case: Case, *, honest: bool = False) -> Callable[[Round], Any]:
         model = MODELS[case.kind]()
         if honest or not culprit:
             model = round_.install(model)
-            loss = learn(round_, model, case.optimiser)
+            loss = learn(round_, model, case.optimizer)
             found = told(samples=SIZES[round_.client])(round_, model, loss)
             if not honest and case.deed == ACCOMPLICE and (round_.client, round_.number) == (3, 2):
                 for data in seen[:1]:
@@ -571,7 +571,7 @@ def function_of(case: Case, *, honest: bool = False) -> Callable[[Round], Any]:
         seen.append(round_.data)
         if case.way != "not installed":
             model = round_.install(model)
-        loss = 0.5 if case.way != "as it should" else learn(round_, model, case.optimiser)
+        loss = 0.5 if case.way != "as it should" else learn(round_, model, case.optimizer)
         DEEDS[case.deed][0](round_, model)
         return RETURNS[case.given][0](round_, model, loss)
 
@@ -596,8 +596,8 @@ def run(train: Callable[[Round], Any], case: Case, engine: str = "inline") -> fe
 
 
 @cache
-def reference(kind: str, of_run: str, optimiser: str, deed: str, given: str) -> Weights:
-    case = Case(deed=deed, given=given, kind=kind, run=of_run, optimiser=optimiser)
+def reference(kind: str, of_run: str, optimizer: str, deed: str, given: str) -> Weights:
+    case = Case(deed=deed, given=given, kind=kind, run=of_run, optimizer=optimizer)
     return run(function_of(case, honest=True), case).weights()
 
 
@@ -608,7 +608,7 @@ ALIKE = {"never": "nothing", "once": "A moved", "from then on": "data changed", 
 def judged(case: Case, engine: str = "inline") -> str:  # noqa: PLR0911
     """Run a case and hold it against one of ``inline``; say what is wrong, or nothing."""
     alike = ALIKE[case.fails]
-    wanted = reference(case.kind, case.run, case.optimiser, alike, "what was read")
+    wanted = reference(case.kind, case.run, case.optimizer, alike, "what was read")
     try:
         done = run(function_of(case), case, engine)
     except FedRacLoraError as error:

@@ -126,7 +126,7 @@ HELPER = "import subprocess\nfrom os import system\nfrom subprocess import Popen
 # Keys that may name code, with the keys beside which parameters stand; and how they are said.
 KEYS: Mapping[str, str | None] = {
     **dict.fromkeys(("method.name", "local.name", "partition.name", "aggregator.name")),
-    **dict.fromkeys(("server_optimiser.name", "attack.name", "data.name", "model.name")),
+    **dict.fromkeys(("server_optimizer.name", "attack.name", "data.name", "model.name")),
     "local.train": "local.parameters",
     "model.function": "model.arguments",
     "data.function": "data.parameters",

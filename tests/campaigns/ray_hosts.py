@@ -384,7 +384,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(idle)
         return 0
     with Bed(1) as bed:
-        alone = [*PYTHON, *job(asked.rounds), "engine=vectorised", "engine.chunk=5"]
+        alone = [*PYTHON, *job(asked.rounds), "engine=vectorized", "engine.chunk=5"]
         process = bed[0].popen([*alone, "output.dir=/tmp/home/run"], stdout=subprocess.DEVNULL)
         wanted = finish(process, bed[0].path("run"))  # type: ignore[arg-type]
     if asked.head:

@@ -31,7 +31,7 @@ from typing_extensions import override
 from fedraclora.engines.records import add_weight_update, read_weight_update
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import State
-from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.protocol.quantized import FULL, ROUNDED
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.strategies.server.exchange import Exchange

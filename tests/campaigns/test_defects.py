@@ -13,7 +13,7 @@ from tests.campaigns.planting import Defect, Planting
 
 every_defect = pytest.mark.parametrize("defect", DEFECTS.values(), ids=DEFECTS)
 
-# One of a method, one of a server optimiser, one of what waits: each with the quickest test.
+# One of a method, one of a server optimizer, one of what waits: each with the quickest test.
 SHORT = {
     "scale_is_alpha": "test_the_scale_is_alpha_over_the_rank and fed_rac_lora",
     "yogi_moves_the_wrong_way": "yogi and weights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedraclora.strategies.server.quantised import stays
+from fedraclora.strategies.server.quantized import stays
 from fedraclora.strategies.shared import layerwise
 from tests.campaigns.planting import Planting
 from tests.campaigns.rounded_links import CHANGES, REFUSED, Case, drawn, judged

@@ -51,7 +51,7 @@ from fedraclora.errors import ClientError, WireError
 from fedraclora.protocol.coding import NONE, ZSTD, compressed, unframed
 from fedraclora.protocol.method import Cohort, Downlink, Draw, State
 from fedraclora.protocol.plan import make_plan
-from fedraclora.protocol.quantised import FULL, encode
+from fedraclora.protocol.quantized import FULL, encode
 from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
@@ -59,7 +59,7 @@ from fedraclora.run.ledger import Ledger, read_ledger
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.server.quantised import DownlinkRounding
+from fedraclora.strategies.server.quantized import DownlinkRounding
 from fedraclora.strategies.server.rows import Cost, ledger_row
 from fedraclora.strategies.steps.scaffold import open_corrected
 from fedraclora.training.cohort import CohortTrainer

@@ -63,17 +63,17 @@ def measure(words: Sequence[str]) -> dict[str, int]:
         return {
             "formula": floats * FLOAT,
             "up": int(str(last["uplink_bytes"])) // 2,
-            "up_serialised": sum(up) // 2,
+            "up_serialized": sum(up) // 2,
             "down": sum(payload) // 2,
-            "down_serialised": sum(down) // 2,
+            "down_serialized": sum(down) // 2,
         }
 
 
 def table(found: dict[str, dict[str, int]]) -> str:
     """Write the figures as a table, in bytes a client and round."""
-    columns = ["formula", "up", "up_serialised", "down", "down_serialised"]
+    columns = ["formula", "up", "up_serialized", "down", "down_serialized"]
     lines = [
-        "| method | uplink by formula | uplink | serialised | downlink | serialised |",
+        "| method | uplink by formula | uplink | serialized | downlink | serialized |",
         "|---|---|---|---|---|---|",
     ]
     for method, row in found.items():

@@ -216,11 +216,11 @@ def test_a_class_in_python_is_what_its_choice_composes() -> None:
         assert method_of(name) == kind() or f"method/{name}" in DIFFERENT
 
 
-def test_a_number_of_an_adaptive_optimiser_is_a_key_of_choices_that_have_one() -> None:
+def test_a_number_of_an_adaptive_optimizer_is_a_key_of_choices_that_have_one() -> None:
     of_moments = {"beta1", "beta2", "eps"}
     for name in groups()["local"]:
         keys = stored(f"local/{name}")
-        assert (of_moments & set(keys) == of_moments) == (keys["optimiser"] != "sgd")
+        assert (of_moments & set(keys) == of_moments) == (keys["optimizer"] != "sgd")
         apart = of_moments | ({"train", "parameters", "timeout"} - set(keys))
         assert (name == "own") == ("train" in keys)
         assert set(keys) - of_moments - {"name"} == set(vars(LocalSettings())) - apart

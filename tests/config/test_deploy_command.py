@@ -114,7 +114,7 @@ def test_clients_are_as_many_as_nodes_unless_typed(
 def test_how_clients_train_is_chosen_beside_the_number_of_nodes(words: list[str]) -> None:
     own, rest = part([*SMALL, "clients_per_round=2", *words], deploy.OWN_KEYS)
     assert deploy.where(own) == ("", 3)
-    assert deploy.prepare(rest, 3).config.local.optimiser == "adamw"
+    assert deploy.prepare(rest, 3).config.local.optimizer == "adamw"
 
 
 def test_other_nodes_than_a_preset_has_clients_are_said(tmp_path: Path) -> None:

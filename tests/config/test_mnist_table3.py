@@ -40,4 +40,4 @@ def test_a_cell_trains_as_many_numbers_as_the_paper_says(row: str) -> None:
     plan = make_plan(built.model, built.head, head_policy=config.head, bias_policy=config.bias)
     assert config.method.floats(plan)[0] == COUNTS[row]
     assert (config.clients, config.clients_per_round, config.local.batch_size) == (1, 1, 128)
-    assert (config.local.optimiser, config.local.lr, config.stop.patience) == ("adamw", 2e-4, 10)
+    assert (config.local.optimizer, config.local.lr, config.stop.patience) == ("adamw", 2e-4, 10)

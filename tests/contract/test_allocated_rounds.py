@@ -23,7 +23,7 @@ from worlds import (
     run,
 )
 
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.allocation import AdaLora, HeteroLora, Uniform, flows
 from fedraclora.compatibility import Features
 from fedraclora.errors import ConfigError

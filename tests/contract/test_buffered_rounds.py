@@ -26,7 +26,7 @@ from worlds import (
 )
 
 from fedraclora.aggregation.robust import Median
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.devices.asynchronous import AsyncStep
 from fedraclora.devices.distributions import LogNormal
 from fedraclora.devices.system import SystemConfig
@@ -232,7 +232,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
     rough = replace(UNEVEN, drop_out=0.3)
 
     def play(rounds: int, folder: Path | None = None, **more: Any) -> Run:
-        beside = {} if rule is None else {"treatment": {"server_optimiser": rule}}
+        beside = {} if rule is None else {"treatment": {"server_optimizer": rule}}
         return go(world, (name, {}), rounds, folder=folder, system=rough, **beside, **more)
 
     whole = play(7)
@@ -269,7 +269,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
         (
             ("fed_rac_lora", {}),
-            {"treatment": {"server_optimiser": Momentum(space="factors")}},
+            {"treatment": {"server_optimizer": Momentum(space="factors")}},
             "space=factors",
         ),
     ],

@@ -12,7 +12,7 @@ import torch
 
 import fedraclora
 from fedraclora.aggregation.robust import GeometricMedian, Krum
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.allocation import HeteroLora
 from fedraclora.compatibility import KNOWN, Feature
 from fedraclora.devices.distributions import Constant
@@ -87,12 +87,12 @@ CHOICES = {
         {"privacy": ClientLevel(delta=1e-3)},
         loop={"weights": "uniform"},
     ),
-    "a server optimiser of weights": Choice(
+    "a server optimizer of weights": Choice(
         lambda m, sent: sent.program.moves_weights or m.client_state,
-        {"server_optimiser": Momentum(space="weights")},
+        {"server_optimizer": Momentum(space="weights")},
     ),
     "moments of the run": Choice(
-        lambda m, _: m.traits.varies, local=LocalSettings(optimiser="adamw", optimizer_state="run")
+        lambda m, _: m.traits.varies, local=LocalSettings(optimizer="adamw", optimizer_state="run")
     ),
     "weight decay": Choice(
         lambda _, sent: sent.program.forms_gradients or (sent.program.fixes and not sent.adapters),

@@ -28,7 +28,7 @@ from worlds import (
 )
 
 from fedraclora.aggregation.robust import Krum, Median, NormBound
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
@@ -186,7 +186,7 @@ def test_the_batch_of_clients_adds_what_the_one_client_loop_adds(
 @pytest.mark.parametrize("name", ["ffa_lora", "fed_rac_lora", "fedavg_lora"])
 def test_a_run_goes_on_bit_for_bit_with_what_clients_keep(name: str, tmp_path: Path) -> None:
     world, method = make_world(dtype=torch.float32), make_method(name)
-    beside = {"server_optimiser": Momentum(beta=0.5)}
+    beside = {"server_optimizer": Momentum(beta=0.5)}
     whole = corrected(world, method, 5, folder=tmp_path / "whole", beside=beside)
     corrected(world, method, 2, folder=tmp_path / "part", beside=beside)
     rest = corrected(world, method, 5, folder=tmp_path / "part", beside=beside, resume=True)
@@ -305,7 +305,7 @@ def test_what_changes_updates_at_the_server_is_refused(beside: dict[str, Any], t
         ("fed_rac_lora", {}, RAGGED, "local.steps=1 or more"),
         ("fed_rac_lora", {}, replace(STEPS, momentum=0.5), "local.momentum=0.5"),
         ("fed_rac_lora", {}, replace(STEPS, clip=1.0), "local.clip=1.0"),
-        ("fed_rac_lora", {}, replace(STEPS, optimiser="adamw"), "local.optimiser=adamw"),
+        ("fed_rac_lora", {}, replace(STEPS, optimizer="adamw"), "local.optimizer=adamw"),
         ("fed_rac_lora", {}, replace(STEPS, dp=SampleNoise(0.2, 0.5)), "local.dp="),
         ("fed_rac_lora", {}, replace(STEPS, prox=0.1), "local.prox=0.1"),
         ("fedavg_lora", {}, replace(STEPS, adjust="riemannian"), "local.adjust=riemannian"),

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ConfigRecord
 from worlds import Run, assert_equal_trees, assert_updates_lead_on, make_world, run
 
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.allocation import HeteroLora
 from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError, WireError
@@ -26,10 +26,10 @@ from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.buffered import Batch, read_batches, write_batches
 from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora
-from fedraclora.strategies.server.quantised import DownlinkRounding
+from fedraclora.strategies.server.quantized import DownlinkRounding
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.materialise import materialise
+from fedraclora.training.materialize import materialize
 from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica
@@ -116,7 +116,7 @@ def test_a_client_computes_what_the_server_froze(wire: str) -> None:
                 other = there.factors()[name]
                 assert other.coefficients is not None
                 assert torch.equal(other.draw(), factor.draw())
-        frozen = [materialise(d, state.base, COHORT.clients)[2] for d in (sent, there)]
+        frozen = [materialize(d, state.base, COHORT.clients)[2] for d in (sent, there)]
         assert all(torch.equal(frozen[0][name], frozen[1][name]) for name in frozen[0])
     # Whoever fetches the weight whole has what the last link trained beside it.
     late = Replica(PLAN, CPU)
@@ -231,7 +231,7 @@ def test_a_server_step_on_weights_leaves_the_basis_as_long_as_its_link(
 ) -> None:
     """No term then says what stays beside a weight; it goes with the values, rounded once."""
     method = replace(METHOD, rank=2, merge_every=2)
-    rule = {"server_optimiser": Momentum(lr=0.5)}
+    rule = {"server_optimizer": Momentum(lr=0.5)}
     world, local = make_world(width=3), LocalSettings(lr=0.01, steps=2, batch_size=2)
     more: dict[str, Any] = {"cohort": 2, "downlink": wire, "treatment": rule}
     done = run(world, method, local, rounds=rounds, folder=tmp_path, **more)

@@ -30,7 +30,7 @@ from worlds import (
 )
 
 from fedraclora.aggregation.base import Total
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.allocation import HeteroLora
 from fedraclora.compatibility import Features
 from fedraclora.devices.distributions import LogNormal
@@ -241,7 +241,7 @@ def test_privacy_of_clients_bounds_the_magnitudes_with_the_rest(world: World) ->
 
 def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
     """With one round of momentum, the step is the mean change."""
-    rule = {"server_optimiser": Momentum(space="factors", lr=0.5)}
+    rule = {"server_optimizer": Momentum(space="factors", lr=0.5)}
     method = dora("fedavg_lora")
     plain = run(world, method, RAGGED, rounds=1)
     halved = run(world, method, RAGGED, rounds=1, treatment=rule)
@@ -322,6 +322,6 @@ def test_an_embedding_is_refused(world: World) -> None:
 
 
 def test_a_server_s_step_on_weights_is_refused(world: World) -> None:
-    rule = {"server_optimiser": Momentum(space="weights")}
+    rule = {"server_optimizer": Momentum(space="weights")}
     with pytest.raises(ConfigError, match=r"dora=true: .*space=factors"):
         run(world, dora("fedavg_lora"), RAGGED, rounds=1, treatment=rule)

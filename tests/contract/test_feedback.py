@@ -22,17 +22,17 @@ from worlds import (
     run,
 )
 
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.config.settings import CompressionConfig
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Downlink, State
-from fedraclora.protocol.quantised import encode, rounded
+from fedraclora.protocol.quantized import encode, rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.strategies.server.exchange import Exchange
-from fedraclora.strategies.server.quantised import RESIDUE
+from fedraclora.strategies.server.quantized import RESIDUE
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.tree import Tree, below
 from fedraclora.wire.changes import Changes, Coded
@@ -322,7 +322,7 @@ def test_control_variates_refuse_it() -> None:
 
 
 def test_a_step_in_whole_weights_refuses_it_where_links_end() -> None:
-    chosen: dict[str, Any] = {"treatment": {"server_optimiser": Momentum()}, "rounds": 2}
+    chosen: dict[str, Any] = {"treatment": {"server_optimizer": Momentum()}, "rounds": 2}
     with pytest.raises(ConfigError, match=r"compression\.feedback=true .* links that end"):
         finished("fed_rac_lora", {"merge_every": 2}, **chosen)
     for name in ("ffa_lora", "fedex_lora", "pool_rac_lora"):

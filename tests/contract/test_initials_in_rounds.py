@@ -22,7 +22,7 @@ from worlds import (
     run,
 )
 
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.allocation import HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import SEED_BYTES
@@ -115,7 +115,7 @@ def test_a_run_with_a_start_resumes_to_the_bit(initial: str, tmp_path: Path) -> 
 
 FIRST = [
     ("fed_rac_lora", {"merge_every": 2}),
-    ("fed_rac_lora", {"train": "A", "sketches": 2, "normalise": "identity"}),
+    ("fed_rac_lora", {"train": "A", "sketches": 2, "normalize": "identity"}),
     ("ffa_lora", {"rank": 7}),  # more than the rows of two layers
     ("subspace_rac_lora", {"fresh": 0.5}),
     ("subspace_rac_lora", {"basis": "coordinate", "merge_every": 1}),
@@ -197,14 +197,14 @@ def test_a_first_factor_that_would_do_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rule", [Uniform(), HeteroLora()])
-def test_a_server_optimiser_of_factors_is_refused_beside_a_probe(rule: Uniform) -> None:
+def test_a_server_optimizer_of_factors_is_refused_beside_a_probe(rule: Uniform) -> None:
     """Its moments would begin with gradients, in shapes that nothing has afterwards."""
     world = make_world()
     initial = "lora_ga" if type(rule) is Uniform else "orthogonal"
     method = allocated(make_method("fedavg_lora", rank=RANK, init=initial), rule)
-    optimiser = Momentum(space="factors")
+    optimizer = Momentum(space="factors")
     with pytest.raises(ConfigError, match="clients send gradients first"):
-        run(world, method, RAGGED, rounds=1, treatment={"server_optimiser": optimiser})
-    dense = {"server_optimiser": replace(optimiser, space="weights")}
+        run(world, method, RAGGED, rounds=1, treatment={"server_optimizer": optimizer})
+    dense = {"server_optimizer": replace(optimizer, space="weights")}
     done = run(world, method, RAGGED, rounds=3, treatment=dense)
     assert done.rows[-1]["metrics"]["loss"] < world.loss(world.base)

@@ -25,7 +25,7 @@ from fedraclora.engines.records import write_answer
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.materialise import standing, standing_weights
+from fedraclora.training.materialize import standing, standing_weights
 from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest
 
 Variant = tuple[str, dict[str, Any]]

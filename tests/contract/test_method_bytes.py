@@ -62,15 +62,15 @@ def done(variant: Variant, folder: Path) -> Run:
     return finished(variant, folder=folder)
 
 
-def serialised(content: RecordDict) -> RecordDict:
-    """A message as it arrives elsewhere: written, serialised and read back."""
+def serialized(content: RecordDict) -> RecordDict:
+    """A message as it arrives elsewhere: written, serialized and read back."""
     raw = recorddict_to_proto(content).SerializeToString()
     return recorddict_from_proto(ProtoRecordDict.FromString(raw))
 
 
 def array_bytes(content: RecordDict) -> int:
     """Bytes of the numbers in a message: flat arrays, without numpy's own header."""
-    record = serialised(content)["arrays"]
+    record = serialized(content)["arrays"]
     assert isinstance(record, ArrayRecord)
     assert ["flat"] <= [*record] <= ["flat", "coefficients"]
     arrays = [array.numpy() for array in record.values()]

@@ -163,7 +163,7 @@ def test_the_scale_is_alpha_over_the_rank(variant: Variant, plain_world: World) 
         parts = getattr(method, "heads", getattr(method, "sketches", 1))
         # Several subspaces share E[A^T A] = I: each of them is made up for what the others have.
         shared = parts**0.5 if has_field(method, "interval") else 1.0
-        shared = shared if getattr(method, "normalise", "rows") == "identity" else 1.0
+        shared = shared if getattr(method, "normalize", "rows") == "identity" else 1.0
         assert adapter.scale == pytest.approx(ALPHA / (shape[1] // parts) * shared, rel=1e-15)
 
 
@@ -211,7 +211,7 @@ def test_linear_methods_need_only_the_weighted_sum(variant: Variant, world: Worl
     after = method.close_round(played.before, played.sent, summed)
     assert_equal_trees(after.base, played.after.base)
     assert_equal_trees(after.carried, played.after.carried)
-    assert after.memo == played.after.memo
+    assert after.counters == played.after.counters
 
 
 @every_variant
@@ -266,11 +266,11 @@ def test_nothing_of_the_state_is_changed_in_place(variant: Variant, world: World
     for round_ in range(1, 5):
         tensors = state.base | {f"carried/{n}": t for n, t in state.carried.items()}
         kept = {n: t.clone() for n, t in tensors.items()}
-        memo = state.memo.stored()
+        counters = state.counters.stored()
         played = play(method, world, state, round_, some_cohort(), DRAW)
         method.weights(played.after, DRAW)
         assert_equal_trees(tensors, kept)
-        assert state.memo.stored() == memo
+        assert state.counters.stored() == counters
         state = played.after
 
 
@@ -284,7 +284,7 @@ def test_a_method_is_a_pure_function(variant: Variant, plain_world: World) -> No
         states.append(play_rounds(again, plain_world, 4, DRAW, anew=True)[-1].after)
     assert_equal_trees(states[0].base, states[1].base)
     assert_equal_trees(states[0].carried, states[1].carried)
-    assert states[0].memo == states[1].memo
+    assert states[0].counters == states[1].counters
 
 
 @every_variant
@@ -393,7 +393,7 @@ def test_a_merge_leaves_the_effective_weights_as_they_are(variant: Variant, worl
         merged = method.weights(played.after, DRAW)
         unmerged = never.close_round(played.before, played.sent, played.got)
         assert_close_trees(merged, never.weights(unmerged, DRAW))
-        due = played.after.memo.age == 0
+        due = played.after.counters.age == 0
         assert due == (not played.after.carried)
 
 

@@ -110,7 +110,7 @@ def assert_same_bits(left: Run, right: Run) -> None:
     """Equal state, weights and deterministic ledger columns."""
     assert_equal_trees(left.strategy.state.base, right.strategy.state.base)
     assert_equal_trees(left.strategy.state.carried, right.strategy.state.carried)
-    assert left.strategy.state.memo == right.strategy.state.memo
+    assert left.strategy.state.counters == right.strategy.state.counters
     assert_equal_trees(left.weights, right.weights)
     assert left.strategy.recorder.ledger.digest() == right.strategy.recorder.ledger.digest()
 
@@ -328,7 +328,7 @@ def test_a_compacted_chain_rebuilds_what_it_keeps_to_the_bit(
         before, after = (state_at(place, round_, method=method) for place in (folder, tmp_path))
         assert_equal_trees(after.base, before.base)
         assert_equal_trees(after.carried, before.carried)
-        assert after.memo == before.memo
+        assert after.counters == before.counters
 
 
 @defaults_short

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext, starts
 from fedraclora.aggregation.robust import Median
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.attacks import ALittleIsEnough, SignFlip
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
@@ -101,7 +101,7 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
         "attack": ALittleIsEnough(0.2),
         "privacy": ClientLevel(),
         "secure": SecAgg(),
-        "server_optimiser": Momentum(),
+        "server_optimizer": Momentum(),
         "control_variates": True,
     }
     everything = round_steps({**chosen, "local": replace(LOCAL, dp=SampleNoise())})
@@ -125,7 +125,7 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
     ("local", "told"),
     [
         (LOCAL, True),
-        (replace(LOCAL, optimiser="adamw"), False),
+        (replace(LOCAL, optimizer="adamw"), False),
         (replace(LOCAL, precondition=True), False),
         (replace(LOCAL, clip=1.0), True),
         (replace(LOCAL, clip=1.0, clip_by="layer"), False),

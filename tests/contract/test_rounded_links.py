@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_quantised_rounds import IN_FULL
+from test_quantized_rounds import IN_FULL
 from typing_extensions import override
 from worlds import (
     RAGGED,
@@ -30,7 +30,7 @@ from worlds import (
 )
 
 from fedraclora.protocol.method import Cohort, Downlink, State
-from fedraclora.protocol.quantised import ROUNDED
+from fedraclora.protocol.quantized import ROUNDED
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import weights_at
 from fedraclora.strategies.server.exchange import Exchange
@@ -188,7 +188,7 @@ def test_a_clients_weights_after_a_link_are_the_servers(
                 every[rest].take(history.since(version - rest))
                 assert_near(every[rest].held, state.base)
     for (last, sent), state in zip(pairwise(done.sent), states[2:], strict=False):
-        ends = state.memo.sketch != sent.link
+        ends = state.counters.sketch != sent.link
         for name, adapter in sent.adapters.items() if ends and last.link == sent.link else ():
             term = (state.link.terms if state.link else {}).get(name)
             for label_, factor in adapter.factors.items():

@@ -34,12 +34,12 @@ from worlds import (
     yaml_of,
 )
 
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Method
-from fedraclora.protocol.quantised import ROUNDED
+from fedraclora.protocol.quantized import ROUNDED
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES
 from fedraclora.strategies.methods import METHODS
@@ -230,7 +230,7 @@ def test_what_learns_nothing_moves_nothing(variant: tuple[str, dict[str, Any]]) 
         return
     treatments = [None]
     if name in {"fedavg_lora", "fed_rac_lora"}:
-        treatments.append({"server_optimiser": Momentum()})
+        treatments.append({"server_optimizer": Momentum()})
     for treatment in treatments:
         done = run(world, method, still, rounds=4, cohort=3, treatment=treatment, **bits)
         assert_close_trees(done.weights, world.base, 1e-6)

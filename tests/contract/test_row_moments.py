@@ -22,7 +22,7 @@ from worlds import (
     stepped,
 )
 
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.devices.distributions import Choice
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
@@ -33,12 +33,12 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.optimiser import ROW_SLOT
+from fedraclora.training.optimizer import ROW_SLOT
 from tests.messages import unpack_downlink
 
-ADAMW = LocalSettings(optimiser="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9)
+ADAMW = LocalSettings(optimizer="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9)
 ROWWISE = LocalSettings(
-    optimiser="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9, optimizer_state="rows"
+    optimizer="adamw", lr=0.02, epochs=2, batch_size=4, beta2=0.9, optimizer_state="rows"
 )
 COHORT, ROUNDS = 3, 4
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -143,8 +143,8 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
         ("fed_rac_lora", {"downlink": "bfloat16"}, "compression.downlink in fewer bits"),
         (
             "fed_rac_lora",
-            {"treatment": {"server_optimiser": Momentum(space="factors")}},
-            "server_optimiser.space=factors",
+            {"treatment": {"server_optimizer": Momentum(space="factors")}},
+            "server_optimizer.space=factors",
         ),
         (
             "fed_rac_lora",

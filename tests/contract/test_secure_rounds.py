@@ -207,7 +207,7 @@ def test_no_unmasked_update_is_given(world: World) -> None:
 
 
 def test_the_server_sees_no_client(world: World) -> None:
-    """No message of the server's holds a client's numbers, in the clear or as quantised words."""
+    """No message of the server's holds a client's numbers, in the clear or as quantized words."""
     found = secure(world, rounds=1, chunk=1)
     (row,) = found.rows
     step, seen = row["secure"]["step"], 0

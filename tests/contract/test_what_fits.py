@@ -205,7 +205,7 @@ def test_the_summary_counts_the_numbers_of_a_mean_round(world: World) -> None:
 def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> None:
     """E[A^T A] = I of each part: lr s^2 c is n / r, in however many parts the drawing is cut."""
     for sketches in (1, 2, 3):
-        method = make_method(name, rank=1, alpha="auto", sketches=sketches, normalise="identity")
+        method = make_method(name, rank=1, alpha="auto", sketches=sketches, normalize="identity")
         sent = method.open_round(
             method.initial_state(world.base, world.plan, DRAW), 1, some_cohort(), DRAW
         )

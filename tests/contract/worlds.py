@@ -44,7 +44,7 @@ from fedraclora.experiments.pages import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.link import Plan
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Memo, Method, State
+from fedraclora.protocol.method import Cohort, Counters, Downlink, Draw, Method, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.protocol.uplinks import Uplinks
@@ -152,14 +152,14 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912  a list
         if "blocks" in group:
             yield name, {"blocks": "cover"}
         if "sketch" in group:
-            yield name, {"sketch": "gaussian", "normalise": "identity"}
+            yield name, {"sketch": "gaussian", "normalize": "identity"}
         if "sketches" in group and "server_lr" in group:
             yield name, {"sketches": 2, "merge_every": 1}
             yield name, {"sketches": 2, "server_lr": 2.0, "train": "A", "merge_every": 3}
         if "probability" in group:
             yield name, {"probability": 0.0}
         if "interval" in group:
-            yield name, {"sketches": 3, "interval": 2, "normalise": "identity"}
+            yield name, {"sketches": 3, "interval": 2, "normalize": "identity"}
         if "gap" in group:
             yield name, {"gap": 1}
         if "residual_rank" in group:
@@ -596,7 +596,7 @@ def assert_updates_lead_on(folder: Path, coding: str = NONE) -> Tree:
     As they are written, from every version that a client may hold to the last; give its base.
     """
     links = [read_link(t, meta) for round_, t, meta in read_links(folder / "chain") if round_]
-    states = [state for _, state, _ in read_states(folder, None, Memo)]
+    states = [state for _, state, _ in read_states(folder, None, Counters)]
     start, count, base = states[0], len(links), states[-1].base
     history, counted = WeightHistory(), CatchUp(start.base, count + 1, coding)
     history.coding = coding

@@ -69,12 +69,12 @@ def load(context) -> Data:
 
 
 def train(model: nn.Module, data: Data) -> float:
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for rows in torch.randperm(len(data)).split(10):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(data.x[rows]), data.y[rows])
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return loss.item()
 
 
@@ -204,8 +204,8 @@ def test_learning_rates_are_as_the_page_says() -> None:
         "FedAvg at 0.1": reached(0.1, name="fedavg"),
         "0.1": reached(0.1, **low),
         "1.0": reached(1.0, **low),
-        "identity at 0.1": reached(0.1, **low, normalise="identity"),
-        "identity at 1.0": reached(1.0, **low, normalise="identity"),
+        "identity at 0.1": reached(0.1, **low, normalize="identity"),
+        "identity at 1.0": reached(1.0, **low, normalize="identity"),
     }
     wanted = dict(zip(found, (0.91, 0.52, 0.87, 0.89, 0.1), strict=True))
     assert found == pytest.approx(wanted, abs=0.02)

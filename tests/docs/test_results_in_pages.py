@@ -64,7 +64,7 @@ def test_studies_stand_side_by_side(results: Path) -> None:
         ("beside table.md: accuracy", "wanted"),
         ("bench", "holds no figures"),
         ("bench A", "holds no figures"),
-        ("bench A: vectorised", "holds no figures"),
+        ("bench A: vectorized", "holds no figures"),
     ],
 )
 def test_what_is_not_there_is_named(results: Path, head: str, said: str) -> None:

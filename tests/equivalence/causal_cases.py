@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from vectorised_cases import SEED, SIZES, Case, task_of
+from vectorized_cases import SEED, SIZES, Case, task_of
 
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.task import Task

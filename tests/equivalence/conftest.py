@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pretend import Card, pretend_card
 
 # Where tests of several modules assert: a failure shows the values.
-pytest.register_assert_rewrite("vectorised_agreement")
+pytest.register_assert_rewrite("vectorized_agreement")
 
 
 @pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])

@@ -32,7 +32,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 
 SEED, RANK, ALPHA, SIZE, BATCH = 5, 2, 3.0, 11, 4
-ADAMW = LocalConfig(optimiser="adamw", lr=0.05, weight_decay=0.1, batch_size=BATCH, shuffle=False)
+ADAMW = LocalConfig(optimizer="adamw", lr=0.05, weight_decay=0.1, batch_size=BATCH, shuffle=False)
 MOMENTUM = LocalConfig(lr=0.1, momentum=0.8, batch_size=BATCH, shuffle=False)
 SHAPES = {"fc1.weight": (6, 7), "fc2.weight": (4, 6)}
 
@@ -88,36 +88,36 @@ def batches() -> list[torch.Tensor]:
     return list(torch.arange(SIZE).split(BATCH))
 
 
-def optimiser(local: LocalConfig, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
-    if local.optimiser == "adamw":
+def optimizer(local: LocalConfig, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    if local.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=local.lr, weight_decay=local.weight_decay)
     return torch.optim.SGD(parameters, lr=local.lr, momentum=local.momentum)
 
 
-def sketch(kind: str, side: str, weight: str, index: int, normalise: str) -> torch.Tensor:
+def sketch(kind: str, side: str, weight: str, index: int, normalize: str) -> torch.Tensor:
     m, n = SHAPES[weight]
     seed, dim = Draw(SEED).sketch_seed(weight), n if side == "right" else m
-    return SketchSpec(kind, side, RANK, dim, seed, index, normalise=normalise).draw().clone()
+    return SketchSpec(kind, side, RANK, dim, seed, index, normalize=normalize).draw().clone()
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A chain method as a person would write it for one model: two matrices and an optimiser.
+    """A chain method as a person would write it for one model: two matrices and an optimizer.
 
     Attributes:
         kind: Of the drawn factor.
         side: ``right``: A is drawn and B is zero, ``left``: the other way round.
         both: Whether the drawn factor is trained too.
-        normalise: Of the drawing.
+        normalize: Of the drawing.
         every: Epochs of a link.
-        moments: ``merge``: a new optimiser for each link; ``run``: one for all, whose parameters
+        moments: ``merge``: a new optimizer for each link; ``run``: one for all, whose parameters
             are written over; ``round``: a new one for each epoch.
     """
 
     kind: str
     side: str
     both: bool
-    normalise: str
+    normalize: str
     every: int | None
     moments: str
 
@@ -135,7 +135,7 @@ class Plain:
         for tensor in learnt:
             tensor.requires_grad_()
         scale = ALPHA / RANK
-        optim = optimiser(local, learnt)
+        optim = optimizer(local, learnt)
         for epoch in range(epochs):
             if epoch == 0 or (self.every and epoch % self.every == 0):
                 with torch.no_grad():
@@ -143,11 +143,11 @@ class Plain:
                         W[w] += scale * pair["B"] @ pair["A"]
                         index = epoch // self.every if self.every else 0
                         pair["B"].zero_(), pair["A"].zero_()
-                        pair[drawn] += sketch(self.kind, self.side, w, index, self.normalise)
+                        pair[drawn] += sketch(self.kind, self.side, w, index, self.normalize)
                 if self.moments == "merge":
-                    optim = optimiser(local, learnt)
+                    optim = optimizer(local, learnt)
             if self.moments == "round":
-                optim = optimiser(local, learnt)
+                optim = optimizer(local, learnt)
             for rows in batches():
                 V = {w: W[w] + scale * p["B"] @ p["A"] for w, p in pairs.items()}
                 hidden = torch.tanh(x[rows] @ V["fc1.weight"].T + W["fc1.bias"])
@@ -169,7 +169,7 @@ SIDES = pytest.mark.parametrize("side", ["right", "left"])
 LIVES = pytest.mark.parametrize("moments", ["round", "merge", "run"])
 
 
-# What is drawn, whether both factors are trained, how it is normalised, and the rounds of a link.
+# What is drawn, whether both factors are trained, how it is normalized, and the rounds of a link.
 PLAIN = {
     "lora": ("kaiming_uniform", True, "none", [None]),
     "cola": ("kaiming_uniform", True, "none", [1, 2]),
@@ -194,9 +194,9 @@ LINKS = [(name, every) for name, (*_, links) in PLAIN.items() for every in links
 def test_a_method_is_a_plain_loop(
     name: str, every: int | None, local: LocalConfig, side: str, moments: str
 ) -> None:
-    kind, both, normalise, _ = PLAIN[name]
-    plain = Plain(kind, side, both, normalise, every, moments)
-    method = preset(name, **drawing(name, side), normalise=normalise, merge_every=every)
+    kind, both, normalize, _ = PLAIN[name]
+    plain = Plain(kind, side, both, normalize, every, moments)
+    method = preset(name, **drawing(name, side), normalize=normalize, merge_every=every)
     found = trained(method, replace(local, optimizer_state=moments), rounds=5)
     assert_close(weights_of(found), plain.train(local, epochs=5))
 
@@ -207,10 +207,10 @@ def test_full_fine_tuning_is_a_plain_loop(local: LocalConfig, moments: str) -> N
     task, _ = problem()
     assert isinstance(task.train, Partitioned)
     samples = task.train.samples
-    optim = optimiser(local, list(task.model.parameters()))
+    optim = optimizer(local, list(task.model.parameters()))
     for _ in range(4):
         if moments == "round":
-            optim = optimiser(local, list(task.model.parameters()))
+            optim = optimizer(local, list(task.model.parameters()))
         for rows in batches():
             optim.zero_grad()
             output = task.model(samples.inputs["x"][rows])
@@ -259,7 +259,7 @@ def pruned(state: dict[str, Any], share: float) -> None:
 
 
 def test_relora_keeps_the_largest_moments_and_the_count_of_steps() -> None:
-    """A plain loop of two links, whose optimiser is pruned at the merge."""
+    """A plain loop of two links, whose optimizer is pruned at the merge."""
     share, local = 0.25, replace(ADAMW, optimizer_state="merge", optimizer_state_kept=0.25)
     task, _ = problem()
     W = {n: p.detach().clone() for n, p in task.model.named_parameters()}
@@ -268,7 +268,7 @@ def test_relora_keeps_the_largest_moments_and_the_count_of_steps() -> None:
     scale = ALPHA / RANK
     pairs = {w: (torch.zeros(m, RANK), torch.zeros(RANK, n)) for w, (m, n) in SHAPES.items()}
     learnt = [t.double().requires_grad_() for pair in pairs.values() for t in pair]
-    optim = optimiser(local, learnt)
+    optim = optimizer(local, learnt)
     for link in range(2):
         with torch.no_grad():
             for i, w in enumerate(SHAPES):
@@ -298,7 +298,7 @@ class ByTurns(FedRacLora):
     """Fed-RAC-LoRA whose links train B and A by turns, as a user may write it."""
 
     def turn(self, state: State) -> FedRacLora:
-        side = "left" if state.memo.sketch % 2 else "right"
+        side = "left" if state.counters.sketch % 2 else "right"
         return FedRacLora(**vars(self) | {"train": "A" if side == "left" else "B"})
 
     @override

@@ -199,7 +199,7 @@ def test_a_cache_that_is_not_what_it_was_is_replaced_once(harm: str, tmp_path: P
         ["method=fedavg", "compression.uplink=int8", "compression.downlink=int8"],
     ],
 )
-def test_payload_of_the_ledger_is_what_is_serialised(words: list[str], tmp_path: Path) -> None:
+def test_payload_of_the_ledger_is_what_is_serialized(words: list[str], tmp_path: Path) -> None:
     """Payloads of a megabyte and more: within 2 %, and each message holds one array for each."""
     network = Network(tmp_path / "cache", nodes_for(2))
     sized = [
@@ -212,11 +212,11 @@ def test_payload_of_the_ledger_is_what_is_serialised(words: list[str], tmp_path:
     deploy([*sized, *words], tmp_path / "run", network)
     _, *done = rows(tmp_path / "run")
     payload = sum(int(str(r["uplink_total"])) + int(str(r["downlink_total"])) for r in done[-1:])
-    serialised = sum(message_bytes(m) for m in network.posted)
+    serialized = sum(message_bytes(m) for m in network.posted)
     assert payload > 1 << 20
-    assert payload < serialised < 1.02 * payload
+    assert payload < serialized < 1.02 * payload
     transport = sum(int(str(r["transport_bytes"])) for r in done)
-    assert transport == serialised - payload
+    assert transport == serialized - payload
     for message in network.posted:
         records = [r for r in message.content.values() if isinstance(r, ArrayRecord)]
         assert all(len(r) == 1 for r in records)

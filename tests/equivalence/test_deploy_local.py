@@ -53,14 +53,14 @@ def deployment() -> Iterator[LocalDeployment]:
 
 
 @pytest.mark.slow
-def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
+def test_two_nodes_with_seven_clients_have_the_bits_of_vectorized(
     deployment: LocalDeployment,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Followed from here as one on another machine would be: the server has its own folder."""
-    here, there, alone = (tmp_path / name for name in ("here", "there", "vectorised"))
+    here, there, alone = (tmp_path / name for name in ("here", "there", "vectorized"))
     sizes = ["clients=7", "clients_per_round=7", "engine.chunk=4"]
     folders = [f"output.dir={here}", f"engine.folder={there}"]
     request = deploy.prepare([*WORDS, *sizes, *folders], None)
@@ -76,7 +76,7 @@ def test_two_nodes_with_seven_clients_have_the_bits_of_vectorised(
     assert "--token-file" in words  # of the server; nobody can read the tokens of tasks
     assert "--token" not in words
     assert "final accuracy" in capsys.readouterr().out
-    simulated(composed([*WORDS, *sizes, "engine=vectorised", f"output.dir={alone}"]), alone)
+    simulated(composed([*WORDS, *sizes, "engine=vectorized", f"output.dir={alone}"]), alone)
     wanted, found = summary_of(alone), summary_of(here)
     assert found["weights_digest"] == wanted["weights_digest"]
     one, both = (number(read_ledger(f / "ledger.jsonl")[2], "catchup_bytes") for f in (here, alone))

@@ -85,10 +85,10 @@ def test_one_message_a_node_has_the_bits_of_one_for_each_client(
     assert len(asked(network)) == len(NODES) * (2 * stages + measured)
 
 
-def test_chunks_that_lie_on_one_node_have_the_bits_of_vectorised(tmp_path: Path) -> None:
+def test_chunks_that_lie_on_one_node_have_the_bits_of_vectorized(tmp_path: Path) -> None:
     words = ["engine.chunk=4", "head=full"]
     deploy([*SEVEN, *words], tmp_path / "run", Network(tmp_path / "cache", IN_A_ROW))
-    wanted = in_process(words, tmp_path / "vectorised", "vectorised")
+    wanted = in_process(words, tmp_path / "vectorized", "vectorized")
     assert summary_of(tmp_path / "run")["weights_digest"] == wanted["weights_digest"]
     assert wanted["chunk"] == summary_of(tmp_path / "run")["chunk"] == 4
     assert not any("incidents" in row for row in rows(tmp_path / "run"))

@@ -14,7 +14,7 @@ import torch
 from flwr.app import Message
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from vectorised_settings import ALSO, WIDELY
+from vectorized_settings import ALSO, WIDELY
 
 from fedraclora.commands.simulate import run_one
 from fedraclora.config.run_config import from_plain
@@ -168,7 +168,7 @@ def assert_same(found: RunBuilder, wanted: RunBuilder) -> None:
     ):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[n], right[n]) for n in left)
-    assert found.strategy.state.memo == wanted.strategy.state.memo
+    assert found.strategy.state.counters == wanted.strategy.state.counters
     assert fixed_rows(found) == fixed_rows(wanted)
     assert digests(found) == digests(wanted)
 

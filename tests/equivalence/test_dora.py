@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
-from vectorised_agreement import LOCAL, base_of, foldable, method_of, run, trainer_of
-from vectorised_cases import CASES, SEED, SIZES, Case, classes, convolution, normal, reader, task_of
-from vectorised_settings import MEETING, PAIRED, SETTINGS
+from vectorized_agreement import LOCAL, base_of, foldable, method_of, run, trainer_of
+from vectorized_cases import CASES, SEED, SIZES, Case, classes, convolution, normal, reader, task_of
+from vectorized_settings import MEETING, PAIRED, SETTINGS
 
 from fedraclora.data.clients import Partitioned
 from fedraclora.protocol.method import Cohort, Downlink, Draw
@@ -75,7 +75,7 @@ STEPS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 }
 SAME: dict[str, dict[str, object]] = {
     "sgd": {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05},
-    "adamw": {"optimiser": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
 }
 
 
@@ -92,15 +92,15 @@ def trained_alone(case: Case, start: Tree, scales: dict[str, float], client: int
         parametrize.register_parametrization(module, "weight", part)
         parts[layer] = part
         leaves |= {f"{layer}.B": part.B, A: part.A, f"{layer}.m": part.m}
-    optimiser = STEPS[how]([p for p in leaves.values() if p.requires_grad])
+    optimizer = STEPS[how]([p for p in leaves.values() if p.requires_grad])
     data = case.task.train
     assert isinstance(data, Partitioned)
     samples = data.gather(torch.tensor([client]), torch.arange(SIZES[client])[None])
     for _ in range(2):
         for rows in torch.arange(SIZES[client]).split(4):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(model(samples.inputs["x"][rows]), samples.target[rows]).backward()
-            optimiser.step()
+            optimizer.step()
     return {name: leaf.detach() for name, leaf in leaves.items()}
 
 

@@ -20,7 +20,7 @@ import fedraclora
 from fedraclora import flower
 from fedraclora.client import Round, Trained
 from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.protocol.quantised import ROUNDED
+from fedraclora.protocol.quantized import ROUNDED
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg as FullAverage
 from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
@@ -55,7 +55,7 @@ class WithMomentum(flower.LowRank, FedAvgM): ...
 class WithProx(flower.LowRank, FedProx): ...
 
 
-OPTIMISERS: dict[Any, dict[str, float]] = {
+OPTIMIZERS: dict[Any, dict[str, float]] = {
     WithAdam: {"eta": 0.02, "beta_1": 0.8, "tau": 0.05},
     WithAdagrad: {"eta": 0.02, "tau": 0.05},
     WithYogi: {"eta": 0.02, "beta_2": 0.9, "tau": 0.05},
@@ -94,17 +94,17 @@ def low_rank_app() -> ClientApp:
 
 def descend(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
     """Draw nothing: a round of `LowRank` seeds otherwise than an app of Flower."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
-        optimiser.step()
+        optimizer.step()
 
 
-@pytest.mark.parametrize("kind", OPTIMISERS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_full_weights_are_those_of_flowers_own_strategy(kind: Any, tmp_path: Path) -> None:
     """They were plain means, whatever the optimizer."""
-    own, settings = kind.__mro__[2], OPTIMISERS[kind]
+    own, settings = kind.__mro__[2], OPTIMIZERS[kind]
     alone = own(min_available_nodes=3, fraction_evaluate=0.0, **settings)
     nodes = nodes_of(tmp_path / "plain", 3, app=plain_app())
     wanted = alone.start(nodes, ArrayRecord(network().state_dict()), 4)
@@ -118,11 +118,11 @@ def test_full_weights_are_those_of_flowers_own_strategy(kind: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("method", LOW_RANK, ids=NAMES)
-@pytest.mark.parametrize("kind", OPTIMISERS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_step_of_low_rank_is_flowers_step_from_the_mean(
     kind: Any, method: Any, tmp_path: Path
 ) -> None:
-    settings, start = OPTIMISERS[kind], ArrayRecord(network().state_dict())
+    settings, start = OPTIMIZERS[kind], ArrayRecord(network().state_dict())
     _, mean = run(nodes_of(tmp_path / "mean", 3), method, rounds=1)
     _, found = run(nodes_of(tmp_path, 3), method, rounds=1, kind=kind, **settings)
     alone = kind.__mro__[2](fraction_train=0.0, **settings)
@@ -135,7 +135,7 @@ def test_a_step_of_low_rank_is_flowers_step_from_the_mean(
 
 
 @pytest.mark.parametrize("method", LOW_RANK, ids=NAMES)
-@pytest.mark.parametrize("kind", OPTIMISERS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_learning_rate_of_nothing_moves_nothing(kind: Any, method: Any, tmp_path: Path) -> None:
     """It moved weights by 0.095."""
     zero = {"server_learning_rate" if kind is WithMomentum else "eta": 0.0}
@@ -154,14 +154,14 @@ def test_momentum_of_nothing_is_the_mean_to_the_bit(tmp_path: Path) -> None:
 def test_a_server_optimizer_goes_on_from_a_checkpoint_to_the_same_bits(
     kind: Any, tmp_path: Path
 ) -> None:
-    settings, method = OPTIMISERS[kind], LOW_RANK[0]
+    settings, method = OPTIMIZERS[kind], LOW_RANK[0]
     _, wanted = run(nodes_of(tmp_path / "whole", 3), method, rounds=4, kind=kind, **settings)
     nodes, options = nodes_of(tmp_path, 3), {"checkpoint": tmp_path / "run", "kind": kind}
     run(nodes, method, rounds=2, **options, **settings)
     _, found = run(nodes, method, rounds=4, **options, **settings)
     assert all(torch.equal(weights_of(wanted)[n], t) for n, t in weights_of(found).items())
     for other in ({"kind": flower.LowRank}, {"kind": kind} | dict.fromkeys([*settings][:1], 0.9)):
-        with pytest.raises(FedRacLoraError, match="server_optimiser"):
+        with pytest.raises(FedRacLoraError, match="server_optimizer"):
             run(nodes, method, rounds=5, checkpoint=tmp_path / "run", **other)
 
 

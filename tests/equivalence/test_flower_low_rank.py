@@ -400,10 +400,10 @@ def text_app() -> ClientApp:
     @app.train()
     def on_train(message: Message, context: Context) -> Message:
         with flower.round(message, context, llama()) as r:
-            optimiser = torch.optim.AdamW(r.model.parameters(), lr=0.1)
+            optimizer = torch.optim.AdamW(r.model.parameters(), lr=0.1)
             loss = r.model(tokens(context), labels=tokens(context)).loss
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         return r.reply({KEY: 6, "train_loss": loss.item()})
 
     @app.evaluate()

@@ -21,9 +21,9 @@ from pretend import FREE, Card, pretend_card
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
-from vectorised_agreement import base_of, method_of
-from vectorised_cases import CASES, SEED, SIZES, Case, scaled
-from vectorised_settings import WIDELY
+from vectorized_agreement import base_of, method_of
+from vectorized_cases import CASES, SEED, SIZES, Case, scaled
+from vectorized_settings import WIDELY
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain

@@ -20,7 +20,7 @@ from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import WORKLOADS, Case, Workload, network, vectors
 from fedraclora.training.cohort import CohortTrainer
 
-ROWS = ("vectorised", "bf16", "central", "inline", "idle", "fedavg", "loop", "pfl")
+ROWS = ("vectorized", "bf16", "central", "inline", "idle", "fedavg", "loop", "pfl")
 SMALL = Workload(
     "6 clients",
     6,
@@ -56,7 +56,7 @@ def workload(card: Card, monkeypatch: pytest.MonkeyPatch) -> Workload:
 def test_the_command_reports_what_a_card_does(
     card: Card, workload: Workload, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = "vectorised,bf16,central,inline,idle,fedavg,loop,pfl"
+    rows = "vectorized,bf16,central,inline,idle,fedavg,loop,pfl"
     words = ["device=cuda", "size=B", f"rows={rows}", "rounds=2", f"out={tmp_path}"]
     assert run(parse([*words, "peers=nowhere"])) == 0
     said = capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_the_command_reports_what_a_card_does(
     found = json.loads((tmp_path / "B.json").read_text())
     assert (found["about"]["device"], found["about"]["card"]) == ("cuda", name)
     assert found["rows"].keys() == {*workload.rows} - {"pfl", "flower", "fedlab", "fedjax"}
-    for row in ("vectorised", "bf16"):
+    for row in ("vectorized", "bf16"):
         most = found["rows"][row]["largest_chunk"]
         assert most >= 18
         assert not card.pretended or most <= FITS

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from vectorised_settings import ALSO, WIDELY
+from vectorized_settings import ALSO, WIDELY
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
@@ -118,8 +118,8 @@ def test_a_failed_round_does_not_move_a_head() -> None:
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
-def test_inline_and_vectorised_agree() -> None:
-    runs = [job(f"engine={engine}", "rounds=3") for engine in ("inline", "vectorised")]
+def test_inline_and_vectorized_agree() -> None:
+    runs = [job(f"engine={engine}", "rounds=3") for engine in ("inline", "vectorized")]
     for run in runs:
         run.strategy.run(run.grid)
     left, right = (run.strategy.recorder.store.state() for run in runs)

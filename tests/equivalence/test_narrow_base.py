@@ -1,4 +1,4 @@
-"""Clients on a quantised base train as one batch what they train alone, and on it dequantised."""
+"""Clients on a quantized base train as one batch what they train alone, and on it dequantized."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from causal_cases import CONFIGS, LLAMA, causal_case
-from vectorised_agreement import LOCAL, base_of, method_of, run, trainer_of
-from vectorised_cases import SEED, Case
+from vectorized_agreement import LOCAL, base_of, method_of, run, trainer_of
+from vectorized_cases import SEED, Case
 
-from fedraclora.models.built import dequantise
+from fedraclora.models.built import dequantize
 from fedraclora.narrow_weight import QuantisedWeight, base_name
 from fedraclora.protocol.method import Cohort, Draw
 
@@ -45,10 +45,10 @@ def test_a_batch_of_clients_comes_to_what_each_comes_to_alone(
     assert not caplog.records  # not one client after another
 
 
-def test_training_is_that_on_the_dequantised_base(case: Case) -> None:
+def test_training_is_that_on_the_dequantized_base(case: Case) -> None:
     """Exactly: the same products of the same numbers."""
     method, clients = method_of("fedavg_lora"), torch.tensor([0, 2, 3])
-    wide = replace(case.task, model=dequantise(copy.deepcopy(case.task.model)))
+    wide = replace(case.task, model=dequantize(copy.deepcopy(case.task.model)))
     found = []
     for task in (case.task, wide):
         base = base_of(task)

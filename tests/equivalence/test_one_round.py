@@ -40,7 +40,7 @@ X, Y = normal(sum(SIZES), 5), torch.arange(sum(SIZES)) % 3
 CLIENTS = [*zip(X.split(SIZES), Y.split(SIZES), strict=True)]
 
 
-@pytest.mark.parametrize("engine", ["inline", "vectorised"])
+@pytest.mark.parametrize("engine", ["inline", "vectorized"])
 def test_an_engine_computes_the_round_in_plain_torch(engine: str) -> None:
     round_, W = partial(one_round, clients=CLIENTS, run=RUN), weights()
     for t in range(1, ROUNDS + 1):

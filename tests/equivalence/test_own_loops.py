@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from vectorised_agreement import KINDS, method_of
-from vectorised_cases import SEED, SIZES, Case, bert, cnn, gpt2, mlp
+from vectorized_agreement import KINDS, method_of
+from vectorized_cases import SEED, SIZES, Case, bert, cnn, gpt2, mlp
 
 from fedraclora.aggregation.robust import Median
-from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS
+from fedraclora.aggregation.server_optimizers import SERVER_OPTIMIZERS
 from fedraclora.attacks import AttackedOwnTrainer, AttackedTrainer, SignFlip
 from fedraclora.client import Round, Trained
 from fedraclora.clients.engines import in_process
@@ -39,15 +39,15 @@ OWN = LocalSettings(train="mine:train")
 
 def descend(round_: Round, model: torch.nn.Module, task: Task) -> Trained:
     """Two steps of SGD on all samples, as `LOCAL` takes them."""
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LOCAL.lr)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LOCAL.lr)
     found = []
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         output = forward(model, round_.data.inputs)
         losses, counts = loss_function(task.loss)(output, round_.data.target)
         loss = losses.sum() / counts.sum()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         found.append(loss.item())
     return round_.read(model, samples=len(round_.data), steps=2, loss=sum(found) / 2)
 
@@ -131,7 +131,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
         "weights": "uniform",
     },
     "median": {"chosen": {"aggregator": Median()}},
-    "adam": {"chosen": {"server_optimiser": SERVER_OPTIMISERS["adam"]()}},
+    "adam": {"chosen": {"server_optimizer": SERVER_OPTIMIZERS["adam"]()}},
     "budgets": {"system": SystemConfig(rank_budget=Choice([0.4, 0.7, 1.0]))},
     "attack": {"attack": SignFlip(share=0.34)},
 }

@@ -48,13 +48,13 @@ def train(round, lr=0.1):
         assert data == texts(round.client)
         data = owner(round.client)
     model = round.install(net())
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     round.state["times"] = times = round.state.get("times", 0) + 1
     for _ in range(times):
         loss = nn.functional.cross_entropy(model(data[0]) + torch.rand(()), data[1])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     said = {"margin": float(round.client)}
     return round.read(model, samples=len(data[1]), steps=times, loss=loss.item(), metrics=said)
 """
@@ -96,7 +96,7 @@ def test_nodes_train_as_one_process(source: str, tmp_path: Path, module: None) -
     simulated(composed(here), tmp_path / "near")
     far, near = summary_of(tmp_path / "far"), summary_of(tmp_path / "near")
     assert far["weights_digest"] == near["weights_digest"]
-    assert "mine_at_nodes:train" in introduction(far["begins"])["optimiser"]
+    assert "mine_at_nodes:train" in introduction(far["begins"])["optimizer"]
     rows = fedraclora.read_run(tmp_path / "far", trust=["mine_at_nodes"]).rows
     assert rows[3]["train_metrics"] == {"margin": pytest.approx((0 * 6 + 1 * 7 + 2 * 8) / 21)}
     assert rows[3]["local_steps"] == 9  # three of each, of which state tells
@@ -149,13 +149,13 @@ def net() -> nn.Module:
 
 def train(round_: Round) -> Trained:
     model = round_.install(net())
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    if "optimiser" in round_.state:
-        optimiser.load_state_dict(round_.state["optimiser"])
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    if "optimizer" in round_.state:
+        optimizer.load_state_dict(round_.state["optimizer"])
     x, y = round_.data
     nn.functional.cross_entropy(model(x), y).backward()
-    optimiser.step()
-    round_.state["optimiser"] = optimiser.state_dict()
+    optimizer.step()
+    round_.state["optimizer"] = optimizer.state_dict()
     return round_.read(model, samples=len(y), steps=1)
 
 
@@ -194,17 +194,17 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits_and_state(tmp_path: Path) -
 def test_ray_gives_the_bits_of_inline() -> None:
     """The function is the program's, and no module of the workers has it."""
     here = {"__name__": "__main__", "nn": nn, "torch": torch, "net": net}
-    exec(  # as in a script; each client has an optimiser, a batch and epochs of its own
+    exec(  # as in a script; each client has an optimizer, a batch and epochs of its own
         "def own(round_):\n    model, c = round_.install(net()), round_.client\n"
         "    (x, y), steps = round_.data, 0\n"
         "    kind = [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop][c % 3]\n"
-        "    optimiser = kind([p for p in model.parameters() if p.requires_grad], 0.01 * (c + 1))\n"
+        "    optimizer = kind([p for p in model.parameters() if p.requires_grad], 0.01 * (c + 1))\n"
         "    round_.state['n'] = n = round_.state.get('n', 0) + 1\n"
         "    for _ in range(1 + c % 2):\n"
         "        for rows in torch.randperm(len(y)).split(2 + c):\n"
-        "            optimiser.zero_grad()\n"
+        "            optimizer.zero_grad()\n"
         "            (n * nn.functional.cross_entropy(model(x[rows]), y[rows])).backward()\n"
-        "            optimiser.step()\n            steps += 1\n"
+        "            optimizer.step()\n            steps += 1\n"
         "    return round_.read(model, samples=len(y), steps=steps)\n",
         here,
     )

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from causal_cases import CONFIGS, TARGETS, causal_case
-from vectorised_agreement import ATOL, base_of, method_of, trainer_of
-from vectorised_cases import SEED, SIZES
+from vectorized_agreement import ATOL, base_of, method_of, trainer_of
+from vectorized_cases import SEED, SIZES
 
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.task import Task
-from fedraclora.models.built import dequantise
+from fedraclora.models.built import dequantize
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
@@ -25,7 +25,7 @@ from tests.reference.client import batches, own_tensors
 RANK, ALPHA = 3, 2.0
 LOCALS = {
     "sgd": LocalConfig(lr=0.2, batch_size=4, epochs=2),
-    "adamw": LocalConfig(optimiser="adamw", lr=0.03, batch_size=3, steps=5, weight_decay=0.01),
+    "adamw": LocalConfig(optimizer="adamw", lr=0.03, batch_size=3, steps=5, weight_decay=0.01),
 }
 
 
@@ -40,7 +40,7 @@ def adapted(task: Task, kind: str, starts: Tree) -> Any:
         fan_in_fan_out=kind == "gpt2",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(dequantise(copy.deepcopy(task.model)), config).double()
+    model = get_peft_model(dequantize(copy.deepcopy(task.model)), config).double()
     put(model, starts)
     return model
 
@@ -67,10 +67,10 @@ def train(model: Any, task: Task, client: int, local: LocalConfig, trained: str)
     for name, parameter in own.items():
         parameter.requires_grad_(name.rpartition("/")[2] in trained)
     free = [p for p in own.values() if p.requires_grad]
-    if local.optimiser == "sgd":
-        optimiser: torch.optim.Optimizer = torch.optim.SGD(free, lr=local.lr)
+    if local.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(free, lr=local.lr)
     else:
-        optimiser = torch.optim.AdamW(free, lr=local.lr, weight_decay=local.weight_decay)
+        optimizer = torch.optim.AdamW(free, lr=local.lr, weight_decay=local.weight_decay)
     samples = task.train.client(client)  # type: ignore[attr-defined]
     for rows in batches(len(samples), client, local, SEED, 1):
         batch = samples.take(rows)
@@ -80,25 +80,25 @@ def train(model: Any, task: Task, client: int, local: LocalConfig, trained: str)
             batch.target[:, 1:].flatten(),
             ignore_index=IGNORED_TOKEN,
         )
-        # What transformers' Trainer minimises; it forms the loss in float32.
+        # What transformers' Trainer minimizes; it forms the loss in float32.
         assert float(loss.detach()) == pytest.approx(float(output.loss.detach()), rel=1e-5)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return {name: parameter.detach().clone() for name, parameter in own.items()}
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-@pytest.mark.parametrize("optimiser", LOCALS)
+@pytest.mark.parametrize("optimizer", LOCALS)
 @pytest.mark.parametrize(("name", "trained"), [("fedavg_lora", "AB"), ("ffa_lora", "B")])
 @pytest.mark.parametrize(
     ("kind", "held"), [*((k, "float32") for k in CONFIGS), ("llama", "int8"), ("gpt2", "int8")]
 )
 def test_a_round_is_that_of_a_loop_on_peft(
-    kind: str, held: str, name: str, trained: str, optimiser: str
+    kind: str, held: str, name: str, trained: str, optimizer: str
 ) -> None:
-    """Of a quantised base: on the same weights, dequantised."""
-    case, local = causal_case(kind, base=held), LOCALS[optimiser]
+    """Of a quantized base: on the same weights, dequantized."""
+    case, local = causal_case(kind, base=held), LOCALS[optimizer]
     task, plan, method, draw = case.task, case.plan(), method_of(name), Draw(SEED)
     base, clients = base_of(task), torch.tensor([0, 2, 3, 5])
     sizes = torch.tensor([SIZES[client] for client in clients], dtype=torch.float64)

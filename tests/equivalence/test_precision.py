@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vectorised_agreement import LOCAL, base_of, method_of
-from vectorised_cases import CASES, SEED, SIZES, Case, scaled
+from vectorized_agreement import LOCAL, base_of, method_of
+from vectorized_cases import CASES, SEED, SIZES, Case, scaled
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain

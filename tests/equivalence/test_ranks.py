@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vectorised_agreement import LOCAL, assert_agrees, base_of, foldable, method_of, trainer_of
-from vectorised_cases import CASES, SEED, SIZES, Case, convolution, mlp
-from vectorised_settings import (
+from vectorized_agreement import LOCAL, assert_agrees, base_of, foldable, method_of, trainer_of
+from vectorized_cases import CASES, SEED, SIZES, Case, convolution, mlp
+from vectorized_settings import (
     A_FEW,
     FORMS,
     LAYERS,

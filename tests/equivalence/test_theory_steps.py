@@ -19,7 +19,7 @@ from fedraclora.experiments.theory import problems as runs
 from fedraclora.experiments.theory.problems import start_of
 from fedraclora.models.networks import build_mlp
 from fedraclora.protocol.factor import Factor
-from fedraclora.protocol.method import Draw, Memo, Method
+from fedraclora.protocol.method import Counters, Draw, Method
 from fedraclora.sketch import SKETCHES
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
@@ -97,7 +97,7 @@ def sketch(strategy: FedStrategy, name: str, round_: int = 1) -> torch.Tensor:
     """The drawn factor of one layer in a round, with ``merge_every=1``."""
     method, state = strategy.method, strategy.state
     assert isinstance(method, FedRacLora)
-    before = replace(state, memo=Memo(sketch=round_ - 1))
+    before = replace(state, counters=Counters(sketch=round_ - 1))
     layer = method.layer(before, name)
     drawn, _ = method.sides(layer.shape)
     spec = method.factors(layer, Round(round_, Draw(SEED)))[drawn]
@@ -139,14 +139,14 @@ def test_one_step_is_a_projected_gradient_step(make: Make, kind: str, train: str
         assert_close(found[name], start[name] - gamma * step, 1e-12)
 
 
-@pytest.mark.parametrize("normalise", ["rows", "identity", "none"])
+@pytest.mark.parametrize("normalize", ["rows", "identity", "none"])
 @pytest.mark.parametrize("train", ["B", "A"])
 @pytest.mark.parametrize("kind", SKETCHES)
 def test_the_preconditioner_gives_the_projected_step_for_any_sketch(
-    kind: str, train: str, normalise: str
+    kind: str, train: str, normalize: str
 ) -> None:
     task = deep_task(9)
-    method = rac(kind, train=train, normalise=normalise, density=0.6)
+    method = rac(kind, train=train, normalize=normalize, density=0.6)
     strategy = federate(task, method, replace(WHOLE, precondition=True))
     start, found = start_of(task), weights_of(strategy)
     gamma = LR * (ALPHA / R) ** 2

@@ -104,12 +104,12 @@ def alone(module: ModuleType, round_: Round) -> Trained:
     torch.default_generator.manual_seed(round_.seed)
     model = round_.install(module.network())
     wanted = [p for p in model.parameters() if p.requires_grad]
-    optimiser, (x, y), total = torch.optim.SGD(wanted, lr=module.RATE), round_.data, 0.0
+    optimizer, (x, y), total = torch.optim.SGD(wanted, lr=module.RATE), round_.data, 0.0
     for rows in torch.randperm(len(x)).split(module.BATCH)[: module.STEPS]:
         loss = torch.nn.functional.cross_entropy(model(x[rows]), y[rows])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         total += loss.item() / module.STEPS
     return round_.read(model, samples=len(x), steps=module.STEPS, loss=total)
 

@@ -38,7 +38,7 @@ JOB = [
 
 
 # AdamW tells apart what plain steps do not: it does not follow a turn of the basis (FedSVD).
-LOCAL = {"": [], "adamw_": ["local.optimiser=adamw", "local.lr=0.02"]}
+LOCAL = {"": [], "adamw_": ["local.optimizer=adamw", "local.lr=0.02"]}
 
 
 DISTINCT = [name for name in METHODS if name not in aliases()]

@@ -346,7 +346,7 @@ def test_smollm2_is_named_by_its_file_in_the_package() -> None:
 
 @pytest.mark.slow
 def test_smollm2_comes_from_its_package_as_a_plain_model(tmp_path: Path) -> None:
-    """The dequantised weights know a capital, share their table of tokens, and can be saved."""
+    """The dequantized weights know a capital, share their table of tokens, and can be saved."""
     pytest.importorskip("gguf")
     from transformers import AutoTokenizer
 
@@ -365,6 +365,6 @@ def test_smollm2_comes_from_its_package_as_a_plain_model(tmp_path: Path) -> None
     with torch.no_grad():
         likeliest = model.eval()(ids).logits[0, -1].argmax()
     assert tokenizer.decode(likeliest) == " Paris"
-    model.save_pretrained(tmp_path)  # which refuses a quantised model
+    model.save_pretrained(tmp_path)  # which refuses a quantized model
     again = build(config=None, path=str(tmp_path)).model
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)

@@ -17,7 +17,7 @@ import fedraclora
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
-from fedraclora.models.built import dequantise, seeded
+from fedraclora.models.built import dequantize, seeded
 from fedraclora.models.hf import build_hf
 from fedraclora.narrow_weight import QuantisedWeight, base_name
 
@@ -39,7 +39,7 @@ def given(questions: Path, tokenizer: str) -> tuple[str, ...]:
         pytest.param("int8", "fedsa_lora", marks=pytest.mark.slow),
     ],
 )
-def test_a_quantised_base_stays_as_it_is(base: str, method: str, given: tuple[str, ...]) -> None:
+def test_a_quantized_base_stays_as_it_is(base: str, method: str, given: tuple[str, ...]) -> None:
     words = (*given, f"method={method}", "target_modules=[q_proj,v_proj]", "evaluate.generate=null")
     runs = [fedraclora.simulate(*words, f"model.base={name}") for name in ("float32", base)]
     wide, narrow = (run.summary["chunk_plan"] for run in runs)
@@ -61,7 +61,7 @@ def test_a_quantised_base_stays_as_it_is(base: str, method: str, given: tuple[st
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_a_run_goes_on_and_is_exported(given: tuple[str, ...], tmp_path: Path) -> None:
-    """The folder holds codes, once; an adapter is exact beside the weights dequantised."""
+    """The folder holds codes, once; an adapter is exact beside the weights dequantized."""
     keys: dict[str, Any] = {
         "model": {"base": "int8"},
         "method": "fedavg_lora",
@@ -93,7 +93,7 @@ def test_a_run_goes_on_and_is_exported(given: tuple[str, ...], tmp_path: Path) -
     whole.export(merged, "hf")
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    plain = dequantise(build(config=WIDE, base="int8").model)
+    plain = dequantize(build(config=WIDE, base="int8").model)
     assert all(torch.equal(w, plain.get_parameter(n)) for n, w in start.named_parameters())
     loaded = PeftModel.from_pretrained(start, adapter).merge_and_unload()
     for model in (loaded, AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)):
@@ -107,7 +107,7 @@ def test_a_run_goes_on_and_is_exported(given: tuple[str, ...], tmp_path: Path) -
 @pytest.mark.slow
 def test_rays_workers_hold_the_codes(given: tuple[str, ...]) -> None:
     words = (*given, "method=fedavg_lora", "model.base=int4")
-    runs = [fedraclora.simulate(*words, f"engine={engine}") for engine in ("vectorised", "ray")]
+    runs = [fedraclora.simulate(*words, f"engine={engine}") for engine in ("vectorized", "ray")]
     assert len({run.summary["weights_digest"] for run in runs}) == 1
 
 
@@ -141,7 +141,7 @@ def test_a_classifier_has_a_narrow_base_too(tmp_path: Path) -> None:
     [
         (["method=fed_rac_lora"], r"is int8.*method=fed_rac_lora merges"),
         (["method=fedavg_lora", "dora=true"], r"is int8.*dora=true"),
-        (["method=fedavg_lora", "server_optimiser=adam"], "server_optimiser=adam with space=wei"),
+        (["method=fedavg_lora", "server_optimizer=adam"], "server_optimizer=adam with space=wei"),
         (["method=fedavg_lora", "method.init=lora_ga"], "takes its first factors"),
         (["method=fedavg_lora", "method.init=pissa"], "can be merged into"),
         (["method=fedavg_lora", "allocation=adalora"], "merges each update"),

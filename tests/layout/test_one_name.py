@@ -97,7 +97,7 @@ def digest(folder: Path, command: str, *words: str) -> str:
 
 
 def test_a_script_beside_them(folder: Path) -> None:
-    (folder / "script.py").write_text(SCRIPT.replace("ENGINE", "vectorised"))
+    (folder / "script.py").write_text(SCRIPT.replace("ENGINE", "vectorized"))
     assert "2 rows" in ran(folder, "script.py")
 
 

@@ -31,7 +31,7 @@ from fedraclora.tree import Tree
 from tests.reference.dp_sgd import set_noisy_gradients
 from tests.reference.galore import LocalGalore
 from tests.reference.pairs import LocalGates, LocalRite, adjust_gradients
-from tests.reference.walking import along, gone, room, shadow, slopes
+from tests.reference.walking import along, applied_moves, room, shadow, slopes
 
 
 def train_one(
@@ -98,7 +98,7 @@ def train_one(
     hook = program.hooks(chunk).get(When.PROGRAM, lambda gradients, _: gradients)
     sums = dict[str, torch.Tensor]()
     model, context = with_seeded_dropout(task.model, client, seed, round_)
-    optimiser = make_optimiser(local, downlink, values, frozen, rate_scale)
+    optimizer = make_optimizer(local, downlink, values, frozen, rate_scale)
     start_weights = effective_weights(base, downlink, plan, values, frozen)
     start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
     clients, losses = torch.tensor([client]), []
@@ -108,11 +108,11 @@ def train_one(
         context.step, context.rows = step, len(rows)
         weights = effective_weights(base, downlink, plan, values, frozen)
         if looks:
-            weights = gone(downlink, held, base, client, values[MOVES].detach())
+            weights = applied_moves(downlink, held, base, client, values[MOVES].detach())
         each, counts = sample_losses(model, weights, samples.take(rows), task.loss, precision)
         loss = each.sum() / counts.sum().clamp(min=1)
         losses.append(float(loss.detach()))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         if looks:
             at = along(downlink, held, client, len(values[MOVES].flatten()), step)
 
@@ -136,7 +136,7 @@ def train_one(
         add_extras(values, downlink, place)
         shape_gradients(values, frozen, hook, local, downlink)
         if program.trains:
-            optimiser.step()
+            optimizer.step()
             continue
         sums = {n: sums.get(n, 0) + v.grad for n, v in values.items() if v.grad is not None}
     trained = {name: start.clone() for name, start in starts.items()}
@@ -238,10 +238,10 @@ def batches(
     return steps[:count]
 
 
-def make_optimiser(
+def make_optimizer(
     local: LocalSettings, downlink: Downlink, values: Tree, frozen: Tree, rate_scale: float
 ) -> torch.optim.Optimizer | LocalGates | LocalGalore:
-    """Build the torch optimiser, with one step size for the method's own and one beside it."""
+    """Build the torch optimizer, with one step size for the method's own and one beside it."""
     slots, decay, betas = downlink.trained(), local.weight_decay, (local.beta1, local.beta2)
 
     def make(named: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
@@ -249,11 +249,11 @@ def make_optimiser(
             {"params": [v], "lr": local.rate(slots[n].main, rate_scale), "name": n}
             for n, v in named
         ]
-        if local.optimiser == "sgd":
+        if local.optimizer == "sgd":
             return torch.optim.SGD(
                 groups, momentum=local.momentum, nesterov=local.nesterov, weight_decay=decay
             )
-        if local.optimiser == "lora_rite":
+        if local.optimizer == "lora_rite":
             return LocalRite(groups, frozen, betas=betas, eps=local.eps, weight_decay=decay)
         return torch.optim.AdamW(groups, betas=betas, eps=local.eps, weight_decay=decay)
 

@@ -1,7 +1,7 @@
 """GaLore for one client, written to be read: matrices in NumPy, one after another.
 
 It shares no code with `fedraclora.training.moments`, whose oracle it is. The lines are those of
-algorithm 2 of arXiv 2403.03507, with the optimiser of ``torch.optim`` for rho.
+algorithm 2 of arXiv 2403.03507, with the optimizer of ``torch.optim`` for rho.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class LocalGalore:
     def change(self, name: str, W: Matrix, G: Matrix) -> Matrix:
         """What a step adds to a weight."""
         local, rate = self.local, self.rates[name]
-        decay = 0.0 if local.optimiser == "sgd" else rate * local.weight_decay
-        if local.optimiser == "sgd":
+        decay = 0.0 if local.optimizer == "sgd" else rate * local.weight_decay
+        if local.optimizer == "sgd":
             G = G + local.weight_decay * W
         if name not in self.program.ranks:
             return -decay * W - rate * self.rho(name, G)
@@ -93,9 +93,9 @@ class LocalGalore:
         return np.stack(columns, axis=1)
 
     def rho(self, name: str, R: Matrix) -> Matrix:
-        """The direction of the optimiser for a gradient, which is stepped against."""
+        """The direction of the optimizer for a gradient, which is stepped against."""
         local, state, t = self.local, self.state[name], self.t + 1
-        if local.optimiser == "sgd":
+        if local.optimizer == "sgd":
             state["M"] = local.momentum * state["M"] + R
             return R + local.momentum * state["M"] if local.nesterov else state["M"]
         state["M"] = local.beta1 * state["M"] + (1 - local.beta1) * R

@@ -137,14 +137,14 @@ class LocalRite(torch.optim.AdamW):
 
 
 class LocalGates:
-    """SoRA's gates around a torch optimiser: the gradients of C and z come from autograd.
+    """SoRA's gates around a torch optimizer: the gradients of C and z come from autograd.
 
     Args:
         local: The penalty.
         values: What is trained. B of each adapter (A where that alone is trained) becomes the
             product of a factor and a gate that are trained in its place.
         downlink: Says which adapters there are.
-        make: Makes the torch optimiser of named parameters; a gate is named after its factor.
+        make: Makes the torch optimizer of named parameters; a gate is named after its factor.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class LocalGates:
                 named += [(name, factor), (name, gate)]
             else:
                 named.append((name, value))
-        self.optimiser, self.penalty = make(named), local.gate_penalty or 0.0
+        self.optimizer, self.penalty = make(named), local.gate_penalty or 0.0
 
     def product(self, name: str) -> torch.Tensor:
         """Compute the gated factor as the model sees it."""
@@ -174,16 +174,16 @@ class LocalGates:
 
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         for name in self.own:
             self.values[name].grad = None
 
     def step(self) -> None:
-        """Take one step of the optimiser, then close gates a little."""
+        """Take one step of the optimizer, then close gates a little."""
         for name in self.own:
             self.product(name).backward(self.values[name].grad)
-        self.optimiser.step()
-        rates = {id(g["params"][0]): g["lr"] for g in self.optimiser.param_groups}
+        self.optimizer.step()
+        rates = {id(g["params"][0]): g["lr"] for g in self.optimizer.param_groups}
         with torch.no_grad():
             for name, (_, gate) in self.own.items():
                 shrunk = gate.abs() - rates[id(gate)] * self.penalty

@@ -1,6 +1,6 @@
 """Rounded rounds of low-rank methods, written to be read: matrices in NumPy, one client at a time.
 
-It shares no code with the methods, the training or the quantiser whose oracle it is. Of a run it is
+It shares no code with the methods, the training or the quantizer whose oracle it is. Of a run it is
 told what both ends know without being sent numbers: the drawings, and which layers a round adapts.
 The draws of Q are those of the seed tree.
 
@@ -25,7 +25,7 @@ LEVELS = {"int8": 127, "int4": 7}
 BLOCK = 32
 
 
-def quantised(x: Matrix, kind: str, rng: Rng) -> Matrix:
+def quantized(x: Matrix, kind: str, rng: Rng) -> Matrix:
     """Q(x) = s floor(x / s + u), a power of two s for each block: the least with max |x| <= L s."""
     found, most = [], LEVELS[kind]
     u = rng.integers(1 << 32, size=x.size) / 2.0**32
@@ -278,14 +278,14 @@ class RoundedRun:
                 if label in self.keeps:
                     continue
                 first = starts[k][name][label]
-                end[name][label] = first + quantised(end[name][label] - first, self.up, rng)
+                end[name][label] = first + quantized(end[name][label] - first, self.up, rng)
         if self.keeps:
             self.own = [{n: {c: f[c] for c in self.keeps} for n, f in e.items()} for e in ends]
         left = added = 0.0
 
         def rounded(x: Matrix, *keys: str | int) -> Matrix:
             nonlocal left, added
-            found = quantised(x, self.down, generator(self.seed, "downlink", round_, *keys))
+            found = quantized(x, self.down, generator(self.seed, "downlink", round_, *keys))
             left, added = left + (x**2).sum(), added + ((found - x) ** 2).sum()
             return found
 

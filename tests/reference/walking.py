@@ -59,7 +59,7 @@ def slopes(
     return gradient, sum(seen) / len(seen)
 
 
-def gone(sent: Downlink, held: Tree, base: Tree, client: int, moves: torch.Tensor) -> Tree:
+def applied_moves(sent: Downlink, held: Tree, base: Tree, client: int, moves: torch.Tensor) -> Tree:
     """Weights of a client: those from which it went, and what it has moved along each direction."""
     flat = moves.flatten().tolist()
     sums = looking(sent).by_direction

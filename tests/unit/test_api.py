@@ -67,15 +67,15 @@ def test_weights_are_copies() -> None:
     assert digest(found.weights()) == found.summary["weights_digest"]
 
 
-@pytest.mark.parametrize("engine", ["vectorised", "inline"])
+@pytest.mark.parametrize("engine", ["vectorized", "inline"])
 def test_the_engine_is_a_choice(engine: str) -> None:
-    assert run(engine=engine).summary["chunk"] == {"vectorised": 3, "inline": 1}[engine]
+    assert run(engine=engine).summary["chunk"] == {"vectorized": 3, "inline": 1}[engine]
 
 
 @pytest.mark.slow
 def test_engines_of_many_processes_have_the_bits_of_one() -> None:
     found = run(engine={"name": "ray", "workers": 2})
-    assert digest(found.weights()) == digest(run(engine="vectorised").weights())
+    assert digest(found.weights()) == digest(run(engine="vectorized").weights())
 
 
 def test_a_run_says_what_it_is_in_a_line() -> None:

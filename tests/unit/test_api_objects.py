@@ -361,7 +361,7 @@ class Raising(Pairs):
 
 
 class Uncopied(nn.Sequential):
-    def __deepcopy__(self, memo: Any) -> Any:
+    def __deepcopy__(self, counters: Any) -> Any:
         raise RuntimeError("it holds a lock")
 
 
@@ -447,7 +447,7 @@ def test_bad_input_is_refused_by_name(keys: Any, kind: type[Exception], words: s
 
 @pytest.mark.slow
 def test_objects_reach_other_processes() -> None:
-    engines = ("ray", "vectorised")
+    engines = ("ray", "vectorized")
     found, wanted = (run(data=TEXTS, model=words(), engine=engine) for engine in engines)
     assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
     found, wanted = (run(data=CLIENTS, engine=engine) for engine in engines)
@@ -564,7 +564,7 @@ def test_keys_of_tables_hold_for_frames() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["missing=mean", "standardise=maybe", "standardise=0", "split_seed=1.5", "test_fraction=5"],
+    ["missing=mean", "standardize=maybe", "standardize=0", "split_seed=1.5", "test_fraction=5"],
 )
 def test_values_of_keys_are_checked_alike_for_a_frame_and_its_file(
     word: str, tmp_path: Path

@@ -55,12 +55,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize(
-    ("engine", "limit"), [("vectorised", None), ("ray", None), ("deploy", 5.0)]
+    ("engine", "limit"), [("vectorized", None), ("ray", None), ("deploy", 5.0)]
 )
 def test_only_an_engine_without_limits_of_its_own_gets_one_for_the_round(
     engine: str, limit: float | None
 ) -> None:
-    words = [f"engine={engine}", *(["engine.timeout=5"] if engine != "vectorised" else [])]
+    words = [f"engine={engine}", *(["engine.timeout=5"] if engine != "vectorized" else [])]
     config = from_plain(composed([*WORDS, *words]), METHODS)
     loop = loop_of(config, build_task(config), 8, torch.float32)
     assert loop.timeout == limit

@@ -84,7 +84,7 @@ TEXTS = Workload(
     partial(network, "causal_lm", 1030, config=SIZES),
     partial(texts, 1030, 12, None),
     "lm_head",
-    ("vectorised", "inline", "own", "peft", "checkpointing", "peft checkpointing"),
+    ("vectorized", "inline", "own", "peft", "checkpointing", "peft checkpointing"),
     rank=2,
     samples=4,
     batch=2,
@@ -93,7 +93,7 @@ TEXTS = Workload(
 )
 CPU = torch.device("cpu")
 ROWS: dict[str, dict[str, Any]] = {
-    "vectorised": {"seconds": 0.01, "cpu_seconds": 0.01, "peak_bytes": 3e8},
+    "vectorized": {"seconds": 0.01, "cpu_seconds": 0.01, "peak_bytes": 3e8},
     "central": {"seconds": 0.005, "cpu_seconds": 0.005, "peak_bytes": 3e8},
     "flower": {
         "seconds": 0.5,
@@ -167,7 +167,7 @@ def test_ray_rows_count_their_own_workers() -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
 def test_language_rows_are_one_algorithm() -> None:
-    """By hand on PEFT, vectorised, one after another, with checkpointing: the same weights."""
+    """By hand on PEFT, vectorized, one after another, with checkpointing: the same weights."""
     start = dict(TEXTS.task(CPU).model.named_parameters())
     found = {row: weights_after(row, 2, TEXTS) for row in TEXTS.rows}
     for row, weights in found.items():
@@ -175,7 +175,7 @@ def test_language_rows_are_one_algorithm() -> None:
             assert torch.allclose(weights[name], wanted, rtol=0, atol=1e-6), (row, name)
     trained = "model.layers.1.mlp.down_proj.weight"
     assert not torch.allclose(found["peft"][trained], start[trained], rtol=0, atol=1e-4)
-    report = Report("llama", {"vectorised": ROWS["vectorised"]}, about={"tokens": 70})
+    report = Report("llama", {"vectorized": ROWS["vectorized"]}, about={"tokens": 70})
     assert "7,000" in table(report).markdown()  # tokens over 0.01 s
 
 
@@ -193,8 +193,8 @@ def test_memory_of_a_row_is_that_of_a_process_of_its_own() -> None:
 def test_virtual_clients_are_asked_for_a_cohort() -> None:
     workload = replace(WORKLOADS["population"], clients=5000, asked=7)
     assert Case(workload, CPU).task.train.num_clients == 5000
-    found = timed(["vectorised"], Case(workload, CPU), 1, lambda _: 0.0)
-    assert found["vectorised"]["facts"]["chunk"] == 7.0
+    found = timed(["vectorized"], Case(workload, CPU), 1, lambda _: 0.0)
+    assert found["vectorized"]["facts"]["chunk"] == 7.0
 
 
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
@@ -211,11 +211,11 @@ def test_every_bound_names_rows_that_its_workload_has() -> None:
 
 
 def test_all_rows_make_the_rounds_they_should() -> None:
-    rows = ["vectorised", "central", "inline", "idle", "product"]
+    rows = ["vectorized", "central", "inline", "idle", "product"]
     found = timed(rows, Case(TINY, CPU), 2, lambda _: 0.0)
     flops = {name: row.get("facts", {}).get("flops") for name, row in found.items()}
     assert flops["product"] == 2 * 1024**3
-    assert flops["vectorised"] == flops["inline"]
+    assert flops["vectorized"] == flops["inline"]
     assert flops["idle"] is None
     assert {row["rounds"] for row in found.values()} == {2}
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in found.values())
@@ -237,10 +237,10 @@ def test_a_report_is_read_back(tmp_path: Path) -> None:
 def test_bounds_are_kept_broken_or_open() -> None:
     verdict = judge_rows("A", ROWS)
     assert [line.split(" / ")[0] for line in verdict["kept"]] == ["A: flower"]
-    assert [line.split(" / ")[0] for line in verdict["broken"]] == ["A: vectorised", "A: pfl"]
+    assert [line.split(" / ")[0] for line in verdict["broken"]] == ["A: vectorized", "A: pfl"]
     assert "it is 10" in verdict["broken"][1]
     assert any("fedjax" in line for line in verdict["open"])
-    most = judge_rows("B", {"vectorised": {"cpu_seconds": 1.2}, "central": {"cpu_seconds": 1.0}})
+    most = judge_rows("B", {"vectorized": {"cpu_seconds": 1.2}, "central": {"cpu_seconds": 1.0}})
     assert any("at most 1.1" in line for line in most["broken"])
 
 
@@ -260,7 +260,7 @@ def test_the_table_names_versions_and_ratios(tmp_path: Path) -> None:
     (row,) = [line for line in made.splitlines() if "Flower" in line]
     assert row.startswith("| full weights, Flower 1.42.0, Ray 2.55.1, 2 actors | 0.5 | 1.5 |")
     assert row.endswith("| 300 | 150 |")
-    assert made.index("central") < made.index("`vectorised`") < made.index("pfl 0.6.0")
+    assert made.index("central") < made.index("`vectorized`") < made.index("pfl 0.6.0")
     assert "P, 2 cores; torch 2, 1 thread a process; revision abc." in made
     with pytest.raises(ConfigError, match="holds no figures"):
         tables(tmp_path / "nowhere")
@@ -282,17 +282,17 @@ def test_the_share_of_the_peak_counts_the_work_of_central(tmp_path: Path) -> Non
 
 def test_the_table_of_a_gpu_gives_throughput_and_the_largest_chunk(tmp_path: Path) -> None:
     rows = {
-        "vectorised": {**ROWS["vectorised"], "largest_chunk": 65536},
+        "vectorized": {**ROWS["vectorized"], "largest_chunk": 65536},
         "central": ROWS["central"],
     }
     Report("A", rows, {}, {"device": "cuda", "card": "Card 1"}).write(tmp_path)
     made = tables(tmp_path)
-    assert "| **Fed-RAC-LoRA, `vectorised`** | 0.01 | 500,000 | 300 | 2 | 65,536 |" in made
+    assert "| **Fed-RAC-LoRA, `vectorized`** | 0.01 | 500,000 | 300 | 2 | 65,536 |" in made
     assert "Card 1; torch" in made
 
 
 def test_a_gpu_is_judged_by_wall_time() -> None:
-    rows = {"vectorised": {"seconds": 1.0, "cpu_seconds": 9.0}, "central": {"seconds": 1.0}}
+    rows = {"vectorized": {"seconds": 1.0, "cpu_seconds": 9.0}, "central": {"seconds": 1.0}}
     assert not judge_rows("B", rows, "cuda")["broken"]
 
 
@@ -340,7 +340,7 @@ def test_stored_results_make_tables_and_agree() -> None:
     [
         ("sise=A", "size"),
         ("size=D", "unknown size 'D'"),
-        ("rows=vectorized", "did you mean 'vectorised'"),
+        ("rows=vectorized", "did you mean 'vectorized'"),
         ("rounds=0", "1 or more"),
         ("device=tpu", "unknown device 'tpu'"),
         ("size", "key=value"),
@@ -356,7 +356,7 @@ def test_the_command_prints_a_stored_table(
 ) -> None:
     Report("A", ROWS, {}, {}).write(tmp_path)
     assert run(parse([f"table={tmp_path}"])) == 0
-    assert "| **Fed-RAC-LoRA, `vectorised`** |" in capsys.readouterr().out
+    assert "| **Fed-RAC-LoRA, `vectorized`** |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_a_broken_bound_and_other_work_end_with_a_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rows = {"fedavg": {**ROWS["vectorised"], "loss": 1.5}, **ROWS}
+    rows = {"fedavg": {**ROWS["vectorized"], "loss": 1.5}, **ROWS}
     rows["pfl"] = {**rows["pfl"], "loss": loss}
     report = Report("A", rows, {"fedlab": "not installed"}, {"device": "cpu"})
     monkeypatch.setattr(command, "measure", lambda *_: report)
@@ -384,8 +384,8 @@ def test_a_broken_bound_and_other_work_end_with_a_status(
     assert said in found.err
     assert bool(found.err) == bool(status)
     assert "missing: fedlab: not installed" in found.out
-    assert ("kept: A: flower / vectorised" in found.out) == ("check=true" in words)
-    assert "open: A: fedjax / vectorised" in found.out or not words
+    assert ("kept: A: flower / vectorized" in found.out) == ("check=true" in words)
+    assert "open: A: fedjax / vectorized" in found.out or not words
 
 
 @pytest.mark.slow
@@ -414,7 +414,7 @@ def test_rows_of_several_workloads_stand_side_by_side(tmp_path: Path) -> None:
     Report("A", ROWS, {}, {}).write(tmp_path)
     slower = ROWS | {"central": {**ROWS["central"], "cpu_seconds": 0.01}}
     Report("C", slower, {}, {}).write(tmp_path)
-    made = side_by_side(tmp_path, ["A", "C"], ["vectorised", "flower"])
+    made = side_by_side(tmp_path, ["A", "C"], ["vectorized", "flower"])
     assert "| CPU s / central | 100 clients, MLP 64-128-10 | 1,000 clients, MLP" in made
     assert "| full weights, Flower 1.42.0, Ray 2.55.1, 2 actors | 300 | 150 |" in made
     with pytest.raises(ConfigError, match="row of workload A"):

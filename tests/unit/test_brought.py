@@ -17,7 +17,7 @@ import torch
 
 from fedraclora.binding import bind, object_of
 from fedraclora.errors import ConfigError
-from fedraclora.objects import code_digests, is_named, lend, named_by, object_digest
+from fedraclora.objects import code_digests, is_named, named_by, object_digest, register_object
 
 MODULE = """
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ def test_a_value_gives_the_object_that_it_names_with_its_parameters(module: Any)
     assert object_of("loss", "brought:made")(2) == 10
     scaled = object_of("loss", "brought:made")
     assert object_of("step", {"name": "brought:Scaled", "by": 4}, type(scaled)).by == 4
-    assert object_of("loss", lend(scaled)) is scaled
+    assert object_of("loss", register_object(scaled)) is scaled
     assert [*filter(is_named, ("cross_entropy", "folder/a.npz", "C:/a", "a@b"))] == []
 
 
@@ -98,11 +98,11 @@ def test_a_class_of_the_users_is_a_row_of_a_table_of_such_classes(module: Any) -
         pass
 
     table = {"base": Base}
-    assert bind("attack", table, {"name": lend(Mine), "share": 0.5})() == Mine(0.5)
+    assert bind("attack", table, {"name": register_object(Mine), "share": 0.5})() == Mine(0.5)
     with pytest.raises(ConfigError, match=r"unknown key 'attack\.shares'"):
-        bind("attack", table, {"name": lend(Mine), "shares": 0.5})
+        bind("attack", table, {"name": register_object(Mine), "shares": 0.5})
     own = Mine(0.25)
-    assert bind("attack", table, {"name": lend(own)})() is own
+    assert bind("attack", table, {"name": register_object(own)})() is own
     with pytest.raises(ConfigError, match=r"class Scaled; a class .*Base is wanted"):
         bind("attack", table, {"name": "brought:Scaled"})
     assert bind("partition", {"a": len}, {"name": "brought:twice", "x": 1})() == 8  # type: ignore[arg-type]
@@ -177,8 +177,8 @@ def test_a_module_that_a_function_holds_counts_by_its_name() -> None:
 
 
 def test_objects_of_a_program_are_found_in_its_config() -> None:
-    config = {"local": {"extras": [{"name": lend(len)}]}, "seed": 0}
-    assert named_by(config) == {lend(len): len}
+    config = {"local": {"extras": [{"name": register_object(len)}]}, "seed": 0}
+    assert named_by(config) == {register_object(len): len}
 
 
 HELPER = """

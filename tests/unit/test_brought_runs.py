@@ -33,7 +33,7 @@ from torch import nn
 
 import fedraclora
 from fedraclora.aggregation.robust import Median
-from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.attacks import Attack
 from fedraclora.limits import NotNegative
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
@@ -212,9 +212,9 @@ KINDS: dict[str, tuple[Any, list[Any]]] = {
         lambda m: {"aggregator": m.Middle(share=0.7)},
         ["aggregator=brought_parts:Middle", "aggregator.share=0.7"],
     ),
-    "server_optimiser": (
-        lambda m: {"server_optimiser": m.Heavy(lr=0.5)},
-        ["server_optimiser=brought_parts:Heavy", "server_optimiser.lr=0.5"],
+    "server_optimizer": (
+        lambda m: {"server_optimizer": m.Heavy(lr=0.5)},
+        ["server_optimizer=brought_parts:Heavy", "server_optimizer.lr=0.5"],
     ),
     "method": (
         lambda m: {"method": m.Method(rank=2, boost=2.0)},

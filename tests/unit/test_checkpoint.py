@@ -24,7 +24,12 @@ from fedraclora.weights.files import (
 )
 from fedraclora.weights.links import append_link, cut_links, read_links
 
-META: dict[str, object] = {"round": 3, "config_digest": "ab", "memo": {"drawn": 2}, "none": None}
+META: dict[str, object] = {
+    "round": 3,
+    "config_digest": "ab",
+    "counters": {"drawn": 2},
+    "none": None,
+}
 
 
 def tensors() -> Tree:

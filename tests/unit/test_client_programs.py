@@ -40,10 +40,10 @@ def changed(program: ClientProgram, *several: Tree) -> list[Tree]:
 
 
 @pytest.mark.parametrize("kind", sorted(SKETCHES))
-@pytest.mark.parametrize("normalise", ["rows", "identity", "none"])
-def test_a_preconditioned_step_is_a_projected_step(kind: str, normalise: str) -> None:
+@pytest.mark.parametrize("normalize", ["rows", "identity", "none"])
+def test_a_preconditioned_step_is_a_projected_step(kind: str, normalize: str) -> None:
     """(s G A^T) (A A^T)^+ A s = s^2 G H with H = A^T (A A^T)^+ A, whatever the scale of A."""
-    spec = SketchSpec(kind, "right", R, N, seed=3, index=0, normalise=normalise)
+    spec = SketchSpec(kind, "right", R, N, seed=3, index=0, normalize=normalize)
     A, G, s = spec.draw(), normal(M, N), 1.5
     hook = projected({"w/A": A})
     step = s * hook({"w/B": (s * G @ A.mT)[None]})["w/B"][0] @ A

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.codec import from_bytes, join, split, to_bytes
-from fedraclora.narrow_weight import QuantisedWeight, quantised
+from fedraclora.narrow_weight import QuantisedWeight, quantized
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Link, Term
-from fedraclora.protocol.quantised import rounded
+from fedraclora.protocol.quantized import rounded
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree, fingerprint
 
@@ -104,12 +104,12 @@ def test_what_has_its_default_is_left_out_and_older_files_may_lack_it() -> None:
 
 
 def test_narrow_weights_travel_as_codes_and_scales() -> None:
-    weight = quantised(torch.linspace(-1, 1, 160).reshape(5, 32), "int4", "w")
+    weight = quantized(torch.linspace(-1, 1, 160).reshape(5, 32), "int4", "w")
     tensors, _ = split(Link(dense={"w": weight}))
     assert [*tensors] == ["dense/w|codes", "dense/w|scale"]
     found = again(Link(dense={"w": weight})).dense["w"]
     assert isinstance(found, QuantisedWeight)
-    assert torch.equal(found.dequantised(), weight.dequantised())
+    assert torch.equal(found.dequantized(), weight.dequantized())
 
 
 def test_numbers_of_a_link_are_read_in_the_types_that_they_had() -> None:

@@ -28,7 +28,7 @@ from fedraclora.protocol.coding import ZSTD, compressed, decompressed
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.quantised import ROUNDED, decode, encode, packed_bytes
+from fedraclora.protocol.quantized import ROUNDED, decode, encode, packed_bytes
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import CatchUp

@@ -13,8 +13,8 @@ from fedraclora.commands.compact import compact
 from fedraclora.errors import CheckpointError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
-from fedraclora.protocol.method import Memo, State
-from fedraclora.protocol.quantised import decode, encode
+from fedraclora.protocol.method import Counters, State
+from fedraclora.protocol.quantized import decode, encode
 from fedraclora.run.folder import alone
 from fedraclora.run.initial import state_after
 from fedraclora.run.rebuild import kept_rounds, state_at
@@ -42,7 +42,7 @@ def assert_kept(folder: Path, rounds: list[int]) -> None:
         found = state_at(folder, round_)
         assert digest(found.base) == digest(wanted.base), round_
         assert digest(found.carried) == digest(wanted.carried), round_
-        assert (found.memo, found.plan, found.link) == (wanted.memo, PLAN, None)
+        assert (found.counters, found.plan, found.link) == (wanted.counters, PLAN, None)
 
 
 def test_kept_rounds_come_back_and_folded_ones_are_refused(tmp_path: Path) -> None:
@@ -60,7 +60,9 @@ def test_kept_rounds_come_back_and_folded_ones_are_refused(tmp_path: Path) -> No
     compact(folder, 8)
     assert names(folder) == ["000000", "000001-000008", "000009"]
     assert_kept(folder, [0, 8, 9])
-    rebuilt = state_after(folder, 8, PLAN, Memo)[0].base  # as for the checkpoint of a large model
+    rebuilt = state_after(folder, 8, PLAN, Counters)[
+        0
+    ].base  # as for the checkpoint of a large model
     assert digest(rebuilt) == digest(states(0.5)[8].base)
 
 
@@ -193,7 +195,7 @@ def test_folds_are_made_only_where_links_give_the_bits_of_the_run(tmp_path: Path
         recorder.link(round_, second)
         recorder.append({"round": round_, "uplink_total": 0, "downlink_total": 0})
     drifted = {**second.base, "w": second.base["w"].nextafter(torch.ones(1))}
-    recorder.save(State(drifted, PLAN, second.carried, Memo()), 2, CatchUp(first.base, 3))
+    recorder.save(State(drifted, PLAN, second.carried, Counters()), 2, CatchUp(first.base, 3))
     with pytest.raises(CheckpointError, match="give other weights here"):
         compact(folder, 2)
     assert len(names(folder)) == 3

@@ -89,7 +89,7 @@ def make(tmp_path: Path) -> Make:
             "method": method,
             "data": {"name": "mnist", "root": f"/mnt/{name}/data", "labels": [5, 6]},
             "model": {"name": "mlp"},
-            "engine": {"name": "vectorised"},
+            "engine": {"name": "vectorized"},
             "local": {"name": "sgd", "lr": 0.1},
             "clients": 50,
             "cohort": COHORT,

@@ -38,7 +38,7 @@ from fedraclora.config.settings import (
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.limits import Later, OneOf, later_keys
 from fedraclora.protocol.method import Method
-from fedraclora.protocol.quantised import ROUNDED
+from fedraclora.protocol.quantized import ROUNDED
 from fedraclora.schema import checked
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.extras.settings import LocalSettings
@@ -46,7 +46,7 @@ from fedraclora.training.extras.settings import LocalSettings
 METHOD_TABLE: Mapping[str, type[Method]] = METHODS
 GROUPS = (
     *("method", "data", "partition", "model", "local", "engine", "system", "pretrain", "output"),
-    *("aggregator", "server_optimiser", "attack", "privacy", "secure", "allocation"),
+    *("aggregator", "server_optimizer", "attack", "privacy", "secure", "allocation"),
 )
 
 
@@ -115,7 +115,7 @@ def test_what_decides_the_result_is_digested_and_no_more() -> None:
 
 
 def test_where_clients_run_does_not_decide_the_result() -> None:
-    groups = [choice("engine", name) for name in ("vectorised", "ray")]
+    groups = [choice("engine", name) for name in ("vectorized", "ray")]
     first, second = (from_plain(plain() | {"engine": g}, METHOD_TABLE) for g in groups)
     assert first.digested == second.digested
     assert isinstance(second.engine, RayConfig)
@@ -148,7 +148,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"method__merge_every": 0}, "method.merge_every is 0; 1 or more, or null"),
         ({"method__density": 0.0}, "method.density is 0.0; a number in (0, 1] is wanted"),
         ({"method__blocks": "covers"}, "did you mean 'cover'"),
-        ({"method__normalise": "row"}, "did you mean 'rows'"),
+        ({"method__normalize": "row"}, "did you mean 'rows'"),
         ({"data__name": "mnist5k"}, "unknown data 'mnist5k'; did you mean 'mnist_5k'"),
         ({"model__name": "mpl"}, "unknown model 'mpl'; did you mean 'mlp'"),
         ({"local__lr": "fast"}, "local.lr is 'fast'; float is wanted"),
@@ -170,7 +170,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"local__shuffle": "yes"}, "local.shuffle is 'yes'; bool is wanted"),
         ({"local__shuffle": 1}, "local.shuffle is 1; bool is wanted"),
         ({"local__clip": "none"}, "local.clip is 'none'; float or null is wanted"),
-        ({"engine__name": "vectorized"}, "unknown engine 'vectorized'; did you mean 'vectorised'"),
+        ({"engine__name": "vectorized"}, "unknown engine 'vectorized'; did you mean 'vectorized'"),
         ({"engine__chunk": 0}, "engine.chunk is 0; auto, or a number of clients, is wanted"),
         (
             {"engine__chunk": "automatic"},
@@ -325,7 +325,7 @@ def test_all_keys_that_nothing_reads_are_named_at_once() -> None:
 
 def test_a_run_that_goes_on_keeps_what_an_earlier_version_passed_over() -> None:
     old = {**plain(attack__share=0.3, local__name="mine"), "lr": 0.1}
-    assert from_plain(old, METHOD_TABLE, began=True).attack.share == 0.3
+    assert from_plain(old, METHOD_TABLE, resuming=True).attack.share == 0.3
 
 
 def test_a_metric_that_does_not_exist_stops_nothing() -> None:
@@ -440,7 +440,7 @@ def test_a_key_that_folders_of_before_lack_is_its_default_there_and_then_in_no_d
     now = {**was, "cosine": False, "compression": wire, "method": method}
     short = without(was, *later_keys(RunConfig))
     for config in (was, now, short):
-        found = from_plain(config, table, began=True)
+        found = from_plain(config, table, resuming=True)
         assert found.digested == before
         assert is_whole(config), "from Python it stands alone"
         assert (found.cosine, found.dora) == (False, False)  # type: ignore[attr-defined]

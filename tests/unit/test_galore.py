@@ -1,4 +1,4 @@
-"""GaLore as the optimiser of whole weights: its formula, its moments, what they outlive."""
+"""GaLore as the optimizer of whole weights: its formula, its moments, what they outlive."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SENT = Downlink(
     dense={n: to_train(shape, main=n != "bias") for n, shape in SHAPES.items()},
     program=PROGRAM,
 )
-ADAMW = {"optimiser": "adamw", "lr": 0.05, "full_lr": 0.01}
+ADAMW = {"optimizer": "adamw", "lr": 0.05, "full_lr": 0.01}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1, "weight_decay": 0.3},
     "momentum": {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.3},
@@ -48,7 +48,7 @@ def normals(*keys: int | str, K: int = 3) -> Tree:
 def made(
     local: LocalSettings, values: Tree, rates: dict[str, float], stored: Tree, sent: Downlink = SENT
 ) -> GaLore:
-    """The optimiser of clients that are asked for what is sent."""
+    """The optimizer of clients that are asked for what is sent."""
     program = cast(ProjectGradients, sent.program)
     return GaLore(local, values, rates, stored, program, program.projections(sent))
 
@@ -70,16 +70,16 @@ def test_steps_are_those_of_the_formula_over_rounds(setting: str) -> None:
     blank = blank_moments(local, SENT, torch.float64)
     stored = {n: t.expand(3, *t.shape).clone() for n, t in blank.items()}
     for round_, steps in enumerate(counts[: 2 if stored else 1]):
-        optimiser = made(local, values, rates(local), begin_moments(stored, local, 0))
+        optimizer = made(local, values, rates(local), begin_moments(stored, local, 0))
         for j in range(max(steps)):
             gradients = normals("gradient", round_, j)
             active = sum(s > j for s in steps)
-            optimiser.step({n: g[:active] for n, g in gradients.items()})
+            optimizer.step({n: g[:active] for n, g in gradients.items()})
             for k in range(active):
                 for name, value in own[k].items():
                     value.grad = gradients[name][k].clone()
                 alone[k].step()
-        stored = optimiser.moments(torch.tensor(steps))
+        stored = optimizer.moments(torch.tensor(steps))
     for k in range(3):
         for name, value in own[k].items():
             gap = values[name][k] - value.detach()
@@ -98,9 +98,9 @@ def test_moments_have_the_rank_in_the_place_of_the_smaller_side() -> None:
     assert {n: s for n, s in shapes.items() if "basis" in n} == {
         f"basis/{n}": shape for n, shape in bases.items()
     }
-    optimiser = made(LocalSettings(**ADAMW), normals("start"), rates(LocalSettings()), {})
-    optimiser.step(normals("gradient"))
-    for kind, held in (("first", optimiser.first), ("second", optimiser.second)):
+    optimizer = made(LocalSettings(**ADAMW), normals("start"), rates(LocalSettings()), {})
+    optimizer.step(normals("gradient"))
+    for kind, held in (("first", optimizer.first), ("second", optimizer.second)):
         assert {n: tuple(t.shape[1:]) for n, t in held.items()} == {
             n: shapes[f"{kind}/{n}"] for n in SHAPES
         }
@@ -120,13 +120,13 @@ def test_directions_that_a_gradient_lacks_are_left_out_until_the_next_basis() ->
     )
     one = torch_normal(rng, 1, 4, 1) @ torch_normal(rng, 1, 1, 7)
     values = {"w": torch.zeros(1, 4, 7, dtype=torch.float64)}
-    optimiser = made(local, values, {"w": 1.0}, {}, sent)
-    optimiser.step({"w": one})
+    optimizer = made(local, values, {"w": 1.0}, {}, sent)
+    optimizer.step({"w": one})
     torch.testing.assert_close(values["w"], -one, rtol=1e-12, atol=1e-12)
     for rank in (1, 4):  # one direction still, then three of a new basis beside it
-        optimiser.step({"w": torch_normal(rng, 1, 4, 7)})
+        optimizer.step({"w": torch_normal(rng, 1, 4, 7)})
         assert int(torch.linalg.matrix_rank(values["w"][0])) == rank
-    optimiser.step({"w": torch.zeros(1, 4, 7, dtype=torch.float64)})
+    optimizer.step({"w": torch.zeros(1, 4, 7, dtype=torch.float64)})
 
 
 def test_a_basis_does_not_depend_on_the_signs_of_an_svd() -> None:

@@ -41,28 +41,28 @@ def test_a_step_is_that_of_factor_and_gate_and_then_the_proximal_one() -> None:
 def test_gates_of_components_that_do_not_pay_close() -> None:
     """The gradient of one component holds its gate against the penalty; the others have none."""
     values = values_of()
-    optimiser = CohortGates(LocalConfig(), values, RATES, [PAIR], 2.0)
+    optimizer = CohortGates(LocalConfig(), values, RATES, [PAIR], 2.0)
     for _ in range(6):  # 6 * 0.1 * 2 > 1
         pull = {n: torch.zeros_like(v) for n, v in values.items()}
         pull["w/B"][:, :, 1] = -3.0 * values["w/B"][:, :, 1]
-        optimiser.step(pull)
+        optimizer.step(pull)
     empty = (values["w/B"] == 0).all(dim=1)
     assert empty.tolist() == [[True, False, True]] * K
 
 
 def test_where_a_alone_is_trained_its_rows_have_the_gates() -> None:
     values = {"w/A": normal(K, R, N)}
-    optimiser = CohortGates(
+    optimizer = CohortGates(
         LocalConfig(), values, RATES, [Pair("w", 1.0, {"w/B": normal(M, R)})], 20.0
     )
-    optimiser.step({"w/A": torch.zeros(K, R, N).double()})
+    optimizer.step({"w/A": torch.zeros(K, R, N).double()})
     assert torch.count_nonzero(values["w/A"]) == 0  # 0.1 * 20 > 1
 
 
 def test_clients_that_have_finished_keep_what_they_have() -> None:
     values, start = values_of(), values_of()
-    optimiser = CohortGates(LocalConfig(), values, RATES, [PAIR], 0.4)
-    optimiser.step({n: g[:1] for n, g in GRADIENTS.items()})
+    optimizer = CohortGates(LocalConfig(), values, RATES, [PAIR], 0.4)
+    optimizer.step({n: g[:1] for n, g in GRADIENTS.items()})
     for name, value in values.items():
         assert torch.equal(value[1], start[name][1])
         assert not torch.equal(value[0], start[name][0])

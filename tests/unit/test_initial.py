@@ -184,7 +184,7 @@ def test_three_rounds_of_smollm2_leave_less_than_50_megabytes(tmp_path):
         rounds=3,
         folder=tmp_path / "light",
     )
-    assert "de-quantised to float32" in light.summary["task"]["weights"]
+    assert "de-quantized to float32" in light.summary["task"]["weights"]
     size = sum(path.stat().st_size for path in light.folder.rglob("*") if path.is_file())
     assert size < 50e6
     for round_ in (None, 3):

@@ -162,7 +162,7 @@ def probing(rank: int) -> Downlink:
 
 LOCALS: dict[str, dict[str, Any]] = {
     "sgd": {"batch_size": 4, "epochs": 2, "momentum": 0.5},
-    "adamw": {"optimiser": "adamw", "batch_size": 2, "steps": 5, "weight_decay": 0.1},
+    "adamw": {"optimizer": "adamw", "batch_size": 2, "steps": 5, "weight_decay": 0.1},
 }
 
 

@@ -36,7 +36,7 @@ def run(**keys: Any) -> fedraclora.RunResult:
 def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixture[str]) -> None:
     found = run(local={"lr": 0.25, "momentum": 0.5, "steps": 3, "batch_size": 4})
     lines = capsys.readouterr().err.splitlines()
-    titles = ["loss", "metrics", "optimiser", "trained", "data", "chunk"]
+    titles = ["loss", "metrics", "optimizer", "trained", "data", "chunk"]
     assert [line.partition(":")[0] for line in lines[:6]] == titles
     assert len({len(line) - len(line.partition(":")[2].lstrip()) for line in lines[:6]}) == 1
     assert lines[0].split()[1:3] == ["cross_entropy", "(guessed"]

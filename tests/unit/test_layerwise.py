@@ -21,7 +21,7 @@ from fedraclora.strategies.shared.layerwise import (
     LayerMethod,
     LayerUpdate,
     Replies,
-    Round,
+    RoundContext,
 )
 from tests.contract.worlds import distance, make_world, mean_weights, play_rounds
 
@@ -32,7 +32,7 @@ class ByTurns(LayerMethod):
     """Trains B in every other link, and A in the others."""
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         drawn, trained = ("B", "A") if layer.link % 2 else ("A", "B")
         return {drawn: now.sketch(layer, drawn, "gaussian"), trained: layer.trained(trained)}
 
@@ -86,8 +86,8 @@ class Part(LayerMethod):
         return self.rounds
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
-        A = now.sketch(layer, "A", "gaussian", index=layer.link, normalise="rows")
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
+        A = now.sketch(layer, "A", "gaussian", index=layer.link, normalize="rows")
         return {"B": layer.trained("B"), "A": A}
 
     @override
@@ -120,7 +120,7 @@ class Mislabelled(Part):
     label: str = "A"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         found = super().factors(layer, now)
         return {("V" if k == self.label == "A" else k): f for k, f in found.items()}
 
@@ -139,7 +139,7 @@ def test_a_label_of_no_factor_is_refused(label: str, told: str) -> None:
     with pytest.raises(ConfigError, match="the factor 'V'; there are B, R, A"):
         layer.trained("V")
     with pytest.raises(ConfigError, match="the factor 'R'; there are B, A"):
-        Round(1, DRAW).sketch(layer, "R", "gaussian")
+        RoundContext(1, DRAW).sketch(layer, "R", "gaussian")
 
 
 def test_a_method_that_makes_nothing_of_a_round_is_told_so() -> None:
@@ -170,7 +170,7 @@ class Cored(LayerMethod):
     traits = Traits(exact=False, linear=False, merges=True)
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         r, eye = layer.rank, torch.eye(layer.rank)
         starts = {k: now.sketch(layer, k, "gaussian", index=layer.link) for k in "BA"}
         found: Factors = {k: layer.trained(k, s) for k, s in starts.items()} | {
@@ -220,7 +220,7 @@ class Beside(LayerMethod):
     parts = 2  # the rows of two links share the dimension
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         A = now.sketch(layer, "A", "orthonormal", index=layer.link).draw()
         if (last := layer.carried.get("A")) is not None:
             A = torch.linalg.qr(torch.cat([last, A]).mT)[0].mT[layer.rank :]
@@ -237,7 +237,7 @@ class BesideDrawn(Beside):
     """The same, whose first A is sent as a seed."""
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
         first = {} if layer.carried else {"A": now.sketch(layer, "A", "orthonormal")}
         return super().factors(layer, now) | first
 
@@ -286,7 +286,7 @@ def test_that_clients_keep_a_factor_must_be_said() -> None:
     @dataclass(frozen=True)
     class Secretive(Part):
         @override
-        def factors(self, layer: Layer, now: Round) -> Factors:
+        def factors(self, layer: Layer, now: RoundContext) -> Factors:
             return {"B": layer.trained("B", upload=False), "A": layer.trained("A")}
 
     with pytest.raises(ConfigError, match=r"Secretive .*factor B .*client_state = True"):
@@ -340,7 +340,7 @@ def test_to_keep_what_replicas_would_not_have_is_refused(changes: Any, what: str
     """Else `Layer.past` is None for ever, and another method runs."""
     with pytest.raises(ConfigError, match=rf"keep='A'\) of fc1.weight: .* is {what}"):
         play_rounds(Keeping(rank=3, alpha=5.0, keep="A", **changes), make_world(), 1, DRAW)
-    spec = Round(1, DRAW).sketch(layer_of(), "A", "gaussian")
+    spec = RoundContext(1, DRAW).sketch(layer_of(), "A", "gaussian")
     with pytest.raises(ConfigError, match="is no matrix"):
         Term.of((torch.zeros(5, 3), spec), 1.0, keep=1)
 

@@ -12,7 +12,7 @@ from fedraclora.tree import Tree
 from tests.common import normal
 
 K, M, R, N, S = 2, 6, 3, 8, 0.7
-CONFIG = LocalSettings(optimiser="lora_rite", beta1=0.8, beta2=0.9, eps=1e-12)
+CONFIG = LocalSettings(optimizer="lora_rite", beta1=0.8, beta2=0.9, eps=1e-12)
 RATES = {"w/B": 0.03, "w/A": 0.03, "b": 0.03}
 
 
@@ -34,10 +34,10 @@ def path(
 ) -> list[torch.Tensor]:
     """Products after each step."""
     values = {n: v.clone() for n, v in values.items()}
-    optimiser = CohortRite(config, values, RATES, [Pair("w", S, frozen)])
+    optimizer = CohortRite(config, values, RATES, [Pair("w", S, frozen)])
     found = []
     for _ in range(steps):
-        optimiser.step(gradients_of(values, frozen))
+        optimizer.step(gradients_of(values, frozen))
         whole = frozen | values
         found.append(whole["w/B"] @ whole["w/A"])
     return found
@@ -59,7 +59,7 @@ def test_state_is_carried_to_the_basis_of_the_step() -> None:
     """Without its transport a momentum from the last basis would make the split visible again."""
     Q = torch.linalg.qr(normal(K, R, R, key="Q")).Q
     other = {"w/B": BOTH["w/B"] @ Q, "w/A": Q.mT @ BOTH["w/A"]}
-    config = LocalSettings(optimiser="lora_rite", beta1=0.95, beta2=0.5, eps=1e-12)
+    config = LocalSettings(optimizer="lora_rite", beta1=0.95, beta2=0.5, eps=1e-12)
     for first, second in zip(path(BOTH, {}, 8, config), path(other, {}, 8, config), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-7, atol=1e-8)
 
@@ -86,22 +86,22 @@ def test_rows_of_a_frozen_factor_do_not_matter_beyond_what_they_span() -> None:
 def test_a_factor_at_zero_leaves_its_partner_where_it_is_for_a_step() -> None:
     values = {"w/B": torch.zeros(K, M, R).double(), "w/A": normal(K, R, N)}
     A = values["w/A"].clone()
-    optimiser = CohortRite(CONFIG, values, RATES, [Pair("w", S, {})])
-    optimiser.step(gradients_of(values, {}))
+    optimizer = CohortRite(CONFIG, values, RATES, [Pair("w", S, {})])
+    optimizer.step(gradients_of(values, {}))
     assert torch.equal(values["w/A"], A)
     assert torch.count_nonzero(values["w/B"]) == values["w/B"].numel()
-    optimiser.step(gradients_of(values, {}))
+    optimizer.step(gradients_of(values, {}))
     assert not torch.equal(values["w/A"], A)
     assert all(bool(v.isfinite().all()) for v in values.values())
 
 
 def test_weight_decay_shrinks_both_factors_and_the_rest_takes_adamw() -> None:
-    config = LocalSettings(optimiser="lora_rite", weight_decay=0.5)
+    config = LocalSettings(optimizer="lora_rite", weight_decay=0.5)
     values = {n: v.clone() for n, v in BOTH.items()} | {"b": normal(K, 4)}
     begun = {n: v.clone() for n, v in values.items()}
     gradient = normal(K, 4, key="g")
-    optimiser = CohortRite(config, values, RATES, [Pair("w", S, {})])
-    optimiser.step(
+    optimizer = CohortRite(config, values, RATES, [Pair("w", S, {})])
+    optimizer.step(
         {"w/B": torch.zeros(K, M, R).double(), "w/A": torch.zeros(K, R, N).double(), "b": gradient}
     )
     for name in BOTH:

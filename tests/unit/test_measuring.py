@@ -297,12 +297,12 @@ def two_steps(round_: Any) -> Any:
     x, y = (torch.as_tensor(each) for each in round_.data)
     SEEN.setdefault(round_.client, []).append(x)
     model = round_.install(net())
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x), y)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return round_.read(model, samples=len(x), steps=2, loss=loss.item())
 
 

@@ -252,14 +252,14 @@ WORLDS: dict[str, Callable[[], World]] = {
     "mlp-both-factors": lambda: world(mlp(), "fedavg_lora", head="full"),
     "mlp-local-head": lambda: world(mlp(), head="personal"),
     "full-momentum": lambda: world(mlp(), "fedavg", momentum=0.9),
-    "full-adamw": lambda: world(mlp(), "fedavg", optimiser="adamw"),
+    "full-adamw": lambda: world(mlp(), "fedavg", optimizer="adamw"),
     "full-clipped": lambda: world(mlp(), "fedavg", clip=1.0, prox=0.1),
     "cnn": lambda: world(cnn(), dense="conv"),
     # All samples are long, as a batch may be: of others less is computed than is counted.
     "transformer": lambda: world(transformer(1, SIZES[1])),
-    "transformer-adamw": lambda: world(transformer(1, SIZES[1]), optimiser="adamw"),
+    "transformer-adamw": lambda: world(transformer(1, SIZES[1]), optimizer="adamw"),
     "transformer-mixed": lambda: world(transformer(1, SIZES[1]), precision=BF16_MIXED),
-    "vmap": lambda: world(shifted(), dense="shift", optimiser="adamw"),
+    "vmap": lambda: world(shifted(), dense="shift", optimizer="adamw"),
 }
 
 
@@ -279,7 +279,7 @@ def test_the_model_is_what_training_takes(name: str) -> None:
     assert model.weights == sum(t.nbytes for t in chosen.base.values())
 
 
-@pytest.mark.parametrize("local", [{"momentum": 0.9}, {"optimiser": "adamw"}])
+@pytest.mark.parametrize("local", [{"momentum": 0.9}, {"optimizer": "adamw"}])
 def test_projected_moments_take_what_they_say(local: dict[str, Any]) -> None:
     """Of many clients: an SVD works on one at a time, in room of its own."""
     whole, projected = (world(mlp(), name, **local) for name in ("fedavg", "galore_average"))

@@ -39,7 +39,7 @@ PLAN = Plan({"w": LayerView("linear", (M, N))}, shapes={"w": (M, N)})
 W = torch_normal(generator(0, "weight"), M, N)
 
 
-class Round:
+class RoundContext:
     """One round of a method with random replies: dense terms by name."""
 
     def __init__(
@@ -53,9 +53,9 @@ class Round:
         self.got = Uplinks(cohort.clients, cohort.weights, layout, rows)
         self.after = method.close_round(self.before, self.sent, self.got)
 
-    def next(self, number: int) -> Round:
+    def next(self, number: int) -> RoundContext:
         """The round after this one."""
-        return Round(self.method, self.after, number)
+        return RoundContext(self.method, self.after, number)
 
     @property
     def mean_product(self) -> torch.Tensor:
@@ -85,7 +85,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def test_flexlora_carries_the_nearest_product_of_its_rank() -> None:
-    played = Round(FlexLora(R, ALPHA))
+    played = RoundContext(FlexLora(R, ALPHA))
     close(played.carried, best(played.mean_product, R))
     B, A = played.after.carried["w/B"], played.after.carried["w/A"]
     close(B.mT @ B, A @ A.mT)
@@ -93,26 +93,26 @@ def test_flexlora_carries_the_nearest_product_of_its_rank() -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_a_cut_residual_of_fedex_is_the_nearest_of_its_rank(rank: int) -> None:
-    played = Round(FedExLora(R, ALPHA, residual_rank=rank))
+    played = RoundContext(FedExLora(R, ALPHA, residual_rank=rank))
     close(played.moved, best(played.mean_product - played.carried, rank))
 
 
 def test_the_residual_of_fedex_has_no_more_than_its_rank() -> None:
-    played = Round(FedExLora(1, ALPHA))
+    played = RoundContext(FedExLora(1, ALPHA))
     assert played.after.link is not None
     left, _ = played.after.link.terms["w"].factors
     assert left.shape == (M, K - 1)
 
 
 def test_fedmomentum_carries_the_leading_part_and_merges_the_rest() -> None:
-    played = Round(FedMomentum(R, ALPHA))
+    played = RoundContext(FedMomentum(R, ALPHA))
     close(played.carried, best(played.mean_product, R))
     close(played.moved, played.mean_product - best(played.mean_product, R))
 
 
 @pytest.mark.parametrize("ridge", [1e-9, 0.01, 10.0])
 def test_lora_fair_finds_the_least_of_its_objective(ridge: float) -> None:
-    played = Round(LoraFair(R, ALPHA, ridge=ridge))
+    played = RoundContext(LoraFair(R, ALPHA, ridge=ridge))
     mean = played.got.mean()
     A = played.after.carried["w/A"]
     D = (played.after.carried["w/B"] - mean["w/B"]).clone().requires_grad_()
@@ -132,7 +132,7 @@ def nearest_rotation(matrix: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
 def test_fedrot_turns_factors_towards_the_last_ones_in_turn(strength: float) -> None:
-    first = Round(FedRotLora(R, ALPHA, strength=strength))
+    first = RoundContext(FedRotLora(R, ALPHA, strength=strength))
     mean = first.got.mean()
     for label in ("w/B", "w/A"):
         close(first.after.carried[label], mean[label])
@@ -152,7 +152,7 @@ def test_fedrot_turns_factors_towards_the_last_ones_in_turn(strength: float) -> 
 def test_fedrot_undoes_a_rotation_of_the_factors() -> None:
     """Clients that send one product in coordinates of their own lose nothing in the mean."""
     rng, method = generator(5, "turned"), FedRotLora(R, ALPHA)
-    before = Round(method).next(2).after
+    before = RoundContext(method).next(2).after
     sent = method.open_round(before, 3, COHORT, DRAW)
     turns = rotations(torch_normal(rng, K, R, R))
     B, A = before.carried["w/B"], before.carried["w/A"]
@@ -167,8 +167,8 @@ def test_fedrot_undoes_a_rotation_of_the_factors() -> None:
 
 def test_hetlora_weighs_by_the_norms_of_products_and_cuts_by_budgets() -> None:
     ranks = torch.tensor([1, 3, 2, 3])
-    first = Round(HetLora(R, ALPHA))
-    played = Round(first.method, first.after, 2, replace(COHORT, ranks=ranks))
+    first = RoundContext(HetLora(R, ALPHA))
+    played = RoundContext(first.method, first.after, 2, replace(COHORT, ranks=ranks))
     starts = played.sent.trained()
     for label, axis in (("w/B", 1), ("w/A", 0)):
         start = starts[label].numbers
@@ -188,12 +188,14 @@ def test_hetlora_weighs_by_the_norms_of_products_and_cuts_by_budgets() -> None:
 
 
 def test_flora_draws_anew_and_stacks_what_budgets_leave() -> None:
-    played = Round(FloraStacking(R, ALPHA))
+    played = RoundContext(FloraStacking(R, ALPHA))
     starts = [r.sent.trained()["w/A"].sketch for r in (played, played.next(2))]
     assert starts[0] != starts[1]
     assert played.sent.trained()["w/B"].blank
     close(played.moved, played.mean_product)
-    some = Round(FloraStacking(R, ALPHA), cohort=replace(COHORT, ranks=torch.tensor([1, 3, 2, 3])))
+    some = RoundContext(
+        FloraStacking(R, ALPHA), cohort=replace(COHORT, ranks=torch.tensor([1, 3, 2, 3]))
+    )
     assert some.after.link is not None
     factor = some.after.link.terms["w"].factors[0]
     assert factor.numbers is not None
@@ -201,7 +203,7 @@ def test_flora_draws_anew_and_stacks_what_budgets_leave() -> None:
 
 
 def test_frlora_restarts_from_the_principal_part() -> None:
-    played = Round(FrLora(R, ALPHA))
+    played = RoundContext(FrLora(R, ALPHA))
     B0, A0 = played.before.carried["w/B"], played.before.carried["w/A"]
     close(S * B0 @ A0, best(W, R))
     close(played.before.base["w"], W - best(W, R))
@@ -213,7 +215,7 @@ def test_frlora_restarts_from_the_principal_part() -> None:
 
 
 def test_fedsvd_keeps_the_product_and_the_row_space() -> None:
-    first = Round(FedSvd(R, ALPHA))
+    first = RoundContext(FedSvd(R, ALPHA))
     A = first.sent.adapters["w"].factors["A"]
     assert A.drawing is not None
     drawn = A.draw()
@@ -230,7 +232,7 @@ def test_fedsvd_keeps_the_product_and_the_row_space() -> None:
 
 
 def test_rolora_trains_the_factors_in_turn() -> None:
-    played = Round(RoLora(R, ALPHA))
+    played = RoundContext(RoLora(R, ALPHA))
     for number, label in ((1, "B"), (2, "A"), (3, "B"), (4, "A")):
         assert list(played.sent.trained()) == [f"w/{label}"]
         kept = {n: t for n, t in played.before.carried.items() if n != f"w/{label}"}
@@ -240,19 +242,21 @@ def test_rolora_trains_the_factors_in_turn() -> None:
 
 def test_bernoulli_draws_the_side_that_the_coin_says() -> None:
     method = BernoulliLora(R, ALPHA, probability=0.4)
-    played, trained = Round(method), []
+    played, trained = RoundContext(method), []
     for number in range(2, 42):
         trained += list(played.sent.trained())
         played = played.next(number)
     assert 8 <= trained.count("w/A") <= 24
     assert trained.count("w/A") + trained.count("w/B") == 40
-    sides = {p: list(Round(replace(method, probability=p)).sent.trained()) for p in (0.0, 1.0)}
+    sides = {
+        p: list(RoundContext(replace(method, probability=p)).sent.trained()) for p in (0.0, 1.0)
+    }
     assert sides == {0.0: ["w/B"], 1.0: ["w/A"]}
 
 
 @pytest.mark.parametrize("method", [FedSb(R, ALPHA), Ravan(2, ALPHA, heads=3)])
 def test_cores_stand_between_orthonormal_factors(method: FedSb) -> None:
-    factors = Round(method).sent.adapters["w"].factors
+    factors = RoundContext(method).sent.adapters["w"].factors
     B, A = (factors[label].draw() for label in ("B", "A"))
     core = factors["R"]
     assert core.trained
@@ -271,12 +275,12 @@ def test_the_two_factors_about_a_core_are_independent() -> None:
 
 
 def test_the_subspaces_of_fedkrso_are_those_of_the_run() -> None:
-    played = Round(FedKrso(R, ALPHA, sketches=2))
+    played = RoundContext(FedKrso(R, ALPHA, sketches=2))
     A = [r.sent.adapters["w"].factors["A"] for r in (played, played.next(2))]
     assert A[0] == A[1]
     assert A[0].drawing is not None
     assert A[0].draw().shape == (2 * R, N)
-    one = Round(FedKrso(R, ALPHA, sketches=2, normalise="identity")).sent.adapters["w"]
+    one = RoundContext(FedKrso(R, ALPHA, sketches=2, normalize="identity")).sent.adapters["w"]
     grams = []
     for seed in range(400):
         spec = replace(one.factors["A"].drawing, seed=seed)  # type: ignore[type-var]
@@ -291,7 +295,7 @@ def test_slora_turns_its_change_into_factors_and_keeps_the_rest() -> None:
     plan = replace(PLAN, weights=("w",))
     method = SLora(R, ALPHA, sparse_rounds=2)
     state = method.initial_state({"w": W}, plan, DRAW)
-    first = Round(method, state)
+    first = RoundContext(method, state)
     assert first.sent.program.name == "sparse"
     assert "w/B" not in first.after.carried
     second = first.next(2)
@@ -312,7 +316,7 @@ def test_slora_turns_its_change_into_factors_and_keeps_the_rest() -> None:
         (lambda: SLora(density=0.0), "density"),
         (lambda: FedKrso(interval=0), "interval"),
         (lambda: BernoulliLora(probability=1.5), "probability"),
-        (lambda: Round(Ravan(1, ALPHA, heads=9)), "heads"),
+        (lambda: RoundContext(Ravan(1, ALPHA, heads=9)), "heads"),
     ],
 )
 def test_impossible_hyperparameters_are_refused(make: Callable[[], object], key: str) -> None:

@@ -16,14 +16,14 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.moments import begin_moments, blank_moments, mark_largest
-from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
 
 A = SketchSpec("gaussian", "right", 2, 7, seed=3, index=0)
 SENT = Downlink(
     {"w": Adapter.of({"B": to_train((5, 2)), "A": A}, 1.5)}, {"b": to_train((5,))}, link=4
 )
-ADAMW = LocalConfig(optimiser="adamw", lr=0.1, weight_decay=0.2, optimizer_state="merge")
+ADAMW = LocalConfig(optimizer="adamw", lr=0.1, weight_decay=0.2, optimizer_state="merge")
 
 
 def held(links: list[int]) -> Tree:
@@ -36,7 +36,7 @@ def held(links: list[int]) -> Tree:
     return found
 
 
-def test_an_optimiser_keeps_its_moments_of_what_is_trained() -> None:
+def test_an_optimizer_keeps_its_moments_of_what_is_trained() -> None:
     names = list(blank_moments(ADAMW, SENT, torch.float32))
     first = ["moments/first/w/B", "moments/first/b"]
     second = ["moments/second/w/B", "moments/second/b"]
@@ -86,10 +86,10 @@ def test_what_is_kept_moves_nothing_far_while_its_gradient_is_zero() -> None:
     before["moments/second/w/B"] = torch.stack(gradients).square().mean(dim=0)  # in another order
     local = replace(ADAMW, weight_decay=0.0, optimizer_state_kept=0.2)
     value = torch.zeros(3, 5, 2, dtype=torch.float64)
-    optimiser = CohortOptimiser(
+    optimizer = CohortOptimizer(
         local, {"w/B": value}, {"w/B": 0.1}, begin_moments(before, local, 4)
     )
-    optimiser.step({"w/B": torch.zeros_like(value)})
+    optimizer.step({"w/B": torch.zeros_like(value)})
     assert 0 < float(value.abs().max()) < 1
 
 
@@ -100,7 +100,7 @@ def test_a_share_is_rounded_to_a_number_of_entries(share: float, count: int) -> 
 
 
 CASES: list[dict[str, Any]] = [
-    {"optimiser": "adamw", "weight_decay": 0.2},
+    {"optimizer": "adamw", "weight_decay": 0.2},
     {"momentum": 0.9},
     {"momentum": 0.9, "nesterov": True},
 ]
@@ -108,7 +108,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", CASES)
 def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any]) -> None:
-    """Each as its own torch optimiser that was never interrupted."""
+    """Each as its own torch optimizer that was never interrupted."""
     local = LocalConfig(lr=0.1, optimizer_state="run", **changes)
     K, counts, more = 3, [1, 4, 2], [3, 2, 2]  # those that finish first stand last
     shape = (4, 2)
@@ -116,7 +116,7 @@ def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any])
     values, optims = [], []
     for k in range(K):
         value = nn.Parameter(torch_normal(generator(9, "start", k), *shape))
-        if local.optimiser == "adamw":
+        if local.optimizer == "adamw":
             optim: torch.optim.Optimizer = torch.optim.AdamW([value], lr=0.1, weight_decay=0.2)
         else:
             optim = torch.optim.SGD([value], lr=0.1, momentum=0.9, nesterov=local.nesterov)
@@ -129,12 +129,12 @@ def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any])
     def stacked(key: str) -> torch.Tensor:
         return torch.stack([o.state[v][key] for o, v in zip(optims, values, strict=True)])
 
-    keys = {"first": "exp_avg", "second": "exp_avg_sq"} if local.optimiser == "adamw" else {}
+    keys = {"first": "exp_avg", "second": "exp_avg_sq"} if local.optimizer == "adamw" else {}
     keys = keys or {"first": "momentum_buffer"}
     begun = {f"moments/{kind}/v": stacked(key).clone() for kind, key in keys.items()}
     begun["moments/steps"] = torch.tensor(counts).double()
     own = {"v": torch.stack([v.detach().clone() for v in values])}
-    cohort = CohortOptimiser(local, own, {"v": 0.1}, begun)
+    cohort = CohortOptimizer(local, own, {"v": 0.1}, begun)
     for j in range(max(more)):
         active = sum(m > j for m in more)
         cohort.step({"v": gradients[5 + j][:active]})

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.narrow_weight import BITS, GROUP, QuantisedWeight, in_parts, quantised, rejoined
+from fedraclora.narrow_weight import BITS, GROUP, QuantisedWeight, in_parts, quantized, rejoined
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.tree import digest, fingerprint
 from fedraclora.weights.files import load_tensors, save_tensors
@@ -30,8 +30,8 @@ def drawn(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_numbers_are_the_nearest_of_their_scale(base: str) -> None:
     W = drawn()
     W[2] = 0
-    held = quantised(W, base, "w")
-    found = held.dequantised()
+    held = quantized(W, base, "w")
+    found = held.dequantized()
     width = N if base == "int8" else GROUP
     scale = held.scale.repeat_interleave(width, dim=1)
     assert bool(((found - W).abs() <= 0.5001 * scale + 0.5 * scale * (found > 0)).all())
@@ -43,7 +43,7 @@ def test_numbers_are_the_nearest_of_their_scale(base: str) -> None:
 def test_gradients_are_those_of_the_dense_matrix_and_codes_alone_are_kept(
     shape: tuple[int, ...], base: str
 ) -> None:
-    held = quantised(drawn(torch.float64), base, "w")
+    held = quantized(drawn(torch.float64), base, "w")
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(M, dtype=torch.float64)
     kept: list[torch.Tensor] = []
@@ -53,7 +53,7 @@ def test_gradients_are_those_of_the_dense_matrix_and_codes_alone_are_kept(
         held.codes.data_ptr()
     ]
     assert not any(t.numel() == M * N for t in kept if not isinstance(t, QuantisedWeight))
-    wanted = F.linear(x, held.dequantised(), bias)
+    wanted = F.linear(x, held.dequantized(), bias)
     assert torch.equal(out, wanted)
     slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y in (out, wanted)]
     assert torch.equal(*slopes)
@@ -62,7 +62,7 @@ def test_gradients_are_those_of_the_dense_matrix_and_codes_alone_are_kept(
 
 
 def test_products_in_bfloat16_copy_no_codes(base: str) -> None:
-    held = quantised(drawn(), base, "w")
+    held = quantized(drawn(), base, "w")
     x = torch.randn(4, N, requires_grad=True)
     kept: list[torch.Tensor] = []
     with (
@@ -76,21 +76,21 @@ def test_products_in_bfloat16_copy_no_codes(base: str) -> None:
 
 
 def test_clients_as_one_batch_have_one_matrix(base: str) -> None:
-    held, x = quantised(drawn(), base, "w"), torch.randn(3, 5, N)
+    held, x = quantized(drawn(), base, "w"), torch.randn(3, 5, N)
     found = torch.func.vmap(lambda own: F.linear(own, held))(x)
-    torch.testing.assert_close(found, F.linear(x, held.dequantised()))
+    torch.testing.assert_close(found, F.linear(x, held.dequantized()))
 
 
 def test_a_layer_is_copied_moved_and_never_written(base: str) -> None:
     layer = nn.Linear(N, M)
-    layer.weight = nn.Parameter(quantised(drawn(), base, "w"), requires_grad=False)
+    layer.weight = nn.Parameter(quantized(drawn(), base, "w"), requires_grad=False)
     other = copy.deepcopy(layer)
     assert isinstance(other.weight, QuantisedWeight)
     assert isinstance(other.weight, nn.Parameter)
     assert other.weight.codes.data_ptr() != layer.weight.codes.data_ptr()
     wide = other.double().weight.detach()
     assert wide.dtype == torch.float64
-    assert torch.equal(wide.dequantised(), layer.weight.dequantised().double())
+    assert torch.equal(wide.dequantized(), layer.weight.dequantized().double())
     with torch.no_grad(), pytest.raises(RuntimeError, match="would write into QuantisedWeight"):
         layer.weight.add_(1.0)
     with torch.no_grad(), pytest.raises(RuntimeError, match="is frozen"):
@@ -99,7 +99,7 @@ def test_a_layer_is_copied_moved_and_never_written(base: str) -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_files_and_messages_hold_codes(turned: bool, base: str, tmp_path: Path) -> None:
-    held = quantised(drawn(), base, "w")
+    held = quantized(drawn(), base, "w")
     tree = {"b": torch.ones(3), "w": held.mT if turned else held}
     save_tensors(tmp_path / "file.safetensors", tree, {}, sync=False)
     assert (tmp_path / "file.safetensors").stat().st_size < held.nbytes + 1500
@@ -123,7 +123,7 @@ def test_files_and_messages_hold_codes(turned: bool, base: str, tmp_path: Path) 
 
 
 def test_nothing_is_merged_into_it(base: str) -> None:
-    tree = {"w": quantised(drawn(), base, "w")}
+    tree = {"w": quantized(drawn(), base, "w")}
     link = Link({"w": Term.of((torch.ones(M, 2), torch.ones(2, N)), 0.5)})
     with pytest.raises(ConfigError, match=f"w is held in {base}.*merged"):
         apply_link(tree, link, Plan({"w": LayerView("linear", (M, N))}))
@@ -132,7 +132,7 @@ def test_nothing_is_merged_into_it(base: str) -> None:
 def test_a_row_that_does_not_divide_is_named(base: str) -> None:
     matrix = torch.randn(4, GROUP + 2)
     if base == "int8":
-        assert quantised(matrix, base, "fc.weight").shape == (4, GROUP + 2)
+        assert quantized(matrix, base, "fc.weight").shape == (4, GROUP + 2)
         return
     with pytest.raises(ConfigError, match=r"groups of 32 numbers.*fc\.weight have 34.*int8"):
-        quantised(matrix, base, "fc.weight")
+        quantized(matrix, base, "fc.weight")

@@ -123,8 +123,8 @@ CASES: dict[str, Any] = {
 
 
 # That clients one after another train alike is shown below, of each.
-@pytest.mark.short(when=lambda case, engine: engine == "vectorised" or case == "labels")
-@pytest.mark.parametrize("engine", ["vectorised", "inline"])
+@pytest.mark.short(when=lambda case, engine: engine == "vectorized" or case == "labels")
+@pytest.mark.parametrize("engine", ["vectorized", "inline"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_round_of_one_client_is_a_plain_training_loop(case: str, engine: str) -> None:
     build, draw, said = CASES[case]
@@ -135,12 +135,12 @@ def test_a_round_of_one_client_is_a_plain_training_loop(case: str, engine: str) 
     model = build()
     named = inputs if isinstance(inputs, dict) else {"x": inputs}
     tensors = {name: torch.as_tensor(value) for name, value in named.items()}
-    optimiser = torch.optim.SGD(model.parameters(), lr=STEPS["lr"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=STEPS["lr"])
     for _ in range(STEPS["epochs"]):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = own_loss(model, tensors, torch.as_tensor(target))
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     trained = dict(model.named_parameters())
     for name, value in found.weights().items():
         torch.testing.assert_close(value, trained[name].detach(), rtol=2e-5, atol=2e-6)
@@ -155,7 +155,7 @@ def test_clients_train_alike_in_one_batch_and_one_after_another(case: str) -> No
     keys = {"method": "ffa_lora", "rounds": 2, "local": {"lr": 0.3, "batch_size": 3}, **said}
     test = draw()
     one, other = (
-        run(build(), clients, test=test, engine=e, **keys) for e in ("vectorised", "inline")
+        run(build(), clients, test=test, engine=e, **keys) for e in ("vectorized", "inline")
     )
     for name, value in one.weights().items():
         torch.testing.assert_close(value, other.weights()[name], rtol=1e-5, atol=1e-6)

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 import fedraclora
 from fedraclora.aggregation.base import Aggregator
-from fedraclora.aggregation.server_optimisers import ServerOptimiser
+from fedraclora.aggregation.server_optimizers import ServerOptimizer
 from fedraclora.commands import cli
 from fedraclora.errors import ConfigError, DivergenceError
 from fedraclora.limits import COLUMNS
@@ -186,9 +186,9 @@ def test_what_an_aggregator_cannot_give_is_named(made: Any) -> None:
         run(aggregator=rule(made))
 
 
-def optimiser(made: Callable[..., object]) -> ServerOptimiser:
+def optimizer(made: Callable[..., object]) -> ServerOptimizer:
     hooks = {"advance": lambda _, *given: made(*given), "name": "odd"}
-    kind: Any = type("OddSteps", (ServerOptimiser,), hooks)
+    kind: Any = type("OddSteps", (ServerOptimizer,), hooks)
     return kind()
 
 
@@ -206,16 +206,16 @@ def optimiser(made: Callable[..., object]) -> ServerOptimiser:
         lambda *_: {}["mine"],
     ],
 )
-def test_what_a_server_optimiser_cannot_give_is_named(made: Any) -> None:
-    with pytest.raises(ConfigError, match="server optimiser OddSteps"):
-        run(server_optimiser=optimiser(made))
+def test_what_a_server_optimizer_cannot_give_is_named(made: Any) -> None:
+    with pytest.raises(ConfigError, match="server optimizer OddSteps"):
+        run(server_optimizer=optimizer(made))
 
 
 def test_rules_of_the_users_that_do_nothing_change_nothing() -> None:
     wanted = run().summary["weights_digest"]
     plain = [
         {"aggregator": rule(lambda got, _: got)},
-        {"server_optimiser": optimiser(lambda change, moments: (change, moments))},
+        {"server_optimizer": optimizer(lambda change, moments: (change, moments))},
         {"steps": [step("treat", lambda got, _: got)]},
         {"steps": [step("close", lambda close, state, exchange, got: close(got))]},
     ]

@@ -238,14 +238,14 @@ def values(run: Any, column: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "engine", ["inline", pytest.param("ray", marks=pytest.mark.slow), "vectorised"]
+    "engine", ["inline", pytest.param("ray", marks=pytest.mark.slow), "vectorized"]
 )
 def test_objects_and_names_of_losses_and_metrics_give_equal_bits(engine: str, mine: str) -> None:
     area = AUROC(task="multiclass", num_classes=2)
     one = judged(engine, focal, ["accuracy", area, wrong, "loss"])
     assert values(one, "loss")[-1] < values(one, "loss")[0]
     if engine == "ray":  # its processes know no module of a test
-        other = judged("vectorised", focal, ["accuracy", area, wrong, "loss"])
+        other = judged("vectorized", focal, ["accuracy", area, wrong, "loss"])
         assert values(one, "loss") == values(other, "loss")
         assert one.summary["weights_digest"] == other.summary["weights_digest"]
         return

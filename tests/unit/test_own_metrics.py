@@ -15,7 +15,7 @@ from torchmetrics.classification import BinaryAveragePrecision, MultilabelAUROC
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import Measure, Owners, higher_is_better
 from fedraclora.evaluation.own_metrics import Metric
-from fedraclora.objects import lend
+from fedraclora.objects import register_object
 from fedraclora.rng import generator, torch_normal
 
 torch.set_num_threads(1)
@@ -95,7 +95,7 @@ KINDS: dict[str, tuple[str, bool, Any, Callable[[Tensor, Tensor], tuple[Tensor, 
 def test_metrics_of_torchmetrics_add_up_over_batches_and_owners(kind: str) -> None:
     loss, sums, metric, plain = KINDS[kind]
     output, target = case(loss)
-    name = lend(metric, f"mine@{0:016x}")
+    name = register_object(metric, f"mine@{0:016x}")
     measure = Measure.of((name,), loss)
     assert all(count.sums for count in measure.counts) is sums
     batches = [
@@ -119,7 +119,9 @@ def test_metrics_of_torchmetrics_add_up_over_batches_and_owners(kind: str) -> No
 
 
 def test_an_area_of_one_class_is_no_number() -> None:
-    measure = Measure.of((lend(torchmetrics.AUROC(task="binary"), f"mine@{1:016x}"),), "logistic")
+    measure = Measure.of(
+        (register_object(torchmetrics.AUROC(task="binary"), f"mine@{1:016x}"),), "logistic"
+    )
     state = measure.take(torch.randn(5, 1), torch.ones(5, dtype=torch.int64))
     assert math.isnan(measure.values(state)[0]["mine"])
 
@@ -135,7 +137,7 @@ def off(output: Tensor, target: Tensor) -> Tensor:
 def test_functions_see_all_outputs_or_give_a_number_for_each_row() -> None:
     output, target = case("squared_error")
     whole, each = Metric(spread, higher_is_better=False), Metric(off, False, each=True)
-    names = [lend(whole, f"spread@{2:016x}"), lend(each, f"off@{2:016x}")]
+    names = [register_object(whole, f"spread@{2:016x}"), register_object(each, f"off@{2:016x}")]
     measure = Measure.of(names, "squared_error")
     batches = [
         measure.take(output[rows], target[rows], Owners(3, OWNERS[rows]))
@@ -175,7 +177,7 @@ BAD: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_wrong_metric_is_refused_by_name(name: str) -> None:
     metric, words = BAD[name]
-    own, batch = lend(metric, f"mine@{3:016x}"), case("cross_entropy")
+    own, batch = register_object(metric, f"mine@{3:016x}"), case("cross_entropy")
 
     def measured() -> object:
         measure = Measure.of((own,), "cross_entropy")
@@ -187,7 +189,7 @@ def test_a_wrong_metric_is_refused_by_name(name: str) -> None:
 
 def test_names_of_metrics_are_unique() -> None:
     for other in ("accuracy", "mine"):
-        names = [lend(Metric(spread, True), f"{n}@{4:016x}") for n in ("mine", other)]
+        names = [register_object(Metric(spread, True), f"{n}@{4:016x}") for n in ("mine", other)]
         with pytest.raises(ConfigError, match=f"{other} .*name of another"):
             Measure.of(names, "cross_entropy")
 
@@ -196,7 +198,7 @@ def test_perfect_probabilities_are_not_read_as_scores() -> None:
     """Torchmetrics takes what lies in [0, 1] for probabilities; ours are made of the logits."""
     output = torch.tensor([[0.4], [0.3], [0.2]])  # logits, all of which say yes
     measure = Measure.of(
-        (lend(torchmetrics.Accuracy(task="binary"), f"mine@{5:016x}"),), "logistic"
+        (register_object(torchmetrics.Accuracy(task="binary"), f"mine@{5:016x}"),), "logistic"
     )
     assert measure.values(measure.take(output, torch.tensor([1, 1, 1])))[0]["mine"] == 1.0
     assert bool((F.logsigmoid(output).exp() > 0.5).all())

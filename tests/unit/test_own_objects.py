@@ -72,8 +72,8 @@ class Raises(ClientProgram):
 
         return {When.LOSS: hook}
 
-    def optimiser(self, chunk: Any, rates: Any) -> Any:
-        self._maybe("optimiser")
+    def optimizer(self, chunk: Any, rates: Any) -> Any:
+        self._maybe("optimizer")
 
     def sent(self, result: Any) -> Any:
         self._maybe("sent")
@@ -84,7 +84,7 @@ class Raises(ClientProgram):
         return {"train_loss": 1.0} if self.part == "taken" else {}
 
 
-@pytest.mark.parametrize("part", ["hook", "optimiser", "sent", "columns", "taken"])
+@pytest.mark.parametrize("part", ["hook", "optimizer", "sent", "columns", "taken"])
 def test_what_a_part_of_a_local_step_raises_is_told_by_its_key_and_name(part: str) -> None:
     """It was the model's or the data's fault, or nobody's."""
     words = "train_loss" if part == "taken" else rf"ValueError: mine \({HERE[11:]}.py"
@@ -129,7 +129,7 @@ class Means(ClientProgram):
 class Steps(ClientProgram):
     """Has all clients take the same step."""
 
-    def optimiser(self, chunk: Any, rates: Any) -> Any:
+    def optimizer(self, chunk: Any, rates: Any) -> Any:
         class Mean:
             def step(self, gradients: Any) -> None:
                 for name, gradient in gradients.items():
@@ -206,7 +206,7 @@ class Keeps(LayerMethod):
 
     @override
     def factors(self, layer: Any, now: Any) -> Any:
-        frozen = now.sketch(layer, "A", "gaussian", index=0, normalise="rows")
+        frozen = now.sketch(layer, "A", "gaussian", index=0, normalize="rows")
         return {"B": layer.trained("B"), "A": frozen}
 
     @override
@@ -360,7 +360,7 @@ def test_reports_and_titles_show_no_key_that_a_training_function_does_not_read(
     found = run(train=learnt, folder=tmp_path / "run", rounds=1)
     page, files = read_shown(tmp_path / "run"), read_files(tmp_path / "run")
     assert "local.train" in files.keys
-    assert not {"local.lr", "local.optimiser", "engine.chunk"} & {*files.keys}
+    assert not {"local.lr", "local.optimizer", "engine.chunk"} & {*files.keys}
     assert "lr" not in yaml.safe_load(page.yaml)["local"]
     assert "lr=" not in page.title
     again = fedraclora.simulate(yaml.safe_load(page.yaml), folder=None)

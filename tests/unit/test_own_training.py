@@ -46,13 +46,13 @@ CLIENTS = [samples(size, key) for key, size in enumerate(SIZES)]
 
 def descend(round_: Round, model: torch.nn.Module, steps: int = 2) -> Trained:
     x, y = round_.data
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
     losses = []
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x), y)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return round_.read(model, samples=len(y), steps=steps, loss=sum(losses) / steps)
 
@@ -106,11 +106,11 @@ def idle(round_: Round) -> Trained:
 
 def hasty(round_: Round) -> Trained:
     model = net()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)  # before there are factors
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # before there are factors
     round_.install(model)
     x, y = round_.data
     torch.nn.functional.cross_entropy(model(x), y).backward()
-    optimiser.step()
+    optimizer.step()
     return round_.read(model, samples=len(y), steps=1)
 
 
@@ -243,9 +243,9 @@ def original(model: Any) -> Any:
 
 def with_all_trained(model: Any) -> None:
     model.requires_grad_(True)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.ones(2, 6)).sum().backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def with_another(model: Any) -> None:
@@ -260,7 +260,7 @@ SPOILING: dict[str, Any] = {
     "data": lambda m: setattr(original(m), "data", original(m).detach() * 2),
     "to and fro": lambda m: m.bfloat16().float(),
     "state dict": lambda m: m.load_state_dict({n: t + 1 for n, t in m.state_dict().items()}),
-    "an optimiser": with_all_trained,
+    "an optimizer": with_all_trained,
     "another parameter": with_another,
 }
 SPOILING["one number, by .data"] = lambda m: original(m).data[:, 3].neg_()
@@ -395,9 +395,9 @@ CHANGES: dict[str, tuple[Any, Any]] = {
 def trains_on(change: Any) -> Any:
     def train(round_: Round) -> Trained:
         model, (x, y) = round_.install(net()), tensors_of(round_.data)
-        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
         torch.nn.functional.cross_entropy(model(x), y).backward()
-        optimiser.step()
+        optimizer.step()
         change(round_.data)
         return round_.read(model, samples=len(y), steps=1)
 
@@ -461,7 +461,7 @@ class Hundredfold(torch.nn.Module):
 
 SCALED: dict[str, Any] = {
     "times 100": lambda model: setattr(model[0].parametrizations.weight[0], "scale", 150.0),
-    "another parametrisation": lambda model: register_parametrization(
+    "another parametrization": lambda model: register_parametrization(
         model[0], "weight", Hundredfold()
     ),
 }

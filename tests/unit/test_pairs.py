@@ -234,8 +234,8 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
             "local.adjust=riemannian and local.precondition=true",
         ),
         (
-            {"adjust": "lora_pro", "optimiser": "lora_rite"},
-            "local.adjust=lora_pro and local.optimiser=lora_rite",
+            {"adjust": "lora_pro", "optimizer": "lora_rite"},
+            "local.adjust=lora_pro and local.optimizer=lora_rite",
         ),
         (
             {"adjust": "lora_pro", "gate_penalty": 0.5},
@@ -246,8 +246,8 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
             "local.gate_penalty is 0.0",
         ),
         (
-            {"optimiser": "lora_rite", "optimizer_state": "merge"},
-            "under local.optimiser=lora_rite",
+            {"optimizer": "lora_rite", "optimizer_state": "merge"},
+            "under local.optimizer=lora_rite",
         ),
     ],
 )

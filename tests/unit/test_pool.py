@@ -16,12 +16,12 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
-from fedraclora.protocol.quantised import rounded
+from fedraclora.protocol.quantized import rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.pool_rac_lora import InPool, Pool, PoolRacLora
-from fedraclora.strategies.server.quantised import RESIDUE, DownlinkRounding
+from fedraclora.strategies.server.quantized import RESIDUE, DownlinkRounding
 from fedraclora.tree import digest, parameters
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica

@@ -167,10 +167,10 @@ def test_a_new_head_is_named_before_the_first_round(
     assert "classifier.weight" in run.summary["task"]["new_head"]
 
 
-def test_quantised_folders_are_refused_by_both_builders(tmp_path: Path) -> None:
+def test_quantized_folders_are_refused_by_both_builders(tmp_path: Path) -> None:
     model = llama(tied=True)
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     model.config.save_pretrained(tmp_path)
     for kind in (build_causal_lm, build_hf):
-        with pytest.raises(ConfigError, match="its weights are quantised"):
+        with pytest.raises(ConfigError, match="its weights are quantized"):
             build(tmp_path, kind)

@@ -43,7 +43,7 @@ def rule(config: dict[str, Any]) -> float:
     state = method.initial_state(weights_of(model), plan, Draw(0))
     sent = method.open_round(state, 1, Cohort(torch.arange(4), torch.ones(4)), Draw(0))
     local = config["local"]
-    return rate_of(sent, local["optimiser"], local["steps"] or 37.5)
+    return rate_of(sent, local["optimizer"], local["steps"] or 37.5)
 
 
 def recorded(folder: str, methods: set[str]) -> Iterator[tuple[dict[str, Any], float, list[float]]]:
@@ -94,7 +94,7 @@ def test_layers_narrower_than_any_that_was_tuned_have_no_higher_rate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = {"method": {"name": "ffa_lora", "rank": 2}, "model": {"name": "mlp"}}
-    local = {"optimiser": "adamw", "steps": 4}
+    local = {"optimizer": "adamw", "steps": 4}
     found = []
     for shapes in ([(96, 97)], [(12, 9)]):
         monkeypatch.setitem(SHAPES, "mlp", shapes)

@@ -10,7 +10,7 @@ import torch
 from fedraclora.errors import CheckpointError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term
-from fedraclora.protocol.method import Memo, State
+from fedraclora.protocol.method import Counters, State
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.rebuild import state_at, stored_plan
 from fedraclora.run.recorder import RunRecorder
@@ -25,13 +25,13 @@ ROUNDS = 9
 def states(seed: float) -> list[State]:
     """States of a run that merges, carries factors, and now and then changes nothing."""
     base: Tree = {"w": torch.full((7, 5), seed), "b": torch.zeros(5)}
-    found = [State(base, PLAN, {"w/B": torch.zeros(5, 2)}, Memo())]
+    found = [State(base, PLAN, {"w/B": torch.zeros(5, 2)}, Counters())]
     for round_ in range(1, ROUNDS + 1):
         factors = (torch.full((5, 2), seed), torch.full((2, 7), float(round_)))
         link = Link({"w": Term.of(factors, 1.5)}, {}) if round_ % 3 else None
         base = {**base, "w": base["w"] + 3 * seed * round_} if link else base
         carried = {"w/B": torch.full((5, 2), float(round_ // 2))} if round_ != 4 else {}
-        found.append(State(base, PLAN, carried, Memo(age=round_), link))
+        found.append(State(base, PLAN, carried, Counters(age=round_), link))
     return found
 
 
@@ -59,7 +59,7 @@ def test_every_state_comes_back(tmp_path: Path) -> None:
         found = state_at(folder, round_)
         assert digest(found.base) == digest(wanted.base), round_
         assert digest(found.carried) == digest(wanted.carried), round_
-        assert (found.memo, found.plan) == (wanted.memo, PLAN)
+        assert (found.counters, found.plan) == (wanted.counters, PLAN)
     last = state_at(folder)
     assert digest({**last.base, **last.carried}) == digest({**found.base, **found.carried})
 

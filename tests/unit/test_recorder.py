@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from fedraclora.errors import CheckpointError
 from fedraclora.protocol.link import Link, Plan, Term
-from fedraclora.protocol.method import Memo, State
+from fedraclora.protocol.method import Counters, State
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.sketch import SketchSpec
@@ -40,7 +40,7 @@ def state() -> State:
         base,
         Plan({}),
         carried={"w/B": normal(5, 2), "w": normal(2)},
-        memo=Memo(sketch=4, age=1),
+        counters=Counters(sketch=4, age=1),
         link=LINK,
         report={"x": 1.0},
         notes=("capped",),
@@ -83,7 +83,7 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
     found, round_ = RunRecorder(tmp_path, fixed={"seed": 1}).restore(start, catch_up)
     assert round_ == 2
     assert found.plan is start.plan
-    assert found.memo == wanted.memo
+    assert found.counters == wanted.counters
     assert list(found.base) == list(wanted.base)
     assert list(found.carried) == list(wanted.carried)
     for name, tensor in wanted.base.items():
@@ -160,7 +160,7 @@ def test_a_run_without_a_folder_cannot_be_resumed() -> None:
         recorder.restore(state(), caught_up())
 
 
-class Broken(Memo):
+class Broken(Counters):
     """Is no numbers by name when it is written."""
 
     @override
@@ -170,7 +170,7 @@ class Broken(Memo):
 
 def test_a_memo_that_is_none_is_refused(tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path)
-    recorder.save(replace(state(), memo=Broken()), 1, caught_up())
+    recorder.save(replace(state(), counters=Broken()), 1, caught_up())
     with pytest.raises(CheckpointError, match=r"memo is \[1\]"):
         recorder.restore(state(), caught_up())
 

@@ -10,14 +10,14 @@ from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.optimiser import ROW_SLOT, CohortOptimiser, row_slots, taken_rows
+from fedraclora.training.optimizer import ROW_SLOT, CohortOptimizer, row_slots, taken_rows
 from fedraclora.tree import Tree
 from tests.common import normal
 
 M, N, R, SCALE = 5, 7, 2, 1.5
 A = SketchSpec("orthonormal", "right", R, N, seed=3, index=0)
 SENT = Downlink({"w": Adapter.of({"B": to_train((M, R)), "A": A}, SCALE)}, {"b": to_train((M,))})
-ROUND = LocalConfig(optimiser="adamw", lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9)
+ROUND = LocalConfig(optimizer="adamw", lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9)
 
 
 @pytest.mark.parametrize("kind", ["orthonormal", "gaussian", "coordinate"])
@@ -25,7 +25,7 @@ def test_rows_have_one_second_moment_under_all_sketches(kind: str) -> None:
     """By 3,000 drawings of rows of length one in the mean; E[g_ij^2] = s^2 ||G_i||^2 / n."""
     G, squares = normal(M, N), torch.zeros(M).double()
     for index in range(3000):
-        drawn = SketchSpec(kind, "right", R, N, seed=5, index=index, normalise="rows").draw()
+        drawn = SketchSpec(kind, "right", R, N, seed=5, index=index, normalize="rows").draw()
         squares += (SCALE * G @ drawn.T).square().mean(dim=1) / 3000
     torch.testing.assert_close(squares, SCALE**2 * G.square().sum(dim=1) / N, rtol=0.08, atol=0)
 
@@ -54,13 +54,13 @@ def test_steps_are_those_of_adamw_from_the_second_moments_of_rows() -> None:
         if name in rows:
             mean = v.mean(dim=1 if name == "w/B" else 0)
             sent[name].append(torch.cat([mean, torch.tensor([w])]))
-    optimiser = CohortOptimiser(ROUND, values, dict.fromkeys(shapes, 0.1), rows=rows)
+    optimizer = CohortOptimizer(ROUND, values, dict.fromkeys(shapes, 0.1), rows=rows)
     for t in range(4):
         active = int((steps > t).sum())
-        optimiser.step({n: g[t, :active] for n, g in gradients.items()})
+        optimizer.step({n: g[t, :active] for n, g in gradients.items()})
     for name in shapes:
         torch.testing.assert_close(values[name], torch.stack(wanted[name]))
-    found = optimiser.rows(steps)
+    found = optimizer.rows(steps)
     assert found.keys() == rows.keys()
     for name, each in sent.items():
         torch.testing.assert_close(found[name], torch.stack(each))
@@ -76,12 +76,12 @@ def test_the_correction_is_right_however_many_steps_clients_take() -> None:
         shares, came = [0.25, 0.75], []
         for taken in steps:
             values = {"w/B": torch.zeros(1, M, R).double()}
-            optimiser = CohortOptimiser(ROUND, values, {"w/B": 0.1}, rows=rows)
+            optimizer = CohortOptimizer(ROUND, values, {"w/B": 0.1}, rows=rows)
             for t in range(taken):
-                optimiser.step({"w/B": gradient[None]})
+                optimizer.step({"w/B": gradient[None]})
                 if round_ == 1 and t == 0:
                     torch.testing.assert_close(values["w/B"], -0.1 * gradient.sign()[None])
-            came.append(optimiser.rows(torch.tensor([taken]))["w/B"][0])
+            came.append(optimizer.rows(torch.tensor([taken]))["w/B"][0])
         kept = {f"{ROW_SLOT}w/B": sum(p * c for p, c in zip(shares, came, strict=True))}  # type: ignore[dict-item]
         v, w = kept[f"{ROW_SLOT}w/B"][:-1], kept[f"{ROW_SLOT}w/B"][-1]
         assert 0 < w < 1

@@ -91,7 +91,7 @@ def test_the_small_sketches_of_a_deep_model_are_remembered() -> None:
 
 def test_entries_of_each_kind() -> None:
     def raw(kind: str, dim: int = N) -> torch.Tensor:
-        return draws(spec_of(kind, R, dim, normalise="none", density=0.25), 200)
+        return draws(spec_of(kind, R, dim, normalize="none", density=0.25), 200)
 
     assert values(raw("rademacher")) == [-1, 1]
     assert_mean(raw("rademacher").flatten(), 0.0)
@@ -112,14 +112,14 @@ def test_entries_of_each_kind() -> None:
 
 
 def test_density_one_is_rademacher() -> None:
-    sparse = spec_of("sparse_sign", density=1.0, normalise="none").draw()
-    assert torch.equal(sparse, spec_of("rademacher", normalise="none").draw())
+    sparse = spec_of("sparse_sign", density=1.0, normalize="none").draw()
+    assert torch.equal(sparse, spec_of("rademacher", normalize="none").draw())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("normalise", draw.NORMALISATIONS)
-def test_gram_scale_is_the_mean_diagonal_of_the_gram_matrix(kind: str, normalise: str) -> None:
-    spec = spec_of(kind, normalise=normalise, density=0.3)
+@pytest.mark.parametrize("normalize", draw.NORMALIZATIONS)
+def test_gram_scale_is_the_mean_diagonal_of_the_gram_matrix(kind: str, normalize: str) -> None:
+    spec = spec_of(kind, normalize=normalize, density=0.3)
     A = draws(spec, 1000)
     gram = A @ A.mT
     assert_mean(gram, spec.gram_scale * eye(R))
@@ -130,7 +130,7 @@ def test_gram_scale_is_the_mean_diagonal_of_the_gram_matrix(kind: str, normalise
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_units_and_identity_is_larger_by_the_root_of_dim_over_rank(kind: str) -> None:
-    rows, identity = spec_of(kind, 3, 12), spec_of(kind, 3, 12, normalise="identity")
+    rows, identity = spec_of(kind, 3, 12), spec_of(kind, 3, 12, normalize="identity")
     assert rows.gram_scale == 1.0
     assert identity.gram_scale == 4.0
     torch.testing.assert_close(identity.draw(), 2.0 * rows.draw(), rtol=1e-15, atol=0)
@@ -150,7 +150,7 @@ def test_rows_are_units_and_identity_is_larger_by_the_root_of_dim_over_rank(kind
     ],
 )
 def test_raw_gram_scale_by_hand(kind: str, scale: float) -> None:
-    assert spec_of(kind, 3, 12, normalise="none", density=0.25).gram_scale == scale
+    assert spec_of(kind, 3, 12, normalize="none", density=0.25).gram_scale == scale
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_constants_by_hand() -> None:
 
 def golden_specs() -> dict[str, SketchSpec]:
     specs = {
-        f"{kind} {normalise}": spec_of(kind, 3, 8, index=5, normalise=normalise)
+        f"{kind} {normalize}": spec_of(kind, 3, 8, index=5, normalize=normalize)
         for kind in KINDS
         if kind not in {"gaussian", "orthonormal"}  # of floats, which differ between builds
-        for normalise in draw.NORMALISATIONS
+        for normalize in draw.NORMALIZATIONS
     }
     specs |= {
         f"{kind} cover {index}": spec_of(kind, 3, 8, index=index, blocks="cover")
@@ -218,7 +218,7 @@ def test_exact_sketches_have_the_golden_bits() -> None:
     ("change", "words"),
     [
         ({"kind": "gausian"}, "unknown sketch 'gausian'"),
-        ({"normalise": "row"}, "are: identity, none, rows"),
+        ({"normalize": "row"}, "are: identity, none, rows"),
         ({"blocks": "covers"}, "There are: cover, independent"),
         ({"side": "rigth"}, "sketch side 'rigth'"),
         ({"rank": 0}, "rank >= 1"),
@@ -236,8 +236,8 @@ def test_bad_specs_are_refused(change: dict[str, object], words: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_sketch_takes_what_exists(kind: str) -> None:
-    for normalise in draw.NORMALISATIONS:
-        check_sketch(kind, normalise, "independent")
+    for normalize in draw.NORMALIZATIONS:
+        check_sketch(kind, normalize, "independent")
     if kind in FRAMES:
         check_sketch(kind, "rows", "cover")
     else:

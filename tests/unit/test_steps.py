@@ -32,7 +32,7 @@ def test_orthonormal_rows_take_lr_times_scale_squared() -> None:
 
 
 def test_the_sketchs_own_scale_counts_unless_it_is_divided_out() -> None:
-    wide = Downlink({"w": sketched(1.5, normalise="identity")})  # A A^T = 4 I
+    wide = Downlink({"w": sketched(1.5, normalize="identity")})  # A A^T = 4 I
     assert effective_step(wide, LOCAL, 1.0)["gamma_max"] == pytest.approx(0.2 * 2.25 * 4.0)
     preconditioned = LocalSettings(lr=0.2, precondition=True)
     assert effective_step(wide, preconditioned, 1.0)["gamma_max"] == pytest.approx(0.45)
@@ -59,23 +59,23 @@ def test_without_sketches_there_is_only_the_learning_rate() -> None:
 
 def test_two_frozen_factors_give_the_product_of_their_scales() -> None:
     """R under s B R A moves W by lr s^2 B B^T G A^T A: the c of B times the c of A."""
-    adapter = sketched(1.5, normalise="identity")  # A A^T = 4 I
-    left = sketched(1.5, side="left", dim=6, normalise="identity").factors["B"]  # B^T B = 3 I
+    adapter = sketched(1.5, normalize="identity")  # A A^T = 4 I
+    left = sketched(1.5, side="left", dim=6, normalize="identity").factors["B"]  # B^T B = 3 I
     core = Adapter.of({"B": left, "R": to_train((2, 2)), "A": adapter.factors["A"]}, 1.5)
     found = effective_step(Downlink({"w": core}), LOCAL, 1.0)
     assert found == pytest.approx({"lr": 0.2, "gamma_min": 5.4, "gamma_max": 5.4})
 
 
-def test_adaptive_optimisers_have_no_such_step() -> None:
-    for optimiser in ("adamw", "lora_rite"):
-        local = LocalSettings(lr=0.2, optimiser=optimiser)
+def test_adaptive_optimizers_have_no_such_step() -> None:
+    for optimizer in ("adamw", "lora_rite"):
+        local = LocalSettings(lr=0.2, optimizer=optimizer)
         assert effective_step(Downlink({"w": sketched(1.5)}), local, 0.5) == {"lr": 0.1}
 
 
-@pytest.mark.parametrize("normalise", ["rows", "identity"])
-def test_gamma_is_the_step_that_sgd_takes_inside_the_sketch(normalise: str) -> None:
+@pytest.mark.parametrize("normalize", ["rows", "identity"])
+def test_gamma_is_the_step_that_sgd_takes_inside_the_sketch(normalize: str) -> None:
     """B <- -lr s G A^T moves W by s B A = -lr s^2 G A^T A: gamma along a direction of A's rows."""
-    adapter = sketched(1.5, normalise=normalise)
+    adapter = sketched(1.5, normalize=normalize)
     gamma = effective_step(Downlink({"w": adapter}), LOCAL, 1.0)["gamma_max"]
     factor = adapter.factors["A"]
     assert factor.drawing is not None

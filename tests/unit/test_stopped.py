@@ -23,7 +23,7 @@ PLAIN = {
     "data": {"name": "mnist"},
     "partition": {"name": "dirichlet", "alpha": 0.1},
     "local": {"name": "sgd", "lr": 0.05},
-    "engine": {"name": "vectorised"},
+    "engine": {"name": "vectorized"},
     "output": {"plots": True},
     "seed": 3,
     "rounds": 9,

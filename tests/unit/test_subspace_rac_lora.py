@@ -106,9 +106,9 @@ def test_the_basis_and_what_is_trained_last_as_long_as_the_link() -> None:
 def test_with_all_rows_fresh_links_are_those_of_drawings_by_turns() -> None:
     method = SubspaceRacLora(rank=RANK, alpha=ALPHA, merge_every=1, fresh=1.0)
     for state, sent in played(method, 4):
-        link = state.memo.sketch - 1
+        link = state.counters.sketch - 1
         plain = BernoulliLora(rank=RANK, alpha=ALPHA).training("B" if link % 2 == 0 else "A")
-        before = replace(state, memo=replace(state.memo, sketch=link))
+        before = replace(state, counters=replace(state.counters, sketch=link))
         asked, wanted = drawn(sent), drawn(plain.open_round(before, link + 1, COHORT, DRAW))
         assert asked.keys() == wanted.keys()
         assert all(torch.equal(asked[label], wanted[label]) for label in wanted)

@@ -25,7 +25,7 @@ from fedraclora.experiments.theory.problems import (
     start_of,
 )
 from fedraclora.experiments.theory.verdict import Curve, Path, judge, run, theorem
-from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.protocol.quantized import FULL, ROUNDED
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES
 

@@ -30,7 +30,7 @@ from fedraclora.compose.resume import laid_over
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import task_from_plain
 from fedraclora.errors import CheckpointError, ConfigError, DivergenceError
-from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.protocol.quantized import FULL, ROUNDED
 from fedraclora.run.folder import alone
 from fedraclora.run.statistics import frontier, ranks
 from fedraclora.tuning import search, task

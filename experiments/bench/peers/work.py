@@ -49,7 +49,7 @@ class Work:
             return {name: np.array(stored[name]) for name in stored.files}
 
     def network(self) -> torch.nn.Module:
-        """Build the two-layer perceptron, as a user's code would: torch initialises it."""
+        """Build the two-layer perceptron, as a user's code would: torch initializes it."""
         from collections import OrderedDict
 
         import torch
@@ -75,12 +75,12 @@ class Work:
         import torch
 
         x, y = torch.from_numpy(self.x[client]), torch.from_numpy(self.y[client])
-        optimiser = torch.optim.SGD(model.parameters(), lr=self.lr)
+        optimizer = torch.optim.SGD(model.parameters(), lr=self.lr)
         for first in range(0, len(x), self.batch):
             place = slice(first, first + self.batch)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(x[place]), y[place]).backward()
-            optimiser.step()
+            optimizer.step()
 
     def report(self, laps: Laps, weights: Mapping[str, Any], *packages: str) -> None:
         """Write what was found: seconds, memory, versions, final weights."""

@@ -218,7 +218,7 @@ def is_exact(config: Plain) -> bool:
         ConfigError: If the method is none of this version's.
     """
     method: Method = bind("method", METHODS, section(config, "method"))()
-    plain = {"aggregator": "mean", "server_optimiser": "none", "privacy": "none"}
+    plain = {"aggregator": "mean", "server_optimizer": "none", "privacy": "none"}
     chosen = {key: config.get(key) for key in plain}
     named = {key: group.get("name") for key, group in chosen.items() if isinstance(group, Mapping)}
     return method.traits.exact and named.items() <= plain.items()

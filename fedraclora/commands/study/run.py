@@ -137,7 +137,7 @@ def refuse_failed(failed: Mapping[str, str]) -> None:
 def run_job(job: Job) -> Line:
     """Run one job in memory and give its line for runs.jsonl."""
     from fedraclora.run.folder import provenance
-    from fedraclora.strategies.runner import summarise
+    from fedraclora.strategies.runner import summarize
 
     began, used = time.perf_counter(), time.process_time()
     config = composed_run(job)
@@ -155,7 +155,7 @@ def run_job(job: Job) -> Line:
         run.close()
     rows = run.strategy.recorder.ledger.rows
     measured = known_mean(rows, "report", "aggregation_error")
-    line |= summarise(run, time.perf_counter() - began)
+    line |= summarize(run, time.perf_counter() - began)
     line["metrics"] = metrics_of(line | {"clients": line.get("by_clients")})
     if not line["metrics"]:
         raise ConfigError("nobody measured it (it has no test samples): a study has to know it")

@@ -308,7 +308,7 @@ def scale_of(rows: torch.Tensor) -> dict[str, Any]:
 
 
 def as_scaled(values: torch.Tensor, scale: Mapping[str, Any]) -> torch.Tensor:
-    """Standardise by what `scale_of` found before; float64."""
+    """Standardize by what `scale_of` found before; float64."""
     mean, spread = (torch.tensor(scale[k], dtype=torch.float64) for k in ("subtract", "divide_by"))
     return (values.double() - mean) / spread
 

@@ -69,9 +69,9 @@ class Chat:
             )
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """Tokenise conversations; what follows an end-of-text token in an answer has no label.
+        """Tokenize conversations; what follows an end-of-text token in an answer has no label.
 
-        Prompts and answers are tokenised apart, as they are where an answer is generated.
+        Prompts and answers are tokenized apart, as they are where an answer is generated.
 
         Raises:
             DataError: If the template refuses a conversation, or rewrites what it has written.

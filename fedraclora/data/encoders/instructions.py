@@ -59,7 +59,7 @@ class InstructionReader:
         *,
         packing: bool,
     ) -> DataSet:
-        """Tokenise conversations into a data set; see `load_instructions`.
+        """Tokenize conversations into a data set; see `load_instructions`.
 
         Args:
             train: Conversations to train on; either all have a client or none has.
@@ -102,7 +102,7 @@ class InstructionReader:
         return int((end or 0) if pad is None else pad)
 
     def fit(self, conversations: Sequence[Conversation]) -> tuple[list[Encoded], list[int], int]:
-        """Tokenise conversations, and cut them to `max_length`.
+        """Tokenize conversations, and cut them to `max_length`.
 
         Returns:
             What is left, the places of that among them, and how many were cut.

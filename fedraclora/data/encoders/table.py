@@ -72,7 +72,7 @@ class TableForm:
     split_seed: int = 0
     task: str = "classification"
     metrics: Sequence[str] | None = None
-    standardise: bool = True
+    standardize: bool = True
     missing: str = "error"
     separator: str | None = None
     split: str | int | None = None
@@ -157,7 +157,7 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
     texts = bool(SEPARATORS.keys() & {*path.suffixes})  # such a file has no types
     named_as = as_values(classes, None if texts else frame[named].dropna().tolist())
     reading: dict[str, Any] = {"features": used} | ({"classes": named_as} if classes else {})
-    if how.standardise:
+    if how.standardize:
         x, y = train.inputs["x"], train.target
         reading |= scale_of(x) | ({"target": scale_of(y)} if y.is_floating_point() else {})
     raw, train = train, _scaled(train, reading)

@@ -80,7 +80,7 @@ class TextReader:
         return table, rows, dropped
 
     def samples(self, table: TextRows, names: Sequence[str] | None) -> Samples:
-        """Tokenise rows; ``names`` are those of the classes, and None where nothing is wanted."""
+        """Tokenize rows; ``names`` are those of the classes, and None where nothing is wanted."""
         count = len(self.text)
         wanted = torch.zeros(len(table))
         if names is not None:

@@ -42,7 +42,7 @@ def load_instructions(
     sha256: str | None = None,
     test_sha256: str | None = None,
 ) -> DataSet:
-    """Load and tokenise conversations (.jsonl, .parquet, .csv or .tsv).
+    """Load and tokenize conversations (.jsonl, .parquet, .csv or .tsv).
 
     Args:
         file: Training rows: a path (also relative to ``root``) or ``package:NAME/path``, with the

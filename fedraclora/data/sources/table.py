@@ -34,7 +34,7 @@ def load_table(
     split_seed: int = 0,
     task: TaskName = "classification",
     metrics: Sequence[str] | None = None,
-    standardise: bool = True,
+    standardize: bool = True,
     missing: Annotated[str, OneOf(("error", "drop"))] = "error",
     separator: str | None = None,
     split: str | int | None = None,
@@ -53,7 +53,7 @@ def load_table(
         split_seed: Seed of that choice.
         task: ``classification`` or ``regression``.
         metrics: Names of metrics, the headline first; None for those usual for the task.
-        standardise: Give each feature, and a number to predict, mean 0 and deviation 1 over the
+        standardize: Give each feature, and a number to predict, mean 0 and deviation 1 over the
             training rows.
         missing: What becomes of rows in which something is missing: ``error`` or ``drop``.
         separator: What parts the columns; None: a comma, in .tsv and .tab a tab.
@@ -79,7 +79,7 @@ def load_table(
     tested = None if test_file is None else read(test_file, "data.test_file", label)
     how = TableForm(
         *(label, client, features, test_fraction, split_seed),
-        *(task, metrics, standardise, missing, separator),
+        *(task, metrics, standardize, missing, separator),
         split=split,
     )
     return of_frames(table, tested, how, str(file))

@@ -42,7 +42,7 @@ def load_text(
     sha256: str | None = None,
     test_sha256: str | None = None,
 ) -> DataSet:
-    """Load and tokenise a table of texts (.tsv, .tab or .csv, plain, .gz or .bz2).
+    """Load and tokenize a table of texts (.tsv, .tab or .csv, plain, .gz or .bz2).
 
     Rows with an empty text are dropped and counted in ``info``.
 

@@ -128,7 +128,7 @@ class DeployGrid(PostedGrid):
             self._cut = True
             self.incidents.append(
                 f"clients of one chunk (engine.chunk={size}) are at several nodes, and train there "
-                "apart: bits may differ from those of engine=vectorised"
+                "apart: bits may differ from those of engine=vectorized"
             )
         return {node: parcels(own, size) for node, own in mine.items()}, absent
 
@@ -156,7 +156,7 @@ class DeployGrid(PostedGrid):
             )
             for name, reply in came:
                 if isinstance(reply, Message):
-                    self.traffic.serialised += message_bytes(reply)
+                    self.traffic.serialized += message_bytes(reply)
                 envelope = waiting.pop(name, None)
                 if envelope is None:
                     self.incidents.append("a second reply to a message was ignored")
@@ -266,7 +266,7 @@ class DeployGrid(PostedGrid):
 
     def count(self, envelope: Envelope) -> None:
         """Count a message that is sent."""
-        self.traffic.serialised += message_bytes(envelope.message)
+        self.traffic.serialized += message_bytes(envelope.message)
         self.traffic.sent.append(envelope.ask)
         self.traffic.fetched += envelope.fetched
 

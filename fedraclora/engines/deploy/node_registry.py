@@ -197,7 +197,7 @@ class NodeRegistry:
             try:
                 for reply in pulled(post.grid, [name], time.monotonic() + PARTS):
                     del self._asked[name]
-                    post.traffic.serialised += message_bytes(reply)
+                    post.traffic.serialized += message_bytes(reply)
                     if in_part(reply):
                         self._ask(replace(asked, at=now))
                         continue
@@ -214,7 +214,7 @@ class NodeRegistry:
         ttl = self.post.settings.timeout
         query = Message(content, question.node, "query.partition", ttl=ttl)
         (name,) = self.post.grid.push_messages([query])
-        self.post.traffic.serialised += message_bytes(query)
+        self.post.traffic.serialized += message_bytes(query)
         self._asked[name] = question
         return name
 

@@ -28,7 +28,7 @@ Facts = dict[str, Any]
 
 
 @dataclass(eq=False)
-class Task(Generic[Job]):
+class PoolTask(Generic[Job]):
     """A job, whoever is at it: it may be given to a second worker where the first is silent.
 
     Attributes:
@@ -68,7 +68,7 @@ class WorkerSlot:
     facts: Facts | None = None
     silent: bool = False
     doubted: bool = False
-    task: Task[Any] | None = None
+    task: PoolTask[Any] | None = None
     asked: bool = False
     since: float = 0.0
     failed: int = 0
@@ -117,8 +117,8 @@ class WorkerPool:
         self.watch, self.pulse_of = watch, pulse_of
         self.check: Callable[[list[Facts]], object] | None = None
         self.incidents: list[str] = []
-        self._queue: deque[Task[Any]] = deque()
-        self._waits: dict[Any, tuple[WorkerSlot, Task[Any] | None]] = {}  # None: for its facts
+        self._queue: deque[PoolTask[Any]] = deque()
+        self._waits: dict[Any, tuple[WorkerSlot, PoolTask[Any] | None]] = {}  # None: for its facts
         self._looked, self._without = time.monotonic(), 0.0
         self.slots: list[WorkerSlot] = []
         self.add(workers)
@@ -162,7 +162,7 @@ class WorkerPool:
             EngineError: If one job lost more workers than `retries`, if a worker raised, or if
                 none was ready for as long as is waited.
         """
-        tasks = [Task(job) for job in jobs]
+        tasks = [PoolTask(job) for job in jobs]
         self._queue.extend(tasks)
         self._without = 0.0
         self.watch()
@@ -182,7 +182,7 @@ class WorkerPool:
             for task in tasks:  # who answers later is not heard
                 task.done = True
 
-    def _doubtful(self) -> list[Task[Any]]:
+    def _doubtful(self) -> list[PoolTask[Any]]:
         """List what only workers are at that are doubted."""
         sure = [s.task for s in self.slots if not s.doubted]
         return [t for s in self.slots if (t := s.task) and not t.done and t not in sure]
@@ -211,7 +211,7 @@ class WorkerPool:
                 return [(task.job, slot, answer)]
         return []
 
-    def _failed(self, slot: WorkerSlot, task: Task[Any] | None, error: RayError) -> None:
+    def _failed(self, slot: WorkerSlot, task: PoolTask[Any] | None, error: RayError) -> None:
         """Decide what becomes of a worker, and its job, where there is an error for an answer."""
         cause = f"was lost: {reason(error)}"
         if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError | OSError):

@@ -1,7 +1,7 @@
 """SoRA: a gate for each component of an adapter, which a penalty closes where it does not pay.
 
     weight        W + s C diag(z) A,   C from B and z from 1 at the start of a round
-    local steps   on C, z (and A), by the optimiser; then z <- soft(z, lr lambda)
+    local steps   on C, z (and A), by the optimizer; then z <- soft(z, lr lambda)
     uplink        B = C diag(z): a component whose gate has closed is a column of zeros
 
 soft(z, t) = sign(z) max(|z| - t, 0) is the proximal step of the penalty lambda |z|_1. Where A alone
@@ -36,7 +36,7 @@ from fedraclora.protocol.program import ClientChunk, Rates
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.extras.pairs import FactorStep, Pair
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
 
 
@@ -46,7 +46,7 @@ class Gates(FactorStep):
 
     Attributes:
         penalty: lambda.
-        local: Settings of the optimiser.
+        local: Settings of the optimizer.
     """
 
     penalty: float
@@ -55,7 +55,7 @@ class Gates(FactorStep):
     ends_moments: ClassVar[bool] = True
 
     @override
-    def optimiser(self, chunk: ClientChunk, rates: Rates) -> CohortOptimiser:
+    def optimizer(self, chunk: ClientChunk, rates: Rates) -> CohortOptimizer:
         return CohortGates(self.local, chunk.values, rates, self.pairs(chunk), self.penalty)
 
     @override
@@ -71,7 +71,7 @@ class Gates(FactorStep):
         return {"pruned": closed / total} if total else {}
 
 
-class CohortGates(CohortOptimiser):
+class CohortGates(CohortOptimizer):
     """SGD or AdamW on gated factors, their gates, and what is trained beside them.
 
     Args:

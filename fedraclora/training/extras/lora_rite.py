@@ -1,4 +1,4 @@
-"""LoRA-RITE: an adaptive optimiser that does not see how a product is split between its factors.
+"""LoRA-RITE: an adaptive optimizer that does not see how a product is split between its factors.
 
 For B, with the partner T = A^T (n x r) in its polar form T = U R; for A with T = B, turned:
 
@@ -45,7 +45,7 @@ from typing_extensions import override
 from fedraclora.protocol.program import ClientChunk, Rates
 from fedraclora.training.extras.pairs import FactorStep, Pair, gram
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
 
 Polar = tuple[torch.Tensor, torch.Tensor]
@@ -53,18 +53,18 @@ Polar = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class LoraRite(FactorStep):
-    """LoRA-RITE as the optimiser.
+    """LoRA-RITE as the optimizer.
 
     Attributes:
         local: Its constants.
     """
 
     local: LocalConfig
-    form: ClassVar[str] = "local.optimiser=lora_rite"
+    form: ClassVar[str] = "local.optimizer=lora_rite"
     ends_moments: ClassVar[bool] = True
 
     @override
-    def optimiser(self, chunk: ClientChunk, rates: Rates) -> CohortOptimiser:
+    def optimizer(self, chunk: ClientChunk, rates: Rates) -> CohortOptimizer:
         return CohortRite(self.local, chunk.values, rates, self.pairs(chunk))
 
 
@@ -109,7 +109,7 @@ def polar(tall: torch.Tensor) -> Polar:
     return tall @ inverse, inverse
 
 
-class CohortRite(CohortOptimiser):
+class CohortRite(CohortOptimizer):
     """LoRA-RITE on the adapters of a chunk, AdamW on what is trained beside them.
 
     Args:

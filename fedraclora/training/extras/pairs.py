@@ -1,4 +1,4 @@
-"""Gradients of the two factors of an adapter, adjusted by each other before the optimiser's step.
+"""Gradients of the two factors of an adapter, adjusted by each other before the optimizer's step.
 
 With G the gradient of the weight W + s B A, the factors have g_B = s G A^T and g_A = s B^T G: each
 is scaled by the other one, so a plain step depends on how the product is split between them.
@@ -43,7 +43,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import sylvester
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.protocol.rank_budgets import within
-from fedraclora.training.materialise import factor_of
+from fedraclora.training.materialize import factor_of
 from fedraclora.tree import Tree
 
 

@@ -16,7 +16,7 @@ from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
-from fedraclora.training.materialise import factor_of
+from fedraclora.training.materialize import factor_of
 from fedraclora.tree import Tree
 
 

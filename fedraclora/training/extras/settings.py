@@ -90,7 +90,7 @@ class LocalSettings(LocalConfig):
     """Plain local SGD, and what may be added to it (config group ``local``).
 
     Attributes:
-        optimiser: ``sgd``, ``adamw`` or ``lora_rite`` (`fedraclora.training.extras.lora_rite`).
+        optimizer: ``sgd``, ``adamw`` or ``lora_rite`` (`fedraclora.training.extras.lora_rite`).
         dp: Noise on the gradients of single samples (`fedraclora.privacy.sample_level`), or None.
         prox: FedProx constant mu, a pull of the effective weights to the round's start.
         precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.
@@ -102,9 +102,9 @@ class LocalSettings(LocalConfig):
         timeout: Seconds that it may take for one client; None: any.
     """
 
-    OPTIMISERS: ClassVar[tuple[str, ...]] = (*LocalConfig.OPTIMISERS, "lora_rite")
+    OPTIMIZERS: ClassVar[tuple[str, ...]] = (*LocalConfig.OPTIMIZERS, "lora_rite")
 
-    optimiser: Annotated[str, OneOf(OPTIMISERS)] = "sgd"
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "sgd"
     dp: SampleNoise | None = None
     prox: NotNegative = 0.0
     precondition: bool = False
@@ -128,7 +128,7 @@ class LocalSettings(LocalConfig):
             *([Prox(self.prox)] if self.prox else ()),
             *([Adjustment(self.adjust, self.damping)] if self.adjust != "none" else ()),
             *([Precondition()] if self.precondition else ()),
-            *([LoraRite(self)] if self.optimiser == "lora_rite" else ()),
+            *([LoraRite(self)] if self.optimizer == "lora_rite" else ()),
             *([Gates(self.gate_penalty, self)] if self.gate_penalty is not None else ()),
             *super().added,
         )

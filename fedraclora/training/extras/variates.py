@@ -133,7 +133,7 @@ def end_variates(stored: Tree, sent: Downlink, directions: Tree) -> Tree:
         stored: What they kept so far, [K, ...]. Not modified.
         sent: Of `begin_variates`.
         directions: Of the mean local step, as the server sees it, by trained name, [K, ...]
-            (`fedraclora.training.optimiser.mean_gradients`).
+            (`fedraclora.training.optimizer.mean_gradients`).
     """
     added = variates_of(sent)
     return moved_by(stored, sent, {n: g - added[n].cpu() for n, g in directions.items()})

@@ -126,7 +126,7 @@ class Found:
         factors: By ``"<weight>/<label>"``.
         layers: LoRA layers of PEFT, by weight; none in a plain model.
         terms: Of ours in a plain model, by weight.
-        others: Parametrisations of a weight besides, by weight.
+        others: Parametrizations of a weight besides, by weight.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from fedraclora.protocol.plan import some_of
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import calmer, greatest_norm
 from fedraclora.rng import hash_key
-from fedraclora.training.materialise import materialise
+from fedraclora.training.materialize import materialize
 from fedraclora.training.own.places import (
     Found,
     Place,
@@ -66,12 +66,12 @@ class Round:
 
         A model with LoRA layers of PEFT (``get_peft_model``, ``inject_adapter_in_model``,
         ``add_adapter``) gets the factors into these, with the scale of the method. In any other
-        ``W + s B A`` is a parametrisation of torch (`torch.nn.utils.parametrize`), so that the
+        ``W + s B A`` is a parametrization of torch (`torch.nn.utils.parametrize`), so that the
         model stays what it was, whatever it does with its weights. What the method trains in full
         is trained in place. ``requires_grad`` is True of what is to be trained and False of all
         else; gradients are None. Of a client with a rank budget the gradients beyond it are zero.
 
-        Install first, then make the optimiser or the trainer, anew in each round. A model can be
+        Install first, then make the optimizer or the trainer, anew in each round. A model can be
         installed again and again. Several processes of one client install each for itself.
 
         Args:
@@ -132,7 +132,7 @@ class Round:
         Args:
             model: The model of `install`.
             samples: Training samples of the client, 1 or more: its weight in the mean.
-            steps: Optimiser steps taken, 1 or more.
+            steps: Optimizer steps taken, 1 or more.
             loss: Mean training loss, for the ledger; None: not known.
             metrics: Further finite numbers, by name.
 
@@ -154,7 +154,7 @@ class Round:
             does = "freezes" if moved[0] in asked.frozen else "does not train"
             raise ClientError(
                 f"{moved[0]} has moved, which the method {does}: train parameters with "
-                "requires_grad alone, and make the optimiser after round.install"
+                "requires_grad alone, and make the optimizer after round.install"
             )
         if moved:
             raise ClientError(
@@ -164,12 +164,12 @@ class Round:
         found = {n: places.place(n).ours(value).clone() for n, value in asked.values.items()}
         asked.check(found)
         still = {n for n, value in found.items() if torch.equal(value, asked.values[n])}
-        # Factors are made by install: an optimiser of before trains what is beside them alone.
+        # Factors are made by install: an optimizer of before trains what is beside them alone.
         of_layers = {n for n in found if n not in asked.downlink.dense}
         if (of_layers or {*found}) <= still:
             raise ClientError(
                 f"nothing was trained: {some_of(sorted(of_layers or still), 'tensor')} did not "
-                "move. Make the optimiser after round.install, of parameters with requires_grad, "
+                "move. Make the optimizer after round.install, of parameters with requires_grad, "
                 "and step it"
             )
         check_alike(found)
@@ -230,7 +230,7 @@ def _check_active(model: nn.Module, places: Found, downlink: Downlink, adapter: 
         _check_scale(weight, term.scale, downlink)
         if term.others != places.others[weight]:
             raise ClientError(
-                f"another parametrisation was put on {weight}: register it before round.install"
+                f"another parametrization was put on {weight}: register it before round.install"
             )
     for weight, layer in places.layers.items():
         if layer.merged:
@@ -288,7 +288,7 @@ class Asked:
     ) -> None:
         self.base, self.downlink, self.views = base, downlink, views
         self.buffers, self.handles = {n: b.detach() for n, b in buffers.items()}, list[Any]()
-        values, _, frozen = materialise(downlink, base, torch.zeros(1, dtype=torch.int64))
+        values, _, frozen = materialize(downlink, base, torch.zeros(1, dtype=torch.int64))
         masks, device = trainable(downlink, downlink.ranks), next(iter(base.values())).device
         self.values = {n: value[0] for n, value in values.items()}
         self.frozen = {n: f[0] if f.dim() > 2 else f for n, f in frozen.items()}
@@ -319,7 +319,7 @@ class Asked:
                     continue  # tied to one that is
                 if not parameter.is_floating_point():
                     raise ModelError(
-                        f"{name} is quantised in the model that is installed "
+                        f"{name} is quantized in the model that is installed "
                         f"({parameter.dtype}), and the weights of a round cannot be put into it: "
                         "load it in float32 or bfloat16"
                     )

@@ -20,7 +20,7 @@ SAME |= {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "dev
 
 
 class LowRankTerm(nn.Module):
-    """A parametrisation of torch: a stored weight ``W`` becomes ``W + scale * product``.
+    """A parametrization of torch: a stored weight ``W`` becomes ``W + scale * product``.
 
     Args:
         view: How the weight is seen as a matrix.
@@ -34,7 +34,7 @@ class LowRankTerm(nn.Module):
     ) -> None:
         super().__init__()
         self.view, self.labels, self.scale = view, [*factors], scale
-        self.others = 0  # parametrisations of the same weight, when it was installed
+        self.others = 0  # parametrizations of the same weight, when it was installed
         for label, value in factors.items():
             own = value.clone(memory_format=torch.contiguous_format)  # as FSDP wants it
             if label in trained:

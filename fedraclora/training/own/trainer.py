@@ -247,7 +247,7 @@ def told_of(state: object) -> bytes:
     except Exception as error:
         raise ClientError(
             "round.state holds what cannot be kept: a dict of tensors, numbers, texts, lists and "
-            "dicts is wanted, as of optimiser.state_dict()"
+            "dicts is wanted, as of optimizer.state_dict()"
         ) from error
     return written.getvalue()
 

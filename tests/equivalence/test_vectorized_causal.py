@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from causal_cases import CONFIGS, causal_case, causal_task
-from vectorised_agreement import LOCAL, base_of, method_of, run
-from vectorised_cases import Case
+from vectorized_agreement import LOCAL, base_of, method_of, run
+from vectorized_cases import Case
 
 from fedraclora.data import token_losses
 from fedraclora.data.samples import Samples
@@ -17,7 +17,7 @@ from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.program import CohortProgram
 
-ADAMW = LocalSettings(optimiser="adamw", lr=0.05, batch_size=3, epochs=2)
+ADAMW = LocalSettings(optimizer="adamw", lr=0.05, batch_size=3, epochs=2)
 METHODS = ("fed_rac_lora", "ffa_lora", "fedavg_lora", "fedsa_lora", "fed_sb")
 
 

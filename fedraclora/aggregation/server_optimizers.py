@@ -1,4 +1,4 @@
-"""Server optimisers (FedOpt): the mean change of a round as a gradient that the server follows.
+"""Server optimizers (FedOpt): the mean change of a round as a gradient that the server follows.
 
     Delta_t   the change that the method would make in round t: old weights to new ones
     momentum  M <- beta M + Delta;                       step = lr M
@@ -33,7 +33,7 @@ Space = Annotated[str, OneOf(("weights", "factors"))]
 
 
 @dataclass(frozen=True)
-class ServerOptimiser(Limited, group="server_optimiser"):
+class ServerOptimizer(Limited, group="server_optimizer"):
     """The server takes the mean of the clients as it is.
 
     Attributes:
@@ -61,8 +61,8 @@ class ServerOptimiser(Limited, group="server_optimiser"):
         return self.name != "none" and self.space == space
 
     @Feature(
-        "server_optimiser.space=weights",
-        instead="server_optimiser=none or space=factors",
+        "server_optimizer.space=weights",
+        instead="server_optimizer=none or space=factors",
         avoids={
             "a method whose clients send numbers along drawn directions": (
                 "its steps would have to travel as whole weights"
@@ -77,8 +77,8 @@ class ServerOptimiser(Limited, group="server_optimiser"):
         return self._steps_in("weights")
 
     @Feature(
-        "server_optimiser.space=factors",
-        instead="server_optimiser=none or space=weights",
+        "server_optimizer.space=factors",
+        instead="server_optimizer=none or space=weights",
         avoids={
             "a method that needs each client's own update": "it steps by the mean of their factors",
             "a method whose clients send numbers along drawn directions": (
@@ -94,8 +94,8 @@ class ServerOptimiser(Limited, group="server_optimiser"):
         return self._steps_in("factors")
 
     @Feature(
-        "an adaptive server_optimiser with space=factors",
-        instead="server_optimiser=momentum, server_optimiser=none or space=weights",
+        "an adaptive server_optimizer with space=factors",
+        instead="server_optimizer=momentum, server_optimizer=none or space=weights",
         avoids={
             "a method whose factors stand beside others in each link": (
                 "it scales coordinates one by one, and these change with the frozen factors"
@@ -110,7 +110,7 @@ class ServerOptimiser(Limited, group="server_optimiser"):
 
 
 @dataclass(frozen=True)
-class Momentum(ServerOptimiser):
+class Momentum(ServerOptimizer):
     """FedAvgM: the server goes on in the direction of earlier rounds.
 
     Attributes:
@@ -136,7 +136,7 @@ class Momentum(ServerOptimiser):
 
 
 @dataclass(frozen=True)
-class Adaptive(ServerOptimiser, ABC):
+class Adaptive(ServerOptimizer, ABC):
     """What the adaptive ones have in common.
 
     Attributes:
@@ -214,6 +214,6 @@ class Yogi(Adam):
         return old - (1 - self.beta2) * square * torch.sign(old - square)
 
 
-SERVER_OPTIMISERS: dict[str, type[ServerOptimiser]] = {
-    kind.name: kind for kind in (ServerOptimiser, Momentum, Adagrad, Adam, Yogi)
+SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
+    kind.name: kind for kind in (ServerOptimizer, Momentum, Adagrad, Adam, Yogi)
 }

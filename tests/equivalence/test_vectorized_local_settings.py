@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vectorised_agreement import ATOL, KINDS, LOCAL, assert_agrees, base_of, method_of, run
-from vectorised_cases import CASES, SEED, SIZES
-from vectorised_settings import ALSO, MEETING, PAIRED_METHODS, PROJECTED, SETTINGS, WIDELY
+from vectorized_agreement import ATOL, KINDS, LOCAL, assert_agrees, base_of, method_of, run
+from vectorized_cases import CASES, SEED, SIZES
+from vectorized_settings import ALSO, MEETING, PAIRED_METHODS, PROJECTED, SETTINGS, WIDELY
 
 from fedraclora.protocol.method import Cohort, Draw
 

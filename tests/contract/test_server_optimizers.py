@@ -28,11 +28,11 @@ from worlds import (
     stepped,
 )
 
-from fedraclora.aggregation.server_optimisers import (
-    SERVER_OPTIMISERS,
+from fedraclora.aggregation.server_optimizers import (
+    SERVER_OPTIMIZERS,
     Adam,
     Momentum,
-    ServerOptimiser,
+    ServerOptimizer,
 )
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
@@ -49,7 +49,7 @@ from tests.reference.chain import replay
 
 Variant = tuple[str, dict[str, Any]]
 DRAW = Draw(seed=17)
-RULES = [SERVER_OPTIMISERS[n]() for n in ("momentum", "adagrad", "adam", "yogi")]
+RULES = [SERVER_OPTIMIZERS[n]() for n in ("momentum", "adagrad", "adam", "yogi")]
 EXACT: list[Variant] = [
     ("fed_rac_lora", {}),
     ("fed_rac_lora", {"train": "A", "merge_every": 3}),
@@ -76,14 +76,14 @@ def world() -> World:
     return make_world(conv1d)
 
 
-def rounds(method: Method, world: World, rule: ServerOptimiser, count: int = 4) -> list[Played]:
-    """Rounds of random replies that the server closes with its optimiser."""
+def rounds(method: Method, world: World, rule: ServerOptimizer, count: int = 4) -> list[Played]:
+    """Rounds of random replies that the server closes with its optimizer."""
     state, loop = (
         method.initial_state(world.base, world.plan, DRAW),
         LoopConfig(count, 5, 5, 5, DRAW.seed),
     )
     devices = DeviceSimulator(SystemConfig(), DRAW.seed, RAGGED)
-    chosen = round_steps({"server_optimiser": rule, "local": RAGGED})
+    chosen = round_steps({"server_optimizer": rule, "local": RAGGED})
     steps = RoundSteps(chosen, RunContext(method, RAGGED, loop, devices), state)
     played = []
     for round_ in range(1, count + 1):
@@ -99,7 +99,7 @@ def rounds(method: Method, world: World, rule: ServerOptimiser, count: int = 4) 
 class Reference:
     """The formulas once more, coordinate by coordinate, on whatever is handed in."""
 
-    def __init__(self, rule: ServerOptimiser) -> None:
+    def __init__(self, rule: ServerOptimizer) -> None:
         self.rule = rule
         self.m: Tree = {}
         self.v: Tree = {}
@@ -129,7 +129,7 @@ class Reference:
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 @pytest.mark.parametrize("variant", EXACT, ids=label)
 def test_in_weights_the_server_follows_the_mean_of_the_clients_weights(
-    variant: Variant, rule: ServerOptimiser, world: World
+    variant: Variant, rule: ServerOptimizer, world: World
 ) -> None:
     method, reference = make_method(variant[0], **variant[1]), Reference(rule)
     for played in rounds(method, world, rule):
@@ -206,7 +206,7 @@ def test_in_factors_momentum_is_projected_on_what_the_round_trains(
 
 def test_in_factors_links_and_bytes_are_those_of_the_method(world: World) -> None:
     method = make_method("fed_rac_lora")
-    plain = rounds(method, world, ServerOptimiser())
+    plain = rounds(method, world, ServerOptimizer())
     moved = rounds(method, world, Momentum(space="factors"))
     for left, right in zip(plain, moved, strict=True):
         one, two = (CatchUp(world.base, 1) for _ in range(2))
@@ -223,7 +223,7 @@ def test_in_factors_links_and_bytes_are_those_of_the_method(world: World) -> Non
 def test_both_spaces_are_one_where_weights_are_what_is_trained(rule: str, world: World) -> None:
     method = make_method("fedavg")
     ends = [
-        rounds(method, world, SERVER_OPTIMISERS[rule](space=space))[-1].after.base  # type: ignore[call-arg]
+        rounds(method, world, SERVER_OPTIMIZERS[rule](space=space))[-1].after.base  # type: ignore[call-arg]
         for space in ("weights", "factors")
     ]
     assert_close_trees(*ends)
@@ -251,7 +251,7 @@ def test_in_factors_that_live_on_adam_is_adam_on_them(name: str, world: World) -
 def test_no_momentum_and_a_step_of_one_is_the_method_itself(space: str, world: World) -> None:
     method = make_method("fed_rac_lora")
     rule = Momentum(lr=1.0, beta=0.0, space=space)
-    found, plain = (rounds(method, world, r)[-1].after for r in (rule, ServerOptimiser()))
+    found, plain = (rounds(method, world, r)[-1].after for r in (rule, ServerOptimizer()))
     assert_close_trees(found.base, plain.base)
     assert found.report["server_step"] == pytest.approx(1.0)
 
@@ -262,14 +262,14 @@ def test_no_momentum_and_a_step_of_one_is_the_method_itself(space: str, world: W
         (("fedsa_lora", {}), Momentum(), "weights of its own"),
         (("flora_stacking", {}), Momentum(space="factors"), "each client's own update"),
         (("frlora", {}), Momentum(space="factors"), "anew with each link"),
-        (("fed_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
-        (("rolora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
-        (("pool_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
+        (("fed_rac_lora", {}), Adam(space="factors"), "or server_optimizer=momentum"),
+        (("rolora", {}), Adam(space="factors"), "or server_optimizer=momentum"),
+        (("pool_rac_lora", {}), Adam(space="factors"), "or server_optimizer=momentum"),
     ],
     ids=lambda v: str(v)[:20],
 )
-def test_what_cannot_be_optimised_is_refused(
-    variant: Variant, rule: ServerOptimiser, told: str, world: World
+def test_what_cannot_be_optimized_is_refused(
+    variant: Variant, rule: ServerOptimizer, told: str, world: World
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         rounds(make_method(variant[0], **variant[1]), world, rule)
@@ -278,7 +278,7 @@ def test_what_cannot_be_optimised_is_refused(
 @pytest.mark.parametrize("rule", [Momentum(space="factors"), Adam()], ids=lambda r: r.name)
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg_lora"])
 def test_a_run_goes_on_bit_for_bit_with_its_moments(
-    name: str, rule: ServerOptimiser, tmp_path: Path
+    name: str, rule: ServerOptimizer, tmp_path: Path
 ) -> None:
     world, method = make_world(dtype=torch.float32), make_method(name)
 
@@ -291,7 +291,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_moments(
             cohort=3,
             folder=folder,
             resume=resume,
-            treatment={"server_optimiser": rule},
+            treatment={"server_optimizer": rule},
             arrange=(lambda messages: messages[::-1]) if turned else None,
         )
 
@@ -311,7 +311,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_moments(
 @pytest.mark.parametrize("name", ["ffa_lora", "fedavg_lora", "pool_rac_lora", "xgblora"])
 def test_last_bits_do_not_decide_what_a_round_sends(name: str, beta: float) -> None:
     """Chunks add up in other orders; a step that is the mean change adds nothing to the base."""
-    rule, found = {"server_optimiser": Momentum(beta=beta)}, []
+    rule, found = {"server_optimizer": Momentum(beta=beta)}, []
     for chunk in (1, 2, 3):
         more: dict[str, Any] = {"rounds": 4, "cohort": 3, "chunk": chunk, "treatment": rule}
         rows = run(make_world(), make_method(name), RAGGED, **more).rows

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vectorised_agreement import LOCAL, assert_agrees, base_of, foldable, trainer_of
-from vectorised_cases import SIZES, Case, mlp, normal, reader, scaled
-from vectorised_settings import A_FEW, FORMS, LAYERS, LIKE_LINEAR, adapters_of, trained_in
+from vectorized_agreement import LOCAL, assert_agrees, base_of, foldable, trainer_of
+from vectorized_cases import SIZES, Case, mlp, normal, reader, scaled
+from vectorized_settings import A_FEW, FORMS, LAYERS, LIKE_LINEAR, adapters_of, trained_in
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from vectorised_agreement import KINDS, LOCAL, base_of, method_of, run, trainer_of
-from vectorised_cases import SEED, SIZES, Case, bert, classes, mlp, normal, scaled, task_of
-from vectorised_settings import ALSO, WIDELY
+from vectorized_agreement import KINDS, LOCAL, base_of, method_of, run, trainer_of
+from vectorized_cases import SEED, SIZES, Case, bert, classes, mlp, normal, scaled, task_of
+from vectorized_settings import ALSO, WIDELY
 
 from fedraclora.errors import ModelError
 from fedraclora.protocol.factor import to_train

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from vectorised_agreement import KINDS, LOCAL, method_of, run
-from vectorised_cases import Case, convolution
-from vectorised_settings import ALSO, WIDELY
+from vectorized_agreement import KINDS, LOCAL, method_of, run
+from vectorized_cases import Case, convolution
+from vectorized_settings import ALSO, WIDELY
 
 from fedraclora.errors import ModelError
 

@@ -13,7 +13,7 @@ from fedraclora.protocol.method import Downlink, Factor
 from fedraclora.tree import Tree, wide, widened
 
 
-def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tree, Tree, Tree]:
+def materialize(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tree, Tree, Tree]:
     """Make the tensors of a round for the clients in ``order``.
 
     Returns:

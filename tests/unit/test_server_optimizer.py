@@ -1,4 +1,4 @@
-"""Server optimisers against the formulas written out, and momentum moved between factors."""
+"""Server optimizers against the formulas written out, and momentum moved between factors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fedraclora.aggregation.server_optimisers import (
-    SERVER_OPTIMISERS,
+from fedraclora.aggregation.server_optimizers import (
+    SERVER_OPTIMIZERS,
     Adagrad,
     Adam,
     Momentum,
-    ServerOptimiser,
+    ServerOptimizer,
     Yogi,
 )
 from fedraclora.errors import ConfigError
@@ -27,7 +27,7 @@ from fedraclora.tree import Tree
 CHANGES = (0.5, -0.25, 0.0, 2.0)
 
 
-def steps(rule: ServerOptimiser) -> list[float]:
+def steps(rule: ServerOptimizer) -> list[float]:
     """What a rule makes of `CHANGES`, one a round."""
     moments: Tree = {}
     found = []
@@ -76,11 +76,11 @@ def test_a_tensor_that_is_not_there_in_a_round_keeps_its_moments() -> None:
         (
             "momentum",
             {"beta": 1.0},
-            r"server_optimiser.beta is 1.0; a number in \[0, 1\)",
+            r"server_optimizer.beta is 1.0; a number in \[0, 1\)",
         ),
-        ("momentum", {"lr": 0.0}, r"server_optimiser\.lr is 0\.0"),
-        ("adam", {"beta2": -0.1}, "server_optimiser.beta2 is -0.1"),
-        ("yogi", {"tau": math.inf}, "server_optimiser.tau is inf"),
+        ("momentum", {"lr": 0.0}, r"server_optimizer\.lr is 0\.0"),
+        ("adam", {"beta2": -0.1}, "server_optimizer.beta2 is -0.1"),
+        ("yogi", {"tau": math.inf}, "server_optimizer.tau is inf"),
         ("adagrad", {"space": "weight"}, "did you mean 'weights'"),
     ],
 )
@@ -88,7 +88,7 @@ def test_settings_that_cannot_be_are_refused(
     kind: str, settings: dict[str, float | str], told: str
 ) -> None:
     with pytest.raises(ConfigError, match=told):
-        SERVER_OPTIMISERS[kind](**settings)
+        SERVER_OPTIMIZERS[kind](**settings)
 
 
 def test_what_is_moved_is_the_nearest_change_beside_the_new_factor() -> None:

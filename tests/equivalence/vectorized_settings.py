@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vectorised_cases import SIZES, cnn, gpt2, mlp, normal, reader
+from vectorized_cases import SIZES, cnn, gpt2, mlp, normal, reader
 
 from fedraclora.data.task import Task
 from fedraclora.lowrank.layers import LayerView
@@ -24,10 +24,10 @@ SETTINGS: dict[str, dict[str, object]] = {
     "prox-clip-momentum": {"prox": 0.7, "clip": 0.5, "momentum": 0.5},
     "dp": {"dp": SampleNoise(0.2, 0.5)},
     "dp-prox-momentum": {"dp": SampleNoise(0.1, 1.5), "prox": 0.7, "momentum": 0.5},
-    "dp-adamw": {"dp": SampleNoise(0.5, 0.3), "optimiser": "adamw", "lr": 0.01},
+    "dp-adamw": {"dp": SampleNoise(0.5, 0.3), "optimizer": "adamw", "lr": 0.01},
     "dp-clip-only": {"dp": SampleNoise(0.05, 0.0)},
-    "adamw": {"optimiser": "adamw", "lr": 0.01},
-    "adamw-decay-clip": {"optimiser": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip": 0.5},
+    "adamw": {"optimizer": "adamw", "lr": 0.01},
+    "adamw-decay-clip": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip": 0.5},
     "steps": {"steps": 7},
     "full-batch": {"batch_size": 0, "epochs": 3},
     "full-batch-steps": {"batch_size": 0, "steps": 4},
@@ -59,14 +59,14 @@ PROJECTED: dict[str, dict[str, object]] = {
 
 PAIRED: dict[str, dict[str, object]] = {
     "riemannian": {"adjust": "riemannian", "damping": 0.05},
-    "scaled-adamw": {"adjust": "riemannian", "optimiser": "adamw", "lr": 0.01},
+    "scaled-adamw": {"adjust": "riemannian", "optimizer": "adamw", "lr": 0.01},
     "riemannian-prox-clip": {"adjust": "riemannian", "prox": 0.7, "clip": 0.5, "momentum": 0.5},
     "lora-pro": {"adjust": "lora_pro", "damping": 0.05},
-    "lora-pro-adamw": {"adjust": "lora_pro", "optimiser": "adamw", "lr": 0.01},
+    "lora-pro-adamw": {"adjust": "lora_pro", "optimizer": "adamw", "lr": 0.01},
     "lora-pro-dp": {"adjust": "lora_pro", "damping": 0.05, "dp": SampleNoise(0.1, 0.3)},
-    "lora-rite": {"optimiser": "lora_rite", "lr": 0.01, "eps": 1e-4},
+    "lora-rite": {"optimizer": "lora_rite", "lr": 0.01, "eps": 1e-4},
     "lora-rite-decay-prox": {
-        "optimiser": "lora_rite",
+        "optimizer": "lora_rite",
         "lr": 0.02,
         "weight_decay": 0.1,
         "prox": 0.7,
@@ -84,7 +84,7 @@ PAIRED |= {
         "weight_decay": 0.05,
         "clip": 0.3,
     },
-    "gates-adamw-prox": {"gate_penalty": 5.0, "optimiser": "adamw", "lr": 0.02, "prox": 0.7},
+    "gates-adamw-prox": {"gate_penalty": 5.0, "optimizer": "adamw", "lr": 0.02, "prox": 0.7},
     "gates-dp": {"gate_penalty": 1.5, "dp": SampleNoise(0.1, 0.3)},
 }
 

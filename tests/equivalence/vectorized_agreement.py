@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from typing_extensions import override
-from vectorised_cases import SEED, SIZES, Case
+from vectorized_cases import SEED, SIZES, Case
 
 from fedraclora.binding import bind
 from fedraclora.compose.choices import choice

@@ -1,4 +1,4 @@
-"""Local optimisers on a whole cohort at once.
+"""Local optimizers on a whole cohort at once.
 
 State tensors carry the client axis [K, ...]. Unless `fedraclora.training.moments` says otherwise
 they live for one round: moments refer to the sketch of the round and would be meaningless under the
@@ -84,7 +84,7 @@ def _axis(name: str) -> int:
     return 1 if name.endswith("/B") else 0
 
 
-class CohortOptimiser:
+class CohortOptimizer:
     """SGD or AdamW on tensors [K, ...], with the update rules of ``torch.optim``.
 
     Args:
@@ -92,7 +92,7 @@ class CohortOptimiser:
         values: The tensors that are trained, [K, ...]; updated in place by `step`.
         rates: Step size of each.
         stored: Moments to begin with, by the names of `fedraclora.training.moments`; none: at zero.
-        rows: Second moments of rows to begin with, by name (`fedraclora.training.optimiser`).
+        rows: Second moments of rows to begin with, by name (`fedraclora.training.optimizer`).
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class CohortOptimiser:
     @property
     def is_plain(self) -> bool:
         """Return whether a step is the gradient times its rate, and nothing else."""
-        config, derived = self.config, type(self) is not CohortOptimiser
-        return config.optimiser == "sgd" and not (config.momentum or config.weight_decay or derived)
+        config, derived = self.config, type(self) is not CohortOptimizer
+        return config.optimizer == "sgd" and not (config.momentum or config.weight_decay or derived)
 
     def _of_kind(self, kind: str) -> Tree:
         prefix = f"moments/{kind}/"
@@ -164,7 +164,7 @@ class CohortOptimiser:
 
     def _take(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
         """Take the step of one tensor, [active, ...], with the moments of this name, in place."""
-        if self.config.optimiser == "sgd":
+        if self.config.optimizer == "sgd":
             self._sgd(name, value, gradient)
         else:
             self._adamw(name, value, gradient)
@@ -213,15 +213,15 @@ class CohortOptimiser:
         return self.room[: like.numel()].view(like.shape)
 
 
-class GradientMean(CohortOptimiser):
-    """In the place of an optimiser: sums gradients where that would take steps.
+class GradientMean(CohortOptimizer):
+    """In the place of an optimizer: sums gradients where that would take steps.
 
     Clients send gradients of where they start, and take no step (`MeanGradient`):
 
         g_k = (1 / T_k) sum_tau grad L(w_0; batch tau of client k),  T_k its local steps
 
     The batches are those of its local training. The mean over the cohort is then the gradient of
-    the loss that the server minimises, up to the batches; it is as large as what would be trained.
+    the loss that the server minimizes, up to the batches; it is as large as what would be trained.
     """
 
     @override

@@ -1,4 +1,4 @@
-"""Local optimisers on a cohort against torch.optim on each client, and the local settings."""
+"""Local optimizers on a cohort against torch.optim on each client, and the local settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.optimiser import CohortOptimiser, clip_per_client
+from fedraclora.training.optimizer import CohortOptimizer, clip_per_client
 from fedraclora.tree import Tree
 
 SETTINGS: list[dict[str, Any]] = [
@@ -22,32 +22,32 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": 0.9, "nesterov": True},
     {"weight_decay": 0.1},
     {"momentum": 0.5, "weight_decay": 0.1, "nesterov": True},
-    {"optimiser": "adamw"},
-    {"optimiser": "adamw", "weight_decay": 0.3, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3},
+    {"optimizer": "adamw"},
+    {"optimizer": "adamw", "weight_decay": 0.3, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3},
 ]
 SHAPES = {"w/B": (4, 2), "b": (3,)}
 RATES = {"w/B": 0.3, "b": 0.05}
 
 
 def normals(K: int, *keys: int) -> Tree:
-    rng = generator(0, "optimiser", *keys)
+    rng = generator(0, "optimizer", *keys)
     return {name: torch_normal(rng, K, *shape) for name, shape in SHAPES.items()}
 
 
 def by_torch(config: LocalSettings, start: Tree, gradients: list[Tree]) -> Tree:
-    """One client, its own torch optimiser."""
+    """One client, its own torch optimizer."""
     values = {n: v.clone().requires_grad_() for n, v in start.items()}
     groups = [{"params": [v], "lr": RATES[n]} for n, v in values.items()]
-    optimiser: torch.optim.Optimizer
-    if config.optimiser == "sgd":
-        optimiser = torch.optim.SGD(
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
             groups,
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
     else:
-        optimiser = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             groups,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -56,7 +56,7 @@ def by_torch(config: LocalSettings, start: Tree, gradients: list[Tree]) -> Tree:
     for gradient in gradients:
         for name, value in values.items():
             value.grad = gradient[name].clone()
-        optimiser.step()
+        optimizer.step()
     return {n: v.detach() for n, v in values.items()}
 
 
@@ -66,11 +66,11 @@ def test_a_cohort_takes_the_steps_of_torch_optim(changes: dict[str, Any]) -> Non
     K, steps = 3, [5, 3, 1]  # clients that finish first stand last
     start = normals(K)
     values = {n: v.clone() for n, v in start.items()}
-    optimiser = CohortOptimiser(config, values, RATES)
+    optimizer = CohortOptimizer(config, values, RATES)
     gradients = [normals(K, j) for j in range(5)]
     for j in range(5):
         active = sum(s > j for s in steps)
-        optimiser.step({n: g[:active] for n, g in gradients[j].items()})
+        optimizer.step({n: g[:active] for n, g in gradients[j].items()})
     for k in range(K):
         own = [{n: g[k] for n, g in gradient.items()} for gradient in gradients[: steps[k]]]
         wanted = by_torch(config, {n: v[k] for n, v in start.items()}, own)
@@ -80,18 +80,18 @@ def test_a_cohort_takes_the_steps_of_torch_optim(changes: dict[str, Any]) -> Non
 
 def test_sgd_by_hand() -> None:
     values = {"w/B": torch.tensor([[1.0]], dtype=torch.float64)}
-    optimiser = CohortOptimiser(LocalSettings(momentum=0.5), values, {"w/B": 0.1})
+    optimizer = CohortOptimizer(LocalSettings(momentum=0.5), values, {"w/B": 0.1})
     for gradient, wanted in ((2.0, 0.8), (2.0, 0.5), (0.0, 0.35)):  # buffers 2, 3, 1.5
-        optimiser.step({"w/B": torch.tensor([[gradient]], dtype=torch.float64)})
+        optimizer.step({"w/B": torch.tensor([[gradient]], dtype=torch.float64)})
         assert float(values["w/B"]) == pytest.approx(wanted, abs=1e-15)
 
 
 def test_the_first_step_of_adamw_is_the_learning_rate() -> None:
     """m / (sqrt(v) + eps) is the sign of the gradient; decay is decoupled: 1 - 0.1 * 0.5."""
     values = {"w/B": torch.tensor([[1.0, -1.0]], dtype=torch.float64)}
-    config = LocalSettings(optimiser="adamw", weight_decay=0.5, eps=1e-15)
-    optimiser = CohortOptimiser(config, values, {"w/B": 0.1})
-    optimiser.step({"w/B": torch.tensor([[7.0, -0.01]], dtype=torch.float64)})
+    config = LocalSettings(optimizer="adamw", weight_decay=0.5, eps=1e-15)
+    optimizer = CohortOptimizer(config, values, {"w/B": 0.1})
+    optimizer.step({"w/B": torch.tensor([[7.0, -0.01]], dtype=torch.float64)})
     assert values["w/B"].tolist() == [pytest.approx([0.95 - 0.1, -0.95 + 0.1])]
 
 
@@ -188,7 +188,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optimiser": "adam"}, "local.optimiser 'adam'"),
+        ({"optimizer": "adam"}, "local.optimizer 'adam'"),
         ({"schedule": "cosin"}, "local.schedule 'cosin'"),
         ({"lr": 0.0}, "local.lr is 0.0"),
         ({"lr": -1.0}, "local.lr is -1.0"),
@@ -208,10 +208,10 @@ NAN, INF = float("nan"), float("inf")
         ({"momentum": NAN}, "local.momentum is nan"),
         ({"nesterov": True}, "local.nesterov=true needs local.momentum above 0"),
         (
-            {"momentum": 0.8, "optimiser": "adamw"},
+            {"momentum": 0.8, "optimizer": "adamw"},
             "local.momentum is 0.8, which adamw",
         ),
-        ({"momentum": 0.8, "optimiser": "lora_rite"}, "which lora_rite makes no"),
+        ({"momentum": 0.8, "optimizer": "lora_rite"}, "which lora_rite makes no"),
         ({"restart_every": 3}, "with 0 there is nothing"),
         ({"restart_every": 3, "warmup": 3}, "with 3 or more"),
         ({"beta1": 0.5}, "for adamw and lora_rite"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from fedraclora.protocol.method import Memo
+from fedraclora.protocol.method import Counters
 from fedraclora.strategies.wrappers.allocated import Chosen
 from fedraclora.strategies.wrappers.pruned import RanksLeft
 
 OLDER = [
-    (Memo(4, 1), {"sketch": 4, "age": 1}),
+    (Counters(4, 1), {"sketch": 4, "age": 1}),
     (
         RanksLeft(2, 5, {"a.weight": 3, "b/c": 0}, components=6, rounds=7),
         {"sketch": 2, "age": 5, "rank/a.weight": 3, "rank/b/c": 0, "components": 6, "rounds": 7},
@@ -23,14 +23,14 @@ OLDER = [
 
 @pytest.mark.parametrize(("memo", "stored"), OLDER, ids=["links", "ranks", "layers"])
 def test_numbers_are_stored_and_read_by_the_names_of_older_releases(
-    memo: Memo, stored: dict[str, int]
+    counters: Counters, stored: dict[str, int]
 ) -> None:
-    assert memo.stored() == stored
-    assert type(memo).read(stored) == memo
+    assert counters.stored() == stored
+    assert type(counters).read(stored) == counters
 
 
 def test_what_a_file_lacks_is_as_at_the_start_and_foreign_names_are_left_out() -> None:
-    assert Memo.read({}) == Memo()
+    assert Counters.read({}) == Counters()
     assert RanksLeft.read({"rank/w": 2, "components": 2, "x": 1}) == RanksLeft(
         rank={"w": 2}, components=2
     )

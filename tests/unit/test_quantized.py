@@ -20,7 +20,7 @@ from fedraclora.protocol.kinds import BLOCK
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram
-from fedraclora.protocol.quantised import ROUNDED, ROUNDINGS, decode, encode, packed_bytes
+from fedraclora.protocol.quantized import ROUNDED, ROUNDINGS, decode, encode, packed_bytes
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import LinkSizes, link_tensors, read_link, term_bytes

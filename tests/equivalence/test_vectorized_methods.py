@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from vectorised_agreement import (
+from vectorized_agreement import (
     ATOL,
     KINDS,
     LOCAL,
@@ -17,8 +17,8 @@ from vectorised_agreement import (
     run,
     trainer_of,
 )
-from vectorised_cases import CASES, SEED, SIZES, Case, mlp, scaled
-from vectorised_settings import ALSO, WIDELY
+from vectorized_cases import CASES, SEED, SIZES, Case, mlp, scaled
+from vectorized_settings import ALSO, WIDELY
 
 from fedraclora.protocol.link import Terms
 from fedraclora.protocol.method import Cohort, Draw

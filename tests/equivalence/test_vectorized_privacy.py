@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from vectorised_agreement import LOCAL, method_of, run
-from vectorised_cases import CASES, Case, mlp
+from vectorized_agreement import LOCAL, method_of, run
+from vectorized_cases import CASES, Case, mlp
 
 from fedraclora.privacy.sample_level import SampleNoise
 

@@ -32,7 +32,7 @@ import torch
 
 from fedraclora.protocol.factor import FROZEN, adapted_weight, weight_of
 from fedraclora.protocol.method import Downlink, Factor, Link, Plan, State, Term, apply_link
-from fedraclora.protocol.quantised import FULL, rounded
+from fedraclora.protocol.quantized import FULL, rounded
 from fedraclora.rng import generator
 from fedraclora.tree import Tree, parameters
 
@@ -91,7 +91,7 @@ class DownlinkRounding:
             return after
         self.squares = (0.0, 0.0)
         base, parts, moments = before.base, list[Link](), dict(after.moments)
-        ends = after.memo.sketch != before.memo.sketch
+        ends = after.counters.sketch != before.counters.sketch
         for i, part in enumerate((after.link or Link()).parts()):
             terms = {
                 name: self._term(

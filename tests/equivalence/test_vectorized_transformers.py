@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from vectorised_agreement import LOCAL, method_of, run
-from vectorised_cases import LENGTH, SEED, SIZES, WORDS, Case, classes, task_of, words
+from vectorized_agreement import LOCAL, method_of, run
+from vectorized_cases import LENGTH, SEED, SIZES, WORDS, Case, classes, task_of, words
 
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.rng import generator

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 from typing_extensions import override
-from vectorised_agreement import KINDS, LOCAL, base_of, foldable, method_of, run, trainer_of
-from vectorised_cases import SEED, SIZES, Case, classes, normal, reader, scaled, task_of
+from vectorized_agreement import KINDS, LOCAL, base_of, foldable, method_of, run, trainer_of
+from vectorized_cases import SEED, SIZES, Case, classes, normal, reader, scaled, task_of
 
 from fedraclora.errors import ModelError
 from fedraclora.privacy.sample_level import SampleNoise
@@ -120,7 +120,7 @@ def test_batch_norm_with_fixed_statistics_is_served(name: str) -> None:
 
 
 def test_batch_norm_without_statistics_of_its_own_is_refused() -> None:
-    # In evaluation mode too, it has nothing but the batch to normalise by.
+    # In evaluation mode too, it has nothing but the batch to normalize by.
     layer = nn.BatchNorm1d(6, track_running_stats=False).eval()
     model = nn.Sequential(nn.Linear(7, 6), layer, nn.Tanh(), nn.Linear(6, 3))
     task = task_of(model, {"x": normal(sum(SIZES), 7)}, classes(3), head=("3",))
