@@ -159,7 +159,7 @@ class LocalConfig(Limited, group="local"):
 
     @Feature(
         "local moments that live on",
-        instead="local.optimizer_state=round or link, with local.optimizer_state_kept=0",
+        instead="local.optimizer_state=round or merge, with local.optimizer_state_kept=0",
         avoids={
             "a method that trains other tensors from round to round": (
                 "moments of the last round are none of the next"
@@ -173,7 +173,7 @@ class LocalConfig(Limited, group="local"):
 
     @Feature(
         "local.optimizer_state=rows",
-        instead="local.optimizer_state=round or link",
+        instead="local.optimizer_state=round or merge",
         avoids={
             "privacy=client_level": (
                 "its noise would drown squares of gradients, which are small and never negative"

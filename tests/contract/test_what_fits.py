@@ -77,7 +77,7 @@ def test_moments_of_other_tensors_are_not_handed_on(variant: Variant, world: Wor
     with pytest.raises(ConfigError, match=r"local.optimizer_state_kept is 0.5"):
         run(world, make_method(name, **changes), some, rounds=2)
     often = allocated(make_method("fed_rac_lora"), HeteroLora(share=0.67, every=1))
-    with pytest.raises(ConfigError, match=r"local.optimizer_state=round or link"):
+    with pytest.raises(ConfigError, match=r"local.optimizer_state=round or merge"):
         run(world, often, LINKS, rounds=2)
     run(world, make_method("fedavg_lora"), LINKS, rounds=2)
 
