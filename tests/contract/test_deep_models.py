@@ -12,6 +12,7 @@ from torch import nn
 from worlds import SIZES, divide, fill, has_field, make_method, variants, world_of
 
 from fedraclora.allocation import AdaLora, HeteroLora
+from fedraclora.compatibility import Features, refuse
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
@@ -54,9 +55,10 @@ def methods() -> Iterator[tuple[str, str]]:
         if changes:
             continue
         yield name, ""
+        inner = make_method(name)
         for around, wrap in WRAPPED.items():
             try:
-                wrap(make_method(name))
+                refuse(Features([inner, wrap(inner)]).conflicts())
             except ConfigError:
                 continue
             yield name, around
