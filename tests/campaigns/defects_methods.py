@@ -40,7 +40,7 @@ from fedraclora.strategies.shared.layerwise import (
     Layer,
     LayerUpdate,
     Replies,
-    Round,
+    RoundContext,
 )
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.materialize import start_from
@@ -234,7 +234,7 @@ def stacked_and_carried_on(planting: Planting) -> None:
 def sketch_never_drawn_anew(planting: Planting) -> None:
     sound = FedRacLora.factors
 
-    def factors(self: FedRacLora, layer: Layer, now: Round) -> Factors:
+    def factors(self: FedRacLora, layer: Layer, now: RoundContext) -> Factors:
         return sound(self, replace(layer, link=0), now)
 
     planting.put(FedRacLora, "factors", factors)

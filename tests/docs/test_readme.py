@@ -13,6 +13,7 @@ from fedraclora.commands.study.frontier import Task, difference
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.experiments.pages import RESULTS
+from fedraclora.run.statistics import last
 from fedraclora.strategies.methods import METHODS
 from fedraclora.terminal.tables import read_table
 
@@ -112,10 +113,9 @@ def test_results_of_two_studies_of_a_task_are_those_of_record(name: str) -> None
     share, points = (cell.strip() for cell in line.split("|")[2:4])
     row, reference, studies = APART[name]
     task = Task.read(name, {"studies": studies, "reference": reference})
-    (ours,) = [curve for curve in task.curves if curve.entry.row == row]
-    assert share == f"{ours.points[-1].bytes / task.whole:.0%}".replace("%", " %")
-    ends = (curve.scores_at(curve.points[-1].round) for curve in (ours, task.reference))
-    assert points == difference(*ends)
+    ours = last(task.curves).loc[row]
+    assert share == f"{ours['traffic'] / task.whole:.0%}".replace("%", " %")
+    assert points == difference(task.entries[row].scores_after(ours["round"]), task.final)
 
 
 @pytest.mark.parametrize("task", SHOWN)

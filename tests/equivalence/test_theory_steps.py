@@ -24,7 +24,7 @@ from fedraclora.sketch import SKETCHES
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg
-from fedraclora.strategies.shared.layerwise import Round
+from fedraclora.strategies.shared.layerwise import RoundContext
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 from tests import common
@@ -100,7 +100,7 @@ def sketch(strategy: FedStrategy, name: str, round_: int = 1) -> torch.Tensor:
     before = replace(state, counters=Counters(sketch=round_ - 1))
     layer = method.layer(before, name)
     drawn, _ = method.sides(layer.shape)
-    spec = method.factors(layer, Round(round_, Draw(SEED)))[drawn]
+    spec = method.factors(layer, RoundContext(round_, Draw(SEED)))[drawn]
     return Factor.of(spec).draw()
 
 

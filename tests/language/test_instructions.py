@@ -186,7 +186,7 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(tokenizer: str) -> No
         ({"messages": []}, r"row 2: .*not begin with"),
         ({"messages": [{"role": "judge", "content": "red"}]}, "row 2: a message is .*judge"),
         ({"messages": 3}, "row 2: messages is '3'"),
-        ({"text": "red"}, r"row 2 .*columns text; messages"),
+        ({"text": "red"}, r"row 2.*response is empty"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(

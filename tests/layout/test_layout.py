@@ -24,6 +24,7 @@ TARGETS = (
     "test-all",
     "lint",
     "fmt",
+    "conf",
     "docs",
     "golden",
     "bench",

@@ -340,9 +340,9 @@ def test_stored_results_make_tables_and_agree() -> None:
     [
         ("sise=A", "size"),
         ("size=D", "unknown size 'D'"),
-        ("rows=vectorized", "did you mean 'vectorized'"),
+        ("rows=vectorizd", "did you mean 'vectorized'"),
         ("rounds=0", "1 or more"),
-        ("device=tpu", "unknown device 'tpu'"),
+        ("device=tpu", "device .tpu."),
         ("size", "key=value"),
     ],
 )

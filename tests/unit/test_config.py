@@ -170,7 +170,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"local__shuffle": "yes"}, "local.shuffle is 'yes'; bool is wanted"),
         ({"local__shuffle": 1}, "local.shuffle is 1; bool is wanted"),
         ({"local__clip": "none"}, "local.clip is 'none'; float or null is wanted"),
-        ({"engine__name": "vectorized"}, "unknown engine 'vectorized'; did you mean 'vectorized'"),
+        ({"engine__name": "vectorizd"}, "unknown engine 'vectorizd'; did you mean 'vectorized'"),
         ({"engine__chunk": 0}, "engine.chunk is 0; auto, or a number of clients, is wanted"),
         (
             {"engine__chunk": "automatic"},

@@ -21,7 +21,7 @@ OLDER = [
 ]
 
 
-@pytest.mark.parametrize(("memo", "stored"), OLDER, ids=["links", "ranks", "layers"])
+@pytest.mark.parametrize(("counters", "stored"), OLDER, ids=["links", "ranks", "layers"])
 def test_numbers_are_stored_and_read_by_the_names_of_older_releases(
     counters: Counters, stored: dict[str, int]
 ) -> None:

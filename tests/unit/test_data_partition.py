@@ -181,7 +181,7 @@ BAD = {
         "clients=401.*400 samples",
     ),
     "alpha": ({"name": "dirichlet", "alpha": 0.0}, "partition.alpha is 0.0; a positive"),
-    "alpha word": ({"name": "fedslop", "alpha": "x"}, "partition.alpha is 'x'; a positive"),
+    "alpha word": ({"name": "fedslop", "alpha": "x"}, "partition.alpha is 'x'; float"),
     "min_size": ({"name": "dirichlet", "alpha": 1.0, "min_size": -1}, "partition.min_size is -1"),
     "min_size high": (
         {"name": "dirichlet", "alpha": 0.1, "min_size": 79},

@@ -263,10 +263,10 @@ def test_metrics_may_be_chosen(file, tokenizer):
 
 
 BAD = {
-    "column": ({"text": ["sentense"]}, "data.text: unknown column 'sentense'.*'sentence'"),
+    "column": ({"text": ["sentense"]}, "data.text: .*unknown column 'sentense'.*'sentence'"),
     "three": ({"text": ["a", "b", "c"]}, "one column, or two"),
-    "number": ({"text": [7]}, "data.text=7: there is no such column; the table has 3"),
-    "name without header": ({"header": False}, "data.text=sentence: a table without header"),
+    "number": ({"text": [7]}, "data.text: .*unknown column '7'"),
+    "name without header": ({"header": False}, "data.text: .*unknown column 'sentence'"),
     "task": ({"task": "ranking"}, "unknown data.task 'ranking'.*classification, regression"),
     "length": ({"max_length": 0}, "data.max_length is 0"),
     "values": ({"values": ["0", "2"]}, r"data.values.*\['2'\]"),

@@ -91,6 +91,6 @@ def test_a_method_that_merges_is_refused_by_the_setting() -> None:
         assemble(config("method=fed_rac_lora", "dora=true"), None)
 
 
-def test_without_it_a_run_is_the_same_as_before_it_was_there() -> None:
-    assert "dora" not in config().digested
+def test_it_is_a_part_of_what_a_run_is() -> None:
+    assert config().digested["dora"] is False
     assert config("method=ffa_lora", "dora=true").digested["dora"] is True

@@ -28,7 +28,6 @@ from fedraclora.devices.distributions import (
 from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.limits import later_keys
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.training.localconfig import LocalConfig
@@ -186,7 +185,6 @@ def test_latency_is_added_to_what_bytes_and_work_take() -> None:
     alone = read({"latency": {"name": "constant", "value": 1.25}, "deadline": 5.0})
     assert alone.timed
     assert alone.timeline(0, 1, clients, work, 2).seconds == 1.25
-    assert "latency" in later_keys(SystemConfig)
 
 
 @given(st.permutations(range(12)), st.integers(1, 12))

@@ -62,7 +62,7 @@ def test_a_preset_that_did_not_diverge_is_the_one_that_is_offered(
 ) -> None:
     from fedraclora.tuning import result
 
-    monkeypatch.setattr(result, "test_once", lambda _s, _t, point, _c: [point.bytes] * 3)
+    monkeypatch.setattr(result, "test_once", lambda _s, _t, point, _c: [point.traffic] * 3)
     found = tuned(tmp_path, *WORDS, "output.progress=true")
     assert f"experiment=at_{max(found.configs):g}MB" in capsys.readouterr().out
     tests = {0.5: [0.8, 0.9], 1.0: [0.8, math.nan]}
