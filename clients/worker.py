@@ -34,7 +34,7 @@ from fedraclora.training.memory import LESS, is_out_of_memory
 from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.update import BaseWeights
-from fedraclora.wire.answers import Answer, FromTraining, Staged, Summed, Trained
+from fedraclora.wire.answers import Answer, FromTraining, Staged, Summed, TrainedAnswer
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.exchange import Ask, Stage, TrainRequest
 from fedraclora.wire.feedback import left_over, to_add
@@ -344,7 +344,7 @@ def answer_of(
     elif mask is not None:
         numbers = layout.pack(trained, lead=1)
         pieces = (numbers[mask.to(numbers.device)],)
-    return Trained(**said, sizes=sizes, pieces=tuple(each.detach().cpu() for each in pieces))
+    return TrainedAnswer(**said, sizes=sizes, pieces=tuple(each.detach().cpu() for each in pieces))
 
 
 def summed(answer: Summed, request: TrainRequest) -> Summed:

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from fedraclora.compose import CONF
-from fedraclora.compose.choices import NODES, ROWS, key_lines, meaning
+from fedraclora.compose.choices import CHOICE_ROWS, NODES, key_lines, meaning
 from fedraclora.config.keys import summary
 
 WRITTEN = "# Written by `make conf` from "
@@ -32,7 +32,7 @@ WIDTH = 100
 
 def choice_texts() -> dict[Path, str]:
     """Return the text of each file that is written as a whole, by path."""
-    choices = [(group, name) for group, rows in ROWS.items() for name in rows]
+    choices = [(group, name) for group, rows in CHOICE_ROWS.items() for name in rows]
     return {
         CONF / group / f"{name}.yaml": _choice(group, name)
         for group, name in choices
@@ -60,7 +60,7 @@ def _by_hand(path: Path) -> bool:
 
 
 def _choice(group: str, name: str) -> str:
-    node, target = NODES[f"{group}/{name}"], ROWS[group][name]
+    node, target = NODES[f"{group}/{name}"], CHOICE_ROWS[group][name]
     home = f"{target.__module__}.{target.__qualname__}"
     head = [f"# {summary(target)}", "", f"{WRITTEN}{home}."]
     return "\n".join([*head, *_lines(node, {group: node}, f"{group}.")]) + "\n"

@@ -36,7 +36,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.table import side_by_side, tables
 from fedraclora.protocol.method import Method
 from fedraclora.strategies.methods import METHODS
-from fedraclora.terminal.tables import Cells, Table, read_table
+from fedraclora.terminal.tables import Cells, TextTable, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
@@ -88,7 +88,7 @@ def _made(found: re.Match[str], results: Path) -> str:
     else:
         form = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
         raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {form}")
-    return Table.of(cells).markdown()
+    return TextTable.of(cells).markdown()
 
 
 def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:
@@ -140,8 +140,8 @@ def features() -> str:
     used = [name for name in sorted(KNOWN) if KNOWN[name].avoids or name in wanted]
     instead = [(name, KNOWN[name].instead) for name in used]
     tables = (
-        Table(("what", "does not go with", "since"), tuple(rows), (), texts=3),
-        Table(("in the place of", "take"), tuple(instead), (), texts=2),
+        TextTable(("what", "does not go with", "since"), tuple(rows), (), texts=3),
+        TextTable(("in the place of", "take"), tuple(instead), (), texts=2),
     )
     return "\n".join(table.markdown() for table in tables)
 
@@ -191,7 +191,7 @@ def aliases() -> Mapping[str, str]:
     return {name: other for name, other in found.items() if name != other}
 
 
-def _overview() -> Table:
+def _overview() -> TextTable:
     lines = groups()["method"]
     rows = []
     for name, kind in METHODS.items():
@@ -206,7 +206,7 @@ def _overview() -> Table:
         mark = " †" if is_unverified(kind) else ""
         has = ", ".join(flag for flag, is_so in flags.items() if is_so)
         rows.append((f"`{name}`{mark}", (what or title).rstrip("."), has))
-    return Table(("`method=`", "what it does", "traits"), tuple(rows), (), texts=3)
+    return TextTable(("`method=`", "what it does", "traits"), tuple(rows), (), texts=3)
 
 
 def _section(kind: type[Method], names: list[str]) -> str:

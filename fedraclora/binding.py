@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.imports import told_as
 from fedraclora.objects import is_named, named_object
-from fedraclora.schema import bound, hints, place_of, shape_of
+from fedraclora.schema import bound, hints, kind_text, place_of
 from fedraclora.trust import is_function
 
 Plain = Mapping[str, object]  # a config, or a part of it, as nested values
@@ -88,7 +88,7 @@ def _own_row(kind: str, table: Mapping[str, object], name: object) -> Callable[.
     if base is not object and base in type(found).__mro__:
         return lambda: found
     wanted = "a function" if base is object else f"a class derived from {place_of(base)}"
-    raise ConfigError(f"{kind} is {name}, which is {shape_of(found)}; {wanted} is wanted")
+    raise ConfigError(f"{kind} is {name}, which is {kind_text(found)}; {wanted} is wanted")
 
 
 def _divides(found: object) -> bool:
@@ -138,14 +138,14 @@ def object_of(
         found = bound(at or key, found, own, whole=False)
     elif own and not inspect.isclass(found):
         raise ConfigError(
-            f"{key} is {name} with {', '.join(map(str, own))}, but it is {shape_of(found)}, which "
+            f"{key} is {name} with {', '.join(map(str, own))}, but it is {kind_text(found)}, which "
             "is made already and takes none"
         )
     fits = (called and callable(found)) or (kind is not None and isinstance(found, kind))
     if fits and not inspect.isclass(found):
         return found
     wanted = " or ".join(["a function"] * called + ([f"one of {place_of(kind)}"] if kind else []))
-    raise ConfigError(f"{key} is {name}, which is {shape_of(found)}; {wanted} is wanted")
+    raise ConfigError(f"{key} is {name}, which is {kind_text(found)}; {wanted} is wanted")
 
 
 def _makes(found: typing.Any, kind: type | None, *, called: bool) -> bool:

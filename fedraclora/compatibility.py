@@ -96,7 +96,7 @@ def declared_by(kind: type) -> tuple[Declared, ...]:
     return DECLARED.setdefault(kind, tuple(found.values()))
 
 
-def told(kind: type) -> str:
+def compatibility_note(kind: type) -> str:
     """Say what every object of a class does not go with, and what it needs; empty: nothing."""
     features = [each.feature for each in declared_by(kind) if not each.method]
     avoids = [name for feature in features for name in feature.avoids]

@@ -18,7 +18,7 @@ from annotated_types import BaseMetadata, Ge, Gt, Le, Lt
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.schema import hints, inside, validated
+from fedraclora.schema import hints, parts_of_type, validated
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -207,7 +207,7 @@ def _limited(target: Callable[..., object]) -> tuple[str, ...]:
     """Name the parameters whose types have limits."""
     marks = (Limit, OneOf, BaseMetadata)
     kinds = hints(target).items()
-    return tuple(k for k, kind in kinds if any(isinstance(x, marks) for x in inside(kind)))
+    return tuple(k for k, kind in kinds if any(isinstance(x, marks) for x in parts_of_type(kind)))
 
 
 def _number(value: object) -> object:

@@ -109,14 +109,14 @@ def bound(
     """
     needed, any_key = {p.name: p for p in parameters(target)}, takes_any(target)
     arguments = {key: value for key, value in given.items() if any_key or key in needed}
-    arguments |= checked(kind, target, group)
+    arguments |= checked_values(kind, target, group)
     missing = [k for k, p in needed.items() if p.default is p.empty and k not in arguments]
     if missing and whole:
         raise _missing(kind, target, missing)
     return functools.partial(target, **arguments)
 
 
-def checked(kind: str, target: Target, values: Mapping[str, object]) -> dict[str, object]:
+def checked_values(kind: str, target: Target, values: Mapping[str, object]) -> dict[str, object]:
     """Check values of some parameters of a call, and give them in its types.
 
     Args:
@@ -135,7 +135,7 @@ def checked(kind: str, target: Target, values: Mapping[str, object]) -> dict[str
 
 
 def validated(kind: str, target: Target, values: Mapping[str, object]) -> dict[str, object]:
-    """Check types and limits as `checked` does, and let numbers be as large as they are."""
+    """Check types and limits as `checked_values` does, and let numbers be as large as they are."""
     if not values:
         return {}
     adapter = _adapter(target)
@@ -206,16 +206,18 @@ def hints(target: Target) -> dict[str, object]:
     return found
 
 
-def inside(hint: object) -> Iterator[object]:
+def parts_of_type(hint: object) -> Iterator[object]:
     """List a type, the types that it is made of, and the marks beside them."""
     yield hint
     for part in typing.get_args(hint):
-        yield from inside(part)
+        yield from parts_of_type(part)
 
 
 def nested_rows(hint: object) -> Mapping[str, Target]:
     """Return the rows of a nested group that a type allows; empty for other types."""
-    kinds = (part for part in inside(hint) if isinstance(part, type) and issubclass(part, Chosen))
+    kinds = (
+        part for part in parts_of_type(hint) if isinstance(part, type) and issubclass(part, Chosen)
+    )
     return next((kind.rows() for kind in kinds), {})
 
 
@@ -270,7 +272,7 @@ def _missing(kind: str, target: Target, names: Sequence[str]) -> ConfigError:
     shown = {k: wanted(json_schema(hints(target).get(k, object))) for k in names}
     lines = [f"{path(kind, k)} is missing; {text} is wanted" for k, text in shown.items()]
     if not of_project(target):  # a key that no page lists, with a type that may not be said
-        of = f"{shape_of(target)} ({place_of(target)})"
+        of = f"{kind_text(target)} ({place_of(target)})"
         lines = [
             f"{path(kind, k)} is missing: {of} has no value for its parameter {k}; give it one"
             for k in names
@@ -380,7 +382,7 @@ def place_of(kind: typing.Any) -> str:
     return f"{kind.__module__}.{getattr(kind, '__qualname__', kind)}"
 
 
-def shape_of(found: object) -> str:
+def kind_text(found: object) -> str:
     """Say what kind of thing an object is, for messages."""
     if isinstance(found, type):
         return f"the class {found.__qualname__}"

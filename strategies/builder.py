@@ -32,7 +32,7 @@ from fedraclora.run.callback import Callback
 from fedraclora.run.digests import free_keys
 from fedraclora.run.initial import source_of
 from fedraclora.run.ledger import BY_CLIENTS
-from fedraclora.run.recorder import RunRecorder, resolved
+from fedraclora.run.recorder import RunRecorder, resolved_setting
 from fedraclora.strategies.server.callbacks import (
     Evaluate,
     Stopping,
@@ -176,7 +176,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     def chunk(self) -> ChunkPlan:
         """How many clients train as one batch, and why so many."""
         asked = self.config.engine.chunk
-        stored = resolved(self.folder, "chunk") if self.resume and self.folder else None
+        stored = resolved_setting(self.folder, "chunk") if self.resume and self.folder else None
         if self.config.local.train is not None:
             return ChunkPlan(1, "local.train trains one client at a time")
         if asked == "auto" and stored is not None:
@@ -221,7 +221,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
             sync=config.output.sync,
             chain=config.output.chain,
             store=self.store,
-            free=("device", *free_keys(config.plain)),  # what the device came to is in `resolved`
+            free=("device", *free_keys(config.plain)),  # the device is in `resolved`
             source=None  # of weights that nobody else has
             if config.pretrain.epochs or config.init_from is not None
             else source_of(config.model, task.head, self.initial_weights),

@@ -28,7 +28,7 @@ from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import EngineError
 from fedraclora.experiments.bench.usage import cpu
 from fedraclora.run.ledger import read_ledger
-from fedraclora.terminal.tables import Table
+from fedraclora.terminal.tables import TextTable
 
 WORDS = ["data=digits", "data.labels=null", "pretrain=none", "partition=iid", "method.rank=2"]
 WORDS += ["output=study", "output.progress=false"]
@@ -80,7 +80,7 @@ def main() -> int:
     for nodes, clients in ((n, c) for n in many for c in counts if n <= c):
         records.append(row(nodes, clients, int(str(keys["rounds"])), words))
         print(*records[-1].values(), flush=True)
-    print(Table.of(records).markdown())
+    print(TextTable.of(records).markdown())
     return 0
 
 

@@ -35,7 +35,7 @@ from fedraclora.rng import generator
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.methods.slora import SLora
-from fedraclora.terminal.tables import Table
+from fedraclora.terminal.tables import TextTable
 
 TIMES = 2  # of a close: the least of them counts, since machines are shared
 
@@ -94,7 +94,7 @@ def measure(
         method = bind("method", METHODS, {"name": name, **given})()
         records[kind] = row(name, method, size, clients)
         print(*records[kind].values(), flush=True)
-    text = Table.of(list(records.values())).markdown()
+    text = TextTable.of(list(records.values())).markdown()
     print(text)
     if out:
         Path(out).write_text(text)

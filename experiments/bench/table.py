@@ -26,7 +26,7 @@ from fedraclora.experiments.bench import late
 from fedraclora.experiments.bench.timing import Rows
 from fedraclora.experiments.bench.workloads import PRODUCTS, RAY, WORKLOADS
 from fedraclora.run.folder import git_revision
-from fedraclora.terminal.tables import Table
+from fedraclora.terminal.tables import TextTable
 
 LABELS: dict[str, str] = yaml.safe_load(
     Path(__file__).with_name("labels.yaml").read_text(encoding="utf-8")
@@ -66,10 +66,10 @@ def side_by_side(folder: Path, workloads: Sequence[str], names: Sequence[str]) -
             ratio = against(report.rows[name], report.rows.get("central"), "cpu_seconds")
             record[WORKLOADS[report.workload].what] = ratio
         records.append(record)
-    return Table.of(records).markdown()
+    return TextTable.of(records).markdown()
 
 
-def table(report: Report) -> Table:
+def table(report: Report) -> TextTable:
     """Make the table of one workload; its note says what was measured where."""
     about, rows = report.about, report.rows
     cuda = about.get("device") == "cuda"
@@ -82,7 +82,7 @@ def table(report: Report) -> Table:
     for name in (name for name in PRODUCTS if name in rows):
         note += f" Peak, {label(name, rows[name])}: {speed(rows[name], by) / 1e9:,.0f} GFLOP/s."
     if rows.keys() & late.LATE_BUILDERS.keys():
-        return Table.of(late.by_round(rows, title), [note])
+        return TextTable.of(late.by_round(rows, title), [note])
     ranked = sorted(rows.keys() - set(PRODUCTS), key=lambda name: float(rows[name][by]))
     records = [
         {title: label(name, rows[name]), **cells(report, name), **of_peak(rows, name, by)}
@@ -91,7 +91,7 @@ def table(report: Report) -> Table:
     if cuda and {"bf16", "vectorized"} <= rows.keys():
         gain = against(rows["vectorized"], rows["bf16"], "seconds")
         note += f" bf16-mixed: {gain} times the samples a second of float32."
-    return Table.of(records, [note])
+    return TextTable.of(records, [note])
 
 
 def cpu_cells(report: Report, name: str) -> dict[str, str]:

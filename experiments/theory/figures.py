@@ -11,8 +11,8 @@ import yaml
 
 from fedraclora.experiments.theory.examples import CHAIN, Outcome
 from fedraclora.experiments.theory.verdict import ERRORS, Curve, Judged
-from fedraclora.plots.comparison import Measured, Panel, bounds_figure
-from fedraclora.terminal.tables import Table
+from fedraclora.plots.comparison import MeasuredCurve, Panel, bounds_figure
+from fedraclora.terminal.tables import TextTable
 
 GAP = ("round", "f(W) - f*, over the first")
 GRADIENT = ("round", "mean of ||grad f||² so far, over the first")
@@ -49,13 +49,13 @@ def panel(judged: Sequence[Judged], name: str, quantity: str, title: str) -> Pan
     return Panel(title, GAP if quantity == "gap" else GRADIENT, curves)
 
 
-def normalized(curve: Curve) -> Measured:
+def normalized(curve: Curve) -> MeasuredCurve:
     """Divide a curve by its first mean; a bound on every seed is shown beside the worst one."""
     first = curve.mean[0]
     if curve.sure:
-        return Measured(curve.rounds, curve.worst / first, None, curve.bound / first)
+        return MeasuredCurve(curve.rounds, curve.worst / first, None, curve.bound / first)
     spread = ERRORS * curve.error / first
-    return Measured(curve.rounds, curve.mean / first, spread, curve.bound / first)
+    return MeasuredCurve(curve.rounds, curve.mean / first, spread, curve.bound / first)
 
 
 def _counter_example(title: str, found: Sequence[Outcome], steps: int, path: Path) -> None:
@@ -65,7 +65,7 @@ def _counter_example(title: str, found: Sequence[Outcome], steps: int, path: Pat
         for o in (o for o in found if o.share == share):
             label = o.method + (f" ({o.diverged} of {o.seeds} diverged)" if o.diverged else "")
             median = np.array(o.median)
-            curves[label] = Measured(steps * np.arange(len(median), dtype=np.float64), median)
+            curves[label] = MeasuredCurve(steps * np.arange(len(median), dtype=np.float64), median)
         panels.append(
             Panel(
                 f"step {share:g} / L",
@@ -78,14 +78,14 @@ def _counter_example(title: str, found: Sequence[Outcome], steps: int, path: Pat
 
 
 def _slowdowns(slow: Sequence[Slowdown], path: Path) -> None:
-    def by_rank(quantity: str) -> dict[str, Measured]:
+    def by_rank(quantity: str) -> dict[str, MeasuredCurve]:
         """Over the value at full rank."""
         curves = {}
         for s in slow:
             if len(s.shares) > 1:
                 values = np.array(getattr(s, quantity))
                 name = f"{s.panel.partition('/')[2]}, to {s.accuracy:.0%}"
-                curves[name] = Measured(1 / np.array(s.shares), values / values[-1])
+                curves[name] = MeasuredCurve(1 / np.array(s.shares), values / values[-1])
         return curves
 
     same = np.array([1.0, 12.0])
@@ -93,7 +93,7 @@ def _slowdowns(slow: Sequence[Slowdown], path: Path) -> None:
         Panel(
             "rounds to an accuracy, over those at full rank",
             ("dim / r", "rounds, relative"),
-            by_rank("rounds") | {"proportional": Measured(same, same)},
+            by_rank("rounds") | {"proportional": MeasuredCurve(same, same)},
             log="xy",
             marks=True,
         ),
@@ -108,7 +108,7 @@ def _slowdowns(slow: Sequence[Slowdown], path: Path) -> None:
     bounds_figure("What a small rank costs", panels, 2, path)
 
 
-def bounds_table(judged: Sequence[Judged]) -> Table:
+def bounds_table(judged: Sequence[Judged]) -> TextTable:
     """Make the table of verdicts, one line per case."""
     records = []
     for j in judged:
@@ -133,10 +133,10 @@ def bounds_table(judged: Sequence[Judged]) -> Table:
         "measured / bound over rounds and both quantities; of covers in the worst seed, else in "
         "the mean."
     )
-    return Table.of(records, [note], _text)
+    return TextTable.of(records, [note], _text)
 
 
-def example_table(title: str, found: Sequence[Outcome], steps: int, start: float) -> Table:
+def example_table(title: str, found: Sequence[Outcome], steps: int, start: float) -> TextTable:
     """Make the table of a counter-example's final gaps; a link has so many steps."""
     records: list[dict[str, object]] = [
         {
@@ -150,10 +150,10 @@ def example_table(title: str, found: Sequence[Outcome], steps: int, start: float
         }
         for o in found
     ]
-    return Table.of(records, [f"The gap at the start is {start:.3g}."], _text)
+    return TextTable.of(records, [f"The gap at the start is {start:.3g}."], _text)
 
 
-def slowdown_table(slow: Sequence[Slowdown]) -> Table:
+def slowdown_table(slow: Sequence[Slowdown]) -> TextTable:
     """Make the table of rounds and uplink to an accuracy, by rank."""
     records: list[dict[str, object]] = [
         {
@@ -167,7 +167,7 @@ def slowdown_table(slow: Sequence[Slowdown]) -> Table:
         for s in slow
         for share, rounds, uplink in zip(s.shares, s.rounds, s.uplink, strict=True)
     ]
-    return Table.of(records, text=_text)
+    return TextTable.of(records, text=_text)
 
 
 def _text(value: object) -> str:

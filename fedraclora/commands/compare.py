@@ -48,7 +48,7 @@ from fedraclora.run.statistics import (
 )
 from fedraclora.run.stopped import stop_reason
 from fedraclora.run.trusted import refuse_linked
-from fedraclora.terminal.tables import Table
+from fedraclora.terminal.tables import TextTable
 from fedraclora.wire.fields import printable
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def compare(
     metric: str | None = None,
     target: float | None = None,
     by: Sequence[str] = (),
-) -> Table:
+) -> TextTable:
     """Compare runs and write ``table.md``, ``table.csv`` and ``compare.png``.
 
     Args:
@@ -102,7 +102,7 @@ def compare(
     records = tuple(record for _, record in ranked)
     measured = {key for r in records for key in r if math.isfinite(number(r, key))}
     shown = [_shown(record, len(group.runs), wanted, measured) for group, record in ranked]
-    table = replace(Table.of(shown, notes), records=records, texts=2)
+    table = replace(TextTable.of(shown, notes), records=records, texts=2)
     out.mkdir(parents=True, exist_ok=True)
     table.write(out, "table")
     curves = {printable(g.title): mean_curve(_of_group(rounds, g), g.title) for g, _ in ranked}

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from typing_extensions import override
 
 from fedraclora.binding import OWN_GROUPS, row_of
-from fedraclora.compatibility import told
+from fedraclora.compatibility import compatibility_note
 from fedraclora.compose import CONF
 from fedraclora.compose.presets import readable, take_own
 from fedraclora.config.keys import help_of, node_of, nodes, summary
@@ -37,7 +37,7 @@ WIDTH = 100  # of a line of help
 FUNCTIONS = ("model", "data")  # groups with a choice that is named function, and calls one
 
 NODES = nodes(METHODS)
-ROWS = targets_of(METHODS)
+CHOICE_ROWS = targets_of(METHODS)
 STORE = ConfigStore.instance()
 # Hydra copies the one store for each config that it composes, and again what it reads of it.
 STORE.__deepcopy__ = lambda _: STORE  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ for _path, _node in NODES.items():
     _above, _, _name = _path.rpartition("/")
     _package = _above.replace("/", ".") or "_global_"
     STORE.store(_name, _node, f"{ROW}{_above}".rstrip("/"), _package)
-    if _name in ROWS.get(_above, ()) and not (CONF / f"{_path}.yaml").is_file():
+    if _name in CHOICE_ROWS.get(_above, ()) and not (CONF / f"{_path}.yaml").is_file():
         STORE.store(_name, _node, _above, _package)
 
 
@@ -57,7 +57,7 @@ def own_node(group: str, name: str) -> dict[str, object]:
     """
     if group in FUNCTIONS:
         return {"defaults": ["function", "_self_"], group: {"function": name}}
-    node = node_of(row_of(group, ROWS[group], name), given=GIVEN.get(group, ()))
+    node = node_of(row_of(group, CHOICE_ROWS[group], name), given=GIVEN.get(group, ()))
     home, keys = BESIDE.get(group, (None, ()))
     return {"name": name, **node, **{key: node_of(home)[key] for key in keys if home}}
 
@@ -96,8 +96,8 @@ def groups() -> Mapping[str, Mapping[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for path in NODES:
         group, _, name = path.rpartition("/")
-        if name in ROWS.get(group, ()):
-            found.setdefault(group, {})[name] = summary(ROWS[group][name])
+        if name in CHOICE_ROWS.get(group, ()):
+            found.setdefault(group, {})[name] = summary(CHOICE_ROWS[group][name])
     for file in CONF.glob("*/*.yaml"):
         found.setdefault(file.parent.name, {})[file.stem] = _comment(file)[0]
     return {group: dict(sorted(found[group].items())) for group in sorted(found)}
@@ -211,8 +211,8 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     """
     file = _file(f"{group}/{name}", [CONF, *folders])
     about = [summary(_row(group, name))] if file is None else _comment(file)
-    kind = ROWS.get(group, {}).get(name)
-    beside = told(kind) if isinstance(kind, type) else ""
+    kind = CHOICE_ROWS.get(group, {}).get(name)
+    beside = compatibility_note(kind) if isinstance(kind, type) else ""
     about += [*textwrap.wrap(beside, WIDTH, break_on_hyphens=False), ""]
     head = [f"  {line}".rstrip() for line in about]
     return "\n".join([f"{group}={name}", *head, *key_lines(group, name, folders=folders)])
@@ -232,10 +232,10 @@ def _explained(about: Sequence[str], config: Mapping[str, object]) -> list[str]:
     width = max((len(word) for word, text in rows if text and len(word) < WIDTH // 2), default=0)
     lines = [*about, *([""] if about else [])]
     for word, text in rows:
-        told = textwrap.wrap(text, WIDTH - width, break_on_hyphens=False) or [""]
+        compatibility_note = textwrap.wrap(text, WIDTH - width, break_on_hyphens=False) or [""]
         if len(word) > width:
             lines, word = [*lines, word], ""  # noqa: PLW2901
-        for line in told:
+        for line in compatibility_note:
             lines.append(f"{word:<{width}}  {line}")
             word = ""  # noqa: PLW2901
     return [f"  {line}".rstrip() for line in lines]
@@ -257,7 +257,7 @@ def meaning(key: str, config: Mapping[str, object]) -> str:
 
 def _row(group: str, name: str) -> Any:
     """Return what reads the keys of a choice, which may be the user's own; None: nothing does."""
-    rows = ROWS.get(group, {})
+    rows = CHOICE_ROWS.get(group, {})
     return row_of(group, rows, name) if is_function(name) else rows.get(name)
 
 

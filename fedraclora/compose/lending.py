@@ -25,7 +25,7 @@ from fedraclora.evaluation.own_metrics import Metric
 from fedraclora.models.objects import lend_model, require_module
 from fedraclora.objects import NAME, object_digest, register_object
 from fedraclora.protocol.method import check_method
-from fedraclora.schema import checked
+from fedraclora.schema import checked_values
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.localconfig import LocalConfig
 
@@ -94,7 +94,7 @@ class Lent:
         """
         asked, frames = section(plain, "data"), set(OF_FRAME) <= {*self.words}
         frame = {k: asked[k] for k in FRAME_KEYS if k in asked}
-        frame = checked("data", load_table, frame)  # which reads a file by the same keys
+        frame = checked_values("data", load_table, frame)  # which reads a file by the same keys
         said = {key.partition(".")[2] for key in typed if key.startswith("data.")}
         if asked.get("name") == NAME:  # a whole config, of a run with such samples
             said = {*OBJECT_KEYS} & {*asked}

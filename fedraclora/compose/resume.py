@@ -20,7 +20,7 @@ from fedraclora.run.folder import (
     resume_word,
 )
 from fedraclora.run.ledger import reached_round
-from fedraclora.run.recorder import checkpoint_meta, resolved
+from fedraclora.run.recorder import checkpoint_meta, resolved_setting
 from fedraclora.strategies.methods import METHODS
 from fedraclora.trust import names_in, trust_word
 from fedraclora.weights.files import config_difference, flatten
@@ -171,7 +171,7 @@ def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -
 def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: PlainDict) -> str | None:
     """Explain why a run may not go on with another value of a key; None if it may."""
     if key == "device":
-        before = resolved(folder, "device") or _device(str(stored.get("device")))
+        before = resolved_setting(folder, "device") or _device(str(stored.get("device")))
         return None if _device(str(plain["device"])) == before else ""
     if key == "rounds":
         return _refused_rounds(folder, stored, int(str(plain["rounds"])))

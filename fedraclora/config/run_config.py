@@ -44,7 +44,7 @@ from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS, share_of
 from fedraclora.protocol.method import Method, check_method
 from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
-from fedraclora.schema import checked
+from fedraclora.schema import checked_values
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, PRECISIONS
 
@@ -393,7 +393,7 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     if missing:
         raise MissingKeysError("\n  ".join(errors), missing)
     alone = {key: plain[key] for key in keys if key in plain and key not in found}
-    return found | checked("", kind, alone)
+    return found | checked_values("", kind, alone)
 
 
 def parted(key: str, group: Plain) -> tuple[dict[str, object], dict[str, object]]:

@@ -141,7 +141,7 @@ class Table:
         return [*self.frame.to_dict("records")]
 
 
-def written(column: object) -> list[str]:
+def texts_of(column: object) -> list[str]:
     """Give values as texts; whole numbers without a point, whatever type holds them."""
     values = np.asarray(column, dtype=object)
     whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in values)

@@ -26,7 +26,7 @@ from fedraclora.errors import StaleError, WireError
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.answers import Answer, NoAnswer, Trained, Worked
+from fedraclora.wire.answers import Answer, NoAnswer, TrainedAnswer, Worked
 from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import shown
 from fedraclora.wire.together import Answered
@@ -157,7 +157,7 @@ class FlowerTransport(DeployGrid):
             self.contents[client] = RecordDict({name: metrics})
             return Answer(round_=request.round_, version=request.version, clients=request.clients)
         answer = read_answer(content, envelope.ask)
-        if not isinstance(answer, Trained):
+        if not isinstance(answer, TrainedAnswer):
             raise WireError(f"the reply is {answer.name!r}; one that is 'trained' is wanted")
         kind = torch.int64 if isinstance(weight, int) else torch.float64
         answer = replace(answer, samples=torch.tensor([weight], dtype=kind))

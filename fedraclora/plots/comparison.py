@@ -108,7 +108,7 @@ def _span(curves: Sequence[tuple[Values, Values]]) -> tuple[float | None, float 
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCurve:
     """One curve.
 
     Attributes:
@@ -139,7 +139,7 @@ class Panel:
 
     title: str
     labels: tuple[str, str]
-    curves: Mapping[str, Measured]
+    curves: Mapping[str, MeasuredCurve]
     log: str = "y"
     floor: float = 1e-7
     marks: bool = False

@@ -386,6 +386,6 @@ def checkpoint_meta(folder: Path) -> dict[str, Any]:
     return dict(load_checkpoint(path)[1]) if (path / CHECKPOINT).is_file() else {}
 
 
-def resolved(folder: Path, key: str) -> Any:
+def resolved_setting(folder: Path, key: str) -> Any:
     """Read what a setting ``auto`` came to in a run; None where no checkpoint says it."""
     return checkpoint_meta(folder).get("fixed", {}).get("resolved", {}).get(key)

@@ -80,7 +80,7 @@ class Spread:
         return f"{self.mean:.{digits}f}{shown}"
 
 
-def names_of(metric: str) -> tuple[str, str]:
+def metric_names(metric: str) -> tuple[str, str]:
     """Return a metric's name, and its name where each client has a model of its own."""
     return metric, f"{PERSONAL}{metric}"
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from rich.console import JustifyMethod
-from rich.table import Table as RichTable
+from rich.table import TextTable as RichTable
 
 from fedraclora.errors import ConfigError
 from fedraclora.terminal.progress import console_for_tables
@@ -22,13 +22,13 @@ LONGEST_CELL = 2000  # characters
 UNKNOWN_WIDTH = 100  # where a table leads into a pipe or a file; the folder has it whole
 
 
-def written(value: object) -> str:
+def cell_text(value: object) -> str:
     """Write a value of a cell; what is not known is a dash."""
     return "-" if value is None or value != value else str(value)  # noqa: PLR0124
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A table in two forms; its texts may be anybody's, and control nothing where they are shown.
 
     Attributes:
@@ -57,8 +57,8 @@ class Table:
         cls,
         records: Sequence[Mapping[str, object]],
         notes: Sequence[str] = (),
-        text: Callable[[object], str] = written,
-    ) -> Table:
+        text: Callable[[object], str] = cell_text,
+    ) -> TextTable:
         """Make the table whose columns are the keys of the records, each value written as text."""
         cells = tuple(tuple(map(text, record.values())) for record in records)
         header = tuple(records[0]) if records else ()

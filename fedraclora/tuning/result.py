@@ -25,10 +25,10 @@ from fedraclora.run.statistics import (
     Spread,
     frontier,
     measured_value,
-    names_of,
+    metric_names,
     steady_within,
 )
-from fedraclora.terminal.tables import Table
+from fedraclora.terminal.tables import TextTable
 from fedraclora.trust import names_in, trust_word
 from fedraclora.tuning.search import DIVERGED, HALVED, KEPT, Search, done, shown
 from fedraclora.tuning.space import KEYS
@@ -93,7 +93,7 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     best = [point for point in points(frontier(curves, higher=search.higher)) if point.round]
     records = [record(search, study, point, unit) for point in best]
     ends = {found["run"]: found for found in records}  # of each run the best point
-    Table.of(sorted(ends.values(), key=itemgetter(SIZE)), [note(search, study, best)]).print()
+    TextTable.of(sorted(ends.values(), key=itemgetter(SIZE)), [note(search, study, best)]).print()
     shutil.rmtree(folder / "experiment", ignore_errors=True)  # of fewer runs, other sizes
     within = {s: taken_within(b, curves, higher=search.higher) for s, b in search.sizes.items()}
     chosen = {size: point for size, point in within.items() if point}
@@ -106,8 +106,8 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
         rows.append({"at": f"{size:g} MB"} | (found := record(search, study, taken, unit)))
         write_preset(search, configs[size], found, size)
     said = f"What to take: {search.metric} is the mean of a run's last rounds within the size."
-    Table.of(DataFrame(rows, dtype=object).fillna("").to_dict("records"), [said]).print()
-    Table.of(records).write(folder, "frontier")
+    TextTable.of(DataFrame(rows, dtype=object).fillna("").to_dict("records"), [said]).print()
+    TextTable.of(records).write(folder, "frontier")
     if best:
         runs = [xy(points(curve), unit) for _, curve in curves.groupby("run", sort=False)]
         sizes = search.config.sizes
@@ -313,7 +313,7 @@ def test_once(search: Search, study: Study, point: Point, config: PlainDict) -> 
             scores[str(seed)] = math.nan
             with suppress(ClientError):  # as in `Search`
                 summary = search.execute(config, seed).summary
-                found = measured_value(summary, names_of(search.metric))
+                found = measured_value(summary, metric_names(search.metric))
                 scores[str(seed)] = math.nan if found is None else found
             study.set_user_attr("tested", {**known, place(point): scores})
     return [float(scores[str(seed)]) for seed in seeds]

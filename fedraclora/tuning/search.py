@@ -36,7 +36,7 @@ from fedraclora.run.ledger import Row, number
 from fedraclora.run.statistics import (
     mean_curve,
     measured_value,
-    names_of,
+    metric_names,
     ranks,
     rounds_of,
     steady_within,
@@ -78,7 +78,7 @@ class Watch(Callback):
     """
 
     def __init__(self, metric: str, ends: Callable[[Watch], bool]) -> None:
-        self.names, self.ask = names_of(metric), ends
+        self.names, self.ask = metric_names(metric), ends
         self.rows: list[Row] = []
         self.round, self.bytes, self.last = 0, 0.0, 0.0  # last: bytes of the last round
         self.lost = False  # whether what was measured last is no number
@@ -146,7 +146,7 @@ class Search:
     def curve(self, runs: Sequence[Watch]) -> DataFrame:
         """Average what runs of several seeds measured (`statistics.mean_curve`)."""
         rows = {seed: run.rows for seed, run in enumerate(runs)}
-        return mean_curve(rounds_of(rows, names_of(self.metric)), "mean")
+        return mean_curve(rounds_of(rows, metric_names(self.metric)), "mean")
 
     def worth(self, curve: DataFrame) -> list[float]:
         """Give the metric of a run at each of ``tune.sizes``: that of its last rounds there.

@@ -144,7 +144,7 @@ class FromTraining(Worked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained(FromTraining):
+class TrainedAnswer(FromTraining):
     """What each client trained: rows [k, P]; under rank budgets what is left of them, end to end.
 
     Attributes:
@@ -214,13 +214,13 @@ class NoAnswer:
 Came = Iterable[tuple[Ask, Answer | NoAnswer]]  # what came, each with what it answers
 
 
-def kind_of(ask: Ask) -> type[Answer]:
+def answer_kind(ask: Ask) -> type[Answer]:
     """Return which kind of answer is one to an ask."""
     if ask.stage is not None:
         return Staged
     if ask.request.measure is not None:
         return Measured
-    return Trained if ask.request.reduce is None else Summed
+    return TrainedAnswer if ask.request.reduce is None else Summed
 
 
 def of_nobody(ask: Ask, failures: Mapping[int, str]) -> Answer:
@@ -237,4 +237,4 @@ def of_nobody(ask: Ask, failures: Mapping[int, str]) -> Answer:
     said |= {"losses": none.double(), "rounding": None if request.uplink == FULL else none.double()}
     if request.reduce is not None:
         return Summed(**said)
-    return Trained(**said, sizes=None if request.coding == NONE else none)
+    return TrainedAnswer(**said, sizes=None if request.coding == NONE else none)

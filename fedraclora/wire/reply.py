@@ -23,9 +23,9 @@ from fedraclora.wire.answers import (
     FromTraining,
     Staged,
     Summed,
-    Trained,
+    TrainedAnswer,
     Worked,
-    kind_of,
+    answer_kind,
 )
 from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import MANY, layout_of, named, printable, reading, shown, whole
@@ -41,7 +41,7 @@ def received(answer: Answer, ask: Ask) -> Answer:
     Raises:
         WireError: Saying what came and what was wanted.
     """
-    if type(answer) is not (kind := kind_of(ask)):
+    if type(answer) is not (kind := answer_kind(ask)):
         raise WireError(f"the reply is {answer.name!r}; one that is {kind.name!r} is wanted")
     whole(answer.round_, "its round")
     whole(answer.version, "its version")
@@ -86,7 +86,7 @@ def _check_vector(name: str, vector: torch.Tensor) -> None:
 def _check_training(answer: FromTraining, ask: Ask) -> None:
     """Check what only clients that trained say."""
     wanted = {"rounding": ask.request.uplink != FULL}
-    if isinstance(answer, Trained):
+    if isinstance(answer, TrainedAnswer):
         wanted["sizes"] = ask.request.coding != NONE
     for name, is_wanted in wanted.items():
         if (getattr(answer, name) is not None) != is_wanted:
@@ -130,7 +130,7 @@ def checked(answer: Answer, ask: Ask, kind: type[A], wanted: Wanted) -> A:
     Raises:
         WireError: Saying what came and what was wanted.
     """
-    who, right = _who(answer), kind_of(ask)
+    who, right = _who(answer), answer_kind(ask)
     if type(answer) is not right or not isinstance(answer, kind):
         raise WireError(f"{who} sent what is {answer.name!r}; {right.name!r} is wanted")
     if (answer.round_, answer.version) != (wanted.round_, wanted.version):
@@ -148,7 +148,7 @@ def checked(answer: Answer, ask: Ask, kind: type[A], wanted: Wanted) -> A:
 
 
 def _numbers_checked(answer: Worked, wanted: Wanted) -> Worked:
-    if isinstance(answer, Trained) and wanted.decode is not None:
+    if isinstance(answer, TrainedAnswer) and wanted.decode is not None:
         answer = _decoded(answer, wanted.decode)
     layout = answer.layout if wanted.layout is None else wanted.layout
     if answer.layout != layout:
@@ -156,12 +156,12 @@ def _numbers_checked(answer: Worked, wanted: Wanted) -> Worked:
             f"{_who(answer)} sent other tensors than was asked: {difference(answer.layout, layout)}"
         )
     with reading("a reply"):
-        cut = wanted.ranks is not None and isinstance(answer, Trained)
+        cut = wanted.ranks is not None and isinstance(answer, TrainedAnswer)
         _check_sizes(answer, layout, cut=cut)
     return answer
 
 
-def _decoded(answer: Trained, decode: Decode) -> Trained:
+def _decoded(answer: TrainedAnswer, decode: Decode) -> TrainedAnswer:
     with reading("a reply"):
         try:
             numbers = decode(answer.numbers, answer.clients, lengths=answer.sizes)

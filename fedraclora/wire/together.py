@@ -22,7 +22,7 @@ from fedraclora.wire.answers import (
     NoAnswer,
     Staged,
     Summed,
-    Trained,
+    TrainedAnswer,
     Worked,
     of_nobody,
 )
@@ -200,7 +200,7 @@ def _rows(ask: Ask, answer: Worked) -> list[torch.Tensor]:
         return [*numbers.split(1)]
     own, kind, asked = ask.own, ask.request.uplink, ask.request.clients
     coded = kind != FULL
-    sizes = answer.sizes if isinstance(answer, Trained) else None
+    sizes = answer.sizes if isinstance(answer, TrainedAnswer) else None
     if sizes is None:
         many = uploaded_bytes(own, len(asked), kind) if coded else uploaded_numbers(own, len(asked))
         sizes = many[torch.isin(asked, clients)]

@@ -29,7 +29,15 @@ from fedraclora.strategies.server.cohort_sum import CohortSum
 from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Tree, join_columns
-from fedraclora.wire.answers import Answer, Came, FromTraining, NoAnswer, Summed, Trained, Worked
+from fedraclora.wire.answers import (
+    Answer,
+    Came,
+    FromTraining,
+    NoAnswer,
+    Summed,
+    TrainedAnswer,
+    Worked,
+)
 from fedraclora.wire.changes import Changes, uploaded_bytes
 from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest, payload_bytes, sent_tensors
 from fedraclora.wire.fields import printable
@@ -226,7 +234,7 @@ class Exchange:
         """Count the bytes of the numbers in a reply, those included that a sum leaves out."""
         out = torch.tensor([f.client for f in refused], dtype=torch.int64)
         came = torch.cat([reply.clients, out])
-        if isinstance(reply, Trained) and reply.sizes is not None:
+        if isinstance(reply, TrainedAnswer) and reply.sizes is not None:
             return sum(self.sizes[client] for client in came.tolist())
         if self.downlink.ranks is None:  # each sends as many
             return len(came) * int(self._each[0])
@@ -313,7 +321,7 @@ class Exchange:
             decode = partial(changes.decode, dtype=DTYPES[self.loop.dtype])
         wanted = Wanted(self.round_, self.version, self.layout, self.downlink.ranks, decode)
         reply = checked(answer, ask, FromTraining, wanted)
-        if isinstance(reply, Trained) and reply.sizes is not None:
+        if isinstance(reply, TrainedAnswer) and reply.sizes is not None:
             self.sizes |= dict(zip(reply.clients.tolist(), reply.sizes.tolist(), strict=True))
         return reply
 

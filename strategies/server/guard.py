@@ -16,7 +16,7 @@ from fedraclora.protocol.factor import adapted_weight
 from fedraclora.protocol.method import Downlink, Method, State
 from fedraclora.protocol.uplinks import SUM_BLOCK, Uplinks, finite, greatest_norm
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.wire.answers import Summed, Trained, Worked
+from fedraclora.wire.answers import Summed, TrainedAnswer, Worked
 from fedraclora.wire.exchange import DTYPES, Ask
 
 
@@ -47,7 +47,7 @@ def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
             f"the reply begins at place {reply.first} of the cohort, but place {first} was asked "
             "for"
         )
-    expected = DTYPES[loop.dtype] if isinstance(reply, Trained) else torch.float64
+    expected = DTYPES[loop.dtype] if isinstance(reply, TrainedAnswer) else torch.float64
     if reply.numbers.dtype != expected:
         raise WireError(
             f"the numbers of the reply are {reply.numbers.dtype}, but {expected} is wanted"

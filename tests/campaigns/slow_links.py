@@ -34,7 +34,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 from fedraclora.run.folder import provenance
 from fedraclora.run.ledger import read_ledger, round_seconds
-from fedraclora.terminal.tables import Table
+from fedraclora.terminal.tables import TextTable
 from tests.common import simulated
 from tests.hosts import Bed
 from tests.hosts.deployment import Deployment, wait_for
@@ -259,7 +259,7 @@ class Record:
         return self.median(*FITTED) - self.clock(*FITTED)
 
 
-def table_of_rounds(record: Record) -> Table:
+def table_of_rounds(record: Record) -> TextTable:
     """Tabulate a round of each method: bytes, training, and seconds at each rate."""
     rows = []
     for row, label in LABELS.items():
@@ -276,10 +276,10 @@ def table_of_rounds(record: Record) -> Table:
             seconds, star = record.seconds(row, rate)
             columns[f"s a round at {rate} Mbit/s"] = shown(seconds) + star
         rows.append(columns)
-    return Table.of(rows, text=shown)
+    return TextTable.of(rows, text=shown)
 
 
-def table_of_targets(record: Record) -> Table:
+def table_of_targets(record: Record) -> TextTable:
     """Tabulate the seconds until the target, by rate."""
     rows = []
     for row, label in LABELS.items():
@@ -293,10 +293,10 @@ def table_of_targets(record: Record) -> Table:
             seconds = shown(seconds_to_target(record, row, rate))
             columns[f"s to it at {rate} Mbit/s"] = seconds + record.seconds(row, rate)[1]
         rows.append(columns)
-    return Table.of(rows, text=shown)
+    return TextTable.of(rows, text=shown)
 
 
-def table_of_clocks(record: Record) -> Table:
+def table_of_clocks(record: Record) -> TextTable:
     """Tabulate how far a round on the virtual clock is from one on the bed."""
     rows = []
     for row, label in LABELS.items():
@@ -307,10 +307,10 @@ def table_of_clocks(record: Record) -> Table:
             known = "" if real != real else off  # noqa: PLR0124
             columns[f"{rate} Mbit/s"] = "fitted" if (row, rate) == FITTED else known
         rows.append(columns)
-    return Table.of(rows, [f"system.latency is {record.latency():.2f} s."])
+    return TextTable.of(rows, [f"system.latency is {record.latency():.2f} s."])
 
 
-def table_of_wholes(record: Record) -> Table:
+def table_of_wholes(record: Record) -> TextTable:
     """Tabulate runs of the study as deployments, beside the sum of their rounds.
 
     In the sum nodes train as here, on fewer cores than there are nodes.
@@ -331,7 +331,7 @@ def table_of_wholes(record: Record) -> Table:
                     "s, sum": (len(seconds) - 1) * each,
                 }
             )
-    return Table.of(rows, text=shown)
+    return TextTable.of(rows, text=shown)
 
 
 def seconds_to_target(record: Record, row: str, rate: int) -> float:

@@ -139,7 +139,7 @@ def test_the_ledger_has_the_account_and_no_losses(variant: Variant, world: World
         assert number(row, "privacy", "epsilon") == pytest.approx(wanted, rel=1e-12)
         assert row["train_loss"] is None
     for asked, answered in zip(found.worker.asked, found.worker.answered, strict=True):
-        assert json.loads(str(asked["config"]["header"]))["clip"] == 0.05
+        assert json.loads(str(asked["config"]["header"]))["request"]["clip"] == 0.05
         assert KEY.hex() not in str(asked)
         assert "flat" in answered["arrays"]
 

@@ -21,7 +21,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.update import BaseWeights
-from fedraclora.wire.answers import Answer, Trained
+from fedraclora.wire.answers import Answer, TrainedAnswer
 from fedraclora.wire.exchange import Ask, TrainRequest
 
 CLIENTS = torch.tensor([0, 1, 2])
@@ -74,7 +74,7 @@ def test_a_factor_that_stays_goes_on_where_its_client_left_off() -> None:
 def test_a_factor_that_stays_does_not_travel() -> None:
     bench = make_bench()
     answer = bench.round(1)
-    assert isinstance(answer, Trained)
+    assert isinstance(answer, TrainedAnswer)
     assert answer.layout == bench.downlink.layout
     assert answer.shape == (3, 10)
 

@@ -13,7 +13,7 @@ from fedraclora.config import pretraining
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
-from fedraclora.run.recorder import resolved
+from fedraclora.run.recorder import resolved_setting
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.loop import loop_of
@@ -98,7 +98,7 @@ def test_the_stored_chunk_is_read_off_the_checkpoint(tmp_path: Path) -> None:
         ({}, None),
     ):
         save_checkpoint(tmp_path / "checkpoint", tensors, {"round": 2, "fixed": fixed})
-        assert resolved(tmp_path, "chunk") == wanted
+        assert resolved_setting(tmp_path, "chunk") == wanted
 
 
 def test_a_new_run_stores_its_chunk_among_what_fixes_the_bits(small: int, tmp_path: Path) -> None:

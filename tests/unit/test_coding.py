@@ -34,7 +34,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.answers import Trained
+from fedraclora.wire.answers import TrainedAnswer
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.exchange import Ask, TrainRequest, payload_bytes
 from fedraclora.wire.reply import Wanted, checked
@@ -110,12 +110,12 @@ def test_lengths_are_those_of_the_bytes(lengths: list[int]) -> None:
         )
 
 
-def answered(sent: Downlink, base: dict[str, torch.Tensor]) -> tuple[Changes, Trained]:
+def answered(sent: Downlink, base: dict[str, torch.Tensor]) -> tuple[Changes, TrainedAnswer]:
     changes, coded = Changes("int4", sent, base, CLIENTS), Coded()
     changes.encode(torch_normal(generator(0, "rows"), 3, COUNT), 5, 7, coded)
     codes = compressed(coded.codes)
     sizes, some = torch.tensor([len(code) for code in codes]), torch.ones(3)
-    answer = Trained(
+    answer = TrainedAnswer(
         round_=7,
         version=6,
         first=0,
@@ -138,13 +138,13 @@ def test_a_reply_that_is_damaged_names_client_and_round() -> None:
     ask = Ask(request, sent)
     assert read_ask(AskWriter().write(ask)).request.coding == ZSTD
     came = read_answer(write_answer(answer), ask)
-    assert isinstance(came, Trained)
+    assert isinstance(came, TrainedAnswer)
     wanted = Wanted(7, 6, sent.layout, decode=partial(changes.decode, dtype=torch.float32))
-    assert checked(came, ask, Trained, wanted).numbers.shape == (3, COUNT)
+    assert checked(came, ask, TrainedAnswer, wanted).numbers.shape == (3, COUNT)
     wrong = came.numbers.clone()
     wrong[int(came.sizes[0]) + 40] ^= 1  # type: ignore[index]
     with pytest.raises(WireError, match=r"round 7.*client 4"):
-        checked(replace(came, pieces=(wrong,)), ask, Trained, wanted)
+        checked(replace(came, pieces=(wrong,)), ask, TrainedAnswer, wanted)
     for coding, reply in (("none", answer), (ZSTD, replace(answer, sizes=None))):
         with pytest.raises(WireError, match="vector sizes"):
             read_answer(write_answer(reply), replace(ask, request=replace(request, coding=coding)))

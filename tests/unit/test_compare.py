@@ -16,7 +16,7 @@ from fedraclora.commands.compare import compare
 from fedraclora.commands.run_files import find_runs, read_files
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.ledger import Ledger, Row
-from fedraclora.terminal.tables import Table, read_table
+from fedraclora.terminal.tables import TextTable, read_table
 from tests.common import summary_of
 
 ROUNDS = 20
@@ -392,7 +392,7 @@ def test_a_table_fits_the_terminal(
     header = ("rank", "group", "accuracy (mean ± std)", "seeds", "MB up", "MB down", "seconds")
     best = ("1", "fed_rac_lora local.lr=0.1 rank=8", "0.83 ± 0.012", "3", "1,234", "5,678", "9.5")
     lost = ("-", "a-name-that-cannot-be-broken", "diverged (round 7)", "1", "0", "0", "0.1")
-    Table(header, (best, lost), (), ("a note",), texts=2).print()
+    TextTable(header, (best, lost), (), ("a note",), texts=2).print()
     *drawn, note = capsys.readouterr().out.splitlines()
     assert note == "a note"
     if width < 240:
@@ -420,7 +420,7 @@ def test_a_long_label_breaks_and_no_number_does(
         "fed_rac_lora init_from=null",
     ]
     assert f"warm0 and 1 more: fed_rac_lora init_from={start}" in table.notes
-    Table(("group", "accuracy"), ((start, "0.8765 ± 0.012"),), ()).print()
+    TextTable(("group", "accuracy"), ((start, "0.8765 ± 0.012"),), ()).print()
     drawn = capsys.readouterr().out.splitlines()
     assert {len(line) for line in drawn} == {len(drawn[0])}
     assert len(drawn[0]) <= 80
@@ -432,7 +432,7 @@ def test_what_is_shown_of_a_table_controls_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = "a\x1b[31m\n| b <script>c</script> | \x9b2J\u202e"
-    table = Table.of([{"method": bad, bad: 1.0, "std": math.nan, "none": None}], [bad])
+    table = TextTable.of([{"method": bad, bad: 1.0, "std": math.nan, "none": None}], [bad])
     table.write(tmp_path, "table")
     table.print()
     text = (tmp_path / "table.md").read_text()
@@ -451,7 +451,7 @@ def test_a_table_in_a_pipe_has_the_columns_that_fit_a_line(
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     record = {"method": "ours", "empty": ""} | {f"column {i} of them": "0.5000" for i in range(30)}
-    Table.of([record]).print()
+    TextTable.of([record]).print()
     *drawn, left = capsys.readouterr().out.splitlines()
     assert max(map(len, drawn)) <= 100
     assert left.startswith("no room here for: column ")

@@ -39,7 +39,7 @@ from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, un
 from fedraclora.limits import Later, OneOf, later_keys
 from fedraclora.protocol.method import Method
 from fedraclora.protocol.quantized import ROUNDED
-from fedraclora.schema import checked
+from fedraclora.schema import checked_values
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.extras.settings import LocalSettings
 
@@ -505,7 +505,7 @@ def taken(value: object, hint: object) -> object:
         return key
 
     row.__annotations__["key"] = hint
-    return checked("", row, {"key": value})["key"]
+    return checked_values("", row, {"key": value})["key"]
 
 
 @pytest.mark.parametrize(

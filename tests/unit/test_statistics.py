@@ -17,7 +17,7 @@ from fedraclora.run.statistics import (
     last_within,
     mean_curve,
     measured_value,
-    names_of,
+    metric_names,
     paired,
     rounds_of,
     steady_within,
@@ -64,9 +64,9 @@ def test_seconds_of_runs_that_share_a_machine_are_not_known() -> None:
 def test_a_metric_is_that_of_the_server_or_of_clients_own_models_or_of_clients() -> None:
     own: Row = {"metrics": {"personal_accuracy": 0.5}}
     both: Row = {"metrics": {"accuracy": 0.4, "personal_accuracy": 0.5}}
-    assert measured_value(own, names_of("accuracy")) == 0.5
+    assert measured_value(own, metric_names("accuracy")) == 0.5
     assert measured_value(own, ["accuracy"]) is None
-    assert measured_value(both, names_of("accuracy")) == 0.4
+    assert measured_value(both, metric_names("accuracy")) == 0.4
     assert math.isnan(measured_value({"metrics": {"accuracy": None}}, ["accuracy"]) or 0.0)
     clients = {"metrics": {}, "clients": {"accuracy": {"worst10": 0.25}}}
     assert measured_value(clients, ["clients.accuracy.worst10"]) == 0.25

@@ -17,10 +17,10 @@ from fedraclora.commands.study.entries import (
     dropped,
     finals,
     is_tuned,
-    notes_of,
     read_lines,
     score,
     shown_value,
+    study_notes,
     tuned_by,
     tuned_value,
 )
@@ -599,6 +599,6 @@ def test_rows_that_their_own_method_beats_where_all_are_tuned_get_no_final_runs(
     }
     assert dropped(plan, done) == ["dear"]  # theirs is of another method
     assert dropped(plan.changed(reference="dear"), done) == []
-    notes = " ".join(notes_of(plan, [], done, {}))
+    notes = " ".join(study_notes(plan, [], done, {}))
     assert "as good in fewer bytes where all were tuned: dear." in notes
     assert "diverged at every value: ours, small, theirs." in notes

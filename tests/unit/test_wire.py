@@ -29,7 +29,7 @@ from fedraclora.strategies.methods.fedkrso import InTurn
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.answers import Staged, Trained, kind_of
+from fedraclora.wire.answers import Staged, TrainedAnswer, answer_kind
 from fedraclora.wire.exchange import Ask, OwnPart, Stage, TrainRequest, payload_bytes, shared_of
 from fedraclora.wire.reply import Wanted, checked
 from tests.common import normal
@@ -261,9 +261,11 @@ def reply_of(*given: Any) -> RecordDict:
     return write_answer(answer_of(*given))
 
 
-def unpack_result(content: RecordDict, *given: Any) -> Trained:
+def unpack_result(content: RecordDict, *given: Any) -> TrainedAnswer:
     """A reply as the server has it."""
-    return checked(read_answer(content, Ask(ORDER)), Ask(ORDER), Trained, Wanted(9, 8, *given))
+    return checked(
+        read_answer(content, Ask(ORDER)), Ask(ORDER), TrainedAnswer, Wanted(9, 8, *given)
+    )
 
 
 LAYOUT = Layout((("w/B", (M, R)), ("b", (3,))))
@@ -304,7 +306,7 @@ def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.M
     monkeypatch.setattr(tree, "LARGE", 3)
     sent = result(2)
     answer = answer_of(sent, ORDER, CLIENTS[:2], LAYOUT, {}, [])
-    kept = checked(answer, Ask(ORDER), Trained, Wanted(9, 8, LAYOUT))
+    kept = checked(answer, Ask(ORDER), TrainedAnswer, Wanted(9, 8, LAYOUT))
     assert [piece.data_ptr() for piece in kept.pieces] == [
         sent.trained[name].data_ptr() for name, _ in LAYOUT.shapes
     ]
@@ -313,7 +315,7 @@ def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.M
     assert torch.equal(read.pieces[0], kept.numbers)
     answer = answer_of(sent, ORDER, CLIENTS[:1], LAYOUT, {}, [])
     with pytest.raises(WireError, match=r"rows of shape \(2, "):
-        checked(answer, Ask(ORDER), Trained, Wanted(9, 8, LAYOUT))
+        checked(answer, Ask(ORDER), TrainedAnswer, Wanted(9, 8, LAYOUT))
 
 
 def test_what_is_not_uploaded_does_not_travel() -> None:
@@ -436,7 +438,7 @@ def test_an_answer_goes_to_another_process_as_it_is(
     request = replace(ORDER, reduce=reduce)
     answer = answer_of(result(K), request, CLIENTS, LAYOUT, {7: "it broke"}, ["a note"])
     found = pickle.loads(pickle.dumps(answer))
-    assert type(found) is type(answer) is kind_of(Ask(request))
+    assert type(found) is type(answer) is answer_kind(Ask(request))
     assert (found.failures, found.notes, found.layout) == ({7: "it broke"}, ["a note"], LAYOUT)
     assert torch.equal(found.numbers, answer.numbers)
     assert all(torch.equal(found.vectors[n], each) for n, each in answer.vectors.items())

@@ -21,7 +21,7 @@ from fedraclora.run.statistics import (
     Spread,
     measured,
     measured_value,
-    names_of,
+    metric_names,
     ranks,
     rounds_of,
     traffic,
@@ -57,7 +57,7 @@ def score(line: Mapping[str, Any], metric: str) -> float:
     metrics = line["metrics"]
     if not metrics:
         return -math.inf
-    if (value := measured_value(line, names_of(metric))) is not None:
+    if (value := measured_value(line, metric_names(metric))) is not None:
         return value
     raise ConfigError(
         f"a run has no metric {metric}; its metrics are {', '.join(metrics)}: name one of them as "
@@ -266,7 +266,7 @@ class Entry:
     def rounds(self) -> DataFrame:
         """The rounds at which the metric was measured, by seed (`statistics.rounds_of`)."""
         curves = {int(line["seed"]): line.get("curve", ()) for line in self.lines}
-        return measured(rounds_of(curves, names_of(self.study.metric)))
+        return measured(rounds_of(curves, metric_names(self.study.metric)))
 
     @cached_property
     def scores(self) -> Series:
@@ -326,7 +326,7 @@ def entries(study: Study, done: Done) -> list[Entry]:
     return sorted(stable, key=lambda entry: (entry.personal, -entry.spread.mean))
 
 
-def notes_of(
+def study_notes(
     study: Study, shown: Sequence[Entry], done: Done, failed: Mapping[str, str]
 ) -> list[str]:
     """Say which rows of a study a table does not have, and what its runs took.

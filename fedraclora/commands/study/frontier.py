@@ -36,7 +36,7 @@ from fedraclora.run.statistics import (
     mean_curve,
     paired,
 )
-from fedraclora.terminal.tables import Table
+from fedraclora.terminal.tables import TextTable
 from fedraclora.weights.files import flatten
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def main() -> int:
         ("shares", [shares(task) for task in tasks]),
         ("winners", [record for task in tasks for record in winners(task)]),
     ):
-        table = Table.of(records)
+        table = TextTable.of(records)
         table.write(out, name)
         table.print()
     for task in tasks:

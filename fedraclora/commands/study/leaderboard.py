@@ -18,10 +18,10 @@ from fedraclora.commands.study.entries import (
     Entry,
     entries,
     is_unverified,
-    notes_of,
     of_all,
     shown_error,
     shown_value,
+    study_notes,
     tuned_by,
 )
 from fedraclora.commands.study.file import Study
@@ -33,7 +33,7 @@ from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import Entrant, leaderboard_figure
 from fedraclora.run.ledger import Row, number
 from fedraclora.run.statistics import Spread, first_reaching, traffic
-from fedraclora.terminal.tables import Table
+from fedraclora.terminal.tables import TextTable
 from fedraclora.wire.fields import printable
 
 UNVERIFIED, PERSONAL = "†", "‡"
@@ -44,7 +44,9 @@ NOTES = {
 }
 
 
-def leaderboard(study: Study, done: Done, failed: Mapping[str, str] | None = None) -> Table | None:
+def leaderboard(
+    study: Study, done: Done, failed: Mapping[str, str] | None = None
+) -> TextTable | None:
     """Make the table; None as long as no row has run to its end.
 
     Its columns are the metric with its spread over the seeds, rounds and bytes until the study's
@@ -63,18 +65,18 @@ def leaderboard(study: Study, done: Done, failed: Mapping[str, str] | None = Non
     records = tuple(map(_record, ranked))
     marked = "".join(map(_marked, records))
     notes = [f"{sign} {text}" for sign, text in NOTES.items() if sign in marked]
-    notes += notes_of(study, ranked, done, failed or {})
+    notes += study_notes(study, ranked, done, failed or {})
     key = str(study.grid["key"])
     shown = [
         _shown(study, record) | {key: shown_value(study, entry.row, entry.value, done)}
         for entry, record in zip(ranked, records, strict=True)
     ]
-    return replace(Table.of(shown, notes), records=records)
+    return replace(TextTable.of(shown, notes), records=records)
 
 
 def write_leaderboard(
     study: Study, done: Done, out: Path, failed: Mapping[str, str]
-) -> Table | None:
+) -> TextTable | None:
     """Write leaderboard.md, leaderboard.csv and leaderboard.png; give the table."""
     made = leaderboard(study, done, failed)
     if made is None:

@@ -14,10 +14,10 @@ from fedraclora.commands.study.entries import (
     Entry,
     diverged,
     finals,
-    notes_of,
     of_all,
     score,
     shown_value,
+    study_notes,
     tried_values,
 )
 from fedraclora.commands.study.file import Study
@@ -31,7 +31,7 @@ from fedraclora.run.statistics import (
     mean_curve,
     paired,
 )
-from fedraclora.terminal.tables import Table
+from fedraclora.terminal.tables import TextTable
 from fedraclora.wire.fields import printable
 
 DRAWN = 12  # curves that can be told apart
@@ -41,7 +41,7 @@ def write_results(study: Study, done: Done, out: Path, failed: Mapping[str, str]
     """Write table, budgets and figure of the rows whose final runs are all there."""
     found = finals(study, done)
     if records := results(found, done):
-        table = Table.of(records, notes_of(study, found, done, failed))
+        table = TextTable.of(records, study_notes(study, found, done, failed))
         table.write(out, "table")
         table.print()
     if equal := budgets(study, found):
@@ -94,7 +94,7 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
     }
 
 
-def budgets(study: Study, found: Sequence[Entry]) -> Table | None:
+def budgets(study: Study, found: Sequence[Entry]) -> TextTable | None:
     """Compare rows at equal uplink, equal traffic and equal local steps: what a byte buys.
 
     The budgets are what the run that used least used in all its rounds, of all runs or of the row
@@ -138,7 +138,7 @@ def budgets(study: Study, found: Sequence[Entry]) -> Table | None:
                 title = f"{way} to the final {study.metric} of {row} / its {way}, {DEVIATION}"
                 record[title] = _share(entry, reference, way)
         records.append(record)
-    return Table.of(records)
+    return TextTable.of(records)
 
 
 def _within(entry: Entry, budget: float, way: str) -> str:

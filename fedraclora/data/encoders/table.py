@@ -26,7 +26,7 @@ from fedraclora.data.encoders.labels import (
 )
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import holdout_of, rows_by_use
-from fedraclora.data.tables import SEPARATORS, Table, written
+from fedraclora.data.tables import SEPARATORS, Table, texts_of
 from fedraclora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
     classes = found_classes(labels, named, how.task, path)
     train = Samples({"x": x}, target_of(labels, classes))
     owners = None if clients is None else np.array(clients)
-    everyone = None if owner is None else np.array(written(frame[owner].dropna()))
+    everyone = None if owner is None else np.array(texts_of(frame[owner].dropna()))
     if held is not None:
         strata = np.array(labels) if how.task == "classification" else None
         rows, out = held.split(len(train), labels=strata)
@@ -189,7 +189,7 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
 def _of_splits(table: Table, how: TableForm, source: str) -> DataSet:
     """Make a data set of rows that say what they are for; arguments as of `of_frames`."""
     plain, column = replace(how, split=None), table.column("data.split", str(how.split))
-    values = np.array(written(table.frame[column]))
+    values = np.array(texts_of(table.frame[column]))
     rows = rows_by_use(values, f"{table.path}: data.split={column}")
     parts = {use: table.frame.iloc[some].drop(columns=column) for use, some in rows.items()}
     train, tested = (Table(parts[name], table.path) for name in ("train", "test"))
@@ -200,7 +200,7 @@ def _of_splits(table: Table, how: TableForm, source: str) -> DataSet:
 
     tests: list[Samples | None] = []
     if how.client is not None:
-        whose = np.array(written(parts["test"][str(how.client)]))
+        whose = np.array(texts_of(parts["test"][str(how.client)]))
         clients = np.unique(found.columns["client"])
         tests = [read(parts["test"][whose == name]) for name in clients]
     return replace(found, tests=tests if any(tests) else (), validation=read(parts["validation"]))
@@ -296,8 +296,8 @@ def _rows(
     if gone.all():
         raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")
     whole = frame[~gone]
-    clients = None if client is None else written(whole[client])
-    labels = [] if label is None else written(whole[label])
+    clients = None if client is None else texts_of(whole[client])
+    labels = [] if label is None else texts_of(whole[label])
     return torch.from_numpy(x[~gone]), labels, clients, np.flatnonzero(~gone)
 
 
