@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from rich.console import JustifyMethod
-from rich.table import TextTable as RichTable
+from rich.table import Table as RichTable
 
 from fedraclora.errors import ConfigError
 from fedraclora.terminal.progress import console_for_tables
