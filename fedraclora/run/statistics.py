@@ -20,7 +20,7 @@ import math
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -96,7 +96,7 @@ def traffic(row: Row) -> float:
     return number(row, "uplink_total") + number(row, "downlink_total")
 
 
-def rounds_of(runs: Mapping[Hashable, Sequence[Row]], names: Sequence[str]) -> DataFrame:
+def rounds_of(runs: Mapping[Any, Sequence[Row]], names: Sequence[str]) -> DataFrame:
     """Read runs into the frame that the module describes.
 
     Args:

@@ -57,7 +57,7 @@ def score(line: Mapping[str, Any], metric: str) -> float:
     metrics = line["metrics"]
     if not metrics:
         return -math.inf
-    if (value := measured_value(line, metric_names(metric))) is not None:
+    if (value := measured_value(dict(line), metric_names(metric))) is not None:
         return value
     raise ConfigError(
         f"a run has no metric {metric}; its metrics are {', '.join(metrics)}: name one of them as "

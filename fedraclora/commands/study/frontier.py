@@ -201,8 +201,9 @@ def shares(task: Task) -> dict[str, object]:
             f"{title}, %": f"{100 * found['traffic'] / task.whole:.2g}",
             f"{title}, points there": difference(there, task.final),
         }
-    both = ours is not None and rivals is not None
-    record["ours / rival"] = f"{ours['traffic'] / rivals['traffic']:.2f}" if both else ""
+    record["ours / rival"] = ""
+    if ours is not None and rivals is not None:
+        record["ours / rival"] = f"{ours['traffic'] / rivals['traffic']:.2f}"
     return record
 
 
