@@ -13,7 +13,7 @@ What stands above `BEGIN`, and the presets in ``conf/experiment``, are written b
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -100,13 +100,16 @@ def main() -> None:
         if path not in whole and not _by_hand(path):
             path.unlink()
             print(f"removed {path.relative_to(CONF)}")
-    makers: tuple[Callable[[], dict[Path, str]], ...] = (lambda: whole, part_texts)
-    for texts in makers:  # the latter reads what the first have written
-        for path, text in texts().items():
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-                print(path.relative_to(CONF))
+    _write(whole)
+    _write(part_texts())  # which read what has been written
+
+
+def _write(texts: Mapping[Path, str]) -> None:
+    for path, text in texts.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            print(path.relative_to(CONF))
 
 
 if __name__ == "__main__":

@@ -85,13 +85,13 @@ def metric_names(metric: str) -> tuple[str, str]:
     return metric, f"{PERSONAL}{metric}"
 
 
-def measured_value(row: Row, names: Sequence[str]) -> float | None:
+def measured_value(row: Mapping[str, object], names: Sequence[str]) -> float | None:
     """Return the first of some metrics that a row has: NaN if it is no number, None without one."""
     found = metrics_of(row)
     return next((number(found, name) for name in names if name in found), None)
 
 
-def traffic(row: Row) -> float:
+def traffic(row: Mapping[str, object]) -> float:
     """Return the bytes that all clients have sent and fetched so far, with catch-up."""
     return number(row, "uplink_total") + number(row, "downlink_total")
 

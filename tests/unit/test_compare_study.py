@@ -262,7 +262,12 @@ def test_a_run_of_other_settings_stops_before_anything_runs(tmp_path: Path) -> N
 
 
 def test_rounds_at_which_the_metric_was_not_measured_are_left_out_of_the_curves() -> None:
-    measured = ({"exact_match": 0.1, "loss": 2.0}, {"loss": 1.0}, {"exact_match": 0.6}, {})
+    measured: tuple[dict[str, float], ...] = (
+        {"exact_match": 0.1, "loss": 2.0},
+        {"loss": 1.0},
+        {"exact_match": 0.6},
+        {},
+    )
     curve = [{"round": t, "metrics": found} for t, found in enumerate(measured)]
     lines = [{"curve": curve, "metrics": measured[2], "seed": 0}]
     study = Study.read(find("smollm2"))
