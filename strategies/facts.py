@@ -72,7 +72,7 @@ def optimizer_facts(config: RunConfig) -> Facts:
         "name": local.optimizer,
         **{key: getattr(local, key) for key in (*keys, "batch_size")},
         "train": None if local.train is None else local.train.partition("@")[0],
-        "most": getattr(config.method, "steps", None),  # of which one number each is sent
+        "most": config.method.most_steps,  # of which one number each is sent
         "extras": [extra.setting for extra in local.added],
         "server": server.name,
     }

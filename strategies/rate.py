@@ -88,7 +88,8 @@ def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
     downlink = first_downlink(method, method.initial_state(base, plan, draw), draw, built.cohort)
     steps = steps_of(config.local, built)
     rate = float(f"{rate_of(downlink, config.local.optimizer, steps):.2g}")
-    sketch = f"{kind} of " if (kind := getattr(config.method, "sketch", None)) else ""
+    drawings = (f.drawing for a in downlink.adapters.values() for f in a.factors.values())
+    sketch = next((f"{d.kind} of " for d in drawings if d is not None), "")
     ranks = {f.shape[1] for a in downlink.adapters.values() for f in [*a.factors.values()][:1]}
     return rate, (
         f"{config.choices['method']}, {sketch}rank {', '.join(map(str, sorted(ranks)))}, under "

@@ -152,7 +152,7 @@ class State:
             beside them.
         plan: The plan of the run (static; not part of a checkpoint).
         carried: The method's own tensors (factors that live on, moments).
-        memo: The method's own whole numbers.
+        counters: The method's own whole numbers.
         link: How the last close changed `base`, or None.
         report: Figures of the last round for the ledger.
         notes: Sentences for the ledger (a rank that was capped).
@@ -221,6 +221,16 @@ class Method(Protocol):
     def begins_with_last(self) -> bool:
         """Return whether a link begins with what the last one left, beside the weights."""
         return False
+
+    @property
+    def rank(self) -> Any:
+        """Return the rank of all adapters, of which rank budgets are shares; None: it has none."""
+        return None
+
+    @property
+    def most_steps(self) -> int | None:
+        """Return the most local steps, if a client sends a number for each of them."""
+        return None
 
     @property
     def unread(self) -> Mapping[str, str]:
@@ -313,8 +323,7 @@ class Method(Protocol):
         instead="a whole number as method.rank, allocation=none",
     )
     def _has_no_rank(self) -> str:
-        rank = getattr(self, "rank", None)
-        return "" if isinstance(rank, int) else f"its rank is {rank!r}"
+        return "" if isinstance(self.rank, int) else f"its rank is {self.rank!r}"
 
     @Feature("a method whose factors begin anew with each link")
     def _factors_begin_anew(self, sent: Downlink) -> str:

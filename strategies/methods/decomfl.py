@@ -60,6 +60,11 @@ class DeComFl(Limited, Walking, group="method"):
     eps: Positive = 1e-3
     momentum: Fraction = 0.0
 
+    @property
+    @override
+    def most_steps(self) -> int | None:
+        return self.steps
+
     @override
     def shape(self, plan: Plan) -> tuple[int, ...]:
         return self.steps, self.directions

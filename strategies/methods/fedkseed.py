@@ -163,6 +163,11 @@ class FedKSeed(Limited, Walking, group="method"):
     eps: Positive = 5e-4
     pro: bool = False
 
+    @property
+    @override
+    def most_steps(self) -> int | None:
+        return self.steps
+
     @override
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""

@@ -46,7 +46,7 @@ class DeviceSimulator:
         """Draw the rank budgets of clients, int64 [K], or None."""
         if self.system.rank_budget is None:
             return None
-        return self.system.ranks(self.seed, clients, getattr(method, "rank"))  # noqa: B009  checked
+        return self.system.ranks(self.seed, clients, method.rank)
 
     def race(
         self,

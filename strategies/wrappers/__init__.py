@@ -27,7 +27,7 @@ def method_of(config: RunConfig, task: Task | None = None) -> Method:
     Raises:
         ConfigError: If they do not fit.
     """
-    taken, sent = config.local.steps, getattr(config.method, "steps", None)  # of scalars
+    taken, sent = config.local.steps, config.method.most_steps  # of scalars
     if taken is not None and sent is not None and taken < sent:
         raise ConfigError(
             f"local.steps is {taken}, but clients send the scalars of method.steps={sent} steps: "

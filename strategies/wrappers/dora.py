@@ -20,6 +20,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from typing_extensions import override
 
@@ -44,9 +45,9 @@ class Dora(Around):
         return replace(self.inner.traits, exact=False)
 
     @property
-    def rank(self) -> object:
-        """Of which clients' rank budgets are shares: that of the method."""
-        return getattr(self.inner, "rank", None)
+    @override
+    def rank(self) -> Any:
+        return self.inner.rank
 
     @override
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
