@@ -1,1 +1,1 @@
-"""What a method and its clients tell each other: factors, adapters, links, updates, programs."""
+"""Messages between a method and its clients: factors, adapters, merges, updates, programs."""

@@ -1,4 +1,4 @@
-"""From one frozen factor to another: what a tensor beside A_old means beside A_new.
+"""Convert trained factors from one frozen factor to another.
 
 A change of the trained factor B under A stands for the change s B A of the weight. Beside another
 factor it is written as the nearest change that can be:
@@ -19,7 +19,7 @@ from fedraclora.protocol.downlink import Adapter
 
 
 def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
-    """Return what an adapter of two factors trains, and the frozen factor beside it.
+    """Return the trained factor of an adapter of two factors, and the frozen factor beside it.
 
     Returns:
         The label of the trained one and the other as a float64 matrix on the CPU; None where both
@@ -33,14 +33,14 @@ def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
 
 
 def as_product(label: str, trained: torch.Tensor, beside: torch.Tensor) -> Product:
-    """Write a trained factor and the one beside it in the order B, A."""
+    """Order a trained factor and the frozen one as B, A."""
     return (trained, beside) if label == "B" else (beside, trained)
 
 
 def transported(
     label: str, trained: torch.Tensor, old: torch.Tensor, new: torch.Tensor
 ) -> torch.Tensor:
-    """Write a change of a trained factor beside ``old`` as one beside ``new``.
+    """Convert a change of a trained factor beside ``old`` to one beside ``new``.
 
     Args:
         label: ``B`` or ``A``: which of them is trained.

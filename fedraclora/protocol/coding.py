@@ -1,4 +1,4 @@
-"""Entropy coding of numbers in fewer bits: bytes as one frame of zstd, without loss.
+"""Lossless entropy coding of quantized numbers: one zstd frame for each client.
 
 Up, that is what each client sends; down, what all that are asked share, and each tensor of links
 and of weights, whose bytes are counted one by one.
@@ -28,7 +28,7 @@ LEVEL = 1  # higher ones look for longer repeats, of which such codes have none
 
 
 def compressed(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Code the bytes of each client, uint8 [bytes]; those that do not get shorter stay."""
+    """Compress the bytes of each client, uint8 [bytes], unless that makes them longer."""
     writer, found = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True), []
     for raw in parts:
         frame = writer.compress(raw.numpy().tobytes())
@@ -40,7 +40,7 @@ def compressed(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def decompressed(
     raw: torch.Tensor, lengths: torch.Tensor, clients: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """Read what `compressed` gives for some clients, joined.
+    """Decompress the output of `compressed` for some clients, joined.
 
     Args:
         raw: uint8 [bytes].
@@ -67,7 +67,7 @@ def decompressed(
 
 
 def unframed(raw: torch.Tensor, size: int) -> torch.Tensor:
-    """Read so many bytes, uint8 [size], from a shorter frame of them; or they are there as such.
+    """Decompress a frame to ``size`` bytes, uint8 [size]; bytes of that length come back as is.
 
     Raises:
         WireError: If it is neither, or the frame is damaged.

@@ -1,4 +1,4 @@
-"""Which clients take part in a round, and with which weight."""
+"""Sample the clients of a round, and compute their aggregation weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHTINGS = ("samples", "uniform")
 
 
 def share_of(text: str) -> Fraction | None:
-    """Read a share of the clients, which is written as ``10%``; None if it is none.
+    """Parse a share of the clients, written as ``10%``; None if the text is not a share.
 
     Example:
         >>> share_of("12.5%"), share_of("0%"), share_of("half")
@@ -27,7 +27,7 @@ def share_of(text: str) -> Fraction | None:
 
 
 def cohort_size(clients_per_round: int | str, clients: int) -> int:
-    """Count the clients of a round: a number, or a share of all, which is one at least.
+    """Return the number of clients in a round, from a number or a share of all (at least one).
 
     Example:
         >>> cohort_size("20%", 50), cohort_size("1%", 50), cohort_size(7, 50)
@@ -39,7 +39,7 @@ def cohort_size(clients_per_round: int | str, clients: int) -> int:
 
 
 def check_cohort(cohort: int, clients: int) -> None:
-    """Reject a cohort that cannot be drawn.
+    """Check that so many clients can be sampled.
 
     Raises:
         ConfigError: If ``cohort`` is not in 1..clients.
@@ -53,7 +53,7 @@ def check_cohort(cohort: int, clients: int) -> None:
 
 
 def draw_cohort(seed: int, round_: int, clients: int, cohort: int) -> torch.Tensor:
-    """Draw the clients of a round uniformly without replacement.
+    """Sample the clients of a round uniformly without replacement.
 
     Args:
         seed: Of the run.

@@ -1,4 +1,4 @@
-"""What one exchange asks of the cohort: factors, adapters, and the downlink that names them.
+"""Instructions of one exchange to the clients of a round: factors, adapters and the downlink.
 
 Effective weight of an adapted matrix: ``W + scale * F_1 F_2 (F_3)``, with factors that are frozen
 or trained (`fedraclora.protocol.factor`), shared by the cohort or one per client.
@@ -36,19 +36,19 @@ class Adapter:
 
     @classmethod
     def of(cls, factors: Mapping[str, FactorLike], scale: float) -> Adapter:
-        """Take factors as a method says them, in the order of their product."""
+        """Build an adapter from the factors that a method gives, in the order of their product."""
         return cls({label: Factor.of(given) for label, given in factors.items()}, scale)
 
     @property
     def trains_beside_shared(self) -> bool:
-        """Return whether it has two factors: a trained one, and a frozen one for all clients."""
+        """Return whether it has one trained factor and one frozen factor shared by all clients."""
         frozen = [f for f in self.factors.values() if not f.trained]
         return len(self.factors) == 2 and len(frozen) == 1 and not frozen[0].per_client
 
 
 @dataclass(frozen=True)
 class Downlink:
-    """What one exchange asks of the cohort.
+    """Hold the instructions of one exchange to the clients of a round.
 
     Attributes:
         adapters: Low-rank terms by weight name.
@@ -73,7 +73,7 @@ class Downlink:
 
     @property
     def frame(self) -> tuple[int, int, int]:
-        """What stands beside trained factors: its place, of how many that recur, and its number."""
+        """Return the frozen factor's place, the number of factors that recur, and its index."""
         return self.program.frame or (0, 1, self.link)
 
     def factors(self) -> dict[str, Factor]:
@@ -90,11 +90,11 @@ class Downlink:
 
     @cached_property
     def named(self) -> dict[str, Factor]:
-        """All factors, and what is trained in full, by name."""
+        """Return all factors and all tensors trained in full, by name."""
         return self._factors | self.dense
 
     def mapped(self, change: Callable[[str, Factor], Factor]) -> Downlink:
-        """Replace every factor and dense tensor by what ``change`` makes of its name and it."""
+        """Replace every factor and dense tensor by ``change(name, value)``."""
         found = {name: change(name, factor) for name, factor in self.named.items()}
         if all(found[name] is factor for name, factor in self.named.items()):
             return self  # as where seeds are sent, and nothing else
@@ -106,13 +106,13 @@ class Downlink:
         return replace(self, adapters=adapters, dense=dense)
 
     def beside(self, base: Tree) -> Downlink:
-        """Fill in what the last link trained, which stands beside the base weights."""
+        """Fill in the factors of the last merge, which are stored beside the base weights."""
         return self.mapped(
             lambda name, each: each.beside(base.get(past_name(name.rpartition("/")[0])))
         )
 
     def to(self, dtype: torch.dtype) -> Downlink:
-        """Convert what is sent to how it travels: on the CPU, in one precision, row by row.
+        """Convert tensors for sending: on the CPU, in one precision, row by row.
 
         Coefficients stay as they are, in float64.
 
@@ -129,7 +129,7 @@ class Downlink:
         return replace(found, extras=extras) if extras else found
 
     def trained(self) -> Mapping[str, Factor]:
-        """Everything that clients train, by its name on the uplink, in packing order."""
+        """Return everything that clients train, by its name on the uplink, in packing order."""
         return self._trained
 
     @cached_property
@@ -137,7 +137,7 @@ class Downlink:
         return {name: f for name, f in self.factors().items() if f.trained} | self.dense
 
     def uploaded(self) -> Mapping[str, Factor]:
-        """What clients send back, in packing order."""
+        """Return what clients send back, in packing order."""
         return self._uploaded
 
     @cached_property
@@ -146,12 +146,12 @@ class Downlink:
 
     @cached_property
     def layout(self) -> Layout:
-        """Names and shapes of what each client sends back."""
+        """Return names and shapes of what each client sends back."""
         return Layout(tuple((name, slot.shape) for name, slot in self.uploaded().items()))
 
     @cached_property
     def apart(self) -> bool:
-        """Return whether numbers at one place of two uplinks may mean different things."""
+        """Return whether the same place in two uplinks may stand for different parameters."""
         own = (f.per_client for f in self.named.values() if f.upload)
         return self.ranks is not None or any(own)
 
@@ -223,7 +223,7 @@ class Downlink:
 
     @PARTS_OF_WEIGHTS
     def _holds_weights(self) -> str:
-        """Name a product, or a tensor with a start of its own, that is not zero at first."""
+        """Return the names of products and tensors that do not start at zero."""
         for name, adapter in self.adapters.items():
             factors = adapter.factors.values()
             if any(f.numbers is not None for f in factors) and all(map(_begun, factors)):
@@ -245,19 +245,19 @@ class Downlink:
         return replace(self.mapped(part), ranks=ranks, extras=extras)
 
     def of_one(self, place: int) -> Downlink:
-        """Take the values of the client at a place for values of all."""
+        """Replace per-client values by those of the client at one place."""
         return self.mapped(
             lambda _, each: each.with_numbers(lambda t: t[place]) if each.per_client else each
         )
 
 
 def _begun(factor: Factor) -> bool:
-    """Return whether a factor, as it is sent, is there and not zero."""
+    """Return whether a factor is sent and is not zero."""
     return factor.sketch is not None if factor.numbers is None else bool(factor.numbers.any())
 
 
 def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:
-    """Compute where what clients upload starts, in the form of their rows.
+    """Compute the starting values of what clients upload, as rows.
 
     Args:
         sent: What is asked.

@@ -1,4 +1,4 @@
-"""A factor of an adapter: what is sent of it, whether clients train it, and what it comes to.
+"""A factor of an adapter: what the server sends, whether clients train it, and its value.
 
 A frozen factor, or where a trained one starts, is one of
 
@@ -33,7 +33,7 @@ FROZEN = "frozen/"  # of the names of what is carried; the rest is the name of t
 
 @dataclass(frozen=True)
 class Factor:
-    """One matrix of a product, or another tensor that clients train; see `of` and `to_train`.
+    """Describe one factor of a product, or another trained tensor; see `of` and `to_train`.
 
     Attributes:
         numbers: What is sent: [*shape], or [K, *shape].
@@ -61,7 +61,7 @@ class Factor:
     upload: bool = True
 
     def __post_init__(self) -> None:
-        """Find the shape of what is frozen; that of what is trained is said."""
+        """Set the shape of a frozen factor; that of a trained one is given."""
         if self.trained or self.shape:
             return
         shape: tuple[int, ...] = ()
@@ -75,7 +75,7 @@ class Factor:
 
     @classmethod
     def of(cls, given: FactorLike) -> Factor:
-        """Take what a method says: a tensor is sent, of a drawing its seed.
+        """Build a factor from what a method gives: a tensor is sent, a sketch as its seed.
 
         Raises:
             ConfigError: If it is nothing of the kind.
@@ -101,46 +101,46 @@ class Factor:
 
     @property
     def per_client(self) -> bool:
-        """Return whether each client has a value of its own, along a leading axis K."""
+        """Return whether each client has its own value, along a leading axis K."""
         return self.numbers is not None and self.numbers.dim() > len(self.shape)
 
     @property
     def blank(self) -> bool:
-        """Return whether nothing is said of where it starts."""
+        """Return whether no starting value is given."""
         return self.numbers is None and self.sketch is None
 
     @property
     def drawing(self) -> SketchSpec | None:
-        """By what a frozen factor is drawn; None where it is not, or not by a seed alone."""
+        """Return the sketch of a frozen factor; None if it is not drawn from a seed only."""
         return None if self.trained or self.coefficients is not None else self.sketch
 
     @property
     def floats(self) -> int:
-        """Numbers that are sent of it; a seed has none."""
+        """Return the number of floats that are sent for it; a seed has none."""
         sent = self.numbers if self.coefficients is None else self.coefficients
         return 0 if sent is None else sent.numel()
 
     @property
     def exact_bytes(self) -> int:
-        """Bytes beside its numbers, which may be sent in fewer bits: of a seed, of coefficients."""
+        """Return the bytes sent without quantization: a seed and coefficients."""
         seed = 0 if self.sketch is None else SEED_BYTES
         return seed + (0 if self.coefficients is None else self.coefficients.nbytes)
 
     def with_numbers(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Factor:
-        """Replace the numbers that are sent, where there are any."""
+        """Return a copy with its numbers, if any, replaced."""
         return self if self.numbers is None else replace(self, numbers=change(self.numbers))
 
     def beside(self, past: torch.Tensor | None) -> Factor:
-        """Fill in T where it is wanted and not known yet."""
+        """Fill in T, the factor of the last merge, if it is needed and missing."""
         known = self.coefficients is None or self.past is not None
         return self if known else replace(self, past=past)
 
     def opening(self) -> torch.Tensor | None:
-        """Return where it starts, as `draw` does; None where nothing is said of that."""
+        """Return the starting value, as `draw` does; None if none is given."""
         return None if self.blank else self.draw()
 
     def draw(self) -> torch.Tensor:
-        """Return its value, which is not to be modified.
+        """Compute the value, which you must not modify.
 
         Returns:
             Numbers as they are; else float64 on the CPU.
@@ -210,17 +210,17 @@ def combined(rows: torch.Tensor, past: torch.Tensor, drawing: SketchSpec) -> Fac
 
 
 def past_name(weight: str) -> str:
-    """Name, in base weights, what the last link trained; parameters have no "/" in their names."""
+    """Return the name in the base weights of the factor that the last merge trained."""
     return weight + PAST
 
 
 def weight_of(name: str) -> str | None:
-    """Return the weight that a name of `past_name` belongs to; None for any other name."""
+    """Return the weight that a name from `past_name` belongs to; None for any other name."""
     return name.removesuffix(PAST) if name.endswith(PAST) else None
 
 
 def adapted_weight(name: str, weights: Container[str]) -> str | None:
-    """Return the weight that a factor's name belongs to; None if it is no factor of the weights.
+    """Return the weight that a factor's name belongs to; None if it is not a factor.
 
     Example:
         >>> adapted_weight("fc.weight/B", ["fc.weight"]), adapted_weight("fc.magnitude", [""])
@@ -231,12 +231,12 @@ def adapted_weight(name: str, weights: Container[str]) -> str | None:
 
 
 def as_rows(matrix: torch.Tensor, label: str) -> torch.Tensor:
-    """Turn B so that its components are rows, as those of A are; and back."""
+    """Transpose B so that its components are rows, as those of A are; and back."""
     return matrix.mT if label == "B" else matrix
 
 
 def label_of(drawing: SketchSpec) -> str:
-    """Return the label of a factor by the side of its drawing."""
+    """Return the label of a factor from the side of its sketch."""
     return "A" if drawing.side == "right" else "B"
 
 
@@ -247,6 +247,6 @@ def _rows(past: torch.Tensor, drawing: SketchSpec) -> tuple[torch.Tensor, torch.
 
 
 def pasts(base: Mapping[str, torch.Tensor]) -> Tree:
-    """Select what the last link trained from base weights, by weight."""
+    """Return the factors of the last merge from base weights, by weight."""
     found = ((weight_of(name), tensor) for name, tensor in base.items())
     return {weight: tensor for weight, tensor in found if weight is not None}

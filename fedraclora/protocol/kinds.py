@@ -1,4 +1,4 @@
-"""What a kind of numbers in fewer bits is, and those that round each number by itself.
+"""Base class of the quantized number formats, and those that round each number separately.
 
     Q(x) = s floor(x / s + u),  u uniform in [0, 1):   E Q(x) = x,   E (Q(x) - x)^2 <= s^2 / 4
 
@@ -37,7 +37,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Draws:
-    """How numbers are rounded.
+    """Choose how numbers are rounded.
 
     Attributes:
         rngs: What each row is drawn by; empty: nothing is drawn.
@@ -53,7 +53,7 @@ class Draws:
     again: bool = True
 
     def u(self, shape: tuple[int, int]) -> Doubles:
-        """Draw u for the numbers of all rows, in steps of 2^-32; to the nearest it is 1/2."""
+        """Draw the rounding offsets of all rows, in steps of 2^-32; 1/2 for rounding to nearest."""
         if self.nearest or not self.rngs:
             return np.full(shape, 0.5)
         drawn = np.stack([rng.integers(1 << 32, size=shape[1]) for rng in self.rngs])
@@ -61,7 +61,7 @@ class Draws:
 
 
 class Kind(ABC):
-    """A kind of numbers: how rows of tensors, one after another, become bytes.
+    """Encode rows of tensors, one after another, as bytes.
 
     Attributes:
         name: In settings, messages and files.
@@ -73,7 +73,7 @@ class Kind(ABC):
 
     @abstractmethod
     def size(self, sizes: torch.Tensor) -> torch.Tensor:
-        """Count the bytes of tensors with so many numbers: int64 [..., T] to [...]."""
+        """Return the bytes of tensors with so many numbers: int64 [..., T] to [...]."""
 
     @abstractmethod
     def encode(self, x: Doubles, sizes: Sequence[int], draws: Draws) -> Bytes:
@@ -81,14 +81,14 @@ class Kind(ABC):
 
     @abstractmethod
     def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Doubles:
-        """Read rows [K, P] back.
+        """Decode rows [K, P].
 
         Raises:
             WireError: If there is something that `encode` does not give, with ``again`` as there.
         """
 
     def refused(self, what: str) -> WireError:
-        """Say what `encode` does not give."""
+        """Build the error for bytes that `encode` never produces."""
         return WireError(f"{what} of the kind {self.name} is one that none may be")
 
 

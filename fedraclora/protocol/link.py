@@ -1,4 +1,4 @@
-"""Links: how one round changed the base weights, and the one function that applies them."""
+"""Merges: how one round changed the base weights, and the function that applies the change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Term:
-    """A term of a link, which is added to a weight.
+    """Add a product of factors to a weight.
 
     Attributes:
         factors: In order; one alone is a change in the shape in which the weight is stored.
@@ -57,7 +57,7 @@ class Term:
     keep: int | None = None
 
     def __post_init__(self) -> None:
-        """Reject a factor to keep that replicas would not have."""
+        """Reject a factor to keep that clients would not have."""
         if self.keep is not None and self.kept is None:
             raise ConfigError(
                 f"factor {self.keep} of a product of {len(self.factors)} is to stay beside its "
@@ -68,16 +68,16 @@ class Term:
     def of(
         cls, factors: Iterable[FactorLike], scale: float, kind: str = FULL, keep: int | None = None
     ) -> Term:
-        """Take factors as a method says them."""
+        """Build a term from the factors that a method gives."""
         return cls(tuple(map(Factor.of, factors)), scale, kind, keep)
 
     def beside(self, past: torch.Tensor | None) -> Term:
-        """Fill in what the last link trained, where a factor is computed from it."""
+        """Fill in the factor of the last merge, if a factor is computed from it."""
         return replace(self, factors=tuple(f.beside(past) for f in self.factors))
 
     @property
     def kept(self) -> torch.Tensor | None:
-        """The factor that stays beside the weight."""
+        """Return the factor that is kept beside the weight."""
         found = {place: f.numbers for place, f in enumerate(self.factors)}
         return None if self.keep is None else found.get(self.keep)
 
@@ -102,17 +102,17 @@ class Move(Named):
 
     @property
     def keeps_direction(self) -> bool:
-        """Return whether a tensor as large as each weight stays beside it (momentum)."""
+        """Return whether a tensor as large as each weight is kept beside it (momentum)."""
         return False
 
     def taken(self, base: Mapping[str, torch.Tensor]) -> Tree:
-        """Compute the weights after it, and what stays beside them; ``base`` is kept."""
+        """Compute the new weights, and what is kept beside them; ``base`` is not changed."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Link:
-    """How one round changed the base: low-rank terms that are added, dense values that replace.
+    """Hold how one round changed the base: low-rank terms to add, dense values to replace.
 
     The chain of links is the log from which a client that was away catches up.
 
@@ -133,22 +133,22 @@ class Link:
 
     @property
     def changes(self) -> bool:
-        """Return whether it changes anything."""
+        """Return whether the merge changes any weight."""
         return bool(self.terms or self.dense or self.rest or self.moves)
 
     def parts(self) -> tuple[Link, ...]:
-        """Split the link into the changes of the round, in order."""
+        """Split the merge into the changes of the round, in order."""
         own = (replace(self, rest=()),)
         return own + tuple(part for link in self.rest for part in link.parts())
 
 
 def matrices(term: Term) -> tuple[torch.Tensor, ...]:
-    """Draw and compute what is no tensor, and give the factors of a term as float64 matrices."""
+    """Compute the factors of a term as float64 matrices."""
     return tuple(f.draw().to("cpu", torch.float64) for f in term.factors)
 
 
 def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree:
-    """Fold a link into base weights: ``W + scale * product``, dense values replaced.
+    """Merge a round's change into base weights: ``W + scale * product``, dense values replaced.
 
     Server and replicas call this one function, so that they stay equal to the bit on one build.
     The product is formed in float64, on the CPU, where sketches are drawn, and rounded once, to

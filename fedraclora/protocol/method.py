@@ -1,4 +1,4 @@
-"""The contract between a federated method and everything else.
+"""The interface of a federated method.
 
 A method is a frozen dataclass of hyperparameters with a few pure functions. It never sees a
 client, a message or a data set: it says what the cohort trains (`Downlink`), is handed what
@@ -56,7 +56,7 @@ BEYOND_WEIGHTS = Feature("a method whose next round depends on more than the wei
 
 @dataclass(frozen=True)
 class Traits:
-    """What a method promises of all its rounds, so that no single message shows it.
+    """Declare the properties of a method that hold in all its rounds.
 
     The contract suite holds every method to them.
 
@@ -111,7 +111,7 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Counters:
-    """Whole numbers that a method keeps from round to round; in files they have the names of here.
+    """Hold counters of a method between rounds; files use the field names.
 
     A method that keeps more names a subclass in `Method.counters`, whose fields have defaults: each
     is a number, or numbers by weight.
@@ -125,7 +125,7 @@ class Counters:
     age: int = 0
 
     def stored(self) -> dict[str, int]:
-        """List the numbers by name; ``<field>/<weight>`` where there is one for each weight."""
+        """Return the numbers by name; ``<field>/<weight>`` if there is one for each weight."""
         found: dict[str, int] = {}
         for name, value in vars(self).items():
             many = isinstance(value, dict)
@@ -134,7 +134,7 @@ class Counters:
 
     @classmethod
     def read(cls, stored: Mapping[str, int]) -> Self:
-        """Read what `stored` wrote; what is missing is as at the start, others are left out."""
+        """Read the output of `stored`; missing numbers keep their start, others are ignored."""
         values: dict[str, int | dict[str, int]] = {}
         for name in (each.name for each in fields(cls)):
             inside = {k.partition("/")[2]: v for k, v in stored.items() if k.startswith(f"{name}/")}
@@ -145,7 +145,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class State:
-    """What the server holds between rounds.
+    """Hold the server's state between rounds.
 
     Attributes:
         base: The master weights, float32 or wider, and under names with a "/" what replicas keep
@@ -170,13 +170,13 @@ class State:
 
     @property
     def depends_on_past(self) -> bool:
-        """Return whether what the next round asks depends on more than the weights."""
+        """Return whether the next round depends on more than the weights."""
         return bool(self.carried or pasts(self.base))
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The method's access to randomness: specs of sketches, keyed by layer."""
+    """Draw random sketches for a method, by layer."""
 
     seed: int
 
@@ -200,26 +200,26 @@ class Method(Protocol):
 
     @property
     def traits(self) -> Traits:
-        """What the method promises."""
+        """Return the method's declared properties."""
 
     @property
     def client_state(self) -> bool:
-        """Return whether a factor stays at each client between rounds (``upload=False``)."""
+        """Return whether clients keep a factor between rounds (``upload=False``)."""
         return False
 
     @property
     def looks_at_clients(self) -> bool:
-        """Return whether it reports on single clients where their updates are there."""
+        """Return whether it reports on single clients, if the server has their updates."""
         return False
 
     @property
     def link_rounds(self) -> int | None:
-        """Return the rounds for which what is trained keeps its coordinates; None: for ever."""
+        """Return how many rounds trained factors keep their coordinates; None: for ever."""
         return None
 
     @property
     def begins_with_last(self) -> bool:
-        """Return whether a link begins with what the last one left, beside the weights."""
+        """Return whether a merge period starts from a factor of the last one."""
         return False
 
     @property
@@ -234,32 +234,32 @@ class Method(Protocol):
 
     @property
     def unread(self) -> Mapping[str, str]:
-        """Name hyperparameters that nothing reads beside the others, and what would read them."""
+        """Name hyperparameters that the settings ignore, and the setting that would use them."""
         return {}
 
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
         """Build the state before the first round."""
 
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        """Build what the cohort trains in round ``round_`` (from 1)."""
+        """Build the downlink of round ``round_`` (from 1)."""
 
     def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
-        """Ask for another exchange in the same round (a second pass), or None to close it."""
+        """Return the downlink of another exchange in the same round, or None to close it."""
         return None
 
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        """Turn what came back into the next state; the changed base goes with its link."""
+        """Return the next state from the clients' updates; it holds the merge of the round."""
 
     def in_force(self, state: State) -> tuple[Method, State]:
-        """Return the method and the state as they stand: what wraps one may leave layers out."""
+        """Return the method and the state in effect; a wrapper may leave layers out."""
         return self, state
 
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        """Effective dense weights: global, or personal with what a client keeps (``own``)."""
+        """Return the dense weights: global, or personal with a client's factors (``own``)."""
         return state.base
 
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        """Numbers (up, down) per client and round by the formula in the method's docstring.
+        """Return the numbers (up, down) per client and round, by the formula in the docstring.
 
         Catch-up of an absent client and the bytes of seeds and headers are not in it.
         """
@@ -338,14 +338,14 @@ class Method(Protocol):
 
 
 def _named(kind: type) -> str:
-    """Name the class of a method as a config does: one in `methods` by its module."""
+    """Return the class name of a method as a config writes it."""
     package, _, module = kind.__module__.rpartition(".")
     inside = package.endswith("strategies.methods")
     return module if inside else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def first_downlink(method: Method, state: State, draw: Draw, clients: int) -> Downlink:
-    """Build what a method sends in round 1, for whoever must know its shapes before a run.
+    """Build the downlink of round 1, to read its shapes before a run.
 
     Args:
         method: The algorithm.
@@ -358,7 +358,7 @@ def first_downlink(method: Method, state: State, draw: Draw, clients: int) -> Do
 
 
 def check_method(method: Any) -> None:
-    """Check a method that is a class of the program's own.
+    """Check a method whose class the user's program defines.
 
     Raises:
         ConfigError: If it is no method, or keeps what its fields do not show: by these a run that

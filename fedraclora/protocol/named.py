@@ -1,4 +1,4 @@
-"""Dataclasses of which a file or a message says by name which one it holds."""
+"""Dataclasses that files and messages identify by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedraclora.errors import ConfigError
 
 
 class Named:
-    """Base of families of dataclasses, one of which a file or a message holds by its name.
+    """Register subclasses under a name, by which files and messages identify them.
 
     A class that derives from it directly begins a family; those that derive from that one and have
     a ``name`` are its members. A name is looked up among the classes that this process has
@@ -26,7 +26,7 @@ class Named:
 
     @override
     def __init_subclass__(cls, **more: Any) -> None:
-        """Take the class among the members of its family; raises as `register`."""
+        """Register the class in its family; raises as `register`."""
         super().__init_subclass__(**more)
         if Named in cls.__bases__:
             cls.known = {}
@@ -34,7 +34,7 @@ class Named:
 
     @classmethod
     def register(cls) -> None:
-        """Take the class among the members of its family, if it has a name.
+        """Register the class in its family, if it has a name.
 
         Raises:
             ConfigError: If another class has its name.
@@ -53,7 +53,7 @@ class Named:
             cls.known[name] = cls
 
     def known_as(self) -> str:
-        """Return the name by which a message holds it.
+        """Return the name by which messages identify the class.
 
         Raises:
             ConfigError: If its class has none of its own.
@@ -68,7 +68,7 @@ class Named:
 
 
 def of_main() -> list[type[Named]]:
-    """List the members that the main program defines itself: other processes cannot import them.
+    """Return the members that the main program defines; other processes cannot import them.
 
     Python makes a class that is sent to another process before it has its name, so that
     process calls `Named.register`.

@@ -1,4 +1,4 @@
-"""Which parameters a run trains, and at which rank: one policy for all methods.
+"""Choose which parameters a run trains, and at which rank; the same for all methods.
 
 `head` and `bias` decide GLUE comparisons as much as the method does, and public repositories all
 treat them differently, so they are set once for every method of a comparison.
@@ -45,7 +45,7 @@ def make_plan(
     bias_policy: str = "frozen",
     modules_to_save: str | Sequence[str] | None = None,
 ) -> Plan:
-    """Decide what is adapted and what is trained in full.
+    """Choose which parameters are adapted and which are trained in full.
 
     Args:
         model: The network.
@@ -113,7 +113,7 @@ def make_plan(
 
 
 def _matching_parameters(parameters: list[str], patterns: str | Sequence[str]) -> set[str]:
-    """Find the parameters of the layers that patterns name."""
+    """Return the parameters of the layers that patterns match."""
     found: set[str] = set()
     for part in split_patterns(patterns):
         hits = {n for n in parameters if matches(n.rpartition(".")[0], part) or matches(n, part)}
@@ -126,14 +126,14 @@ def _matching_parameters(parameters: list[str], patterns: str | Sequence[str]) -
 
 @dataclass(frozen=True)
 class Rank:
-    """The rank of one layer, and a note if it is not the one that was asked for."""
+    """Hold the rank of one layer, with a note if it differs from the requested one."""
 
     value: int
     note: str | None = None
 
 
 def check_rank(ranks: Ranks) -> None:
-    """Reject a ``method.rank`` that no layer can have, before any layer is known.
+    """Reject a ``method.rank`` that is invalid for every layer.
 
     Raises:
         ConfigError: If a number is not positive, a fraction is 1 or more, or a mapping is empty.
@@ -145,7 +145,7 @@ def check_rank(ranks: Ranks) -> None:
 
 
 def check_patterns(ranks: Ranks, targets: Iterable[str]) -> None:
-    """Reject a mapping of ranks with a pattern that fits no adapted layer.
+    """Reject a mapping of ranks with a pattern that matches no adapted layer.
 
     Raises:
         ConfigError: Naming the pattern.
@@ -157,7 +157,7 @@ def check_patterns(ranks: Ranks, targets: Iterable[str]) -> None:
 
 
 def own_rank(ranks: Mapping[str, int | float | str], name: str) -> int | float | str:
-    """Look up the rank of one layer in a mapping: by its weight's name, else by the first pattern.
+    """Return a layer's rank from a mapping: by its weight's name, else by the first match.
 
     Args:
         ranks: By weight name, or by pattern as in `fedraclora.lowrank.layers.matches`.
@@ -184,14 +184,14 @@ def own_rank(ranks: Mapping[str, int | float | str], name: str) -> int | float |
 
 
 def rank_notes(ranks: Iterable[Rank]) -> tuple[str, ...]:
-    """Collect what is said of ranks that are not those that were asked for."""
+    """Collect the notes on ranks that differ from the requested ones."""
     return tuple(rank.note for rank in ranks if rank.note is not None)
 
 
 def resolve_rank(
     rank: Ranks, dim: int, name: str, *, cap: bool, parts: int = 1, of: str = "parts"
 ) -> Rank:
-    """Turn ``method.rank`` into the rank of one layer.
+    """Convert ``method.rank`` to the rank of one layer.
 
     Args:
         rank: An integer, ``full`` (the drawn side's dimension), or a fraction of that (a float
@@ -278,7 +278,7 @@ def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> flo
 
 
 def frozen_layers(model: nn.Module, plan: Plan) -> list[str]:
-    """Name the layers that have parameters of their own of which a run trains none.
+    """Return the layers of which a run trains no parameter.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
@@ -295,7 +295,7 @@ def frozen_layers(model: nn.Module, plan: Plan) -> list[str]:
 
 
 def thawed(model: nn.Module, plan: Plan) -> list[str]:
-    """Name the parameters that a run trains or adapts though ``requires_grad`` is False for them.
+    """Return the parameters that a run trains although their ``requires_grad`` is False.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).requires_grad_(False)
@@ -308,7 +308,7 @@ def thawed(model: nn.Module, plan: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class TrainedPart:
-    """What clients train of a model; as a string in words.
+    """Summarize what clients train of a model; its string is for people.
 
     Attributes:
         layers: Names of adapted layers.
@@ -340,7 +340,7 @@ class TrainedPart:
 
 
 def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> TrainedPart:
-    """Collect what clients train in the first round: ranks, layers, and how many numbers.
+    """Summarize what clients train in the first round: ranks, layers, and how many numbers.
 
     Args:
         sent: Of the round.
@@ -372,7 +372,7 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> Trained
 
 
 def some_of(names: Sequence[str], what: str) -> str:
-    """List names; of many those that differ in numbers alone as one, and of these the first few.
+    """List names for a message; long lists are grouped by names that differ in numbers only.
 
     Args:
         names: One or more.

@@ -1,4 +1,4 @@
-"""Client programs: what clients do besides plain local steps, by a method or by a setting.
+"""Client programs: the part of local training that a method or a setting defines.
 
 A method sends its program with each exchange (`Downlink.program`), with the fields of the program
 as its payload; a setting adds one to every round (``local.extras``). Both are a `ClientProgram`,
@@ -43,7 +43,7 @@ def mean_losses(losses: torch.Tensor, counts: torch.Tensor, valid: torch.Tensor)
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a chunk of clients brought back, in the order in which they were asked.
+    """Hold the results of a chunk of clients, in the order in which they were asked.
 
     Attributes:
         trained: Every trained tensor by name, [K, ...].
@@ -65,7 +65,7 @@ class LocalResult:
 
 
 class When(IntEnum):
-    """After what of a local step a hook changes the gradients."""
+    """Choose after which part of a local step a hook changes the gradients."""
 
     LOSS = 0  # they are those of the loss: a term may be added to it
     PROGRAM = 1  # what the method's program says
@@ -74,7 +74,7 @@ class When(IntEnum):
 
 
 class Optimizer(Protocol):
-    """Takes the steps of a chunk."""
+    """Take the optimizer's steps for a chunk of clients."""
 
     def step(self, gradients: Tree) -> None:
         """Take one step for the clients that still train: the first rows of each tensor."""
@@ -84,7 +84,7 @@ class Optimizer(Protocol):
 
 
 class Former(Protocol):
-    """Forms the gradients of a chunk, in the place of those of the loss."""
+    """Compute the gradients of a chunk instead of those of the loss."""
 
     def gradients(
         self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
@@ -94,7 +94,7 @@ class Former(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientChunk:
-    """What a chunk of clients trains. Those that finish first stand last.
+    """Hold what a chunk of clients trains; clients with fewer steps come last.
 
     Attributes:
         downlink: What was asked.
@@ -127,7 +127,7 @@ class ClientChunk:
 
 
 class ClientProgram(Named, Limited, group="local.extras"):
-    """What clients do besides plain local steps; as it stands here, nothing.
+    """Define a client's local training; this base class changes nothing.
 
     Override the hooks that you need. A program that a method sends has a ``name``, and its fields
     travel with it: plain numbers, texts, and lists, dicts and dataclasses of these.
@@ -159,7 +159,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
 
     @property
     def setting(self) -> str:
-        """How the config asks for it, for messages."""
+        """Return the config setting that asks for it, for messages."""
         return self.form.format(**vars(self)) or type(self).__name__
 
     # What it is in a message.
@@ -171,7 +171,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of what travels with it: 8 for each number of a list or a tuple among its fields.
+        """Return the payload bytes: 8 for each number in its list and tuple fields.
 
         Single numbers and texts belong to the header of a message. Override it if other fields grow
         with the model.
@@ -189,28 +189,28 @@ class ClientProgram(Named, Limited, group="local.extras"):
 
     @property
     def keeps_direction(self) -> bool:
-        """Return whether a part of a round's step goes on in the next one (momentum)."""
+        """Return whether a part of a round's step continues in the next one (momentum)."""
         return False
 
     def check(self, downlink: Downlink) -> None:
-        """Reject fields that came in a message and do not fit; types and limits are checked before.
+        """Reject invalid fields of a received message; types and limits were checked before.
 
         Raises:
             WireError: Naming the field, what came and what was wanted.
         """
 
     def at_rest(self) -> ClientProgram:
-        """Return what of it says from which weights clients start (`fold`)."""
+        """Return the part that says from which weights clients start (`fold`)."""
         return PLAIN
 
     # What clients do.
 
     def held(self, downlink: Downlink, plan: Plan) -> Downlink:
-        """Say what clients hold and train, where that is not what they are asked to send."""
+        """Return what clients hold and train, if it differs from what they are sent."""
         return downlink
 
     def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
-        """Compute the weights from which clients train, of a replica's.
+        """Compute the weights from which clients train, from the base weights.
 
         Args:
             base: Of a replica, with what it keeps beside its weights (names with a "/"). Not
@@ -223,11 +223,11 @@ class ClientProgram(Named, Limited, group="local.extras"):
         return parameters(base), {}
 
     def most_steps(self, downlink: Downlink) -> int | None:
-        """Return the most local steps of a client, whatever the settings say; None: any number."""
+        """Return the largest number of local steps; None: no limit."""
         return None
 
     def former(self, chunk: ClientChunk, base: Tree, steps: int) -> Former:
-        """Return what forms the gradients of a chunk, if `forms_gradients`.
+        """Return the object that computes the gradients of a chunk, if `forms_gradients`.
 
         Args:
             chunk: Of clients.
@@ -259,7 +259,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
         return {}
 
     def optimizer(self, chunk: ClientChunk, rates: Rates) -> Optimizer | None:
-        """Return the optimizer in the place of the core's; None: it has none.
+        """Return an optimizer that replaces the local one; None: it has none.
 
         Args:
             chunk: Of clients; its values are updated in place.
@@ -273,7 +273,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
     def moment_shapes(
         self, downlink: Downlink, kinds: tuple[str, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what an optimizer holds for one client.
+        """Return the shapes of an optimizer's state for one client.
 
         Args:
             downlink: Says what is trained.
@@ -286,7 +286,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
         return {f"{kind}/{name}": slot.shape for kind in kinds for name, slot in trained}
 
     def upload(self, before: Tree, after: Tree) -> Tree:
-        """Compute what clients send, by name, [K, ...].
+        """Return what clients send, by name, [K, ...].
 
         Args:
             before: The weights from which they went.
@@ -295,22 +295,22 @@ class ClientProgram(Named, Limited, group="local.extras"):
         return after
 
     def sent(self, result: LocalResult) -> LocalResult:
-        """Select what leaves the clients from their result, after they have stored their state."""
+        """Select what clients send from their result, after they stored their state."""
         return result
 
     # What the server says of it.
 
     def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:
-        """Compute s and c of the step that SGD takes in weight space (`effective_step`)."""
+        """Return s and c of the step that SGD takes in weight space (`effective_step`)."""
         return scale, gram
 
     def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
-        """Compute the ledger's columns of a round, from what was asked and what came back."""
+        """Compute the columns of a round in the results table."""
         return {}
 
 
 def _listed(value: object) -> int:
-    """Count the numbers in a list or a tuple, also of lists and tuples."""
+    """Count the numbers in nested lists and tuples."""
     if not isinstance(value, list | tuple):
         return 0
     return sum(isinstance(each, int | float) or _listed(each) for each in value)
@@ -318,7 +318,7 @@ def _listed(value: object) -> int:
 
 @dataclass(frozen=True)
 class LocalSteps(ClientProgram):
-    """Plain local steps, and nothing else."""
+    """Run plain local steps."""
 
     name = "plain"
     plain = True
@@ -326,7 +326,7 @@ class LocalSteps(ClientProgram):
 
 @dataclass(frozen=True)
 class MeanGradient(ClientProgram):
-    """Clients send the mean of their gradients where they start, and take no step."""
+    """Send the mean gradient at the starting weights; take no step."""
 
     name = "gradient"
     trains = False

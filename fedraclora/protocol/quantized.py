@@ -1,4 +1,4 @@
-"""Numbers in fewer bits: the kinds that there are, and tensors as bytes of such a kind.
+"""Quantized numbers: the available formats, and tensors as bytes in one of them.
 
 Whatever was rounded is read back without another error, and is left as it is by rounding it again:
 what is merged, written to disk and sent anew has the same bits. So what a kind must be
@@ -28,7 +28,7 @@ Rng = np.random.Generator | Sequence[np.random.Generator] | None
 
 
 def packed_bytes(sizes: Sizes, kind: str) -> torch.Tensor:
-    """Count the bytes of tensors on the wire, scales included.
+    """Return the bytes of quantized tensors, scales included.
 
     Args:
         sizes: Numbers of each tensor, int64 [..., T].
@@ -55,7 +55,7 @@ def encode(
     again: bool = True,
     coding: str = NONE,
 ) -> torch.Tensor:
-    """Round the numbers of some tensors and pack them.
+    """Quantize and pack tensors.
 
     Args:
         numbers: One tensor after another, [P]; or such rows, [K, P].
@@ -82,7 +82,7 @@ def encode(
 
 
 def sent_bytes(tensors: Sequence[torch.Tensor], kind: str, coding: str = NONE) -> int:
-    """Count the bytes of tensors that travel together: of coded ones those of their frame."""
+    """Return the bytes of tensors sent together; coded ones count as their frame."""
     sizes = [tensor.numel() for tensor in tensors]
     if coding == NONE or kind in WIDTHS:
         return int(packed_bytes(sizes, kind))
@@ -93,7 +93,7 @@ def sent_bytes(tensors: Sequence[torch.Tensor], kind: str, coding: str = NONE) -
 def decode(
     raw: torch.Tensor, sizes: Sequence[int], kind: str, axes: int = 1, *, again: bool = True
 ) -> torch.Tensor:
-    """Read what `encode` packed, float64 [P] or, of two axes, [K, P]; ``again`` as it was there.
+    """Decode the output of `encode`, float64 [P] or, with two axes, [K, P].
 
     What is coded is shorter than what is not, and so is known.
 
@@ -125,7 +125,7 @@ def rounded(
     *,
     nearest: bool = False,
 ) -> torch.Tensor:
-    """Round a tensor as it will be when it has been sent; ``rows`` of it are sent apart."""
+    """Quantize a tensor and convert it back; ``rows`` of it are sent separately."""
     sizes = [tensor.numel() // rows] * rows
     raw = encode(tensor.reshape(-1), sizes, kind, rng, nearest=nearest)
     return decode(raw, sizes, kind).reshape(tensor.shape).to(tensor)

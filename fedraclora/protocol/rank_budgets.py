@@ -1,4 +1,4 @@
-"""Rank budgets: a client trains the first components of every adapter, and sums stay exact.
+"""Rank budgets: a client trains only the first components of every adapter; sums stay exact.
 
     client k trains the first r_k columns of B under the first r_k rows of the shared A;
     W <- W + s (sum_k p_k B_k) A, where column j > r_k of B_k is as it started
@@ -31,7 +31,7 @@ from fedraclora.tree import Tree
 
 
 def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
-    """See that an exchange asks each client for its own budget.
+    """Check that an exchange has one rank budget for each client.
 
     Raises:
         ConfigError: If the method forgot the budgets of the cohort.
@@ -51,7 +51,7 @@ def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
 
 
 def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
-    """Find the axes of a factor that count components: where it meets the factors beside it.
+    """Return the axes of a factor that count components.
 
     Example:
         >>> from fedraclora.protocol.factor import to_train
@@ -64,7 +64,7 @@ def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
 
 
 def spans(ranks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the first component of each client and the one after its last.
+    """Return the first component of each client and the one after its last.
 
     Args:
         ranks: Budgets, int64 [K]: the first r_k; or parts, int64 [K, 2]: part g of G.
@@ -84,14 +84,14 @@ def spans(ranks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
-    """Compute which of ``size`` components each client has: bool [K, size]; ranks as in `spans`."""
+    """Return which of ``size`` components each client has: bool [K, size]; ranks as in `spans`."""
     first, end = spans(ranks, size)
     places = torch.arange(size, device=ranks.device)
     return (places >= first[:, None]) & (places < end[:, None])
 
 
 def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
-    """Mask what clients train of the factors that a budget cuts.
+    """Return masks of what clients train of the factors that a budget limits.
 
     Args:
         downlink: Says which factors are trained.
@@ -118,7 +118,7 @@ def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
 
 
 def hold(values: Tree, starts: Tree, masks: Tree, active: int) -> None:
-    """Put back, in place, what is beyond a budget: weight decay moves what has no gradient, too.
+    """Restore, in place, what lies beyond a budget: weight decay moves it without a gradient.
 
     Args:
         values: Trained tensors, [K, ...]; the first ``active`` clients have taken a step.
@@ -132,7 +132,7 @@ def hold(values: Tree, starts: Tree, masks: Tree, active: int) -> None:
 
 
 def cut_gradients(gradients: Tree, masks: Tree) -> Tree:
-    """Leave no gradient beyond a budget, a NaN neither; the order of names is kept."""
+    """Set gradients beyond a budget to zero, NaN too; the order of names is kept."""
     return {
         name: gradient.masked_fill(~masks[name][: gradient.shape[0]], 0)
         if name in masks
@@ -142,7 +142,7 @@ def cut_gradients(gradients: Tree, masks: Tree) -> Tree:
 
 
 def uploaded_mask(downlink: Downlink, places: torch.Tensor) -> torch.Tensor | None:
-    """Mask the numbers of its row that a client sends: what is beyond its budget stays at home.
+    """Return the mask of the numbers in its row that a client sends.
 
     Args:
         downlink: What is asked.
@@ -165,7 +165,7 @@ def uploaded_mask(downlink: Downlink, places: torch.Tensor) -> torch.Tensor | No
 
 
 def widen(numbers: torch.Tensor, downlink: Downlink, places: torch.Tensor) -> torch.Tensor:
-    """Make rows of what clients sent under budgets: the rest is as it started.
+    """Expand what clients sent under budgets to full rows; the rest keeps its starting value.
 
     Args:
         numbers: What they sent, one client after another, [total].
@@ -199,7 +199,7 @@ def widen(numbers: torch.Tensor, downlink: Downlink, places: torch.Tensor) -> to
 
 
 def uploaded_numbers(downlink: Downlink, cohort: int) -> torch.Tensor:
-    """Count the numbers that each client of a cohort sends back, int64 [K]."""
+    """Return how many numbers each client of a round sends back, int64 [K]."""
     total = torch.zeros(cohort, dtype=torch.int64)
     masks = trainable(downlink, downlink.ranks)
     for name, slot in downlink.uploaded().items():

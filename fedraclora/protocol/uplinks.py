@@ -1,4 +1,4 @@
-"""Exact aggregation: float64 sums in client order, in fixed summation blocks.
+"""Exact aggregation: float64 sums in client order, in fixed blocks.
 
 A float sum depends on its order, even in float64. So clients are summed in ascending order of id,
 `SUM_BLOCK` at a time: inside a block one after another, then the blocks one after another. The
@@ -28,7 +28,7 @@ TILE = 1 << 15  # of them where each is read and written for every client
 def block_sums(
     stacked: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sum ``weights[k] * stacked[k]`` inside each block of `SUM_BLOCK` places of the cohort.
+    """Sum ``weights[k] * stacked[k]`` inside each block of `SUM_BLOCK` clients of the round.
 
     Row after row, so that the bits do not depend on a library's reduction order.
 
@@ -78,7 +78,7 @@ def weighted_sum(
 
 
 class RunningSum:
-    """Computes `weighted_sum` of rows that come one after another, and keeps none of them.
+    """Compute `weighted_sum` of rows as they arrive, without keeping them.
 
     Args:
         size: Numbers of a row.
@@ -117,7 +117,7 @@ class RunningSum:
     def _add(
         self, out: torch.Tensor, rows: torch.Tensor, weights: list[float], *, at_once: bool
     ) -> None:
-        """Add rows to their part of the block, a few numbers at a time: they stay in the cache."""
+        """Add rows to a part of the block, in pieces that fit into the cache."""
         for part, columns in zip(out.split(TILE), rows.split(TILE, dim=1), strict=True):
             room = self.room[: len(part)]
             for row, weight in zip(columns, weights, strict=True):
@@ -127,12 +127,12 @@ class RunningSum:
                     part.add_(room.copy_(row).mul_(weight))
 
     def add_blocks(self, sums: torch.Tensor) -> None:
-        """Add sums of blocks [B, P], float64, whose places are behind those that were added."""
+        """Add sums of blocks [B, P], float64, which follow the blocks added before."""
         for block in sums:
             self.total += block
 
     def value(self) -> torch.Tensor:
-        """Return the sum, float64 [P]; nothing is added after it."""
+        """Return the sum, float64 [P]; you cannot add to it afterwards."""
         self.total += self.block
         return self.total
 
@@ -147,7 +147,7 @@ def sum_blocks(blocks: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Uplinks:
-    """What a cohort sent: stacked, or (where sums are enough) already summed.
+    """Hold what the clients of a round sent: stacked, or summed already.
 
     Attributes:
         clients: Client ids in ascending order, int64 [K].
@@ -171,7 +171,7 @@ class Uplinks:
 
     @property
     def total(self) -> float:
-        """Sum of the aggregation weights, exactly rounded, so in any order; or `denominator`."""
+        """Return the sum of the aggregation weights, exactly rounded; or `denominator`."""
         if self.denominator is not None:
             return self.denominator
         return math.fsum(self.weights.tolist())
@@ -187,13 +187,13 @@ class Uplinks:
         return weighted_sum(self.stacked, self.weights, self.places)
 
     def mean(self) -> Tree:
-        """Weighted mean of everything that was sent, float64, by name."""
+        """Return the weighted mean of all updates, float64, by name."""
         mean = self.sum() / self.total
         # Copies: views into one vector lie anywhere, and matrix products round by alignment.
         return {n: t.clone() for n, t in self.layout.unpack(mean).items()}
 
     def stack(self) -> Tree:
-        """Everything that was sent, by name, [K, ...].
+        """Return all updates by name, [K, ...].
 
         Raises:
             ShapeError: If only the sum is known (a pre-reduced or secure aggregation).
@@ -201,7 +201,7 @@ class Uplinks:
         return self.layout.unpack(self.rows())
 
     def rows(self) -> torch.Tensor:
-        """The same packed into one row for each client, [K, P]; raises as `stack` does."""
+        """Return all updates as one row for each client, [K, P]; raises as `stack` does."""
         if self.stacked is None:
             raise ShapeError("this method needs each client's own update, but only their sum came")
         return self.stacked
@@ -220,14 +220,14 @@ class Uplinks:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A client whose reply was not used, and why."""
+    """Record a client whose reply was rejected, and why."""
 
     client: int
     reason: str
 
 
 def finite(rows: torch.Tensor) -> torch.Tensor:
-    """Find the rows of [K, P] without NaN and infinity: bool [K].
+    """Return which rows of [K, P] have no NaN or infinity: bool [K].
 
     By the greatest absolute value, which a NaN passes through: one pass and no copy, where
     ``isfinite`` makes copies of the size of the rows.
@@ -239,7 +239,7 @@ def finite(rows: torch.Tensor) -> torch.Tensor:
 
 
 def greatest_norm(dtype: torch.dtype) -> float:
-    """Return the greatest norm with which anything can be computed: 4e9 (float32), 1e77 (float64).
+    """Return the largest norm of a usable update: 4e9 (float32), 1e77 (float64).
 
     A loss squares what a weight gives, and the norm of its gradient squares that: where the fourth
     power overflows, weights may be finite, and all that comes of them is not.
@@ -260,7 +260,7 @@ def norms_of(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def calmer(*, own: bool) -> str:
-    """Say what to do against numbers that grow; ``own``: where a function of the user's trains."""
+    """Return advice against diverging updates; ``own``: for a training function of the user."""
     return (
         "take smaller steps in your training function, or clip its gradients"
         if own
@@ -275,7 +275,7 @@ def check_rows(
     pieces: Sequence[torch.Tensor],
     norms: torch.Tensor | None = None,
 ) -> list[Refusal]:
-    """Check each client's row before any sum: numbers that are no NaN and not absurd, weight, loss.
+    """Check each client's row before aggregation: finite and of plausible norm, weight and loss.
 
     Args:
         clients: int64 [K].
@@ -309,7 +309,7 @@ def check_rows(
 
 
 def mean_said(values: torch.Tensor, weights: torch.Tensor, unsaid: float) -> float:
-    """Compute the weighted mean over the clients that say a number; NaN where none does."""
+    """Return the weighted mean over the clients that report a number; NaN if none does."""
     values = values.to(weights.dtype)
     said = ~values.isnan() if math.isnan(unsaid) else values != unsaid
     if not said.all():
@@ -318,7 +318,7 @@ def mean_said(values: torch.Tensor, weights: torch.Tensor, unsaid: float) -> flo
 
 
 def too_many(refused: Sequence[Refusal], round_: int, rule: str) -> ClientError:
-    """Build the error for a round that lost more clients than a rule of the config allows."""
+    """Build the error for a round that lost more clients than the config allows."""
     lines = "; ".join(f"client {r.client}: {r.reason}" for r in refused[:5])
     more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
     kind = DivergenceError if all(CALMER in r.reason for r in refused) else ClientError

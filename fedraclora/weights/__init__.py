@@ -1,1 +1,1 @@
-"""Base weights on their way: files, the chain of links, copies at workers and clients."""
+"""Base weights: files, the sequence of merges, and copies at workers and clients."""

@@ -1,4 +1,4 @@
-"""The chain of links, and what a client that was away must fetch to catch up.
+"""The sequence of merges, and what a client must fetch to catch up after an absence.
 
 A client that holds version v of the base needs the links v+1..t, or the dense weight with what
 stands beside it, whichever is smaller: decided per weight. Every client is taken to hold version 0,
@@ -24,19 +24,19 @@ from fedraclora.tree import Tree
 
 
 def term_bytes(term: Term, coding: str = NONE) -> int:
-    """Count the payload bytes of a term: its matrices, coefficients, and 8 for each seed."""
+    """Return the payload bytes of a term: its matrices, coefficients, and 8 for each seed."""
     numbers = [f.numbers for f in term.factors if f.numbers is not None]
     exact = sum(f.exact_bytes for f in term.factors)
     return exact + sum(value_bytes(tensor, term.kind, coding) for tensor in numbers)
 
 
 def value_bytes(value: torch.Tensor, kind: str, coding: str = NONE) -> int:
-    """Count the payload bytes of a new value."""
+    """Return the payload bytes of a new value."""
     return value.nbytes if kind == FULL else sent_bytes([value], kind, coding)
 
 
 class LinkSizes:
-    """Counts the bytes of links by weight: the one rule of what a replica at an old version needs.
+    """Count the bytes of merges by weight, to find what a client at an old version needs.
 
     Of each weight that is the links since then, or the weight whole where these are not smaller.
     So there is a version, the floor, such that whoever holds it or an older one needs the same: of
@@ -77,17 +77,17 @@ class LinkSizes:
 
     @property
     def whole(self) -> npt.NDArray[np.int64]:
-        """Bytes that each weight costs where it is fetched whole [1 or 2, W]."""
+        """Return the bytes of each weight sent whole [1 or 2, W]."""
         found: npt.NDArray[np.int64] = self.dense + self.beside
         return found
 
     @property
     def version(self) -> int:
-        """Version of the server's base: the number of links."""
+        """Return the version of the server's base: the number of merges."""
         return self.floor + len(self.sums) - 1
 
     def add(self, link: Link | None) -> None:
-        """Append the link of a round (None: nothing changed, but the version moves on)."""
+        """Append the merge of a round (None: no change, but the version advances)."""
         row = np.zeros_like(self.dense)
         for part in () if link is None else link.parts():
             for name, term in part.terms.items():
@@ -129,12 +129,12 @@ class LinkSizes:
         return bool(((self.sums[-1] - until >= self.whole) | (until == 0))[0].all())
 
     def since(self, version: int) -> npt.NDArray[np.int64]:
-        """Count the bytes of the links after a version, or the floor below it [1 or 2, W]."""
+        """Return the bytes of the merges after a version, or the floor below it [1 or 2, W]."""
         after: npt.NDArray[np.int64] = self.sums[-1] - self.sums[max(version - self.floor, 0)]
         return after
 
     def followed(self, version: int) -> frozenset[str]:
-        """Name the weights to which links lead from a version in fewer bytes than they have.
+        """Return the weights that cost fewer bytes as merges than whole, from a version on.
 
         Returns:
             These, and the names of what the last link trained of them, where it stands beside them.
@@ -146,7 +146,7 @@ class LinkSizes:
 
 
 class CatchUp(LinkSizes):
-    """Counts the bytes that each client must fetch before it can take part.
+    """Count the bytes that each client must fetch before it can take part.
 
     They are those of the `fedraclora.weights.update.WeightUpdate` that a client of its own machine
     is sent. Four bytes a client are kept, its version. A round touches its cohort alone, and a
@@ -186,7 +186,7 @@ class CatchUp(LinkSizes):
         return cost
 
     def state(self) -> Tree:
-        """Tensors for a checkpoint; clients at the floor or below go back to version 0."""
+        """Return tensors for a checkpoint; clients at the floor or below go back to version 0."""
         seen = np.flatnonzero(self.versions)  # no array of the population is made
         above = self.versions[seen] > self.floor
         self.versions[seen[~above]] = 0
@@ -201,7 +201,7 @@ class CatchUp(LinkSizes):
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take the tensors of `state` back; those of older releases have all versions."""
+        """Restore the tensors of `state`; those of older releases have all versions."""
         self.floor = int(tensors["catch_up/floor"]) if "catch_up/floor" in tensors else 0
         shape = self.dense.shape
         self.sums = list(tensors["catch_up/sums"].numpy().copy().reshape(-1, *shape))
@@ -217,13 +217,13 @@ class CatchUp(LinkSizes):
 
 
 def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
-    """Split a link into tensors and plain JSON, for a file of the chain."""
+    """Convert a merge to tensors and plain JSON, for a file."""
     tensors, plain = split(link, "link")
     return tensors, {"link": plain}
 
 
 def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Link:
-    """Rebuild a link from `link_tensors`."""
+    """Rebuild a merge from `link_tensors`."""
     return join(Link, tensors, meta["link"], "link")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what the next round needs, in one file that is either whole or not there.
+"""Checkpoints: the state for the next round in one file, replaced atomically.
 
 A checkpoint is one safetensors file: tensors, and beside them in the file's header the meta data
 as JSON, the order of the tensors and a SHA-256 of all of it. It is written under a temporary
@@ -31,12 +31,12 @@ _ABSENT = "(absent)"
 
 
 def is_private(folder: Path) -> bool:
-    """Check whether nobody but its owner may enter a folder, or read it."""
+    """Return whether only its owner may enter a folder or read it."""
     return not folder.stat().st_mode & 0o077
 
 
 def make_folder(folder: Path, *, private: bool | None = None) -> None:
-    """Make a folder where it is missing, and those that it lies in.
+    """Create a folder and its parents, if missing.
 
     Args:
         folder: It.
@@ -51,13 +51,13 @@ def make_folder(folder: Path, *, private: bool | None = None) -> None:
 
 
 def keep_private(path: Path) -> None:
-    """Keep others from a file that lies in a private folder, also where it is copied to."""
+    """Restrict access to a file in a private folder, also after it is copied."""
     if is_private(path.parent):
         path.chmod(0o600)
 
 
 def refuse_links(folder: Path) -> None:
-    """Reject a run folder to write to, if a symbolic link in it leads out of it.
+    """Reject a run folder with a symbolic link that leads out of it.
 
     It may be of others, and what is written through a link overwrites files of this user. Links
     within the folder, as wandb makes, do no harm.
@@ -77,7 +77,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def open_lock(path: Path) -> IO[bytes]:
-    """Open a file to lock, which only those can who may write into its folder.
+    """Open a lock file, only for users who may write into its folder.
 
     Whoever can read a file can lock it.
     """
@@ -90,7 +90,7 @@ def open_lock(path: Path) -> IO[bytes]:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; at the end the file written there takes its place.
+    """Yield a temporary path that replaces ``path`` at the end.
 
     Args:
         path: The file to replace or to make; its folder is made where it is missing.
@@ -121,14 +121,14 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text in one move."""
+    """Write a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text)
 
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Add the file's name to an error of the system: that of a full disk does not."""
+    """Add the file's name to an operating system error; a full disk does not give it."""
     try:
         yield
     except OSError as error:
@@ -147,7 +147,7 @@ def _flush(path: Path) -> None:
 
 
 def save_checkpoint(folder: Path, tensors: Tree, meta: dict[str, object]) -> None:
-    """Write ``folder/checkpoint.safetensors`` in the place of the one before.
+    """Replace ``folder/checkpoint.safetensors`` atomically.
 
     Args:
         folder: The checkpoint folder of a run; made where it is missing.
@@ -161,7 +161,7 @@ def save_checkpoint(folder: Path, tensors: Tree, meta: dict[str, object]) -> Non
 
 
 def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
-    """Read what `save_checkpoint` wrote, and verify it.
+    """Read and verify a checkpoint of `save_checkpoint`.
 
     Returns:
         The tensors (on the CPU, in the order in which they were given), and the meta data.
@@ -179,7 +179,7 @@ def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
 
 
 def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync: bool) -> None:
-    """Write tensors and JSON values to one file, in one move.
+    """Write tensors and JSON values to one file atomically.
 
     Raises:
         CheckpointError: If ``meta`` is not JSON.
@@ -214,7 +214,7 @@ def _order_header(path: Path) -> None:
 
 
 def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
-    """Read what `save_tensors` wrote, and verify it.
+    """Read and verify a file of `save_tensors`.
 
     Args:
         path: The file.
@@ -236,7 +236,7 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[dict[str, str], Tree, bool]:
-    """Read header and tensors, and whether its digest fits them."""
+    """Read header and tensors, and whether the checksum matches."""
     with safe_open(path, framework="pt") as file:
         header: dict[str, str] = file.metadata()
         # safetensors sorts tensors by dtype; packing order is the order they came in. Cloned,
@@ -249,7 +249,7 @@ def _read(path: Path) -> tuple[dict[str, str], Tree, bool]:
 
 
 def read_header(path: Path, advice: str) -> dict[str, str]:
-    """Read what a file says of itself, without its tensors."""
+    """Read a file's metadata without its tensors."""
     with whole(path, advice):
         with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata()
@@ -259,7 +259,7 @@ def read_header(path: Path, advice: str) -> dict[str, str]:
 
 @contextmanager
 def whole(path: Path, advice: str) -> Iterator[None]:
-    """Say that a file is damaged, and what to do, where it cannot be read inside."""
+    """Report an error while a file is read as damage, with advice."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -283,7 +283,7 @@ def _own(tensors: Tree) -> Tree:
 
 
 def _digest(tensors: Tree, meta: str) -> str:
-    """SHA-256 over meta data, names, dtypes, shapes and bytes, in order; any dtype."""
+    """Compute SHA-256 over metadata, names, dtypes, shapes and bytes, in order; any dtype."""
     h = hashlib.sha256(meta.encode())
     for name, tensor in tensors.items():
         h.update(f"\0{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -308,7 +308,7 @@ def config_difference(old: Mapping[str, object], new: Mapping[str, object]) -> l
 
 
 def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Write a nested config as dotted keys; lists and empty mappings are values.
+    """Flatten a nested config to dotted keys; lists and empty mappings are values.
 
     Example:
         >>> flatten({"method": {"name": "fedavg"}, "seed": 0})

@@ -1,4 +1,4 @@
-"""The files of the chain: a folder with one for each round's link, which changed the base.
+"""Merge files: a folder with one file for each round that changed the base.
 
 Each holds the digest of the one before, so that none can be missing or another run's. The links of
 some rounds may have been folded into one file, which has the digest of the last of them, too.
@@ -29,7 +29,7 @@ def append_link(
     previous: str | None = None,
     sync: bool = True,
 ) -> Path:
-    """Write the link of one round to the chain, for example ``chain/000012.safetensors``.
+    """Write the merge of one round, for example to ``chain/000012.safetensors``.
 
     Args:
         folder: The chain's folder.
@@ -49,7 +49,7 @@ def append_link(
 
 
 class LinkFile(NamedTuple):
-    """A file of the chain: the link of one round, or what those of several were folded into.
+    """Describe a merge file: of one round, or of several compacted rounds.
 
     Attributes:
         first, last: The rounds that it leads through.
@@ -62,7 +62,7 @@ class LinkFile(NamedTuple):
 
 
 def link_files(folder: Path) -> list[LinkFile]:
-    """List the files of a chain in the order of their rounds.
+    """Return the merge files in the order of their rounds.
 
     Links whose rounds another file has as well are left out: whoever folded them was killed before
     they were removed.
@@ -75,7 +75,7 @@ def link_files(folder: Path) -> list[LinkFile]:
 
 
 def fold_links(folder: Path, files: list[LinkFile], tensors: Tree, meta: dict[str, object]) -> None:
-    """Write what leads through the rounds of several links in their place, and remove them.
+    """Compact the merges of several rounds into one file, and remove theirs.
 
     The new file comes in one move; as soon as it is there, nobody reads the others. What follows
     them follows it, since it has the digest of the last of them beside its own.
@@ -95,13 +95,13 @@ def fold_links(folder: Path, files: list[LinkFile], tensors: Tree, meta: dict[st
 
 
 def remove_folded(folder: Path) -> None:
-    """Remove the links whose rounds are in another file of the chain as well."""
+    """Remove merges whose rounds a compacted file contains."""
     for file in {*_all_links(folder)} - {*link_files(folder)}:
         file.path.unlink()
 
 
 def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, Any]]]:
-    """Read the chain, link by link, in ascending order of rounds.
+    """Read the merges in ascending order of rounds.
 
     Yields:
         Round, tensors and meta data of each link; nothing where there is no folder. Of links that
@@ -118,7 +118,7 @@ def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, Any]]]:
 
 
 def link_digest(folder: Path, round_: int | None = None) -> str:
-    """Return the digest of the last link up to a round, and check each against the one before.
+    """Return the checksum of the last merge up to a round; each is checked against the one before.
 
     Headers alone are read: what is in the tensors is verified where they are.
 
@@ -141,7 +141,7 @@ def link_digest(folder: Path, round_: int | None = None) -> str:
 
 
 def stored_digest(path: Path) -> str:
-    """Read the digest that a link's file says it has; a fold has that of its last link."""
+    """Read the checksum that a merge file records; a compacted file has that of its last merge."""
     header = read_header(path, _RESTORE_LINK)
     return str(json.loads(header["meta"]).get("stands_for", header["sha256"]))
 
@@ -149,7 +149,7 @@ def stored_digest(path: Path) -> str:
 def _follow(
     file: LinkFile, meta: Mapping[str, object], before: tuple[LinkFile, str] | None
 ) -> tuple[LinkFile, str]:
-    """Check a link against the one before it; links of older releases do not say which it was."""
+    """Check a merge against the one before it; files of older releases do not record it."""
     path, round_ = file.path, meta.get("round")
     if (meta.get("first", round_), round_) != (file.first, file.last):
         raise CheckpointError(
@@ -170,7 +170,7 @@ def _follow(
 
 
 def cut_links(folder: Path, round_: int) -> None:
-    """Remove the links of all rounds after ``round_``, the last one first."""
+    """Remove the merges of all rounds after ``round_``, the last one first."""
     for file in sorted(_all_links(folder), key=lambda file: file.last, reverse=True):
         if file.last > round_:
             file.path.unlink()

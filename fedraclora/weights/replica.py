@@ -1,4 +1,4 @@
-"""Base weights in other processes, which follow the server's: in memory, or on a disk."""
+"""Copies of the base weights in other processes, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Replica(BaseWeights):
-    """Base weights that follow those of a `fedraclora.weights.update.WeightHistory`.
+    """Follow the weights of a `fedraclora.weights.update.WeightHistory`.
 
     Args:
         plan: Of the run: how links are folded in.
@@ -35,7 +35,7 @@ class Replica(BaseWeights):
         self.mark: int | None = None
 
     def follow(self, update: WeightUpdate) -> bool:
-        """Go to the version of an update; False if every weight is needed whole for that.
+        """Apply an update; False if all weights are needed whole.
 
         Raises:
             WireError: If whole weights do not match their fingerprint.
@@ -57,12 +57,12 @@ class Replica(BaseWeights):
         return True
 
     def take(self, base: Tree, version: int, mark: int | None) -> None:
-        """Store these weights from here on."""
+        """Store these weights."""
         self.base, self.version, self.mark = base, version, mark
 
 
 class StoredReplica(Replica):
-    """Base weights on the disk of a client: the newest version, written in one move.
+    """Store a client's base weights on disk; only the newest version, replaced atomically.
 
     What has changed since all were written last lies beside them, as long as it is the smaller
     part: so a round writes what it trains, and nothing where no weight has changed.
@@ -82,7 +82,7 @@ class StoredReplica(Replica):
             super().take({n: t.to(device) for n, t in base.items()}, version, mark)
 
     def begin(self, base: Mapping[str, torch.Tensor]) -> None:
-        """Take the initial weights of the model for version 0, where nothing is held."""
+        """Store the model's initial weights as version 0, if nothing is stored."""
         if self.version < 0:
             super().take({n: t.detach().clone() for n, t in base.items()}, 0, None)
 
@@ -102,17 +102,17 @@ class StoredReplica(Replica):
 
 
 def replica_file(folder: Path) -> Path:
-    """Where a folder holds base weights."""
+    """Return the file of the base weights in a folder."""
     return folder / "weights.safetensors"
 
 
 def changed_file(folder: Path) -> Path:
-    """Where it holds those that are newer."""
+    """Return the file of the newer weights in a folder."""
     return folder / "changed.safetensors"
 
 
 def read_stored_replica(folder: Path) -> tuple[Tree, int, int] | None:
-    """Read weights, version and fingerprint from a folder, verified; None if there are none.
+    """Read and verify weights, version and checksum from a folder; None if there are none.
 
     What is damaged is as good as nothing: the client says so, and is sent every weight.
     """

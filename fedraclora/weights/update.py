@@ -1,4 +1,4 @@
-"""Base weights that are elsewhere: the server's history, and the updates by which others follow.
+"""The server's history of weights, and the updates that copies elsewhere follow.
 
 Ray workers, Flower's processes of this machine and clients on hosts hold a
 `fedraclora.weights.replica.Replica` each. A `WeightUpdate` brings it from the version that it holds
@@ -28,7 +28,7 @@ from fedraclora.weights.chain import LinkSizes, term_bytes, value_bytes
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """What brings base weights to a version.
+    """Hold an update that brings base weights to a version.
 
     Attributes:
         version: Where to.
@@ -60,7 +60,7 @@ class WeightUpdate:
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
-        """Be pickled as numpy arrays, which go to other processes with one copy."""
+        """Pickle as numpy arrays, which Ray sends to other processes with one copy."""
         tensors, plain = split(self, coding=self.coding)
         return _from_arrays, ({name: to_numpy(t) for name, t in tensors.items()}, plain)
 
@@ -72,7 +72,7 @@ def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> WeightU
 
 @dataclass
 class BaseWeights:
-    """Base weights and the version they stand at.
+    """Hold base weights and their version.
 
     In one process the server and the workers share one such object: the server publishes, the
     workers read, and nothing is copied.
@@ -101,10 +101,10 @@ class BaseWeights:
         self.base, self.version = base, version
 
     def close(self) -> None:
-        """Remove what has been written for workers that are elsewhere."""
+        """Remove the files written for workers in other processes."""
 
     def at(self, version: int, round_: int) -> Tree:
-        """Return the weights, which must stand at ``version``.
+        """Return the weights, which must have this ``version``.
 
         Raises:
             WireError: If they stand elsewhere.
@@ -118,7 +118,7 @@ class BaseWeights:
 
 
 class WeightHistory(BaseWeights):
-    """The server's weights, with the links by which replicas elsewhere can follow.
+    """Hold the server's weights, with the merges that copies elsewhere need.
 
     Of each weight the newest terms are kept, as many as are together smaller than it and what
     stands beside it.
@@ -151,7 +151,7 @@ class WeightHistory(BaseWeights):
         super().publish(base, version)
 
     def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
-        """Take over the history of a run that goes on.
+        """Restore the history of a resumed run.
 
         Args:
             base: Its weights now.
@@ -166,7 +166,7 @@ class WeightHistory(BaseWeights):
             self.publish(base, number, changes.get(number))
 
     def since(self, start: int | None) -> WeightUpdate:
-        """Collect what a replica at version ``start`` needs; None for one that has no weights."""
+        """Return the update for a copy at version ``start``; None if it has no weights."""
         if start not in self._updates:
             self._updates[start] = replace(self._since(start), coding=self.coding)
         return self._updates[start]

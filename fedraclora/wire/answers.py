@@ -1,4 +1,4 @@
-"""Answers as data: what clients trained, sums of that, a stage of a secure sum, what they measured.
+"""Client replies as data: updates, sums of them, secure aggregation stages, measurements.
 
 Each is a dataclass with the fields of its kind. In one process and between Ray's workers it travels
 as it is; Flower's records are made of it in `fedraclora.engines.records`, by the codec.
@@ -39,7 +39,7 @@ VECTORS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Named):
-    """What came back from the clients of an ask.
+    """Hold the reply of the clients of a request.
 
     Attributes:
         round_: The round that is answered.
@@ -60,7 +60,7 @@ class Answer(Named):
 
     @property
     def vectors(self) -> dict[str, torch.Tensor]:
-        """What has one value per client."""
+        """Return the fields with one value per client."""
         each = {name: value for name, value in vars(self).items() if name in VECTORS}
         return {n: v for n, v in each.items() if isinstance(v, torch.Tensor)}
 
@@ -70,12 +70,12 @@ class Answer(Named):
         return replace(self, **found)
 
     def packed(self) -> Self:
-        """Return it as it is written: its numbers in one tensor."""
+        """Return a copy with its numbers in one tensor, for writing."""
         return self
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
-        """Be pickled as numpy arrays, which go to other processes with one copy."""
+        """Pickle as numpy arrays, which Ray sends to other processes with one copy."""
         tensors, plain = split(self.packed())
         return _from_arrays, ({name: to_numpy(t) for name, t in tensors.items()}, plain)
 
@@ -87,7 +87,7 @@ def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Worked(Answer):
-    """An answer with numbers of clients that used their samples.
+    """Hold a reply with numbers from clients that used their samples.
 
     Attributes:
         first: Place of the first client that was asked in the cohort.
@@ -112,7 +112,7 @@ class Worked(Answer):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of `numbers`, which are not joined for it."""
+        """Return the shape of `numbers` without joining them."""
         *lead, last = (piece.shape for piece in self.pieces)
         return (*last[:-1], sum(piece[-1] for piece in (*lead, last))) if last else ()
 
@@ -123,7 +123,7 @@ class Worked(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class FromTraining(Worked):
-    """An answer of clients that trained.
+    """Hold a reply of clients that trained.
 
     Attributes:
         losses: Mean training loss of each, float64 [k].
@@ -178,7 +178,7 @@ class Measured(Worked):
 
 @dataclass(frozen=True, kw_only=True)
 class Staged(Answer):
-    """What clients say in a stage of a secure sum.
+    """Hold what clients send in a stage of secure aggregation.
 
     Attributes:
         stage: What each says, by id.
@@ -194,7 +194,7 @@ class Staged(Answer):
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """Why all the clients that were asked together have no answer.
+    """Record why all the clients of a request have no reply.
 
     Attributes:
         reason: In words.
@@ -206,7 +206,7 @@ class NoAnswer:
 
     @classmethod
     def of(cls, raised: Exception) -> NoAnswer:
-        """Say what was raised where clients were to be trained."""
+        """Convert an exception from training to a failed reply."""
         reason = f"{type(raised).__name__}: {raised}"
         return cls(reason, isinstance(raised, OF_THE_RUN))
 
@@ -215,7 +215,7 @@ Came = Iterable[tuple[Ask, Answer | NoAnswer]]  # what came, each with what it a
 
 
 def answer_kind(ask: Ask) -> type[Answer]:
-    """Return which kind of answer is one to an ask."""
+    """Return the kind of reply to a request."""
     if ask.stage is not None:
         return Staged
     if ask.request.measure is not None:
@@ -224,7 +224,7 @@ def answer_kind(ask: Ask) -> type[Answer]:
 
 
 def of_nobody(ask: Ask, failures: Mapping[int, str]) -> Answer:
-    """Answer an ask of whose clients every one has failed, and why."""
+    """Build the reply to a request whose clients have all failed, with the reasons."""
     request, none = ask.request, torch.zeros(0, dtype=torch.int64)
     said: dict[str, Any] = {"round_": request.round_, "version": request.version, "clients": none}
     said |= {"failures": dict(failures)}

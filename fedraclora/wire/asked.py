@@ -1,4 +1,4 @@
-"""What an ask that came in a message must be, beside what its types say."""
+"""Checks of a received request, beyond its types."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHEN = (None, "before", "after")
 
 
 def check_kind(value: object, what: str) -> str:
-    """Take how numbers travel.
+    """Check the number format of messages.
 
     Raises:
         WireError: If it is none of the kinds.
@@ -33,7 +33,7 @@ def check_kind(value: object, what: str) -> str:
 
 
 def check_request(request: TrainRequest) -> TrainRequest:
-    """Reject what the types of a request do not.
+    """Check a received training request, beyond its types.
 
     Raises:
         WireError: Naming the field, what came and what was wanted.
@@ -84,7 +84,7 @@ def ranks_of(ranks: torch.Tensor, clients: int) -> torch.Tensor:
 
 
 def check_downlink(downlink: Downlink, own: Collection[str]) -> None:
-    """Reject what the types of a downlink that came in a message do not; ``own``: one per client.
+    """Check a received downlink, beyond its types; ``own``: tensors with one value per client.
 
     Raises:
         WireError: Naming the field, what came and what was wanted.

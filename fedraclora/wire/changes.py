@@ -1,4 +1,4 @@
-"""What clients send in fewer bits: each row as the rounded change of where it started.
+"""Send each factor as its quantized difference from its initial value.
 
     client k sends Q(x_k - x_0),  and the server reads  x_0 + Q(x_k - x_0)
 
@@ -42,7 +42,7 @@ class Coded:
 
 @dataclass(frozen=True)
 class Changes:
-    """Writes and reads the changes of clients.
+    """Encode and decode the changes of clients.
 
     Attributes:
         kind: Of the numbers, one of `fedraclora.protocol.quantized.ROUNDED`.
@@ -64,7 +64,7 @@ class Changes:
         coded: Coded,
         residues: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Round the rows of all clients.
+        """Quantize the rows of all clients.
 
         Args:
             rows: What they trained, float64 [K, P].
@@ -104,7 +104,7 @@ class Changes:
         dtype: torch.dtype,
         lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Read the rows of some clients from their bytes, one client after another.
+        """Decode the rows of some clients from their bytes.
 
         Args:
             raw: uint8 [bytes].
@@ -144,7 +144,7 @@ class Changes:
         return numbers.reshape(len(clients), self.sent.layout.size) if whole else numbers
 
     def _alike(self, places: torch.Tensor) -> Iterator[tuple[torch.Tensor, Kept, list[int]]]:
-        """Group clients, by their places, who send the same numbers, and not too many at once."""
+        """Group clients, by their places, that send the same numbers, up to a limit of size."""
         if self.sent.ranks is None:
             size = max(1, AT_ONCE // max(1, self.sent.layout.size))
             for index in places.split(size):
@@ -163,7 +163,7 @@ class Changes:
 
 
 def uploaded_bytes(sent: Downlink, cohort: int, kind: str) -> torch.Tensor:
-    """Count the bytes of the numbers that each client of a cohort sends back, int64 [K]."""
+    """Return the bytes of the numbers that each client of a round sends back, int64 [K]."""
     if kind in WIDTHS:
         return uploaded_numbers(sent, cohort) * WIDTHS[kind]
     each = [packed_bytes(sizes, kind) for _, sizes in _parts(sent, cohort)]

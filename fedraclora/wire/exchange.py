@@ -1,4 +1,4 @@
-"""An ask as data: what some clients of a cohort are asked in an exchange, and its payload.
+"""Requests as data: what the server asks of some clients in an exchange, and its payload.
 
 In one process and between Ray's workers it travels as it is; Flower's records are made of it in
 `fedraclora.engines.asks`. Either way what all clients of an exchange share is apart from what is a
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What clients are asked beside the downlink.
+    """Hold the instructions to clients beside the downlink.
 
     Attributes:
         round_: From 1.
@@ -62,14 +62,14 @@ class TrainRequest:
 
     @property
     def order(self) -> torch.Tensor:
-        """The places of the clients in the cohort, ascending, int64 [k]."""
+        """Return the clients' places in the round, ascending, int64 [k]."""
         row = torch.arange(self.first, self.first + len(self.clients))
         return row if self.places is None else self.places
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What an ask of secure aggregation, or its answer, says besides.
+    """Hold the data of one stage of secure aggregation, in a request or a reply.
 
     Attributes:
         name: One of `fedraclora.wire.secagg.STAGES`.
@@ -83,19 +83,19 @@ class Stage:
 
     @property
     def length(self) -> int:
-        """Count the bytes of what is said, as JSON."""
+        """Return the bytes of the data as JSON."""
         head = {"stage": self.name, "settings": self.settings}
         return sum(len(json.dumps(said)) for said in (head, *self.data.values()))
 
     @property
     def heard(self) -> Stage:
-        """Give it as the other side hears it: through JSON, and no object in common."""
+        """Return a copy as the receiver gets it, through JSON."""
         return join(Stage, {}, json.loads(json.dumps(split(self)[1])))
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What some clients of a cohort are asked.
+    """Hold a request to some clients of a round.
 
     Attributes:
         request: Who, in which round, from which weights, and what is wanted back.
@@ -116,7 +116,7 @@ class Ask:
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
-        """Be pickled as numpy arrays, which go to other processes with one copy."""
+        """Pickle as numpy arrays, which Ray sends to other processes with one copy."""
         tensors, plain = split(self)
         return _from_arrays, ({name: to_numpy(t) for name, t in tensors.items()}, plain)
 
@@ -128,7 +128,7 @@ class Ask:
 
     @property
     def clients(self) -> list[int]:
-        """Who is asked."""
+        """Return the ids of the clients."""
         found: list[int] = self.request.clients.tolist()
         return found
 
@@ -139,7 +139,7 @@ class Ask:
 
     @property
     def own(self) -> Downlink:
-        """What these clients are to train."""
+        """Return the downlink of these clients."""
         if self.downlink is None:
             return Downlink()
         return self.downlink.select(self.request.order) if self.apart else self.downlink
@@ -152,7 +152,7 @@ def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> Ask:
 
 @dataclass(frozen=True)
 class OwnPart:
-    """What an ask says to its clients alone; the rest is the same for all of an exchange.
+    """Hold the part of a request that is for its clients only; the rest is shared.
 
     Attributes:
         request: Who is asked; what else it says is shared.
@@ -168,7 +168,7 @@ class OwnPart:
 
     @classmethod
     def of(cls, ask: Ask) -> OwnPart:
-        """Select it from an ask."""
+        """Select the part from a request."""
         sent, places = ask.downlink, ask.places
         if sent is None:
             return cls(ask.request, {}, None, ask.stage)
@@ -178,7 +178,7 @@ class OwnPart:
         return cls(ask.request, rows, ranks, ask.stage)
 
     def joined(self, shared: Ask) -> Ask:
-        """Put it together with what is shared (`shared_of`)."""
+        """Join the part with the shared rest (`shared_of`)."""
         found = replace(shared, request=self.request, stage=self.stage)
         if found.downlink is None or not (self.rows or self.ranks is not None):
             return found
@@ -190,7 +190,7 @@ class OwnPart:
 
 
 def shared_of(ask: Ask) -> Ask:
-    """Leave out what an ask says to its clients alone, but for who they are (`OwnPart`)."""
+    """Return a request without what is for its clients only, but with their ids (`OwnPart`)."""
 
     def blank(_: str, each: Factor) -> Factor:
         return replace(each, numbers=None) if each.per_client else each
@@ -203,7 +203,7 @@ def shared_of(ask: Ask) -> Ask:
 
 
 def sent_tensors(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
-    """Collect every tensor that a downlink carries, by name, and whether it is one per client.
+    """Return every tensor of a downlink by name, and whether each client has its own.
 
     Coefficients, which are float64 always, are left out.
     """
@@ -217,7 +217,7 @@ def sent_tensors(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
 def payload_bytes(
     downlink: Downlink, cohort: int, kind: str, clients: int = 1, coding: str = NONE
 ) -> int:
-    """Count the payload of one message with a downlink to clients of a cohort.
+    """Return the payload bytes of a message with a downlink to clients of a round.
 
     Args:
         downlink: What is sent.

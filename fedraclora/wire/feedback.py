@@ -1,4 +1,4 @@
-"""Error feedback: what rounding left of a client's change is added to its next one.
+"""Error feedback: a client adds the quantization error of its last update to its next one.
 
     client k sends Q(c_k + e_k),  c_k the change of what it trained,  and keeps
     e_k <- c_k + e_k - Q(c_k + e_k),  which is zero before its first round
@@ -27,7 +27,7 @@ LIFE = f"{PREFIX}life"  # by place in the pool: the number of what its residues 
 
 
 def blank_residues(sent: Downlink, dtype: torch.dtype) -> Tree:
-    """Build the residues of a client that has sent nothing yet, by the names they are stored under.
+    """Build zero residues of a new client, by the names under which they are stored.
 
     Args:
         sent: What is asked. Where clients send gradients they keep nothing.
@@ -47,7 +47,7 @@ def blank_residues(sent: Downlink, dtype: torch.dtype) -> Tree:
 
 
 def to_add(stored: Tree, sent: Downlink) -> torch.Tensor:
-    """Select what is added to the changes of this round.
+    """Return the residues to add to the updates of this round.
 
     Args:
         stored: By the names of `blank_residues`, [K, ...].
@@ -69,7 +69,7 @@ def to_add(stored: Tree, sent: Downlink) -> torch.Tensor:
 
 
 def left_over(stored: Tree, sent: Downlink, left: torch.Tensor) -> Tree:
-    """Put what rounding left into what clients store.
+    """Store the quantization error of this round's updates.
 
     Args:
         stored: As `to_add` had it. Not modified.

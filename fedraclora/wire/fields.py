@@ -1,4 +1,4 @@
-"""What a field of a message may be: checked before anything reads it.
+"""Checks of single fields of a received message, before they are used.
 
 A message comes from another machine. Its header is JSON, in which any field may be anything: a
 number where a list is wanted, a list a thousand deep, a text of a gigabyte, or one that moves the
@@ -25,7 +25,7 @@ AXES, LONGEST_AXIS = 8, 2**40  # of a shape that a message names
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Convert whatever a message still makes raise to an error of that message.
+    """Convert any error inside to an error of the message.
 
     Args:
         what: Is read, to begin the sentence.
@@ -43,7 +43,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
-    r"""Make a text that came from elsewhere fit for a line of a file or of a terminal.
+    r"""Replace characters that are unsafe in a log line or a terminal.
 
     Args:
         text: Of any length, with any characters.
@@ -61,7 +61,7 @@ def printable(text: str, longest: int = LONGEST) -> str:
 
 
 def shown(value: object) -> str:
-    """Show a value of any size in a few words."""
+    """Return a short text for a value of any size, for messages."""
     return printable(_SHORT.repr(value), 100)
 
 
@@ -70,7 +70,7 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 
 
 def parsed(text: object, what: str) -> dict[str, Any]:
-    """Read a JSON object.
+    """Parse a JSON object.
 
     Raises:
         WireError: If it is none, names a key twice, or has a number that JSON does not know.
@@ -96,7 +96,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def whole(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
-    """Take a whole number.
+    """Check a whole number.
 
     Raises:
         WireError: If it is none, or outside of ``least`` to ``most``; a truth value is none.
@@ -107,7 +107,7 @@ def whole(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
 
 
 def real(value: object, what: str) -> float:
-    """Take a finite number; a whole one is kept as it is.
+    """Check a finite number; whole numbers stay whole.
 
     Raises:
         WireError: If it is none.
@@ -118,7 +118,7 @@ def real(value: object, what: str) -> float:
 
 
 def named(value: object, what: str) -> str:
-    """Take a name, as it is.
+    """Check a name.
 
     Raises:
         WireError: If it is no text, or one that no name is.
@@ -129,7 +129,7 @@ def named(value: object, what: str) -> str:
 
 
 def listed(value: object, what: str, most: int | None = None) -> Sequence[Any]:
-    """Take a list.
+    """Check a list.
 
     Raises:
         WireError: If it is none, or has more than ``most`` elements.
@@ -142,7 +142,7 @@ def listed(value: object, what: str, most: int | None = None) -> Sequence[Any]:
 
 
 def mapping(value: object, what: str) -> dict[str, Any]:
-    """Take a JSON object.
+    """Check a JSON object.
 
     Raises:
         WireError: If it is none.
@@ -153,7 +153,7 @@ def mapping(value: object, what: str) -> dict[str, Any]:
 
 
 def shape_of(sizes: object, what: str) -> tuple[int, ...]:
-    """Take a shape.
+    """Check a shape.
 
     Raises:
         WireError: If it is none.
@@ -162,7 +162,7 @@ def shape_of(sizes: object, what: str) -> tuple[int, ...]:
 
 
 def layout_of(shapes: object, what: str) -> Layout:
-    """Take a layout: pairs of a name and a shape.
+    """Check a layout: pairs of a name and a shape.
 
     Args:
         shapes: The pairs.

@@ -1,4 +1,4 @@
-"""The checks of an answer, wherever it comes from: by its kind, and all here.
+"""Checks of a reply, by its kind.
 
 `received` looks at the fields of one that another machine sent; `checked` holds any answer against
 what was asked, and reads its numbers.
@@ -36,7 +36,7 @@ Decode = Callable[..., torch.Tensor]
 
 
 def received(answer: Answer, ask: Ask) -> Answer:
-    """Check the fields of an answer that another machine sent; make its texts printable.
+    """Check the fields of a reply from another machine, and make its texts printable.
 
     Raises:
         WireError: Saying what came and what was wanted.
@@ -84,7 +84,7 @@ def _check_vector(name: str, vector: torch.Tensor) -> None:
 
 
 def _check_training(answer: FromTraining, ask: Ask) -> None:
-    """Check what only clients that trained say."""
+    """Check the fields of a reply from training."""
     wanted = {"rounding": ask.request.uplink != FULL}
     if isinstance(answer, TrainedAnswer):
         wanted["sizes"] = ask.request.coding != NONE
@@ -100,7 +100,7 @@ def _check_training(answer: FromTraining, ask: Ask) -> None:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an exchange takes for an answer.
+    """Hold what an exchange expects of a reply.
 
     Attributes:
         round_, version: Of the exchange.
@@ -119,7 +119,7 @@ class Wanted:
 
 
 def checked(answer: Answer, ask: Ask, kind: type[A], wanted: Wanted) -> A:
-    """Hold an answer against what was asked, and read its numbers where they are in fewer bits.
+    """Check a reply against its request, and decode quantized numbers.
 
     Args:
         answer: What came.
@@ -171,12 +171,12 @@ def _decoded(answer: TrainedAnswer, decode: Decode) -> TrainedAnswer:
 
 
 def _who(answer: Answer) -> str:
-    """Name the clients of an answer, to begin the sentence of an error."""
+    """Name the clients of a reply, for messages."""
     return f"round {answer.round_}: clients {answer.clients.tolist()}"
 
 
 def _check_sizes(answer: Worked, layout: Layout, *, cut: bool) -> None:
-    """Reject a number of rows, losses or sizes that is not the number of clients."""
+    """Reject a reply whose rows, losses and sizes do not match its clients."""
     shape, count = answer.shape, len(answer.clients)
     rows = shape[0] if isinstance(answer, Summed) and shape else count
     fits = len(shape) == 1 if cut else shape == (rows, layout.size)

@@ -1,4 +1,4 @@
-"""Secure aggregation on the wire: its stages, keys and shares, and the algebra of masks.
+"""Secure aggregation on the wire: stages, keys, shares, and the arithmetic of masks.
 
 A client's vector of whole numbers modulo 2^32 gets one mask of its own and one for each neighbour,
 which that neighbour takes off; what is left of a sum is the clients' own masks, whose seeds come
@@ -39,7 +39,7 @@ PUBLIC_LENGTH, SEALED_LENGTH, SHARE_LENGTH, MARK_LENGTH = 400, 1000, 200, 64  # 
 
 
 def check_stage(stage: Stage) -> Stage:
-    """Reject a stage that is not one of ours.
+    """Reject an unknown stage.
 
     Raises:
         WireError: Naming it.
@@ -65,7 +65,7 @@ def check_words(words: torch.Tensor) -> None:
 
 
 def new_pair() -> tuple[str, str]:
-    """Make a key pair: private and public, as text."""
+    """Generate a key pair: private and public, as text."""
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
     private, public = generate_key_pairs()
@@ -97,7 +97,7 @@ def shared_key(private: str, public: str) -> bytes:
 
 
 def is_pair(private: str, public: str) -> bool:
-    """Check whether two keys are those of one pair."""
+    """Return whether two keys form a pair."""
     try:
         own = ec.derive_private_key(int(private, 16), CURVE)
     except ValueError:
@@ -106,19 +106,19 @@ def is_pair(private: str, public: str) -> bool:
 
 
 def new_seed() -> str:
-    """Take the seed of a client's own mask from the operating system."""
+    """Generate the seed of a client's own mask from the operating system's randomness."""
     return os.urandom(32).hex()
 
 
 def seal(key: bytes, sender: int, receiver: int, shares: list[str]) -> str:
-    """Encrypt shares for a neighbour, with who sends them to whom."""
+    """Encrypt shares for a neighbour, with sender and receiver."""
     from flwr.common.secure_aggregation.crypto.symmetric_encryption import encrypt
 
     return encrypt(key, json.dumps([sender, receiver, *shares]).encode()).decode()
 
 
 def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
-    """Open what `seal` closed.
+    """Decrypt the output of `seal`.
 
     Raises:
         WireError: If it was not sealed by this sender for this receiver.
@@ -137,12 +137,12 @@ def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
 
 
 def mark(text: str) -> str:
-    """Compute a hash that later proves a text to be this one, and reveals nothing now (SHA-256)."""
+    """Compute the SHA-256 commitment to a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def checked_text(value: object, longest: int) -> str:
-    """Check that what another machine sent is a text, and not longer than it may be.
+    """Check that a received value is a text of limited length.
 
     Raises:
         WireError: If it is not.
@@ -188,11 +188,11 @@ def pair_mask(private: str, public: str, count: int, *, add: bool) -> Words:
 
 
 def as_words(rows: torch.Tensor) -> npt.NDArray[np.uint32]:
-    """Round float64 [k, P], in steps, to whole ones, modulo 2^32: off by a half at the most."""
+    """Round float64 [k, P], in steps, to whole numbers modulo 2^32; off by a half at most."""
     whole = torch.round(rows).to(torch.int64).numpy()
     return (whole % 2**32).astype(np.uint32)
 
 
 def signed(words: Words) -> torch.Tensor:
-    """Read words as whole numbers of either sign, int64."""
+    """Convert words to signed whole numbers, int64."""
     return torch.from_numpy(words.astype(np.int64)).add_(2**31).remainder_(2**32).sub_(2**31)

@@ -1,4 +1,4 @@
-"""Asks of several clients as one message, and their answers as one reply: joined, and apart again.
+"""Join requests to several clients into one message, and split their reply.
 
 Clients of one node need not stand in a row of the cohort; those that stand in one of its chunks are
 trained as one batch, as ``engine=vectorized`` trains the chunk.
@@ -34,7 +34,7 @@ Answered = tuple[Ask, Answer | NoAnswer]
 
 
 def join_asks(asks: Sequence[Ask]) -> Ask:
-    """Ask the clients of several asks, which differ in nothing else, by one; in their order."""
+    """Join requests that differ only in their clients, in order."""
     first, *more = asks
     if not more:
         return first
@@ -46,7 +46,7 @@ def join_asks(asks: Sequence[Ask]) -> Ask:
 
 
 def part_of(ask: Ask, index: torch.Tensor) -> Ask:
-    """Ask some of an ask's clients, int64 places among these; what it sends is theirs alone."""
+    """Select some clients of a request, int64 places, with only their tensors."""
     request, downlink, stage = ask.request, ask.downlink, ask.stage
     if len(index) == len(request.clients):
         return ask
@@ -69,19 +69,19 @@ def _asking(ask: Ask, clients: torch.Tensor, order: torch.Tensor) -> Ask:
 
 
 def chunks_of(ask: Ask, size: int) -> list[Ask]:
-    """Cut an ask where a chunk of ``size`` clients of the cohort ends."""
+    """Split a request into chunks of ``size`` clients of the round."""
     ends = torch.nonzero((ask.request.order // size).diff()).flatten() + 1
     index = torch.arange(len(ask.request.clients))
     return [part_of(ask, part) for part in torch.tensor_split(index, ends)]
 
 
 def unanswered(ask: Ask, why: str) -> Answer:
-    """Say why none of these clients has an answer, in the form of one."""
+    """Build a reply that says why none of these clients has one."""
     return of_nobody(ask, dict.fromkeys(ask.clients, printable(why)))
 
 
 def join_answers(ask: Ask, answers: Sequence[Answer]) -> Answer:
-    """Join the answers to the parts of an ask, in order; who sends other tensors has failed."""
+    """Join the replies to parts of a request, in order; clients with other tensors have failed."""
     first, *more = [a for a in answers if len(a.clients)] or answers
     if len(answers) == 1:
         return first
@@ -122,7 +122,7 @@ def _stages_joined(first: Staged, answers: Sequence[Staged], joined: dict[str, A
 
 
 def split_answer(ask: Ask, answer: Answer, asks: Sequence[Ask]) -> list[Answered]:
-    """Give each of the asks that were joined the part of an answer that is its client's.
+    """Split a reply into one for each of the joined requests.
 
     What is in a part is checked where the answer to a single client is.
 
@@ -171,7 +171,7 @@ def split_answer(ask: Ask, answer: Answer, asks: Sequence[Ask]) -> list[Answered
 
 
 def _parts(ask: Ask, answer: Answer) -> list[torch.Tensor]:
-    """Give the numbers of each client; of a stage none, whose words are not told apart here."""
+    """Return the numbers of each client; none for a stage, whose words stay together."""
     k = len(answer.clients)
     if isinstance(answer, Staged):
         if answer.words is not None and k and len(answer.words) != k:
@@ -192,7 +192,7 @@ def _parts(ask: Ask, answer: Answer) -> list[torch.Tensor]:
 
 
 def _rows(ask: Ask, answer: Worked) -> list[torch.Tensor]:
-    """Give the numbers of each client: a row, or where these differ in length what is its own."""
+    """Return the numbers of each client: a row, or its own part if the lengths differ."""
     numbers, clients = answer.numbers, answer.clients
     if not len(clients) or not len(numbers):
         return [numbers[:0]] * len(clients)
