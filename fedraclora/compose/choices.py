@@ -35,6 +35,7 @@ GLOBAL = "@package _global_"  # its keys are those of the config itself: clients
 ROW = "row/"
 WIDTH = 100  # of a line of help
 FUNCTIONS = ("model", "data")  # groups with a choice that is named function, and calls one
+WHOLE = ("data",)  # groups whose choices set keys of other groups, too
 
 NODES = nodes(METHODS)
 CHOICE_ROWS = targets_of(METHODS)
@@ -56,7 +57,8 @@ def own_node(group: str, name: str) -> dict[str, object]:
         ConfigError: If it cannot be imported, or is none of the group's kind.
     """
     if group in FUNCTIONS:
-        return {"defaults": ["function", "_self_"], group: {"function": name}}
+        keys: dict[str, object] = {"function": name}
+        return {"defaults": ["function", "_self_"], **({group: keys} if group in WHOLE else keys)}
     node = node_of(row_of(group, CHOICE_ROWS[group], name), given=GIVEN.get(group, ()))
     home, keys = BESIDE.get(group, (None, ()))
     return {"name": name, **node, **{key: node_of(home)[key] for key in keys if home}}
@@ -82,7 +84,7 @@ class OwnChoices(dict[str, Any]):
     def __missing__(self, file: str) -> Any:
         """Write what is asked for."""
         node = OmegaConf.create(own_node(self.group, file.removesuffix(".yaml")))
-        package = "_global_" if self.group in FUNCTIONS else self.group
+        package = "_global_" if self.group in WHOLE else self.group
         return ConfigNode(file, node, self.group, package, None)
 
 
@@ -232,10 +234,10 @@ def _explained(about: Sequence[str], config: Mapping[str, object]) -> list[str]:
     width = max((len(word) for word, text in rows if text and len(word) < WIDTH // 2), default=0)
     lines = [*about, *([""] if about else [])]
     for word, text in rows:
-        compatibility_note = textwrap.wrap(text, WIDTH - width, break_on_hyphens=False) or [""]
+        broken = textwrap.wrap(text, WIDTH - width, break_on_hyphens=False) or [""]
         if len(word) > width:
             lines, word = [*lines, word], ""  # noqa: PLW2901
-        for line in compatibility_note:
+        for line in broken:
             lines.append(f"{word:<{width}}  {line}")
             word = ""  # noqa: PLW2901
     return [f"  {line}".rstrip() for line in lines]
