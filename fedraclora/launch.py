@@ -88,7 +88,7 @@ def stored_run(folder: Path, round_: int | None) -> RunResult:
     """
     folder = folder.expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"there is no run folder {folder}")
+        raise CheckpointError(f"{folder} is not a run folder. Name the folder of a run")
     if (folder / "export.json").is_file():
         raise CheckpointError(f"{folder} is an export of a run: name the folder of the run itself")
     config = from_plain(read_trusted(folder), METHODS, resuming=True)

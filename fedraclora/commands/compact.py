@@ -66,7 +66,7 @@ def compact(folder: Path, every: int) -> Compacted:
         chain, meta = folder / "chain", checkpoint_meta(folder)
         if not link_files(chain):
             raise CheckpointError(
-                f"{folder} keeps no chain (output.chain=false): there is nothing to compact"
+                f"{folder} has no chain (output.chain=false), so there is nothing to compact"
             )
         if not meta:
             raise CheckpointError(
@@ -158,7 +158,7 @@ def main(words: Sequence[str]) -> None:
     if asked.every < 1:
         raise ConfigError(f"--every is {asked.every}; a number of rounds from 1 on is wanted")
     if not folder.is_dir():
-        raise CheckpointError(f"there is no run folder {folder}")
+        raise CheckpointError(f"{folder} is not a run folder. Name the folder of a run")
     read_config(folder)
     done = compact(folder, asked.every)
     table = Table("chain", "bytes", "files", box=None)

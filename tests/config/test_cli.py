@@ -651,7 +651,7 @@ def test_no_name_of_a_users_is_markup(
     ):
         status, said = command(*words)
         assert "Traceback" not in said
-        assert status == ("something already" in said), said
+        assert status == ("is not empty" in said), said
     assert Path(f"{MARKED} export", "README.md").is_file()
     assert Path(f"{MARKED}.html").is_file()
 

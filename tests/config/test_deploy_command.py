@@ -380,5 +380,5 @@ def test_simulate_sends_its_reader_to_deploy() -> None:
     config = from_plain(
         composed([*SMALL, "clients=3", "clients_per_round=3", "engine=deploy"]), METHODS
     )
-    with pytest.raises(ConfigError, match="run `fedraclora deploy` with"):
+    with pytest.raises(ConfigError, match="Run `fedraclora deploy` with"):
         assemble(config, None)

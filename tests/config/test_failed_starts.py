@@ -170,7 +170,9 @@ def test_a_folder_of_somebody_elses_is_refused_and_stays(
         assert error.startswith(f"error: {tmp_path}")
         assert "resume=" not in error  # there is nothing to go on with
     for resume in (False, True):
-        with pytest.raises(FedRacLoraError, match=r"no run|is not the config|not hold the config"):
+        with pytest.raises(
+            FedRacLoraError, match=r"no run|is not the config|not contain the config"
+        ):
             simulate(*SMALL, folder=tmp_path, resume=resume)
     assert contents(tmp_path) == before
 

@@ -40,8 +40,8 @@ SMALL = [
     ("text", "said"),
     [
         ("{}", r"cfg-json, .* is empty.*fedraclora deploy"),
-        ("", "cfg-json is no JSON"),
-        ("{'a': 1}", "cfg-json is no JSON"),
+        ("", "cfg-json is not JSON"),
+        ("{'a': 1}", "cfg-json is not JSON"),
         ("[1]", "cfg-json, .* is empty"),
         ('{"seed": 0}', "method"),
     ],

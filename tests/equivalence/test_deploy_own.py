@@ -117,7 +117,7 @@ def test_a_client_whose_samples_change_is_refused_by_name_and_nobody_else(
     run(tmp_path / "run", network, *more)
     failures: list[Any] = [row["failures"] for row in rows(tmp_path / "run")[1:]]
     assert [[f["client"] for f in each] for each in failures] == [[], [1], [1], []]
-    for part in ("client 1: its samples ", "Restore them", "new run"):
+    for part in ("client 1: its samples ", "Restore the samples", "new run"):
         assert part in failures[1][0]["reason"]
     (note,) = (tmp_path / "cache" / "2" / CACHE).rglob("1/samples.json")
     assert note.stat().st_mode & 0o777 == 0o600
@@ -252,7 +252,7 @@ def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
     for row in rows(tmp_path / "run")[1:]:
         (failure,) = row["failures"]  # type: ignore[misc, has-type]
         assert failure["client"] == 1
-        assert "needs data in node-config" in failure["reason"]
+        assert "does not fit data=" in failure["reason"]
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,8 @@ def test_a_share_may_be_said_in_place_of_samples() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["evaluate.generate=1"], r"evaluate\.generate is 1.*no test samples"),
-        (["stop.patience=1"], r"data\.validation is 0"),
+        (["evaluate.generate=1"], r"evaluate\.generate=1.*no test samples"),
+        (["stop.patience=1"], r"data\.validation=0"),
     ],
 )
 def test_what_needs_test_samples_is_refused(words: list[str], said: str) -> None:

@@ -155,7 +155,7 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
     memory = secure._recall(store, 7, 3, Stage("shares", measured, {}))
     secure._remember(store, 7, memory | {"near": [], "held": {}, "threshold": 2},
                      Stage("masked", measured, {}))  # fmt: skip
-    assert "does not answer twice" in asked("keys", 3, measured).failures[7]
+    assert "answers a stage once" in asked("keys", 3, measured).failures[7]
     assert asked("keys", 4, measured).stage.data
     assert asked("keys", 3, {}).stage.data
 

@@ -160,9 +160,7 @@ def test_a_start_is_not_merged_into_it(given: tuple[str, ...], tmp_path: Path) -
     run = fedraclora.simulate(*given, "rounds=1", "method=fedavg_lora", "evaluate.generate=null")
     run.export(tmp_path / "adapter", "peft")
     words = (*given, "method=fedavg_lora", "model.base=int8", f"init_from={tmp_path / 'adapter'}")
-    with pytest.raises(
-        ConfigError, match=r"init_from=.*model\.base=int8.*name that by model\.path"
-    ):
+    with pytest.raises(ConfigError, match=r"init_from=.*model\.base=int8.*set model\.path"):
         fedraclora.simulate(*words)
 
 

@@ -295,7 +295,7 @@ def test_a_host_that_is_unknown_or_silent(
 @pytest.mark.parametrize(
     ("status", "code", "said"),
     [
-        (400, int(UNKNOWN), "send the public part"),
+        (400, int(UNKNOWN), "Send the public key"),
         (404, 0, "404 .*proxy forwards"),
         (502, 0, "502 .*SuperLink that runs"),
         (401, 0, "401 .*clock"),

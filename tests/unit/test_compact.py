@@ -168,14 +168,14 @@ def test_a_folder_that_cannot_be_compacted_says_why(
         compact(folder, 4)
     none = written(tmp_path / "none")
     shutil.rmtree(none / "chain")
-    with pytest.raises(CheckpointError, match="keeps no chain"):
+    with pytest.raises(CheckpointError, match="has no chain"):
         compact(none, 4)
     early = written(tmp_path / "early")
     shutil.rmtree(early / "checkpoint")
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         compact(early, 4)
     for words, said in (
-        ([str(tmp_path / "nowhere")], "there is no run folder"),
+        ([str(tmp_path / "nowhere")], "is not a run folder"),
         ([str(folder), "--every", "0"], "--every is 0"),
         ([str(folder)], "has no config.yaml"),
     ):

@@ -156,7 +156,7 @@ def test_only_its_user_may_enter(
     with one, other:
         check_peer(one)
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-        with pytest.raises(ClientError, match="is of user"):
+        with pytest.raises(ClientError, match="belongs to user"):
             check_peer(one)
 
 
@@ -208,7 +208,7 @@ def test_one_that_is_stopped_at_work_fails_its_message_and_is_replaced(
 def test_nobody_waits_longer_than_the_server(parent: Parent, cache: Path) -> None:
     late = message("work")
     late.metadata.ttl = 0.5
-    with pytest.raises(ClientError, match=r"nobody waited .* \(engine.timeout\)"):
+    with pytest.raises(ClientError, match=r"still at work .* \(engine.timeout\)"):
         hand_over(late, context(cache))
     assert has_ended(working(cache))
     with (

@@ -302,7 +302,7 @@ def test_what_a_factor_that_crosses_links_leaves_must_be_said() -> None:
         def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
             return LayerUpdate(carried={"B": self.part * replies.mean("B")})
 
-    with pytest.raises(ConfigError, match=r"beyond its link.*LayerUpdate\(aggregate="):
+    with pytest.raises(ConfigError, match=r"after its merge.*LayerUpdate\(aggregate="):
         play_rounds(Crosses(rank=3), make_world(), 1, DRAW)
 
 

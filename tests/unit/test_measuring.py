@@ -423,7 +423,7 @@ def test_clients_validate_where_the_server_has_nothing_to_validate_on(
     run = simulated(*words, "stop.patience=2", "stop.metric=clients.loss.mean", rounds=1)
     assert "measured on: validation" in caplog.text
     assert run.rows[1]["metrics"]["loss"] == run.rows[1]["clients"]["loss"]["pooled"]
-    with pytest.raises(ConfigError, match=r"data.validation is 0.*clients.accuracy.mean"):
+    with pytest.raises(ConfigError, match=r"data.validation=0.*clients.accuracy.mean"):
         simulated(*words, "stop.patience=2")
     none = fedraclora.simulate("evaluate.clients=none", model=net(), data=moons(), rounds=0)
     assert "clients" not in none.rows[0]

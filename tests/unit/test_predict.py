@@ -103,7 +103,7 @@ def test_rows_that_cannot_be_read_end_in_a_sentence(folder: Path, tmp_path: Path
         (FRAME.assign(age=[30, "old"] * 45), "column age holds numbers, but 'old' in row 2"),
         (FRAME.assign(age=np.nan), "values are missing"),
         ((FRAME[["age", "dose"]].to_numpy(), FRAME.kind), "data is a tuple"),
-        (tmp_path / "none.csv", "there is no file"),
+        (tmp_path / "none.csv", "no such file"),
         ("valid", "test or validation"),
         ("validation", "data.validation is 0"),
     ]:
@@ -139,7 +139,7 @@ def test_the_command_line_measures_and_answers(
         assert (status, said) == (1, "")
         assert reason in error
         assert "Traceback" not in error
-    assert "there is no run folder" in command("evaluate", tmp_path / "no")[2]
+    assert "is not a run folder" in command("evaluate", tmp_path / "no")[2]
     run.export(tmp_path / "export", "state_dict")
     assert "is an export" in command("predict", tmp_path / "export", "--data", new)[2]
 
@@ -433,7 +433,7 @@ def test_a_run_answers_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match="has changed"):
         fedraclora.read_run(began / "run").evaluate()
     (began / "train.csv").unlink()
-    with pytest.raises(DataError, match=r"train\.csv.*missing.*put it back") as raised:
+    with pytest.raises(DataError, match=r"train\.csv.*missing.*restore the file") as raised:
         fedraclora.read_run(began / "run").evaluate()
     assert str(began) in str(raised.value)
     FRAME.to_csv(began / "train.csv", index=False)  # as it says

@@ -214,7 +214,7 @@ def test_workers_that_ask_for_no_gpu_are_not_put_where_there_is_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = cluster(monkeypatch, [{"CPU": 4, "GPU": 1}, {"CPU": 4}], "cuda", gpus=0)
-    with pytest.raises(ConfigError, match=r"engine.gpus is 0.*10\.0\.0\.1 has no GPU"):
+    with pytest.raises(ConfigError, match=r"engine.gpus=0.*10\.0\.0\.1 has no GPU"):
         made._count()
 
 

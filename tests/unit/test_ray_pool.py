@@ -206,7 +206,7 @@ def test_more_than_there_is_is_refused(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("address", ["host", "host:port", ":1"])
 def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"engine.address is .*; auto .*, or host:port"):
+    with pytest.raises(ConfigError, match=r"engine.address=.*auto .*, host:port"):
         check_address(address)
 
 

@@ -171,7 +171,7 @@ class Broken(Counters):
 def test_a_memo_that_is_none_is_refused(tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path)
     recorder.save(replace(state(), counters=Broken()), 1, caught_up())
-    with pytest.raises(CheckpointError, match=r"memo is \[1\]"):
+    with pytest.raises(CheckpointError, match=r"counters of the checkpoint are \[1\]"):
         recorder.restore(state(), caught_up())
 
 

@@ -87,7 +87,7 @@ def test_a_beginning_that_has_changed_since_is_refused(tmp_path):
     config = plain_run(None, tmp_path / "first").config
     shutil.rmtree(tmp_path / "first")
     plain_run(tmp_path / "first", seed=1)
-    with pytest.raises(CheckpointError, match="is not what"):
+    with pytest.raises(CheckpointError, match="has changed"):
         fedraclora.simulate(config)
 
 
