@@ -1,4 +1,4 @@
-"""The answers that a real client gives once, on its disk: repeated word for word, or refused.
+"""Store the one answer of a client a round on its disk, and repeat it bit for bit.
 
 What protects a client covers one answer a round: one noisy update, one masked vector, one set of
 shares. A server that asks again (it was restored, a reply was lost, or it hopes to subtract two
@@ -25,21 +25,21 @@ ONCE = ("train", "masked", "unmask", f"{MEASUREMENTS}-masked", f"{MEASUREMENTS}-
 
 
 def kind_of(stage: Stage | None) -> str:
-    """Name what is asked for: ``train``, or a stage of secure aggregation, of either sum."""
+    """Return the kind of a request: ``train``, or a stage of secure aggregation, for either sum."""
     if stage is None:
         return "train"
     return f"{MEASUREMENTS}-{stage.name}" if MEASUREMENTS in stage.settings else stage.name
 
 
 def is_given(answer: Answer) -> bool:
-    """Check whether an answer says more than why there is none."""
+    """Check whether an answer has results, not only the reason of a failure."""
     if isinstance(answer, Staged) and answer.stage.name == "unmask":
         return bool(answer.stage.data)
     return bool(len(answer.clients))
 
 
 class AnswerOnce:
-    """What a client has answered last to a kind of question, and whether that is the answer to one.
+    """Cache of a client's last answer, so that a repeated request is not computed twice.
 
     Args:
         folder: Of the client in a run.
@@ -57,7 +57,7 @@ class AnswerOnce:
         self.digest = hashlib.sha256(asked.encode()).hexdigest()
 
     def given(self) -> Answer | None:
-        """Return the answer that was sent to the question before; None: it is to be answered.
+        """Return the stored answer to the same request; None if the request is new.
 
         Raises:
             ClientError: If another question of this round or of a later one was answered, or the
@@ -86,7 +86,7 @@ class AnswerOnce:
         return None
 
     def keep(self, answer: Answer) -> None:
-        """Keep an answer before anybody gets it.
+        """Store an answer on the disk before it is sent.
 
         Raises:
             ClientError: If it cannot be kept.

@@ -1,4 +1,4 @@
-"""The folder in which a node keeps files, and what its configuration says of them.
+"""The cache folder of a node, as its node-config names it.
 
 The folder of a client is ``<cache>/fedraclora-cache/<run>/<client>``, where ``cache`` is a key of
 the node's configuration: a folder that may hold anything else. What is made here has a file
@@ -49,7 +49,7 @@ def served(context: Context) -> list[int]:
 
 
 def some(clients: list[int]) -> str:
-    """Name the clients of a node, where there are many the first and the last of them."""
+    """Format the clients of a node for a message; of many, the first and the last."""
     return str(clients) if len(clients) < FEW else f"[{clients[0]}, ..., {clients[-1]}]"
 
 
@@ -81,7 +81,7 @@ def folder_of(context: Context, run: str, client: int) -> Path:
 
 
 def make_room(folder: Path) -> None:
-    """Make the folder of a run, and remove those of the oldest where there are too many.
+    """Make the folder of a run, and remove the oldest folders if there are too many.
 
     Raises:
         ClientError: If it cannot be made.
@@ -96,7 +96,7 @@ def make_room(folder: Path) -> None:
 
 
 def claim(folder: Path) -> None:
-    """Make a folder with the marker; one that is there must have it, or be empty.
+    """Make a folder with the marker; an existing one must have the marker or be empty.
 
     Raises:
         ClientError: If it cannot be made.
@@ -117,7 +117,7 @@ def claim(folder: Path) -> None:
 
 @contextmanager
 def on_disk(folder: Path) -> Iterator[None]:
-    """Say where it was, and what to do, if the system refuses what is done with files inside.
+    """Turn an OSError inside the block into a `ClientError` that names the folder and the remedy.
 
     Args:
         folder: What the files are in.
@@ -136,7 +136,7 @@ def on_disk(folder: Path) -> Iterator[None]:
 
 
 def check_path(folder: Path) -> None:
-    """Check that nobody but this user and root may put something else in a folder's place.
+    """Check that only this user and root can replace a folder.
 
     What is read from there is trusted, and what goes through a socket there is unpickled.
 

@@ -25,13 +25,13 @@ def partition(message: Message, context: Context) -> Message:
 
 @app.train("cohort")
 def train(message: Message, context: Context) -> Message:
-    """Train clients of this node; what goes wrong is said in one line, not in Flower's words."""
+    """Train clients of this node; a failure becomes an error of one line."""
     # Nothing is kept in the state of the context: it is lost when a client raises.
     return answer(message, context)
 
 
 def answer(message: Message, context: Context) -> Message:
-    """Answer a message: by the process that stays on the node, or by this one."""
+    """Answer a message, by the resident process of the node or by this one."""
     job = message.content.get("job")
     # Without pidfd (it is Linux's) no process could be sure to end with its node.
     if isinstance(job, ConfigRecord) and "run" in job and hasattr(os, "pidfd_open"):

@@ -1,4 +1,4 @@
-"""What clients hold between rounds: own tensors, moments, and what an exchange asks for."""
+"""Read and write client state between rounds: own tensors, moments, quantization residues."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedraclora.wire.feedback import blank_residues
 def restore(
     store: ClientStore, downlink: Downlink, request: TrainRequest, base: Tree, local: LocalConfig
 ) -> tuple[Downlink, Tree, Tree]:
-    """Read what the clients of a message hold.
+    """Read the state of the clients of a message.
 
     Args:
         store: Where they keep it.
@@ -88,7 +88,7 @@ def keep(
     residues: Tree | None = None,
     among: torch.Tensor | None = None,
 ) -> None:
-    """Keep what stays; a client that diverged keeps what it had before.
+    """Store the new client state; a client that diverged keeps its previous state.
 
     Args:
         store: Where.

@@ -50,7 +50,7 @@ class InProcessGrid(Grid):
 
 
 def in_process() -> Engine:
-    """Make the engine of clients in this process, which read the server's own weights."""
+    """Build the engine that trains clients in this process, on the server's own weights."""
     weights = BaseWeights({})
 
     def make_grid(trainer: CohortTrainer, store: ClientStore, terms: SecAggTerms | None) -> Grid:
@@ -64,7 +64,7 @@ def on_ray(
     state: Callable[[Any], WorkerStateLike],
     given: object,
 ) -> Engine:
-    """Make the engine of resident Ray workers, which follow the server's weights by links.
+    """Build the engine of resident Ray workers, which follow the server's weights by updates.
 
     Args:
         settings: How many workers, of which cluster.
@@ -93,7 +93,7 @@ def on_ray(
 
 
 def engine_of(builder: TaskBuilder) -> Engine:
-    """Make the engine that the config of a run names.
+    """Build the engine that the config of a run names.
 
     Raises:
         ConfigError: If its clients are not this process's to start.

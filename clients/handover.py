@@ -1,4 +1,4 @@
-"""Hands a message to the process that stays on this node, and starts that where there is none.
+"""Pass a message to the resident process of this node, and start that process if needed.
 
 Flower starts a process for every message; what takes time to load is kept by one that stays, the
 resident (`clients.resident`). It listens at a Unix socket in a folder of the node's cache that only
@@ -40,7 +40,7 @@ LOOK = 0.1  # seconds between looks whether another process of the node is done
 
 
 def hand_over(message: Message, context: Context) -> Message:
-    """Let the resident of this node answer a message.
+    """Return the answer of the resident process to a message.
 
     Raises:
         ClientError: If it does not start, goes or falls silent before it has answered, or its
@@ -69,7 +69,7 @@ def hand_over(message: Message, context: Context) -> Message:
 
 
 def answered(resident: Connection, message: Message, context: Context, until: float) -> Message:
-    """Give a message to a resident, and wait for its answer.
+    """Send a message to a resident process, and return its answer.
 
     Args:
         resident: Where it is.
@@ -103,7 +103,7 @@ def answered(resident: Connection, message: Message, context: Context, until: fl
 
 @contextmanager
 def open_alone(cache: Path, node: int, until: float) -> Iterator[str]:
-    """Yield the address of a node's resident, while no other process of the node has it.
+    """Yield the address of a node's resident process, locked for this process.
 
     Args:
         cache: The folder of the node's files.
@@ -181,14 +181,14 @@ def reach(address: str, key: bytes, seconds: float | None = None) -> Connection 
 
 
 def limit(link: socket.socket, seconds: float) -> None:
-    """Let reading from a socket and writing to it fail where nothing moves for some seconds."""
+    """Set the time-out of a socket, for reading and writing, in seconds."""
     value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))  # struct timeval
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         link.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def end(address: str) -> None:
-    """End the resident of an address, which is stuck."""
+    """Kill the resident process of an address."""
     with suppress(OSError, ValueError):
         pid = int(Path(address).with_name(NUMBER).read_text())
         if PROGRAM[-1].encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
@@ -196,7 +196,7 @@ def end(address: str) -> None:
 
 
 def started(address: str, key: bytes) -> Connection | None:
-    """Start a resident at an address, and connect to it; None if it ends, or takes too long.
+    """Start a resident process and connect to it; None if it ends or takes too long.
 
     It gets a socket that listens already, so that nobody waits for a file to appear, and a handle
     of the process that started this one: with that it ends.

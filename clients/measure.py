@@ -1,4 +1,4 @@
-"""Measures clients' weights on samples that they do not train on; what goes back are sums."""
+"""Federated evaluation: measure clients' weights on held-out samples, and return sums."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = "it has {} samples and holds none out for evaluation (evaluate.share)"
 
 
 class Measurer:
-    """Answers asks to measure.
+    """Answers requests to evaluate.
 
     Args:
         trainer: Has the task, and trains where what comes of that is measured, too.
@@ -43,7 +43,7 @@ class Measurer:
         self._shared: tuple[Tree, Downlink | None, Tree] = ({}, None, {})
 
     def answer(self, ask: Ask, base: Tree, store: ClientStore) -> Measured:
-        """Measure the clients of an ask; one without samples for that is a failure, named.
+        """Evaluate the clients of a request; a client without held-out samples is a failure.
 
         Args:
             ask: What is asked.
@@ -98,7 +98,7 @@ class Measurer:
         )
 
     def holding(self, clients: torch.Tensor) -> list[int]:
-        """List those of some clients that have samples to measure on."""
+        """Return the clients that have held-out samples."""
         if self.task.held is None:
             return []
         sizes = self.task.held.data.sizes(clients.to(self.trainer.device)).cpu()
@@ -107,7 +107,7 @@ class Measurer:
     def vectors(
         self, request: TrainRequest, answer: Measured
     ) -> tuple[dict[int, Callable[[], Words]], dict[str, Any]]:
-        """Write what clients have measured as vectors for a secure sum.
+        """Encode the metrics of clients as vectors for secure aggregation.
 
         One that has no samples to measure on sends zeros: it tells nothing, and its neighbours need
         nobody to take their masks off.

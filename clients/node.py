@@ -1,4 +1,4 @@
-"""What a SuperNode keeps on its disk, and how it answers: base weights, and what stays with it.
+"""Answer messages on a SuperNode, with base weights and client state on its disk.
 
 What must last is on the disk (`clients.cache`): the process that answers may be killed at any time,
 and the next message then meets a fresh one. What it keeps in memory saves reading that again.
@@ -54,7 +54,7 @@ def introduce(context: Context, run: str) -> RecordDict:
 
 
 def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
-    """Train the clients of a message, on weights that its update brings to the newest version.
+    """Answer a message: update the base weights, then train its clients.
 
     One that fails is named in the reply; where nobody else is asked, its error is raised.
 
@@ -89,7 +89,7 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
 
 @dataclass(frozen=True)
 class NodeHandler:
-    """Answers what clients of this node are asked by one message.
+    """Answers one message for the clients of this node.
 
     Attributes:
         worker: Trains them.
@@ -104,7 +104,7 @@ class NodeHandler:
     settings: dict[str, Any]
 
     def answer(self, ask: Ask) -> Answer:
-        """Answer an ask, chunk by chunk, and keep what stays with its clients."""
+        """Answer a request, chunk by chunk, and store the client state."""
         chunks = chunks_of(ask, int(self.settings["engine"]["chunk"]))
         alone = len(ask.request.clients) == 1
         return join_answers(ask, [a for part in chunks for a in self._tried(part, alone=alone)])
@@ -164,18 +164,18 @@ class NodeHandler:
 
 @lru_cache(maxsize=KEPT)
 def checked_of(folder: Path, trainer: CohortTrainer) -> set[int]:
-    """Give the clients of a run whose samples this process has compared; whoever does adds them."""
+    """Return the set of clients whose samples this process has checked; the caller adds to it."""
     del folder, trainer
     return set()
 
 
 def store_file(folder: Path) -> Path:
-    """Where a client keeps what stays with it."""
+    """Return the file of the state of a client."""
     return folder / "kept.safetensors"
 
 
 def read_store(folder: Path) -> Tree:
-    """Read what stays at a client; nothing where it has trained nothing so far.
+    """Read the state of a client; empty if it has not trained yet.
 
     Args:
         folder: Of the client.
@@ -192,7 +192,7 @@ def read_store(folder: Path) -> Tree:
 def worker_of(
     folder: Path, trainer: CohortTrainer, terms: SecAggTerms | None
 ) -> tuple[Worker, StoredReplica]:
-    """Read the base weights of a node, or begin with those of the model, and train on them."""
+    """Build the worker of a node, on its stored base weights or the model's initial ones."""
     holding = StoredReplica(folder, trainer.plan, trainer.device)
     holding.begin(dict(trainer.task.model.named_parameters()))
     return Worker(trainer, holding, terms=terms), holding
@@ -202,7 +202,7 @@ def worker_of(
 def trainer_for(
     settings: str, own: str | None, clients: tuple[int, ...]
 ) -> tuple[CohortTrainer, SecAggTerms | None]:
-    """Build data and model of a run, and what its clients insist on in secure aggregation.
+    """Build data and model of a run, and the terms of its clients for secure aggregation.
 
     Args:
         settings: The config of the run, as JSON.
@@ -229,7 +229,7 @@ def trainer_for(
 
 
 def built_from(plain: Plain) -> tuple[CohortTrainer, SecAggTerms | None]:
-    """Build data and model of a config, and what clients insist on in secure aggregation."""
+    """Build data and model of a config, and the terms of its clients for secure aggregation."""
     # Pretrained weights come from the server: to train them here again would be for nothing.
     builder = TaskBuilder(task_from_plain(plain), pretrain=False)
     know_programs(plain)

@@ -1,4 +1,4 @@
-"""The process that stays on a node between messages, with torch, model, data and weights.
+"""The resident process of a node: it keeps torch, model, data and weights between messages.
 
 ``python -m fedraclora.clients.resident LISTENER NODE KEY``: started by `clients.handover` with a
 socket that listens and a handle of the process that it must not outlive, both by number. It ends
@@ -36,7 +36,7 @@ Respond = Callable[[Message, Context], Message]
 
 
 def serve(listener: socket.socket, node: int, key: bytes, respond: Respond) -> None:
-    """Answer one message after another, until it is time to end.
+    """Answer messages until the process should end.
 
     Args:
         listener: Where messages come.
@@ -70,7 +70,7 @@ def serve(listener: socket.socket, node: int, key: bytes, respond: Respond) -> N
 
 
 def answer(peer: Connection, node: int, respond: Respond) -> None:
-    """Answer a message; if its process or the node's ends meanwhile, this one does, too."""
+    """Answer a message; exit if the sending process or the node's process ends meanwhile."""
     message, context = peer.recv()
     answered, speaking = threading.Event(), threading.Lock()
 
@@ -96,7 +96,7 @@ def answer(peer: Connection, node: int, respond: Respond) -> None:
 
 
 def main() -> None:
-    """Serve what the command line names."""
+    """Run the resident process from its command line."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the whole group of the node
     from fedraclora.clients.respond import respond
 

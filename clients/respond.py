@@ -1,4 +1,4 @@
-"""Answers the messages of real hosts, in a process that may live on (`clients.node`)."""
+"""Answer messages of a deployment, in a process that may live on (`clients.node`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedraclora.errors import WireError
 
 
 def respond(message: Message, context: Context) -> Message:
-    """Answer a message; what goes wrong is an error reply."""
+    """Answer a message; a failure becomes an error reply."""
     introduced = message.metadata.message_type == "query.partition"
     try:
         content, run = message.content, run_of(message.content)
@@ -22,7 +22,7 @@ def respond(message: Message, context: Context) -> Message:
 
 
 def run_of(content: RecordDict) -> str:
-    """Read of which run a message is.
+    """Return the id of the run of a message.
 
     Raises:
         WireError: If it does not say so, or is of a release with other messages.

@@ -1,4 +1,4 @@
-"""Holds clients of a node to the samples with which they began a run.
+"""Check that a client's samples do not change during a run.
 
 A checksum of all that a client trains and measures on lies beside what it keeps of the run, on the
 node's disk. It is compared in each new process of the node, and never sent: from the checksum of a
@@ -25,7 +25,7 @@ KEY = "samples"
 
 
 def check_samples(folder: Path, client: int, task: Task) -> None:
-    """Compare the samples of a client with those of its first time in a run, when it notes them.
+    """Compare the samples of a client with their checksum, which its first round stores.
 
     Args:
         folder: Of the client in the run.

@@ -55,7 +55,7 @@ def answer_stage(
     terms: SecAggTerms,
     measurers: Collection[int] = (),
 ) -> Staged:
-    """Answer a stage in which nobody trains.
+    """Answer a stage of secure aggregation without training.
 
     Args:
         request: Says in which round.
@@ -218,7 +218,7 @@ def of_updates(
     terms: SecAggTerms,
     trained: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> dict[int, Callable[[], Words]]:
-    """Give what writes the vectors of those who trained, for `masked_vectors`.
+    """Return a function that encodes the updates of clients, for `masked_vectors`.
 
     Args:
         request: What was asked.
@@ -243,7 +243,7 @@ def masked_vectors(
     notes: Sequence[str] = (),
     told: Mapping[str, Any] | None = None,
 ) -> Staged:
-    """Write the masked vectors of those who have one, were told their neighbours' shares, and may.
+    """Build the masked vectors of all clients that can send one.
 
     A client that cannot open a share says whose, and sends no vector: then it is asked again, and
     told whether to go on without that share or without that neighbour.

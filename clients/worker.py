@@ -1,4 +1,4 @@
-"""Answers what clients are asked: trains those who are named, and finds who failed."""
+"""Answer requests to clients: train them in batches, and find the clients that fail."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """What clients are asked to train, and how far that has come.
+    """A training request and its progress.
 
     Attributes:
         request: What is asked.
@@ -83,7 +83,7 @@ class Job:
             start = end
 
     def shorten(self, bound: float, rows: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """Shorten updates to a norm, and note of each whether it was longer."""
+        """Clip updates to a norm, and record which were longer."""
         found = shortened(rows, start, bound)
         self.cut += (found != rows).any(dim=1).tolist()
         return found
@@ -114,11 +114,11 @@ class Worker:
 
     @cached_property
     def measurer(self) -> Measurer:
-        """What measures where that is asked."""
+        """The evaluator, built when it is first needed."""
         return Measurer(self.trainer)
 
     def train(self, ask: Ask) -> Answer:
-        """Answer an ask.
+        """Answer a request.
 
         A chunk that raises is cut in halves until the clients at fault stand alone: they are
         reported by id, the others' results are used. Where memory runs out nobody is at fault:
@@ -298,7 +298,7 @@ def answer_of(
     mask: torch.Tensor | None = None,
     coded: Coded | None = None,
 ) -> FromTraining:
-    """Answer with what a chunk brought back.
+    """Build the answer of a chunk from its results.
 
     Args:
         result: Of the clients that trained, or None if none did.
@@ -349,7 +349,7 @@ def answer_of(
 
 
 def summed(answer: Summed, request: TrainRequest) -> Summed:
-    """Put weighted sums of blocks into the place of an answer's rows, without those of no use.
+    """Replace the rows of an answer by weighted sums of blocks, without unusable rows.
 
     Args:
         answer: Whose numbers are the rows of its clients, [k, P].
@@ -371,7 +371,7 @@ def summed(answer: Summed, request: TrainRequest) -> Summed:
 
 
 def leaving(local: LocalConfig, result: LocalResult) -> LocalResult:
-    """Select what leaves the clients, as the extras of local training say."""
+    """Select the tensors that clients send, as the extras of local training say."""
     for extra in local.added:
         with told_as(ClientError, f"{local.told(extra)}: ", "selecting what is sent"):
             result = extra.sent(result)
@@ -379,7 +379,7 @@ def leaving(local: LocalConfig, result: LocalResult) -> LocalResult:
 
 
 def sent_rows(result: LocalResult, layout: Layout) -> torch.Tensor:
-    """Flatten what clients send into rows, float64 [k, P]."""
+    """Flatten the tensors that clients send into rows, float64 [k, P]."""
     return layout.pack({n: result.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
 
 
@@ -389,7 +389,7 @@ def sending(
     downlink: Downlink,
     base: Tree,
 ) -> LocalResult:
-    """Change the rows that clients send: ``change`` gives new ones, of them and their start."""
+    """Replace the rows that clients send by ``change(rows, start)``."""
     layout = downlink.layout
     rows = sent_rows(result, layout)
     new = change(rows, opening_rows(downlink, base, layout, torch.arange(len(rows))))

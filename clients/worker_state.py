@@ -1,4 +1,4 @@
-"""What a resident worker of another process holds: model, data, base weights."""
+"""The state of a worker process: model, data, base weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedraclora.wire.exchange import Ask
 
 
 class RequestHandler:
-    """Answers the asks of clients whose own tensors come with them.
+    """Answers requests that bring the state of their clients.
 
     Args:
         worker: Trains; what it keeps itself is not used.

@@ -1,4 +1,4 @@
-"""The one round loop: it drives any method over any grid."""
+"""The round loop, which runs any method on any grid."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class FedStrategy:
         self.catch_up, self.done = CatchUp(state.base, self.loop.clients, coding), 0
 
     def resume(self, state: State, done: int) -> None:
-        """Go on after round ``done`` from a restored state (`catch_up` is restored in place)."""
+        """Resume after round ``done`` from a restored state (`catch_up` is restored in place)."""
         self.state, self.done = state, done
         if self.devices.system.timed:
             self.devices.now = number(self.recorder.ledger.rows[-1], "virtual_seconds")
@@ -122,7 +122,7 @@ class FedStrategy:
                 self._publish_row(row | self.devices.clock)
 
     def _attempt(self, grid: Grid, round_: int) -> None:
-        """Run one round, and run it again if too few clients answered: it has changed nothing.
+        """Run one round; retry it if too few clients answered, since it changed nothing.
 
         Raises:
             ClientError: That of the last time.
@@ -199,7 +199,7 @@ class FedStrategy:
             cost.count(exchange, traffic)
 
     def _give_up(self, exchange: Exchange, grid: Grid, why: str, cost: Cost) -> None:
-        """Go on after a round that real clients will not answer again: nothing changes in it."""
+        """Skip a round that real clients cannot answer again; the weights stay as they are."""
         round_ = exchange.round_
         cost.fetch(self.catch_up, exchange, taken_traffic(grid))
         self.done = round_
@@ -276,7 +276,7 @@ class FedStrategy:
     def _by_clients(
         self, send: Send, grid: Grid, cohort: Callable[[], torch.Tensor], cost: Cost
     ) -> Row:
-        """Have clients measure the new weights, where that is due; give the columns of it."""
+        """Let clients evaluate the new weights if that is due; return the columns for the row."""
         measuring, loop, round_ = self.measuring, self.loop, self.done + 1
         if measuring is None or not measuring.due(self.done, loop.rounds):
             return {}

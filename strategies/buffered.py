@@ -1,4 +1,4 @@
-"""The strategy for clients that are not waited for: FedBuff on the virtual clock of the devices.
+"""Buffered asynchronous rounds (FedBuff), on the virtual clock of the devices.
 
 A round is a step of the server. Who starts in it, and when each will answer, is known from the
 clock alone, so those who start are trained at once, in one exchange, and their replies lie in wait
@@ -57,7 +57,7 @@ PREFIX = "buffer/"  # of the moments that are replies on their way
 
 
 class BufferedStrategy(FedStrategy):
-    """Runs a method without waiting for anyone; arguments as for `FedStrategy`."""
+    """Runs a method without waiting for clients; arguments as for `FedStrategy`."""
 
     divisible = False  # replies of other rounds are merged with this one's
     _leg: AsyncStep | None = None
@@ -92,7 +92,7 @@ class BufferedStrategy(FedStrategy):
 
     @override
     def _next(self, exchange: Exchange, got: Uplinks) -> State:
-        """Merge the replies that have come; the others lie in wait."""
+        """Merge the replies that have arrived; keep the others for later rounds."""
         leg, before = self._leg, self.state
         if leg is None:
             raise ConfigError("replies came before a round was opened")
@@ -168,7 +168,7 @@ def batch_of(got: Uplinks, sent: Downlink, base: Tree, started: tuple[PendingCli
 
 @dataclass(frozen=True)
 class Waiting:
-    """What is on its way: batches in ascending order of round, and clients that will vanish."""
+    """Replies in flight: batches in ascending order of round, and clients that will drop out."""
 
     batches: tuple[Batch, ...] = ()
     lost: tuple[PendingClient, ...] = ()

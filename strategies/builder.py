@@ -1,4 +1,4 @@
-"""Builds a run from its config: task, method, what is measured, engine, files and strategy."""
+"""Build a run from its config: task, method, evaluation, engine, files and strategy."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
     @cached_property
     def chunk(self) -> ChunkPlan:
-        """How many clients train as one batch, and why so many."""
+        """The number of clients that train as one batch, and the reason for it."""
         asked = self.config.engine.chunk
         stored = resolved_setting(self.folder, "chunk") if self.resume and self.folder else None
         if self.config.local.train is not None:
@@ -195,7 +195,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
     @cached_property
     def trained(self) -> TrainedPart:
-        """What clients train of the model."""
+        """The parts of the model that clients train."""
         return trained_of(self.first_downlink, self.plan.shapes)
 
     @cached_property
@@ -303,7 +303,7 @@ def watching(
     measure: Callable[[str], Measure],
     measuring: Measuring | None,
 ) -> list[Callback]:
-    """List what measures the weights of a run, and may end it early by that."""
+    """List the callbacks that evaluate a run and may end it early."""
     split, found = config.evaluate.split, list[Callback]()
     samples = measured_samples(task, split)
     found.append(Undefined(samples.target))

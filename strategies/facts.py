@@ -1,4 +1,4 @@
-"""What a run begins with, as numbers and names: `terminal.opening` writes it for a reader."""
+"""Facts of a run at its start, as plain values; `terminal.opening` prints them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Facts = dict[str, Any]  # JSON values
 
 
 def facts_of(run: RunBuilder) -> Facts:
-    """Collect what a run begins with; values of JSON, so that they reach other machines."""
+    """Collect the facts of a run at its start, as JSON values."""
     config, task, built = run.config, run.task, run.built
     samples = measured_samples(task, config.evaluate.split)
     own = config.own_model

@@ -1,4 +1,4 @@
-"""A run that has come to its end: its figures, its weights, and what to do with them."""
+"""The result of a finished run: metrics, weights, evaluation, prediction and export."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SPLITS = ("test", "validation")
 
 @dataclass(frozen=True, repr=False)
 class RunResult:
-    """A run that has come to its end.
+    """Result of a finished run.
 
     Attributes:
         summary: Its final figures, as in ``summary.json``: ``metrics``, ``rounds``,
@@ -162,7 +162,7 @@ class RunResult:
         return found
 
     def predict(self, data: object, *, round: int | None = None) -> DataFrame:  # noqa: A002
-        """Let the trained model answer.
+        """Predict with the trained model.
 
         Args:
             data: As for `read`; a target is not needed, nor looked at.
@@ -203,7 +203,7 @@ class RunResult:
         return frame.set_axis(index) if isinstance(index, pd.Index) else frame
 
     def read(self, data: object, *, target: str | None = None, measured: bool = True) -> Read:
-        """Read samples as the run has read its own: columns, classes, scale, tokens, template.
+        """Encode samples as the run encoded its own: columns, classes, scale, tokens, template.
 
         Args:
             data: ``"test"`` or ``"validation"``, the run's own; the path of a file of the kind that
@@ -286,7 +286,7 @@ class RunResult:
         return {n: t.to(self.builder.built.device) for n, t in self.weights(round_).items()}
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw the curves of the run; a notebook shows what it gives.
+        """Draw the curves of the run; return a figure that a notebook shows.
 
         Args:
             path: Where to write them as a PNG, too; None: nowhere.
@@ -356,7 +356,7 @@ class RunResult:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write what the run came to: weights, history, figures, config.
+        """Write the result to a folder: weights, history, summary, config.
 
         Args:
             folder: Made where it is missing. It is no run folder: a run that is to be gone on with

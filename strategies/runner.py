@@ -1,4 +1,4 @@
-"""Carries a run out, in its folder or in memory, and closes it: summary and figures."""
+"""Execute a run, in its folder or in memory, and write its summary and figures."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class StoredTask(TaskBuilder):
 
 
 def execute(run: RunBuilder, *watching: Callback) -> RunResult:
-    """Run to the end and write everything that a run leaves behind.
+    """Execute a run, write its files, and return the finished run.
 
     Args:
         run: Of which nothing is built yet. Its folder is taken away again where the run cannot

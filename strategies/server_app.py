@@ -1,4 +1,4 @@
-"""The ServerApp of ``fedraclora deploy``: the same run, in the process that Flower starts for it.
+"""The ServerApp of ``fedraclora deploy``, which executes a run in a process of Flower.
 
 The run's config comes as JSON in the run config, ``cfg-json``; ``fedraclora deploy`` writes it.
 What simulate leaves in its run folder is left in ``output.dir``.
@@ -80,7 +80,7 @@ def on_hosts(
 
 
 def config_from_text(text: str, *, resuming: bool = False) -> RunConfig:
-    """Read the config of a run, which goes on if it ``resuming`` before.
+    """Read the config of a run, new or ``resuming``.
 
     Raises:
         ConfigError: If it is missing, not JSON, of another engine or without ``output.dir``.

@@ -1,1 +1,1 @@
-"""Engines: where the clients of a cohort run. Each has a `Grid`, which is asked and answers."""
+"""Engines run the clients of a round. Each has a `Grid`, which takes requests, returns answers."""

@@ -1,4 +1,4 @@
-"""Asks as Flower's records, and read back from them."""
+"""Write requests to clients as Flower's records, and read them back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Records = dict[str, ArrayRecord | ConfigRecord | MetricRecord]
 
 
 class AskWriter:
-    """Writes asks as records; what those of an exchange share is written once."""
+    """Writes requests as records; parts that an exchange shares are encoded once."""
 
     def __init__(self) -> None:
         self._of: tuple[Downlink | None, object] | None = None

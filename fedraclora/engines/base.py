@@ -1,4 +1,4 @@
-"""What an engine is: it owns the base weights that clients read, the grid and the end of both.
+"""The interface of an engine: it owns the base weights that clients read, and the grid.
 
 A grid is asked, and gives what came; how it gets to the clients is its own business.
 
@@ -24,7 +24,7 @@ from fedraclora.wire.exchange import Ask
 
 @dataclass
 class Traffic:
-    """What went over the wire since the strategy last looked.
+    """Communication since the strategy last read it.
 
     Attributes:
         fetched: Payload bytes by which clients caught up on base weights, what was sent again
@@ -40,7 +40,7 @@ class Traffic:
 
 
 class Grid(ABC):
-    """Where the clients of one run are asked.
+    """Sends requests to the clients of one run.
 
     Attributes:
         incidents: What went wrong and was mended since the strategy last looked: sentences for
@@ -58,7 +58,7 @@ class Grid(ABC):
 
     @abstractmethod
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
-        """Ask clients, and give what comes.
+        """Send requests to clients, and return their answers.
 
         Args:
             asks: Each of some clients of one round.
@@ -73,7 +73,7 @@ class Grid(ABC):
         """
 
     def close(self) -> None:  # noqa: B027
-        """End what the grid has started."""
+        """Stop everything that the grid has started."""
 
 
 # Starts what runs clients, from the trainer of this process, what clients keep between rounds, and
@@ -109,7 +109,7 @@ class Engine:
     def start(
         self, trainer: CohortTrainer, store: ClientStore, terms: SecAggTerms | None = None
     ) -> Grid:
-        """Start what runs clients.
+        """Start the processes that train clients.
 
         Args:
             trainer: Of this process.
@@ -123,7 +123,7 @@ class Engine:
         return self.grid
 
     def close(self) -> None:
-        """End what was started, however far it came; a second call does nothing."""
+        """Stop everything that was started; a second call does nothing."""
         if self.grid is not None:
             self.grid.close()
             self.grid = None

@@ -1,4 +1,4 @@
-"""What is replaced in Flower's modules: one table, `PATCHES`, and what stands in its place.
+"""Patches of Flower's modules: one table, `PATCHES`, and the replacements.
 
 ``python -P flower_patches.py PROGRAM WORD ...`` runs one of Flower's programs with the patches that
 are for it. Each patch says how Flower 1.42 uses what it replaces. This is compared with the source
@@ -94,7 +94,7 @@ class Patch:
 
 
 def uses_of(source: str, name: str) -> str:
-    r"""Write down how a module uses a name: its attributes, and the form of calls.
+    r"""Return how a module uses a name: its attributes, and the form of its calls.
 
     Example:
         >>> uses_of("time.sleep(3)\nrun(time, at=time.now)", "time")
@@ -117,7 +117,7 @@ def _words(call: ast.Call) -> str:
 
 
 def arguments_of(source: str, qualified: str) -> str:
-    r"""Write down the arguments of a function of a module; nothing if there is none.
+    r"""Return the arguments of a function of a module; empty if there is none.
 
     Example:
         >>> arguments_of("class C:\n def f(self, a: int, *, b=1): ...", "C.f")
@@ -139,7 +139,7 @@ def arguments_of(source: str, qualified: str) -> str:
 
 @cache
 def source_of(module: str) -> str:
-    """Read the source of a module of Flower without an import of it; nothing if there is none."""
+    """Read the source of a Flower module without importing it; empty if there is none."""
     first, *rest = module.split(".")
     found = find_spec(first)
     for home in [] if found is None else found.submodule_search_locations or []:
@@ -152,7 +152,7 @@ def source_of(module: str) -> str:
 
 @cache
 def difference(patch: Patch) -> str | None:
-    """Say how this Flower differs from what a patch was written for; None if it does not."""
+    """Return how the installed Flower differs from the one a patch expects; None if it does not."""
     for form, wanted in (("uses", patch.uses), ("takes", patch.takes)):
         look = uses_of if form == "uses" else arguments_of
         for place, known in wanted.items():
@@ -164,7 +164,7 @@ def difference(patch: Patch) -> str | None:
 
 
 def why_without(patch: Patch, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Say why a patch is left out; None if it is not.
+    """Return why a patch is left out; None if it is applied.
 
     Args:
         patch: One of `PATCHES`.
@@ -185,7 +185,7 @@ def why_without(patch: Patch, environ: Mapping[str, str] = os.environ) -> str | 
 
 
 def lines(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Say which patches of Flower are left out, and why: a line for each reason."""
+    """Return which patches of Flower are left out, one line for each reason."""
     names = dict[str, list[str]]()
     for each in PATCHES:
         if (why := why_without(each, environ)) is not None:
@@ -197,7 +197,7 @@ def lines(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def patch(program: str) -> None:
-    """Patch the modules of Flower in this process, for one of its programs.
+    """Patch Flower's modules in this process, for one of its programs.
 
     Raises:
         SystemExit: If addresses are said to be sockets (`SOCKETS`), and this Flower cannot do that.
@@ -236,7 +236,7 @@ def sockets() -> dict[str, str]:
 
 
 def listening(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Let what makes a web server have it listen at the socket of its address, if that has one."""
+    """Wrap a web-server factory so that the server listens at the socket of its address."""
 
     def made(*words: Any, host: str, port: int, **named: Any) -> Any:
         return make(*words, host=host, port=port, uds=sockets().get(f"{host}:{port}"), **named)
@@ -245,7 +245,7 @@ def listening(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def calling(*, verify: Any = True, **named: Any) -> Any:
-    """Make a client of the web that calls addresses which have a socket there."""
+    """Build an HTTP client that uses the socket of an address, if there is one."""
     import httpx
 
     known = httpx.create_ssl_context(verify) if isinstance(verify, str) else verify
@@ -331,13 +331,13 @@ def start_tasks() -> None:
 
 
 class Pauses:
-    """Pauses between looks for something to do: brief while there is much, longer after a while."""
+    """Polling pauses: short while there is work, longer when idle."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
 
     def note(self) -> None:
-        """Take down that something happened."""
+        """Record that there was work."""
         self.last = time.monotonic()
 
     def sleep(self, seconds: float) -> None:
@@ -418,7 +418,7 @@ def run_clientapps(asked: socket.socket) -> None:
 
 
 def end_after(run: Callable[[], None]) -> NoReturn:
-    """Run what ends by itself, and end at once: to take a whole interpreter apart takes longer."""
+    """Run a function, then exit at once, without the slow shutdown of the interpreter."""
     status: object = None
     try:
         run()
@@ -433,7 +433,7 @@ def end_after(run: Callable[[], None]) -> NoReturn:
 
 
 def end_with_parent() -> None:
-    """Get SIGTERM when the process ends that started this one.
+    """Ask for SIGTERM when the parent process ends.
 
     Flower's own watch of it tells a thread, which wakes nobody from long pauses.
     """
@@ -741,7 +741,7 @@ def own_api() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the program that the command line names."""
+    """Run the Flower program that the command line names."""
     del sys.argv[0]
     program = Path(sys.argv[0]).name
     # Flower's programs start each other by name: those of this Python are meant.

@@ -1,4 +1,4 @@
-"""What grids inside a ServerApp have in common: Flower's own grid, and messages of asks."""
+"""The base of grids inside a ServerApp: they send requests as messages of Flower's own grid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit)\b.*)$", re.MULTILI
 
 
 def last_raised(reason: str) -> str:
-    r"""Shorten what Flower says of an app that raised, in Ray a whole traceback, to its last error.
+    r"""Shorten Flower's report of a failed app, in Ray a whole traceback, to its last error.
 
     Example:
         >>> last_raised("<class 'E'>:<'Traceback:\nOSError: full\n\nClientAppException: '>")
@@ -54,7 +54,7 @@ class PostedGrid(Grid):
         self._writer = AskWriter()
 
     def message(self, ask: Ask, node: int, more: RecordDict, ttl: float) -> Message:
-        """Write an ask as a message.
+        """Write a request as a message.
 
         Args:
             ask: What is asked.
@@ -68,7 +68,7 @@ class PostedGrid(Grid):
 
     @staticmethod
     def refusal(reply: Message) -> NoAnswer:
-        """Say why a reply is an error."""
+        """Return the reason of an error reply."""
         return NoAnswer(last_raised(str(reply.error.reason)), reply.error.code == RUN_AT_FAULT)
 
     def wait(self, what: str) -> None:

@@ -1,4 +1,4 @@
-"""A Ray for one run on this machine: nobody else may reach it, and nothing of it stays.
+"""A private Ray for one run on this machine: others cannot reach it, and it leaves no files.
 
 As Ray comes, its processes listen on all interfaces and run what anybody sends them, and its
 sockets and logs lie in a folder where all may write. Here they listen at 127.0.0.1, ask for a
@@ -57,14 +57,14 @@ def cpus() -> int:
 
 
 def put_back(environ: Mapping[str, str]) -> None:
-    """Make the environment of this process what it was."""
+    """Restore the environment of this process."""
     for name in os.environ.keys() - environ.keys():
         del os.environ[name]
     os.environ.update(environ)
 
 
 class LastWord:
-    """Says why this process ended where Ray ends it, which it does at once and without a word.
+    """Prints why this process ended if Ray kills it, which Ray does without a message.
 
     A shell waits at a pipe. It speaks where the pipe ends and nobody has said that all is in order.
     """
@@ -80,14 +80,14 @@ class LastWord:
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Say that all is in order; a second call does nothing."""
+        """Cancel the message; a second call does nothing."""
         atexit.unregister(self.close)
         if self._shell.returncode is None:
             self._shell.communicate(b"\n")
 
 
 class RayFolder:
-    """Where a Ray keeps its sockets and logs: a private folder, and the token that it asks for.
+    """A private folder for the sockets and logs of a Ray, and its access token.
 
     Attributes:
         path: The folder; gone after `close`.
@@ -106,7 +106,7 @@ class RayFolder:
         }
 
     def close(self) -> None:
-        """Kill what is left of this Ray, which should have ended, and remove the folder."""
+        """Kill the remaining processes of this Ray, and remove the folder."""
         end = time.monotonic() + PATIENCE
         while (left := self._processes()) and time.monotonic() < end:
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Flower's programs as processes of this machine: whoever starts them ends them, however it ends.
+"""Run Flower's programs as child processes, which end with this process.
 
 A program is on a tether (`tethered.py`). All that it starts holds its standard input, too, so that
 the end of the last of them is seen.
@@ -52,7 +52,7 @@ class Address:
 
     @classmethod
     def choose(cls, path: Path, port: int, environ: Mapping[str, str]) -> Address:
-        """Take the socket of a path, and where there are no sockets a port that is free.
+        """Choose the socket of a path, or a free port if the platform has no sockets.
 
         Args:
             path: Where the socket is to be.
@@ -70,7 +70,7 @@ class Address:
         return f"{HOST}:{self.port}"
 
     def listens(self) -> bool:
-        """Check whether somebody listens there."""
+        """Return whether a process listens there."""
         where = (HOST, self.port) if self.socket is None else str(self.socket)
         with socket.socket(socket.AF_INET if self.socket is None else socket.AF_UNIX) as link:
             return link.connect_ex(where) == 0
@@ -101,7 +101,7 @@ def environment(home: Path, *, patched: bool = True) -> dict[str, str]:
 
 
 def addresses(sockets: Mapping[int, Path]) -> str:
-    """Write down which ports of this machine stand for sockets, as `flower_patches` reads it."""
+    """Encode which ports stand for sockets, as `flower_patches` reads it."""
     return json.dumps({f"{HOST}:{port}": str(path) for port, path in sockets.items()})
 
 
@@ -173,12 +173,12 @@ class Program:
 
     @property
     def ended(self) -> bool:
-        """Return whether it has ended by itself."""
+        """Return whether the program has ended."""
         return self.process.poll() is not None
 
     @property
     def last_words(self) -> str:
-        """The last lines that it wrote."""
+        """The last lines of the program's output."""
         lines = self.file.read_text(errors="replace").strip().splitlines()
         return " / ".join(lines[-5:]) or "nothing"
 
@@ -197,7 +197,7 @@ class Program:
             time.sleep(0.1)
 
     def end(self) -> None:
-        """End it with all that it has started, as `end_all` does."""
+        """End the program and its child processes, as `end_all` does."""
         end_all([self])
 
     def is_over(self, seconds: float = 0.0) -> bool:
@@ -235,7 +235,7 @@ def superlink(
 
 
 def end_all(programs: Sequence[Program]) -> None:
-    """End programs with all that they have started, at once; what does not end is killed.
+    """End programs and their child processes; kill those that do not end in time.
 
     Left to themselves, Flower's processes would end late: they look for the number of their parent,
     which is taken until somebody has waited for it, and are then told in a thread, which does not

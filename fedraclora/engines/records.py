@@ -1,4 +1,4 @@
-"""Messages as Flower's records: the one place where these are made and read.
+"""Write messages as Flower's records, and read them back.
 
 A dataclass is written by the codec (`fedraclora.codec`): its plain fields as JSON in the record
 ``config``, what has one value per client as bytes in ``chunk`` (a list would be checked number by
@@ -58,7 +58,7 @@ def write_answer(answer: Answer) -> RecordDict:
 
 
 def read_answer(records: RecordDict, ask: Ask) -> Answer:
-    """Read an answer back: what another machine sent is looked at unchecked here, and nowhere else.
+    """Read and check an answer from another machine; no other code reads unchecked data.
 
     Every field has the type and the range that it should have, or the answer is refused. Whether
     it is the answer to the ask is for the server to say.
@@ -84,7 +84,7 @@ def read_answer(records: RecordDict, ask: Ask) -> Answer:
 
 
 def add_weight_update(records: RecordDict, update: WeightUpdate) -> None:
-    """Write an update into a message, in the place of one that is there."""
+    """Write a weight update into a message; an existing one is replaced."""
     tensors, plain = split(update, coding=update.coding)
     raw, table = to_bytes(tensors)
     records[UPDATE] = header_record({"update": plain, "tensors": table})
@@ -191,7 +191,7 @@ def clients_of(records: RecordDict) -> list[int]:
 
 @contextmanager
 def of_message(records: RecordDict) -> Iterator[None]:
-    """Name round and clients of a message to clients in the error of what is read of it."""
+    """Add the round and the clients of a message to errors while it is read."""
     try:
         yield
     except WireError as error:

@@ -1,4 +1,4 @@
-"""Replies of Flower that say why there is none; light, since thin processes import it."""
+"""Build and recognize error replies of Flower; a light module, since thin processes import it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a program of this environment that must not outlive whoever started it.
+"""Run a program of this environment that ends with its parent process.
 
 ``python -P tethered.py PROGRAM WORD ...``: the starter keeps the other end of the standard input
 and never writes to it. When that end closes, because the starter ended or was killed, the program

@@ -1,1 +1,1 @@
-"""What a run writes and reads back: ledger, checkpoints, folder, what clients keep."""
+"""Files of a run, written and read back: ledger, checkpoints, folder, client state."""

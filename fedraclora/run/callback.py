@@ -1,4 +1,4 @@
-"""What watches a run, or ends it before its last round; and the line by which a run is named."""
+"""The interface of callbacks, which watch a run or end it early; and the title of a run."""
 
 # ruff: noqa: ARG002
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class Begin:
-    """What a callback is told when a run begins or goes on.
+    """The data that a callback gets when a run starts or is resumed.
 
     Attributes:
         title: One line: method, data, step size, seed.
@@ -34,14 +34,14 @@ class Begin:
 
 
 class Callback:
-    """Does nothing; what watches a run overrides the hooks that it needs.
+    """Base class of callbacks: every hook does nothing; override those that you need.
 
     Those of a program's own are given to ``fedraclora.simulate(callbacks=[...])``. They get copies,
     so that none of them can change the run, and what one raises stops it; it can be resumed.
     """
 
     def begin(self, run: Begin) -> None:
-        """Get ready, before the first round or the one that a run goes on with."""
+        """Prepare, before the first round of a new or resumed run."""
 
     def measure(self, weights: Tree, round_: int) -> Row:
         """Measure new weights, where these are evaluated (``evaluate.every``).
@@ -62,7 +62,7 @@ class Callback:
         """
 
     def ends(self, rows: Sequence[Row]) -> bool:
-        """Say whether the run is at its end, by its rows alone: a resumed run ends there, too.
+        """Return whether to end the run, from its rows only, so that a resumed run ends there, too.
 
         Args:
             rows: All so far, from round 0; ``rows[-1]["metrics"]`` has what was measured by name,

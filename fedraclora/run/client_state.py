@@ -1,4 +1,4 @@
-"""What stays at the clients between rounds, keyed by client and round, some generations deep.
+"""Store client state between rounds, by client and round, for several generations.
 
 A round that fails, or a server that is restored from a checkpoint, asks a client to train a round
 again; the client then starts from what it had before that round, not from what it has tried.
@@ -23,7 +23,7 @@ NO_WEIGHTS = (MOMENTS, "variates/", "residue/")
 
 
 class Entry(NamedTuple):
-    """What a client held after a round: one packed row, and the names and shapes in it."""
+    """State of a client after a round: one packed row, and the names and shapes in it."""
 
     round_: int
     layout: Layout
@@ -49,12 +49,12 @@ class ClientStore:
         self._states: dict[int, dict[int, bytes]] = {}
 
     def recall(self, client: int, round_: int) -> bytes:
-        """Read what a user's training function has kept for a client before a round."""
+        """Return the state that custom client code stored for a client before a round."""
         earlier = {r: state for r, state in self._states.get(client, {}).items() if r < round_}
         return earlier[max(earlier)] if earlier else b""
 
     def remember(self, client: int, round_: int, state: bytes) -> None:
-        """Keep what a user's training function keeps for a client, after a round."""
+        """Store the state that custom client code keeps for a client, after a round."""
         kept = {r: old for r, old in self._states.get(client, {}).items() if r < round_}
         newest = sorted({**kept, round_: state}.items())[-self.generations :]
         self._states[client] = dict(newest)
@@ -111,7 +111,7 @@ class ClientStore:
         return values
 
     def stage(self, clients: torch.Tensor, round_: int, values: Tree) -> None:
-        """Keep what clients hold after a round; older rounds than the one before it are dropped.
+        """Store client state after a round; rounds older than the previous one are dropped.
 
         Args:
             clients: Ids, int64 [K].
@@ -148,7 +148,7 @@ class ClientStore:
         return found | self._secrets(clients) | self._told(0, clients)
 
     def absorb(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep what clients hold that trained elsewhere: the `state` of another store."""
+        """Take over the `state` of another store, of clients that trained elsewhere."""
         other = ClientStore()
         other.restore(tensors)
         self.secrets |= other.secrets

@@ -1,4 +1,4 @@
-"""What a run began with, by digest: its config and the files of its data; and what may change.
+"""Checksums of the config and data files of a run, and the keys that a resumed run may change.
 
 ``digests.json`` lies beside ``config.yaml``, which stays a plain file to read. It holds a digest of
 itself, as ``summary.json`` does: a digit that changes in any of them is seen by whoever reads it.
@@ -28,13 +28,13 @@ PATHS = ("file", "samples", "test_file", "tokenizer")  # keys of data that name 
 
 
 def sealed(found: Mapping[str, object]) -> str:
-    """Write JSON with a digest of itself; what is not JSON becomes its text."""
+    """Write JSON with its own checksum; a value that is not JSON becomes text."""
     plain = json.loads(json.dumps({k: v for k, v in found.items() if k != SEAL}, default=str))
     return json.dumps({**plain, SEAL: _digest(plain)}, indent=1) + "\n"
 
 
 def opened(found: Mapping[str, object], path: Path) -> dict[str, object]:
-    """Take the digest off what was read from a file, and hold it against the rest.
+    """Verify the checksum in the content of a file, and return the content without it.
 
     Raises:
         CheckpointError: If the file was changed since it was written.
@@ -81,7 +81,7 @@ def write_digests(folder: Path, config: str, data: Mapping[str, object] | None) 
 
 
 def check_config(folder: Path) -> bytes:
-    """Read the config of a run folder, and hold it against its digest.
+    """Read the config of a run folder, and verify its checksum.
 
     Raises:
         CheckpointError: If it was changed since the run wrote it.
@@ -235,7 +235,7 @@ def _text_digest(text: bytes) -> str:
 
 
 def free_keys(plain: Plain) -> tuple[str, ...]:
-    """Name the keys, dotted, that a run may go on with other values of.
+    """Return the dotted keys whose values may change when a run is resumed.
 
     Not among them are ``output`` and ``engine``, which are no part of what decides bits, and
     ``device``, of which only what it comes to counts.

@@ -1,4 +1,4 @@
-"""The record of what happens in a run, for a program that follows it from elsewhere.
+"""Events of a run, for a program that follows it from another machine.
 
 Each event is one line of JSON in what the server prints: Flower's streams of a log are the only way
 from a server to whoever has started a run there. Other lines of the log are none of it.
@@ -22,7 +22,7 @@ OPENING, ROW, SUMMARY = "opening", "row", "summary"
 
 @dataclass(frozen=True)
 class Event:
-    r"""Something that happened in a run.
+    r"""An event of a run.
 
     Attributes:
         kind: ``opening`` (what the run begins with: `Begin.facts`), ``row`` (a row of the ledger)
@@ -41,12 +41,12 @@ class Event:
 
     @property
     def line(self) -> str:
-        """The line that says it."""
+        """The line of the log."""
         return f"{MARK}{json.dumps(vars(self), default=str)}\n"
 
     @classmethod
     def read(cls, line: str) -> Event | None:
-        """Read a line of a log; None: it is no event."""
+        """Parse a line of a log; None if it is not an event."""
         return cls(**json.loads(line.removeprefix(MARK))) if line.startswith(MARK) else None
 
 

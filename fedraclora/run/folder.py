@@ -1,4 +1,4 @@
-"""The folder of a run: made and held for one process, and closed with a summary."""
+"""The folder of a run: create, lock, check and close it with a summary."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
 
 
 def is_finished(folder: Path) -> bool:
-    """Check whether the run of a folder came to its end."""
+    """Return whether the run of a folder is finished."""
     return (folder / "summary.json").is_file()
 
 
 def is_ours(folder: Path) -> bool:
-    """Check whether a run has begun to write into a folder, however far it came."""
+    """Return whether a run has written into a folder."""
     digests, ledger = (folder / name for name in SIGNS)
     return ledger.is_file() or (digests.is_file() and b'"config"' in digests.read_bytes())
 
@@ -68,7 +68,7 @@ def has_begun(folder: Path) -> bool:
 
 
 def resume_word(folder: Path) -> str:
-    r"""Return the command word that goes on with a run, as it can be pasted into a shell.
+    r"""Return the argument that resumes a run, quoted for a shell.
 
     Example:
         >>> resume_word(Path("runs/a")), resume_word(Path("sweep/seed=1"))
@@ -239,7 +239,7 @@ def has_checkpoint(folder: Path, every: int) -> bool:
 
 @contextmanager
 def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Make and hold a run folder for this process; the lock ends with the process, however it ends.
+    """Make and lock a run folder for this process; the lock ends with the process.
 
     Args:
         folder: It.
@@ -347,7 +347,7 @@ def read_summary(folder: Path) -> dict[str, object]:
 
 
 def provenance() -> dict[str, object]:
-    """Say what a result depends on beside its config: versions, and the commit of the code."""
+    """Return the versions and the commit of the code that a result depends on."""
     return {"versions": versions_of(PACKAGES), "git": git_revision()}
 
 

@@ -1,4 +1,4 @@
-"""The chain of a run folder, read back: base weights that it does not hold twice.
+"""Read the chain of a run folder: the initial weights and the updates of its rounds.
 
 The first link of the chain holds the initial weights, but for those that a package or the hub has:
 they are named with their digest, and built anew from the model's config where they are read. The
@@ -41,7 +41,7 @@ class ModelSource:
     weights: Tree
 
     def refer(self, base: Tree) -> tuple[Tree, dict[str, object]]:
-        """Part initial weights into those to keep and a description of the others.
+        """Split initial weights into those to store and a reference to the others.
 
         Args:
             base: The initial weights; those that a method has changed are kept.
@@ -71,7 +71,7 @@ def source_of(model: Mapping[str, object], head: tuple[str, ...], base: Tree) ->
 
 
 def is_small(base: Tree) -> bool:
-    """Tell whether weights are so few that every file may have them."""
+    """Return whether weights are small enough to be stored in every file."""
     return sum(t.nbytes for t in base.values()) < LARGE
 
 

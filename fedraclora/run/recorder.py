@@ -1,4 +1,4 @@
-"""What a run writes as it goes: ledger, links of the chain, checkpoints, figures of clients."""
+"""Write the files of a run in progress: ledger, chain, checkpoints, metrics of clients."""
 
 from __future__ import annotations
 
@@ -392,5 +392,5 @@ def checkpoint_meta(folder: Path) -> dict[str, Any]:
 
 
 def resolved_setting(folder: Path, key: str) -> Any:
-    """Read what a setting ``auto`` came to in a run; None where no checkpoint says it."""
+    """Return the value that a setting ``auto`` was resolved to; None without a checkpoint."""
     return checkpoint_meta(folder).get("fixed", {}).get("resolved", {}).get(key)

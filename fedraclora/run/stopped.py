@@ -1,4 +1,4 @@
-"""Why a run stopped before its end: one file of its folder, which is gone once the run goes on."""
+"""Record why a run stopped early: one file in its folder, removed when the run is resumed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def divergence(folder: Path) -> int | None:
 
 
 def stop_reason(folder: Path) -> str | None:
-    """Read in words why a run stopped before its end; None if nothing says so.
+    """Return the reason why a run stopped early; None if there is none.
 
     Raises:
         CheckpointError: If the file is damaged.

@@ -1,4 +1,4 @@
-"""A run folder that may be of others: before its config is built, and before it is written to."""
+"""Check a run folder that may belong to others, before its config is built or it is written to."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
   numbers per link to catch up on. ``server_lr = G`` then takes in each column the mean of its
   group, where groups have equal weights. With fewer clients than groups some parts stay zero.
 - ``server_lr = eta``: W <- W + eta (mean of the clients' weights - W), biases and head included.
-- ``first=gradient``: a round more, which finds the factor of the first link
+- ``init=gradient``: a round more, which finds the factor of the first link
   (`fedraclora.strategies.shared.initials`), by which the same step size goes further.
 - Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n); the
   rest of a carried factor, which it downloads whole, stays as it is

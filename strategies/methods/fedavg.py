@@ -8,7 +8,7 @@
   data*, AISTATS 2017, arXiv 1602.05629.
 - Departures: head and biases follow the run's policy, so that a comparison with adapters changes
   one thing only: biases of adapted layers are trained (``bias=full``), those of other layers
-  (of a LayerNorm) where ``dense`` names the layer.
+  (of a LayerNorm) where ``modules_to_save`` names the layer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class FedAvg(Method):
-    """FedAvg: every weight trained and averaged in full (of biases: see bias and dense)."""
+    """FedAvg: every weight trained and averaged in full (biases: see bias and modules_to_save)."""
 
     traits = Traits(exact=True, linear=True, merges=True)
 

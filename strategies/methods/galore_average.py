@@ -8,7 +8,7 @@
 - Aggregation: exact and linear: it is FedAvg's.
 - Client: moments of r max(m, n) numbers per matrix each, where FedAvg's have m n, and r min(m, n)
   of P_k. They begin anew in each round, with the count of steps and P_k, unless
-  ``local.optimizer_state`` is ``link`` or ``run`` (the same here: no link ends): then a client
+  ``local.optimizer_state`` is ``merge`` or ``run`` (alike, since nothing is merged): then a client
   that returns goes on with its own, and ``gap`` counts its steps over all rounds. Plain SGD has no
   moments: P_k is taken anew in each round.
 - Server: one mean, K m n operations.

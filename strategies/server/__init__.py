@@ -1,4 +1,4 @@
-"""The machinery of a round at the server, whatever the method.
+"""Server-side parts of a round, the same for all methods.
 
 `exchange` asks the cohort and checks what comes back (`guard`: where clients are other people's
 machines), `device_simulator` says whom to ask and who is in time, `round_step` what else may happen

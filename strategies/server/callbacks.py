@@ -1,4 +1,4 @@
-"""What watches the rounds of a run: its evaluation, what ends it early, and a program's own."""
+"""Callbacks of a run: evaluation, early stopping, and those of your program."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Callbacks:
-    """Tells them all, in their order; the hooks are those of `Callback`.
+    """Calls all callbacks in order; the hooks are those of `Callback`.
 
     Attributes:
         list: Who is told; more may be added.
@@ -154,7 +154,7 @@ class Evaluate(Callback):
 
 @dataclass
 class Stopping(Callback):
-    """Ends a run when a metric of the validation split, or of clients, does not improve any more.
+    """Early stopping on a metric of the validation split or of clients.
 
     It is read off the ledger, so that a run that is resumed stops where it would have stopped. The
     run ends with the weights of its last round; the summary names the best round beside it.
@@ -203,7 +203,7 @@ class Stopping(Callback):
         return min(measured, key=itemgetter(0), default=(0.0, None))[1]
 
     def _cost(self, row: Row) -> float | None:
-        """Say how bad a row is; None: it does not say."""
+        """Return the metric of a row, as a cost; None if the row has none."""
         metric, by_clients = self.config.metric, self.config.metric.startswith(BY_CLIENTS)
         if metric not in metrics_of(row) if by_clients else "validation" not in row:
             return None
@@ -215,7 +215,7 @@ class Stopping(Callback):
 
 @dataclass
 class AfterRound(Callback):
-    """Calls a function with each new row of the ledger; what it returns nobody would read."""
+    """Calls a function with each new row of the ledger; the function must return None."""
 
     call: Callable[[Row], object]
 
@@ -246,7 +246,7 @@ def unchanged(things: Mapping[str, object]) -> Callback:
 
 
 class Undefined(Callback):
-    """Says which metrics have no value the first time, and what they got at the server."""
+    """Logs which metrics have no value, once, and the targets that they got."""
 
     def __init__(self, target: torch.Tensor) -> None:
         self.got, self.said = "samples of the clients", False
@@ -268,7 +268,7 @@ class Undefined(Callback):
 
 
 class GuardedHooks:
-    """Stands for an object of a program's own: what one of its hooks raises is told by its name.
+    """Wraps an object of your program, so that an error in a hook names the object.
 
     Args:
         inner: The object.
@@ -323,7 +323,7 @@ def in_round(round_: int) -> Iterator[None]:
 
 
 def own_callbacks(key: str, given: object) -> list[Callback]:
-    """Check what a program gives to watch its run.
+    """Check the callbacks of a program.
 
     Args:
         key: What it is said by, for messages.
@@ -339,7 +339,7 @@ def own_callbacks(key: str, given: object) -> list[Callback]:
 
 
 def each_of(given: object) -> list[Any]:
-    """List what a program gives: nothing, one thing, or several."""
+    """Return a list of the objects given: none, one, or several."""
     if isinstance(given, Sequence | Set) and not isinstance(given, str | bytes):
         return [*given]
     return [] if given is None else [given]

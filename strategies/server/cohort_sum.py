@@ -1,4 +1,4 @@
-"""The sum of a cohort's rows, formed as replies come, where nobody looks at a single one."""
+"""Sum the rows of a cohort as replies come, if no step needs single updates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CohortSum(RunningSum):
     Args:
         downlink: What is asked.
         cohort: Whose replies count.
-        weighting: ``examples`` or ``uniform``.
+        weighting: ``samples`` or ``uniform``.
         size: Numbers of a row.
 
     Attributes:
@@ -54,7 +54,7 @@ class CohortSum(RunningSum):
                 yield self._added(asked, reply)
 
     def rest(self) -> Iterator[Taken]:
-        """Yield the replies that waited for others that never came."""
+        """Yield the replies that waited for clients that did not answer."""
         for place in sorted(self.waiting):
             asked, reply = self.waiting.pop(place)
             if reply is not None:

@@ -1,4 +1,4 @@
-"""The devices of the clients in the loop: who is asked, who answers in time, what a round takes."""
+"""Simulate the devices of clients: sampled clients, stragglers, and the time of a round."""
 
 from __future__ import annotations
 

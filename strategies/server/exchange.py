@@ -1,4 +1,4 @@
-"""One exchange with the cohort: what is asked, and every check of what comes back."""
+"""One exchange with the cohort: build its requests, and check the replies."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from fedraclora.wire.reply import Wanted, checked
 
 @dataclass
 class Exchange:
-    """One downlink and what came back.
+    """One downlink and its replies.
 
     Attributes:
         downlink: What is asked.
@@ -112,7 +112,7 @@ class Exchange:
             self.sum = CohortSum(self.downlink, self.cohort, self.loop.weights, self.layout.size)
 
     def ask(self) -> list[Ask]:
-        """Say what each chunk of the cohort is asked."""
+        """Build the request for each chunk of the cohort."""
         loop, clients = self.loop, self.cohort.clients
         coding = NONE if loop.uplink == FULL else loop.uplink_coding
         # Sums of blocks: only where no block lies in two chunks, and no bytes are to be counted.
@@ -216,7 +216,7 @@ class Exchange:
         return got
 
     def fail(self, refused: Iterable[Refusal], *, nobody: bool = False) -> None:
-        """Note clients whose replies are not used; ``nobody``: none is left.
+        """Record clients whose replies are not used; ``nobody``: the error if no client is left.
 
         Raises:
             ClientError: If more clients failed than allowed, or none is left.
@@ -298,7 +298,7 @@ class Exchange:
             self._take(added, refused)
 
     def failed(self, answer: NoAnswer) -> str:
-        """Say why clients have no answer.
+        """Record why clients have no answer.
 
         Raises:
             ClientError: If they met what is no client's fault.

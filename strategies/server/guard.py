@@ -1,4 +1,4 @@
-"""What a reply must be where clients are other people's machines, and weights that are kept.
+"""Check replies of untrusted clients, and the weights that a method returns.
 
 So must what a method makes of them be what it has promised.
 """
@@ -83,7 +83,7 @@ def _check_sums(reply: Summed, clients: Sequence[int]) -> None:
 
 
 def hold_to_traits(method: Method, before: State, after: State, sent: Downlink) -> State:
-    """Give the state after a round; refuse one that the method's traits rule out.
+    """Return the state after a round, checked against the method's traits.
 
     A round in which clients took no step may take the first factors out of the base.
 
@@ -101,7 +101,7 @@ def hold_to_traits(method: Method, before: State, after: State, sent: Downlink) 
 
 
 def overflowing(after: State, before: State) -> list[str]:
-    """Name what is too large, or no number, in a new state; unchanged tensors are not looked at.
+    """Return the tensors of a new state that are too large or not finite; only changed ones.
 
     From such weights every client would fail, in the next round and in every resume. Norms of the
     carried factors of one layer are multiplied, as the factors are; what else is carried (lengths

@@ -1,4 +1,4 @@
-"""Settings of the round loop, and how they come from the config of a run."""
+"""Settings of the round loop, built from the config of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoopConfig(WaitPolicy):
         cohort: Clients per round.
         chunk: Clients per ask.
         seed: Of the run.
-        weights: ``examples`` or ``uniform``.
+        weights: ``samples`` or ``uniform``.
         dtype: Of numbers on the wire, that of the base weights.
         uplink, downlink: How they travel: as they are, or rounded to fewer bits
             (`fedraclora.protocol.quantized`).
@@ -65,7 +65,7 @@ class LoopConfig(WaitPolicy):
 
     @property
     def rule(self) -> str:
-        """The key that says so, with its value."""
+        """The key of the limit with its value, for messages."""
         if self.untrusted:
             return f"engine.min_clients={'all' if self.min_clients is None else self.min_clients}"
         return f"max_failures={self.max_failures}"

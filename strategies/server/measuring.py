@@ -1,4 +1,4 @@
-"""Clients measure what a round has made, on samples of their own: whom to ask, and the row."""
+"""Federated evaluation after a round: ask clients, and compute the columns of the row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedraclora.wire.reply import Wanted, checked
 
 @dataclass(frozen=True)
 class Measuring:
-    """Which clients measure when, and what they send.
+    """Settings of federated evaluation: which clients, when, and which metrics.
 
     Attributes:
         asked: The settings.
@@ -127,7 +127,7 @@ class Measurement(Exchange):
         self.ask()
 
     def gather(self, send: Callable[[Sequence[Ask]], Came]) -> None:
-        """Ask, and read what comes; what cannot be used is a failure of its clients.
+        """Ask clients and read their answers; an invalid answer counts as a failure.
 
         Raises:
             ClientError: If one failed where all are this machine's.

@@ -1,4 +1,4 @@
-"""What the server says in fewer bits: what a round leaves is rounded before anybody has it.
+"""Downlink quantization: the server rounds an update before it applies it, so copies stay equal.
 
     link:     W <- W + s Q(B_bar) A;   a tensor trained in full:  x <- x + Q(x_new - x)
     carried:  B_bar <- Q(B_bar), as the next round sends it
@@ -41,7 +41,7 @@ RESIDUE = "residue/"  # of the names in `State.moments`; the rest is the name of
 
 @dataclass
 class DownlinkRounding:
-    """Rounds what a round leaves, and what is sent.
+    """Quantizes the result of a round, and the downlink.
 
     Attributes:
         kind: How numbers go down; `FULL` leaves everything as it is.
@@ -62,7 +62,7 @@ class DownlinkRounding:
         return {} if self.kind == FULL else {"rounding_down": (added / (left or 1.0)) ** 0.5}
 
     def sent(self, downlink: Downlink, round_: int) -> Downlink:
-        """Round what goes to the cohort; what the last round left stays as it is."""
+        """Quantize the downlink; values that the last round quantized stay as they are."""
         if self.kind == FULL:
             return downlink
 
@@ -79,7 +79,7 @@ class DownlinkRounding:
         return replace(downlink.mapped(change), extras=extras)
 
     def closed(self, before: State, after: State, sent: Downlink, round_: int) -> State:
-        """Round what a round leaves.
+        """Quantize the result of a round.
 
         Args:
             before: The state in which it was opened.

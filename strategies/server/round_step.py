@@ -1,4 +1,4 @@
-"""A round as a list of steps: what one may do to it, and how the strategy runs them all.
+"""Round steps: the hooks by which a step changes a round, and the list that runs them.
 
 A step stands between the method and its clients. The list has the order in which updates pass it,
 from the wire to the next state; every hook is called in that order.
@@ -45,7 +45,7 @@ CohortOf = Callable[[int], torch.Tensor]
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a step may know of its run.
+    """Facts of a run that a step may use.
 
     Attributes:
         method: The algorithm.
@@ -86,7 +86,7 @@ class RunContext:
 
 
 class RoundStep:
-    """Does nothing to a round; a step overrides the hooks that it needs.
+    """Base class of round steps: every hook does nothing; override those that you need.
 
     One of a program's own is given to ``fedraclora.simulate(steps=[...])``. It serves one run at a
     time, which calls `begin` first. What it does not go with it declares by
@@ -124,14 +124,14 @@ class RoundStep:
         return f"the step {step_name(self)}" if self.first else ""
 
     def begin(self, state: State) -> None:
-        """Get ready before the first round, whose state is given.
+        """Prepare before the first round, with its state.
 
         Raises:
             ConfigError: If the run is not one that this step can serve.
         """
 
     def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
-        """Fetch what a run keeps, before its first round or the one after ``done``.
+        """Restore the state of the step, before round ``done + 1``.
 
         Args:
             recorder: Of the run: its folder and its ledger.

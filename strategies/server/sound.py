@@ -1,4 +1,4 @@
-"""What objects of a program's own give to a round, checked: an error of torch would not name them.
+"""Check the values that objects of your program return, so that an error names the object.
 
 A check gets what to call the object by, what it gave, the object, and what it was called with; it
 gives what is to be used.
@@ -37,7 +37,7 @@ def told(found: object) -> str:
 
 
 def truth(who: str, found: object, owner: object, given: tuple[Any, ...]) -> bool:
-    """Take whether something is so; None, of a function without a return, says that it is not."""
+    """Check a truth value; None, from a function without a return, is False."""
     one = isinstance(found, torch.Tensor) and found.numel() == 1 and found.dtype == torch.bool
     if one or isinstance(found, bool | np.bool_ | None):
         return bool(found)
@@ -45,7 +45,7 @@ def truth(who: str, found: object, owner: object, given: tuple[Any, ...]) -> boo
 
 
 def ids(who: str, found: object, owner: Any, given: tuple[Any, ...]) -> torch.Tensor | None:
-    """Take ids of clients; None: the usual ones."""
+    """Check client ids; None: the usual ones."""
     if found is None:
         return None
     count = owner.run.loop.clients
@@ -60,7 +60,7 @@ def ids(who: str, found: object, owner: Any, given: tuple[Any, ...]) -> torch.Te
 
 
 def norm(who: str, found: object, owner: object, given: tuple[Any, ...]) -> float | None:
-    """Take the greatest norm of an update; None: there is none."""
+    """Check the largest norm of an update; None: no limit."""
     if found is None:
         return None
     real = isinstance(found, numbers.Real) and not isinstance(found, bool)
@@ -85,7 +85,7 @@ def of_kind(kind: type, *, optional: bool = False) -> HookCheck:
 
 
 def state(who: str, found: object, owner: object, given: tuple[Any, ...]) -> object:
-    """Take the next state, whose base has the names and shapes of the one before."""
+    """Check the next state, whose base has the names and shapes of the previous one."""
     of_kind(State)(who, found, owner, given)
     before = next(each for each in given if isinstance(each, State))
     tree(f"{who}: its base", found.base, before.base)  # type: ignore[attr-defined]
@@ -93,7 +93,7 @@ def state(who: str, found: object, owner: object, given: tuple[Any, ...]) -> obj
 
 
 def uplinks(who: str, found: object, owner: object, given: tuple[Any, ...]) -> Uplinks:
-    """Take the updates of a cohort; the last ones that were given say what was sent."""
+    """Check the updates of a cohort; the last given ones define what was sent."""
     if not isinstance(found, Uplinks):
         raise ConfigError(f"{who} returns {told(found)}, expected the Uplinks that it was given")
     got = next(each for each in given if isinstance(each, Uplinks))
@@ -127,7 +127,7 @@ def uplinks(who: str, found: object, owner: object, given: tuple[Any, ...]) -> U
 
 
 def tree(who: str, found: object, wanted: Tree) -> None:
-    """Reject tensors that have not the names and shapes of others.
+    """Reject tensors whose names or shapes differ from the expected ones.
 
     Raises:
         ConfigError: Naming the first that is odd.

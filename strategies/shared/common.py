@@ -1,4 +1,4 @@
-"""What several methods share: tensors trained in full beside the adapters, and links by age."""
+"""Shared by methods: tensors trained in full beside the adapters, and merges after some rounds."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def closed(
 
 
 def turned(plan: Plan) -> tuple[str, ...]:
-    """Name the weights that are stored (in, out), for client programs that look at a matrix."""
+    """Return the names of weights stored as (in, out), for programs that use matrices."""
     return tuple(name for name, view in plan.targets.items() if view.kind == "conv1d")
 
 

@@ -1,4 +1,4 @@
-"""Methods by what their factors are: one is a drawing, or clients train both.
+"""Base classes of methods: one factor is random, or clients train both.
 
     client k: (B_k, A_k) from (B_0, A_0), local steps on both;  effective weight W + s B A
     server:   per weight, what the next round starts from and what is folded into W
@@ -139,7 +139,7 @@ class Factored(Probing, Drawn):
 
     @property
     def lives_on(self) -> bool:
-        """Return whether the factors are never begun anew."""
+        """Return whether the factors are never reinitialized."""
         return self.carries or self.link_rounds is None
 
     @property

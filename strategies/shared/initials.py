@@ -1,4 +1,4 @@
-"""How both factors of an adapter may begin beside a drawing and zero (``method.init``).
+"""Initialization of adapter factors beyond random and zero (``method.init``).
 
 ``pissa``: the principal part of the weight, which is taken out of it.
 

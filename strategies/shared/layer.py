@@ -1,4 +1,4 @@
-"""One adapted matrix as a method sees it: what clients get, what came back, what becomes of it."""
+"""One adapted matrix as a method sees it: its factors, its replies and its update."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class RoundContext:
-    """The round that is opened, and its drawings.
+    """The current round, and its random factors.
 
     Attributes:
         number: From 1.
@@ -155,7 +155,7 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What a round makes of one layer. Products are without the scale s.
+    """The result of a round for one layer. Products are without the scale s.
 
     Attributes:
         carried: Factors that live on, by label; a drawing only if it is of `LayerMethod.keeps`.
@@ -174,7 +174,7 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class RoundReplies:
-    """What came back in a round, for all layers.
+    """Replies of a round, for all layers.
 
     Attributes:
         state: Before the round.
@@ -199,7 +199,7 @@ class RoundReplies:
 
 @dataclass(frozen=True)
 class Replies:
-    """What a cohort sent of one layer, in float64.
+    """Replies of a cohort for one layer, in float64.
 
     Attributes:
         all: What it sent of all layers.

@@ -1,4 +1,4 @@
-"""Methods that speak of one adapted matrix at a time.
+"""Methods that treat one adapted matrix at a time.
 
     client k: local steps on the trained factors of  W + s F_1 F_2 (F_3)
     server:   per matrix, which factors live on and what is folded into W
@@ -135,7 +135,7 @@ class LayerMethod(LowRankMethod):
         return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        """Compute what a round makes of one matrix.
+        """Compute the result of a round for one matrix.
 
         Args:
             layer: As it was when the round was opened.
@@ -170,7 +170,7 @@ class LayerMethod(LowRankMethod):
         return plan
 
     def program(self, plan: Plan) -> ClientProgram:
-        """Return what clients do besides plain local steps; here nothing.
+        """Return the client program, if there is more than plain local steps; here none.
 
         Args:
             plan: Of the matrices that the round adapts.

@@ -1,4 +1,4 @@
-"""A SuperLink by Flower's command line: start a run there, follow it, stop it."""
+"""Control a SuperLink through Flower's command line: start, follow and stop a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAUSE = 1.0  # seconds between looks at a run
 
 @dataclass(frozen=True)
 class Status:
-    """How a run stands: ``flwr run`` itself exits with 0 whatever happens.
+    """Status of a run, since ``flwr run`` always exits with 0.
 
     Attributes:
         word: Flower's word for it.
@@ -33,12 +33,12 @@ class Status:
 
     @property
     def ended(self) -> bool:
-        """Return whether it has come to an end, whatever that is."""
+        """Return whether the run has ended, for any reason."""
         return self.word.startswith("finished")
 
     @property
     def completed(self) -> bool:
-        """Return whether it came to its own end."""
+        """Return whether the run finished without an error."""
         return self.word == COMPLETED
 
 
@@ -110,7 +110,7 @@ class Connection:
         )
 
     def status(self, run: int) -> Status:
-        """Ask how a run stands.
+        """Return the status of a run.
 
         Raises:
             EngineError: If the SuperLink does not answer for `LOST` seconds.
@@ -150,7 +150,7 @@ class Connection:
             log.communicate()
 
     def stop(self, run: int, seconds: float = 30.0) -> None:
-        """Stop a run, and wait for its end for some seconds."""
+        """Stop a run, and wait some seconds for its end."""
         flwr(["stop", str(run), self.name], self.environ, stdout=subprocess.DEVNULL)
         end = time.monotonic() + seconds
         while not self.status(run).ended and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""The grid of real SuperNodes: a message asks clients of a node, and updates its base weights."""
+"""The grid of real SuperNodes: a message updates the base weights of a node and trains clients."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MOST = 1 << 25
 
 @dataclass(frozen=True)
 class Envelope:
-    """Asks, each of one client, as one message to their node.
+    """Requests to single clients, packed into one message to their node.
 
     Attributes:
         asks: What is asked.
@@ -60,13 +60,13 @@ class Envelope:
 
     @property
     def who(self) -> str:
-        """Whom it is for, in words."""
+        """The clients of the message, for a log line."""
         who = "client" if len(self.asks) == 1 else "the node of clients"
         return f"{who} {shown(self.ask.clients)[1:-1]}"
 
 
 class DeployGrid(PostedGrid):
-    """Sends each client its messages, with what its base weights lack.
+    """Sends messages to nodes, with the updates that their base weights lack.
 
     Args:
         grid: Flower's own.
@@ -100,7 +100,7 @@ class DeployGrid(PostedGrid):
 
     @override
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
-        """Ask clients, those of a node by one message, as far as it does not grow too large.
+        """Ask clients, with one message to each node unless it would be too large.
 
         Raises:
             ClientError: If too few of the clients are connected in time.
@@ -139,7 +139,7 @@ class DeployGrid(PostedGrid):
         came: Sequence[Reply] = (),
         left: Queues | None = None,
     ) -> list[Answered]:
-        """Wait for replies; whoever asks for every weight gets them, once.
+        """Wait for replies; a node that asks for all weights gets them once.
 
         Args:
             waiting: What was sent, by Flower's number of it.
@@ -265,7 +265,7 @@ class DeployGrid(PostedGrid):
         return name
 
     def count(self, envelope: Envelope) -> None:
-        """Count a message that is sent."""
+        """Add a sent message to the traffic."""
         self.traffic.serialized += message_bytes(envelope.message)
         self.traffic.sent.append(envelope.ask)
         self.traffic.fetched += envelope.fetched
@@ -306,18 +306,18 @@ class DeployGrid(PostedGrid):
             raise WireError(f"it answers for run {shown(run)}, expected run {self.run_id}")
 
     def answered(self, content: RecordDict, envelope: Envelope) -> Answer:
-        """Read what a node answers, whose weights are those of the server."""
+        """Decode the answer of a node whose weights are up to date."""
         return read_answer(content, envelope.ask)
 
 
 def by_chunk(asks: Iterable[Ask], size: int) -> Iterator[tuple[int, list[Ask]]]:
-    """Yield the asks that stand in one chunk of the cohort, with its number."""
+    """Yield the requests of each chunk of the cohort, with its number."""
     for chunk, own in groupby(asks, key=lambda ask: ask.request.first // size):
         yield chunk, [*own]
 
 
 def parcels(asks: Iterable[Ask], size: int) -> list[list[Ask]]:
-    """Part the asks of a node into those of its messages: whole chunks, together up to `MOST`."""
+    """Split the requests of a node into messages: whole chunks, up to `MOST` in all."""
     found, room = list[list[Ask]](), 0
     for _, chunk in by_chunk(asks, size):
         bytes_ = sum(map(_burden, chunk))

@@ -43,7 +43,7 @@ DAYS = 7  # for which a certificate is good
 
 
 class LocalDeployment:
-    """A SuperLink and SuperNodes; as a context they run inside, and are gone after.
+    """A SuperLink and SuperNodes on this machine, which run as long as the context is open.
 
     Args:
         served: The clients of each node.
@@ -155,7 +155,7 @@ class LocalDeployment:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a server proves with who it is.
+    """Certificate and private key of a server.
 
     Attributes:
         certificate: PEM file, signed by itself; whoever has it knows the server.

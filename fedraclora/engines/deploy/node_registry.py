@@ -1,4 +1,4 @@
-"""Who is where: which node serves which clients, and which version of the weights it holds.
+"""Track which node serves which clients, and which version of the weights each node holds.
 
 A node is asked when it is first seen. So one that joins late, or comes back under another node id,
 is found at the next exchange. If several connected nodes claim a client, the node that was
@@ -29,7 +29,7 @@ AGAIN = 20.0  # seconds without an answer until a node is asked again, then twic
 
 
 class Post(Protocol):
-    """What a registry needs of its grid."""
+    """The part of a grid that a registry needs."""
 
     run_id: str
     settings: DeployConfig
@@ -46,7 +46,7 @@ class Post(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A question whom a node serves.
+    """A request to a node to report its clients.
 
     Attributes:
         node: Who is asked.
@@ -87,17 +87,17 @@ class NodeRegistry:
         self._serving.pop(node, None)
 
     def ask_again(self, node: int) -> str | None:
-        """Ask a node again that serves somebody; give the question, None where it does not."""
+        """Ask a node again for its clients; return the request, or None if the node serves none."""
         now = time.monotonic()
         return self._ask(Question(node, now, now, AGAIN)) if self._serving.get(node) else None
 
     def has_answered(self, question: str) -> bool:
-        """Look for answers; tell whether a question has one."""
+        """Read new answers; return whether a request has one."""
         self._look()
         return question not in self._asked
 
     def gather(self, clients: Sequence[int]) -> dict[int, int]:
-        """Wait until enough clients are connected; give the node of each that is.
+        """Wait until enough clients are connected; return the node of each.
 
         Raises:
             ClientError: If too few are in time.

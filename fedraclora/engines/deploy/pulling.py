@@ -1,4 +1,4 @@
-"""Replies pulled from Flower's grid, whose parts are waited for no longer than somebody wants them.
+"""Pull replies from Flower's grid, and wait for their parts only until a deadline.
 
 Flower 1.42 gives a reply out as soon as it is announced, and waits inside ``pull_messages`` for its
 parts, for minutes if the node has gone meanwhile. `flower_patches` has it wait until `UNTIL`.
@@ -34,5 +34,5 @@ def pulled(grid: Grid, names: Iterable[str], until: float) -> list[Message]:
 
 
 def in_part(reply: object) -> bool:
-    """Tell whether parts of a reply have not come."""
+    """Return whether parts of a reply are missing."""
     return isinstance(reply, Message) and reply.has_error() and reply.error.code == NOT_WHOLE

@@ -1,4 +1,4 @@
-"""Messages that are without a reply for long: who is late is named, what was lost is sent again.
+"""Watch for stragglers: report late nodes, and find lost messages to send again.
 
 A SuperLink counts a message as delivered when it hands it out. If the link breaks in that moment,
 or the node has another address by then, nobody has it, and the node is well: Flower says nothing.
@@ -34,7 +34,7 @@ class StragglerMonitor:
         self._answered: dict[int, float] = {}  # node -> when it was seen that it has answered
 
     def lost(self, waiting: Mapping[str, int]) -> list[str]:
-        """Tell which messages their nodes do not have; these are to be sent again.
+        """Return the messages that their nodes did not receive; the caller sends them again.
 
         Args:
             waiting: The messages without a reply, by Flower's number of each, with its node.
@@ -57,7 +57,7 @@ class StragglerMonitor:
         return found
 
     def late(self, who: Sequence[str]) -> list[str]:
-        """Note replies that came together; give a sentence if that was long after most others."""
+        """Record replies that came together; return a sentence if they were late."""
         took = time.monotonic() - self.began
         self.took += [took] * len(who)
         if not who:

@@ -212,7 +212,7 @@ class Cluster:
         return {"env_vars": variables, "py_modules": self._code.uris()}
 
     def lacking(self, folder: Path) -> list[str]:
-        """Name the hosts on which a folder is not what it is here, to the bit.
+        """Return the hosts on which a folder differs from the one here.
 
         Raises:
             EngineError: If one cannot be asked.
@@ -234,7 +234,7 @@ class Cluster:
             raise EngineError(f"a host of the Ray cluster cannot read {here}: {error}") from error
 
     def close(self) -> None:
-        """End what was started, leave what was joined."""
+        """End a Ray that was started here; disconnect from one that was joined."""
         self._last_word.close()
         if self._session is not None:
             self._session.close()
@@ -246,7 +246,7 @@ class Cluster:
 
 
 def address_of(settings: RayConfig) -> tuple[str | None, str]:
-    """Find which cluster is to be joined, and what says so; None: one of this machine's own.
+    """Return the address of the cluster to join and its source; None: start a private Ray.
 
     As with Ray itself, RAY_ADDRESS says it where the config does not; inside a job it is set.
     """
@@ -258,7 +258,7 @@ def address_of(settings: RayConfig) -> tuple[str | None, str]:
 
 
 def check_address(address: str, said_by: str = "engine.address") -> None:
-    """Reject an address where no cluster is: Ray would end this process, or wait without end.
+    """Reject an address without a cluster, since Ray would exit or wait forever.
 
     Args:
         address: Of the cluster.
@@ -293,7 +293,7 @@ def check_address(address: str, said_by: str = "engine.address") -> None:
 
 
 def own_path() -> str:
-    """Say where this process finds modules, for others of this machine.
+    """Return the module path of this process, for other processes of this machine.
 
     `CODE` comes last: folders of a checkout have names that folders of a user's have, too.
     """

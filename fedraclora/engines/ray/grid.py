@@ -31,7 +31,7 @@ from fedraclora.wire.exchange import Ask, OwnPart, shared_of
 
 
 class WorkerStateLike(Protocol):
-    """What a worker holds between rounds."""
+    """The state of a worker between rounds."""
 
     replica: Replica
 
@@ -41,7 +41,7 @@ class WorkerStateLike(Protocol):
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker gives back: the answer, or why there is none.
+    """The result of a worker: the answer, or the reason why there is none.
 
     ``stale``: its base weights could not be brought to the version that was asked for.
     """
@@ -52,7 +52,7 @@ class Done:
 
 
 def facts() -> dict[str, Any]:
-    """Report on what the bits of this process rest."""
+    """Return the versions and hardware that decide the results of this process."""
     card = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return {
         "address": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The code of a run, as packages that the hosts of a Ray cluster fetch: nothing by a shared path.
+"""Send the code of a run to the hosts of a Ray cluster as packages, without a shared path.
 
 One package holds this project, as this process runs it; one each folder that modules of the user's
 were imported from. Ray keeps them at the cluster's head, named by their content, and unpacks each
@@ -39,7 +39,7 @@ QUIET.disabled = True
 
 
 class CodePackages:
-    """What this process runs, for workers of other hosts.
+    """The code of this process, for workers on other hosts.
 
     Attributes:
         told: What is sent, for a reader.

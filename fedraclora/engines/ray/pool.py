@@ -1,4 +1,4 @@
-"""Resident workers that pull jobs: those that are ready; what is lost or silent holds nobody up."""
+"""A pool of resident workers: jobs go to workers that are ready, lost workers are replaced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Facts = dict[str, Any]
 
 @dataclass(eq=False)
 class PoolTask(Generic[Job]):
-    """A job, whoever is at it: it may be given to a second worker where the first is silent.
+    """A job; the pool may give it to a second worker if the first is silent.
 
     Attributes:
         job: What is to be done.
@@ -44,7 +44,7 @@ class PoolTask(Generic[Job]):
 
 @dataclass(eq=False)
 class WorkerSlot:
-    """A worker's place in the pool; its process may change.
+    """A place for a worker in the pool; its process may be replaced.
 
     Attributes:
         number: From 0.
@@ -75,7 +75,7 @@ class WorkerSlot:
 
     @override
     def __str__(self) -> str:
-        """Say which it is, and where, if that is another machine."""
+        """Return the number of the worker, and its host if that is another machine."""
         address = (self.facts or {}).get("address", LOOPBACK[0])
         return f"worker {self.number}" + ("" if address in LOOPBACK else f" on {address}")
 
@@ -124,14 +124,14 @@ class WorkerPool:
         self.add(workers)
 
     def add(self, workers: int) -> None:
-        """Start more of them; they get jobs when they are ready."""
+        """Start more workers; they get jobs when they are ready."""
         first = 1 + max((slot.number for slot in self.slots), default=-1)
         self.slots += (new := [WorkerSlot(first + i) for i in range(workers)])
         for slot in new:
             self._start(slot)
 
     def facts(self, timeout: float = 300.0) -> list[Facts]:
-        """Wait until every worker is ready; give what each says about itself.
+        """Wait until every worker is ready; return the facts of each.
 
         Raises:
             EngineError: If one did not start, with the reason.
@@ -345,7 +345,7 @@ class WorkerPool:
         slot.task, slot.asked = None, False
 
     def say(self, text: str, level: int = logging.WARNING) -> None:
-        """Take down what happened, for the ledger and at once for the log."""
+        """Record an incident for the ledger, and log it."""
         self.incidents.append(text)
         log.log(level, "%s", text)
 
@@ -357,6 +357,6 @@ class WorkerPool:
 
 
 def reason(error: Exception) -> str:
-    """Extract the last line of an error of Ray's, which has the cause."""
+    """Return the last line of a Ray error, which has the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

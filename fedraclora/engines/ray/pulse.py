@@ -1,4 +1,4 @@
-"""Whether a process of Ray is there: it answers at its port, however long it has been computing.
+"""Check whether a Ray process is alive: it answers at its port even while it computes.
 
 A thread below Python greets whoever connects (gRPC, HTTP/2). So a process answers that is slow, or
 whose interpreter is locked, and one does not that is stopped, or whose host is frozen or cut off.
@@ -50,7 +50,7 @@ def greet(host: str, port: int, patience: float) -> float:
 
 
 class Pulse:
-    """Looks again and again whether processes answer, in a thread of its own.
+    """Polls processes for an answer, in a thread of its own.
 
     Args:
         find: Gives host and port of each; called in that thread.
@@ -113,7 +113,7 @@ def raylet_port(node: str) -> int:
 
 
 class Head(Pulse):
-    """The pulse of what a run cannot be without: the cluster's head, and Ray on this machine.
+    """Watches the processes that a run needs: the cluster's head, and Ray on this machine.
 
     Ray ends this process where it misses one of them: the head after a while, and what it has here
     as soon as something large is handed to it.

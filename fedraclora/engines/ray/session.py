@@ -1,4 +1,4 @@
-"""Lets this process start a Ray of its own that nobody else can reach, and end it in order."""
+"""Start a private Ray in this process that others cannot reach, and end it in order."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RaySession:
         atexit.register(self.close)  # where nobody came to close it
 
     def close(self) -> None:
-        """End the Ray that ran, whatever is left of it, and put the environment back."""
+        """End the Ray of this session, and restore the environment."""
         atexit.unregister(self.close)
         try:
             with own_sigterm():
