@@ -67,7 +67,7 @@ def cache_of(context: Context) -> Path:
     try:
         return Path(cache).expanduser().absolute() / CACHE
     except RuntimeError as error:  # ~NAME of nobody
-        raise ConfigError(f"node-config has cache={cache!r}: {error}") from error
+        raise ConfigError(f"node-config cache={cache!r}: {error}") from error
 
 
 def folder_of(context: Context, run: str, client: int) -> Path:

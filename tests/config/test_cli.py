@@ -140,7 +140,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "start of factors": (
         ["method.init=pissa", "method=fed_cola"],
-        ["method.init is pissa", "begin anew", "fedavg_lora"],
+        ["method.init=pissa", "begin anew", "fedavg_lora"],
     ),
     "rank above the layer": (
         ["method.rank=65", "method.cap=false"],

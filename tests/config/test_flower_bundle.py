@@ -55,8 +55,8 @@ def test_a_config_that_is_none_is_refused(text: str, said: str) -> None:
     ("word", "said"),
     [
         ("engine=inline", "engine=inline"),
-        ("output.dir=null", "output.dir is None, .* an absolute path"),
-        ("output.dir=here", "output.dir is here, .* an absolute path"),
+        ("output.dir=null", "output.dir=None: .* an absolute path"),
+        ("output.dir=here", "output.dir=here: .* an absolute path"),
     ],
 )
 def test_a_config_of_another_place_is_refused(word: str, said: str) -> None:

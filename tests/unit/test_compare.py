@@ -487,13 +487,13 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no ledger": (lambda f: (f / "ledger.jsonl").unlink(), r"no ledger .*ledger\.jsonl"),
     "empty ledger": (lambda f: (f / "ledger.jsonl").write_text(""), "has no rows"),
     "bad ledger": (lambda f: (f / "ledger.jsonl").write_text("x\n{}\n"), "line 1 is damaged"),
-    "bad end": (lambda f: stopped(f, 7), r"stopped\.json is damaged.*remove it"),
+    "bad end": (lambda f: stopped(f, 7), r"stopped\.json is damaged.*Remove it"),
     "longer": (lambda f: Ledger(f / "ledger.jsonl").append({"round": 21}), "ends at round 21"),
     "changed": (
         lambda f: (f / "ledger.jsonl").write_text(
             (f / "ledger.jsonl").read_text().replace('"cohort": 5', '"cohort": 6')
         ),
-        "is damaged .its digest does not fit",
+        "is damaged .its checksum does not match",
     ),
     "nothing left": (spoil_nothing_left, "no ledger"),
 }

@@ -84,7 +84,7 @@ def test_any_digit_of_a_summary_is_seen(tmp_path: Path) -> None:
     write_summary(tmp_path, OF_A_RUN)
     Ledger(tmp_path / "ledger.jsonl").append({"round": 1})
     with pytest.raises(
-        CheckpointError, match=r"summary\.json and ledger\.jsonl .*not belong together"
+        CheckpointError, match=r"summary\.json and the ledger\.jsonl .*not belong together"
     ):
         read_summary(tmp_path)
 
@@ -170,7 +170,7 @@ def test_the_ledger_of_another_run_is_refused(tmp_path: Path) -> None:
     Ledger(other).cut(1)
     Ledger(other).append({"round": 2, "uplink_total": 8, "downlink_total": 7})
     (tmp_path / "it" / "ledger.jsonl").write_bytes(other.read_bytes())
-    with pytest.raises(CheckpointError, match=r"ledger\.jsonl is not the"):
+    with pytest.raises(CheckpointError, match=r"ledger\.jsonl does not belong"):
         RunRecorder(tmp_path / "it").restore(state, CatchUp(state.base, 3))
 
 

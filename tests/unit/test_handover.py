@@ -150,7 +150,7 @@ def test_only_its_user_may_enter(
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "socket").stat().st_mode) == 0o600
     folder.chmod(0o711)
-    with pytest.raises(ClientError, match="mode 711; only the user"):
+    with pytest.raises(ClientError, match="mode 711, but only the user"):
         asked(cache)
     one, other = socket.socketpair()
     with one, other:

@@ -132,7 +132,7 @@ def test_nobody_else_owns_what_leads_to_a_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [5, "", "a\0b", "~nobody-of-this-name/x"])
 def test_a_cache_that_is_no_path_is_refused(value: str | int) -> None:
     config: dict[str, str | int] = {"partition-id": 3, "cache": value}
-    with pytest.raises(ConfigError, match="node-config has cache="):
+    with pytest.raises(ConfigError, match="node-config cache="):
         folder_of(Context(1, 2, config, RecordDict(), {}), "run", 3)
 
 

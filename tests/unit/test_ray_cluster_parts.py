@@ -126,7 +126,7 @@ def test_an_address_is_that_of_the_config_else_of_the_environment(
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "http://10.0.0.1:8265"])
 def test_an_address_for_drivers_outside_is_refused_with_what_to_do(address: str) -> None:
-    with pytest.raises(ConfigError, match=rf"RAY_ADDRESS is '{address}'.*ray job submit"):
+    with pytest.raises(ConfigError, match=rf"RAY_ADDRESS='{address}'.*ray job submit"):
         check_address(address, "RAY_ADDRESS")
 
 
