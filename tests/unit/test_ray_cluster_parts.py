@@ -178,7 +178,7 @@ def test_a_cluster_without_its_token_is_left_before_ray_asks_on(
     monkeypatch.setattr("fedraclora.engines.ray.cluster.check_address", lambda *_: None)
     monkeypatch.setattr("fedraclora.engines.ray.cluster.GcsClient", refuse)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked"))
-    with pytest.raises(EngineError, match=r"10\.0\.0\.1:6379.*no token.*check engine\.address"):
+    with pytest.raises(EngineError, match=r"10\.0\.0\.1:6379.*no token.*Check engine\.address"):
         Cluster(RayConfig(address="10.0.0.1:6379"), "cpu")
 
 

@@ -208,7 +208,7 @@ def test_files_of_a_run_that_changed_places_are_named(tmp_path):
 
 REFUSED = {
     "nothing": (lambda f: None, {}, ConfigError, "holds neither a run"),
-    "unfinished": (lambda f: (f / "summary.json").unlink(), {}, CheckpointError, "not come to its"),
+    "unfinished": (lambda f: (f / "summary.json").unlink(), {}, CheckpointError, "is not finished"),
     "other shapes": (lambda f: None, {"model": net(wide=20)}, ModelError, "0.weight is (16, 12)"),
     "pretraining": (lambda f: None, {"pretrain": "digits_0_4"}, ConfigError, "pretrain=none"),
 }
