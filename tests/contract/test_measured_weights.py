@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import RecordDict
 from worlds import (
     World,
     array_bytes,
@@ -64,7 +65,7 @@ def test_a_message_to_measure_is_as_long_as_is_counted(
     told = ran.rows[-1]["clients"]
     assert told["n"] == world.clients
     came = (write_answer(answer)["arrays"] for _, answer in pairs)
-    assert told["uplink_bytes"] == sum(array_bytes({"arrays": sums}) for sums in came)
+    assert told["uplink_bytes"] == sum(array_bytes(RecordDict({"arrays": sums})) for sums in came)
     sent = sum(array_bytes(AskWriter().write(ask)) for ask, _ in pairs)
     seeds = sum(8 for a, _ in pairs for f in a.own.factors().values() if f.drawing is not None)
     fetched = ran.strategy.catch_up

@@ -15,6 +15,7 @@ from fedraclora.commands.study.leaderboard import chosen, find
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import check_word, key_values, part
 from fedraclora.config.run_config import from_plain
+from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.command import parse
 from fedraclora.experiments.theory.command import TheoryConfig
 from fedraclora.strategies.methods import METHODS
@@ -38,6 +39,8 @@ SIMULATIONS = [
 ]
 DEPLOYMENTS = [line for line in LINES if line.startswith("fedraclora deploy")]
 THEORIES = [line for line in LINES if line.startswith("fedraclora theory")]
+# A page may show what a command is refused with: the error is what it prints.
+REFUSED = re.compile(r"```bash\n(fedraclora simulate [^\n]+)\n```\n+```text\nerror: ([^\n;:]+)")
 COMPARED = "fedraclora compare experiment="
 COMPARISONS = [line for line in LINES if line.startswith(COMPARED) and ".yaml" not in line]
 BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
@@ -49,6 +52,9 @@ def test_each_simulation_composes(line: str) -> None:
     plain = composed(words)
     if section(plain, "local").get("lr") == "auto":
         ruled(plain)
+    elif said := {k: v for page in PAGES for k, v in REFUSED.findall(page.read_text())}.get(line):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            from_plain(plain, METHODS)
     else:
         from_plain(plain, METHODS)
 

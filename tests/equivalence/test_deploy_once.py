@@ -179,5 +179,5 @@ def test_a_secure_round_that_was_cut_short_is_given_up(tmp_path: Path) -> None:
 def test_a_server_that_could_not_go_back_is_told_before_it_starts(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes_for(3))
     for words in (["local=dp_sgd"], ["secure=secagg", "aggregation_weights=uniform"]):
-        with pytest.raises(ConfigError, match=r"set output\.checkpoint_every=1"):
+        with pytest.raises(ConfigError, match=r"output\.checkpoint_every=1"):
             deploy(words, tmp_path / "run", network)
