@@ -50,11 +50,11 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "say where: connection=NAME"),
-        (["nodes=3", "connection=x"], "say where: connection=NAME"),
-        (["nodes=0"], "nodes is 0; a number of SuperNodes is wanted"),
-        (["nodes=-1"], "nodes is '-1'; a number of SuperNodes is wanted"),
-        (["nodes=1.5"], "nodes is '1.5'; a number of SuperNodes is wanted"),
+        ([], "connection=NAME"),
+        (["nodes=3", "connection=x"], "connection=NAME"),
+        (["nodes=0"], "nodes=0: give a number of SuperNodes"),
+        (["nodes=-1"], "nodes='-1'"),
+        (["nodes=1.5"], "nodes='1.5'"),
         (["nodes=three"], "nodes is 'three'; a number of SuperNodes"),
         (["nodes=3", "local=three"], "unknown local 'three'"),
         (["nodes=3", "engine=ray"], "engine=ray"),

@@ -299,7 +299,7 @@ def test_an_engine_that_ends_says_how_to_go_on(
     assert unusual(error).startswith(
         "error: it is gone. The run stopped after round 0 of 1, with a "
     )
-    assert f"; go on with: fedraclora simulate resume={tmp_path / 'run'}\n" in error
+    assert f"; resume with: fedraclora simulate resume={tmp_path / 'run'}\n" in error
 
 
 def test_a_place_where_no_folder_can_be_made_is_one_line(command: Run, tmp_path: Path) -> None:

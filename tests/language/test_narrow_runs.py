@@ -146,7 +146,7 @@ def test_a_classifier_has_a_narrow_base_too(tmp_path: Path) -> None:
         (["method=fedavg_lora", "method.init=pissa"], "can be merged into"),
         (["method=fedavg_lora", "allocation=adalora"], "merges each update"),
         (["method=ffa_lora", "modules_to_save=[o_proj]"], r"o_proj\.weight is trained"),
-        (["method=ffa_lora", "pretrain=table3"], "are frozen, but pretrain"),
+        (["method=ffa_lora", "pretrain=table3"], "freezes the weights"),
     ],
 )
 def test_what_would_change_it_is_refused(

@@ -145,7 +145,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "resume word": (("resume=auto",), {}, "resume=True"),
     "no folder": ((), {"resume": True}, "folder"),
     "idle": (("output.chain=false",), {}, "output.chain"),
-    "two folders": (("output.dir=a",), {"folder": "b"}, "name one of them"),
+    "two folders": (("output.dir=a",), {"folder": "b"}, "give one of them"),
     "whole": (({"local": {"lr": "much"}},), {}, r"local\.lr"),
 }
 

@@ -169,14 +169,14 @@ def test_rows_that_miss_a_value_are_refused_or_dropped_and_counted(tmp_path: Pat
 BAD = {
     "no label": ({"label": None}, r"data\.label is not set.*'outcome', 'site'"),
     "label": ({"label": "outcom"}, r"data\.label: .*did you mean 'outcome'"),
-    "client and label": ({"client": "outcome"}, r"is data\.label, too"),
+    "client and label": ({"client": "outcome"}, r"is also data\.label"),
     "client": ({"client": "sites"}, r"data\.client: .*did you mean 'site'"),
     "words": ({"features": ["age", "note"]}, r"and words in \['note'\]"),
     "the label": ({"label": "age", "features": ["age"]}, "without the label"),
     "fractions": ({"label": "dose"}, r"are fractions.*data\.task=regression"),
-    "one class": ({"label": "constant"}, "has the one value"),
+    "one class": ({"label": "constant"}, "has only the value"),
     "share": ({"test_fraction": 0.001}, r"data\.test_fraction=0\.001 of 60 rows"),
-    "both": ({"test_file": "x.csv", "test_fraction": 0.1}, "leave all but one out"),
+    "both": ({"test_file": "x.csv", "test_fraction": 0.1}, "leave out all but one"),
     "file": ({"file": None}, r"data\.file is not set"),
     "missing": ({"missing": "guess"}, "unknown data.missing 'guess'.*drop, error"),
 }
@@ -294,7 +294,7 @@ def test_a_column_that_one_cell_spoils_is_not_left_out_in_silence(tmp_path: Path
     with pytest.raises(DataError, match="decimal commas, such as '0,5'"):
         load(tmp_path / "t.csv", label="label", separator=";")
     (tmp_path / "t.csv").write_bytes("name,label\nM\xfcller,1\n".encode("latin-1"))
-    with pytest.raises(DataError, match="is no UTF-8 text"):
+    with pytest.raises(DataError, match="is not UTF-8 text"):
         load(tmp_path / "t.csv", label="label")
 
 
@@ -302,7 +302,7 @@ def test_half_of_an_npz_file_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros((20, 9)), target=np.arange(20) % 2)
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"a\.npz cannot be read: .* is the file whole\?"):
+    with pytest.raises(DataError, match=r"a\.npz cannot be read: .* is the file complete\?"):
         DATASETS["arrays"](file=str(tmp_path / "a.npz"))
 
 
@@ -343,7 +343,7 @@ def test_a_column_of_splits_gives_each_client_its_own_test_and_scales_by_trainin
     ("fold", "words", "said"),
     [
         ("hidden", {}, r"data\.split=fold has .*'hidden'"),
-        ("train", {}, "test are wanted"),
+        ("train", {}, "train, test or validation"),
         ("test", {"test_fraction": 0.5}, r"data\.split=fold and data\.test_fraction"),
         ("test", {"split": "folds"}, r"data\.split: .*'folds'"),
         ("test", {"features": ["fold"]}, "fold"),

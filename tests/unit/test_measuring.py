@@ -407,7 +407,7 @@ def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_c
     assert len(features(few.builder.built.task.held.data, 3)) == 2
     wide = [*swapped[:5], {"train": of_client(5), "test": (np.zeros((2, 4)), np.zeros(2, int))}]
     for said, changed in (
-        ("train and test, which is the entry of one client", {"data": with_tests(1)}),
+        ("keys train and test", {"data": with_tests(1)}),
         ("partition=iid divides all rows anew", {"partition": "iid", "clients": 6}),
         (r"client 5, test.*\(4,\)", {"data": wide}),
     ):

@@ -316,7 +316,7 @@ def said(kind: type[Exception], words: str, **keys: Any) -> None:
 
 @pytest.mark.parametrize("loss", [5, ["logistic"]])
 def test_what_is_no_name_of_a_loss_is_refused_with_the_names(loss: Any) -> None:
-    said(ConfigError, r"loss is .*token_classes", loss=loss)
+    said(ConfigError, r"loss=.*token_classes", loss=loss)
 
 
 @pytest.mark.parametrize("metrics", [5, [], [5]])
@@ -363,7 +363,11 @@ def test_a_softmax_before_the_loss_and_an_area_of_one_class_are_said(
 
 WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "a function": (ConfigError, "loss mean.*TypeError", {"loss": np.mean}),
-    "-1 and 1": (DataError, "logistic 0 or 1", {"loss": "logistic", "y": np.float32([-1, 1] * 5)}),
+    "-1 and 1": (
+        DataError,
+        "logistic needs 0 or 1",
+        {"loss": "logistic", "y": np.float32([-1, 1] * 5)},
+    ),
     "yes as a fraction": (
         DataError,
         r"one of logistic \([^)]*\), squared_error",
@@ -418,10 +422,10 @@ def test_targets_that_no_loss_reads_are_refused_by_client() -> None:
     said(DataError, "class for each token", model=tagger, data=[(IDS, TAGS[:, 0])])
     said(DataError, "output of shape", model=tagger, data=[(IDS, TAGS[:, :4])])
     said(DataError, "output of shape", model=tagger, data=[(IDS, np.where(TAGS == 2, 7, TAGS))])
-    said(DataError, "holds no number", data=[(X, TAGS[:, :0])])
+    said(DataError, "has no values", data=[(X, TAGS[:, :0])])
     said(DataError, "0.5", data=[(X, YES / 2)], loss="multi_label")
     said(DataError, "as many outputs", data=[(X, YES[:, :2])], loss="multi_label")
-    said(DataError, "for each pixel", data=[(X, YES)], loss="pixel_classes")
+    said(DataError, "each token or pixel", data=[(X, YES)], loss="pixel_classes")
 
 
 def test_new_samples_are_measured_by_the_loss_of_the_run_and_exports_name_it(tmp_path: Any) -> None:

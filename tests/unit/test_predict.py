@@ -105,7 +105,7 @@ def test_rows_that_cannot_be_read_end_in_a_sentence(folder: Path, tmp_path: Path
         ((FRAME[["age", "dose"]].to_numpy(), FRAME.kind), "data is a tuple"),
         (tmp_path / "none.csv", "no such file"),
         ("valid", "test or validation"),
-        ("validation", "data.validation is 0"),
+        ("validation", "data.validation=0"),
     ]:
         with pytest.raises(FedRacLoraError, match=said):
             run.evaluate(data)
@@ -130,9 +130,9 @@ def test_the_command_line_measures_and_answers(
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows == found.to_dict("records")
     for words, reason in [
-        (["--out", out], "is there already"),
+        (["--out", out], "exists already"),
         (["--out", tmp_path / "a.txt"], "ends in .csv or .jsonl"),
-        (["--out", tmp_path / "no" / "a.csv"], "there is no folder"),
+        (["--out", tmp_path / "no" / "a.csv"], "does not exist"),
         (["--round", 9], "not round 9"),
     ]:
         status, said, error = command("predict", folder / "run", "--data", new, *words)
@@ -207,11 +207,11 @@ def test_images_are_read_as_those_of_the_run(tmp_path: Path) -> None:
     assert (found == names[30:]).mean() == last["accuracy"]
     assert (run.predict(images[30:]).prediction == found).all()
     for data, said in [
-        (tmp_path / "bare.npz", "no target to measure by"),
+        (tmp_path / "bare.npz", "no target to evaluate on"),
         (tmp_path / "own.npz", "beside other samples"),
-        ((images[30:] / 255.0, names[30:]), "seems scaled already"),
+        ((images[30:] / 255.0, names[30:]), "scaled already"),
         ((images[30:], np.full(10, "cow")), "'cow'"),
-        ((images[30:, :5], names[30:]), "is wanted"),
+        ((images[30:, :5], names[30:]), "data.shape"),
     ]:
         with pytest.raises(DataError, match=said):
             run.evaluate(data)
@@ -464,7 +464,7 @@ def test_each_advice_on_later_rows_works(folder: Path, tmp_path: Path) -> None:
     answered(gap.fillna(1.0))
     answered(gap.dropna())
     word = good.assign(dose=good.dose.astype(object).where(good.index != 63, "high"))
-    assert "mend the cell" in refused(word)
+    assert "correct the cell" in refused(word)
     answered(word[word.dose != "high"])
     lacking = good.drop(columns="dose").assign(doses=1.0)  # no name for another
     assert "'dose'" in (told := refused(lacking))

@@ -461,5 +461,5 @@ def test_a_stage_comes_back_with_its_words_and_no_others(stage: str) -> None:
     assert found.stage == sent.stage
     assert (found.words is None) == (words is None)
     assert words is None or torch.equal(found.words, words)
-    with pytest.raises(WireError, match=r"'staged'; .*'trained' is wanted"):
+    with pytest.raises(WireError, match=r"'staged'; .*must be 'trained'"):
         read_answer(records, Ask(ORDER))
