@@ -1,4 +1,4 @@
-"""What a Python program calls: ``import fedraclora; fedraclora.simulate(...)``."""
+"""The Python interface: ``import fedraclora; fedraclora.simulate(...)``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def simulate(
     trust: Sequence[str] = (),
     **keys: object,
 ) -> RunResult:
-    """Run a federated method on a task in this process, to its end.
+    """Run federated learning on a task in this process, to its end.
 
     What is not said has its default, so that the same words give the same bits as
     ``fedraclora simulate``. The engine is one of the config, too: ``engine=vectorized`` (many
@@ -200,7 +200,7 @@ def tune(
     trust: Sequence[str] = (),
     **given: Any,
 ) -> Tuned:
-    """Find settings of a task that no other beats in metric and bytes at once.
+    """Find the Pareto-optimal settings of a task in metric and bytes.
 
     Args:
         choices: As for `simulate`, and ``"tune.KEY=VALUE"`` (``fedraclora tune``). What is said

@@ -1,4 +1,4 @@
-"""What a training function of one's own is given, and what it gives: `Round` and `Trained`.
+"""The argument and the result of your own training function: `Round` and `Trained`.
 
 def train(round: Round) -> Trained:
     model = round.install(my_model())

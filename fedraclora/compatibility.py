@@ -1,4 +1,4 @@
-"""What does not go together in a run: each part says it of itself, and one function compares.
+"""Check that the features of a run are compatible, as each feature declares.
 
 A feature is something that a run may have: a setting, a step of its rounds, a trait of its method,
 what is sent. Declare it where it comes from:
@@ -30,7 +30,7 @@ KNOWN: dict[str, Feature] = {}
 
 @dataclass(frozen=True, eq=False)
 class Feature:
-    """Something that a run may have, and what it does not go with.
+    """A feature of a run, and the features it is incompatible with.
 
     Attributes:
         name: In messages, and in what other features avoid and require.
@@ -193,7 +193,7 @@ def _conflict(what: Feature, beside: Feature, why: str, *found: Found) -> str:
 
 
 def refuse(conflicts: Iterable[str]) -> None:
-    """Reject a run in which something does not go together.
+    """Reject a run with incompatible features.
 
     Raises:
         ConfigError: With all that does not, a line each.

@@ -1,4 +1,4 @@
-"""Functions of other people's modules, named in a config as ``package.module:function``.
+"""Import user code that a config names as ``package.module:function``.
 
 The module lies on Python's path or in the working folder, and is the user's own or trusted
 (`fedraclora.trust`).
@@ -25,7 +25,7 @@ GUARD = 'if __name__ == "__main__":'
 
 @contextmanager
 def importing(what: str) -> Iterator[None]:
-    """Let no run start inside (`refuse_run`), where modules of other people's are imported.
+    """Forbid starting a run while user modules are being imported (`refuse_run`).
 
     A script that starts a run and is named in its config is imported by the run, and by each of
     its workers: it would start another run there, and so on, and wait for workers without end.
@@ -150,7 +150,7 @@ def told_as(
     after: str = "",
     passing: tuple[type[Exception], ...] = (FedRacLoraError,),
 ) -> Iterator[None]:
-    """Tell what other people's code raises as an error of ours.
+    """Turn an exception of user code into an error of this project.
 
     Args:
         kind: What to raise.

@@ -1,4 +1,4 @@
-"""Runs begun, gone on with, and read back: what commands and `fedraclora.simulate` share."""
+"""Start, resume and read runs, for the commands and `fedraclora.simulate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What code of a user's module names, read from its bytecode and its file; nothing is run."""
+"""Find the names that a user's code uses, from its bytecode and file, without running it."""
 
 from __future__ import annotations
 

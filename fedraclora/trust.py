@@ -1,4 +1,4 @@
-"""Whose code a config may name: what is named is judged before anything of it is imported.
+"""Check which code a config may name, before any of it is imported.
 
 Two questions are asked of each ``module:name``. Where does it lie? The user's own modules lie in
 the working folder or in another folder of Python's path; of what is installed a few packages are
@@ -61,12 +61,12 @@ def is_function(name: str) -> bool:
 
 
 def trusted() -> list[str]:
-    """List the modules that are trusted."""
+    """Return the trusted modules."""
     return [name for name in os.environ.get(VARIABLE, "").split(",") if name]
 
 
 def trust(names: Iterable[str]) -> None:
-    """Trust modules in this process, and in those that it starts, besides those trusted already.
+    """Trust further modules, in this process and those that it starts.
 
     Args:
         names: Modules, each with all below it; or ``module:name``, that alone.
@@ -97,7 +97,7 @@ def trusting(names: Iterable[str]) -> Iterator[None]:
 
 
 def trusts(name: str) -> bool:
-    """Check whether ``module:name``, its module or a package around it is trusted."""
+    """Return whether ``module:name``, its module or a parent package is trusted."""
     module = name.partition(":")[0]
     return any(each == name or _within(module, each) for each in trusted())
 
@@ -170,7 +170,7 @@ def _named(key: str, value: object) -> dict[str, str]:
 
 
 def refuse_unsaid(where: object, names: Mapping[str, str], own: Iterable[str] = ()) -> None:
-    """Reject names of a file that may be of others, unless they are trusted or said by the user.
+    """Reject code named in a file, unless the user trusts or names it.
 
     Args:
         where: The file, for the message.
@@ -210,7 +210,7 @@ def trust_word(names: Iterable[str]) -> str:
 
 
 def refuse_place(key: str, name: str) -> None:
-    """Reject ``module:name`` by its module, which is not imported for that.
+    """Reject ``module:name`` by the place of its module, without importing it.
 
     Raises:
         ConfigError: If nobody has said it, or its module is neither the user's nor of `PACKAGES`.
@@ -286,7 +286,7 @@ def _is_python(module: str) -> bool:
 
 
 def foreign(module: str) -> str:
-    """Say why a module is not the user's own; empty: it is.
+    """Return why a module is not the user's own; empty if it is.
 
     Its folders decide: of links what they lead to, too.
 

@@ -1,4 +1,4 @@
-"""``--check`` of `node` and `deploy`: what would fail, told before a run. Nothing is begun or sent.
+"""``--check`` of `node` and `deploy`: find problems before a run. Nothing is started or sent.
 
 Each look is a line: a tick and what was found, a cross and what to do, or, with an exclamation
 mark, what may be wrong and cannot be known from here.
@@ -214,7 +214,7 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: a passphrase
         raise ConfigError(f"{file} is not a key that Flower accepts ({error}); {make}") from error
     found = file.stat()
-    mode, group = found.st_mode & 0o777, 0o070 * (found.st_uid == os.geteuid())  # else it is for us
+    mode, group = found.st_mode & 0o777, 0o070 * (found.st_uid == os.geteuid())  # else it is ours
     if mode & (0o007 | group):
         raise ConfigError(f"{file} has mode {mode:o}, so that others may use it: chmod 600 {file}")
     return key

@@ -48,7 +48,7 @@ class Compacted:
 
 
 def compact(folder: Path, every: int) -> Compacted:
-    """Fold the links of a run, but for those after its checkpoint, which a resume cuts.
+    """Compact the updates of a run up to its checkpoint.
 
     Each fold takes the place of its links in one move, so that a process that is killed leaves a
     folder that is whole; another call does the rest.

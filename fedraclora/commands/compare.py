@@ -226,7 +226,7 @@ def _record(group: Group, rounds: DataFrame, wanted: Wanted) -> dict[str, object
         rounds: Of the runs (`statistics.rounds_of`).
         wanted: What is compared.
     """
-    # One diverged seed makes the mean undefined: leaving it out would flatter the method.
+    # A diverged seed makes the mean undefined: leaving it out would favour the method.
     final = Spread.of(
         math.nan if run.diverged_at is not None else run.final(wanted.metric) for run in group.runs
     )

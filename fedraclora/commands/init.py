@@ -1,4 +1,4 @@
-"""``fedraclora init NAME``: write a small project that runs as it is, to be changed into one's own.
+"""``fedraclora init NAME``: write a small project that runs unchanged, as a start for your own.
 
 It has samples, a model, a preset, a script and a test; its README says how to run each.
 """

@@ -1,4 +1,4 @@
-"""``fedraclora predict RUN --data FILE``: what a finished run answers, a row for each row."""
+"""``fedraclora predict RUN --data FILE``: predict each row of a file with a finished run."""
 
 from __future__ import annotations
 

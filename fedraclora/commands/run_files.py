@@ -1,4 +1,4 @@
-"""Run folders read back, alone and in groups: all comes from their files, never from memory."""
+"""Read run folders, one or in groups, from their files only."""
 
 from __future__ import annotations
 

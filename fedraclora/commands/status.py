@@ -1,4 +1,4 @@
-"""How commands end where something is wrong: in one message and a status, whatever it was.
+"""End a failed command with one message and an exit status.
 
 SIGTERM, SIGHUP and Ctrl-C end a command in order: with all it has started, without its folders.
 SIGHUP comes when a terminal closes. Where it is ignored, as ``nohup`` has it, it stays so.

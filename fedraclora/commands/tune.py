@@ -1,4 +1,4 @@
-"""``fedraclora tune``: find settings of a task that no other beats in metric and bytes at once.
+"""``fedraclora tune``: find the Pareto-optimal settings of a task in metric and bytes.
 
     fedraclora tune [tune.KEY=VALUE ...] [OVERRIDE ...]
 

@@ -1,4 +1,4 @@
-"""From words, files and objects to the plain config of a run: Hydra begins and ends here."""
+"""Compose the plain config of a run from arguments, files and objects; only here is Hydra used."""
 
 from pathlib import Path
 

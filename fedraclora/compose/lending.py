@@ -1,4 +1,4 @@
-"""Models, data and methods of a Python program, as the config of a run names them."""
+"""Register models, data and methods of a Python program under names in the config."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def _divider(choices: dict[str, object], data: object, options: Mapping[str, obj
 
 
 def _lend_choice(registered_object: Lent, group: str, given: object) -> None:
-    """Write an object of a class that has a name by its fields; lend another."""
+    """Write an object of a known class by its fields; register any other."""
     if given is None or isinstance(given, str | Mapping):
         registered_object.keys |= {} if given is None else {group: given}
         return

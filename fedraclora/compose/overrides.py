@@ -1,4 +1,4 @@
-"""What is typed for a config: Hydra's overrides, and what is wrong with them in plain words.
+"""Apply Hydra's overrides, and explain errors in them.
 
 ``key=value`` sets a key, ``group=choice`` chooses a file, ``+key`` adds and ``~key`` removes. A
 word that begins with ``++`` may be of no use to what is chosen beside it, so that one command can
@@ -158,7 +158,7 @@ def _keyed(path: str, value: object) -> object:
 def without_idle(
     plain: PlainDict, words: Sequence[str], again: Callable[[Sequence[str]], PlainDict]
 ) -> PlainDict:
-    """Leave out the words with ``++`` that are of no use to what is chosen beside them.
+    """Leave out arguments with ``++`` that have no effect on the chosen options.
 
     Args:
         plain: The config with all words.
@@ -223,7 +223,7 @@ def flags_first(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def in_plain_words(words: Sequence[str]) -> Iterator[None]:
-    """Translate Hydra's errors into the words of this project.
+    """Turn Hydra's errors into errors of this project.
 
     Args:
         words: What was typed.

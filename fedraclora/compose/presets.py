@@ -1,4 +1,4 @@
-"""Files of configs that are not this project's: judged when they are read, before they do anything.
+"""Check config files of others for code before they have any effect.
 
 Those in the working folder are the user's own, but for what a tuning has left there. Of others the
 code that they name runs only if it is trusted, and their values do not reach the environment. None
@@ -33,7 +33,7 @@ OURS = ("hydra", "fedraclora.conf")  # packages whose files are not judged
 
 
 def judge(file: Path | str, name: str, config: Any, package: str | None) -> None:
-    """Reject a file of a config for what it would run.
+    """Reject a config file that would run code.
 
     Args:
         file: The file; as text, its place in an installed package.

@@ -1,4 +1,4 @@
-"""What a run may go on with: keys that move no bit are taken, all others are refused by name."""
+"""Resume a run: accept changed keys that do not change results, reject all others by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fedraclora.weights.files import config_difference, flatten
 def go_on(
     folder: Path, stored: Mapping[str, object], plain: PlainDict, typed: Sequence[str] | None
 ) -> PlainDict:
-    """Build the config under which a run goes on.
+    """Build the config of a resumed run.
 
     Args:
         folder: The run folder.
@@ -113,7 +113,7 @@ def _code_has_changed(was: object, now: object) -> str:
 
 
 def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
-    """Check whether the run of a folder has come to the end that is asked for."""
+    """Return whether the run of a folder has finished the rounds asked for."""
     if not is_finished(folder):
         return False
     summary = read_summary(folder)
@@ -122,7 +122,7 @@ def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
 
 @contextmanager
 def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Iterator[None]:
-    """Where what is done inside is interrupted, note where the run stands, and how to go on.
+    """On an interruption inside, note the state of the run and how to resume it.
 
     So it is where the engine or the disk ends the run, if there is a run to go on with.
 
@@ -171,7 +171,7 @@ def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -
 
 
 def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: PlainDict) -> str | None:
-    """Explain why a run may not go on with another value of a key; None if it may."""
+    """Explain why a run cannot be resumed with another value of a key; None if it can."""
     if key == "device":
         before = resolved_setting(folder, "device") or _device(str(stored.get("device")))
         return None if _device(str(plain["device"])) == before else ""
@@ -184,7 +184,7 @@ def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: PlainD
 
 
 def _refused_rounds(folder: Path, stored: Mapping[str, object], rounds: int) -> str | None:
-    """Explain why a run may not go on to another last round; None if it may."""
+    """Explain why a run cannot be resumed with another last round; None if it can."""
     if planned := plans_rounds(stored):
         return f" ({planned} is planned over all rounds)"
     done = checkpoint_meta(folder).get("round")

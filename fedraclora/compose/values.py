@@ -1,4 +1,4 @@
-"""Choices that are said in Python, as the config that the command line would compose."""
+"""Compose from Python values the same config as the command line would."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAME_OF_CHOICE = re.compile(r"[\w./:-]+")  # of a file, a row, or ``module:name`
 def config_of(
     choices: tuple[str | Mapping[str, object], ...], keys: Mapping[str, object]
 ) -> tuple[PlainDict, list[str]]:
-    """Compose the config that is asked for.
+    """Compose a config from choices and keys.
 
     Args:
         choices: Overrides, as strings, and nested mappings of keys; what comes later wins.

@@ -1,4 +1,4 @@
-"""Words of the command line: those of commands that Hydra does not compose, and the TAB key's.
+"""Parse arguments of commands that do not use Hydra, and complete arguments for the TAB key.
 
 Completion is ``eval "$(fedraclora -sc install=bash)"``; zsh and fish likewise. Hydra knows what may
 follow in a config. It knows nothing of subcommands, so that they are completed here, and left out

@@ -104,7 +104,7 @@ def resolved(plain: Plain) -> dict[str, object]:
     data["clients"] = clients
     if data.get("classes") is None or data.get("shape") is None:
         own, _ = parted("data", data)
-        known = bind("data", DATASETS, without(own, "served"))()  # which a node sets
+        known = bind("data", DATASETS, without(own, "served"))()  # each node sets it
         data |= {"classes": known.classes, "shape": [*known.sample_shape]}
     return {**plain, "data": data, "clients": clients}
 
@@ -168,12 +168,12 @@ def fix_bits(threads: int, device: torch.device) -> None:
     keep_freed_memory()
     torch.set_num_threads(threads)
     threadpool_limits(limits=threads)
-    # The fast path of torch's own transformer blocks has no derivative, and other bits.
+    # The fast path of torch's transformer blocks has no gradient and rounds differently.
     torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
-        # The gradients of fused attention are summed in whatever order blocks of threads end.
+        # Fused attention sums gradients in no fixed order.
         torch.backends.cuda.enable_flash_sdp(enabled=False)
         torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
         torch.backends.cuda.enable_cudnn_sdp(enabled=False)

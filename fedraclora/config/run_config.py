@@ -195,7 +195,7 @@ class TaskConfig(Limited):
         """Return whether the model is a user's own."""
         return self.model.get("name") in {"function", "object"}
 
-    # What two groups together are to a third one.
+    # Features that depend on two groups of the config.
 
     @Feature("precision", instead="precision=float32")
     def _is_mixed(self) -> str:

@@ -116,7 +116,7 @@ class ClientSplit(ClientData):
             key, sizes = hash_key(self.seed, "held out"), self.whole.sizes(clients)
             order = cohort_permutations(key, clients, sizes, 0)
             self._last[:] = [(clients, self._bounds(clients)[0], order)]
-        # Still training are the first of them.
+        # The first ones stay in training.
         _, first, order = (each[: len(clients)] for each in self._last[0])
         return order.gather(1, (first[:, None] + positions).clamp(max=order.shape[1] - 1))
 
@@ -218,5 +218,5 @@ def without_held(whole: DataSet, data: DataSet, held: ClientData | None) -> Data
     if held is None or held.table is None:
         return whole
     _, rows_held = held.table
-    rows = rows_held[rows_held < len(data.train)].numpy()  # others are tests that clients brought
+    rows = rows_held[rows_held < len(data.train)].numpy()  # else clients brought their own tests
     return keep_rows(whole, np.setdiff1d(whole.columns[ROW], data.columns[ROW][rows]))

@@ -250,7 +250,7 @@ class Partitioned(TableRows):
     @override
     def rows_at(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         first = self.offsets[clients].reshape(-1, *[1] * (positions.dim() - 1))
-        # A padded position may point past the last client; its sample is masked by the caller.
+        # A padded position may point past the last client; the caller masks its sample.
         return self.rows[(first + positions).clamp_(max=self.rows.shape[0] - 1)]
 
     @property

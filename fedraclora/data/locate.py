@@ -215,7 +215,7 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
         return kind.from_pretrained(place, local_files_only=local, trust_remote_code=False, **given)
     except MemoryError:
         raise
-    except Exception as error:  # of a damaged file each architecture, and each library, has its own
+    except Exception as error:  # each library raises its own errors for damaged files
         refuse_code(error, key, source)
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{key}: {kind.__name__} cannot load {source} ({what})") from error

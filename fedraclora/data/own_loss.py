@@ -22,7 +22,7 @@ from fedraclora.objects import is_named
 # Of each sample: its loss, summed over its parts, and how many parts it has; [N] each.
 Losses = tuple[torch.Tensor, torch.Tensor]
 IGNORED_TOKEN = -100  # target of a token or pixel that has no loss, as in torch's cross_entropy
-PASSING = (FedRacLoraError, MemoryError, torch.OutOfMemoryError)  # of what a user's function raises
+PASSING = (FedRacLoraError, MemoryError, torch.OutOfMemoryError)  # raised on unchanged
 WANTED = (
     "loss(output, target) must return N losses, one for each sample (reduction='none' in "
     "torch's losses), or a pair of tensors: each sample's loss summed over its parts, and its "

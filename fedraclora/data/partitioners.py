@@ -209,7 +209,7 @@ def by_partitioner(
         ConfigError: If it cannot divide these data.
     """
     del clients  # it knows
-    divider = copy.deepcopy(partitioner)  # it takes data once, and may be the caller's
+    divider = copy.deepcopy(partitioner)  # a partitioner accepts data only once
     what, told = f"dividing {len(data.train)} samples by it", type(partitioner).__name__
     after = f"; the columns of these data are: {', '.join(data.columns) or 'none'}"
     with told_as(ConfigError, f"partition is a {told}, and ", what, after, passing=()):

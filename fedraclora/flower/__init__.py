@@ -1,4 +1,4 @@
-"""Low-rank rounds in somebody's own Flower app: a strategy for its server, rounds for its clients.
+"""Low-rank rounds in your own Flower app: a strategy for the server, rounds for the clients.
 
 ServerApp: ``strategy = fedraclora.flower.LowRank(method, model)``, where Flower's `FedAvg` was.
 ClientApp: ``with fedraclora.flower.round(message, context, model) as r`` around the training, and

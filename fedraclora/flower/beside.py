@@ -85,7 +85,7 @@ def refuse_skipped(kind: type, low_rank: type) -> None:
 def shared_config(
     messages: Iterable[Message], strategy: FedAvg, arrays: ArrayRecord
 ) -> ConfigRecord:
-    """Read what a strategy tells its clients from the messages that it would send.
+    """Return the config that a strategy sends to its clients.
 
     Raises:
         ConfigError: If they hold what `LowRank` does not send: arrays that were changed, more

@@ -67,7 +67,7 @@ class _Sampled(RoundStep):
 
 
 class LowRank(FedAvg):
-    """FedAvg in which clients train and send a low-rank method's factors, and weights are links.
+    """Run Flower's FedAvg with the factors of a low-rank method instead of full weights.
 
     Flower samples nodes as `FedAvg` does, and its loop runs the rounds. A node is sent seeds, and
     the links of the rounds that it was not in. The weights are kept here, from the model or
@@ -339,7 +339,7 @@ class LowRank(FedAvg):
         method, draw, plan = self.method, Draw(self.seed), self._plan
         given, is_adapter = weights_in(arrays, self._base, self._names, self._buffers)
         self._shape = ArrayRecord() if is_adapter else arrays
-        # Copies: the app may go on to use its model, for an evaluation say.
+        # Copies, since the app may still use its model, for an evaluation say.
         base = {n: given[n] if n in given else t.clone() for n, t in self._base.items()}
         asked = first_downlink(method, method.initial_state(base, plan, draw), draw, 1)
         if not asked.program.plain:

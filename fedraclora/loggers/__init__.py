@@ -1,4 +1,4 @@
-"""Loggers: where a run is shown while it goes, by the libraries' own clients.
+"""Loggers: show a run in other libraries while it runs.
 
 A logger is told of a run three times: when it begins, after each round, and when it ends. Which of
 them a run has says ``output.loggers``; where each writes says its own library, by environment
@@ -112,7 +112,7 @@ class Logging(Callback):
         for name, logger in list(self._going.items()):
             try:
                 getattr(logger, call)(*arguments, **options)
-            except Exception as error:  # whatever a server or a disk may do
+            except Exception as error:  # a server or a disk may fail in any way
                 del self._going[name]
                 log.warning(
                     "%s failed and gets no further rounds (%s: %s); the ledger has all of them",
@@ -129,7 +129,7 @@ def read_names(folder: Path | None) -> dict[str, str]:
         return {}
     try:
         found = json.loads(path.read_text())
-    except ValueError:  # a kill while it was written: the libraries begin anew
+    except ValueError:  # killed while writing: the libraries start a new run
         return {}
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 

@@ -1,4 +1,4 @@
-"""The learning rates that a tuning tries: around those of the rule, for a run's method and rank."""
+"""Choose the learning rates to tune over: around the automatic rate of each method and rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tuning found: the frontier, what to take at which size, its YAML, and its test."""
+"""The result of a tuning: the Pareto frontier, the best settings at each size, and their test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of a tuning: which settings come next, when one ends, what the budget still allows.
+"""Run the trials of a tuning: choose settings, stop bad runs early, and keep to the budget.
 
 Optuna's sampler chooses, with one aim for each of ``tune.sizes``: the metric of the last rounds
 that keep to so many bytes of all clients both ways. Optuna prunes nothing that has several aims. So
@@ -311,7 +311,7 @@ class Search:
             if self.config.core_hours or self.config.megabytes:
                 spent()
                 cores, size = self._left(study)
-                # The next round may take as much as this one did.
+                # The next round may send as many bytes as this one.
                 if watch.round < last and (cores <= 0 or size < watch.last):
                     last, ended = 0, BUDGET
             if watch is runs[0] and last and watch.round < last:

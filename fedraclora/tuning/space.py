@@ -1,4 +1,4 @@
-"""What a tuning tries: the settings of ``conf/tune.yaml``, and the space of a task."""
+"""The search space of a tuning: the settings of ``conf/tune.yaml``, applied to a task."""
 
 from __future__ import annotations
 

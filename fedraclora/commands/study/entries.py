@@ -74,7 +74,7 @@ def mean_score(study: Study, row: str, value: float, done: Done) -> float:
     lower = [name for line in lines for name in lower_of(line.get("task"))]
     sign = 1 if higher_is_better(study.chosen_by, lower) else -1
     found = [score(line, study.chosen_by) for line in lines]
-    # A run that diverged is the worst, whatever is chosen by.
+    # A diverged run ranks last by every metric.
     scores = [sign * s if math.isfinite(s) else -math.inf for s in found]
     return Spread.of(scores).mean if scores else 0.0
 

@@ -89,7 +89,7 @@ class SampleSpec:
             return self._labels(target, where)
         if read_as(self.loss).each:
             return self._labelled(samples, where)
-        if self.loss not in LOSSES:  # what a loss of the user's own makes of it is its business
+        if self.loss not in LOSSES:  # a user's loss may read any target
             return target.float() if target.is_floating_point() else target.long()
         numbers = target.float()
         if not bool(torch.isfinite(numbers).all()):
@@ -237,7 +237,7 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
         )
     try:
         array = np.array(value)
-    except Exception as error:  # of whatever somebody else's type raises
+    except Exception as error:  # a user's type may raise anything
         raise DataError(f"{where} is not an array: {error}") from error
     if array.dtype.kind not in "biuf":
         raise DataError(

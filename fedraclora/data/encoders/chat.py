@@ -231,7 +231,7 @@ def packed(
     own = [[i for one in together for i in [IGNORED_TOKEN, *one.labels[1:]]] for together in rows]
     positions = []
     for *before, _ in ([len(one.ids) for one in together] for together in rows):
-        # Padding goes on: at another position 0 one more conversation would seem to begin.
+        # Positions continue in padding: another 0 would mark the start of a conversation.
         sizes = [*before, ids.shape[1] - sum(before)]
         positions.append([place for size in sizes for place in range(size)])
     inputs = {"input_ids": ids, "position_ids": torch.tensor(positions)}

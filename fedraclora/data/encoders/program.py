@@ -60,7 +60,7 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
             raise DataError(f"{where}: sample {row} has masked values: fill them, or leave it out")
     try:
         samples = torch.utils.data.default_collate(rows)
-    except Exception as error:  # of whatever somebody else's type raises
+    except Exception as error:  # a user's type may raise anything
         raise DataError(
             f"{where}: its samples do not stack into one array ({error}). Give inputs of one "
             "shape: pad texts, resize images."
@@ -197,7 +197,7 @@ def column_of(found: Any, name: str, where: str) -> Any:
 def divided_by(data: Any, partitioner: Any) -> list[RowNumbers]:
     """Divide a ``Dataset`` by a partitioner of flwr-datasets; return the rows of each client."""
     try:
-        divider = copy.deepcopy(partitioner)  # it takes a data set once, and may be the caller's
+        divider = copy.deepcopy(partitioner)  # a partitioner accepts a data set only once
         divider.dataset = data.add_column("__row__", list(range(len(data))))
         return [
             np.asarray(divider.load_partition(k)["__row__"][:], dtype=np.int64)
