@@ -23,7 +23,7 @@ from fedraclora.protocol.coding import NONE, compressed
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.program import LocalResult
+from fedraclora.protocol.program import ClientProgram, LocalResult
 from fedraclora.protocol.quantized import ROUNDED
 from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.protocol.uplinks import SUM_BLOCK, block_sums, check_rows
@@ -214,7 +214,7 @@ class Worker:
             if not job.hidden:
                 keep(self.store, part, request, clients, result, base, local, residues=residues)
             job.places += places
-            job.results.append(leaving(local, result))
+            job.results.append(leaving(local, part.program, result))
             return []
         if starved:
             return self._shrink(job, places, failure)
@@ -370,11 +370,11 @@ def summed(answer: Summed, request: TrainRequest) -> Summed:
     return replace(answer, pieces=(sums.detach().cpu(),))
 
 
-def leaving(local: LocalConfig, result: LocalResult) -> LocalResult:
-    """Select the tensors that clients send, as the extras of local training say."""
-    for extra in local.added:
-        with told_as(ClientError, f"{local.told(extra)}: ", "selecting what is sent"):
-            result = extra.sent(result)
+def leaving(local: LocalConfig, program: ClientProgram, result: LocalResult) -> LocalResult:
+    """Select the tensors that clients send, as the programs of a round say."""
+    for each in (*local.added, program):
+        with told_as(ClientError, f"{local.told(each)}: ", "selecting what is sent"):
+            result = each.sent(result)
     return result
 
 

@@ -179,7 +179,7 @@ class FedStrategy:
         if self.devices.system.enabled:
             dropped = [vars(refusal) for refusal in exchange.dropped]
             row |= {"asked": len(exchange.first.asked), "dropped": dropped, **self.devices.clock}
-        for extra in self.local.added:
+        for extra in (*self.local.added, exchange.downlink.program):
             told = self.local.told(extra)
             with told_as(ConfigError, f"{told}: ", "computing its columns of the ledger"):
                 row = joined(row, extra.columns(exchange.downlink, got), told)

@@ -23,7 +23,8 @@ from fedraclora.data.own_loss import OwnLoss
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ClientError, ConfigError
+from fedraclora.imports import told_as
 from fedraclora.protocol.link import Link, Terms, apply_link, matrices
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.program import (
@@ -157,7 +158,7 @@ class CohortTrainer:
         if isinstance(optimizer, GradientMean):
             values = optimizer.means(schedule.steps)
         else:
-            values = method.upload(chunk.program.base, values)
+            values = self._uploads(asked, chunk.program.base, values)
         losses[losses == UNSAID] = math.nan  # this one has been computed
         moments = optimizer.moments(schedule.steps)
         values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
@@ -168,6 +169,23 @@ class CohortTrainer:
             samples=chunk.as_asked(self.data.examples(chunk.clients)).cpu(),
             moments={n: chunk.as_asked(t) for n, t in moments.items()},
         )
+
+    def _uploads(self, asked: Downlink, base: Tree, values: Tree) -> Tree:
+        """Return what clients send of what they trained, as the programs of the round say.
+
+        Raises:
+            ClientError: If a program leaves out what is asked for, or raises; it names the program.
+        """
+        for program in (*self.local.added, asked.program):
+            told = self.local.told(program)
+            with told_as(ClientError, f"{told}: ", "building what clients send (upload)"):
+                values = program.upload(base, values)
+        if lost := asked.uploaded().keys() - values.keys():
+            raise ClientError(
+                f"{told}: upload gives no {', '.join(sorted(lost))}, which the server asked for: "
+                "return it with the others"
+            )
+        return values
 
     def open(
         self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int

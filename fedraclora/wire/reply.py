@@ -1,7 +1,8 @@
 """Checks of a reply, by its kind.
 
 `received` looks at the fields of one that another machine sent; `checked` holds any answer against
-what was asked, and reads its numbers.
+what was asked, and reads its numbers. Whether the numbers are possible ones is looked at by
+`fedraclora.strategies.server.guard` (`check_rows`, `check_reply`).
 """
 
 from __future__ import annotations

@@ -69,6 +69,8 @@ BESIDE = {
     "system/phones": [*DIGITS, "clients=40", "clients_per_round=10"],
     "data/digits": ["pretrain=none", *TINY],
     "data/mnist_5k": ["pretrain=none", *TINY],
+    "data/mnist_5k_5_9": ["pretrain=none", *TINY],
+    "data/fedprox_synthetic": ["pretrain=none", "clients=30", "clients_per_round=3", "rounds=1"],
     "data/least_squares": [*SYNTHETIC, "data.labels=null", "clients=null"],
     "data/logistic_regression": [*SYNTHETIC, "data.labels=null", "clients=null"],
     "data/virtual": ["partition=given", "pretrain=none", *TINY],
@@ -108,6 +110,7 @@ COMPOSED = {
     "data/newsgroups",
     "data/flights",  # in its experiment
     "data/instructions",  # in tests/language, as all language models
+    *("data/arrays", "data/function", "data/table"),  # files and functions, in their own tests
     "data/own",  # a package's, in test_deploy_own.py
     "data/rotten_tomatoes",
     "data/text",
@@ -184,6 +187,8 @@ def test_every_choice_composes_into_settings(name: str) -> None:
 @pytest.mark.short(when=lambda name: name != "engine/ray" and not name.startswith("method/"))
 @pytest.mark.parametrize("name", [n for n in CHOICES if n not in COMPOSED])
 def test_what_is_here_runs_a_round(name: str) -> None:
+    # A source of data that needs a file is composed above, and run in its own tests.
+    assert name in BESIDE or not name.startswith("data/"), f"say in BESIDE what {name} needs"
     config = from_plain(composed(name, BESIDE.get(name, DIGITS)), METHODS)
     try:
         run = assemble(config, None)

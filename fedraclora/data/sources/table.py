@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from fedraclora.data.dataset import (
     DataSet,
@@ -11,14 +11,11 @@ from fedraclora.data.dataset import (
 from fedraclora.data.encoders.labels import (
     TaskName,
 )
+from fedraclora.data.encoders.table import ColumnNames, TableForm, of_frames
 from fedraclora.data.locate import Root, resolve
 from fedraclora.data.split import holdout_of
 from fedraclora.data.tables import Table
 from fedraclora.limits import Fraction, OneOf, limited
-
-if TYPE_CHECKING:
-    pass
-from fedraclora.data.encoders.table import ColumnNames, TableForm, of_frames
 
 
 @limited("data")
@@ -43,7 +40,7 @@ def load_table(
 
     Args:
         file: The rows: a path (also relative to ``root``) or ``package:NAME/path``, of a file whose
-            name ends in .csv, .tsv or .tab (with .gz, .bz2, .xz, .zip or not) or in .parquet.
+            name ends in .csv, .tsv or .tab (with .gz, .bz2, .xz, .zip or not), .parquet or .jsonl.
         label: The column to predict. Classes are numbered in the sorted order of their names.
         client: The column that says whose a row is, or None.
         features: The columns to predict from; None for all others that hold numbers.
