@@ -57,8 +57,9 @@ def own_node(group: str, name: str) -> dict[str, object]:
         ConfigError: If it cannot be imported, or is none of the group's kind.
     """
     if group in FUNCTIONS:
-        keys: dict[str, object] = {"function": name}
-        return {"defaults": ["function", "_self_"], **({group: keys} if group in WHOLE else keys)}
+        own: dict[str, object] = {"function": name}
+        own = {group: own} if group in WHOLE else own
+        return {"defaults": ["function", "_self_"], **own}
     node = node_of(row_of(group, CHOICE_ROWS[group], name), given=GIVEN.get(group, ()))
     home, keys = BESIDE.get(group, (None, ()))
     return {"name": name, **node, **{key: node_of(home)[key] for key in keys if home}}

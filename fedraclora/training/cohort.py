@@ -177,13 +177,13 @@ class CohortTrainer:
             ClientError: If a program leaves out what is asked for, or raises; it names the program.
         """
         for program in (*self.local.added, asked.program):
-            told = self.local.told(program)
-            with told_as(ClientError, f"{told}: ", "building what clients send (upload)"):
+            name = f"{self.local.told(program)}: "
+            with told_as(ClientError, name, "building what clients send (upload)"):
                 values = program.upload(base, values)
         if lost := asked.uploaded().keys() - values.keys():
             raise ClientError(
-                f"{told}: upload gives no {', '.join(sorted(lost))}, which the server asked for: "
-                "return it with the others"
+                f"{self.local.told(asked.program)}: upload gives no {', '.join(sorted(lost))}, "
+                "which the server asked for: return it with the others"
             )
         return values
 
