@@ -273,7 +273,7 @@ def check_sha256(name: str, found: str, expected: str, get: str = "get it again"
     """
     if found != expected:
         raise DataError(
-            f"{name} has SHA-256 {found}, not {expected}: the file is damaged or another one. "
+            f"{name} has sha256 {found}, not {expected}: the file is damaged or another one. "
             f"Remove it and {get}"
         )
 

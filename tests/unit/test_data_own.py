@@ -88,13 +88,13 @@ WRONG = {
     "one-hot": ((X, np.eye(3)[Y]), r"shape \(12, 3\).*target\.argmax\(1\)"),
     "fractions": ((X, Y + 0.5), r"torch\.float64 numbers, such as 0\.5.*squared_error"),
     "float classes": ((X, Y.astype(np.float32)), "classes to int64"),
-    "too large": ((X, Y + 2), r"labels go from 2 to 4; 0 to 2 is wanted.*data\.classes=5"),
+    "too large": ((X, Y + 2), r"labels go from 2 to 4, but must be 0 to 2.*data\.classes=5"),
     "negative": ((X, Y - 1), r"labels go from -1 to 1"),
     "words": ((X, np.array(["a"] * 12)), r"the target holds words.*data=table"),
     "nan": ((np.where(X[2] == X, np.nan, X), Y), r"x holds NaN.*first in row 2"),
     "none": ((X[:0], Y[:0]), "0 targets, but inputs of {'x': 0} samples"),
-    "ragged": (([[1.0], [1.0, 2.0]], [0, 1]), "x is no array"),
-    "scalar": ((X, 3), "target is one number"),
+    "ragged": (([[1.0], [1.0, 2.0]], [0, 1]), "x is not an array"),
+    "scalar": ((X, 3), "target is a single number"),
     "complex": ((X * 1j, Y), "x holds complex numbers"),
 }
 
@@ -151,10 +151,10 @@ def test_one_file_is_one_clients(tmp_path: Path) -> None:
     np.savez(tmp_path / "train.npz", x=x, target=y)
     assert len(read_own(str(tmp_path), 2, alone=True)[0]) == len(y)
     assert own_samples(clients=None, samples=str(tmp_path)).parts.num_clients == 1  # type: ignore[union-attr]
-    with pytest.raises(DataError, match=r"client 0.*train\.npz is one client's"):
+    with pytest.raises(DataError, match=r"client 0.*train\.npz is only read for a single client"):
         own_samples(clients=3, samples=str(tmp_path))
     np.savez(tmp_path / "0.npz", x=x, target=y)
-    with pytest.raises(DataError, match=r"client 2.*train\.npz is one client's"):
+    with pytest.raises(DataError, match=r"client 2.*train\.npz is only read for a single client"):
         read_own(str(tmp_path), 2, alone=True)
 
 
@@ -241,7 +241,7 @@ def test_test_samples_that_clients_have_are_refused_where_the_task_is_built(fold
 def test_labels_with_a_gap_ask_how_many_classes_there_are(tmp_path: Path) -> None:
     for client in range(3):
         np.savez(tmp_path / f"{client}.npz", x=np.zeros((3, 4)), target=np.array([0, 1, 7]))
-    with pytest.raises(DataError, match=r"labels are \[0, 1, 7\].*between 0 and 7"):
+    with pytest.raises(DataError, match=r"labels are \[0, 1, 7\].*from 0 to 7"):
         own_samples(clients=3, samples=str(tmp_path))
     assert own_samples(clients=3, samples=str(tmp_path), classes=8).classes == 8
 

@@ -329,7 +329,7 @@ def test_any_data_set_takes_a_loss_and_metrics_of_ones_own(tmp_path: Path, mine:
         *words, "data=digits", f"data.loss={mine}:focal", f"data.metrics=[{mine}:wrong,accuracy]"
     )
     assert [*found.rows[0]["metrics"]] == ["wrong", "accuracy"]
-    with pytest.raises(ConfigError, match="squared_error; these data"):
+    with pytest.raises(ConfigError, match="squared_error, but these data"):
         fedraclora.simulate(*words, "data=digits", "data.loss=squared_error")
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "rows.npz", x=rng.normal(size=(30, 4)), target=rng.normal(size=30))
