@@ -82,6 +82,4 @@ class PostedGrid(Grid):
         """
         time.sleep(self.pause)
         if self.ended():
-            raise EngineError(
-                f"Flower's runtime ended before {what}. See Flower's log, then resume the run"
-            )
+            raise EngineError(f"Flower's runtime ended before {what}")

@@ -50,11 +50,11 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "connection=NAME"),
-        (["nodes=3", "connection=x"], "connection=NAME"),
-        (["nodes=0"], "nodes=0: give a number of SuperNodes"),
-        (["nodes=-1"], "nodes='-1'"),
-        (["nodes=1.5"], "nodes='1.5'"),
+        ([], "say where: connection=NAME"),
+        (["nodes=3", "connection=x"], "say where: connection=NAME"),
+        (["nodes=0"], "nodes is 0; a number of SuperNodes is wanted"),
+        (["nodes=-1"], "nodes is '-1'; a number of SuperNodes is wanted"),
+        (["nodes=1.5"], "nodes is '1.5'; a number of SuperNodes is wanted"),
         (["nodes=three"], "nodes is 'three'; a number of SuperNodes"),
         (["nodes=3", "local=three"], "unknown local 'three'"),
         (["nodes=3", "engine=ray"], "engine=ray"),
@@ -380,5 +380,5 @@ def test_simulate_sends_its_reader_to_deploy() -> None:
     config = from_plain(
         composed([*SMALL, "clients=3", "clients_per_round=3", "engine=deploy"]), METHODS
     )
-    with pytest.raises(ConfigError, match="Run `fedraclora deploy` with"):
+    with pytest.raises(ConfigError, match="run `fedraclora deploy` with"):
         assemble(config, None)

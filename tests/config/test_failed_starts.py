@@ -170,9 +170,7 @@ def test_a_folder_of_somebody_elses_is_refused_and_stays(
         assert error.startswith(f"error: {tmp_path}")
         assert "resume=" not in error  # there is nothing to go on with
     for resume in (False, True):
-        with pytest.raises(
-            FedRacLoraError, match=r"no run|is not the config|not contain the config"
-        ):
+        with pytest.raises(FedRacLoraError, match=r"no run|is not the config|not hold the config"):
             simulate(*SMALL, folder=tmp_path, resume=resume)
     assert contents(tmp_path) == before
 
@@ -299,7 +297,7 @@ def test_an_engine_that_ends_says_how_to_go_on(
     assert unusual(error).startswith(
         "error: it is gone. The run stopped after round 0 of 1, with a "
     )
-    assert f"; resume with: fedraclora simulate resume={tmp_path / 'run'}\n" in error
+    assert f"; go on with: fedraclora simulate resume={tmp_path / 'run'}\n" in error
 
 
 def test_a_place_where_no_folder_can_be_made_is_one_line(command: Run, tmp_path: Path) -> None:

@@ -56,12 +56,12 @@ def configs(tmp_path: Path) -> Path:
         (["seed=range(3)"], ["needs -m: fedraclora simulate -m 'seed=range(3)'"]),
         (['method.rank={"*": 2}'], ["cannot be read as key=value", "{a: 1, *: 2}"]),
         (["rounds=???", "seed=???"], ["rounds, seed: ???", "set rounds=VALUE seed=VALUE"]),
-        (["local.name=adamw"], ["local=sgd", "Write local=adamw"]),
+        (["local.name=adamw"], ["what is chosen is local=sgd", "write local=adamw"]),
         (["pretrain.name=foo"], ["pretrain.name is 'foo'"]),
         (["output.name=foo"], ["output.name is 'foo'"]),
         (["system.name=[3]"], ["system.name is [3]"]),
-        (["hydra.searchpath=[/nowhere]"], ["a folder that does not exist", "/nowhere"]),
-        (["--config-dir", "/nowhere"], ["--config-dir '/nowhere': "]),
+        (["hydra.searchpath=[/nowhere]"], ["a folder that is not there", "/nowhere"]),
+        (["--config-dir", "/nowhere"], ["--config-dir '/nowhere': there is no such folder"]),
     ],
     ids=" ".join,
 )
@@ -140,7 +140,7 @@ def test_a_word_of_no_use_is_left_out_and_named(
 ) -> None:
     assert composed([beside, word, "seed=3"]) == composed([beside, "seed=3"])
     key = word.lstrip("+").partition("=")[0]
-    assert capsys.readouterr().err == f"note: {key} has no effect here: {word} is left out\n"
+    assert capsys.readouterr().err == f"note: nothing reads {key} here: {word} is left out\n"
 
 
 def test_a_word_of_use_stays(capsys: pytest.CaptureFixture[str]) -> None:

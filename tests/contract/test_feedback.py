@@ -330,7 +330,9 @@ def test_a_step_in_whole_weights_refuses_it_where_links_end() -> None:
 
 
 def test_feedback_of_numbers_that_are_not_rounded_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"compression.uplink.*loses nothing to feed back"):
+    with pytest.raises(
+        ConfigError, match=r"with compression.uplink=float32.*rounding leaves nothing"
+    ):
         CompressionConfig(feedback=True)
 
 

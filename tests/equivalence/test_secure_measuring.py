@@ -155,7 +155,7 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
     memory = secure._recall(store, 7, 3, Stage("shares", measured, {}))
     secure._remember(store, 7, memory | {"near": [], "held": {}, "threshold": 2},
                      Stage("masked", measured, {}))  # fmt: skip
-    assert "answers a stage once" in asked("keys", 3, measured).failures[7]
+    assert "does not answer twice" in asked("keys", 3, measured).failures[7]
     assert asked("keys", 4, measured).stage.data
     assert asked("keys", 3, {}).stage.data
 
@@ -170,5 +170,5 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
 def test_what_would_cost_privacy_that_nobody_accounts_is_refused(
     words: list[str], said: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"{said}.*evaluate\.clients is round.*without noise"):
+    with pytest.raises(ConfigError, match=rf"{said}.*evaluate\.clients is round.*no noise"):
         simulated("evaluate.clients=round", *words)

@@ -371,7 +371,7 @@ def test_what_is_wrong_with_a_part_is_said_by_its_key(mine: Any, words: str, sai
     [("Careless", "a dict.*LayerUpdate"), ("Turned", r"factors .*\(3, 2\).*as \(B")],
 )
 def test_what_a_method_cannot_make_of_a_layer_is_refused(mine: Any, name: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{name} returns for \w+\.weight .*{said}"):
+    with pytest.raises(ConfigError, match=rf"{name} gives for \w+\.weight .*{said}"):
         run(method=f"brought_parts:{name}")
 
 

@@ -126,7 +126,7 @@ def test_results_of_other_settings_are_not_taken_for_these(
     assert cli.run("compare", words) == 1
     said = capsys.readouterr().err
     assert "local.batch_size=8" in said
-    assert "nother folder" in said
+    assert "take another folder" in said
 
 
 def tiny(tmp_path: Path, text: str = TINY) -> Path:

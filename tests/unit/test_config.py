@@ -308,7 +308,7 @@ def test_a_key_that_nothing_reads_is_refused_by_name(
         "data.spread": {"data": VIRTUAL},
     }
     idle = {**BESIDE, **needs.get(key, {})}
-    with pytest.raises(UnreadKeysError, match=f"^{key}=.*has no effect here") as caught:
+    with pytest.raises(UnreadKeysError, match=f"^{key} is .*which nothing reads here") as caught:
         from_plain(plain(**idle, **{dotted: value}), METHOD_TABLE)
     assert caught.value.keys == (key,)
     from_plain(plain(**{**BESIDE, **reader, dotted: value}), METHOD_TABLE)

@@ -407,7 +407,7 @@ def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_c
     assert len(features(few.builder.built.task.held.data, 3)) == 2
     wide = [*swapped[:5], {"train": of_client(5), "test": (np.zeros((2, 4)), np.zeros(2, int))}]
     for said, changed in (
-        ("keys train and test", {"data": with_tests(1)}),
+        ("train and test, which is the entry of one client", {"data": with_tests(1)}),
         ("partition=iid divides all rows anew", {"partition": "iid", "clients": 6}),
         (r"client 5, test.*\(4,\)", {"data": wide}),
     ):
@@ -423,7 +423,7 @@ def test_clients_validate_where_the_server_has_nothing_to_validate_on(
     run = simulated(*words, "stop.patience=2", "stop.metric=clients.loss.mean", rounds=1)
     assert "measured on: validation" in caplog.text
     assert run.rows[1]["metrics"]["loss"] == run.rows[1]["clients"]["loss"]["pooled"]
-    with pytest.raises(ConfigError, match=r"data.validation=0.*clients.accuracy.mean"):
+    with pytest.raises(ConfigError, match=r"data.validation is 0.*clients.accuracy.mean"):
         simulated(*words, "stop.patience=2")
     none = fedraclora.simulate("evaluate.clients=none", model=net(), data=moons(), rounds=0)
     assert "clients" not in none.rows[0]

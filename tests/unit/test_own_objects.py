@@ -298,9 +298,9 @@ scored.higher_is_better = True  # type: ignore[attr-defined]
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"local": {"extras": [Row]}}, r"local\.extras\[0\].* class Row.*give an instance"),
-        ({"loss": Scaled}, r"data\.loss.* class Scaled.*give an instance"),
-        ({"metrics": [torchmetrics.AUROC]}, r"data\.metrics.* class AUROC.*give an instance"),
+        ({"local": {"extras": [Row]}}, r"local\.extras\[0\].* class Row.*make one"),
+        ({"loss": Scaled}, r"data\.loss.* class Scaled.*make one"),
+        ({"metrics": [torchmetrics.AUROC]}, r"data\.metrics.* class AUROC.*make one"),
         ({"metrics": ["torchmetrics:AUROC"]}, "AUROC.* its parameter task"),
         ({"metrics": [scored]}, r"data\.metrics: scored.*'task'"),
         ({"loss": f"{HERE}:Scaled"}, rf"{HERE}\.Scaled.* its parameter by"),
@@ -339,7 +339,7 @@ def test_what_a_function_says_of_its_samples_is_checked_and_said(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(train=learnt)
-    assert "that your function gives" in capsys.readouterr().err
+    assert "that your function says" in capsys.readouterr().err
     assert "has" not in caplog.text
     run(train=claims(80))
     assert "samples=80 to round.read, and has 5" in caplog.text

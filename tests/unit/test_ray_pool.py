@@ -197,7 +197,7 @@ def test_a_worker_that_cannot_start_is_named(cluster: Cluster) -> None:
 
 
 def test_more_than_there_is_is_refused(cluster: Cluster) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.workers=3.*2 CPUs and 0 GPUs.* 2"):
+    with pytest.raises(ConfigError, match=r"engine\.workers is 3.*2 CPUs and 0 GPUs.* 2"):
         Cluster(RayConfig(workers=3), "cpu")
     with pytest.raises(ConfigError, match=r"1 GPU each.*0 GPUs, enough for 0"):
         Cluster(RayConfig(), "cuda")
@@ -206,7 +206,7 @@ def test_more_than_there_is_is_refused(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("address", ["host", "host:port", ":1"])
 def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"engine.address=.*auto .*, host:port"):
+    with pytest.raises(ConfigError, match=r"engine.address is .*; auto .*, or host:port"):
         check_address(address)
 
 

@@ -97,9 +97,7 @@ class Task:
                 shared |= config
                 found[entry.row] = entry
         if told["reference"] not in found:
-            raise ConfigError(
-                f"{name}: the runs of the reference {told['reference']!r} are missing"
-            )
+            raise ConfigError(f"{name}: the runs of {told['reference']!r} are not there")
         return cls(name, found, found[told["reference"]])
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Labels: the names of classes, targets, and the data set of samples with them."""
+"""What is predicted: the names of classes, targets of labels, and the data set of both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ArrayTask = Annotated[str, OneOf((*OBJECTIVES, *OF_ARRAYS))]
 
 
 def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> list[str]:
-    """Return the class names in order: as asked for, else sorted (whole numbers by size).
+    """Name the classes in their order: as asked for, else sorted (whole numbers by size).
 
     Raises:
         ConfigError: If what is asked for does not occur.
@@ -50,7 +50,7 @@ def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> l
 
 
 def as_values(names: Sequence[str], values: object = None) -> list[Any]:
-    """Return classes with the type of their column: whole numbers, booleans or texts.
+    """Give classes as their column has them: whole numbers and truth values as such, else texts.
 
     Args:
         names: Of the classes, in their order.
@@ -74,7 +74,7 @@ def found_classes(
     source: object,
     values: Sequence[str] | None = None,
 ) -> list[str]:
-    """Return the classes of a column of labels; none for a regression.
+    """Name the classes of a column of labels; none where numbers are predicted.
 
     Args:
         labels: Of each row.
@@ -92,17 +92,16 @@ def found_classes(
     if any("." in name and name.replace(".", "", 1).lstrip("-").isdigit() for name in names):
         raise ConfigError(
             f"data.label={label}: the values ({', '.join(names[:3])}, ...) are fractions, not "
-            "classes. To predict a number set data.task=regression."
+            "classes; to predict a number set data.task=regression"
         )
     whole = all(name.lstrip("-").isdigit() for name in names)
     if whole and len(names) > max(100, len(labels) / 10):
         raise ConfigError(
-            f"data.label={label}: {len(names)} different whole numbers in {len(labels)} rows do "
-            "not look like classes. To predict a number set data.task=regression; write classes "
-            "as words."
+            f"data.label={label}: {len(names)} whole numbers in {len(labels)} rows are hardly "
+            "classes; to predict a number set data.task=regression (classes may be words)"
         )
     if len(names) < 2:
-        raise ConfigError(f"data.label={label}: {source} has only the value {names}")
+        raise ConfigError(f"data.label={label}: {source} has the one value {names} only")
     return names
 
 
@@ -112,7 +111,7 @@ def target_of(
     where: object = "test",
     rows: RowNumbers | None = None,
 ) -> torch.Tensor:
-    """Convert labels to class numbers by their place in ``names``, or to scores.
+    """Turn labels into classes by their place in ``names``, or into scores.
 
     Args:
         labels: Of each row.
@@ -135,12 +134,12 @@ def target_of(
             except ValueError as error:
                 raise DataError(
                     f"data.label: {label!r} is not a number, but data.task=regression predicts "
-                    "numbers: set data.task=classification, or correct these rows"
+                    "numbers: set data.task=classification, or mend the rows that have it"
                 ) from error
         if not np.isfinite(scores).all():
             raise DataError(
-                "data.label: a value is NaN, infinite or too large for float32. Correct it, or "
-                "leave its row out."
+                "data.label: a score is NaN, infinite or larger than float32 can hold: mend it, or "
+                "leave its row out"
             )
         return torch.from_numpy(scores)
     number = {name: index for index, name in enumerate(names)}
