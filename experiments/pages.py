@@ -29,7 +29,7 @@ from fedraclora.binding import bind
 from fedraclora.commands import RESULTS
 from fedraclora.commands.cli import USAGE
 from fedraclora.commands.study.entries import DEVIATION, docstring, is_unverified
-from fedraclora.compatibility import KNOWN
+from fedraclora.compatibility import KNOWN, PLACES
 from fedraclora.compose.choices import choice, groups, sections
 from fedraclora.engines.flower_patches import PATCHES
 from fedraclora.errors import ConfigError
@@ -38,6 +38,7 @@ from fedraclora.protocol.method import Method
 from fedraclora.strategies.methods import METHODS
 from fedraclora.terminal.tables import Cells, TextTable, read_table
 
+NAME = "fedraclora."  # of this package; a feature that no class declares is of it
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     ROOT / "README.md",
@@ -130,15 +131,16 @@ def _words(text: str) -> list[str]:
 
 def features() -> str:
     """List the pairs that do not go together, by what declares them, and what to take instead."""
-    rows = []
-    for name, feature in sorted(KNOWN.items()):
+    rows = []  # of this project: a program may have declared features of its own
+    known = {n: f for n, f in KNOWN.items() if PLACES.get(n, NAME).startswith(NAME)}
+    for name, feature in sorted(known.items()):
         pairs = [*feature.avoids.items()]
         pairs += [(f"a run without {beside}", why) for beside, why in feature.requires.items()]
         for k, (beside, why) in enumerate(pairs):
             rows.append((name if k == 0 else "", beside, why))
-    wanted = {beside for feature in KNOWN.values() for beside in feature.avoids}
-    used = [name for name in sorted(KNOWN) if KNOWN[name].avoids or name in wanted]
-    instead = [(name, KNOWN[name].instead) for name in used]
+    wanted = {beside for feature in known.values() for beside in feature.avoids}
+    used = [name for name in sorted(known) if known[name].avoids or name in wanted]
+    instead = [(name, known[name].instead) for name in used]
     tables = (
         TextTable(("what", "does not go with", "since"), tuple(rows), (), texts=3),
         TextTable(("in the place of", "take"), tuple(instead), (), texts=2),

@@ -26,6 +26,7 @@ Part = TypeVar("Part", bound=Callable[..., Any])
 Found = bool | str
 MARK = "declared_features"
 KNOWN: dict[str, Feature] = {}
+PLACES: dict[str, str] = {}  # the module that declares a feature, by its name
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,7 @@ class Feature:
     def __call__(self, part: Part) -> Part:
         """Declare it of a class, or of the objects for which a method returns something true."""
         setattr(part, MARK, (*vars(part).get(MARK, ()), self))
+        PLACES.setdefault(self.name, part.__module__)
         return part
 
 
