@@ -75,8 +75,8 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
         return {}
     if config.pretrain.epochs:
         raise ConfigError(
-            "start says where the weights come from, so that what is pretrained would be lost: set "
-            "pretrain=none, or leave start out"
+            "init_from says where the weights come from, so that what is pretrained would be lost: "
+            "set pretrain=none, or leave init_from out"
         )
     said = {"path": config.init_from} if isinstance(config.init_from, str) else config.init_from
     if not {"path"} <= said.keys() <= {"path", "sha256"}:

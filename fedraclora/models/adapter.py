@@ -26,7 +26,7 @@ from fedraclora.imports import import_extra
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FOREIGN = ("layer_replication", "megatron_config")  # of models that are built anew, or elsewhere
-OF_THIS_MODEL = "Give the adapter of this model, or leave start out"
+OF_THIS_MODEL = "Give the adapter of this model, or leave init_from out"
 
 
 def is_adapter(folder: Path) -> bool:
