@@ -33,7 +33,7 @@ from fedraclora.tree import Layout, Tree
 
 @dataclass(frozen=True)
 class Attack(Limited, group="attack"):
-    """Nobody attacks.
+    """Run no attack: all clients are honest.
 
     Attributes:
         name: Its key in the config.

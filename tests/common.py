@@ -19,6 +19,20 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.wire.answers import Came
 from fedraclora.wire.exchange import Ask
 
+# Arguments of a run of two rounds that takes about a second.
+SMALL_RUN = [
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "partition=iid",
+    "model.hidden=[6]",
+    "method.rank=2",
+    "clients=12",
+    "clients_per_round=5",
+    "rounds=2",
+    "output=study",
+]
+
 
 def assemble(config: RunConfig, folder: Path | None, **more: Any) -> RunBuilder:
     """Build every part of a run."""

@@ -140,7 +140,7 @@ class Adaptive(ServerOptimizer, ABC):
     """What the adaptive ones have in common.
 
     Attributes:
-        lr: Step size: about that which a coordinate goes in a round.
+        lr: Step size: a coordinate moves by about this much in a round.
         beta1: Share of the first moment that a round keeps, in [0, 1).
         tau: How adaptive: coordinates whose changes are small beside it go lr / tau of them.
         space: ``weights``: dense moments; ``factors``: those of what clients train.

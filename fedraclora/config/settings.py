@@ -57,8 +57,8 @@ class CompressionConfig(Limited, group="compression"):
             eden1 in 4 to 1 bits after a random rotation, with a bias where few numbers are large.
         downlink: The same, on the way to the clients.
         feedback: What rounding left is added to what is sent next (error feedback).
-        uplink_coding: Lossless coding of what goes up in fewer bits.
-        downlink_coding: The same, of what goes down, catch-up included.
+        uplink_coding: Lossless coding of quantized uploads.
+        downlink_coding: The same for downloads, catch-up included.
     """
 
     uplink: Annotated[str, OneOf((FULL, *ROUNDED))] = FULL

@@ -31,20 +31,9 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.runner import execute
 from fedraclora.terminal.progress import RunProgress, console_for_tables, plain_console
 from fedraclora.weights.files import flatten
+from tests.common import SMALL_RUN as SMALL
 from tests.common import summary_of
 
-SMALL = [
-    "data=digits",
-    "data.labels=null",
-    "pretrain=none",
-    "partition=iid",
-    "model.hidden=[6]",
-    "method.rank=2",
-    "clients=12",
-    "clients_per_round=5",
-    "rounds=2",
-    "output=study",
-]
 Run = Callable[..., tuple[int, str]]
 
 

@@ -20,20 +20,9 @@ from fedraclora.compose.overrides import composed
 from fedraclora.engines.programs import TETHERED
 from fedraclora.errors import ConfigError
 from fedraclora.strategies.server_app import config_from_text
+from tests.common import SMALL_RUN as SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = [
-    "data=digits",
-    "data.labels=null",
-    "pretrain=none",
-    "partition=iid",
-    "model.hidden=[6]",
-    "method.rank=2",
-    "clients=12",
-    "clients_per_round=5",
-    "rounds=2",
-    "output=study",
-]
 
 
 @pytest.mark.parametrize(

@@ -43,14 +43,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 OURS = "Fed-RAC-LoRA"
-FAMILIES = {
-    "fed_rac_lora": OURS,
-    "pool_rac_lora": OURS,
-    "subspace_rac_lora": OURS,
-    "fedavg_lora": "FedAvg-LoRA",
-    "ffa_lora": "FFA-LoRA",
-    "fedavg": "full FedAvg",
-}
+FAMILIES: dict[str, str] = yaml.safe_load(
+    Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
+)
 OTHER = "other rivals"
 ORDER = (*dict.fromkeys(FAMILIES.values()), OTHER)  # so that a family has one colour everywhere
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the reference's traffic
