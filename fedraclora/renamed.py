@@ -32,6 +32,7 @@ KEYS = {
     "method.normalise": "method.normalize",
     "method.resample_every": "method.merge_every",
     "method.side": "method.train (of methods that train both factors: method.zero_init)",
+    "model.arguments": "model.parameters",
     "model.targets": "model.target_modules",
 }
 # The kind of a value, and the old value -> what to write in its place.

@@ -130,14 +130,14 @@ def build_function(
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    arguments: Mapping[str, object] | None = None,
+    parameters: Mapping[str, object] | None = None,
     target_modules: str | Sequence[str] = "all-linear",
 ) -> Built:
     """Build what a function of another package gives.
 
     Args:
         function: ``package.module:function``; it is called with ``shape`` and ``classes`` of the
-            data and with ``arguments``, and gives a `torch.nn.Module`. Its draws from torch's
+            data and with ``parameters``, and gives a `torch.nn.Module`. Its draws from torch's
             global generator are fixed by the seed of the run; it may draw from no other. Where
             it takes less than two seconds it is called again to see that. Dropout must be a
             module (`torch.nn.Dropout`): as a function it would stay off, and is refused
@@ -148,7 +148,7 @@ def build_function(
         shape: Shape of one input.
         classes: Number of outputs.
         seed: The seed of the run.
-        arguments: Further arguments.
+        parameters: Further arguments, by name.
         target_modules: The default pattern of adapted layers.
 
     Raises:
@@ -156,8 +156,8 @@ def build_function(
             names.
         ModelError: If a frozen layer of BatchNorm has never seen a batch.
     """
-    at = "model.arguments"
-    build = object_of("model.function", function, parameters=arguments or {}, at=at)
+    at = "model.parameters"
+    build = object_of("model.function", function, parameters=parameters or {}, at=at)
     check_call("model.function", build, shape=shape, classes=classes)
 
     def called() -> object:

@@ -128,7 +128,7 @@ KEYS: Mapping[str, str | None] = {
     **dict.fromkeys(("method.name", "local.name", "partition.name", "aggregator.name")),
     **dict.fromkeys(("server_optimizer.name", "attack.name", "data.name", "model.name")),
     "local.train": "local.parameters",
-    "model.function": "model.arguments",
+    "model.function": "model.parameters",
     "data.function": "data.parameters",
     "data.samples": "data.parameters",
     "data.test_function": "data.parameters",

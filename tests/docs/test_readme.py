@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedraclora.commands.cli import COMMANDS
-from fedraclora.commands.study.frontier import Task, difference
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
+from fedraclora.experiments.frontier import Task, difference
 from fedraclora.experiments.pages import RESULTS
 from fedraclora.run.statistics import last
 from fedraclora.strategies.methods import METHODS

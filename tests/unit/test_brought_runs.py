@@ -326,7 +326,7 @@ def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
         model = mine.net((3,), 2, width=7)
     wanted = run(model=model, data=mine.clients(tilt=3.0))
     found = run(
-        model={"name": "brought_parts:net", "arguments": {"width": 7}},
+        model={"name": "brought_parts:net", "parameters": {"width": 7}},
         data={"name": "brought_parts:clients", "parameters": {"tilt": 3}},
     )
     assert digest(found) == digest(wanted)
@@ -356,7 +356,7 @@ def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
         ("steps=[brought_parts:Decay]", r"steps\[0\].*class Decay; .*RoundStep"),
         ("steps=[{name:brought_parts:Halved,by:much}]", r"steps\[0\].by is 'much'; float"),
         ("callbacks=[brought_parts:FACTOR]", r"callbacks\[0\].*of type float"),
-        ("model.arguments={width:wide}", "model.arguments.width is 'wide'; int"),
+        ("model.parameters={width:wide}", "model.parameters.width is 'wide'; int"),
         ("data.parameters={tild:3}", "data.parameters.tild.*did you mean"),
         ("attack=brought_parts:Poison attack.share=0.5", "poison of 2 classes"),
     ],

@@ -97,7 +97,7 @@ KEYS: dict[str, Any] = {
     },
     "model.function": lambda how: {
         "data": all_clients(),
-        "model": {"name": "function", "function": f"{HERE}:drawn_net", "arguments": {"how": how}},
+        "model": {"name": "function", "function": f"{HERE}:drawn_net", "parameters": {"how": how}},
     },
     "loss": lambda how: {"data": all_clients(), "loss": {"name": f"{HERE}:loss", "how": how}},
     "metric": lambda how: {

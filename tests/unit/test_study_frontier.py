@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fedraclora.commands.study.file import Study
-from fedraclora.commands.study.frontier import (
+from fedraclora.errors import ConfigError
+from fedraclora.experiments.frontier import (
     Task,
     draw_shares,
     draw_task,
@@ -18,7 +19,6 @@ from fedraclora.commands.study.frontier import (
     shares,
     winners,
 )
-from fedraclora.errors import ConfigError
 from fedraclora.run.statistics import last
 
 TEXT = """

@@ -1,6 +1,6 @@
 """The frontier of quality against bytes: rows of several studies of a task, put together.
 
-    python -m fedraclora.commands.study.frontier [--out FOLDER]
+    python -m fedraclora.experiments.frontier [--out FOLDER]
 
 ``frontier.yaml`` names the tasks. Of each row the mean over its seeds is taken, round by round, of
 the metric (beside the reference's on the same seeds) and of the bytes both ways with catch-up. The
@@ -43,9 +43,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 OURS = "Fed-RAC-LoRA"
-FAMILIES: dict[str, str] = yaml.safe_load(
-    Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
-)
+SETUP = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+FAMILIES: dict[str, str] = SETUP["families"]
 OTHER = "other rivals"
 ORDER = (*dict.fromkeys(FAMILIES.values()), OTHER)  # so that a family has one colour everywhere
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the reference's traffic
@@ -67,7 +66,7 @@ class Task:
     reference: Entry
 
     @classmethod
-    def read(cls, name: str, told: Mapping[str, Any], results: Path = RESULTS) -> Task:
+    def read(cls, name: str, setup: Mapping[str, Any], results: Path = RESULTS) -> Task:
         """Put the rows of some studies together.
 
         Raises:
@@ -76,7 +75,7 @@ class Task:
         """
         found: dict[str, Entry] = {}
         shared: dict[str, object] = {}
-        for folder in told["studies"]:
+        for folder in setup["studies"]:
             path = results / folder
             for entry in entries(Study.read(path / "study.yaml"), read_lines(path / "runs.jsonl")):
                 if entry.row in found:
@@ -91,9 +90,9 @@ class Task:
                     )
                 shared |= config
                 found[entry.row] = entry
-        if told["reference"] not in found:
-            raise ConfigError(f"{name}: the runs of {told['reference']!r} are not there")
-        return cls(name, found, found[told["reference"]])
+        if setup["reference"] not in found:
+            raise ConfigError(f"{name}: the runs of {setup['reference']!r} are not there")
+        return cls(name, found, found[setup["reference"]])
 
     @cached_property
     def curves(self) -> DataFrame:
@@ -257,10 +256,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "frontier")
     out = parser.parse_args().out
-    told = yaml.safe_load(Path(__file__).with_name("frontier.yaml").read_text(encoding="utf-8"))
-    whole = {name: how for name, how in told.items() if has_run(how["studies"])}
+    studies = SETUP["tasks"]
+    whole = {name: how for name, how in studies.items() if has_run(how["studies"])}
     tasks = [Task.read(name, how) for name, how in whole.items()]
-    if left := [name for name in told if name not in whole]:
+    if left := [name for name in studies if name not in whole]:
         print(f"left out, since not all of their studies have run: {', '.join(left)}")
     out.mkdir(parents=True, exist_ok=True)
     for name, records in (
