@@ -31,14 +31,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, RecordDict
-from flwr.common.config import parse_config_args
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
-from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedraclora import flower_internals
 from fedraclora.clients.cache import RUNS, cache_of, claim, on_disk, served
 from fedraclora.clients.node import trainer_for
 from fedraclora.commands.status import explained, in_one_piece
@@ -54,7 +48,6 @@ from fedraclora.training.chunking import HOST_BYTES
 from fedraclora.trust import names_in, refuse_unsaid
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-REFUSED = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
 ADVICE: dict[type[BaseException], str] = {
     socket.gaierror: "no host has this name here: check --superlink, or /etc/hosts",
     ssl.SSLCertVerificationError: "its certificate must be for the name in --superlink, signed by "
@@ -145,10 +138,10 @@ def check_run(run: RunBuilder, connection: Connection | None, file: str | None) 
 
 def check_node(words: Sequence[str], file: str | None) -> int:
     """Check what an owner can, with the words of a node, and the file that `check_run` wrote."""
-    args = _parse_args_run_supernode().parse_args(words)
+    args = flower_internals.node_arguments(words)
     wanted: dict[str, Any] = {"versions": {}, "config": {}}
     try:
-        config = parse_config_args([args.node_config] if args.node_config else None)
+        config = flower_internals.node_config(args.node_config)
         if file is not None:
             wanted = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         versions, plain = dict(wanted["versions"]), dict(wanted["config"])
@@ -182,11 +175,10 @@ def of_superlink(look: Looks, args: Namespace) -> None:
     with look("SuperLink") as say:
         if key is None and args.auth_supernode_private_key is not None:
             raise UserWarning("not asked whether it knows the key, which cannot be read")
-        error = FlowerError.from_json(found.text)
-        code = 0 if error is None else error.code
-        if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED and key is not None:
+        state = flower_internals.key_state(found.text)
+        if state == flower_internals.UNKNOWN and key is not None:
             raise EngineError("it does not know the key: send the public part to the operator")
-        if code not in {ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, REFUSED}:
+        if state is None:
             why = "ask the operator whether the proxy forwards this path to a SuperLink that runs"
             why = "is the clock right?" if found.status_code == httpx.codes.UNAUTHORIZED else why
             raise EngineError(f"status {found.status_code} for /v1/fleet/: {why}")
@@ -218,21 +210,17 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def knock(args: Namespace, key: ec.EllipticCurvePrivateKey) -> tuple[httpx.Response, Any]:
-    """Ask a SuperLink to activate a node whose heart never beats; give what it says, and its proof.
-
-    Flower 1.42 refuses that, whoever asks, and says whether it knows the key: nothing changes.
-    """
+    """Ask a SuperLink whether it knows a key; give its response and its certificate."""
     patch(ANY)
-    roots, public = args.root_certificates, public_key_to_bytes(key.public_key())
-    roots = None if roots is None or args.insecure else Path(roots).read_bytes()
-    signed = [NodeAuthHttpInterceptor(key, key.public_key())]
+    roots = None
+    if args.root_certificates is not None and not args.insecure:
+        roots = Path(args.root_certificates).read_bytes()
     where, cause = args.superlink, BaseException()
+    ask = flower_internals.refused_activation
     try:
-        with FleetHttpClient.from_server_address(where, args.insecure, roots, signed) as client:
-            try:
-                client.ActivateNode(ActivateNodeRequest(public_key=public))
-            except httpx.HTTPStatusError as refused:
-                found, web = refused.response, client._client  # noqa: SLF001  it has the roots
+        with ask(where, key, roots, insecure=args.insecure) as refusal:
+            if refusal is not None:
+                found, web = refusal
                 link = found.extensions["network_stream"].get_extra_info("ssl_object")
                 others = web.get(found.url.copy_with(path="/health")).is_success
                 if not others or found.url.host in LOOPBACK:

@@ -23,12 +23,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedraclora.codec import from_bytes, join, split, to_bytes
 from fedraclora.errors import WireError
+from fedraclora.flower_internals import records_from_bytes, records_to_bytes
 from fedraclora.tree import Tree, to_numpy
 from fedraclora.weights.update import WeightUpdate
 from fedraclora.wire.answers import VECTORS, Answer
@@ -214,13 +213,6 @@ def read_array(records: RecordDict, name: str, key: str = "flat") -> torch.Tenso
         return torch.from_numpy(record[key].numpy())
 
 
-def message_bytes(message: Message) -> int:
-    """Count the bytes of a message as Flower sends it: a tree of objects, large arrays in parts."""
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-
-    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
-
-
 def _check_bytes(data: bytes) -> None:
     """Reject bytes that are no array, or are not as many as it says: before memory is taken."""
     stream = BytesIO(data)
@@ -245,7 +237,7 @@ def folded(content: RecordDict, apart_from: int = APART) -> RecordDict:
     apart = {name: record for name, record in records.items() if _size(record) >= apart_from}
     inside = {name: record for name, record in records.items() if name not in apart}
     job = ConfigRecord(dict(content.config_records.get(JOB, {})))
-    job[RECORDS] = recorddict_to_proto(RecordDict(inside)).SerializeToString()
+    job[RECORDS] = records_to_bytes(RecordDict(inside))
     return RecordDict({**apart, JOB: job})
 
 
@@ -259,7 +251,7 @@ def unfolded(content: RecordDict) -> RecordDict:
     if not isinstance(job, ConfigRecord) or RECORDS not in job:
         return content
     with reading("the records that are folded into a message"):
-        inside = recorddict_from_proto(ProtoRecordDict.FromString(job[RECORDS]))
+        inside = records_from_bytes(job[RECORDS])
     if twice := inside.keys() & content.keys():
         raise WireError(f"a message has the records {shown(sorted(twice))} twice; once is wanted")
     rest = {name: value for name, value in job.items() if name != RECORDS}

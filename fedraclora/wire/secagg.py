@@ -9,8 +9,9 @@ each share with the sealed shares. So a share that is wrong is known to be wrong
 it is: of the client that sealed it, if its marks or its secret do not fit; of the one that handed
 it back otherwise.
 
-Keys, shares and encryption are Flower's primitives. The masks are not: its generator folds a seed
-to 32 bits and is no cipher. Here a mask is a ChaCha20 stream of the whole key.
+Keys are elliptic-curve keys (ECDH on P-384, HKDF), and shares are sealed by Fernet; Flower splits
+secrets (Shamir). Its masks are not used: their generator folds a seed to 32 bits and is no cipher.
+Here a mask is a ChaCha20 stream of the whole key.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ import os
 import numpy as np
 import numpy.typing as npt
 import torch
+from cryptography.fernet import Fernet
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fedraclora import flower_internals
 from fedraclora.errors import WireError
 from fedraclora.privacy.secret import stream
 from fedraclora.wire.exchange import Stage
@@ -33,7 +38,7 @@ from fedraclora.wire.fields import reading
 Words = npt.NDArray[np.uint32]
 STAGES = ("keys", "shares", "masked", "unmask")
 LARGEST = 2**31 - 1  # whole numbers of either sign, modulo 2^32
-CURVE = ec.SECP384R1()  # of Flower's keys
+CURVE = ec.SECP384R1()  # of keys
 SCALAR_BYTES = 48  # of a private key on it
 PUBLIC_LENGTH, SEALED_LENGTH, SHARE_LENGTH, MARK_LENGTH = 400, 1000, 200, 64  # of texts, at most
 
@@ -66,11 +71,11 @@ def check_words(words: torch.Tensor) -> None:
 
 def new_pair() -> tuple[str, str]:
     """Generate a key pair: private and public, as text."""
-    from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
-
-    private, public = generate_key_pairs()
+    private = ec.generate_private_key(CURVE)
     scalar = private.private_numbers().private_value.to_bytes(SCALAR_BYTES, "big")
-    return scalar.hex(), public_key_to_bytes(public).decode()
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    public = private.public_key().public_bytes(serialization.Encoding.PEM, form)
+    return scalar.hex(), public.decode()
 
 
 def read_public(text: object) -> ec.EllipticCurvePublicKey:
@@ -79,10 +84,8 @@ def read_public(text: object) -> ec.EllipticCurvePublicKey:
     Raises:
         WireError: If it is none, or one of another kind or curve.
     """
-    from flwr.supercore.primitives.asymmetric import bytes_to_public_key
-
     with reading("what came for a public key"):
-        key = bytes_to_public_key(checked_text(text, PUBLIC_LENGTH).encode())
+        key = serialization.load_pem_public_key(checked_text(text, PUBLIC_LENGTH).encode())
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != CURVE.name:
         raise WireError(f"a public key is not a point of the curve {CURVE.name}")
     return key
@@ -90,10 +93,9 @@ def read_public(text: object) -> ec.EllipticCurvePublicKey:
 
 def shared_key(private: str, public: str) -> bytes:
     """Agree on a key with the owner of ``public``: 32 bytes in base64, as Fernet takes them."""
-    from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
-
-    own = ec.derive_private_key(int(private, 16), CURVE)
-    return generate_shared_key(own, read_public(public))
+    agreed = ec.derive_private_key(int(private, 16), CURVE).exchange(ec.ECDH(), read_public(public))
+    key = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=None).derive(agreed)
+    return base64.urlsafe_b64encode(key)
 
 
 def is_pair(private: str, public: str) -> bool:
@@ -112,9 +114,7 @@ def new_seed() -> str:
 
 def seal(key: bytes, sender: int, receiver: int, shares: list[str]) -> str:
     """Encrypt shares for a neighbour, with sender and receiver."""
-    from flwr.common.secure_aggregation.crypto.symmetric_encryption import encrypt
-
-    return encrypt(key, json.dumps([sender, receiver, *shares]).encode()).decode()
+    return Fernet(key).encrypt(json.dumps([sender, receiver, *shares]).encode()).decode()
 
 
 def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
@@ -123,10 +123,8 @@ def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
     Raises:
         WireError: If it was not sealed by this sender for this receiver.
     """
-    from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt
-
     with reading(f"the sealed text of shares of client {sender}"):
-        parts = json.loads(decrypt(key, text.encode()))
+        parts = json.loads(Fernet(key).decrypt(text.encode()))
         found = [parts[0], parts[1], *(checked_text(share, SHARE_LENGTH) for share in parts[2:])]
     if found[:2] != [sender, receiver]:
         raise WireError(
@@ -155,9 +153,8 @@ def checked_text(value: object, longest: int) -> str:
 
 def split_secret(secret: str, threshold: int, count: int) -> list[str]:
     """Split a secret (hexadecimal) so that any ``threshold`` of ``count`` shares give it back."""
-    from flwr.common.secure_aggregation.crypto.shamir import create_shares
-
-    return [share.hex() for share in create_shares(bytes.fromhex(secret), threshold, count)]
+    shares = flower_internals.split_secret(bytes.fromhex(secret), threshold, count)
+    return [share.hex() for share in shares]
 
 
 def combine(shares: list[str]) -> str:
@@ -166,10 +163,8 @@ def combine(shares: list[str]) -> str:
     Raises:
         WireError: If the shares do not fit together.
     """
-    from flwr.common.secure_aggregation.crypto.shamir import combine_shares
-
     with reading("a secret from its shares"):
-        return combine_shares([bytes.fromhex(share) for share in shares]).hex()
+        return flower_internals.join_shares([bytes.fromhex(share) for share in shares]).hex()
 
 
 # --- masks ---------------------------------------------------------------------------------------

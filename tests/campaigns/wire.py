@@ -28,8 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Error, Message, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from torch import nn
 from typing_extensions import override
 
@@ -48,6 +46,7 @@ from fedraclora.engines.records import (
     write_answer,
 )
 from fedraclora.errors import ClientError, WireError
+from fedraclora.flower_internals import records_from_bytes, records_to_bytes
 from fedraclora.protocol.coding import NONE, ZSTD, compressed, unframed
 from fedraclora.protocol.method import Cohort, Downlink, Draw, State
 from fedraclora.protocol.plan import make_plan
@@ -90,13 +89,13 @@ PLAIN = LocalConfig(lr=0.1, steps=2, batch_size=4)
 
 def raw(content: RecordDict) -> bytes:
     """Write a message as it goes over the wire."""
-    found: bytes = recorddict_to_proto(content).SerializeToString()
+    found: bytes = records_to_bytes(content)
     return found
 
 
 def read(data: bytes) -> RecordDict:
     """Read it at the other end."""
-    return recorddict_from_proto(ProtoRecordDict.FromString(data))
+    return records_from_bytes(data)
 
 
 @dataclass

@@ -17,8 +17,8 @@ from pathlib import Path
 from fedraclora.commands.status import reported
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import key_values
-from fedraclora.engines.records import message_bytes
 from fedraclora.errors import ConfigError
+from fedraclora.flower_internals import message_bytes
 from fedraclora.run.folder import provenance
 from tests.campaigns.faults.network import Network, nodes_for, rows, serve
 from tests.common import summary_of

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 from flwr.app import ArrayRecord, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from worlds import (
     FULL_BATCH,
     Run,
@@ -25,6 +23,7 @@ from worlds import (
     variants,
 )
 
+from fedraclora.flower_internals import records_from_bytes, records_to_bytes
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.factor import SEED_BYTES
 from fedraclora.protocol.link import Link
@@ -64,8 +63,8 @@ def done(variant: Variant, folder: Path) -> Run:
 
 def serialized(content: RecordDict) -> RecordDict:
     """A message as it arrives elsewhere: written, serialized and read back."""
-    raw = recorddict_to_proto(content).SerializeToString()
-    return recorddict_from_proto(ProtoRecordDict.FromString(raw))
+    raw = records_to_bytes(content)
+    return records_from_bytes(raw)
 
 
 def array_bytes(content: RecordDict) -> int:

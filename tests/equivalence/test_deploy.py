@@ -11,7 +11,8 @@ from flwr.app import ArrayRecord
 
 from fedraclora.clients.cache import CACHE, MARKER
 from fedraclora.config.run_config import from_plain
-from fedraclora.engines.records import clients_of, message_bytes
+from fedraclora.engines.records import clients_of
+from fedraclora.flower_internals import message_bytes
 from fedraclora.run.ledger import Row
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.builder import RunBuilder

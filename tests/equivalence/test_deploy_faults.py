@@ -19,8 +19,9 @@ from typing_extensions import override
 from fedraclora.engines.asks import read_ask
 from fedraclora.engines.deploy import grid, node_registry, straggler_monitor
 from fedraclora.engines.deploy.pulling import NOT_WHOLE
-from fedraclora.engines.records import message_bytes, read_answer
+from fedraclora.engines.records import read_answer
 from fedraclora.errors import ClientError
+from fedraclora.flower_internals import message_bytes
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.server.exchange import Exchange

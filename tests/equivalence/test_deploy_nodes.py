@@ -15,8 +15,9 @@ from fedraclora.clients import node as client_node
 from fedraclora.clients import respond
 from fedraclora.clients.cache import served
 from fedraclora.engines.deploy import grid
-from fedraclora.engines.records import clients_of, message_bytes
+from fedraclora.engines.records import clients_of
 from fedraclora.errors import ClientError, ConfigError
+from fedraclora.flower_internals import message_bytes
 from tests.campaigns.faults.harms import header, stays_silent, vector
 from tests.campaigns.faults.network import Network, deploy, rows, small
 from tests.campaigns.faults.trials import absent, final_weights

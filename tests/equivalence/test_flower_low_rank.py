@@ -25,8 +25,8 @@ from torch import nn
 import fedraclora
 from fedraclora import flower
 from fedraclora.client import Round, Trained
-from fedraclora.engines.records import message_bytes
 from fedraclora.errors import ClientError, ConfigError, FedRacLoraError
+from fedraclora.flower_internals import message_bytes
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg as FullAverage
 from fedraclora.strategies.methods.fedavg_lora import FedAvgLora

@@ -22,12 +22,12 @@ from fedraclora.engines.records import (
     JOB,
     add_weight_update,
     folded,
-    message_bytes,
     read_answer,
     unfolded,
 )
 from fedraclora.engines.replies import FORMAT, STALE, UNREADABLE
 from fedraclora.errors import ClientError, WireError
+from fedraclora.flower_internals import message_bytes
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.answers import Answer, Came, NoAnswer
 from fedraclora.wire.exchange import Ask

@@ -18,9 +18,9 @@ from flwr.serverapp import Grid
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy.pulling import in_part, pulled
-from fedraclora.engines.records import message_bytes
 from fedraclora.engines.replies import FORMAT, UNREADABLE, check_format
 from fedraclora.errors import ClientError, EngineError, WireError
+from fedraclora.flower_internals import message_bytes
 from fedraclora.wire.fields import printable, shown, whole
 
 PARTS = 10.0  # seconds for the parts of an answer: it is small

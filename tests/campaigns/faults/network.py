@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from typing_extensions import override
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients.respond import respond
 from fedraclora.compose.overrides import composed
 from fedraclora.engines.records import clients_of, folded, unfolded
+from fedraclora.flower_internals import records_from_bytes, records_to_bytes
 from fedraclora.strategies.server_app import app as server_app
 from tests.messages import FakeGrid
 
@@ -51,8 +50,8 @@ def small(words: Sequence[str], folder: Path, engine: str) -> dict[str, object]:
 
 def over_the_wire(content: RecordDict) -> RecordDict:
     """What comes out at the other end."""
-    raw = recorddict_to_proto(content).SerializeToString()
-    return recorddict_from_proto(ProtoRecordDict.FromString(raw))
+    raw = records_to_bytes(content)
+    return records_from_bytes(raw)
 
 
 @dataclass
